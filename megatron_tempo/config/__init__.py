@@ -1,0 +1,3 @@
+from megatron_tempo.config.schema import Config
+
+__all__ = ["Config"]

@@ -1,0 +1,228 @@
+"""The configuration: one tree of dataclasses. Every default stands here and nowhere else.
+
+The rules that join several fields are in `rules.py`. Classes have slots, so that a field added by mistake
+(`+typo=1`) fails when the tree is built. Lengths are in tokens, counts in prompts or responses as named.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class Device(Enum):
+    auto = "auto"  # cuda where there is one, else cpu
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Precision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class EngineKind(Enum):
+    embedded = "embedded"  # a transformers model in the trainer's processes
+
+
+class Method(Enum):
+    """The training methods; each is megatron_tempo/methods/NAME.py."""
+
+    ppo = "ppo"  # PPO on verified answers
+    tempo = "tempo"
+
+
+class Verifier(Enum):
+    """Who compares a response with an answer; each is megatron_tempo/rewards/NAME.py."""
+
+    math = "math"
+    countdown = "countdown"
+
+
+class Baseline(Enum):
+    """Where reward and baseline of a token's advantage are read (docs/method.md has the table)."""
+
+    before_token = "before_token"  # A_t = V(x, y_1:T) - V(x, y_<t)
+    paper = "paper"  # Eq. 11 to the letter: A_t = V(x, y_1:T) - V(x, y_1:t)
+    reference = "reference"  # the published code: A_t = V(x, y_<T) - V(x, y_<t)
+
+
+class ValueTiming(Enum):
+    after_estep = "after_estep"  # the paper: the recalibrated critic judges the M-step's responses
+    before_estep = "before_estep"  # the published code
+
+
+class CriticTargets(Enum):
+    zero_one = "zero_one"  # the paper: I in {0, 1}
+    plus_minus_one = "plus_minus_one"  # the published code: I in {-1, 1}
+
+
+class Ratio(Enum):
+    sequence = "sequence"  # GSPO: the geometric mean of the tokens' ratios
+    token = "token"  # PPO
+
+
+@dataclass(slots=True)
+class RunConfig:
+    dir: str = "???"  # everything the run writes goes below this folder
+    seed: int = 0
+    resume: bool = True  # go on from the newest whole checkpoint in `dir`; false: refuse a folder that has one
+    device: Device = Device.auto
+    precision: Precision = Precision.fp32
+    deterministic: bool = True  # torch's deterministic algorithms
+
+
+@dataclass(slots=True)
+class ModelConfig:
+    path: str = "???"  # Hugging Face folder of the actor: config, safetensors, tokenizer
+    critic_path: str | None = None  # Hugging Face folder of the critic; none: the actor's decoder, a zero value head
+
+
+@dataclass(slots=True)
+class ParallelConfig:
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: bool = False  # sequence parallelism inside the tensor-parallel groups
+    world_size: int | None = None  # processes; none: as launched. `check` wants it for the data-parallel rules
+    micro_batch_tokens: int = 16384  # packed tokens of one micro-batch; longer single rows go alone
+    bucket_mb: int = 512  # size of the buckets in which weights travel, MiB
+
+
+@dataclass(slots=True)
+class DatasetConfig:
+    path: str = "???"  # JSONL or Parquet
+    prompt_field: str = "prompt"  # text, or a list of {role, content} messages
+    answer_field: str | None = None  # none: the answers, if the file has any, are never read
+    verifier: Verifier | None = None  # who compares a response with the answer
+    id_field: str | None = None  # none: the row's number, from 0
+    chat_template: bool = True  # text prompts become one user message; messages always go through the template
+    system: str | None = None  # a system message put first
+    suffix: str = ""  # appended to a text prompt
+    limit: int | None = None  # the first so many rows
+
+
+@dataclass(slots=True)
+class DataConfig:
+    labelled: DatasetConfig | None = None
+    unlabelled: DatasetConfig | None = None
+
+
+@dataclass(slots=True)
+class RolloutConfig:
+    engine: EngineKind = EngineKind.embedded
+    max_prompt_tokens: int = 2048
+    max_response_tokens: int = 16384
+    temperature: float = 1.0
+    batch_rows: int = 256  # rows that the embedded engine decodes together
+    dump: bool = False  # write each iteration's rollouts to DIR/rollouts/
+    replay: str | None = None  # read rollouts from such a folder instead of generating
+
+
+@dataclass(slots=True)
+class OptimizerConfig:
+    lr: float = 1e-6
+    warmup_steps: int = 0  # linear, from lr / warmup_steps
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+
+
+@dataclass(slots=True)
+class ActorUpdateConfig:
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mini_batch_prompts: int = 64
+    epochs: int = 1
+    ratio: Ratio = Ratio.sequence
+    clip_low: float = 3e-4  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = 5e-4
+    dual_clip: float | None = None  # bound on ratio * |A| for A < 0, > 1 (Ye et al. 2020)
+    entropy_coef: float = 0.0  # bonus, per token, nats
+    kl_coef: float = 0.0  # k3 estimate of KL(pi || reference) per token; the reference is model.path
+    whiten_advantages: bool = False
+
+
+@dataclass(slots=True)
+class CriticUpdateConfig:
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-6))
+    mini_batch_prompts: int = 64
+    epochs: int = 1
+    warmup_iterations: int = 0  # iterations at the stage's start that update the critic alone
+    targets: CriticTargets = CriticTargets.zero_one
+    drop_uniform_groups: bool = False  # leave out prompts whose responses are all right or all wrong
+
+
+@dataclass(slots=True)
+class StageConfig:
+    """One stage of training by one method. A stage of 0 iterations is passed over."""
+
+    method: Method = Method.tempo
+    iterations: int = 0
+    labelled_prompts: int = 256  # an iteration
+    unlabelled_prompts: int = 0  # an iteration
+    responses_per_prompt: int = 8
+    actor: ActorUpdateConfig = field(default_factory=ActorUpdateConfig)
+    critic: CriticUpdateConfig = field(default_factory=CriticUpdateConfig)
+    baseline: Baseline = Baseline.before_token
+    value_timing: ValueTiming = ValueTiming.after_estep
+    estep_every: int = 1  # iterations from one E-step to the next; 0: never, a frozen critic
+    actor_on_labelled: bool = False  # the published code: labelled rows, with verified rewards, in the actor's batch
+
+
+@dataclass(slots=True)
+class EvaluationConfig:
+    every: int = 10  # iterations; always also before, between and after the stages. 0: only those
+    samples: int = 16  # responses a question: avg@samples
+    pass_k: list[int] = field(default_factory=lambda: [8])
+    temperature: float = 1.0
+    max_response_tokens: int | None = None  # none: rollout.max_response_tokens
+    sets: dict[str, DatasetConfig] = field(default_factory=dict)
+    calibration_set: str | None = None  # the set on which the critic's calibration is measured
+
+
+@dataclass(slots=True)
+class CheckpointConfig:
+    every: int = 20  # iterations; always also at the end. 0: only there
+    keep: int = 2  # whole checkpoints kept
+    export_hf: bool = True  # at the end, write the actor and the critic as Hugging Face folders
+
+
+@dataclass(slots=True)
+class MetricsConfig:
+    progress: bool = True  # a progress bar where the output is a terminal
+    tensorboard: bool = False
+    wandb_project: str | None = None
+    report: bool = True  # DIR/report.html at the end
+
+
+@dataclass(slots=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    stage1: StageConfig = field(default_factory=lambda: StageConfig(method=Method.ppo))
+    stage2: StageConfig = field(default_factory=lambda: StageConfig(method=Method.tempo, unlabelled_prompts=256))
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    def stages(self) -> dict[str, StageConfig]:
+        """The stages in their order, by name, empty ones included."""
+        return {"stage1": self.stage1, "stage2": self.stage2}
+
+
+def to_plain(value: Any) -> Any:
+    """A config or part of it as dicts, lists and scalars, enums by name: what is written to JSON."""
+    if isinstance(value, Enum):
+        return value.name
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: to_plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return value

@@ -1,0 +1,120 @@
+"""The plain data that travels between the parts of the program. An example stands with each type.
+
+A prompt with an answer and a prompt without one are different types. What trains the policy on unlabelled questions is
+made from `UnlabelledPrompt` alone, which has no field an answer could sit in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class UnlabelledPrompt:
+    """A question alone.
+
+    >>> UnlabelledPrompt(id="u:3", text="2 4 5 > 13 :", token_ids=(5, 7, 8, 62, 16, 63))
+    """
+
+    id: str
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledPrompt:
+    """A question, its answer, and the name of the verifier that compares a response with it.
+
+    >>> LabelledPrompt(id="aime:1", text="Find 1+1.", token_ids=(9, 4), answer="2", verifier="math")
+    """
+
+    id: str
+    text: str
+    token_ids: tuple[int, ...]
+    answer: str
+    verifier: str
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled response, as an engine returns it.
+
+    `logprobs[t]` is log pi(token_ids[t] | prompt, token_ids[:t]) in nats, after temperature, under the weights
+    `weight_version` (the actor's update count). `finish_reason` is "stop" (the response ends with an end token, which is
+    part of it) or "length".
+
+    >>> Completion(token_ids=(12, 66), logprobs=(-0.7, -0.01), finish_reason="stop", weight_version=40)
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    weight_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rollouts of n responses, jagged: the tokens of all rows lie one after another, without padding.
+
+    Every rank holds the same `Batch`, on the CPU; a model takes from it the rows of its data-parallel rank.
+
+    Two rows, prompts (5, 6) and (7,), responses (1, 2, 3) and (4,):
+
+    >>> Batch(prompt_ids=("a", "b"), group=[0, 1], prompt_tokens=[5, 6, 7], prompt_lengths=[2, 1],
+    ...       response_tokens=[1, 2, 3, 4], response_lengths=[3, 1], engine_logprobs=[-.1, -.2, -.3, -.4],
+    ...       stopped=[True, False], correct=[1., 0.])
+
+    Shapes: n rows, P prompt tokens and T response tokens in all.
+    """
+
+    prompt_ids: tuple[str, ...]  # n: the id of each row's prompt
+    group: Tensor  # int64 [n]: rows with the same number answer the same prompt
+    prompt_tokens: Tensor  # int64 [P]
+    prompt_lengths: Tensor  # int64 [n]
+    response_tokens: Tensor  # int64 [T]
+    response_lengths: Tensor  # int64 [n]
+    engine_logprobs: Tensor  # float32 [T]: as the engine saw them
+    stopped: Tensor  # bool [n]: the response ended by itself
+    correct: Tensor | None = None  # float32 [n] in {0, 1}: the verifier's verdict; None for unlabelled prompts
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each row, prompt and response: int64 [n]."""
+        return self.prompt_lengths + self.response_lengths
+
+    def prompts(self) -> Sequence[Tensor]:
+        return self.prompt_tokens.split(self.prompt_lengths.tolist())
+
+    def responses(self) -> Sequence[Tensor]:
+        return self.response_tokens.split(self.response_lengths.tolist())
+
+    def rows(self) -> Iterator[Tensor]:
+        """Prompt and response of each row, joined: int64 [prompt + response]."""
+        for prompt, response in zip(self.prompts(), self.responses(), strict=True):
+            yield torch.cat((prompt, response))
+
+    def select(self, rows: Tensor) -> Batch:
+        """The given rows, in the given order. `rows` is int64 [m]."""
+
+        def pick(flat: Tensor, lengths: Tensor) -> Tensor:
+            parts = flat.split(lengths.tolist())
+            return torch.cat([parts[i] for i in rows.tolist()]) if len(rows) else flat[:0]
+
+        return Batch(
+            prompt_ids=tuple(self.prompt_ids[i] for i in rows.tolist()),
+            group=self.group[rows],
+            prompt_tokens=pick(self.prompt_tokens, self.prompt_lengths),
+            prompt_lengths=self.prompt_lengths[rows],
+            response_tokens=pick(self.response_tokens, self.response_lengths),
+            response_lengths=self.response_lengths[rows],
+            engine_logprobs=pick(self.engine_logprobs, self.response_lengths),
+            stopped=self.stopped[rows],
+            correct=None if self.correct is None else self.correct[rows],
+        )
