@@ -1,0 +1,83 @@
+"""How well a critic's values tell right responses from wrong ones, and how honest they are as probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import brier_score_loss, roc_auc_score
+
+FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class ReliabilityBin:
+    """The responses whose value lies in one of the equal intervals of [0, 1]."""
+
+    mean_value: float
+    fraction_right: float
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    auroc: float | None  # None: the responses are all right or all wrong
+    brier: float  # mean (V - I)^2, 0 is best; 0.25 is what V = 0.5 gets
+    ece: float  # mean over responses of |mean value - fraction right| of their bin
+    bins: tuple[ReliabilityBin, ...]  # without the empty ones, by rising value
+
+
+def calibration(values: np.ndarray, correct: np.ndarray, bins: int = 10) -> Calibration:
+    """Calibration of one value a response against the verdicts; both are [n].
+
+    `values` estimate P(right). A regression head can leave [0, 1]: values are clipped to it for the Brier score and the
+    calibration error (Naeini et al. 2015; equal-width bins), not for the AUROC, which uses their order alone. A critic
+    trained on targets of +-1 must be mapped to [0, 1] by the caller, (V + 1) / 2.
+    """
+    if values.ndim != 1 or values.shape != correct.shape or not len(values):
+        raise ValueError(f"calibration needs two non-empty arrays [n], not {values.shape} and {correct.shape}")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} values are NaN or infinite")
+    right = correct.astype(np.int64)
+    clipped = np.clip(values.astype(np.float64), 0.0, 1.0)
+    rows = _reliability(clipped, right, bins)
+    return Calibration(
+        auroc=float(roc_auc_score(right, values)) if 0 < right.sum() < len(right) else None,
+        brier=float(brier_score_loss(right, clipped, pos_label=1)),
+        ece=sum(row.count * abs(row.mean_value - row.fraction_right) for row in rows) / len(right),
+        bins=rows,
+    )
+
+
+def by_prefix(
+    values: Sequence[np.ndarray], correct: np.ndarray, fractions: Sequence[float] = FRACTIONS
+) -> dict[float, Calibration]:
+    """Calibration of the values read part of the way through each response.
+
+    `values[i]` is [T_i + 1]: before the first token, then after each of the T_i tokens. For a fraction f, V is read at
+    index round(f * T_i). `correct` is [n].
+    """
+    return {
+        fraction: calibration(np.array([row[round(fraction * (len(row) - 1))] for row in values]), correct)
+        for fraction in fractions
+    }
+
+
+def calibration_record(values: Sequence[np.ndarray], correct: np.ndarray) -> dict[str, Any]:
+    """The `calibration` field of a line of evaluations.jsonl; shapes as in `by_prefix`."""
+    prefixes = by_prefix(values, correct)
+    return {
+        "last": asdict(prefixes[1.0]),
+        "by_prefix": {str(fraction): asdict(result) for fraction, result in prefixes.items()},
+    }
+
+
+def _reliability(clipped: np.ndarray, right: np.ndarray, bins: int) -> tuple[ReliabilityBin, ...]:
+    index = np.minimum((clipped * bins).astype(int), bins - 1)
+    return tuple(
+        ReliabilityBin(float(clipped[chosen].mean()), float(right[chosen].mean()), int(chosen.sum()))
+        for chosen in (index == i for i in range(bins))
+        if chosen.any()
+    )

@@ -1,0 +1,63 @@
+"""avg@k and pass@k, with standard errors.
+
+`correct` is [questions, samples], 0 or 1: the verifier's verdict on each sampled response. The standard errors are
+clustered by question: each question's score is one observation and the spread between questions is measured, so the
+dependence of samples of one question is accounted for (Miller 2024, arXiv 2411.00640, section 2.2).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def avg_at_k(correct: np.ndarray) -> float:
+    """Mean share of right responses; k is the number of samples a question."""
+    return float(_checked(correct).mean())
+
+
+def avg_at_k_se(correct: np.ndarray) -> float | None:
+    """Standard error of avg@k over questions; None for a single question."""
+    return _standard_error(_checked(correct).mean(axis=1))
+
+
+def pass_at_k(correct: np.ndarray, k: int) -> float:
+    """Probability that at least one of k responses is right, estimated without bias from n >= k samples a question.
+
+    The mean over questions of 1 - C(n - c, k) / C(n, k), c right of n (Chen et al. 2021, arXiv 2107.03374, Eq. 1).
+    Raises ValueError where k is not in 1..n.
+    """
+    return float(_pass_by_question(correct, k).mean())
+
+
+def pass_at_k_se(correct: np.ndarray, k: int) -> float | None:
+    """Standard error of pass@k over questions; None for a single question."""
+    return _standard_error(_pass_by_question(correct, k))
+
+
+def _pass_by_question(correct: np.ndarray, k: int) -> np.ndarray:
+    right = _checked(correct).sum(axis=1).astype(int)
+    samples = correct.shape[1]
+    if not 1 <= k <= samples:
+        raise ValueError(
+            f"pass@{k} needs 1 <= k <= samples, with {samples} samples a question: "
+            f"raise evaluation.samples or change evaluation.pass_k"
+        )
+    # C(n-c, k) / C(n, k) is the product over j = n-c+1..n of (1 - k/j): no large binomials. An empty product is 1,
+    # a factor j = k is 0. One entry for each c in 0..n.
+    factors = np.maximum(1.0 - k / np.arange(samples, 0, -1), 0.0)
+    none_right = np.concatenate(([1.0], np.cumprod(factors)))
+    return 1.0 - none_right[right]
+
+
+def _standard_error(scores: np.ndarray) -> float | None:
+    if len(scores) < 2:
+        return None
+    return float(scores.std(ddof=1) / np.sqrt(len(scores)))
+
+
+def _checked(correct: np.ndarray) -> np.ndarray:
+    if correct.ndim != 2 or 0 in correct.shape:
+        raise ValueError(f"scores need a non-empty array [questions, samples], not one of shape {correct.shape}")
+    if not np.isin(correct, (0, 1)).all():
+        raise ValueError("scores need verdicts of 0 or 1")
+    return correct.astype(np.float64)
