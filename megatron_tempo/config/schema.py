@@ -33,6 +33,29 @@ class Method(Enum):
     tempo = "tempo"
 
 
+class Prompts(Enum):
+    labelled = "labelled"
+    unlabelled = "unlabelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Which prompts a method's actor and critic learn from. A critic with prompts of its own has an E-step."""
+
+    actor: Prompts
+    critic: Prompts | None  # none: a method without a critic
+
+    @property
+    def estep(self) -> bool:
+        return self.critic is not None and self.critic is not self.actor
+
+
+NEEDS = {
+    Method.ppo: Needs(actor=Prompts.labelled, critic=Prompts.labelled),
+    Method.tempo: Needs(actor=Prompts.unlabelled, critic=Prompts.labelled),
+}
+
+
 class Verifier(Enum):
     """Who compares a response with an answer; each is megatron_tempo/rewards/NAME.py."""
 
@@ -169,6 +192,30 @@ class StageConfig:
     value_timing: ValueTiming = ValueTiming.after_estep
     estep_every: int = 1  # iterations from one E-step to the next; 0: never, a frozen critic
     actor_on_labelled: bool = False  # the published code: labelled rows, with verified rewards, in the actor's batch
+
+    @property
+    def trains_critic(self) -> bool:
+        needs = NEEDS[self.method]
+        return needs.critic is not None and not (needs.estep and self.estep_every == 0)
+
+    def actor_prompts(self) -> set[Prompts]:
+        """The prompts whose responses the actor learns from."""
+        extra = {Prompts.labelled} if self.actor_on_labelled else set()
+        return {NEEDS[self.method].actor} | extra
+
+    def critic_prompts(self) -> set[Prompts]:
+        """The prompts whose responses the critic learns from: none where it is frozen or absent."""
+        critic = NEEDS[self.method].critic
+        return {critic} if critic is not None and self.trains_critic else set()
+
+    def prompts(self) -> set[Prompts]:
+        """All prompts that an iteration needs."""
+        return self.actor_prompts() | self.critic_prompts()
+
+    def count(self, prompts: set[Prompts]) -> int:
+        """How many of the given prompts an iteration has."""
+        of = {Prompts.labelled: self.labelled_prompts, Prompts.unlabelled: self.unlabelled_prompts}
+        return sum(of[kind] for kind in prompts)
 
 
 @dataclass(slots=True)

@@ -1,0 +1,57 @@
+"""What is wrong with a configuration, told to its user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from enum import Enum
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One broken rule.
+
+    >>> str(Problem("parallel.tensor", 3, "does not divide the model's 8 heads", "parallel.tensor=2 or 4"))
+    "parallel.tensor=3: does not divide the model's 8 heads; fix: parallel.tensor=2 or 4"
+    """
+
+    field: str  # path in the tree, as one writes it in an override
+    value: Any
+    wrong: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.field}={show(self.value)}: {self.wrong}; fix: {self.fix}"
+
+
+class ConfigErrors(ValueError):
+    """A configuration that breaks rules: all of them, one a line."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = list(problems)
+        count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
+        super().__init__("\n  ".join([f"{count} in the configuration:", *map(str, self.problems)]))
+
+
+def show(value: Any) -> str:
+    """A value as one writes it in YAML, on one line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, list):
+        return "[" + ", ".join(map(show, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {show(item)}" for key, item in value.items()) + "}"
+    return " ".join(str(value).split("\n"))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The known words close to `word`, or else all of them."""
+    known = list(known)
+    close = get_close_matches(word, known, n=3)
+    return f"did you mean {' or '.join(close)}?" if close else f"one of {', '.join(known) or '(there are none)'}"

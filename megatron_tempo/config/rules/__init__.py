@@ -1,0 +1,69 @@
+"""Every rule that a user can break, checked before anything is allocated. Nothing is read but the file system.
+
+One file a topic; each yields all it finds. A rule that needs a value which another rule has refused says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Enum
+
+from megatron_tempo.config.problem import Problem
+from megatron_tempo.config.rules import data, evaluation, layout, numbers, run, stages
+from megatron_tempo.config.rules.model import read_models
+from megatron_tempo.config.schema import Config
+from megatron_tempo.config.tree import MISSING, walk
+
+
+class Purpose(Enum):
+    train = "train"
+    eval = "eval"  # stages, training data and checkpoints play no part
+
+
+def check(config: Config, *, world_size: int | None, purpose: Purpose = Purpose.train) -> list[Problem]:
+    """All problems of `config`, in the order of its groups.
+
+    `world_size` is the number of processes launched; none: `parallel.world_size`, and where that is none too, the
+    rules on data parallelism are passed over.
+    """
+    shapes, problems = read_models(config)
+    problems += _missing(config, purpose)
+    problems += numbers.check(config)
+    problems += run.check(config, training=purpose is Purpose.train)
+    problems += layout.check(config, shapes, world_size)
+    problems += evaluation.check(config, required=purpose is Purpose.eval)
+    if purpose is Purpose.train:
+        problems += data.check(config)
+        problems += stages.check(config)
+        problems += stages.check_data_parallel(config, world_size)
+    order = [path for path, _ in walk(config)]
+    return sorted(problems, key=lambda problem: order.index(_group(problem.field, order)))
+
+
+def _group(field: str, groups: list[str]) -> str:
+    """The innermost group that holds `field`."""
+    while field not in groups:
+        field = field.rpartition(".")[0]
+    return field
+
+
+def _missing(config: Config, purpose: Purpose) -> Iterator[Problem]:
+    """Mandatory values that nobody gave. Sets of prompts that no stage uses may stay without a file."""
+    needed = {kind.name for stage in config.stages().values() if stage.iterations > 0 for kind in stage.prompts()}
+    for path, node in walk(config):
+        group, _, name = path.partition(".")
+        if group == "data" and name and (purpose is Purpose.eval or name not in needed):
+            continue
+        for field in node.__dataclass_fields__:
+            if getattr(node, field) == MISSING:
+                full = f"{path}.{field}"
+                yield Problem(
+                    full, MISSING, "has no value", f"give {full}={_WANTED.get(full, 'FILE (.jsonl or .parquet)')}"
+                )
+
+
+_WANTED = {
+    "run.dir": "FOLDER, where the run writes",
+    "model.path": "FOLDER, the actor's Hugging Face folder",
+    "model.critic_path": "FOLDER, the critic's Hugging Face folder, or null",
+}

@@ -1,0 +1,60 @@
+"""Rules on the sets of questions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_tempo.config.problem import Problem
+from megatron_tempo.config.schema import Config, DatasetConfig, Verifier
+from megatron_tempo.config.tree import MISSING
+
+SUFFIXES = (".jsonl", ".parquet")
+
+
+def check(config: Config) -> Iterator[Problem]:
+    """The two sets of training."""
+    labelled, unlabelled = config.data.labelled, config.data.unlabelled
+    if labelled is not None:
+        yield from check_file("data.labelled", labelled)
+        yield from check_answers("data.labelled", labelled)
+    if unlabelled is not None:
+        yield from check_file("data.unlabelled", unlabelled)
+        yield from _no_answers(unlabelled)
+    if labelled is None or unlabelled is None or MISSING in (labelled.path, unlabelled.path):
+        return
+    if Path(labelled.path).resolve() == Path(unlabelled.path).resolve():
+        wrong = "is the labelled set's file too: its answers would be known"
+        yield Problem("data.unlabelled.path", unlabelled.path, wrong, "give two files without common questions")
+
+
+def check_file(field: str, dataset: DatasetConfig) -> Iterator[Problem]:
+    path = Path(dataset.path)
+    name = f"{field}.path"
+    if dataset.path == MISSING:
+        return
+    if path.suffix not in SUFFIXES:
+        yield Problem(name, dataset.path, f"must end in {' or '.join(SUFFIXES)}", "convert it to JSONL or Parquet")
+    if not path.exists():
+        yield Problem(name, dataset.path, "does not exist", f"give an existing file (tried {path.absolute()})")
+    elif not path.is_file():
+        yield Problem(name, dataset.path, "is not a file", "give one JSONL or Parquet file")
+
+
+def check_answers(field: str, dataset: DatasetConfig) -> Iterator[Problem]:
+    """A set whose responses are verified needs answers and a verifier."""
+    if dataset.answer_field is None:
+        wrong = "the set's responses are verified, so its answers are needed"
+        yield Problem(f"{field}.answer_field", None, wrong, f"{field}.answer_field=the column that holds them")
+    if dataset.verifier is None:
+        names = ", ".join(Verifier.__members__)
+        wrong = "nothing says who compares responses with answers"
+        yield Problem(f"{field}.verifier", None, wrong, f"{field}.verifier=one of {names}")
+
+
+def _no_answers(dataset: DatasetConfig) -> Iterator[Problem]:
+    for name, value in (("answer_field", dataset.answer_field), ("verifier", dataset.verifier)):
+        if value is not None:
+            field = f"data.unlabelled.{name}"
+            fix = f"{field}=null; to score these questions, name the same file in evaluation.sets with an answer_field"
+            yield Problem(field, value, "an unlabelled set has no answers that training could read", fix)

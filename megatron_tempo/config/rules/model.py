@@ -1,0 +1,117 @@
+"""Rules on the Hugging Face folders of actor and critic."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_tempo.config.problem import Problem
+from megatron_tempo.config.schema import Config
+from megatron_tempo.config.tree import MISSING, walk
+
+_FAMILIES = ("qwen3",)  # model_type of the families that megatron_tempo/models knows
+_TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
+_AS_SAVED = "give a folder as transformers' save_pretrained writes it"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the rules of the layout need to know of a config.json."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    num_hidden_layers: int
+    max_position_embeddings: int
+    vocab_size: int
+
+
+def read_models(config: Config) -> tuple[dict[str, ModelShape], list[Problem]]:
+    """The shapes of the folders that can be read, by field, and what is wrong with the folders."""
+    shapes: dict[str, ModelShape] = {}
+    problems: list[Problem] = []
+    for field, value in (("model.path", config.model.path), ("model.critic_path", config.model.critic_path)):
+        if value is None or value == MISSING:
+            continue
+        folder = Path(value)
+        if not folder.is_dir():
+            wrong = "is not a folder" if folder.exists() else "does not exist"
+            problems.append(Problem(field, value, wrong, _AS_SAVED))
+            continue
+        problems += _weights(field, folder)
+        if field == "model.path":
+            problems += _tokenizer(config, folder)
+        shape, wrong = _shape(folder)
+        if shape is None:
+            problems.append(Problem(field, value, wrong, _AS_SAVED))
+        elif wrong:
+            problems.append(Problem(field, value, wrong, f"give a model of the family {', '.join(_FAMILIES)}"))
+        if shape is not None and not wrong:
+            shapes[field] = shape
+    problems += _same_vocabulary(config, shapes)
+    return shapes, problems
+
+
+def _shape(folder: Path) -> tuple[ModelShape | None, str]:
+    """The shape in config.json, and what is wrong with the file ("" if nothing is)."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return None, "has no config.json"
+    try:
+        plain = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return None, f"config.json is not JSON ({error})"
+    if not isinstance(plain, dict):
+        return None, "config.json does not hold an object"
+    family = plain.get("model_type")
+    names = ModelShape.__dataclass_fields__
+    bad = [name for name in names if type(plain.get(name)) is not int or plain[name] < 1]
+    if family in _FAMILIES and bad:
+        return None, f"config.json has no positive whole number under {', '.join(bad)}"
+    shape = ModelShape(**{name: 1 if name in bad else plain[name] for name in names})
+    return shape, "" if family in _FAMILIES else f"model_type {family} is not supported yet"
+
+
+def _weights(field: str, folder: Path) -> list[Problem]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        found = any(folder.glob("*.safetensors"))
+        return [] if found else [Problem(field, str(folder), "has no safetensors files", _AS_SAVED)]
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return [Problem(field, str(folder), f"{index.name} has no readable weight_map", _AS_SAVED)]
+    absent = sorted(str(name) for name in shards if not (folder / str(name)).is_file())
+    if not absent:
+        return []
+    return [Problem(field, str(folder), f"{index.name} names absent files: {', '.join(absent)}", "copy them there too")]
+
+
+def _tokenizer(config: Config, folder: Path) -> list[Problem]:
+    if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):
+        wanted = " or ".join("+".join(names) for names in _TOKENIZERS)
+        return [Problem("model.path", str(folder), f"has no tokenizer ({wanted})", "copy the tokenizer's files there")]
+    if _has_chat_template(folder):
+        return []
+    wrong = f"the tokenizer in {folder} has no chat template"
+    return [
+        Problem(f"{path}.chat_template", True, wrong, f"{path}.chat_template=false, or a tokenizer that has one")
+        for path, node in walk(config)
+        if getattr(node, "chat_template", False)
+    ]
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    file = folder / "tokenizer_config.json"
+    return file.is_file() and '"chat_template"' in file.read_text(encoding="utf-8")
+
+
+def _same_vocabulary(config: Config, shapes: dict[str, ModelShape]) -> list[Problem]:
+    if len({shape.vocab_size for shape in shapes.values()}) < 2:
+        return []
+    sizes = " and ".join(f"{field} {shape.vocab_size}" for field, shape in shapes.items())
+    wrong = f"its vocabulary differs from the actor's ({sizes})"
+    return [Problem("model.critic_path", config.model.critic_path, wrong, "give a critic of the same tokenizer")]

@@ -1,0 +1,45 @@
+"""Rules on the run's folder, its device and its rollout folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_tempo.config.problem import Problem
+from megatron_tempo.config.schema import Config, Device, Precision
+from megatron_tempo.config.tree import MISSING
+
+
+def check(config: Config, *, training: bool) -> Iterator[Problem]:
+    if config.run.device is Device.cpu and config.run.precision is Precision.bf16:
+        wrong = "training on a CPU is done in fp32"
+        yield Problem("run.precision", config.run.precision, wrong, "run.precision=fp32, or run.device=cuda")
+    if config.run.dir != MISSING:
+        yield from _folder(config, training)
+    if training and config.rollout.replay is not None:
+        yield from _replay(config, config.rollout.replay)
+
+
+def _folder(config: Config, training: bool) -> Iterator[Problem]:
+    folder = Path(config.run.dir)
+    nearest = folder.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        yield Problem("run.dir", config.run.dir, f"{nearest} is a file, not a folder", "give another run.dir")
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        yield Problem("run.dir", config.run.dir, f"{nearest} cannot be written", "give a run.dir that can be")
+    if training and not config.run.resume and any(folder.glob("checkpoints/step_*")):
+        fix = "run.resume=true to go on from them, or another run.dir"
+        yield Problem("run.resume", False, f"{folder} already has checkpoints", fix)
+
+
+def _replay(config: Config, replay: str) -> Iterator[Problem]:
+    if replay != MISSING and not Path(replay).is_dir():
+        fix = "give the rollouts/ folder that a run with rollout.dump=true wrote, or null"
+        yield Problem("rollout.replay", replay, "is not a folder", fix)
+    dumped = Path(config.run.dir) / "rollouts"
+    if config.rollout.dump and Path(replay).resolve() == dumped.resolve():
+        wrong = "rollout.dump would write into the folder that is replayed"
+        yield Problem("rollout.replay", replay, wrong, "rollout.dump=false, or another run.dir")

@@ -1,0 +1,155 @@
+"""Plain data (dicts, lists, scalars, as YAML and JSON hold it) to the typed tree and back.
+
+Reading goes through the whole tree and collects every unknown field and every value of a wrong type.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_tempo.config.problem import ConfigErrors, Problem, did_you_mean
+from megatron_tempo.config.schema import Config, to_plain
+
+MISSING = "???"  # Hydra's mark of a value that the user must give
+
+_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_Node = TypeVar("_Node")
+
+
+class _BadValue(Exception):
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+
+def read(plain: Mapping[str, Any]) -> tuple[Config, list[Problem]]:
+    """The configuration that `plain` describes, and what in it could not be read; such fields keep their defaults."""
+    problems: list[Problem] = []
+    return _fill(Config(), plain, "", problems), problems
+
+
+def save(config: Config, path: str | Path) -> None:
+    """Writes the whole tree as JSON. An existing file is refused (FileExistsError)."""
+    with open(path, "x", encoding="utf-8") as file:
+        file.write(json.dumps(to_plain(config), indent=2) + "\n")
+
+
+def load(path: str | Path) -> Config:
+    """Reads what `save` wrote. Raises ConfigErrors for fields or values that this version does not know."""
+    config, problems = read(json.loads(Path(path).read_text(encoding="utf-8")))
+    if problems:
+        raise ConfigErrors(problems)
+    return config
+
+
+def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dataclass of the tree with its path, parents first: ("", config), ("run", config.run), ..."""
+    if isinstance(node, dict):
+        for key, item in node.items():
+            yield from walk(item, _join(path, key))
+    elif is_dataclass(node):
+        yield path, node
+        for name in node.__dataclass_fields__:
+            yield from walk(getattr(node, name), _join(path, name))
+
+
+def field_paths(cls: type = Config, path: str = "") -> Iterator[str]:
+    """The paths of all leaves; NAME stands for a key that the user chooses."""
+    for name, hint in typing.get_type_hints(cls).items():
+        below = _join(path, name)
+        inner = _strip_optional(hint)
+        if typing.get_origin(inner) is dict:
+            inner, below = typing.get_args(inner)[1], _join(below, "NAME")
+        if is_dataclass(inner):
+            yield from field_paths(typing.cast(type, inner), below)
+        else:
+            yield below
+
+
+def _fill(default: _Node, plain: Any, path: str, problems: list[Problem]) -> _Node:
+    """`default`, a dataclass, with the values of `plain` in it."""
+    hints = typing.get_type_hints(type(default))
+    if not isinstance(plain, Mapping):
+        wrong = "is a group of fields, not a value"
+        problems.append(Problem(path, plain, wrong, f"set its fields, such as {path}.{next(iter(hints))}"))
+        return default
+    values = {}
+    for key, value in plain.items():
+        below = _join(path, str(key))
+        if key not in hints:
+            problems.extend(_unknown(path, str(key), value, list(hints)))
+            continue
+        try:
+            values[key] = _value(hints[key], value, below, getattr(default, key), problems)
+        except _BadValue as bad:
+            problems.append(bad.problem)
+    return replace(default, **values)  # type: ignore[type-var]
+
+
+def _value(hint: Any, value: Any, path: str, default: Any, problems: list[Problem]) -> Any:
+    inner = _strip_optional(hint)
+    if value is None and inner is not hint:
+        return None
+    if is_dataclass(inner):
+        return _fill(default if default is not None else typing.cast(type, inner)(), value, path, problems)
+    if value == MISSING and inner is not str:
+        raise _BadValue(Problem(path, value, "has no value", f"give {path}=VALUE"))
+    origin, args = typing.get_origin(inner), typing.get_args(inner)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise _BadValue(Problem(path, value, "is a group of named entries, not a value", f"set {path}.NAME fields"))
+        return {str(key): _value(args[1], item, _join(path, str(key)), None, problems) for key, item in value.items()}
+    if origin is list:
+        if not isinstance(value, list):
+            raise _BadValue(Problem(path, value, "must be a list", f"{path}=[{value}]"))
+        return [_value(args[0], item, f"{path}[{i}]", None, problems) for i, item in enumerate(value)]
+    if issubclass(inner, Enum):
+        return _member(inner, value, path)
+    return _scalar(inner, value, path)
+
+
+def _member(kind: type[Enum], value: Any, path: str) -> Enum:
+    if isinstance(value, str) and value in kind.__members__:
+        return kind[value]
+    names = ", ".join(kind.__members__)
+    raise _BadValue(Problem(path, value, f"must be one of {names}", did_you_mean(str(value), kind.__members__)))
+
+
+def _scalar(kind: type, value: Any, path: str) -> Any:
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is kind:
+        return value
+    fix = f"quote it: '{path}=\"{value}\"'" if kind is str and value is not None else f"give {_EXPECTED[kind]}"
+    raise _BadValue(Problem(path, value, f"must be {_EXPECTED[kind]}", fix))
+
+
+def _unknown(path: str, key: str, value: Any, siblings: list[str]) -> Iterator[Problem]:
+    """One problem for each leaf below an unknown key, with the known fields that may have been meant."""
+    below = _join(path, key)
+    if isinstance(value, Mapping) and value:
+        for name, item in value.items():
+            yield from _unknown(below, str(name), item, [])
+        return
+    known = list(field_paths())
+    same_name = [other for other in known if other.endswith(f".{key}")]
+    close = did_you_mean(below, known)
+    if close.startswith("one of"):
+        close = f"did you mean {' or '.join(same_name[:3])}?" if same_name else did_you_mean(key, siblings or known)
+    yield Problem(below, value, "there is no such field", close)
+
+
+def _strip_optional(hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    return hint
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
