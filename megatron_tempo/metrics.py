@@ -1,0 +1,297 @@
+"""What a run tells while it runs: the console, JSONL files, and TensorBoard and Weights & Biases when asked."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import sys
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+
+from megatron_tempo.config.schema import MetricsConfig, StageConfig
+from megatron_tempo.progress import Forecast, ProgressBar, clock
+from megatron_tempo.records import EVALUATIONS, METRICS, SAMPLES, Record, append, drop, finite
+
+log = logging.getLogger(__name__)
+
+# The console's columns: what to show, the names it needs; a column is left out where the record has none of them.
+COLUMNS = (
+    ("reward {:6.3f}", ("reward/labelled",)),
+    ("value {:6.3f}", ("reward/unlabelled_value",)),
+    ("entropy {:.3f}", ("actor/entropy",)),
+    ("clip {:.3f}", ("actor/clip_fraction",)),
+    ("critic {:.3f}", ("critic/loss",)),
+    ("grad {:6.2g}/{:6.2g}", ("actor/grad_norm", "critic/grad_norm")),
+    ("{:6.0f} tok/s", ("tokens_per_second",)),
+    ("{:5.1f} s", ("seconds",)),
+)
+
+
+class Metrics:
+    """Collects what rank 0 measures. On the other ranks (`is_writer` false) every call does nothing.
+
+        with Metrics(run_dir, config.metrics, is_writer=rank == 0) as metrics:
+            metrics.plan(config.stages(), evaluations=6, step=resumed_step)
+            with metrics.phase("generate"):
+                ...
+            metrics.step({"stage": "stage1", "method": "ppo", "iteration": 1, "step": 1, "actor/loss": 0.2})
+
+    Raises ValueError where a tracker is asked for and not installed, OSError naming the file that cannot be written.
+    A tracker that fails later is warned about once and left out from then on.
+    """
+
+    def __init__(self, run_dir: Path, config: MetricsConfig, is_writer: bool) -> None:
+        self._dir = run_dir
+        self._config = config
+        self._is_writer = is_writer
+        self._open: list[tuple[str, float]] = []  # the phases that are running, outermost first, and since when
+        self._times: dict[str, float] = {}  # seconds by phase since the last record
+        self._mark = time.monotonic()  # of the last record
+        self._purge_step: int | None = None
+        self._forecast: Forecast | None = None
+        self._bar: ProgressBar | None = None
+        self._console: Console | None = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if not is_writer:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if sys.stdout.isatty():
+            self._console = Console(markup=False, highlight=False, soft_wrap=True)
+        for name in (METRICS, EVALUATIONS, SAMPLES):
+            drop(run_dir / name, lambda record: False)
+        if config.tensorboard:
+            self._tensorboard = _tensorboard(run_dir)
+        if config.wandb_project is not None:
+            self._wandb = _wandb(run_dir, config.wandb_project)
+
+    def plan(self, stages: Mapping[str, StageConfig], evaluations: int, step: int = 0) -> None:
+        """What is to come, for the time left: all the run's stages, the evaluation records still to be written, and
+        the iterations that a resumed run has behind it. Starts the progress bar."""
+        if not self._is_writer:
+            return
+        self._forecast = Forecast(stages, evaluations, step)
+        self._mark = time.monotonic()
+        if self._console is not None and self._config.progress:
+            self._bar = ProgressBar(self._forecast, self._console)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times a phase: `time/<name>` seconds of the next record; one phase inside another is `time/<outer>/<name>`.
+
+        Wall time: work that a GPU has queued and not done counts where it is waited for. A phase that runs across a
+        record is split between that record and the next.
+        """
+        if not self._is_writer:
+            yield
+            return
+        path = f"{self._open[-1][0]}/{name}" if self._open else name
+        self._open.append((path, time.monotonic()))
+        self._show()
+        try:
+            yield
+        finally:
+            path, since = self._open.pop()
+            self._times[path] = self._times.get(path, 0.0) + time.monotonic() - since
+            self._show()
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Writes one iteration: stage, method, iteration, step and numbers by name (see records.py)."""
+        if not self._is_writer:
+            return
+        line = self._complete(record)
+        if self._forecast is not None:
+            self._forecast.step(line["stage"], line["iteration"], line["seconds"])
+        append(self._dir / METRICS, line)
+        self._print(self._step_line(line))
+        self._track({name: value for name, value in line.items() if _is_number(value) and name != "time"}, line["step"])
+        self._show()
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """Writes the scores of one set at one point, in place of those of the same set, step and point, if any."""
+        if not self._is_writer:
+            return
+        line = self._complete(record)
+        if self._forecast is not None:
+            self._forecast.evaluation(line["seconds"])
+        key = (line["set"], line["step"], line["point"])
+        drop(self._dir / EVALUATIONS, lambda old: (old["set"], old["step"], old["point"]) == key)
+        append(self._dir / EVALUATIONS, line)
+        self._print(_evaluation_line(line))
+        scores = {f"avg@{line['avg_k']}": line["avg"]} | {f"pass@{k}": value for k, value in line["pass"].items()}
+        if line.get("calibration"):
+            scores |= {name: line["calibration"]["last"][name] for name in ("auroc", "brier", "ece")}
+        self._track({f"{line['set']}/{name}": v for name, v in scores.items() if _is_number(v)}, line["step"])
+        self._show()
+
+    def samples(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Writes responses for the report, in place of those of the same set, step and point, if any."""
+        if not self._is_writer:
+            return
+        lines = [finite(dict(record))[0] for record in records]
+        for line in lines:
+            assert line["values"] is None or len(line["values"]) == len(line["tokens"]) + 1
+        keys = {(line["set"], line["step"], line["point"]) for line in lines}
+        drop(self._dir / SAMPLES, lambda old: (old["set"], old["step"], old["point"]) in keys)
+        for line in lines:
+            append(self._dir / SAMPLES, line)
+
+    def rewind(self, step: int) -> None:
+        """Forgets what was written after `step`: the lines of a killed run that is gone on with from there."""
+        if not self._is_writer:
+            return
+        for name in (METRICS, EVALUATIONS, SAMPLES):
+            drop(self._dir / name, lambda record: record["step"] > step)
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = _tensorboard(self._dir, purge_step=step + 1)
+
+    def message(self, text: str) -> None:
+        """A line on the console."""
+        if self._is_writer:
+            self._print(text)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _complete(self, record: Mapping[str, Any]) -> Record:
+        """The record with time, seconds since the last one, and phases; numbers that are not finite become None."""
+        now = time.monotonic()
+        for i, (path, since) in enumerate(self._open):
+            self._times[path] = self._times.get(path, 0.0) + now - since
+            self._open[i] = (path, now)
+        times = {f"time/{path}": round(seconds, 4) for path, seconds in sorted(self._times.items())}
+        line, bad = finite({"time": round(time.time(), 3), **record, "seconds": round(now - self._mark, 4), **times})
+        if bad:
+            log.warning("step %s: NaN or infinite, written as null: %s", line.get("step"), ", ".join(bad))
+        self._times.clear()
+        self._mark = now
+        return line
+
+    def _step_line(self, line: Record) -> str:
+        total = self._forecast.stages[line["stage"]].iterations if self._forecast is not None else None
+        count = f"{line['iteration']}/{total}" if total else str(line["iteration"])
+        cells = [f"{line['stage']} {line['method']:<5} {count:>7}"]
+        for form, names in COLUMNS:
+            if any(_is_number(line.get(name)) for name in names):
+                numbers = (line[name] if _is_number(line.get(name)) else math.nan for name in names)
+                cells.append(form.format(*numbers))
+        if self._forecast is not None:
+            cells.append(f"{clock(self._forecast.left())} left")
+        return "  ".join(cells)
+
+    def _print(self, text: str) -> None:
+        if self._console is not None:
+            self._console.print(text)
+        else:
+            print(text, flush=True)
+
+    def _show(self) -> None:
+        if self._bar is not None:
+            self._bar.update(self._open[-1][0] if self._open else "")
+
+    def _track(self, numbers: Mapping[str, float], step: int) -> None:
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step)
+
+
+def _evaluation_line(line: Record) -> str:
+    def score(name: str, value: float | None, se: float | None) -> str:
+        return f"{name} {'-' if value is None else f'{value:.3f}'}{'' if se is None else f' ± {se:.3f}'}"
+
+    cells = [
+        f"evaluation  {line['point']:<7} {line['set']:<12}",
+        score(f"avg@{line['avg_k']}", line["avg"], line["avg_se"]),
+    ]
+    cells += [score(f"pass@{k}", value, line["pass_se"].get(k)) for k, value in line["pass"].items()]
+    cells.append(f"{line['questions']} questions")
+    if line.get("calibration"):
+        last = line["calibration"]["last"]
+        cells.append(score("AUROC", last["auroc"], None) + "  " + score("ECE", last["ece"], None))
+    return "  ".join(cells)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _tensorboard(run_dir: Path, purge_step: int | None = None) -> Any:
+    try:
+        tensorboard = importlib.import_module("torch.utils.tensorboard")
+    except ImportError as error:
+        raise ValueError(
+            "metrics.tensorboard=true needs the tensorboard package: "
+            "pip install 'megatron-tempo[track]', or set it to false"
+        ) from error
+    return tensorboard.SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+
+
+def _wandb(run_dir: Path, project: str) -> _Wandb:
+    try:
+        module = importlib.import_module("wandb")
+    except ImportError as error:
+        raise ValueError(
+            f"metrics.wandb_project={project} needs the wandb package: "
+            f"pip install 'megatron-tempo[track]', or set it to null"
+        ) from error
+    return _Wandb(module, run_dir, project)
+
+
+class _Wandb:
+    """A Weights & Biases run that may fail without taking the training with it."""
+
+    def __init__(self, module: Any, run_dir: Path, project: str) -> None:
+        self._errors = (module.errors.Error, OSError)
+        id_file = run_dir / "wandb_id"  # a resumed job goes on with the same W&B run
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex)
+        self._run: Any = None
+        try:
+            self._run = module.init(
+                project=project, name=run_dir.name, dir=str(run_dir), id=id_file.read_text(), resume="allow"
+            )
+        except self._errors as error:
+            self._give_up(error)
+
+    def log(self, numbers: Mapping[str, float], step: int) -> None:
+        if self._run is not None:
+            try:
+                self._run.log(dict(numbers), step=step)
+            except self._errors as error:
+                self._give_up(error)
+
+    def finish(self) -> None:
+        if self._run is not None:
+            try:
+                self._run.finish()
+            except self._errors as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        log.warning("Weights & Biases failed (%s); training goes on, without it: %s has everything", error, METRICS)
+        self._run = None

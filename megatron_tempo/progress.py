@@ -1,0 +1,121 @@
+"""How far a job is and how long it will take: an estimate, and a bar on a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from megatron_tempo.config.schema import StageConfig
+
+RECENT = 20  # iterations whose mean time stands for the ones to come
+
+
+class Forecast:
+    """The seconds left of a job: iterations and evaluations still to come, each at the recent pace of its kind."""
+
+    def __init__(self, stages: Mapping[str, StageConfig], evaluations: int, step: int = 0) -> None:
+        """`stages` of the whole run, `evaluations` still to come, `step`: iterations of the run already behind it."""
+        self.stages = {name: stage for name, stage in stages.items() if stage.iterations}
+        self._done = dict.fromkeys(self.stages, 0)
+        for name, stage in self.stages.items():
+            self._done[name] = min(step, stage.iterations)
+            step -= self._done[name]
+        self._evaluations = evaluations
+        self._paces: dict[str, deque[float]] = {name: deque(maxlen=RECENT) for name in self.stages}
+        self._evaluation_pace: deque[float] = deque(maxlen=RECENT)
+
+    def step(self, stage: str, iteration: int, seconds: float) -> None:
+        self._done[stage] = iteration
+        self._paces[stage].append(seconds)
+
+    def evaluation(self, seconds: float) -> None:
+        self._evaluations = max(self._evaluations - 1, 0)
+        self._evaluation_pace.append(seconds)
+
+    def left(self) -> float | None:
+        """Seconds; None before the first iteration. A stage not yet seen is taken to go like the others."""
+        measured = [seconds for pace in self._paces.values() for seconds in pace]
+        total = self._evaluations * _mean(self._evaluation_pace or [0.0])
+        for name, stage in self.stages.items():
+            iterations = stage.iterations - self._done[name]
+            if iterations and not measured:
+                return None
+            if iterations:
+                total += iterations * _mean(self._paces[name] or measured)
+        return total
+
+    def where(self) -> str:
+        """The iteration that is being worked on: 'stage 1/2 PPO, iteration 12/100'."""
+        for number, (name, stage) in enumerate(self.stages.items(), start=1):
+            if self._done[name] < stage.iterations:
+                iteration = f"iteration {self._done[name] + 1}/{stage.iterations}"
+                return f"stage {number}/{len(self.stages)} {stage.method.name.upper()}, {iteration}"
+        return "training done"
+
+
+class ProgressBar:
+    """One line at the foot of a terminal: where the job is, what it is doing, elapsed and left."""
+
+    def __init__(self, forecast: Forecast, console: Console) -> None:
+        self._forecast = forecast
+        self._started = time.monotonic()
+        self._left = _Left()
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            self._left,
+            console=console,
+            refresh_per_second=4,
+            transient=True,
+        )
+        self._task = self._progress.add_task(forecast.where(), total=None)
+        self._progress.start()
+
+    def update(self, activity: str) -> None:
+        """`activity` is the phase the job is in, empty between phases."""
+        left = self._forecast.left()
+        elapsed = time.monotonic() - self._started
+        self._left.set(left)
+        self._progress.update(
+            self._task,
+            description=", ".join(filter(None, (self._forecast.where(), activity))),
+            total=None if left is None else elapsed + left,
+            completed=elapsed,
+        )
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class _Left(ProgressColumn):
+    """Time left; it counts down between two estimates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._end: float | None = None
+
+    def set(self, left: float | None) -> None:
+        self._end = None if left is None else time.monotonic() + left
+
+    def render(self, task: Task) -> Text:
+        return Text(f"about {clock(None if self._end is None else self._end - time.monotonic())} left")
+
+
+def clock(seconds: float | None) -> str:
+    """12:03 or 3:04:05; '?' for None."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _mean(values: deque[float] | list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,109 @@
+"""The JSONL files of a run: one flat record a line, appended while it runs, read back by the report.
+
+metrics.jsonl      one line an iteration: time (unix), stage, method, iteration (from 1 in the stage), step (from 1 in
+                   the run), seconds, numbers by name: reward/labelled, actor/loss, critic/grad_norm, time/generate, ...
+evaluations.jsonl  one line a set and point: time, stage, iteration, step, point (before, between, after, during), set,
+                   avg, avg_se, avg_k, pass and pass_se by k, questions, response_length, truncated, calibration
+samples.jsonl      one line a response: point, stage, step, set, prompt, tokens, values (one more than tokens), correct,
+                   answer
+
+A number that is NaN or infinite stands as null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+SAMPLES = "samples.jsonl"
+
+
+def read_metrics(run_dir: Path) -> list[Record]:
+    return read(run_dir / METRICS)
+
+
+def read_evaluations(run_dir: Path) -> list[Record]:
+    return read(run_dir / EVALUATIONS)
+
+
+def read_samples(run_dir: Path) -> list[Record]:
+    return read(run_dir / SAMPLES)
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a file, none where there is no file.
+
+    A last line without its newline is a write that was cut short, and is left out. ValueError names any other bad line.
+    """
+    records = []
+    for number, line in enumerate(_whole_lines(path), start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not a JSON record ({error}); delete this line to go on") from error
+    return records
+
+
+def append(path: Path, record: Record) -> None:
+    """Adds a line. OSError names the path where it cannot be written; ValueError for NaN (see `finite`)."""
+    line = json.dumps(record, allow_nan=False) + "\n"
+    try:
+        with path.open("ab") as file:
+            file.write(line.encode())
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write a record: {error.strerror}", str(path)) from error
+
+
+def drop(path: Path, unwanted: Callable[[Record], bool]) -> None:
+    """Rewrites the file, all or nothing, without the unwanted records and without a last line that was cut short."""
+    if not path.exists():
+        return
+    kept = [line for line, record in zip(_whole_lines(path), read(path), strict=True) if not unwanted(record)]
+    content = b"".join(line + b"\n" for line in kept)
+    if len(content) == path.stat().st_size:
+        return
+    new = path.with_name(path.name + ".new")
+    with new.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def finite(record: Record) -> tuple[Record, list[str]]:
+    """The record in JSON's types, and the names of the entries in which a number was not finite and became null.
+
+    Scalars of numpy and torch, and whatever else has `item()`, become Python's.
+    """
+    plain, bad = {}, []
+    for name, value in record.items():
+        plain[name], ok = _finite(value)
+        if not ok:
+            bad.append(name)
+    return plain, bad
+
+
+def _finite(value: Any) -> tuple[Any, bool]:
+    if isinstance(value, dict):
+        items = {str(key): _finite(item) for key, item in value.items()}
+        return {key: item for key, (item, _) in items.items()}, all(ok for _, ok in items.values())
+    if isinstance(value, list | tuple):
+        parts = [_finite(item) for item in value]
+        return [item for item, _ in parts], all(ok for _, ok in parts)
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None, False
+    return value, True
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
