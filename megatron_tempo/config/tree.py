@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass, replace
+from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from megatron_tempo.config.schema import Config, to_plain
 MISSING = "???"  # Hydra's mark of a value that the user must give
 
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_EXAMPLE = {bool: "true", int: "8", float: "0.1", str: "NAME"}
 _Node = TypeVar("_Node")
 
 
@@ -126,7 +128,8 @@ def _scalar(kind: type, value: Any, path: str) -> Any:
         return float(value)
     if type(value) is kind:
         return value
-    fix = f"quote it: '{path}=\"{value}\"'" if kind is str and value is not None else f"give {_EXPECTED[kind]}"
+    quote = kind is str and value is not None
+    fix = f"quote it: '{path}=\"{value}\"'" if quote else f"for example {path}={_EXAMPLE[kind]}"
     raise _BadValue(Problem(path, value, f"must be {_EXPECTED[kind]}", fix))
 
 
@@ -137,12 +140,22 @@ def _unknown(path: str, key: str, value: Any, siblings: list[str]) -> Iterator[P
         for name, item in value.items():
             yield from _unknown(below, str(name), item, [])
         return
+    yield Problem(below, value, "there is no such field", _meant(below, key, siblings))
+
+
+def _meant(path: str, key: str, siblings: list[str]) -> str:
+    """Fields that may have been meant: beside it, of the same name elsewhere, or alike as a whole."""
+    parent = path.rpartition(".")[0]
     known = list(field_paths())
-    same_name = [other for other in known if other.endswith(f".{key}")]
-    close = did_you_mean(below, known)
-    if close.startswith("one of"):
-        close = f"did you mean {' or '.join(same_name[:3])}?" if same_name else did_you_mean(key, siblings or known)
-    yield Problem(below, value, "there is no such field", close)
+    beside = [_join(parent, name) for name in get_close_matches(key, siblings)]
+    top = path.partition(".")[0]
+    same = sorted((other for other in known if other.endswith(f".{key}")), key=lambda other: not other.startswith(top))
+    close = beside or same[:3] or get_close_matches(path, known, n=1, cutoff=0.8)
+    return (
+        f"did you mean {' or '.join(close)}?"
+        if close
+        else f"one of {', '.join(siblings or typing.get_type_hints(Config))}"
+    )
 
 
 def _strip_optional(hint: Any) -> Any:

@@ -36,7 +36,8 @@ def check_file(field: str, dataset: DatasetConfig) -> Iterator[Problem]:
     if path.suffix not in SUFFIXES:
         yield Problem(name, dataset.path, f"must end in {' or '.join(SUFFIXES)}", "convert it to JSONL or Parquet")
     if not path.exists():
-        yield Problem(name, dataset.path, "does not exist", f"give an existing file (tried {path.absolute()})")
+        where = "" if path.is_absolute() else f" (relative paths start at {Path.cwd()})"
+        yield Problem(name, dataset.path, "does not exist", f"give an existing file{where}")
     elif not path.is_file():
         yield Problem(name, dataset.path, "is not a file", "give one JSONL or Parquet file")
 

@@ -1,0 +1,227 @@
+"""The commands. Hydra composes the YAML files and the overrides; everything after it is the typed configuration.
+
+Hydra gets the tree as plain data and is asked to accept every field, so that unknown fields and wrong types are found
+by `config.tree.read`, all of them at once and wherever they stand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from megatron_tempo.config.problem import ConfigErrors, Problem, did_you_mean
+from megatron_tempo.config.rules import Purpose, check
+from megatron_tempo.config.rules.data import SUFFIXES
+from megatron_tempo.config.schema import Config, Verifier, to_plain
+from megatron_tempo.config.summary import summary
+from megatron_tempo.config.tree import MISSING, read
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+_GROUPS = ("model", "data", "algorithm", "experiment")
+EVAL_DIR = "runs/eval"  # run.dir of an eval that names none
+
+_DESCRIPTION = "TEMPO: test-time training of reasoning models by EM, on Megatron-Core."
+_EPILOG = """\
+overrides, in Hydra's grammar:
+  experiment=quickstart            a preset: configs/experiment/*.yaml
+  algorithm=reference              the published code where it departs from the paper
+  parallel.tensor=2                one field; docs/configuration.md has the groups
+  model=FOLDER                     short for model.path=FOLDER
+
+examples:
+  megatron-tempo train experiment=quickstart
+  torchrun --nproc-per-node 4 -m megatron_tempo train experiment=quickstart parallel.tensor=2 parallel.pipeline=2
+  megatron-tempo check experiment=qwen3_14b_aime parallel.world_size=16 model=FOLDER ...
+  megatron-tempo eval  model=FOLDER data=questions.jsonl
+
+eval: data=FILE (.jsonl or .parquet) becomes the evaluation set evaluation.sets.STEM, STEM being the file's name without
+its ending. Its fields are prompt_field=prompt, answer_field=answer and verifier=math unless given, as in
+evaluation.sets.questions.verifier=countdown. It may be given several times."""
+
+_COMMANDS = {
+    "train": "check the configuration, then train",
+    "check": "report every problem of a configuration, without torch",
+    "eval": "measure avg@k and pass@k of a model",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 where the user has something to mend."""
+    arguments = _arguments(argv)
+    purpose = Purpose.eval if arguments.command == "eval" else Purpose.train
+    launched = None if arguments.command == "check" else int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
+    try:
+        config = build(arguments.overrides, config_dir=arguments.config_dir, purpose=purpose, world_size=launched)
+    except ConfigErrors as error:
+        if os.environ.get("RANK", "0") == "0":  # one report for all processes
+            print(error, file=sys.stderr)
+        return 2
+    if arguments.command == "check":
+        print("ok")
+        print(summary(config, world_size=None))
+    elif arguments.command == "train":
+        from megatron_tempo.train import train
+
+        train(config)
+    else:
+        from megatron_tempo.train import evaluate
+
+        evaluate(config)
+    return 0
+
+
+def build(
+    overrides: Sequence[str],
+    *,
+    purpose: Purpose = Purpose.train,
+    world_size: int | None = None,
+    config_dir: str | None = None,
+) -> Config:
+    """The checked configuration. Raises ConfigErrors with everything that is wrong with it.
+
+    Where a preset is unknown the rules are not checked: most of what they would say follows from its absence.
+    """
+    plain, problems = _compose(overrides, purpose, config_dir)
+    config, unread = read(plain)
+    if purpose is Purpose.eval and config.run.dir == MISSING:
+        config.run.dir = EVAL_DIR
+    problems += unread
+    told = {problem.field for problem in problems}
+    if not any(_group_meant(field) for field in told):
+        found = check(config, world_size=world_size, purpose=purpose)
+        problems += [problem for problem in found if problem.field not in told]
+    if problems:
+        raise ConfigErrors(problems)
+    return config
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("megatron-tempo", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(_COMMANDS))
+    for name, text in _COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, epilog=_EPILOG, formatter_class=raw)
+        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the configuration")
+        command.add_argument("--config-dir", metavar="DIR", help="a folder of your own presets, searched as well")
+    arguments, rest = parser.parse_known_args(argv)  # argparse leaves overrides behind an option over
+    if unknown := [word for word in rest if word.startswith("-")]:
+        parser.error(f"unknown option {unknown[0]}")
+    arguments.overrides += rest
+    return arguments
+
+
+def _compose(
+    overrides: Sequence[str], purpose: Purpose, config_dir: str | None
+) -> tuple[dict[str, Any], list[Problem]]:
+    """The tree as plain data, without the overrides that cannot be applied, and what is wrong with those."""
+    folder = REPOSITORY / "configs"
+    if not (folder / "config.yaml").is_file():
+        fix = "install from a checkout of the repository with pip install -e"
+        raise ConfigErrors([Problem("configs", folder, "holds no config.yaml", fix)])
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise ConfigErrors([Problem("--config-dir", config_dir, "is not a folder", "give the folder of your presets")])
+    ConfigStore.instance().store(name="defaults", node=to_plain(Config()))
+    OmegaConf.register_new_resolver("repo", lambda path: str(REPOSITORY / path), replace=True)
+    search = [] if config_dir is None else [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"]
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        presets = {group: loader.get_group_options(group, overrides=search) for group in _GROUPS}
+        words: list[str] = []
+        problems: list[Problem] = []
+        # A set made by data=FILE comes first, so that its fields can be given in any order.
+        for text in sorted(overrides, key=lambda text: not text.startswith("data=")):
+            try:
+                words += _translate(text, presets, purpose)
+            except ConfigErrors as error:
+                problems += error.problems
+        try:
+            return _plain(search + words), problems
+        except _COMPOSING:
+            return _one_by_one(search, words, problems)
+
+
+_COMPOSING = (HydraException, OmegaConfBaseException, YAMLError)
+
+
+def _plain(words: list[str]) -> dict[str, Any]:
+    plain: Any = OmegaConf.to_container(compose("config", overrides=words), resolve=True, throw_on_missing=False)
+    return plain
+
+
+def _one_by_one(accepted: list[str], words: list[str], problems: list[Problem]) -> tuple[dict[str, Any], list[Problem]]:
+    """Finds the overrides that Hydra cannot apply and leaves them out."""
+    plain = _plain(accepted)
+    for word in words:
+        try:
+            plain = _plain([*accepted, word])
+            accepted = [*accepted, word]
+        except _COMPOSING as error:
+            key, _, value = word.partition("=")
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            problems.append(Problem(key.lstrip("+"), value, "; ".join(lines[:3]), "mend it, or the file that it names"))
+    return plain, problems
+
+
+def _translate(text: str, presets: dict[str, list[str]], purpose: Purpose) -> list[str]:
+    """One override of the user as Hydra is to see it. Raises ConfigErrors."""
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        fix = "write KEY=VALUE; quote a value with special characters: 'KEY=\"VALUE\"'"
+        raise _refused(text, "cannot be read", fix) from error
+    if override.is_sweep_override():
+        raise _refused(text, "several values are a sweep, which this is not", "give one value, or a list as [a,b]")
+    key = override.key_or_group
+    if key.startswith("hydra"):
+        raise _refused(text, "Hydra's own settings play no part here", "for presets of your own use --config-dir")
+    if key in _GROUPS and override.package is None:
+        return _preset(override, text, presets[key], purpose)
+    if override.is_delete():
+        return [text]
+    if group := _group_meant(key):
+        raise _refused(text, "there is no such group of presets", f"{group}={text.partition('=')[2]}")
+    return ["++" + text.lstrip("+")]
+
+
+def _preset(override: Override, text: str, names: list[str], purpose: Purpose) -> list[str]:
+    """A choice in a group of presets, or one of the short forms model=FOLDER and data=FILE."""
+    group, choice, given = override.key_or_group, override.value(), text.partition("=")[2]
+    if override.is_delete() or choice is None or choice in names:
+        return [text.lstrip("+")]
+    path = Path(str(choice))
+    if group == "model" and (path.exists() or "/" in str(choice)):
+        return [f"++model.path={given}"]
+    if group == "data" and path.suffix in SUFFIXES:
+        if purpose is Purpose.train:
+            raise _refused(text, "is for eval", f"data.labelled.path={given} or data.unlabelled.path={given}")
+        name = re.sub(r"\W", "_", path.stem)
+        fields = {"path": given, "answer_field": "answer", "verifier": Verifier.math.name}
+        return [f"++evaluation.sets.{name}.{field}={value}" for field, value in fields.items()]
+    raise _refused(text, f"there is no preset of this name in configs/{group}", did_you_mean(str(choice), names))
+
+
+def _group_meant(key: str) -> str | None:
+    """The group of presets that `key` names, perhaps misspelt."""
+    close = [] if "." in key else get_close_matches(key, _GROUPS, n=1)
+    return close[0] if close else None
+
+
+def _refused(text: str, wrong: str, fix: str) -> ConfigErrors:
+    key, _, value = text.partition("=")
+    return ConfigErrors([Problem(key.lstrip("+~"), value, wrong, fix)])
