@@ -1,0 +1,213 @@
+"""Data files into prompts: with answers for the labelled set, without for the unlabelled one.
+
+The unlabelled loader asks its file for prompt and id only, and what it makes has no field for an answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import jinja2
+
+from megatron_tempo.config.schema import DatasetConfig
+from megatron_tempo.data.rows import BadRow, DataError, Row, read_rows
+from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROLES = ("system", "user", "assistant")
+
+
+class Prompt(Protocol):
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def token_ids(self) -> tuple[int, ...]: ...
+
+
+P = TypeVar("P", bound=Prompt)
+
+
+def load_labelled(
+    config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int
+) -> list[LabelledPrompt]:
+    """The prompts of a file and their answers.
+
+    A prompt's `text` is what the model reads, chat markup and suffix included; an answer that is a number in the file
+    becomes its text. DataError names every bad row; ValueError where the config does not describe a labelled set.
+    """
+    if config.answer_field is None or config.verifier is None:
+        raise ValueError(f"{config.path}: a labelled set needs `answer_field` and `verifier`; set both")
+    answer_field, verifier = config.answer_field, config.verifier.name
+    encode = _Encoder(config, tokenizer, max_prompt_tokens)
+
+    def build(row: Row) -> LabelledPrompt:
+        text, token_ids = encode(row.fields[config.prompt_field])
+        answer = _answer(answer_field, row.fields[answer_field])
+        return LabelledPrompt(_row_id(config, row), text, token_ids, answer, verifier)
+
+    return _load(config, [config.prompt_field, answer_field], build)
+
+
+def load_unlabelled(
+    config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int
+) -> list[UnlabelledPrompt]:
+    """The prompts of a file alone; other fields of the file, answers too, are not looked at.
+
+    Errors as those of `load_labelled`; ValueError where the config names an answer field.
+    """
+    if config.answer_field is not None:
+        raise ValueError(f"{config.path}: `answer_field` is {config.answer_field!r} on an unlabelled set; remove it")
+    encode = _Encoder(config, tokenizer, max_prompt_tokens)
+
+    def build(row: Row) -> UnlabelledPrompt:
+        text, token_ids = encode(row.fields[config.prompt_field])
+        return UnlabelledPrompt(_row_id(config, row), text, token_ids)
+
+    return _load(config, [config.prompt_field], build)
+
+
+def overlap(a: Iterable[Prompt], b: Iterable[Prompt]) -> list[tuple[str, str]]:
+    """The pairs (id in a, id in b) of prompts with the same tokens, in the order of `b`."""
+    known: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for prompt in a:
+        known[prompt.token_ids].append(prompt.id)
+    return [(id_a, prompt.id) for prompt in b for id_a in known.get(prompt.token_ids, ())]
+
+
+def _load(config: DatasetConfig, names: Sequence[str], build: Callable[[Row], P]) -> list[P]:
+    path = Path(config.path)
+    if config.id_field is not None:
+        names = [*names, config.id_field]
+    prompts: list[P] = []
+    problems: list[str] = []
+    places: dict[str, str] = {}
+    for row in islice(read_rows(path, tuple(dict.fromkeys(names))), config.limit):
+        try:
+            if row.problem is not None:
+                raise BadRow(row.problem)
+            prompt = build(row)
+            if prompt.id in places:
+                raise BadRow(f"field {config.id_field!r} is {prompt.id!r}, as at {places[prompt.id]}; make ids unique")
+        except BadRow as error:
+            problems.append(f"{row.place}: {error}")
+        else:
+            places[prompt.id] = row.place
+            prompts.append(prompt)
+    if not prompts and not problems:
+        problems.append("there are no rows in it")
+    if problems:
+        raise DataError(path, problems)
+    return prompts
+
+
+def _row_id(config: DatasetConfig, row: Row) -> str:
+    if config.id_field is None:
+        return f"{Path(config.path).stem}:{row.number}"
+    value = row.fields[config.id_field]
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise BadRow(f"field {config.id_field!r} is {_shown(value)}; an id is text or a whole number")
+    return str(value)
+
+
+def _answer(name: str, value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise BadRow(f"field {name!r} is {_shown(value)}; an answer is text or a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRow(f"field {name!r} is {value}; an answer is a finite number or text")
+    if isinstance(value, str) and not value.strip():
+        raise BadRow(f"field {name!r} is empty; give the answer or remove the row")
+    return str(value)
+
+
+class _Encoder:
+    """The prompt field of a row into text and token ids. BadRow where it is no usable prompt."""
+
+    def __init__(self, config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> None:
+        if config.chat_template and tokenizer.chat_template is None:
+            raise ValueError(
+                f"{config.path}: `chat_template` is true, and the tokenizer {tokenizer.name_or_path!r} has none; "
+                "set chat_template=false to send prompts as plain text"
+            )
+        if config.system is not None and not config.chat_template:
+            raise ValueError(f"{config.path}: `system` is set, and `chat_template` is false; unset one of them")
+        self._config = config
+        self._tokenizer = tokenizer
+        self._max_prompt_tokens = max_prompt_tokens
+
+    def __call__(self, value: object) -> tuple[str, tuple[int, ...]]:
+        text, templated = self._text(value)
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadRow(f"the prompt has half a surrogate pair at character {error.start}; write it whole") from error
+        # A template writes the special tokens itself.
+        token_ids = tuple(self._tokenizer(text, add_special_tokens=not templated).input_ids)
+        if not token_ids:
+            raise BadRow("the prompt has no tokens")
+        if len(token_ids) > self._max_prompt_tokens:
+            raise BadRow(
+                f"the prompt has {len(token_ids)} tokens, rollout.max_prompt_tokens is {self._max_prompt_tokens}; "
+                "raise it or remove the row"
+            )
+        return text, token_ids
+
+    def _text(self, value: object) -> tuple[str, bool]:
+        """What the model reads, and whether a template wrote it."""
+        config = self._config
+        if isinstance(value, str):
+            if not value.strip():
+                raise BadRow(f"field {config.prompt_field!r} is empty")
+            if not config.chat_template:
+                return value + config.suffix, False
+            return self._render([{"role": "user", "content": value + config.suffix}]), True
+        if isinstance(value, list):
+            if self._tokenizer.chat_template is None:
+                raise BadRow("the prompt is chat messages, and the tokenizer has no chat template; give text")
+            return self._render(_messages(config.prompt_field, value)), True
+        raise BadRow(f"field {config.prompt_field!r} is {_shown(value)}; a prompt is text or a list of messages")
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        if self._config.system is not None:
+            if messages[0]["role"] == "system":
+                raise BadRow("the messages have a system message of their own, and `system` is set; unset it")
+            messages = [{"role": "system", "content": self._config.system}, *messages]
+        try:
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            raise BadRow(f"the tokenizer's chat template refuses the messages: {error}") from error
+
+
+def _messages(name: str, value: list[Any]) -> list[dict[str, str]]:
+    if not value:
+        raise BadRow(f"field {name!r} is an empty list of messages")
+    messages: list[dict[str, str]] = []
+    for position, message in enumerate(value):
+        where = f"message {position} of field {name!r}"
+        if not isinstance(message, dict):
+            raise BadRow(f"{where} is {_shown(message)}; write {{role, content}}")
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise BadRow(f"{where} has the role {_shown(role)}; known are {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise BadRow(f"{where} has the content {_shown(content)}; it must be text")
+        if not content.strip():
+            raise BadRow(f"{where} is empty")
+        messages.append({"role": role, "content": content})
+    if messages[-1]["role"] != "user":
+        raise BadRow(f"the last message of field {name!r} is of the {messages[-1]['role']}; end with the user's")
+    return messages
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "null"
+    text = repr(value)
+    return f"{text[:60]}{'...' if len(text) > 60 else ''} ({type(value).__name__})"

@@ -1,0 +1,131 @@
+"""The rows of a JSONL or Parquet file, with the place each came from."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+BATCH_ROWS = 1024
+REPORTED = 10
+BOM = b"\xef\xbb\xbf"
+
+
+class DataError(ValueError):
+    """What is wrong with a data file. `problems` has an entry for every bad row, the message the first ten."""
+
+    def __init__(self, path: Path, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        lines = list(self.problems[:REPORTED])
+        if len(self.problems) > REPORTED:
+            lines.append(f"... and {len(self.problems) - REPORTED} more")
+        count = f"{len(self.problems)} problem" + ("s" if len(self.problems) > 1 else "")
+        super().__init__("\n  ".join([f"{path}: {count}", *lines]))
+
+
+class BadRow(ValueError):
+    """Why one row cannot be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row: `number` counts from 0, `fields` has the fields asked for that the row has.
+
+    `problem` says why the row could not be read; its fields are empty then.
+
+    >>> Row(number=2, place="train.jsonl:4", fields={"prompt": "Find 1+1."})
+    """
+
+    number: int
+    place: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
+
+
+def read_rows(path: Path, names: Sequence[str]) -> Iterator[Row]:
+    """The rows of `path` in their order, each with the fields `names` alone.
+
+    DataError where the file as a whole cannot be read.
+    """
+    if not path.is_file():
+        raise DataError(path, ["there is no such file; check the dataset's `path`"])
+    if path.suffix == ".parquet":
+        return _read_parquet(path, names)
+    if path.suffix == ".jsonl":
+        return _read_jsonl(path, names)
+    raise DataError(
+        path,
+        [
+            f"the name ends in {path.suffix!r}; use .parquet, or .jsonl with one JSON object a line "
+            "(`jq -c '.[]' a.json > a.jsonl` makes one from a JSON array)"
+        ],
+    )
+
+
+def missing(name: str, present: Sequence[str]) -> str:
+    """What to say where the field `name` is not among those present."""
+    close = difflib.get_close_matches(name, present, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {sorted(present)[:10]}"
+    return f"field {name!r} is missing; {hint}"
+
+
+def _read_jsonl(path: Path, names: Sequence[str]) -> Iterator[Row]:
+    number = 0
+    with path.open("rb") as lines:
+        for line_number, line in enumerate(lines, start=1):
+            content = line.removeprefix(BOM).strip() if line_number == 1 else line.strip()
+            if not content:
+                continue
+            place = f"{path.name}:{line_number}"
+            try:
+                yield Row(number, place, _parse_object(content, names))
+            except BadRow as error:
+                yield Row(number, place, problem=str(error))
+            number += 1
+
+
+def _parse_object(content: bytes, names: Sequence[str]) -> dict[str, Any]:
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRow(f"byte {error.start + 1} of the line is no UTF-8; save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise BadRow(f"invalid JSON at column {error.colno}: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # a number of more digits, or nesting deeper, than Python reads
+        raise BadRow(f"unreadable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise BadRow(f"a JSON {_json_type(value)}, not an object; write one {{...}} a line")
+    for name in names:
+        if name not in value:
+            raise BadRow(missing(name, list(value)))
+    return {name: value[name] for name in names}
+
+
+def _json_type(value: object) -> str:
+    if isinstance(value, list):
+        return "array"
+    if isinstance(value, str):
+        return "string"
+    return "null" if value is None else "boolean" if isinstance(value, bool) else "number"
+
+
+def _read_parquet(path: Path, names: Sequence[str]) -> Iterator[Row]:
+    try:
+        with pq.ParquetFile(path) as file:
+            present = file.schema_arrow.names
+            problems = [missing(name, present) for name in names if name not in present]
+            if problems:
+                raise DataError(path, problems)
+            number = 0
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=list(names)):
+                for values in batch.to_pylist():
+                    yield Row(number, f"{path.name} row {number}", {name: values[name] for name in names})
+                    number += 1
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(path, [f"not a readable Parquet file: {error}"]) from error

@@ -1,0 +1,121 @@
+"""Responses and answers into rewards, by the verifier that each item names."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+from megatron_tempo.rewards import countdown
+from megatron_tempo.rewards.math import MathScorer
+
+if TYPE_CHECKING:
+    from megatron_tempo.types import LabelledPrompt
+
+REPORTED = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One response to judge. `verifier` is a name of `config.schema.Verifier`.
+
+    >>> Item(verifier="math", prompt="Find 1+1.", response="It is \\\\boxed{2}.", answer="2")
+    """
+
+    verifier: str
+    prompt: str
+    response: str
+    answer: str
+
+
+class Scorer(Protocol):
+    """A verifier. Its verdicts are 1.0 (right) and 0.0, in the order of the items."""
+
+    def check(self, prompt: str, answer: str) -> None:
+        """ValueError where no response to `prompt` could be judged by `answer`."""
+
+    def score(self, items: Sequence[Item]) -> list[float]: ...
+
+    def close(self) -> None: ...
+
+
+class _InProcess:
+    """A verifier that is one cheap function of prompt, response and answer, with a bounded cost."""
+
+    def __init__(self, function: Callable[[str, str, str], float]) -> None:
+        self._function = function
+
+    def check(self, prompt: str, answer: str) -> None:
+        self._function(prompt, "", answer)
+
+    def score(self, items: Sequence[Item]) -> list[float]:
+        return [self._function(item.prompt, item.response, item.answer) for item in items]
+
+    def close(self) -> None:
+        pass
+
+
+class Verifiers:
+    """All verifiers by name. `close` ends the worker processes of those that have any; they start at the first need.
+
+    `workers` is the number of math processes, `seconds` the wall time that one item may take there.
+    """
+
+    def __init__(self, workers: int = 2, seconds: float = 5.0) -> None:
+        self._scorers: dict[str, Scorer] = {
+            "math": MathScorer(workers, seconds),
+            "countdown": _InProcess(countdown.score),
+        }
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._scorers)
+
+    def check(self, prompts: Iterable[LabelledPrompt]) -> None:
+        """ValueError that names the prompts (the first ten) whose verifier is unknown or cannot use their answer."""
+        problems: list[str] = []
+        for prompt in prompts:
+            try:
+                self._check(prompt.verifier, prompt.text, prompt.answer)
+            except ValueError as error:
+                problems.append(f"prompt {prompt.id!r}: {error}")
+        if problems:
+            rest = [f"... and {len(problems) - REPORTED} more"] if len(problems) > REPORTED else []
+            raise ValueError("\n".join([*problems[:REPORTED], *rest]))
+
+    def score(self, items: Sequence[Item]) -> list[float]:
+        """The verdict on each item, 1.0 or 0.0. ValueError, before any is judged, as in `check`."""
+        places: dict[str, list[int]] = defaultdict(list)
+        for place, item in enumerate(items):
+            self._check(item.verifier, item.prompt, item.answer)
+            places[item.verifier].append(place)
+        verdicts = [0.0] * len(items)
+        for name, group in places.items():
+            scores = self._scorers[name].score([items[place] for place in group])
+            for place, score in zip(group, scores, strict=True):
+                verdicts[place] = score
+        return verdicts
+
+    def close(self) -> None:
+        for scorer in self._scorers.values():
+            scorer.close()
+
+    def __enter__(self) -> Verifiers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check(self, verifier: str, prompt: str, answer: object) -> None:
+        scorer = self._scorers.get(verifier)
+        if scorer is None:
+            raise ValueError(f"verifier {verifier!r} is unknown; known are {', '.join(self._scorers)}")
+        if not isinstance(answer, str):
+            raise ValueError(f"the answer {answer!r} is {type(answer).__name__}; give it as text")
+        if not answer.strip():
+            raise ValueError("the answer is empty; give one or remove the prompt")
+        scorer.check(prompt, answer)
