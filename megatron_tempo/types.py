@@ -44,7 +44,7 @@ class Completion:
     """One sampled response, as an engine returns it.
 
     `logprobs[t]` is log pi(token_ids[t] | prompt, token_ids[:t]) in nats, after temperature, under the weights
-    `weight_version` (the actor's update count). `finish_reason` is "stop" (the response ends with an end token, which is
+    `weight_version` (the actor's update count). `finish_reason` is "stop" (the response ends with an end token, which is a
     part of it) or "length".
 
     >>> Completion(token_ids=(12, 66), logprobs=(-0.7, -0.01), finish_reason="stop", weight_version=40)

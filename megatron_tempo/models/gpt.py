@@ -1,0 +1,100 @@
+"""The Megatron GPT model on packed micro-batches, with a language-model head or a value head."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megatron_tempo.models.packing import MicroBatch
+from megatron_tempo.models.parallel import Layout
+from megatron_tempo.models.qwen3 import Shape, block_spec
+
+
+class PackedGPT(GPTModel):
+    """Megatron's GPT model; its forward takes a packed `MicroBatch` of S tokens.
+
+    Rotary embeddings are looked up by each token's position in its own sequence, which replaces Megatron's loop over
+    sequences in its thd path.
+    """
+
+    def __init__(self, config: TransformerConfig, shape: Shape, layout: Layout, *, tied: bool) -> None:
+        super().__init__(
+            config,
+            block_spec(shape, layout),
+            vocab_size=shape.padded_vocab(layout.tensor),
+            max_sequence_length=shape.max_positions,
+            pre_process=layout.is_first_stage,
+            post_process=layout.is_last_stage,
+            share_embeddings_and_output_weights=tied,
+            position_embedding_type="rope",
+            rotary_base=shape.rope_theta,
+        )
+        self.shape = shape
+
+    def forward(self, micro: MicroBatch) -> Tensor:
+        """Hidden states [S (/ tensor), 1, hidden] on a stage before the last; on the last the head's output for S tokens."""
+        embedded = self.embedding(input_ids=micro.tokens, position_ids=None) if self.pre_process else None
+        angles = self.rotary_pos_emb(micro.packing.max_seqlen_q)
+        hidden = self.decoder(
+            hidden_states=embedded,
+            attention_mask=None,
+            rotary_pos_emb=angles[micro.positions],
+            packed_seq_params=micro.packing,
+        )
+        return self.head(hidden) if self.post_process else hidden
+
+    def head(self, hidden: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class LanguageModel(PackedGPT):
+    """The actor's network. Its head gives logits [S, padded vocabulary / tensor]."""
+
+    def __init__(self, config: TransformerConfig, shape: Shape, layout: Layout) -> None:
+        super().__init__(config, shape, layout, tied=shape.tied)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden, weight=weight)
+        return logits.squeeze(1)
+
+
+class ValueHead(nn.Module):
+    """One number a token, in fp32. It starts at zero, so that an untrained critic has no opinion.
+
+    The weight is whole on every tensor rank; under sequence parallelism each rank applies it to its own tokens, and
+    Megatron sums the gradients as it does for the norms.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.sequence_parallel = config.sequence_parallel
+        device = torch.cuda.current_device()
+        self.weight = nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(1, dtype=config.params_dtype, device=device))
+        for parameter in (self.weight, self.bias):
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[S (/ tensor), 1, hidden] -> [S]."""
+        values = functional.linear(hidden.float(), self.weight.float(), self.bias.float())
+        if self.sequence_parallel:
+            # Every tensor rank computes the same loss from the gathered values: its gradient is split, not summed.
+            values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
+        return values.flatten()
+
+
+class ValueModel(PackedGPT):
+    """The critic's network: the same decoder with a scalar head. Its head gives values [S]."""
+
+    def __init__(self, config: TransformerConfig, shape: Shape, layout: Layout) -> None:
+        super().__init__(config, shape, layout, tied=False)
+        if self.post_process:
+            self.output_layer = ValueHead(config)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.output_layer(hidden)

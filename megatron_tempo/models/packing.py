@@ -1,0 +1,143 @@
+"""Micro-batches without padding: the rows of a batch joined into sequences of bounded length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_tempo.models.parallel import Layout
+from megatron_tempo.types import Batch
+
+
+@dataclass(kw_only=True)
+class Packing(PackedSeqParams):
+    """Where each sequence of a micro-batch lies, for the attention.
+
+    Megatron hands this object through to the core attention. Its `qkv_format` is "sbhd", one row of all tokens:
+    positions are given to the rotary embedding by token, and only the attention itself looks at the boundaries.
+
+    `grid` is int64 [sequences, longest]: the token at each position, with -1 behind a sequence's end; `cells` is
+    int64 [tokens]: each token's place in the flattened grid.
+    """
+
+    grid: Tensor
+    cells: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Some rows of a batch, packed: S tokens, of which the last `padding` belong to no row.
+
+    Rows of lengths 3 and 2, with one token of padding, S = 6:
+
+    >>> MicroBatch(rows=[4, 7], tokens=[5, 6, 9, 7, 8, 0], positions=[0, 1, 2, 0, 1, 0], packing=..., padding=1, ...)
+    """
+
+    rows: Tensor  # int64 [m]: row numbers in the batch
+    tokens: Tensor  # int64 [1, S]
+    positions: Tensor  # int64 [S]: place of each token in its row
+    packing: Packing
+    padding: int
+    response_lengths: Tensor  # int64 [m]
+    predicting: Tensor  # int64 [R]: the tokens whose outputs predict the m rows' response tokens, row after row
+    targets: Tensor  # int64 [R]: those response tokens
+    valued: Tensor  # int64 [R + m]: `predicting`, and each row's last token: where a critic's values are read
+    response_cells: Tensor  # int64 [R]: place of each response token in the batch's flat [T]
+    value_cells: Tensor  # int64 [R + m]: place of each value in the batch's flat [T + n]
+
+
+def data_share(lengths: Tensor, data_rank: int, data: int) -> Tensor:
+    """The rows that a data-parallel rank takes: balanced by tokens, the same division on every rank.
+
+    `lengths` is int64 [n]; returns int64 [about n / data]. Rows go from the longest to the shortest, each to the
+    rank with the fewest tokens so far.
+    """
+    loads = [0] * data
+    mine = []
+    for row in torch.argsort(lengths, descending=True, stable=True).tolist():
+        rank = loads.index(min(loads))
+        loads[rank] += int(lengths[row])
+        if rank == data_rank:
+            mine.append(row)
+    return torch.tensor(mine, dtype=torch.int64)
+
+
+def divide_by_budget(lengths: Tensor, budget: int) -> list[Tensor]:
+    """Positions 0..n-1 in groups of at most `budget` tokens, longest first; a longer one is a group alone.
+
+    Neighbours in length share a group, which keeps the attention's grid of a group almost full.
+    """
+    groups: list[list[int]] = []
+    room = 0
+    for i in torch.argsort(lengths, descending=True, stable=True).tolist():
+        length = int(lengths[i])
+        if not groups or length > room:
+            groups.append([])
+            room = budget
+        groups[-1].append(i)
+        room -= length
+    return [torch.tensor(group, dtype=torch.int64) for group in groups]
+
+
+def micro_batches(batch: Batch, rows: Tensor, layout: Layout, budget: int, device: torch.device) -> list[MicroBatch]:
+    """This rank's share of the given rows of `batch`, packed. At least one micro-batch, if need be of padding alone."""
+    lengths = batch.lengths[rows]
+    share = rows[data_share(lengths, layout.data_rank, layout.data)]
+    groups = divide_by_budget(batch.lengths[share], budget) or [torch.zeros(0, dtype=torch.int64)]
+    multiple = layout.tensor if layout.sequence_parallel else 1
+    return [_pack(batch, share[group], multiple, device) for group in groups]
+
+
+def _pack(batch: Batch, rows: Tensor, multiple: int, device: torch.device) -> MicroBatch:
+    lengths = batch.lengths[rows]
+    prompts, responses = batch.prompt_lengths[rows], batch.response_lengths[rows]
+    total = int(lengths.sum())
+    padding = max(-total % multiple, multiple if total == 0 else 0)
+    all_prompts, all_responses = batch.prompts(), batch.responses()
+    pieces = [piece for row in rows.tolist() for piece in (all_prompts[row], all_responses[row])]
+    tokens = torch.cat([*pieces, torch.zeros(padding, dtype=torch.int64)])
+
+    sequences = torch.cat([lengths, torch.full((1,), padding)]) if padding else lengths
+    positions = _ranges(torch.zeros_like(sequences), sequences)
+    starts = lengths.cumsum(0) - lengths
+    first = starts + prompts - 1
+    targets = torch.cat([all_responses[row] for row in rows.tolist()]) if len(rows) else tokens[:0]
+    response_starts = (batch.response_lengths.cumsum(0) - batch.response_lengths)[rows]
+    packing = _packing(sequences, positions, device)
+    return MicroBatch(
+        rows=rows,
+        tokens=tokens[None].to(device),
+        positions=positions.to(device),
+        packing=packing,
+        padding=padding,
+        response_lengths=responses.to(device),
+        predicting=_ranges(first, responses).to(device),
+        targets=targets.to(device),
+        valued=_ranges(first, responses + 1).to(device),
+        response_cells=_ranges(response_starts, responses),
+        value_cells=_ranges(response_starts + rows, responses + 1),
+    )
+
+
+def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """start, start + 1, ... `length` numbers for each pair, joined: int64 [sum of lengths]."""
+    offsets = lengths.cumsum(0) - lengths
+    return torch.arange(int(lengths.sum())) + torch.repeat_interleave(starts - offsets, lengths)
+
+
+def _packing(sequences: Tensor, positions: Tensor, device: torch.device) -> Packing:
+    longest = int(sequences.max())
+    row_of = torch.repeat_interleave(torch.arange(len(sequences)), sequences)
+    cells = row_of * longest + positions
+    grid = torch.full((len(sequences) * longest,), -1, dtype=torch.int64)
+    grid[cells] = torch.arange(len(cells))
+    return Packing(
+        qkv_format="sbhd",
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        grid=grid.view(len(sequences), longest).to(device),
+        cells=cells.to(device),
+    )

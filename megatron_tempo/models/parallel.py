@@ -1,0 +1,111 @@
+"""The process groups: how the ranks are laid out over data, pipeline and tensor parallelism."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch import Tensor
+
+from megatron_tempo.config.schema import ParallelConfig
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """This rank's place. Ranks that differ only in `data_rank` hold the same weights.
+
+    >>> Layout(rank=1, world_size=4, tensor_rank=1, tensor=2, pipeline_rank=0, pipeline=2, data_rank=0, data=1,
+    ...        sequence_parallel=False)
+    """
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor: int
+    pipeline_rank: int
+    pipeline: int
+    data_rank: int
+    data: int
+    sequence_parallel: bool
+
+    @property
+    def is_writer(self) -> bool:
+        """The one rank that writes the run's plain files."""
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline - 1
+
+    @property
+    def reports(self) -> bool:
+        """The one rank of each replica that speaks for its outputs: last stage, first tensor rank."""
+        return self.is_last_stage and self.tensor_rank == 0
+
+
+@contextmanager
+def parallel_groups(config: ParallelConfig, device: torch.device, seed: int) -> Iterator[Layout]:
+    """Open the process groups of a run and close them at its end.
+
+    Under torchrun its rendezvous is used; without it, the run is a single process. On CUDA, CPU tensors still travel
+    by gloo: the replicated `Batch` never touches the GPU's links.
+    """
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield initialize_model_parallel(config, seed)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def initialize_model_parallel(config: ParallelConfig, seed: int) -> Layout:
+    """Megatron's groups over an initialised default group.
+
+    Raises ValueError if the number of processes is not a multiple of tensor * pipeline.
+    """
+    world = dist.get_world_size()
+    if world % (config.tensor * config.pipeline):
+        raise ValueError(
+            f"{world} processes do not divide into replicas of parallel.tensor={config.tensor} * "
+            f"parallel.pipeline={config.pipeline}: launch a multiple of {config.tensor * config.pipeline}"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        create_gloo_process_groups=False,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    return Layout(
+        rank=dist.get_rank(),
+        world_size=world,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor=config.tensor,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline=config.pipeline,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data=parallel_state.get_data_parallel_world_size(),
+        sequence_parallel=config.sequence,
+    )
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, in place. Where all but one rank hold zeros, this is an exact gather."""
+    dist.all_reduce(tensor)
+    return tensor

@@ -1,0 +1,173 @@
+"""A Megatron model with its optimizer: what actor and critic have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from megatron_tempo.config.schema import OptimizerConfig, Precision
+from megatron_tempo.models.gpt import PackedGPT
+from megatron_tempo.models.packing import MicroBatch, micro_batches
+from megatron_tempo.models.parallel import Layout, sum_over_ranks
+from megatron_tempo.types import Batch
+
+Loss = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor]]
+Reading = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(slots=True)
+class PackingCount:
+    """Tokens that went through a model since the last reading, and how many of them were padding."""
+
+    tokens: int = 0
+    padding: int = 0
+
+    def add(self, micro: MicroBatch) -> None:
+        self.tokens += micro.tokens.numel()
+        self.padding += micro.padding
+
+
+@dataclass(slots=True)
+class TrainedModel:
+    """One model under Megatron's data parallelism and distributed optimizer, driven by Megatron's 1F1B schedule.
+
+    `net` is the bare network (this rank's shard); `step_count` counts optimizer steps.
+    """
+
+    net: PackedGPT
+    layout: Layout
+    device: torch.device
+    micro_batch_tokens: int
+    ddp: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    step_count: int = 0
+    counted: PackingCount = field(default_factory=PackingCount)
+
+    @classmethod
+    def wrap(
+        cls, net: PackedGPT, layout: Layout, device: torch.device, micro_batch_tokens: int, precision: Precision
+    ) -> TrainedModel:
+        """Wrap a network whose weights are loaded: the optimizer copies them as its fp32 main weights."""
+        module = net.cuda(device) if device.type == "cuda" else net
+        config = module.config
+        if precision is Precision.bf16:
+            module = Float16Module(config, module)
+        ddp = DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
+            ),
+            module,
+        )
+        optimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=0.0,  # set before each step
+                weight_decay=0.0,
+                bf16=precision is Precision.bf16,
+                params_dtype=config.params_dtype,
+                use_distributed_optimizer=True,
+            ),
+            [ddp],
+            use_gloo_process_groups=False,
+        )
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = optimizer.scale_loss
+        return cls(net, layout, device, micro_batch_tokens, ddp, optimizer)
+
+    @torch.no_grad()
+    def read(self, batch: Batch, size: int, reading: Reading) -> Tensor:
+        """One pass without gradient: float32 [size], the same on every rank.
+
+        `reading` turns a micro-batch and the model's output into (int64 [m], float [m]): places in the answer and
+        what stands there. It is called on the last pipeline stage.
+        """
+        self.ddp.eval()
+        answer = torch.zeros(size)
+
+        def collect(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
+            cells, values = reading(micro, output)
+            if self.layout.reports:
+                answer[cells] = values.float().cpu()
+            return output.new_zeros(()), cells
+
+        self._run(
+            micro_batches(batch, torch.arange(len(batch)), self.layout, self.micro_batch_tokens, self.device),
+            collect,
+            forward_only=True,
+        )
+        return sum_over_ranks(answer)
+
+    def step(
+        self, batch: Batch, rows: Tensor, loss: Loss, metrics: int, config: OptimizerConfig
+    ) -> tuple[Tensor, float]:
+        """One optimizer step on the mean over `rows` of a loss by row.
+
+        `loss` turns a micro-batch and the model's output into (loss [m], metrics [m, `metrics`]). Returns the metrics
+        of all rows, float32 [len(rows), metrics], the same on every rank, and the norm of the gradient before clipping.
+
+        Raises FloatingPointError for a gradient that is not finite; the weights are then as before.
+        """
+        self.ddp.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        parts = micro_batches(batch, rows, self.layout, self.micro_batch_tokens, self.device)
+        # Megatron divides by the micro-batches of this rank and averages over the data-parallel ranks.
+        scale = len(parts) * self.layout.data / len(rows)
+        place = torch.full((len(batch),), -1).index_put((rows,), torch.arange(len(rows)))
+        table = torch.zeros(len(rows), metrics)
+
+        def scaled(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
+            by_row, figures = loss(micro, output)
+            if self.layout.reports:
+                table[place[micro.rows]] = figures.float().cpu()
+            # The sum over no outputs keeps a micro-batch of padding alone in the graph.
+            return by_row.sum() * scale + output[:0].sum(), figures
+
+        self._run(parts, scaled, forward_only=False)
+        self._set_hyperparameters(config)
+        succeeded, grad_norm, _ = self.optimizer.step()
+        if not succeeded or not math.isfinite(grad_norm):
+            raise FloatingPointError(f"the gradient's norm is {grad_norm} at optimizer step {self.step_count + 1}")
+        self.step_count += 1
+        return sum_over_ranks(table), float(grad_norm)
+
+    def _set_hyperparameters(self, config: OptimizerConfig) -> None:
+        """Stages may differ in these, so they are set before each step. The learning rate warms up linearly."""
+        warm = min(1.0, (self.step_count + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            optimizer.config.clip_grad = config.clip_grad
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * warm
+            group["weight_decay"] = config.weight_decay * group.get("wd_mult", 1.0)
+            group["betas"] = (config.beta1, config.beta2)
+            group["eps"] = config.eps
+
+    def _run(self, parts: list[MicroBatch], loss: Loss, *, forward_only: bool) -> None:
+        for part in parts:
+            self.counted.add(part)
+
+        def forward_step(batches: Iterator[MicroBatch], model: Any, *_: Any) -> tuple[Tensor, Any]:
+            micro = next(batches)
+            return model(micro), partial(loss, micro)
+
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(parts),
+            model=[self.ddp],
+            num_microbatches=len(parts),
+            seq_length=max(part.tokens.numel() for part in parts),  # unused: lengths vary
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )

@@ -1,0 +1,134 @@
+"""Hugging Face folders: read into a Megatron model's shards, and written from its stream."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from megatron_tempo.models.gpt import PackedGPT
+from megatron_tempo.models.parallel import Layout
+from megatron_tempo.weights.slots import Slot
+from megatron_tempo.weights.stream import Bucket
+
+INDEX = "model.safetensors.index.json"
+CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+           "added_tokens.json", "chat_template.jinja", "generation_config.json")  # fmt: skip
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Which file holds which tensor. Raises ValueError naming what is missing."""
+    index = folder / INDEX
+    if index.exists():
+        files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    elif (folder / "model.safetensors").exists():
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            files = dict.fromkeys(file.keys(), folder / "model.safetensors")
+    else:
+        raise ValueError(f"{folder}: neither model.safetensors nor {INDEX} is there")
+    absent = sorted({str(path) for path in files.values() if not path.exists()})
+    if absent:
+        raise ValueError(f"{index}: names files that are not there: {', '.join(absent)}")
+    return files
+
+
+def load(net: PackedGPT, layout: Layout, slots: list[Slot], folder: Path) -> None:
+    """Fill this rank's shards from a folder, reading only what the rank holds.
+
+    Tensors of the folder that no slot names are refused, but for a head that this model does not have (an actor's
+    folder serves to start a critic, whose own head stays as it is, and a tied folder may repeat its output matrix).
+
+    Raises ValueError listing every missing, misshapen and unexpected tensor.
+    """
+    files = tensor_files(folder)
+    _check(files, slots, folder)
+    parameters = dict(net.named_parameters())
+    with ExitStack() as stack, torch.no_grad():
+        opened: dict[Path, Any] = {}
+        for slot in slots:
+            if slot.stage != layout.pipeline_rank or slot.names[0] not in files:
+                continue
+            sources = []
+            for name in slot.names:
+                path = files[name]
+                if path not in opened:
+                    opened[path] = stack.enter_context(safe_open(path, "pt"))
+                sources.append(opened[path].get_slice(name))
+            parameters[slot.megatron].copy_(slot.cut.cut(sources, layout.tensor_rank, layout.tensor))
+        _load_tied_copy(net, layout, slots, opened, files, stack)
+
+
+_HEADS = ("lm_head.weight", "score.weight", "score.bias")
+
+
+def _check(files: dict[str, Path], slots: list[Slot], folder: Path) -> None:
+    wanted = {name: shape for slot in slots for name, shape in zip(slot.names, slot.shapes, strict=True)}
+    critic = "score.weight" in wanted
+    optional = {"score.weight", "score.bias"} if critic and "score.weight" not in files else set()
+    problems = [f"missing: {name}" for name in wanted if name not in files and name not in optional]
+    problems += [f"unexpected: {name}" for name in files if name not in wanted and name not in _HEADS]
+    with ExitStack() as stack:
+        handles = {path: stack.enter_context(safe_open(path, "pt")) for path in set(files.values())}
+        for name, shape in wanted.items():
+            if name in files:
+                found = tuple(handles[files[name]].get_slice(name).get_shape())
+                if found != shape:
+                    problems.append(f"misshapen: {name} is {list(found)}, the config.json says {list(shape)}")
+    if problems:
+        shown = "\n  ".join(problems[:20])
+        raise ValueError(f"{folder} does not fit its config.json ({len(problems)} problems):\n  {shown}")
+
+
+def _load_tied_copy(
+    net: PackedGPT, layout: Layout, slots: list[Slot], opened: dict[Path, Any], files: dict[str, Path], stack: ExitStack
+) -> None:
+    """The last stage of a tied model has its own copy of the embedding where the pipeline parts the two ends."""
+    if not net.share_embeddings_and_output_weights or net.pre_process or not net.post_process:
+        return
+    slot = slots[0]
+    path = files[slot.names[0]]
+    source = opened.get(path) or stack.enter_context(safe_open(path, "pt"))
+    cut = slot.cut.cut([source.get_slice(slot.names[0])], layout.tensor_rank, layout.tensor)
+    net.shared_embedding_or_output_weight().copy_(cut)
+
+
+def save(buckets: Iterator[Bucket], folder: Path, like: Path, layout: Layout, config_changes: dict[str, Any]) -> None:
+    """Write a stream as a Hugging Face folder that transformers opens, with the config and tokenizer of `like`.
+
+    Collective, as the stream is; the first rank writes, one file a bucket. The folder appears when it is whole.
+    Raises FileExistsError if it is there already.
+    """
+    if layout.is_writer and folder.exists():
+        raise FileExistsError(f"{folder} exists: move it away, or choose another run.dir")
+    partial = folder.with_name(folder.name + ".partial")
+    weight_map: dict[str, str] = {}
+    size = 0
+    if layout.is_writer:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    for number, bucket in enumerate(buckets):
+        if not layout.is_writer:
+            continue
+        file = f"model-{number + 1:05d}.safetensors"
+        # The bucket's tensors share one storage, which safetensors refuses: each is copied for the write.
+        tensors = {name: tensor.cpu().clone() for name, tensor in bucket}
+        save_file(tensors, partial / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    if layout.is_writer:
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        config = json.loads((like / "config.json").read_text()) | config_changes
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for name in CARRIED:
+            if (like / name).exists():
+                shutil.copyfile(like / name, partial / name)
+        os.replace(partial, folder)
