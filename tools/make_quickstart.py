@@ -1,0 +1,137 @@
+"""Make the quickstart's questions, tokenizer and base model: python tools/make_quickstart.py --out examples/quickstart
+
+A small Qwen3 is pretrained on countdown traces of mixed quality (about four minutes on one core). The data depend on
+--seed alone; the weights also, on one machine, on its number formats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+from pathlib import Path
+
+import torch
+from countdown_task import Question, Split, split, traces
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from megatron_tempo.rewards.countdown import CHECKS, END, LARGEST, OPERATORS
+
+PAD = "<pad>"
+OUTPUTS = ("model", "labelled.jsonl", "unlabelled.jsonl", "heldout.jsonl")
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word. A word that is not in the vocabulary is an error, not an unknown token."""
+    words = [*map(str, range(LARGEST + 1)), *OPERATORS, "=", ">", ":", *CHECKS, END, PAD]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+        model_max_length=32,
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, layers: int, hidden: int, ffn: int) -> Qwen3ForCausalLM:
+    """A Qwen3 whose heads, layers and widths can be halved, for tensor and pipeline parallelism."""
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=ffn,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=64,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def pretrain(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    questions: list[Question],
+    *,
+    steps: int,
+    rows: int,
+    lr: float,
+    seed: int,
+) -> None:
+    """Next-token training on the responses of traces: AdamW, 5% warm-up, cosine to zero."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    )
+    prompt_length = len(tokenizer(questions[0].prompt)["input_ids"])
+    stream = traces(questions, seed)
+    for step in range(steps):
+        tokens = torch.tensor(tokenizer(list(itertools.islice(stream, rows)))["input_ids"])
+        labels = tokens.clone()
+        labels[:, :prompt_length] = -100
+        loss = model(input_ids=tokens, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1} of {steps}: loss {loss.item():.4f} nats a token", flush=True)
+
+
+def write_questions(path: Path, name: str, questions: list[Question]) -> None:
+    rows = [
+        {"id": f"{name}:{index}", "prompt": question.prompt, "answer": question.solutions[0]}
+        for index, question in enumerate(questions)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--force", action="store_true", help="replace what an earlier run wrote there")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--labelled", type=int, default=6000, help="questions")
+    parser.add_argument("--unlabelled", type=int, default=512, help="questions")
+    parser.add_argument("--heldout", type=int, default=256, help="questions")
+    parser.add_argument("--steps", type=int, default=1200, help="pretraining steps; 0: the questions alone, no model")
+    parser.add_argument("--rows", type=int, default=256, help="traces a step")
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--ffn", type=int, default=256)
+    args = parser.parse_args()
+
+    existing = [str(args.out / name) for name in OUTPUTS if (args.out / name).exists()]
+    if existing and not args.force:
+        parser.error(f"{', '.join(existing)} exist already; --force replaces them")
+
+    sets: Split = split(args.seed, args.labelled, args.unlabelled, args.heldout)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in ("labelled", "unlabelled", "heldout"):
+        write_questions(args.out / f"{name}.jsonl", name, getattr(sets, name))
+    if args.steps:
+        torch.manual_seed(args.seed)
+        tokenizer = make_tokenizer()
+        model = make_model(tokenizer, args.layers, args.hidden, args.ffn)
+        pretrain(model, tokenizer, sets.pretraining, steps=args.steps, rows=args.rows, lr=args.lr, seed=args.seed)
+        tokenizer.save_pretrained(args.out / "model")
+        model.save_pretrained(args.out / "model")
+
+
+if __name__ == "__main__":
+    main()
