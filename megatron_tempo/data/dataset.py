@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -124,7 +125,8 @@ def _answer(name: str, value: object) -> str:
         raise BadRow(f"field {name!r} is {value}; an answer is a finite number or text")
     if isinstance(value, str) and not value.strip():
         raise BadRow(f"field {name!r} is empty; give the answer or remove the row")
-    return str(value)
+    # 1e-05 would be read as Euler's number, less five.
+    return format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)
 
 
 class _Encoder:
