@@ -30,11 +30,11 @@ from megatron_tempo.config.rules import Purpose, check
 from megatron_tempo.config.rules.data import SUFFIXES
 from megatron_tempo.config.schema import Config, Verifier, to_plain
 from megatron_tempo.config.summary import summary
-from megatron_tempo.config.tree import MISSING, read
+from megatron_tempo.config.tree import read
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _GROUPS = ("model", "data", "algorithm", "experiment")
-EVAL_DIR = "runs/eval"  # run.dir of an eval that names none
+EVAL_DIR = "runs/eval"  # run.dir of an eval whose command line names none
 
 _DESCRIPTION = "TEMPO: test-time training of reasoning models by EM, on Megatron-Core."
 _EPILOG = """\
@@ -52,7 +52,7 @@ examples:
 
 eval: data=FILE (.jsonl or .parquet) becomes the evaluation set evaluation.sets.STEM, STEM being the file's name without
 its ending. Its fields are prompt_field=prompt, answer_field=answer and verifier=math unless given, as in
-evaluation.sets.questions.verifier=countdown. It may be given several times."""
+evaluation.sets.questions.verifier=countdown. It may be given several times. Results go to run.dir=runs/eval."""
 
 _COMMANDS = {
     "train": "check the configuration, then train",
@@ -99,8 +99,6 @@ def build(
     """
     plain, problems = _compose(overrides, purpose, config_dir)
     config, unread = read(plain)
-    if purpose is Purpose.eval and config.run.dir == MISSING:
-        config.run.dir = EVAL_DIR
     problems += unread
     told = {problem.field for problem in problems}
     if not any(_group_meant(field) for field in told):
@@ -142,7 +140,8 @@ def _compose(
     with initialize_config_dir(str(folder), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         presets = {group: loader.get_group_options(group, overrides=search) for group in _GROUPS}
-        words: list[str] = []
+        # An eval writes beside no training run unless told to.
+        words = [f"++run.dir={EVAL_DIR}"] if purpose is Purpose.eval else []
         problems: list[Problem] = []
         # A set made by data=FILE comes first, so that its fields can be given in any order.
         for text in sorted(overrides, key=lambda text: not text.startswith("data=")):
@@ -153,10 +152,11 @@ def _compose(
         try:
             return _plain(search + words), problems
         except _COMPOSING:
-            return _one_by_one(search, words, problems)
+            return _plain(_sift(search, words, problems)), problems
 
 
-_COMPOSING = (HydraException, OmegaConfBaseException, YAMLError)
+# ValueError and IndexError: OmegaConf's, for a position in a list that is none (evaluation.pass_k.x=1).
+_COMPOSING = (HydraException, OmegaConfBaseException, YAMLError, ValueError, IndexError)
 
 
 def _plain(words: list[str]) -> dict[str, Any]:
@@ -164,18 +164,21 @@ def _plain(words: list[str]) -> dict[str, Any]:
     return plain
 
 
-def _one_by_one(accepted: list[str], words: list[str], problems: list[Problem]) -> tuple[dict[str, Any], list[Problem]]:
-    """Finds the overrides that Hydra cannot apply and leaves them out."""
-    plain = _plain(accepted)
-    for word in words:
-        try:
-            plain = _plain([*accepted, word])
-            accepted = [*accepted, word]
-        except _COMPOSING as error:
-            key, _, value = word.partition("=")
+def _sift(accepted: list[str], words: list[str], problems: list[Problem]) -> list[str]:
+    """`accepted` and those of `words` that Hydra can apply; the others, found by halving, become problems."""
+    try:
+        _plain(accepted + words)
+        return accepted + words
+    except _COMPOSING as error:
+        if len(words) == 1:
+            key, _, value = words[0].partition("=")
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             problems.append(Problem(key.lstrip("+"), value, "; ".join(lines[:3]), "mend it, or the file that it names"))
-    return plain, problems
+            return accepted
+        if not words:  # the files of configs/ themselves
+            raise
+    middle = len(words) // 2
+    return _sift(_sift(accepted, words[:middle], problems), words[middle:], problems)
 
 
 def _translate(text: str, presets: dict[str, list[str]], purpose: Purpose) -> list[str]:

@@ -198,6 +198,21 @@ class StageConfig:
         needs = NEEDS[self.method]
         return needs.critic is not None and not (needs.estep and self.estep_every == 0)
 
+    def warms_up(self, iteration: int) -> bool:
+        """Whether the iteration, from 0, is of the critic's warm-up: the actor then stays as it is."""
+        return iteration < self.critic.warmup_iterations
+
+    def critic_learns(self, iteration: int) -> bool:
+        """Whether the iteration, from 0, updates the critic."""
+        if not self.trains_critic:
+            return False
+        return not NEEDS[self.method].estep or self.warms_up(iteration) or iteration % self.estep_every == 0
+
+    def prompts_at(self, iteration: int) -> set[Prompts]:
+        """The prompts that the iteration, from 0, needs answered."""
+        actor = set() if self.warms_up(iteration) else self.actor_prompts()
+        return actor | (self.critic_prompts() if self.critic_learns(iteration) else set())
+
     def actor_prompts(self) -> set[Prompts]:
         """The prompts whose responses the actor learns from."""
         extra = {Prompts.labelled} if self.actor_on_labelled else set()

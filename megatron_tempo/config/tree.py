@@ -50,6 +50,21 @@ def load(path: str | Path) -> Config:
     return config
 
 
+def differences(old: Config, new: Config) -> list[str]:
+    """The fields in which two configs differ, as `path: old -> new`."""
+    before, after = dict(_leaves(to_plain(old))), dict(_leaves(to_plain(new)))
+    names = [*before, *(name for name in after if name not in before)]
+    return [f"{n}: {before.get(n)!r} -> {after.get(n)!r}" for n in names if before.get(n) != after.get(n)]
+
+
+def _leaves(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
+
+
 def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Every dataclass of the tree with its path, parents first: ("", config), ("run", config.run), ..."""
     if isinstance(node, dict):
@@ -128,7 +143,7 @@ def _scalar(kind: type, value: Any, path: str) -> Any:
         return float(value)
     if type(value) is kind:
         return value
-    quote = kind is str and value is not None
+    quote = kind is str and isinstance(value, int | float)
     fix = f"quote it: '{path}=\"{value}\"'" if quote else f"for example {path}={_EXAMPLE[kind]}"
     raise _BadValue(Problem(path, value, f"must be {_EXPECTED[kind]}", fix))
 

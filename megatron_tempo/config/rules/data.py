@@ -35,7 +35,7 @@ def check_file(field: str, dataset: DatasetConfig) -> Iterator[Problem]:
         return
     if path.suffix not in SUFFIXES:
         yield Problem(name, dataset.path, f"must end in {' or '.join(SUFFIXES)}", "convert it to JSONL or Parquet")
-    if not path.exists():
+    elif not path.exists():
         where = "" if path.is_absolute() else f" (relative paths start at {Path.cwd()})"
         yield Problem(name, dataset.path, "does not exist", f"give an existing file{where}")
     elif not path.is_file():

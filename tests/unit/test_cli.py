@@ -1,0 +1,221 @@
+"""The commands: dispatch, messages, exit status, and that a check needs no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+from megatron_tempo import cli
+from megatron_tempo.config import Config
+from tests.unit.config_files import good_overrides, write_all
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> list[str]:
+    write_all(tmp_path)
+    return good_overrides(tmp_path)
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Config]]:
+    """Stands for megatron_tempo.train, whose calls it records."""
+    calls: list[tuple[str, Config]] = []
+    module = types.ModuleType("megatron_tempo.train")
+    module.train = lambda config: calls.append(("train", config))  # type: ignore[attr-defined]
+    module.evaluate = lambda config: calls.append(("evaluate", config))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "megatron_tempo.train", module)
+    return calls
+
+
+def report(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    """The lines of the report on a configuration that must be refused."""
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    return [line.strip() for line in captured.err.splitlines()]
+
+
+def test_check_says_ok_and_what_it_is(good: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", *good, "parallel.tensor=2", "parallel.world_size=8"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("ok\n")
+    assert "tensor 2 x pipeline 1 x data 4" in out
+    assert "tempo, 1 iterations of 256 labelled + 256 unlabelled prompts x 8 responses" in out
+    assert f"{512 * 8 * (2048 + 16384):,} tokens" in out
+    assert "avg@16, pass@8 on heldout" in out
+
+
+# overrides, and for each the line that it gets
+TYPOS = {
+    "parallel.tensr=2": "parallel.tensr=2: there is no such field; fix: did you mean parallel.tensor?",
+    "+parallel.tensr=2": "parallel.tensr=2: there is no such field; fix: did you mean parallel.tensor?",
+    "++parallel.tensr=2": "parallel.tensr=2: there is no such field; fix: did you mean parallel.tensor?",
+    "+typo=1": "typo=1: there is no such field; fix: one of run, model, parallel, data, rollout, stage1, stage2, "
+    "evaluation, checkpoint, metrics",
+    "stage1.actor.lr=1": "stage1.actor.lr=1: there is no such field; fix: did you mean "
+    "stage1.actor.optimizer.lr or stage1.critic.optimizer.lr or stage2.actor.optimizer.lr?",
+    "run.device=gpu": "run.device=gpu: must be one of auto, cpu, cuda; fix: did you mean cpu?",
+    "parallel.tensor=two": "parallel.tensor=two: must be a whole number; fix: for example parallel.tensor=8",
+    "rollout.dump=1": "rollout.dump=1: must be true or false; fix: for example rollout.dump=true",
+    "stage1=ppo": "stage1=ppo: is a group of fields, not a value; fix: set its fields, such as stage1.method",
+    "algorithm=refrence": "algorithm=refrence: there is no preset of this name in configs/algorithm; "
+    "fix: did you mean reference?",
+    "experiment=x": "experiment=x: there is no preset of this name in configs/experiment; "
+    "fix: one of olmo3_7b_aime, quickstart, qwen3_14b_aime, qwen3_8b_aime, qwen3_8b_general",
+    "expriment=quickstart": "expriment=quickstart: there is no such group of presets; fix: experiment=quickstart",
+    "model=qwen": "model=qwen: there is no preset of this name in configs/model; fix: did you mean qwen3_8b or "
+    "qwen3_14b?",
+    "data=a.jsonl": "data=a.jsonl: is for eval; fix: data.labelled.path=a.jsonl or data.unlabelled.path=a.jsonl",
+    "run.seed=1,2": "run.seed=1,2: several values are a sweep, which this is not; fix: give one value, or a list "
+    "as [a,b]",
+    "run.seed": "run.seed=: cannot be read; fix: write KEY=VALUE; quote a value with special characters: "
+    "'KEY=\"VALUE\"'",
+    "hydra.verbose=true": "hydra.verbose=true: Hydra's own settings play no part here; fix: for presets of your own "
+    "use --config-dir",
+    "~run.sed": "~run.sed=: Could not delete from config. 'run.sed' does not exist.; fix: mend it, or the file that "
+    "it names",
+    "evaluation.pass_k.x=3": "evaluation.pass_k.x=3: invalid literal for int() with base 10: 'x'; fix: mend it, or the "
+    "file that it names",
+    "run.dir={x: 3}": "run.dir={x: 3}: must be text; fix: for example run.dir=NAME",
+    "run.dir=${run.folder}": "run.dir=${run.folder}: Interpolation key 'run.folder' not found; full_key: run.dir; "
+    "object_type=dict; fix: mend it, or the file that it names",
+}
+
+
+@pytest.mark.parametrize("override", TYPOS)
+def test_a_typo_gets_one_line(override: str, good: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(capsys, "check", *good, override) == ["1 problem in the configuration:", TYPOS[override]]
+
+
+def test_typos_and_broken_rules_come_in_one_report(good: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    bad = ["+typo=1", "run.device=gpu", "~run.sed", "parallel.tensor=3", "stage1.actor.optimizer.lr=-1"]
+    lines = report(capsys, "check", *good, *bad)
+    assert lines[0] == "5 problems in the configuration:"
+    fields = ["~run.sed", "run.device", "typo", "parallel.tensor", "stage1.actor.optimizer.lr"]
+    assert [line.partition("=")[0] for line in lines[1:]] == fields
+
+
+def test_an_unreadable_value_is_told_once(good: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    lines = report(capsys, "check", *good, "run.dir=7")
+    assert lines[1:] == ["run.dir=7: must be text; fix: quote it: 'run.dir=\"7\"'"]
+
+
+def test_presets_of_ones_own(good: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "presets" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("# @package _global_\nrun: {seed: 5, sed: 6}\nrolout: {dump: true}\n")
+    (folder / "broken.yaml").write_text("# @package _global_\nrun: {seed: 5\n")
+    arguments = ["check", "--config-dir", str(folder.parent), *good]
+    assert cli.main([*arguments, "experiment=quickstart", "model.path=" + str(tmp_path / "model"), *good]) == 0
+    capsys.readouterr()
+    lines = report(capsys, *arguments, "experiment=mine")
+    assert lines[1] == "run.sed=6: there is no such field; fix: did you mean run.seed?"
+    assert lines[2] == "rolout.dump=true: there is no such field; fix: did you mean rollout.dump?"
+    (line,) = report(capsys, *arguments, "experiment=broken")[1:]
+    assert line.startswith("experiment=broken: ")
+    assert "broken.yaml" in line
+    assert report(capsys, "check", "--config-dir", "nowhere")[1].startswith("--config-dir=nowhere: is not a folder")
+
+
+def test_train_checks_then_trains(
+    good: list[str], called: list[tuple[str, Config]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    report(capsys, "train", *good, "parallel.tensor=3")
+    assert called == []
+    assert cli.main(["train", *good, "run.seed=7"]) == 0
+    ((name, config),) = called
+    assert (name, config.run.seed) == ("train", 7)
+
+
+def test_only_the_first_process_reports(
+    good: list[str],
+    called: list[tuple[str, Config]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    monkeypatch.setenv("RANK", "0")
+    line = report(capsys, "train", *good, "parallel.tensor=4")[1]
+    assert line.startswith("parallel.world_size=6: is not a multiple of")
+    monkeypatch.setenv("RANK", "5")
+    assert report(capsys, "train", *good, "parallel.tensor=4") == []
+    assert called == []
+
+
+def test_eval_takes_a_folder_and_files(good: list[str], tmp_path: Path, called: list[tuple[str, Config]]) -> None:
+    files = [tmp_path / "labelled.jsonl", tmp_path / "my.held-out.jsonl"]
+    files[1].write_text("{}\n")
+    change = "evaluation.sets.labelled.verifier=countdown"
+    data = [f"data={file}" for file in files]
+    assert cli.main(["eval", change, f"model={tmp_path / 'model'}", *data, "evaluation.samples=32"]) == 0
+    ((name, config),) = called
+    assert (name, config.model.path, config.evaluation.samples) == ("evaluate", str(tmp_path / "model"), 32)
+    sets = config.evaluation.sets
+    assert {key: (s.path, s.prompt_field, s.answer_field) for key, s in sets.items()} == {
+        "labelled": (str(files[0]), "prompt", "answer"),
+        "my_held_out": (str(files[1]), "prompt", "answer"),
+    }
+    assert [s.verifier.name for s in sets.values() if s.verifier] == ["countdown", "math"]
+    assert config.run.dir == cli.EVAL_DIR
+
+
+def test_eval_writes_into_no_training_run(good: list[str], called: list[tuple[str, Config]], tmp_path: Path) -> None:
+    model, data = f"model={tmp_path / 'model'}", f"data={tmp_path / 'heldout.jsonl'}"
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nrun: {dir: runs/mine}\n")
+    arguments = ["eval", "--config-dir", str(tmp_path), "experiment=mine", model, data]
+    assert cli.main(arguments) == 0
+    assert cli.main([*arguments, "run.dir=elsewhere"]) == 0
+    assert [config.run.dir for _, config in called] == [cli.EVAL_DIR, "elsewhere"]
+
+
+def test_eval_without_anything(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = report(capsys, "eval")
+    assert [line.partition("=")[0] for line in lines[1:]] == ["model.path", "evaluation.sets"]
+
+
+def test_help_is_short(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert all(word in out for word in ("train", "check", "eval", "data=FILE", "experiment=quickstart"))
+    assert len(out.splitlines()) < 45
+
+
+@pytest.mark.parametrize("arguments", [[], ["tain"], ["check", "--verbose"]])
+def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_check_loads_no_torch_and_takes_a_moment(good: list[str]) -> None:
+    code = (
+        "import sys; from megatron_tempo.cli import main; status = main(sys.argv[1:]);"
+        "heavy = {'torch', 'megatron.core', 'transformers', 'numpy'} & set(sys.modules);"
+        "print(sorted(heavy)); sys.exit(status)"
+    )
+    seconds = []
+    for _ in range(3):  # the best of three: other work on the machine is not what is measured
+        start = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code, "check", *good], capture_output=True, text=True, check=True)
+        seconds.append(time.monotonic() - start)
+        assert done.stdout.startswith("ok\n")
+        assert done.stdout.endswith("[]\n")
+    assert min(seconds) < 2
+
+
+def test_check_as_a_program(good: list[str]) -> None:
+    command = [sys.executable, "-m", "megatron_tempo", "check", *good, "parallel.tensor=3", "+typo=1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert [line.split("=")[0].strip() for line in done.stderr.splitlines()[1:]] == ["typo", "parallel.tensor"]

@@ -1,0 +1,129 @@
+"""Every shipped preset composes, and passes the check once the paths that the user owes are given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from megatron_tempo.cli import REPOSITORY, build
+from megatron_tempo.config import Config, ConfigErrors
+from megatron_tempo.config.schema import Baseline, CriticTargets, Ratio, ValueTiming, to_plain
+from megatron_tempo.config.tree import MISSING
+from tests.unit.config_files import write_model, write_rows
+
+EXPERIMENTS = sorted(path.stem for path in (REPOSITORY / "configs" / "experiment").glob("*.yaml"))
+PAPER = [name for name in EXPERIMENTS if name.startswith(("qwen3", "olmo3"))]
+SHAPES = {
+    "qwen3_8b": {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "qwen3_14b": {"num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 8},
+    "olmo3_7b": {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32},
+}
+FFN = {"qwen3_8b": 12288, "qwen3_14b": 17408, "olmo3_7b": 11008}
+
+
+def owed(experiment: str, folder: Path, **changes: str) -> list[str]:
+    """Overrides for whatever the preset leaves to the user, with files that exist."""
+    family = next((name for name in SHAPES if experiment.startswith(name)), None)
+    shape = SHAPES[family] | {"intermediate_size": FFN[family]} if family else {}
+    write_model(folder / "model", **shape, **changes)
+    overrides = [f"experiment={experiment}", f"model={folder}/model"]
+    fields = ["data.labelled", "data.unlabelled", *(f"evaluation.sets.{name}" for name in sets(experiment))]
+    return overrides + [f"{field}.path={write_rows(folder / f'{i}.jsonl')}" for i, field in enumerate(fields)]
+
+
+def sets(experiment: str) -> list[str]:
+    if experiment == "quickstart":
+        return ["unlabelled", "heldout"]
+    return ["general"] if experiment.endswith("general") else ["aime2024", "aime2025"]
+
+
+def test_there_are_experiments() -> None:
+    assert {"quickstart", "qwen3_8b_aime", "qwen3_14b_aime", "olmo3_7b_aime", "qwen3_8b_general"} <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_passes(experiment: str, tmp_path: Path) -> None:
+    config = build(owed(experiment, tmp_path), world_size=16)
+    assert config.stage1.iterations > 0
+    assert config.stage2.iterations > 0
+    assert config.run.dir == f"runs/{experiment}"
+    assert config.stage2.baseline is Baseline.before_token
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_reference_algorithm_goes_with_it(experiment: str, tmp_path: Path) -> None:
+    overrides = owed(experiment, tmp_path)
+    paper = build(overrides)
+    config = build([*overrides, "algorithm=reference"])
+    stage = config.stage2
+    assert (stage.baseline, stage.value_timing) == (Baseline.reference, ValueTiming.before_estep)
+    assert (stage.actor_on_labelled, stage.actor.whiten_advantages) == (True, True)
+    assert (stage.critic.targets, stage.critic.drop_uniform_groups) == (CriticTargets.plus_minus_one, True)
+    config.stage2 = paper.stage2
+    assert config == paper
+
+
+@pytest.mark.parametrize("experiment", PAPER)
+def test_a_paper_preset_says_what_it_wants(experiment: str) -> None:
+    with pytest.raises(ConfigErrors) as caught:
+        build([f"experiment={experiment}"])
+    wanted = ["model", "data.labelled", "data.unlabelled", *(f"evaluation.sets.{name}" for name in sets(experiment))]
+    assert [problem.field for problem in caught.value.problems] == [f"{name}.path" for name in wanted]
+    assert {problem.value for problem in caught.value.problems} == {MISSING}
+
+
+def test_olmo3_is_refused_plainly(tmp_path: Path) -> None:
+    overrides = owed("olmo3_7b_aime", tmp_path, model_type="olmo3")
+    with pytest.raises(ConfigErrors) as caught:
+        build(overrides)
+    (problem,) = caught.value.problems
+    assert (problem.field, problem.wrong) == ("model.path", "model_type olmo3 is not supported yet")
+
+
+@pytest.mark.parametrize("experiment", PAPER)
+def test_the_papers_recipe(experiment: str, tmp_path: Path) -> None:
+    config: Config = build(owed(experiment, tmp_path))
+    prompts, mini = (128, 32) if "14b" in experiment else (256, 64)
+    for stage in config.stages().values():
+        assert stage.labelled_prompts == prompts
+        assert stage.actor.mini_batch_prompts == mini
+        assert stage.responses_per_prompt == 8
+        assert stage.actor.optimizer.lr == 1e-6
+        assert (stage.actor.ratio, stage.actor.clip_low, stage.actor.clip_high) == (Ratio.sequence, 3e-4, 5e-4)
+    assert config.stage2.unlabelled_prompts == prompts
+    assert (config.rollout.max_prompt_tokens, config.rollout.max_response_tokens) == (2048, 16384)
+    assert (config.rollout.temperature, config.evaluation.temperature) == (1.0, 1.0)
+    assert (config.evaluation.samples, config.evaluation.pass_k) == (16, [8])
+
+
+def test_quickstart_stands_on_the_repository_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = REPOSITORY / "examples" / "quickstart" / "model"
+    with pytest.raises(ConfigErrors) as caught:
+        build(["experiment=quickstart", f"run.dir={tmp_path}", "data.labelled.path=none.jsonl", "run.seed=-1"])
+    told = {problem.field: problem.value for problem in caught.value.problems}
+    assert told["data.labelled.path"] == "none.jsonl"
+    assert told.get("model.path", str(model)) == str(model)
+
+
+def test_the_presets_hold_no_field_that_equals_its_default() -> None:
+    """Each default stands in schema.py alone."""
+    defaults = OmegaConf.create(to_plain(Config()))
+    for path in sorted((REPOSITORY / "configs").glob("*/*.yaml")):
+        preset: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        for field, value in leaves(preset):
+            same = OmegaConf.select(defaults, field, throw_on_missing=False)
+            assert same is None or same != value, f"{path.name}: {field}={value} is the default"
+
+
+def leaves(node: dict, path: str = "") -> list[tuple[str, object]]:
+    found: list[tuple[str, object]] = []
+    for key, value in node.items():
+        below = f"{path}.{key}" if path else str(key)
+        if key == "defaults":
+            continue
+        found += leaves(value, below) if isinstance(value, dict) else [(below, value)]
+    return found

@@ -1,0 +1,360 @@
+"""Every rule: a configuration that breaks it gets one problem, on the right field, with a fix that helps."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import pytest
+
+from megatron_tempo.config import Config, Problem, Purpose, check
+from megatron_tempo.config.rules import evaluation
+from megatron_tempo.config.schema import NEEDS, Method, Prompts
+from megatron_tempo.config.tree import MISSING
+from tests.unit.config_files import configure, good_overrides, write_all, write_model
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    write_all(tmp_path)
+    return tmp_path
+
+
+def problems(files: Path, *overrides: str, purpose: Purpose = Purpose.train) -> list[Problem]:
+    changes = [override.replace("TMP", str(files)) for override in overrides]
+    return check(configure([*good_overrides(files), *changes]), world_size=None, purpose=purpose)
+
+
+def only(found: list[Problem]) -> Problem:
+    assert len(found) == 1, "\n".join(map(str, found))
+    return found[0]
+
+
+def test_the_good_configuration_has_no_problem(files: Path) -> None:
+    assert problems(files) == []
+
+
+S1, S2 = "stage1.actor", "stage2.critic"
+
+# overrides, field, a part of what is wrong, a part of the fix
+ONE_FIELD = [
+    ("run.seed=-1", "run.seed", "0 or more", "run.seed=0"),
+    ("parallel.tensor=0", "parallel.tensor", "1 or more", "parallel.tensor=1"),
+    ("parallel.pipeline=-2", "parallel.pipeline", "1 or more", "parallel.pipeline=1"),
+    ("parallel.micro_batch_tokens=0", "parallel.micro_batch_tokens", "1 or more", "micro_batch_tokens=1"),
+    ("parallel.bucket_mb=0", "parallel.bucket_mb", "1 or more", "bucket_mb=1"),
+    ("data.labelled.limit=0", "data.labelled.limit", "1 or more", "limit=1"),
+    ("rollout.max_prompt_tokens=0", "rollout.max_prompt_tokens", "1 or more", "max_prompt_tokens=1"),
+    ("rollout.temperature=0", "rollout.temperature", "above 0", "temperature=1"),
+    ("rollout.temperature=.nan", "rollout.temperature", "above 0", "temperature=1"),
+    ("rollout.batch_rows=0", "rollout.batch_rows", "1 or more", "batch_rows=1"),
+    (f"{S1}.optimizer.lr=0", f"{S1}.optimizer.lr", "above 0", "lr=1e-6"),
+    (f"{S1}.optimizer.lr=.inf", f"{S1}.optimizer.lr", "above 0", "lr=1e-6"),
+    (f"{S2}.optimizer.warmup_steps=-1", f"{S2}.optimizer.warmup_steps", "0 or more", "warmup_steps=0"),
+    (f"{S2}.optimizer.weight_decay=-1", f"{S2}.optimizer.weight_decay", "0 or more", "weight_decay=0"),
+    (f"{S2}.optimizer.beta1=1", f"{S2}.optimizer.beta1", "below 1", "beta1=0.9"),
+    (f"{S2}.optimizer.beta2=-0.1", f"{S2}.optimizer.beta2", "at least 0", "beta2=0.9"),
+    (f"{S2}.optimizer.eps=0", f"{S2}.optimizer.eps", "above 0", "eps="),
+    (f"{S2}.optimizer.clip_grad=0", f"{S2}.optimizer.clip_grad", "above 0", "clip_grad=1"),
+    (f"{S1}.clip_low=1", f"{S1}.clip_low", "above 0 and below 1", "clip_low=3e-4"),
+    (f"{S1}.clip_high=0", f"{S1}.clip_high", "above 0", "clip_high=5e-4"),
+    (f"{S1}.dual_clip=1", f"{S1}.dual_clip", "above 1", "dual_clip=3"),
+    (f"{S1}.entropy_coef=-1", f"{S1}.entropy_coef", "0 or more", "entropy_coef=0"),
+    (f"{S1}.kl_coef=-1", f"{S1}.kl_coef", "0 or more", "kl_coef=0"),
+    (f"{S1}.epochs=0", f"{S1}.epochs", "1 or more", "epochs=1"),
+    (f"{S2}.warmup_iterations=-1", f"{S2}.warmup_iterations", "0 or more", "warmup_iterations=0"),
+    ("stage1.responses_per_prompt=0", "stage1.responses_per_prompt", "1 or more", "responses_per_prompt=1"),
+    ("stage2.estep_every=-1", "stage2.estep_every", "0 or more", "estep_every=0"),
+    ("stage2.iterations=-1", "stage2.iterations", "0 or more", "iterations=0"),
+    ("evaluation.every=-1", "evaluation.every", "0 or more", "every=0"),
+    ("evaluation.temperature=-1", "evaluation.temperature", "above 0", "temperature=1"),
+    ("checkpoint.keep=0", "checkpoint.keep", "1 or more", "keep=1"),
+    ("checkpoint.every=-1", "checkpoint.every", "0 or more", "every=0"),
+    # paths
+    ("run.dir=???", "run.dir", "has no value", "run.dir=FOLDER"),
+    ("run.dir=TMP/labelled.jsonl", "run.dir", "is a file", "another run.dir"),
+    ("run.dir=TMP/labelled.jsonl/run", "run.dir", "is a file", "another run.dir"),
+    ("model.path=???", "model.path", "has no value", "model.path=FOLDER"),
+    ("model.path=TMP/none", "model.path", "does not exist", "save_pretrained"),
+    ("model.path=TMP/heldout.jsonl", "model.path", "is not a folder", "save_pretrained"),
+    ("model.critic_path=TMP/none", "model.critic_path", "does not exist", "save_pretrained"),
+    ("data.labelled.path=???", "data.labelled.path", "has no value", "data.labelled.path=FILE"),
+    ("data.labelled.path=TMP/none.jsonl", "data.labelled.path", "does not exist", "existing file"),
+    ("data.labelled.path=none.jsonl", "data.labelled.path", "does not exist", os.getcwd()),
+    ("data.unlabelled.path=TMP/model/config.json", "data.unlabelled.path", ".jsonl or .parquet", "convert"),
+    ("evaluation.sets.heldout.path=TMP/none.parquet", "evaluation.sets.heldout.path", "not exist", "existing file"),
+    # sets of questions
+    ("data.labelled=null", "data.labelled", "needs labelled questions", "data.labelled.path=FILE"),
+    ("data.unlabelled=null", "data.unlabelled", "needs unlabelled questions", "stage2.iterations=0"),
+    ("data.labelled.answer_field=null", "data.labelled.answer_field", "answers are needed", "the column"),
+    ("data.labelled.verifier=null", "data.labelled.verifier", "who compares", "one of math, countdown"),
+    ("data.unlabelled.answer_field=answer", "data.unlabelled.answer_field", "no answers", "evaluation.sets"),
+    ("data.unlabelled.verifier=math", "data.unlabelled.verifier", "no answers", "evaluation.sets"),
+    ("data.unlabelled.path=TMP/labelled.jsonl", "data.unlabelled.path", "would be known", "two files"),
+    ("data.unlabelled.path=TMP/model/../labelled.jsonl", "data.unlabelled.path", "would be known", "two files"),
+    ("evaluation.sets.heldout.answer_field=null", "evaluation.sets.heldout.answer_field", "needed", "the column"),
+    ("evaluation.sets.heldout.verifier=null", "evaluation.sets.heldout.verifier", "who compares", "math"),
+    # layout
+    ("parallel.tensor=3", "parallel.tensor", "8 attention heads and the 4 key-value heads", "one of 1, 2, 4"),
+    ("parallel.tensor=8", "parallel.tensor", "4 key-value heads", "one of 1, 2, 4"),
+    ("parallel.pipeline=4", "parallel.pipeline", "6 layers", "one of 1, 2, 3, 6"),
+    ("parallel.sequence=true", "parallel.sequence", "parallel.tensor is 1", "parallel.tensor=2"),
+    ("rollout.max_response_tokens=30721", "rollout.max_response_tokens", "32768 positions", "=30720 or less"),
+    ("rollout.max_prompt_tokens=32768", "rollout.max_response_tokens", "32768", "max_prompt_tokens below 32768"),
+    ("evaluation.max_response_tokens=40000", "evaluation.max_response_tokens", "32768", "=30720 or less"),
+    # stages
+    (f"{S1}.mini_batch_prompts=48", f"{S1}.mini_batch_prompts", "the 256 prompts", "one of 4, 8, 16, 32, 64"),
+    (f"{S2}.mini_batch_prompts=60", f"{S2}.mini_batch_prompts", "the 256 prompts", "64"),
+    ("stage1.labelled_prompts=0", "stage1.labelled_prompts", "ppo needs labelled", "=1 or more"),
+    ("stage2.labelled_prompts=0", "stage2.labelled_prompts", "tempo needs labelled", "=1 or more"),
+    ("stage2.unlabelled_prompts=0", "stage2.unlabelled_prompts", "tempo needs unlabelled", "=1 or more"),
+    ("stage1.unlabelled_prompts=8", "stage1.unlabelled_prompts", "ppo uses no unlabelled", "=0"),
+    # evaluation and metrics
+    ("evaluation.pass_k=[32]", "evaluation.pass_k", "pass@32", "evaluation.samples=32"),
+    ("evaluation.pass_k=[0]", "evaluation.pass_k", "pass@0", "1 or more"),
+    ("evaluation.calibration_set=heldot", "evaluation.calibration_set", "not in evaluation.sets", "heldout"),
+    ("rollout.replay=TMP/none", "rollout.replay", "is not a folder", "rollout.dump=true"),
+]
+
+
+@pytest.mark.parametrize(("override", "field", "wrong", "fix"), ONE_FIELD, ids=[row[0] for row in ONE_FIELD])
+def test_one_field(files: Path, override: str, field: str, wrong: str, fix: str) -> None:
+    problem = only(problems(files, override))
+    assert problem.field == field
+    assert wrong in problem.wrong
+    assert fix in problem.fix
+    assert "\n" not in str(problem)
+
+
+# name, overrides, field, a part of what is wrong, a part of the fix
+SEVERAL_FIELDS = [
+    (
+        "bf16 on a CPU",
+        ["run.device=cpu", "run.precision=bf16"],
+        "run.precision",
+        "fp32",
+        "run.device=cuda",
+    ),
+    (
+        "no stage",
+        ["stage1.iterations=0", "stage2.iterations=0"],
+        "stage2.iterations",
+        "no stage",
+        "1 or more",
+    ),
+    (
+        "world size and model",
+        ["parallel.world_size=6", "parallel.tensor=4"],
+        "parallel.world_size",
+        "parallel.tensor * parallel.pipeline = 4",
+        "launch 4 processes or a multiple",
+    ),
+    (
+        "rows and replicas",
+        [
+            "parallel.world_size=3",
+            "stage2.iterations=0",
+            "stage1.labelled_prompts=768",
+            "stage1.critic.mini_batch_prompts=96",
+        ],
+        "stage1.actor.mini_batch_prompts",
+        "512 responses cannot be shared evenly by 3",
+        "a multiple of 3",
+    ),
+    (
+        "frozen critic that nobody trained",
+        ["stage1.iterations=0", "stage2.estep_every=0"],
+        "model.critic_path",
+        "never trains its critic",
+        "stage1.iterations=1",
+    ),
+    (
+        "mini-batch with labelled rows in the actor's batch",
+        ["stage2.actor_on_labelled=true", "stage2.labelled_prompts=64", "stage2.actor.mini_batch_prompts=128"],
+        "stage2.actor.mini_batch_prompts",
+        "the 320 prompts",
+        "80",
+    ),
+    (
+        "dump into the replayed folder",
+        ["rollout.dump=true", "rollout.replay=TMP/run/rollouts"],
+        "rollout.replay",
+        "is replayed",
+        "rollout.dump=false",
+    ),
+    (
+        "set name",
+        ["evaluation.sets.a-b={path: TMP/heldout.jsonl, answer_field: answer, verifier: math}"],
+        "evaluation.sets",
+        "names",
+        "letters, digits",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field", "wrong", "fix"), [row[1:] for row in SEVERAL_FIELDS], ids=[row[0] for row in SEVERAL_FIELDS]
+)
+def test_several_fields(files: Path, overrides: list[str], field: str, wrong: str, fix: str) -> None:
+    (files / "run" / "rollouts").mkdir(parents=True)
+    problem = only(problems(files, *overrides))
+    assert problem.field == field
+    assert wrong in problem.wrong
+    assert fix in problem.fix
+
+
+def rewrite(**changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def shard(folder: Path) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+# name, what is done to the model's folder, a part of what is wrong, a part of the fix
+FOLDERS = [
+    ("olmo3", rewrite(model_type="olmo3"), "model_type olmo3 is not supported yet", "qwen3"),
+    ("no model_type", rewrite(model_type=None), "model_type None is not supported", "qwen3"),
+    ("no layers", rewrite(num_hidden_layers=None), "num_hidden_layers", "save_pretrained"),
+    ("text for heads", rewrite(num_attention_heads="8"), "num_attention_heads", "save_pretrained"),
+    ("no config", lambda folder: (folder / "config.json").unlink(), "no config.json", "save_pretrained"),
+    ("config cut short", lambda folder: (folder / "config.json").write_text('{"mo'), "not JSON", "save_pretrained"),
+    ("config a list", lambda folder: (folder / "config.json").write_text("[]"), "an object", "save_pretrained"),
+    ("no weights", lambda folder: (folder / "model.safetensors").unlink(), "no safetensors", "save_pretrained"),
+    ("absent shard", shard, "model-00002.safetensors", "copy"),
+    (
+        "bad index",
+        lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
+        "no readable weight_map",
+        "save_pretrained",
+    ),
+    ("no tokenizer", lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer", "copy"),
+]
+
+
+@pytest.mark.parametrize(("damage", "wrong", "fix"), [row[1:] for row in FOLDERS], ids=[row[0] for row in FOLDERS])
+def test_model_folder(files: Path, damage: Callable[[Path], None], wrong: str, fix: str) -> None:
+    damage(files / "model")
+    problem = only(problems(files))
+    assert problem.field == "model.path"
+    assert wrong in problem.wrong
+    assert fix in problem.fix
+
+
+def test_a_critic_to_be_given(files: Path) -> None:
+    config = configure(good_overrides(files))
+    config.model.critic_path = MISSING
+    problem = only(check(config, world_size=None))
+    assert (problem.field, problem.fix[-7:]) == ("model.critic_path", "or null")
+
+
+def test_shards_that_are_all_there(files: Path) -> None:
+    shard(files / "model")
+    (files / "model" / "model-00002.safetensors").touch()
+    assert problems(files) == []
+
+
+def test_a_critic_has_its_own_shape(files: Path) -> None:
+    write_model(files / "small", num_hidden_layers=3, vocab_size=101)
+    found = problems(files, "model.critic_path=TMP/small", "parallel.pipeline=2")
+    assert [problem.field for problem in found] == ["model.critic_path", "parallel.pipeline"]
+    assert "model.path 100 and model.critic_path 101" in found[0].wrong
+    assert "3 layers of model.critic_path" in found[1].wrong
+
+
+def test_no_chat_template(files: Path) -> None:
+    (files / "model" / "tokenizer_config.json").unlink()
+    found = problems(files, "data.labelled.chat_template=false")
+    assert [p.field for p in found] == ["data.unlabelled.chat_template", "evaluation.sets.heldout.chat_template"]
+    assert "chat_template=false" in found[0].fix
+    (files / "model" / "chat_template.jinja").touch()
+    assert problems(files) == []
+
+
+def test_resume_false_keeps_checkpoints(files: Path) -> None:
+    assert problems(files, "run.resume=false") == []
+    (files / "run" / "checkpoints" / "step_00000020").mkdir(parents=True)
+    problem = only(problems(files, "run.resume=false"))
+    assert problem.field == "run.resume"
+    assert "already has checkpoints" in problem.wrong
+    assert "run.resume=true" in problem.fix
+    assert problems(files) == []
+
+
+def test_a_run_folder_that_cannot_be_written(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != files and real(path, mode))
+    problem = only(problems(files))
+    assert problem.field == "run.dir"
+    assert str(files) in problem.wrong
+
+
+@pytest.mark.parametrize(
+    ("override", "package"), [("metrics.tensorboard=true", "tensorboard"), ("metrics.wandb_project=p", "wandb")]
+)
+def test_absent_tracker(files: Path, monkeypatch: pytest.MonkeyPatch, override: str, package: str) -> None:
+    spec = ModuleSpec(package, None)
+    monkeypatch.setattr(evaluation, "find_spec", lambda name: spec if name == package else None)
+    assert problems(files, override) == []
+    monkeypatch.setattr(evaluation, "find_spec", lambda name: None if name == package else spec)
+    problem = only(problems(files, override))
+    assert problem.field == override.partition("=")[0]
+    assert package in problem.wrong
+    assert "[track]" in problem.fix
+
+
+def test_all_problems_at_once_in_the_order_of_the_tree(files: Path) -> None:
+    bad = [row[0] for row in ONE_FIELD if row[1] in ("run.seed", "checkpoint.keep", "rollout.batch_rows")]
+    found = problems(files, *reversed(bad), "parallel.tensor=3")
+    assert [p.field for p in found] == ["run.seed", "parallel.tensor", "rollout.batch_rows", "checkpoint.keep"]
+
+
+def test_frozen_critic_after_stage_one_needs_no_labelled_set(files: Path) -> None:
+    frozen = ["stage2.estep_every=0", "stage2.critic.mini_batch_prompts=7"]
+    assert problems(files, *frozen) == []
+    loaded = ["stage1.iterations=0", "model.critic_path=TMP/critic", "data.labelled=null"]
+    assert problems(files, *frozen, *loaded) == []
+
+
+def test_a_set_that_no_stage_uses_needs_no_file(files: Path) -> None:
+    assert problems(files, "stage2.iterations=0", "data.unlabelled.path=???") == []
+
+
+def test_launched_processes(files: Path) -> None:
+    config = configure(good_overrides(files))
+    assert check(config, world_size=64) == []
+    problem = only(check(config, world_size=7)[:1])
+    assert (problem.field, "7 data-parallel" in problem.wrong) == ("stage1.actor.mini_batch_prompts", True)
+    config.parallel.world_size = 4
+    problem = only(check(config, world_size=2))
+    assert (problem.field, problem.wrong) == ("parallel.world_size", "2 processes were launched")
+
+
+def test_eval_looks_at_no_stage(files: Path) -> None:
+    bad = ["data.labelled.path=TMP/none.jsonl", "stage1.actor.mini_batch_prompts=7", "data.unlabelled=null"]
+    assert len(problems(files, *bad)) == 3
+    assert problems(files, *bad, purpose=Purpose.eval) == []
+    assert only(problems(files, "model.path=TMP/none", purpose=Purpose.eval)).field == "model.path"
+    config = configure(good_overrides(files))
+    config.evaluation.sets.clear()
+    problem = only(check(config, world_size=None, purpose=Purpose.eval))
+    assert (problem.field, "data=FILE" in problem.fix) == ("evaluation.sets", True)
+
+
+def test_every_method_has_its_needs() -> None:
+    assert set(NEEDS) == set(Method)
+    stage = Config().stage2
+    assert (stage.prompts(), stage.actor_prompts(), stage.critic_prompts()) == (
+        {Prompts.labelled, Prompts.unlabelled},
+        {Prompts.unlabelled},
+        {Prompts.labelled},
+    )
+    assert Config().stage1.prompts() == {Prompts.labelled}

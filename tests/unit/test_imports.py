@@ -1,0 +1,155 @@
+"""The import rules of the design, read from the sources: imports run one way, and heavy packages stay in their places.
+
+A file of megatron_tempo belongs to the layer of its first name below the package: megatron_tempo/models/actor.py to
+models, megatron_tempo/train.py to train.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "megatron_tempo"
+
+# What each layer may import of megatron_tempo besides itself.
+BASE = {"types", "config"}
+TOOLS = BASE | {"rollout", "rewards", "data", "evaluation"}
+MODELS = BASE | {"kernels", "algorithm", "models"}
+BESIDE = MODELS | TOOLS | {"weights", "methods"}  # files beside methods and train
+ALLOWED: dict[str, set[str]] = {
+    "__init__": set(),
+    "__main__": {"cli"},
+    "types": set(),
+    "config": set(),
+    "kernels": BASE,
+    "algorithm": BASE | {"kernels"},
+    "models": MODELS,
+    "weights": MODELS,
+    "rewards": BASE,
+    "data": BASE,
+    "rollout": BASE | {"rewards"},
+    "evaluation": BASE | {"rewards", "rollout"},
+    "methods": MODELS | TOOLS | {"weights"},
+    "cli": BASE | {"train"},
+}
+# Only these layers import these packages.
+HOMES = {
+    "megatron": {"models", "weights", "checkpoint"},
+    "hydra": {"cli"},
+    "omegaconf": {"cli"},
+}
+# These layers are read before torch is loaded.
+WITHOUT_TORCH = {"config", "cli", "__main__", "__init__"}
+
+
+def violations(package: Path) -> list[str]:
+    """Every import below `package` that breaks a rule, as "file:line layer imports name"."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        file = path.relative_to(package.parent).as_posix()
+        layer = Path(path.relative_to(package).parts[0]).stem
+        for line, name in imports(path, package):
+            if not permitted(layer, name, package.name):
+                found.append(f"{file}:{line} {layer} imports {name}")
+    return found
+
+
+def permitted(layer: str, name: str, package: str) -> bool:
+    top, *below = name.split(".")
+    if top == package:
+        return not below or below[0] == layer or below[0] in ALLOWED.get(layer, BESIDE | beside(layer))
+    if top == "torch":
+        return layer not in WITHOUT_TORCH
+    return layer in HOMES.get(top, {layer})
+
+
+def beside(layer: str) -> set[str]:
+    """Files beside train (checkpoint, metrics, ...) may import one another, but neither train nor cli."""
+    known = {path.stem for path in PACKAGE.iterdir()} - set(ALLOWED) - {"train"}
+    return known | ({"train"} if layer == "train" else set())
+
+
+def imports(path: Path, package: Path) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of everything imported anywhere in a file, type-checking imports included."""
+    inside = (package.name, *path.relative_to(package).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = inside[: len(inside) + 1 - node.level] if node.level else ()
+            module = ".".join((*base, *filter(None, [node.module])))
+            # "from package import layer" names the layer in the alias
+            names = [f"{module}.{alias.name}" for alias in node.names] if module == package.name else [module]
+            yield from ((node.lineno, name) for name in names)
+
+
+def test_imports_run_one_way() -> None:
+    assert violations(PACKAGE) == []
+
+
+PLANTED = [
+    ("types.py", "from megatron_tempo.config import Config", "megatron_tempo.config"),
+    ("config/rules/run.py", "from megatron_tempo.types import Batch", "megatron_tempo.types"),
+    ("config/schema.py", "import torch.nn as nn", "torch.nn"),
+    ("config/schema.py", "from ..models import actor", "megatron_tempo.models"),
+    ("config/rules/run.py", "def f():\n    from ...train import train", "megatron_tempo.train"),
+    ("kernels/loss.py", "from megatron_tempo import algorithm", "megatron_tempo.algorithm"),
+    ("algorithm/losses.py", "import megatron_tempo.models.actor", "megatron_tempo.models.actor"),
+    ("algorithm/losses.py", "import megatron.core", "megatron.core"),
+    ("models/actor.py", "from megatron_tempo.weights import qwen3", "megatron_tempo.weights"),
+    ("models/actor.py", "from megatron_tempo.methods.tempo import Tempo", "megatron_tempo.methods.tempo"),
+    ("rollout/engine.py", "from megatron.core import mpu", "megatron.core"),
+    ("rollout/engine.py", "from megatron_tempo.models import actor", "megatron_tempo.models"),
+    ("rewards/math.py", "from megatron_tempo.data import stream", "megatron_tempo.data"),
+    ("data/stream.py", "try:\n    import megatron\nexcept ImportError:\n    pass", "megatron"),
+    ("rollout/engine.py", "from megatron_tempo.evaluation import scores", "megatron_tempo.evaluation"),
+    ("evaluation/scores.py", "from megatron_tempo.models import actor", "megatron_tempo.models"),
+    ("methods/tempo.py", "from megatron_tempo.train import train", "megatron_tempo.train"),
+    ("methods/tempo.py", "from megatron.core import mpu", "megatron.core"),
+    ("metrics.py", "from megatron_tempo.train import train", "megatron_tempo.train"),
+    ("train.py", "from megatron_tempo.cli import main", "megatron_tempo.cli"),
+    ("train.py", "from omegaconf import OmegaConf", "omegaconf"),
+    ("cli.py", "from megatron_tempo.models import actor", "megatron_tempo.models"),
+    ("cli.py", "import torch", "torch"),
+]
+
+
+@pytest.mark.parametrize(("file", "code", "name"), PLANTED, ids=[f"{file} {name}" for file, _, name in PLANTED])
+def test_a_planted_violation_is_found(tmp_path: Path, file: str, code: str, name: str) -> None:
+    path = tmp_path / "megatron_tempo" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(f'"""A file."""\n{code}\n')
+    (found,) = violations(tmp_path / "megatron_tempo")
+    line = 2 + code[: code.index("import" if "\n" not in code else "    ")].count("\n")
+    assert (
+        found
+        == f"megatron_tempo/{file}:{line} {path.relative_to(tmp_path).parts[1].removesuffix('.py')} imports {name}"
+    )
+
+
+def test_what_is_allowed_is_let_through(tmp_path: Path) -> None:
+    files = {
+        "models/actor.py": "from megatron.core import mpu\nfrom megatron_tempo.algorithm import losses\nimport torch",
+        "weights/load.py": "from megatron_tempo.models import actor\nfrom . import names\nimport megatron.core",
+        "checkpoint.py": "from megatron.core import dist_checkpointing\nfrom megatron_tempo.models import actor",
+        "train.py": "from megatron_tempo.methods import tempo\nfrom megatron_tempo import metrics, weights",
+        "cli.py": "import hydra\nfrom megatron_tempo.train import train\nfrom megatron_tempo.config.rules import check",
+        "config/rules/run.py": "from ..schema import Config\nfrom . import data\nimport json",
+    }
+    for file, code in files.items():
+        path = tmp_path / "megatron_tempo" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code)
+    (tmp_path / "megatron_tempo" / "metrics.py").write_text("")
+    assert violations(tmp_path / "megatron_tempo") == []
+
+
+def test_the_configuration_loads_without_torch() -> None:
+    code = "import sys, megatron_tempo.config, megatron_tempo.cli; print({'torch', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
