@@ -1,0 +1,202 @@
+"""The report as one HTML file that needs nothing else: no scripts, no network."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from matplotlib.figure import Figure
+
+from megatron_tempo.progress import clock
+from megatron_tempo.records import Record
+from megatron_tempo.report import plots
+from megatron_tempo.report.summary import Milestone, Run, outcome, printable, score_rows
+
+RIGHT_AND_WRONG = 2  # responses of each kind shown at a milestone
+HEAD, TAIL = 400, 200  # tokens shown of a long response
+# From wrong over undecided to right: told apart by colour-blind readers, light enough for dark text.
+SCALE = ((236, 150, 80), (247, 246, 242), (92, 165, 218))
+PREFIX_SCORES = (
+    ("auroc", "AUROC", "AUROC (1 is best)"),
+    ("brier", "Brier score", "Brier score (0 is best)"),
+    ("ece", "Calibration error", "ECE (0 is best)"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    uri: str
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    text: str
+    colour: str | None
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A response, ready to be shown. `curve` holds the points of its values in a box of 100 by 20."""
+
+    set: str
+    prompt: str
+    head: list[Token]
+    left_out: int
+    tail: list[Token]
+    correct: bool
+    answer: str
+    first_value: str
+    last_value: str
+    curve: str
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    name: str
+    seconds: float
+    share: float  # of the run's time
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes RUN_DIR/report.html from the run's records, in place of an earlier one. ValueError for broken files."""
+    run = Run.read(run_dir)
+    source = files("megatron_tempo.report").joinpath("template.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["clock"] = clock
+    calibrated = [(m, r) for m in run.milestones() for r in m.scores.values() if r.get("calibration")]
+    header, rows = score_rows(run)
+    page = environment.from_string(source).render(
+        name=run.name,
+        facts=_facts(run),
+        outcome=[(printable(finding.figures), printable(finding.verdict)) for finding in outcome(run)],
+        header=header,
+        rows=[[printable(cell) for cell in row] for row in rows],
+        scores=[_picture(plots.score_panel(run, name), f"Scores on {printable(name)}") for name in run.sets()],
+        reliability=[_picture(plots.reliability(m, r), f"Reliability {m.label}") for m, r in calibrated if m.stage],
+        prefixes=[_picture(plots.by_prefix(calibrated, *score), score[1]) for score in PREFIX_SCORES if calibrated],
+        calibration_rows=list(_calibration_rows(calibrated)),
+        training=[_picture(figure, title) for title, figure in plots.training_panels(run)],
+        phases=_phases(run),
+        samples=[(m.label, chosen) for m in reversed(run.milestones()) if (chosen := _samples(run, m))],
+        scale=[_css(colour) for colour in SCALE],
+        value_range=_value_range(run),
+        config=printable(json.dumps(run.config, indent=2, ensure_ascii=False)) if run.config else "",
+    )
+    path = run_dir / "report.html"
+    new = path.with_name("report.html.new")
+    new.write_text(page, encoding="utf-8")
+    new.replace(path)
+    return path
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    records = run.metrics + run.evaluations
+    done, planned = run.iterations()
+    facts = [("Iterations", str(done) if done == planned else f"{done} of {planned}")]
+    if run.config:
+        facts = [
+            ("Model", Path(str(run.config["model"]["path"])).name),
+            *facts,
+            ("Seed", str(run.config["run"]["seed"])),
+        ]
+    if records:
+        facts.append(("Time", clock(sum(record.get("seconds", 0.0) for record in records))))
+        facts.append(("Last record", time.strftime("%Y-%m-%d %H:%M", time.localtime(max(r["time"] for r in records)))))
+    return facts
+
+
+def _phases(run: Run) -> list[Phase]:
+    """Seconds of each outermost phase over the run, the longest first, and the rest that no phase covers."""
+    totals: dict[str, float] = {}
+    for record in run.metrics + run.evaluations:
+        for name, value in record.items():
+            if name.startswith("time/") and name.count("/") == 1 and value is not None:
+                totals[name.removeprefix("time/")] = totals.get(name.removeprefix("time/"), 0.0) + value
+    whole = max(sum(record.get("seconds", 0.0) for record in run.metrics + run.evaluations), sum(totals.values()))
+    if not whole:
+        return []
+    ranked = sorted(totals.items(), key=lambda item: -item[1])
+    return [
+        Phase(name, seconds, seconds / whole) for name, seconds in [*ranked, ("other", whole - sum(totals.values()))]
+    ]
+
+
+def _calibration_rows(calibrated: list[tuple[Milestone, Record]]) -> Iterator[list[str]]:
+    for milestone, record in calibrated:
+        for fraction, found in record["calibration"]["by_prefix"].items():
+            numbers = (found[score] for score, _, _ in PREFIX_SCORES)
+            yield [milestone.label, f"{float(fraction):.0%}", *("-" if n is None else f"{n:.3f}" for n in numbers)]
+
+
+def _samples(run: Run, milestone: Milestone) -> list[Sample]:
+    """A few responses of a milestone, right and wrong."""
+    records = [r for r in run.samples if r["step"] == milestone.step and r["point"] != "during"]
+    right = [record for record in records if record["correct"]][:RIGHT_AND_WRONG]
+    wrong = [record for record in records if not record["correct"]][:RIGHT_AND_WRONG]
+    return [_sample(record, _value_range(run)) for record in right + wrong]
+
+
+def _sample(record: Record, value_range: tuple[float, float]) -> Sample:
+    texts = [printable(text) for text in record["tokens"]]
+    values = record["values"] or [None] * (len(texts) + 1)
+    tokens = [_token(*item, value_range) for item in zip(texts, values[:-1], values[1:], strict=True)]
+    head, tail = (tokens, []) if len(tokens) <= HEAD + TAIL else (tokens[:HEAD], tokens[-TAIL:])
+    return Sample(
+        set=printable(record["set"]),
+        prompt=printable(record["prompt"]),
+        head=head,
+        left_out=len(tokens) - len(head) - len(tail),
+        tail=tail,
+        correct=bool(record["correct"]),
+        answer=printable(str(record["answer"])),
+        first_value=_number(values[0]),
+        last_value=_number(values[-1]),
+        curve=_curve(values, value_range),
+    )
+
+
+def _token(text: str, before: float | None, after: float | None, value_range: tuple[float, float]) -> Token:
+    if after is None:
+        return Token(text, None, "")
+    low, high = value_range
+    position = min(max((after - low) / (high - low), 0.0), 1.0) * 2
+    start, end = SCALE[:2] if position < 1 else SCALE[1:]
+    part = position if position < 1 else position - 1
+    mixed = tuple(round(a + (b - a) * part) for a, b in zip(start, end, strict=True))
+    return Token(text, _css(mixed), f"value {_number(before)} before, {_number(after)} after")
+
+
+def _curve(values: list[float | None], value_range: tuple[float, float]) -> str:
+    low, high = value_range
+    every = max(len(values) // 300, 1)
+    return " ".join(
+        f"{100 * i / max(len(values) - 1, 1):.1f},{20 - 20 * min(max((v - low) / (high - low), 0.0), 1.0):.1f}"
+        for i, v in enumerate(values)
+        if v is not None and (i % every == 0 or i == len(values) - 1)
+    )
+
+
+def _value_range(run: Run) -> tuple[float, float]:
+    """What a value says for certainly wrong and certainly right."""
+    targets = {stage["critic"]["targets"] for stage in (run.config.get("stage1"), run.config.get("stage2")) if stage}
+    return (-1.0, 1.0) if "plus_minus_one" in targets else (0.0, 1.0)
+
+
+def _picture(figure: Figure, title: str) -> Picture:
+    return Picture("data:image/svg+xml;base64," + base64.b64encode(plots.svg(figure).encode()).decode(), title)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _css(colour: tuple[int, ...]) -> str:
+    return f"rgb({', '.join(map(str, colour))})"

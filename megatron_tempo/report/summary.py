@@ -1,0 +1,186 @@
+"""A run read back from its folder, and its outcome in words and as a table."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from math import hypot
+from pathlib import Path
+
+from megatron_tempo.records import Record, read_evaluations, read_metrics, read_samples
+
+# Control characters but newline and tab as Unicode's pictures of them; surrogates, which UTF-8 cannot carry, as U+FFFD.
+_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+_VISIBLE |= {127: 0x2421} | dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
+
+
+def printable(text: str) -> str:
+    """The text with its control characters made visible: fit for HTML, SVG and a terminal."""
+    return text.translate(_VISIBLE)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage as far as it has run: it covers the steps first..last."""
+
+    name: str
+    label: str  # Stage 2 · TEMPO
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Milestone:
+    """The evaluation before the training or after a stage."""
+
+    label: str  # before training, after stage 1, ...
+    stage: str  # the stage that has ended; empty before training
+    step: int
+    scores: dict[str, Record]  # by set: its line of evaluations.jsonl
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    figures: str
+    verdict: str = ""  # whether the last stage paid
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    name: str
+    config: Record  # the config as dicts; empty where config.json is missing
+    metrics: list[Record]
+    evaluations: list[Record]
+    samples: list[Record]
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Run:
+        """ValueError where the folder is missing or a file in it is broken."""
+        if not run_dir.is_dir():
+            raise ValueError(f"no run folder at {run_dir}")
+        config = run_dir / "config.json"
+        return cls(
+            name=run_dir.resolve().name,
+            config=json.loads(config.read_text()) if config.exists() else {},
+            metrics=read_metrics(run_dir),
+            evaluations=sorted(read_evaluations(run_dir), key=lambda record: record["step"]),
+            samples=read_samples(run_dir),
+        )
+
+    def sets(self) -> list[str]:
+        """The evaluated sets, in the order in which they were first evaluated."""
+        return list(dict.fromkeys(record["set"] for record in self.evaluations))
+
+    def stages(self) -> list[Stage]:
+        spans: dict[str, list[Record]] = {}
+        for record in self.metrics:
+            spans.setdefault(record["stage"], []).append(record)
+        return [
+            Stage(
+                name,
+                f"{_words(name).capitalize()} · {records[0]['method'].upper()}",
+                min(record["step"] for record in records),
+                max(record["step"] for record in records),
+            )
+            for name, records in spans.items()
+        ]
+
+    def milestones(self) -> list[Milestone]:
+        """In the order of the run. A stage without iterations adds none: its step is that of the one before."""
+        found: dict[int, Milestone] = {}
+        for record in self.evaluations:
+            if record["point"] == "during":
+                continue
+            before = record["point"] == "before"
+            label = "before training" if before else f"after {_words(record['stage'])}"
+            new = Milestone(label, "" if before else record["stage"], record["step"], {})
+            found.setdefault(record["step"], new).scores.setdefault(record["set"], record)
+        return list(found.values())
+
+    def iterations(self) -> tuple[int, int]:
+        """Iterations done and planned, over all stages."""
+        done = max((record["step"] for record in self.metrics), default=0)
+        planned = sum(self.config.get(stage, {}).get("iterations", 0) for stage in ("stage1", "stage2"))
+        return done, max(done, planned)
+
+
+def outcome(run: Run) -> list[Finding]:
+    """What was measured, in sentences: first how far the run is if it is not done, then one finding for each set."""
+    findings = []
+    done, planned = run.iterations()
+    if done < planned:
+        findings.append(Finding(f"This run is not finished: {done} of {planned} iterations are done."))
+    milestones = run.milestones()
+    if not milestones:
+        findings.append(Finding("Nothing has been evaluated yet."))
+    for name in run.sets():
+        reached = [(m, m.scores[name]) for m in milestones if name in m.scores and m.scores[name]["avg"] is not None]
+        if not reached:
+            continue
+        record = reached[0][1]
+        figures = [f"{_score(r['avg'], r['avg_se'])} {m.label}" for m, r in reached]
+        listed = " and ".join(filter(None, (", ".join(figures[:-1]), figures[-1])))
+        findings.append(
+            Finding(
+                f"{name} ({record['questions']} questions): avg@{record['avg_k']} was {listed}.",
+                _verdict(*reached[-2], *reached[-1]) if len(reached) > 1 else "",
+            )
+        )
+    return findings
+
+
+def summary_table(run_dir: Path) -> str:
+    """Scores of each set before, between and after, with standard errors, and the outcome: plain text."""
+    run = Run.read(run_dir)
+    header, rows = score_rows(run)
+    lines = [header, *rows] if rows else []
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    if table:
+        table[1:1] = ["  ".join("-" * width for width in widths)]
+        table.append("")
+    findings = [line for finding in outcome(run) for line in (finding.figures, finding.verdict) if line]
+    return printable("\n".join([*table, *findings]))
+
+
+def score_rows(run: Run) -> tuple[list[str], list[list[str]]]:
+    """The table's header and rows: one row for avg@k and each pass@k of each set, one column for each milestone."""
+    milestones = run.milestones()
+    rows = []
+    for name in run.sets():
+        records = [m.scores.get(name) for m in milestones]
+        known = [record for record in records if record is not None]
+        if not known:
+            continue
+        rows.append([name, f"avg@{known[0]['avg_k']}", *(_score(r["avg"], r["avg_se"]) if r else "" for r in records)])
+        for k in dict.fromkeys(k for record in known for k in record["pass"]):
+            cells = (_score(r["pass"].get(k), r["pass_se"].get(k)) if r else "" for r in records)
+            rows.append([name, f"pass@{k}", *cells])
+    return ["set", "score", *(m.label for m in milestones)], rows
+
+
+def _verdict(first: Milestone, old: Record, last: Milestone, new: Record) -> str:
+    """Whether a stage paid. The two standard errors are joined as if the questions differed: they are the same, so the
+    error of the difference is, if anything, smaller."""
+    stage = _words(last.stage).capitalize()
+    other = _words(first.stage) or "the start"
+    gain = new["avg"] - old["avg"]
+    error = hypot(old["avg_se"] or 0.0, new["avg_se"] or 0.0)
+    figure = f"{gain:+.3f} ± {error:.3f}"
+    if gain <= 0:
+        return f"{stage} did not beat {other}: {figure}."
+    if gain < 2 * error:
+        return f"{stage} scored above {other}, by less than two standard errors: {figure}."
+    return f"{stage} beat {other}: {figure}."
+
+
+def _score(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
+
+
+def _words(stage: str) -> str:
+    """stage2 as it is said: stage 2."""
+    return re.sub(r"(?<=\D)(?=\d)", " ", stage)
