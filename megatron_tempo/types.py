@@ -44,7 +44,7 @@ class Completion:
     """One sampled response, as an engine returns it.
 
     `logprobs[t]` is log pi(token_ids[t] | prompt, token_ids[:t]) in nats, after temperature, under the weights
-    `weight_version` (the actor's update count). `finish_reason` is "stop" (the response ends with an end token, which is a
+    `weight_version` (the run's iteration). `finish_reason` is "stop" (the response ends with an end token, which is
     part of it) or "length".
 
     >>> Completion(token_ids=(12, 66), logprobs=(-0.7, -0.01), finish_reason="stop", weight_version=40)
@@ -54,6 +54,27 @@ class Completion:
     logprobs: tuple[float, ...]
     finish_reason: str
     weight_version: int
+
+
+@dataclass(slots=True)
+class TokenCount:
+    """Tokens that went through a model, and how many of them were padding.
+
+    >>> TokenCount(tokens=512, padding=3)
+    """
+
+    tokens: int = 0
+    padding: int = 0
+
+    def add(self, tokens: int, padding: int) -> None:
+        self.tokens += tokens
+        self.padding += padding
+
+    def take(self) -> TokenCount:
+        """The count so far, which starts again from zero."""
+        taken = TokenCount(self.tokens, self.padding)
+        self.tokens = self.padding = 0
+        return taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +120,21 @@ class Batch:
         """Prompt and response of each row, joined: int64 [prompt + response]."""
         for prompt, response in zip(self.prompts(), self.responses(), strict=True):
             yield torch.cat((prompt, response))
+
+    @staticmethod
+    def join(first: Batch, second: Batch) -> Batch:
+        """The rows of both, without verdicts: what the actor learns from."""
+        shift = int(first.group.max()) + 1 if len(first) else 0
+        return Batch(
+            prompt_ids=first.prompt_ids + second.prompt_ids,
+            group=torch.cat([first.group, second.group + shift]),
+            prompt_tokens=torch.cat([first.prompt_tokens, second.prompt_tokens]),
+            prompt_lengths=torch.cat([first.prompt_lengths, second.prompt_lengths]),
+            response_tokens=torch.cat([first.response_tokens, second.response_tokens]),
+            response_lengths=torch.cat([first.response_lengths, second.response_lengths]),
+            engine_logprobs=torch.cat([first.engine_logprobs, second.engine_logprobs]),
+            stopped=torch.cat([first.stopped, second.stopped]),
+        )
 
     def select(self, rows: Tensor) -> Batch:
         """The given rows, in the given order. `rows` is int64 [m]."""

@@ -1,20 +1,35 @@
-"""From a config to the models in memory."""
+"""From a config to a run's parts: process groups, models, engine, data; and back to Hugging Face folders."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+import transformers
+from transformers import PreTrainedTokenizerBase
 
 from megatron_tempo.config.schema import Config
+from megatron_tempo.data.dataset import load_labelled, load_unlabelled, overlap
+from megatron_tempo.data.stream import PromptStream
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
+from megatron_tempo.models.device import select_device
 from megatron_tempo.models.gpt import LanguageModel, PackedGPT, ValueModel
-from megatron_tempo.models.parallel import Layout
-from megatron_tempo.models.qwen3 import Shape, read_shape, transformer_config
-from megatron_tempo.models.trained import TrainedModel
+from megatron_tempo.models.parallel import Layout, parallel_groups
+from megatron_tempo.models.qwen3 import DTYPES, read_shape, transformer_config
+from megatron_tempo.models.trained import Model, TrainedModel
+from megatron_tempo.rewards.verifiers import Verifiers
+from megatron_tempo.rollout.embedded import EmbeddedEngine
+from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
 from megatron_tempo.weights import folder, qwen3
+from megatron_tempo.weights.slots import Slot
+from megatron_tempo.weights.stream import Bucket, export
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,23 +41,112 @@ class Workplace:
     device: torch.device
 
 
+@contextmanager
+def open_workplace(config: Config) -> Iterator[Workplace]:
+    """The device and the process groups, for the time of a job."""
+    device = select_device(config.run.device, int(os.environ.get("LOCAL_RANK", "0")))
+    # On CUDA some operations have no deterministic form; there torch warns instead of stopping.
+    torch.use_deterministic_algorithms(config.run.deterministic, warn_only=device.type == "cuda")
+    transformers.utils.logging.disable_progress_bar()
+    with parallel_groups(config.parallel, device, config.run.seed) as layout:
+        yield Workplace(config, layout, device)
+
+
 def build_actor(place: Workplace) -> Actor:
-    """The actor with the weights of `model.path`. Collective."""
-    path = Path(place.config.model.path)
-    return Actor(_build(place, LanguageModel, read_shape(path), path), place.config.rollout.temperature)
+    """The actor with the weights of `model.path`, to be trained. Collective."""
+    net = _network(place, LanguageModel, Path(place.config.model.path))
+    return Actor(_trained(place, net), place.config.rollout.temperature)
+
+
+def build_reference(place: Workplace) -> Actor:
+    """The policy that the KL term holds to: `model.path` as it is. Collective."""
+    net = _network(place, LanguageModel, Path(place.config.model.path))
+    config = place.config
+    model = Model.frozen(net, place.layout, place.device, config.parallel.micro_batch_tokens, config.run.precision)
+    return Actor(model, config.rollout.temperature)
 
 
 def build_critic(place: Workplace) -> Critic:
     """The critic with the weights of `model.critic_path`, or the actor's decoder and a zero head. Collective."""
     path = Path(place.config.model.critic_path or place.config.model.path)
-    return Critic(_build(place, ValueModel, read_shape(path), path))
+    return Critic(_trained(place, _network(place, ValueModel, path)))
 
 
-def _build(
-    place: Workplace, network: type[LanguageModel] | type[ValueModel], shape: Shape, path: Path
-) -> TrainedModel:
-    layout, config = place.layout, place.config
-    net: PackedGPT = network(transformer_config(shape, layout, config.run.precision), shape, layout)
-    slots = qwen3.slots(shape, layout.pipeline, critic=network is ValueModel)
-    folder.load(net, layout, slots, path)
-    return TrainedModel.wrap(net, layout, place.device, config.parallel.micro_batch_tokens, config.run.precision)
+def build_engine(place: Workplace) -> EmbeddedEngine:
+    """The engine of `rollout.engine`, without weights yet."""
+    config = place.config
+    dtype = DTYPES[config.run.precision]
+    return EmbeddedEngine(Path(config.model.path), place.device, dtype, config.rollout.batch_rows)
+
+
+def weights_of(model: Model, place: Workplace) -> Iterator[Bucket]:
+    """All weights of a model by their Hugging Face names, bucket by bucket, on every rank. Collective."""
+    slots = _slots(model.net, place)
+    return export(model.net, place.layout, slots, place.config.parallel.bucket_mb << 20)
+
+
+def export_hf(place: Workplace, actor: Actor, critic: Critic, out: Path) -> None:
+    """Write the Hugging Face folders `out`/actor and `out`/critic, with the tokenizer. Collective.
+
+    A folder that is there already stays as it is: it appeared whole. The critic is a token classifier with one label,
+    the value.
+    """
+    like = Path(place.config.model.path)
+    changes: dict[str, dict[str, Any]] = {
+        "actor": {},
+        "critic": {"architectures": ["Qwen3ForTokenClassification"], "tie_word_embeddings": False}
+        | {"id2label": {"0": "value"}, "label2id": {"value": 0}},
+    }
+    for name, model in (("actor", actor.model), ("critic", critic.model)):
+        there = [(out / name).exists()]
+        dist.broadcast_object_list(there, src=0)
+        if not there[0]:
+            changes[name]["dtype"] = str(model.net.config.params_dtype).removeprefix("torch.")
+            folder.save(weights_of(model, place), out / name, like, place.layout, changes[name])
+
+
+def prompt_streams(
+    config: Config, tokenizer: PreTrainedTokenizerBase, verifiers: Verifiers, tell: Callable[[str], None]
+) -> tuple[PromptStream[LabelledPrompt] | None, PromptStream[UnlabelledPrompt] | None]:
+    """The training prompts, in their shuffled order. Questions that stand in both sets are told of."""
+    length, seed = config.rollout.max_prompt_tokens, config.run.seed
+    labelled = load_labelled(config.data.labelled, tokenizer, length) if config.data.labelled else None
+    unlabelled = load_unlabelled(config.data.unlabelled, tokenizer, length) if config.data.unlabelled else None
+    if labelled is not None:
+        verifiers.check(labelled)
+    if shared := overlap(labelled or [], unlabelled or []):
+        first = " and ".join(shared[0])
+        tell(f"warning: {len(shared)} unlabelled questions stand in the labelled set too, first {first}")
+    return (
+        None if labelled is None else PromptStream(labelled, seed, "labelled"),
+        None if unlabelled is None else PromptStream(unlabelled, seed, "unlabelled"),
+    )
+
+
+def evaluation_sets(
+    config: Config, tokenizer: PreTrainedTokenizerBase, verifiers: Verifiers
+) -> dict[str, list[LabelledPrompt]]:
+    """The evaluation sets by name."""
+    sets = {
+        name: load_labelled(dataset, tokenizer, config.rollout.max_prompt_tokens)
+        for name, dataset in config.evaluation.sets.items()
+    }
+    for prompts in sets.values():
+        verifiers.check(prompts)
+    return sets
+
+
+def _network(place: Workplace, kind: type[LanguageModel] | type[ValueModel], path: Path) -> PackedGPT:
+    shape = read_shape(path)
+    net = kind(transformer_config(shape, place.layout, place.config.run.precision), shape, place.layout)
+    folder.load(net, place.layout, _slots(net, place), path)
+    return net
+
+
+def _slots(net: PackedGPT, place: Workplace) -> list[Slot]:
+    return qwen3.slots(net.shape, place.layout.pipeline, critic=isinstance(net, ValueModel))
+
+
+def _trained(place: Workplace, net: PackedGPT) -> TrainedModel:
+    config = place.config
+    return TrainedModel.wrap(net, place.layout, place.device, config.parallel.micro_batch_tokens, config.run.precision)

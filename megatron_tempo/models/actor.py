@@ -10,14 +10,14 @@ from megatron_tempo.config.schema import ActorUpdateConfig
 from megatron_tempo.models.gpt import LanguageModel
 from megatron_tempo.models.logprobs import logprobs_and_entropy
 from megatron_tempo.models.packing import MicroBatch
-from megatron_tempo.models.trained import TrainedModel
+from megatron_tempo.models.trained import Model, TrainedModel
 from megatron_tempo.types import Batch
 
 
 class Actor:
     """Log-probabilities and policy updates, at the temperature of the rollouts."""
 
-    def __init__(self, model: TrainedModel, temperature: float) -> None:
+    def __init__(self, model: Model, temperature: float) -> None:
         assert isinstance(model.net, LanguageModel)
         self.model = model
         self.temperature = temperature
@@ -60,6 +60,7 @@ class Actor:
                 config,
             )
 
+        assert isinstance(self.model, TrainedModel)
         steps = [self.model.step(batch, rows, loss, len(ROW_METRICS), config.optimizer) for rows in order]
         return _summary(steps)
 

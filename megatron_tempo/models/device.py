@@ -49,8 +49,8 @@ def install_cpu_backend() -> None:
         return
     for name, answer in _CUDA_ANSWERS.items():
         setattr(torch.cuda, name, _Answer(answer))
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
-    torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
 
     from megatron.core.tensor_parallel import random as megatron_random
 

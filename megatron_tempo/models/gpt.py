@@ -36,7 +36,7 @@ class PackedGPT(GPTModel):
         self.shape = shape
 
     def forward(self, micro: MicroBatch) -> Tensor:
-        """Hidden states [S (/ tensor), 1, hidden] on a stage before the last; on the last the head's output for S tokens."""
+        """Hidden states [S (/ tensor), 1, hidden]; on the last stage the head's output for the S tokens."""
         embedded = self.embedding(input_ids=micro.tokens, position_ids=None) if self.pre_process else None
         angles = self.rotary_pos_emb(micro.packing.max_seqlen_q)
         hidden = self.decoder(

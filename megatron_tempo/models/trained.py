@@ -1,4 +1,4 @@
-"""A Megatron model with its optimizer: what actor and critic have in common."""
+"""A Megatron model and its passes, forward and backward: what actor and critic have in common."""
 
 from __future__ import annotations
 
@@ -20,71 +20,31 @@ from megatron_tempo.config.schema import OptimizerConfig, Precision
 from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.packing import MicroBatch, micro_batches
 from megatron_tempo.models.parallel import Layout, sum_over_ranks
-from megatron_tempo.types import Batch
+from megatron_tempo.types import Batch, TokenCount
 
+# What is made of a micro-batch and the model's output on the last stage; see `Model.read` and `TrainedModel.step`.
 Loss = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor]]
 Reading = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(slots=True)
-class PackingCount:
-    """Tokens that went through a model since the last reading, and how many of them were padding."""
-
-    tokens: int = 0
-    padding: int = 0
-
-    def add(self, micro: MicroBatch) -> None:
-        self.tokens += micro.tokens.numel()
-        self.padding += micro.padding
-
-
-@dataclass(slots=True)
-class TrainedModel:
-    """One model under Megatron's data parallelism and distributed optimizer, driven by Megatron's 1F1B schedule.
-
-    `net` is the bare network (this rank's shard); `step_count` counts optimizer steps.
-    """
+class Model:
+    """A network under Megatron's 1F1B schedule. `net` is the bare network, this rank's shard of it."""
 
     net: PackedGPT
     layout: Layout
     device: torch.device
     micro_batch_tokens: int
-    ddp: DistributedDataParallel
-    optimizer: MegatronOptimizer
-    step_count: int = 0
-    counted: PackingCount = field(default_factory=PackingCount)
+    module: Any  # the network as it is called: in its wrappers, if it has any
+    counted: TokenCount = field(default_factory=TokenCount)
 
     @classmethod
-    def wrap(
+    def frozen(
         cls, net: PackedGPT, layout: Layout, device: torch.device, micro_batch_tokens: int, precision: Precision
-    ) -> TrainedModel:
-        """Wrap a network whose weights are loaded: the optimizer copies them as its fp32 main weights."""
-        module = net.cuda(device) if device.type == "cuda" else net
-        config = module.config
-        if precision is Precision.bf16:
-            module = Float16Module(config, module)
-        ddp = DistributedDataParallel(
-            config,
-            DistributedDataParallelConfig(
-                use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
-            ),
-            module,
-        )
-        optimizer = get_megatron_optimizer(
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=0.0,  # set before each step
-                weight_decay=0.0,
-                bf16=precision is Precision.bf16,
-                params_dtype=config.params_dtype,
-                use_distributed_optimizer=True,
-            ),
-            [ddp],
-            use_gloo_process_groups=False,
-        )
-        config.finalize_model_grads_func = finalize_model_grads
-        config.grad_scale_func = optimizer.scale_loss
-        return cls(net, layout, device, micro_batch_tokens, ddp, optimizer)
+    ) -> Model:
+        """A network that is only read: no gradients, no optimizer."""
+        module = _on_device(net, device, precision).requires_grad_(False)
+        return cls(net, layout, device, micro_batch_tokens, module)
 
     @torch.no_grad()
     def read(self, batch: Batch, size: int, reading: Reading) -> Tensor:
@@ -93,7 +53,7 @@ class TrainedModel:
         `reading` turns a micro-batch and the model's output into (int64 [m], float [m]): places in the answer and
         what stands there. It is called on the last pipeline stage.
         """
-        self.ddp.eval()
+        self.module.eval()
         answer = torch.zeros(size)
 
         def collect(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,6 +69,61 @@ class TrainedModel:
         )
         return sum_over_ranks(answer)
 
+    def _run(self, parts: list[MicroBatch], loss: Loss, *, forward_only: bool) -> None:
+        for part in parts:
+            self.counted.add(part.tokens.numel(), part.padding)
+
+        def forward_step(batches: Iterator[MicroBatch], model: Any, *_: Any) -> tuple[Tensor, Any]:
+            micro = next(batches)
+            return model(micro), partial(loss, micro)
+
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(parts),
+            model=[self.module],
+            num_microbatches=len(parts),
+            seq_length=max(part.tokens.numel() for part in parts),  # unused: lengths vary
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+
+@dataclass(slots=True)
+class TrainedModel(Model):
+    """A network under Megatron's data parallelism and distributed optimizer. `step_count` counts optimizer steps."""
+
+    optimizer: MegatronOptimizer = field(kw_only=True)
+    step_count: int = 0
+
+    @classmethod
+    def wrap(
+        cls, net: PackedGPT, layout: Layout, device: torch.device, micro_batch_tokens: int, precision: Precision
+    ) -> TrainedModel:
+        """Wrap a network whose weights are loaded: the optimizer copies them as its fp32 main weights."""
+        config = net.config
+        ddp = DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
+            ),
+            _on_device(net, device, precision),
+        )
+        optimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=0.0,  # set before each step
+                weight_decay=0.0,
+                bf16=precision is Precision.bf16,
+                params_dtype=config.params_dtype,
+                use_distributed_optimizer=True,
+            ),
+            [ddp],
+            use_gloo_process_groups=False,
+        )
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = optimizer.scale_loss
+        return cls(net, layout, device, micro_batch_tokens, ddp, optimizer=optimizer)
+
     def step(
         self, batch: Batch, rows: Tensor, loss: Loss, metrics: int, config: OptimizerConfig
     ) -> tuple[Tensor, float]:
@@ -119,8 +134,8 @@ class TrainedModel:
 
         Raises FloatingPointError for a gradient that is not finite; the weights are then as before.
         """
-        self.ddp.train()
-        self.ddp.zero_grad_buffer()
+        self.module.train()
+        self.module.zero_grad_buffer()
         self.optimizer.zero_grad()
         parts = micro_batches(batch, rows, self.layout, self.micro_batch_tokens, self.device)
         # Megatron divides by the micro-batches of this rank and averages over the data-parallel ranks.
@@ -154,20 +169,7 @@ class TrainedModel:
             group["betas"] = (config.beta1, config.beta2)
             group["eps"] = config.eps
 
-    def _run(self, parts: list[MicroBatch], loss: Loss, *, forward_only: bool) -> None:
-        for part in parts:
-            self.counted.add(part)
 
-        def forward_step(batches: Iterator[MicroBatch], model: Any, *_: Any) -> tuple[Tensor, Any]:
-            micro = next(batches)
-            return model(micro), partial(loss, micro)
-
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(parts),
-            model=[self.ddp],
-            num_microbatches=len(parts),
-            seq_length=max(part.tokens.numel() for part in parts),  # unused: lengths vary
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+def _on_device(net: PackedGPT, device: torch.device, precision: Precision) -> Any:
+    module = net.cuda(device) if device.type == "cuda" else net
+    return Float16Module(net.config, module) if precision is Precision.bf16 else module

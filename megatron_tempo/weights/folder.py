@@ -40,6 +40,15 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     return files
 
 
+def tensors(folder: Path) -> Iterator[Bucket]:
+    """Every tensor of a folder as it is, one a bucket."""
+    files = tensor_files(folder)
+    for path in sorted(set(files.values())):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                yield [(name, file.get_tensor(name))]
+
+
 def load(net: PackedGPT, layout: Layout, slots: list[Slot], folder: Path) -> None:
     """Fill this rank's shards from a folder, reading only what the rank holds.
 

@@ -1,0 +1,90 @@
+"""One evaluation: a set's questions answered by the engine, judged, scored, and held against the critic's values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from megatron_tempo.config.schema import CriticTargets, EvaluationConfig
+from megatron_tempo.evaluation.calibration import calibration_record
+from megatron_tempo.evaluation.scores import avg_at_k, avg_at_k_se, pass_at_k, pass_at_k_se
+from megatron_tempo.rewards.verifiers import Verifiers
+from megatron_tempo.rollout.collect import batch_of, completions_of, verdicts_of
+from megatron_tempo.rollout.engine import Engine, Sampling
+from megatron_tempo.types import Batch, LabelledPrompt
+
+SHOWN = 12  # responses kept for the report: the first sample of this many questions
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The questions of a set with `samples` judged responses each. `correct` is float [questions, samples]."""
+
+    prompts: Sequence[LabelledPrompt]
+    batch: Batch
+    correct: np.ndarray
+
+
+def answer(
+    engine: Engine,
+    verifiers: Verifiers,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[LabelledPrompt],
+    config: EvaluationConfig,
+    max_tokens: int,
+    seed: str,
+) -> Judged:
+    """Let the engine answer every question `config.samples` times and judge the answers. Collective."""
+    sampling = Sampling(config.temperature, config.max_response_tokens or max_tokens)
+    completions = completions_of(engine, prompts, config.samples, sampling, seed)
+    verdicts = verdicts_of(verifiers, tokenizer, prompts, completions)
+    return Judged(prompts, batch_of(prompts, completions, verdicts), np.array(verdicts))
+
+
+def scores(judged: Judged, config: EvaluationConfig) -> dict[str, Any]:
+    """avg@k and pass@k with their standard errors over questions: the fields of a line of evaluations.jsonl."""
+    correct = judged.correct
+    return {
+        "avg": avg_at_k(correct),
+        "avg_se": avg_at_k_se(correct),
+        "avg_k": config.samples,
+        "pass": {str(k): pass_at_k(correct, k) for k in config.pass_k},
+        "pass_se": {str(k): pass_at_k_se(correct, k) for k in config.pass_k},
+        "questions": len(judged.prompts),
+        "response_length": float(judged.batch.response_lengths.float().mean()),
+        "truncated": 1.0 - float(judged.batch.stopped.float().mean()),
+    }
+
+
+def calibrate(
+    judged: Judged, values: Callable[[Batch], Tensor], targets: CriticTargets
+) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """The critic's calibration on these responses, and its values by response, [T_i + 1] each, as probabilities."""
+    flat = values(judged.batch)
+    if targets is CriticTargets.plus_minus_one:
+        flat = (flat + 1) / 2
+    rows = [row.numpy() for row in flat.split((judged.batch.response_lengths + 1).tolist())]
+    return calibration_record(rows, judged.correct.flatten()), rows
+
+
+def shown(judged: Judged, tokenizer: PreTrainedTokenizerBase, values: list[np.ndarray] | None) -> list[dict[str, Any]]:
+    """A few responses in full: the fields of lines of samples.jsonl."""
+    responses = judged.batch.responses()
+    lines = []
+    for i, prompt in enumerate(judged.prompts[:SHOWN]):
+        row = i * judged.correct.shape[1]
+        lines.append(
+            {
+                "prompt": prompt.text,
+                "tokens": [tokenizer.decode([token]) for token in responses[row].tolist()],
+                "values": None if values is None else values[row].tolist(),
+                "correct": int(judged.correct[i, 0]),
+                "answer": prompt.answer,
+            }
+        )
+    return lines

@@ -1,0 +1,89 @@
+"""The steps that methods are made of: fit the critic, value responses, improve the actor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_tempo.algorithm.advantages import token_advantages, whiten
+from megatron_tempo.algorithm.value_loss import mixed_groups, value_targets
+from megatron_tempo.config.schema import StageConfig
+from megatron_tempo.models.actor import Actor
+from megatron_tempo.models.critic import Critic
+from megatron_tempo.rollout.engine import seed_of
+from megatron_tempo.types import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """What an iteration's prompts were answered with. Labelled rows carry verdicts; unlabelled rows have none."""
+
+    labelled: Batch | None
+    unlabelled: Batch | None
+
+
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """Actor and critic, and the updates that a method asks for. `seed` names the run and the iteration."""
+
+    actor: Actor
+    critic: Critic
+    reference_logprobs: Callable[[Batch], Tensor]  # of the policy that the KL term holds to
+    phase: Callable[[str], AbstractContextManager[None]]  # times what is done inside
+    seed: str
+
+    def fit_critic(self, labelled: Batch, stage: StageConfig) -> dict[str, float]:
+        """Draw the critic's values to the verified outcomes (E-step, Eq. 6)."""
+        config = stage.critic
+        assert labelled.correct is not None
+        batch = labelled
+        if config.drop_uniform_groups:
+            batch = labelled.select(mixed_groups(labelled.correct, labelled.group))
+        if len(batch) == 0:
+            return {"critic/rows": 0.0}
+        assert batch.correct is not None
+        order = mini_batches(batch, config.mini_batch_prompts, config.epochs, f"{self.seed}/critic")
+        with self.phase("critic"):
+            figures = self.critic.update(batch, value_targets(batch.correct, config.targets), config, order)
+        return figures | {"critic/rows": float(len(batch))}
+
+    def values(self, batch: Batch) -> Tensor:
+        """The critic's values of every token: float32 [T + n]."""
+        with self.phase("values"):
+            return self.critic.values(batch)
+
+    def improve_actor(self, batch: Batch, values: Tensor, rewards: Tensor, stage: StageConfig) -> dict[str, float]:
+        """Clipped policy gradient on A_t = R - V (M-step, Eq. 11 and 12). `values` [T + n], `rewards` [n]."""
+        config = stage.actor
+        advantages = token_advantages(values, rewards, batch.response_lengths, stage.baseline)
+        figures = {"advantage/mean": float(advantages.mean()), "advantage/std": float(advantages.std())}
+        if config.whiten_advantages:
+            advantages = whiten(advantages)
+        with self.phase("logprobs"):
+            old = self.actor.logprobs(batch)
+            reference = self.reference_logprobs(batch) if config.kl_coef > 0 else None
+        order = mini_batches(batch, config.mini_batch_prompts, config.epochs, f"{self.seed}/actor")
+        with self.phase("actor"):
+            figures |= self.actor.update(batch, advantages, old, reference, config, order)
+        gap = (old - batch.engine_logprobs).abs()
+        return figures | {"engine/logprob_gap_mean": float(gap.mean()), "engine/logprob_gap_max": float(gap.max())}
+
+
+def mini_batches(batch: Batch, prompts: int, epochs: int, seed: str) -> list[Tensor]:
+    """Row numbers (int64) of each mini-batch: `prompts` prompts with all their rows, shuffled anew in each epoch.
+
+    The last mini-batch of an epoch is smaller where the batch does not divide.
+    """
+    groups = batch.group.unique().tolist()
+    rows = {group: (batch.group == group).nonzero().flatten() for group in groups}
+    batches = []
+    for epoch in range(epochs):
+        generator = torch.Generator().manual_seed(seed_of(seed, epoch))
+        order = torch.randperm(len(groups), generator=generator).tolist()
+        for start in range(0, len(groups), prompts):
+            batches.append(torch.cat([rows[groups[i]] for i in order[start : start + prompts]]))
+    return batches

@@ -1,0 +1,22 @@
+"""PPO on verified answers (stage 1, RLVR): gamma = lambda = 1, so A_t = I - V(x, y_<t)."""
+
+from __future__ import annotations
+
+from megatron_tempo.algorithm.value_loss import value_targets
+from megatron_tempo.config.schema import StageConfig
+from megatron_tempo.methods.learner import Learner, Rollouts
+
+
+def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration: int) -> dict[str, float]:
+    """One update of actor and critic on the same labelled rollouts. During the critic's warm-up the critic alone.
+
+    The advantages are read before the critic sees these rollouts: a baseline fitted to them would be biased.
+    """
+    batch = rollouts.labelled
+    assert batch is not None
+    assert batch.correct is not None
+    if stage.warms_up(iteration):
+        return learner.fit_critic(batch, stage)
+    values = learner.values(batch)
+    figures = learner.fit_critic(batch, stage)
+    return figures | learner.improve_actor(batch, values, value_targets(batch.correct, stage.critic.targets), stage)

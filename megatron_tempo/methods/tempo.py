@@ -1,0 +1,45 @@
+"""TEMPO (arXiv 2604.19295), Algorithm 1: test-time training as expectation-maximisation.
+
+E-step   labelled prompts, verified:  critic: minimise mean (V(x, y_1:t) - I)^2        (Eq. 6)
+M-step   unlabelled prompts:          R = V(x, y_1:T);  A_t = R - V(x, y_<t)           (Eq. 11)
+                                      actor: sequence-clipped policy gradient on A_t   (Eq. 12)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_tempo.algorithm.advantages import final_values
+from megatron_tempo.algorithm.value_loss import value_targets
+from megatron_tempo.config.schema import StageConfig, ValueTiming
+from megatron_tempo.methods.learner import Learner, Rollouts
+from megatron_tempo.types import Batch
+
+
+def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration: int) -> dict[str, float]:
+    """One E-step and one M-step. During the critic's warm-up the E-step alone."""
+    labelled, unlabelled = rollouts.labelled, rollouts.unlabelled
+    figures: dict[str, float] = {}
+
+    early = None
+    if unlabelled is not None and stage.value_timing is ValueTiming.before_estep:
+        early = learner.values(unlabelled)
+
+    if stage.critic_learns(iteration):
+        assert labelled is not None
+        figures |= learner.fit_critic(labelled, stage)
+
+    if unlabelled is None:  # the critic's warm-up
+        return figures
+    values = learner.values(unlabelled) if early is None else early
+    rewards = final_values(values, unlabelled.response_lengths, stage.baseline)
+    figures["reward/unlabelled_value"] = float(rewards.mean())
+
+    batch = unlabelled
+    if stage.actor_on_labelled:
+        assert labelled is not None
+        assert labelled.correct is not None
+        values = torch.cat([values, learner.values(labelled)])
+        rewards = torch.cat([rewards, value_targets(labelled.correct, stage.critic.targets)])
+        batch = Batch.join(unlabelled, labelled)
+    return figures | learner.improve_actor(batch, values, rewards, stage)

@@ -1,0 +1,1 @@
+"""Rollouts: engines that generate, and what becomes of their completions."""

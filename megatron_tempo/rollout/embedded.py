@@ -1,0 +1,219 @@
+"""The embedded engine: a transformers model in the trainer's process, with a KV cache.
+
+Rows are decoded in batches. The samples of a prompt share its prefill, and rows that have ended leave the batch, so
+that little of what goes through the model is padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from megatron_tempo.rollout.engine import Request, Sampling
+from megatron_tempo.types import Completion, TokenCount
+
+# Ended rows are cut out of the cache once they are this share of the batch: each cut copies the cache.
+ENDED_SHARE = 1 / 16
+
+
+class EmbeddedEngine:
+    """An `Engine` on this process's device."""
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, batch_rows: int) -> None:
+        """`folder` gives the config and the end tokens; the weights come by `load_weights`."""
+        with device:
+            config = transformers.AutoConfig.from_pretrained(folder)
+            self._model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        self._device = device
+        self._batch_rows = batch_rows
+        self._end_tokens = torch.tensor(end_tokens(folder), device=device)
+        self._version: int | None = None
+        self.counted = TokenCount()
+
+    @torch.no_grad()
+    def load_weights(self, buckets: Iterable[Sequence[tuple[str, Tensor]]], version: int) -> None:
+        parameters = dict(self._model.named_parameters(remove_duplicate=True))
+        left = set(parameters)
+        for bucket in buckets:
+            for name, tensor in bucket:
+                target = parameters.get(name)
+                if target is None or target.shape != tensor.shape:
+                    expected = "no such tensor" if target is None else f"shape {tuple(target.shape)}"
+                    raise ValueError(
+                        f"weight {name} of shape {tuple(tensor.shape)} does not fit the engine: {expected}"
+                    )
+                target.copy_(tensor)
+                left.discard(name)
+        if left:
+            raise ValueError(f"the weight update left out {len(left)} tensors: {', '.join(sorted(left)[:5])}")
+        self._version = version
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        assert self._version is not None, "load_weights comes first"
+        answers: list[list[Completion]] = [[] for _ in requests]
+        for batch in self._batches(requests):
+            rows = self._decode([requests[i] for i in batch], sampling)
+            for i, completions in zip(batch, rows, strict=True):
+                answers[i] = completions
+        return answers
+
+    def close(self) -> None:
+        """Nothing to close: the model lives as long as this object."""
+
+    def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Requests of like length together, at most `batch_rows` rows each (a single larger request goes alone)."""
+        batches: list[list[int]] = []
+        room = 0
+        for i in sorted(range(len(requests)), key=lambda i: len(requests[i].token_ids)):
+            if not batches or requests[i].samples > room:
+                batches.append([])
+                room = self._batch_rows
+            batches[-1].append(i)
+            room -= requests[i].samples
+        return batches
+
+    def _decode(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
+        prompts, mask = _left_padded([request.token_ids for request in requests], self._device)
+        self.counted.add(mask.numel(), int(mask.numel() - mask.sum()))
+        cache = transformers.DynamicCache()
+        logits = self._forward(prompts, mask, cache, mask.cumsum(1).sub(1).clamp(min=0))
+        copies = torch.repeat_interleave(
+            torch.arange(len(requests)), torch.tensor([request.samples for request in requests])
+        ).to(self._device)
+        cache.batch_select_indices(copies)
+        decoding = _Decoding.begin(requests, mask[copies], sampling, self._device)
+        logits = logits[copies]
+        for step in range(sampling.max_tokens):
+            tokens = decoding.sample(logits, step, sampling.temperature, self._end_tokens)
+            if decoding.ended.all() or step + 1 == sampling.max_tokens:
+                break
+            kept = decoding.drop_ended()
+            if kept is not None:
+                cache.batch_select_indices(kept)
+                tokens = tokens[kept]
+            decoding.grow()
+            self.counted.add(len(tokens), int(decoding.ended.sum()))
+            logits = self._forward(tokens[:, None], decoding.mask, cache, decoding.mask.sum(1, keepdim=True) - 1)
+        return decoding.completions(requests, self._version or 0)
+
+    def _forward(self, tokens: Tensor, mask: Tensor, cache: Any, positions: Tensor) -> Tensor:
+        """Logits of the last position: float32 [rows, vocabulary]."""
+        out = self._model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1].float()
+
+
+@dataclass(slots=True)
+class _Decoding:
+    """The rows in decoding. `row` gives each live row's place in the answer; ended rows stay until they are dropped."""
+
+    mask: Tensor  # int64 [live, tokens so far]
+    row: Tensor  # int64 [live]
+    ended: Tensor  # bool [live]
+    uniforms: Tensor  # float64 [rows, max_tokens]: the randomness of each token
+    tokens: Tensor  # int64 [rows, max_tokens]
+    logprobs: Tensor  # float32 [rows, max_tokens]
+    lengths: Tensor  # int64 [rows]
+    stopped: Tensor  # bool [rows]
+
+    @classmethod
+    def begin(cls, requests: list[Request], mask: Tensor, sampling: Sampling, device: torch.device) -> _Decoding:
+        rows = len(mask)
+        generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+        uniforms = torch.cat(
+            [
+                torch.rand(request.samples, sampling.max_tokens, generator=generator, dtype=torch.float64)
+                for request, generator in zip(requests, generators, strict=True)
+            ]
+        )
+        return cls(
+            mask=mask,
+            row=torch.arange(rows, device=device),
+            ended=torch.zeros(rows, dtype=torch.bool, device=device),
+            uniforms=uniforms.to(device),
+            tokens=torch.zeros(rows, sampling.max_tokens, dtype=torch.int64, device=device),
+            logprobs=torch.zeros(rows, sampling.max_tokens, device=device),
+            lengths=torch.zeros(rows, dtype=torch.int64, device=device),
+            stopped=torch.zeros(rows, dtype=torch.bool, device=device),
+        )
+
+    def sample(self, logits: Tensor, step: int, temperature: float, end_tokens: Tensor) -> Tensor:
+        """Draw each live row's next token by inverting the distribution function; record it for rows not ended."""
+        logprobs = (logits / temperature).log_softmax(dim=1)
+        # In float64: over a large vocabulary, float32 sums would leave the tail tokens without their share.
+        cumulative = logprobs.double().exp().cumsum(1)
+        point = self.uniforms[self.row, step, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, point, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+        live = ~self.ended
+        at = self.row[live]
+        self.tokens[at, step] = tokens[live]
+        self.logprobs[at, step] = logprobs.gather(1, tokens[:, None]).squeeze(1)[live]
+        self.lengths[at] = step + 1
+        ends = torch.isin(tokens, end_tokens) & live
+        self.stopped[self.row[ends]] = True
+        self.ended |= ends
+        return tokens
+
+    def drop_ended(self) -> Tensor | None:
+        """Once enough rows have ended, forget them: int64, the places of the others among the live rows; else None."""
+        if int(self.ended.sum()) < ENDED_SHARE * len(self.ended):
+            return None
+        if not self.ended.any():
+            return None
+        kept = (~self.ended).nonzero().flatten()
+        self.mask, self.row, self.ended = self.mask[kept], self.row[kept], self.ended[kept]
+        return kept
+
+    def grow(self) -> None:
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+
+    def completions(self, requests: list[Request], version: int) -> list[list[Completion]]:
+        tokens, logprobs = self.tokens.tolist(), self.logprobs.tolist()
+        lengths, stopped = self.lengths.tolist(), self.stopped.tolist()
+        flat = [
+            Completion(tuple(tokens[i][:n]), tuple(logprobs[i][:n]), "stop" if stopped[i] else "length", version)
+            for i, n in enumerate(lengths)
+        ]
+        answers, at = [], 0
+        for request in requests:
+            answers.append(flat[at : at + request.samples])
+            at += request.samples
+        return answers
+
+
+def end_tokens(folder: Path) -> list[int]:
+    """The tokens that end a response, from generation_config.json, config.json or the tokenizer.
+
+    Raises ValueError if none of them names any.
+    """
+    if (folder / "generation_config.json").exists():
+        found = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
+        if found is not None:
+            return found if isinstance(found, list) else [found]
+    found = transformers.AutoTokenizer.from_pretrained(folder).eos_token_id
+    if found is None:
+        raise ValueError(
+            f"{folder}: no eos_token_id in generation_config.json or the tokenizer; responses would not end"
+        )
+    return [found]
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens and mask, int64 [prompts, longest], with padding before each prompt."""
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    return tokens, mask

@@ -1,0 +1,77 @@
+"""Rollouts on disk: written for people and for replay, one JSONL file an iteration, one line a response."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_tempo.rollout.collect import batch_of
+from megatron_tempo.types import Batch, Completion, LabelledPrompt, UnlabelledPrompt
+
+
+def record_path(folder: Path, stage: str, iteration: int) -> Path:
+    return folder / f"{stage}-{iteration:06d}.jsonl"
+
+
+def write(path: Path, labelled: Batch | None, unlabelled: Batch | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write an iteration's rollouts. The text is for people; replay reads the tokens. Answers are not written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w") as file:
+        for batch in (labelled, unlabelled):
+            for line in [] if batch is None else _lines(batch, tokenizer):
+                file.write(json.dumps(line) + "\n")
+    os.replace(partial, path)
+
+
+def _lines(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, object]]:
+    logprobs = batch.engine_logprobs.split(batch.response_lengths.tolist())
+    return [
+        {
+            "prompt_id": batch.prompt_ids[i],
+            "prompt_tokens": prompt.tolist(),
+            "response": tokenizer.decode(response),
+            "response_tokens": response.tolist(),
+            "logprobs": logprobs[i].tolist(),
+            "stopped": bool(batch.stopped[i]),
+            "correct": None if batch.correct is None else float(batch.correct[i]),
+        }
+        for i, (prompt, response) in enumerate(zip(batch.prompts(), batch.responses(), strict=True))
+    ]
+
+
+def read(
+    path: Path, labelled: Sequence[LabelledPrompt], unlabelled: Sequence[UnlabelledPrompt], samples: int
+) -> tuple[Batch | None, Batch | None]:
+    """The rollouts that were written for these prompts, as batches.
+
+    Raises ValueError with file and line where the record does not hold `samples` responses to each of these prompts.
+    """
+    if not path.exists():
+        raise ValueError(f"rollout.replay: {path} is not there; the run it was written by did not come so far")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    prompts: list[LabelledPrompt | UnlabelledPrompt] = [*labelled, *unlabelled]
+    if len(lines) != len(prompts) * samples:
+        raise ValueError(f"rollout.replay: {path} has {len(lines)} responses, this run wants {len(prompts) * samples}")
+    for number, line in enumerate(lines):
+        prompt = prompts[number // samples]
+        if tuple(line["prompt_tokens"]) != prompt.token_ids:
+            raise ValueError(
+                f"rollout.replay: {path}, line {number + 1} answers {line['prompt_id']!r}, this run asks "
+                f"{prompt.id!r}: the data, run.seed or the stage's counts differ from the recorded run's"
+            )
+    completions = [
+        Completion(tuple(line["response_tokens"]), tuple(line["logprobs"]), "stop" if line["stopped"] else "length", -1)
+        for line in lines
+    ]
+    grouped = [completions[i : i + samples] for i in range(0, len(completions), samples)]
+    verdicts = [[line["correct"] for line in lines[i : i + samples]] for i in range(0, len(lines), samples)]
+    n = len(labelled)
+    return (
+        batch_of(labelled, grouped[:n], verdicts[:n]) if labelled else None,
+        batch_of(unlabelled, grouped[n:], None) if unlabelled else None,
+    )

@@ -1,0 +1,272 @@
+"""A run: everything it works with, one iteration of it, and what stands between iterations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from torch import Tensor
+
+from megatron_tempo import schedule
+from megatron_tempo.checkpoint import Checkpoints
+from megatron_tempo.config.schema import Config, Prompts, StageConfig, to_plain
+from megatron_tempo.config.tree import differences
+from megatron_tempo.config.tree import load as load_config
+from megatron_tempo.config.tree import save as save_config
+from megatron_tempo.data.stream import PromptStream
+from megatron_tempo.evaluation import evaluate as evaluation
+from megatron_tempo.methods import METHODS
+from megatron_tempo.methods.learner import Learner, Rollouts
+from megatron_tempo.metrics import Metrics
+from megatron_tempo.models.actor import Actor
+from megatron_tempo.models.critic import Critic
+from megatron_tempo.models.trained import TrainedModel
+from megatron_tempo.report import summary_table, write_report
+from megatron_tempo.rewards.verifiers import Verifiers
+from megatron_tempo.rollout import record
+from megatron_tempo.rollout.collect import batch_of, completions_of, verdicts_of
+from megatron_tempo.rollout.embedded import EmbeddedEngine
+from megatron_tempo.rollout.engine import Sampling
+from megatron_tempo.types import Batch, LabelledPrompt, UnlabelledPrompt
+from megatron_tempo.wiring import (
+    Workplace,
+    build_actor,
+    build_critic,
+    build_engine,
+    build_reference,
+    evaluation_sets,
+    export_hf,
+    prompt_streams,
+    weights_of,
+)
+
+_P = TypeVar("_P", LabelledPrompt, UnlabelledPrompt)
+_Stream = PromptStream[LabelledPrompt] | PromptStream[UnlabelledPrompt]
+
+
+@dataclass(slots=True)
+class Run:
+    """Everything that a run works with. `step` counts its iterations over both stages."""
+
+    config: Config
+    place: Workplace
+    tokenizer: transformers.PreTrainedTokenizerBase
+    verifiers: Verifiers
+    labelled: PromptStream[LabelledPrompt] | None
+    unlabelled: PromptStream[UnlabelledPrompt] | None
+    evaluation_sets: dict[str, list[LabelledPrompt]]
+    actor: Actor
+    critic: Critic
+    engine: EmbeddedEngine
+    metrics: Metrics
+    checkpoints: Checkpoints
+    step: int = 0
+    reference: Actor | None = field(default=None)
+
+    @classmethod
+    @contextmanager
+    def open(cls, place: Workplace) -> Iterator[Run]:
+        """Read the data, build the models, open the run's files. The data comes first: it is the quickest to fail."""
+        config, layout = place.config, place.layout
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
+        with ExitStack() as stack:
+            verifiers = stack.enter_context(Verifiers())
+            metrics = stack.enter_context(Metrics(Path(config.run.dir), config.metrics, layout.is_writer))
+            labelled, unlabelled = prompt_streams(config, tokenizer, verifiers, metrics.message)
+            sets = evaluation_sets(config, tokenizer, verifiers)
+            actor, critic, engine = build_actor(place), build_critic(place), build_engine(place)
+            stack.callback(engine.close)
+            below = Path(config.run.dir) / "checkpoints"
+            checkpoints = Checkpoints(below, config.checkpoint.keep, layout, metrics.message)
+            yield cls(
+                config=config,
+                place=place,
+                tokenizer=tokenizer,
+                verifiers=verifiers,
+                labelled=labelled,
+                unlabelled=unlabelled,
+                evaluation_sets=sets,
+                actor=actor,
+                critic=critic,
+                engine=engine,
+                metrics=metrics,
+                checkpoints=checkpoints,
+            )
+
+    # One iteration
+
+    def iterate(self, stage_name: str, stage: StageConfig, iteration: int) -> dict[str, Any]:
+        """Rollouts, the method's updates, and the new weights in the engine. Returns the line for metrics.jsonl."""
+        started = time.monotonic()
+        rollouts = self.rollouts(stage_name, stage, iteration)
+        learner = Learner(
+            self.actor,
+            self.critic,
+            self.reference_logprobs,
+            self.metrics.phase,
+            seed=f"{self.config.run.seed}/{stage_name}/{iteration}",
+        )
+        figures = METHODS[stage.method](learner, rollouts, stage, iteration)
+        self.step += 1
+        self.sync_engine()
+        return {
+            "stage": stage_name,
+            "method": stage.method.name,
+            "iteration": iteration + 1,
+            "step": self.step,
+            **_rollout_figures(rollouts, time.monotonic() - started),
+            **figures,
+            **self._padding(),
+        }
+
+    def rollouts(self, stage_name: str, stage: StageConfig, iteration: int) -> Rollouts:
+        """This iteration's prompts, labelled and unlabelled in one pass, answered and (the labelled ones) verified."""
+        needed = stage.prompts_at(iteration)
+        labelled = _take(self.labelled, stage.labelled_prompts) if Prompts.labelled in needed else []
+        unlabelled = _take(self.unlabelled, stage.unlabelled_prompts) if Prompts.unlabelled in needed else []
+        config, samples = self.config.rollout, stage.responses_per_prompt
+        if config.replay is not None:
+            path = record.record_path(Path(config.replay), stage_name, iteration + 1)
+            return Rollouts(*record.read(path, labelled, unlabelled, samples))
+        sampling = Sampling(config.temperature, config.max_response_tokens)
+        seed = (self.config.run.seed, stage_name, iteration, "rollout")
+        with self.metrics.phase("generate"):
+            completions = completions_of(self.engine, [*labelled, *unlabelled], samples, sampling, *seed)
+        of_labelled, of_unlabelled = completions[: len(labelled)], completions[len(labelled) :]
+        with self.metrics.phase("verify"):
+            verdicts = verdicts_of(self.verifiers, self.tokenizer, labelled, of_labelled)
+        rollouts = Rollouts(
+            batch_of(labelled, of_labelled, verdicts) if labelled else None,
+            batch_of(unlabelled, of_unlabelled, None) if unlabelled else None,
+        )
+        if config.dump and self.place.layout.is_writer:
+            path = record.record_path(Path(self.config.run.dir) / "rollouts", stage_name, iteration + 1)
+            record.write(path, rollouts.labelled, rollouts.unlabelled, self.tokenizer)
+        return rollouts
+
+    def reference_logprobs(self, batch: Batch) -> Tensor:
+        """Log-probabilities of the policy that the run began with, which is loaded at the first need."""
+        if self.reference is None:
+            self.reference = build_reference(self.place)
+        return self.reference.logprobs(batch)
+
+    def sync_engine(self) -> None:
+        """The actor's weights into the engine."""
+        with self.metrics.phase("sync"):
+            self.engine.load_weights(weights_of(self.actor.model, self.place), self.step)
+
+    # Between iterations
+
+    def resume(self) -> int:
+        """Go on from the newest whole checkpoint: the number of iterations that are behind it, 0 for a fresh run."""
+        path = self.checkpoints.newest()
+        state: dict[str, Any] = {} if path is None else self.checkpoints.load(path, self._models())
+        self.step = state.get("step", 0)
+        for name, stream in self._streams().items():
+            if name in state.get("streams", {}):
+                stream.restore(state["streams"][name])
+        if path is not None:
+            self.metrics.message(f"resumed from {path}, {self.step} iterations done")
+        self.metrics.rewind(self.step)
+        self._remember_config(resumed=path is not None)
+        self.metrics.plan(self.config.stages(), schedule.evaluations_left(self.config, self.step), self.step)
+        self.sync_engine()
+        return self.step
+
+    def evaluate_if_due(self, stage_name: str, iteration: int) -> None:
+        point = schedule.evaluation_point(self.config, self.step)
+        if point is not None:
+            self.evaluate(point, stage_name, iteration + 1)
+
+    def evaluate(self, point: str, stage_name: str = "stage1", iteration: int = 0) -> None:
+        """Score the actor on every evaluation set; measure the critic on the calibration set."""
+        config = self.config.evaluation
+        where = {"stage": stage_name, "iteration": iteration, "step": self.step, "point": point}
+        targets = self.config.stages()[stage_name].critic.targets
+        for name, prompts in self.evaluation_sets.items():
+            with self.metrics.phase("evaluate"):
+                judged = evaluation.answer(
+                    self.engine,
+                    self.verifiers,
+                    self.tokenizer,
+                    prompts,
+                    config,
+                    self.config.rollout.max_response_tokens,
+                    f"{self.config.run.seed}/evaluation/{name}",
+                )
+                calibration, values = None, None
+                if name == config.calibration_set:
+                    calibration, values = evaluation.calibrate(judged, self.critic.values, targets)
+            line = evaluation.scores(judged, config) | {"calibration": calibration}
+            self.metrics.evaluation({**where, "set": name, **line})
+            if point != "during":
+                self.metrics.samples(
+                    {**where, "set": name, **line} for line in evaluation.shown(judged, self.tokenizer, values)
+                )
+
+    def checkpoint_if_due(self) -> None:
+        every, total = self.config.checkpoint.every, schedule.total(self.config)
+        if self.step == total or (every and self.step % every == 0):
+            with self.metrics.phase("checkpoint"):
+                streams = {name: stream.state() for name, stream in self._streams().items()}
+                self.checkpoints.save(self.step, self._models(), {"streams": streams, "config": to_plain(self.config)})
+
+    def finish(self) -> None:
+        """Hugging Face folders of actor and critic, the report, and the table of results."""
+        out = Path(self.config.run.dir)
+        exported = out / f"hf_step_{self.step:08d}"
+        if self.config.checkpoint.export_hf:
+            export_hf(self.place, self.actor, self.critic, exported)
+        if self.place.layout.is_writer:
+            told = [f"checkpoints: {self.checkpoints.folder}", f"Hugging Face: {exported}"]
+            if self.config.metrics.report:
+                told.append(f"report: {write_report(out)}")
+            self.metrics.message("\n".join([summary_table(out), "", *told]))
+
+    def _models(self) -> dict[str, TrainedModel]:
+        models = {"actor": self.actor.model, "critic": self.critic.model}
+        return {name: model for name, model in models.items() if isinstance(model, TrainedModel)}
+
+    def _streams(self) -> dict[str, _Stream]:
+        streams: dict[str, _Stream | None] = {"labelled": self.labelled, "unlabelled": self.unlabelled}
+        return {name: stream for name, stream in streams.items() if stream is not None}
+
+    def _remember_config(self, *, resumed: bool) -> None:
+        """Keep the config beside the run; say what differs from the one that the run was last started with."""
+        path = Path(self.config.run.dir) / "config.json"
+        if not self.place.layout.is_writer:
+            return
+        if resumed and path.exists():
+            for change in differences(load_config(path), self.config):
+                self.metrics.message(f"config differs from the run's last start: {change}")
+        save_config(self.config, path)
+
+    def _padding(self) -> dict[str, float]:
+        """The share of padding among the tokens that went through this rank's models and engine since last asked."""
+        counts = [c.counted.take() for c in (self.actor.model, self.critic.model, self.engine)]
+        return {"padding": sum(c.padding for c in counts) / max(sum(c.tokens for c in counts), 1)}
+
+
+def _take(stream: PromptStream[_P] | None, count: int) -> list[_P]:
+    assert stream is not None, "the config's rules ask for the set that a stage draws from"
+    return stream.take(count)
+
+
+def _rollout_figures(rollouts: Rollouts, seconds: float) -> dict[str, float]:
+    batches = [batch for batch in (rollouts.labelled, rollouts.unlabelled) if batch is not None]
+    lengths = torch.cat([batch.response_lengths for batch in batches]).float()
+    stopped = torch.cat([batch.stopped for batch in batches]).float()
+    figures = {
+        "response_length/mean": float(lengths.mean()),
+        "truncated": 1.0 - float(stopped.mean()),
+        "tokens_per_second": sum(int(batch.lengths.sum()) for batch in batches) / seconds,
+    }
+    if rollouts.labelled is not None and rollouts.labelled.correct is not None:
+        figures["reward/labelled"] = float(rollouts.labelled.correct.mean())
+    return figures

@@ -1,0 +1,67 @@
+"""The two jobs: training and evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import transformers
+
+from megatron_tempo.config.schema import Config
+from megatron_tempo.evaluation import evaluate as evaluation
+from megatron_tempo.metrics import Metrics
+from megatron_tempo.report import summary_table
+from megatron_tempo.rewards.verifiers import Verifiers
+from megatron_tempo.run import Run
+from megatron_tempo.schedule import remaining
+from megatron_tempo.weights.folder import tensors
+from megatron_tempo.wiring import build_critic, build_engine, evaluation_sets, open_workplace
+
+
+def train(config: Config) -> None:
+    """Train as the config says, going on from the newest whole checkpoint of `run.dir` if there is one.
+
+    Raises ValueError for input that does not fit the config, OSError for what cannot be written, FloatingPointError
+    for a gradient that is not finite.
+    """
+    with open_workplace(config) as place, Run.open(place) as run:
+        done = run.resume()
+        if done == 0:
+            run.evaluate("before")
+        for stage_name, stage, iteration in remaining(config, done):
+            figures = run.iterate(stage_name, stage, iteration)
+            run.metrics.step(figures)
+            run.evaluate_if_due(stage_name, iteration)
+            run.checkpoint_if_due()
+        run.finish()
+
+
+def evaluate(config: Config) -> None:
+    """Score `model.path` on the evaluation sets, and the critic of `model.critic_path` on the calibration set.
+
+    Writes evaluations.jsonl and samples.jsonl to `run.dir` and prints the table.
+    """
+    settings = config.evaluation
+    with (
+        open_workplace(config) as place,
+        Verifiers() as verifiers,
+        Metrics(Path(config.run.dir), config.metrics, place.layout.is_writer) as metrics,
+    ):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
+        sets = evaluation_sets(config, tokenizer, verifiers)
+        engine = build_engine(place)
+        engine.load_weights(tensors(Path(config.model.path)), version=0)
+        critic = build_critic(place) if config.model.critic_path and settings.calibration_set else None
+        where = {"stage": "stage1", "iteration": 0, "step": 0, "point": "before"}
+        for name, prompts in sets.items():
+            seed = f"{config.run.seed}/evaluation/{name}"
+            judged = evaluation.answer(
+                engine, verifiers, tokenizer, prompts, settings, config.rollout.max_response_tokens, seed
+            )
+            calibration, values = None, None
+            if critic is not None and name == settings.calibration_set:
+                calibration, values = evaluation.calibrate(judged, critic.values, config.stage1.critic.targets)
+            line = evaluation.scores(judged, settings) | {"calibration": calibration}
+            metrics.evaluation({**where, "set": name, **line})
+            metrics.samples({**where, "set": name, **line} for line in evaluation.shown(judged, tokenizer, values))
+        if place.layout.is_writer:
+            metrics.message(summary_table(Path(config.run.dir)))
