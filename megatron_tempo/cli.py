@@ -31,6 +31,7 @@ from megatron_tempo.config.rules.data import SUFFIXES
 from megatron_tempo.config.schema import Config, Verifier, to_plain
 from megatron_tempo.config.summary import summary
 from megatron_tempo.config.tree import read
+from megatron_tempo.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _GROUPS = ("model", "data", "algorithm", "experiment")
@@ -68,14 +69,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     launched = None if arguments.command == "check" else int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
     try:
         config = build(arguments.overrides, config_dir=arguments.config_dir, purpose=purpose, world_size=launched)
-    except ConfigErrors as error:
+        _run(arguments.command, config)
+    except InputError as error:
         if os.environ.get("RANK", "0") == "0":  # one report for all processes
-            print(error, file=sys.stderr)
+            print(f"error: {error}" if not isinstance(error, ConfigErrors) else error, file=sys.stderr)
         return 2
-    if arguments.command == "check":
+    return 0
+
+
+def _run(command: str, config: Config) -> None:
+    if command == "check":
         print("ok")
         print(summary(config, world_size=None))
-    elif arguments.command == "train":
+    elif command == "train":
         from megatron_tempo.train import train
 
         train(config)
@@ -83,7 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from megatron_tempo.train import evaluate
 
         evaluate(config)
-    return 0
 
 
 def build(

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_tempo.errors import InputError
+
 Record = dict[str, Any]
 
 METRICS = "metrics.jsonl"
@@ -48,7 +50,7 @@ def read(path: Path) -> list[Record]:
         try:
             records.append(json.loads(line))
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: not a JSON record ({error}); delete this line to go on") from error
+            raise InputError(f"{path}:{number}: not a JSON record ({error}); delete this line to go on") from error
     return records
 
 

@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from enum import Enum
 from typing import Any
 
+from megatron_tempo.errors import InputError
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -26,7 +28,7 @@ class Problem:
         return f"{self.field}={show(self.value)}: {self.wrong}; fix: {self.fix}"
 
 
-class ConfigErrors(ValueError):
+class ConfigErrors(InputError):
     """A configuration that breaks rules: all of them, one a line."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:

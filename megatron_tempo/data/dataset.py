@@ -17,6 +17,7 @@ import jinja2
 
 from megatron_tempo.config.schema import DatasetConfig
 from megatron_tempo.data.rows import BadRow, DataError, Row, read_rows
+from megatron_tempo.errors import InputError
 from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def load_labelled(
     becomes its text. DataError names every bad row; ValueError where the config does not describe a labelled set.
     """
     if config.answer_field is None or config.verifier is None:
-        raise ValueError(f"{config.path}: a labelled set needs `answer_field` and `verifier`; set both")
+        raise InputError(f"{config.path}: a labelled set needs `answer_field` and `verifier`; set both")
     answer_field, verifier = config.answer_field, config.verifier.name
     encode = _Encoder(config, tokenizer, max_prompt_tokens)
 
@@ -65,7 +66,7 @@ def load_unlabelled(
     Errors as those of `load_labelled`; ValueError where the config names an answer field.
     """
     if config.answer_field is not None:
-        raise ValueError(f"{config.path}: `answer_field` is {config.answer_field!r} on an unlabelled set; remove it")
+        raise InputError(f"{config.path}: `answer_field` is {config.answer_field!r} on an unlabelled set; remove it")
     encode = _Encoder(config, tokenizer, max_prompt_tokens)
 
     def build(row: Row) -> UnlabelledPrompt:
@@ -134,12 +135,12 @@ class _Encoder:
 
     def __init__(self, config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> None:
         if config.chat_template and tokenizer.chat_template is None:
-            raise ValueError(
+            raise InputError(
                 f"{config.path}: `chat_template` is true, and the tokenizer {tokenizer.name_or_path!r} has none; "
                 "set chat_template=false to send prompts as plain text"
             )
         if config.system is not None and not config.chat_template:
-            raise ValueError(f"{config.path}: `system` is set, and `chat_template` is false; unset one of them")
+            raise InputError(f"{config.path}: `system` is set, and `chat_template` is false; unset one of them")
         self._config = config
         self._tokenizer = tokenizer
         self._max_prompt_tokens = max_prompt_tokens

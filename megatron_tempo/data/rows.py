@@ -12,12 +12,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_tempo.errors import InputError
+
 BATCH_ROWS = 1024
 REPORTED = 10
 BOM = b"\xef\xbb\xbf"
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """What is wrong with a data file. `problems` has an entry for every bad row, the message the first ten."""
 
     def __init__(self, path: Path, problems: Sequence[str]) -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
+from megatron_tempo.errors import InputError
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -26,7 +28,7 @@ class PromptStream(Generic[P]):
 
     def __init__(self, prompts: Sequence[P], seed: int, name: str) -> None:
         if not prompts:
-            raise ValueError(f"the {name} set has no prompts; a stream needs at least one")
+            raise InputError(f"the {name} set has no prompts; a stream needs at least one")
         self._prompts = prompts
         self._seed = seed
         self._name = name
@@ -56,12 +58,12 @@ class PromptStream(Generic[P]):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken. ValueError where it is of another seed or of other prompts."""
         if state["seed"] != self._seed:
-            raise ValueError(
+            raise InputError(
                 f"the {self._name} stream was saved with run.seed={state['seed']}, now it is {self._seed}; "
                 "set it back, or start a new run"
             )
         if state["fingerprint"] != self._fingerprint:
-            raise ValueError(
+            raise InputError(
                 f"the {self._name} prompts are not those of the checkpoint: the file, its fields, the tokenizer or the "
                 "chat template changed; bring the old ones back, or start a new run"
             )

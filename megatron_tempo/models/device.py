@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from megatron_tempo.config.schema import Device
+from megatron_tempo.errors import InputError
 
 _CUDA_TYPE_NAMES = {
     torch.float32: "torch.cuda.FloatTensor",
@@ -27,13 +28,13 @@ _CUDA_TYPE_NAMES = {
 def select_device(wanted: Device, local_rank: int) -> torch.device:
     """The device of this process, made current; on a CPU, Megatron-Core is prepared for it.
 
-    Raises ValueError if `wanted` is cuda and there is none, or cpu where there is one (Megatron would use it anyway).
+    Raises InputError if `wanted` is cuda and there is none, or cpu where there is one (Megatron would use it anyway).
     """
     if wanted is Device.cuda and not torch.cuda.is_available():
-        raise ValueError("run.device=cuda, but torch finds no CUDA device: set run.device=cpu, or check the driver")
+        raise InputError("run.device=cuda, but torch finds no CUDA device: set run.device=cpu, or check the driver")
     if torch.cuda.is_available():
         if wanted is Device.cpu:
-            raise ValueError("run.device=cpu on a machine with CUDA: set run.device=cuda, or CUDA_VISIBLE_DEVICES=''")
+            raise InputError("run.device=cpu on a machine with CUDA: set run.device=cuda, or CUDA_VISIBLE_DEVICES=''")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return device

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from megatron_tempo.config.schema import ParallelConfig
+from megatron_tempo.errors import InputError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -78,11 +79,11 @@ def parallel_groups(config: ParallelConfig, device: torch.device, seed: int) -> 
 def initialize_model_parallel(config: ParallelConfig, seed: int) -> Layout:
     """Megatron's groups over an initialised default group.
 
-    Raises ValueError if the number of processes is not a multiple of tensor * pipeline.
+    Raises InputError if the number of processes is not a multiple of tensor * pipeline.
     """
     world = dist.get_world_size()
     if world % (config.tensor * config.pipeline):
-        raise ValueError(
+        raise InputError(
             f"{world} processes do not divide into replicas of parallel.tensor={config.tensor} * "
             f"parallel.pipeline={config.pipeline}: launch a multiple of {config.tensor * config.pipeline}"
         )

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_tempo.config.schema import Precision
+from megatron_tempo.errors import InputError
 from megatron_tempo.models.layers import PackedAttention, RMSNorm
 from megatron_tempo.models.parallel import Layout
 
@@ -52,17 +53,17 @@ class Shape:
 
 
 def read_shape(folder: Path) -> Shape:
-    """The shape of the model in a Hugging Face folder. Raises ValueError for what is not a plain Qwen3."""
+    """The shape of the model in a Hugging Face folder. Raises InputError for what is not a plain Qwen3."""
     config = transformers.AutoConfig.from_pretrained(folder)
     if config.model_type != "qwen3":
-        raise ValueError(f"{folder}/config.json: model_type is {config.model_type!r}; supported: qwen3")
+        raise InputError(f"{folder}/config.json: model_type is {config.model_type!r}; supported: qwen3")
     rope = config.rope_parameters
     if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"{folder}/config.json: rope_type {rope['rope_type']!r} is not supported; use 'default'")
+        raise InputError(f"{folder}/config.json: rope_type {rope['rope_type']!r} is not supported; use 'default'")
     if config.use_sliding_window:
-        raise ValueError(f"{folder}/config.json: use_sliding_window=true is not supported")
+        raise InputError(f"{folder}/config.json: use_sliding_window=true is not supported")
     if config.attention_bias:
-        raise ValueError(f"{folder}/config.json: attention_bias=true is not supported")
+        raise InputError(f"{folder}/config.json: attention_bias=true is not supported")
     return Shape(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
+from megatron_tempo.errors import InputError
 from megatron_tempo.rewards import countdown
 from megatron_tempo.rewards.math import MathScorer
 
@@ -83,7 +84,7 @@ class Verifiers:
                 problems.append(f"prompt {prompt.id!r}: {error}")
         if problems:
             rest = [f"... and {len(problems) - REPORTED} more"] if len(problems) > REPORTED else []
-            raise ValueError("\n".join([*problems[:REPORTED], *rest]))
+            raise InputError("\n".join([*problems[:REPORTED], *rest]))
 
     def score(self, items: Sequence[Item]) -> list[float]:
         """The verdict on each item, 1.0 or 0.0. ValueError, before any is judged, as in `check`."""
@@ -113,9 +114,9 @@ class Verifiers:
     def _check(self, verifier: str, prompt: str, answer: object) -> None:
         scorer = self._scorers.get(verifier)
         if scorer is None:
-            raise ValueError(f"verifier {verifier!r} is unknown; known are {', '.join(self._scorers)}")
+            raise InputError(f"verifier {verifier!r} is unknown; known are {', '.join(self._scorers)}")
         if not isinstance(answer, str):
-            raise ValueError(f"the answer {answer!r} is {type(answer).__name__}; give it as text")
+            raise InputError(f"the answer {answer!r} is {type(answer).__name__}; give it as text")
         if not answer.strip():
-            raise ValueError("the answer is empty; give one or remove the prompt")
+            raise InputError("the answer is empty; give one or remove the prompt")
         scorer.check(prompt, answer)

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from megatron_tempo.errors import InputError
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.types import Completion, TokenCount
 
@@ -197,7 +198,7 @@ class _Decoding:
 def end_tokens(folder: Path) -> list[int]:
     """The tokens that end a response, from generation_config.json, config.json or the tokenizer.
 
-    Raises ValueError if none of them names any.
+    Raises InputError if none of them names any.
     """
     if (folder / "generation_config.json").exists():
         found = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
@@ -205,7 +206,7 @@ def end_tokens(folder: Path) -> list[int]:
             return found if isinstance(found, list) else [found]
     found = transformers.AutoTokenizer.from_pretrained(folder).eos_token_id
     if found is None:
-        raise ValueError(
+        raise InputError(
             f"{folder}: no eos_token_id in generation_config.json or the tokenizer; responses would not end"
         )
     return [found]

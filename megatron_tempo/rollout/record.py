@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_tempo.errors import InputError
 from megatron_tempo.rollout.collect import batch_of
 from megatron_tempo.types import Batch, Completion, LabelledPrompt, UnlabelledPrompt
 
@@ -49,18 +50,18 @@ def read(
 ) -> tuple[Batch | None, Batch | None]:
     """The rollouts that were written for these prompts, as batches.
 
-    Raises ValueError with file and line where the record does not hold `samples` responses to each of these prompts.
+    Raises InputError with file and line where the record does not hold `samples` responses to each of these prompts.
     """
     if not path.exists():
-        raise ValueError(f"rollout.replay: {path} is not there; the run it was written by did not come so far")
+        raise InputError(f"rollout.replay: {path} is not there; the run it was written by did not come so far")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     prompts: list[LabelledPrompt | UnlabelledPrompt] = [*labelled, *unlabelled]
     if len(lines) != len(prompts) * samples:
-        raise ValueError(f"rollout.replay: {path} has {len(lines)} responses, this run wants {len(prompts) * samples}")
+        raise InputError(f"rollout.replay: {path} has {len(lines)} responses, this run wants {len(prompts) * samples}")
     for number, line in enumerate(lines):
         prompt = prompts[number // samples]
         if tuple(line["prompt_tokens"]) != prompt.token_ids:
-            raise ValueError(
+            raise InputError(
                 f"rollout.replay: {path}, line {number + 1} answers {line['prompt_id']!r}, this run asks "
                 f"{prompt.id!r}: the data, run.seed or the stage's counts differ from the recorded run's"
             )

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from megatron_tempo.errors import InputError
 from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.weights.slots import Slot
@@ -25,7 +26,7 @@ CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor. Raises ValueError naming what is missing."""
+    """Which file holds which tensor. Raises InputError naming what is missing."""
     index = folder / INDEX
     if index.exists():
         files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
@@ -33,10 +34,10 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         with safe_open(folder / "model.safetensors", "pt") as file:
             files = dict.fromkeys(file.keys(), folder / "model.safetensors")
     else:
-        raise ValueError(f"{folder}: neither model.safetensors nor {INDEX} is there")
+        raise InputError(f"{folder}: neither model.safetensors nor {INDEX} is there")
     absent = sorted({str(path) for path in files.values() if not path.exists()})
     if absent:
-        raise ValueError(f"{index}: names files that are not there: {', '.join(absent)}")
+        raise InputError(f"{index}: names files that are not there: {', '.join(absent)}")
     return files
 
 
@@ -55,7 +56,7 @@ def load(net: PackedGPT, layout: Layout, slots: list[Slot], folder: Path) -> Non
     Tensors of the folder that no slot names are refused, but for a head that this model does not have (an actor's
     folder serves to start a critic, whose own head stays as it is, and a tied folder may repeat its output matrix).
 
-    Raises ValueError listing every missing, misshapen and unexpected tensor.
+    Raises InputError listing every missing, misshapen and unexpected tensor.
     """
     files = tensor_files(folder)
     _check(files, slots, folder)
@@ -93,7 +94,7 @@ def _check(files: dict[str, Path], slots: list[Slot], folder: Path) -> None:
                     problems.append(f"misshapen: {name} is {list(found)}, the config.json says {list(shape)}")
     if problems:
         shown = "\n  ".join(problems[:20])
-        raise ValueError(f"{folder} does not fit its config.json ({len(problems)} problems):\n  {shown}")
+        raise InputError(f"{folder} does not fit its config.json ({len(problems)} problems):\n  {shown}")
 
 
 def _load_tied_copy(

@@ -1,0 +1,35 @@
+# Both commands do all the set-up they need, into .venv. PYTHON chooses the interpreter: make quickstart PYTHON=python3.12
+PYTHON ?= python3
+PROCESSES ?= 2
+BIN := .venv/bin
+
+.PHONY: quickstart test test-slow lint clean
+
+quickstart: .venv/installed  ## the main job: train on countdown, from a small pretrained model to a report
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) \
+		-m megatron_tempo train experiment=quickstart $(ARGS)
+
+test: .venv/installed-test  ## unit and distributed tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-slow: .venv/installed-test  ## what .ci/run runs beyond that
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml | .venv
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+.venv/installed-test: pyproject.toml | .venv
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@ .venv/installed
+
+.venv:
+	$(PYTHON) -m venv .venv || { rm -rf .venv; echo 'no venv module: apt-get install python3-venv (Debian, Ubuntu)'; exit 1; }
+
+clean:
+	rm -rf .venv build *.egg-info
