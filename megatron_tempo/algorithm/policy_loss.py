@@ -48,11 +48,11 @@ def policy_loss(
     kl = torch.zeros_like(logprobs)
     if reference_logprobs is not None:
         away = reference_logprobs - logprobs
-        kl = away.exp() - 1 - away
+        kl = away.expm1() - away
     token_loss = -objective - config.entropy_coef * entropy + config.kl_coef * kl
     loss = row_mean(token_loss, lengths)
     # k3 again, of the old policy from the new: non-negative, 0 at the first mini-batch.
-    moved = difference.exp() - 1 - difference
+    moved = difference.expm1() - difference  # exp(d) - 1 would be rounding noise: the steps are of the size 1e-4
     figures = torch.stack([row_mean(x.detach(), lengths) for x in (entropy, ratio, binding.float(), moved, kl)], dim=1)
     return loss, torch.cat([loss.detach()[:, None], figures], dim=1)
 
