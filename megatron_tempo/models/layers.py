@@ -36,7 +36,6 @@ class PackedAttention(nn.Module):
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__()
         self.scale = softmax_scale
-        self.dropout = config.attention_dropout
 
     def forward(
         self,

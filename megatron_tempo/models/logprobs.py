@@ -9,6 +9,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+# Below this, exp() is 0 in fp32: in p log p a lower logarithm, -inf for padding, may stand as this one. It is small
+# enough that no gradient from behind makes it overflow.
+_LOWEST = -200.0
+
 
 def logprobs_and_entropy(logits: Tensor, targets: Tensor, vocab: int, temperature: float) -> tuple[Tensor, Tensor]:
     """log pi(target) and the entropy of pi = softmax(logits / temperature), in nats, in fp32, with gradients.
@@ -41,7 +45,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         column = torch.where(mine, targets - first, 0)
         at_target = torch.where(mine, scaled.gather(1, column[:, None]).squeeze(1), 0.0)
         exponentials = scaled.exp()
-        weighted = (exponentials * scaled.clamp(min=torch.finfo(scaled.dtype).min)).sum(1)
+        weighted = (exponentials * scaled.clamp(min=_LOWEST)).sum(1)
         sums = torch.stack([exponentials.sum(1), weighted, at_target])
         dist.all_reduce(sums, group=group)
         total, weighted, at_target = sums
@@ -57,7 +61,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         grad_logprob, grad_entropy = grads
         probabilities, log_total, entropy, mine, column, scaled = ctx.saved_tensors
         # d logp / d z_j = [j = target] - p_j;   d H / d z_j = -p_j (log p_j + H)
-        log_p = (scaled - log_total[:, None]).clamp(min=torch.finfo(scaled.dtype).min)
+        log_p = (scaled - log_total[:, None]).clamp(min=_LOWEST)
         inner = grad_logprob[:, None] + grad_entropy[:, None] * (log_p + entropy[:, None])
         grad = -probabilities * inner
         grad.scatter_add_(1, column[:, None], torch.where(mine, grad_logprob, 0.0)[:, None])

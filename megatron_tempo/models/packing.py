@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,15 +89,18 @@ def micro_batches(batch: Batch, rows: Tensor, layout: Layout, budget: int, devic
     share = rows[data_share(lengths, layout.data_rank, layout.data)]
     groups = divide_by_budget(batch.lengths[share], budget) or [torch.zeros(0, dtype=torch.int64)]
     multiple = layout.tensor if layout.sequence_parallel else 1
-    return [_pack(batch, share[group], multiple, device) for group in groups]
+    texts = (batch.prompts(), batch.responses())  # once, not for each micro-batch: this splits the whole batch
+    return [_pack(batch, texts, share[group], multiple, device) for group in groups]
 
 
-def _pack(batch: Batch, rows: Tensor, multiple: int, device: torch.device) -> MicroBatch:
+def _pack(
+    batch: Batch, texts: tuple[Sequence[Tensor], Sequence[Tensor]], rows: Tensor, multiple: int, device: torch.device
+) -> MicroBatch:
     lengths = batch.lengths[rows]
     prompts, responses = batch.prompt_lengths[rows], batch.response_lengths[rows]
     total = int(lengths.sum())
     padding = max(-total % multiple, multiple if total == 0 else 0)
-    all_prompts, all_responses = batch.prompts(), batch.responses()
+    all_prompts, all_responses = texts
     pieces = [piece for row in rows.tolist() for piece in (all_prompts[row], all_responses[row])]
     tokens = torch.cat([*pieces, torch.zeros(padding, dtype=torch.int64)])
 

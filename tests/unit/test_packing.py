@@ -1,0 +1,185 @@
+"""Packing against a naive construction: a list of (row, position) for every token of every micro-batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_tempo.models.packing import MicroBatch, data_share, divide_by_budget, micro_batches
+from megatron_tempo.models.parallel import Layout
+from megatron_tempo.types import Batch
+
+CPU = torch.device("cpu")
+LENGTHS = st.lists(st.integers(1, 40), min_size=0, max_size=30)
+
+
+def layout(*, data: int = 1, data_rank: int = 0, tensor: int = 1, sequence: bool = False) -> Layout:
+    return Layout(
+        rank=data_rank * tensor, world_size=data * tensor, tensor_rank=0, tensor=tensor, pipeline_rank=0, pipeline=1,
+        data_rank=data_rank, data=data, sequence_parallel=sequence,
+    )  # fmt: skip
+
+
+def batch_of(lengths: list[tuple[int, int]]) -> Batch:
+    """Rows of (prompt, response) tokens; every token of the batch is another number, from 1."""
+    prompts, responses = torch.tensor(lengths, dtype=torch.int64).view(-1, 2).T
+    p, t, n = int(prompts.sum()), int(responses.sum()), len(lengths)
+    return Batch(
+        prompt_ids=tuple(map(str, range(n))),
+        group=torch.arange(n),
+        prompt_tokens=torch.arange(1, p + 1),
+        prompt_lengths=prompts,
+        response_tokens=torch.arange(p + 1, p + t + 1),
+        response_lengths=responses,
+        engine_logprobs=torch.zeros(t),
+        stopped=torch.ones(n, dtype=torch.bool),
+    )
+
+
+def every(batch: Batch, rows: torch.Tensor, data: int, budget: int, tensor: int = 1) -> list[list[MicroBatch]]:
+    """The micro-batches of each data rank, sequence parallel where tensor > 1."""
+    return [
+        micro_batches(
+            batch, rows, layout(data=data, data_rank=rank, tensor=tensor, sequence=tensor > 1), budget, CPU
+        )
+        for rank in range(data)
+    ]  # fmt: skip
+
+
+# Division
+
+
+@given(LENGTHS, st.integers(1, 5))
+def test_the_ranks_share_all_rows_in_balance(lengths: list[int], data: int) -> None:
+    flat = torch.tensor(lengths, dtype=torch.int64)
+    shares = [data_share(flat, rank, data) for rank in range(data)]
+    assert sorted(torch.cat(shares).tolist()) == list(range(len(lengths)))
+    loads = [sum(lengths[i] for i in share.tolist()) for share in shares]
+    assert max(loads) - min(loads) <= max(lengths, default=0)  # what longest-first guarantees
+
+
+@given(LENGTHS, st.integers(1, 60))
+def test_groups_keep_to_the_budget_and_a_longer_row_goes_alone(lengths: list[int], budget: int) -> None:
+    groups = [group.tolist() for group in divide_by_budget(torch.tensor(lengths, dtype=torch.int64), budget)]
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    for group in groups:
+        assert group
+        assert len(group) == 1 or sum(lengths[i] for i in group) <= budget
+    sums = [sum(lengths[i] for i in group) for group in groups]
+    # No group is opened while its first row has room in the one before.
+    for (before, total), after in zip(zip(groups, sums, strict=True), groups[1:], strict=False):
+        assert total + lengths[after[0]] > budget, (before, after)
+
+
+def test_division_by_hand() -> None:
+    lengths = torch.tensor([3, 9, 4, 2, 12])
+    assert [group.tolist() for group in divide_by_budget(lengths, 10)] == [[4], [1], [2, 0, 3]]
+    # longest first to the lighter rank: 12 | 9 | 4 to the 9 | 3 to the 12 | 2 to the 13
+    assert data_share(lengths, 0, 2).tolist() == [4, 0]
+    assert data_share(lengths, 1, 2).tolist() == [1, 2, 3]
+
+
+# Micro-batches
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 12)), max_size=20),
+    st.integers(1, 4),
+    st.integers(1, 50),
+    st.sampled_from([1, 2, 4]),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=150, deadline=None)
+def test_micro_batches_are_those_of_a_naive_construction(
+    lengths: list[tuple[int, int]], data: int, budget: int, tensor: int, seed: int
+) -> None:
+    batch = batch_of(lengths)
+    generator = torch.Generator().manual_seed(seed)
+    keep = int(torch.randint(0, len(lengths) + 1, (), generator=generator))
+    rows = torch.randperm(len(lengths), generator=generator)[:keep]  # a mini-batch: some rows, in any order
+    ranks = every(batch, rows, data, budget, tensor)
+    micros = [micro for rank in ranks for micro in rank]
+
+    assert sorted(row for micro in micros for row in micro.rows.tolist()) == sorted(rows.tolist())
+    assert all(rank for rank in ranks)
+    for micro in micros:
+        _check_one(micro, batch, budget, tensor)
+    if keep == len(lengths):
+        cells = torch.cat([micro.response_cells for micro in micros])
+        assert sorted(cells.tolist()) == list(range(int(batch.response_lengths.sum())))
+        cells = torch.cat([micro.value_cells for micro in micros])
+        assert sorted(cells.tolist()) == list(range(int(batch.response_lengths.sum()) + len(batch)))
+
+
+def _check_one(micro: MicroBatch, batch: Batch, budget: int, multiple: int) -> None:
+    rows = micro.rows.tolist()
+    whole = [row.tolist() for row in batch.rows()]
+    places = [(row, at) for row in rows for at in range(len(whole[row]))]
+    size = micro.tokens.shape[1]
+    assert micro.padding == size - len(places)
+    assert size % multiple == 0
+    assert 0 <= micro.padding < multiple or (micro.padding == multiple and not rows)
+    assert len(places) <= budget or len(rows) == 1
+
+    assert micro.tokens[0].tolist() == [whole[row][at] for row, at in places] + [0] * micro.padding
+    assert micro.positions.tolist() == [at for _, at in places] + list(range(micro.padding))
+
+    # The token before a response token predicts it; a value is read at the same places and at the row's last token.
+    predicting, targets, valued, response_cells, value_cells = [], [], [], [], []
+    flat = [(row, t) for row in range(len(batch)) for t in range(int(batch.response_lengths[row]))]
+    flat_values = [(row, t) for row in range(len(batch)) for t in range(int(batch.response_lengths[row]) + 1)]
+    for row in rows:
+        prompt, response = int(batch.prompt_lengths[row]), int(batch.response_lengths[row])
+        for t in range(response + 1):
+            valued.append(places.index((row, prompt + t - 1)))
+            value_cells.append(flat_values.index((row, t)))
+            if t < response:
+                predicting.append(places.index((row, prompt + t - 1)))
+                targets.append(whole[row][prompt + t])
+                response_cells.append(flat.index((row, t)))
+    assert micro.predicting.tolist() == predicting
+    assert micro.targets.tolist() == targets
+    assert micro.valued.tolist() == valued
+    assert micro.response_cells.tolist() == response_cells
+    assert micro.value_cells.tolist() == value_cells
+    assert micro.response_lengths.tolist() == batch.response_lengths[rows].tolist()
+
+    sequences = [len(whole[row]) for row in rows] + ([micro.padding] if micro.padding else [])
+    longest, start, grid = max(sequences), 0, []
+    for length in sequences:
+        grid.append([*range(start, start + length), *[-1] * (longest - length)])
+        start += length
+    assert micro.packing.grid.tolist() == grid
+    assert micro.packing.grid.flatten()[micro.packing.cells].tolist() == list(range(size))
+    assert micro.packing.max_seqlen_q == micro.packing.max_seqlen_kv == longest
+
+
+@pytest.mark.parametrize(("tensor", "padding"), [(1, 1), (4, 4)])
+def test_a_rank_without_rows_gets_one_micro_batch_of_padding_alone(tensor: int, padding: int) -> None:
+    batch = batch_of([(2, 3)])
+    first, second = every(batch, torch.tensor([0]), 2, 100, tensor)
+    assert [micro.rows.tolist() for micro in first] == [[0]]
+    (micro,) = second
+    assert micro.tokens.tolist() == [[0] * padding]
+    assert micro.padding == padding
+    for name in ("rows", "predicting", "targets", "valued", "response_cells", "value_cells", "response_lengths"):
+        found = getattr(micro, name)
+        assert found.tolist() == []
+        assert found.dtype == torch.int64
+
+
+def test_padding_is_there_for_sequence_parallelism_alone_and_below_five_percent() -> None:
+    """At the quickstart's lengths: prompts of 7 tokens, responses of up to 18."""
+    generator = torch.Generator().manual_seed(0)
+    responses = torch.randint(3, 19, (512,), generator=generator).tolist()
+    batch = batch_of([(7, response) for response in responses])
+    for data, tensor, budget in [(1, 1, 300), (4, 1, 300), (1, 2, 300), (2, 2, 300), (1, 8, 300), (2, 4, 60)]:
+        micros = [micro for rank in every(batch, torch.arange(512), data, budget, tensor) for micro in rank]
+        tokens = sum(micro.tokens.numel() for micro in micros)
+        padding = sum(micro.padding for micro in micros)
+        assert tokens - padding == int(batch.lengths.sum())
+        assert padding / tokens < 0.05, (data, tensor, budget)
+        if tensor == 1:
+            assert padding == 0
