@@ -93,7 +93,7 @@ class Checkpoints:
         for name, model in models.items():
             loaded = dist_checkpointing.load(_sharded(model, is_loading=True), str(path / name))
             model.net.load_state_dict(loaded["model"])
-            model.optimizer.load_state_dict(loaded["optimizer"])
+            model.load_optimizer(loaded["optimizer"])
             model.step_count = state["optimizer_steps"][name]
         return state
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import math
 import sys
 import time
 import uuid
@@ -22,16 +21,17 @@ from megatron_tempo.records import EVALUATIONS, METRICS, SAMPLES, Record, append
 
 log = logging.getLogger(__name__)
 
-# The console's columns: what to show, the names it needs; a column is left out where the record has none of them.
+# The console's columns: what to show of which number; a column is left out where the record lacks it.
 COLUMNS = (
-    ("reward {:6.3f}", ("reward/labelled",)),
-    ("value {:6.3f}", ("reward/unlabelled_value",)),
-    ("entropy {:.3f}", ("actor/entropy",)),
-    ("clip {:.3f}", ("actor/clip_fraction",)),
-    ("critic {:.3f}", ("critic/loss",)),
-    ("grad {:6.2g}/{:6.2g}", ("actor/grad_norm", "critic/grad_norm")),
-    ("{:6.0f} tok/s", ("tokens_per_second",)),
-    ("{:5.1f} s", ("seconds",)),
+    ("reward {:6.3f}", "reward/labelled"),
+    ("value {:6.3f}", "reward/unlabelled_value"),
+    ("entropy {:.3f}", "actor/entropy"),
+    ("clip {:.3f}", "actor/clip_fraction"),
+    ("gradient {:7.2g}", "actor/grad_norm"),
+    ("critic {:.3f}", "critic/loss"),
+    ("gradient {:7.2g}", "critic/grad_norm"),
+    ("{:6.0f} tok/s", "tokens_per_second"),
+    ("{:5.1f} s", "seconds"),
 )
 
 
@@ -194,10 +194,7 @@ class Metrics:
         total = self._forecast.stages[line["stage"]].iterations if self._forecast is not None else None
         count = f"{line['iteration']}/{total}" if total else str(line["iteration"])
         cells = [f"{line['stage']} {line['method']:<5} {count:>7}"]
-        for form, names in COLUMNS:
-            if any(_is_number(line.get(name)) for name in names):
-                numbers = (line[name] if _is_number(line.get(name)) else math.nan for name in names)
-                cells.append(form.format(*numbers))
+        cells += [form.format(line[name]) for form, name in COLUMNS if _is_number(line.get(name))]
         if self._forecast is not None:
             cells.append(f"{clock(self._forecast.left())} left")
         return "  ".join(cells)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -174,7 +175,7 @@ class Run:
         if path is not None:
             self.metrics.message(f"resumed from {path}, {self.step} iterations done")
         self.metrics.rewind(self.step)
-        self._remember_config(resumed=path is not None)
+        self._remember_config()
         self.metrics.plan(self.config.stages(), schedule.evaluations_left(self.config, self.step), self.step)
         self.sync_engine()
         return self.step
@@ -237,15 +238,22 @@ class Run:
         streams: dict[str, _Stream | None] = {"labelled": self.labelled, "unlabelled": self.unlabelled}
         return {name: stream for name, stream in streams.items() if stream is not None}
 
-    def _remember_config(self, *, resumed: bool) -> None:
-        """Keep the config beside the run; say what differs from the one that the run was last started with."""
+    def _remember_config(self) -> None:
+        """Keep the config beside the run. Where it differs from the last start's, say so and keep that one too."""
         path = Path(self.config.run.dir) / "config.json"
         if not self.place.layout.is_writer:
             return
-        if resumed and path.exists():
-            for change in differences(load_config(path), self.config):
-                self.metrics.message(f"config differs from the run's last start: {change}")
-        save_config(self.config, path)
+        if path.exists():
+            changes = differences(load_config(path), self.config)
+            if not changes:
+                return
+            older = path.with_name(f"config_until_step_{self.step:08d}.json")
+            self.metrics.message("\n  ".join([f"the config differs from the last start's, kept as {older}:", *changes]))
+            os.replace(path, older)
+        partial = path.with_suffix(".partial")
+        partial.unlink(missing_ok=True)
+        save_config(self.config, partial)
+        os.replace(partial, path)
 
     def _padding(self) -> dict[str, float]:
         """The share of padding among the tokens that went through this rank's models and engine since last asked."""

@@ -120,6 +120,7 @@ class TrainedModel(Model):
             [ddp],
             use_gloo_process_groups=False,
         )
+        _begin_adam(optimizer)
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = optimizer.scale_loss
         return cls(net, layout, device, micro_batch_tokens, ddp, optimizer=optimizer)
@@ -158,10 +159,26 @@ class TrainedModel(Model):
         self.step_count += 1
         return sum_over_ranks(table), float(grad_norm)
 
+    def load_optimizer(self, state: dict[str, Any]) -> None:
+        """Take a state that `optimizer.sharded_state_dict` described and a checkpoint filled."""
+        if not _torch_optimizers(self.optimizer):
+            self.optimizer.load_state_dict(state)
+            return
+        # With torch's Adam, Megatron 0.16 trips over the step counters while it loads the moments, and gives all
+        # parameters one and the same counter: each would then count it up. So the counters step aside.
+        moments = state.pop("param_state")
+        self.optimizer.load_state_dict(state)
+        (part,) = _parts(self.optimizer)
+        states = list(part.optimizer.state.values())
+        counters = [one.pop("step").clone() for one in states]
+        part.load_parameter_state_from_fully_reshardable(moments)
+        for one, counter in zip(states, counters, strict=True):
+            one["step"] = counter
+
     def _set_hyperparameters(self, config: OptimizerConfig) -> None:
         """Stages may differ in these, so they are set before each step. The learning rate warms up linearly."""
         warm = min(1.0, (self.step_count + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-        for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+        for optimizer in _parts(self.optimizer):
             optimizer.config.clip_grad = config.clip_grad
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * warm
@@ -173,3 +190,25 @@ class TrainedModel(Model):
 def _on_device(net: PackedGPT, device: torch.device, precision: Precision) -> Any:
     module = net.cuda(device) if device.type == "cuda" else net
     return Float16Module(net.config, module) if precision is Precision.bf16 else module
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    """The inner optimizers that are torch's own: where neither Transformer Engine nor Apex brings a fused one."""
+    inner = [part.optimizer for part in _parts(optimizer)]
+    return [one for one in inner if isinstance(one, torch.optim.Adam | torch.optim.AdamW)]
+
+
+def _begin_adam(optimizer: MegatronOptimizer) -> None:
+    """Give Adam its zero moments at once: Megatron wants them for a checkpoint, which may be due before a first step."""
+    for inner in _torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                inner.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }

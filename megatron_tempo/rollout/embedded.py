@@ -39,10 +39,14 @@ class EmbeddedEngine:
 
     @torch.no_grad()
     def load_weights(self, buckets: Iterable[Sequence[tuple[str, Tensor]]], version: int) -> None:
-        parameters = dict(self._model.named_parameters(remove_duplicate=True))
+        parameters = dict(self._model.named_parameters())
+        # The second name of a tied matrix: published folders may repeat it.
+        repeated = {name for name, _ in self._model.named_parameters(remove_duplicate=False)} - set(parameters)
         left = set(parameters)
         for bucket in buckets:
             for name, tensor in bucket:
+                if name in repeated:
+                    continue
                 target = parameters.get(name)
                 if target is None or target.shape != tensor.shape:
                     expected = "no such tensor" if target is None else f"shape {tuple(target.shape)}"

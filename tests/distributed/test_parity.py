@@ -15,7 +15,7 @@ from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.packing import MicroBatch, micro_batches
 from megatron_tempo.types import Batch
 from megatron_tempo.weights.folder import tensors
-from megatron_tempo.wiring import build_actor, build_critic, export_hf, open_workplace, weights_of
+from megatron_tempo.wiring import Workplace, build_actor, build_critic, export_hf, open_workplace, weights_of
 from tests.support.ranks import run_ranks
 from tests.support.tiny import VOCAB, ragged_batch, write_model
 
@@ -37,7 +37,7 @@ def config_of(model: Path, layout: tuple[int, int, bool, int]) -> Config:
 
 
 def gather_logits(actor: Actor, batch: Batch) -> torch.Tensor | None:
-    """This tensor rank's logits of every token of every row, on the last stage: [tokens, padded vocabulary / tensor]."""
+    """The logits of this tensor rank for every token, row after row; None before the last stage."""
     model = actor.model
     parts = micro_batches(batch, torch.arange(len(batch)), model.layout, model.micro_batch_tokens, model.device)
     rows: dict[int, torch.Tensor] = {}
@@ -62,21 +62,21 @@ def gather_logits(actor: Actor, batch: Batch) -> torch.Tensor | None:
     return torch.cat([rows[i] for i in range(len(batch))]) if model.layout.is_last_stage else None
 
 
-def measure(model: Path, layout: tuple[int, int, bool, int], out: Path) -> dict[str, object]:
-    """Logits, log-probabilities and exported weights of one layout."""
+def measure(place: Workplace, model: Path, out: Path) -> dict[str, object]:
+    """Logits, log-probabilities and exported weights of one model in one layout."""
     batch = ragged_batch(6)
-    with open_workplace(config_of(model, layout)) as place:
-        actor = build_actor(place)
-        buckets = list(weights_of(actor.model, place))
-        found: dict[str, object] = {
-            "tensor_rank": place.layout.tensor_rank,
-            "weights": {name: tensor for bucket in buckets for name, tensor in bucket},
-        }
-        export_hf(place, actor, build_critic(place), out / "exported")
-        for budget in (PACKED, UNPACKED):
-            actor.model.micro_batch_tokens = budget
-            found[f"logits/{budget}"] = gather_logits(actor, batch)
-            found[f"logprobs/{budget}"] = actor.logprobs(batch)
+    place.config.model.path = str(model)
+    actor = build_actor(place)
+    buckets = list(weights_of(actor.model, place))
+    found: dict[str, object] = {
+        "tensor_rank": place.layout.tensor_rank,
+        "weights": {name: tensor for bucket in buckets for name, tensor in bucket},
+    }
+    export_hf(place, actor, build_critic(place), out)
+    for budget in (PACKED, UNPACKED):
+        actor.model.micro_batch_tokens = budget
+        found[f"logits/{budget}"] = gather_logits(actor, batch)
+        found[f"logprobs/{budget}"] = actor.logprobs(batch)
     return found
 
 
@@ -93,33 +93,47 @@ def reference_logits(model: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(logits), torch.cat(logprobs)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"), tied=request.param)
+def measure_all(models: dict[str, Path], layout: tuple[int, int, bool, int], out: Path) -> dict[str, dict[str, object]]:
+    """One process group can be opened in a process: the models take turns in it."""
+    with open_workplace(config_of(models["tied"], layout)) as place:
+        return {name: measure(place, model, out / name) for name, model in models.items()}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    out = tmp_path_factory.mktemp("models")
+    return {name: write_model(out / name, tied=name == "tied") for name in ("tied", "untied")}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_logits_weights_and_export_agree_with_transformers(model: Path, name: str, tmp_path: Path) -> None:
+def test_logits_weights_and_export_agree_with_transformers(models: dict[str, Path], name: str, tmp_path: Path) -> None:
     layout = LAYOUTS[name]
+    by_rank = run_ranks(measure_all, layout[3], tmp_path / "ranks", models, layout, tmp_path)
+    for kind, model in models.items():
+        ranks = [found[kind] for found in by_rank]
+        assert_logits(model, ranks)
+        assert_weights(model, [rank["weights"] for rank in ranks], tmp_path / kind)
+
+
+def assert_logits(model: Path, ranks: list[dict]) -> None:
     logits, logprobs = reference_logits(model)
-    ranks = run_ranks(measure, layout[3], tmp_path, model, layout, tmp_path)
     for budget in (PACKED, UNPACKED):
-        shards = [r[f"logits/{budget}"] for r in sorted(ranks, key=lambda r: r["tensor_rank"])]
+        shards = [rank[f"logits/{budget}"] for rank in sorted(ranks, key=lambda rank: rank["tensor_rank"])]
         whole = torch.cat([shard for shard in shards if shard is not None], dim=1)[:, :VOCAB]
         assert (whole - logits).abs().max() < 1e-4 * logits.abs().max()
         for rank in ranks:
             torch.testing.assert_close(rank[f"logprobs/{budget}"], logprobs, atol=1e-4, rtol=1e-4)
 
+
+def assert_weights(model: Path, streams: list[dict[str, torch.Tensor]], exported: Path) -> None:
+    """What leaves the models is what came in, to the bit; transformers opens what was exported."""
     original = {name: tensor for bucket in tensors(model) for name, tensor in bucket}
-    for weights in [rank["weights"] for rank in ranks] + [
-        {name: tensor for bucket in tensors(tmp_path / "exported/actor") for name, tensor in bucket}
-    ]:
+    written = {name: tensor for bucket in tensors(exported / "actor") for name, tensor in bucket}
+    for weights in [*streams, written]:
         assert weights.keys() == original.keys()
         assert all(torch.equal(weights[name], original[name]) for name in original)
-
-    reopened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported/actor")
     tokens = torch.arange(10)[None]
-    first = transformers.AutoModelForCausalLM.from_pretrained(model)
+    reopened, first = (transformers.AutoModelForCausalLM.from_pretrained(p) for p in (exported / "actor", model))
     assert torch.equal(reopened(tokens).logits, first(tokens).logits)
-    critic = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "exported/critic")
+    critic = transformers.AutoModelForTokenClassification.from_pretrained(exported / "critic")
     assert critic(tokens).logits.abs().max() == 0  # an untrained value head

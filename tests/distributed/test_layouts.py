@@ -1,0 +1,77 @@
+"""One whole TEMPO iteration gives the same models under every layout and token budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_tempo.config.schema import Config
+from megatron_tempo.records import read_metrics
+from megatron_tempo.train import train
+from megatron_tempo.weights.folder import tensors
+from tests.support.project import config_of, write_project
+from tests.support.ranks import run_ranks
+
+# name: tensor, pipeline, sequence parallelism, processes, micro_batch_tokens
+LAYOUTS = {
+    "small-budget": (1, 1, False, 1, 60),
+    "dp2": (1, 1, False, 2, 300),
+    "tp2": (2, 1, False, 2, 300),
+    "tp2-sequence": (2, 1, True, 2, 300),
+    "pp2": (1, 2, False, 2, 300),
+    "tp2-pp2": (2, 2, False, 4, 300),
+    "tp2-pp2-sequence-small-budget": (2, 2, True, 4, 60),
+    "dp2-pp2": (1, 2, False, 4, 300),
+}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module")
+def one_process(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that the others are held against; its rollouts are theirs too."""
+    out = tmp_path_factory.mktemp("one")
+    config = config_of(project, out / "run")
+    config.rollout.dump = True
+    run_ranks(train, 1, out / "ranks", config)
+    return out / "run"
+
+
+def weights(run: Path, model: str) -> dict[str, torch.Tensor]:
+    return {name: tensor for bucket in tensors(run / "hf_step_00000001" / model) for name, tensor in bucket}
+
+
+def in_layout(config: Config, name: str) -> int:
+    tensor, pipeline, sequence, world, budget = LAYOUTS[name]
+    config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence = tensor, pipeline, sequence
+    config.parallel.micro_batch_tokens = budget
+    return world
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_an_iteration_does_not_depend_on_the_layout(
+    project: Path, one_process: Path, tmp_path: Path, name: str
+) -> None:
+    config = config_of(project, tmp_path / "run")
+    config.rollout.replay = str(one_process / "rollouts")
+    world = in_layout(config, name)
+    run_ranks(train, world, tmp_path / "ranks", config)
+
+    before = {name: tensor for bucket in tensors(project / "model") for name, tensor in bucket}
+    for model in ("actor", "critic"):
+        expected, found = weights(one_process, model), weights(tmp_path / "run", model)
+        assert expected.keys() == found.keys()
+        for key in expected:
+            assert (found[key] - expected[key]).norm() <= 1e-5 * expected[key].norm(), f"{model} {key}"
+            if key in before:
+                assert not torch.equal(found[key], before[key]), f"{model} {key} was not trained"
+    (one,), (other,) = read_metrics(one_process), read_metrics(tmp_path / "run")
+    for norm in ("actor/grad_norm", "critic/grad_norm"):
+        assert one[norm] > 0
+        assert other[norm] == pytest.approx(one[norm], rel=1e-5)
+    assert other["padding"] < 0.05

@@ -1,0 +1,183 @@
+"""A run that is killed and started again ends as the run that was not killed, to the bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+
+from megatron_tempo.config.tree import save
+from megatron_tempo.records import read_evaluations, read_metrics
+from tests.support.project import config_of, write_project
+
+ITERATIONS = 3  # of each stage
+LAST = 2 * ITERATIONS
+SCRIPT = """
+import sys
+from megatron_tempo.config import load
+from megatron_tempo.train import train
+
+if __name__ == "__main__":
+    train(load(sys.argv[1]))
+"""
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def lines(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+# Moments at which the run is killed: each a condition on the run's folder.
+MOMENTS: dict[str, Callable[[Path], bool]] = {
+    "before the first iteration": lambda run: (run / "config.json").exists(),
+    "in an iteration": lambda run: lines(run) >= 3,
+    "as a save begins": lambda run: checkpoint_folder(run, 2).with_suffix(".partial").exists(),
+    "in a save, files written": lambda run: any(
+        checkpoint_folder(run, 4).with_suffix(".partial").glob("critic/*.distcp")
+    ),
+    "as a save has ended": lambda run: checkpoint_folder(run, 4).exists(),
+    "in the last iterations": lambda run: lines(run) >= LAST - 1,
+}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_project(tmp_path_factory.mktemp("project"))
+
+
+def write_config(project: Path, run: Path) -> Path:
+    config = config_of(project, run)
+    config.stage1.iterations = config.stage2.iterations = ITERATIONS
+    # The checkpoint at step 2 is of the warm-up: the actor's optimizer has then made no step.
+    config.stage1.critic.warmup_iterations = 2
+    config.stage2.critic.warmup_iterations = 1
+    config.evaluation.every = 2
+    config.checkpoint.every = 2
+    config.checkpoint.keep = 2
+    path = run.with_suffix(".json")
+    save(config, path)
+    return path
+
+
+def start(config: Path, log: Path, world: int = 1) -> subprocess.Popen[bytes]:
+    """The run as a process group of its own, so that a kill takes all of it."""
+    script = config.with_suffix(".py")
+    script.write_text(SCRIPT)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
+    command = [sys.executable, *launcher, str(script), str(config)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    with log.open("ab") as output:
+        return subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, env=environment)
+
+
+def finish(config: Path, log: Path, world: int = 1) -> None:
+    assert start(config, log, world).wait(timeout=280) == 0, log.read_text()[-3000:]
+
+
+def kill_when(process: subprocess.Popen[bytes], moment: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 280
+    while not moment():
+        assert process.poll() is None, "the run ended before the moment came"
+        assert time.monotonic() < deadline, "the moment never came"
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def final_tensors(run: Path) -> dict[str, torch.Tensor]:
+    """Weights and optimizer states of actor and critic at the end."""
+    folder = checkpoint_folder(run, LAST)
+    return {
+        f"{model}/{name}": tensor
+        for model in ("actor", "critic")
+        for name, tensor in dist_checkpointing.load_plain_tensors(str(folder / model)).items()
+        if isinstance(tensor, torch.Tensor)
+    }
+
+
+def assert_same_end(run: Path, reference: Path) -> None:
+    expected, found = final_tensors(reference), final_tensors(run)
+    assert expected.keys() == found.keys()
+    assert any("exp_avg_sq" in name for name in expected), "the optimizer's state is in the comparison"
+    different = [name for name in expected if not torch.equal(expected[name], found[name])]
+    assert not different
+    for file in ("actor/model-00001.safetensors", "critic/model-00001.safetensors"):
+        path = Path(f"hf_step_{LAST:08d}") / file
+        assert (run / path).read_bytes() == (reference / path).read_bytes()
+
+    def numbers(records: list[dict]) -> list[dict]:
+        timing = ("time", "seconds", "tokens_per_second")
+        return [{k: v for k, v in r.items() if k not in timing and not k.startswith("time/")} for r in records]
+
+    assert numbers(read_metrics(run)) == numbers(read_metrics(reference))
+    assert numbers(read_evaluations(run)) == numbers(read_evaluations(reference))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(write_config(project, run), run.with_suffix(".log"))
+    return run
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+@pytest.mark.slow
+def test_killed_once_and_started_again(project: Path, undisturbed: Path, tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    config, log = write_config(project, run), tmp_path / "log"
+    kill_when(start(config, log), lambda: MOMENTS[name](run))
+    finish(config, log)
+    assert_same_end(run, undisturbed)
+    assert not list((run / "checkpoints").glob("*.damaged"))
+
+
+@pytest.mark.slow
+def test_two_processes_killed_twice(project: Path, tmp_path: Path) -> None:
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    finish(write_config(project, undisturbed), tmp_path / "log0", world=2)
+    config, log = write_config(project, run), tmp_path / "log"
+    kill_when(start(config, log, world=2), lambda: MOMENTS["in a save, files written"](run))
+    kill_when(start(config, log, world=2), lambda: lines(run) >= LAST - 1)
+    finish(config, log, world=2)
+    assert_same_end(run, undisturbed)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no manifest"])
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    project: Path, undisturbed: Path, tmp_path: Path, damage: str
+) -> None:
+    run = tmp_path / "run"
+    config, log = write_config(project, run), tmp_path / "log"
+    kill_when(start(config, log), lambda: checkpoint_folder(run, 4).exists())
+    newest = checkpoint_folder(run, 4)
+    victim = max(newest.rglob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    if damage == "truncated":
+        victim.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    elif damage == "missing":
+        victim.unlink()
+    else:
+        (newest / "MANIFEST.json").unlink()
+    finish(config, log)
+    told = log.read_text()
+    assert f"checkpoint {newest} is damaged" in told
+    assert ("MANIFEST.json" if damage == "no manifest" else victim.name) in told
+    assert f"resumed from {checkpoint_folder(run, 2)}, 2 iterations done" in told
+    assert newest.with_name(newest.name + ".damaged").exists()
+    assert_same_end(run, undisturbed)
