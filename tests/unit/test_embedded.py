@@ -1,0 +1,255 @@
+"""The embedded engine against transformers' own forward pass over the whole sequence."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from megatron_tempo.rollout.embedded import ENDED_SHARE, EmbeddedEngine, end_tokens
+from megatron_tempo.rollout.engine import Request, Sampling, seed_of
+from megatron_tempo.types import Completion
+from tests.support.tiny import VOCAB, WORDS, write_model
+
+CPU = torch.device("cpu")
+END = WORDS.index("$")
+PROMPTS = [(3, 14, 15), (9,), (2, 6, 5, 3, 5, 8, 9, 7, 9), (31, 41), (59, 26, 53, 58, 9)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), tied=False, layers=2)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("tied"), tied=True, layers=1)
+
+
+def model_of(folder: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model_of(folder).named_parameters()}
+
+
+def engine_of(folder: Path, *, batch_rows: int = 64, dtype: torch.dtype = torch.float32) -> EmbeddedEngine:
+    engine = EmbeddedEngine(folder, CPU, dtype, batch_rows)
+    engine.load_weights([[item] for item in weights_of(folder).items()], version=7)
+    return engine
+
+
+def requests_of(prompts: list[tuple[int, ...]], samples: int = 3) -> list[Request]:
+    return [Request(prompt, samples, seed_of("test", prompt)) for prompt in prompts]
+
+
+def flat(answers: list[list[Completion]]) -> list[Completion]:
+    return [completion for row in answers for completion in row]
+
+
+def same(found: list[list[Completion]], wanted: list[list[Completion]]) -> None:
+    for mine, theirs in zip(flat(found), flat(wanted), strict=True):
+        assert mine.token_ids == theirs.token_ids
+        assert mine.finish_reason == theirs.finish_reason
+        assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
+
+
+# What a completion says
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+@torch.no_grad()
+def test_logprobs_are_those_of_a_full_forward_pass(folder: Path, temperature: float) -> None:
+    model = model_of(folder)
+    answers = engine_of(folder).generate(requests_of(PROMPTS), Sampling(temperature, 24))
+    assert [len(row) for row in answers] == [3] * len(PROMPTS)
+    for prompt, row in zip(PROMPTS, answers, strict=True):
+        for completion in row:
+            ids = torch.tensor(completion.token_ids)
+            logits = model(torch.tensor([[*prompt, *completion.token_ids]])).logits[0, len(prompt) - 1 : -1]
+            wanted = (logits / temperature).log_softmax(1).gather(1, ids[:, None])[:, 0]
+            assert completion.logprobs == pytest.approx(wanted.tolist(), abs=1e-5)
+            assert completion.weight_version == 7
+
+
+def test_an_end_token_stops_a_response_and_is_part_of_it(folder: Path) -> None:
+    answers = engine_of(folder).generate(requests_of(PROMPTS, samples=16), Sampling(3.0, 40))
+    reasons = Counter(completion.finish_reason for completion in flat(answers))
+    assert min(reasons["stop"], reasons["length"]) > 5, "the case has both"
+    for completion in flat(answers):
+        assert len(completion.logprobs) == len(completion.token_ids)
+        assert END not in completion.token_ids[:-1]
+        assert (completion.finish_reason == "stop") == (completion.token_ids[-1] == END)
+        assert completion.finish_reason == "stop" or len(completion.token_ids) == 40
+
+
+def test_a_response_may_end_with_its_last_token(folder: Path) -> None:
+    answers = engine_of(folder).generate(requests_of(PROMPTS, samples=100), Sampling(3.0, 1))
+    ended = [completion for completion in flat(answers) if completion.token_ids == (END,)]
+    assert ended
+    for completion in flat(answers):
+        assert len(completion.token_ids) == 1
+        assert completion.finish_reason == ("stop" if completion in ended else "length")
+
+
+# What a completion depends on
+
+
+def test_a_prompt_is_answered_alike_in_any_company(folder: Path) -> None:
+    """Beside longer and shorter prompts, in batches of any size, and in any order: the seed alone decides."""
+    sampling, requests = Sampling(2.0, 30), requests_of(PROMPTS, samples=5)
+    alone = [engine_of(folder, dtype=torch.float64).generate([request], sampling)[0] for request in requests]
+    for batch_rows in (1, 5, 11, 64):
+        engine = engine_of(folder, batch_rows=batch_rows, dtype=torch.float64)
+        same(engine.generate(requests, sampling), alone)
+        same(engine.generate(requests[::-1], sampling), alone[::-1])
+
+
+def test_seeds_and_samples_differ_and_equal_seeds_agree(folder: Path) -> None:
+    engine, sampling = engine_of(folder), Sampling(1.0, 12)
+    (first,), (again,), (other,) = (engine.generate([Request((3, 4), 8, seed)], sampling) for seed in (5, 5, 6))
+    assert first == again
+    assert {c.token_ids for c in first}.isdisjoint(c.token_ids for c in other)
+    assert len({c.token_ids for c in first}) == 8
+
+
+def test_no_requests_give_no_answers(folder: Path) -> None:
+    assert engine_of(folder).generate([], Sampling(1.0, 4)) == []
+
+
+def test_seeds_follow_from_their_parts_alone() -> None:
+    seeds = [seed_of(*parts) for parts in [(1, "a", 2), (1, "a", 3), (1, "b", 2), (11, "a", 2)]]
+    assert len(set(seeds)) == 4
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seeds[0] == seed_of(1, "a", 2) == seed_of("1", "a", "2")
+
+
+# The distribution
+
+
+def chi_square(counts: Tensor, probabilities: Tensor) -> float:
+    """In standard deviations from what samples of `probabilities` give; rare tokens count as one."""
+    wanted = probabilities.double() * counts.sum()
+    rare = wanted < 5
+    observed = counts[~rare].double()
+    if rare.any():
+        observed = torch.cat([observed, counts[rare].sum()[None]])
+        wanted = torch.cat([wanted[~rare], wanted[rare].sum()[None]])
+    freedom = len(wanted) - 1
+    statistic = float(((observed - wanted).square() / wanted).sum())
+    return (statistic - freedom) / (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+@torch.no_grad()
+def test_tokens_follow_the_softmax_at_the_temperature(folder: Path, temperature: float) -> None:
+    prompt = (3, 14, 15)
+    (answers,) = engine_of(folder).generate([Request(prompt, 20_000, 11)], Sampling(temperature, 2))
+    model = model_of(folder)
+
+    def probabilities(tokens: tuple[int, ...], at: float) -> Tensor:
+        return (model(torch.tensor([tokens])).logits[0, -1] / at).softmax(0)
+
+    firsts = torch.tensor([answer.token_ids[0] for answer in answers]).bincount(minlength=VOCAB)
+    assert abs(chi_square(firsts, probabilities(prompt, temperature))) < 4
+    assert chi_square(firsts, probabilities(prompt, temperature * 1.2)) > 10, "a wrong temperature would be seen"
+
+    # The second token, behind the commonest first one: its randomness is its own.
+    common = int(firsts.argmax())
+    assert common != END
+    seconds = torch.tensor([a.token_ids[1] for a in answers if a.token_ids[0] == common]).bincount(minlength=VOCAB)
+    assert seconds.sum() > 500
+    assert abs(chi_square(seconds, probabilities((*prompt, common), temperature))) < 4
+
+
+# The cost
+
+
+def test_rows_that_have_ended_leave_the_batch(folder: Path) -> None:
+    engine = engine_of(folder, batch_rows=256)
+    prompts = [prompt for prompt in PROMPTS if len(prompt) == 2] * 8
+    answers = engine.generate([Request(p, 32, i) for i, p in enumerate(prompts)], Sampling(3.0, 60))
+    lengths = [len(completion.token_ids) for completion in flat(answers)]
+    assert max(lengths) > 3 * min(lengths)
+    count = engine.counted
+    # Each prompt goes through the model once for all its samples; of a response, all but the last token.
+    assert count.tokens - count.padding == sum(map(len, prompts)) + sum(lengths) - len(lengths)
+    assert 0 < count.padding < ENDED_SHARE * count.tokens
+    assert count.padding < 0.05 * count.tokens
+
+
+def test_padding_before_short_prompts_is_counted(folder: Path) -> None:
+    engine = engine_of(folder)
+    engine.generate(requests_of(PROMPTS, samples=1), Sampling(1.0, 1))
+    assert engine.counted.tokens == len(PROMPTS) * 9
+    assert engine.counted.padding == len(PROMPTS) * 9 - sum(map(len, PROMPTS))
+
+
+# Weights
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.norm.weight": None}, "left out 1 tensors: model.norm.weight"),
+        ({"model.norm.weight": torch.ones(31)}, r"model.norm.weight of shape \(31,\).*shape \(32,\)"),
+        ({"model.norm.bias": torch.ones(32)}, r"model.norm.bias of shape \(32,\).*no such tensor"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(folder: Path, change: dict[str, Tensor | None], message: str) -> None:
+    weights = weights_of(folder) | change
+    bucket = [(name, tensor) for name, tensor in weights.items() if tensor is not None]
+    with pytest.raises(ValueError, match=message):
+        EmbeddedEngine(folder, CPU, torch.float32, 4).load_weights([bucket], 0)
+
+
+def test_new_weights_are_used_and_named(folder: Path) -> None:
+    engine, sampling = engine_of(folder), Sampling(1.0, 6)
+    before = engine.generate(requests_of(PROMPTS), sampling)
+    engine.load_weights([[(n, t * 1.1) for n, t in weights_of(folder).items()]], version=8)
+    after = engine.generate(requests_of(PROMPTS), sampling)
+    assert {completion.weight_version for completion in flat(after)} == {8}
+    assert [c.logprobs for c in flat(after)] != [c.logprobs for c in flat(before)]
+
+
+def test_a_tied_model_takes_its_weights_with_or_without_the_repeated_output_matrix(tied: Path) -> None:
+    """Published folders of tied models may hold lm_head.weight as well."""
+    weights = weights_of(tied)
+    assert "lm_head.weight" not in weights
+    repeated = ("lm_head.weight", weights["model.embed_tokens.weight"])
+    sampling = Sampling(1.0, 6)
+    wanted = engine_of(tied).generate(requests_of(PROMPTS), sampling)
+    engine = EmbeddedEngine(tied, CPU, torch.float32, 64)
+    engine.load_weights([[repeated, *weights.items()]], 7)
+    assert engine.generate(requests_of(PROMPTS), sampling) == wanted
+    without = [item for item in weights.items() if item[0] != "model.embed_tokens.weight"]
+    with pytest.raises(ValueError, match=r"left out 1 tensors: model.embed_tokens.weight"):
+        engine.load_weights([[repeated, *without]], 7)
+
+
+# End tokens
+
+
+def test_end_tokens_come_from_the_generation_config_or_the_tokenizer(folder: Path, tmp_path: Path) -> None:
+    for path in folder.iterdir():
+        if path.suffix == ".json":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    generation = tmp_path / "generation_config.json"
+    generation.write_text(json.dumps({"eos_token_id": [4, 9]}))
+    assert end_tokens(tmp_path) == [4, 9]
+    generation.write_text(json.dumps({"eos_token_id": 4}))
+    assert end_tokens(tmp_path) == [4]
+    generation.write_text("{}")
+    assert end_tokens(tmp_path) == [END]
+    generation.unlink()
+    assert end_tokens(tmp_path) == [END]
+    tokenizer = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"eos_token": None}))
+    with pytest.raises(ValueError, match="no eos_token_id"):
+        end_tokens(tmp_path)
