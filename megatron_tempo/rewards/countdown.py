@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_tempo.errors import InputError
+
 OPERATORS = "+-*"
 LARGEST = 49
 CHECKS = ("y", "n")  # the response's own opinion of its result
@@ -48,7 +50,7 @@ def render(numbers: Sequence[int], operators: Sequence[str], running: Sequence[i
 
 
 def parse_prompt(prompt: str) -> tuple[tuple[int, ...], int]:
-    """Numbers and target of a question. ValueError where `prompt` is none.
+    """Numbers and target of a question. InputError where `prompt` is none.
 
     >>> parse_prompt("2 4 5 6 > 13 :")
     ((2, 4, 5, 6), 13)
@@ -57,7 +59,7 @@ def parse_prompt(prompt: str) -> tuple[tuple[int, ...], int]:
     numbers, rest = words[:-3], words[-3:]
     values = [word for word in (*numbers, *rest[1:2]) if word.isascii() and word.isdigit() and len(word) <= 2]
     if len(numbers) < 2 or len(values) != len(numbers) + 1 or (rest[0], rest[2]) != (">", ":"):
-        raise ValueError(f"prompt {prompt[:80]!r} is no countdown question; write it like '2 4 5 6 > 13 :'")
+        raise InputError(f"prompt {prompt[:80]!r} is no countdown question; write it like '2 4 5 6 > 13 :'")
     return tuple(map(int, numbers)), int(rest[1])
 
 
@@ -66,7 +68,7 @@ def score(prompt: str, response: str, answer: str) -> float:
 
     `response` is the decoded text with its end token, words apart by one blank. Its y or n is not judged. `answer` is
     the operators of one solution (`*+-`); a response with other operators that reaches the target is right as well, so
-    nothing is read from it. The cost is linear in the prompt's length, whatever the response. ValueError where
+    nothing is read from it. The cost is linear in the prompt's length, whatever the response. InputError where
     `prompt` is no question.
     """
     numbers, target = parse_prompt(prompt)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tempo.errors import InputError
 from megatron_tempo.rewards.countdown import score
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
@@ -86,7 +87,7 @@ def test_hostile_text_costs_no_time(response: str) -> None:
     "prompt", ["", "2 4 5 6", "2 > 2 :", "2 4 5 6 > :", "2 4 x 6 > 7 :", "2 4 5 6 > 7", "2 4 5 6 : 7 >", "-2 4 > 2 :"]
 )
 def test_malformed_prompt(prompt: str) -> None:
-    with pytest.raises(ValueError, match="no countdown question"):
+    with pytest.raises(InputError, match="no countdown question"):
         score(prompt, RIGHT, "*+-")
 
 
