@@ -1,5 +1,6 @@
 import itertools
 import json
+import operator
 import time
 from pathlib import Path
 
@@ -78,9 +79,9 @@ def test_results_stay_between_0_and_49() -> None:
     ["9" * 10**7, "9 ** 9 ** 9 ** 9 $", "2 * " * 10**6, "(" * 10**6, " " * 10**7, "2 * 4 = 8" + "\ud800" * 10**6],
 )
 def test_hostile_text_costs_no_time(response: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert score(PROMPT, response, "*+-") == 0.0
-    assert time.perf_counter() - start < 0.01
+    assert time.process_time() - start < 0.01
 
 
 @pytest.mark.parametrize(
@@ -96,14 +97,15 @@ def read(name: str) -> list[dict[str, str]]:
 
 
 def solve(prompt: str) -> dict[str, str]:
-    """Right responses by their operators, by trying all of them, with Python's own arithmetic."""
+    """Right responses by their operators, by trying all of them."""
+    arithmetic = {"+": operator.add, "-": operator.sub, "*": operator.mul}
     words = prompt.split()
     numbers, target = words[:4], int(words[5])
     right: dict[str, str] = {}
     for operators in itertools.product("+-*", repeat=3):
         values = [int(numbers[0])]
-        for operator, number in zip(operators, numbers[1:], strict=True):
-            values.append(eval(f"{values[-1]} {operator} {number}"))
+        for symbol, number in zip(operators, numbers[1:], strict=True):
+            values.append(arithmetic[symbol](values[-1], int(number)))
         if all(0 <= value <= 49 for value in values) and values[-1] == target:
             steps = [f"{o} {n} = {v}" for o, n, v in zip(operators, numbers[1:], values[1:], strict=True)]
             right["".join(operators)] = f"{numbers[0]} {' '.join(steps)} y $"
