@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_tempo.errors import InputError
@@ -26,19 +26,38 @@ CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor. Raises InputError naming what is missing."""
-    index = folder / INDEX
+    """Which file holds which tensor. Raises InputError naming what is missing or cannot be read."""
+    index, single = folder / INDEX, folder / "model.safetensors"
     if index.exists():
-        files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    elif (folder / "model.safetensors").exists():
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            files = dict.fromkeys(file.keys(), folder / "model.safetensors")
+        files = _indexed(index)
+    elif single.exists():
+        files = dict.fromkeys(_names(single), single)
     else:
         raise InputError(f"{folder}: neither model.safetensors nor {INDEX} is there")
     absent = sorted({str(path) for path in files.values() if not path.exists()})
     if absent:
         raise InputError(f"{index}: names files that are not there: {', '.join(absent)}")
+    held = {path: set(_names(path)) for path in set(files.values())}
+    wrong = [f"{name} in {path.name}" for name, path in files.items() if name not in held[path]]
+    if wrong:
+        raise InputError(f"{index}: names tensors that are not there: {', '.join(wrong[:5])}")
     return files
+
+
+def _indexed(index: Path) -> dict[str, Path]:
+    try:
+        named = json.loads(index.read_text())["weight_map"]
+        return {name: index.parent / file for name, file in named.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} does not map tensors to files ({error!r}): fetch it again") from error
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error}): fetch it again") from error
 
 
 def tensors(folder: Path) -> Iterator[Bucket]:

@@ -1,0 +1,308 @@
+"""Weights between Hugging Face's tensors and Megatron's shards, and folders that do not fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_tempo.config.schema import ParallelConfig, Precision
+from megatron_tempo.models.device import install_cpu_backend
+from megatron_tempo.models.gpt import LanguageModel, PackedGPT, ValueModel
+from megatron_tempo.models.parallel import Layout, parallel_groups
+from megatron_tempo.models.qwen3 import Shape, read_shape, transformer_config
+from megatron_tempo.weights import folder, qwen3
+from megatron_tempo.weights.slots import Columns, Cut, GateUp, QueryKeyValue, Slot, Vocabulary, Whole
+from megatron_tempo.weights.stream import export, plan
+from tests.support.tiny import VOCAB, write_model
+
+# Cuts
+
+
+def roundtrip(cut: Cut, sources: list[Tensor], size: int) -> list[Tensor]:
+    shards = [cut.cut(sources, rank, size) for rank in range(size)]
+    assert len({shard.shape for shard in shards}) == 1
+    for found, source in zip(cut.join(shards), sources, strict=True):
+        assert torch.equal(found, source)
+    return shards
+
+
+def numbers(*shape: int, start: int = 0) -> Tensor:
+    return torch.arange(start, start + torch.Size(shape).numel()).reshape(shape)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_every_cut_is_undone_by_its_join(size: int) -> None:
+    roundtrip(Whole(), [numbers(5)], size)
+    roundtrip(Columns(8), [numbers(3, 8)], size)
+    roundtrip(GateUp(8), [numbers(8, 3), numbers(8, 3, start=100)], size)
+    heads, groups, dim = 8, 4, 3
+    qkv = [numbers(heads * dim, 5), numbers(groups * dim, 5, start=1000), numbers(groups * dim, 5, start=2000)]
+    roundtrip(QueryKeyValue(heads, groups, dim), qkv, size)
+
+
+@given(st.integers(1, 40), st.integers(1, 9))
+@settings(deadline=None)
+def test_vocabularies_of_any_size_are_cut_evenly(vocab: int, size: int) -> None:
+    shards = roundtrip(Vocabulary(vocab), [numbers(vocab, 2, start=1)], size)
+    padded = torch.cat(shards)
+    assert len(padded) == vocab + -vocab % size  # the size that the model is built with
+    assert not padded[vocab:].any()
+
+
+def test_vocabularies_are_cut_from_files_too(tmp_path: Path) -> None:
+    """A file's slices refuse bounds that a tensor takes; 5 rows over 4 ranks leave the last rank none."""
+    save_file({"x": numbers(5, 2, start=1)}, tmp_path / "x.safetensors")
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        shards = [Vocabulary(5).cut([file.get_slice("x")], rank, 4) for rank in range(4)]
+    assert torch.equal(torch.cat(shards)[:5], numbers(5, 2, start=1))
+    assert [len(shard) for shard in shards] == [2, 2, 2, 2]
+
+
+def test_gate_and_up_by_hand() -> None:
+    gate, up = numbers(4, 1), numbers(4, 1, start=10)
+    assert GateUp(4).cut([gate, up], 1, 2).flatten().tolist() == [2, 3, 12, 13]
+
+
+def test_query_key_value_by_hand() -> None:
+    """Four query heads in two groups: Megatron holds q0 q1 k0 v0 q2 q3 k1 v1, a group to each of two ranks."""
+    query, key, value = numbers(4, 1), numbers(2, 1, start=10), numbers(2, 1, start=20)
+    cut = QueryKeyValue(heads=4, groups=2, head_dim=1)
+    assert cut.cut([query, key, value], 0, 1).flatten().tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+    assert cut.cut([query, key, value], 1, 2).flatten().tolist() == [2, 3, 11, 21]
+
+
+# The table
+
+
+SHAPE = Shape(
+    layers=4, hidden=32, heads=4, groups=2, head_dim=12, ffn=48, vocab=VOCAB, rope_theta=1e4, norm_eps=1e-6,
+    tied=False, max_positions=256,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_table_lists_transformers_own_tensors(tied: bool, tmp_path: Path) -> None:
+    """Names and shapes of actor and critic, with every tensor once."""
+    path = write_model(tmp_path, tied=tied)
+    shape = read_shape(path)
+    actor = transformers.AutoModelForCausalLM.from_pretrained(path)
+    config = transformers.AutoConfig.from_pretrained(path, num_labels=1, tie_word_embeddings=False)
+    critic = transformers.AutoModelForTokenClassification.from_config(config)
+    for model, is_critic in ((actor, False), (critic, True)):
+        theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        for pipeline in (1, 2, 4):
+            slots = qwen3.slots(shape, pipeline, critic=is_critic)
+            ours = [pair for slot in slots for pair in zip(slot.names, slot.shapes, strict=True)]
+            assert len(ours) == len(theirs)
+            assert dict(ours) == theirs
+            assert len({(slot.stage, slot.megatron) for slot in slots}) == len(slots)
+            assert {slot.stage for slot in slots} == set(range(pipeline))
+
+
+def test_stages_count_their_layers_from_zero() -> None:
+    slots = {slot.names[0]: slot for slot in qwen3.slots(SHAPE, 2, critic=False)}
+    place = {name: (slot.stage, slot.megatron) for name, slot in slots.items()}
+    assert place["model.embed_tokens.weight"][0] == 0
+    assert place["model.layers.1.mlp.down_proj.weight"] == (0, "decoder.layers.1.mlp.linear_fc2.weight")
+    assert place["model.layers.2.mlp.down_proj.weight"] == (1, "decoder.layers.0.mlp.linear_fc2.weight")
+    assert place["model.norm.weight"] == (1, "decoder.final_layernorm.weight")
+    assert place["lm_head.weight"] == (1, "output_layer.weight")
+
+
+# Buckets
+
+
+@pytest.mark.parametrize("limit", [1, 10_000, 40_000, 10**9])
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_buckets_keep_order_stage_and_size(limit: int, pipeline: int) -> None:
+    slots = qwen3.slots(SHAPE, pipeline, critic=False)
+    groups = plan(slots, limit, 4)
+    assert [slot for group in groups for slot in group] == slots
+    for group in groups:
+        assert len({slot.stage for slot in group}) == 1
+        assert len(group) == 1 or 4 * sum(slot.numel for slot in group) <= limit
+    if limit == 10**9:
+        assert len(groups) == pipeline
+
+
+def test_a_slot_counts_all_its_tensors() -> None:
+    assert Slot("x", ("a", "b"), ((3, 4), (5,)), Whole(), 0).numel == 17
+
+
+# Folders
+
+
+@pytest.fixture(scope="module")
+def layout() -> Iterator[Layout]:
+    install_cpu_backend()
+    with parallel_groups(ParallelConfig(), torch.device("cpu"), 0) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("original"), tied=False, layers=2)
+
+
+@pytest.fixture
+def model(original: Path, tmp_path: Path) -> Path:
+    """A folder to spoil."""
+    for path in original.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def load(path: Path, layout: Layout, *, critic: bool = False) -> PackedGPT:
+    shape = read_shape(path)
+    net = (ValueModel if critic else LanguageModel)(transformer_config(shape, layout, Precision.fp32), shape, layout)
+    folder.load(net, layout, qwen3.slots(shape, 1, critic=critic), path)
+    return net
+
+
+def rewrite(path: Path, **changes: Tensor | None) -> None:
+    """Replace, add or (None) leave out tensors of model.safetensors; `__` stands for the dots in names."""
+    file = path / "model.safetensors"
+    named = {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    merged = load_file(file) | named
+    save_file({name: tensor for name, tensor in merged.items() if tensor is not None}, file)
+
+
+def saved(net: PackedGPT, layout: Layout, out: Path, like: Path, limit: int = 5000) -> None:
+    slots = qwen3.slots(net.shape, 1, critic=isinstance(net, ValueModel))
+    folder.save(export(net, layout, slots, limit), out, like, layout, {"comment": "changed"})
+
+
+def test_a_folder_comes_back_as_it_was(model: Path, layout: Layout, tmp_path: Path) -> None:
+    out = tmp_path / "a/b"
+    saved(load(model, layout), layout, out, model)
+    original = load_file(model / "model.safetensors")
+    found = {name: tensor for bucket in folder.tensors(out) for name, tensor in bucket}
+    assert found.keys() == original.keys()
+    assert all(torch.equal(found[name], original[name]) for name in original)
+    assert json.loads((out / "config.json").read_text())["comment"] == "changed"
+    assert (out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    index = json.loads((out / folder.INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in original.values())
+    assert len(set(index["weight_map"].values())) > 3, "several buckets, several files"
+    assert not list(out.parent.glob("*.partial"))
+
+
+def test_all_problems_of_a_folder_are_told_at_once(model: Path, layout: Layout) -> None:
+    rewrite(
+        model,
+        model__norm__weight=None,
+        model__layers__1__mlp__up_proj__weight=torch.zeros(48, 31),
+        model__layers__2__mlp__up_proj__weight=torch.zeros(48, 32),
+    )
+    with pytest.raises(ValueError, match="3 problems") as error:
+        load(model, layout)
+    message = str(error.value)
+    assert str(model) in message
+    assert "missing: model.norm.weight" in message
+    assert "unexpected: model.layers.2.mlp.up_proj.weight" in message
+    assert "misshapen: model.layers.1.mlp.up_proj.weight is [48, 31], the config.json says [48, 32]" in message
+
+
+def test_an_actor_wants_its_output_matrix(model: Path, layout: Layout) -> None:
+    rewrite(model, lm_head__weight=None)
+    with pytest.raises(ValueError, match=r"missing: lm_head.weight"):
+        load(model, layout)
+
+
+def test_a_critic_starts_from_an_actors_folder_with_a_zero_head(model: Path, layout: Layout) -> None:
+    net = load(model, layout, critic=True)
+    assert not net.output_layer.weight.any()
+    assert not net.output_layer.bias.any()
+    weights = load_file(model / "model.safetensors")
+    assert torch.equal(net.decoder.final_layernorm.weight, weights["model.norm.weight"])
+    # ... but half a value head is none.
+    rewrite(model, score__weight=torch.ones(1, 32))
+    with pytest.raises(ValueError, match=r"missing: score.bias"):
+        load(model, layout, critic=True)
+
+
+def test_a_critics_folder_gives_its_head(model: Path, layout: Layout, tmp_path: Path) -> None:
+    rewrite(model, lm_head__weight=None, score__weight=torch.full((1, 32), 0.5), score__bias=torch.tensor([0.25]))
+    net = load(model, layout, critic=True)
+    saved(net, layout, tmp_path / "out", model)
+    again = load(tmp_path / "out", layout, critic=True)
+    assert torch.equal(again.output_layer.weight, torch.full((1, 32), 0.5))
+    assert again.output_layer.bias.tolist() == [0.25]
+    rewrite(model, score__weight=torch.ones(2, 32))
+    with pytest.raises(ValueError, match=r"misshapen: score.weight is \[2, 32\]"):
+        load(model, layout, critic=True)
+
+
+def test_a_folder_without_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+        folder.tensor_files(model)
+
+
+def test_an_index_that_names_absent_files(model: Path, layout: Layout) -> None:
+    names = list(load_file(model / "model.safetensors"))
+    files = ["model.safetensors", "absent-2.safetensors", "absent-3.safetensors"]
+    index = {"weight_map": {name: files[i % 3] for i, name in enumerate(names)}}
+    (model / folder.INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"absent-2\.safetensors, .*absent-3\.safetensors"):
+        load(model, layout)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 99\n", "cut"],
+    ids=["empty", "lfs-pointer", "cut-short"],
+)
+def test_a_file_that_is_no_safetensors_is_named(model: Path, layout: Layout, content: bytes | str) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000] if isinstance(content, str) else content)
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        load(model, layout)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}'])
+def test_an_index_that_is_none_is_named(model: Path, text: str) -> None:
+    (model / folder.INDEX).write_text(text)
+    with pytest.raises(ValueError, match=r"index\.json"):
+        folder.tensor_files(model)
+
+
+def test_an_index_that_names_the_wrong_file_for_a_tensor(model: Path, layout: Layout) -> None:
+    weights = load_file(model / "model.safetensors")
+    norm = weights.pop("model.norm.weight")
+    save_file(weights, model / "one.safetensors")
+    save_file({"model.norm.weight": norm}, model / "two.safetensors")
+    (model / folder.INDEX).write_text(
+        json.dumps({"weight_map": dict.fromkeys([*weights, "model.norm.weight"], "one.safetensors")})
+    )
+    with pytest.raises(ValueError, match=r"model\.norm\.weight"):
+        load(model, layout)
+
+
+def test_a_folder_that_is_there_is_not_overwritten(model: Path, layout: Layout, tmp_path: Path) -> None:
+    net = load(model, layout)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"out exists: move it away"):
+        saved(net, layout, out, model)
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+def test_what_an_interrupted_save_left_is_replaced(model: Path, layout: Layout, tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "model-00099.safetensors").write_bytes(b"half")
+    saved(load(model, layout), layout, tmp_path / "out", model)
+    assert not partial.exists()
+    assert "model-00099.safetensors" not in {path.name for path in (tmp_path / "out").iterdir()}
