@@ -7,8 +7,6 @@ M-step   unlabelled prompts:          R = V(x, y_1:T);  A_t = R - V(x, y_<t)    
 
 from __future__ import annotations
 
-import torch
-
 from megatron_tempo.algorithm.advantages import final_values
 from megatron_tempo.algorithm.value_loss import value_targets
 from megatron_tempo.config.schema import StageConfig, ValueTiming
@@ -19,27 +17,27 @@ from megatron_tempo.types import Batch
 def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration: int) -> dict[str, float]:
     """One E-step and one M-step. During the critic's warm-up the E-step alone."""
     labelled, unlabelled = rollouts.labelled, rollouts.unlabelled
+    batch = unlabelled  # what the actor learns from
+    if unlabelled is not None and stage.actor_on_labelled:
+        assert labelled is not None
+        batch = Batch.join(unlabelled, labelled)
     figures: dict[str, float] = {}
 
     early = None
-    if unlabelled is not None and stage.value_timing is ValueTiming.before_estep:
-        early = learner.values(unlabelled)
+    if batch is not None and stage.value_timing is ValueTiming.before_estep:
+        early = learner.values(batch)
 
     if stage.critic_learns(iteration):
         assert labelled is not None
         figures |= learner.fit_critic(labelled, stage)
 
-    if unlabelled is None:  # the critic's warm-up
+    if batch is None or unlabelled is None:  # the critic's warm-up
         return figures
-    values = learner.values(unlabelled) if early is None else early
-    rewards = final_values(values, unlabelled.response_lengths, stage.baseline)
-    figures["reward/unlabelled_value"] = float(rewards.mean())
-
-    batch = unlabelled
+    values = learner.values(batch) if early is None else early
+    rewards = final_values(values, batch.response_lengths, stage.baseline)
+    figures["reward/unlabelled_value"] = float(rewards[: len(unlabelled)].mean())
     if stage.actor_on_labelled:
         assert labelled is not None
         assert labelled.correct is not None
-        values = torch.cat([values, learner.values(labelled)])
-        rewards = torch.cat([rewards, value_targets(labelled.correct, stage.critic.targets)])
-        batch = Batch.join(unlabelled, labelled)
+        rewards[len(unlabelled) :] = value_targets(labelled.correct, stage.critic.targets)
     return figures | learner.improve_actor(batch, values, rewards, stage)

@@ -1,0 +1,320 @@
+"""Mini-batches, and the order in which the methods ask for updates, with actor and critic that record their calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_tempo.config.schema import Baseline, CriticTargets, Method, StageConfig, ValueTiming
+from megatron_tempo.methods import METHODS
+from megatron_tempo.methods.learner import Learner, Rollouts, mini_batches
+from megatron_tempo.types import Batch
+from tests.support.tiny import ragged_batch
+
+# Mini-batches
+
+
+@given(st.integers(1, 12), st.integers(1, 4), st.integers(1, 13), st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_mini_batches_hold_whole_prompts_and_every_row_once_an_epoch(
+    prompts: int, per_prompt: int, size: int, epochs: int
+) -> None:
+    batch = ragged_batch(prompts * per_prompt, per_prompt=per_prompt)
+    order = mini_batches(batch, size, epochs, "seed")
+    per_epoch = -(-prompts // size)
+    assert len(order) == epochs * per_epoch
+    for epoch in range(epochs):
+        part = order[epoch * per_epoch : (epoch + 1) * per_epoch]
+        assert sorted(torch.cat(part).tolist()) == list(range(len(batch)))
+        counts = [len(set(batch.group[rows].tolist())) for rows in part]
+        assert counts[:-1] == [size] * (per_epoch - 1)
+        for rows, count in zip(part, counts, strict=True):
+            assert len(rows) == count * per_prompt
+            assert rows.dtype == torch.int64
+
+
+def test_mini_batches_are_shuffled_by_seed_and_epoch() -> None:
+    batch = ragged_batch(40)
+    one, again, other = (
+        [rows.tolist() for rows in mini_batches(batch, 5, 2, seed)] for seed in ("a", "a", "b")
+    )  # fmt: skip
+    assert one == again
+    assert one != other
+    assert one[:4] != one[4:]
+    assert torch.cat(mini_batches(batch, 5, 1, "a")).tolist() != list(range(40))
+
+
+def test_mini_batches_of_chosen_rows() -> None:
+    """A batch whose groups are not counted from 0, as after `drop_uniform_groups`."""
+    batch = ragged_batch(12).select(torch.tensor([4, 5, 10, 11, 8, 9]))
+    order = mini_batches(batch, 2, 1, "seed")
+    assert [len(rows) for rows in order] == [4, 2]
+    assert sorted(torch.cat(order).tolist()) == list(range(6))
+
+
+# The methods
+
+
+@dataclass
+class Fakes:
+    """A critic whose values tell how often it was fitted: 0.1 * t for the t-th value of a row, and 10 a fit."""
+
+    calls: list[str] = field(default_factory=list)
+    given: dict[str, Any] = field(default_factory=dict)
+    fits: int = 0
+    labelled_ids: tuple[str, ...] = ()
+
+    def values(self, batch: Batch) -> Tensor:
+        self.calls.append("values")
+        return torch.cat([10 * self.fits + 0.1 * torch.arange(n + 1) for n in batch.response_lengths.tolist()])
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        self.calls.append("logprobs")
+        return batch.engine_logprobs - 0.25
+
+    def reference(self, batch: Batch) -> Tensor:
+        self.calls.append("reference")
+        return batch.engine_logprobs - 0.5
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        yield
+
+    def learner(self) -> Learner:
+        fakes = self
+
+        class Critic:
+            values = staticmethod(fakes.values)
+
+            def update(self, batch: Batch, targets: Tensor, config: Any, order: list[Tensor]) -> dict[str, float]:
+                fakes.calls.append("fit")
+                fakes.fits += 1
+                fakes.given["fit"] = {"batch": batch, "targets": targets, "config": config, "order": order}
+                return {"critic/loss": 0.5}
+
+        class Actor:
+            logprobs = staticmethod(fakes.logprobs)
+
+            def update(
+                self, batch: Batch, advantages: Tensor, old: Tensor, reference: Tensor | None, config: Any,
+                order: list[Tensor],
+            ) -> dict[str, float]:  # fmt: skip
+                fakes.calls.append("improve")
+                fakes.given["improve"] = {
+                    "batch": batch, "advantages": advantages, "old": old, "reference": reference, "config": config,
+                    "order": order,
+                }  # fmt: skip
+                return {"actor/loss": 0.25}
+
+        return Learner(Actor(), Critic(), self.reference, self.phase, seed="7/stage2/3")  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def fakes() -> Fakes:
+    return Fakes()
+
+
+def stage_of(method: Method, **changes: Any) -> StageConfig:
+    stage = StageConfig(method=method, labelled_prompts=4, unlabelled_prompts=3, responses_per_prompt=2)
+    stage.actor.mini_batch_prompts = stage.critic.mini_batch_prompts = 2
+    for name, value in changes.items():
+        setattr(stage, name, value)
+    return stage
+
+
+def rollouts_of(*, labelled: bool = True, unlabelled: bool = True) -> Rollouts:
+    return Rollouts(
+        ragged_batch(8, seed=1) if labelled else None, ragged_batch(6, seed=2, correct=False) if unlabelled else None
+    )
+
+
+def expected(batch: Batch, rewards: list[float] | None, fits: int) -> list[float]:
+    """R - V(x, y_<t) for the fake critic after so many fits; R = V(x, y_1:T) where no rewards are given."""
+    advantages = []
+    for i, length in enumerate(batch.response_lengths.tolist()):
+        values = [10 * fits + 0.1 * t for t in range(length + 1)]
+        reward = values[-1] if rewards is None else rewards[i]
+        advantages += [reward - value for value in values[:-1]]
+    return advantages
+
+
+def test_ppo_reads_the_values_before_the_critic_sees_the_rollouts(fakes: Fakes) -> None:
+    rollouts, stage = rollouts_of(unlabelled=False), stage_of(Method.ppo)
+    figures = METHODS[Method.ppo](fakes.learner(), rollouts, stage, 0)
+    assert fakes.calls == ["values", "fit", "logprobs", "improve"]
+    batch = rollouts.labelled
+    assert batch is not None
+    assert batch.correct is not None
+    fit, improve = fakes.given["fit"], fakes.given["improve"]
+    assert fit["batch"] is improve["batch"] is batch
+    assert fit["targets"].tolist() == batch.correct.tolist()
+    assert improve["advantages"].tolist() == pytest.approx(expected(batch, batch.correct.tolist(), 0), abs=1e-5)
+    assert improve["reference"] is None
+    assert torch.equal(improve["old"], batch.engine_logprobs - 0.25)
+    assert (fit["config"], improve["config"]) == (stage.critic, stage.actor)
+    assert figures["engine/logprob_gap_mean"] == pytest.approx(0.25)
+    assert {"critic/loss", "actor/loss", "advantage/mean", "critic/rows"} <= figures.keys()
+    # Actor and critic see the rows in orders of their own.
+    assert [rows.tolist() for rows in fit["order"]] != [rows.tolist() for rows in improve["order"]]
+
+
+def test_ppo_warms_up_the_critic_alone(fakes: Fakes) -> None:
+    stage = stage_of(Method.ppo)
+    stage.critic.warmup_iterations = 2
+    METHODS[Method.ppo](fakes.learner(), rollouts_of(unlabelled=False), stage, 1)
+    assert fakes.calls == ["fit"]
+    METHODS[Method.ppo](fakes.learner(), rollouts_of(unlabelled=False), stage, 2)
+    assert fakes.calls == ["fit", "values", "fit", "logprobs", "improve"]
+
+
+@pytest.mark.parametrize("timing", list(ValueTiming))
+def test_tempo_fits_on_labelled_and_improves_on_unlabelled(fakes: Fakes, timing: ValueTiming) -> None:
+    rollouts = rollouts_of()
+    assert rollouts.labelled is not None
+    assert rollouts.unlabelled is not None
+    assert rollouts.labelled.correct is not None
+    figures = METHODS[Method.tempo](fakes.learner(), rollouts, stage_of(Method.tempo, value_timing=timing), 0)
+    early = timing is ValueTiming.before_estep
+    estep = ["values", "fit"] if early else ["fit", "values"]
+    assert fakes.calls == [*estep, "logprobs", "improve"]
+    assert fakes.given["fit"]["batch"] is rollouts.labelled
+    assert fakes.given["fit"]["targets"].tolist() == rollouts.labelled.correct.tolist()
+    improve = fakes.given["improve"]
+    assert improve["batch"] is rollouts.unlabelled
+    fits = 0 if early else 1
+    assert improve["advantages"].tolist() == pytest.approx(expected(rollouts.unlabelled, None, fits), abs=1e-5)
+    rewards = [10 * fits + 0.1 * length for length in rollouts.unlabelled.response_lengths.tolist()]
+    assert figures["reward/unlabelled_value"] == pytest.approx(sum(rewards) / len(rewards))
+
+
+def test_tempo_with_a_frozen_critic_and_between_esteps(fakes: Fakes) -> None:
+    for stage, iteration in [
+        (stage_of(Method.tempo, estep_every=0), 0),
+        (stage_of(Method.tempo, estep_every=3), 4),
+    ]:
+        fakes.calls.clear()
+        METHODS[Method.tempo](fakes.learner(), rollouts_of(labelled=False), stage, iteration)
+        assert fakes.calls == ["values", "logprobs", "improve"]
+    fakes.calls.clear()
+    METHODS[Method.tempo](fakes.learner(), rollouts_of(), stage_of(Method.tempo, estep_every=3), 6)
+    assert fakes.calls == ["fit", "values", "logprobs", "improve"]
+
+
+def test_tempo_warms_up_by_esteps_alone(fakes: Fakes) -> None:
+    stage = stage_of(Method.tempo, estep_every=3)
+    stage.critic.warmup_iterations = 2
+    METHODS[Method.tempo](fakes.learner(), rollouts_of(unlabelled=False), stage, 1)
+    assert fakes.calls == ["fit"]
+
+
+@pytest.mark.parametrize("timing", list(ValueTiming))
+@pytest.mark.parametrize("targets", list(CriticTargets))
+def test_labelled_rows_in_the_actors_batch_carry_verified_rewards(
+    fakes: Fakes, timing: ValueTiming, targets: CriticTargets
+) -> None:
+    rollouts = rollouts_of()
+    assert rollouts.labelled is not None
+    assert rollouts.unlabelled is not None
+    assert rollouts.labelled.correct is not None
+    stage = stage_of(Method.tempo, actor_on_labelled=True, value_timing=timing)
+    stage.critic.targets = targets
+    figures = METHODS[Method.tempo](fakes.learner(), rollouts, stage, 0)
+    fits = 0 if timing is ValueTiming.before_estep else 1  # of all rows that the actor learns from
+    verified = [2 * c - 1 if targets is CriticTargets.plus_minus_one else c for c in rollouts.labelled.correct.tolist()]
+    improve = fakes.given["improve"]
+    wanted = expected(rollouts.unlabelled, None, fits) + expected(rollouts.labelled, verified, fits)
+    assert improve["advantages"].tolist() == pytest.approx(wanted, abs=1e-5)
+    batch = improve["batch"]
+    assert batch.prompt_ids == rollouts.unlabelled.prompt_ids + rollouts.labelled.prompt_ids
+    assert batch.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+    assert batch.correct is None
+    assert fakes.given["fit"]["targets"].tolist() == verified
+    rewards = [10 * fits + 0.1 * length for length in rollouts.unlabelled.response_lengths.tolist()]
+    assert figures["reward/unlabelled_value"] == pytest.approx(sum(rewards) / len(rewards)), "of unlabelled rows alone"
+
+
+@pytest.mark.parametrize("baseline", list(Baseline))
+def test_the_stages_baseline_is_used(fakes: Fakes, baseline: Baseline) -> None:
+    """The fake critic's values rise by 0.1 a token, so the advantages count the tokens that are left."""
+    rollouts = rollouts_of()
+    assert rollouts.unlabelled is not None
+    METHODS[Method.tempo](fakes.learner(), rollouts, stage_of(Method.tempo, baseline=baseline), 0)
+    left = {Baseline.before_token: 0, Baseline.paper: 1, Baseline.reference: 1}[baseline]
+    lengths = rollouts.unlabelled.response_lengths.tolist()
+    wanted = [0.1 * (length - t - left) for length in lengths for t in range(length)]
+    assert fakes.given["improve"]["advantages"].tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_uniform_groups_are_dropped_when_asked(fakes: Fakes) -> None:
+    labelled = ragged_batch(8, seed=1)
+    assert labelled.correct is not None
+    labelled.correct[:] = torch.tensor([1.0, 0, 1, 1, 0, 0, 0, 1])
+    stage = stage_of(Method.tempo)
+    stage.critic.drop_uniform_groups = True
+    figures = METHODS[Method.tempo](fakes.learner(), Rollouts(labelled, rollouts_of().unlabelled), stage, 0)
+    fit = fakes.given["fit"]
+    assert fit["batch"].prompt_ids == ("p0", "p0", "p3", "p3")
+    assert fit["targets"].tolist() == [1.0, 0.0, 0.0, 1.0]
+    assert sorted(torch.cat(fit["order"]).tolist()) == [0, 1, 2, 3]
+    assert figures["critic/rows"] == 4.0
+    whole = list(labelled.rows())
+    for row, i in zip(fit["batch"].rows(), (0, 1, 6, 7), strict=True):
+        assert row.tolist() == whole[i].tolist()
+
+
+def test_where_all_groups_are_uniform_the_critic_stays_as_it_is(fakes: Fakes) -> None:
+    labelled = ragged_batch(8, seed=1)
+    assert labelled.correct is not None
+    labelled.correct[:] = 1.0
+    stage = stage_of(Method.ppo)
+    stage.critic.drop_uniform_groups = True
+    figures = METHODS[Method.ppo](fakes.learner(), Rollouts(labelled, None), stage, 0)
+    assert fakes.calls == ["values", "logprobs", "improve"]
+    assert figures["critic/rows"] == 0.0
+
+
+def test_whitening_and_the_reference_when_asked(fakes: Fakes) -> None:
+    stage = stage_of(Method.tempo)
+    stage.actor.whiten_advantages, stage.actor.kl_coef = True, 0.1
+    rollouts = rollouts_of()
+    assert rollouts.unlabelled is not None
+    figures = METHODS[Method.tempo](fakes.learner(), rollouts, stage, 0)
+    assert fakes.calls == ["fit", "values", "logprobs", "reference", "improve"]
+    improve = fakes.given["improve"]
+    plain = torch.tensor(expected(rollouts.unlabelled, None, 1))
+    torch.testing.assert_close(improve["advantages"], (plain - plain.mean()) / plain.std(), atol=1e-4, rtol=1e-4)
+    assert torch.equal(improve["reference"], rollouts.unlabelled.engine_logprobs - 0.5)
+    assert figures["advantage/mean"] == pytest.approx(float(plain.mean())), "told as they are before whitening"
+    assert figures["advantage/std"] == pytest.approx(float(plain.std()), rel=1e-4)
+
+
+# Which iteration needs what (config.schema.StageConfig), against the calls above
+
+
+@pytest.mark.parametrize("method", list(Method))
+@pytest.mark.parametrize("estep_every", [0, 1, 3])
+@pytest.mark.parametrize("warmup", [0, 2])
+@pytest.mark.parametrize("timing", list(ValueTiming))
+@pytest.mark.parametrize("extra", [False, True])
+def test_a_method_runs_on_just_the_prompts_that_the_stage_asks_for(
+    method: Method, estep_every: int, warmup: int, timing: ValueTiming, extra: bool
+) -> None:
+    if estep_every == 0 and (warmup or method is Method.ppo):
+        return
+    stage = stage_of(method, estep_every=estep_every, value_timing=timing, actor_on_labelled=extra)
+    stage.critic.warmup_iterations = warmup
+    for iteration in range(7):
+        fakes = Fakes()
+        kinds = {kind.name for kind in stage.prompts_at(iteration)}
+        rollouts = rollouts_of(labelled="labelled" in kinds, unlabelled="unlabelled" in kinds)
+        METHODS[method](fakes.learner(), rollouts, stage, iteration)
+        assert ("fit" in fakes.calls) == stage.critic_learns(iteration)
+        assert ("improve" in fakes.calls) == (not stage.warms_up(iteration))
