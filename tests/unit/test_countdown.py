@@ -85,7 +85,18 @@ def test_hostile_text_costs_no_time(response: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "prompt", ["", "2 4 5 6", "2 > 2 :", "2 4 5 6 > :", "2 4 x 6 > 7 :", "2 4 5 6 > 7", "2 4 5 6 : 7 >", "-2 4 > 2 :"]
+    "prompt",
+    [
+        "",
+        "2 4 5 6",
+        "2 > 2 :",
+        "2 4 5 6 > :",
+        "2 4 x 6 > 7 :",
+        "2 4 5 6 > 7",
+        "2 4 5 6 : 7 >",
+        "-2 4 > 2 :",
+        "٢ 4 > 6 :",
+    ],
 )
 def test_malformed_prompt(prompt: str) -> None:
     with pytest.raises(InputError, match="no countdown question"):
