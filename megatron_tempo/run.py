@@ -28,7 +28,7 @@ from megatron_tempo.metrics import Metrics
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
 from megatron_tempo.models.trained import TrainedModel
-from megatron_tempo.report import summary_table, write_report
+from megatron_tempo.report.summary import summary_table
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout import record
 from megatron_tempo.rollout.collect import batch_of, completions_of, verdicts_of
@@ -225,6 +225,8 @@ class Run:
         if self.config.checkpoint.export_hf:
             export_hf(self.place, self.actor, self.critic, exported)
         if self.place.layout.is_writer:
+            from megatron_tempo.report.html import write_report  # matplotlib: for this rank and moment only
+
             told = [f"checkpoints: {self.checkpoints.folder}", f"Hugging Face: {exported}"]
             if self.config.metrics.report:
                 told.append(f"report: {write_report(out)}")

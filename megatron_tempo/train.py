@@ -9,7 +9,7 @@ import transformers
 from megatron_tempo.config.schema import Config
 from megatron_tempo.evaluation import evaluate as evaluation
 from megatron_tempo.metrics import Metrics
-from megatron_tempo.report import summary_table
+from megatron_tempo.report.summary import summary_table
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.run import Run
 from megatron_tempo.schedule import remaining

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import brier_score_loss, roc_auc_score
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -40,6 +39,8 @@ def calibration(values: np.ndarray, correct: np.ndarray, bins: int = 10) -> Cali
         raise ValueError(f"calibration needs two non-empty arrays [n], not {values.shape} and {correct.shape}")
     if not np.isfinite(values).all():
         raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} values are NaN or infinite")
+    from sklearn.metrics import brier_score_loss, roc_auc_score  # takes seconds to load: not at every start
+
     right = correct.astype(np.int64)
     clipped = np.clip(values.astype(np.float64), 0.0, 1.0)
     rows = _reliability(clipped, right, bins)

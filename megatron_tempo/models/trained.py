@@ -203,7 +203,7 @@ def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimize
 
 
 def _begin_adam(optimizer: MegatronOptimizer) -> None:
-    """Give Adam its zero moments at once: Megatron wants them for a checkpoint, which may be due before a first step."""
+    """Give Adam its zero moments at once: Megatron wants them in a checkpoint, which may come before a first step."""
     for inner in _torch_optimizers(optimizer):
         for group in inner.param_groups:
             for parameter in group["params"]:

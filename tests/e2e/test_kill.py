@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megatron_tempo.config.tree import save
@@ -50,6 +51,14 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
     "as a save has ended": lambda run: checkpoint_folder(run, 4).exists(),
     "in the last iterations": lambda run: lines(run) >= LAST - 1,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group() -> Iterator[None]:
+    """Megatron reads checkpoints in a process group only."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

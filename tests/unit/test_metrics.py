@@ -65,7 +65,8 @@ def test_a_step_is_a_line_in_the_file_and_on_the_console(tmp_path: Path, capsys:
     assert second["step"] == 2
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:5] == ["stage1", "ppo", "1/2", "reward", "0.125"]
-    assert "grad    0.5/   nan" in lines[0]
+    assert "gradient     0.5  critic" in lines[0]
+    assert "nan" not in lines[0]
     assert "entropy" not in lines[0]
     assert lines[0].index("critic") == lines[1].index("critic")  # aligned
     assert " ".join(lines[2].split()) == (

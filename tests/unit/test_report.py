@@ -13,7 +13,9 @@ import pytest
 from megatron_tempo.config.schema import Config, CriticTargets, ModelConfig, RunConfig, to_plain
 from megatron_tempo.evaluation.calibration import calibration_record
 from megatron_tempo.records import append
-from megatron_tempo.report import plot_curves, summary_table, write_report
+from megatron_tempo.report.html import write_report
+from megatron_tempo.report.plots import plot_curves
+from megatron_tempo.report.summary import summary_table
 
 HOSTILE = '<script>alert("x")</script>&<img src=x onerror=alert(1)>\x1b[31m\u202e\ud800 $x^'
 
