@@ -54,25 +54,38 @@ def read(
     """
     if not path.exists():
         raise InputError(f"rollout.replay: {path} is not there; the run it was written by did not come so far")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = path.read_text().splitlines()
     prompts: list[LabelledPrompt | UnlabelledPrompt] = [*labelled, *unlabelled]
     if len(lines) != len(prompts) * samples:
         raise InputError(f"rollout.replay: {path} has {len(lines)} responses, this run wants {len(prompts) * samples}")
-    for number, line in enumerate(lines):
-        prompt = prompts[number // samples]
-        if tuple(line["prompt_tokens"]) != prompt.token_ids:
-            raise InputError(
-                f"rollout.replay: {path}, line {number + 1} answers {line['prompt_id']!r}, this run asks "
-                f"{prompt.id!r}: the data, run.seed or the stage's counts differ from the recorded run's"
-            )
-    completions = [
-        Completion(tuple(line["response_tokens"]), tuple(line["logprobs"]), "stop" if line["stopped"] else "length", -1)
-        for line in lines
-    ]
-    grouped = [completions[i : i + samples] for i in range(0, len(completions), samples)]
-    verdicts = [[line["correct"] for line in lines[i : i + samples]] for i in range(0, len(lines), samples)]
+    rows = [_response(f"{path}, line {i + 1}", line, prompts[i // samples]) for i, line in enumerate(lines)]
+    completions = [[completion for completion, _ in rows[i : i + samples]] for i in range(0, len(rows), samples)]
+    verdicts = [[correct for _, correct in rows[i : i + samples]] for i in range(0, len(labelled) * samples, samples)]
     n = len(labelled)
     return (
-        batch_of(labelled, grouped[:n], verdicts[:n]) if labelled else None,
-        batch_of(unlabelled, grouped[n:], None) if unlabelled else None,
+        batch_of(labelled, completions[:n], verdicts) if labelled else None,
+        batch_of(unlabelled, completions[n:], None) if unlabelled else None,
     )
+
+
+def _response(where: str, text: str, prompt: LabelledPrompt | UnlabelledPrompt) -> tuple[Completion, float]:
+    """One line as a completion and its verdict; the verdict of an unlabelled prompt is not looked at."""
+    try:
+        line = json.loads(text)
+        recorded, asked = line["prompt_id"], tuple(line["prompt_tokens"])
+        tokens, logprobs = tuple(line["response_tokens"]), tuple(line["logprobs"])
+        reason, correct = "stop" if line["stopped"] else "length", line["correct"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"rollout.replay: {where} is not a recorded response ({error!r})") from error
+    if asked != prompt.token_ids:
+        raise InputError(
+            f"rollout.replay: {where} answers {recorded!r}, this run asks {prompt.id!r}: the data, run.seed or the "
+            "stage's counts differ from the recorded run's"
+        )
+    if not tokens or len(tokens) != len(logprobs):
+        raise InputError(f"rollout.replay: {where} has {len(tokens)} response tokens and {len(logprobs)} logprobs")
+    if isinstance(prompt, UnlabelledPrompt):
+        return Completion(tokens, logprobs, reason, -1), 0.0
+    if correct not in (0, 1):
+        raise InputError(f"rollout.replay: {where} has the verdict {correct!r}; of a labelled prompt it is 0.0 or 1.0")
+    return Completion(tokens, logprobs, reason, -1), float(correct)

@@ -1,0 +1,312 @@
+"""Completions into batches, verdicts, and the record that a run is replayed from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor
+
+from megatron_tempo.rewards.verifiers import Item, Verifiers
+from megatron_tempo.rollout import record
+from megatron_tempo.rollout.collect import batch_of, completions_of, verdicts_of
+from megatron_tempo.rollout.engine import Request, Sampling, seed_of
+from megatron_tempo.types import Batch, Completion, LabelledPrompt, TokenCount, UnlabelledPrompt
+from tests.support.ranks import run_ranks
+from tests.support.tiny import WORDS, ragged_batch, write_model
+
+ANSWER = "sentinel-answer"
+LABELLED = [LabelledPrompt(f"l:{i}", f"{i} {i + 1}", (i, i + 1), ANSWER, "math") for i in range(3)]
+UNLABELLED = [UnlabelledPrompt(f"u:{i}", f"{i}", (40 + i,)) for i in range(2)]
+SAMPLING = Sampling(1.0, 9)
+
+
+class CountingEngine:
+    """Answers each request by numbers that tell its seed, its prompt and the sample."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        return [
+            [
+                Completion(
+                    (request.seed % 50, *request.token_ids, sample)[: sampling.max_tokens],
+                    tuple(-0.1 * (t + 1) for t in range(2 + len(request.token_ids))),
+                    "stop" if sample % 2 else "length",
+                    3,
+                )
+                for sample in range(request.samples)
+            ]
+            for request in requests
+        ]
+
+    def load_weights(self, buckets: Iterable[Sequence[tuple[str, Tensor]]], version: int) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None: ...
+
+
+class EchoVerifiers(Verifiers):
+    """Right is a response whose decoded text ends in an even number. Keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Item] = []
+
+    def score(self, items: Sequence[Item]) -> list[float]:
+        self.asked += items
+        return [float(int(item.response.split()[-1]) % 2 == 0) for item in items]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> transformers.PreTrainedTokenizerBase:
+    folder = write_model(tmp_path_factory.mktemp("model"), tied=True, layers=1)
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def single() -> Any:
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+# Over the ranks
+
+
+def collect(folder: Path) -> dict[str, Any]:
+    dist.init_process_group("gloo")
+    engine, verifiers = CountingEngine(), EchoVerifiers()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    completions = completions_of(engine, [*LABELLED, *UNLABELLED], 3, SAMPLING, 5, "stage1", 0)
+    verdicts = verdicts_of(verifiers, tokenizer, LABELLED, completions[:3])
+    none = completions_of(engine, [], 3, SAMPLING), verdicts_of(verifiers, tokenizer, [], [])
+    dist.destroy_process_group()
+    return {"completions": completions, "verdicts": verdicts, "asked": verifiers.asked, "none": none}
+
+
+def test_any_number_of_ranks_collects_the_same(tmp_path: Path) -> None:
+    """Two ranks share five prompts; each rank gets everything, in the prompts' order."""
+    folder = write_model(tmp_path / "model", tied=True, layers=1)
+    ranks = run_ranks(collect, 2, tmp_path / "ranks", folder)
+    wanted = [
+        CountingEngine().generate([Request(tokens, 3, seed_of(5, "stage1", 0, i))], SAMPLING)[0]
+        for i, tokens in enumerate([(0, 1), (1, 2), (2, 3), (40,), (41,)])
+    ]
+    for rank in ranks:
+        assert rank["completions"] == wanted
+        assert rank["verdicts"] == [[1.0, 0.0, 1.0]] * 3
+        assert rank["none"] == ([], [])
+    # No response is verified twice, and each with its own prompt's text and answer.
+    asked = [item for rank in ranks for item in rank["asked"]]
+    assert sorted(item.prompt for item in asked) == ["0 1"] * 3 + ["1 2"] * 3 + ["2 3"] * 3
+    for item in asked:
+        assert item.response.split()[1:-1] == item.prompt.split()
+        assert (item.answer, item.verifier) == (ANSWER, "math")
+
+
+def test_verifiers_see_special_tokens(single: None, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    class Keeping(EchoVerifiers):
+        def score(self, items: Sequence[Item]) -> list[float]:
+            self.asked += items
+            return [1.0 for _ in items]
+
+    verifiers = Keeping()
+    end = WORDS.index("$")
+    completion = Completion((4, 7, end), (-0.1, -0.2, -0.3), "stop", 0)
+    assert verdicts_of(verifiers, tokenizer, LABELLED[:1], [[completion]]) == [[1.0]]
+    assert [item.response for item in verifiers.asked] == ["4 7 $"]
+
+
+# Batches
+
+
+def test_a_batch_by_hand() -> None:
+    """The example of `Batch`: prompts (5, 6) and (7,), responses (1, 2, 3) and (4,)."""
+    prompts = [LabelledPrompt("a", "", (5, 6), "1", "math"), LabelledPrompt("b", "", (7,), "1", "math")]
+    completions = [
+        [Completion((1, 2, 3), (-0.1, -0.2, -0.3), "stop", 0)],
+        [Completion((4,), (-0.4,), "length", 0)],
+    ]
+    batch = batch_of(prompts, completions, [[1.0], [0.0]])
+    found = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in found.items()}
+    assert plain == {
+        "prompt_ids": ("a", "b"), "group": [0, 1], "prompt_tokens": [5, 6, 7], "prompt_lengths": [2, 1],
+        "response_tokens": [1, 2, 3, 4], "response_lengths": [3, 1],
+        "engine_logprobs": pytest.approx([-0.1, -0.2, -0.3, -0.4]), "stopped": [True, False], "correct": [1.0, 0.0],
+    }  # fmt: skip
+    assert {name: value.dtype for name, value in found.items() if isinstance(value, Tensor)} == {
+        "group": torch.int64, "prompt_tokens": torch.int64, "prompt_lengths": torch.int64,
+        "response_tokens": torch.int64, "response_lengths": torch.int64, "engine_logprobs": torch.float32,
+        "stopped": torch.bool, "correct": torch.float32,
+    }  # fmt: skip
+    assert [row.tolist() for row in batch.rows()] == [[5, 6, 1, 2, 3], [7, 4]]
+    assert batch_of(prompts, completions, None).correct is None
+
+
+def test_samples_of_a_prompt_are_a_group_also_where_a_prompt_comes_twice() -> None:
+    completion = Completion((1,), (-0.1,), "stop", 0)
+    batch = batch_of([UNLABELLED[0], UNLABELLED[1], UNLABELLED[0]], [[completion] * 2] * 3, None)
+    assert batch.group.tolist() == [0, 0, 1, 1, 2, 2]
+    assert batch.prompt_ids == ("u:0", "u:0", "u:1", "u:1", "u:0", "u:0")
+
+
+def rows_of(batch: Batch) -> list[tuple[Any, ...]]:
+    logprobs = batch.engine_logprobs.split(batch.response_lengths.tolist())
+    return [
+        (batch.prompt_ids[i], prompt.tolist(), response.tolist(), logprobs[i].tolist(), bool(batch.stopped[i]),
+         None if batch.correct is None else float(batch.correct[i]))
+        for i, (prompt, response) in enumerate(zip(batch.prompts(), batch.responses(), strict=True))
+    ]  # fmt: skip
+
+
+def test_selected_and_joined_rows_are_the_rows() -> None:
+    batch = ragged_batch(8)
+    batch.stopped[3] = False
+    order = [6, 0, 3, 3]
+    assert rows_of(batch.select(torch.tensor(order))) == [rows_of(batch)[i] for i in order]
+    assert batch.select(torch.tensor(order)).group.tolist() == [3, 0, 1, 1]
+    empty = batch.select(torch.zeros(0, dtype=torch.int64))
+    assert len(empty) == 0
+    assert rows_of(empty) == []
+
+    other = ragged_batch(4, seed=9)
+    joined = Batch.join(batch, other)
+    assert rows_of(joined) == [(*row[:-1], None) for row in rows_of(batch) + rows_of(other)]
+    assert joined.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert rows_of(Batch.join(empty, other)) == [(*row[:-1], None) for row in rows_of(other)]
+
+
+def test_token_counts_start_again_when_taken() -> None:
+    count = TokenCount()
+    count.add(10, 3)
+    count.add(5, 0)
+    assert count.take() == TokenCount(15, 3)
+    assert count == TokenCount(0, 0)
+
+
+# The record
+
+
+@pytest.fixture
+def rollouts() -> tuple[Batch, Batch]:
+    engine = CountingEngine()
+
+    def completions(prompts: Sequence[LabelledPrompt | UnlabelledPrompt]) -> list[list[Completion]]:
+        return engine.generate([Request(prompt.token_ids, 2, i) for i, prompt in enumerate(prompts)], SAMPLING)
+
+    labelled = batch_of(LABELLED, completions(LABELLED), [[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    labelled.engine_logprobs.copy_(torch.rand(len(labelled.engine_logprobs)).log())  # numbers of no short decimal form
+    return labelled, batch_of(UNLABELLED, completions(UNLABELLED), None)
+
+
+@pytest.fixture
+def path(rollouts: tuple[Batch, Batch], tokenizer: transformers.PreTrainedTokenizerBase, tmp_path: Path) -> Path:
+    found = record.record_path(tmp_path / "rollouts", "stage2", 12)
+    record.write(found, *rollouts, tokenizer)
+    return found
+
+
+def assert_equal(found: Batch | None, wanted: Batch) -> None:
+    assert found is not None
+    for field in dataclasses.fields(wanted):
+        mine, theirs = getattr(found, field.name), getattr(wanted, field.name)
+        if isinstance(theirs, Tensor):
+            assert mine.dtype == theirs.dtype, field.name
+            assert torch.equal(mine, theirs), field.name
+        else:
+            assert mine == theirs, field.name
+
+
+def test_what_is_written_is_read_bit_by_bit(rollouts: tuple[Batch, Batch], path: Path) -> None:
+    assert path.name == "stage2-000012.jsonl"
+    labelled, unlabelled = record.read(path, LABELLED, UNLABELLED, 2)
+    assert_equal(labelled, rollouts[0])
+    assert_equal(unlabelled, rollouts[1])
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_of_the_two_may_be_absent(
+    rollouts: tuple[Batch, Batch], tokenizer: transformers.PreTrainedTokenizerBase, tmp_path: Path, which: int
+) -> None:
+    path = tmp_path / "x.jsonl"
+    record.write(path, rollouts[0] if which == 0 else None, rollouts[1] if which == 1 else None, tokenizer)
+    found = record.read(path, LABELLED if which == 0 else [], UNLABELLED if which == 1 else [], 2)
+    assert_equal(found[which], rollouts[which])
+    assert found[1 - which] is None
+
+
+def test_a_record_shows_text_and_no_answers(path: Path) -> None:
+    text = path.read_text()
+    assert ANSWER not in text
+    first = json.loads(text.splitlines()[0])
+    assert first.keys() == {
+        "prompt_id", "prompt_tokens", "response", "response_tokens", "logprobs", "stopped", "correct"
+    }  # fmt: skip
+    assert first["response"].split() == [WORDS[token] for token in first["response_tokens"]]
+    assert [json.loads(line)["correct"] for line in text.splitlines()] == [1, 0, 0, 0, 1, 1, None, None, None, None]
+
+
+def change(path: Path, number: int, edit: Callable[[dict[str, Any]], object]) -> None:
+    lines = path.read_text().splitlines()
+    line = json.loads(lines[number - 1])
+    edit(line)
+    lines[number - 1] = json.dumps(line)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_another_number_of_responses_is_refused(path: Path) -> None:
+    with pytest.raises(ValueError, match=r"stage2-000012\.jsonl has 10 responses, this run wants 15"):
+        record.read(path, LABELLED, UNLABELLED, 3)
+    with pytest.raises(ValueError, match=r"has 10 responses, this run wants 8"):
+        record.read(path, LABELLED, UNLABELLED[:1], 2)
+
+
+def test_other_prompts_are_refused(path: Path) -> None:
+    with pytest.raises(ValueError, match=r"stage2-000012\.jsonl, line 1 answers 'l:0', this run asks 'l:1'"):
+        record.read(path, LABELLED[1:] + LABELLED[:1], UNLABELLED, 2)
+    with pytest.raises(ValueError, match=r"line 7 answers 'u:0', this run asks 'u:1'"):
+        record.read(path, LABELLED, UNLABELLED[::-1], 2)
+
+
+def test_a_record_that_is_not_there_is_named(path: Path) -> None:
+    other = record.record_path(path.parent, "stage2", 13)
+    with pytest.raises(ValueError, match=r"rollout\.replay: .*stage2-000013\.jsonl is not there"):
+        record.read(other, LABELLED, UNLABELLED, 2)
+
+
+def test_a_line_that_is_cut_short_is_named(path: Path) -> None:
+    text = path.read_text()
+    path.write_text(text[:-40])
+    with pytest.raises(ValueError, match=r"stage2-000012\.jsonl, line 10"):
+        record.read(path, LABELLED, UNLABELLED, 2)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda line: line.pop("logprobs"),
+        lambda line: line["logprobs"].pop(),
+        lambda line: line.update(response_tokens=[]),
+        lambda line: line.update(correct=None),  # of a labelled prompt
+    ],
+    ids=["no-logprobs", "one-logprob-less", "no-tokens", "no-verdict"],
+)
+def test_a_line_that_holds_no_response_is_named(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    change(path, 4, edit)
+    with pytest.raises(ValueError, match=r"stage2-000012\.jsonl, line 4"):
+        record.read(path, LABELLED, UNLABELLED, 2)
+
+
+def test_a_verdict_on_an_unlabelled_prompt_is_not_read(path: Path) -> None:
+    change(path, 8, lambda line: line.update(correct=1.0))
+    _, unlabelled = record.read(path, LABELLED, UNLABELLED, 2)
+    assert unlabelled is not None
+    assert unlabelled.correct is None
