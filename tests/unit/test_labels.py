@@ -156,7 +156,9 @@ def traces_of_an_iteration(project: Path, out: Path, monkeypatch: pytest.MonkeyP
 
     def watched_rollouts(self: Run, *args: Any) -> Any:
         answer = rollouts(self, *args)
+        assert answer.labelled is not None
         assert answer.labelled.correct is not None
+        assert answer.unlabelled is not None
         assert all(name.startswith("unlabelled:") for name in answer.unlabelled.prompt_ids)
         found["rollouts"] += len(traces(answer)) + verdicts(answer.unlabelled)
         return answer
