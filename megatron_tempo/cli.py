@@ -10,6 +10,7 @@ import argparse
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -78,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, config: Config) -> None:
+    # What Megatron-Core and torch's distributed layer warn of (missing Apex, their own deprecations) is not the user's.
+    warnings.filterwarnings("ignore", module=r"megatron(\.|_tempo\.models\.device)|torch\.(distributed|jit)")
     if command == "check":
         print("ok")
         print(summary(config, world_size=None))
