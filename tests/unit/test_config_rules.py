@@ -172,6 +172,13 @@ SEVERAL_FIELDS = [
         "stage1.iterations=1",
     ),
     (
+        "warm-up of a frozen critic",
+        ["stage2.estep_every=0", "stage2.critic.warmup_iterations=5"],
+        "stage2.critic.warmup_iterations",
+        "would do nothing",
+        "stage2.critic.warmup_iterations=0",
+    ),
+    (
         "mini-batch with labelled rows in the actor's batch",
         ["stage2.actor_on_labelled=true", "stage2.labelled_prompts=64", "stage2.actor.mini_batch_prompts=128"],
         "stage2.actor.mini_batch_prompts",

@@ -68,6 +68,11 @@ def _critic(config: Config, active: dict[str, StageConfig]) -> Iterator[Problem]
             wrong = f"{name} never trains its critic (estep_every=0), no stage before it does, and none is loaded"
             fix = f"model.critic_path=FOLDER, stage1.iterations=1 or more, or {name}.estep_every=1"
             yield Problem("model.critic_path", None, wrong, fix)
+        warmup = stage.critic.warmup_iterations
+        if warmup > 0 and not stage.trains_critic:
+            field = f"{name}.critic.warmup_iterations"
+            wrong = f"{name} never trains its critic (estep_every=0): these iterations would do nothing"
+            yield Problem(field, warmup, wrong, f"{field}=0")
 
 
 def _counts(name: str, stage: StageConfig) -> Iterator[Problem]:
