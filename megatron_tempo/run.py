@@ -201,15 +201,13 @@ class Run:
                     self.config.rollout.max_response_tokens,
                     f"{self.config.run.seed}/evaluation/{name}",
                 )
-                calibration, values = None, None
+                calibration = None
                 if name == config.calibration_set:
-                    calibration, values = evaluation.calibrate(judged, self.critic.values, targets)
-            line = evaluation.scores(judged, config) | {"calibration": calibration}
-            self.metrics.evaluation({**where, "set": name, **line})
-            if point != "during":
-                self.metrics.samples(
-                    {**where, "set": name, **line} for line in evaluation.shown(judged, self.tokenizer, values)
-                )
+                    calibration = evaluation.calibrate(judged, self.critic.values, targets)
+                samples = [] if point == "during" else evaluation.shown(judged, self.tokenizer, self.critic.values)
+            scores = evaluation.scores(judged, config) | {"calibration": calibration}
+            self.metrics.evaluation({**where, "set": name, **scores})
+            self.metrics.samples({**where, "set": name, **sample} for sample in samples)
 
     def checkpoint_if_due(self) -> None:
         every, total = self.config.checkpoint.every, schedule.total(self.config)

@@ -36,7 +36,7 @@ def train(config: Config) -> None:
 
 
 def evaluate(config: Config) -> None:
-    """Score `model.path` on the evaluation sets, and the critic of `model.critic_path` on the calibration set.
+    """Score `model.path` on the evaluation sets, and the critic of `model.critic_path`, if any, on the calibration set.
 
     Writes evaluations.jsonl and samples.jsonl to `run.dir` and prints the table.
     """
@@ -50,18 +50,20 @@ def evaluate(config: Config) -> None:
         sets = evaluation_sets(config, tokenizer, verifiers)
         engine = build_engine(place)
         engine.load_weights(tensors(Path(config.model.path)), version=0)
-        critic = build_critic(place) if config.model.critic_path and settings.calibration_set else None
+        critic = build_critic(place) if config.model.critic_path else None
         where = {"stage": "stage1", "iteration": 0, "step": 0, "point": "before"}
         for name, prompts in sets.items():
             seed = f"{config.run.seed}/evaluation/{name}"
             judged = evaluation.answer(
                 engine, verifiers, tokenizer, prompts, settings, config.rollout.max_response_tokens, seed
             )
-            calibration, values = None, None
-            if critic is not None and name == settings.calibration_set:
-                calibration, values = evaluation.calibrate(judged, critic.values, config.stage1.critic.targets)
-            line = evaluation.scores(judged, settings) | {"calibration": calibration}
-            metrics.evaluation({**where, "set": name, **line})
-            metrics.samples({**where, "set": name, **line} for line in evaluation.shown(judged, tokenizer, values))
+            values = None if critic is None else critic.values
+            calibration = None
+            if values is not None and name == settings.calibration_set:
+                calibration = evaluation.calibrate(judged, values, config.stage1.critic.targets)
+            samples = evaluation.shown(judged, tokenizer, values)
+            scores = evaluation.scores(judged, settings) | {"calibration": calibration}
+            metrics.evaluation({**where, "set": name, **scores})
+            metrics.samples({**where, "set": name, **sample} for sample in samples)
         if place.layout.is_writer:
             metrics.message(summary_table(Path(config.run.dir)))

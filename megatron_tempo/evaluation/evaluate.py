@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -61,30 +62,30 @@ def scores(judged: Judged, config: EvaluationConfig) -> dict[str, Any]:
     }
 
 
-def calibrate(
-    judged: Judged, values: Callable[[Batch], Tensor], targets: CriticTargets
-) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """The critic's calibration on these responses, and its values by response, [T_i + 1] each, as probabilities."""
+def calibrate(judged: Judged, values: Callable[[Batch], Tensor], targets: CriticTargets) -> dict[str, Any]:
+    """The critic's calibration on these responses: the `calibration` field. `values` gives [T + n], collectively."""
     flat = values(judged.batch)
     if targets is CriticTargets.plus_minus_one:
         flat = (flat + 1) / 2
     rows = [row.numpy() for row in flat.split((judged.batch.response_lengths + 1).tolist())]
-    return calibration_record(rows, judged.correct.flatten()), rows
+    return calibration_record(rows, judged.correct.flatten())
 
 
-def shown(judged: Judged, tokenizer: PreTrainedTokenizerBase, values: list[np.ndarray] | None) -> list[dict[str, Any]]:
-    """A few responses in full: the fields of lines of samples.jsonl."""
-    responses = judged.batch.responses()
-    lines = []
-    for i, prompt in enumerate(judged.prompts[:SHOWN]):
-        row = i * judged.correct.shape[1]
-        lines.append(
-            {
-                "prompt": prompt.text,
-                "tokens": [tokenizer.decode([token]) for token in responses[row].tolist()],
-                "values": None if values is None else values[row].tolist(),
-                "correct": int(judged.correct[i, 0]),
-                "answer": prompt.answer,
-            }
-        )
-    return lines
+def shown(
+    judged: Judged, tokenizer: PreTrainedTokenizerBase, values: Callable[[Batch], Tensor] | None
+) -> list[dict[str, Any]]:
+    """A few responses in full, with their token values: the fields of lines of samples.jsonl. `values` as above."""
+    samples = judged.correct.shape[1]
+    rows = torch.arange(0, min(SHOWN, len(judged.prompts)) * samples, samples)
+    batch = judged.batch.select(rows)
+    by_row = values(batch).split((batch.response_lengths + 1).tolist()) if values is not None else None
+    return [
+        {
+            "prompt": prompt.text,
+            "tokens": [tokenizer.decode([token]) for token in response.tolist()],
+            "values": None if by_row is None else by_row[i].tolist(),
+            "correct": int(judged.correct[i, 0]),
+            "answer": prompt.answer,
+        }
+        for i, (prompt, response) in enumerate(zip(judged.prompts[:SHOWN], batch.responses(), strict=True))
+    ]
