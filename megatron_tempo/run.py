@@ -21,7 +21,7 @@ from megatron_tempo.config.tree import differences
 from megatron_tempo.config.tree import load as load_config
 from megatron_tempo.config.tree import save as save_config
 from megatron_tempo.data.stream import PromptStream
-from megatron_tempo.evaluation import evaluate as evaluation
+from megatron_tempo.evaluation.evaluate import Evaluator
 from megatron_tempo.methods import METHODS
 from megatron_tempo.methods.learner import Learner, Rollouts
 from megatron_tempo.metrics import Metrics
@@ -40,6 +40,7 @@ from megatron_tempo.wiring import (
     build_actor,
     build_critic,
     build_engine,
+    build_evaluator,
     build_reference,
     evaluation_sets,
     export_hf,
@@ -61,10 +62,10 @@ class Run:
     verifiers: Verifiers
     labelled: PromptStream[LabelledPrompt] | None
     unlabelled: PromptStream[UnlabelledPrompt] | None
-    evaluation_sets: dict[str, list[LabelledPrompt]]
     actor: Actor
     critic: Critic
     engine: EmbeddedEngine
+    evaluator: Evaluator
     metrics: Metrics
     checkpoints: Checkpoints
     step: int = 0
@@ -92,10 +93,10 @@ class Run:
                 verifiers=verifiers,
                 labelled=labelled,
                 unlabelled=unlabelled,
-                evaluation_sets=sets,
                 actor=actor,
                 critic=critic,
                 engine=engine,
+                evaluator=build_evaluator(config, engine, verifiers, tokenizer, sets, critic),
                 metrics=metrics,
                 checkpoints=checkpoints,
             )
@@ -187,26 +188,12 @@ class Run:
 
     def evaluate(self, point: str, stage_name: str = "stage1", iteration: int = 0) -> None:
         """Score the actor on every evaluation set; measure the critic on the calibration set."""
-        config = self.config.evaluation
         where = {"stage": stage_name, "iteration": iteration, "step": self.step, "point": point}
         targets = self.config.stages()[stage_name].critic.targets
-        for name, prompts in self.evaluation_sets.items():
+        for name in self.evaluator.sets:
             with self.metrics.phase("evaluate"):
-                judged = evaluation.answer(
-                    self.engine,
-                    self.verifiers,
-                    self.tokenizer,
-                    prompts,
-                    config,
-                    self.config.rollout.max_response_tokens,
-                    f"{self.config.run.seed}/evaluation/{name}",
-                )
-                calibration = None
-                if name == config.calibration_set:
-                    calibration = evaluation.calibrate(judged, self.critic.values, targets)
-                samples = [] if point == "during" else evaluation.shown(judged, self.tokenizer, self.critic.values)
-            scores = evaluation.scores(judged, config) | {"calibration": calibration}
-            self.metrics.evaluation({**where, "set": name, **scores})
+                scores, samples = self.evaluator.evaluate(name, targets, show=point != "during")
+            self.metrics.evaluation(where | scores)
             self.metrics.samples({**where, "set": name, **sample} for sample in samples)
 
     def checkpoint_if_due(self) -> None:

@@ -7,14 +7,13 @@ from pathlib import Path
 import transformers
 
 from megatron_tempo.config.schema import Config
-from megatron_tempo.evaluation import evaluate as evaluation
 from megatron_tempo.metrics import Metrics
 from megatron_tempo.report.summary import summary_table
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.run import Run
 from megatron_tempo.schedule import remaining
 from megatron_tempo.weights.folder import tensors
-from megatron_tempo.wiring import build_critic, build_engine, evaluation_sets, open_workplace
+from megatron_tempo.wiring import build_critic, build_engine, build_evaluator, evaluation_sets, open_workplace
 
 
 def train(config: Config) -> None:
@@ -40,7 +39,6 @@ def evaluate(config: Config) -> None:
 
     Writes evaluations.jsonl and samples.jsonl to `run.dir` and prints the table.
     """
-    settings = config.evaluation
     with (
         open_workplace(config) as place,
         Verifiers() as verifiers,
@@ -51,19 +49,11 @@ def evaluate(config: Config) -> None:
         engine = build_engine(place)
         engine.load_weights(tensors(Path(config.model.path)), version=0)
         critic = build_critic(place) if config.model.critic_path else None
+        evaluator = build_evaluator(config, engine, verifiers, tokenizer, sets, critic)
         where = {"stage": "stage1", "iteration": 0, "step": 0, "point": "before"}
-        for name, prompts in sets.items():
-            seed = f"{config.run.seed}/evaluation/{name}"
-            judged = evaluation.answer(
-                engine, verifiers, tokenizer, prompts, settings, config.rollout.max_response_tokens, seed
-            )
-            values = None if critic is None else critic.values
-            calibration = None
-            if values is not None and name == settings.calibration_set:
-                calibration = evaluation.calibrate(judged, values, config.stage1.critic.targets)
-            samples = evaluation.shown(judged, tokenizer, values)
-            scores = evaluation.scores(judged, settings) | {"calibration": calibration}
-            metrics.evaluation({**where, "set": name, **scores})
+        for name in sets:
+            scores, samples = evaluator.evaluate(name, config.stage1.critic.targets, show=True)
+            metrics.evaluation(where | scores)
             metrics.samples({**where, "set": name, **sample} for sample in samples)
         if place.layout.is_writer:
             metrics.message(summary_table(Path(config.run.dir)))

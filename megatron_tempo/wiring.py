@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_tempo.config.schema import Config
 from megatron_tempo.data.dataset import load_labelled, load_unlabelled, overlap
 from megatron_tempo.data.stream import PromptStream
+from megatron_tempo.evaluation.evaluate import Evaluator
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
 from megatron_tempo.models.device import select_device
@@ -26,6 +27,7 @@ from megatron_tempo.models.qwen3 import DTYPES, read_shape, transformer_config
 from megatron_tempo.models.trained import Model, TrainedModel
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.embedded import EmbeddedEngine
+from megatron_tempo.rollout.engine import Engine
 from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
 from megatron_tempo.weights import folder, qwen3
 from megatron_tempo.weights.slots import Slot
@@ -77,6 +79,20 @@ def build_engine(place: Workplace) -> EmbeddedEngine:
     config = place.config
     dtype = DTYPES[config.run.precision]
     return EmbeddedEngine(Path(config.model.path), place.device, dtype, config.rollout.batch_rows)
+
+
+def build_evaluator(
+    config: Config,
+    engine: Engine,
+    verifiers: Verifiers,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: dict[str, list[LabelledPrompt]],
+    critic: Critic | None,
+) -> Evaluator:
+    """The evaluator of these sets."""
+    values = None if critic is None else critic.values
+    length = config.rollout.max_response_tokens
+    return Evaluator(engine, verifiers, tokenizer, sets, config.evaluation, length, config.run.seed, values)
 
 
 def weights_of(model: Model, place: Workplace) -> Iterator[Bucket]:

@@ -23,28 +23,48 @@ SHOWN = 12  # responses kept for the report: the first sample of this many quest
 
 
 @dataclass(frozen=True, slots=True)
+class Evaluator:
+    """What every evaluation of a job shares. All methods are collective and say the same on every rank.
+
+    `values` gives the critic's values of a batch, float32 [T + n]; None where there is no critic. `seed` names the
+    draws: the same at every evaluation of a run, so that the points of a curve differ by the weights alone.
+    """
+
+    engine: Engine
+    verifiers: Verifiers
+    tokenizer: PreTrainedTokenizerBase
+    sets: dict[str, list[LabelledPrompt]]
+    config: EvaluationConfig
+    max_tokens: int
+    seed: int
+    values: Callable[[Batch], Tensor] | None
+
+    def evaluate(self, name: str, targets: CriticTargets, *, show: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """A set's scores and a few responses: the fields of lines of evaluations.jsonl and samples.jsonl."""
+        judged = self.answer(name)
+        calibration = None
+        if self.values is not None and name == self.config.calibration_set:
+            calibration = calibrate(judged, self.values, targets)
+        samples = shown(judged, self.tokenizer, self.values) if show else []
+        return scores(judged, self.config) | {"set": name, "calibration": calibration}, samples
+
+    def answer(self, name: str) -> Judged:
+        """Let the engine answer every question of a set `config.samples` times, and judge the answers."""
+        prompts, config = self.sets[name], self.config
+        sampling = Sampling(config.temperature, config.max_response_tokens or self.max_tokens)
+        seed = f"{self.seed}/evaluation/{name}"
+        completions = completions_of(self.engine, prompts, config.samples, sampling, seed)
+        verdicts = verdicts_of(self.verifiers, self.tokenizer, prompts, completions)
+        return Judged(prompts, batch_of(prompts, completions, verdicts), np.array(verdicts))
+
+
+@dataclass(frozen=True, slots=True)
 class Judged:
     """The questions of a set with `samples` judged responses each. `correct` is float [questions, samples]."""
 
     prompts: Sequence[LabelledPrompt]
     batch: Batch
     correct: np.ndarray
-
-
-def answer(
-    engine: Engine,
-    verifiers: Verifiers,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[LabelledPrompt],
-    config: EvaluationConfig,
-    max_tokens: int,
-    seed: str,
-) -> Judged:
-    """Let the engine answer every question `config.samples` times and judge the answers. Collective."""
-    sampling = Sampling(config.temperature, config.max_response_tokens or max_tokens)
-    completions = completions_of(engine, prompts, config.samples, sampling, seed)
-    verdicts = verdicts_of(verifiers, tokenizer, prompts, completions)
-    return Judged(prompts, batch_of(prompts, completions, verdicts), np.array(verdicts))
 
 
 def scores(judged: Judged, config: EvaluationConfig) -> dict[str, Any]:

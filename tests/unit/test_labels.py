@@ -169,7 +169,7 @@ def traces_of_an_iteration(project: Path, out: Path, monkeypatch: pytest.MonkeyP
     with open_workplace(config) as place, Run.open(place) as run:
         run.sync_engine()
         found["stream"] = len(traces(run.unlabelled))
-        found["evaluation"] = len(traces(run.evaluation_sets))
+        found["evaluation"] = len(traces(run.evaluator.sets))
         for stage_name, stage, iteration in remaining(config, 0):
             run.iterate(stage_name, stage, iteration)
     assert len(seen) == 4, "two steps of the critic and two of the actor"
