@@ -6,14 +6,14 @@ BIN := .venv/bin
 .PHONY: quickstart test test-slow lint clean
 
 quickstart: .venv/installed  ## the main job: train on countdown, from a small pretrained model to a report
-	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) \
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) \
 		-m megatron_tempo train experiment=quickstart $(ARGS)
 
 test: .venv/installed-test  ## unit and distributed tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
 test-slow: .venv/installed-test  ## what .ci/run runs beyond that
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
@@ -29,6 +29,8 @@ lint: .venv/installed-test
 	touch $@ .venv/installed
 
 .venv:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "$(PYTHON) is not Python 3.11, 3.12 or 3.13: give one, make ... PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; echo 'no venv module: apt-get install python3-venv (Debian, Ubuntu)'; exit 1; }
 
 clean:

@@ -66,6 +66,8 @@ class Checkpoints:
             _sync_folder(self.folder)
             for old in self._names()[: -self.keep]:
                 shutil.rmtree(self.folder / old)
+            for abandoned in self.folder.glob("step_*.partial"):  # of a save that was killed
+                shutil.rmtree(abandoned)
         dist.barrier()
         return path
 
@@ -135,8 +137,7 @@ def _sharded(model: TrainedModel, *, is_loading: bool) -> dict[str, Any]:
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     weights = model.net.sharded_state_dict(metadata=metadata)
-    optimizer = model.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
-    return {"model": weights, "optimizer": optimizer}
+    return {"model": weights, "optimizer": model.sharded_optimizer(weights, metadata, is_loading=is_loading)}
 
 
 def _digest(path: Path) -> str:

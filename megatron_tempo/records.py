@@ -2,8 +2,9 @@
 
 metrics.jsonl      one line an iteration: time (unix), stage, method, iteration (from 1 in the stage), step (from 1 in
                    the run), seconds, numbers by name: reward/labelled, actor/loss, critic/grad_norm, time/generate, ...
-evaluations.jsonl  one line a set and point: time, stage, iteration, step, point (before, between, after, during), set,
-                   avg, avg_se, avg_k, pass and pass_se by k, questions, response_length, truncated, calibration
+evaluations.jsonl  one line a set and point: time, stage, iteration, step, set, avg, avg_se, avg_k, pass and pass_se by
+                   k, questions, response_length, truncated, calibration, point (before, between, after, during; of the
+                   eval command: alone)
 samples.jsonl      one line a response: point, stage, step, set, prompt, tokens, values (one more than tokens), correct,
                    answer
 

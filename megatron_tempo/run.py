@@ -21,7 +21,8 @@ from megatron_tempo.config.tree import differences
 from megatron_tempo.config.tree import load as load_config
 from megatron_tempo.config.tree import save as save_config
 from megatron_tempo.data.stream import PromptStream
-from megatron_tempo.evaluation.evaluate import Evaluator
+from megatron_tempo.errors import InputError
+from megatron_tempo.evaluation.evaluator import Evaluator
 from megatron_tempo.methods import METHODS
 from megatron_tempo.methods.learner import Learner, Rollouts
 from megatron_tempo.metrics import Metrics
@@ -30,10 +31,9 @@ from megatron_tempo.models.critic import Critic
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.report.summary import summary_table
 from megatron_tempo.rewards.verifiers import Verifiers
-from megatron_tempo.rollout import record
-from megatron_tempo.rollout.collect import batch_of, completions_of, verdicts_of
-from megatron_tempo.rollout.embedded import EmbeddedEngine
-from megatron_tempo.rollout.engine import Sampling
+from megatron_tempo.rollout import dump
+from megatron_tempo.rollout.batches import batch_of, completions_of, verdicts_of
+from megatron_tempo.rollout.engine import Engine, Sampling
 from megatron_tempo.types import Batch, LabelledPrompt, UnlabelledPrompt
 from megatron_tempo.wiring import (
     Workplace,
@@ -64,7 +64,7 @@ class Run:
     unlabelled: PromptStream[UnlabelledPrompt] | None
     actor: Actor
     critic: Critic
-    engine: EmbeddedEngine
+    engine: Engine
     evaluator: Evaluator
     metrics: Metrics
     checkpoints: Checkpoints
@@ -134,8 +134,8 @@ class Run:
         unlabelled = _take(self.unlabelled, stage.unlabelled_prompts) if Prompts.unlabelled in needed else []
         config, samples = self.config.rollout, stage.responses_per_prompt
         if config.replay is not None:
-            path = record.record_path(Path(config.replay), stage_name, iteration + 1)
-            return Rollouts(*record.read(path, labelled, unlabelled, samples))
+            path = dump.path_of(Path(config.replay), stage_name, iteration + 1)
+            return Rollouts(*dump.read(path, labelled, unlabelled, samples))
         sampling = Sampling(config.temperature, config.max_response_tokens)
         seed = (self.config.run.seed, stage_name, iteration, "rollout")
         with self.metrics.phase("generate"):
@@ -148,8 +148,8 @@ class Run:
             batch_of(unlabelled, of_unlabelled, None) if unlabelled else None,
         )
         if config.dump and self.place.layout.is_writer:
-            path = record.record_path(Path(self.config.run.dir) / "rollouts", stage_name, iteration + 1)
-            record.write(path, rollouts.labelled, rollouts.unlabelled, self.tokenizer)
+            path = dump.path_of(Path(self.config.run.dir) / "rollouts", stage_name, iteration + 1)
+            dump.write(path, rollouts.labelled, rollouts.unlabelled, self.tokenizer)
         return rollouts
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
@@ -170,6 +170,7 @@ class Run:
         path = self.checkpoints.newest()
         state: dict[str, Any] = {} if path is None else self.checkpoints.load(path, self._models())
         self.step = state.get("step", 0)
+        self._check_position(path, state)
         for name, stream in self._streams().items():
             if name in state.get("streams", {}):
                 stream.restore(state["streams"][name])
@@ -186,7 +187,7 @@ class Run:
         if point is not None:
             self.evaluate(point, stage_name, iteration + 1)
 
-    def evaluate(self, point: str, stage_name: str = "stage1", iteration: int = 0) -> None:
+    def evaluate(self, point: str, stage_name: str, iteration: int) -> None:
         """Score the actor on every evaluation set; measure the critic on the calibration set."""
         where = {"stage": stage_name, "iteration": iteration, "step": self.step, "point": point}
         targets = self.config.stages()[stage_name].critic.targets
@@ -200,8 +201,12 @@ class Run:
         every, total = self.config.checkpoint.every, schedule.total(self.config)
         if self.step == total or (every and self.step % every == 0):
             with self.metrics.phase("checkpoint"):
-                streams = {name: stream.state() for name, stream in self._streams().items()}
-                self.checkpoints.save(self.step, self._models(), {"streams": streams, "config": to_plain(self.config)})
+                state = {
+                    "streams": {name: stream.state() for name, stream in self._streams().items()},
+                    "position": schedule.position(self.config, self.step),
+                    "config": to_plain(self.config),
+                }
+                self.checkpoints.save(self.step, self._models(), state)
 
     def finish(self) -> None:
         """Hugging Face folders of actor and critic, the report, and the table of results."""
@@ -212,7 +217,9 @@ class Run:
         if self.place.layout.is_writer:
             from megatron_tempo.report.html import write_report  # matplotlib: for this rank and moment only
 
-            told = [f"checkpoints: {self.checkpoints.folder}", f"Hugging Face: {exported}"]
+            told = [f"checkpoints: {self.checkpoints.folder}"]
+            if self.config.checkpoint.export_hf:
+                told.append(f"Hugging Face: {exported}")
             if self.config.metrics.report:
                 told.append(f"report: {write_report(out)}")
             self.metrics.message("\n".join([summary_table(out), "", *told]))
@@ -224,6 +231,19 @@ class Run:
     def _streams(self) -> dict[str, _Stream]:
         streams: dict[str, _Stream | None] = {"labelled": self.labelled, "unlabelled": self.unlabelled}
         return {name: stream for name, stream in streams.items() if stream is not None}
+
+    def _check_position(self, path: Path | None, state: dict[str, Any]) -> None:
+        """Raises InputError where other stage lengths than the checkpoint's would put its step elsewhere."""
+        if path is None:
+            return
+        now = schedule.position(self.config, self.step)
+        for name, done in state["position"].items():
+            if now[name] != done:
+                raise InputError(
+                    f"{name}.iterations={self.config.stages()[name].iterations}: the run in {self.config.run.dir} has "
+                    f"{state['position']} iterations behind it, which this schedule would count as {now}; "
+                    f"give the earlier stages' lengths as they were, or another run.dir"
+                )
 
     def _remember_config(self) -> None:
         """Keep the config beside the run. Where it differs from the last start's, say so and keep that one too."""

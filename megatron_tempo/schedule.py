@@ -18,6 +18,20 @@ def remaining(config: Config, done: int) -> Iterator[tuple[str, StageConfig, int
     yield from steps[done:]
 
 
+def position(config: Config, step: int) -> dict[str, int]:
+    """How many iterations of each stage are behind a run after `step` of them."""
+    done = {}
+    for name, stage in config.stages().items():
+        done[name] = min(step, stage.iterations)
+        step -= done[name]
+    return done
+
+
+def first_stage(config: Config) -> str:
+    """The first stage that has iterations; stage1 if none has."""
+    return next((name for name, stage in config.stages().items() if stage.iterations), "stage1")
+
+
 def evaluation_point(config: Config, step: int) -> str | None:
     """Why an evaluation is due after `step` iterations: before, between, after, during; None if none is."""
     if step == 0:

@@ -6,14 +6,23 @@ from pathlib import Path
 
 import transformers
 
-from megatron_tempo.config.schema import Config
+from megatron_tempo.config.schema import Config, CriticTargets
+from megatron_tempo.errors import InputError
 from megatron_tempo.metrics import Metrics
+from megatron_tempo.records import EVALUATIONS
 from megatron_tempo.report.summary import summary_table
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.run import Run
-from megatron_tempo.schedule import remaining
+from megatron_tempo.schedule import first_stage, remaining
 from megatron_tempo.weights.folder import tensors
-from megatron_tempo.wiring import build_critic, build_engine, build_evaluator, evaluation_sets, open_workplace
+from megatron_tempo.wiring import (
+    build_critic,
+    build_engine,
+    build_evaluator,
+    evaluation_sets,
+    open_workplace,
+    targets_of,
+)
 
 
 def train(config: Config) -> None:
@@ -25,7 +34,7 @@ def train(config: Config) -> None:
     with open_workplace(config) as place, Run.open(place) as run:
         done = run.resume()
         if done == 0:
-            run.evaluate("before")
+            run.evaluate("before", first_stage(config), iteration=0)
         for stage_name, stage, iteration in remaining(config, done):
             figures = run.iterate(stage_name, stage, iteration)
             run.metrics.step(figures)
@@ -37,8 +46,11 @@ def train(config: Config) -> None:
 def evaluate(config: Config) -> None:
     """Score `model.path` on the evaluation sets, and the critic of `model.critic_path`, if any, on the calibration set.
 
-    Writes evaluations.jsonl and samples.jsonl to `run.dir` and prints the table.
+    Writes evaluations.jsonl and samples.jsonl to `run.dir` and prints the table. Raises InputError if scores of another
+    job are there already.
     """
+    if (Path(config.run.dir) / EVALUATIONS).exists():
+        raise InputError(f"run.dir={config.run.dir} holds the scores of another job: give a folder of its own")
     with (
         open_workplace(config) as place,
         Verifiers() as verifiers,
@@ -48,11 +60,13 @@ def evaluate(config: Config) -> None:
         sets = evaluation_sets(config, tokenizer, verifiers)
         engine = build_engine(place)
         engine.load_weights(tensors(Path(config.model.path)), version=0)
-        critic = build_critic(place) if config.model.critic_path else None
+        critic_path = config.model.critic_path
+        critic = build_critic(place) if critic_path else None
+        targets = targets_of(Path(critic_path)) if critic_path else CriticTargets.zero_one
         evaluator = build_evaluator(config, engine, verifiers, tokenizer, sets, critic)
-        where = {"stage": "stage1", "iteration": 0, "step": 0, "point": "before"}
+        where = {"stage": "stage1", "iteration": 0, "step": 0, "point": "alone"}
         for name in sets:
-            scores, samples = evaluator.evaluate(name, config.stage1.critic.targets, show=True)
+            scores, samples = evaluator.evaluate(name, targets, show=True)
             metrics.evaluation(where | scores)
             metrics.samples({**where, "set": name, **sample} for sample in samples)
         if place.layout.is_writer:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from megatron_tempo.config.schema import Config
+from megatron_tempo.config.schema import Config, CriticTargets, EngineKind, Precision
 from megatron_tempo.data.dataset import load_labelled, load_unlabelled, overlap
 from megatron_tempo.data.stream import PromptStream
-from megatron_tempo.evaluation.evaluate import Evaluator
+from megatron_tempo.errors import InputError
+from megatron_tempo.evaluation.evaluator import Evaluator
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
 from megatron_tempo.models.device import select_device
@@ -33,6 +34,9 @@ from megatron_tempo.weights import folder, qwen3
 from megatron_tempo.weights.slots import Slot
 from megatron_tempo.weights.stream import Bucket, export
 
+# Entry of an exported critic's config.json: the targets it was trained on, which say what its values mean.
+TARGETS = "tempo_critic_targets"
+
 
 @dataclass(frozen=True, slots=True)
 class Workplace:
@@ -47,6 +51,8 @@ class Workplace:
 def open_workplace(config: Config) -> Iterator[Workplace]:
     """The device and the process groups, for the time of a job."""
     device = select_device(config.run.device, int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cpu" and config.run.precision is not Precision.fp32:
+        raise InputError(f"run.precision={config.run.precision.name} wants a GPU, and there is none: set it to fp32")
     # On CUDA some operations have no deterministic form; there torch warns instead of stopping.
     torch.use_deterministic_algorithms(config.run.deterministic, warn_only=device.type == "cuda")
     transformers.utils.logging.disable_progress_bar()
@@ -74,9 +80,16 @@ def build_critic(place: Workplace) -> Critic:
     return Critic(_trained(place, _network(place, ValueModel, path)))
 
 
-def build_engine(place: Workplace) -> EmbeddedEngine:
+def targets_of(critic: Path) -> CriticTargets:
+    """What the critic in a Hugging Face folder was trained on; 0 and 1 where its config.json does not say."""
+    config = json.loads((critic / "config.json").read_text())
+    return CriticTargets[config.get(TARGETS, CriticTargets.zero_one.name)]
+
+
+def build_engine(place: Workplace) -> Engine:
     """The engine of `rollout.engine`, without weights yet."""
     config = place.config
+    assert config.rollout.engine is EngineKind.embedded, "the other engines bring their own branch here"
     dtype = DTYPES[config.run.precision]
     return EmbeddedEngine(Path(config.model.path), place.device, dtype, config.rollout.batch_rows)
 
@@ -107,18 +120,21 @@ def export_hf(place: Workplace, actor: Actor, critic: Critic, out: Path) -> None
     A folder that is there already stays as it is: it appeared whole. The critic is a token classifier with one label,
     the value.
     """
-    like = Path(place.config.model.path)
-    changes: dict[str, dict[str, Any]] = {
-        "actor": {},
-        "critic": {"architectures": ["Qwen3ForTokenClassification"], "tie_word_embeddings": False}
-        | {"id2label": {"0": "value"}, "label2id": {"value": 0}},
-    }
-    for name, model in (("actor", actor.model), ("critic", critic.model)):
+    model = place.config.model
+    classifier = {"architectures": ["Qwen3ForTokenClassification"], "tie_word_embeddings": False}
+    classifier |= {"id2label": {"0": "value"}, "label2id": {"value": 0}}
+    last = [stage for stage in place.config.stages().values() if stage.iterations][-1:]
+    classifier[TARGETS] = (last[0].critic.targets if last else CriticTargets.zero_one).name
+    for name, trained, like, changes in (
+        ("actor", actor.model, model.path, {}),
+        ("critic", critic.model, model.critic_path or model.path, classifier),
+    ):
         there = [(out / name).exists()]
         dist.broadcast_object_list(there, src=0)
         if not there[0]:
-            changes[name]["dtype"] = str(model.net.config.params_dtype).removeprefix("torch.")
-            folder.save(weights_of(model, place), out / name, like, place.layout, changes[name])
+            dtype = str(trained.net.config.params_dtype).removeprefix("torch.")
+            buckets = weights_of(trained, place)
+            folder.save(buckets, out / name, Path(like), place.layout, {**changes, "dtype": dtype})
 
 
 def prompt_streams(

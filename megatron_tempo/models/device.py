@@ -35,6 +35,11 @@ def select_device(wanted: Device, local_rank: int) -> torch.device:
     if torch.cuda.is_available():
         if wanted is Device.cpu:
             raise InputError("run.device=cpu on a machine with CUDA: set run.device=cuda, or CUDA_VISIBLE_DEVICES=''")
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"process {local_rank} of this machine finds {torch.cuda.device_count()} CUDA devices: launch no more "
+                f"processes than devices, or hide them with CUDA_VISIBLE_DEVICES='' to run on the CPU"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return device

@@ -12,6 +12,9 @@ from torch import Tensor
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.types import Batch
 
+# The attention's grid of a micro-batch has at most this many times the budget's tokens.
+GRID_SLACK = 1.25
+
 
 @dataclass(kw_only=True)
 class Packing(PackedSeqParams):
@@ -69,17 +72,18 @@ def data_share(lengths: Tensor, data_rank: int, data: int) -> Tensor:
 def divide_by_budget(lengths: Tensor, budget: int) -> list[Tensor]:
     """Positions 0..n-1 in groups of at most `budget` tokens, longest first; a longer one is a group alone.
 
-    Neighbours in length share a group, which keeps the attention's grid of a group almost full.
+    Neighbours in length share a group, and no group's attention grid, rows times longest, grows much beyond the budget.
     """
     groups: list[list[int]] = []
-    room = 0
+    tokens = longest = 0
     for i in torch.argsort(lengths, descending=True, stable=True).tolist():
         length = int(lengths[i])
-        if not groups or length > room:
+        grid = longest * (len(groups[-1]) + 1) if groups else 0
+        if not groups or tokens + length > budget or grid > GRID_SLACK * budget:
             groups.append([])
-            room = budget
+            tokens, longest = 0, length
         groups[-1].append(i)
-        room -= length
+        tokens += length
     return [torch.tensor(group, dtype=torch.int64) for group in groups]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -153,11 +154,20 @@ class TrainedModel(Model):
 
         self._run(parts, scaled, forward_only=False)
         self._set_hyperparameters(config)
-        succeeded, grad_norm, _ = self.optimizer.step()
-        if not succeeded or not math.isfinite(grad_norm):
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
             raise FloatingPointError(f"the gradient's norm is {grad_norm} at optimizer step {self.step_count + 1}")
+        self.optimizer.step()
         self.step_count += 1
-        return sum_over_ranks(table), float(grad_norm)
+        return sum_over_ranks(table), grad_norm
+
+    def sharded_optimizer(
+        self, weights: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool
+    ) -> dict[str, Any]:
+        """The optimizer's part of a checkpoint, for the sharded `weights` of the same model. Collective."""
+        with _without_bucket_padding(self.optimizer):
+            return self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
         """Take a state that `optimizer.sharded_state_dict` described and a checkpoint filled."""
@@ -204,11 +214,33 @@ def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimize
 
 def _begin_adam(optimizer: MegatronOptimizer) -> None:
     """Give Adam its zero moments at once: Megatron wants them in a checkpoint, which may come before a first step."""
-    for inner in _torch_optimizers(optimizer):
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                inner.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+    counted = _torch_optimizers(optimizer)
+    for inner in (part.optimizer for part in _parts(optimizer)):
+        for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
+            inner.state[parameter] = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+            if inner in counted:
+                inner.state[parameter]["step"] = torch.tensor(0.0)
+
+
+@contextmanager
+def _without_bucket_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Let parameters be looked up where they lie once the padding between gradient buckets is gone.
+
+    Megatron 0.16 gathers a buffer for a checkpoint without the padding behind each bucket, and then cuts it by offsets
+    that count the padding: behind a padded bucket every parameter would be written shifted. There is such a bucket
+    where a tied embedding has one of its own, under pipeline parallelism.
+    """
+    buffers = [buffer for part in _parts(optimizer) for buffer in part.buffers]
+    padded = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        gaps = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+        before = [sum(gaps[:i]) for i in range(len(gaps))]
+        buffer.param_index_map = {
+            parameter: (start - before[bucket], end - before[bucket], bucket)
+            for parameter, (start, end, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, index_map in zip(buffers, padded, strict=True):
+            buffer.param_index_map = index_map

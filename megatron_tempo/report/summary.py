@@ -20,6 +20,10 @@ def printable(text: str) -> str:
     return text.translate(_VISIBLE)
 
 
+# Points at which no stage has run: of a training run, and of the eval command, which knows no stages.
+UNTRAINED = {"before": "before training", "alone": "as given"}
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """A stage as far as it has run: it covers the steps first..last."""
@@ -92,9 +96,8 @@ class Run:
         for record in self.evaluations:
             if record["point"] == "during":
                 continue
-            before = record["point"] == "before"
-            label = "before training" if before else f"after {_words(record['stage'])}"
-            new = Milestone(label, "" if before else record["stage"], record["step"], {})
+            label = UNTRAINED.get(record["point"], f"after {_words(record['stage'])}")
+            new = Milestone(label, "" if record["point"] in UNTRAINED else record["stage"], record["step"], {})
             found.setdefault(record["step"], new).scores.setdefault(record["set"], record)
         return list(found.values())
 

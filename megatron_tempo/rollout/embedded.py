@@ -200,7 +200,7 @@ class _Decoding:
 
 
 def end_tokens(folder: Path) -> list[int]:
-    """The tokens that end a response, from generation_config.json, config.json or the tokenizer.
+    """The tokens that end a response, from generation_config.json or the tokenizer.
 
     Raises InputError if none of them names any.
     """

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron_tempo.types import Completion
+from megatron_tempo.types import Completion, TokenCount
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,9 @@ class Sampling:
 
 
 class Engine(Protocol):
-    """Generates with the weights it was last given."""
+    """Generates with the weights it was last given. `counted` is what went through its model, as far as it can tell."""
+
+    counted: TokenCount
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """The completions of each request, in order."""

@@ -21,8 +21,17 @@ from megatron_tempo.weights.slots import Slot
 from megatron_tempo.weights.stream import Bucket
 
 INDEX = "model.safetensors.index.json"
-CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
-           "added_tokens.json", "chat_template.jinja", "generation_config.json")  # fmt: skip
+CARRIED = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:

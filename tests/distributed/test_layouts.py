@@ -11,7 +11,7 @@ from megatron_tempo.config.schema import Config
 from megatron_tempo.records import read_metrics
 from megatron_tempo.train import train
 from megatron_tempo.weights.folder import tensors
-from tests.support.project import config_of, write_project
+from tests.support.project import config_of, tied_config, write_project
 from tests.support.ranks import run_ranks
 
 # name: tensor, pipeline, sequence parallelism, processes, micro_batch_tokens
@@ -27,19 +27,29 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_project(tmp_path_factory.mktemp("project"))
+KINDS = ("untied", "tied")
+
+
+def project_config(project: Path, run: Path) -> Config:
+    config = config_of(project, run)
+    return tied_config(config) if project.name == "tied" else config
 
 
 @pytest.fixture(scope="module")
-def one_process(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that the others are held against; its rollouts are theirs too."""
+def projects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    out = tmp_path_factory.mktemp("projects")
+    return {kind: write_project(out / kind, tied=kind == "tied") for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def one_process(projects: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The runs that the others are held against; their rollouts are the others' too."""
     out = tmp_path_factory.mktemp("one")
-    config = config_of(project, out / "run")
-    config.rollout.dump = True
-    run_ranks(train, 1, out / "ranks", config)
-    return out / "run"
+    for kind, project in projects.items():
+        config = project_config(project, out / kind / "run")
+        config.rollout.dump = True
+        run_ranks(train, 1, out / kind / "ranks", config)
+    return {kind: out / kind / "run" for kind in projects}
 
 
 def weights(run: Path, model: str) -> dict[str, torch.Tensor]:
@@ -53,24 +63,28 @@ def in_layout(config: Config, name: str) -> int:
     return world
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+CASES = [("untied", name) for name in LAYOUTS] + [("tied", "tp2"), ("tied", "pp2"), ("tied", "dp2-pp2")]
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
 def test_an_iteration_does_not_depend_on_the_layout(
-    project: Path, one_process: Path, tmp_path: Path, name: str
+    projects: dict[str, Path], one_process: dict[str, Path], tmp_path: Path, kind: str, name: str
 ) -> None:
-    config = config_of(project, tmp_path / "run")
-    config.rollout.replay = str(one_process / "rollouts")
+    project, reference = projects[kind], one_process[kind]
+    config = project_config(project, tmp_path / "run")
+    config.rollout.replay = str(reference / "rollouts")
     world = in_layout(config, name)
     run_ranks(train, world, tmp_path / "ranks", config)
 
     before = {name: tensor for bucket in tensors(project / "model") for name, tensor in bucket}
     for model in ("actor", "critic"):
-        expected, found = weights(one_process, model), weights(tmp_path / "run", model)
+        expected, found = weights(reference, model), weights(tmp_path / "run", model)
         assert expected.keys() == found.keys()
         for key in expected:
             assert (found[key] - expected[key]).norm() <= 1e-5 * expected[key].norm(), f"{model} {key}"
             if key in before:
                 assert not torch.equal(found[key], before[key]), f"{model} {key} was not trained"
-    (one,), (other,) = read_metrics(one_process), read_metrics(tmp_path / "run")
+    (one,), (other,) = read_metrics(reference), read_metrics(tmp_path / "run")
     for norm in ("actor/grad_norm", "critic/grad_norm"):
         assert one[norm] > 0
         assert other[norm] == pytest.approx(one[norm], rel=1e-5)

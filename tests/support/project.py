@@ -8,18 +8,27 @@ from pathlib import Path
 from megatron_tempo.config.schema import (
     Baseline,
     Config,
+    CriticTargets,
     DatasetConfig,
     Ratio,
     Verifier,
 )
+from tests.support.tiny import write_model
 
 ROOT = Path(__file__).parents[2]
 
 
-def write_project(folder: Path) -> Path:
-    """The quickstart's model, which answers some questions right, and the first questions of its sets."""
+def write_project(folder: Path, *, tied: bool = False) -> Path:
+    """The first questions of the quickstart's sets, and its model, which answers some of them right, or a tied one.
+
+    The tied model has random weights and answers nothing right: its config wants `tied_config` too.
+    """
     examples = ROOT / "examples/quickstart"
-    (folder / "model").symlink_to(examples / "model")
+    folder.mkdir(parents=True, exist_ok=True)
+    if tied:
+        write_model(folder / "model", tied=True)
+    else:
+        (folder / "model").symlink_to(examples / "model")
     for name in ("labelled", "unlabelled"):
         lines = (examples / f"{name}.jsonl").read_text().splitlines()[:8]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
@@ -53,4 +62,11 @@ def config_of(project: Path, run_dir: Path) -> Config:
     config.stage2.iterations = 1
     config.stage2.baseline = Baseline.before_token
     config.metrics.progress = config.metrics.report = False
+    return config
+
+
+def tied_config(config: Config) -> Config:
+    """Targets of -1 for what is wrong, so that a model that gets nothing right has something to learn from."""
+    for stage in config.stages().values():
+        stage.critic.targets = CriticTargets.plus_minus_one
     return config

@@ -26,7 +26,7 @@ from megatron_tempo.config.schema import Config, Verifier
 from megatron_tempo.data.dataset import load_unlabelled
 from megatron_tempo.models.trained import Model, TrainedModel
 from megatron_tempo.records import read_evaluations, read_metrics
-from megatron_tempo.rollout.collect import batch_of
+from megatron_tempo.rollout.batches import batch_of
 from megatron_tempo.run import Run
 from megatron_tempo.schedule import remaining
 from megatron_tempo.train import train

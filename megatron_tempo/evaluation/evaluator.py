@@ -15,7 +15,7 @@ from megatron_tempo.config.schema import CriticTargets, EvaluationConfig
 from megatron_tempo.evaluation.calibration import calibration_record
 from megatron_tempo.evaluation.scores import avg_at_k, avg_at_k_se, pass_at_k, pass_at_k_se
 from megatron_tempo.rewards.verifiers import Verifiers
-from megatron_tempo.rollout.collect import batch_of, completions_of, verdicts_of
+from megatron_tempo.rollout.batches import batch_of, completions_of, verdicts_of
 from megatron_tempo.rollout.engine import Engine, Sampling
 from megatron_tempo.types import Batch, LabelledPrompt
 

@@ -15,8 +15,8 @@ import transformers
 from torch import Tensor
 
 from megatron_tempo.rewards.verifiers import Item, Verifiers
-from megatron_tempo.rollout import record
-from megatron_tempo.rollout.collect import batch_of, completions_of, verdicts_of
+from megatron_tempo.rollout import dump
+from megatron_tempo.rollout.batches import batch_of, completions_of, verdicts_of
 from megatron_tempo.rollout.engine import Request, Sampling, seed_of
 from megatron_tempo.types import Batch, Completion, LabelledPrompt, TokenCount, UnlabelledPrompt
 from tests.support.ranks import run_ranks
@@ -208,8 +208,8 @@ def rollouts() -> tuple[Batch, Batch]:
 
 @pytest.fixture
 def path(rollouts: tuple[Batch, Batch], tokenizer: transformers.PreTrainedTokenizerBase, tmp_path: Path) -> Path:
-    found = record.record_path(tmp_path / "rollouts", "stage2", 12)
-    record.write(found, *rollouts, tokenizer)
+    found = dump.path_of(tmp_path / "rollouts", "stage2", 12)
+    dump.write(found, *rollouts, tokenizer)
     return found
 
 
@@ -226,7 +226,7 @@ def assert_equal(found: Batch | None, wanted: Batch) -> None:
 
 def test_what_is_written_is_read_bit_by_bit(rollouts: tuple[Batch, Batch], path: Path) -> None:
     assert path.name == "stage2-000012.jsonl"
-    labelled, unlabelled = record.read(path, LABELLED, UNLABELLED, 2)
+    labelled, unlabelled = dump.read(path, LABELLED, UNLABELLED, 2)
     assert_equal(labelled, rollouts[0])
     assert_equal(unlabelled, rollouts[1])
     assert [file.name for file in path.parent.iterdir()] == [path.name]
@@ -237,8 +237,8 @@ def test_one_of_the_two_may_be_absent(
     rollouts: tuple[Batch, Batch], tokenizer: transformers.PreTrainedTokenizerBase, tmp_path: Path, which: int
 ) -> None:
     path = tmp_path / "x.jsonl"
-    record.write(path, rollouts[0] if which == 0 else None, rollouts[1] if which == 1 else None, tokenizer)
-    found = record.read(path, LABELLED if which == 0 else [], UNLABELLED if which == 1 else [], 2)
+    dump.write(path, rollouts[0] if which == 0 else None, rollouts[1] if which == 1 else None, tokenizer)
+    found = dump.read(path, LABELLED if which == 0 else [], UNLABELLED if which == 1 else [], 2)
     assert_equal(found[which], rollouts[which])
     assert found[1 - which] is None
 
@@ -264,29 +264,29 @@ def change(path: Path, number: int, edit: Callable[[dict[str, Any]], object]) ->
 
 def test_another_number_of_responses_is_refused(path: Path) -> None:
     with pytest.raises(ValueError, match=r"stage2-000012\.jsonl has 10 responses, this run wants 15"):
-        record.read(path, LABELLED, UNLABELLED, 3)
+        dump.read(path, LABELLED, UNLABELLED, 3)
     with pytest.raises(ValueError, match=r"has 10 responses, this run wants 8"):
-        record.read(path, LABELLED, UNLABELLED[:1], 2)
+        dump.read(path, LABELLED, UNLABELLED[:1], 2)
 
 
 def test_other_prompts_are_refused(path: Path) -> None:
     with pytest.raises(ValueError, match=r"stage2-000012\.jsonl, line 1 answers 'l:0', this run asks 'l:1'"):
-        record.read(path, LABELLED[1:] + LABELLED[:1], UNLABELLED, 2)
+        dump.read(path, LABELLED[1:] + LABELLED[:1], UNLABELLED, 2)
     with pytest.raises(ValueError, match=r"line 7 answers 'u:0', this run asks 'u:1'"):
-        record.read(path, LABELLED, UNLABELLED[::-1], 2)
+        dump.read(path, LABELLED, UNLABELLED[::-1], 2)
 
 
 def test_a_record_that_is_not_there_is_named(path: Path) -> None:
-    other = record.record_path(path.parent, "stage2", 13)
+    other = dump.path_of(path.parent, "stage2", 13)
     with pytest.raises(ValueError, match=r"rollout\.replay: .*stage2-000013\.jsonl is not there"):
-        record.read(other, LABELLED, UNLABELLED, 2)
+        dump.read(other, LABELLED, UNLABELLED, 2)
 
 
 def test_a_line_that_is_cut_short_is_named(path: Path) -> None:
     text = path.read_text()
     path.write_text(text[:-40])
     with pytest.raises(ValueError, match=r"stage2-000012\.jsonl, line 10"):
-        record.read(path, LABELLED, UNLABELLED, 2)
+        dump.read(path, LABELLED, UNLABELLED, 2)
 
 
 @pytest.mark.parametrize(
@@ -302,11 +302,11 @@ def test_a_line_that_is_cut_short_is_named(path: Path) -> None:
 def test_a_line_that_holds_no_response_is_named(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     change(path, 4, edit)
     with pytest.raises(ValueError, match=r"stage2-000012\.jsonl, line 4"):
-        record.read(path, LABELLED, UNLABELLED, 2)
+        dump.read(path, LABELLED, UNLABELLED, 2)
 
 
 def test_a_verdict_on_an_unlabelled_prompt_is_not_read(path: Path) -> None:
     change(path, 8, lambda line: line.update(correct=1.0))
-    _, unlabelled = record.read(path, LABELLED, UNLABELLED, 2)
+    _, unlabelled = dump.read(path, LABELLED, UNLABELLED, 2)
     assert unlabelled is not None
     assert unlabelled.correct is None

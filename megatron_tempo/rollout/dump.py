@@ -10,11 +10,11 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tempo.errors import InputError
-from megatron_tempo.rollout.collect import batch_of
+from megatron_tempo.rollout.batches import batch_of
 from megatron_tempo.types import Batch, Completion, LabelledPrompt, UnlabelledPrompt
 
 
-def record_path(folder: Path, stage: str, iteration: int) -> Path:
+def path_of(folder: Path, stage: str, iteration: int) -> Path:
     return folder / f"{stage}-{iteration:06d}.jsonl"
 
 
