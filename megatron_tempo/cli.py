@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import socket
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -36,7 +38,7 @@ from megatron_tempo.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _GROUPS = ("model", "data", "algorithm", "experiment")
-EVAL_DIR = "runs/eval"  # run.dir of an eval whose command line names none
+EVAL_DIR = "runs/eval"  # an eval whose command line names no run.dir gets a folder of its own below this one
 
 _DESCRIPTION = "TEMPO: test-time training of reasoning models by EM, on Megatron-Core."
 _EPILOG = """\
@@ -54,7 +56,8 @@ examples:
 
 eval: data=FILE (.jsonl or .parquet) becomes the evaluation set evaluation.sets.STEM, STEM being the file's name without
 its ending. Its fields are prompt_field=prompt, answer_field=answer and verifier=math unless given, as in
-evaluation.sets.questions.verifier=countdown. It may be given several times. Results go to run.dir=runs/eval."""
+evaluation.sets.questions.verifier=countdown. It may be given several times. Results go to run.dir, by default
+runs/eval/YYYYMMDD-HHMMSS."""
 
 _COMMANDS = {
     "train": "check the configuration, then train",
@@ -72,8 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = build(arguments.overrides, config_dir=arguments.config_dir, purpose=purpose, world_size=launched)
         _run(arguments.command, config)
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":  # one report for all processes
-            print(f"error: {error}" if not isinstance(error, ConfigErrors) else error, file=sys.stderr)
+        # One report a node: what is wrong, such as a file that is not there, may be wrong on one node alone.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            host = "" if os.environ.get("RANK", "0") == "0" else f"{socket.gethostname()}: "
+            print(f"{host}{'' if isinstance(error, ConfigErrors) else 'error: '}{error}", file=sys.stderr)
         return 2
     return 0
 
@@ -148,8 +153,10 @@ def _compose(
     with initialize_config_dir(str(folder), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         presets = {group: loader.get_group_options(group, overrides=search) for group in _GROUPS}
-        # An eval writes beside no training run unless told to.
-        words = [f"++run.dir={EVAL_DIR}"] if purpose is Purpose.eval else []
+        # An eval writes beside no training run and no other eval unless told to. Only one process writes, so that it
+        # does no harm where the clocks of several differ.
+        fresh = f"{EVAL_DIR}/{time.strftime('%Y%m%d-%H%M%S')}"
+        words = [f"++run.dir={fresh}"] if purpose is Purpose.eval else []
         problems: list[Problem] = []
         # A set made by data=FILE comes first, so that its fields can be given in any order.
         for text in sorted(overrides, key=lambda text: not text.startswith("data=")):

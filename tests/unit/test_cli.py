@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import resource
+import socket
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 
 from megatron_tempo import cli
 from megatron_tempo.config import Config
+from megatron_tempo.errors import InputError
 from tests.unit.config_files import good_overrides, write_all
 
 
@@ -112,7 +116,8 @@ def test_presets_of_ones_own(good: list[str], tmp_path: Path, capsys: pytest.Cap
     (folder / "mine.yaml").write_text("# @package _global_\nrun: {seed: 5, sed: 6}\nrolout: {dump: true}\n")
     (folder / "broken.yaml").write_text("# @package _global_\nrun: {seed: 5\n")
     arguments = ["check", "--config-dir", str(folder.parent), *good]
-    assert cli.main([*arguments, "experiment=quickstart", "model.path=" + str(tmp_path / "model"), *good]) == 0
+    short = [*good, "stage1.critic.warmup_iterations=0", "stage2.critic.warmup_iterations=0"]
+    assert cli.main([*arguments, "experiment=quickstart", "model.path=" + str(tmp_path / "model"), *short]) == 0
     capsys.readouterr()
     lines = report(capsys, *arguments, "experiment=mine")
     assert lines[1] == "run.sed=6: there is no such field; fix: did you mean run.seed?"
@@ -133,19 +138,42 @@ def test_train_checks_then_trains(
     assert (name, config.run.seed) == ("train", 7)
 
 
-def test_only_the_first_process_reports(
+def test_one_process_a_node_reports(
     good: list[str],
     called: list[tuple[str, Config]],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def reported(rank: str, local_rank: str) -> list[str]:
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        return report(capsys, "train", *good, "parallel.tensor=4")
+
     monkeypatch.setenv("WORLD_SIZE", "6")
-    monkeypatch.setenv("RANK", "0")
-    line = report(capsys, "train", *good, "parallel.tensor=4")[1]
-    assert line.startswith("parallel.world_size=6: is not a multiple of")
-    monkeypatch.setenv("RANK", "5")
-    assert report(capsys, "train", *good, "parallel.tensor=4") == []
+    monkeypatch.setattr(socket, "gethostname", lambda: "node7")
+    first = reported("0", "0")
+    assert first[0] == "1 problem in the configuration:"
+    assert first[1].startswith("parallel.world_size=6: is not a multiple of")
+    assert reported("3", "0") == ["node7: " + first[0], first[1]]
+    assert reported("5", "2") == []
     assert called == []
+
+
+def test_an_error_of_the_job_names_its_node(
+    good: list[str],
+    called: list[tuple[str, Config]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(config: Config) -> None:
+        raise InputError("no such row")
+
+    monkeypatch.setattr(sys.modules["megatron_tempo.train"], "train", fail)
+    monkeypatch.setattr(socket, "gethostname", lambda: "node7")
+    assert report(capsys, "train", *good) == ["error: no such row"]
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert report(capsys, "train", *good) == ["node7: error: no such row"]
 
 
 def test_eval_takes_a_folder_and_files(good: list[str], tmp_path: Path, called: list[tuple[str, Config]]) -> None:
@@ -162,17 +190,24 @@ def test_eval_takes_a_folder_and_files(good: list[str], tmp_path: Path, called: 
         "my_held_out": (str(files[1]), "prompt", "answer"),
     }
     assert [s.verifier.name for s in sets.values() if s.verifier] == ["countdown", "math"]
-    assert config.run.dir == cli.EVAL_DIR
+    assert re.fullmatch(cli.EVAL_DIR + r"/\d{8}-\d{6}", config.run.dir)
 
 
-def test_eval_writes_into_no_training_run(good: list[str], called: list[tuple[str, Config]], tmp_path: Path) -> None:
+def test_eval_writes_into_no_other_run(
+    good: list[str], called: list[tuple[str, Config]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([time.struct_time((2026, 1, 2, 3, 4, second, 4, 2, 0)) for second in range(5, 8)])
+    strftime = time.strftime
+    monkeypatch.setattr(time, "strftime", lambda text: strftime(text, next(times)))
     model, data = f"model={tmp_path / 'model'}", f"data={tmp_path / 'heldout.jsonl'}"
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nrun: {dir: runs/mine}\n")
     arguments = ["eval", "--config-dir", str(tmp_path), "experiment=mine", model, data]
     assert cli.main(arguments) == 0
+    assert cli.main(arguments) == 0
     assert cli.main([*arguments, "run.dir=elsewhere"]) == 0
-    assert [config.run.dir for _, config in called] == [cli.EVAL_DIR, "elsewhere"]
+    fresh = ["runs/eval/20260102-030405", "runs/eval/20260102-030406"]
+    assert [config.run.dir for _, config in called] == [*fresh, "elsewhere"]
 
 
 def test_eval_without_anything(capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,6 +112,10 @@ ONE_FIELD = [
     ("stage2.labelled_prompts=0", "stage2.labelled_prompts", "tempo needs labelled", "=1 or more"),
     ("stage2.unlabelled_prompts=0", "stage2.unlabelled_prompts", "tempo needs unlabelled", "=1 or more"),
     ("stage1.unlabelled_prompts=8", "stage1.unlabelled_prompts", "ppo uses no unlabelled", "=0"),
+    ("stage1.value_timing=before_estep", "stage1.value_timing", "ppo does not use it", "timing=after_estep"),
+    ("stage1.estep_every=0", "stage1.estep_every", "ppo does not use it", "stage1.estep_every=1"),
+    ("stage1.actor_on_labelled=true", "stage1.actor_on_labelled", "ppo does not use it", "on_labelled=false"),
+    (f"{S2}.warmup_iterations=1", f"{S2}.warmup_iterations", "in the stage's 1 iterations", "iterations above 1"),
     # evaluation and metrics
     ("evaluation.pass_k=[32]", "evaluation.pass_k", "pass@32", "evaluation.samples=32"),
     ("evaluation.pass_k=[0]", "evaluation.pass_k", "pass@0", "1 or more"),
@@ -177,6 +181,13 @@ SEVERAL_FIELDS = [
         "stage2.critic.warmup_iterations",
         "would do nothing",
         "stage2.critic.warmup_iterations=0",
+    ),
+    (
+        "warm-up as long as the stage",
+        ["stage1.iterations=5", "stage1.critic.warmup_iterations=5"],
+        "stage1.critic.warmup_iterations",
+        "actor would never be updated in the stage's 5 iterations",
+        "stage1.critic.warmup_iterations below 5, or stage1.iterations above 5",
     ),
     (
         "mini-batch with labelled rows in the actor's batch",
@@ -329,6 +340,16 @@ def test_frozen_critic_after_stage_one_needs_no_labelled_set(files: Path) -> Non
     assert problems(files, *frozen) == []
     loaded = ["stage1.iterations=0", "model.critic_path=TMP/critic", "data.labelled=null"]
     assert problems(files, *frozen, *loaded) == []
+
+
+def test_a_warm_up_that_leaves_the_actor_an_iteration(files: Path) -> None:
+    assert problems(files, "stage1.iterations=6", "stage1.critic.warmup_iterations=5") == []
+
+
+def test_a_stage_that_is_passed_over_may_hold_anything_unused(files: Path) -> None:
+    unused = ["stage1.value_timing=before_estep", "stage1.estep_every=3", "stage1.actor_on_labelled=true"]
+    assert len(problems(files, *unused, "stage1.critic.warmup_iterations=9")) == 4
+    assert problems(files, *unused, "stage1.critic.warmup_iterations=9", "stage1.iterations=0") == []
 
 
 def test_a_set_that_no_stage_uses_needs_no_file(files: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_tempo.config.problem import Problem
+from megatron_tempo.config.problem import Problem, show
 from megatron_tempo.config.rules.layout import data_parallel, divisors
 from megatron_tempo.config.schema import NEEDS, Config, Prompts, StageConfig
 
@@ -17,6 +17,7 @@ def check(config: Config) -> Iterator[Problem]:
     yield from _sets(config, active)
     yield from _critic(config, active)
     for name, stage in active.items():
+        yield from _unused(name, stage)
         yield from _counts(name, stage)
         for update, batch, prompts in _updates(stage):
             total = stage.count(prompts)
@@ -68,11 +69,30 @@ def _critic(config: Config, active: dict[str, StageConfig]) -> Iterator[Problem]
             wrong = f"{name} never trains its critic (estep_every=0), no stage before it does, and none is loaded"
             fix = f"model.critic_path=FOLDER, stage1.iterations=1 or more, or {name}.estep_every=1"
             yield Problem("model.critic_path", None, wrong, fix)
-        warmup = stage.critic.warmup_iterations
-        if warmup > 0 and not stage.trains_critic:
-            field = f"{name}.critic.warmup_iterations"
-            wrong = f"{name} never trains its critic (estep_every=0): these iterations would do nothing"
-            yield Problem(field, warmup, wrong, f"{field}=0")
+        yield from _warmup(name, stage)
+
+
+def _warmup(name: str, stage: StageConfig) -> Iterator[Problem]:
+    field, warmup = f"{name}.critic.warmup_iterations", stage.critic.warmup_iterations
+    if warmup > 0 and not stage.trains_critic:
+        wrong = f"{name} never trains its critic (estep_every=0): these iterations would do nothing"
+        yield Problem(field, warmup, wrong, f"{field}=0")
+    elif warmup >= stage.iterations:
+        wrong = f"the actor would never be updated in the stage's {stage.iterations} iterations"
+        fix = f"{field} below {stage.iterations}, or {name}.iterations above {warmup}"
+        yield Problem(field, warmup, wrong, fix)
+
+
+def _unused(name: str, stage: StageConfig) -> Iterator[Problem]:
+    """Settings that have a meaning only beside an E-step, changed in a stage that has none."""
+    if NEEDS[stage.method].estep:
+        return
+    default = StageConfig()
+    for field in ("value_timing", "estep_every", "actor_on_labelled"):
+        value, usual = getattr(stage, field), getattr(default, field)
+        if value != usual:
+            fix = f"remove it, or {name}.{field}={show(usual)}"
+            yield Problem(f"{name}.{field}", value, f"method {stage.method.name} does not use it", fix)
 
 
 def _counts(name: str, stage: StageConfig) -> Iterator[Problem]:
