@@ -1,7 +1,9 @@
-"""Every shipped preset composes, and passes the check once the paths that the user owes are given."""
+"""Every preset, and every command of README.md, passes the check once the files that the user owes are there."""
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_tempo.cli import REPOSITORY, build
-from megatron_tempo.config import Config, ConfigErrors
+from megatron_tempo.config import Config, ConfigErrors, Problem, Purpose
 from megatron_tempo.config.schema import Baseline, CriticTargets, Ratio, ValueTiming, to_plain
 from megatron_tempo.config.tree import MISSING
 from tests.unit.config_files import write_model, write_rows
@@ -26,12 +28,15 @@ FFN = {"qwen3_8b": 12288, "qwen3_14b": 17408, "olmo3_7b": 11008}
 
 def owed(experiment: str, folder: Path, **changes: str) -> list[str]:
     """Overrides for whatever the preset leaves to the user, with files that exist."""
-    family = next((name for name in SHAPES if experiment.startswith(name)), None)
-    shape = SHAPES[family] | {"intermediate_size": FFN[family]} if family else {}
-    write_model(folder / "model", **shape, **changes)
+    write_model(folder / "model", **shape(experiment), **changes)
     overrides = [f"experiment={experiment}", f"model={folder}/model"]
     fields = ["data.labelled", "data.unlabelled", *(f"evaluation.sets.{name}" for name in sets(experiment))]
     return overrides + [f"{field}.path={write_rows(folder / f'{i}.jsonl')}" for i, field in enumerate(fields)]
+
+
+def shape(experiment: str) -> dict[str, int]:
+    family = next((name for name in SHAPES if experiment.startswith(name)), None)
+    return SHAPES[family] | {"intermediate_size": FFN[family]} if family else {}
 
 
 def sets(experiment: str) -> list[str]:
@@ -107,6 +112,46 @@ def test_quickstart_stands_on_the_repository_from_anywhere(tmp_path: Path, monke
     told = {problem.field: problem.value for problem in caught.value.problems}
     assert told["data.labelled.path"] == "none.jsonl"
     assert told.get("model.path", str(model)) == str(model)
+
+
+PROGRAM = r"(?:-m megatron_tempo|megatron-tempo) (train|check|eval) "
+
+
+def readme_commands() -> list[str]:
+    """The commands in README.md's indented blocks, continued lines joined. One of `...` alone has nothing to check."""
+    text = (REPOSITORY / "README.md").read_text().replace("\\\n", " ")
+    found = re.finditer(rf"^    (.*{PROGRAM}(?!\.\.\.$).*)$", text, re.MULTILINE)
+    return [match[1] for match in found]
+
+
+def test_the_readme_shows_every_command() -> None:
+    assert {re.split(PROGRAM, command)[1] for command in readme_commands()} == {"train", "check", "eval"}
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_a_command_of_the_readme_passes(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the files that it names. What `check` is shown to tell may only be values that are still to be given."""
+    launcher, name, rest = re.split(PROGRAM, command)
+    words = [word for word in shlex.split(rest, comments=True) if word != "..."]
+    experiment = next((word.partition("=")[2] for word in words if word.startswith("experiment=")), "")
+    monkeypatch.chdir(tmp_path)  # where relative paths lead; absolute ones are moved there
+    overrides = []
+    for word in words:
+        key, _, value = word.partition("=")
+        moved = str(tmp_path / value[1:]) if value.startswith("/") else value
+        if value.endswith(".jsonl"):
+            write_rows(Path(moved))
+        elif key in ("model", "model.path", "model.critic_path"):
+            write_model(Path(moved), **shape(experiment))
+        overrides.append(f"{key}={moved}")
+    processes = re.search(r"--nproc-per-node (\d+)", launcher)
+    purpose = Purpose.eval if name == "eval" else Purpose.train
+    problems: list[Problem] = []
+    try:
+        build(overrides, purpose=purpose, world_size=int(processes[1]) if processes else None)
+    except ConfigErrors as error:
+        problems = error.problems
+    assert problems == [problem for problem in problems if name == "check" and problem.value == MISSING]
 
 
 def test_the_presets_hold_no_field_that_equals_its_default() -> None:
