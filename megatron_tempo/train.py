@@ -7,6 +7,7 @@ from pathlib import Path
 import transformers
 
 from megatron_tempo.config.schema import Config, CriticTargets
+from megatron_tempo.config.tree import save as save_config
 from megatron_tempo.errors import InputError
 from megatron_tempo.metrics import Metrics
 from megatron_tempo.records import EVALUATIONS
@@ -46,15 +47,16 @@ def train(config: Config) -> None:
 def evaluate(config: Config) -> None:
     """Score `model.path` on the evaluation sets, and the critic of `model.critic_path`, if any, on the calibration set.
 
-    Writes evaluations.jsonl and samples.jsonl to `run.dir` and prints the table. Raises InputError if scores of another
-    job are there already.
+    Writes evaluations.jsonl, samples.jsonl and the config to `run.dir` and prints the table. Raises InputError if the
+    folder belongs to another job.
     """
-    if (Path(config.run.dir) / EVALUATIONS).exists():
-        raise InputError(f"run.dir={config.run.dir} holds the scores of another job: give a folder of its own")
+    out = Path(config.run.dir)
+    if (out / EVALUATIONS).exists() or (out / "config.json").exists():
+        raise InputError(f"run.dir={out} belongs to another job: give a folder of its own")
     with (
         open_workplace(config) as place,
         Verifiers() as verifiers,
-        Metrics(Path(config.run.dir), config.metrics, place.layout.is_writer) as metrics,
+        Metrics(out, config.metrics, place.layout.is_writer) as metrics,
     ):
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
         sets = evaluation_sets(config, tokenizer, verifiers)
@@ -70,4 +72,5 @@ def evaluate(config: Config) -> None:
             metrics.evaluation(where | scores)
             metrics.samples({**where, "set": name, **sample} for sample in samples)
         if place.layout.is_writer:
-            metrics.message(summary_table(Path(config.run.dir)))
+            save_config(config, out / "config.json")
+            metrics.message(f"{summary_table(out)}\n\nwritten to {out}")

@@ -79,5 +79,5 @@ def test_resumed_in_another_layout(
             difference = torch.linalg.vector_norm(found[key] - expected[key])
             assert difference <= 1e-4 * torch.linalg.vector_norm(expected[key]), f"{model} {key}"
     for one, other in zip(read_metrics(unchanged[kind]), read_metrics(run), strict=True):
-        for norm in ("critic/grad_norm", "actor/grad_norm"):
-            assert one.get(norm) == pytest.approx(other.get(norm), rel=1e-3)
+        for norm in [name for name in one if name.endswith("grad_norm")]:
+            assert other[norm] == pytest.approx(one[norm], rel=1e-3)

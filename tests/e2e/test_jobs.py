@@ -1,0 +1,124 @@
+"""The two jobs on a small project: what they leave behind, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from megatron_tempo.config.schema import Config, OptimizerConfig
+from megatron_tempo.config.tree import load
+from megatron_tempo.errors import InputError
+from megatron_tempo.models.packing import MicroBatch
+from megatron_tempo.records import read_evaluations
+from megatron_tempo.train import evaluate, train
+from megatron_tempo.weights.folder import tensors
+from megatron_tempo.wiring import build_actor, build_critic, export_hf, open_workplace
+from tests.support.project import config_of, tied_config, write_project
+from tests.support.ranks import run_ranks
+from tests.support.tiny import ragged_batch, write_model
+
+
+def refusal(job: object, config: Config) -> str | None:
+    try:
+        job(config)  # type: ignore[operator]
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def eval_config(project: Path, model: Path, out: Path) -> Config:
+    config = config_of(project, out)
+    config.model.path, config.model.critic_path = str(model / "actor"), str(model / "critic")
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of one iteration in each stage, with the published code's targets."""
+    out = tmp_path_factory.mktemp("jobs")
+    config = tied_config(config_of(write_project(out / "project"), out / "run"))
+    config.stage1.iterations = 1
+    config.metrics.report = True
+    run_ranks(train, 1, out / "ranks", config)
+    return out / "run"
+
+
+def test_other_stage_lengths_are_refused_and_the_same_only_print(run: Path, tmp_path: Path) -> None:
+    config = load(run / "config.json")
+    config.stage1.iterations = 2
+    (told,) = run_ranks(refusal, 1, tmp_path / "longer", train, config)
+    assert "stage1.iterations=2" in told
+    assert "'stage1': 1, 'stage2': 1" in told
+    before = {path: path.read_bytes() for path in run.glob("*.jsonl")}
+    (told,) = run_ranks(refusal, 1, tmp_path / "same", train, load(run / "config.json"))
+    assert told is None
+    assert {path: path.read_bytes() for path in run.glob("*.jsonl")} == before
+    assert (run / "report.html").stat().st_size > 0
+
+
+def test_eval_of_an_exported_run_agrees_with_the_run(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "eval"
+    config = eval_config(run.parent / "project", run / "hf_step_00000002", out)
+    run_ranks(evaluate, 1, tmp_path / "ranks", config)
+    (alone,) = read_evaluations(out)
+    trained = read_evaluations(run)[-1]
+    assert trained["point"] == "after"
+    assert alone["avg"] == trained["avg"]
+    # The critic's targets are +-1, which its exported config says: read as 0 and 1 this would differ.
+    assert alone["calibration"]["last"]["ece"] == pytest.approx(trained["calibration"]["last"]["ece"], abs=1e-6)
+    (told,) = run_ranks(refusal, 1, tmp_path / "again", evaluate, config)
+    assert told == f"run.dir={out} belongs to another job: give a folder of its own"
+
+
+def export_with_shorter_critic(project: Path, critic: Path, out: Path) -> None:
+    config = config_of(project, out / "run")
+    config.model.path, config.model.critic_path = str(project / "model"), str(critic)
+    with open_workplace(config) as place:
+        export_hf(place, build_actor(place), build_critic(place), out)
+
+
+def test_a_critic_of_another_shape_is_exported_as_it_is(tmp_path: Path) -> None:
+    project = write_project(tmp_path / "project", tied=True)
+    critic = write_model(tmp_path / "critic", tied=False, layers=2, seed=3)
+    run_ranks(export_with_shorter_critic, 1, tmp_path / "ranks", project, critic, tmp_path / "out")
+    layers = [
+        transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "out/critic").config.num_hidden_layers,
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/actor").config.num_hidden_layers,
+    ]
+    assert layers == [2, 4]
+
+
+def step_on_nan(model: Path) -> tuple[str, bool]:
+    """What a step with a NaN in its loss says, and whether the weights are as before."""
+    config = Config()
+    config.model.path = str(model)
+    with open_workplace(config) as place:
+        trained = build_critic(place).model
+        before = [parameter.clone() for parameter in trained.net.parameters()]
+
+        def loss(micro: MicroBatch, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            by_row = values[micro.valued].sum() * torch.full((len(micro.rows),), torch.nan)
+            return by_row, by_row.detach()[:, None]
+
+        batch = ragged_batch(4)
+        try:
+            trained.step(batch, torch.arange(4), loss, 1, OptimizerConfig(lr=1.0))
+        except FloatingPointError as error:
+            same = all(torch.equal(a, b) for a, b in zip(before, trained.net.parameters(), strict=True))
+            return str(error), same
+    return "no error", False
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights(tmp_path: Path) -> None:
+    ((told, same),) = run_ranks(step_on_nan, 1, tmp_path / "ranks", write_model(tmp_path / "model", tied=False))
+    assert told == "the gradient's norm is nan at optimizer step 1"
+    assert same
+
+
+def test_the_exported_run_differs_from_its_start(run: Path) -> None:
+    start = {name: tensor for bucket in tensors(run.parent / "project/model") for name, tensor in bucket}
+    end = {name: tensor for bucket in tensors(run / "hf_step_00000002/actor") for name, tensor in bucket}
+    assert not any(torch.equal(start[name], end[name]) for name in start if "weight" in name)
