@@ -24,6 +24,13 @@ from megatron_tempo.rewards.math import ANSWER_CHARS
 # Regular expressions of math-verify take quadratic time on a response without an answer.
 TAIL_CHARS = 4000
 
+# Parsing, simplifying and comparing load parts of sympy when first used. That is not to count on the first item's time.
+WARM_UP = (
+    ("x^2+1", r"\boxed{1+x^2}"),
+    (r"\frac{\sqrt{2}}{2}", "The answer is $1/\\sqrt{2}$."),
+    ("(1,2]", r"\boxed{(1, 2]}"),
+)
+
 BOXED_FIRST = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
 _BRACES = re.compile(r"(\\boxed\s*\{)|\\.|([{}])", re.DOTALL)
 
@@ -74,6 +81,8 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w", encoding="ascii")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)  # libraries that print must not speak on the pipe
+    for answer, response in WARM_UP:
+        correct(answer, response)
     print(json.dumps({"ready": True}), file=replies, flush=True)
     os.dup2(nowhere, 2)
     process = psutil.Process()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tempo.models.packing import MicroBatch, data_share, divide_by_budget, micro_batches
+from megatron_tempo.models.packing import GRID_SLACK, MicroBatch, data_share, divide_by_budget, micro_batches
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.types import Batch
 
@@ -67,10 +67,17 @@ def test_groups_keep_to_the_budget_and_a_longer_row_goes_alone(lengths: list[int
     for group in groups:
         assert group
         assert len(group) == 1 or sum(lengths[i] for i in group) <= budget
+        assert len(group) == 1 or max(lengths[i] for i in group) * len(group) <= GRID_SLACK * budget
     sums = [sum(lengths[i] for i in group) for group in groups]
-    # No group is opened while its first row has room in the one before.
+    # No group is opened while its first row has room in the one before, among its tokens and in its grid.
     for (before, total), after in zip(zip(groups, sums, strict=True), groups[1:], strict=False):
-        assert total + lengths[after[0]] > budget, (before, after)
+        grid = max(lengths[i] for i in before) * (len(before) + 1)
+        assert total + lengths[after[0]] > budget or grid > GRID_SLACK * budget, (before, after)
+
+
+def test_a_long_row_is_not_packed_with_many_short_ones() -> None:
+    groups = divide_by_budget(torch.tensor([9000] + [100] * 94), 18432)
+    assert [len(group) for group in groups] == [2, 93]
 
 
 def test_division_by_hand() -> None:
