@@ -45,8 +45,8 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
     "before the first iteration": lambda run: (run / "config.json").exists(),
     "in an iteration": lambda run: lines(run) >= 3,
     "as a save begins": lambda run: checkpoint_folder(run, 2).with_suffix(".partial").exists(),
-    "in a save, files written": lambda run: any(
-        checkpoint_folder(run, 4).with_suffix(".partial").glob("critic/*.distcp")
+    "in a save, half written": lambda run: any(
+        checkpoint_folder(run, 4).with_suffix(".partial").glob("actor/*.distcp")
     ),
     "as a save has ended": lambda run: checkpoint_folder(run, 4).exists(),
     "in the last iterations": lambda run: lines(run) >= LAST - 1,
@@ -157,7 +157,7 @@ def test_two_processes_killed_twice(project: Path, tmp_path: Path) -> None:
     undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
     finish(write_config(project, undisturbed), tmp_path / "log0", world=2)
     config, log = write_config(project, run), tmp_path / "log"
-    kill_when(start(config, log, world=2), lambda: MOMENTS["in a save, files written"](run))
+    kill_when(start(config, log, world=2), lambda: MOMENTS["in a save, half written"](run))
     kill_when(start(config, log, world=2), lambda: lines(run) >= LAST - 1)
     finish(config, log, world=2)
     assert_same_end(run, undisturbed)
