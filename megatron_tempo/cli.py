@@ -88,7 +88,7 @@ def _run(command: str, config: Config) -> None:
     warnings.filterwarnings("ignore", module=r"megatron(\.|_tempo\.models\.device)|torch\.(distributed|jit)")
     if command == "check":
         print("ok")
-        print(summary(config, world_size=None))
+        print(summary(config))
     elif command == "train":
         from megatron_tempo.train import train
 

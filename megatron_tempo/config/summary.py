@@ -4,31 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_tempo.config.rules import Purpose
 from megatron_tempo.config.rules.layout import data_parallel
 from megatron_tempo.config.schema import Config, StageConfig
 
 
-def summary(config: Config, *, world_size: int | None, purpose: Purpose = Purpose.train) -> str:
+def summary(config: Config) -> str:
     """Model, layout, stages and evaluation. The configuration has passed the check."""
-    return "\n".join(f"  {name:<11} {text}" for name, text in _lines(config, world_size, purpose))
+    return "\n".join(f"  {name:<11} {text}" for name, text in _lines(config))
 
 
-def _lines(config: Config, world_size: int | None, purpose: Purpose) -> Iterator[tuple[str, str]]:
+def _lines(config: Config) -> Iterator[tuple[str, str]]:
     yield "model", config.model.path
-    yield "layout", _layout(config, world_size)
-    if purpose is Purpose.train:
-        for name, stage in config.stages().items():
-            if stage.iterations > 0:
-                yield name, _stage(config, stage)
+    yield "layout", _layout(config)
+    for name, stage in config.stages().items():
+        if stage.iterations > 0:
+            yield name, _stage(config, stage)
     evaluation = config.evaluation
     passes = "".join(f", pass@{k}" for k in evaluation.pass_k)
     yield "evaluation", f"avg@{evaluation.samples}{passes} on {', '.join(evaluation.sets) or 'nothing'}"
     yield "writes to", config.run.dir
 
 
-def _layout(config: Config, world_size: int | None) -> str:
-    replicas = data_parallel(config, world_size)
+def _layout(config: Config) -> str:
+    replicas = data_parallel(config, None)
     data = f"data {replicas}" if replicas else "data by the number of processes"
     sequence = ", sequence parallel" if config.parallel.sequence else ""
     return f"tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline} x {data}{sequence}"
