@@ -19,6 +19,7 @@ from megatron_tempo.data.dataset import load_labelled, load_unlabelled, overlap
 from megatron_tempo.data.stream import PromptStream
 from megatron_tempo.errors import InputError
 from megatron_tempo.evaluation.evaluator import Evaluator
+from megatron_tempo.kernels import kernels_for
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
 from megatron_tempo.models.device import select_device
@@ -62,22 +63,25 @@ def open_workplace(config: Config) -> Iterator[Workplace]:
 
 def build_actor(place: Workplace) -> Actor:
     """The actor with the weights of `model.path`, to be trained. Collective."""
-    net = _network(place, LanguageModel, Path(place.config.model.path))
-    return Actor(_trained(place, net), place.config.rollout.temperature)
+    return Actor(_trained(place, _language_model(place)))
 
 
 def build_reference(place: Workplace) -> Actor:
     """The policy that the KL term holds to: `model.path` as it is. Collective."""
-    net = _network(place, LanguageModel, Path(place.config.model.path))
-    config = place.config
-    model = Model.frozen(net, place.layout, place.device, config.parallel.micro_batch_tokens, config.run.precision)
-    return Actor(model, config.rollout.temperature)
+    config, net = place.config, _language_model(place)
+    return Actor(
+        Model.frozen(net, place.layout, place.device, config.parallel.micro_batch_tokens, config.run.precision)
+    )
 
 
 def build_critic(place: Workplace) -> Critic:
     """The critic with the weights of `model.critic_path`, or the actor's decoder and a zero head. Collective."""
     path = Path(place.config.model.critic_path or place.config.model.path)
-    return Critic(_trained(place, _network(place, ValueModel, path)))
+    shape = read_shape(path)
+    megatron = transformer_config(shape, place.layout, place.config.run.precision)
+    net = ValueModel(megatron, shape, place.layout, kernels_for(place.device))
+    folder.load(net, place.layout, _slots(net, place), path)
+    return Critic(_trained(place, net))
 
 
 def targets_of(critic: Path) -> CriticTargets:
@@ -168,9 +172,18 @@ def evaluation_sets(
     return sets
 
 
-def _network(place: Workplace, kind: type[LanguageModel] | type[ValueModel], path: Path) -> PackedGPT:
+def _language_model(place: Workplace) -> LanguageModel:
+    """The network of `model.path`."""
+    config, path = place.config, Path(place.config.model.path)
     shape = read_shape(path)
-    net = kind(transformer_config(shape, place.layout, place.config.run.precision), shape, place.layout)
+    net = LanguageModel(
+        transformer_config(shape, place.layout, config.run.precision),
+        shape,
+        place.layout,
+        kernels_for(place.device),
+        config.model.logits,
+        config.rollout.temperature,
+    )
     folder.load(net, place.layout, _slots(net, place), path)
     return net
 

@@ -1,1 +1,1 @@
-"""Advantages and losses: pure functions of tensors, on jagged rows."""
+"""What the methods reckon with beside the losses: pure functions of tensors. The losses are in `kernels`."""

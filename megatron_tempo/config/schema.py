@@ -26,6 +26,13 @@ class EngineKind(Enum):
     embedded = "embedded"  # a transformers model in the trainer's processes
 
 
+class Logits(Enum):
+    """What becomes of the actor's logits between the forward and the backward pass."""
+
+    recomputed = "recomputed"  # made a piece at a time, twice: memory does not grow with tokens times vocabulary
+    stored = "stored"  # kept: one product with the output layer less
+
+
 class Method(Enum):
     """The training methods; each is megatron_tempo/methods/NAME.py."""
 
@@ -100,6 +107,7 @@ class RunConfig:
 class ModelConfig:
     path: str = "???"  # Hugging Face folder of the actor: config, safetensors, tokenizer
     critic_path: str | None = None  # Hugging Face folder of the critic; none: the actor's decoder, a zero value head
+    logits: Logits = Logits.recomputed
 
 
 @dataclass(slots=True)
@@ -162,6 +170,7 @@ class ActorUpdateConfig:
     clip_low: float = 3e-4  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 5e-4
     dual_clip: float | None = None  # bound on ratio * |A| for A < 0, > 1 (Ye et al. 2020)
+    importance_cap: float | None = None  # weigh tokens by min(pi_old / pi_engine, cap) (Yao et al. 2025); none: by 1
     entropy_coef: float = 0.0  # bonus, per token, nats
     kl_coef: float = 0.0  # k3 estimate of KL(pi || reference) per token; the reference is model.path
     whiten_advantages: bool = False
@@ -174,6 +183,7 @@ class CriticUpdateConfig:
     epochs: int = 1
     warmup_iterations: int = 0  # iterations at the stage's start that update the critic alone
     targets: CriticTargets = CriticTargets.zero_one
+    clip: float | None = None  # how far a response's mean value may move before the loss holds on to it; none: freely
     drop_uniform_groups: bool = False  # leave out prompts whose responses are all right or all wrong
 
 

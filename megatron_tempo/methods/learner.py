@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_tempo.algorithm.advantages import token_advantages, whiten
-from megatron_tempo.algorithm.value_loss import mixed_groups, value_targets
+from megatron_tempo.algorithm.outcomes import mixed_groups, value_targets
 from megatron_tempo.config.schema import StageConfig
+from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
 from megatron_tempo.rollout.engine import seed_of
@@ -59,16 +59,19 @@ class Learner:
     def improve_actor(self, batch: Batch, values: Tensor, rewards: Tensor, stage: StageConfig) -> dict[str, float]:
         """Clipped policy gradient on A_t = R - V (M-step, Eq. 11 and 12). `values` [T + n], `rewards` [n]."""
         config = stage.actor
-        advantages = token_advantages(values, rewards, batch.response_lengths, stage.baseline)
-        figures = {"advantage/mean": float(advantages.mean()), "advantage/std": float(advantages.std())}
-        if config.whiten_advantages:
-            advantages = whiten(advantages)
         with self.phase("logprobs"):
             old = self.actor.logprobs(batch)
             reference = self.reference_logprobs(batch) if config.kl_coef > 0 else None
+        experience = Experience(
+            old_logprobs=old,
+            values=values,
+            rewards=rewards,
+            engine_logprobs=batch.engine_logprobs,
+            reference_logprobs=reference,
+        )
         order = mini_batches(batch, config.mini_batch_prompts, config.epochs, f"{self.seed}/actor")
         with self.phase("actor"):
-            figures |= self.actor.update(batch, advantages, old, reference, config, order)
+            figures = self.actor.update(batch, experience, stage.baseline, config, order)
         gap = (old - batch.engine_logprobs).abs()
         return figures | {"engine/logprob_gap_mean": float(gap.mean()), "engine/logprob_gap_max": float(gap.max())}
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_tempo.algorithm.policy_loss import ROW_METRICS, policy_loss
-from megatron_tempo.config.schema import ActorUpdateConfig
+from megatron_tempo.config.schema import ActorUpdateConfig, Baseline
+from megatron_tempo.kernels.policy_loss import ROW_METRICS, Experience
+from megatron_tempo.kernels.rows import Rows
 from megatron_tempo.models.gpt import LanguageModel
-from megatron_tempo.models.logprobs import logprobs_and_entropy
-from megatron_tempo.models.packing import MicroBatch
+from megatron_tempo.models.packing import MicroBatch, data_share, value_cells
 from megatron_tempo.models.trained import Model, TrainedModel
 from megatron_tempo.types import Batch
 
@@ -17,65 +20,79 @@ from megatron_tempo.types import Batch
 class Actor:
     """Log-probabilities and policy updates, at the temperature of the rollouts."""
 
-    def __init__(self, model: Model, temperature: float) -> None:
+    def __init__(self, model: Model) -> None:
         assert isinstance(model.net, LanguageModel)
         self.model = model
-        self.temperature = temperature
+        self.kernels = model.net.kernels
 
     def logprobs(self, batch: Batch) -> Tensor:
         """log pi(y_t | x, y_<t) of every response token: float32 [T], on every rank."""
 
-        def reading(micro: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
-            return micro.response_cells, self._logprobs(micro, logits)[0]
+        def reading(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
+            return micro.response_cells, output[0]
 
         return self.model.read(batch, int(batch.response_lengths.sum()), reading)
 
     def update(
-        self,
-        batch: Batch,
-        advantages: Tensor,
-        old_logprobs: Tensor,
-        reference_logprobs: Tensor | None,
-        config: ActorUpdateConfig,
-        order: list[Tensor],
+        self, batch: Batch, experience: Experience, baseline: Baseline, config: ActorUpdateConfig, order: list[Tensor]
     ) -> dict[str, float]:
         """One optimizer step for each mini-batch of rows in `order` (int64 each), by `policy_loss`.
 
-        `advantages`, `old_logprobs` and `reference_logprobs` are float32 [T]. Returns figures over all steps.
+        `experience` is that of the whole batch, on the CPU. Returns figures over all steps.
         """
-
-        def loss(micro: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
-            logprobs, entropy = self._logprobs(micro, logits)
-
-            def pick(flat: Tensor) -> Tensor:
-                return flat[micro.response_cells].to(logits.device)
-
-            return policy_loss(
-                logprobs,
-                entropy,
-                pick(old_logprobs),
-                pick(advantages),
-                None if reference_logprobs is None else pick(reference_logprobs),
-                micro.response_lengths,
-                config,
-            )
-
         assert isinstance(self.model, TrainedModel)
+        moments = self._moments(batch, experience, baseline) if config.whiten_advantages else None
+
+        def loss(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
+            logprobs, entropy = output
+            given = replace(_of_micro_batch(experience, micro), moments=moments)
+            return self.kernels.policy_loss(logprobs, entropy, given, micro.response_rows, baseline, config)
+
         steps = [self.model.step(batch, rows, loss, len(ROW_METRICS), config.optimizer) for rows in order]
-        return _summary(steps)
+        return _summary(steps, batch.response_lengths[torch.cat(order)])
 
-    def _logprobs(self, micro: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
-        vocab = self.model.net.shape.vocab
-        return logprobs_and_entropy(logits[micro.predicting], micro.targets, vocab, self.temperature)
+    def _moments(self, batch: Batch, experience: Experience, baseline: Baseline) -> Tensor:
+        """The moments of all advantages of the batch. Each replica reckons its share."""
+        layout, device = self.model.layout, self.model.device
+        mine = data_share(batch.response_lengths, layout.data_rank, layout.data)
+        values = experience.values[value_cells(batch, mine)].to(device)
+        rows = Rows.of(batch.response_lengths[mine], device)
+        group = parallel_state.get_data_parallel_group()
+        return self.kernels.advantage_moments(values, experience.rewards[mine].to(device), rows, baseline, group)
 
 
-def _summary(steps: list[tuple[Tensor, float]]) -> dict[str, float]:
-    rows = torch.cat([table for table, _ in steps])
-    names = {name: f"actor/{name}" for name in ROW_METRICS}
-    figures = {names[name]: float(rows[:, i].mean()) for i, name in enumerate(ROW_METRICS)}
-    ratio = rows[:, ROW_METRICS.index("ratio")]
-    return figures | {
-        "actor/ratio_min": float(ratio.min()),
-        "actor/ratio_max": float(ratio.max()),
+def _of_micro_batch(experience: Experience, micro: MicroBatch) -> Experience:
+    """The experience of a micro-batch's rows, on its device."""
+
+    def pick(flat: Tensor | None, cells: Tensor) -> Tensor | None:
+        return None if flat is None else flat[cells].to(micro.targets.device)
+
+    tokens = micro.response_cells
+    return Experience(
+        old_logprobs=experience.old_logprobs[tokens].to(micro.targets.device),
+        values=experience.values[micro.value_cells].to(micro.targets.device),
+        rewards=experience.rewards[micro.rows].to(micro.targets.device),
+        engine_logprobs=pick(experience.engine_logprobs, tokens),
+        reference_logprobs=pick(experience.reference_logprobs, tokens),
+    )
+
+
+def _summary(steps: list[tuple[Tensor, float]], lengths: Tensor) -> dict[str, float]:
+    """Figures from the rows of all steps; `lengths` is int64 [rows]. Advantages are told over tokens."""
+    table = dict(zip(ROW_METRICS, torch.cat([rows for rows, _ in steps]).unbind(1), strict=True))
+    share = lengths / lengths.sum()
+    advantage, square = (float(table.pop(name).double() @ share.double()) for name in ("advantage", "advantage_square"))
+    count = int(lengths.sum())
+    variance = max(0.0, square - advantage**2) * count / max(count - 1, 1)
+    least, greatest = table.pop("token_ratio_min"), table.pop("token_ratio_max")
+    return {
+        **{f"actor/{name}": float(column.mean()) for name, column in table.items()},
+        "actor/clip_fraction": float((table["clip_high"] + table["clip_low"]).mean()),
+        "actor/ratio_min": float(table["ratio"].min()),
+        "actor/ratio_max": float(table["ratio"].max()),
+        "actor/token_ratio_min": float(least.min()),
+        "actor/token_ratio_max": float(greatest.max()),
         "actor/grad_norm": sum(norm for _, norm in steps) / len(steps),
+        "advantage/mean": advantage,
+        "advantage/std": variance**0.5,
     }

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_tempo.algorithm.value_loss import value_loss
 from megatron_tempo.config.schema import CriticUpdateConfig
+from megatron_tempo.kernels.value_loss import VALUE_METRICS
 from megatron_tempo.models.gpt import ValueModel
 from megatron_tempo.models.packing import MicroBatch
 from megatron_tempo.models.trained import TrainedModel
@@ -19,12 +19,13 @@ class Critic:
     def __init__(self, model: TrainedModel) -> None:
         assert isinstance(model.net, ValueModel)
         self.model = model
+        self.kernels = model.net.kernels
 
     def values(self, batch: Batch) -> Tensor:
         """V(x), V(x, y_1:1) ... V(x, y_1:T_i), row after row: float32 [T + n], on every rank."""
 
-        def reading(micro: MicroBatch, values: Tensor) -> tuple[Tensor, Tensor]:
-            return micro.value_cells, values[micro.valued]
+        def reading(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
+            return micro.value_cells, output
 
         return self.model.read(batch, int(batch.response_lengths.sum()) + len(batch), reading)
 
@@ -35,13 +36,16 @@ class Critic:
 
         `targets` is float32 [n]. Returns figures over all steps.
         """
+        old = self.values(batch) if config.clip is not None else None
 
-        def loss(micro: MicroBatch, values: Tensor) -> tuple[Tensor, Tensor]:
-            by_row = value_loss(values[micro.valued], targets[micro.rows].to(values.device), micro.response_lengths)
-            return by_row, by_row.detach()[:, None]
+        def loss(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
+            before = None if old is None else old[micro.value_cells].to(output.device)
+            of_rows = targets[micro.rows].to(output.device)
+            return self.kernels.value_loss(output, of_rows, micro.value_rows, clip=config.clip, old_values=before)
 
-        steps = [self.model.step(batch, rows, loss, 1, config.optimizer) for rows in order]
+        steps = [self.model.step(batch, rows, loss, len(VALUE_METRICS), config.optimizer) for rows in order]
+        means = torch.cat([table for table, _ in steps]).mean(0).tolist()
         return {
-            "critic/loss": float(torch.cat([table for table, _ in steps]).mean()),
+            **{f"critic/{name}": mean for name, mean in zip(VALUE_METRICS, means, strict=True)},
             "critic/grad_norm": sum(norm for _, norm in steps) / len(steps),
         }

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.parallel_state import get_tensor_model_parallel_group
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megatron_tempo.config.schema import Logits
+from megatron_tempo.kernels import Kernels
 from megatron_tempo.models.packing import MicroBatch
-from megatron_tempo.models.parallel import Layout
+from megatron_tempo.models.parallel import Layout, padded_vocab
 from megatron_tempo.models.qwen3 import Shape, block_spec
 
 
@@ -18,14 +24,16 @@ class PackedGPT(GPTModel):
     """Megatron's GPT model; its forward takes a packed `MicroBatch` of S tokens.
 
     Rotary embeddings are looked up by each token's position in its own sequence, which replaces Megatron's loop over
-    sequences in its thd path.
+    sequences in its thd path. `kernels` are for the head, and for the losses behind it.
     """
 
-    def __init__(self, config: TransformerConfig, shape: Shape, layout: Layout, *, tied: bool) -> None:
+    def __init__(
+        self, config: TransformerConfig, shape: Shape, layout: Layout, kernels: Kernels, *, tied: bool
+    ) -> None:
         super().__init__(
             config,
             block_spec(shape, layout),
-            vocab_size=shape.padded_vocab(layout.tensor),
+            vocab_size=padded_vocab(shape.vocab, layout.tensor),
             max_sequence_length=shape.max_positions,
             pre_process=layout.is_first_stage,
             post_process=layout.is_last_stage,
@@ -34,9 +42,10 @@ class PackedGPT(GPTModel):
             rotary_base=shape.rope_theta,
         )
         self.shape = shape
+        self.kernels = kernels
 
     def forward(self, micro: MicroBatch) -> Tensor:
-        """Hidden states [S (/ tensor), 1, hidden]; on the last stage the head's output for the S tokens."""
+        """Hidden states [S (/ tensor), 1, hidden]; on the last stage the head's output."""
         embedded = self.embedding(input_ids=micro.tokens, position_ids=None) if self.pre_process else None
         angles = self.rotary_pos_emb(micro.packing.max_seqlen_q)
         hidden = self.decoder(
@@ -45,22 +54,43 @@ class PackedGPT(GPTModel):
             rotary_pos_emb=angles[micro.positions],
             packed_seq_params=micro.packing,
         )
-        return self.head(hidden) if self.post_process else hidden
+        return self.head(hidden, micro) if self.post_process else hidden
 
-    def head(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor, micro: MicroBatch) -> Tensor:
         raise NotImplementedError
 
 
 class LanguageModel(PackedGPT):
-    """The actor's network. Its head gives logits [S, padded vocabulary / tensor]."""
+    """The actor's network. Its head gives the log-probabilities of a micro-batch's R response tokens, and entropies.
 
-    def __init__(self, config: TransformerConfig, shape: Shape, layout: Layout) -> None:
-        super().__init__(config, shape, layout, tied=shape.tied)
+    Only the tokens that predict a response token go through the output layer: prompts make no logits.
+    """
 
-    def head(self, hidden: Tensor) -> Tensor:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        shape: Shape,
+        layout: Layout,
+        kernels: Kernels,
+        logits: Logits,
+        temperature: float,
+    ) -> None:
+        super().__init__(config, shape, layout, kernels, tied=shape.tied)
+        self.logits = logits
+        self.temperature = temperature
+
+    def head(self, hidden: Tensor, micro: MicroBatch) -> Tensor:
+        """Hidden states [S (/ tensor), 1, hidden] -> log pi(target) and entropy at `temperature`, float32 [2, R]."""
+        if self.config.sequence_parallel:
+            predicting = gather_from_sequence_parallel_region(hidden)[micro.predicting, 0]
+        else:
+            predicting = copy_to_tensor_model_parallel_region(hidden[micro.predicting, 0])
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden, weight=weight)
-        return logits.squeeze(1)
+        weight = self.output_layer.weight if weight is None else weight
+        args = (micro.targets, self.shape.vocab, self.temperature, get_tensor_model_parallel_group())
+        if self.logits is Logits.recomputed:
+            return torch.stack(self.kernels.linear_logprobs_and_entropy(predicting, weight, *args))
+        return torch.stack(self.kernels.logprobs_and_entropy(functional.linear(predicting, weight), *args))
 
 
 class ValueHead(nn.Module):
@@ -89,12 +119,13 @@ class ValueHead(nn.Module):
 
 
 class ValueModel(PackedGPT):
-    """The critic's network: the same decoder with a scalar head. Its head gives values [S]."""
+    """The critic's network: the same decoder with a scalar head. Its head gives a micro-batch's values, R + m."""
 
-    def __init__(self, config: TransformerConfig, shape: Shape, layout: Layout) -> None:
-        super().__init__(config, shape, layout, tied=False)
+    def __init__(self, config: TransformerConfig, shape: Shape, layout: Layout, kernels: Kernels) -> None:
+        super().__init__(config, shape, layout, kernels, tied=False)
         if self.post_process:
             self.output_layer = ValueHead(config)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        return self.output_layer(hidden)
+    def head(self, hidden: Tensor, micro: MicroBatch) -> Tensor:
+        """Hidden states [S (/ tensor), 1, hidden] -> values of `micro.value_rows`, float32 [R + m]."""
+        return self.output_layer(hidden)[micro.valued]

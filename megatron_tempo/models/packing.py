@@ -9,6 +9,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_tempo.kernels.rows import Rows
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.types import Batch
 
@@ -45,7 +46,8 @@ class MicroBatch:
     positions: Tensor  # int64 [S]: place of each token in its row
     packing: Packing
     padding: int
-    response_lengths: Tensor  # int64 [m]
+    response_rows: Rows  # the m rows' response tokens, R in all
+    value_rows: Rows  # the m rows' values, one more than response tokens each
     predicting: Tensor  # int64 [R]: the tokens whose outputs predict the m rows' response tokens, row after row
     targets: Tensor  # int64 [R]: those response tokens
     valued: Tensor  # int64 [R + m]: `predicting`, and each row's last token: where a critic's values are read
@@ -121,13 +123,20 @@ def _pack(
         positions=positions.to(device),
         packing=packing,
         padding=padding,
-        response_lengths=responses.to(device),
+        response_rows=Rows.of(responses, device),
+        value_rows=Rows.of(responses + 1, device),
         predicting=_ranges(first, responses).to(device),
         targets=targets.to(device),
         valued=_ranges(first, responses + 1).to(device),
         response_cells=_ranges(response_starts, responses),
-        value_cells=_ranges(response_starts + rows, responses + 1),
+        value_cells=value_cells(batch, rows),
     )
+
+
+def value_cells(batch: Batch, rows: Tensor) -> Tensor:
+    """Where the values of the given rows (int64 [m]) stand in the batch's flat [T + n]: int64 [R + m]."""
+    starts = (batch.response_lengths + 1).cumsum(0) - batch.response_lengths - 1
+    return _ranges(starts[rows], batch.response_lengths[rows] + 1)
 
 
 def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:

@@ -47,10 +47,6 @@ class Shape:
     tied: bool  # input and output embeddings are one matrix
     max_positions: int
 
-    def padded_vocab(self, tensor: int) -> int:
-        """The vocabulary's rows, filled up to a multiple of the tensor-parallel size."""
-        return self.vocab + -self.vocab % tensor
-
 
 def read_shape(folder: Path) -> Shape:
     """The shape of the model in a Hugging Face folder. Raises InputError for what is not a plain Qwen3."""

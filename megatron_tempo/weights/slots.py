@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megatron_tempo.models.parallel import padded_vocab
+
 
 class Cut(Protocol):
     """A way of cutting. `sources` are whole tensors or file slices that index like them."""
@@ -54,8 +56,8 @@ class Vocabulary:
     vocab: int
 
     def cut(self, sources: Sequence[Any], rank: int, size: int) -> Tensor:
-        part = -(-self.vocab // size)
-        rows = sources[0][rank * part : min((rank + 1) * part, self.vocab)]
+        part = padded_vocab(self.vocab, size) // size
+        rows = sources[0][min(rank * part, self.vocab) : min((rank + 1) * part, self.vocab)]
         return torch.cat([rows, rows.new_zeros(part - rows.shape[0], *rows.shape[1:])])
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:

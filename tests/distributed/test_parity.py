@@ -10,7 +10,7 @@ import torch
 import transformers
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_tempo.config.schema import Config
+from megatron_tempo.config.schema import Config, Logits
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.packing import MicroBatch, micro_batches
 from megatron_tempo.types import Batch
@@ -36,9 +36,19 @@ def config_of(model: Path, layout: tuple[int, int, bool, int]) -> Config:
     return config
 
 
-def gather_logits(actor: Actor, batch: Batch) -> torch.Tensor | None:
-    """The logits of this tensor rank for every token, row after row; None before the last stage."""
+def gather_logits(actor: Actor, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor | None:
+    """The logits of this tensor rank for every token, row after row; None before the last stage.
+
+    The network makes none as a rule: Megatron's own output layer takes the place of its head.
+    """
     model = actor.model
+    net = model.net
+
+    def head(hidden: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
+        weight = net.shared_embedding_or_output_weight() if net.share_embeddings_and_output_weights else None
+        return net.output_layer(hidden, weight=weight)[0].squeeze(1)
+
+    monkeypatch.setattr(net, "head", head, raising=True)
     parts = micro_batches(batch, torch.arange(len(batch)), model.layout, model.micro_batch_tokens, model.device)
     rows: dict[int, torch.Tensor] = {}
 
@@ -75,8 +85,11 @@ def measure(place: Workplace, model: Path, out: Path) -> dict[str, object]:
     export_hf(place, actor, build_critic(place), out)
     for budget in (PACKED, UNPACKED):
         actor.model.micro_batch_tokens = budget
-        found[f"logits/{budget}"] = gather_logits(actor, batch)
-        found[f"logprobs/{budget}"] = actor.logprobs(batch)
+        for kind in Logits:
+            actor.model.net.logits = kind
+            found[f"logprobs/{budget}/{kind.name}"] = actor.logprobs(batch)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            found[f"logits/{budget}"] = gather_logits(actor, batch, monkeypatch)
     return found
 
 
@@ -122,7 +135,8 @@ def assert_logits(model: Path, ranks: list[dict]) -> None:
         whole = torch.cat([shard for shard in shards if shard is not None], dim=1)[:, :VOCAB]
         assert (whole - logits).abs().max() < 1e-4 * logits.abs().max()
         for rank in ranks:
-            torch.testing.assert_close(rank[f"logprobs/{budget}"], logprobs, atol=1e-4, rtol=1e-4)
+            for kind in Logits:
+                torch.testing.assert_close(rank[f"logprobs/{budget}/{kind.name}"], logprobs, atol=1e-4, rtol=1e-4)
 
 
 def assert_weights(model: Path, streams: list[dict[str, torch.Tensor]], exported: Path) -> None:

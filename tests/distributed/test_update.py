@@ -9,7 +9,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from megatron_tempo.config.schema import ActorUpdateConfig, Config, CriticUpdateConfig
+from megatron_tempo.config.schema import ActorUpdateConfig, Baseline, Config, CriticUpdateConfig
+from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.types import Batch
 from megatron_tempo.wiring import build_actor, build_critic, open_workplace, weights_of
 from tests.support.ranks import run_ranks
@@ -38,7 +39,11 @@ def updated(model: Path, tensor: int, pipeline: int) -> dict[str, dict[str, Tens
     assert batch.correct is not None
     with open_workplace(config) as place:
         actor, critic = build_actor(place), build_critic(place)
-        actor.update(batch, advantages_of(batch), actor.logprobs(batch), None, ACTOR, ROWS)
+        # Where the rewards are 0, the values before the tokens are the negative advantages.
+        parts = advantages_of(batch).split(batch.response_lengths.tolist())
+        values = torch.cat([x for part in parts for x in (-part, torch.zeros(1))])
+        experience = Experience(actor.logprobs(batch), values, torch.zeros(len(batch)))
+        actor.update(batch, experience, Baseline.before_token, ACTOR, ROWS)
         critic.update(batch, batch.correct, CRITIC, ROWS)
         return {
             name: {key: value.clone() for bucket in weights_of(one.model, place) for key, value in bucket}

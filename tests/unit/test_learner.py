@@ -14,6 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_tempo.config.schema import Baseline, CriticTargets, Method, StageConfig, ValueTiming
+from megatron_tempo.kernels.advantages import token_advantages
+from megatron_tempo.kernels.policy_loss import Experience
+from megatron_tempo.kernels.rows import Rows
 from megatron_tempo.methods import METHODS
 from megatron_tempo.methods.learner import Learner, Rollouts, mini_batches
 from megatron_tempo.types import Batch
@@ -104,13 +107,14 @@ class Fakes:
             logprobs = staticmethod(fakes.logprobs)
 
             def update(
-                self, batch: Batch, advantages: Tensor, old: Tensor, reference: Tensor | None, config: Any,
-                order: list[Tensor],
-            ) -> dict[str, float]:  # fmt: skip
+                self, batch: Batch, experience: Experience, baseline: Baseline, config: Any, order: list[Tensor]
+            ) -> dict[str, float]:
                 fakes.calls.append("improve")
+                rows = Rows.of(batch.response_lengths)
                 fakes.given["improve"] = {
-                    "batch": batch, "advantages": advantages, "old": old, "reference": reference, "config": config,
-                    "order": order,
+                    "batch": batch, "old": experience.old_logprobs, "reference": experience.reference_logprobs,
+                    "engine": experience.engine_logprobs, "config": config, "order": order,
+                    "advantages": token_advantages(experience.values, experience.rewards, rows, baseline),
                 }  # fmt: skip
                 return {"actor/loss": 0.25}
 
@@ -161,7 +165,7 @@ def test_ppo_reads_the_values_before_the_critic_sees_the_rollouts(fakes: Fakes) 
     assert torch.equal(improve["old"], batch.engine_logprobs - 0.25)
     assert (fit["config"], improve["config"]) == (stage.critic, stage.actor)
     assert figures["engine/logprob_gap_mean"] == pytest.approx(0.25)
-    assert {"critic/loss", "actor/loss", "advantage/mean", "critic/rows"} <= figures.keys()
+    assert {"critic/loss", "actor/loss", "critic/rows"} <= figures.keys()
     # Actor and critic see the rows in orders of their own.
     assert [rows.tolist() for rows in fit["order"]] != [rows.tolist() for rows in improve["order"]]
 
@@ -281,19 +285,16 @@ def test_where_all_groups_are_uniform_the_critic_stays_as_it_is(fakes: Fakes) ->
     assert figures["critic/rows"] == 0.0
 
 
-def test_whitening_and_the_reference_when_asked(fakes: Fakes) -> None:
+def test_the_reference_when_asked_and_the_engines_word(fakes: Fakes) -> None:
     stage = stage_of(Method.tempo)
-    stage.actor.whiten_advantages, stage.actor.kl_coef = True, 0.1
+    stage.actor.kl_coef = 0.1
     rollouts = rollouts_of()
     assert rollouts.unlabelled is not None
-    figures = METHODS[Method.tempo](fakes.learner(), rollouts, stage, 0)
+    METHODS[Method.tempo](fakes.learner(), rollouts, stage, 0)
     assert fakes.calls == ["fit", "values", "logprobs", "reference", "improve"]
     improve = fakes.given["improve"]
-    plain = torch.tensor(expected(rollouts.unlabelled, None, 1))
-    torch.testing.assert_close(improve["advantages"], (plain - plain.mean()) / plain.std(), atol=1e-4, rtol=1e-4)
     assert torch.equal(improve["reference"], rollouts.unlabelled.engine_logprobs - 0.5)
-    assert figures["advantage/mean"] == pytest.approx(float(plain.mean())), "told as they are before whitening"
-    assert figures["advantage/std"] == pytest.approx(float(plain.std()), rel=1e-4)
+    assert torch.equal(improve["engine"], rollouts.unlabelled.engine_logprobs)
 
 
 # Which iteration needs what (config.schema.StageConfig), against the calls above

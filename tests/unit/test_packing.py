@@ -151,7 +151,7 @@ def _check_one(micro: MicroBatch, batch: Batch, budget: int, multiple: int) -> N
     assert micro.valued.tolist() == valued
     assert micro.response_cells.tolist() == response_cells
     assert micro.value_cells.tolist() == value_cells
-    assert micro.response_lengths.tolist() == batch.response_lengths[rows].tolist()
+    assert micro.response_rows.lengths.tolist() == batch.response_lengths[rows].tolist()
 
     sequences = [len(whole[row]) for row in rows] + ([micro.padding] if micro.padding else [])
     longest, start, grid = max(sequences), 0, []
@@ -171,10 +171,11 @@ def test_a_rank_without_rows_gets_one_micro_batch_of_padding_alone(tensor: int, 
     (micro,) = second
     assert micro.tokens.tolist() == [[0] * padding]
     assert micro.padding == padding
-    for name in ("rows", "predicting", "targets", "valued", "response_cells", "value_cells", "response_lengths"):
+    for name in ("rows", "predicting", "targets", "valued", "response_cells", "value_cells"):
         found = getattr(micro, name)
         assert found.tolist() == []
         assert found.dtype == torch.int64
+    assert len(micro.response_rows) == len(micro.value_rows) == 0
 
 
 def test_padding_is_there_for_sequence_parallelism_alone_and_below_five_percent() -> None:

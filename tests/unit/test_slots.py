@@ -15,10 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_tempo.config.schema import ParallelConfig, Precision
+from megatron_tempo.config.schema import Logits, ParallelConfig, Precision
+from megatron_tempo.kernels import REFERENCE
 from megatron_tempo.models.device import install_cpu_backend
 from megatron_tempo.models.gpt import LanguageModel, PackedGPT, ValueModel
-from megatron_tempo.models.parallel import Layout, parallel_groups
+from megatron_tempo.models.parallel import Layout, padded_vocab, parallel_groups
 from megatron_tempo.models.qwen3 import Shape, read_shape, transformer_config
 from megatron_tempo.weights import folder, qwen3
 from megatron_tempo.weights.slots import Columns, Cut, GateUp, QueryKeyValue, Slot, Vocabulary, Whole
@@ -55,17 +56,18 @@ def test_every_cut_is_undone_by_its_join(size: int) -> None:
 def test_vocabularies_of_any_size_are_cut_evenly(vocab: int, size: int) -> None:
     shards = roundtrip(Vocabulary(vocab), [numbers(vocab, 2, start=1)], size)
     padded = torch.cat(shards)
-    assert len(padded) == vocab + -vocab % size  # the size that the model is built with
+    assert len(padded) == padded_vocab(vocab, size) >= vocab  # the size that the model is built with
+    assert all(len(shard) % 16 == 0 for shard in shards)
     assert not padded[vocab:].any()
 
 
 def test_vocabularies_are_cut_from_files_too(tmp_path: Path) -> None:
-    """A file's slices refuse bounds that a tensor takes; 5 rows over 4 ranks leave the last rank none."""
+    """A file's slices refuse bounds that a tensor takes; 5 rows over 4 ranks leave the others none."""
     save_file({"x": numbers(5, 2, start=1)}, tmp_path / "x.safetensors")
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         shards = [Vocabulary(5).cut([file.get_slice("x")], rank, 4) for rank in range(4)]
     assert torch.equal(torch.cat(shards)[:5], numbers(5, 2, start=1))
-    assert [len(shard) for shard in shards] == [2, 2, 2, 2]
+    assert [len(shard) for shard in shards] == [16, 16, 16, 16]
 
 
 def test_gate_and_up_by_hand() -> None:
@@ -164,7 +166,8 @@ def model(original: Path, tmp_path: Path) -> Path:
 
 def load(path: Path, layout: Layout, *, critic: bool = False) -> PackedGPT:
     shape = read_shape(path)
-    net = (ValueModel if critic else LanguageModel)(transformer_config(shape, layout, Precision.fp32), shape, layout)
+    common = transformer_config(shape, layout, Precision.fp32), shape, layout, REFERENCE
+    net = ValueModel(*common) if critic else LanguageModel(*common, Logits.recomputed, temperature=1.0)
     folder.load(net, layout, qwen3.slots(shape, 1, critic=critic), path)
     return net
 

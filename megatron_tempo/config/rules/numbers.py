@@ -58,6 +58,7 @@ _BOUNDS: dict[type, dict[str, _Bound]] = {
         "clip_low": _CLIP_LOW,
         "clip_high": _CLIP_HIGH,
         "dual_clip": _DUAL_CLIP,
+        "importance_cap": _ABOVE_ZERO,
         "entropy_coef": _ZERO_OR_MORE,
         "kl_coef": _ZERO_OR_MORE,
     },
@@ -65,6 +66,7 @@ _BOUNDS: dict[type, dict[str, _Bound]] = {
         "mini_batch_prompts": _ONE_OR_MORE,
         "epochs": _ONE_OR_MORE,
         "warmup_iterations": _ZERO_OR_MORE,
+        "clip": _ABOVE_ZERO,
     },
     schema.StageConfig: {
         "iterations": _ZERO_OR_MORE,

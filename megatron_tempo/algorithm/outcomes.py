@@ -1,0 +1,37 @@
+"""What a response came to: its reward, the critic's target for it, and which prompts tell right from wrong."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_tempo.config.schema import Baseline, CriticTargets
+
+
+def final_values(values: Tensor, lengths: Tensor, baseline: Baseline) -> Tensor:
+    """The reward of an unlabelled response: the critic's value of the whole response, V(x, y_1:T).
+
+    Args:
+        values: [T + n], row after row V(x), V(x, y_1:1) ... V(x, y_1:T_i).
+        lengths: int64 [n], the T_i.
+        baseline: `reference` reads one token early, V(x, y_<T), as the published code does.
+
+    Returns: [n]
+    """
+    ends = (lengths + 1).cumsum(0) - 1
+    if baseline is Baseline.reference:
+        ends = ends - (lengths > 0).long()
+    return values[ends]
+
+
+def value_targets(correct: Tensor, kind: CriticTargets) -> Tensor:
+    """The number a response's values are drawn to: I in {0, 1}, or the published code's {-1, 1}. [n] -> [n]."""
+    return correct if kind is CriticTargets.zero_one else 2 * correct - 1
+
+
+def mixed_groups(correct: Tensor, group: Tensor) -> Tensor:
+    """Rows whose prompt has right and wrong responses both: int64, the row numbers. `correct`, `group`: [n]."""
+    size = int(group.max()) + 1 if len(group) else 0
+    right = torch.zeros(size).index_add(0, group, correct)
+    count = torch.zeros(size).index_add(0, group, torch.ones_like(correct))
+    return ((right > 0) & (right < count))[group].nonzero().flatten()

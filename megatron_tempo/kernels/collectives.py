@@ -1,0 +1,47 @@
+"""Sums and extremes over the ranks that share a sequence, as the losses want them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over the group's ranks; without a group, `tensor` itself.
+
+    Its gradient goes through unchanged: every rank holds the same loss, and wants its own entries' share in it.
+    """
+    return tensor if group is None else _Sum.apply(tensor, group)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def greatest_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The greatest over the group's ranks, entry by entry. Without gradient."""
+    if group is None:
+        return tensor
+    greatest = tensor.clone()
+    dist.all_reduce(greatest, op=dist.ReduceOp.MAX, group=group)
+    return greatest
+
+
+def gather_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The group's tensors along a new first dimension: [...] -> [ranks, ...]. Without gradient."""
+    if group is None:
+        return tensor[None]
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return torch.stack(parts)

@@ -1,0 +1,89 @@
+"""Log-probability and entropy of tokens straight from hidden states, without their logits.
+
+x = hidden weight^T is what `logprobs.py` works on, and T rows of a vocabulary of 150,000 are what runs out of memory.
+Both passes of that file need a row's logits only to sum them up or to multiply them on, so they can be made a piece at
+a time and thrown away:
+
+    forward    M, L, W and t, piece by piece, joined
+    backward   a piece of x again; G, its gradient by M, log2 L and H;
+               grad hidden += G weight,  grad weight += G^T hidden
+
+What stays is O(T) numbers a row; the piece is made twice, so with a gradient the head costs 8 T V hidden operations
+instead of 6. Here a piece is some rows and all of the shard's columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tempo.kernels.collectives import gather_over
+from megatron_tempo.kernels.logprobs import Shard, gradient, joined, summed
+
+# Logits that are in memory at a time.
+PIECE = 1 << 24
+
+
+def linear_logprobs_and_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab: int,
+    temperature: float,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """log pi(target) and the entropy of pi = softmax(hidden weight^T / temperature), in nats, in fp32, with gradients.
+
+    Args:
+        hidden: [T, h], the same on every tensor rank.
+        weight: [padded vocabulary / tensor, h], this rank's rows.
+        targets: int64 [T], numbers in the whole vocabulary.
+        vocab: size of the vocabulary; rows of `weight` behind it are padding.
+        temperature: > 0.
+        group: the tensor-parallel ranks, in the order of their rows.
+
+    Returns: [T], [T], the same on every tensor rank. The gradient of `hidden` is this rank's share, to be summed over
+    the group, as Megatron's copy to the tensor-parallel region does.
+    """
+    logprobs, entropy = _LinearLogprobsAndEntropy.apply(hidden, weight, targets, vocab, temperature, group)
+    return logprobs, entropy
+
+
+class _LinearLogprobsAndEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocab: int,
+        temperature: float,
+        group: dist.ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor]:
+        shard = Shard.of(len(weight), vocab, group)
+        parts = [summed(hidden[at] @ weight.T, targets[at], shard, temperature) for at in _pieces(hidden, weight)]
+        logprobs, entropy, *normalizer = joined(gather_over(torch.cat(parts, dim=1), group), temperature)
+        ctx.save_for_backward(hidden, weight, targets, *normalizer, entropy)
+        ctx.shard, ctx.temperature = shard, temperature
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, *of_rows = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for at in _pieces(hidden, weight):
+            rows = [x[at] for x in (*of_rows, *grads)]
+            grad_logits = gradient(hidden[at] @ weight.T, rows, ctx.shard, ctx.temperature)
+            torch.mm(grad_logits, weight, out=grad_hidden[at])
+            grad_weight.addmm_(grad_logits.T, hidden[at])
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def _pieces(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    """Some rows at a time. One piece at least, so that no rows give results of their shape."""
+    step = max(1, PIECE // max(1, len(weight)))
+    return (slice(start, start + step) for start in range(0, max(1, len(hidden)), step))

@@ -1,0 +1,210 @@
+"""Log-probability and entropy from hidden states in Triton. What is computed: `linear_logprobs.py`.
+
+Forward, `_summed`: a program makes tiles of [rows, columns] logits in its registers, one after another along its share
+of the vocabulary, and takes each up into M, L and W of its rows. The shares, SPLITS of them, are what makes programs
+that run together read few rows of both matrices: 132 of them (Hopper's multiprocessors) make 12 by 11 tiles, 12 MB of
+hidden states that stay in the cache and 11 tiles of weights at a time.
+
+Backward, `_gradient`: with M, log2 L and H of each row known, a tile's gradient needs no other tile. It is written out,
+in the type of the hidden states, a block of rows and columns at a time, and multiplied on by cuBLAS. A block's columns
+are summed into the gradient of the hidden states in fp32; its rows are all the rows, up to _BLOCK_ROWS, so that as a
+rule the gradient of the weights is one product, rounded once.
+
+Peak memory beside inputs and gradients: 4 h _BLOCK_ROWS + _BLOCK_BYTES bytes backward, 16 T (SPLITS + 1) forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from megatron_tempo.kernels.collectives import gather_over
+from megatron_tempo.kernels.logprobs import LOG2_E, Shard
+from megatron_tempo.kernels.logprobs_triton import NOTHING, gradient_of, gradient_terms, join, taken_up
+
+# Rows and columns of a tile, what of the hidden size is multiplied at a time, warps, and stages of the pipeline. In
+# bfloat16: two warp groups with 64 x 256 accumulators each, and 48 KB of shared memory a stage. In float32, which is
+# for checking and not for speed, tiles that go without the matrix units.
+_TILES = {torch.bfloat16: (128, 256, 64, 8, 4), torch.float32: (32, 64, 32, 4, 2)}
+_GROUP_ROWS, _SPLITS = 12, 11
+_BLOCK_ROWS = 1 << 16
+_BLOCK_BYTES = 1 << 29
+
+
+def linear_logprobs_and_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab: int,
+    temperature: float,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`linear_logprobs.linear_logprobs_and_entropy`, for bfloat16 or float32; h a multiple of 8, or of 4 in float32."""
+    logprobs, entropy = _LinearLogprobsAndEntropy.apply(hidden, weight, targets, vocab, temperature, group)
+    return logprobs, entropy
+
+
+class _LinearLogprobsAndEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocab: int,
+        temperature: float,
+        group: dist.ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor]:
+        shard = Shard.of(len(weight), vocab, group)
+        hidden, weight = hidden.contiguous(), weight.contiguous()
+        parts = summed(hidden, weight, targets, shard, temperature)
+        logprobs, entropy, *normalizer = join(gather_over(parts, group).flatten(0, 1), temperature)
+        ctx.save_for_backward(hidden, weight, targets, *normalizer, entropy)
+        ctx.shard, ctx.temperature = shard, temperature
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, *of_rows = ctx.saved_tensors
+        of_rows += [grad.contiguous() for grad in grads]
+        grad_hidden = torch.empty_like(hidden)
+        blocks = range(0, len(hidden), _BLOCK_ROWS)
+        # One block of rows is one product a weight; several are added up.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32 if len(blocks) > 1 else None)
+        for start in blocks:
+            rows = slice(start, start + _BLOCK_ROWS)
+            total = torch.zeros_like(hidden[rows], dtype=torch.float32)
+            part = [x[rows] for x in of_rows]
+            for columns, grad_logits in _gradients(hidden[rows], weight, part, ctx.shard, ctx.temperature):
+                _add_product(total, grad_logits, weight[columns])
+                _add_product(grad_weight[columns], grad_logits.T, hidden[rows])
+            grad_hidden[rows] = total
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+def summed(hidden: Tensor, weight: Tensor, targets: Tensor, shard: Shard, temperature: float) -> Tensor:
+    """M, L, W and t of each share of the columns: [shares, 4, T]."""
+    rows, columns, inner, warps, stages = _TILES[hidden.dtype]
+    tiles = triton.cdiv(len(weight), columns)
+    splits = min(_SPLITS, tiles)
+    parts = torch.empty(splits, 4, len(hidden), device=hidden.device)
+    if len(hidden):
+        _summed[(triton.cdiv(len(hidden), rows) * splits,)](
+            TensorDescriptor.from_tensor(hidden, [rows, inner]), TensorDescriptor.from_tensor(weight, [columns, inner]),
+            targets, parts, len(hidden), hidden.shape[1], shard.first, shard.size, LOG2_E / temperature,
+            triton.cdiv(tiles, splits), SPLITS=splits, GROUP=_GROUP_ROWS, ROWS=rows, COLUMNS=columns, INNER=inner,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return parts
+
+
+def _gradients(
+    hidden: Tensor, weight: Tensor, of_rows: Sequence[Tensor], shard: Shard, temperature: float
+) -> Iterator[tuple[slice, Tensor]]:
+    """The gradient of the logits, some of the vocabulary's columns at a time, each in the same memory: [T, some].
+
+    `of_rows` is as `logprobs.gradient` takes it. What the kernel makes of columns behind the vocabulary's end is cut
+    off, so it need not look where that is.
+    """
+    rows, columns, inner, warps, stages = _TILES[hidden.dtype]
+    width = max(1, _BLOCK_BYTES // (len(hidden) * hidden.element_size() * columns)) * columns
+    width = min(width, triton.cdiv(max(1, shard.size), columns) * columns)
+    block = torch.empty(len(hidden), width, dtype=hidden.dtype, device=hidden.device)
+    for start in range(0, shard.size, width):
+        end = min(start + width, shard.size)
+        tiles = triton.cdiv(end - start, columns)
+        _gradient[(triton.cdiv(len(hidden), rows) * tiles,)](
+            TensorDescriptor.from_tensor(hidden, [rows, inner]), TensorDescriptor.from_tensor(weight, [columns, inner]),
+            TensorDescriptor.from_tensor(block, [rows, columns]), *of_rows, len(hidden), hidden.shape[1],
+            start, tiles, shard.first, LOG2_E / temperature, 1.0 / temperature,
+            GROUP=_GROUP_ROWS, ROWS=rows, COLUMNS=columns, INNER=inner, num_warps=warps, num_stages=stages - 1,
+        )  # fmt: skip
+        yield slice(start, end), block[:, : end - start]
+
+
+def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
+    """to += left right, in the type of `to`, which may be wider than that of the factors (on CUDA)."""
+    if to.dtype == left.dtype:
+        to.addmm_(left, right)
+    else:
+        torch.addmm(to, left, right, out_dtype=to.dtype, out=to)
+
+
+@triton.jit
+def _place(program, row_tiles, column_tiles, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A program's tile of rows and of columns: GROUP tiles of rows go through all columns, then the next ones."""
+    group = program // (GROUP * column_tiles)
+    inside = program % (GROUP * column_tiles)
+    size = tl.minimum(row_tiles - group * GROUP, GROUP)
+    return group * GROUP + inside % size, inside // size
+
+
+@triton.jit
+def _logits(  # type: ignore[no-untyped-def]
+    hidden, weight, row, column, inner, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr
+):  # fmt: skip
+    x = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for k in range(0, inner, INNER):
+        x = tl.dot(hidden.load([row, k]), weight.load([column, k]).T, x, input_precision="ieee")
+    return x
+
+
+@triton.jit
+def _summed(  # type: ignore[no-untyped-def]
+    hidden, weight, targets, parts, rows, inner, first, size, scale, tiles, SPLITS: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    row_tile, split = _place(tl.program_id(0), tl.cdiv(rows, ROWS), SPLITS, GROUP)
+    row = row_tile * ROWS + tl.arange(0, ROWS)
+    mask = row < rows
+    target = (tl.load(targets + row, mask=mask, other=-1) - first).to(tl.int32)
+    peak = tl.full([ROWS], NOTHING, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    weighted = tl.zeros([ROWS], tl.float32)
+    at_target = tl.full([ROWS], float("-inf"), tl.float32)
+    for tile in range(tiles):
+        start = (split * tiles + tile) * COLUMNS
+        x = _logits(hidden, weight, row_tile * ROWS, start, inner, ROWS, COLUMNS, INNER)
+        column = start + tl.arange(0, COLUMNS)
+        x = tl.where((column < size)[None, :], x, float("-inf"))
+        at_target = tl.maximum(at_target, tl.max(tl.where(column[None, :] == target[:, None], x, float("-inf")), 1))
+        peak, total, weighted = taken_up(peak, total, weighted, x, scale)
+    at = parts + split.to(tl.int64) * 4 * rows + row
+    tl.store(at, peak, mask=mask)
+    tl.store(at + rows, total, mask=mask)
+    tl.store(at + 2 * rows, weighted, mask=mask)
+    tl.store(at + 3 * rows, at_target, mask=mask)
+
+
+@triton.jit
+def _gradient(  # type: ignore[no-untyped-def]
+    hidden, weight, gradients, targets, peaks, log_totals, entropies, grads_logprob, grads_entropy, rows, inner, start,
+    column_tiles, first, scale, inverse,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    row_tile, column_tile = _place(tl.program_id(0), tl.cdiv(rows, ROWS), column_tiles, GROUP)
+    x = _logits(hidden, weight, row_tile * ROWS, start + column_tile * COLUMNS, inner, ROWS, COLUMNS, INNER)
+    row = row_tile * ROWS + tl.arange(0, ROWS)
+    mask = row < rows
+    column = start + column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    target = (tl.load(targets + row, mask=mask, other=-1) - first).to(tl.int32)
+    peak = tl.load(peaks + row, mask=mask, other=0.0)[:, None]
+    log_total = tl.load(log_totals + row, mask=mask, other=0.0)[:, None]
+    first_term, second, third = gradient_terms(
+        tl.load(entropies + row, mask=mask, other=0.0),
+        tl.load(grads_logprob + row, mask=mask, other=0.0),
+        tl.load(grads_entropy + row, mask=mask, other=0.0),
+        inverse,
+    )
+    is_target = column[None, :] == target[:, None]
+    gradient = gradient_of(
+        x, is_target, peak, log_total, first_term[:, None], second[:, None], third[:, None], scale
+    )  # fmt: skip
+    gradients.store([row_tile * ROWS, column_tile * COLUMNS], gradient.to(gradients.dtype))

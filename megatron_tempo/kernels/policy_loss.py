@@ -1,0 +1,146 @@
+"""The clipped policy gradient: GSPO's sequence clip (Zheng et al. 2025; TEMPO, Eq. 12) or PPO's token clip.
+
+With d_t = log pi(y_t) - log pi_old(y_t), a row of T tokens has the ratio s = exp(mean_t d_t), and its token form
+s_t = sg[s] pi / sg[pi] has the value s and each token's own gradient. The row's loss is the mean over its tokens of
+
+    -w_t min(s_t A_t, clip(s_t) A_t)  -  entropy_coef H_t  +  kl_coef k3(log pi_ref - log pi)
+
+where w_t = min(pi_old / pi_engine, cap) is a truncated importance weight (Yao et al. 2025), or 1. Dual clip (Ye et al.
+2020) bounds the ratio of tokens with A_t < 0 by c.
+
+What the kernel makes of it. The clip's range holds 1, and s is one number for the whole row, so
+
+    A_t > 0:   min(s A_t, clip(s) A_t) = A_t u,   u = min(s, 1 + high)
+    A_t < 0:   min(s A_t, clip(s) A_t) = A_t v,   v = max(s, 1 - low), with dual clip min(v, c)
+
+    row's policy term = -(P u + N v) / T,   P = sum_t w_t max(A_t, 0),   N = sum_t w_t min(A_t, 0)
+
+The loss needs the advantages only through P and N: one reading of the row gives them together with sum_t d_t, from
+which s comes. The gradient is as simple,
+
+    d / d log pi(y_t) = -w_t A_t s / T where the clip does not bind: s <= 1 + high for A_t > 0, v = s for A_t < 0
+                        + kl_coef (1 - pi_ref / pi) / T
+
+so one launch forward and one backward do. With PPO's ratio, exp(d_t), the same is true token by token. Whitening adds
+one launch before, for its moments; a sequence that is spread over ranks adds one behind the sums' all-reduce.
+
+Logarithms of ratios are held within +-20, so that no loss overflows; beyond, a token's own ratio has no gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tempo.config.schema import ActorUpdateConfig, Baseline, Ratio
+from megatron_tempo.kernels.advantages import token_advantages, whiten
+from megatron_tempo.kernels.collectives import greatest_over, sum_over
+from megatron_tempo.kernels.rows import Rows
+
+# A row's figures: means over its tokens in nats or as fractions, the ratio that the clip sees (by `Ratio.token` the
+# row's mean), and the extremes of its tokens' own ratios. Advantages are told as they are before whitening.
+ROW_METRICS = (
+    "loss",
+    "entropy",
+    "ratio",
+    "clip_high",  # tokens that the clip holds from above, of those with A > 0
+    "clip_low",  # from below, or by dual clip, of those with A < 0
+    "approx_kl",  # k3 of the old policy from the new: non-negative, 0 before the first step
+    "reference_kl",
+    "advantage",
+    "advantage_square",
+    "importance_weight",
+    "token_ratio_min",
+    "token_ratio_max",
+)
+
+LOG_RATIO_BOUND = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """What the policy loss takes as given: n rows of T tokens, without gradient, all float32.
+
+    >>> Experience(old_logprobs=[-.1, -.2, -.3], values=[.5, .6, .9, .5, .2], rewards=[.9, .2])  # rows of 2 and 1
+    """
+
+    old_logprobs: Tensor  # [T]: of the policy that the ratio is taken to
+    values: Tensor  # [T + n]: row after row V(x), V(x, y_1:1) ... V(x, y_1:T_i)
+    rewards: Tensor  # [n]: verified, or the critic's value of the whole response
+    engine_logprobs: Tensor | None = None  # [T]: as the engine saw them, for importance weights (`importance_cap`)
+    reference_logprobs: Tensor | None = None  # [T]: of the policy that the KL term holds to
+    moments: Tensor | None = None  # [ranks, 3]: of the advantages, to whiten them (`advantage_moments`)
+
+
+def policy_loss(
+    logprobs: Tensor,
+    entropy: Tensor,
+    given: Experience,
+    rows: Rows,
+    baseline: Baseline,
+    config: ActorUpdateConfig,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The loss of each row, to be averaged over the rows of a mini-batch, and the row's figures.
+
+    Args:
+        logprobs, entropy: [T], of the policy in training, after temperature.
+        given: what is held constant.
+        rows: n rows of T tokens in all.
+        baseline: where an advantage's value is read.
+        config: ratio, clip range, coefficients.
+        group: the ranks that sequences are spread over. Each holds one stretch of every row, perhaps an empty one,
+            with the values of it; all get the rows' whole losses, and the gradients of their own tokens.
+
+    Returns: loss [n] with gradient, metrics [n, len(ROW_METRICS)] without. An empty row has the loss 0 and
+    ratios of 1.
+    """
+    lengths = sum_over(rows.lengths, group)
+
+    def mean(flat: Tensor) -> Tensor:
+        return sum_over(rows.sum(flat), group) / lengths.clamp(min=1)
+
+    raw = token_advantages(given.values, given.rewards, rows, baseline)
+    advantages = raw if given.moments is None else whiten(raw, given.moments)
+    away = logprobs - given.old_logprobs
+    difference = _bounded(away)
+    if config.ratio is Ratio.token:
+        ratio = difference.exp()
+    else:
+        sequence = _bounded(mean(away)).exp().detach()
+        ratio = rows.spread(sequence) * (logprobs - logprobs.detach()).exp()
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    objective = torch.minimum(ratio * advantages, clipped * advantages)
+    binding = ratio * advantages > objective
+    if config.dual_clip is not None:
+        floor = config.dual_clip * advantages
+        binding = torch.where(advantages < 0, binding | (objective < floor), binding)
+        objective = torch.where(advantages < 0, torch.maximum(objective, floor), objective)
+    weight = torch.ones_like(ratio)
+    if config.importance_cap is not None:
+        assert given.engine_logprobs is not None
+        weight = _bounded(given.old_logprobs - given.engine_logprobs).exp().clamp(max=config.importance_cap)
+    kl = torch.zeros_like(logprobs)
+    if given.reference_logprobs is not None:
+        kl = _k3(_bounded(given.reference_logprobs - logprobs))
+    loss = mean(-weight * objective - config.entropy_coef * entropy + config.kl_coef * kl)
+
+    means = (entropy, binding & (advantages > 0), binding & (advantages < 0), _k3(difference), kl)
+    of_entropy, *others = [mean(x.detach().to(loss.dtype)) for x in (*means, raw, raw.square(), weight)]
+    least, greatest = rows.extremes(difference.detach())
+    log_extremes = -greatest_over(-least, group), greatest_over(greatest, group)
+    ratios = [mean(ratio.detach()), *(x.exp() for x in log_extremes)]
+    of_ratio, *extremes = [torch.where(lengths > 0, x, 1.0) for x in ratios]
+    return loss, torch.stack([loss.detach(), of_entropy, of_ratio, *others, *extremes], dim=1)
+
+
+def _bounded(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+
+
+def _k3(x: Tensor) -> Tensor:
+    """e^x - 1 - x, the k3 estimate of a KL divergence (Schulman 2020). exp(x) - 1 would be rounding noise at 1e-4."""
+    return x.expm1() - x

@@ -1,0 +1,54 @@
+"""The E-step's loss: the critic's values drawn to the verified outcome (TEMPO, Eq. 6).
+
+A row of m values v_t and a target R has the loss mean_t (v_t - R)^2. It is over t = 0 .. T: the value before the first
+token is a baseline too, so m = T + 1.
+
+The published code clips how far a row's values move as a whole. With D = mean_t v_t - mean_t v_old_t and the shift
+e = clip(D, -c, c) - D, which is 0 within the range,
+
+    loss = mean_t max((v_t - R)^2, (v_t + e - R)^2)
+
+The gradient flows through the mean: outside the range de/dv_j = -1/m for every j. With K the values for which the
+second term is the greater, and S = sum over K of (v_t + e - R),
+
+    d loss / d v_j = 2 (v_j + e [j in K] - R) / m  -  2 S / m^2
+
+Without a clip, one launch forward and one backward; with it, one more for D.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_tempo.kernels.rows import Rows
+
+# A row's figures: the loss, the mean value, and 1 where the clip holds the row's mean.
+VALUE_METRICS = ("loss", "value", "clip_fraction")
+
+
+def value_loss(
+    values: Tensor, targets: Tensor, rows: Rows, *, clip: float | None = None, old_values: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The loss of each row, to be averaged over the rows of a mini-batch, and the row's figures.
+
+    Args:
+        values: [M].
+        targets: [n].
+        rows: n rows of M values in all.
+        clip: c above, > 0; none: no clip, and `old_values` is not looked at.
+        old_values: [M], the values before the update.
+
+    Returns: loss [n] with gradient, metrics [n, len(VALUE_METRICS)] without. An empty row has the loss 0.
+    """
+    error = values - rows.spread(targets)
+    losses = error.square()
+    clipped = torch.zeros_like(targets)
+    if clip is not None:
+        assert old_values is not None
+        moved = rows.mean(values - old_values)
+        shift = moved.clamp(-clip, clip) - moved
+        clipped = (moved.detach().abs() > clip).to(values.dtype)
+        losses = torch.maximum(losses, (error + rows.spread(shift)).square())
+    loss = rows.mean(losses)
+    return loss, torch.stack([loss.detach(), rows.mean(values.detach()), clipped], dim=1)

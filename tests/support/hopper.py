@@ -1,0 +1,107 @@
+"""What Triton makes of a kernel for Hopper (sm_90a), on a machine without a GPU.
+
+A driver that only says which GPU it is for stands in for CUDA's, and every launch compiles instead of running. So an
+operator is called as in training, and what it would launch is looked at. The machine code's registers, spills and
+instructions are read with the tools in Triton's wheel. To be used in a process without Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.jit import JITFunction
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A kernel as machine code.
+
+    >>> Compiled(name="logprobs._summed", registers=48, stack=0, shared=1024, sass="...")
+    """
+
+    name: str  # its file, without _triton, and its own
+    registers: int  # a thread
+    stack: int  # bytes a thread in local memory: spilled registers and indexed arrays
+    shared: int  # bytes
+    sass: str
+
+    def count(self, instruction: str) -> int:
+        """How often an instruction stands in the machine code, given as a regular expression."""
+        return len(re.findall(rf"\b{instruction}\b", self.sass))
+
+    @property
+    def spills(self) -> int:
+        """Instructions that move registers to local memory or back."""
+        return self.count(r"(?:LDL|STL)[.\w]*")
+
+
+class _Hopper(DriverBase):
+    @classmethod
+    def is_active(cls) -> bool:
+        return False
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self) -> Any:
+        raise NotImplementedError
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def launches() -> Iterator[list[Compiled]]:
+    """Collects what is launched in the block, in order."""
+    found: list[Compiled] = []
+
+    def launch(kernel: JITFunction[Any], grid: Any) -> Callable[..., None]:
+        def compile_it(*args: Any, **kwargs: Any) -> None:
+            file = kernel.__module__.rpartition(".")[2].removesuffix("_triton")
+            found.append(_read(f"{file}.{kernel.__name__}", kernel.warmup(*args, grid=grid, **kwargs)))
+
+        return compile_it
+
+    usual = JITFunction.__getitem__
+    JITFunction.__getitem__ = launch  # type: ignore[method-assign, assignment]
+    triton.runtime.driver.set_active(_Hopper())
+    try:
+        yield found
+    finally:
+        JITFunction.__getitem__ = usual  # type: ignore[method-assign]
+
+
+def _read(name: str, kernel: Any) -> Compiled:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+
+        def tool(*args: str) -> str:
+            command = [str(TOOLS / "cuobjdump"), *args, str(cubin)]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", tool("--dump-resource-usage"))
+        assert usage is not None
+        registers, stack = map(int, usage.groups())
+        return Compiled(name, registers, stack, kernel.metadata.shared, tool("--dump-sass"))
