@@ -3,7 +3,7 @@ PYTHON ?= python3
 PROCESSES ?= 2
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart test test-slow test-gpu lint clean
 
 quickstart: .venv/installed  ## the main job: train on countdown, from a small pretrained model to a report
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) \
@@ -14,6 +14,9 @@ test: .venv/installed-test  ## unit and distributed tests
 
 test-slow: .venv/installed-test  ## what .ci/run runs beyond that
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+test-gpu: .venv/installed-test  ## what only a machine with a GPU shows
+	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

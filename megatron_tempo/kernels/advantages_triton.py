@@ -21,8 +21,8 @@ def advantage_moments(
     values: Tensor, rewards: Tensor, rows: Rows, baseline: Baseline, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """`advantages.advantage_moments` in one launch."""
-    moments = torch.zeros(3, device=values.device)
     blocks = len(rows.block_rows)
+    moments = torch.empty(3, device=values.device) if blocks else torch.zeros(3, device=values.device)
     if blocks:
         partials = torch.empty(3, blocks, device=values.device)
         _moments[(blocks,)](

@@ -67,7 +67,7 @@ class _PolicyLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropy = logprobs.contiguous(), entropy.contiguous()
         n, blocks = len(rows), len(rows.block_rows)
-        loss, metrics = logprobs.new_zeros(n), logprobs.new_zeros(n, len(ROW_METRICS))
+        loss, metrics = logprobs.new_empty(n), logprobs.new_empty(n, len(ROW_METRICS))
         lengths = sum_over(rows.lengths, group)
         settings = _settings(given, baseline, config)
         if n:
@@ -87,6 +87,7 @@ class _PolicyLoss(torch.autograd.Function):
         ctx.save_for_backward(logprobs, metrics, lengths)
         ctx.given, ctx.rows, ctx.config, ctx.settings = given, rows, config, settings
         ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)  # none for the metrics
         return loss, metrics
 
     @staticmethod

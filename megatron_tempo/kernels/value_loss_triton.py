@@ -32,9 +32,8 @@ class _ValueLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         values, targets = values.contiguous(), targets.contiguous()
         n, blocks = len(rows), len(rows.block_rows)
-        loss, metrics = values.new_zeros(n), values.new_zeros(n, len(VALUE_METRICS))
-        shifts = values.new_zeros(n)  # e of each row
-        slopes = values.new_zeros(n)  # S of each row
+        loss, metrics = values.new_empty(n), values.new_empty(n, len(VALUE_METRICS))
+        shifts, slopes = values.new_empty(2, n).unbind(0)  # e and S of each row: written and read with a clip alone
         tables = rows.starts, rows.block_rows, rows.first_blocks, rows.tickets
         if n:
             partials = values.new_empty(3, blocks)
@@ -49,6 +48,7 @@ class _ValueLoss(torch.autograd.Function):
         ctx.save_for_backward(values, targets, shifts, slopes)
         ctx.rows, ctx.clip = rows, clip
         ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)  # none for the metrics
         return loss, metrics
 
     @staticmethod
@@ -127,9 +127,11 @@ def _forward(  # type: ignore[no-untyped-def]
         tl.store(loss + row, mean)
         tl.store(metrics + row * _METRICS, mean)
         tl.store(metrics + row * _METRICS + 1, _column(partials + blocks, first, count, PARTS) / length)
+        clipped = 0.0
         if CLIP:
             tl.store(slopes + row, _column(partials + 2 * blocks, first, count, PARTS))
-            tl.store(metrics + row * _METRICS + 2, tl.where(tl.load(shifts + row) != 0.0, 1.0, 0.0))
+            clipped = tl.where(tl.load(shifts + row) != 0.0, 1.0, 0.0)
+        tl.store(metrics + row * _METRICS + 2, clipped)
 
 
 @triton.jit

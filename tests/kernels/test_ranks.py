@@ -31,6 +31,7 @@ def in_group(function: Any, *args: Any) -> Any:
 
 # Tensor parallelism: 1 and 3
 
+
 def logits_shard(name: str, vocab: int, padded: int) -> list[Tensor]:
     """Values, entropies and the gradient of this rank's columns.
 
