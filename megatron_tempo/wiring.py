@@ -56,6 +56,8 @@ def open_workplace(config: Config) -> Iterator[Workplace]:
         raise InputError(f"run.precision={config.run.precision.name} wants a GPU, and there is none: set it to fp32")
     # On CUDA some operations have no deterministic form; there torch warns instead of stopping.
     torch.use_deterministic_algorithms(config.run.deterministic, warn_only=device.type == "cuda")
+    # Beside it, torch fills all memory that is asked for unfilled: a launch more for each of a kernel's results.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     transformers.utils.logging.disable_progress_bar()
     with parallel_groups(config.parallel, device, config.run.seed) as layout:
         yield Workplace(config, layout, device)

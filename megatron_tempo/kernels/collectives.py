@@ -40,7 +40,7 @@ def greatest_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 def gather_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The group's tensors along a new first dimension: [...] -> [ranks, ...]. Without gradient."""
-    if group is None:
+    if group is None or dist.get_world_size(group) == 1:
         return tensor[None]
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, tensor.contiguous(), group=group)

@@ -1,16 +1,17 @@
 """Log-probability and entropy from hidden states in Triton. What is computed: `linear_logprobs.py`.
 
 Forward, `_summed`: a program makes tiles of [rows, columns] logits in its registers, one after another along its share
-of the vocabulary, and takes each up into M, L and W of its rows. The shares, SPLITS of them, are what makes programs
-that run together read few rows of both matrices: 132 of them (Hopper's multiprocessors) make 12 by 11 tiles, 12 MB of
-hidden states that stay in the cache and 11 tiles of weights at a time.
+of the vocabulary, and takes each up into M, L and W of its rows. Programs that run together are of 12 tiles of rows and
+of all shares, so that they read few rows of either matrix: with 11 shares a round of the 132 multiprocessors takes
+12 MB of hidden states, which stay in the cache, and 11 tiles of weights at a time.
 
 Backward, `_gradient`: with M, log2 L and H of each row known, a tile's gradient needs no other tile. It is written out,
 in the type of the hidden states, a block of rows and columns at a time, and multiplied on by cuBLAS. A block's columns
 are summed into the gradient of the hidden states in fp32; its rows are all the rows, up to _BLOCK_ROWS, so that as a
 rule the gradient of the weights is one product, rounded once.
 
-Peak memory beside inputs and gradients: 4 h _BLOCK_ROWS + _BLOCK_BYTES bytes backward, 16 T (SPLITS + 1) forward.
+Peak memory beside inputs and results: 16 T (shares + 1) bytes forward, 4 h min(T, _BLOCK_ROWS) + _BLOCK_BYTES backward,
+and with several blocks of rows 4 V h more for the gradient of the weights.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from megatron_tempo.kernels.logprobs_triton import NOTHING, gradient_of, gradien
 # bfloat16: two warp groups with 64 x 256 accumulators each, and 48 KB of shared memory a stage. In float32, which is
 # for checking and not for speed, tiles that go without the matrix units.
 _TILES = {torch.bfloat16: (128, 256, 64, 8, 4), torch.float32: (32, 64, 32, 4, 2)}
-_GROUP_ROWS, _SPLITS = 12, 11
+_MULTIPROCESSORS = 132  # of Hopper
+_GROUP_ROWS, _MOST_SHARES = 12, 16
 _BLOCK_ROWS = 1 << 16
 _BLOCK_BYTES = 1 << 29
 
@@ -79,21 +81,28 @@ class _LinearLogprobsAndEntropy(torch.autograd.Function):
         # One block of rows is one product a weight; several are added up.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32 if len(blocks) > 1 else None)
         for start in blocks:
-            rows = slice(start, start + _BLOCK_ROWS)
-            total = torch.zeros_like(hidden[rows], dtype=torch.float32)
-            part = [x[rows] for x in of_rows]
-            for columns, grad_logits in _gradients(hidden[rows], weight, part, ctx.shard, ctx.temperature):
-                _add_product(total, grad_logits, weight[columns])
-                _add_product(grad_weight[columns], grad_logits.T, hidden[rows])
-            grad_hidden[rows] = total
+            at = slice(start, start + _BLOCK_ROWS)
+            part = [x[at] for x in of_rows]
+            grad_hidden[at] = _block(hidden[at], weight, part, grad_weight, ctx.shard, ctx.temperature)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _block(
+    hidden: Tensor, weight: Tensor, of_rows: Sequence[Tensor], grad_weight: Tensor, shard: Shard, temperature: float
+) -> Tensor:
+    """A block of rows: the gradient of its hidden states, float32 [T, h]; that of the weights is added to theirs."""
+    total = torch.zeros_like(hidden, dtype=torch.float32)
+    for columns, grad_logits in _gradients(hidden, weight, of_rows, shard, temperature):
+        _add_product(total, grad_logits, weight[columns])
+        _add_product(grad_weight[columns], grad_logits.T, hidden)
+    return total
 
 
 def summed(hidden: Tensor, weight: Tensor, targets: Tensor, shard: Shard, temperature: float) -> Tensor:
     """M, L, W and t of each share of the columns: [shares, 4, T]."""
     rows, columns, inner, warps, stages = _TILES[hidden.dtype]
     tiles = triton.cdiv(len(weight), columns)
-    splits = min(_SPLITS, tiles)
+    splits = _shares(triton.cdiv(max(1, len(hidden)), rows), tiles)
     parts = torch.empty(splits, 4, len(hidden), device=hidden.device)
     if len(hidden):
         _summed[(triton.cdiv(len(hidden), rows) * splits,)](
@@ -103,6 +112,16 @@ def summed(hidden: Tensor, weight: Tensor, targets: Tensor, shard: Shard, temper
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return parts
+
+
+def _shares(row_tiles: int, tiles: int) -> int:
+    """Into how many shares the tiles of columns are best divided: so that few multiprocessors wait for the last."""
+
+    def busy(shares: int) -> float:
+        rounds = triton.cdiv(row_tiles * shares, _MULTIPROCESSORS) * triton.cdiv(tiles, shares)
+        return row_tiles * tiles / (rounds * _MULTIPROCESSORS)
+
+    return max(range(1, min(tiles, _MOST_SHARES) + 1), key=busy)
 
 
 def _gradients(
@@ -156,7 +175,7 @@ def _logits(  # type: ignore[no-untyped-def]
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _summed(  # type: ignore[no-untyped-def]
     hidden, weight, targets, parts, rows, inner, first, size, scale, tiles, SPLITS: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
@@ -183,7 +202,7 @@ def _summed(  # type: ignore[no-untyped-def]
     tl.store(at + 3 * rows, at_target, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["column_tiles"])
 def _gradient(  # type: ignore[no-untyped-def]
     hidden, weight, gradients, targets, peaks, log_totals, entropies, grads_logprob, grads_entropy, rows, inner, start,
     column_tiles, first, scale, inverse,

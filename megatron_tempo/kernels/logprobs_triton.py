@@ -21,7 +21,7 @@ from megatron_tempo.kernels.logprobs import LN_2, LOG2_E, LOWEST, Shard
 _LN_2 = tl.constexpr(LN_2)
 _LOWEST = tl.constexpr(LOWEST)
 NOTHING = tl.constexpr(-1e30)  # the peak before any logit: finite, so that differences to it are no NaN
-_LANES, _WIDTH = 1024, 8  # columns that a program reads at a time; the width is 16 bytes of bfloat16
+_LANES, _WIDTH = 512, 8  # columns that a program reads at a time; the width is 16 bytes of bfloat16
 _WARPS = 8
 _JOINED = 128  # rows that a program joins
 
@@ -171,7 +171,7 @@ def _gradient(  # type: ignore[no-untyped-def]
     row = tl.program_id(0)
     at_row = logits + row.to(tl.int64) * stride
     columns = tl.arange(0, LANES * WIDTH)
-    target = tl.load(targets + row) - first
+    target = (tl.load(targets + row) - first).to(tl.int32)
     peak, log_total, entropy = tl.load(peaks + row), tl.load(log_totals + row), tl.load(entropies + row)
     first_term, second, third = gradient_terms(
         entropy, tl.load(grads_logprob + row), tl.load(grads_entropy + row), inverse

@@ -138,7 +138,8 @@ def policy_loss(
 
 
 def _bounded(log_ratio: Tensor) -> Tensor:
-    return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    """Within the bound. NaN keeps its gradient, which a clamp would take: it must reach the check before a step."""
+    return torch.where(log_ratio.isnan(), log_ratio, log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND))
 
 
 def _k3(x: Tensor) -> Tensor:

@@ -148,7 +148,9 @@ def _settings(given: Experience, baseline: Baseline, config: ActorUpdateConfig) 
 
 @triton.jit
 def _bounded(x):  # type: ignore[no-untyped-def]
-    return tl.minimum(tl.maximum(x, -_BOUND), _BOUND)
+    """Within the bound. NaN stays NaN, which a GPU's minimum would take for the other argument."""
+    above = tl.maximum(x, -_BOUND, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(above, _BOUND, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -266,7 +268,7 @@ def _forward(  # type: ignore[no-untyped-def]
     positive, negative = advantage > 0.0, advantage < 0.0
     if SEQUENCE:
         first = away
-        up = weight * tl.where(positive, advantage, 0.0)
+        up = weight * tl.where(negative, 0.0, advantage)  # NaN too: it must reach the loss
         down = weight * tl.where(negative, advantage, 0.0)
     else:
         ratio = tl.exp(difference)
@@ -335,11 +337,12 @@ def _backward(  # type: ignore[no-untyped-def]
         follows = mask
     else:
         ratio = tl.exp(_bounded(away))
-        follows = tl.abs(away) <= _BOUND
+        follows = (tl.abs(away) <= _BOUND) | (away != away)
     free = (advantage < 0.0) & (ratio >= low)
     if DUAL:
         free = free & (ratio <= dual)
     free = free | ((advantage > 0.0) & (ratio <= high))
+    free = free | (advantage != advantage) | (ratio != ratio)  # NaN goes through to the gradient
     gradient = tl.where(free & follows, -weight * advantage * ratio, 0.0)
     if REFERENCE:
         bounded = _bounded(to_reference)

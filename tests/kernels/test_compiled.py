@@ -25,9 +25,9 @@ REGISTERS = {
     "value_loss._shift": 64,
     "value_loss._forward": 64,
     "value_loss._backward": 64,
-    "logprobs._summed": 80,
+    "logprobs._summed": 48,
     "logprobs._join": 64,
-    "logprobs._gradient": 128,
+    "logprobs._gradient": 64,
     "linear_logprobs._summed": 255,
     "linear_logprobs._gradient": 255,
 }
@@ -81,7 +81,7 @@ def test_the_value_loss_is_two_launches_and_three_with_its_clip(compiled: dict[s
 @pytest.mark.parametrize("case", ["logits bf16", "logits fp32"])
 def test_logits_are_read_and_written_16_bytes_at_a_time(compiled: dict[str, list[Compiled]], case: str) -> None:
     """In the loop over the columns. What is behind the last whole turn of it is read one by one."""
-    loads = 4 if case == "logits bf16" else 8  # a thread's 32 columns of a turn
+    loads = 2 if case == "logits bf16" else 4  # a thread's 16 columns of a turn
     for one in of(compiled, "logprobs._summed", case):
         assert one.count("LDG.E.128") == loads
     for one in of(compiled, "logprobs._gradient", case):

@@ -60,6 +60,15 @@ def test_bfloat16_hidden_states(rows: int, vocab: int, padded: int, hidden: int)
         assert leaf.grad[vocab:].abs().sum() == 0 or leaf is leaves[0]
 
 
+def test_blocks_of_rows_and_columns_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of rows: the gradient of the weights is added up in float32."""
+    from megatron_tempo.kernels import linear_logprobs_triton
+
+    monkeypatch.setattr(linear_logprobs_triton, "_BLOCK_ROWS", 128)
+    monkeypatch.setattr(linear_logprobs_triton, "_BLOCK_BYTES", 128 * 2 * 512)
+    test_bfloat16_hidden_states(300, 1700, 1712, 256)
+
+
 def test_the_paper_size_in_bfloat16_and_its_memory() -> None:
     """8,192 tokens of Qwen3-8B: the same as by way of the logits, in less than a block and the fp32 gradient beside."""
     torch.manual_seed(0)
@@ -159,6 +168,7 @@ def test_the_policy_loss_is_three_launches_with_whitening() -> None:
     assert sorted(launched) == ["_backward", "_forward", "_moments"]
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
 def test_the_sanitizer_finds_nothing(tool: str) -> None:
     sanitizer = shutil.which("compute-sanitizer")

@@ -422,6 +422,22 @@ def test_extreme_log_ratios_overflow_nothing(
             assert found.isfinite().all()
 
 
+@pytest.mark.parametrize("ratio", list(Ratio))
+@pytest.mark.parametrize("name", ["old_logprobs", "values", "rewards", "engine_logprobs"])
+def test_nan_reaches_the_loss_and_the_gradient(implementation: Implementation, ratio: Ratio, name: str) -> None:
+    """The trainer refuses a gradient that is not finite, so a number gone wrong must not be lost on the way."""
+    config = update(ratio, importance_cap=2.0)
+    case = random_case([4, 3], 1, 0.1, config)
+    getattr(case["experience"], name)[1] = math.nan  # of the first row, but for the rewards
+    loss, _, grad, _ = loss_of(implementation, [4, 3], config, **case)
+    row = 1 if name == "rewards" else 0
+    assert loss[row].isnan()
+    assert loss[1 - row].isfinite()
+    of_rows = grad.split([4, 3])
+    assert of_rows[row].isnan().any()
+    assert of_rows[1 - row].isfinite().all()
+
+
 def test_one_pass_may_follow_another_on_the_same_rows(implementation: Implementation) -> None:
     """The blocks' tickets are back at zero after each launch."""
     config, lengths = CONFIGS[2], [5, 2 * BLOCK, 0]

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from megatron_tempo.config.schema import ActorUpdateConfig, Baseline, Ratio
 from megatron_tempo.kernels.policy_loss import Experience
-from tests.kernels.implementations import Implementation, plain, triton
+from tests.kernels.implementations import CUDA, Implementation, plain, triton
 from tests.kernels.test_logprobs import HIDDEN, LINEAR, case, close, expected, linear_case, linear_expected
 from tests.kernels.test_policy_loss import loss_of, random_case, update, weights_of
 from tests.support.ranks import run_ranks
 
+pytestmark = pytest.mark.skipif(CUDA, reason="the processes share one machine's CPU")
 BOTH = {"plain": plain, "triton": triton}
 
 
