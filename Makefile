@@ -3,17 +3,20 @@ PYTHON ?= python3
 PROCESSES ?= 2
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow test-gpu lint clean
+.PHONY: quickstart test test-slow test-engines test-gpu lint clean
 
 quickstart: .venv/installed  ## the main job: train on countdown, from a small pretrained model to a report
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) \
 		-m megatron_tempo train experiment=quickstart $(ARGS)
 
 test: .venv/installed-test  ## unit and distributed tests
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not engine" $(ARGS)
 
 test-slow: .venv/installed-test  ## what .ci/run runs beyond that
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+test-engines: .venv/installed-test .venv-sglang/installed  ## against real inference servers, each in its own environment
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engine $(ARGS)
 
 test-gpu: .venv/installed-test  ## what only a machine with a GPU shows
 	$(BIN)/python -m pytest -m gpu $(ARGS)
@@ -31,10 +34,17 @@ lint: .venv/installed-test
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@ .venv/installed
 
+.venv-sglang/installed: tests/engines/sglang-cpu.txt tests/engines/sglang-cpu-alone.txt tests/engines/sglang_cpu.py
+	$(PYTHON) -m venv .venv-sglang
+	.venv-sglang/bin/pip install --quiet -r tests/engines/sglang-cpu.txt
+	.venv-sglang/bin/pip install --quiet --no-deps -r tests/engines/sglang-cpu-alone.txt
+	.venv-sglang/bin/python tests/engines/sglang_cpu.py
+	touch $@
+
 .venv:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "$(PYTHON) is not Python 3.11, 3.12 or 3.13: give one, make ... PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; echo 'no venv module: apt-get install python3-venv (Debian, Ubuntu)'; exit 1; }
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-sglang build *.egg-info

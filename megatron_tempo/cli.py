@@ -34,7 +34,7 @@ from megatron_tempo.config.rules.data import SUFFIXES
 from megatron_tempo.config.schema import Config, Verifier, to_plain
 from megatron_tempo.config.summary import summary
 from megatron_tempo.config.tree import read
-from megatron_tempo.errors import InputError
+from megatron_tempo.errors import EngineError, InputError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _GROUPS = ("model", "data", "algorithm", "experiment")
@@ -67,7 +67,7 @@ _COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 where the user has something to mend."""
+    """Returns the exit status: 0, 2 where the user has something to mend, or 1 where an engine failed."""
     arguments = _arguments(argv)
     purpose = Purpose.eval if arguments.command == "eval" else Purpose.train
     launched = None if arguments.command == "check" else int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
@@ -80,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             host = "" if os.environ.get("RANK", "0") == "0" else f"{socket.gethostname()}: "
             print(f"{host}{'' if isinstance(error, ConfigErrors) else 'error: '}{error}", file=sys.stderr)
         return 2
+    except EngineError as error:  # on the rank that saw it
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Errors that a user can mend."""
+"""Errors that a user is told of in a line."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The message names it and the fix; the command line prints it without a traceback.
     """
+
+
+class EngineError(RuntimeError):
+    """An engine that failed, or that answered what cannot be trained on."""

@@ -21,7 +21,7 @@ from megatron_tempo.config.tree import differences
 from megatron_tempo.config.tree import load as load_config
 from megatron_tempo.config.tree import save as save_config
 from megatron_tempo.data.stream import PromptStream
-from megatron_tempo.errors import InputError
+from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.evaluation.evaluator import Evaluator
 from megatron_tempo.methods import METHODS
 from megatron_tempo.methods.learner import Learner, Rollouts
@@ -47,6 +47,9 @@ from megatron_tempo.wiring import (
     prompt_streams,
     weights_of,
 )
+
+# How much an engine says when it is checked.
+PARITY_PROMPTS, PARITY_TOKENS = 4, 256
 
 _P = TypeVar("_P", LabelledPrompt, UnlabelledPrompt)
 _Stream = PromptStream[LabelledPrompt] | PromptStream[UnlabelledPrompt]
@@ -180,7 +183,29 @@ class Run:
         self._remember_config()
         self.metrics.plan(self.config.stages(), schedule.evaluations_left(self.config, self.step), self.step)
         self.sync_engine()
+        self.check_engine()
         return self.step
+
+    def check_engine(self) -> None:
+        """Let the engine answer a few questions, and hold its log-probabilities against the actor's.
+
+        Raises EngineError where they are further apart than `rollout.parity_tolerance`: what such an engine generates
+        would be learnt from as if the actor had said it.
+        """
+        config, stream = self.config.rollout, self.labelled or self.unlabelled
+        assert stream is not None
+        prompts = stream.first(PARITY_PROMPTS)
+        sampling = Sampling(config.temperature, min(config.max_response_tokens, PARITY_TOKENS))
+        completions = completions_of(self.engine, prompts, 1, sampling, self.config.run.seed, "parity", self.step)
+        batch = batch_of(prompts, completions, None)
+        gap = float((self.actor.logprobs(batch) - batch.engine_logprobs).abs().mean())
+        if not gap <= config.parity_tolerance:
+            tokens = int(batch.response_lengths.sum())
+            raise EngineError(
+                f"the engine's log-probabilities are {gap:.2g} nats from the actor's, a mean over {tokens} tokens, but "
+                f"rollout.parity_tolerance={config.parity_tolerance:g}: its weights, its temperature or its reading of "
+                f"config.json are not the actor's"
+            )
 
     def evaluate_if_due(self, stage_name: str, iteration: int) -> None:
         point = schedule.evaluation_point(self.config, self.step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import transformers
@@ -57,10 +58,11 @@ def evaluate(config: Config) -> None:
         open_workplace(config) as place,
         Verifiers() as verifiers,
         Metrics(out, config.metrics, place.layout.is_writer) as metrics,
+        ExitStack() as stack,
     ):
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
         sets = evaluation_sets(config, tokenizer, verifiers)
-        engine = build_engine(place)
+        engine = stack.enter_context(closing(build_engine(place)))
         engine.load_weights(tensors(Path(config.model.path)), version=0)
         critic_path = config.model.critic_path
         critic = build_critic(place) if critic_path else None

@@ -93,9 +93,14 @@ def targets_of(critic: Path) -> CriticTargets:
 
 
 def build_engine(place: Workplace) -> Engine:
-    """The engine of `rollout.engine`, without weights yet."""
+    """The engine of `rollout.engine`, without weights yet. Collective."""
     config = place.config
-    assert config.rollout.engine is EngineKind.embedded, "the other engines bring their own branch here"
+    if config.rollout.engine is EngineKind.sglang:
+        from megatron_tempo.rollout.sglang import SglangEngine  # brings an HTTP client, for this engine only
+
+        model, work = Path(config.model.path), Path(config.run.dir) / "engine"
+        vocab = read_shape(model).vocab
+        return SglangEngine(config.rollout.sglang, model, work, config.run.precision, place.device, vocab)
     dtype = DTYPES[config.run.precision]
     return EmbeddedEngine(Path(config.model.path), place.device, dtype, config.rollout.batch_rows)
 

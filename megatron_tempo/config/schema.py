@@ -24,6 +24,7 @@ class Precision(Enum):
 
 class EngineKind(Enum):
     embedded = "embedded"  # a transformers model in the trainer's processes
+    sglang = "sglang"  # a SGLang server, started with the run
 
 
 class Logits(Enum):
@@ -140,8 +141,25 @@ class DataConfig:
 
 
 @dataclass(slots=True)
+class SglangConfig:
+    """The SGLang server of `rollout.engine=sglang`."""
+
+    python: str = "python3"  # of the environment that SGLang is installed in
+    host: str = "127.0.0.1"  # address of this machine that it listens at
+    devices: list[int] | None = None  # its GPUs; none: those that this process sees
+    tensor: int = 1  # tensor parallelism
+    arguments: list[str] = field(default_factory=list)  # more of its command line, such as --mem-fraction-static=0.8
+    concurrency: int = 64  # requests that a rank has under way at a time
+    checksums_every: int = 1  # weight updates from one comparison of all tensors to the next; 0: none
+    start_seconds: float = 600.0  # until it must be ready
+    answer_seconds: float = 3600.0  # until it must answer a request
+
+
+@dataclass(slots=True)
 class RolloutConfig:
     engine: EngineKind = EngineKind.embedded
+    sglang: SglangConfig = field(default_factory=SglangConfig)
+    parity_tolerance: float = 0.05  # nats: how far engine and trainer may be apart, a mean over tokens, at each start
     max_prompt_tokens: int = 2048
     max_response_tokens: int = 16384
     temperature: float = 1.0

@@ -159,13 +159,13 @@ def _unknown(path: str, key: str, value: Any, siblings: list[str]) -> Iterator[P
 
 
 def _meant(path: str, key: str, siblings: list[str]) -> str:
-    """Fields that may have been meant: beside it, of the same name elsewhere, or alike as a whole."""
+    """Fields that may have been meant: beside it, alike as a whole, or of the same name elsewhere."""
     parent = path.rpartition(".")[0]
     known = list(field_paths())
     beside = [_join(parent, name) for name in get_close_matches(key, siblings)]
     top = path.partition(".")[0]
     same = sorted((other for other in known if other.endswith(f".{key}")), key=lambda other: not other.startswith(top))
-    close = beside or same[:3] or get_close_matches(path, known, n=1, cutoff=0.8)
+    close = beside or get_close_matches(path, known, n=1, cutoff=0.9) or same[:3]
     return (
         f"did you mean {' or '.join(close)}?"
         if close

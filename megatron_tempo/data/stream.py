@@ -46,6 +46,10 @@ class PromptStream(Generic[P]):
             indices += self._draw(min(count - len(indices), len(self._prompts)))
         return [self._prompts[i] for i in indices]
 
+    def first(self, count: int) -> list[P]:
+        """The first `count` prompts of the set, without taking them."""
+        return list(self._prompts[:count])
+
     def state(self) -> dict[str, Any]:
         """Where the stream stands, for `restore`: JSON-able."""
         return {

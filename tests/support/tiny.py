@@ -16,7 +16,7 @@ WORDS = [*map(str, range(50)), *"+-*=>:yrn$?", "<pad>", "a", "b", "c", "d", "e"]
 VOCAB = len(WORDS)
 
 
-def write_model(folder: Path, *, tied: bool, seed: int = 0, layers: int = 4) -> Path:
+def write_model(folder: Path, *, tied: bool, seed: int = 0, layers: int = 4, ffn: int = 48) -> Path:
     """A Qwen3 folder with random weights, large enough for every weight to matter, and a word tokenizer."""
     torch.manual_seed(seed)
     config = transformers.Qwen3Config(
@@ -26,7 +26,7 @@ def write_model(folder: Path, *, tied: bool, seed: int = 0, layers: int = 4) -> 
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=12,  # heads * head_dim differs from hidden_size, as in Qwen3-0.6B
-        intermediate_size=48,
+        intermediate_size=ffn,
         max_position_embeddings=256,
         tie_word_embeddings=tied,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},

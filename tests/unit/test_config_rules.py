@@ -51,6 +51,12 @@ ONE_FIELD = [
     ("rollout.temperature=0", "rollout.temperature", "above 0", "temperature=1"),
     ("rollout.temperature=.nan", "rollout.temperature", "above 0", "temperature=1"),
     ("rollout.batch_rows=0", "rollout.batch_rows", "1 or more", "batch_rows=1"),
+    ("rollout.parity_tolerance=0", "rollout.parity_tolerance", "above 0", "parity_tolerance="),
+    ("rollout.sglang.tensor=0", "rollout.sglang.tensor", "1 or more", "tensor=1"),
+    ("rollout.sglang.checksums_every=-1", "rollout.sglang.checksums_every", "0 or more", "checksums_every=0"),
+    ("rollout.sglang.start_seconds=0", "rollout.sglang.start_seconds", "above 0", "start_seconds=1"),
+    (f"{S1}.importance_cap=0", f"{S1}.importance_cap", "above 0", "importance_cap=1"),
+    (f"{S2}.clip=-1", f"{S2}.clip", "above 0", "clip=1"),
     (f"{S1}.optimizer.lr=0", f"{S1}.optimizer.lr", "above 0", "lr=1e-6"),
     (f"{S1}.optimizer.lr=.inf", f"{S1}.optimizer.lr", "above 0", "lr=1e-6"),
     (f"{S2}.optimizer.warmup_steps=-1", f"{S2}.optimizer.warmup_steps", "0 or more", "warmup_steps=0"),
@@ -386,3 +392,13 @@ def test_every_method_has_its_needs() -> None:
         {Prompts.labelled},
     )
     assert Config().stage1.prompts() == {Prompts.labelled}
+
+
+def test_a_server_that_cannot_be_started(files: Path) -> None:
+    nowhere = [f"rollout.sglang.python={files}/none/bin/python", "rollout.sglang.devices=[0,1]"]
+    assert problems(files, *nowhere) == [], "another engine is asked for"
+    first, second = problems(files, [*nowhere, "rollout.engine=sglang"])
+    assert first.field == "rollout.sglang.python"
+    assert "no program that can be run" in first.wrong
+    assert second.field == "rollout.sglang.devices"
+    assert "rollout.sglang.tensor=2" in second.fix

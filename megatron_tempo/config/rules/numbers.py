@@ -42,6 +42,14 @@ _BOUNDS: dict[type, dict[str, _Bound]] = {
         "max_response_tokens": _ONE_OR_MORE,
         "temperature": _ABOVE_ZERO,
         "batch_rows": _ONE_OR_MORE,
+        "parity_tolerance": _SMALL,
+    },
+    schema.SglangConfig: {
+        "tensor": _ONE_OR_MORE,
+        "concurrency": _ONE_OR_MORE,
+        "checksums_every": _ZERO_OR_MORE,
+        "start_seconds": _ABOVE_ZERO,
+        "answer_seconds": _ABOVE_ZERO,
     },
     schema.OptimizerConfig: {
         "lr": _SMALL,
