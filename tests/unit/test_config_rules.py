@@ -397,7 +397,7 @@ def test_every_method_has_its_needs() -> None:
 def test_a_server_that_cannot_be_started(files: Path) -> None:
     nowhere = [f"rollout.sglang.python={files}/none/bin/python", "rollout.sglang.devices=[0,1]"]
     assert problems(files, *nowhere) == [], "another engine is asked for"
-    first, second = problems(files, [*nowhere, "rollout.engine=sglang"])
+    first, second = problems(files, *nowhere, "rollout.engine=sglang")
     assert first.field == "rollout.sglang.python"
     assert "no program that can be run" in first.wrong
     assert second.field == "rollout.sglang.devices"
