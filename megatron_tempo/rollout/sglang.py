@@ -31,6 +31,15 @@ from megatron_tempo.types import Completion, TokenCount
 
 # SGLang's vocabularies are filled up with zero rows to a multiple of this.
 _VOCABULARY_MULTIPLE = 64
+# Said outright, since what is not said may come from the model's generation_config.json.
+_NOTHING_ELSE = {
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+}
 # Its parameters that hold several of Hugging Face's, one behind the other.
 _FUSED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -85,10 +94,10 @@ class SglangEngine:
         self._version = version
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        self._client.close()
         if self._server is not None:
-            self._server.close()
+            self._server.close()  # first: what is still asked then fails, and nobody waits for it
+        self._client.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     # Weights
 
@@ -156,6 +165,7 @@ class SglangEngine:
                 "temperature": sampling.temperature,
                 "max_new_tokens": sampling.max_tokens,
                 "stop_token_ids": self._end_tokens,
+                **_NOTHING_ELSE,
             },
             "return_logprob": True,
         }

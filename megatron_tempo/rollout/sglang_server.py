@@ -32,6 +32,7 @@ _ON_CPU = [
     "--grammar-backend=none",
     "--disable-cuda-graph",
 ]
+_LEFT_OUT = ("generation_config.json", ".safetensors.index.json")
 _DTYPES = {Precision.fp32: "float32", Precision.bf16: "bfloat16"}
 
 
@@ -141,12 +142,14 @@ def _private(path: Path, arguments: dict[str, Any]) -> Path:
 def _engine_folder(model: Path, folder: Path) -> Path:
     """Config and tokenizer of a Hugging Face folder, without its weights, as SGLang reads them.
 
+    Without generation_config.json too: each request says how it is to be sampled, and what ends it.
+
     transformers 5 keeps the rotary base in `rope_parameters`; SGLang looks for `rope_theta` and silently takes 10,000
     where it finds none.
     """
     folder.mkdir(exist_ok=True)
     for file in model.iterdir():
-        if file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model") and "safetensors" not in file.name:
+        if file.suffix in (".json", ".jinja", ".txt", ".model") and not file.name.endswith(_LEFT_OUT):
             shutil.copyfile(file, folder / file.name)
     config = json.loads((model / "config.json").read_text())
     rope = config.pop("rope_parameters", None)

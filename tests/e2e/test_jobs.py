@@ -100,7 +100,7 @@ def step_on_nan(model: Path) -> tuple[str, bool]:
         before = [parameter.clone() for parameter in trained.net.parameters()]
 
         def loss(micro: MicroBatch, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            by_row = values[micro.valued].sum() * torch.full((len(micro.rows),), torch.nan)
+            by_row = values.sum() * torch.full((len(micro.rows),), torch.nan)
             return by_row, by_row.detach()[:, None]
 
         batch = ragged_batch(4)

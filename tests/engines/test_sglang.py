@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -29,13 +30,18 @@ from tests.support.ranks import run_ranks
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 PYTHON = Path(__file__).parents[2] / ".venv-sglang/bin/python"
+END = tiny.WORDS.index("$")
 FFN = 64  # on a CPU SGLang fills others up, and its checksums are then of something else
 PROMPTS = [(5, 7, 8), (9, 4, 1, 2, 3), (60,), tuple(range(20))]
 REQUESTS = [Request(prompt, samples=3, seed=i) for i, prompt in enumerate(PROMPTS)]
 
 
 def write_model(folder: Path, *, tied: bool = False, seed: int = 0) -> Path:
-    return tiny.write_model(folder, tied=tied, seed=seed, ffn=FFN)
+    """With a generation_config.json that must not have a say: by its leave one response alone could come."""
+    tiny.write_model(folder, tied=tied, seed=seed, ffn=FFN)
+    sampling = {"do_sample": True, "temperature": 0.01, "top_k": 1, "top_p": 0.1, "eos_token_id": END}
+    (folder / "generation_config.json").write_text(json.dumps(sampling))
+    return folder
 
 
 def config_of(model: Path, run: Path, tensor: int = 1, pipeline: int = 1) -> Config:
@@ -74,6 +80,7 @@ def assert_said_by(model: Path, said: list[list[Completion]], version: int, temp
         for completion in completions:
             assert completion.weight_version == version
             assert 1 <= len(completion.token_ids) <= 8
+            assert (completion.token_ids[-1] == END) == (completion.finish_reason == "stop")
             tokens = torch.tensor([*prompt, *completion.token_ids])
             with torch.no_grad():
                 logs = (reference(tokens[None]).logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
@@ -89,8 +96,10 @@ def test_after_each_sync_it_speaks_with_the_new_weights(tmp_path: Path, tied: bo
     for said in by_rank:
         for version, (model, completions) in enumerate(zip(models, said, strict=True)):
             assert_said_by(model, completions, version, 0.7)
-    seen = {c.token_ids for c in by_rank[0][0][0]}
-    assert len(seen) > 1, "samples differ"
+    seen = {completion.token_ids for completions in by_rank[0][0] for completion in completions}
+    assert len(seen) > len(PROMPTS), "samples differ"
+    ends = {c.finish_reason for rank in by_rank for said in rank for completions in said for c in completions}
+    assert ends <= {"stop", "length"}
 
 
 def spoiled(model: Path, run: Path) -> list[str]:
