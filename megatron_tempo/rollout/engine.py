@@ -1,4 +1,4 @@
-"""What every engine does. The embedded one is in `embedded.py`."""
+"""What every engine does. One is in `embedded.py`, one in `sglang.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from megatron_tempo.types import Completion, TokenCount
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt to be answered `samples` times. Equal seeds give equal completions, whatever else is asked with them.
+    """One prompt to be answered `samples` times.
+
+    With the embedded engine equal seeds give equal completions, whatever else is asked with them. A server draws its
+    own numbers.
 
     >>> Request(token_ids=(5, 7, 8), samples=8, seed=3)
     """
@@ -42,7 +45,10 @@ class Engine(Protocol):
         ...
 
     def load_weights(self, buckets: Iterable[Sequence[tuple[str, Tensor]]], version: int) -> None:
-        """Take the whole model's weights, as Hugging Face names them. Raises ValueError if any is missing or misfit."""
+        """Take the whole model's weights, as Hugging Face names them.
+
+        Raises ValueError or EngineError if any is missing or misfit.
+        """
         ...
 
     def close(self) -> None: ...
