@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -79,11 +80,7 @@ def build_reference(place: Workplace) -> Actor:
 def build_critic(place: Workplace) -> Critic:
     """The critic with the weights of `model.critic_path`, or the actor's decoder and a zero head. Collective."""
     path = Path(place.config.model.critic_path or place.config.model.path)
-    shape = read_shape(path)
-    megatron = transformer_config(shape, place.layout, place.config.run.precision)
-    net = ValueModel(megatron, shape, place.layout, kernels_for(place.device))
-    folder.load(net, place.layout, _slots(net, place), path)
-    return Critic(_trained(place, net))
+    return Critic(_trained(place, _network(place, ValueModel, path)))
 
 
 def targets_of(critic: Path) -> CriticTargets:
@@ -179,18 +176,17 @@ def evaluation_sets(
     return sets
 
 
-def _language_model(place: Workplace) -> LanguageModel:
-    """The network of `model.path`."""
-    config, path = place.config, Path(place.config.model.path)
+def _language_model(place: Workplace) -> PackedGPT:
+    """The actor's network, with the weights of `model.path`."""
+    config = place.config
+    kind = partial(LanguageModel, logits=config.model.logits, temperature=config.rollout.temperature)
+    return _network(place, kind, Path(config.model.path))
+
+
+def _network(place: Workplace, kind: Callable[..., PackedGPT], path: Path) -> PackedGPT:
     shape = read_shape(path)
-    net = LanguageModel(
-        transformer_config(shape, place.layout, config.run.precision),
-        shape,
-        place.layout,
-        kernels_for(place.device),
-        config.model.logits,
-        config.rollout.temperature,
-    )
+    config = transformer_config(shape, place.layout, place.config.run.precision)
+    net = kind(config, shape, place.layout, kernels_for(place.device))
     folder.load(net, place.layout, _slots(net, place), path)
     return net
 

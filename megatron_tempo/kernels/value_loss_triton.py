@@ -93,12 +93,12 @@ def _shift(  # type: ignore[no-untyped-def]
 def _errors(  # type: ignore[no-untyped-def]
     values, targets, starts, block_rows, first_blocks, shifts, CLIP: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Of a block's values: v - R, and v + e - R for those of K (v - R for the others), and whether of K."""
+    """Of a block's values: v, the error that counts (v + e - R for those of K, v - R for the others), whether of K."""
     row, at, mask = block_of(starts, block_rows, first_blocks, BLOCK)
     value = tl.load(values + at, mask=mask, other=0.0)
     error = tl.where(mask, value - tl.load(targets + row), 0.0)
     counted = error
-    held = mask & (error != error)
+    held = mask  # without a clip nobody asks
     if CLIP:
         shifted = tl.where(mask, error + tl.load(shifts + row), 0.0)
         held = shifted * shifted > error * error

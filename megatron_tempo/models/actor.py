@@ -41,11 +41,15 @@ class Actor:
         `experience` is that of the whole batch, on the CPU. Returns figures over all steps.
         """
         assert isinstance(self.model, TrainedModel)
-        moments = self._moments(batch, experience, baseline) if config.whiten_advantages else None
+        experience = replace(
+            experience,
+            moments=self._moments(batch, experience, baseline) if config.whiten_advantages else None,
+            engine_logprobs=None if config.importance_cap is None else experience.engine_logprobs,
+        )
 
         def loss(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
             logprobs, entropy = output
-            given = replace(_of_micro_batch(experience, micro), moments=moments)
+            given = _of_micro_batch(experience, micro)
             return self.kernels.policy_loss(logprobs, entropy, given, micro.response_rows, baseline, config)
 
         steps = [self.model.step(batch, rows, loss, len(ROW_METRICS), config.optimizer) for rows in order]
@@ -74,6 +78,7 @@ def _of_micro_batch(experience: Experience, micro: MicroBatch) -> Experience:
         rewards=experience.rewards[micro.rows].to(micro.targets.device),
         engine_logprobs=pick(experience.engine_logprobs, tokens),
         reference_logprobs=pick(experience.reference_logprobs, tokens),
+        moments=experience.moments,
     )
 
 

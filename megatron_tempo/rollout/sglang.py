@@ -117,14 +117,15 @@ class SglangEngine:
         return sender
 
     def _send(self, buckets: Iterable[Sequence[tuple[str, Tensor]]], version: int) -> None:
-        compare = bool(self._config.checksums_every) and self._syncs % self._config.checksums_every == 0
+        every = self._config.checksums_every
+        compare = self._comparable and every > 0 and self._syncs % every == 0
         wanted: dict[str, str] = {}
         self._syncs += 1
         self._post("pause_generation", {"mode": "retract"})
         self._post("begin_weight_update", {})
         for bucket in buckets:
             self._send_bucket(bucket, version)
-            if compare and self._comparable:
+            if compare:
                 wanted |= dict(checksums(bucket))
         self._post("end_weight_update", {})
         if wanted:
