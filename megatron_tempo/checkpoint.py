@@ -40,12 +40,15 @@ class Checkpoints:
     layout: Layout
     tell: Callable[[str], None]
 
+    def path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
     def save(self, step: int, models: dict[str, TrainedModel], state: dict[str, Any]) -> Path:
         """Write a checkpoint and remove those older than the last `keep`. `state` is JSON-able.
 
         Raises OSError naming what could not be written; earlier checkpoints are then as before.
         """
-        path = self.folder / f"step_{step:08d}"
+        path = self.path(step)
         partial = path.with_name(path.name + ".partial")
         if self.layout.is_writer:
             shutil.rmtree(partial, ignore_errors=True)

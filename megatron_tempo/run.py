@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -32,9 +33,9 @@ from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.report.summary import summary_table
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout import dump
-from megatron_tempo.rollout.batches import batch_of, completions_of, verdicts_of
+from megatron_tempo.rollout.batches import Asked, ask, batch_of, collect
 from megatron_tempo.rollout.engine import Engine, Sampling
-from megatron_tempo.types import Batch, LabelledPrompt, UnlabelledPrompt
+from megatron_tempo.types import Batch, LabelledPrompt, UnlabelledPrompt, Weights
 from megatron_tempo.wiring import (
     Workplace,
     build_actor,
@@ -42,22 +43,36 @@ from megatron_tempo.wiring import (
     build_engine,
     build_evaluator,
     build_reference,
+    engine_weights,
     evaluation_sets,
     export_hf,
     prompt_streams,
-    weights_of,
 )
 
-# How much an engine says when it is checked.
+# How much each model of an engine says when it is checked.
 PARITY_PROMPTS, PARITY_TOKENS = 4, 256
 
 _P = TypeVar("_P", LabelledPrompt, UnlabelledPrompt)
 _Stream = PromptStream[LabelledPrompt] | PromptStream[UnlabelledPrompt]
 
 
+@dataclass(frozen=True, slots=True)
+class _Questions:
+    """An iteration's prompts, which the engine is answering. `before` is where the streams stood without them."""
+
+    labelled: list[LabelledPrompt]
+    unlabelled: list[UnlabelledPrompt]
+    asked: Asked
+    before: dict[str, Any]
+
+
 @dataclass(slots=True)
 class Run:
-    """Everything that a run works with. `step` counts its iterations over both stages."""
+    """Everything that a run works with. `step` counts its iterations over both stages.
+
+    `questions` are those of iterations that are not done: of the one under way and, with `rollout.max_staleness`, of
+    the next.
+    """
 
     config: Config
     place: Workplace
@@ -68,10 +83,13 @@ class Run:
     actor: Actor
     critic: Critic
     engine: Engine
+    weights: Weights
     evaluator: Evaluator
     metrics: Metrics
     checkpoints: Checkpoints
     step: int = 0
+    questions: list[_Questions] = field(default_factory=list)
+    evaluated: bool = True  # what was due at `step` is written
     reference: Actor | None = field(default=None)
 
     @classmethod
@@ -85,7 +103,8 @@ class Run:
             metrics = stack.enter_context(Metrics(Path(config.run.dir), config.metrics, layout.is_writer))
             labelled, unlabelled = prompt_streams(config, tokenizer, verifiers, metrics.message)
             sets = evaluation_sets(config, tokenizer, verifiers)
-            actor, critic, engine = build_actor(place), build_critic(place), build_engine(place)
+            actor, critic = build_actor(place), build_critic(place)
+            engine = build_engine(place, metrics.message)
             stack.callback(engine.close)
             below = Path(config.run.dir) / "checkpoints"
             checkpoints = Checkpoints(below, config.checkpoint.keep, layout, metrics.message)
@@ -99,6 +118,7 @@ class Run:
                 actor=actor,
                 critic=critic,
                 engine=engine,
+                weights=engine_weights(actor, place),
                 evaluator=build_evaluator(config, engine, verifiers, tokenizer, sets, critic),
                 metrics=metrics,
                 checkpoints=checkpoints,
@@ -107,7 +127,7 @@ class Run:
     # One iteration
 
     def iterate(self, stage_name: str, stage: StageConfig, iteration: int) -> dict[str, Any]:
-        """Rollouts, the method's updates, and the new weights in the engine. Returns the line for metrics.jsonl."""
+        """Rollouts and the method's updates. Returns the line for metrics.jsonl."""
         started = time.monotonic()
         rollouts = self.rollouts(stage_name, stage, iteration)
         learner = Learner(
@@ -118,42 +138,62 @@ class Run:
             seed=f"{self.config.run.seed}/{stage_name}/{iteration}",
         )
         figures = METHODS[stage.method](learner, rollouts, stage, iteration)
+        figures |= _rollout_figures(rollouts, self.step, time.monotonic() - started)
         self.step += 1
-        self.sync_engine()
+        self.questions = self.questions[1:]
+        self.evaluated = False
         return {
             "stage": stage_name,
             "method": stage.method.name,
             "iteration": iteration + 1,
             "step": self.step,
-            **_rollout_figures(rollouts, time.monotonic() - started),
             **figures,
             **self._padding(),
         }
 
     def rollouts(self, stage_name: str, stage: StageConfig, iteration: int) -> Rollouts:
-        """This iteration's prompts, labelled and unlabelled in one pass, answered and (the labelled ones) verified."""
-        needed = stage.prompts_at(iteration)
-        labelled = _take(self.labelled, stage.labelled_prompts) if Prompts.labelled in needed else []
-        unlabelled = _take(self.unlabelled, stage.unlabelled_prompts) if Prompts.unlabelled in needed else []
+        """This iteration's prompts, labelled and unlabelled in one pass, answered and (the labelled ones) verified.
+
+        With `rollout.max_staleness` the next iteration's are asked then, to be answered while this one's are learnt
+        from: not over the end of a stage.
+        """
         config, samples = self.config.rollout, stage.responses_per_prompt
         if config.replay is not None:
+            labelled, unlabelled = self._take(stage, iteration)
             path = dump.path_of(Path(config.replay), stage_name, iteration + 1)
             return Rollouts(*dump.read(path, labelled, unlabelled, samples))
-        sampling = Sampling(config.temperature, config.max_response_tokens)
-        seed = (self.config.run.seed, stage_name, iteration, "rollout")
         with self.metrics.phase("generate"):
-            completions = completions_of(self.engine, [*labelled, *unlabelled], samples, sampling, *seed)
-        of_labelled, of_unlabelled = completions[: len(labelled)], completions[len(labelled) :]
-        with self.metrics.phase("verify"):
-            verdicts = verdicts_of(self.verifiers, self.tokenizer, labelled, of_labelled)
+            if not self.questions:
+                self._ask(stage_name, stage, iteration)
+            current = self.questions[0]
+            completions, verdicts = collect(current.asked, self.verifiers, self.tokenizer)
+            if config.max_staleness and iteration + 1 < stage.iterations:
+                self._ask(stage_name, stage, iteration + 1)
+        labelled, unlabelled = current.labelled, current.unlabelled
+        n = len(labelled)
         rollouts = Rollouts(
-            batch_of(labelled, of_labelled, verdicts) if labelled else None,
-            batch_of(unlabelled, of_unlabelled, None) if unlabelled else None,
+            batch_of(labelled, completions[:n], verdicts[:n]) if labelled else None,
+            batch_of(unlabelled, completions[n:], None) if unlabelled else None,
         )
         if config.dump and self.place.layout.is_writer:
             path = dump.path_of(Path(self.config.run.dir) / "rollouts", stage_name, iteration + 1)
             dump.write(path, rollouts.labelled, rollouts.unlabelled, self.tokenizer)
         return rollouts
+
+    def _ask(self, stage_name: str, stage: StageConfig, iteration: int) -> None:
+        config, before = self.config.rollout, self._stream_states()
+        labelled, unlabelled = self._take(stage, iteration)
+        sampling = Sampling(config.temperature, config.max_response_tokens)
+        seed = (self.config.run.seed, stage_name, iteration, "rollout")
+        asked = ask(self.engine, [*labelled, *unlabelled], stage.responses_per_prompt, sampling, *seed)
+        self.questions.append(_Questions(labelled, unlabelled, asked, before))
+
+    def _take(self, stage: StageConfig, iteration: int) -> tuple[list[LabelledPrompt], list[UnlabelledPrompt]]:
+        needed = stage.prompts_at(iteration)
+        return (
+            _take(self.labelled, stage.labelled_prompts) if Prompts.labelled in needed else [],
+            _take(self.unlabelled, stage.unlabelled_prompts) if Prompts.unlabelled in needed else [],
+        )
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
         """Log-probabilities of the policy that the run began with, which is loaded at the first need."""
@@ -164,7 +204,7 @@ class Run:
     def sync_engine(self) -> None:
         """The actor's weights into the engine."""
         with self.metrics.phase("sync"):
-            self.engine.load_weights(weights_of(self.actor.model, self.place), self.step)
+            self.engine.load_weights(self.weights, self.step)
 
     # Between iterations
 
@@ -173,6 +213,7 @@ class Run:
         path = self.checkpoints.newest()
         state: dict[str, Any] = {} if path is None else self.checkpoints.load(path, self._models())
         self.step = state.get("step", 0)
+        self.evaluated = state.get("evaluated", self.step > 0)
         self._check_position(path, state)
         for name, stream in self._streams().items():
             if name in state.get("streams", {}):
@@ -194,23 +235,23 @@ class Run:
         """
         config, stream = self.config.rollout, self.labelled or self.unlabelled
         assert stream is not None
-        prompts = stream.first(PARITY_PROMPTS)
+        prompts = stream.first(PARITY_PROMPTS * self.engine.replicas)
         sampling = Sampling(config.temperature, min(config.max_response_tokens, PARITY_TOKENS))
-        completions = completions_of(self.engine, prompts, 1, sampling, self.config.run.seed, "parity", self.step)
-        batch = batch_of(prompts, completions, None)
+        asked = ask(self.engine, prompts, 1, sampling, self.config.run.seed, "parity", self.step)
+        batch = batch_of(prompts, collect(asked, self.verifiers, self.tokenizer)[0], None)
         gap = float((self.actor.logprobs(batch) - batch.engine_logprobs).abs().mean())
         if not gap <= config.parity_tolerance:
             tokens = int(batch.response_lengths.sum())
             raise EngineError(
                 f"the engine's log-probabilities are {gap:.2g} nats from the actor's, a mean over {tokens} tokens, but "
-                f"rollout.parity_tolerance={config.parity_tolerance:g}: its weights, its temperature or its reading of "
-                f"config.json are not the actor's"
+                f"rollout.parity_tolerance={config.parity_tolerance:g}: {_blame(self.engine.differences(self.weights))}"
             )
 
-    def evaluate_if_due(self, stage_name: str, iteration: int) -> None:
+    def evaluate_if_due(self) -> None:
         point = schedule.evaluation_point(self.config, self.step)
-        if point is not None:
-            self.evaluate(point, stage_name, iteration + 1)
+        if point is not None and not self.evaluated:
+            self.evaluate(point, *schedule.place(self.config, self.step))
+        self.evaluated = True
 
     def evaluate(self, point: str, stage_name: str, iteration: int) -> None:
         """Score the actor on every evaluation set; measure the critic on the calibration set."""
@@ -225,13 +266,31 @@ class Run:
     def checkpoint_if_due(self) -> None:
         every, total = self.config.checkpoint.every, schedule.total(self.config)
         if self.step == total or (every and self.step % every == 0):
-            with self.metrics.phase("checkpoint"):
-                state = {
-                    "streams": {name: stream.state() for name, stream in self._streams().items()},
-                    "position": schedule.position(self.config, self.step),
-                    "config": to_plain(self.config),
-                }
-                self.checkpoints.save(self.step, self._models(), state)
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Save the run as it stands between two iterations; questions that are being answered will be asked again."""
+        with self.metrics.phase("checkpoint"):
+            state = {
+                "streams": self.questions[0].before if self.questions else self._stream_states(),
+                "position": schedule.position(self.config, self.step),
+                "evaluated": self.evaluated,
+                "config": to_plain(self.config),
+            }
+            self.checkpoints.save(self.step, self._models(), state)
+
+    @contextmanager
+    def rescued(self) -> Iterator[None]:
+        """Where the engine is lost inside, save what was learnt since the last checkpoint before the run stops."""
+        try:
+            yield
+        except EngineError as error:
+            newest = self.checkpoints.newest()
+            if self.step and (newest is None or newest.name != self.checkpoints.path(self.step).name):
+                self.checkpoint()
+                newest = self.checkpoints.path(self.step)
+            where = "" if newest is None else f"; the same command goes on from {newest}"
+            raise EngineError(f"{error}{where}") from error
 
     def finish(self) -> None:
         """Hugging Face folders of actor and critic, the report, and the table of results."""
@@ -256,6 +315,9 @@ class Run:
     def _streams(self) -> dict[str, _Stream]:
         streams: dict[str, _Stream | None] = {"labelled": self.labelled, "unlabelled": self.unlabelled}
         return {name: stream for name, stream in streams.items() if stream is not None}
+
+    def _stream_states(self) -> dict[str, Any]:
+        return {name: stream.state() for name, stream in self._streams().items()}
 
     def _check_position(self, path: Path | None, state: dict[str, Any]) -> None:
         """Raises InputError where other stage lengths than the checkpoint's would put its step elsewhere."""
@@ -298,13 +360,27 @@ def _take(stream: PromptStream[_P] | None, count: int) -> list[_P]:
     return stream.take(count)
 
 
-def _rollout_figures(rollouts: Rollouts, seconds: float) -> dict[str, float]:
+def _blame(differences: list[tuple[str, float]] | None) -> str:
+    """What a gap comes from, by the tensors that the engine holds otherwise."""
+    if differences is None:
+        return "its tensors cannot be compared here, so its weights, temperature or reading of config.json may be wrong"
+    if not differences:
+        return "every tensor is as it should be, so its temperature or its reading of config.json is wrong"
+    name, apart = differences[0]
+    size = "" if math.isnan(apart) else f", off by {apart:.1%} of its size"
+    return f"{len(differences)} of its tensors are not the actor's, the worst {name}{size}"
+
+
+def _rollout_figures(rollouts: Rollouts, step: int, seconds: float) -> dict[str, float]:
     batches = [batch for batch in (rollouts.labelled, rollouts.unlabelled) if batch is not None]
     lengths = torch.cat([batch.response_lengths for batch in batches]).float()
     stopped = torch.cat([batch.stopped for batch in batches]).float()
+    staleness = step - torch.cat([batch.versions for batch in batches]).double()
     figures = {
         "response_length/mean": float(lengths.mean()),
         "truncated": 1.0 - float(stopped.mean()),
+        "engine/staleness_mean": float(staleness.mean()),
+        "engine/staleness_max": float(staleness.max()),
         "tokens_per_second": sum(int(batch.lengths.sum()) for batch in batches) / seconds,
     }
     if rollouts.labelled is not None and rollouts.labelled.correct is not None:

@@ -27,9 +27,13 @@ def position(config: Config, step: int) -> dict[str, int]:
     return done
 
 
-def first_stage(config: Config) -> str:
-    """The first stage that has iterations; stage1 if none has."""
-    return next((name for name, stage in config.stages().items() if stage.iterations), "stage1")
+def place(config: Config, step: int) -> tuple[str, int]:
+    """The stage that the last of `step` iterations was of, and how many of it are done; before the first: its stage."""
+    done = position(config, step)
+    begun = [name for name, count in done.items() if count]
+    first = next((name for name, stage in config.stages().items() if stage.iterations), "stage1")
+    name = begun[-1] if begun else first
+    return name, done[name]
 
 
 def evaluation_point(config: Config, step: int) -> str | None:

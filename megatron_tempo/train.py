@@ -15,13 +15,13 @@ from megatron_tempo.records import EVALUATIONS
 from megatron_tempo.report.summary import summary_table
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.run import Run
-from megatron_tempo.schedule import first_stage, remaining
-from megatron_tempo.weights.folder import tensors
+from megatron_tempo.schedule import remaining
 from megatron_tempo.wiring import (
     build_critic,
     build_engine,
     build_evaluator,
     evaluation_sets,
+    folder_weights,
     open_workplace,
     targets_of,
 )
@@ -31,17 +31,18 @@ def train(config: Config) -> None:
     """Train as the config says, going on from the newest whole checkpoint of `run.dir` if there is one.
 
     Raises ValueError for input that does not fit the config, OSError for what cannot be written, FloatingPointError
-    for a gradient that is not finite.
+    for a gradient that is not finite, EngineError where no engine is left; a checkpoint is then written first.
     """
     with open_workplace(config) as place, Run.open(place) as run:
         done = run.resume()
-        if done == 0:
-            run.evaluate("before", first_stage(config), iteration=0)
-        for stage_name, stage, iteration in remaining(config, done):
-            figures = run.iterate(stage_name, stage, iteration)
-            run.metrics.step(figures)
-            run.evaluate_if_due(stage_name, iteration)
-            run.checkpoint_if_due()
+        with run.rescued():
+            run.evaluate_if_due()
+            for stage_name, stage, iteration in remaining(config, done):
+                figures = run.iterate(stage_name, stage, iteration)
+                run.metrics.step(figures)
+                run.sync_engine()
+                run.evaluate_if_due()
+                run.checkpoint_if_due()
         run.finish()
 
 
@@ -62,8 +63,8 @@ def evaluate(config: Config) -> None:
     ):
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
         sets = evaluation_sets(config, tokenizer, verifiers)
-        engine = stack.enter_context(closing(build_engine(place)))
-        engine.load_weights(tensors(Path(config.model.path)), version=0)
+        engine = stack.enter_context(closing(build_engine(place, metrics.message)))
+        engine.load_weights(folder_weights(place), version=0)
         critic_path = config.model.critic_path
         critic = build_critic(place) if critic_path else None
         targets = targets_of(Path(critic_path)) if critic_path else CriticTargets.zero_one

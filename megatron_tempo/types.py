@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -43,17 +44,17 @@ class LabelledPrompt:
 class Completion:
     """One sampled response, as an engine returns it.
 
-    `logprobs[t]` is log pi(token_ids[t] | prompt, token_ids[:t]) in nats, after temperature, under the weights
-    `weight_version` (the run's iteration). `finish_reason` is "stop" (the response ends with an end token, which is
-    part of it) or "length".
+    `logprobs[t]` is log pi(token_ids[t] | prompt, token_ids[:t]) in nats, after temperature. `versions` says which
+    weights made which tokens: (version, number of tokens) in order, the version being the run's iteration.
+    `finish_reason` is "stop" (the response ends with an end token, which is part of it) or "length".
 
-    >>> Completion(token_ids=(12, 66), logprobs=(-0.7, -0.01), finish_reason="stop", weight_version=40)
+    >>> Completion(token_ids=(12, 66), logprobs=(-0.7, -0.01), finish_reason="stop", versions=((40, 2),))
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
-    weight_version: int
+    versions: tuple[tuple[int, int], ...]
 
 
 @dataclass(slots=True)
@@ -87,7 +88,7 @@ class Batch:
 
     >>> Batch(prompt_ids=("a", "b"), group=[0, 1], prompt_tokens=[5, 6, 7], prompt_lengths=[2, 1],
     ...       response_tokens=[1, 2, 3, 4], response_lengths=[3, 1], engine_logprobs=[-.1, -.2, -.3, -.4],
-    ...       stopped=[True, False], correct=[1., 0.])
+    ...       stopped=[True, False], versions=[40, 40, 41, 41], correct=[1., 0.])
 
     Shapes: n rows, P prompt tokens and T response tokens in all.
     """
@@ -100,6 +101,7 @@ class Batch:
     response_lengths: Tensor  # int64 [n]
     engine_logprobs: Tensor  # float32 [T]: as the engine saw them
     stopped: Tensor  # bool [n]: the response ended by itself
+    versions: Tensor  # int32 [T]: the weights that made the token, by the run's iteration; -1: not known
     correct: Tensor | None = None  # float32 [n] in {0, 1}: the verifier's verdict; None for unlabelled prompts
 
     def __len__(self) -> int:
@@ -134,6 +136,7 @@ class Batch:
             response_lengths=torch.cat([first.response_lengths, second.response_lengths]),
             engine_logprobs=torch.cat([first.engine_logprobs, second.engine_logprobs]),
             stopped=torch.cat([first.stopped, second.stopped]),
+            versions=torch.cat([first.versions, second.versions]),
         )
 
     def select(self, rows: Tensor) -> Batch:
@@ -152,5 +155,33 @@ class Batch:
             response_lengths=self.response_lengths[rows],
             engine_logprobs=pick(self.engine_logprobs, self.response_lengths),
             stopped=self.stopped[rows],
+            versions=pick(self.versions, self.response_lengths),
             correct=None if self.correct is None else self.correct[rows],
         )
+
+
+Bucket = list[tuple[str, Tensor]]  # tensors of a model by their Hugging Face names
+
+
+class Weights(Protocol):
+    """A model's weights as they are now, under Hugging Face's names, in buckets of bounded size.
+
+    Both methods are collective, and can be called again.
+    """
+
+    @property
+    def sends(self) -> bool:
+        """Whether this rank gets buckets from `from_stages`."""
+        ...
+
+    def everywhere(self) -> Iterator[Bucket]:
+        """All weights on every rank."""
+        ...
+
+    def from_stages(self, *, shared: bool = False) -> Iterator[Bucket]:
+        """All weights once over all ranks: each pipeline stage's own, on one of its ranks; other ranks get nothing.
+
+        With `shared` they lie in memory that this machine's processes can map, in two buffers by turns: who asks for
+        the next bucket gives up all but the last one.
+        """
+        ...

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from megatron_tempo.config.schema import Config, CriticTargets, EngineKind, Precision
+from megatron_tempo.config.schema import Config, CriticTargets, EngineKind, EnginePrecision, Precision
 from megatron_tempo.data.dataset import load_labelled, load_unlabelled, overlap
 from megatron_tempo.data.stream import PromptStream
 from megatron_tempo.errors import InputError
@@ -31,10 +31,11 @@ from megatron_tempo.models.trained import Model, TrainedModel
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.embedded import EmbeddedEngine
 from megatron_tempo.rollout.engine import Engine
-from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
+from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt, Weights
 from megatron_tempo.weights import folder, qwen3
+from megatron_tempo.weights.precision import Quantised
 from megatron_tempo.weights.slots import Slot
-from megatron_tempo.weights.stream import Bucket, export
+from megatron_tempo.weights.stream import WeightStream
 
 # Entry of an exported critic's config.json: the targets it was trained on, which say what its values mean.
 TARGETS = "tempo_critic_targets"
@@ -89,17 +90,27 @@ def targets_of(critic: Path) -> CriticTargets:
     return CriticTargets[config.get(TARGETS, CriticTargets.zero_one.name)]
 
 
-def build_engine(place: Workplace) -> Engine:
-    """The engine of `rollout.engine`, without weights yet. Collective."""
+def build_engine(place: Workplace, tell: Callable[[str], None]) -> Engine:
+    """The engine of `rollout.engine`, without weights yet. `tell` hears of servers that fail. Collective."""
     config = place.config
-    if config.rollout.engine is EngineKind.sglang:
-        from megatron_tempo.rollout.sglang import SglangEngine  # brings an HTTP client, for this engine only
+    kind, model = config.rollout.engine, Path(config.model.path)
+    if kind is EngineKind.embedded:
+        return EmbeddedEngine(model, place.device, DTYPES[config.run.precision], config.rollout.batch_rows)
+    # These bring an HTTP client, for these engines only.
+    from megatron_tempo.rollout.servers import ServersEngine
+    from megatron_tempo.rollout.sglang import Sglang
+    from megatron_tempo.rollout.vllm import Vllm
 
-        model, work = Path(config.model.path), Path(config.run.dir) / "engine"
-        vocab = read_shape(model).vocab
-        return SglangEngine(config.rollout.sglang, model, work, config.run.precision, place.device, vocab)
-    dtype = DTYPES[config.run.precision]
-    return EmbeddedEngine(Path(config.model.path), place.device, dtype, config.rollout.batch_rows)
+    servers = config.rollout.servers
+    kinds: dict[EngineKind, type[Sglang | Vllm]] = {EngineKind.sglang: Sglang, EngineKind.vllm: Vllm}
+    dialect = kinds[kind](cpu=place.device.type == "cpu", tensor=servers.tensor)
+    work, vocab = Path(config.run.dir) / "engine", read_shape(model).vocab
+    return ServersEngine(dialect, servers, model, work, engine_precision(config), place.device, vocab, tell)
+
+
+def engine_precision(config: Config) -> EnginePrecision:
+    servers = config.rollout.servers if config.rollout.engine is not EngineKind.embedded else None
+    return (servers and servers.precision) or EnginePrecision[config.run.precision.name]
 
 
 def build_evaluator(
@@ -116,10 +127,26 @@ def build_evaluator(
     return Evaluator(engine, verifiers, tokenizer, sets, config.evaluation, length, config.run.seed, values)
 
 
-def weights_of(model: Model, place: Workplace) -> Iterator[Bucket]:
-    """All weights of a model by their Hugging Face names, bucket by bucket, on every rank. Collective."""
-    slots = _slots(model.net, place)
-    return export(model.net, place.layout, slots, place.config.parallel.bucket_mb << 20)
+def weights_of(model: Model, place: Workplace, dtype: torch.dtype | None = None) -> WeightStream:
+    """All weights of a model, by their Hugging Face names, as they are and will be. `dtype`: none is the model's."""
+    return WeightStream(model.net, place.layout, _slots(model.net, place), place.config.parallel.bucket_mb << 20, dtype)
+
+
+def engine_weights(actor: Actor, place: Workplace) -> Weights:
+    """The actor's weights in the engine's precision."""
+    return _in_engine_precision(place, partial(weights_of, actor.model, place))
+
+
+def folder_weights(place: Workplace) -> Weights:
+    """The weights of `model.path` as they are in the folder, in the engine's precision."""
+    return _in_engine_precision(place, partial(folder.FolderWeights, Path(place.config.model.path), place.layout))
+
+
+def _in_engine_precision(place: Workplace, weights: Callable[..., Weights]) -> Weights:
+    precision = engine_precision(place.config)
+    if precision is EnginePrecision.fp8:
+        return Quantised(weights(dtype=torch.bfloat16))
+    return weights(dtype=DTYPES[Precision[precision.name]])
 
 
 def export_hf(place: Workplace, actor: Actor, critic: Critic, out: Path) -> None:
@@ -141,7 +168,7 @@ def export_hf(place: Workplace, actor: Actor, critic: Critic, out: Path) -> None
         dist.broadcast_object_list(there, src=0)
         if not there[0]:
             dtype = str(trained.net.config.params_dtype).removeprefix("torch.")
-            buckets = weights_of(trained, place)
+            buckets = weights_of(trained, place).everywhere()
             folder.save(buckets, out / name, Path(like), place.layout, {**changes, "dtype": dtype})
 
 

@@ -24,7 +24,28 @@ class Precision(Enum):
 
 class EngineKind(Enum):
     embedded = "embedded"  # a transformers model in the trainer's processes
-    sglang = "sglang"  # a SGLang server, started with the run
+    sglang = "sglang"  # SGLang servers
+    vllm = "vllm"  # vLLM servers
+
+
+class EnginePrecision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp8 = "fp8"  # the layers' matrices in blocks of 128 x 128, the rest in bf16
+
+
+class Transport(Enum):
+    """How weights go to a server."""
+
+    group = "group"  # a process group with its workers: NCCL, gloo on a CPU
+    shared = "shared"  # memory that this machine's processes share
+
+
+class Dispatch(Enum):
+    """Which request goes next to the server that has the least to do."""
+
+    in_order = "in_order"
+    longest_first = "longest_first"  # the longest prompt
 
 
 class Logits(Enum):
@@ -141,24 +162,35 @@ class DataConfig:
 
 
 @dataclass(slots=True)
-class SglangConfig:
-    """The SGLang server of `rollout.engine=sglang`."""
+class ServersConfig:
+    """The inference servers of `rollout.engine=sglang` and `vllm`."""
 
-    python: str = "python3"  # of the environment that SGLang is installed in
-    host: str = "127.0.0.1"  # address of this machine that it listens at
-    devices: list[int] | None = None  # its GPUs; none: those that this process sees
-    tensor: int = 1  # tensor parallelism
+    python: str = "python3"  # of the environment that the engine is installed in
+    replicas: int = 1  # servers to start
+    each_node: bool = False  # start so many on every node, not on the first alone
+    addresses: list[str] | None = None  # http://HOST:PORT of servers that run already; none: start them
+    key_file: str | None = None  # file with the key of those servers
+    host: str = "127.0.0.1"  # address that started servers, and the senders of weights, listen at; a name: its own
+    devices: list[int] | None = None  # GPUs of a node, `tensor` a server in their order; none: those in sight
+    tensor: int = 1  # tensor parallelism of each server
+    precision: EnginePrecision | None = None  # of its weights; none: run.precision
     arguments: list[str] = field(default_factory=list)  # more of its command line, such as --mem-fraction-static=0.8
-    concurrency: int = 64  # requests that a rank has under way at a time
+    transport: Transport = Transport.group
+    dispatch: Dispatch = Dispatch.longest_first
+    concurrency: int = 64  # requests that a server has under way at a time
     checksums_every: int = 1  # weight updates from one comparison of all tensors to the next; 0: none
+    restarts: int = 3  # of each server, before it is given up
     start_seconds: float = 600.0  # until it must be ready
-    answer_seconds: float = 3600.0  # until it must answer a request
+    update_seconds: float = 300.0  # until it must have taken a bucket of weights
+    answer_seconds: float = 3600.0  # until it must have answered a request
+    hang_seconds: float = 120.0  # without any progress, while it has requests, until it counts as hung
 
 
 @dataclass(slots=True)
 class RolloutConfig:
     engine: EngineKind = EngineKind.embedded
-    sglang: SglangConfig = field(default_factory=SglangConfig)
+    servers: ServersConfig = field(default_factory=ServersConfig)
+    max_staleness: int = 0  # 1: the next batch is generated while this one trains; updates between a token and its use
     parity_tolerance: float = 0.05  # nats: how far engine and trainer may be apart, a mean over tokens, at each start
     max_prompt_tokens: int = 2048
     max_response_tokens: int = 16384

@@ -15,7 +15,7 @@ from megatron_tempo.config.schema import CriticTargets, EvaluationConfig
 from megatron_tempo.evaluation.calibration import calibration_record
 from megatron_tempo.evaluation.scores import avg_at_k, avg_at_k_se, pass_at_k, pass_at_k_se
 from megatron_tempo.rewards.verifiers import Verifiers
-from megatron_tempo.rollout.batches import batch_of, completions_of, verdicts_of
+from megatron_tempo.rollout.batches import ask, batch_of, collect
 from megatron_tempo.rollout.engine import Engine, Sampling
 from megatron_tempo.types import Batch, LabelledPrompt
 
@@ -53,8 +53,8 @@ class Evaluator:
         prompts, config = self.sets[name], self.config
         sampling = Sampling(config.temperature, config.max_response_tokens or self.max_tokens)
         seed = f"{self.seed}/evaluation/{name}"
-        completions = completions_of(self.engine, prompts, config.samples, sampling, seed)
-        verdicts = verdicts_of(self.verifiers, self.tokenizer, prompts, completions)
+        asked = ask(self.engine, prompts, config.samples, sampling, seed)
+        completions, verdicts = collect(asked, self.verifiers, self.tokenizer)
         return Judged(prompts, batch_of(prompts, completions, verdicts), np.array(verdicts))
 
 

@@ -1,8 +1,11 @@
-"""From prompts to batches: the ranks share the generation, the verdicts are added, and every rank gets everything."""
+"""From prompts to batches: an engine answers, responses are verified meanwhile, and every rank gets everything."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,41 +18,47 @@ from megatron_tempo.types import Batch, Completion, LabelledPrompt, UnlabelledPr
 Prompt = LabelledPrompt | UnlabelledPrompt
 
 
-def completions_of(
-    engine: Engine, prompts: Sequence[Prompt], samples: int, sampling: Sampling, *seed: object
-) -> list[list[Completion]]:
-    """`samples` completions of each prompt, on every rank. Each rank generates its share. Collective.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Prompts that an engine is answering. `answers` is to be read to its end on every rank."""
+
+    prompts: Sequence[Prompt]
+    answers: Iterator[tuple[int, list[Completion]]]
+
+
+def ask(engine: Engine, prompts: Sequence[Prompt], samples: int, sampling: Sampling, *seed: object) -> Asked:
+    """Begin `samples` completions of each prompt. Collective.
 
     The seed of a completion depends on `seed` and on the prompt's place, not on the number of ranks.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
     requests = [Request(prompt.token_ids, samples, seed_of(*seed, i)) for i, prompt in enumerate(prompts)]
-    mine = engine.generate(requests[rank::world], sampling)
-    shares: list[list[list[Completion]]] = [[] for _ in range(world)]
-    dist.all_gather_object(shares, mine)
-    return [shares[i % world][i // world] for i in range(len(prompts))]
+    return Asked(prompts, engine.start(requests, sampling))
 
 
-def verdicts_of(
-    verifiers: Verifiers,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[LabelledPrompt],
-    completions: Sequence[Sequence[Completion]],
-) -> list[list[float]]:
-    """1.0 or 0.0 for each completion, on every rank. Each rank verifies its share. Collective.
+def collect(
+    asked: Asked, verifiers: Verifiers, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[Completion]], list[list[float]]]:
+    """The completions of each prompt, and the verdicts of each labelled one's (none of the others'), on every rank.
 
-    The verifier sees all the text of a response, special tokens included.
+    Responses are verified while others are still being generated, on the rank that has them. The verifier sees all the
+    text of a response, special tokens included. Collective.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    items = [
-        Item(prompt.verifier, prompt.text, tokenizer.decode(completion.token_ids), prompt.answer)
-        for prompt, answers in zip(prompts[rank::world], completions[rank::world], strict=True)
-        for completion in answers
-    ]
-    shares: list[list[float]] = [[] for _ in range(world)]
-    dist.all_gather_object(shares, verifiers.score(items))
-    iterators = [iter(share) for share in shares]
-    return [[next(iterators[i % world]) for _ in answers] for i, answers in enumerate(completions)]
+    mine: dict[int, list[Completion]] = {}
+    judged: dict[int, Future[list[float]]] = {}
+    with ThreadPoolExecutor(1) as verifying:
+        for i, completions in asked.answers:
+            mine[i] = completions
+            prompt = asked.prompts[i]
+            if isinstance(prompt, LabelledPrompt):
+                texts = [tokenizer.decode(completion.token_ids) for completion in completions]
+                items = [Item(prompt.verifier, prompt.text, text, prompt.answer) for text in texts]
+                judged[i] = verifying.submit(verifiers.score, items)
+        verdicts = {i: future.result() for i, future in judged.items()}
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, (mine, verdicts))
+    of_all = {i: completions for share, _ in shares for i, completions in share.items()}
+    verdicts = {i: scores for _, share in shares for i, scores in share.items()}
+    return [of_all[i] for i in range(len(asked.prompts))], [verdicts.get(i, []) for i in range(len(asked.prompts))]
 
 
 def batch_of(
@@ -70,5 +79,12 @@ def batch_of(
         response_lengths=torch.tensor([len(answer.token_ids) for _, _, answer in rows], dtype=torch.int64),
         engine_logprobs=torch.tensor([logprob for _, _, answer in rows for logprob in answer.logprobs]),
         stopped=torch.tensor([answer.finish_reason == "stop" for _, _, answer in rows], dtype=torch.bool),
+        versions=_by_token([span for _, _, answer in rows for span in answer.versions]),
         correct=None if verdicts is None else torch.tensor([v for row in verdicts for v in row]),
     )
+
+
+def _by_token(spans: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """The version of each token: int32 [sum of the spans' tokens]."""
+    versions, tokens = torch.tensor(spans, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    return torch.repeat_interleave(versions, tokens).to(torch.int32)

@@ -7,6 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tempo.errors import InputError
@@ -31,6 +33,7 @@ def write(path: Path, labelled: Batch | None, unlabelled: Batch | None, tokenize
 
 def _lines(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, object]]:
     logprobs = batch.engine_logprobs.split(batch.response_lengths.tolist())
+    versions = batch.versions.split(batch.response_lengths.tolist())
     return [
         {
             "prompt_id": batch.prompt_ids[i],
@@ -38,11 +41,18 @@ def _lines(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, o
             "response": tokenizer.decode(response),
             "response_tokens": response.tolist(),
             "logprobs": logprobs[i].tolist(),
+            "versions": [list(span) for span in _spans(versions[i])],
             "stopped": bool(batch.stopped[i]),
             "correct": None if batch.correct is None else float(batch.correct[i]),
         }
         for i, (prompt, response) in enumerate(zip(batch.prompts(), batch.responses(), strict=True))
     ]
+
+
+def _spans(versions: Tensor) -> list[tuple[int, int]]:
+    """(version, number of tokens) in order."""
+    values, counts = torch.unique_consecutive(versions, return_counts=True)
+    return list(zip(values.tolist(), counts.tolist(), strict=True))
 
 
 def read(
@@ -75,6 +85,7 @@ def _response(where: str, text: str, prompt: LabelledPrompt | UnlabelledPrompt) 
         recorded, asked = line["prompt_id"], tuple(line["prompt_tokens"])
         tokens, logprobs = tuple(line["response_tokens"]), tuple(line["logprobs"])
         reason, correct = "stop" if line["stopped"] else "length", line["correct"]
+        versions = tuple((int(version), int(count)) for version, count in line.get("versions", [[-1, len(tokens)]]))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"rollout.replay: {where} is not a recorded response ({error!r})") from error
     if asked != prompt.token_ids:
@@ -84,8 +95,11 @@ def _response(where: str, text: str, prompt: LabelledPrompt | UnlabelledPrompt) 
         )
     if not tokens or len(tokens) != len(logprobs):
         raise InputError(f"rollout.replay: {where} has {len(tokens)} response tokens and {len(logprobs)} logprobs")
+    if sum(count for _, count in versions) != len(tokens):
+        raise InputError(f"rollout.replay: {where} has {len(tokens)} response tokens, its versions others: {versions}")
+    completion = Completion(tokens, logprobs, reason, versions)
     if isinstance(prompt, UnlabelledPrompt):
-        return Completion(tokens, logprobs, reason, -1), 0.0
+        return completion, 0.0
     if correct not in (0, 1):
         raise InputError(f"rollout.replay: {where} has the verdict {correct!r}; of a labelled prompt it is 0.0 or 1.0")
-    return Completion(tokens, logprobs, reason, -1), float(correct)
+    return completion, float(correct)

@@ -6,18 +6,19 @@ that little of what goes through the model is padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch import Tensor
 
 from megatron_tempo.errors import InputError
 from megatron_tempo.rollout.engine import Request, Sampling
-from megatron_tempo.types import Completion, TokenCount
+from megatron_tempo.types import Completion, TokenCount, Weights
 
 # Ended rows are cut out of the cache once they are this share of the batch: each cut copies the cache.
 ENDED_SHARE = 1 / 16
@@ -36,14 +37,15 @@ class EmbeddedEngine:
         self._end_tokens = torch.tensor(end_tokens(folder), device=device)
         self._version: int | None = None
         self.counted = TokenCount()
+        self.replicas = 1
 
     @torch.no_grad()
-    def load_weights(self, buckets: Iterable[Sequence[tuple[str, Tensor]]], version: int) -> None:
+    def load_weights(self, weights: Weights, version: int) -> None:
         parameters = dict(self._model.named_parameters())
         # The second name of a tied matrix: published folders may repeat it.
         repeated = {name for name, _ in self._model.named_parameters(remove_duplicate=False)} - set(parameters)
         left = set(parameters)
-        for bucket in buckets:
+        for bucket in weights.everywhere():
             for name, tensor in bucket:
                 if name in repeated:
                     continue
@@ -59,15 +61,28 @@ class EmbeddedEngine:
             raise ValueError(f"the weight update left out {len(left)} tensors: {', '.join(sorted(left)[:5])}")
         self._version = version
 
+    def differences(self, weights: Weights) -> list[tuple[str, float]]:
+        parameters = dict(self._model.named_parameters())
+        found = []
+        for name, tensor in (pair for bucket in weights.everywhere() for pair in bucket):
+            if name in parameters and not torch.equal(parameters[name], tensor):
+                apart = (parameters[name] - tensor).norm() / tensor.norm()
+                found.append((name, float(apart)))
+        return sorted(found, key=lambda item: -item[1])
+
+    def start(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
+        """Each rank answers its share, a batch at a time, when it is asked for the next answer."""
+        mine = range(dist.get_rank(), len(requests), dist.get_world_size())
+        for i, completions in self.generate([requests[i] for i in mine], sampling):
+            yield mine[i], completions
+
     @torch.no_grad()
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
+        """(number of the request, its completions), on this rank alone."""
         assert self._version is not None, "load_weights comes first"
-        answers: list[list[Completion]] = [[] for _ in requests]
         for batch in self._batches(requests):
             rows = self._decode([requests[i] for i in batch], sampling)
-            for i, completions in zip(batch, rows, strict=True):
-                answers[i] = completions
-        return answers
+            yield from zip(batch, rows, strict=True)
 
     def close(self) -> None:
         """Nothing to close: the model lives as long as this object."""
@@ -189,7 +204,9 @@ class _Decoding:
         tokens, logprobs = self.tokens.tolist(), self.logprobs.tolist()
         lengths, stopped = self.lengths.tolist(), self.stopped.tolist()
         flat = [
-            Completion(tuple(tokens[i][:n]), tuple(logprobs[i][:n]), "stop" if stopped[i] else "length", version)
+            Completion(
+                tuple(tokens[i][:n]), tuple(logprobs[i][:n]), "stop" if stopped[i] else "length", ((version, n),)
+            )
             for i, n in enumerate(lengths)
         ]
         answers, at = [], 0

@@ -1,15 +1,13 @@
-"""What every engine does. One is in `embedded.py`, one in `sglang.py`."""
+"""What every engine does. One is in `embedded.py`, one, over any number of servers, in `servers.py`."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
-from megatron_tempo.types import Completion, TokenCount
+from megatron_tempo.types import Completion, TokenCount, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +34,33 @@ class Sampling:
 
 
 class Engine(Protocol):
-    """Generates with the weights it was last given. `counted` is what went through its model, as far as it can tell."""
+    """Generates with the weights it was last given. All methods are collective.
+
+    `counted` is what went through its model, as far as it can tell. `replicas` is how many models answer.
+    """
 
     counted: TokenCount
+    replicas: int
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        """The completions of each request, in order."""
+    def start(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
+        """Begin to answer requests, the same on every rank.
+
+        What comes back gives (number of the request, its completions) as they end, each on one rank, and is to be read
+        to its end on all. Raises EngineError from there if no engine is left to answer.
+        """
         ...
 
-    def load_weights(self, buckets: Iterable[Sequence[tuple[str, Tensor]]], version: int) -> None:
-        """Take the whole model's weights, as Hugging Face names them.
+    def load_weights(self, weights: Weights, version: int) -> None:
+        """Take the weights of `version`, also while requests are being answered.
 
         Raises ValueError or EngineError if any is missing or misfit.
+        """
+        ...
+
+    def differences(self, weights: Weights) -> list[tuple[str, float]] | None:
+        """Tensors that the engine holds otherwise than they are, the worst first, with the relative difference.
+
+        The difference is NaN where only a checksum tells. None where the engine cannot tell.
         """
         ...
 

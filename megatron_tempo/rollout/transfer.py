@@ -1,45 +1,168 @@
-"""Tensors from the trainer to an engine's processes: a process group of one sender and the engine's workers."""
+"""Weights on their way: from a rank that sends to the workers of every server.
+
+Each sender has a process group with each server's workers, not one with all of them: when a worker dies in the middle
+of a broadcast, the others of its group wait until a timeout, and those should be its own server's alone. The price is
+that a sender's link carries a bucket once for each server.
+"""
 
 from __future__ import annotations
 
+import secrets
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 
+import httpx
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName, _new_process_group_helper, _world
 
-NAME = "megatron_tempo"
+from megatron_tempo.config.schema import ServersConfig, Transport
+from megatron_tempo.errors import EngineError
+from megatron_tempo.rollout.dialect import Dialect, Meeting
+from megatron_tempo.rollout.fleet import Target, checked
+from megatron_tempo.rollout.keeper import private_store
+from megatron_tempo.rollout.server import own_address
+from megatron_tempo.types import Bucket, Weights
 
 
-class Sender:
-    """Rank 0 of a group whose other ranks are in processes that know nothing of the trainer's groups.
+class Senders:
+    """What a rank that sends weights needs: a link to each server."""
 
-    torch has no public way to make a group apart from the default one; this is what vLLM and SGLang do on their side.
-    """
+    def __init__(self, dialect: Dialect, config: ServersConfig, key: str, backend: str) -> None:
+        self._dialect, self._config, self._key, self._backend = dialect, config, key, backend
+        self._links: dict[Target, _Link] = {}
+        self._pool = ThreadPoolExecutor(thread_name_prefix="sender")
 
-    def __init__(self, host: str, workers: int, backend: str, timeout: timedelta) -> None:
-        """Opens the meeting point; `join` then waits for the workers, who are told `port`."""
-        self.world = 1 + workers
-        self.backend = backend
-        self._timeout = timeout
-        self._store = dist.TCPStore(host, 0, self.world, is_master=True, timeout=timeout, wait_for_workers=False)
-        self.port = self._store.port
+    def send(
+        self, weights: Weights, targets: Sequence[Target], version: int, *, compare: bool
+    ) -> tuple[dict[int, str], dict[str, tuple[str, float]]]:
+        """Send this rank's buckets to all servers: (what went wrong, by server; the tensors' checksums, if wanted).
+
+        The next bucket is made while the servers load the one that they have got. Collective, as `weights` is.
+        """
+        shared = self._config.transport is Transport.shared
+        failed: dict[int, str] = {}
+        if weights.sends:
+            self._meet(targets, failed)
+        expected: dict[str, tuple[str, float]] = {}
+        loading: dict[Target, Future[None]] = {}
+        for bucket in weights.from_stages(shared=shared):
+            if compare:
+                expected |= self._dialect.expected(bucket)
+            _settle(loading, failed)
+            left = [target for target in targets if target.index not in failed]
+            sent = {target: self._pool.submit(self._links[target].send, bucket, version, compare) for target in left}
+            loading = {}
+            for target, future in sent.items():
+                try:
+                    loading[target] = future.result()
+                except (httpx.HTTPError, EngineError, RuntimeError) as error:
+                    failed[target.index] = _words(error)
+            del bucket  # before the next one is made
+        _settle(loading, failed)
+        return failed, expected
+
+    def close(self) -> None:
+        for link in self._links.values():
+            link.close()
+        self._links = {}
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _meet(self, targets: Sequence[Target], failed: dict[int, str]) -> None:
+        """Links to servers that were started since; those to others that are no more are closed."""
+        for target in set(self._links) - set(targets):
+            if any(target.index == new.index for new in targets):
+                self._links.pop(target).close()
+        news = [target for target in targets if target not in self._links]
+        made = {target: self._pool.submit(_Link, self._dialect, self._config, self._key, target) for target in news}
+        for target, future in made.items():
+            self._links[target] = link = future.result()
+            if self._config.transport is Transport.group:
+                try:
+                    link.meet(self._backend, self._pool)
+                except (httpx.HTTPError, EngineError, RuntimeError) as error:
+                    failed[target.index] = _words(error)
+
+
+def _settle(loading: dict[Target, Future[None]], failed: dict[int, str]) -> None:
+    for target, future in loading.items():
+        try:
+            future.result()
+        except (httpx.HTTPError, EngineError) as error:
+            failed[target.index] = _words(error)
+
+
+def _words(error: Exception) -> str:
+    kind = "" if isinstance(error, EngineError) else f"{type(error).__name__} "
+    return f"failed in a weight update: {kind}{error}".rstrip()
+
+
+class _Link:
+    """One sender's way to one server."""
+
+    def __init__(self, dialect: Dialect, config: ServersConfig, key: str, target: Target) -> None:
+        self._dialect, self._config = dialect, config
+        headers = {"Authorization": f"Bearer {key}"}
+        self._client = httpx.Client(base_url=target.url, headers=headers, timeout=config.update_seconds)
+        self._posting = ThreadPoolExecutor(1, thread_name_prefix="link")
+        self._name = f"megatron_tempo_{secrets.token_hex(4)}"
         self._group: dist.ProcessGroup | None = None
 
-    def join(self) -> None:
-        store = dist.PrefixStore(NAME, self._store)
-        self._group, _ = _new_process_group_helper(
-            self.world, 0, [], dist.Backend(self.backend), store, group_name=GroupName(NAME), timeout=self._timeout
-        )
-        _world.pg_group_ranks[self._group] = {rank: rank for rank in range(self.world)}
+    def meet(self, backend: str, pool: ThreadPoolExecutor) -> None:
+        """Open a process group with the server's workers, of which this is rank 0.
 
-    def send(self, tensors: Sequence[Tensor]) -> None:
-        """All tensors as one, by their bytes: uint8 [sum of sizes]."""
-        assert self._group is not None, "join comes first"
-        dist.broadcast(joined_bytes(tensors), src=0, group=self._group)
+        torch has no public way to make a group apart from the default one; vLLM and SGLang do the same on their side.
+        """
+        world, seconds = 1 + self._config.tensor, self._config.update_seconds
+        timeout = timedelta(seconds=seconds)
+        host = own_address(self._config.host)
+        self._store = private_store(host, timeout)
+        call = self._dialect.meet(Meeting(host, self._store.port, self._name, world, backend, seconds))
+        joined = self._posting.submit(lambda: checked(self._client.post(call.path, json=call.body), call))
+        store = dist.PrefixStore(self._name, self._store)
+        self._group, _ = _new_process_group_helper(
+            world, 0, [], dist.Backend(backend), store, group_name=GroupName(self._name), timeout=timeout
+        )
+        _world.pg_group_ranks[self._group] = {rank: rank for rank in range(world)}
+        joined.result()
+
+    def send(self, bucket: Bucket, version: int, compare: bool) -> Future[None]:
+        """Send a bucket; what comes back ends when the server has loaded it."""
+        in_group = self._group is not None
+        call = self._dialect.update(bucket, self._name if in_group else None, version, compare=compare)
+        answer = self._posting.submit(lambda: (checked(self._client.post(call.path, json=call.body), call), None)[1])
+        if in_group:
+            work = dist.broadcast(
+                joined_bytes([tensor for _, tensor in bucket]), src=0, group=self._group, async_op=True
+            )
+            assert work is not None
+            while not work.is_completed():
+                if answer.done() and answer.exception() is not None:
+                    answer.result()  # refused: nobody will receive it
+                time.sleep(0.0005)
+            work.wait()
+        return answer
+
+    def close(self) -> None:
+        self._client.close()
+        self._posting.shutdown(wait=False, cancel_futures=True)
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
 
 
 def joined_bytes(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors])
+    """The bytes of all tensors, one after another: uint8 [sum of sizes]. A view, where they lie so already."""
+    first, size = tensors[0], sum(tensor.nbytes for tensor in tensors)
+    place, storage = first.data_ptr(), first.untyped_storage()
+    for tensor in tensors:
+        if not tensor.is_contiguous() or tensor.data_ptr() != place:
+            return torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors])
+        place += tensor.nbytes
+    start = first.data_ptr() - storage.data_ptr()
+    if start + size > storage.nbytes():
+        return torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors])
+    return torch.empty(0, dtype=torch.uint8, device=first.device).set_(storage, start, (size,), (1,))

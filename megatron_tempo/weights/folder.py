@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.parallel import Layout
+from megatron_tempo.weights.shared_memory import in_shared_memory
 from megatron_tempo.weights.slots import Slot
 from megatron_tempo.weights.stream import Bucket
 
@@ -69,13 +71,32 @@ def _names(path: Path) -> list[str]:
         raise InputError(f"{path} is not a whole safetensors file ({error}): fetch it again") from error
 
 
-def tensors(folder: Path) -> Iterator[Bucket]:
-    """Every tensor of a folder as it is, one a bucket."""
-    files = tensor_files(folder)
-    for path in sorted(set(files.values())):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                yield [(name, file.get_tensor(name))]
+class FolderWeights:
+    """The tensors of a folder, in `dtype`, a layer a bucket: what an engine takes from a Megatron model, without one.
+
+    The second name of a tied matrix, which published folders may repeat, is left out.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, dtype: torch.dtype) -> None:
+        self._files, self._dtype = tensor_files(folder), dtype
+        if json.loads((folder / "config.json").read_text()).get("tie_word_embeddings"):
+            self._files.pop("lm_head.weight", None)
+        self.sends = layout.is_writer
+
+    def everywhere(self) -> Iterator[Bucket]:
+        by_layer: dict[str, list[str]] = {}
+        for name in self._files:
+            layer = re.match(r".*\.layers\.\d+\.", name)
+            by_layer.setdefault(layer.group() if layer else name, []).append(name)
+        with ExitStack() as stack:
+            opened = {path: stack.enter_context(safe_open(path, "pt")) for path in set(self._files.values())}
+            for names in by_layer.values():
+                yield [(name, opened[self._files[name]].get_tensor(name).to(self._dtype)) for name in names]
+
+    def from_stages(self, *, shared: bool = False) -> Iterator[Bucket]:
+        """On the first rank alone. With `shared`, each bucket is in memory of its own."""
+        if self.sends:
+            yield from map(in_shared_memory, self.everywhere()) if shared else self.everywhere()
 
 
 def load(net: PackedGPT, layout: Layout, slots: list[Slot], folder: Path) -> None:

@@ -1,7 +1,8 @@
 """How a Megatron parameter is made of Hugging Face tensors: one class a way of cutting, each with both directions.
 
 `cut` takes what this tensor-parallel rank holds from whole Hugging Face tensors (or slices of a file: only the needed
-part is read); `join` makes the Hugging Face tensors from the shards of all tensor ranks.
+part is read); `place` writes a rank's shard to where it belongs in whole Hugging Face tensors. The tensors are complete
+when the shards of all tensor ranks are placed.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from megatron_tempo.models.parallel import padded_vocab
 
 
 class Cut(Protocol):
-    """A way of cutting. `sources` are whole tensors or file slices that index like them."""
+    """A way of cutting. `sources` are whole tensors or file slices that index like them.
+
+    The tensors that `place` writes to may be of another type and on another device than the shard.
+    """
 
     def cut(self, sources: Sequence[Any], rank: int, size: int) -> Tensor: ...
 
-    def join(self, shards: Sequence[Tensor]) -> list[Tensor]: ...
+    def place(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +35,8 @@ class Whole:
     def cut(self, sources: Sequence[Any], rank: int, size: int) -> Tensor:
         return sources[0][:]
 
-    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        return [shards[0]]
+    def place(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None:
+        wholes[0].copy_(shard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +49,9 @@ class Columns:
         part = self.width // size
         return sources[0][:, rank * part : (rank + 1) * part]
 
-    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.cat(list(shards), dim=1)]
+    def place(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None:
+        part = self.width // size
+        wholes[0][:, rank * part : (rank + 1) * part].copy_(shard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +65,10 @@ class Vocabulary:
         rows = sources[0][min(rank * part, self.vocab) : min((rank + 1) * part, self.vocab)]
         return torch.cat([rows, rows.new_zeros(part - rows.shape[0], *rows.shape[1:])])
 
-    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.cat(list(shards))[: self.vocab]]
+    def place(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None:
+        part = padded_vocab(self.vocab, size) // size
+        rows = wholes[0][rank * part : (rank + 1) * part]
+        rows.copy_(shard[: len(rows)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +81,10 @@ class GateUp:
         part = self.ffn // size
         return torch.cat([source[rank * part : (rank + 1) * part] for source in sources])
 
-    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        halves = [shard.chunk(2) for shard in shards]
-        return [torch.cat([half[i] for half in halves]) for i in (0, 1)]
+    def place(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None:
+        part = self.ffn // size
+        for whole, half in zip(wholes, shard.chunk(2), strict=True):
+            whole[rank * part : (rank + 1) * part].copy_(half)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,19 +96,22 @@ class QueryKeyValue:
     head_dim: int
 
     def cut(self, sources: Sequence[Any], rank: int, size: int) -> Tensor:
+        return torch.cat(self._by_group(sources, rank, size), dim=1).flatten(0, 1)
+
+    def place(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None:
+        targets = self._by_group(wholes, rank, size)
+        parts = shard.unflatten(0, (self.groups // size, -1)).split([target.shape[1] for target in targets], dim=1)
+        for target, part in zip(targets, parts, strict=True):
+            target.copy_(part)
+
+    def _by_group(self, sources: Sequence[Any], rank: int, size: int) -> list[Tensor]:
+        """This rank's rows of query, key and value, each [groups of the rank, rows of a group, hidden]."""
         part = self.groups // size
-
-        def rows(source: Any, heads_per_group: int) -> Tensor:
+        found = []
+        for source, heads_per_group in zip(sources, (self.heads // self.groups, 1, 1), strict=True):
             span = part * heads_per_group * self.head_dim
-            return source[rank * span : (rank + 1) * span].unflatten(0, (part, heads_per_group * self.head_dim))
-
-        query, key, value = sources
-        return torch.cat([rows(query, self.heads // self.groups), rows(key, 1), rows(value, 1)], dim=1).flatten(0, 1)
-
-    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        sizes = [self.heads // self.groups * self.head_dim, self.head_dim, self.head_dim]
-        parts = [shard.unflatten(0, (-1, sum(sizes))).split(sizes, dim=1) for shard in shards]
-        return [torch.cat([part[i].flatten(0, 1) for part in parts]) for i in range(3)]
+            found.append(source[rank * span : (rank + 1) * span].unflatten(0, (part, -1)))
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ import torch
 from megatron_tempo.config.schema import Config
 from megatron_tempo.records import read_metrics
 from megatron_tempo.train import train
-from megatron_tempo.weights.folder import tensors
 from tests.support.project import config_of, tied_config, write_project
 from tests.support.ranks import run_ranks
+from tests.support.weights import tensors
 
 ITERATIONS = 3  # the first of them the critic's warm-up: the actor's optimizer has then no state yet
 # name: (tensor, pipeline, processes) of the iterations until the checkpoint, then of the rest

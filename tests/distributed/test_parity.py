@@ -14,10 +14,10 @@ from megatron_tempo.config.schema import Config, Logits
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.packing import MicroBatch, micro_batches
 from megatron_tempo.types import Batch
-from megatron_tempo.weights.folder import tensors
 from megatron_tempo.wiring import Workplace, build_actor, build_critic, export_hf, open_workplace, weights_of
 from tests.support.ranks import run_ranks
 from tests.support.tiny import VOCAB, ragged_batch, write_model
+from tests.support.weights import tensors
 
 LAYOUTS = {
     "tp1": (1, 1, False, 1),
@@ -77,7 +77,7 @@ def measure(place: Workplace, model: Path, out: Path) -> dict[str, object]:
     batch = ragged_batch(6)
     place.config.model.path = str(model)
     actor = build_actor(place)
-    buckets = list(weights_of(actor.model, place))
+    buckets = list(weights_of(actor.model, place).everywhere())
     found: dict[str, object] = {
         "tensor_rank": place.layout.tensor_rank,
         "weights": {name: tensor for bucket in buckets for name, tensor in bucket},

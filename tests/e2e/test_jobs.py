@@ -14,11 +14,11 @@ from megatron_tempo.errors import InputError
 from megatron_tempo.models.packing import MicroBatch
 from megatron_tempo.records import read_evaluations
 from megatron_tempo.train import evaluate, train
-from megatron_tempo.weights.folder import tensors
 from megatron_tempo.wiring import build_actor, build_critic, export_hf, open_workplace
 from tests.support.project import config_of, tied_config, write_project
 from tests.support.ranks import run_ranks
 from tests.support.tiny import ragged_batch, write_model
+from tests.support.weights import tensors
 
 
 def refusal(job: object, config: Config) -> str | None:

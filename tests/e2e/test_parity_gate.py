@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from megatron_tempo.config.schema import Config
 from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout.embedded import EmbeddedEngine
 from megatron_tempo.train import train
+from megatron_tempo.types import Completion
 from tests.support.project import config_of, write_project
 from tests.support.ranks import run_ranks
 
@@ -19,9 +21,9 @@ def started(config: Config, shift: float) -> str:
     """What a run says whose engine is wrong about its log-probabilities by `shift` nats; nothing if it trains."""
     generate = EmbeddedEngine.generate
 
-    def wrong(self: EmbeddedEngine, *args: object) -> list:
-        answers = generate(self, *args)  # type: ignore[arg-type]
-        return [[replace(c, logprobs=tuple(p - shift for p in c.logprobs)) for c in answer] for answer in answers]
+    def wrong(self: EmbeddedEngine, *args: object) -> Iterator[tuple[int, list[Completion]]]:
+        for i, answer in generate(self, *args):  # type: ignore[arg-type]
+            yield i, [replace(c, logprobs=tuple(p - shift for p in c.logprobs)) for c in answer]
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(EmbeddedEngine, "generate", wrong)
@@ -38,7 +40,7 @@ def test_a_run_stops_before_it_learns_from_a_wrong_engine(tmp_path: Path, shift:
     (message,) = run_ranks(started, 1, tmp_path / "ranks", config, shift)
     if shift:
         assert message.startswith("the engine's log-probabilities are 0.2 nats from the actor's")
-        assert "rollout.parity_tolerance=0.05" in message
+        assert "rollout.parity_tolerance=0.05: every tensor is as it should be" in message
         assert not list((tmp_path / "run").glob("checkpoints/step_*"))
         assert not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").read_text()
     else:

@@ -16,7 +16,7 @@ WORDS = [*map(str, range(50)), *"+-*=>:yrn$?", "<pad>", "a", "b", "c", "d", "e"]
 VOCAB = len(WORDS)
 
 
-def write_model(folder: Path, *, tied: bool, seed: int = 0, layers: int = 4, ffn: int = 48) -> Path:
+def write_model(folder: Path, *, tied: bool, seed: int = 0, layers: int = 4, ffn: int = 48, head_dim: int = 12) -> Path:
     """A Qwen3 folder with random weights, large enough for every weight to matter, and a word tokenizer."""
     torch.manual_seed(seed)
     config = transformers.Qwen3Config(
@@ -25,7 +25,7 @@ def write_model(folder: Path, *, tied: bool, seed: int = 0, layers: int = 4, ffn
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=12,  # heads * head_dim differs from hidden_size, as in Qwen3-0.6B
+        head_dim=head_dim,  # heads * head_dim differs from hidden_size, as in Qwen3-0.6B
         intermediate_size=ffn,
         max_position_embeddings=256,
         tie_word_embeddings=tied,
@@ -65,5 +65,6 @@ def ragged_batch(rows: int, seed: int = 1, *, per_prompt: int = 2, correct: bool
         response_lengths=response_lengths,
         engine_logprobs=-torch.rand(total, generator=generator),
         stopped=torch.ones(rows, dtype=torch.bool),
+        versions=torch.zeros(total, dtype=torch.int32),
         correct=torch.randint(0, 2, (rows,), generator=generator).float() if correct else None,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from megatron_tempo.rewards.verifiers import Item, Verifiers
 from megatron_tempo.rollout import dump
-from megatron_tempo.rollout.batches import batch_of, completions_of, verdicts_of
+from megatron_tempo.rollout.batches import Asked, ask, batch_of, collect
 from megatron_tempo.rollout.engine import Request, Sampling, seed_of
-from megatron_tempo.types import Batch, Completion, LabelledPrompt, TokenCount, UnlabelledPrompt
+from megatron_tempo.types import Batch, Completion, LabelledPrompt, TokenCount, UnlabelledPrompt, Weights
 from tests.support.ranks import run_ranks
 from tests.support.tiny import WORDS, ragged_batch, write_model
 
@@ -29,23 +29,30 @@ SAMPLING = Sampling(1.0, 9)
 
 
 class CountingEngine:
-    """Answers each request by numbers that tell its seed, its prompt and the sample."""
+    """Answers each request by numbers that tell its seed, its prompt and the sample; the last request first."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+    counted, replicas = TokenCount(), 1
+
+    def start(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
+        for i in reversed(range(dist.get_rank(), len(requests), dist.get_world_size())):
+            yield i, self.answer(requests[i], sampling)
+
+    def answer(self, request: Request, sampling: Sampling) -> list[Completion]:
+        length = 2 + len(request.token_ids)
         return [
-            [
-                Completion(
-                    (request.seed % 50, *request.token_ids, sample)[: sampling.max_tokens],
-                    tuple(-0.1 * (t + 1) for t in range(2 + len(request.token_ids))),
-                    "stop" if sample % 2 else "length",
-                    3,
-                )
-                for sample in range(request.samples)
-            ]
-            for request in requests
+            Completion(
+                (request.seed % 50, *request.token_ids, sample)[: sampling.max_tokens],
+                tuple(-0.1 * (t + 1) for t in range(length)),
+                "stop" if sample % 2 else "length",
+                ((3, length),) if sample else ((2, 1), (3, length - 1)),
+            )
+            for sample in range(request.samples)
         ]
 
-    def load_weights(self, buckets: Iterable[Sequence[tuple[str, Tensor]]], version: int) -> None:
+    def load_weights(self, weights: Weights, version: int) -> None:
+        raise NotImplementedError
+
+    def differences(self, weights: Weights) -> list[tuple[str, float]]:
         raise NotImplementedError
 
     def close(self) -> None: ...
@@ -79,13 +86,13 @@ def single() -> Any:
 # Over the ranks
 
 
-def collect(folder: Path) -> dict[str, Any]:
+def over_ranks(folder: Path) -> dict[str, Any]:
     dist.init_process_group("gloo")
     engine, verifiers = CountingEngine(), EchoVerifiers()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    completions = completions_of(engine, [*LABELLED, *UNLABELLED], 3, SAMPLING, 5, "stage1", 0)
-    verdicts = verdicts_of(verifiers, tokenizer, LABELLED, completions[:3])
-    none = completions_of(engine, [], 3, SAMPLING), verdicts_of(verifiers, tokenizer, [], [])
+    asked = ask(engine, [*LABELLED, *UNLABELLED], 3, SAMPLING, 5, "stage1", 0)
+    completions, verdicts = collect(asked, verifiers, tokenizer)
+    none = collect(ask(engine, [], 3, SAMPLING), verifiers, tokenizer)
     dist.destroy_process_group()
     return {"completions": completions, "verdicts": verdicts, "asked": verifiers.asked, "none": none}
 
@@ -93,14 +100,14 @@ def collect(folder: Path) -> dict[str, Any]:
 def test_any_number_of_ranks_collects_the_same(tmp_path: Path) -> None:
     """Two ranks share five prompts; each rank gets everything, in the prompts' order."""
     folder = write_model(tmp_path / "model", tied=True, layers=1)
-    ranks = run_ranks(collect, 2, tmp_path / "ranks", folder)
+    ranks = run_ranks(over_ranks, 2, tmp_path / "ranks", folder)
     wanted = [
-        CountingEngine().generate([Request(tokens, 3, seed_of(5, "stage1", 0, i))], SAMPLING)[0]
+        CountingEngine().answer(Request(tokens, 3, seed_of(5, "stage1", 0, i)), SAMPLING)
         for i, tokens in enumerate([(0, 1), (1, 2), (2, 3), (40,), (41,)])
     ]
     for rank in ranks:
         assert rank["completions"] == wanted
-        assert rank["verdicts"] == [[1.0, 0.0, 1.0]] * 3
+        assert rank["verdicts"] == [[1.0, 0.0, 1.0]] * 3 + [[]] * 2
         assert rank["none"] == ([], [])
     # No response is verified twice, and each with its own prompt's text and answer.
     asked = [item for rank in ranks for item in rank["asked"]]
@@ -118,8 +125,9 @@ def test_verifiers_see_special_tokens(single: None, tokenizer: transformers.PreT
 
     verifiers = Keeping()
     end = WORDS.index("$")
-    completion = Completion((4, 7, end), (-0.1, -0.2, -0.3), "stop", 0)
-    assert verdicts_of(verifiers, tokenizer, LABELLED[:1], [[completion]]) == [[1.0]]
+    completion = Completion((4, 7, end), (-0.1, -0.2, -0.3), "stop", ((0, 3),))
+    asked = Asked(LABELLED[:1], iter([(0, [completion])]))
+    assert collect(asked, verifiers, tokenizer) == ([[completion]], [[1.0]])
     assert [item.response for item in verifiers.asked] == ["4 7 $"]
 
 
@@ -130,8 +138,8 @@ def test_a_batch_by_hand() -> None:
     """The example of `Batch`: prompts (5, 6) and (7,), responses (1, 2, 3) and (4,)."""
     prompts = [LabelledPrompt("a", "", (5, 6), "1", "math"), LabelledPrompt("b", "", (7,), "1", "math")]
     completions = [
-        [Completion((1, 2, 3), (-0.1, -0.2, -0.3), "stop", 0)],
-        [Completion((4,), (-0.4,), "length", 0)],
+        [Completion((1, 2, 3), (-0.1, -0.2, -0.3), "stop", ((40, 2), (41, 1)))],
+        [Completion((4,), (-0.4,), "length", ((41, 1),))],
     ]
     batch = batch_of(prompts, completions, [[1.0], [0.0]])
     found = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
@@ -139,19 +147,20 @@ def test_a_batch_by_hand() -> None:
     assert plain == {
         "prompt_ids": ("a", "b"), "group": [0, 1], "prompt_tokens": [5, 6, 7], "prompt_lengths": [2, 1],
         "response_tokens": [1, 2, 3, 4], "response_lengths": [3, 1],
-        "engine_logprobs": pytest.approx([-0.1, -0.2, -0.3, -0.4]), "stopped": [True, False], "correct": [1.0, 0.0],
+        "engine_logprobs": pytest.approx([-0.1, -0.2, -0.3, -0.4]), "stopped": [True, False],
+        "versions": [40, 40, 41, 41], "correct": [1.0, 0.0],
     }  # fmt: skip
     assert {name: value.dtype for name, value in found.items() if isinstance(value, Tensor)} == {
         "group": torch.int64, "prompt_tokens": torch.int64, "prompt_lengths": torch.int64,
         "response_tokens": torch.int64, "response_lengths": torch.int64, "engine_logprobs": torch.float32,
-        "stopped": torch.bool, "correct": torch.float32,
+        "stopped": torch.bool, "versions": torch.int32, "correct": torch.float32,
     }  # fmt: skip
     assert [row.tolist() for row in batch.rows()] == [[5, 6, 1, 2, 3], [7, 4]]
     assert batch_of(prompts, completions, None).correct is None
 
 
 def test_samples_of_a_prompt_are_a_group_also_where_a_prompt_comes_twice() -> None:
-    completion = Completion((1,), (-0.1,), "stop", 0)
+    completion = Completion((1,), (-0.1,), "stop", ((0, 1),))
     batch = batch_of([UNLABELLED[0], UNLABELLED[1], UNLABELLED[0]], [[completion] * 2] * 3, None)
     assert batch.group.tolist() == [0, 0, 1, 1, 2, 2]
     assert batch.prompt_ids == ("u:0", "u:0", "u:1", "u:1", "u:0", "u:0")
@@ -159,8 +168,10 @@ def test_samples_of_a_prompt_are_a_group_also_where_a_prompt_comes_twice() -> No
 
 def rows_of(batch: Batch) -> list[tuple[Any, ...]]:
     logprobs = batch.engine_logprobs.split(batch.response_lengths.tolist())
+    versions = batch.versions.split(batch.response_lengths.tolist())
     return [
         (batch.prompt_ids[i], prompt.tolist(), response.tolist(), logprobs[i].tolist(), bool(batch.stopped[i]),
+         versions[i].tolist(),
          None if batch.correct is None else float(batch.correct[i]))
         for i, (prompt, response) in enumerate(zip(batch.prompts(), batch.responses(), strict=True))
     ]  # fmt: skip
@@ -199,7 +210,7 @@ def rollouts() -> tuple[Batch, Batch]:
     engine = CountingEngine()
 
     def completions(prompts: Sequence[LabelledPrompt | UnlabelledPrompt]) -> list[list[Completion]]:
-        return engine.generate([Request(prompt.token_ids, 2, i) for i, prompt in enumerate(prompts)], SAMPLING)
+        return [engine.answer(Request(prompt.token_ids, 2, i), SAMPLING) for i, prompt in enumerate(prompts)]
 
     labelled = batch_of(LABELLED, completions(LABELLED), [[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
     labelled.engine_logprobs.copy_(torch.rand(len(labelled.engine_logprobs)).log())  # numbers of no short decimal form
@@ -248,7 +259,7 @@ def test_a_record_shows_text_and_no_answers(path: Path) -> None:
     assert ANSWER not in text
     first = json.loads(text.splitlines()[0])
     assert first.keys() == {
-        "prompt_id", "prompt_tokens", "response", "response_tokens", "logprobs", "stopped", "correct"
+        "prompt_id", "prompt_tokens", "response", "response_tokens", "logprobs", "versions", "stopped", "correct"
     }  # fmt: skip
     assert first["response"].split() == [WORDS[token] for token in first["response_tokens"]]
     assert [json.loads(line)["correct"] for line in text.splitlines()] == [1, 0, 0, 0, 1, 1, None, None, None, None]

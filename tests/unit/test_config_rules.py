@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -52,9 +53,9 @@ ONE_FIELD = [
     ("rollout.temperature=.nan", "rollout.temperature", "above 0", "temperature=1"),
     ("rollout.batch_rows=0", "rollout.batch_rows", "1 or more", "batch_rows=1"),
     ("rollout.parity_tolerance=0", "rollout.parity_tolerance", "above 0", "parity_tolerance="),
-    ("rollout.sglang.tensor=0", "rollout.sglang.tensor", "1 or more", "tensor=1"),
-    ("rollout.sglang.checksums_every=-1", "rollout.sglang.checksums_every", "0 or more", "checksums_every=0"),
-    ("rollout.sglang.start_seconds=0", "rollout.sglang.start_seconds", "above 0", "start_seconds=1"),
+    ("rollout.servers.tensor=0", "rollout.servers.tensor", "1 or more", "tensor=1"),
+    ("rollout.servers.checksums_every=-1", "rollout.servers.checksums_every", "0 or more", "checksums_every=0"),
+    ("rollout.servers.start_seconds=0", "rollout.servers.start_seconds", "above 0", "start_seconds=1"),
     (f"{S1}.importance_cap=0", f"{S1}.importance_cap", "above 0", "importance_cap=1"),
     (f"{S2}.clip=-1", f"{S2}.clip", "above 0", "clip=1"),
     (f"{S1}.optimizer.lr=0", f"{S1}.optimizer.lr", "above 0", "lr=1e-6"),
@@ -395,10 +396,60 @@ def test_every_method_has_its_needs() -> None:
 
 
 def test_a_server_that_cannot_be_started(files: Path) -> None:
-    nowhere = [f"rollout.sglang.python={files}/none/bin/python", "rollout.sglang.devices=[0,1]"]
+    nowhere = [f"rollout.servers.python={files}/none/bin/python", "rollout.servers.devices=[0,1]"]
     assert problems(files, *nowhere) == [], "another engine is asked for"
-    first, second = problems(files, *nowhere, "rollout.engine=sglang")
-    assert first.field == "rollout.sglang.python"
-    assert "no program that can be run" in first.wrong
-    assert second.field == "rollout.sglang.devices"
-    assert "rollout.sglang.tensor=2" in second.fix
+    for engine in ("sglang", "vllm"):
+        first, second = problems(files, *nowhere, f"rollout.engine={engine}")
+        assert first.field == "rollout.servers.python"
+        assert "no program that can be run" in first.wrong
+        assert engine in first.fix
+        assert second.field == "rollout.servers.devices"
+        assert "give 1 of them" in second.fix
+
+
+FOUND = ["rollout.engine=vllm", "rollout.servers.python=/none"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field", "wrong"),
+    [
+        (["addresses=[http://127.0.0.1]"], "rollout.servers.addresses", "no address"),
+        (["addresses=[]"], "rollout.servers.addresses", "is empty"),
+        (["addresses=[http://127.0.0.1:1,http://127.0.0.1:1]"], "rollout.servers.addresses", "twice"),
+        (["addresses=[http://10.0.0.5:8000]"], "rollout.servers.host", "not reached from another machine"),
+        (["addresses=[http://127.0.0.1:1]", "each_node=true"], "rollout.servers.each_node", "none is started"),
+        (["addresses=[http://127.0.0.1:1]", "key_file=null"], "rollout.servers.key_file", "without a key"),
+        (["addresses=[http://127.0.0.1:1]", "key_file=/none"], "rollout.servers.key_file", "no file"),
+    ],
+)
+def test_servers_that_are_found(files: Path, overrides: list[str], field: str, wrong: str) -> None:
+    key = files / "key"
+    key.write_text("secret")
+    words = [*FOUND, f"rollout.servers.key_file={key}", *(f"rollout.servers.{text}" for text in overrides)]
+    problem = only(problems(files, *words))
+    assert problem.field == field
+    assert wrong in problem.wrong
+    good = [*FOUND, f"rollout.servers.key_file={key}", "rollout.servers.addresses=[http://127.0.0.1:1]"]
+    assert problems(files, *good) == []
+
+
+def test_a_key_is_for_servers_that_are_found(files: Path) -> None:
+    words = ["rollout.engine=vllm", "rollout.servers.key_file=/none", f"rollout.servers.python={sys.executable}"]
+    assert only(problems(files, *words)).field == "rollout.servers.key_file"
+
+
+@pytest.mark.parametrize("other", ["each_node=true", "precision=fp8"])
+def test_memory_is_shared_on_one_node_between_equals(files: Path, other: str) -> None:
+    servers = [f"rollout.servers.{text}" for text in (f"python={sys.executable}", "transport=shared")]
+    assert problems(files, "rollout.engine=vllm", *servers) == []
+    problem = only(problems(files, "rollout.engine=vllm", *servers, f"rollout.servers.{other}"))
+    assert (problem.field, problem.fix) == ("rollout.servers.transport", "rollout.servers.transport=group")
+
+
+def test_only_servers_generate_while_the_trainer_trains(files: Path) -> None:
+    problem = only(problems(files, "rollout.max_staleness=1"))
+    assert problem.field == "rollout.max_staleness"
+    assert "rollout.engine=sglang" in problem.fix
+    servers = ["rollout.engine=sglang", f"rollout.servers.python={sys.executable}", "rollout.max_staleness=1"]
+    assert problems(files, *servers) == []
+    assert only(problems(files, *servers, f"rollout.replay={files}")).field == "rollout.max_staleness"

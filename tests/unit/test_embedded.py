@@ -15,6 +15,7 @@ from megatron_tempo.rollout.embedded import ENDED_SHARE, EmbeddedEngine, end_tok
 from megatron_tempo.rollout.engine import Request, Sampling, seed_of
 from megatron_tempo.types import Completion
 from tests.support.tiny import VOCAB, WORDS, write_model
+from tests.support.weights import Given
 
 CPU = torch.device("cpu")
 END = WORDS.index("$")
@@ -41,12 +42,18 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
 
 def engine_of(folder: Path, *, batch_rows: int = 64, dtype: torch.dtype = torch.float32) -> EmbeddedEngine:
     engine = EmbeddedEngine(folder, CPU, dtype, batch_rows)
-    engine.load_weights([[item] for item in weights_of(folder).items()], version=7)
+    engine.load_weights(Given([[item] for item in weights_of(folder).items()]), version=7)
     return engine
 
 
 def requests_of(prompts: list[tuple[int, ...]], samples: int = 3) -> list[Request]:
     return [Request(prompt, samples, seed_of("test", prompt)) for prompt in prompts]
+
+
+def generate(engine: EmbeddedEngine, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
+    """The completions of each request, in order."""
+    answers = dict(engine.generate(requests, sampling))
+    return [answers[i] for i in range(len(requests))]
 
 
 def flat(answers: list[list[Completion]]) -> list[Completion]:
@@ -67,7 +74,7 @@ def same(found: list[list[Completion]], wanted: list[list[Completion]]) -> None:
 @torch.no_grad()
 def test_logprobs_are_those_of_a_full_forward_pass(folder: Path, temperature: float) -> None:
     model = model_of(folder)
-    answers = engine_of(folder).generate(requests_of(PROMPTS), Sampling(temperature, 24))
+    answers = generate(engine_of(folder), requests_of(PROMPTS), Sampling(temperature, 24))
     assert [len(row) for row in answers] == [3] * len(PROMPTS)
     for prompt, row in zip(PROMPTS, answers, strict=True):
         for completion in row:
@@ -75,11 +82,11 @@ def test_logprobs_are_those_of_a_full_forward_pass(folder: Path, temperature: fl
             logits = model(torch.tensor([[*prompt, *completion.token_ids]])).logits[0, len(prompt) - 1 : -1]
             wanted = (logits / temperature).log_softmax(1).gather(1, ids[:, None])[:, 0]
             assert completion.logprobs == pytest.approx(wanted.tolist(), abs=1e-5)
-            assert completion.weight_version == 7
+            assert completion.versions == ((7, len(completion.token_ids)),)
 
 
 def test_an_end_token_stops_a_response_and_is_part_of_it(folder: Path) -> None:
-    answers = engine_of(folder).generate(requests_of(PROMPTS, samples=16), Sampling(3.0, 40))
+    answers = generate(engine_of(folder), requests_of(PROMPTS, samples=16), Sampling(3.0, 40))
     reasons = Counter(completion.finish_reason for completion in flat(answers))
     assert min(reasons["stop"], reasons["length"]) > 5, "the case has both"
     for completion in flat(answers):
@@ -90,7 +97,7 @@ def test_an_end_token_stops_a_response_and_is_part_of_it(folder: Path) -> None:
 
 
 def test_a_response_may_end_with_its_last_token(folder: Path) -> None:
-    answers = engine_of(folder).generate(requests_of(PROMPTS, samples=100), Sampling(3.0, 1))
+    answers = generate(engine_of(folder), requests_of(PROMPTS, samples=100), Sampling(3.0, 1))
     ended = [completion for completion in flat(answers) if completion.token_ids == (END,)]
     assert ended
     for completion in flat(answers):
@@ -105,23 +112,23 @@ def test_a_prompt_is_answered_alike_in_any_company(folder: Path) -> None:
     """Beside longer and shorter prompts, in batches of any size, and in any order: the seed alone decides."""
     sampling, requests = Sampling(2.0, 20), requests_of(PROMPTS, samples=3)
     engine = engine_of(folder, dtype=torch.float64)
-    alone = [engine.generate([request], sampling)[0] for request in requests]
+    alone = [generate(engine, [request], sampling)[0] for request in requests]
     for batch_rows in (1, 7, 64):
         engine = engine_of(folder, batch_rows=batch_rows, dtype=torch.float64)
-        same(engine.generate(requests, sampling), alone)
-        same(engine.generate(requests[::-1], sampling), alone[::-1])
+        same(generate(engine, requests, sampling), alone)
+        same(generate(engine, requests[::-1], sampling), alone[::-1])
 
 
 def test_seeds_and_samples_differ_and_equal_seeds_agree(folder: Path) -> None:
     engine, sampling = engine_of(folder), Sampling(1.0, 12)
-    (first,), (again,), (other,) = (engine.generate([Request((3, 4), 8, seed)], sampling) for seed in (5, 5, 6))
+    (first,), (again,), (other,) = (generate(engine, [Request((3, 4), 8, seed)], sampling) for seed in (5, 5, 6))
     assert first == again
     assert {c.token_ids for c in first}.isdisjoint(c.token_ids for c in other)
     assert len({c.token_ids for c in first}) == 8
 
 
 def test_no_requests_give_no_answers(folder: Path) -> None:
-    assert engine_of(folder).generate([], Sampling(1.0, 4)) == []
+    assert generate(engine_of(folder), [], Sampling(1.0, 4)) == []
 
 
 def test_seeds_follow_from_their_parts_alone() -> None:
@@ -151,7 +158,7 @@ def chi_square(counts: Tensor, probabilities: Tensor) -> float:
 @torch.no_grad()
 def test_tokens_follow_the_softmax_at_the_temperature(folder: Path, temperature: float) -> None:
     prompt = (3, 14, 15)
-    (answers,) = engine_of(folder).generate([Request(prompt, 20_000, 11)], Sampling(temperature, 2))
+    (answers,) = generate(engine_of(folder), [Request(prompt, 20_000, 11)], Sampling(temperature, 2))
     model = model_of(folder)
 
     def probabilities(tokens: tuple[int, ...], at: float) -> Tensor:
@@ -175,7 +182,7 @@ def test_tokens_follow_the_softmax_at_the_temperature(folder: Path, temperature:
 def test_rows_that_have_ended_leave_the_batch(folder: Path) -> None:
     engine = engine_of(folder, batch_rows=256)
     prompts = [prompt for prompt in PROMPTS if len(prompt) == 2] * 8
-    answers = engine.generate([Request(p, 32, i) for i, p in enumerate(prompts)], Sampling(3.0, 60))
+    answers = generate(engine, [Request(p, 32, i) for i, p in enumerate(prompts)], Sampling(3.0, 60))
     lengths = [len(completion.token_ids) for completion in flat(answers)]
     assert max(lengths) > 3 * min(lengths)
     count = engine.counted
@@ -187,7 +194,7 @@ def test_rows_that_have_ended_leave_the_batch(folder: Path) -> None:
 
 def test_padding_before_short_prompts_is_counted(folder: Path) -> None:
     engine = engine_of(folder)
-    engine.generate(requests_of(PROMPTS, samples=1), Sampling(1.0, 1))
+    generate(engine, requests_of(PROMPTS, samples=1), Sampling(1.0, 1))
     assert engine.counted.tokens == len(PROMPTS) * 9
     assert engine.counted.padding == len(PROMPTS) * 9 - sum(map(len, PROMPTS))
 
@@ -207,15 +214,15 @@ def test_weights_that_do_not_fit_are_refused(folder: Path, change: dict[str, Ten
     weights = weights_of(folder) | change
     bucket = [(name, tensor) for name, tensor in weights.items() if tensor is not None]
     with pytest.raises(ValueError, match=message):
-        EmbeddedEngine(folder, CPU, torch.float32, 4).load_weights([bucket], 0)
+        EmbeddedEngine(folder, CPU, torch.float32, 4).load_weights(Given([bucket]), 0)
 
 
 def test_new_weights_are_used_and_named(folder: Path) -> None:
     engine, sampling = engine_of(folder), Sampling(1.0, 6)
-    before = engine.generate(requests_of(PROMPTS), sampling)
-    engine.load_weights([[(n, t * 1.1) for n, t in weights_of(folder).items()]], version=8)
-    after = engine.generate(requests_of(PROMPTS), sampling)
-    assert {completion.weight_version for completion in flat(after)} == {8}
+    before = generate(engine, requests_of(PROMPTS), sampling)
+    engine.load_weights(Given([[(n, t * 1.1) for n, t in weights_of(folder).items()]]), version=8)
+    after = generate(engine, requests_of(PROMPTS), sampling)
+    assert {version for completion in flat(after) for version, _ in completion.versions} == {8}
     assert [c.logprobs for c in flat(after)] != [c.logprobs for c in flat(before)]
 
 
@@ -225,13 +232,24 @@ def test_a_tied_model_takes_its_weights_with_or_without_the_repeated_output_matr
     assert "lm_head.weight" not in weights
     repeated = ("lm_head.weight", weights["model.embed_tokens.weight"])
     sampling = Sampling(1.0, 6)
-    wanted = engine_of(tied).generate(requests_of(PROMPTS), sampling)
+    wanted = generate(engine_of(tied), requests_of(PROMPTS), sampling)
     engine = EmbeddedEngine(tied, CPU, torch.float32, 64)
-    engine.load_weights([[repeated, *weights.items()]], 7)
-    assert engine.generate(requests_of(PROMPTS), sampling) == wanted
+    engine.load_weights(Given([[repeated, *weights.items()]]), 7)
+    assert generate(engine, requests_of(PROMPTS), sampling) == wanted
     without = [item for item in weights.items() if item[0] != "model.embed_tokens.weight"]
     with pytest.raises(ValueError, match=r"left out 1 tensors: model.embed_tokens.weight"):
-        engine.load_weights([[repeated, *without]], 7)
+        engine.load_weights(Given([[repeated, *without]]), 7)
+
+
+def test_tensors_that_are_not_the_given_ones_are_named_the_worst_first(folder: Path) -> None:
+    engine, weights = engine_of(folder), weights_of(folder)
+    assert engine.differences(Given([list(weights.items())])) == []
+    names = list(weights)
+    for name, factor in ((names[2], 1.25), (names[5], 0.5)):
+        weights[name] = weights[name] * factor
+    worst, second = engine.differences(Given([list(weights.items())]))
+    assert worst == (names[5], pytest.approx(1.0))
+    assert second == (names[2], pytest.approx(0.2))
 
 
 # End tokens

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_tempo import run as run_module
@@ -31,7 +32,6 @@ from megatron_tempo.run import Run
 from megatron_tempo.schedule import remaining
 from megatron_tempo.train import train
 from megatron_tempo.types import Batch, UnlabelledPrompt
-from megatron_tempo.weights.folder import tensors
 from megatron_tempo.wiring import open_workplace
 from tests.support.project import config_of, write_project
 from tests.support.tiny import WORDS
@@ -220,8 +220,7 @@ def outcome(project: Path, out: Path) -> Outcome:
     weights = {
         f"{model}/{name}": tensor
         for model in ("actor", "critic")
-        for bucket in tensors(out / "hf_step_00000001" / model)
-        for name, tensor in bucket
+        for name, tensor in load_file(out / f"hf_step_00000001/{model}/model-00001.safetensors").items()
     }
     (line,) = read_metrics(out)
     figures = {name: line[name] for name in line if name.startswith(("actor/", "critic/", "reward/", "advantage/"))}

@@ -35,6 +35,7 @@ def batch_of(lengths: list[tuple[int, int]]) -> Batch:
         response_lengths=responses,
         engine_logprobs=torch.zeros(t),
         stopped=torch.ones(n, dtype=torch.bool),
+        versions=torch.zeros(t, dtype=torch.int32),
     )
 
 

@@ -23,7 +23,7 @@ from megatron_tempo.models.parallel import Layout, padded_vocab, parallel_groups
 from megatron_tempo.models.qwen3 import Shape, read_shape, transformer_config
 from megatron_tempo.weights import folder, qwen3
 from megatron_tempo.weights.slots import Columns, Cut, GateUp, QueryKeyValue, Slot, Vocabulary, Whole
-from megatron_tempo.weights.stream import export, plan
+from megatron_tempo.weights.stream import WeightStream, plan
 from tests.support.tiny import VOCAB, write_model
 
 # Cuts
@@ -32,7 +32,10 @@ from tests.support.tiny import VOCAB, write_model
 def roundtrip(cut: Cut, sources: list[Tensor], size: int) -> list[Tensor]:
     shards = [cut.cut(sources, rank, size) for rank in range(size)]
     assert len({shard.shape for shard in shards}) == 1
-    for found, source in zip(cut.join(shards), sources, strict=True):
+    wholes = [torch.full_like(source, -1) for source in sources]
+    for rank, shard in enumerate(shards):
+        cut.place(shard, wholes, rank, size)
+    for found, source in zip(wholes, sources, strict=True):
         assert torch.equal(found, source)
     return shards
 
@@ -41,14 +44,36 @@ def numbers(*shape: int, start: int = 0) -> Tensor:
     return torch.arange(start, start + torch.Size(shape).numel()).reshape(shape)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_every_cut_is_undone_by_its_join(size: int) -> None:
-    roundtrip(Whole(), [numbers(5)], size)
-    roundtrip(Columns(8), [numbers(3, 8)], size)
-    roundtrip(GateUp(8), [numbers(8, 3), numbers(8, 3, start=100)], size)
-    heads, groups, dim = 8, 4, 3
-    qkv = [numbers(heads * dim, 5), numbers(groups * dim, 5, start=1000), numbers(groups * dim, 5, start=2000)]
-    roundtrip(QueryKeyValue(heads, groups, dim), qkv, size)
+sizes = st.sampled_from([1, 2, 3, 4, 8])
+lengths = st.integers(1, 5)
+
+
+@given(sizes, lengths, lengths)
+@settings(deadline=None)
+def test_placing_every_ranks_cut_gives_the_tensors_back(size: int, part: int, other: int) -> None:
+    roundtrip(Whole(), [numbers(part, other)], size)
+    roundtrip(Columns(size * part), [numbers(other, size * part)], size)
+    roundtrip(GateUp(size * part), [numbers(size * part, other), numbers(size * part, other, start=1000)], size)
+
+
+@given(sizes, lengths, lengths, lengths, lengths)
+@settings(deadline=None)
+def test_queries_keys_and_values_are_placed_back(
+    size: int, part: int, queries_per_group: int, head_dim: int, hidden: int
+) -> None:
+    groups = size * part
+    heads = groups * queries_per_group
+    qkv = [numbers(count * head_dim, hidden, start=i * 10**6) for i, count in enumerate((heads, groups, groups))]
+    roundtrip(QueryKeyValue(heads, groups, head_dim), qkv, size)
+
+
+def test_a_rank_places_only_what_it_holds_in_the_type_that_is_wanted() -> None:
+    wholes = [torch.zeros(4, 1, dtype=torch.bfloat16) for _ in range(2)]
+    third = torch.tensor([1 / 3])
+    GateUp(4).place(torch.stack([torch.ones(1), third, -third, -torch.ones(1)]), wholes, 1, 2)
+    rounded = third.bfloat16().item()
+    assert rounded != third.item()
+    assert [whole.flatten().tolist() for whole in wholes] == [[0, 0, 1, rounded], [0, 0, -rounded, -1]]
 
 
 @given(st.integers(1, 40), st.integers(1, 9))
@@ -182,14 +207,19 @@ def rewrite(path: Path, **changes: Tensor | None) -> None:
 
 def saved(net: PackedGPT, layout: Layout, out: Path, like: Path, limit: int = 5000) -> None:
     slots = qwen3.slots(net.shape, 1, critic=isinstance(net, ValueModel))
-    folder.save(export(net, layout, slots, limit), out, like, layout, {"comment": "changed"})
+    buckets = WeightStream(net, layout, slots, limit).everywhere()
+    folder.save(buckets, out, like, layout, {"comment": "changed"})
 
 
 def test_a_folder_comes_back_as_it_was(model: Path, layout: Layout, tmp_path: Path) -> None:
     out = tmp_path / "a/b"
     saved(load(model, layout), layout, out, model)
     original = load_file(model / "model.safetensors")
-    found = {name: tensor for bucket in folder.tensors(out) for name, tensor in bucket}
+    found = {
+        name: tensor
+        for bucket in folder.FolderWeights(out, layout, torch.float32).everywhere()
+        for name, tensor in bucket
+    }
     assert found.keys() == original.keys()
     assert all(torch.equal(found[name], original[name]) for name in original)
     assert json.loads((out / "config.json").read_text())["comment"] == "changed"

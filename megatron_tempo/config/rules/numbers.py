@@ -20,6 +20,7 @@ class _Bound:
 
 _ONE_OR_MORE = _Bound("1 or more", "1", lambda x: x >= 1)
 _ZERO_OR_MORE = _Bound("0 or more", "0", lambda x: x >= 0)
+_ZERO_OR_ONE = _Bound("0 or 1", "1", lambda x: x in (0, 1))
 _ABOVE_ZERO = _Bound("above 0", "1", lambda x: x > 0)
 _SMALL = _Bound("above 0", "1e-6", lambda x: x > 0)
 _DECAY = _Bound("at least 0 and below 1", "0.9", lambda x: 0 <= x < 1)
@@ -43,13 +44,18 @@ _BOUNDS: dict[type, dict[str, _Bound]] = {
         "temperature": _ABOVE_ZERO,
         "batch_rows": _ONE_OR_MORE,
         "parity_tolerance": _SMALL,
+        "max_staleness": _ZERO_OR_ONE,
     },
-    schema.SglangConfig: {
+    schema.ServersConfig: {
+        "replicas": _ONE_OR_MORE,
         "tensor": _ONE_OR_MORE,
         "concurrency": _ONE_OR_MORE,
         "checksums_every": _ZERO_OR_MORE,
+        "restarts": _ZERO_OR_MORE,
         "start_seconds": _ABOVE_ZERO,
+        "update_seconds": _ABOVE_ZERO,
         "answer_seconds": _ABOVE_ZERO,
+        "hang_seconds": _ABOVE_ZERO,
     },
     schema.OptimizerConfig: {
         "lr": _SMALL,

@@ -1,0 +1,121 @@
+"""What differs between SGLang and vLLM: how a server is started, what is asked of it and how it answers.
+
+A dialect does nothing by itself: it makes calls and reads answers, so that dispatch, faults and weight updates are
+written once, in `fleet.py` and `servers.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_tempo.config.schema import EnginePrecision, ServersConfig
+from megatron_tempo.rollout.engine import Request, Sampling
+from megatron_tempo.types import Bucket
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A POST of a JSON body to a path of the server; a GET where there is no body."""
+
+    path: str
+    body: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """How a server is started: its place in the run, where it listens, and what it serves.
+
+    `folder` is its own; `model` the Hugging Face folder whose config and tokenizer it reads.
+    """
+
+    config: ServersConfig
+    model: Path
+    folder: Path
+    host: str
+    port: int
+    key: str
+    precision: EnginePrecision
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A command line, and the environment variables that it needs beside the trainer's."""
+
+    command: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One response as the server gave it, unchecked. `versions` are (version, number of tokens)."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    reason: str
+    versions: list[tuple[str, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where a sender of weights waits for a server's workers: a torch store, and the group's name in it."""
+
+    host: str
+    port: int
+    group: str
+    world: int
+    backend: str
+    seconds: float
+
+
+class Dialect(Protocol):
+    """Made for servers of `tensor` workers, on a CPU or on GPUs."""
+
+    name: str
+    health: Call  # answered with 200 by a server that is ready
+    pulse: Call  # what tells slowness from a hang
+
+    def launch(self, start: Start) -> Launch: ...
+
+    def beat(self, answer: str) -> str | None:
+        """From the answer to `pulse`: a text that changes with every step made; None: that it answers is enough."""
+        ...
+
+    def generate(self, request: Request, sampling: Sampling, end_tokens: Sequence[int]) -> Call: ...
+
+    def answers(self, answer: Any) -> list[Answer]: ...
+
+    def meet(self, meeting: Meeting) -> Call: ...
+
+    def before_update(self) -> list[Call]:
+        """Hold what is being generated, and open an update."""
+        ...
+
+    def update(self, bucket: Bucket, group: str | None, version: int, *, compare: bool) -> Call:
+        """Take a bucket: by a broadcast of the tensors' bytes in `group`, or, without one, out of shared memory.
+
+        `compare` says that `proof` will be asked for.
+        """
+        ...
+
+    def after_update(self, version: int) -> list[Call]:
+        """Close the update and forget what was cached under the older weights."""
+        ...
+
+    def resume(self) -> list[Call]:
+        """Go on generating."""
+        ...
+
+    def proof(self) -> Call | None:
+        """What to ask for the checksums of all tensors. None where they cannot be compared."""
+        ...
+
+    def expected(self, bucket: Bucket) -> dict[str, tuple[str, float]]:
+        """(checksum, root mean square) of each tensor as `proof` would name it; NaN where it tells none."""
+        ...
+
+    def proven(self, answer: Any) -> list[dict[str, tuple[str, float]]]:
+        """The answer to `proof`, one for each worker that gave one, in the form of `expected`."""
+        ...

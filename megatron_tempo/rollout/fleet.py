@@ -1,0 +1,472 @@
+"""The servers that answer, seen from the first rank: who has which requests, who has failed, who is back.
+
+Everything happens in one event loop in a thread of its own. A request is, at any time, in one of three places: waiting,
+with one server, or answered. When a server fails, its requests wait again; so none is lost, and none is counted twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol, TypeVar
+
+import httpx
+
+from megatron_tempo.config.schema import Dispatch, ServersConfig
+from megatron_tempo.errors import EngineError, InputError
+from megatron_tempo.rollout.dialect import Answer, Call, Dialect
+from megatron_tempo.rollout.engine import Request, Sampling
+from megatron_tempo.types import Completion
+
+_T = TypeVar("_T")
+
+
+class State(Enum):
+    starting = "starting"
+    empty = "empty"  # ready, without the weights
+    serving = "serving"
+    gone = "gone"  # given up
+
+
+class Starter(Protocol):
+    """Where servers come from: `Keepers` starts them, `FoundServers` knows where they are."""
+
+    async def start(self, index: int) -> str:
+        """The address of a server that is ready, started anew. Raises EngineError."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    index: int
+    state: State = State.starting
+    life: int = 0  # its starts; what is known of an earlier life is of no use
+    restarts: int = 0  # since it last went through a whole iteration
+    url: str = ""
+    client: httpx.AsyncClient | None = None
+    held: bool = False  # for a weight update
+    asks: dict[asyncio.Task[None], _Ask] = field(default_factory=dict)
+
+    @property
+    def load(self) -> int:
+        """Responses under way."""
+        return sum(ask.request.samples for ask in self.asks.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server that is to get weights."""
+
+    index: int
+    life: int
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    number: int  # of the request
+    completions: list[Completion]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    why: str
+
+
+class Event(Enum):
+    """What a job waits for beside answers."""
+
+    weights_wanted = "weights_wanted"  # a server is back without the weights
+    nothing = "nothing"  # has happened for a while
+
+
+class Job:
+    """The requests of one `submit`."""
+
+    def __init__(self, requests: int, oldest: int) -> None:
+        self.left = requests
+        self.oldest = oldest
+        self.events: queue.SimpleQueue[Answered | Failed | Event] = queue.SimpleQueue()
+
+
+@dataclass(slots=True, eq=False)
+class _Ask:
+    job: Job
+    number: int
+    request: Request
+    sampling: Sampling
+
+
+class Fleet:
+    """All public methods are for the trainer's thread, and wait for the event loop."""
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        config: ServersConfig,
+        starter: Starter,
+        replicas: int,
+        key: str,
+        end_tokens: Sequence[int],
+        vocab: int,
+        tell: Callable[[str], None],
+    ) -> None:
+        """`vocab` is the number of tokens that a response may be made of. `tell` hears of faults, from any thread."""
+        self._dialect, self._config, self._starter = dialect, config, starter
+        self._key, self._end_tokens, self._vocab, self._tell = key, end_tokens, vocab, tell
+        self._replicas = [Replica(i) for i in range(replicas)]
+        self._waiting: deque[_Ask] = deque()
+        self._jobs: set[Job] = set()
+        self._version = -1
+        self._loop = asyncio.new_event_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
+        self._thread.start()
+
+    def open(self) -> None:
+        """Start all servers. Raises InputError where one does not come up: what it was given does not fit."""
+        self._do(self._open())
+
+    def submit(self, requests: Sequence[Request], sampling: Sampling) -> Job:
+        """Begin to answer requests, by whichever servers have the weights."""
+
+        async def begin() -> Job:
+            job = Job(len(requests), self._version)
+            asks = [_Ask(job, i, request, sampling) for i, request in enumerate(requests)]
+            if self._config.dispatch is Dispatch.longest_first:
+                asks.sort(key=lambda ask: -len(ask.request.token_ids))
+            self._waiting.extend(asks)
+            self._jobs.add(job)
+            self._dispatch()
+            self._fail_if_none_is_left()
+            return job
+
+        return self._do(begin())
+
+    def next(self, job: Job, seconds: float) -> Answered | Failed | Event:
+        """The next thing that happens to a job, or `nothing` after `seconds`."""
+        if any(replica.state is State.empty for replica in self._replicas):
+            return Event.weights_wanted
+        try:
+            return job.events.get(timeout=seconds)
+        except queue.Empty:
+            return Event.nothing
+
+    def finish(self, job: Job) -> None:
+        """Forget a job; what is still asked for it is given up."""
+
+        async def forget() -> None:
+            self._jobs.discard(job)
+            self._waiting = deque(ask for ask in self._waiting if ask.job is not job)
+
+        self._do(forget())
+
+    def begin_update(self, *, empty_only: bool) -> list[Target]:
+        """Hold the servers that are to get weights, and open an update on each."""
+
+        async def begin() -> list[Target]:
+            states = (State.empty,) if empty_only else (State.empty, State.serving)
+            chosen = [replica for replica in self._replicas if replica.state in states]
+            targets = [Target(replica.index, replica.life, replica.url) for replica in chosen]
+            for replica in chosen:
+                replica.held = True
+            await asyncio.gather(*(self._calls(replica, self._dialect.before_update()) for replica in chosen))
+            return [target for target in targets if self._replicas[target.index].life == target.life]
+
+        return self._do(begin())
+
+    def end_update(
+        self, targets: Sequence[Target], failed: dict[int, str], version: int, expected: dict[str, tuple[str, float]]
+    ) -> str | None:
+        """Close the update on servers that took all buckets, let them go on, and give up on those in `failed`.
+
+        `expected` has the checksums to compare, if any. Returns what is wrong with a server's weights, if anything is.
+        """
+
+        async def end() -> str | None:
+            self._version = version
+            done = []
+            for target in targets:
+                replica = self._replicas[target.index]
+                if replica.life == target.life and target.index in failed:
+                    self._fault(replica, failed[target.index])
+                elif replica.life == target.life:
+                    done.append(replica)
+            wrong = await asyncio.gather(*(self._end_update(replica, version, expected) for replica in done))
+            self._dispatch()
+            return next((words for words in wrong if words), None)
+
+        return self._do(end())
+
+    def proofs(self) -> dict[str, list[dict[str, tuple[str, float]]]]:
+        """What the serving servers prove to hold, by server."""
+
+        async def ask() -> dict[str, list[dict[str, tuple[str, float]]]]:
+            call = self._dialect.proof()
+            assert call is not None
+            serving = [replica for replica in self._replicas if replica.state is State.serving]
+            return {self._name(r): self._dialect.proven((await self._send(r, call)).json()) for r in serving}
+
+        return self._do(ask())
+
+    def none_is_left(self) -> bool:
+        return all(replica.state is State.gone for replica in self._replicas)
+
+    def close(self) -> None:
+        async def end() -> None:
+            for task in [*self._tasks, *(task for replica in self._replicas for task in replica.asks)]:
+                task.cancel()
+            for replica in self._replicas:
+                if replica.client is not None:
+                    await replica.client.aclose()
+
+        self._do(end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    # In the event loop
+
+    def _do(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _open(self) -> None:
+        starts = [self._starter.start(replica.index) for replica in self._replicas]
+        for replica, url in zip(self._replicas, await asyncio.gather(*starts, return_exceptions=True), strict=True):
+            if isinstance(url, EngineError):
+                raise InputError(str(url))
+            if isinstance(url, BaseException):
+                raise url
+            self._connect(replica, url)
+
+    def _connect(self, replica: Replica, url: str) -> None:
+        replica.url, replica.state = url, State.empty
+        replica.client = httpx.AsyncClient(
+            base_url=url,
+            headers={"Authorization": f"Bearer {self._key}"},
+            timeout=httpx.Timeout(self._config.answer_seconds, connect=30.0),
+            limits=httpx.Limits(max_connections=None),
+        )
+
+    def _dispatch(self) -> None:
+        """Give waiting requests to the servers that have the least to do."""
+        while self._waiting:
+            free = [
+                replica
+                for replica in self._replicas
+                if replica.state is State.serving and not replica.held and len(replica.asks) < self._config.concurrency
+            ]
+            if not free:
+                return
+            replica = min(free, key=lambda replica: replica.load)
+            ask = self._waiting.popleft()
+            task = self._loop.create_task(self._answer(replica, replica.life, ask))
+            replica.asks[task] = ask
+
+    async def _answer(self, replica: Replica, life: int, ask: _Ask) -> None:
+        """Let a server answer a request. A failure is the server's, unless it says that the request is."""
+        task = asyncio.current_task()
+        assert task is not None
+        call = self._dialect.generate(ask.request, ask.sampling, self._end_tokens)
+        try:
+            completions = self._completions(await self._send(replica, call), ask)
+        except _Refused as error:
+            self._fail(ask.job, str(error))
+        except (httpx.HTTPError, EngineError) as error:
+            if replica.life == life:
+                self._fault(replica, _words(error))
+            return
+        else:
+            ask.job.events.put(Answered(ask.number, completions))
+            ask.job.left -= 1  # last: at 0 nothing more is waited for
+        del replica.asks[task]
+        self._dispatch()
+
+    def _completions(self, response: httpx.Response, ask: _Ask) -> list[Completion]:
+        """The answers, if they make sense: a response that is not what it seems to be would be trained on."""
+        try:
+            answers = [self._completion(answer, ask) for answer in self._dialect.answers(response.json())]
+        except (ValueError, LookupError, TypeError) as error:  # not of the form, or with null for a number
+            raise EngineError(f"gave a response that makes no sense: {error!r}") from error
+        if len(answers) != ask.request.samples:
+            raise EngineError(f"gave {len(answers)} responses where {ask.request.samples} were asked for")
+        return answers
+
+    def _completion(self, answer: Answer, ask: _Ask) -> Completion:
+        tokens, logprobs, longest = answer.token_ids, answer.logprobs, ask.sampling.max_tokens
+        versions = [(int(version), count) for version, count in answer.versions if count]
+        doubts = [
+            (answer.reason not in ("stop", "length"), f"ended by {answer.reason}"),
+            (not 1 <= len(tokens) <= longest, f"{len(tokens)} tokens of at most {longest}"),
+            (len(logprobs) != len(tokens), f"{len(logprobs)} log-probabilities of {len(tokens)} tokens"),
+            (any(not 0 <= token < self._vocab for token in tokens), "a token out of the vocabulary"),
+            (any(not math.isfinite(p) or p > 1e-3 for p in logprobs), "a log-probability that is none"),
+            (
+                any(not ask.job.oldest <= version <= self._version for version, _ in versions),
+                f"weights of version {versions}, not {ask.job.oldest} to {self._version}",
+            ),
+            (sum(count for _, count in versions) != len(tokens), f"versions {versions} of {len(tokens)} tokens"),
+        ]
+        if wrong := [words for is_wrong, words in doubts if is_wrong]:
+            raise EngineError(f"gave a response that makes no sense: {'; '.join(wrong)}")
+        return Completion(tuple(tokens), tuple(min(p, 0.0) for p in logprobs), answer.reason, tuple(versions))
+
+    async def _send(self, replica: Replica, call: Call, seconds: float | None = None) -> httpx.Response:
+        assert replica.client is not None
+        timeout = httpx.USE_CLIENT_DEFAULT if seconds is None else httpx.Timeout(seconds)
+        if call.body is None:
+            response = await replica.client.get(call.path, timeout=timeout)
+        else:
+            response = await replica.client.post(call.path, json=call.body, timeout=timeout)
+        return checked(response, call)
+
+    async def _calls(self, replica: Replica, calls: Sequence[Call]) -> None:
+        """Calls that belong to a weight update; a server that fails at one has failed."""
+        life = replica.life
+        try:
+            for call in calls:
+                await self._send(replica, call, self._config.update_seconds)
+        except (httpx.HTTPError, EngineError) as error:
+            if replica.life == life:
+                self._fault(replica, _words(error))
+
+    async def _end_update(self, replica: Replica, version: int, expected: dict[str, tuple[str, float]]) -> str | None:
+        life = replica.life
+        await self._calls(replica, self._dialect.after_update(version))
+        if expected and replica.life == life and (call := self._dialect.proof()) is not None:
+            try:
+                answer = (await self._send(replica, call, self._config.update_seconds)).json()
+            except (httpx.HTTPError, EngineError) as error:
+                self._fault(replica, _words(error))
+                return None
+            for held in self._dialect.proven(answer):
+                if wrong := [name for name, _ in differing(expected, held)]:
+                    return (
+                        f"{self._name(replica)} does not hold the actor's weights: {len(wrong)} of {len(expected)} "
+                        f"tensors differ, first {wrong[0]}"
+                    )
+        await self._calls(replica, self._dialect.resume())
+        if replica.life == life:
+            if replica.state is State.serving:
+                replica.restarts = 0
+            else:
+                replica.state = State.serving
+                self._spawn(self._watch(replica, life))
+            replica.held = False
+        return None
+
+    async def _watch(self, replica: Replica, life: int) -> None:
+        """See whether a server that has requests makes progress."""
+        limit = self._config.hang_seconds
+        beat, since = None, time.monotonic()
+        while replica.life == life:
+            await asyncio.sleep(min(5.0, limit / 4))
+            if not replica.asks or replica.held:
+                since = time.monotonic()
+                continue
+            try:
+                new = self._dialect.beat((await self._send(replica, self._dialect.pulse, limit)).text)
+                if new is None or new != beat:
+                    beat, since = new, time.monotonic()
+            except (httpx.HTTPError, EngineError):
+                pass  # no progress seen
+            if replica.life == life and replica.asks and time.monotonic() - since > limit:
+                self._fault(replica, f"makes no progress for rollout.servers.hang_seconds={limit:g}")
+
+    def _fault(self, replica: Replica, why: str) -> None:
+        """A server has failed: its requests wait again, and it is started anew."""
+        if replica.state not in (State.empty, State.serving):
+            return
+        asks = list(replica.asks.values())
+        for task in replica.asks:
+            if task is not asyncio.current_task():
+                task.cancel()
+        replica.asks = {}
+        self._waiting.extendleft(reversed(asks))
+        again = f"; its {len(asks)} unfinished requests are asked again" if asks else ""
+        self._tell(f"{self._name(replica)} {why}{again}")
+        replica.state, replica.held = State.starting, False
+        replica.life += 1
+        self._spawn(self._revive(replica, replica.client))
+        self._dispatch()
+
+    async def _revive(self, replica: Replica, client: httpx.AsyncClient | None) -> None:
+        if client is not None:
+            await client.aclose()
+        begun = time.monotonic()
+        while replica.restarts < self._config.restarts:
+            replica.restarts += 1
+            try:
+                url = await self._starter.start(replica.index)
+            except EngineError as error:
+                self._tell(f"{self._name(replica)} does not start again: {error}")
+                continue
+            self._connect(replica, url)
+            self._tell(f"{self._name(replica)} is back after {time.monotonic() - begun:.1f} s")
+            for job in self._jobs:
+                job.events.put(Event.weights_wanted)
+            return
+        replica.state = State.gone
+        self._tell(f"{self._name(replica)} is given up after rollout.servers.restarts={self._config.restarts}")
+        self._fail_if_none_is_left()
+
+    def _fail_if_none_is_left(self) -> None:
+        if self.none_is_left():
+            for job in self._jobs:
+                self._fail(job, f"no {self._dialect.name} server is left")
+
+    def _fail(self, job: Job, why: str) -> None:
+        self._waiting = deque(ask for ask in self._waiting if ask.job is not job)
+        job.events.put(Failed(why))
+
+    def _name(self, replica: Replica) -> str:
+        return f"{self._dialect.name} server {replica.index} ({replica.url or 'not started'})"
+
+
+class _Refused(EngineError):
+    """A request that no server would answer."""
+
+
+def checked(response: httpx.Response, call: Call) -> httpx.Response:
+    """A response that says yes. Raises EngineError otherwise."""
+    if response.status_code != 200:
+        kind = _Refused if response.status_code in (400, 413, 422) else EngineError
+        raise kind(f"answered {call.path} with {response.status_code}: {response.text[:500]}")
+    if response.headers.get("content-type", "").startswith("application/json"):
+        body = response.json() if len(response.content) < 10_000 else None
+        if isinstance(body, dict) and body.get("success") is False:
+            raise EngineError(f"refused {call.path}: {body.get('message')}")
+    return response
+
+
+def differing(expected: dict[str, tuple[str, float]], held: dict[str, tuple[str, float]]) -> list[tuple[str, float]]:
+    """Names whose checksums differ, or that only one side has, the worst first, with the relative difference in size.
+
+    It is NaN where only a checksum tells, infinite where a tensor is missing; those come first.
+    """
+    found = []
+    for name in expected.keys() | held.keys():
+        ours, theirs = expected.get(name), held.get(name)
+        if ours is None or theirs is None:
+            found.append((name, math.inf))
+        elif ours[0] != theirs[0]:
+            found.append((name, abs(ours[1] - theirs[1]) / max(ours[1], 1e-30)))
+    return sorted(found, key=lambda item: (-item[1] if not math.isnan(item[1]) else 0.0, item[0]))
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, EngineError):
+        return str(error)
+    return f"did not answer: {type(error).__name__} {error}".rstrip()

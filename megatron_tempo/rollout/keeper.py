@@ -1,0 +1,132 @@
+"""Where servers come from: started on one node or on each, or found at given addresses.
+
+The first rank orders; the first rank of a node starts, so that a server is a child of a process beside it. Orders and
+replies go through a torch store: "order/NODE/N" is the N-th order to a node, "reply/SERVER/N" the reply to a server's
+N-th start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import httpx
+import torch.distributed as dist
+
+from megatron_tempo.errors import EngineError
+from megatron_tempo.rollout.dialect import Dialect
+from megatron_tempo.rollout.server import Server
+
+_FOREVER = timedelta(days=365)
+
+
+def private_store(host: str, timeout: timedelta) -> dist.TCPStore:
+    """A torch store that listens at one address alone. Left to itself it would listen at all of the machine's."""
+    listener = socket.socket()
+    listener.bind((host, 0))
+    listener.listen(128)
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        host, port, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+
+
+class Keeper:
+    """Starts and ends the servers of this node, as it is ordered to."""
+
+    def __init__(self, store: tuple[str, int], node: int, make: Callable[[int], Server]) -> None:
+        """`store` is where the orders are; `make` starts the server of an index, without waiting for it."""
+        self._store, self._node, self._make = store, node, make
+        self._servers: dict[int, Server] = {}
+        self._closing = False
+        # Servers end with the thread that started them, so this one stays for as long as they are wanted.
+        self._thread = threading.Thread(target=self._serve, name="keeper", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closing = True
+        for server in list(self._servers.values()):
+            server.close()
+
+    def _serve(self) -> None:
+        orders, number = dist.TCPStore(*self._store, is_master=False, timeout=_FOREVER), 0
+        while True:
+            try:
+                order = json.loads(orders.get(f"order/{self._node}/{number}"))
+            except dist.DistError:  # the first rank is gone
+                return self.close()
+            number += 1
+            reply = f"reply/{order['server']}/{order['start']}"
+            if (old := self._servers.pop(order["server"], None)) is not None:
+                old.close()
+            if self._closing:
+                return None
+            try:
+                server = self._servers[order["server"]] = self._make(order["server"])
+            except OSError as error:
+                orders.set(reply, json.dumps({"error": str(error)}))
+            else:
+                threading.Thread(target=self._wait, args=(server, reply), daemon=True).start()
+
+    def _wait(self, server: Server, reply: str) -> None:
+        try:
+            server.wait()
+            answer = {"url": server.url}
+        except EngineError as error:
+            server.close()
+            answer = {"error": str(error)}
+        dist.TCPStore(*self._store, is_master=False).set(reply, json.dumps(answer))
+
+
+class Keepers:
+    """A `Starter`, on the first rank: it orders the keeper of the node that a server is on."""
+
+    def __init__(self, store: dist.TCPStore, per_node: int) -> None:
+        """Server i is on node i // `per_node`."""
+        self._store, self._per_node = store, per_node
+        self._orders: Counter[int] = Counter()
+        self._starts: Counter[int] = Counter()
+
+    async def start(self, index: int) -> str:
+        node, start = index // self._per_node, self._starts[index]
+        order = f"order/{node}/{self._orders[node]}"
+        self._orders[node] += 1
+        self._starts[index] += 1
+        self._store.set(order, json.dumps({"server": index, "start": start}))
+        reply = f"reply/{index}/{start}"
+        while not self._store.check([reply]):
+            await asyncio.sleep(0.1)
+        answer = json.loads(self._store.get(reply))
+        if "error" in answer:
+            raise EngineError(answer["error"])
+        return answer["url"]
+
+
+class FoundServers:
+    """A `Starter` of servers that somebody else starts: to start one is to wait until it answers."""
+
+    def __init__(self, dialect: Dialect, addresses: Sequence[str], key: str, seconds: float) -> None:
+        self._dialect, self._addresses, self._key, self._seconds = dialect, addresses, key, seconds
+
+    async def start(self, index: int) -> str:
+        url, deadline, last = self._addresses[index], time.monotonic() + self._seconds, "it does not answer"
+        headers = {"Authorization": f"Bearer {self._key}"}
+        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=5.0) as client:
+            while time.monotonic() < deadline:
+                try:
+                    response = await client.get(self._dialect.health.path)
+                    if response.status_code == 200:
+                        return url
+                    last = f"{self._dialect.health.path} is answered with {response.status_code}"
+                    if response.status_code in (401, 403):
+                        raise EngineError(f"{url} does not take the key of rollout.servers.key_file")
+                except httpx.HTTPError as error:
+                    last = f"{type(error).__name__} {error}".rstrip()
+                await asyncio.sleep(0.5)
+        raise EngineError(f"no {self._dialect.name} server at {url} ({last}): start it, or mend the address")

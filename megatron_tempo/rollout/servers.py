@@ -1,0 +1,220 @@
+"""The engine that is any number of SGLang or vLLM servers.
+
+The first rank asks them (`fleet.py`), the first rank of each pipeline stage sends them weights (`transfer.py`), the
+first rank of a node starts them (`keeper.py`). The ranks agree by messages from the first one, so that all of them take
+part when a server that has come back needs the weights.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_tempo.config.schema import EnginePrecision, ServersConfig, Transport
+from megatron_tempo.errors import EngineError, InputError
+from megatron_tempo.rollout.dialect import Dialect
+from megatron_tempo.rollout.embedded import end_tokens
+from megatron_tempo.rollout.engine import Request, Sampling
+from megatron_tempo.rollout.fleet import Answered, Event, Failed, Fleet, Job, Starter, differing
+from megatron_tempo.rollout.keeper import FoundServers, Keeper, Keepers, private_store
+from megatron_tempo.rollout.server import Server, own_address
+from megatron_tempo.rollout.transfer import Senders
+from megatron_tempo.types import Completion, TokenCount, Weights
+
+# Seconds after which waiting ranks hear that there is nothing new: well within the timeout of their groups.
+_HEARTBEAT = 30.0
+
+_T = TypeVar("_T")
+
+
+class ServersEngine:
+    """An `Engine`. The seeds of requests are not used: servers draw their own numbers."""
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        config: ServersConfig,
+        model: Path,
+        work: Path,
+        precision: EnginePrecision,
+        device: torch.device,
+        vocab: int,
+        tell: Callable[[str], None],
+    ) -> None:
+        """Collective. Servers are started below `work`; `tell` hears on the first rank of those that fail.
+
+        Raises InputError if one does not come up, or cannot be reached from where the trainer runs.
+        """
+        self.counted = TokenCount()
+        self._dialect, self._config = dialect, config
+        self._control = dist.new_group(backend="gloo", timeout=timedelta(minutes=10))
+        self._weights: Weights | None = None
+        self._version = -1
+        self._updates = 0
+        self._closing = ExitStack()
+        nodes = self._nodes()
+        self.replicas = config.replicas * len(nodes) if config.addresses is None else len(config.addresses)
+        key = self._agree(self._key)
+        self._senders = Senders(dialect, config, key, "gloo" if device.type == "cpu" else "nccl")
+        self._closing.callback(self._senders.close)
+
+        def make(index: int) -> Server:
+            return Server(dialect, config, model, work / str(index), key, precision, self._devices(index, device))
+
+        self._fleet: Fleet | None = None
+        self._keeper: Keeper | None = None
+        starter = self._found(key) if config.addresses is not None else self._kept(nodes, make)
+        if starter is not None:
+            self._fleet = Fleet(dialect, config, starter, self.replicas, key, end_tokens(model), vocab, tell)
+            self._closing.callback(self._fleet.close)
+        try:
+            self._agree(lambda: self._first.open())
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
+        assert self._weights is not None, "load_weights comes first"
+        job = self._fleet.submit(requests, sampling) if self._fleet is not None else None
+        return self._answers(job)
+
+    def load_weights(self, weights: Weights, version: int) -> None:
+        self._weights, self._version = weights, version
+        every = self._config.checksums_every
+        compare = every > 0 and self._updates % every == 0
+        self._updates += 1
+        self._feed(empty_only=False, compare=compare)
+
+    def differences(self, weights: Weights) -> list[tuple[str, float]] | None:
+        if self._dialect.proof() is None:
+            return None
+        expected: dict[str, tuple[str, float]] = {}
+        for bucket in weights.from_stages(shared=False):
+            expected |= self._dialect.expected(bucket)
+        expected = self._joined(expected)
+        held = self._agree(lambda: [one for proofs in self._first.proofs().values() for one in proofs])
+        return max((differing(expected, one) for one in held), key=len, default=[])
+
+    def close(self) -> None:
+        self._closing.close()
+
+    # Over the ranks
+
+    @property
+    def _first(self) -> Fleet:
+        assert self._fleet is not None
+        return self._fleet
+
+    def _agree(self, make: Callable[[], _T]) -> _T:
+        """What the first rank makes, on every rank; or the error that it meets."""
+        result: list[Any] = [None, None]
+        if dist.get_rank() == 0:
+            try:
+                result[0] = make()
+            except (InputError, EngineError, OSError) as error:
+                result[1] = error
+        dist.broadcast_object_list(result, src=0, group=self._control)
+        if result[1] is not None:
+            raise result[1]
+        return result[0]
+
+    def _joined(self, mine: dict[Any, Any]) -> dict[Any, Any]:
+        """The entries of all ranks, on every rank."""
+        shares: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, mine, group=self._control)
+        return {key: value for share in shares for key, value in share.items()}
+
+    # Where servers come from
+
+    def _nodes(self) -> list[int]:
+        """The first rank of each node that servers are started on.
+
+        Raises InputError if some ranks could not reach them.
+        """
+        places: list[Any] = [None] * dist.get_world_size()
+        mine = (socket.gethostname(), int(os.environ.get("LOCAL_RANK", dist.get_rank())))
+        dist.all_gather_object(places, mine, group=self._control)
+        machines = {machine for machine, _ in places}
+        if len(machines) > 1 and own_address(self._config.host).startswith("127."):
+            raise InputError(
+                f"rollout.servers.host={self._config.host} is reached from one machine alone, and this run is on "
+                f"{len(machines)}: give hostname, or an address that the others reach"
+            )
+        if len(machines) > 1 and self._config.transport is Transport.shared:
+            raise InputError("rollout.servers.transport=shared is for runs on one machine: give group")
+        return [rank for rank, (_, local) in enumerate(places) if local == 0] if self._config.each_node else [0]
+
+    def _key(self) -> str:
+        return Path(self._config.key_file).read_text().strip() if self._config.key_file else secrets.token_urlsafe(24)
+
+    def _found(self, key: str) -> Starter | None:
+        assert self._config.addresses is not None
+        first = dist.get_rank() == 0
+        return FoundServers(self._dialect, self._config.addresses, key, self._config.start_seconds) if first else None
+
+    def _kept(self, nodes: list[int], make: Callable[[int], Server]) -> Starter | None:
+        """A keeper on the first rank of each node, and on the first of all what gives them orders."""
+        rank = dist.get_rank()
+        store = private_store(own_address(self._config.host), timedelta(days=365)) if rank == 0 else None
+        host, port = self._agree(lambda: (store.host, store.port) if store is not None else ("", 0))
+        if rank in nodes:
+            self._keeper = Keeper((host, port), nodes.index(rank), make)
+            self._closing.callback(self._keeper.close)
+        return None if store is None else Keepers(store, self._config.replicas)
+
+    def _devices(self, index: int, device: torch.device) -> str | None:
+        """CUDA_VISIBLE_DEVICES of a server; None: as it is here."""
+        if device.type == "cpu":
+            return ""
+        if self._config.devices is None:
+            return None
+        first = index % self._config.replicas * self._config.tensor
+        return ",".join(map(str, self._config.devices[first : first + self._config.tensor]))
+
+    # Answers
+
+    def _answers(self, job: Job | None) -> Iterator[tuple[int, list[Completion]]]:
+        while True:
+            event: Any = None
+            if job is not None:
+                event = Event.nothing if job.left or not job.events.empty() else None
+                if event is not None and isinstance(event := self._first.next(job, _HEARTBEAT), Answered):
+                    self.counted.add(sum(len(c.token_ids) for c in event.completions), 0)
+                    yield event.number, event.completions
+                    continue
+            order: Any = self._agree(lambda event=event: event)  # type: ignore[misc]
+            if order is None or isinstance(order, Failed):
+                if job is not None:
+                    self._first.finish(job)
+                if order is None:
+                    return
+                raise EngineError(order.why)
+            if order is Event.weights_wanted:
+                self._feed(empty_only=True, compare=self._config.checksums_every > 0)
+
+    # Weights
+
+    def _feed(self, *, empty_only: bool, compare: bool) -> None:
+        """Send the weights to the servers, or to those alone that have none."""
+        assert self._weights is not None
+        compare = compare and self._dialect.proof() is not None
+        targets = self._agree(lambda: self._first.begin_update(empty_only=empty_only))
+        failed: dict[int, str] = {}
+        expected: dict[str, tuple[str, float]] = {}
+        if targets:
+            failed, expected = self._senders.send(self._weights, targets, self._version, compare=compare)
+        failed, expected = self._joined(failed), self._joined(expected)
+        wrong = self._agree(lambda: self._first.end_update(targets, failed, self._version, expected))
+        if wrong is not None:
+            raise EngineError(wrong)
+        if self._agree(lambda: self._first.none_is_left()):
+            raise EngineError(f"no {self._dialect.name} server is left")

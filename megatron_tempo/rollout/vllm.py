@@ -1,0 +1,148 @@
+"""vLLM's dialect. What of it runs in the server's processes is in `vllm_worker.py`.
+
+Its own checksums are of its weights as its kernels have packed them. So its workers tell the checksum of each tensor
+that came, and which of the model's parameters nothing was loaded into.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_tempo.config.schema import EnginePrecision
+from megatron_tempo.rollout.checksum import checksum, root_mean_square
+from megatron_tempo.rollout.dialect import Answer, Call, Launch, Meeting, Start
+from megatron_tempo.rollout.engine import Request, Sampling
+from megatron_tempo.rollout.folder import private_file, served_folder
+from megatron_tempo.types import Bucket
+
+WORKER = Path(__file__).with_name("vllm_worker.py")
+_DTYPES = {EnginePrecision.fp32: "float32", EnginePrecision.bf16: "bfloat16", EnginePrecision.fp8: "bfloat16"}
+# Counters that grow with every step that makes tokens, or reads a prompt.
+_COUNTERS = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:iteration_tokens_total_sum")
+
+
+class Vllm:
+    """A `Dialect`, for vLLM 0.32. The seeds of requests are not used: it draws its own numbers."""
+
+    name = "vLLM"
+    health = Call("/health")
+    pulse = Call("/metrics")
+
+    def __init__(self, *, cpu: bool, tensor: int) -> None:
+        self._cpu, self._tensor = cpu, tensor
+
+    def launch(self, start: Start) -> Launch:
+        beside = start.folder / "python"
+        beside.mkdir(exist_ok=True)
+        shutil.copyfile(WORKER, beside / WORKER.name)
+        key = private_file(start.folder / "key", start.key)
+        arguments = {
+            "--model": served_folder(start.model, start.folder / "model", start.precision, flat_rope=False),
+            "--load-format": "dummy",
+            "--dtype": _DTYPES[start.precision],
+            "--tensor-parallel-size": self._tensor,
+            "--host": start.host,
+            "--port": start.port,
+            "--weight-transfer-config": json.dumps({"backend": "megatron_tempo"}),
+            "--worker-extension-cls": "vllm_worker.WorkerExtension",
+            "--middleware": "vllm_worker.KeyMiddleware",
+            "--logprobs-mode": "processed_logprobs",  # after temperature
+            "--generation-config": "vllm",  # each request says how it is to be sampled
+        }
+        environment = {
+            "PYTHONPATH": str(beside),
+            "MEGATRON_TEMPO_KEY": str(key),
+            "VLLM_SERVER_DEV_MODE": "1",  # opens the paths that change weights; the key guards all paths
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        flags = ["--tokens-only", "--no-enable-log-requests", "--disable-uvicorn-access-log"]
+        if self._cpu:
+            # Left to itself it reserves nearly all of the machine's memory.
+            flags += ["--enforce-eager", f"--kv-cache-memory-bytes={512 << 20}"]
+            environment |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+            if self._tensor > 1:
+                environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(self._tensor)))
+        words = [str(word) for pair in arguments.items() for word in pair]
+        command = ["-m", "vllm.entrypoints.openai.api_server", *words, *flags, *start.config.arguments]
+        return Launch(command, environment)
+
+    def beat(self, answer: str) -> str:
+        return "\n".join(line for line in answer.splitlines() if line.startswith(_COUNTERS))
+
+    def generate(self, request: Request, sampling: Sampling, end_tokens: Sequence[int]) -> Call:
+        parameters = {
+            "n": request.samples,
+            "temperature": sampling.temperature,
+            "max_tokens": sampling.max_tokens,
+            "stop_token_ids": list(end_tokens),
+            "ignore_eos": True,  # what ends a response is said in the line before
+            "logprobs": 0,  # those of the sampled tokens
+            "detokenize": False,
+        }
+        return Call("/inference/v1/generate", {"token_ids": list(request.token_ids), "sampling_params": parameters})
+
+    def answers(self, answer: Any) -> list[Answer]:
+        return [
+            Answer(
+                token_ids=one["token_ids"],
+                logprobs=[entry["logprob"] for entry in one["logprobs"]["content"]],
+                reason=one["finish_reason"],
+                versions=[(span["version"], span["end"] - span["start"]) for span in one["weight_versions"]],
+            )
+            for one in answer["choices"]
+        ]
+
+    def meet(self, meeting: Meeting) -> Call:
+        info = {
+            "group": meeting.group,
+            "host": meeting.host,
+            "port": meeting.port,
+            "world": meeting.world,
+            "backend": meeting.backend,
+            "seconds": meeting.seconds,
+        }
+        return Call("/init_weight_transfer_engine", {"init_info": info})
+
+    def before_update(self) -> list[Call]:
+        # What a trainer that is no more left open is forgotten.
+        abandon = Call("/collective_rpc", {"method": "abandon"})
+        return [Call("/pause?mode=keep", {}), abandon, Call("/start_weight_update", {})]
+
+    def update(self, bucket: Bucket, group: str | None, version: int, *, compare: bool) -> Call:
+        info = {
+            "names": [name for name, _ in bucket],
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+            "shapes": [list(tensor.shape) for _, tensor in bucket],
+            "checksums": compare,
+        }
+        if group is None:
+            manager, handle, nbytes = bucket[0][1].untyped_storage()._share_filename_cpu_()
+            return Call(
+                "/update_weights", {"update_info": info | {"shared": [manager.decode(), handle.decode(), nbytes]}}
+            )
+        return Call("/update_weights", {"update_info": info | {"group": group}})
+
+    def after_update(self, version: int) -> list[Call]:
+        return [Call("/finish_weight_update", {"weight_version": str(version)}), Call("/reset_prefix_cache", {})]
+
+    def resume(self) -> list[Call]:
+        return [Call("/resume", {})]
+
+    def proof(self) -> Call:
+        return Call("/collective_rpc", {"method": "proof"})
+
+    def expected(self, bucket: Bucket) -> dict[str, tuple[str, float]]:
+        return {name: (checksum(tensor), root_mean_square(tensor)) for name, tensor in bucket}
+
+    def proven(self, answer: Any) -> list[dict[str, tuple[str, float]]]:
+        """A parameter that nothing was loaded into is named with no checksum."""
+        return [
+            {name: (total, float(size)) for name, (total, size) in worker["tensors"].items()}
+            | dict.fromkeys(worker["missing"], ("", math.inf))
+            for worker in answer["results"]
+        ]

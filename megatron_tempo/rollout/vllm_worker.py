@@ -1,0 +1,257 @@
+"""What runs inside a vLLM server: its workers take the trainer's weights, and its API answers only who has the key.
+
+It is copied beside a server and found by its name alone (`--worker-extension-cls vllm_worker.WorkerExtension`,
+`--weight-transfer-config '{"backend": "megatron_tempo"}'`, `--middleware vllm_worker.KeyMiddleware`), in vLLM's
+environment, so it imports nothing of this package. Written for vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import GroupName, _abort_process_group, _new_process_group_helper, _world
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+# Elements that are looked at together: it bounds the memory that is needed beside the tensor.
+_CHUNK = 1 << 19
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Message, Callable[[], Awaitable[Message]], Send], Awaitable[None]]
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """A group to join: the sender is its rank 0, the workers follow in the order of their tensor ranks."""
+
+    group: str
+    host: str  # of the sender's store
+    port: int
+    world: int  # the sender and all workers
+    backend: str  # "gloo" or "nccl"
+    seconds: float  # until a peer must have done its part
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """A bucket: the tensors' bytes, one tensor behind the other without gaps.
+
+    They come as one uint8 broadcast in `group`, or lie in `shared` memory: its manager's handle, its own handle, bytes.
+    """
+
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+    group: str | None = None
+    shared: tuple[str, str, int] | None = None
+    checksums: bool = False
+
+    def sizes(self) -> list[int]:
+        """Bytes of each tensor."""
+        return [math.prod(shape) * _dtype(name).itemsize for name, shape in zip(self.dtypes, self.shapes, strict=True)]
+
+
+class Engine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Weights of one worker. A session is start_weight_update, any number of update_weights, finish_weight_update."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+    supports_draft_weight_update = False
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._groups: dict[str, dist.ProcessGroup] = {}
+        self._parameters = {name for name, _ in self.model.named_parameters()}
+        self._received: dict[str, tuple[str, str]] = {}
+        self._missing = self._parameters
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Join a group. One of the same name, which an earlier trainer left, is given up."""
+        self._leave(init_info.group)
+        timeout = timedelta(seconds=init_info.seconds)
+        store = dist.TCPStore(init_info.host, init_info.port, is_master=False, timeout=timeout)
+        group, _ = _new_process_group_helper(
+            init_info.world,
+            1 + self.parallel_config.rank,
+            [],
+            dist.Backend(init_info.backend),
+            dist.PrefixStore(init_info.group, store),
+            group_name=GroupName(init_info.group),
+            timeout=timeout,
+        )
+        _world.pg_group_ranks[group] = {rank: rank for rank in range(init_info.world)}
+        self._groups[init_info.group] = group
+
+    def start_weight_update(self) -> None:
+        self._drop_unfinished()
+        self._received = {}
+        self._missing = self._parameters
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        flat = self._bytes(update_info)
+        tensors = _tensors(flat, update_info)
+        if update_info.checksums:
+            self._received |= {name: (checksum(one), str(root_mean_square(one))) for name, one in tensors.items()}
+        if self.model_config.hf_config.tie_word_embeddings and _EMBEDDING in tensors:
+            # A reload takes the two apart, and on a CPU the head has a copy of its own.
+            tensors[_HEAD] = tensors[_EMBEDDING]
+        self._missing = self._missing - self.model.load_weights(tensors.items())
+        self._copy_waiting(flat)
+
+    def finish_weight_update(self) -> None:
+        self._missing = self._missing | self._incomplete()
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def proof(self) -> dict[str, Any]:
+        return {"tensors": self._received, "missing": sorted(self._missing)}
+
+    def shutdown(self) -> None:
+        for name in list(self._groups):
+            self._leave(name)
+
+    def _leave(self, name: str) -> None:
+        if group := self._groups.pop(name, None):
+            _abort_process_group(group)
+
+    def _bytes(self, update_info: UpdateInfo) -> Tensor:
+        """The bucket, as it came: it may be overwritten once the update is answered."""
+        if update_info.shared is not None:
+            manager, handle, nbytes = update_info.shared
+            memory = torch.UntypedStorage._new_shared_filename_cpu(manager.encode(), handle.encode(), nbytes)
+            return torch.empty(0, dtype=torch.uint8).set_(memory)
+        if update_info.group not in self._groups:
+            raise ValueError(f"{update_info.group} is not a group that was joined")
+        flat = torch.empty(sum(update_info.sizes()), dtype=torch.uint8, device=self.device)
+        dist.broadcast(flat, src=0, group=self._groups[update_info.group])
+        return flat
+
+    def _copy_waiting(self, flat: Tensor) -> None:
+        """Copy what the reload keeps of a bucket: the parts of a layer wait for one another."""
+        bucket = flat.untyped_storage().data_ptr()
+        for layer in self.model.modules():
+            for _, call in get_layerwise_info(layer).loaded_weights:
+                for name, value in call.arguments.items():
+                    if isinstance(value, Tensor) and value.untyped_storage().data_ptr() == bucket:
+                        call.arguments[name] = value.clone()
+
+    def _incomplete(self) -> set[str]:
+        """Parameters of layers that got a part of what they consist of. A vocabulary's may have rows to fill up."""
+        found = set()
+        for name, layer in self.model.named_modules():
+            info = get_layerwise_info(layer)
+            if 0 < info.load_numel < (info.load_numel_total or 0) and not isinstance(layer, VocabParallelEmbedding):
+                found |= {f"{name}.{parameter}" for parameter, _ in layer.named_parameters(recurse=False)}
+        return found
+
+    def _drop_unfinished(self) -> None:
+        """Put the older tensors back where a session was broken off: else the next would mix them with its own."""
+        unfinished = [info for info in map(get_layerwise_info, self.model.modules()) if info.can_load()]
+        for info in unfinished:
+            info.loaded_weights.clear()
+            info.load_numel = 0
+        if unfinished:
+            finalize_layerwise_reload(self.model, self.model_config)
+
+
+class WorkerExtension:
+    """Added to vLLM's worker class: what collective_rpc can call."""
+
+    weight_transfer_engine: Engine
+
+    def proof(self) -> dict[str, Any]:
+        """What came in the last session.
+
+        "tensors": checksum and root mean square (as text, for JSON has no NaN) of each tensor that came with checksums
+        asked for; "missing": parameters that nothing, or not all of what they consist of, was loaded into.
+        """
+        return self.weight_transfer_engine.proof()
+
+    def abandon(self) -> None:
+        """Forget a session that an earlier trainer left open."""
+        self._weight_update_active = False
+
+
+class KeyMiddleware:
+    """Refuses every request without the key, which stands in the file that MEGATRON_TEMPO_KEY names.
+
+    vLLM's own --api-key leaves the paths open that do not begin with /v1 or /inference, those that change weights too.
+    """
+
+    def __init__(self, app: Application) -> None:
+        self._app = app
+        self._wanted = b"Bearer " + Path(os.environ["MEGATRON_TEMPO_KEY"]).read_bytes().strip()
+
+    async def __call__(self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Send) -> None:
+        if scope["type"] == "lifespan" or self._knows(scope):
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            await send({"type": "http.response.start", "status": 401, "headers": []})
+            await send({"type": "http.response.body"})
+        else:
+            await send({"type": "websocket.close", "code": 1008})  # policy violation
+
+    def _knows(self, scope: Message) -> bool:
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        return len(given) == 1 and secrets.compare_digest(given[0], self._wanted)
+
+
+def _tensors(flat: Tensor, update_info: UpdateInfo) -> dict[str, Tensor]:
+    """Views of the bucket's bytes; a tensor that lies at an odd address for its type is copied."""
+    tensors, end = {}, 0
+    for name, dtype, shape, size in zip(
+        update_info.names, update_info.dtypes, update_info.shapes, update_info.sizes(), strict=True
+    ):
+        part, end = flat[end : end + size], end + size
+        aligned = part.clone() if part.storage_offset() % _dtype(dtype).itemsize else part
+        tensors[name] = aligned.view(_dtype(dtype)).view(shape)
+    return tensors
+
+
+def _dtype(name: str) -> torch.dtype:
+    return getattr(torch, name)
+
+
+def checksum(tensor: Tensor) -> str:
+    """The sum over i of (2i + 1) * w_i modulo 2**64, as 16 hexadecimal digits.
+
+    w_i are the tensor's bytes as little-endian signed 32-bit integers, with zero bytes behind the last.
+    """
+    data = tensor.detach().contiguous().flatten().view(torch.uint8)
+    odd = torch.arange(1, 2 * _CHUNK, 2, device=data.device)
+    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    for start in range(0, len(data), 4 * _CHUNK):
+        part = data[start : start + 4 * _CHUNK]
+        words = torch.nn.functional.pad(part, (0, -len(part) % 4)).view(torch.int32).long()
+        total += (odd[: len(words)] * words).sum() + start // 2 * words.sum()
+    return f"{int(total) % 2**64:016x}"
+
+
+def root_mean_square(tensor: Tensor) -> float:
+    """0 for a tensor without elements."""
+    total = torch.zeros((), dtype=torch.float64, device=tensor.device)
+    for part in tensor.detach().flatten().split(_CHUNK):
+        total += part.float().square().sum()
+    return (float(total) / max(tensor.numel(), 1)) ** 0.5
+
+
+WeightTransferEngineFactory.register_engine("megatron_tempo", Engine)

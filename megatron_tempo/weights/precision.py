@@ -1,0 +1,75 @@
+"""Block-wise FP8, in the form of Hugging Face's FP8 checkpoints (Qwen3-8B-FP8, DeepSeek-V3).
+
+A matrix becomes float8_e4m3fn with a scale for each block of 128 x 128, float32: weight = fp8 * scale. Rounding is off
+by at most |weight| / 16; where |weight| < scale / 64, and e4m3 subnormal, by at most scale / 1024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_tempo.types import Bucket, Weights
+
+_BLOCK = 128
+_FP8 = torch.float8_e4m3fn
+# The entry `quantization_config` of an engine's config.json.
+FP8_CONFIG = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "weight_block_size": [_BLOCK, _BLOCK],
+}
+
+
+class Quantised:
+    """Weights in FP8 where they are whole: what an FP8 engine takes."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self.sends = weights.sends
+
+    def everywhere(self) -> Iterator[Bucket]:
+        return quantised(self._weights.everywhere())
+
+    def from_stages(self, *, shared: bool = False) -> Iterator[Bucket]:
+        """Not into shared memory: `rollout.servers.transport=group` is checked for with the config."""
+        assert not shared
+        return quantised(self._weights.from_stages())
+
+
+def quantised(buckets: Iterable[Bucket]) -> Iterator[Bucket]:
+    """The buckets with the matrices of the decoder layers' projections in FP8, each followed by its scales.
+
+    NAME.weight [out, in] is followed by NAME.weight_scale_inv [ceil(out / 128), ceil(in / 128)]. Embeddings, norms and
+    heads stay as they are.
+    """
+    return map(_quantised, buckets)
+
+
+def _quantised(bucket: Bucket) -> Bucket:
+    found: Bucket = []
+    for name, tensor in bucket:
+        if name.endswith("_proj.weight"):
+            weight, scales = _blockwise(tensor)
+            found += [(name, weight), (f"{name}_scale_inv", scales)]
+        else:
+            found.append((name, tensor))
+    return found
+
+
+@torch.no_grad()
+def _blockwise(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """[out, in] -> float8_e4m3fn [out, in], float32 [ceil(out / 128), ceil(in / 128)]."""
+    rows, columns = matrix.shape
+    padded = functional.pad(matrix.float(), (0, -columns % _BLOCK, 0, -rows % _BLOCK))
+    blocks = padded.unflatten(1, (-1, _BLOCK)).unflatten(0, (-1, _BLOCK))  # [R, 128, C, 128]
+    largest = blocks.abs().amax(dim=(1, 3))
+    # A subnormal scale is rounded coarsely: quotients would go beyond e4m3's largest number, to NaN.
+    scales = (largest / torch.finfo(_FP8).max).clamp(min=torch.finfo(torch.float32).tiny)
+    scales = torch.where(largest == 0, 1.0, scales)
+    weight = (blocks / scales[:, None, :, None]).view_as(padded)[:rows, :columns].to(_FP8).contiguous()
+    return weight, scales

@@ -1,0 +1,55 @@
+"""Memory that processes of one machine share, by the name of a file in /dev/shm.
+
+torch's own manager process, `torch_shm_manager`, removes the file when the last process has let go of it or is dead.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tempo.errors import InputError
+
+
+def shared_buffers(count: int, nbytes: int, group: dist.ProcessGroup) -> list[torch.UntypedStorage]:
+    """`count` buffers of `nbytes`, the same memory on every rank of the group. Collective; the first rank makes them.
+
+    Raises InputError on every rank if there is not enough room.
+    """
+    first = dist.get_rank(group) == 0
+    problem = _too_little_room(count, nbytes) if first else None
+    buffers = [torch.UntypedStorage._new_using_filename_cpu(nbytes) for _ in range(count) if first and not problem]
+    told: list[Any] = [problem, [buffer._share_filename_cpu_() for buffer in buffers]]
+    dist.broadcast_object_list(told, group=group, group_src=0)
+    problem, handles = told
+    if problem:
+        raise InputError(problem)
+    return buffers or [torch.UntypedStorage._new_shared_filename_cpu(*handle) for handle in handles]
+
+
+def _too_little_room(count: int, nbytes: int) -> str | None:
+    room = os.statvfs("/dev/shm")
+    free, needed = room.f_bavail * room.f_frsize, count * nbytes
+    if free >= needed:
+        return None
+    return (
+        f"/dev/shm has {free / 2**20:.1f} MB free, and {count} buckets of weights need {needed / 2**20:.1f} MB: "
+        "enlarge it (docker run --shm-size), or take a smaller parallel.bucket_mb, or rollout.servers.transport=group"
+    )
+
+
+def in_shared_memory(bucket: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """The tensors of a bucket, of one type, one after another in a buffer of their own."""
+    first = bucket[0][1]
+    size = sum(tensor.numel() for _, tensor in bucket)
+    storage = torch.UntypedStorage._new_using_filename_cpu(size * first.itemsize)
+    parts = (
+        torch.empty(0, dtype=first.dtype)
+        .set_(storage, 0, (size,), (1,))
+        .split([tensor.numel() for _, tensor in bucket])
+    )
+    return [(name, part.view(tensor.shape).copy_(tensor)) for part, (name, tensor) in zip(parts, bucket, strict=True)]

@@ -1,0 +1,94 @@
+"""Runs against real servers: their configs, tiny models to serve, and what transformers says of an answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+
+from megatron_tempo.config.schema import Config, EngineKind
+from megatron_tempo.rollout.engine import Request, Sampling
+from megatron_tempo.rollout.servers import ServersEngine
+from megatron_tempo.types import Completion
+from megatron_tempo.wiring import Workplace, build_engine, open_workplace
+from tests.support import tiny
+
+ROOT = Path(__file__).parents[2]
+ENGINES = (EngineKind.sglang, EngineKind.vllm)
+END = tiny.WORDS.index("$")
+# On a CPU SGLang fills other sizes up, and its checksums are then of something else; vLLM has no smaller heads.
+FFN, HEAD_DIM = 64, 32
+PROMPTS = [(5, 7, 8), (9, 4, 1, 2, 3), (60,), tuple(range(20))]
+REQUESTS = [Request(prompt, samples=3, seed=i) for i, prompt in enumerate(PROMPTS)]
+ARGUMENTS = {
+    EngineKind.sglang: ["--max-total-tokens=4096", "--max-running-requests=32"],
+    EngineKind.vllm: ["--max-num-seqs=32", f"--kv-cache-memory-bytes={64 << 20}"],
+}
+
+
+def write_model(folder: Path, *, tied: bool = False, seed: int = 0) -> Path:
+    """With a generation_config.json that must not have a say: by its leave one response alone could come."""
+    tiny.write_model(folder, tied=tied, seed=seed, ffn=FFN, head_dim=HEAD_DIM)
+    sampling = {"do_sample": True, "temperature": 0.01, "top_k": 1, "top_p": 0.1, "eos_token_id": END}
+    (folder / "generation_config.json").write_text(json.dumps(sampling))
+    return folder
+
+
+def config_of(kind: EngineKind, model: Path, run: Path) -> Config:
+    config = Config()
+    config.model.path, config.run.dir = str(model), str(run)
+    use_servers(config, kind)
+    return config
+
+
+def use_servers(config: Config, kind: EngineKind) -> None:
+    """Real servers, on a CPU, with limits short enough for a test."""
+    config.parallel.bucket_mb = 1
+    config.rollout.engine = kind
+    servers = config.rollout.servers
+    servers.python = str(ROOT / f".venv-{kind.name}/bin/python")
+    servers.arguments = ARGUMENTS[kind]
+    servers.start_seconds, servers.update_seconds, servers.hang_seconds = 240.0, 30.0, 20.0
+
+
+@contextmanager
+def opened(config: Config, told: list[str]) -> Iterator[tuple[Workplace, ServersEngine]]:
+    """The engine of a config, in this rank's process groups; `told` gets what it tells of its servers."""
+    with open_workplace(config) as place:
+        engine = build_engine(place, told.append)
+        assert isinstance(engine, ServersEngine)
+        try:
+            yield place, engine
+        finally:
+            engine.close()
+
+
+def answers(engine: ServersEngine, requests: list[Request], sampling: Sampling) -> dict[int, list[Completion]]:
+    """What this rank gets of the answers. Each comes once."""
+    found: dict[int, list[Completion]] = {}
+    for number, completions in engine.start(requests, sampling):
+        assert number not in found
+        found[number] = completions
+    return found
+
+
+def assert_said_by(model: Path, said: dict[int, list[Completion]], version: int, temperature: float) -> None:
+    """Every request is answered, and the log-probabilities are those of transformers' model."""
+    reference = transformers.AutoModelForCausalLM.from_pretrained(model)
+    assert sorted(said) == list(range(len(PROMPTS)))
+    for number, completions in said.items():
+        assert len(completions) == 3
+        for completion in completions:
+            assert completion.versions == ((version, len(completion.token_ids)),)
+            assert 1 <= len(completion.token_ids) <= 8
+            assert (completion.token_ids[-1] == END) == (completion.finish_reason == "stop")
+            prompt = PROMPTS[number]
+            tokens = torch.tensor([*prompt, *completion.token_ids])
+            with torch.no_grad():
+                logs = (reference(tokens[None]).logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+            wanted = logs.gather(1, tokens[len(prompt) :, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(completion.logprobs), wanted, atol=1e-4, rtol=0)

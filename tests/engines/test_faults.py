@@ -1,0 +1,175 @@
+"""Servers that die, hang, answer nonsense, or are lost for good: what is lost, and how long it takes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_tempo.config.schema import EngineKind
+from megatron_tempo.rollout.engine import Request, Sampling
+from megatron_tempo.rollout.fleet import State, Target
+from megatron_tempo.rollout.servers import ServersEngine
+from megatron_tempo.types import Bucket, Weights
+from megatron_tempo.wiring import Workplace, build_actor, engine_weights, weights_of
+from tests.engines.servers import (
+    ENGINES,
+    REQUESTS,
+    answers,
+    assert_said_by,
+    config_of,
+    opened,
+    write_model,
+)
+from tests.support.ranks import run_ranks
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+HANG_SECONDS = 8.0
+MANY = [Request((1, 2, i), samples=8, seed=0) for i in range(48)]
+LONG = Sampling(1.0, max_tokens=64)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What became of a fault: seconds until it was told of, what was told, seconds until all was as before."""
+
+    seen: float
+    told: list[str]
+    healed: float
+
+
+class Disturbed:
+    """Weights in small buckets; something is done when the second one is sent."""
+
+    sends = True
+
+    def __init__(self, weights: Weights, disturb: Callable[[], None]) -> None:
+        self._weights, self._disturb = weights, disturb
+
+    def everywhere(self) -> Iterator[Bucket]:
+        return self._weights.everywhere()
+
+    def from_stages(self, *, shared: bool = False) -> Iterator[Bucket]:
+        for number, bucket in enumerate(self._weights.from_stages(shared=shared)):
+            if number == 1:
+                self._disturb()
+            yield bucket
+
+
+def processes_of(engine: ServersEngine, index: int) -> int:
+    """The process group of a server."""
+    return engine._keeper._servers[index].process.pid  # type: ignore[union-attr]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> float:
+    """How long it took."""
+    begun = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begun < seconds, "it does not come to pass"
+        time.sleep(0.05)
+    return time.monotonic() - begun
+
+
+def healthy(engine: ServersEngine, weights: Weights) -> None:
+    """Until every server serves: one that has come back gets the weights with the next answers."""
+    begun = time.monotonic()
+    while any(replica.state is not State.serving for replica in engine._first._replicas):
+        assert time.monotonic() - begun < 240
+        answers(engine, REQUESTS[:1], Sampling(1.0, 1))
+        time.sleep(0.2)
+
+
+def while_generating(engine: ServersEngine, weights: Weights, told: list[str], disturb: Callable[[], None]) -> Fault:
+    """Disturb in the middle of many requests; all of them must be answered once."""
+    begun: list[float] = []
+
+    def later() -> None:
+        wait_until(lambda: bool(engine._first._replicas[0].asks), 60)
+        time.sleep(0.3)
+        begun.append(time.monotonic())
+        disturb()
+
+    told.clear()
+    thread = threading.Thread(target=later)
+    thread.start()
+    seen = []
+    watcher = threading.Thread(target=lambda: (wait_until(lambda: bool(told), 120), seen.append(time.monotonic())))
+    watcher.start()
+    said = answers(engine, MANY, LONG)
+    thread.join()
+    watcher.join()
+    assert sorted(said) == list(range(len(MANY)))
+    assert all(len(completions) == 8 for completions in said.values())
+    first = list(told)
+    healthy(engine, weights)
+    return Fault(seen[0] - begun[0], first, time.monotonic() - begun[0])
+
+
+def scenario(kind: EngineKind, model: Path, run: Path) -> dict[str, object]:
+    config = config_of(kind, model, run)
+    config.rollout.servers.replicas = 2
+    config.rollout.servers.hang_seconds, config.rollout.servers.restarts = HANG_SECONDS, 4
+    told: list[str] = []
+    found: dict[str, object] = {}
+    with opened(config, told) as (place, engine):
+        actor = build_actor(place)
+        weights = engine_weights(actor, place)
+        engine.load_weights(weights, 0)
+
+        def kill(number: int) -> Callable[[], None]:
+            return lambda: os.killpg(processes_of(engine, 0), number)
+
+        found["killed"] = while_generating(engine, weights, told, kill(signal.SIGKILL))
+        found["hung"] = while_generating(engine, weights, told, kill(signal.SIGSTOP))
+        found["nonsense"] = while_generating(engine, weights, told, lambda: spoil(engine, place, actor))
+
+        told.clear()
+        small = weights_of(actor.model, place)
+        small._groups = [[slot] for group in small._groups for slot in group]
+        begun = time.monotonic()
+        engine.load_weights(Disturbed(small, kill(signal.SIGKILL)), 1)
+        seen, first = time.monotonic() - begun, list(told)
+        engine.load_weights(weights, 2)
+        said = answers(engine, REQUESTS, Sampling(0.7, 8))
+        healthy(engine, weights)
+        found["killed in an update"] = Fault(seen, first, time.monotonic() - begun)
+        found["said after it"] = said
+        found["said by both"] = answers(engine, REQUESTS, Sampling(0.7, 8))
+    return found
+
+
+def spoil(engine: ServersEngine, place: Workplace, actor: object) -> None:
+    """Put NaN into a server's weights behind the engine's back."""
+    replica = engine._first._replicas[0]
+    link = engine._senders._links[Target(replica.index, replica.life, replica.url)]
+    bucket = [("model.norm.weight", torch.full((32,), torch.nan))]
+    for call in engine._dialect.before_update():
+        link._client.post(call.path, json=call.body)
+    link.send(bucket, engine._version, False).result()
+    for call in [*engine._dialect.after_update(engine._version), *engine._dialect.resume()]:
+        link._client.post(call.path, json=call.body)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_no_answer_is_lost_or_comes_twice(tmp_path: Path, kind: EngineKind) -> None:
+    model = write_model(tmp_path / "model")
+    (found,) = run_ranks(scenario, 1, tmp_path / "ranks", kind, model, tmp_path / "run", timeout=800)
+    print({name: fault for name, fault in found.items() if isinstance(fault, Fault)})
+    assert "did not answer" in found["killed"].told[0]
+    assert "unfinished requests are asked again" in found["killed"].told[0]
+    assert found["killed"].seen < 5
+    assert "makes no progress" in found["hung"].told[0]
+    assert found["hung"].seen < 3 * HANG_SECONDS
+    assert "makes no sense" in found["nonsense"].told[0]
+    assert "weight update" in found["killed in an update"].told[0]
+    assert found["killed in an update"].seen < 5
+    for name in ("said after it", "said by both"):
+        assert_said_by(model, found[name], 2, 0.7)

@@ -1,0 +1,102 @@
+"""Whole runs on real servers: ahead of the trainer by a batch, and when the last server is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_tempo.config.schema import Config, EngineKind
+from megatron_tempo.errors import EngineError
+from megatron_tempo.records import read_evaluations, read_metrics
+from megatron_tempo.run import Run
+from megatron_tempo.train import train
+from tests.engines.servers import ENGINES, use_servers
+from tests.support.project import config_of, write_project
+from tests.support.ranks import run_ranks
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+
+def config_for(kind: EngineKind, tmp_path: Path) -> Config:
+    config = config_of(write_project(tmp_path / "project"), tmp_path / "run")
+    use_servers(config, kind)
+    config.stage2.iterations, config.evaluation.every, config.rollout.dump = 4, 2, True
+    return config
+
+
+def trained(config: Config) -> str:
+    """What the run says when it stops early."""
+    try:
+        train(config)
+    except EngineError as error:
+        return str(error)
+    return ""
+
+
+def asked(run: Path) -> list[list[str]]:
+    """The prompts of each iteration."""
+    files = sorted((run / "rollouts").iterdir())
+    return [[json.loads(line)["prompt_id"] for line in file.read_text().splitlines()] for file in files]
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_the_next_batch_is_generated_while_this_one_trains(tmp_path: Path, kind: EngineKind) -> None:
+    config = config_for(kind, tmp_path)
+    config.rollout.max_staleness = 1
+    assert run_ranks(trained, 2, tmp_path / "ranks", config, timeout=500) == ["", ""]
+    lines = list(read_metrics(tmp_path / "run"))
+    assert [line["engine/staleness_max"] for line in lines] == [0.0, 1.0, 1.0, 1.0]
+    for number, file in enumerate(sorted((tmp_path / "run/rollouts").iterdir())):
+        for line in map(json.loads, file.read_text().splitlines()):
+            versions = [version for version, _ in line["versions"]]
+            assert set(versions) <= {max(number - 1, 0), number}
+            assert versions == sorted(versions)
+            assert sum(count for _, count in line["versions"]) == len(line["response_tokens"])
+    # The same prompts as a run that waits for each batch.
+    plain = config_of(tmp_path / "project", tmp_path / "plain")
+    plain.stage2.iterations, plain.rollout.dump = 4, True
+    assert run_ranks(trained, 2, tmp_path / "ranks", plain) == ["", ""]
+    assert asked(tmp_path / "run") == asked(tmp_path / "plain")
+
+
+def losing_its_server(config: Config, iteration: int) -> tuple[str, float]:
+    """The run whose server dies in the generation of an iteration: what it says, and how long after."""
+    died: list[float] = []
+    ask = Run._ask
+
+    def asking(self: Run, stage_name: str, stage: object, number: int) -> None:
+        ask(self, stage_name, stage, number)  # type: ignore[arg-type]
+        if number == iteration and not died:
+            died.append(time.monotonic())
+            group = self.engine._keeper._servers[0].process.pid  # type: ignore[attr-defined]
+            threading.Timer(0.02, os.killpg, (group, signal.SIGKILL)).start()
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Run, "_ask", asking)
+        message = trained(config)
+    return message, time.monotonic() - died[0]
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_run_that_loses_its_last_server_stops_with_a_checkpoint(tmp_path: Path, kind: EngineKind) -> None:
+    config = config_for(kind, tmp_path)
+    config.rollout.servers.restarts = 0
+    config.checkpoint.every = 0
+    ((message, seconds),) = run_ranks(losing_its_server, 1, tmp_path / "ranks", config, 2, timeout=500)
+    assert "server is left; the same command goes on from" in message
+    assert "step_00000002" in message
+    assert seconds < 30
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
+    assert run_ranks(trained, 1, tmp_path / "ranks", config, timeout=500) == [""]
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    assert [line["step"] for line in read_evaluations(tmp_path / "run")] == [0, 2, 4]
+    plain = config_of(tmp_path / "project", tmp_path / "plain")
+    plain.stage2.iterations, plain.rollout.dump = 4, True
+    assert run_ranks(trained, 1, tmp_path / "ranks", plain) == [""]
+    assert asked(tmp_path / "run") == asked(tmp_path / "plain"), "the same questions as without the loss"

@@ -1,0 +1,57 @@
+"""The weights that real servers get, and what they then say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_tempo.config.schema import EngineKind, Transport
+from megatron_tempo.rollout.engine import Sampling
+from megatron_tempo.wiring import build_actor, engine_weights
+from tests.engines.servers import PROMPTS, REQUESTS, answers, assert_said_by, config_of, opened, write_model
+from tests.support.ranks import run_ranks
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+
+def after_syncs(
+    kind: EngineKind, models: list[Path], run: Path, transport: Transport, tensor: int, temperature: float
+) -> list[Any]:
+    """What the engine says with the weights of each model in turn, from two tensor ranks and two stages."""
+    config = config_of(kind, models[0], run)
+    config.parallel.tensor = config.parallel.pipeline = 2
+    config.rollout.servers.transport, config.rollout.servers.tensor = transport, tensor
+    said, told = [], []
+    with opened(config, told) as (place, engine):
+        for version, model in enumerate(models):
+            config.model.path = str(model)
+            weights = engine_weights(build_actor(place), place)
+            engine.load_weights(weights, version)
+            said.append(answers(engine, REQUESTS, Sampling(temperature, max_tokens=8)))
+    assert told == []
+    return said
+
+
+CASES = [
+    (EngineKind.sglang, Transport.group, 1, False),
+    (EngineKind.sglang, Transport.shared, 1, True),
+    (EngineKind.vllm, Transport.group, 1, True),
+    (EngineKind.vllm, Transport.shared, 1, False),
+    (EngineKind.vllm, Transport.group, 2, False),
+    (EngineKind.vllm, Transport.shared, 2, True),
+]
+
+
+@pytest.mark.parametrize(("kind", "transport", "tensor", "tied"), CASES)
+def test_after_each_sync_it_speaks_with_the_new_weights(
+    tmp_path: Path, kind: EngineKind, transport: Transport, tensor: int, tied: bool
+) -> None:
+    models = [write_model(tmp_path / f"model{seed}", tied=tied, seed=seed) for seed in (0, 1)]
+    arguments = (kind, models, tmp_path / "run", transport, tensor, 0.7)
+    by_rank = run_ranks(after_syncs, 4, tmp_path / "ranks", *arguments, timeout=500)
+    for version, model in enumerate(models):
+        said = {number: completions for rank in by_rank for number, completions in rank[version].items()}
+        assert_said_by(model, said, version, 0.7)
+        assert len({completion.token_ids for completions in said.values() for completion in completions}) > len(PROMPTS)

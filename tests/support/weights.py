@@ -1,0 +1,32 @@
+"""Weights as they are in a Hugging Face folder, or given in the place of a Megatron model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from megatron_tempo.types import Bucket
+
+
+def tensors(folder: Path) -> Iterator[Bucket]:
+    """Every tensor of a folder, a file a bucket."""
+    for path in sorted(folder.glob("*.safetensors")):
+        yield list(load_file(path).items())
+
+
+class Given:
+    """`Weights` of these buckets, on a single rank."""
+
+    sends = True
+
+    def __init__(self, buckets: Sequence[Bucket]) -> None:
+        self.buckets = buckets
+
+    def everywhere(self) -> Iterator[Bucket]:
+        yield from self.buckets
+
+    def from_stages(self, *, shared: bool = False) -> Iterator[Bucket]:
+        assert not shared
+        yield from self.buckets
