@@ -65,8 +65,8 @@ class Vllm:
             # Left to itself it reserves nearly all of the machine's memory.
             flags += ["--enforce-eager", f"--kv-cache-memory-bytes={512 << 20}"]
             environment |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-            if self._tensor > 1:
-                environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(self._tensor)))
+            cores = "|".join(map(str, range(self._tensor)))
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = cores if self._tensor > 1 else "nobind"
         words = [str(word) for pair in arguments.items() for word in pair]
         command = ["-m", "vllm.entrypoints.openai.api_server", *words, *flags, *start.config.arguments]
         return Launch(command, environment)

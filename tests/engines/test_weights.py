@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from megatron_tempo.config.schema import EngineKind, Transport
@@ -55,3 +56,40 @@ def test_after_each_sync_it_speaks_with_the_new_weights(
         said = {number: completions for rank in by_rank for number, completions in rank[version].items()}
         assert_said_by(model, said, version, 0.7)
         assert len({completion.token_ids for completions in said.values() for completion in completions}) > len(PROMPTS)
+
+
+def many_syncs(kind: EngineKind, model: Path, run: Path, transport: Transport) -> dict[str, Any]:
+    """Memory of the trainer and of the server's processes after 40 and 240 updates, each compared by checksums."""
+    config = config_of(kind, model, run)
+    config.rollout.servers.transport = transport
+    told: list[str] = []
+    resident: list[tuple[int, int]] = []
+    with opened(config, told) as (place, engine):
+        actor = build_actor(place)
+        weights = engine_weights(actor, place)
+        assert engine._keeper is not None
+        server = psutil.Process(engine._keeper._servers[0].process.pid)
+        for version in range(241):
+            engine.load_weights(weights, version)
+            for parameter in actor.model.net.parameters():
+                parameter.detach().neg_()
+            if version in (40, 240):
+                processes = [server, *server.children(recursive=True)]
+                resident.append((psutil.Process().memory_info().rss, sum(p.memory_info().rss for p in processes)))
+        # The last weights had the signs of the folder's.
+        said = answers(engine, REQUESTS, Sampling(0.7, 8))
+    return {"told": told, "resident": resident, "said": said}
+
+
+@pytest.mark.parametrize(
+    ("kind", "transport"), [(EngineKind.sglang, Transport.group), (EngineKind.vllm, Transport.shared)]
+)
+def test_200_syncs_leave_nothing_behind(tmp_path: Path, kind: EngineKind, transport: Transport) -> None:
+    model = write_model(tmp_path / "model")
+    (found,) = run_ranks(many_syncs, 1, tmp_path / "ranks", kind, model, tmp_path / "run", transport, timeout=500)
+    assert found["told"] == []
+    (trainer, servers), (trainer_later, servers_later) = found["resident"]
+    print(f"200 syncs: trainer {(trainer_later - trainer) >> 10} kB more, server {(servers_later - servers) >> 10} kB")
+    assert trainer_later - trainer < 16 << 20
+    assert servers_later - servers < 32 << 20
+    assert_said_by(model, found["said"], 240, 0.7)
