@@ -26,6 +26,8 @@ from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.types import Completion
 
 _T = TypeVar("_T")
+# Nats: a token as unlikely is not sampled. vLLM answers -9999 for what is not a number.
+_LEAST = -1000.0
 
 
 class State(Enum):
@@ -312,7 +314,7 @@ class Fleet:
             (not 1 <= len(tokens) <= longest, f"{len(tokens)} tokens of at most {longest}"),
             (len(logprobs) != len(tokens), f"{len(logprobs)} log-probabilities of {len(tokens)} tokens"),
             (any(not 0 <= token < self._vocab for token in tokens), "a token out of the vocabulary"),
-            (any(not math.isfinite(p) or p > 1e-3 for p in logprobs), "a log-probability that is none"),
+            (any(not _LEAST < p < 1e-3 for p in logprobs), "a log-probability that is none"),
             (
                 any(not ask.job.oldest <= version <= self._version for version, _ in versions),
                 f"weights of version {versions}, not {ask.job.oldest} to {self._version}",

@@ -83,9 +83,8 @@ def losing_its_server(config: Config, iteration: int) -> tuple[str, float]:
     return message, time.monotonic() - died[0]
 
 
-@pytest.mark.parametrize("kind", ENGINES)
-def test_a_run_that_loses_its_last_server_stops_with_a_checkpoint(tmp_path: Path, kind: EngineKind) -> None:
-    config = config_for(kind, tmp_path)
+def test_a_run_that_loses_its_last_server_stops_with_a_checkpoint(tmp_path: Path) -> None:
+    config = config_for(EngineKind.sglang, tmp_path)
     config.rollout.servers.restarts = 0
     config.checkpoint.every = 0
     ((message, seconds),) = run_ranks(losing_its_server, 1, tmp_path / "ranks", config, 2, timeout=500)
