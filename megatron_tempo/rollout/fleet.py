@@ -28,6 +28,8 @@ from megatron_tempo.types import Completion
 _T = TypeVar("_T")
 # Nats: a token as unlikely is not sampled. vLLM answers -9999 for what is not a number.
 _LEAST = -1000.0
+# Servers close a connection that was idle for 5 s. One that is used again at that moment breaks, so we let go first.
+LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
 
 
 class State(Enum):
@@ -259,7 +261,7 @@ class Fleet:
             base_url=url,
             headers={"Authorization": f"Bearer {self._key}"},
             timeout=httpx.Timeout(self._config.answer_seconds, connect=30.0),
-            limits=httpx.Limits(max_connections=None),
+            limits=LIMITS,
         )
 
     def _dispatch(self) -> None:

@@ -10,7 +10,12 @@ from pathlib import Path
 from megatron_tempo.config.schema import EnginePrecision
 
 # The form of Hugging Face's FP8 folders (Qwen3-8B-FP8, DeepSeek-V3); `weights/precision.py` makes the tensors.
-FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
+FP8_CONFIG = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "weight_block_size": [128, 128],
+}
 _LEFT_OUT = ("generation_config.json", ".safetensors.index.json")
 
 
@@ -31,7 +36,7 @@ def served_folder(model: Path, folder: Path, precision: EnginePrecision, *, flat
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     if precision is EnginePrecision.fp8:
-        config["quantization_config"] = FP8
+        config["quantization_config"] = FP8_CONFIG
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     return folder
 

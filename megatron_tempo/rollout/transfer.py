@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import GroupName, _new_process_group_hel
 from megatron_tempo.config.schema import ServersConfig, Transport
 from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout.dialect import Dialect, Meeting
-from megatron_tempo.rollout.fleet import Target, checked
+from megatron_tempo.rollout.fleet import LIMITS, Target, checked
 from megatron_tempo.rollout.keeper import private_store
 from megatron_tempo.rollout.server import own_address
 from megatron_tempo.types import Bucket, Weights
@@ -106,7 +106,8 @@ class _Link:
     def __init__(self, dialect: Dialect, config: ServersConfig, key: str, target: Target) -> None:
         self._dialect, self._config = dialect, config
         headers = {"Authorization": f"Bearer {key}"}
-        self._client = httpx.Client(base_url=target.url, headers=headers, timeout=config.update_seconds)
+        timeout = config.update_seconds
+        self._client = httpx.Client(base_url=target.url, headers=headers, timeout=timeout, limits=LIMITS)
         self._posting = ThreadPoolExecutor(1, thread_name_prefix="link")
         self._name = f"megatron_tempo_{secrets.token_hex(4)}"
         self._group: dist.ProcessGroup | None = None

@@ -16,13 +16,6 @@ from megatron_tempo.types import Bucket, Weights
 
 _BLOCK = 128
 _FP8 = torch.float8_e4m3fn
-# The entry `quantization_config` of an engine's config.json.
-FP8_CONFIG = {
-    "quant_method": "fp8",
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "weight_block_size": [_BLOCK, _BLOCK],
-}
 
 
 class Quantised:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_tempo.weights.precision import FP8_CONFIG, quantised
+from megatron_tempo.weights.precision import quantised
 from megatron_tempo.weights.stream import Bucket
 
 NAME = "model.layers.0.mlp.down_proj.weight"
@@ -128,9 +127,3 @@ def test_a_bucket_is_asked_for_when_it_is_wanted() -> None:
     assert asked == []
     next(stream)
     assert asked == [0]
-
-
-def test_the_config_entry_is_json() -> None:
-    assert json.loads(json.dumps(FP8_CONFIG)) == {
-        "quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128],
-    }  # fmt: skip
