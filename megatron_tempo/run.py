@@ -159,7 +159,7 @@ class Run:
         """
         config, samples = self.config.rollout, stage.responses_per_prompt
         if config.replay is not None:
-            labelled, unlabelled = self._take(stage, iteration)
+            labelled, unlabelled = self._draw(stage, iteration)
             path = dump.path_of(Path(config.replay), stage_name, iteration + 1)
             return Rollouts(*dump.read(path, labelled, unlabelled, samples))
         with self.metrics.phase("generate"):
@@ -182,13 +182,13 @@ class Run:
 
     def _ask(self, stage_name: str, stage: StageConfig, iteration: int) -> None:
         config, before = self.config.rollout, self._stream_states()
-        labelled, unlabelled = self._take(stage, iteration)
+        labelled, unlabelled = self._draw(stage, iteration)
         sampling = Sampling(config.temperature, config.max_response_tokens)
         seed = (self.config.run.seed, stage_name, iteration, "rollout")
         asked = ask(self.engine, [*labelled, *unlabelled], stage.responses_per_prompt, sampling, *seed)
         self.questions.append(_Questions(labelled, unlabelled, asked, before))
 
-    def _take(self, stage: StageConfig, iteration: int) -> tuple[list[LabelledPrompt], list[UnlabelledPrompt]]:
+    def _draw(self, stage: StageConfig, iteration: int) -> tuple[list[LabelledPrompt], list[UnlabelledPrompt]]:
         needed = stage.prompts_at(iteration)
         return (
             _take(self.labelled, stage.labelled_prompts) if Prompts.labelled in needed else [],
@@ -285,10 +285,10 @@ class Run:
         try:
             yield
         except EngineError as error:
-            newest = self.checkpoints.newest()
-            if self.step and (newest is None or newest.name != self.checkpoints.path(self.step).name):
+            newest, now = self.checkpoints.newest(), self.checkpoints.path(self.step)
+            if self.step and newest != now:
                 self.checkpoint()
-                newest = self.checkpoints.path(self.step)
+                newest = now
             where = "" if newest is None else f"; the same command goes on from {newest}"
             raise EngineError(f"{error}{where}") from error
 

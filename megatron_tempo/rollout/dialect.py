@@ -70,6 +70,24 @@ class Meeting:
     seconds: float
 
 
+# What a server computes in.
+DTYPES = {EnginePrecision.fp32: "float32", EnginePrecision.bf16: "bfloat16", EnginePrecision.fp8: "bfloat16"}
+
+
+def described(bucket: Bucket) -> dict[str, list[Any]]:
+    """What a receiver must know of a bucket's bytes."""
+    return {
+        "names": [name for name, _ in bucket],
+        "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+        "shapes": [list(tensor.shape) for _, tensor in bucket],
+    }
+
+
+def authorised(key: str) -> dict[str, str]:
+    """The header of every request to a server."""
+    return {"Authorization": f"Bearer {key}"}
+
+
 class Dialect(Protocol):
     """Made for servers of `tensor` workers, on a CPU or on GPUs."""
 

@@ -21,7 +21,7 @@ import httpx
 
 from megatron_tempo.config.schema import Dispatch, ServersConfig
 from megatron_tempo.errors import EngineError, InputError
-from megatron_tempo.rollout.dialect import Answer, Call, Dialect
+from megatron_tempo.rollout.dialect import Answer, Call, Dialect, authorised
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.types import Completion
 
@@ -209,14 +209,15 @@ class Fleet:
 
         return self._do(end())
 
-    def proofs(self) -> dict[str, list[dict[str, tuple[str, float]]]]:
-        """What the serving servers prove to hold, by server."""
+    def proofs(self) -> list[dict[str, tuple[str, float]]]:
+        """What each worker of the serving servers proves to hold."""
 
-        async def ask() -> dict[str, list[dict[str, tuple[str, float]]]]:
+        async def ask() -> list[dict[str, tuple[str, float]]]:
             call = self._dialect.proof()
             assert call is not None
             serving = [replica for replica in self._replicas if replica.state is State.serving]
-            return {self._name(r): self._dialect.proven((await self._send(r, call)).json()) for r in serving}
+            answers = [(await self._send(replica, call)).json() for replica in serving]
+            return [worker for answer in answers for worker in self._dialect.proven(answer)]
 
         return self._do(ask())
 
@@ -259,7 +260,7 @@ class Fleet:
         replica.url, replica.state = url, State.empty
         replica.client = httpx.AsyncClient(
             base_url=url,
-            headers={"Authorization": f"Bearer {self._key}"},
+            headers=authorised(self._key),
             timeout=httpx.Timeout(self._config.answer_seconds, connect=30.0),
             limits=LIMITS,
         )
@@ -336,39 +337,39 @@ class Fleet:
             response = await replica.client.post(call.path, json=call.body, timeout=timeout)
         return checked(response, call)
 
-    async def _calls(self, replica: Replica, calls: Sequence[Call]) -> None:
-        """Calls that belong to a weight update; a server that fails at one has failed."""
-        life = replica.life
+    async def _calls(self, replica: Replica, calls: Sequence[Call]) -> httpx.Response | None:
+        """The answer to the last of these calls of a weight update; None from a server that fails at one."""
+        life, response = replica.life, None
         try:
             for call in calls:
-                await self._send(replica, call, self._config.update_seconds)
+                response = await self._send(replica, call, self._config.update_seconds)
         except (httpx.HTTPError, EngineError) as error:
             if replica.life == life:
                 self._fault(replica, _words(error))
+            return None
+        return response if replica.life == life else None
 
     async def _end_update(self, replica: Replica, version: int, expected: dict[str, tuple[str, float]]) -> str | None:
-        life = replica.life
-        await self._calls(replica, self._dialect.after_update(version))
-        if expected and replica.life == life and (call := self._dialect.proof()) is not None:
-            try:
-                answer = (await self._send(replica, call, self._config.update_seconds)).json()
-            except (httpx.HTTPError, EngineError) as error:
-                self._fault(replica, _words(error))
+        if await self._calls(replica, self._dialect.after_update(version)) is None:
+            return None
+        if expected and (call := self._dialect.proof()) is not None:
+            answer = await self._calls(replica, [call])
+            if answer is None:
                 return None
-            for held in self._dialect.proven(answer):
+            for held in self._dialect.proven(answer.json()):
                 if wrong := [name for name, _ in differing(expected, held)]:
                     return (
                         f"{self._name(replica)} does not hold the actor's weights: {len(wrong)} of {len(expected)} "
                         f"tensors differ, first {wrong[0]}"
                     )
-        await self._calls(replica, self._dialect.resume())
-        if replica.life == life:
-            if replica.state is State.serving:
-                replica.restarts = 0
-            else:
-                replica.state = State.serving
-                self._spawn(self._watch(replica, life))
-            replica.held = False
+        if await self._calls(replica, self._dialect.resume()) is None:
+            return None
+        if replica.state is State.serving:
+            replica.restarts = 0
+        else:
+            replica.state = State.serving
+            self._spawn(self._watch(replica, replica.life))
+        replica.held = False
         return None
 
     async def _watch(self, replica: Replica, life: int) -> None:

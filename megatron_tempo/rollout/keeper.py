@@ -20,7 +20,7 @@ import httpx
 import torch.distributed as dist
 
 from megatron_tempo.errors import EngineError
-from megatron_tempo.rollout.dialect import Dialect
+from megatron_tempo.rollout.dialect import Dialect, authorised
 from megatron_tempo.rollout.server import Server
 
 _FOREVER = timedelta(days=365)
@@ -116,8 +116,7 @@ class FoundServers:
 
     async def start(self, index: int) -> str:
         url, deadline, last = self._addresses[index], time.monotonic() + self._seconds, "it does not answer"
-        headers = {"Authorization": f"Bearer {self._key}"}
-        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=5.0) as client:
+        async with httpx.AsyncClient(base_url=url, headers=authorised(self._key), timeout=5.0) as client:
             while time.monotonic() < deadline:
                 try:
                     response = await client.get(self._dialect.health.path)

@@ -21,7 +21,7 @@ import httpx
 
 from megatron_tempo.config.schema import EnginePrecision, ServersConfig
 from megatron_tempo.errors import EngineError
-from megatron_tempo.rollout.dialect import Dialect, Start
+from megatron_tempo.rollout.dialect import Dialect, Start, authorised
 
 
 class Server:
@@ -65,8 +65,7 @@ class Server:
         Raises EngineError with the end of its log if it ends or is not ready within `rollout.servers.start_seconds`.
         """
         name, deadline = self._dialect.name, time.monotonic() + self._seconds
-        headers = {"Authorization": f"Bearer {self._key}"}
-        with httpx.Client(base_url=self.url, headers=headers, timeout=5.0) as client:
+        with httpx.Client(base_url=self.url, headers=authorised(self._key), timeout=5.0) as client:
             while time.monotonic() < deadline:
                 if self.process.poll() is not None:
                     code = self.process.returncode

@@ -101,8 +101,8 @@ class ServersEngine:
         for bucket in weights.from_stages(shared=False):
             expected |= self._dialect.expected(bucket)
         expected = self._joined(expected)
-        held = self._agree(lambda: [one for proofs in self._first.proofs().values() for one in proofs])
-        return max((differing(expected, one) for one in held), key=len, default=[])
+        held = self._agree(lambda: self._first.proofs())
+        return max((differing(expected, worker) for worker in held), key=len, default=[])
 
     def close(self) -> None:
         self._closing.close()

@@ -19,8 +19,7 @@ import torch
 import torch.multiprocessing  # registers how tensors in shared memory are pickled
 from torch import Tensor
 
-from megatron_tempo.config.schema import EnginePrecision
-from megatron_tempo.rollout.dialect import Answer, Call, Launch, Meeting, Start
+from megatron_tempo.rollout.dialect import DTYPES, Answer, Call, Launch, Meeting, Start, described
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.folder import private_file, served_folder
 from megatron_tempo.rollout.transfer import joined_bytes
@@ -33,7 +32,6 @@ _ON_CPU = [
     "--grammar-backend=none",
     "--disable-cuda-graph",
 ]
-_DTYPES = {EnginePrecision.fp32: "float32", EnginePrecision.bf16: "bfloat16", EnginePrecision.fp8: "bfloat16"}
 # Said outright, since what is not said may come from the model's generation_config.json.
 _NOTHING_ELSE = {
     "top_p": 1.0,
@@ -67,7 +65,7 @@ class Sglang:
         arguments = {
             "model-path": str(served_folder(start.model, start.folder / "model", start.precision, flat_rope=True)),
             "load-format": "dummy",
-            "dtype": _DTYPES[start.precision],
+            "dtype": DTYPES[start.precision],
             "tp-size": start.config.tensor,
             "host": start.host,
             "port": start.port,
@@ -125,14 +123,8 @@ class Sglang:
             # One for each worker: the memory is freed when as many have read it as were written.
             named = {"serialized_named_tensors": [_pickled(bucket) for _ in range(self._tensor)]}
             return Call("/update_weights_from_tensor", named | common)
-        described = {
-            "names": [name for name, _ in bucket],
-            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
-            "shapes": [list(tensor.shape) for _, tensor in bucket],
-            "group_name": group,
-            "load_format": "flattened_bucket",
-        }
-        return Call("/update_weights_from_distributed", described | common)
+        received = described(bucket) | {"group_name": group, "load_format": "flattened_bucket"}
+        return Call("/update_weights_from_distributed", received | common)
 
     def after_update(self, version: int) -> list[Call]:
         return [Call("/end_weight_update", {})]

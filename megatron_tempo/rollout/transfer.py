@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from itertools import accumulate
 
 import httpx
 import torch
@@ -21,7 +22,7 @@ from torch.distributed.distributed_c10d import GroupName, _new_process_group_hel
 
 from megatron_tempo.config.schema import ServersConfig, Transport
 from megatron_tempo.errors import EngineError
-from megatron_tempo.rollout.dialect import Dialect, Meeting
+from megatron_tempo.rollout.dialect import Call, Dialect, Meeting, authorised
 from megatron_tempo.rollout.fleet import LIMITS, Target, checked
 from megatron_tempo.rollout.keeper import private_store
 from megatron_tempo.rollout.server import own_address
@@ -48,7 +49,7 @@ class Senders:
         if weights.sends:
             self._meet(targets, failed)
         expected: dict[str, tuple[str, float]] = {}
-        loading: dict[Target, Future[None]] = {}
+        loading: dict[Target, Future[httpx.Response]] = {}
         for bucket in weights.from_stages(shared=shared):
             if compare:
                 expected |= self._dialect.expected(bucket)
@@ -82,12 +83,12 @@ class Senders:
             self._links[target] = link = future.result()
             if self._config.transport is Transport.group:
                 try:
-                    link.meet(self._backend, self._pool)
+                    link.meet(self._backend)
                 except (httpx.HTTPError, EngineError, RuntimeError) as error:
                     failed[target.index] = _words(error)
 
 
-def _settle(loading: dict[Target, Future[None]], failed: dict[int, str]) -> None:
+def _settle(loading: dict[Target, Future[httpx.Response]], failed: dict[int, str]) -> None:
     for target, future in loading.items():
         try:
             future.result()
@@ -105,14 +106,13 @@ class _Link:
 
     def __init__(self, dialect: Dialect, config: ServersConfig, key: str, target: Target) -> None:
         self._dialect, self._config = dialect, config
-        headers = {"Authorization": f"Bearer {key}"}
         timeout = config.update_seconds
-        self._client = httpx.Client(base_url=target.url, headers=headers, timeout=timeout, limits=LIMITS)
+        self._client = httpx.Client(base_url=target.url, headers=authorised(key), timeout=timeout, limits=LIMITS)
         self._posting = ThreadPoolExecutor(1, thread_name_prefix="link")
         self._name = f"megatron_tempo_{secrets.token_hex(4)}"
         self._group: dist.ProcessGroup | None = None
 
-    def meet(self, backend: str, pool: ThreadPoolExecutor) -> None:
+    def meet(self, backend: str) -> None:
         """Open a process group with the server's workers, of which this is rank 0.
 
         torch has no public way to make a group apart from the default one; vLLM and SGLang do the same on their side.
@@ -122,7 +122,7 @@ class _Link:
         host = own_address(self._config.host)
         self._store = private_store(host, timeout)
         call = self._dialect.meet(Meeting(host, self._store.port, self._name, world, backend, seconds))
-        joined = self._posting.submit(lambda: checked(self._client.post(call.path, json=call.body), call))
+        joined = self._post(call)
         store = dist.PrefixStore(self._name, self._store)
         self._group, _ = _new_process_group_helper(
             world, 0, [], dist.Backend(backend), store, group_name=GroupName(self._name), timeout=timeout
@@ -130,11 +130,11 @@ class _Link:
         _world.pg_group_ranks[self._group] = {rank: rank for rank in range(world)}
         joined.result()
 
-    def send(self, bucket: Bucket, version: int, compare: bool) -> Future[None]:
+    def send(self, bucket: Bucket, version: int, compare: bool) -> Future[httpx.Response]:
         """Send a bucket; what comes back ends when the server has loaded it."""
         in_group = self._group is not None
         call = self._dialect.update(bucket, self._name if in_group else None, version, compare=compare)
-        answer = self._posting.submit(lambda: (checked(self._client.post(call.path, json=call.body), call), None)[1])
+        answer = self._post(call)
         if in_group:
             work = dist.broadcast(
                 joined_bytes([tensor for _, tensor in bucket]), src=0, group=self._group, async_op=True
@@ -147,6 +147,9 @@ class _Link:
             work.wait()
         return answer
 
+    def _post(self, call: Call) -> Future[httpx.Response]:
+        return self._posting.submit(lambda: checked(self._client.post(call.path, json=call.body), call))
+
     def close(self) -> None:
         self._client.close()
         self._posting.shutdown(wait=False, cancel_futures=True)
@@ -157,13 +160,13 @@ class _Link:
 
 def joined_bytes(tensors: Sequence[Tensor]) -> Tensor:
     """The bytes of all tensors, one after another: uint8 [sum of sizes]. A view, where they lie so already."""
-    first, size = tensors[0], sum(tensor.nbytes for tensor in tensors)
-    place, storage = first.data_ptr(), first.untyped_storage()
-    for tensor in tensors:
-        if not tensor.is_contiguous() or tensor.data_ptr() != place:
-            return torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors])
-        place += tensor.nbytes
+    first = tensors[0]
+    storage, ends = first.untyped_storage(), list(accumulate((tensor.nbytes for tensor in tensors), initial=0))
     start = first.data_ptr() - storage.data_ptr()
-    if start + size > storage.nbytes():
-        return torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors])
-    return torch.empty(0, dtype=torch.uint8, device=first.device).set_(storage, start, (size,), (1,))
+    in_line = all(
+        tensor.is_contiguous() and tensor.data_ptr() == first.data_ptr() + end
+        for tensor, end in zip(tensors, ends, strict=False)
+    )
+    if in_line and start + ends[-1] <= storage.nbytes():
+        return torch.empty(0, dtype=torch.uint8, device=first.device).set_(storage, start, (ends[-1],), (1,))
+    return torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors])

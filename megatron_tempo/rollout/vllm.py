@@ -13,15 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_tempo.config.schema import EnginePrecision
 from megatron_tempo.rollout.checksum import checksum, root_mean_square
-from megatron_tempo.rollout.dialect import Answer, Call, Launch, Meeting, Start
+from megatron_tempo.rollout.dialect import DTYPES, Answer, Call, Launch, Meeting, Start, described
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.folder import private_file, served_folder
 from megatron_tempo.types import Bucket
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
-_DTYPES = {EnginePrecision.fp32: "float32", EnginePrecision.bf16: "bfloat16", EnginePrecision.fp8: "bfloat16"}
 # Counters that grow with every step that makes tokens, or reads a prompt.
 _COUNTERS = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:iteration_tokens_total_sum")
 
@@ -44,7 +42,7 @@ class Vllm:
         arguments = {
             "--model": served_folder(start.model, start.folder / "model", start.precision, flat_rope=False),
             "--load-format": "dummy",
-            "--dtype": _DTYPES[start.precision],
+            "--dtype": DTYPES[start.precision],
             "--tensor-parallel-size": self._tensor,
             "--host": start.host,
             "--port": start.port,
@@ -114,12 +112,7 @@ class Vllm:
         return [Call("/pause?mode=keep", {}), abandon, Call("/start_weight_update", {})]
 
     def update(self, bucket: Bucket, group: str | None, version: int, *, compare: bool) -> Call:
-        info = {
-            "names": [name for name, _ in bucket],
-            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
-            "shapes": [list(tensor.shape) for _, tensor in bucket],
-            "checksums": compare,
-        }
+        info = {**described(bucket), "checksums": compare}
         if group is None:
             manager, handle, nbytes = bucket[0][1].untyped_storage()._share_filename_cpu_()
             return Call(

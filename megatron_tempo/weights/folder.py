@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.parallel import Layout
+from megatron_tempo.types import Bucket
 from megatron_tempo.weights.shared_memory import in_shared_memory
 from megatron_tempo.weights.slots import Slot
-from megatron_tempo.weights.stream import Bucket
 
 INDEX = "model.safetensors.index.json"
 CARRIED = (

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_tempo.errors import InputError
+from megatron_tempo.types import Bucket
 
 
 def shared_buffers(count: int, nbytes: int, group: dist.ProcessGroup) -> list[torch.UntypedStorage]:
@@ -42,7 +42,7 @@ def _too_little_room(count: int, nbytes: int) -> str | None:
     )
 
 
-def in_shared_memory(bucket: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+def in_shared_memory(bucket: Bucket) -> Bucket:
     """The tensors of a bucket, of one type, one after another in a buffer of their own."""
     first = bucket[0][1]
     size = sum(tensor.numel() for _, tensor in bucket)

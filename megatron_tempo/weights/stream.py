@@ -18,10 +18,10 @@ from torch import Tensor
 
 from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.parallel import Layout
+from megatron_tempo.types import Bucket
 from megatron_tempo.weights.shared_memory import shared_buffers
 from megatron_tempo.weights.slots import Slot, Whole
 
-Bucket = list[tuple[str, Tensor]]
 # Each slot's Hugging Face tensors.
 Wholes = dict[Slot, list[Tensor]]
 

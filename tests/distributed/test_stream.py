@@ -32,9 +32,10 @@ from megatron_tempo.models.device import install_cpu_backend
 from megatron_tempo.models.gpt import LanguageModel, PackedGPT
 from megatron_tempo.models.parallel import Layout, parallel_groups
 from megatron_tempo.models.qwen3 import read_shape, transformer_config
+from megatron_tempo.types import Bucket
 from megatron_tempo.weights import folder, qwen3
 from megatron_tempo.weights.slots import Cut, Slot, Whole
-from megatron_tempo.weights.stream import Bucket, WeightStream, plan
+from megatron_tempo.weights.stream import WeightStream, plan
 from tests.support.ranks import ROOT, run_ranks
 from tests.support.tiny import write_model
 
@@ -267,5 +268,5 @@ def test_no_rank_holds_more_than_two_buckets(tmp_path: Path) -> None:
     for found in run_ranks(measure, 4, tmp_path / "ranks", model, 2, 2):
         assert found["buckets"] > 10
         assert 1 <= found["everywhere"] <= 2
-        assert found["shared"] == pytest.approx(2, abs=1e-3)  # a barrier has a byte of its own
+        assert found["shared"] == pytest.approx(2, abs=1e-2)  # barriers and the buffers' names have a few bytes of their own
         assert (1 if found["sends"] else 0) < found["messages"] <= (2 if found["sends"] else 1)

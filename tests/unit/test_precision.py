@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_tempo.types import Bucket
 from megatron_tempo.weights.precision import quantised
-from megatron_tempo.weights.stream import Bucket
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 
