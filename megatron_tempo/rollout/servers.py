@@ -154,7 +154,9 @@ class ServersEngine:
         return [rank for rank, (_, local) in enumerate(places) if local == 0] if self._config.each_node else [0]
 
     def _key(self) -> str:
-        return Path(self._config.key_file).read_text().strip() if self._config.key_file else secrets.token_urlsafe(24)
+        if self._config.key_file is not None:
+            return Path(self._config.key_file).read_text().strip()
+        return secrets.token_hex(24)  # of letters that no command line takes for an option, as it does a leading "-"
 
     def _found(self, key: str) -> Starter | None:
         assert self._config.addresses is not None

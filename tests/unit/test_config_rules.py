@@ -433,6 +433,12 @@ def test_servers_that_are_found(files: Path, overrides: list[str], field: str, w
     assert problems(files, *good) == []
 
 
+def test_an_empty_key(files: Path) -> None:
+    (files / "key").write_text("\n")
+    words = [*FOUND, f"rollout.servers.key_file={files / 'key'}", "rollout.servers.addresses=[http://127.0.0.1:1]"]
+    assert "is empty" in only(problems(files, *words)).wrong
+
+
 def test_a_key_is_for_servers_that_are_found(files: Path) -> None:
     words = ["rollout.engine=vllm", "rollout.servers.key_file=/none", f"rollout.servers.python={sys.executable}"]
     assert only(problems(files, *words)).field == "rollout.servers.key_file"

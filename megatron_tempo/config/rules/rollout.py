@@ -66,6 +66,8 @@ def _found(servers: ServersConfig) -> Iterator[Problem]:
         yield Problem("rollout.servers.key_file", None, "servers without a key are not used", fix)
     elif not Path(servers.key_file).is_file():
         yield Problem("rollout.servers.key_file", servers.key_file, "is no file", "give the file with the key")
+    elif not Path(servers.key_file).read_text().strip():
+        yield Problem("rollout.servers.key_file", servers.key_file, "is empty", "write the servers' key into it")
     if servers.each_node:
         fix = "rollout.servers.each_node=false: all servers are found by their addresses"
         yield Problem("rollout.servers.each_node", True, "none is started where addresses are given", fix)
