@@ -242,9 +242,14 @@ class Allocated(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
                 self._there[StorageWeakRef(storage)] = storage.nbytes()
-        self._there = {s: size for s, size in self._there.items() if not s.expired() and s not in self._before}
-        self.peak = max(self.peak, sum(self._there.values()))
+        if self._now() > self.peak:
+            time.sleep(0.05)  # gloo's thread lets go of a message's tensor a moment after it is waited for
+            self.peak = max(self.peak, self._now())
         return found
+
+    def _now(self) -> int:
+        self._there = {s: size for s, size in self._there.items() if not s.expired() and s not in self._before}
+        return sum(self._there.values())
 
 
 def measure(model: Path, tensor: int, pipeline: int) -> dict[str, Any]:
@@ -268,5 +273,5 @@ def test_no_rank_holds_more_than_two_buckets(tmp_path: Path) -> None:
     for found in run_ranks(measure, 4, tmp_path / "ranks", model, 2, 2):
         assert found["buckets"] > 10
         assert 1 <= found["everywhere"] <= 2
-        assert found["shared"] == pytest.approx(2, abs=1e-2)  # barriers and the buffers' names have a few bytes of their own
+        assert found["shared"] == pytest.approx(2, abs=1e-2)  # and the few bytes of barriers and names
         assert (1 if found["sends"] else 0) < found["messages"] <= (2 if found["sends"] else 1)
