@@ -59,7 +59,7 @@ from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.gpt import LanguageModel
 from megatron_tempo.models.qwen3 import DTYPES, read_shape, transformer_config
 from megatron_tempo.models.trained import Model
-from megatron_tempo.rollout.dialect import Call
+from megatron_tempo.rollout.dialect import ON_CPU, Call
 from megatron_tempo.rollout.fleet import checked
 from megatron_tempo.rollout.folder import private_file
 from megatron_tempo.rollout.server import Server, last_words
@@ -402,7 +402,7 @@ def main() -> None:
     if asked.job:
         return run_rank(pickle.loads(asked.job.read_bytes()))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    os.environ |= ON_CPU | {"PYTHONWARNINGS": "ignore"}
     try:
         with tempfile.TemporaryDirectory(prefix="bench_weight_sync_", dir=asked.work) as scratch:
             result = run(asked, Path(scratch))

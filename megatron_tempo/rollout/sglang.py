@@ -19,7 +19,7 @@ import torch
 import torch.multiprocessing  # registers how tensors in shared memory are pickled
 from torch import Tensor
 
-from megatron_tempo.rollout.dialect import DTYPES, Answer, Call, Launch, Meeting, Start, described
+from megatron_tempo.rollout.dialect import DTYPES, ON_CPU, Answer, Call, Launch, Meeting, Start, described
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.folder import private_file, served_folder
 from megatron_tempo.rollout.transfer import joined_bytes
@@ -74,7 +74,7 @@ class Sglang:
         }
         # A file, since others can read command lines. JSON is a part of YAML.
         private = private_file(start.folder / "arguments.yaml", json.dumps(arguments))
-        environment = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"} if self._cpu else {}
+        environment = ON_CPU | {"SGLANG_USE_CPU_ENGINE": "1"} if self._cpu else {}
         more = [*(_ON_CPU if self._cpu else []), *start.config.arguments]
         return Launch(["-m", "sglang.launch_server", "--config", str(private), *more], environment)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tempo.rollout.checksum import checksum, root_mean_square
-from megatron_tempo.rollout.dialect import DTYPES, Answer, Call, Launch, Meeting, Start, described
+from megatron_tempo.rollout.dialect import DTYPES, ON_CPU, Answer, Call, Launch, Meeting, Start, described
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.folder import private_file, served_folder
 from megatron_tempo.types import Bucket
@@ -62,7 +62,7 @@ class Vllm:
         if self._cpu:
             # Left to itself it reserves nearly all of the machine's memory.
             flags += ["--enforce-eager", f"--kv-cache-memory-bytes={512 << 20}"]
-            environment |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+            environment |= ON_CPU | {"TORCHDYNAMO_DISABLE": "1"}
             cores = "|".join(map(str, range(self._tensor)))
             environment["VLLM_CPU_OMP_THREADS_BIND"] = cores if self._tensor > 1 else "nobind"
         words = [str(word) for pair in arguments.items() for word in pair]
