@@ -25,6 +25,7 @@ from megatron.core import dist_checkpointing, parallel_state
 
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.models.trained import TrainedModel
+from megatron_tempo.weights.files import sync, sync_folder
 
 MANIFEST = "MANIFEST.json"
 STATE = "run.json"
@@ -64,9 +65,9 @@ class Checkpoints:
         digests = self._digests(partial)
         if self.layout.is_writer:
             _write_json(partial / MANIFEST, digests)
-            _sync(partial)
+            sync(partial)
             os.replace(partial, path)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
             for old in self._names()[: -self.keep]:
                 shutil.rmtree(self.folder / old)
             for abandoned in self.folder.glob("step_*.partial"):  # of a save that was killed
@@ -113,13 +114,7 @@ class Checkpoints:
             wanted = json.loads((path / MANIFEST).read_text())
         except (OSError, ValueError) as error:
             return f"{MANIFEST}: {error}"
-        found = self._digests(path)
-        for name, digest in wanted.items():
-            if name not in found:
-                return f"{name} is missing"
-            if found[name] != digest:
-                return f"{name} is {found[name]}, was written as {digest}"
-        return None
+        return _difference(wanted, self._digests(path))
 
     def _digests(self, path: Path) -> dict[str, str]:
         """Size and checksum of every file below `path`, by relative name. Each rank reads its share."""
@@ -128,6 +123,28 @@ class Checkpoints:
         shares: list[dict[str, str]] = [{} for _ in range(self.layout.world_size)]
         dist.all_gather_object(shares, mine)
         return {name: digest for share in shares for name, digest in share.items()}
+
+
+def damage(path: Path, name: str) -> str | None:
+    """What is wrong with the files of the model `name` of a checkpoint, or with its state; None if they are as written.
+
+    In a process of its own, without process groups. It reads the whole of the files.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST}: {error}"
+    wanted = {file: digest for file, digest in manifest.items() if file == STATE or file.startswith(f"{name}/")}
+    return _difference(wanted, {file: _digest(path / file) for file in wanted if (path / file).is_file()})
+
+
+def _difference(wanted: dict[str, str], found: dict[str, str]) -> str | None:
+    for name, digest in wanted.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != digest:
+            return f"{name} is {found[name]}, was written as {digest}"
+    return None
 
 
 def _sharded(model: TrainedModel, *, is_loading: bool) -> dict[str, Any]:
@@ -153,22 +170,3 @@ def _digest(path: Path) -> str:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def _sync(folder: Path) -> None:
-    """Bring every file and folder below `folder` to the disk before its name says that it is whole."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            _sync_folder(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -152,17 +153,12 @@ def _in_engine_precision(place: Workplace, weights: Callable[..., Weights]) -> W
 def export_hf(place: Workplace, actor: Actor, critic: Critic, out: Path) -> None:
     """Write the Hugging Face folders `out`/actor and `out`/critic, with the tokenizer. Collective.
 
-    A folder that is there already stays as it is: it appeared whole. The critic is a token classifier with one label,
-    the value.
+    A folder that is there already stays as it is: it appeared whole.
     """
     model = place.config.model
-    classifier = {"architectures": ["Qwen3ForTokenClassification"], "tie_word_embeddings": False}
-    classifier |= {"id2label": {"0": "value"}, "label2id": {"value": 0}}
-    last = [stage for stage in place.config.stages().values() if stage.iterations][-1:]
-    classifier[TARGETS] = (last[0].critic.targets if last else CriticTargets.zero_one).name
     for name, trained, like, changes in (
         ("actor", actor.model, model.path, {}),
-        ("critic", critic.model, model.critic_path or model.path, classifier),
+        ("critic", critic.model, model.critic_path or model.path, critic_changes(last_targets(place.config))),
     ):
         there = [(out / name).exists()]
         dist.broadcast_object_list(there, src=0)
@@ -170,6 +166,22 @@ def export_hf(place: Workplace, actor: Actor, critic: Critic, out: Path) -> None
             dtype = str(trained.net.config.params_dtype).removeprefix("torch.")
             buckets = weights_of(trained, place).everywhere()
             folder.save(buckets, out / name, Path(like), place.layout, {**changes, "dtype": dtype})
+
+
+def critic_changes(targets: CriticTargets | None) -> dict[str, Any]:
+    """What a critic's config.json says otherwise than its model's: a token classifier with one label, the value.
+
+    `targets`: none if it is not known on what it was trained, or if the config.json says it already.
+    """
+    changes: dict[str, Any] = {"architectures": ["Qwen3ForTokenClassification"], "tie_word_embeddings": False}
+    changes |= {"id2label": {"0": "value"}, "label2id": {"value": 0}}
+    return changes if targets is None else changes | {TARGETS: targets.name}
+
+
+def last_targets(config: Config) -> CriticTargets:
+    """What a run's critic is trained on at its end."""
+    last = [stage for stage in config.stages().values() if stage.iterations][-1:]
+    return last[0].critic.targets if last else CriticTargets.zero_one
 
 
 def prompt_streams(

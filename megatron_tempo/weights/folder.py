@@ -108,7 +108,7 @@ def load(net: PackedGPT, layout: Layout, slots: list[Slot], folder: Path) -> Non
     Raises InputError listing every missing, misshapen and unexpected tensor.
     """
     files = tensor_files(folder)
-    _check(files, slots, folder)
+    check(files, slots, folder)
     parameters = dict(net.named_parameters())
     with ExitStack() as stack, torch.no_grad():
         opened: dict[Path, Any] = {}
@@ -128,7 +128,11 @@ def load(net: PackedGPT, layout: Layout, slots: list[Slot], folder: Path) -> Non
 _HEADS = ("lm_head.weight", "score.weight", "score.bias")
 
 
-def _check(files: dict[str, Path], slots: list[Slot], folder: Path) -> None:
+def check(files: dict[str, Path], slots: list[Slot], folder: Path) -> None:
+    """Raises InputError listing every tensor of a folder that is missing, unexpected or misshapen.
+
+    A head that the table does not have may be there, and a critic's may be absent.
+    """
     wanted = {name: shape for slot in slots for name, shape in zip(slot.names, slot.shapes, strict=True)}
     critic = "score.weight" in wanted
     optional = {"score.weight", "score.bias"} if critic and "score.weight" not in files else set()
@@ -142,7 +146,7 @@ def _check(files: dict[str, Path], slots: list[Slot], folder: Path) -> None:
                 if found != shape:
                     problems.append(f"misshapen: {name} is {list(found)}, the config.json says {list(shape)}")
     if problems:
-        shown = "\n  ".join(problems[:20])
+        shown = "\n  ".join(problems)
         raise InputError(f"{folder} does not fit its config.json ({len(problems)} problems):\n  {shown}")
 
 
@@ -183,11 +187,21 @@ def save(buckets: Iterator[Bucket], folder: Path, like: Path, layout: Layout, co
         weight_map |= dict.fromkeys(tensors, file)
         size += sum(tensor.nbytes for tensor in tensors.values())
     if layout.is_writer:
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        config = json.loads((like / "config.json").read_text()) | config_changes
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for name in CARRIED:
-            if (like / name).exists():
-                shutil.copyfile(like / name, partial / name)
+        describe(partial, weight_map, size, like, config_changes)
         os.replace(partial, folder)
+
+
+def describe(folder: Path, weight_map: dict[str, str], size: int, like: Path, config_changes: dict[str, Any]) -> None:
+    """Write what a folder needs beside its tensors, of `size` bytes: the index, and the config and tokenizer of `like`.
+
+    A config.json with the type under its older name too, torch_dtype, says there what it says of `dtype`.
+    """
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    config = json.loads((like / "config.json").read_text())
+    if "torch_dtype" in config and "dtype" in config_changes:
+        config["torch_dtype"] = config_changes["dtype"]
+    (folder / "config.json").write_text(json.dumps(config | config_changes, indent=2) + "\n")
+    for name in CARRIED:
+        if (like / name).exists():
+            shutil.copyfile(like / name, folder / name)
