@@ -1,0 +1,185 @@
+"""Hugging Face folders made Megatron distributed checkpoints and back, in memory that does not grow with the model.
+
+Both ways the output is a list of files that the inputs alone determine, written one after another; see `unfinished`.
+A call that is killed goes on, with the same arguments, behind the files that are done.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_tempo import checkpoint
+from megatron_tempo.config.schema import Config, CriticTargets
+from megatron_tempo.config.tree import read as read_config
+from megatron_tempo.errors import InputError
+from megatron_tempo.models.qwen3 import read_shape
+from megatron_tempo.unfinished import Unfinished
+from megatron_tempo.weights import distributed, folder, qwen3
+from megatron_tempo.weights.files import atomic, nbytes, write_safetensors
+from megatron_tempo.weights.slots import Slot
+from megatron_tempo.weights.stream import plan
+from megatron_tempo.wiring import critic_changes, last_targets
+
+MODELS = ("actor", "critic")
+Tell = Callable[[str], None]
+
+
+def to_megatron(source: Path, out: Path, model: str, part_bytes: int, tell: Tell) -> int:
+    """Write the Hugging Face folder `source` as the distributed checkpoint `out`, in files of about `part_bytes`.
+
+    `model`: actor or critic. A critic made of a folder without a value head gets a head of zeros. Returns the bytes.
+    Raises InputError, before it writes, for what cannot be converted; OSError where reading or writing fails.
+    """
+    slots = _slots(source, model)
+    files = folder.tensor_files(source)
+    folder.check(files, slots, source)
+    parts = distributed.parts(slots, files, part_bytes)
+    made_of = _stamps({path.name: path for path in {*files.values(), source / "config.json"}})
+    inputs = {"to": "megatron", "source": str(source.resolve()), "files": made_of, "model": model, "part": part_bytes}
+    work = Unfinished(out, inputs)
+    sizes = [sum(chunk.nbytes for chunk in part) for part in parts]
+    work.begin(sum(sizes))
+    progress = _Progress("part", sizes, tell)
+    written, places = {}, {}
+    for number, part in enumerate(parts):
+        name = f"__{number}_0.distcp"
+        note = work.note(name)
+        if note is None:
+            work.mark(name, places=distributed.write_part(work.whole / name, part, files))
+        progress.told(number, name, new=note is None)
+        written[name], places[name] = part, (work.note(name) or {})["places"]
+    distributed.write_metadata(work.whole, written, places, objects=f"__{len(parts)}_0.distcp")
+    return work.finish()
+
+
+def to_hugging_face(
+    source: Path, out: Path, model: str, like: Path | None, dtype: torch.dtype | None, shard_bytes: int, tell: Tell
+) -> int:
+    """Write a model of a checkpoint as the Hugging Face folder `out`, in files of at most `shard_bytes`.
+
+    `source`: a step of a run (RUN/checkpoints/step_N), checked against its manifest first, or a distributed checkpoint.
+    `like`: the folder with the config and the tokenizer; none is the one that the run was started from. `dtype`: none
+    is as stored. Returns the bytes. Raises InputError, before it writes, for what cannot be converted or is damaged;
+    OSError where reading or writing fails.
+    """
+    saved = _saved(source, model)
+    like = like or saved.like
+    slots = _slots(like, model)
+    stored = distributed.StoredWeights(saved.weights, slots)
+    entries = {slot: stored.entries(slot, dtype) for slot in slots}
+    widest = max(entry[1].itemsize for found in entries.values() for entry in found)
+    # Tensors of larger types come first in a file, so that each begins at a multiple of its type's size.
+    shards = [
+        sorted(group, key=lambda slot: -entries[slot][0][1].itemsize) for group in plan(slots, shard_bytes, widest)
+    ]
+    inputs = {
+        "to": "hugging face",
+        "source": str(saved.weights.resolve()),
+        "files": _stamps({name: saved.weights / name for name in (".metadata", *sorted(stored.files))}),
+        "like": str(like.resolve()),
+        "like files": _stamps({name: like / name for name in ("config.json", *folder.CARRIED)}),
+        "model": model,
+        "dtype": str(dtype),
+        "shard": shard_bytes,
+    }
+    work = Unfinished(out, inputs)
+    if saved.step is not None and not work.resumes:  # what it was begun with has been checked, and is as it was
+        tell(f"checking {saved.step} against its {checkpoint.MANIFEST}")
+        if problem := checkpoint.damage(saved.step, model):
+            raise InputError(f"{saved.step} is damaged: {problem}")
+    sizes = [sum(nbytes(entry) for slot in shard for entry in entries[slot]) for shard in shards]
+    work.begin(sum(sizes))
+    progress = _Progress("shard", sizes, tell)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards):
+        name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        held = [entry for slot in shard for entry in entries[slot]]
+        note = work.note(name)
+        if note is None:
+            with atomic(work.whole / name) as file:
+                write_safetensors(file, held, (piece for slot in shard for piece in stored.read(slot, dtype)))
+            work.mark(name)
+        progress.told(number, name, new=note is None)
+        weight_map |= dict.fromkeys((entry[0] for entry in held), name)
+    changes = critic_changes(saved.targets) if model == "critic" else {}
+    changes["dtype"] = str(entries[slots[0]][0][1]).removeprefix("torch.")
+    order = [name for slot in slots for name in slot.names]
+    folder.describe(work.whole, {name: weight_map[name] for name in order}, sum(sizes), like, changes)
+    return work.finish()
+
+
+def _slots(hugging_face: Path, model: str) -> list[Slot]:
+    """The table of the model in a Hugging Face folder, without pipeline parallelism."""
+    if not (hugging_face / "config.json").is_file():
+        raise InputError(f"{hugging_face} is not a Hugging Face folder: it has no config.json")
+    return qwen3.slots(read_shape(hugging_face), 1, critic=model == "critic")
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """A model in a checkpoint. `step` and `config` are of the run that saved it, if one did."""
+
+    weights: Path  # a distributed checkpoint
+    step: Path | None
+    config: Config | None
+    model: str
+
+    @property
+    def targets(self) -> CriticTargets | None:
+        """What the run's critic is trained on."""
+        return None if self.config is None else last_targets(self.config)
+
+    @property
+    def like(self) -> Path:
+        """The folder that the model was started from. Raises InputError if it is not known, or gone."""
+        if self.config is None:
+            raise InputError(f"{self.weights} does not say which model it is of: give its Hugging Face folder, --like")
+        model = self.config.model
+        path = Path((self.model == "critic" and model.critic_path) or model.path)
+        if not (path / "config.json").is_file():
+            raise InputError(f"the run was started from {path}, which is not here: give such a folder, --like")
+        return path
+
+
+def _saved(source: Path, model: str) -> _Saved:
+    if (source / "metadata.json").exists():
+        return _Saved(source, None, None, model)
+    if not (source / checkpoint.STATE).exists():
+        raise InputError(f"{source} is neither a step of a run (RUN/checkpoints/step_N) nor a distributed checkpoint")
+    if not (source / model).exists():
+        raise InputError(f"{source} has no {model}: the run did not train one")
+    try:
+        state = json.loads((source / checkpoint.STATE).read_text())
+    except ValueError as error:
+        raise InputError(f"{source / checkpoint.STATE} cannot be read ({error})") from error
+    config = (
+        read_config(state["config"])[0] if "config" in state else None
+    )  # fields unknown to this version play no part
+    return _Saved(source / model, source, config, model)
+
+
+def _stamps(files: dict[str, Path]) -> dict[str, list[int]]:
+    """Size and time of change of the files that are there: whether they are what they were."""
+    stamps = {name: path.stat() for name, path in files.items() if path.exists()}
+    return {name: [stamp.st_size, stamp.st_mtime_ns] for name, stamp in sorted(stamps.items())}
+
+
+class _Progress:
+    """A line for each file that is done."""
+
+    def __init__(self, what: str, sizes: list[int], tell: Tell) -> None:
+        self._what, self._sizes, self._tell = what, sizes, tell
+        self._new, self._start = 0, time.monotonic()
+
+    def told(self, number: int, name: str, *, new: bool) -> None:
+        self._new += self._sizes[number] if new else 0
+        done, total = sum(self._sizes[: number + 1]) / 2**30, sum(self._sizes) / 2**30
+        speed = self._new / 2**20 / max(time.monotonic() - self._start, 1e-9)
+        how = f"{speed:.0f} MiB/s" if new else "was there"
+        self._tell(f"{self._what} {number + 1} of {len(self._sizes)}: {name}, {done:.2f} of {total:.2f} GiB, {how}")

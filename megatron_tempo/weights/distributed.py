@@ -1,0 +1,365 @@
+"""Megatron's distributed checkpoints, written and read a tensor at a time: no model, no process group, no GPU.
+
+What `dist_checkpointing.save({"model": net.sharded_state_dict()}, folder)` writes, whatever the layout:
+
+    .metadata       each key's shape and type, its chunks, and where in which file each chunk is
+    __P_N.distcp    the chunks, each as `torch.save` writes it
+    common.pt       what is not sharded: nothing here
+    metadata.json   the format's name and version
+
+A key holds a whole tensor. Layers are stacked: `decoder.layers.mlp.linear_fc2.weight` is [layers, hidden, ffn]. What a
+tensor rank holds is a part of a later dimension, as `Cut.cut` gives it, so that the whole is `cut(sources, 0, 1)`. The
+vocabulary is filled up with zero rows, how many is of no account: Megatron reads what there is, and zeros behind it.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, maybe_load_config, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_tempo.errors import InputError
+from megatron_tempo.models.parallel import padded_vocab
+from megatron_tempo.weights.files import DTYPES, Entry, atomic
+from megatron_tempo.weights.slots import Slot, Vocabulary
+
+BACKEND = CheckpointingConfig("torch_dist", 1)
+# A vocabulary matrix is written in chunks of at most so many bytes; all else is a chunk a slot and layer.
+CHUNK_BYTES = 256 << 20
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Where a slot's tensor is in a distributed checkpoint.
+
+    >>> Home("decoder.layers.mlp.linear_fc2.weight", layer=18, layers=36, shape=(4096, 12288))
+    """
+
+    key: str
+    layer: int | None
+    layers: int
+    shape: tuple[int, ...]  # of the slot's whole tensor
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """The shape of what the key holds."""
+        return self.shape if self.layer is None else (self.layers, *self.shape)
+
+    def chunk(self, rows: tuple[int, int] | None = None) -> ChunkStorageMetadata:
+        """The part of the key that is the slot's, or these rows of it."""
+        if self.layer is not None:
+            offsets, sizes = (self.layer, *(0 for _ in self.shape)), (1, *self.shape)
+        else:
+            start, end = rows or (0, self.shape[0])
+            offsets, sizes = (start, *(0 for _ in self.shape[1:])), (end - start, *self.shape[1:])
+        return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+
+
+def homes(slots: list[Slot]) -> dict[Slot, Home]:
+    """Where each slot of a table without pipeline parallelism is."""
+    keys = {slot: _LAYER.sub("decoder.layers.", slot.megatron) for slot in slots}
+    counts = Counter(keys.values())
+    found = {}
+    for slot, key in keys.items():
+        layer = _LAYER.match(slot.megatron)
+        whole = slot.cut.cut([torch.empty(shape, device="meta") for shape in slot.shapes], 0, 1)
+        found[slot] = Home(key, int(layer.group(1)) if layer else None, counts[key], tuple(whole.shape))
+    return found
+
+
+# Hugging Face -> Megatron
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A chunk to be written: a slot's whole tensor, or some rows of a vocabulary matrix, those behind its end zero."""
+
+    slot: Slot
+    home: Home
+    rows: tuple[int, int] | None
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.home.chunk(self.rows).sizes) * self.dtype.itemsize
+
+    @property
+    def index(self) -> MetadataIndex:
+        return MetadataIndex(self.home.key, self.home.chunk(self.rows).offsets)
+
+    def read(self, files: dict[str, Path]) -> Tensor:
+        """The data, from the files that hold the slot's tensors. Where there are none, a head that starts at zero.
+
+        A file is mapped into memory, and let go of with the tensor.
+        """
+        if self.slot.names[0] not in files:
+            return torch.zeros(self.home.chunk(self.rows).sizes, dtype=self.dtype)
+        sources = []
+        for name in self.slot.names:
+            with safe_open(files[name], "pt") as file:
+                sources.append(file.get_slice(name))
+        data = self.slot.cut.cut(sources, 0, 1) if self.rows is None else _rows(self.slot, sources[0], self.rows)
+        return data.view(self.home.chunk(self.rows).sizes)
+
+
+def _rows(slot: Slot, source: Any, rows: tuple[int, int]) -> Tensor:
+    start, end = rows
+    vocab = slot.shapes[0][0]
+    there = source[min(start, vocab) : min(end, vocab)]
+    return there if end <= vocab else torch.cat([there, there.new_zeros(end - start - len(there), *there.shape[1:])])
+
+
+def parts(slots: list[Slot], files: dict[str, Path], part_bytes: int) -> list[list[Chunk]]:
+    """The chunks of a checkpoint, in parts of about `part_bytes`, each a file. The same list for the same arguments.
+
+    Raises InputError for types that cannot be kept.
+    """
+    dtypes = _dtypes(slots, files)
+    found: list[list[Chunk]] = [[]]
+    room = part_bytes
+    for slot, home in homes(slots).items():
+        for rows in _windows(slot, home, dtypes[slot]):
+            chunk = Chunk(slot, home, rows, dtypes[slot])
+            if found[-1] and chunk.nbytes > room:
+                found.append([])
+                room = part_bytes
+            found[-1].append(chunk)
+            room -= chunk.nbytes
+    return found
+
+
+def _windows(slot: Slot, home: Home, dtype: torch.dtype) -> list[tuple[int, int] | None]:
+    if not isinstance(slot.cut, Vocabulary):
+        return [None]
+    rows, width = home.shape
+    assert rows == padded_vocab(slot.cut.vocab, 1)
+    step = max(1, CHUNK_BYTES // (width * dtype.itemsize))
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _dtypes(slots: list[Slot], files: dict[str, Path]) -> dict[Slot, torch.dtype]:
+    """Each slot's type in the files. A head that is not there gets the first slot's."""
+    names: dict[str, str] = {}
+    for path in set(files.values()):
+        with safe_open(path, "pt") as file:
+            names |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118, no dict
+    by_key: dict[str, set[str]] = {}
+    keys = {slot: home.key for slot, home in homes(slots).items()}
+    for slot in slots:
+        kinds = {names[name] for name in slot.names if name in names} or {names[slots[0].names[0]]}
+        by_key.setdefault(keys[slot], set()).update(kinds)
+    problems = [
+        f"{', '.join(slot.names)} make {key}, of {', '.join(sorted(kinds))}"
+        for slot, key in keys.items()
+        if len(kinds := by_key[key]) > 1 or not kinds <= DTYPES.keys()
+    ]
+    if problems:
+        shown = "\n  ".join(problems)
+        raise InputError(f"a key has one type, {' or '.join(DTYPES)} ({len(problems)} problems):\n  {shown}")
+    return {slot: DTYPES[next(iter(by_key[key]))] for slot, key in keys.items()}
+
+
+def write_part(path: Path, part: list[Chunk], files: dict[str, Path]) -> list[tuple[int, int]]:
+    """Write a file of chunks, which appears when it is whole. Returns the offset and length of each in it.
+
+    One chunk is in memory at a time. torch's own FileSystemWriter would hold a tensor of each key until the file is
+    written.
+    """
+    places = []
+    with atomic(path) as file:
+        for chunk in part:
+            start = file.tell()
+            torch.save(_alone(chunk.read(files)), file)
+            places.append((start, file.tell() - start))
+    return places
+
+
+def _alone(data: Tensor) -> Tensor:
+    """Contiguous, in a storage that holds nothing else: `torch.save` writes the whole storage."""
+    data = data.contiguous()
+    return data if data.untyped_storage().nbytes() == data.nbytes else data.clone()
+
+
+def write_metadata(
+    folder: Path, written: dict[str, list[Chunk]], places: dict[str, list[tuple[int, int]]], objects: str
+) -> None:
+    """Make files of chunks, by their names, a checkpoint. `objects`: the name of one more file, which this writes.
+
+    Megatron's linear layers ask for an extra state each, which is None outside FP8: that is in the file `objects`.
+    """
+    state: dict[str, Any] = {}
+    results = []
+    for name, chunks in written.items():
+        for chunk, (start, length) in zip(chunks, places[name], strict=True):
+            key, properties = chunk.home.key, TensorProperties(chunk.dtype)
+            entry = state.setdefault(key, TensorStorageMetadata(properties, torch.Size(chunk.home.size), []))
+            entry.chunks.append(chunk.home.chunk(chunk.rows))
+            results.append(WriteResult(chunk.index, length, _StorageInfo(name, start, length)))
+    none = io.BytesIO()
+    torch.save([None], none)
+    with atomic(folder / objects) as file:
+        for key in _extra_states([chunk.home for chunks in written.values() for chunk in chunks]):
+            state[key] = BytesStorageMetadata()
+            storage = _StorageInfo(objects, file.tell(), len(none.getbuffer()))
+            results.append(WriteResult(MetadataIndex(key), storage.length, storage))
+            file.write(none.getbuffer())
+    with atomic(folder / "common.pt") as file:
+        torch.save({}, file)
+    FileSystemWriter(folder).finish(Metadata(state), [results])
+    save_config(BACKEND, str(folder))
+
+
+def _extra_states(found: list[Home]) -> Iterator[str]:
+    for home in found:
+        module, _, _ = home.key.rpartition(".")
+        if home.layer is not None and module.rpartition(".")[2].startswith("linear_"):
+            yield ShardedObject(f"{module}._extra_state", None, (home.layers,), (home.layer,)).unique_key
+
+
+# Megatron -> Hugging Face
+
+
+class StoredWeights:
+    """The weights in a distributed checkpoint, whatever layout wrote it. What else it holds is left alone."""
+
+    def __init__(self, folder: Path, slots: list[Slot]) -> None:
+        """Raises InputError if it is not a whole distributed checkpoint of exactly these slots."""
+        self._folder, self._homes = folder, homes(slots)
+        self._reader = FileSystemReader(folder)
+        self._metadata = _read_metadata(folder, self._reader)
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._tensors = {
+            key: stored
+            for key, stored in self._metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata) and not key.startswith("optimizer.")
+        }
+        self._check()
+
+    @property
+    def files(self) -> set[str]:
+        """The names of the files that the weights are in."""
+        keys = {home.key for home in self._homes.values()}
+        return {place.relative_path for index, place in self._metadata.storage_data.items() if index.fqn in keys}
+
+    def entries(self, slot: Slot, dtype: torch.dtype | None) -> list[Entry]:
+        """The slot's Hugging Face tensors. `dtype`: none is as stored."""
+        dtype = dtype or self._stored(slot).properties.dtype
+        return [(name, dtype, shape) for name, shape in zip(slot.names, slot.shapes, strict=True)]
+
+    def read(self, slot: Slot, dtype: torch.dtype | None) -> Iterator[Tensor]:
+        """The data of the slot's Hugging Face tensors, in order; a vocabulary matrix in the pieces it was saved in.
+
+        Beside what it yields, it holds a saved chunk and the slot's tensor in Megatron's form.
+        """
+        home, stored = self._homes[slot], self._stored(slot)
+        dtype = dtype or stored.properties.dtype
+        if isinstance(slot.cut, Vocabulary):
+            vocab = slot.cut.vocab
+            bounds = sorted({min(chunk.offsets[0], vocab) for chunk in stored.chunks} | {vocab})
+            for start, end in pairwise(bounds):
+                yield self._read(home, home.chunk((start, end))).to(dtype)
+            return
+        wholes = [torch.empty(shape, dtype=dtype) for shape in slot.shapes]
+        slot.cut.place(self._read(home, home.chunk()).view(home.shape), wholes, 0, 1)
+        yield from wholes
+
+    def _stored(self, slot: Slot) -> TensorStorageMetadata:
+        return self._tensors[self._homes[slot].key]
+
+    def _read(self, home: Home, chunk: ChunkStorageMetadata) -> Tensor:
+        stored = self._tensors[home.key]
+        target = torch.empty(chunk.sizes, dtype=stored.properties.dtype)
+        plan = LoadPlan(create_read_items_for_chunk_list(home.key, stored, [chunk]))
+        try:
+            self._reader.read_data(plan, _Into(target)).wait()
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{self._folder} is damaged: {home.key} cannot be read ({reason})") from error
+        return target
+
+    def _check(self) -> None:
+        wanted = {home.key: (slot, home) for slot, home in self._homes.items()}
+        problems = [f"missing: {key}" for key in wanted if key not in self._tensors]
+        problems += [f"unexpected: {key}" for key in self._tensors if key not in wanted]
+        problems += [
+            problem
+            for key, (slot, home) in wanted.items()
+            if key in self._tensors and (problem := _misfit(slot, home, self._tensors[key]))
+        ]
+        if problems:
+            shown = "\n  ".join(problems)
+            raise InputError(f"{self._folder} does not fit the model ({len(problems)} problems):\n  {shown}")
+        if gone := sorted(name for name in self.files if not (self._folder / name).is_file()):
+            raise InputError(f"{self._folder}: files are missing: {', '.join(gone)}")
+
+
+def _misfit(slot: Slot, home: Home, stored: TensorStorageMetadata) -> str | None:
+    size, wanted = tuple(stored.size), home.size
+    if isinstance(slot.cut, Vocabulary):  # filled up as the tensor parallelism wanted that wrote it
+        size = (min(size[0], slot.cut.vocab), *size[1:])
+        wanted = (slot.cut.vocab, *wanted[1:])
+    if size != wanted:
+        return f"misshapen: {home.key} is {list(stored.size)}, the config.json says {list(wanted)}"
+    if stored.properties.dtype not in DTYPES.values():
+        return f"of a type that is not supported: {home.key} is {stored.properties.dtype}"
+    if sum(prod(chunk.sizes) for chunk in stored.chunks) != prod(stored.size):
+        return f"incomplete: {home.key}"
+    return None
+
+
+def _read_metadata(folder: Path, reader: FileSystemReader) -> Metadata:
+    try:
+        backend = maybe_load_config(str(folder))
+        if backend is None:
+            raise InputError(f"{folder} is not a distributed checkpoint of Megatron: it has no metadata.json")
+        if backend.sharded_backend != BACKEND.sharded_backend:
+            raise InputError(f"{folder} is of the format {backend.sharded_backend!r}; supported: torch_dist")
+        return reader.read_metadata()
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, ImportError, pickle.UnpicklingError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder}: its .metadata or metadata.json cannot be read ({error})") from error
+
+
+class _Into(DefaultLoadPlanner):
+    """What is read goes into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        found = self._target
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            found = found.narrow(dim, start, length)
+        return found
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """It is where it belongs."""
