@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -72,12 +73,6 @@ def to_hugging_face(
     like = like or saved.like
     slots = _slots(like, model)
     stored = distributed.StoredWeights(saved.weights, slots)
-    entries = {slot: stored.entries(slot, dtype) for slot in slots}
-    widest = max(entry[1].itemsize for found in entries.values() for entry in found)
-    # Tensors of larger types come first in a file, so that each begins at a multiple of its type's size.
-    shards = [
-        sorted(group, key=lambda slot: -entries[slot][0][1].itemsize) for group in plan(slots, shard_bytes, widest)
-    ]
     inputs = {
         "to": "hugging face",
         "source": str(saved.weights.resolve()),
@@ -93,6 +88,29 @@ def to_hugging_face(
         tell(f"checking {saved.step} against its {checkpoint.MANIFEST}")
         if problem := checkpoint.damage(saved.step, model):
             raise InputError(f"{saved.step} is damaged: {problem}")
+    weight_map = _write_shards(work, stored, slots, dtype, shard_bytes, tell)
+    changes = critic_changes(saved.targets) if model == "critic" else {}
+    changes["dtype"] = str(stored.entries(slots[0], dtype)[0][1]).removeprefix("torch.")
+    size = sum(nbytes(entry) for slot in slots for entry in stored.entries(slot, dtype))
+    folder.describe(work.whole, weight_map, size, like, changes)
+    return work.finish()
+
+
+def _write_shards(
+    work: Unfinished,
+    stored: distributed.StoredWeights,
+    slots: list[Slot],
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    tell: Tell,
+) -> dict[str, str]:
+    """The safetensors files of a folder. Returns which tensor is in which."""
+    entries = {slot: stored.entries(slot, dtype) for slot in slots}
+    widest = max(entry[1].itemsize for found in entries.values() for entry in found)
+    # Tensors of larger types come first in a file, so that each begins at a multiple of its type's size.
+    shards = [
+        sorted(group, key=lambda slot: -entries[slot][0][1].itemsize) for group in plan(slots, shard_bytes, widest)
+    ]
     sizes = [sum(nbytes(entry) for slot in shard for entry in entries[slot]) for shard in shards]
     work.begin(sum(sizes))
     progress = _Progress("shard", sizes, tell)
@@ -103,15 +121,11 @@ def to_hugging_face(
         note = work.note(name)
         if note is None:
             with atomic(work.whole / name) as file:
-                write_safetensors(file, held, (piece for slot in shard for piece in stored.read(slot, dtype)))
+                write_safetensors(file, held, chain.from_iterable(stored.read(slot, dtype) for slot in shard))
             work.mark(name)
         progress.told(number, name, new=note is None)
         weight_map |= dict.fromkeys((entry[0] for entry in held), name)
-    changes = critic_changes(saved.targets) if model == "critic" else {}
-    changes["dtype"] = str(entries[slots[0]][0][1]).removeprefix("torch.")
-    order = [name for slot in slots for name in slot.names]
-    folder.describe(work.whole, {name: weight_map[name] for name in order}, sum(sizes), like, changes)
-    return work.finish()
+    return weight_map
 
 
 def _slots(hugging_face: Path, model: str) -> list[Slot]:

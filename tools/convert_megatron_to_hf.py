@@ -34,7 +34,12 @@ def main() -> int:
         help="where config and tokenizer are (default: the folder that the run was started from)",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="type to write (default: as stored)")
-    parser.add_argument("--shard-gb", type=gibibytes, default="4", help="most of a file, in GiB (default: 4)")
+    parser.add_argument(
+        "--shard-gb",
+        type=gibibytes,
+        default="4",
+        help="size of a file at most, in GiB; a matrix that is larger is alone in one (default: 4)",
+    )
     args = parser.parse_args()
 
     import torch  # seconds of imports, which --help does not need

@@ -74,5 +74,6 @@ def write_safetensors(file: BinaryIO, entries: list[Entry], pieces: Iterable[Ten
     written = 0
     for piece in pieces:
         written += file.write(piece.contiguous().flatten().view(torch.uint8).numpy().data)
+        del piece  # before the next one is made
     assert written == end, f"{written} bytes written of {end}"
     return 8 + len(text) + end
