@@ -24,15 +24,15 @@ from megatron_tempo.kernels import kernels_for
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
 from megatron_tempo.models.device import select_device
+from megatron_tempo.models.families import DTYPES, FAMILIES, read_shape, transformer_config
 from megatron_tempo.models.gpt import LanguageModel, PackedGPT, ValueModel
 from megatron_tempo.models.parallel import Layout, parallel_groups
-from megatron_tempo.models.qwen3 import DTYPES, read_shape, transformer_config
 from megatron_tempo.models.trained import Model, TrainedModel
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.embedded import EmbeddedEngine
 from megatron_tempo.rollout.engine import Engine
 from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt, Weights
-from megatron_tempo.weights import folder, qwen3
+from megatron_tempo.weights import folder, tables
 from megatron_tempo.weights.precision import Quantised
 from megatron_tempo.weights.slots import Slot
 from megatron_tempo.weights.stream import WeightStream
@@ -156,7 +156,8 @@ def export_hf(place: Workplace, actor: Actor, critic: Critic, out: Path) -> None
     the value.
     """
     model = place.config.model
-    classifier = {"architectures": ["Qwen3ForTokenClassification"], "tie_word_embeddings": False}
+    architecture = FAMILIES[critic.model.net.shape.family].TOKEN_CLASSIFIER
+    classifier = {"architectures": [architecture], "tie_word_embeddings": False}
     classifier |= {"id2label": {"0": "value"}, "label2id": {"value": 0}}
     last = [stage for stage in place.config.stages().values() if stage.iterations][-1:]
     classifier[TARGETS] = (last[0].critic.targets if last else CriticTargets.zero_one).name
@@ -219,7 +220,7 @@ def _network(place: Workplace, kind: Callable[..., PackedGPT], path: Path) -> Pa
 
 
 def _slots(net: PackedGPT, place: Workplace) -> list[Slot]:
-    return qwen3.slots(net.shape, place.layout.pipeline, critic=isinstance(net, ValueModel))
+    return tables.slots(net.shape, place.layout.pipeline, critic=isinstance(net, ValueModel))
 
 
 def _trained(place: Workplace, net: PackedGPT) -> TrainedModel:

@@ -15,16 +15,18 @@ from torch.nn import functional
 
 from megatron_tempo.config.schema import Logits
 from megatron_tempo.kernels import Kernels
+from megatron_tempo.models.families import block_spec
 from megatron_tempo.models.packing import MicroBatch
 from megatron_tempo.models.parallel import Layout, padded_vocab
-from megatron_tempo.models.qwen3 import Shape, block_spec
+from megatron_tempo.models.rotary import Rotary
+from megatron_tempo.models.shape import Shape
 
 
 class PackedGPT(GPTModel):
     """Megatron's GPT model; its forward takes a packed `MicroBatch` of S tokens.
 
-    Rotary embeddings are looked up by each token's position in its own sequence, which replaces Megatron's loop over
-    sequences in its thd path. `kernels` are for the head, and for the losses behind it.
+    Rotary angles go by each token's position in its own sequence, which replaces Megatron's loop over sequences in its
+    thd path. `kernels` are for the head, and for the losses behind it.
     """
 
     def __init__(
@@ -38,20 +40,19 @@ class PackedGPT(GPTModel):
             pre_process=layout.is_first_stage,
             post_process=layout.is_last_stage,
             share_embeddings_and_output_weights=tied,
-            position_embedding_type="rope",
-            rotary_base=shape.rope_theta,
+            position_embedding_type="none",  # not of Megatron's: it has one rotary embedding for all layers
         )
         self.shape = shape
+        self.rotary = Rotary(shape.ropes, shape.head_dim)
         self.kernels = kernels
 
     def forward(self, micro: MicroBatch) -> Tensor:
         """Hidden states [S (/ tensor), 1, hidden]; on the last stage the head's output."""
         embedded = self.embedding(input_ids=micro.tokens, position_ids=None) if self.pre_process else None
-        angles = self.rotary_pos_emb(micro.packing.max_seqlen_q)
         hidden = self.decoder(
             hidden_states=embedded,
             attention_mask=None,
-            rotary_pos_emb=angles[micro.positions],
+            rotary_pos_emb=self.rotary(micro.positions),
             packed_seq_params=micro.packing,
         )
         return self.head(hidden, micro) if self.post_process else hidden

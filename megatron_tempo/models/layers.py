@@ -1,11 +1,20 @@
-"""The layers that Megatron-Core's own spec lacks: a norm for sequence parallelism, an attention on packed sequences."""
+"""The layers that Megatron-Core's own spec lacks: norms for every layout, an attention on packed sequences."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.parallel_state import get_tensor_model_parallel_group
+from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -30,12 +39,126 @@ class RMSNorm(nn.Module):
         return functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-class PackedAttention(nn.Module):
-    """Causal attention on packed sequences by torch's scaled_dot_product_attention, grouped queries included."""
+class ProjectionNorm(nn.Module):
+    """Root-mean-square norm in fp32 over all heads of a projection, of which each tensor rank has its share.
 
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
+    A rank holds the weights of its own heads. It sees all tokens, under sequence parallelism too, so their gradient is
+    whole where it is made.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, heads: int) -> None:
+        """`hidden_size` is that of a head; `heads` counts those of all tensor ranks."""
         super().__init__()
-        self.scale = softmax_scale
+        self.eps = eps
+        self.group = get_tensor_model_parallel_group()
+        self.weight = nn.Parameter(torch.ones(heads * hidden_size // self.group.size(), dtype=config.params_dtype))
+        # Without the mark, Megatron takes the shards for copies and counts one of them in the gradient's norm.
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[S, 1, heads of this rank, d] -> the same, in the type of `x`."""
+        return _NormOverRanks.apply(x.flatten(2), self.weight, self.eps, self.group).view_as(x)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """For Megatron's checkpoints: the weight is cut over the tensor ranks."""
+        assert metadata is not None
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+
+class _NormOverRanks(torch.autograd.Function):
+    """y = n w with n = x r and r = (mean(x^2) + eps)^(-1/2), in fp32, where a row of x lies in parts on all ranks.
+
+    With g = w dL/dy:  dL/dx = r (g - n mean(g n)),  and  dL/dw = sum of n dL/dy over the tokens. Both means are over
+    all ranks, since every rank's y depends on every rank's x. Kept for the backward pass are x as it came, and r.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, group: dist.ProcessGroup) -> Tensor:
+        scale = (_mean_over_ranks(x.float().square(), group) + eps).rsqrt()
+        ctx.save_for_backward(x, weight, scale)
+        ctx.group = group
+        return (x.float() * scale * weight.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed, wide = x.float() * scale, grad.float()
+        scaled = wide * weight.float()
+        back = scale * (scaled - normed * _mean_over_ranks(scaled * normed, ctx.group))
+        return back.to(x.dtype), (normed * wide).sum(dim=(0, 1)).to(weight.dtype), None, None
+
+
+def _mean_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The mean over the last dimension, of which each rank has an equal part: [..., 1]."""
+    total = x.sum(-1, keepdim=True)
+    if group.size() > 1:
+        dist.all_reduce(total, group=group)
+    return total / (x.shape[-1] * group.size())
+
+
+class NormedRowParallelLinear(RowParallelLinear):
+    """A row-parallel layer with a norm behind it: what a block of OLMo3 adds to the residual stream."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **others: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **others)
+        self.norm = RMSNorm(config, output_size, config.layernorm_epsilon)
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[S, 1, input / tensor] -> [S (/ tensor), 1, output], and no bias."""
+        output, bias = super().forward(input_)
+        return self.norm(output), bias
+
+
+class RotatedAttention(SelfAttention):
+    """Megatron's self-attention, which is given the angles of all the model's rotary embeddings and takes its own."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        rope: int,
+        **groups: Any,
+    ) -> None:
+        """`rope` is the number of this layer's among `Shape.ropes`."""
+        super().__init__(config, submodules, layer_number, attn_mask_type, **groups)
+        self.rope = rope
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, *, rotary_pos_emb: Tensor, **others: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """`rotary_pos_emb` is float32 [ropes, S, 1, 1, d]."""
+        return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb[self.rope], **others)
+
+
+class PackedAttention(nn.Module):
+    """Causal attention on packed sequences by torch's scaled_dot_product_attention, grouped queries included.
+
+    With a `window`, a token sees itself and the `window` - 1 tokens before it. `sharpness` multiplies the scores.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        softmax_scale: float | None = None,
+        window: int | None = None,
+        sharpness: float = 1.0,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        assert config.kv_channels is not None
+        self.scale = (config.kv_channels**-0.5 if softmax_scale is None else softmax_scale) * sharpness
+        self.window = window
 
     def forward(
         self,
@@ -57,7 +180,50 @@ class PackedAttention(nn.Module):
         def on_grid(x: Tensor, times: int) -> Tensor:
             return x[grid, 0].repeat_interleave(times, dim=2).transpose(1, 2)
 
-        out = functional.scaled_dot_product_attention(
-            on_grid(query, 1), on_grid(key, repeats), on_grid(value, repeats), is_causal=True, scale=self.scale
-        )
+        parts = on_grid(query, 1), on_grid(key, repeats), on_grid(value, repeats)
+        out = _causal(*parts, self.scale) if self.window is None else _windowed(*parts, self.scale, self.window)
         return out.transpose(1, 2).flatten(2).flatten(0, 1)[packed_seq_params.cells, None]
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """[sequences, heads, tokens, d] three times -> the same."""
+    return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+
+
+def _windowed(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
+    """[sequences, heads, tokens, d] three times -> the same, where a token sees the last `window` up to itself.
+
+    A block of `window` queries needs the keys of its own block and of the one before. So the first block is a causal
+    attention, and the others are sequences of an attention of `window` queries on twice as many keys: work and memory
+    grow with tokens * window.
+    """
+    tokens = query.shape[2]
+    blocks = -(-tokens // window)
+    first = _causal(query[:, :, :window], key[:, :, :window], value[:, :, :window], scale)
+    if blocks == 1:
+        return first
+
+    def filled(x: Tensor) -> Tensor:
+        return functional.pad(x, (0, 0, 0, blocks * window - tokens))  # behind the end, which causality hides
+
+    def of_blocks(
+        x: Tensor,
+    ) -> Tensor:  # [s, heads, blocks - 1, tokens of a block, d] -> [s * (blocks - 1), heads, ...]
+        return x.transpose(1, 2).flatten(0, 1)
+
+    queries = of_blocks(filled(query)[:, :, window:].unflatten(2, (blocks - 1, window)))
+    keys, values = (of_blocks(filled(x).unfold(2, 2 * window, window).transpose(3, 4)) for x in (key, value))
+    band = _band(window, query.dtype, query.device)
+    others = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=band, scale=scale)
+    others = others.unflatten(0, (-1, blocks - 1)).transpose(1, 2).flatten(2, 3)
+    return torch.cat([first, others[:, :, : tokens - window]], dim=2)
+
+
+@lru_cache(maxsize=2)  # torch keeps it for the backward pass: so all layers keep the same one
+def _band(window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is added to the scores of a block's queries on its own and the former block's keys: [window, 2 * window].
+
+    Query i stands at window + i among the keys, and sees those from i + 1 up to itself.
+    """
+    seen = torch.ones(window, 2 * window, dtype=torch.bool, device=device).tril(window).triu(1)
+    return torch.zeros(window, 2 * window, dtype=dtype, device=device).masked_fill(~seen, float("-inf"))

@@ -29,11 +29,11 @@ from megatron_tempo.config.schema import Logits, ParallelConfig, Precision
 from megatron_tempo.errors import InputError
 from megatron_tempo.kernels import REFERENCE
 from megatron_tempo.models.device import install_cpu_backend
+from megatron_tempo.models.families import read_shape, transformer_config
 from megatron_tempo.models.gpt import LanguageModel, PackedGPT
 from megatron_tempo.models.parallel import Layout, parallel_groups
-from megatron_tempo.models.qwen3 import read_shape, transformer_config
 from megatron_tempo.types import Bucket
-from megatron_tempo.weights import folder, qwen3
+from megatron_tempo.weights import folder, tables
 from megatron_tempo.weights.slots import Cut, Slot, Whole
 from megatron_tempo.weights.stream import WeightStream, plan
 from tests.support.ranks import ROOT, run_ranks
@@ -57,7 +57,7 @@ def opened(model: Path, tensor: int, pipeline: int) -> Iterator[tuple[PackedGPT,
         shape = read_shape(model)
         config = transformer_config(shape, layout, Precision.fp32)
         net = LanguageModel(config, shape, layout, REFERENCE, Logits.recomputed, temperature=1.0)
-        slots = qwen3.slots(shape, pipeline, critic=False)
+        slots = tables.slots(shape, pipeline, critic=False)
         folder.load(net, layout, slots, model)
         yield net, layout, slots
 

@@ -51,13 +51,27 @@ def around(old: Tensor, batch: Batch, seed: int) -> Tensor:
     return old + 0.3 * normal(batch, seed)
 
 
-def updated(model: Path, kind: str, tensor: int, pipeline: int, logits: Logits) -> dict[str, dict[str, Tensor]]:
+# tensor, pipeline, sequence parallelism, processes, logits
+LAYOUTS = {
+    "one": (1, 1, False, 1, Logits.recomputed),
+    "dp2": (1, 1, False, 2, Logits.recomputed),  # the moments for whitening are of both replicas
+    "tp2-pp2": (2, 2, False, 4, Logits.recomputed),
+    "tp2-stored": (2, 1, False, 2, Logits.stored),
+    "tp2-sequence": (2, 1, True, 2, Logits.recomputed),
+    "tp2-pp2-sequence": (2, 2, True, 4, Logits.recomputed),
+}
+MODELS = {"untied": {}, "tied": {"tied": True}, "olmo3": {"family": "olmo3"}}
+CASES = [(model, layout) for model in ("untied", "tied") for layout in ("one", "dp2", "tp2-pp2", "tp2-stored")]
+CASES += [("olmo3", layout) for layout in ("one", "tp2-pp2", "tp2-sequence", "tp2-pp2-sequence")]
+
+
+def updated(model: Path, kind: str, layout: str) -> dict[str, dict[str, Tensor]]:
     """The weights after the steps, by Hugging Face's names."""
     config = Config()
     config.model.path = str(model)
-    config.model.logits = logits
-    config.parallel.tensor, config.parallel.pipeline = tensor, pipeline
-    config.parallel.micro_batch_tokens = 50
+    parallel = config.parallel
+    parallel.tensor, parallel.pipeline, parallel.sequence, _, config.model.logits = LAYOUTS[layout]
+    parallel.micro_batch_tokens = 50
     batch = ragged_batch(8)
     assert batch.correct is not None
     with open_workplace(config) as place:
@@ -146,24 +160,13 @@ def reference(model: Path, kind: str) -> dict[str, dict[str, Tensor]]:
     return {"actor": actor.state_dict(), "critic": critic.state_dict()}
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("tensor", "pipeline", "world", "logits"),
-    [
-        (1, 1, 1, Logits.recomputed),
-        (1, 1, 2, Logits.recomputed),  # the moments for whitening are of both replicas
-        (2, 2, 4, Logits.recomputed),
-        (2, 1, 2, Logits.stored),
-    ],
-)
-def test_steps_agree_with_plain_torch(
-    tmp_path: Path, kind: str, tied: bool, tensor: int, pipeline: int, world: int, logits: Logits
-) -> None:
-    model = write_model(tmp_path / "model", tied=tied)
-    expected = reference(model, kind)
-    found = run_ranks(updated, world, tmp_path / "ranks", model, kind, tensor, pipeline, logits)[0]
-    start = transformers.AutoModelForCausalLM.from_pretrained(model).state_dict()
+@pytest.mark.parametrize(("model", "layout"), CASES)
+def test_steps_agree_with_plain_torch(tmp_path: Path, kind: str, model: str, layout: str) -> None:
+    path = write_model(tmp_path / "model", **MODELS[model])
+    expected = reference(path, kind)
+    found = run_ranks(updated, LAYOUTS[layout][3], tmp_path / "ranks", path, kind, layout)[0]
+    start = transformers.AutoModelForCausalLM.from_pretrained(path).state_dict()
     for name, weights in found.items():
         for key, weight in weights.items():
             torch.testing.assert_close(weight, expected[name][key], rtol=1e-4, atol=2e-6, msg=f"{name} {key}")
