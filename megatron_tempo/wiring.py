@@ -213,7 +213,7 @@ def _language_model(place: Workplace) -> PackedGPT:
 
 def _network(place: Workplace, kind: Callable[..., PackedGPT], path: Path) -> PackedGPT:
     shape = read_shape(path)
-    config = transformer_config(shape, place.layout, place.config.run.precision)
+    config = transformer_config(shape, place.layout, place.config.run.precision, place.config.parallel.recompute)
     net = kind(config, shape, place.layout, kernels_for(place.device))
     folder.load(net, place.layout, _slots(net, place), path)
     return net

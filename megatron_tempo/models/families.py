@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -13,13 +13,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_tempo.config.schema import Precision
+from megatron_tempo.config.schema import Precision, Recompute
 from megatron_tempo.errors import InputError
 from megatron_tempo.models import olmo3, qwen3
 from megatron_tempo.models.layers import RMSNorm
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.models.shape import LayerAttention, Shape
 
+# Megatron's words for it.
+_RECOMPUTE: dict[Recompute, dict[str, Any]] = {
+    Recompute.none: {},
+    Recompute.attention: {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    Recompute.layers: {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
@@ -46,7 +52,9 @@ def read_shape(folder: Path) -> Shape:
     return FAMILIES[config.model_type].shape_of(config, file)
 
 
-def transformer_config(shape: Shape, layout: Layout, precision: Precision) -> TransformerConfig:
+def transformer_config(
+    shape: Shape, layout: Layout, precision: Precision, recompute: Recompute = Recompute.none
+) -> TransformerConfig:
     """Megatron's config of this shape and layout. Weights are not initialised: they are always loaded."""
     dtype = DTYPES[precision]
     return TransformerConfig(
@@ -78,6 +86,7 @@ def transformer_config(shape: Shape, layout: Layout, precision: Precision) -> Tr
         output_layer_init_method=_leave_as_is,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
         sequence_parallel=layout.sequence_parallel,
         # Every micro-batch has a length of its own, so pipeline stages tell each other the shapes they send.
         variable_seq_lengths=layout.pipeline > 1,
@@ -85,6 +94,7 @@ def transformer_config(shape: Shape, layout: Layout, precision: Precision) -> Tr
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=precision is Precision.bf16,
+        **_RECOMPUTE[recompute],
     )
 
 

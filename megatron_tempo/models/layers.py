@@ -17,7 +17,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
 
+from megatron_tempo.models.context import of_all_ranks
 from megatron_tempo.models.packing import Packing
 
 
@@ -172,8 +174,15 @@ class PackedAttention(nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: Packing | None = None,
     ) -> Tensor:
-        """Query [S, 1, heads, d], key and value [S, 1, groups, d] -> [S, 1, heads * d]; the packing parts sequences."""
+        """Query [S, 1, heads, d], key and value [S, 1, groups, d] -> [S, 1, heads * d]; the packing parts sequences.
+
+        Under context parallelism all are of this rank's S / c tokens.
+        """
         assert packed_seq_params is not None, "every micro-batch carries its packing"
+        if packed_seq_params.pieces is not None:
+            return self._in_pieces(query, key, value, packed_seq_params)
+        assert packed_seq_params.grid is not None
+        assert packed_seq_params.cells is not None
         grid = packed_seq_params.grid.clamp(min=0)  # behind a sequence's end any token will do: causality hides it
         repeats = query.shape[2] // key.shape[2]
 
@@ -184,10 +193,47 @@ class PackedAttention(nn.Module):
         out = _causal(*parts, self.scale) if self.window is None else _windowed(*parts, self.scale, self.window)
         return out.transpose(1, 2).flatten(2).flatten(0, 1)[packed_seq_params.cells, None]
 
+    def _in_pieces(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+        """This rank's queries, a sequence's tokens at a time, on the keys and values of all ranks."""
+        assert packing.pieces is not None
+        assert packing.order is not None
+        groups = key.shape[2]
+        both = of_all_ranks(torch.cat([key, value], dim=2), packing.order)[:, 0]  # [S, 2 * groups, d]
+        both = both.repeat_interleave(query.shape[2] // groups, dim=1).transpose(0, 1)[None]
+        keys, values = both.chunk(2, dim=1)
+        queries = query[:, 0].transpose(0, 1)[None]  # [1, heads, S / c, d]
+        found = [
+            _ends_together(queries[:, :, p.queries], keys[:, :, p.keys], values[:, :, p.keys], self.scale, self.window)
+            for p in packing.pieces
+        ]
+        return torch.cat(found, dim=2)[0].transpose(0, 1).flatten(1)[:, None]
+
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """[sequences, heads, tokens, d] three times -> the same."""
     return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+
+
+def _ends_together(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    """Queries [1, heads, n, d] that are the last of the keys' m tokens, keys and values [1, heads, m, d] -> as queries.
+
+    With a window, a block of queries sees the keys of the window before each: at most the block and the window.
+    """
+    n, before = query.shape[2], key.shape[2] - query.shape[2]
+    found = []
+    for start in range(0, n, window or n):
+        end = min(start + (window or n), n)
+        first = 0 if window is None else max(0, before + start - window + 1)
+        seen = slice(first, before + end)
+        mask: Any = causal_lower_right(end - start, before + end - first)
+        if window is not None:
+            # Query i stands at i + offset among the keys, and sees `window` of them up to itself.
+            offset = before + start - first
+            mask = torch.ones(end - start, before + end - first, dtype=torch.bool, device=query.device)
+            mask = mask.tril(offset).triu(offset - window + 1)
+        parts = query[:, :, start:end], key[:, :, seen], value[:, :, seen]
+        found.append(functional.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale))
+    return torch.cat(found, dim=2)
 
 
 def _windowed(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:

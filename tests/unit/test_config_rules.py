@@ -160,7 +160,7 @@ SEVERAL_FIELDS = [
         "world size and model",
         ["parallel.world_size=6", "parallel.tensor=4"],
         "parallel.world_size",
-        "parallel.tensor * parallel.pipeline = 4",
+        "parallel.tensor * parallel.pipeline * parallel.context = 4",
         "launch 4 processes or a multiple",
     ),
     (

@@ -30,7 +30,7 @@ def micro() -> MicroBatch:
     """Rows of many lengths and some padding (a multiple of 4 tokens, as for sequence parallelism)."""
     layout = Layout(
         rank=0, world_size=4, tensor_rank=0, tensor=4, pipeline_rank=0, pipeline=1, data_rank=0, data=1,
-        sequence_parallel=True,
+        context_rank=0, context=1, sequence_parallel=True,
     )  # fmt: skip
     (found,) = micro_batches(ragged_batch(7, seed=3, per_prompt=1), torch.arange(7), layout, 999, torch.device("cpu"))
     assert found.padding > 0
