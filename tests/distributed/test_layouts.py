@@ -10,7 +10,7 @@ import torch
 from megatron_tempo.config.schema import Config
 from megatron_tempo.records import read_metrics
 from megatron_tempo.train import train
-from tests.support.project import config_of, tied_config, write_project
+from tests.support.project import RANDOM, config_of, from_nothing, write_project
 from tests.support.ranks import run_ranks
 from tests.support.weights import tensors
 
@@ -27,18 +27,18 @@ LAYOUTS = {
 }
 
 
-KINDS = ("untied", "tied")
+KINDS = ("untied", *RANDOM)
 
 
 def project_config(project: Path, run: Path) -> Config:
     config = config_of(project, run)
-    return tied_config(config) if project.name == "tied" else config
+    return from_nothing(config) if project.name in RANDOM else config
 
 
 @pytest.fixture(scope="module")
 def projects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     out = tmp_path_factory.mktemp("projects")
-    return {kind: write_project(out / kind, tied=kind == "tied") for kind in KINDS}
+    return {kind: write_project(out / kind, kind) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,7 @@ def in_layout(config: Config, name: str) -> int:
 
 
 CASES = [("untied", name) for name in LAYOUTS] + [("tied", "tp2"), ("tied", "pp2"), ("tied", "dp2-pp2")]
+CASES += [("olmo3", "tp2"), ("olmo3", "tp2-sequence"), ("olmo3", "tp2-pp2-sequence-small-budget")]
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)

@@ -65,7 +65,11 @@ def opened(model: Path, tensor: int, pipeline: int) -> Iterator[tuple[PackedGPT,
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     out = tmp_path_factory.mktemp("models")
-    return {kind: write_model(out / kind, tied=kind == "tied", ffn=192) for kind in ("tied", "untied")}
+    return {
+        "tied": write_model(out / "tied", tied=True, ffn=192),
+        "untied": write_model(out / "untied", ffn=192),
+        "olmo3": write_model(out / "olmo3", family="olmo3", ffn=192),
+    }
 
 
 # What arrives
@@ -90,8 +94,10 @@ def copies(buckets: Iterable[Bucket]) -> list[tuple[str, Tensor]]:
     return [(name, tensor.clone()) for bucket in buckets for name, tensor in bucket]
 
 
-@pytest.mark.parametrize("kind", ["tied", "untied"])
-@pytest.mark.parametrize("name", LAYOUTS)
+CASES = [(kind, name) for kind in ("tied", "untied") for name in LAYOUTS] + [("olmo3", "tp2-pp2"), ("olmo3", "tp2")]
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
 def test_what_arrives_is_what_the_folder_holds(models: dict[str, Path], kind: str, name: str, tmp_path: Path) -> None:
     tensor, pipeline, world = LAYOUTS[name]
     ranks = run_ranks(stream, world, tmp_path, models[kind], tensor, pipeline)
