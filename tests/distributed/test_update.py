@@ -189,7 +189,10 @@ def test_steps_agree_with_plain_torch(tmp_path: Path, kind: str, model: str, lay
     for name, weights in found.items():
         for key, weight in weights.items():
             torch.testing.assert_close(weight, expected[name][key], rtol=1e-4, atol=2e-6, msg=f"{name} {key}")
-            assert key not in start or not torch.equal(weight, start[key])
+            if key in start:
+                moved = (expected[name][key] - start[key]).abs().max()
+                assert moved > 0
+                assert (weight - expected[name][key]).abs().max() < 1e-2 * moved, f"{name} {key}"
 
 
 def kept(model: Path, recompute: Recompute) -> int:
