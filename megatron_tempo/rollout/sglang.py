@@ -12,13 +12,13 @@ import io
 import json
 import math
 from collections.abc import Iterator, Sequence
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
-import torch.multiprocessing  # registers how tensors in shared memory are pickled
+import torch.multiprocessing
 from torch import Tensor
 
+from megatron_tempo.rollout.cuda_memory import Pickler
 from megatron_tempo.rollout.dialect import DTYPES, ON_CPU, Answer, Call, Launch, Meeting, Start, described
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.folder import private_file, served_folder
@@ -146,12 +146,12 @@ class Sglang:
 
 
 def _pickled(bucket: Bucket) -> str:
-    """Names and tensors in shared memory as SGLang unpickles them, by an allow-list of its own: the memory's name."""
+    """Names and tensors as SGLang unpickles them, by an allow-list of its own: where their memory is, not the bytes."""
     buffer = io.BytesIO()
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
-        ForkingPickler(buffer).dump(bucket)
+        Pickler(buffer).dump(bucket)
     finally:
         torch.multiprocessing.set_sharing_strategy(before)
     return base64.b64encode(buffer.getvalue()).decode()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tempo.rollout.checksum import checksum, root_mean_square
+from megatron_tempo.rollout.cuda_memory import handle
 from megatron_tempo.rollout.dialect import DTYPES, ON_CPU, Answer, Call, Launch, Meeting, Start, described
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.folder import private_file, served_folder
@@ -112,13 +113,16 @@ class Vllm:
         return [Call("/pause?mode=keep", {}), abandon, Call("/start_weight_update", {})]
 
     def update(self, bucket: Bucket, group: str | None, version: int, *, compare: bool) -> Call:
-        info = {**described(bucket), "checksums": compare}
-        if group is None:
-            manager, handle, nbytes = bucket[0][1].untyped_storage()._share_filename_cpu_()
-            return Call(
-                "/update_weights", {"update_info": info | {"shared": [manager.decode(), handle.decode(), nbytes]}}
-            )
-        return Call("/update_weights", {"update_info": info | {"group": group}})
+        info: dict[str, Any] = {**described(bucket), "checksums": compare}
+        storage = bucket[0][1].untyped_storage()
+        if group is not None:
+            info["group"] = group
+        elif storage.is_cuda:
+            info["cuda"] = [handle(storage) for _ in range(self._tensor)]
+        else:
+            manager, name, nbytes = storage._share_filename_cpu_()
+            info["shared"] = [manager.decode(), name.decode(), nbytes]
+        return Call("/update_weights", {"update_info": info})
 
     def after_update(self, version: int) -> list[Call]:
         return [Call("/finish_weight_update", {"weight_version": str(version)}), Call("/reset_prefix_cache", {})]
