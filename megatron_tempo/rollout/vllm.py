@@ -15,7 +15,17 @@ from typing import Any
 
 from megatron_tempo.rollout.checksum import checksum, root_mean_square
 from megatron_tempo.rollout.cuda_memory import handle
-from megatron_tempo.rollout.dialect import DTYPES, ON_CPU, Answer, Call, Launch, Meeting, Start, described
+from megatron_tempo.rollout.dialect import (
+    CACHE_BYTES_ON_CPU,
+    DTYPES,
+    ON_CPU,
+    Answer,
+    Call,
+    Launch,
+    Meeting,
+    Start,
+    described,
+)
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.folder import private_file, served_folder
 from megatron_tempo.types import Bucket
@@ -61,8 +71,7 @@ class Vllm:
         }
         flags = ["--tokens-only", "--no-enable-log-requests", "--disable-uvicorn-access-log"]
         if self._cpu:
-            # Left to itself it reserves nearly all of the machine's memory.
-            flags += ["--enforce-eager", f"--kv-cache-memory-bytes={512 << 20}"]
+            flags += ["--enforce-eager", f"--kv-cache-memory-bytes={CACHE_BYTES_ON_CPU}"]
             environment |= ON_CPU | {"TORCHDYNAMO_DISABLE": "1"}
             cores = "|".join(map(str, range(self._tensor)))
             environment["VLLM_CPU_OMP_THREADS_BIND"] = cores if self._tensor > 1 else "nobind"
