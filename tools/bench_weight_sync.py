@@ -80,7 +80,7 @@ SIZES = {  # hidden, heads, key-value heads, head, feed-forward, vocabulary, lay
 }
 FEW_REQUESTS = {  # on a CPU, where an engine would take memory for many
     EngineKind.sglang: ["--max-total-tokens=4096", "--max-running-requests=32"],
-    EngineKind.vllm: ["--max-num-seqs=32", "--max-model-len=256", f"--kv-cache-memory-bytes={64 << 20}"],
+    EngineKind.vllm: ["--max-num-seqs=32", "--max-model-len=256", f"--kv-cache-memory-bytes={256 << 20}"],
 }
 PIECE = 64 << 20  # of the limits: more than a processor's cache holds
 COLUMNS = "update", "median s", "min-max", "x ours", "GB/s", "trainer MB, buckets", "engine MB, buckets"

@@ -38,7 +38,7 @@ class Transport(Enum):
     """How weights go to a server."""
 
     group = "group"  # a process group with its workers: NCCL, gloo on a CPU
-    shared = "shared"  # memory that this machine's processes share
+    shared = "shared"  # memory of this machine that its workers open: a GPU's (CUDA IPC), /dev/shm on a CPU
 
 
 class Dispatch(Enum):
