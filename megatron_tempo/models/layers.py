@@ -252,9 +252,8 @@ def _windowed(query: Tensor, key: Tensor, value: Tensor, scale: float, window: i
     def filled(x: Tensor) -> Tensor:
         return functional.pad(x, (0, 0, 0, blocks * window - tokens))  # behind the end, which causality hides
 
-    def of_blocks(
-        x: Tensor,
-    ) -> Tensor:  # [s, heads, blocks - 1, tokens of a block, d] -> [s * (blocks - 1), heads, ...]
+    def of_blocks(x: Tensor) -> Tensor:
+        """[s, heads, blocks - 1, tokens of a block, d] -> [s * (blocks - 1), heads, tokens of a block, d]."""
         return x.transpose(1, 2).flatten(0, 1)
 
     queries = of_blocks(filled(query)[:, :, window:].unflatten(2, (blocks - 1, window)))
