@@ -14,7 +14,8 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_tempo.models.layers import NormedRowParallelLinear, PackedAttention, RMSNorm, RotatedAttention
+from megatron_tempo.models.attention import PackedAttention, RotatedAttention
+from megatron_tempo.models.norms import NormedRowParallelLinear, RMSNorm
 from megatron_tempo.models.shape import LayerAttention, Shape
 
 

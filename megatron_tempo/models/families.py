@@ -16,7 +16,7 @@ from torch.nn import functional
 from megatron_tempo.config.schema import Precision, Recompute
 from megatron_tempo.errors import InputError
 from megatron_tempo.models import olmo3, qwen3
-from megatron_tempo.models.layers import RMSNorm
+from megatron_tempo.models.norms import RMSNorm
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.models.shape import LayerAttention, Shape
 

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.decoder import Norms, decoder_layer
-from megatron_tempo.models.layers import ProjectionNorm
+from megatron_tempo.models.norms import ProjectionNorm
 from megatron_tempo.models.shape import LayerAttention, Rope, Shape, Yarn, expect, refuse
 
 NORMS_EACH_HEAD = False

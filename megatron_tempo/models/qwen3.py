@@ -8,7 +8,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from transformers import PretrainedConfig
 
 from megatron_tempo.models.decoder import Norms, decoder_layer
-from megatron_tempo.models.layers import RMSNorm
+from megatron_tempo.models.norms import RMSNorm
 from megatron_tempo.models.shape import LayerAttention, Rope, Shape, expect, refuse
 
 NORMS_EACH_HEAD = True

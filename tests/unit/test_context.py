@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_tempo.models.attention import _ends_together
 from megatron_tempo.models.context import Outputs, Share
-from megatron_tempo.models.layers import _ends_together
 
 CPU = torch.device("cpu")
 

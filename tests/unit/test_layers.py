@@ -11,8 +11,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_tempo.config.schema import ParallelConfig
+from megatron_tempo.models.attention import PackedAttention
 from megatron_tempo.models.device import install_cpu_backend
-from megatron_tempo.models.layers import PackedAttention, ProjectionNorm, RMSNorm
+from megatron_tempo.models.norms import ProjectionNorm, RMSNorm
 from megatron_tempo.models.packing import MicroBatch, micro_batches
 from megatron_tempo.models.parallel import Layout, parallel_groups
 from tests.support.ranks import run_ranks
