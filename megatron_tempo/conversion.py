@@ -19,9 +19,10 @@ from megatron_tempo import checkpoint
 from megatron_tempo.config.schema import Config, CriticTargets
 from megatron_tempo.config.tree import read as read_config
 from megatron_tempo.errors import InputError
-from megatron_tempo.models.qwen3 import read_shape
+from megatron_tempo.models.families import read_shape
+from megatron_tempo.models.shape import Shape
 from megatron_tempo.unfinished import Unfinished
-from megatron_tempo.weights import distributed, folder, qwen3
+from megatron_tempo.weights import distributed, folder, tables
 from megatron_tempo.weights.files import atomic, nbytes, write_safetensors
 from megatron_tempo.weights.slots import Slot
 from megatron_tempo.weights.stream import plan
@@ -37,7 +38,7 @@ def to_megatron(source: Path, out: Path, model: str, part_bytes: int, tell: Tell
     `model`: actor or critic. A critic made of a folder without a value head gets a head of zeros. Returns the bytes.
     Raises InputError, before it writes, for what cannot be converted; OSError where reading or writing fails.
     """
-    slots = _slots(source, model)
+    _, slots = _read(source, model)
     files = folder.tensor_files(source)
     folder.check(files, slots, source)
     parts = distributed.parts(slots, files, part_bytes)
@@ -71,7 +72,7 @@ def to_hugging_face(
     """
     saved = _saved(source, model)
     like = like or saved.like
-    slots = _slots(like, model)
+    shape, slots = _read(like, model)
     stored = distributed.StoredWeights(saved.weights, slots)
     inputs = {
         "to": "hugging face",
@@ -89,7 +90,7 @@ def to_hugging_face(
         if problem := checkpoint.damage(saved.step, model):
             raise InputError(f"{saved.step} is damaged: {problem}")
     weight_map = _write_shards(work, stored, slots, dtype, shard_bytes, tell)
-    changes = critic_changes(saved.targets) if model == "critic" else {}
+    changes = critic_changes(shape, saved.targets) if model == "critic" else {}
     changes["dtype"] = str(stored.entries(slots[0], dtype)[0][1]).removeprefix("torch.")
     size = sum(nbytes(entry) for slot in slots for entry in stored.entries(slot, dtype))
     folder.describe(work.whole, weight_map, size, like, changes)
@@ -128,11 +129,12 @@ def _write_shards(
     return weight_map
 
 
-def _slots(hugging_face: Path, model: str) -> list[Slot]:
-    """The table of the model in a Hugging Face folder, without pipeline parallelism."""
+def _read(hugging_face: Path, model: str) -> tuple[Shape, list[Slot]]:
+    """The shape of the model in a Hugging Face folder, and its table without pipeline parallelism."""
     if not (hugging_face / "config.json").is_file():
         raise InputError(f"{hugging_face} is not a Hugging Face folder: it has no config.json")
-    return qwen3.slots(read_shape(hugging_face), 1, critic=model == "critic")
+    shape = read_shape(hugging_face)
+    return shape, tables.slots(shape, 1, critic=model == "critic")
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,7 +181,7 @@ class Weights(Protocol):
     def from_stages(self, *, shared: bool = False) -> Iterator[Bucket]:
         """All weights once over all ranks: each pipeline stage's own, on one of its ranks; other ranks get nothing.
 
-        With `shared` they lie in memory that this machine's processes can map, in two buffers by turns: who asks for
-        the next bucket gives up all but the last one.
+        With `shared` they lie in memory that this machine's processes can open; on a CPU in two buffers by turns: who
+        asks for the next bucket gives up all but the last one.
         """
         ...

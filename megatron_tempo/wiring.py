@@ -25,15 +25,16 @@ from megatron_tempo.kernels import kernels_for
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
 from megatron_tempo.models.device import select_device
+from megatron_tempo.models.families import DTYPES, FAMILIES, read_shape, transformer_config
 from megatron_tempo.models.gpt import LanguageModel, PackedGPT, ValueModel
 from megatron_tempo.models.parallel import Layout, parallel_groups
-from megatron_tempo.models.qwen3 import DTYPES, read_shape, transformer_config
+from megatron_tempo.models.shape import Shape
 from megatron_tempo.models.trained import Model, TrainedModel
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.embedded import EmbeddedEngine
 from megatron_tempo.rollout.engine import Engine
 from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt, Weights
-from megatron_tempo.weights import folder, qwen3
+from megatron_tempo.weights import folder, tables
 from megatron_tempo.weights.precision import Quantised
 from megatron_tempo.weights.slots import Slot
 from megatron_tempo.weights.stream import WeightStream
@@ -158,7 +159,12 @@ def export_hf(place: Workplace, actor: Actor, critic: Critic, out: Path) -> None
     model = place.config.model
     for name, trained, like, changes in (
         ("actor", actor.model, model.path, {}),
-        ("critic", critic.model, model.critic_path or model.path, critic_changes(last_targets(place.config))),
+        (
+            "critic",
+            critic.model,
+            model.critic_path or model.path,
+            critic_changes(critic.model.net.shape, last_targets(place.config)),
+        ),
     ):
         there = [(out / name).exists()]
         dist.broadcast_object_list(there, src=0)
@@ -168,12 +174,12 @@ def export_hf(place: Workplace, actor: Actor, critic: Critic, out: Path) -> None
             folder.save(buckets, out / name, Path(like), place.layout, {**changes, "dtype": dtype})
 
 
-def critic_changes(targets: CriticTargets | None) -> dict[str, Any]:
+def critic_changes(shape: Shape, targets: CriticTargets | None) -> dict[str, Any]:
     """What a critic's config.json says otherwise than its model's: a token classifier with one label, the value.
 
     `targets`: none if it is not known on what it was trained, or if the config.json says it already.
     """
-    changes: dict[str, Any] = {"architectures": ["Qwen3ForTokenClassification"], "tie_word_embeddings": False}
+    changes: dict[str, Any] = {"architectures": [FAMILIES[shape.family].TOKEN_CLASSIFIER], "tie_word_embeddings": False}
     changes |= {"id2label": {"0": "value"}, "label2id": {"value": 0}}
     return changes if targets is None else changes | {TARGETS: targets.name}
 
@@ -224,14 +230,14 @@ def _language_model(place: Workplace) -> PackedGPT:
 
 def _network(place: Workplace, kind: Callable[..., PackedGPT], path: Path) -> PackedGPT:
     shape = read_shape(path)
-    config = transformer_config(shape, place.layout, place.config.run.precision)
+    config = transformer_config(shape, place.layout, place.config.run.precision, place.config.parallel.recompute)
     net = kind(config, shape, place.layout, kernels_for(place.device))
     folder.load(net, place.layout, _slots(net, place), path)
     return net
 
 
 def _slots(net: PackedGPT, place: Workplace) -> list[Slot]:
-    return qwen3.slots(net.shape, place.layout.pipeline, critic=isinstance(net, ValueModel))
+    return tables.slots(net.shape, place.layout.pipeline, critic=isinstance(net, ValueModel))
 
 
 def _trained(place: Workplace, net: PackedGPT) -> TrainedModel:

@@ -56,8 +56,8 @@ from megatron_tempo.config.schema import Config, EngineKind, Precision, Transpor
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.kernels import kernels_for
 from megatron_tempo.models.actor import Actor
+from megatron_tempo.models.families import DTYPES, read_shape, transformer_config
 from megatron_tempo.models.gpt import LanguageModel
-from megatron_tempo.models.qwen3 import DTYPES, read_shape, transformer_config
 from megatron_tempo.models.trained import Model
 from megatron_tempo.rollout.dialect import ON_CPU, Call
 from megatron_tempo.rollout.fleet import checked
@@ -67,7 +67,7 @@ from megatron_tempo.rollout.servers import ServersEngine
 from megatron_tempo.rollout.sglang import Sglang
 from megatron_tempo.rollout.vllm import Vllm
 from megatron_tempo.types import Bucket, Weights
-from megatron_tempo.weights import folder, qwen3
+from megatron_tempo.weights import folder, tables
 from megatron_tempo.weights.stream import plan
 
 ROOT = Path(__file__).parents[1]
@@ -80,7 +80,7 @@ SIZES = {  # hidden, heads, key-value heads, head, feed-forward, vocabulary, lay
 }
 FEW_REQUESTS = {  # on a CPU, where an engine would take memory for many
     EngineKind.sglang: ["--max-total-tokens=4096", "--max-running-requests=32"],
-    EngineKind.vllm: ["--max-num-seqs=32", "--max-model-len=256", f"--kv-cache-memory-bytes={64 << 20}"],
+    EngineKind.vllm: ["--max-num-seqs=32", "--max-model-len=256", f"--kv-cache-memory-bytes={256 << 20}"],
 }
 PIECE = 64 << 20  # of the limits: more than a processor's cache holds
 COLUMNS = "update", "median s", "min-max", "x ours", "GB/s", "trainer MB, buckets", "engine MB, buckets"
@@ -197,7 +197,7 @@ def random_actor(place: wiring.Workplace) -> Actor:
 
 def measured(job: Job, place: wiring.Workplace, actor: Actor) -> dict[str, Any]:
     parallel, dtype = place.config.parallel, DTYPES[Precision[wiring.engine_precision(place.config).name]]
-    slots = qwen3.slots(actor.model.net.shape, parallel.pipeline, critic=False)
+    slots = tables.slots(actor.model.net.shape, parallel.pipeline, critic=False)
     groups = plan(slots, parallel.bucket_mb << 20, dtype.itemsize)
     buckets = [sum(slot.numel for slot in group) * dtype.itemsize for group in groups]
     versions, figures = itertools.count(), {}
@@ -388,7 +388,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=[kind.name for kind in DIALECTS], default="sglang")
     parser.add_argument("--python", type=Path, metavar="FILE", help="of its environment; else .venv-ENGINE/bin/python")
     model = parser.add_mutually_exclusive_group()
-    model.add_argument("--model", type=Path, metavar="FOLDER", help="a Hugging Face folder of a Qwen3")
+    model.add_argument("--model", type=Path, metavar="FOLDER", help="a Hugging Face folder")
     model.add_argument("--size", choices=list(SIZES), default="0.5b", help="of a Qwen3 with random weights")
     parser.add_argument("--tensor", type=int, default=2, help="tensor parallelism of the trainer")
     parser.add_argument("--pipeline", type=int, default=1)

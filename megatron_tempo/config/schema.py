@@ -38,7 +38,7 @@ class Transport(Enum):
     """How weights go to a server."""
 
     group = "group"  # a process group with its workers: NCCL, gloo on a CPU
-    shared = "shared"  # memory that this machine's processes share
+    shared = "shared"  # memory of this machine that its workers open: a GPU's (CUDA IPC), /dev/shm on a CPU
 
 
 class Dispatch(Enum):
@@ -46,6 +46,14 @@ class Dispatch(Enum):
 
     in_order = "in_order"
     longest_first = "longest_first"  # the longest prompt
+
+
+class Recompute(Enum):
+    """Which activations the backward pass makes once more instead of keeping them."""
+
+    none = "none"
+    attention = "attention"  # those inside the attention, between its projections
+    layers = "layers"  # all but each layer's input
 
 
 class Logits(Enum):
@@ -136,10 +144,17 @@ class ModelConfig:
 class ParallelConfig:
     tensor: int = 1
     pipeline: int = 1
+    context: int = 1  # ranks that share the tokens of each micro-batch
     sequence: bool = False  # sequence parallelism inside the tensor-parallel groups
     world_size: int | None = None  # processes; none: as launched. `check` wants it for the data-parallel rules
-    micro_batch_tokens: int = 16384  # packed tokens of one micro-batch; longer single rows go alone
+    recompute: Recompute = Recompute.none
+    micro_batch_tokens: int = 16384  # packed tokens of one micro-batch, over its context ranks; longer rows go alone
     bucket_mb: int = 512  # size of the buckets in which weights travel, MiB
+
+    @property
+    def ranks_of_a_replica(self) -> int:
+        """Processes that hold and work on one copy of the model together."""
+        return self.tensor * self.pipeline * self.context
 
 
 @dataclass(slots=True)

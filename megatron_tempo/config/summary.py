@@ -29,7 +29,8 @@ def _layout(config: Config) -> str:
     replicas = data_parallel(config, None)
     data = f"data {replicas}" if replicas else "data by the number of processes"
     sequence = ", sequence parallel" if config.parallel.sequence else ""
-    return f"tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline} x {data}{sequence}"
+    context = f"context {config.parallel.context} x " if config.parallel.context > 1 else ""
+    return f"tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline} x {context}{data}{sequence}"
 
 
 def _stage(config: Config, stage: StageConfig) -> str:

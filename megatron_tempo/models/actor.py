@@ -69,13 +69,13 @@ def _of_micro_batch(experience: Experience, micro: MicroBatch) -> Experience:
     """The experience of a micro-batch's rows, on its device."""
 
     def pick(flat: Tensor | None, cells: Tensor) -> Tensor | None:
-        return None if flat is None else flat[cells].to(micro.targets.device)
+        return None if flat is None else flat[cells].to(micro.tokens.device)
 
     tokens = micro.response_cells
     return Experience(
-        old_logprobs=experience.old_logprobs[tokens].to(micro.targets.device),
-        values=experience.values[micro.value_cells].to(micro.targets.device),
-        rewards=experience.rewards[micro.rows].to(micro.targets.device),
+        old_logprobs=experience.old_logprobs[tokens].to(micro.tokens.device),
+        values=experience.values[micro.value_cells].to(micro.tokens.device),
+        rewards=experience.rewards[micro.rows].to(micro.tokens.device),
         engine_logprobs=pick(experience.engine_logprobs, tokens),
         reference_logprobs=pick(experience.reference_logprobs, tokens),
         moments=experience.moments,

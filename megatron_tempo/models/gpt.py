@@ -15,16 +15,18 @@ from torch.nn import functional
 
 from megatron_tempo.config.schema import Logits
 from megatron_tempo.kernels import Kernels
+from megatron_tempo.models.families import block_spec
 from megatron_tempo.models.packing import MicroBatch
 from megatron_tempo.models.parallel import Layout, padded_vocab
-from megatron_tempo.models.qwen3 import Shape, block_spec
+from megatron_tempo.models.rotary import Rotary
+from megatron_tempo.models.shape import Shape
 
 
 class PackedGPT(GPTModel):
-    """Megatron's GPT model; its forward takes a packed `MicroBatch` of S tokens.
+    """Megatron's GPT model; its forward takes a packed `MicroBatch` of S tokens, or one of c context ranks' share.
 
-    Rotary embeddings are looked up by each token's position in its own sequence, which replaces Megatron's loop over
-    sequences in its thd path. `kernels` are for the head, and for the losses behind it.
+    Rotary angles go by each token's position in its own sequence, which replaces Megatron's loop over sequences in its
+    thd path. `kernels` are for the head, and for the losses behind it.
     """
 
     def __init__(
@@ -38,20 +40,19 @@ class PackedGPT(GPTModel):
             pre_process=layout.is_first_stage,
             post_process=layout.is_last_stage,
             share_embeddings_and_output_weights=tied,
-            position_embedding_type="rope",
-            rotary_base=shape.rope_theta,
+            position_embedding_type="none",  # not of Megatron's: it has one rotary embedding for all layers
         )
         self.shape = shape
+        self.rotary = Rotary(shape.ropes, shape.head_dim)
         self.kernels = kernels
 
     def forward(self, micro: MicroBatch) -> Tensor:
-        """Hidden states [S (/ tensor), 1, hidden]; on the last stage the head's output."""
+        """Hidden states [S / c (/ tensor), 1, hidden]; on the last stage the head's output."""
         embedded = self.embedding(input_ids=micro.tokens, position_ids=None) if self.pre_process else None
-        angles = self.rotary_pos_emb(micro.packing.max_seqlen_q)
         hidden = self.decoder(
             hidden_states=embedded,
             attention_mask=None,
-            rotary_pos_emb=angles[micro.positions],
+            rotary_pos_emb=self.rotary(micro.positions),
             packed_seq_params=micro.packing,
         )
         return self.head(hidden, micro) if self.post_process else hidden
@@ -80,17 +81,20 @@ class LanguageModel(PackedGPT):
         self.temperature = temperature
 
     def head(self, hidden: Tensor, micro: MicroBatch) -> Tensor:
-        """Hidden states [S (/ tensor), 1, hidden] -> log pi(target) and entropy at `temperature`, float32 [2, R]."""
+        """Hidden states [S / c (/ tensor), 1, hidden] -> log pi(target), entropy at `temperature`: float32 [2, R]."""
+        outputs = micro.predicting
         if self.config.sequence_parallel:
-            predicting = gather_from_sequence_parallel_region(hidden)[micro.predicting, 0]
+            predicting = gather_from_sequence_parallel_region(hidden)[outputs.mine, 0]
         else:
-            predicting = copy_to_tensor_model_parallel_region(hidden[micro.predicting, 0])
+            predicting = copy_to_tensor_model_parallel_region(hidden[outputs.mine, 0])
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         weight = self.output_layer.weight if weight is None else weight
-        args = (micro.targets, self.shape.vocab, self.temperature, get_tensor_model_parallel_group())
+        args = (outputs.targets, self.shape.vocab, self.temperature, get_tensor_model_parallel_group())
         if self.logits is Logits.recomputed:
-            return torch.stack(self.kernels.linear_logprobs_and_entropy(predicting, weight, *args))
-        return torch.stack(self.kernels.logprobs_and_entropy(functional.linear(predicting, weight), *args))
+            found = self.kernels.linear_logprobs_and_entropy(predicting, weight, *args)
+        else:
+            found = self.kernels.logprobs_and_entropy(functional.linear(predicting, weight), *args)
+        return torch.stack([outputs.joined(x) for x in found])
 
 
 class ValueHead(nn.Module):
@@ -110,7 +114,7 @@ class ValueHead(nn.Module):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[S (/ tensor), 1, hidden] -> [S]."""
+        """[S / c (/ tensor), 1, hidden] -> [S / c]."""
         values = functional.linear(hidden.float(), self.weight.float(), self.bias.float())
         if self.sequence_parallel:
             # Every tensor rank computes the same loss from the gathered values: its gradient is split, not summed.
@@ -127,5 +131,5 @@ class ValueModel(PackedGPT):
             self.output_layer = ValueHead(config)
 
     def head(self, hidden: Tensor, micro: MicroBatch) -> Tensor:
-        """Hidden states [S (/ tensor), 1, hidden] -> values of `micro.value_rows`, float32 [R + m]."""
-        return self.output_layer(hidden)[micro.valued]
+        """Hidden states [S / c (/ tensor), 1, hidden] -> values of `micro.value_rows`, float32 [R + m]."""
+        return micro.valued.joined(self.output_layer(hidden)[micro.valued.mine])

@@ -10,6 +10,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_tempo.kernels.rows import Rows
+from megatron_tempo.models.context import Outputs, Piece, Share
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.types import Batch
 
@@ -25,16 +26,19 @@ class Packing(PackedSeqParams):
     positions are given to the rotary embedding by token, and only the attention itself looks at the boundaries.
 
     `grid` is int64 [sequences, longest]: the token at each position, with -1 behind a sequence's end; `cells` is
-    int64 [tokens]: each token's place in the flattened grid.
+    int64 [tokens]: each token's place in the flattened grid. Under context parallelism there are `pieces` instead, of
+    this rank's tokens, and `order`, int64 [S]: where each token is among the ranks' tokens, one rank behind the other.
     """
 
-    grid: Tensor
-    cells: Tensor
+    grid: Tensor | None = None
+    cells: Tensor | None = None
+    pieces: tuple[Piece, ...] | None = None
+    order: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Some rows of a batch, packed: S tokens, of which the last `padding` belong to no row.
+    """Some rows of a batch, packed: S tokens, of which the last `padding` belong to no row. A context rank has S / c.
 
     Rows of lengths 3 and 2, with one token of padding, S = 6:
 
@@ -42,15 +46,14 @@ class MicroBatch:
     """
 
     rows: Tensor  # int64 [m]: row numbers in the batch
-    tokens: Tensor  # int64 [1, S]
-    positions: Tensor  # int64 [S]: place of each token in its row
+    tokens: Tensor  # int64 [1, S / c]
+    positions: Tensor  # int64 [S / c]: place of each token in its row
     packing: Packing
     padding: int
     response_rows: Rows  # the m rows' response tokens, R in all
     value_rows: Rows  # the m rows' values, one more than response tokens each
-    predicting: Tensor  # int64 [R]: the tokens whose outputs predict the m rows' response tokens, row after row
-    targets: Tensor  # int64 [R]: those response tokens
-    valued: Tensor  # int64 [R + m]: `predicting`, and each row's last token: where a critic's values are read
+    predicting: Outputs  # R: the tokens whose outputs predict the m rows' response tokens, row after row
+    valued: Outputs  # R + m: `predicting`, and each row's last token: where a critic's values are read
     response_cells: Tensor  # int64 [R]: place of each response token in the batch's flat [T]
     value_cells: Tensor  # int64 [R + m]: place of each value in the batch's flat [T + n]
 
@@ -95,12 +98,18 @@ def micro_batches(batch: Batch, rows: Tensor, layout: Layout, budget: int, devic
     share = rows[data_share(lengths, layout.data_rank, layout.data)]
     groups = divide_by_budget(batch.lengths[share], budget) or [torch.zeros(0, dtype=torch.int64)]
     multiple = layout.tensor if layout.sequence_parallel else 1
+    multiple *= 2 * layout.context if layout.context > 1 else 1
     texts = (batch.prompts(), batch.responses())  # once, not for each micro-batch: this splits the whole batch
-    return [_pack(batch, texts, share[group], multiple, device) for group in groups]
+    return [_pack(batch, texts, share[group], layout, multiple, device) for group in groups]
 
 
 def _pack(
-    batch: Batch, texts: tuple[Sequence[Tensor], Sequence[Tensor]], rows: Tensor, multiple: int, device: torch.device
+    batch: Batch,
+    texts: tuple[Sequence[Tensor], Sequence[Tensor]],
+    rows: Tensor,
+    layout: Layout,
+    multiple: int,
+    device: torch.device,
 ) -> MicroBatch:
     lengths = batch.lengths[rows]
     prompts, responses = batch.prompt_lengths[rows], batch.response_lengths[rows]
@@ -116,18 +125,19 @@ def _pack(
     first = starts + prompts - 1
     targets = torch.cat([all_responses[row] for row in rows.tolist()]) if len(rows) else tokens[:0]
     response_starts = (batch.response_lengths.cumsum(0) - batch.response_lengths)[rows]
-    packing = _packing(sequences, positions, device)
+    share = Share.of(total + padding, layout.context_rank, layout.context)
+    packing = _packing(sequences, positions, device) if layout.context == 1 else _divided(sequences, share, device)
+    valued = _ranges(first, responses + 1)
     return MicroBatch(
         rows=rows,
-        tokens=tokens[None].to(device),
-        positions=positions.to(device),
+        tokens=tokens[None, share.tokens].to(device),
+        positions=positions[share.tokens].to(device),
         packing=packing,
         padding=padding,
         response_rows=Rows.of(responses, device),
         value_rows=Rows.of(responses + 1, device),
-        predicting=_ranges(first, responses).to(device),
-        targets=targets.to(device),
-        valued=_ranges(first, responses + 1).to(device),
+        predicting=Outputs.of(share, _ranges(first, responses), targets, device),
+        valued=Outputs.of(share, valued, torch.zeros_like(valued), device),
         response_cells=_ranges(response_starts, responses),
         value_cells=value_cells(batch, rows),
     )
@@ -157,4 +167,16 @@ def _packing(sequences: Tensor, positions: Tensor, device: torch.device) -> Pack
         max_seqlen_kv=longest,
         grid=grid.view(len(sequences), longest).to(device),
         cells=cells.to(device),
+    )
+
+
+def _divided(sequences: Tensor, share: Share, device: torch.device) -> Packing:
+    longest = int(sequences.max())
+    ranks, places = share.places(torch.arange(int(sequences.sum())))
+    return Packing(
+        qkv_format="sbhd",
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        pieces=share.pieces(sequences.tolist()),
+        order=(ranks * len(share.tokens) + places).to(device),
     )

@@ -22,10 +22,10 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """This rank's place. Ranks that differ only in `data_rank` hold the same weights.
+    """This rank's place. Ranks that differ only in `data_rank` and `context_rank` hold the same weights.
 
     >>> Layout(rank=1, world_size=4, tensor_rank=1, tensor=2, pipeline_rank=0, pipeline=2, data_rank=0, data=1,
-    ...        sequence_parallel=False)
+    ...        context_rank=0, context=1, sequence_parallel=False)
     """
 
     rank: int
@@ -36,6 +36,8 @@ class Layout:
     pipeline: int
     data_rank: int
     data: int
+    context_rank: int
+    context: int
     sequence_parallel: bool
 
     @property
@@ -52,9 +54,14 @@ class Layout:
         return self.pipeline_rank == self.pipeline - 1
 
     @property
+    def is_first_copy(self) -> bool:
+        """Of the ranks that hold the same weights, the first."""
+        return self.data_rank == 0 and self.context_rank == 0
+
+    @property
     def reports(self) -> bool:
-        """The one rank of each replica that speaks for its outputs: last stage, first tensor rank."""
-        return self.is_last_stage and self.tensor_rank == 0
+        """The one rank of each replica that speaks for its outputs: last stage, first tensor and context rank."""
+        return self.is_last_stage and self.tensor_rank == 0 and self.context_rank == 0
 
 
 @contextmanager
@@ -79,17 +86,19 @@ def parallel_groups(config: ParallelConfig, device: torch.device, seed: int) -> 
 def initialize_model_parallel(config: ParallelConfig, seed: int) -> Layout:
     """Megatron's groups over an initialised default group.
 
-    Raises InputError if the number of processes is not a multiple of tensor * pipeline.
+    Raises InputError if the number of processes is not a multiple of tensor * pipeline * context.
     """
     world = dist.get_world_size()
-    if world % (config.tensor * config.pipeline):
+    if world % config.ranks_of_a_replica:
         raise InputError(
             f"{world} processes do not divide into replicas of parallel.tensor={config.tensor} * "
-            f"parallel.pipeline={config.pipeline}: launch a multiple of {config.tensor * config.pipeline}"
+            f"parallel.pipeline={config.pipeline} * parallel.context={config.context}: launch a multiple of "
+            f"{config.ranks_of_a_replica}"
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
+        context_parallel_size=config.context,
         create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(seed)
@@ -102,6 +111,8 @@ def initialize_model_parallel(config: ParallelConfig, seed: int) -> Layout:
         pipeline=config.pipeline,
         data_rank=parallel_state.get_data_parallel_rank(),
         data=parallel_state.get_data_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context=config.context,
         sequence_parallel=config.sequence,
     )
 

@@ -123,7 +123,6 @@ class TrainedModel(Model):
         )
         _begin_adam(optimizer)
         config.finalize_model_grads_func = finalize_model_grads
-        config.grad_scale_func = optimizer.scale_loss
         return cls(net, layout, device, micro_batch_tokens, ddp, optimizer=optimizer)
 
     def step(
@@ -152,7 +151,11 @@ class TrainedModel(Model):
             # The sum over no outputs keeps a micro-batch of padding alone in the graph.
             return by_row.sum() * scale + output[:0].sum(), figures
 
+        # Taken back, since a network whose config holds its optimizer is never freed: the cycle goes through tensors
+        # that Python's collector cannot follow, and process groups would stay with their threads.
+        self.net.config.grad_scale_func = self.optimizer.scale_loss
         self._run(parts, scaled, forward_only=False)
+        self.net.config.grad_scale_func = None
         self._set_hyperparameters(config)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())

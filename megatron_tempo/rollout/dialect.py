@@ -75,6 +75,8 @@ DTYPES = {EnginePrecision.fp32: "float32", EnginePrecision.bf16: "bfloat16", Eng
 
 # The environment of a server on a CPU. With large pages for large tensors an update takes half as long.
 ON_CPU = {"OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1"}
+# And its cache of keys and values: left to themselves, both engines reserve most of the machine's memory.
+CACHE_BYTES_ON_CPU = 512 << 20
 
 
 def described(bucket: Bucket) -> dict[str, list[Any]]:

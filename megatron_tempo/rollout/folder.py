@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
+
+import transformers
 
 from megatron_tempo.config.schema import EnginePrecision
+from megatron_tempo.errors import InputError
 
 # The form of Hugging Face's FP8 folders (Qwen3-8B-FP8, DeepSeek-V3); `weights/precision.py` makes the tensors.
 FP8_CONFIG = {
@@ -23,22 +28,44 @@ def served_folder(model: Path, folder: Path, precision: EnginePrecision, *, flat
     """Config and tokenizer of a Hugging Face folder, for an engine.
 
     Without generation_config.json: each request says how it is to be sampled, and what ends it. With `flat_rope` the
-    rotary base stands where transformers 4 had it: transformers 5 keeps it in `rope_parameters`, and SGLang looks for
-    `rope_theta` and silently takes 10,000 where it finds none.
+    rotary embedding is told as transformers 4 did, and SGLang does: transformers 5 keeps it in `rope_parameters`, and
+    SGLang looks for `rope_theta` and silently takes 10,000 where it finds none. Raises InputError where that form
+    cannot tell it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for file in model.iterdir():
         if file.suffix in (".json", ".jinja", ".txt", ".model") and not file.name.endswith(_LEFT_OUT):
             shutil.copyfile(file, folder / file.name)
     config = json.loads((model / "config.json").read_text())
-    if flat_rope and (rope := config.pop("rope_parameters", None)) is not None:
-        config["rope_theta"] = rope["rope_theta"]
-        if rope.get("rope_type", "default") != "default":
-            config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    if flat_rope:
+        told = {name: value for name, value in config.items() if name not in ("rope_parameters", "rope_scaling")}
+        config = told | _flat_rope(model)
     if precision is EnginePrecision.fp8:
         config["quantization_config"] = FP8_CONFIG
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     return folder
+
+
+def _flat_rope(model: Path) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` as SGLang reads them, of what transformers reads.
+
+    An OLMo3 has an embedding for each kind of layer. SGLang knows one base, and scales full attention alone.
+    """
+    rope = transformers.AutoConfig.from_pretrained(model).rope_parameters
+    plain = rope.get("sliding_attention") or rope
+    rope = rope.get("full_attention") or rope
+    if plain is not rope and (plain["rope_type"], plain["rope_theta"]) != ("default", rope["rope_theta"]):
+        raise InputError(
+            f"{model}/config.json: SGLang knows no other rotary embedding of sliding layers than the default one with "
+            f"the rope_theta of full attention: use rollout.engine=vllm or embedded"
+        )
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    if scaling.get("attention_factor") and scaling.get("factor"):
+        # SGLang does not read it, and multiplies the usual one by another.
+        scaling["attn_factor"] = scaling["attention_factor"] / (0.1 * math.log(scaling["factor"]) + 1)
+    return {"rope_theta": rope["rope_theta"]} | (
+        {"rope_scaling": scaling} if rope.get("rope_type", "default") != "default" else {}
+    )
 
 
 def private_file(path: Path, text: str) -> Path:

@@ -180,7 +180,12 @@ class ServersEngine:
         if self._config.devices is None:
             return None
         first = index % self._config.replicas * self._config.tensor
-        return ",".join(map(str, self._config.devices[first : first + self._config.tensor]))
+        own = [str(device) for device in self._config.devices[first : first + self._config.tensor]]
+        if self._config.transport is Transport.shared:
+            # Behind its own the trainer's, whose memory it opens.
+            ours = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+            own += [device for device in ours.split(",") if device not in own]
+        return ",".join(own)
 
     # Answers
 

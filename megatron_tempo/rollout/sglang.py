@@ -12,14 +12,25 @@ import io
 import json
 import math
 from collections.abc import Iterator, Sequence
-from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing  # registers how tensors in shared memory are pickled
+import torch.multiprocessing
 from torch import Tensor
 
-from megatron_tempo.rollout.dialect import DTYPES, ON_CPU, Answer, Call, Launch, Meeting, Start, described
+from megatron_tempo.rollout.cuda_memory import Pickler
+from megatron_tempo.rollout.dialect import (
+    CACHE_BYTES_ON_CPU,
+    DTYPES,
+    ON_CPU,
+    Answer,
+    Call,
+    Launch,
+    Meeting,
+    Start,
+    described,
+)
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.folder import private_file, served_folder
 from megatron_tempo.rollout.transfer import joined_bytes
@@ -75,8 +86,10 @@ class Sglang:
         # A file, since others can read command lines. JSON is a part of YAML.
         private = private_file(start.folder / "arguments.yaml", json.dumps(arguments))
         environment = ON_CPU | {"SGLANG_USE_CPU_ENGINE": "1"} if self._cpu else {}
-        more = [*(_ON_CPU if self._cpu else []), *start.config.arguments]
-        return Launch(["-m", "sglang.launch_server", "--config", str(private), *more], environment)
+        cpu = [*_ON_CPU, f"--max-total-tokens={_cache_tokens(start.model)}"] if self._cpu else []
+        return Launch(
+            ["-m", "sglang.launch_server", "--config", str(private), *cpu, *start.config.arguments], environment
+        )
 
     def beat(self, answer: str) -> None:
         return None
@@ -145,13 +158,20 @@ class Sglang:
         return [{name: (checksum, math.nan) for name, checksum in held.items()}]
 
 
+def _cache_tokens(model: Path) -> int:
+    """Tokens that a cache of `CACHE_BYTES_ON_CPU` holds: for each layer a key and a value of every group, in fp32."""
+    config = json.loads((model / "config.json").read_text())
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return CACHE_BYTES_ON_CPU // (2 * 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * head)
+
+
 def _pickled(bucket: Bucket) -> str:
-    """Names and tensors in shared memory as SGLang unpickles them, by an allow-list of its own: the memory's name."""
+    """Names and tensors as SGLang unpickles them, by an allow-list of its own: where their memory is, not the bytes."""
     buffer = io.BytesIO()
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
-        ForkingPickler(buffer).dump(bucket)
+        Pickler(buffer).dump(bucket)
     finally:
         torch.multiprocessing.set_sharing_strategy(before)
     return base64.b64encode(buffer.getvalue()).decode()

@@ -64,6 +64,8 @@ class Senders:
                     failed[target.index] = _words(error)
             del bucket  # before the next one is made
         _settle(loading, failed)
+        if shared and torch.cuda.is_available():
+            torch.cuda.ipc_collect()  # what servers have let go of
         return failed, expected
 
     def close(self) -> None:

@@ -14,7 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tempo.rollout.checksum import checksum, root_mean_square
-from megatron_tempo.rollout.dialect import DTYPES, ON_CPU, Answer, Call, Launch, Meeting, Start, described
+from megatron_tempo.rollout.cuda_memory import handle
+from megatron_tempo.rollout.dialect import (
+    CACHE_BYTES_ON_CPU,
+    DTYPES,
+    ON_CPU,
+    Answer,
+    Call,
+    Launch,
+    Meeting,
+    Start,
+    described,
+)
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.folder import private_file, served_folder
 from megatron_tempo.types import Bucket
@@ -60,8 +71,7 @@ class Vllm:
         }
         flags = ["--tokens-only", "--no-enable-log-requests", "--disable-uvicorn-access-log"]
         if self._cpu:
-            # Left to itself it reserves nearly all of the machine's memory.
-            flags += ["--enforce-eager", f"--kv-cache-memory-bytes={512 << 20}"]
+            flags += ["--enforce-eager", f"--kv-cache-memory-bytes={CACHE_BYTES_ON_CPU}"]
             environment |= ON_CPU | {"TORCHDYNAMO_DISABLE": "1"}
             cores = "|".join(map(str, range(self._tensor)))
             environment["VLLM_CPU_OMP_THREADS_BIND"] = cores if self._tensor > 1 else "nobind"
@@ -112,13 +122,16 @@ class Vllm:
         return [Call("/pause?mode=keep", {}), abandon, Call("/start_weight_update", {})]
 
     def update(self, bucket: Bucket, group: str | None, version: int, *, compare: bool) -> Call:
-        info = {**described(bucket), "checksums": compare}
-        if group is None:
-            manager, handle, nbytes = bucket[0][1].untyped_storage()._share_filename_cpu_()
-            return Call(
-                "/update_weights", {"update_info": info | {"shared": [manager.decode(), handle.decode(), nbytes]}}
-            )
-        return Call("/update_weights", {"update_info": info | {"group": group}})
+        info: dict[str, Any] = {**described(bucket), "checksums": compare}
+        storage = bucket[0][1].untyped_storage()
+        if group is not None:
+            info["group"] = group
+        elif storage.is_cuda:
+            info["cuda"] = [handle(storage) for _ in range(self._tensor)]
+        else:
+            manager, name, nbytes = storage._share_filename_cpu_()
+            info["shared"] = [manager.decode(), name.decode(), nbytes]
+        return Call("/update_weights", {"update_info": info})
 
     def after_update(self, version: int) -> list[Call]:
         return [Call("/finish_weight_update", {"weight_version": str(version)}), Call("/reset_prefix_cache", {})]

@@ -7,6 +7,7 @@ environment, so it imports nothing of this package. Written for vLLM 0.32.
 
 from __future__ import annotations
 
+import base64
 import math
 import os
 import secrets
@@ -55,7 +56,8 @@ class InitInfo(WeightTransferInitInfo):
 class UpdateInfo(WeightTransferUpdateInfo):
     """A bucket: the tensors' bytes, one tensor behind the other without gaps.
 
-    They come as one uint8 broadcast in `group`, or lie in `shared` memory: its manager's handle, its own handle, bytes.
+    They come as one uint8 broadcast in `group`, or lie in `shared` memory (its manager's handle, its own handle,
+    bytes), or in a GPU's memory, of which `cuda` has a handle for each worker.
     """
 
     names: list[str]
@@ -63,6 +65,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
     shapes: list[list[int]]
     group: str | None = None
     shared: tuple[str, str, int] | None = None
+    cuda: list[list[Any]] | None = None
     checksums: bool = False
 
     def sizes(self) -> list[int]:
@@ -139,6 +142,10 @@ class Engine(WeightTransferEngine[InitInfo, UpdateInfo]):
             manager, handle, nbytes = update_info.shared
             memory = torch.UntypedStorage._new_shared_filename_cpu(manager.encode(), handle.encode(), nbytes)
             return torch.empty(0, dtype=torch.uint8).set_(memory)
+        if update_info.cuda is not None:
+            return torch.empty(0, dtype=torch.uint8, device="cuda").set_(
+                opened(update_info.cuda[self.parallel_config.rank])
+            )
         if update_info.group not in self._groups:
             raise ValueError(f"{update_info.group} is not a group that was joined")
         flat = torch.empty(sum(update_info.sizes()), dtype=torch.uint8, device=self.device)
@@ -225,6 +232,16 @@ def _tensors(flat: Tensor, update_info: UpdateInfo) -> dict[str, Tensor]:
         aligned = part.clone() if part.storage_offset() % _dtype(dtype).itemsize else part
         tensors[name] = aligned.view(_dtype(dtype)).view(shape)
     return tensors
+
+
+def opened(handle: list[Any]) -> torch.UntypedStorage:
+    """Memory of a GPU, by its UUID and what `UntypedStorage._new_shared_cuda` takes behind it, bytes as base64."""
+    torch.cuda.init()
+    uuids = [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]
+    if handle[0] not in uuids:
+        raise ValueError(f"GPU {handle[0]}, which has the weights, is not among this server's CUDA_VISIBLE_DEVICES")
+    rest = (base64.b64decode(part) if isinstance(part, str) else part for part in handle[1:])
+    return torch.UntypedStorage._new_shared_cuda(uuids.index(handle[0]), *rest)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -40,6 +40,21 @@ class Whole:
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """Cut by the first dimension: a norm over all heads."""
+
+    height: int
+
+    def cut(self, sources: Sequence[Any], rank: int, size: int) -> Tensor:
+        part = self.height // size
+        return sources[0][rank * part : (rank + 1) * part]
+
+    def place(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None:
+        part = self.height // size
+        wholes[0][rank * part : (rank + 1) * part].copy_(shard)
+
+
+@dataclass(frozen=True, slots=True)
 class Columns:
     """Cut by the second dimension: the inputs of row-parallel layers."""
 
@@ -132,3 +147,16 @@ class Slot:
     def numel(self) -> int:
         """Elements of the whole tensors."""
         return sum(torch.Size(shape).numel() for shape in self.shapes)
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A norm of a layer, by its names in the layer.
+
+    >>> Norm("pre_mlp_layernorm", "post_attention_layernorm", 4096, Whole())
+    """
+
+    megatron: str
+    name: str
+    size: int
+    cut: Cut

@@ -64,8 +64,8 @@ class WeightStream:
 
     @property
     def sends(self) -> bool:
-        """Whether this rank gives its stage's buckets in `from_stages`: tensor rank 0 of data rank 0."""
-        return self._layout.tensor_rank == 0 and self._layout.data_rank == 0
+        """Whether this rank gives its stage's buckets in `from_stages`: tensor rank 0 of the first copy."""
+        return self._layout.tensor_rank == 0 and self._layout.is_first_copy
 
     def everywhere(self) -> Iterator[Bucket]:
         """The whole model on every rank, on the model's device."""
@@ -75,16 +75,17 @@ class WeightStream:
     def from_stages(self, *, shared: bool = False) -> Iterator[Bucket]:
         """Each pipeline stage's own weights, on the one rank of it that `sends`, independently of the other stages.
 
-        The other ranks of data rank 0 take part and get nothing; those of other data ranks have nothing to do.
+        The other ranks of the first copy take part and get nothing; those of other copies have nothing to do.
 
-        With `shared`, for engines on the same machine, the tensors are on the CPU, in memory that other processes can
-        map by its file's name. There are two buffers, used in turn: when you ask for the next bucket, all but the last
-        one you got may be overwritten, and when you start again, all. Raises InputError if /dev/shm has too little
-        room for them.
+        `shared` is for engines on the same machine. On a GPU it changes nothing: others open its memory by CUDA's
+        handles. On a CPU the tensors then lie in memory that others map by its file's name. There are two buffers, used
+        in turn: when you ask for the next bucket, all but the last one you got may be overwritten, and when you start
+        again, all. Raises InputError if /dev/shm has too little room for them.
         """
-        if self._layout.data_rank == 0:
+        if self._layout.is_first_copy:
             groups = [group for group in self._groups if group[0].stage == self._layout.pipeline_rank]
-            yield from self._from_shared_memory(groups) if shared else self._from_messages(groups)
+            mapped = shared and self._device.type == "cpu"
+            yield from self._from_shared_memory(groups) if mapped else self._from_messages(groups)
 
     def _from_messages(self, groups: list[list[Slot]]) -> Iterator[Bucket]:
         for group in groups:

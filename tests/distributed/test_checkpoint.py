@@ -10,41 +10,45 @@ import torch
 from megatron_tempo.config.schema import Config
 from megatron_tempo.records import read_metrics
 from megatron_tempo.train import train
-from tests.support.project import config_of, tied_config, write_project
+from tests.support.project import RANDOM, config_of, from_nothing, write_project
 from tests.support.ranks import run_ranks
 from tests.support.weights import tensors
 
 ITERATIONS = 3  # the first of them the critic's warm-up: the actor's optimizer has then no state yet
-# name: (tensor, pipeline, processes) of the iterations until the checkpoint, then of the rest
+# name: (tensor, pipeline, context, processes) of the iterations until the checkpoint, then of the rest
 CHANGES = {
-    "tp2-pp2 to one process": ("untied", (2, 2, 4), (1, 1, 1), 2),
-    "one process to tp2-pp2": ("untied", (1, 1, 1), (2, 2, 4), 2),
-    "dp2 to tp2, in the warm-up": ("untied", (1, 1, 2), (2, 1, 2), 1),
+    "tp2-pp2 to one process": ("untied", (2, 2, 1, 4), (1, 1, 1, 1), 2),
+    "one process to tp2-pp2": ("untied", (1, 1, 1, 1), (2, 2, 1, 4), 2),
+    "dp2 to tp2, in the warm-up": ("untied", (1, 1, 1, 2), (2, 1, 1, 2), 1),
+    "cp2-pp2 to dp2": ("untied", (1, 2, 2, 4), (1, 1, 1, 2), 2),
     # Where the pipeline parts a tied embedding's two ends, it has a gradient bucket of its own.
-    "tied, pp2 to pp2": ("tied", (1, 2, 2), (1, 2, 2), 2),
-    "tied, dp2-pp2 to one process": ("tied", (1, 2, 4), (1, 1, 1), 2),
+    "tied, pp2 to pp2": ("tied", (1, 2, 1, 2), (1, 2, 1, 2), 2),
+    "tied, dp2-pp2 to one process": ("tied", (1, 2, 1, 4), (1, 1, 1, 1), 2),
+    # Its norms over all heads are cut over the tensor ranks.
+    "olmo3, tp2-pp2 to one process": ("olmo3", (2, 2, 1, 4), (1, 1, 1, 1), 2),
+    "olmo3, one process to tp2": ("olmo3", (1, 1, 1, 1), (2, 1, 1, 2), 2),
 }
 
 
 def run_config(project: Path, run: Path, iterations: int) -> Config:
     config = config_of(project, run)
-    if project.name == "tied":
-        tied_config(config)
+    if project.name in RANDOM:
+        from_nothing(config)
     config.stage2.iterations = iterations
     config.stage2.critic.warmup_iterations = 1
     config.evaluation.sets, config.evaluation.calibration_set = {}, None
     return config
 
 
-def launch(config: Config, layout: tuple[int, int, int], out: Path) -> None:
-    config.parallel.tensor, config.parallel.pipeline, world = layout
+def launch(config: Config, layout: tuple[int, int, int, int], out: Path) -> None:
+    config.parallel.tensor, config.parallel.pipeline, config.parallel.context, world = layout
     run_ranks(train, world, out, config)
 
 
 @pytest.fixture(scope="module")
 def projects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     out = tmp_path_factory.mktemp("projects")
-    return {kind: write_project(out / kind, tied=kind == "tied") for kind in ("untied", "tied")}
+    return {kind: write_project(out / kind, kind) for kind in ("untied", *RANDOM)}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def unchanged(projects: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     for kind, project in projects.items():
         config = run_config(project, out / kind / "run", ITERATIONS)
         config.rollout.dump = True
-        launch(config, (1, 1, 1), out / kind / "ranks")
+        launch(config, (1, 1, 1, 1), out / kind / "ranks")
     return {kind: out / kind / "run" for kind in projects}
 
 

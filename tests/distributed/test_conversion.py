@@ -17,13 +17,13 @@ from megatron_tempo.errors import InputError
 from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.train import train
 from megatron_tempo.wiring import build_actor, build_critic, open_workplace
-from tests.support.project import config_of, tied_config, write_project
+from tests.support.project import RANDOM, config_of, from_nothing, write_project
 from tests.support.ranks import run_ranks
 from tests.support.tiny import write_model
 from tests.support.weights import tensors
 
 PART = 50_000
-KINDS = ("untied", "tied")
+KINDS = ("untied", *RANDOM)
 LAYOUTS = {"tp1": (1, 1, 1), "tp2-pp2": (2, 2, 4)}  # tensor, pipeline, processes
 
 
@@ -70,7 +70,7 @@ def compare(models: dict[str, Path], checkpoints: dict[str, Path], tensor: int, 
 def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], dict[str, Path]]:
     """Hugging Face folders, and the checkpoints that were made of them."""
     out = tmp_path_factory.mktemp("converted")
-    models = {kind: write_model(out / kind, tied=kind == "tied") for kind in KINDS}
+    models = {kind: write_model(out / kind, **RANDOM.get(kind, {})) for kind in KINDS}
     checkpoints = {}
     for kind, model in models.items():
         for name in ("actor", "critic"):
@@ -95,10 +95,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An iteration of training at TP2/PP2, by kind of model."""
     out = tmp_path_factory.mktemp("runs")
     for kind in KINDS:
-        project = write_project(out / f"{kind}-project", tied=kind == "tied")
+        project = write_project(out / f"{kind}-project", kind)
         config = config_of(project, out / kind)
-        if kind == "tied":
-            tied_config(config)
+        if kind in RANDOM:
+            from_nothing(config)
         config.parallel.tensor, config.parallel.pipeline, world = LAYOUTS["tp2-pp2"]
         config.evaluation.sets, config.evaluation.calibration_set = {}, None
         run_ranks(train, world, out / f"{kind}-ranks", config)
@@ -140,6 +140,8 @@ def test_a_runs_checkpoint_becomes_what_the_run_exports(
     assert {path.name for path in exported.iterdir() if path.suffix != ".safetensors"} == {
         path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".safetensors"
     }
+    if (kind, model) == ("olmo3", "critic"):
+        return  # transformers has no such class
     auto = transformers.AutoModelForCausalLM if model == "actor" else transformers.AutoModelForTokenClassification
     tokens = torch.arange(10)[None]
     one, other = (logits(auto.from_pretrained(path), tokens) for path in (exported, tmp_path / "out"))

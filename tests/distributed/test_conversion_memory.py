@@ -16,8 +16,8 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_tempo.models.qwen3 import read_shape
-from megatron_tempo.weights import qwen3
+from megatron_tempo.models.families import read_shape
+from megatron_tempo.weights import tables
 from megatron_tempo.weights.files import Entry, write_safetensors
 from megatron_tempo.weights.folder import describe, tensor_files
 from megatron_tempo.weights.stream import plan
@@ -56,7 +56,7 @@ def write_large(folder: Path, layers: int = 32, vocab: int = 151936) -> dict[str
             yield piece.view(torch.bfloat16)
 
     weight_map: dict[str, str] = {}
-    for number, group in enumerate(plan(qwen3.slots(read_shape(folder), 1, critic=False), SHARD, 2)):
+    for number, group in enumerate(plan(tables.slots(read_shape(folder), 1, critic=False), SHARD, 2)):
         entries = [
             (name, torch.bfloat16, shape) for slot in group for name, shape in zip(slot.names, slot.shapes, strict=True)
         ]

@@ -2,43 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from megatron_tempo.config.schema import Config
+from megatron_tempo.config.schema import Config, Recompute
 from megatron_tempo.records import read_metrics
 from megatron_tempo.train import train
-from tests.support.project import config_of, tied_config, write_project
+from tests.support.project import RANDOM, config_of, from_nothing, write_project
 from tests.support.ranks import run_ranks
 from tests.support.weights import tensors
 
-# name: tensor, pipeline, sequence parallelism, processes, micro_batch_tokens
-LAYOUTS = {
-    "small-budget": (1, 1, False, 1, 60),
-    "dp2": (1, 1, False, 2, 300),
-    "tp2": (2, 1, False, 2, 300),
-    "tp2-sequence": (2, 1, True, 2, 300),
-    "pp2": (1, 2, False, 2, 300),
-    "tp2-pp2": (2, 2, False, 4, 300),
-    "tp2-pp2-sequence-small-budget": (2, 2, True, 4, 60),
-    "dp2-pp2": (1, 2, False, 4, 300),
+# name: processes, and the layout; 300 packed tokens of a micro-batch where it says nothing
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "small-budget": (1, {"micro_batch_tokens": 60}),
+    "dp2": (2, {}),
+    "tp2": (2, {"tensor": 2}),
+    "tp2-sequence": (2, {"tensor": 2, "sequence": True}),
+    "pp2": (2, {"pipeline": 2}),
+    "tp2-pp2": (4, {"tensor": 2, "pipeline": 2}),
+    "tp2-pp2-sequence-small-budget": (4, {"tensor": 2, "pipeline": 2, "sequence": True, "micro_batch_tokens": 60}),
+    "dp2-pp2": (4, {"pipeline": 2}),
+    "cp2-dp2-small-budget": (4, {"context": 2, "micro_batch_tokens": 60, "recompute": Recompute.layers}),
 }
 
 
-KINDS = ("untied", "tied")
+KINDS = ("untied", *RANDOM)
 
 
 def project_config(project: Path, run: Path) -> Config:
     config = config_of(project, run)
-    return tied_config(config) if project.name == "tied" else config
+    return from_nothing(config) if project.name in RANDOM else config
 
 
 @pytest.fixture(scope="module")
 def projects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     out = tmp_path_factory.mktemp("projects")
-    return {kind: write_project(out / kind, tied=kind == "tied") for kind in KINDS}
+    return {kind: write_project(out / kind, kind) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +60,13 @@ def weights(run: Path, model: str) -> dict[str, torch.Tensor]:
 
 
 def in_layout(config: Config, name: str) -> int:
-    tensor, pipeline, sequence, world, budget = LAYOUTS[name]
-    config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence = tensor, pipeline, sequence
-    config.parallel.micro_batch_tokens = budget
+    world, layout = LAYOUTS[name]
+    config.parallel = replace(config.parallel, **{"micro_batch_tokens": 300, **layout})
     return world
 
 
 CASES = [("untied", name) for name in LAYOUTS] + [("tied", "tp2"), ("tied", "pp2"), ("tied", "dp2-pp2")]
+CASES += [("olmo3", "tp2"), ("olmo3", "tp2-sequence"), ("olmo3", "tp2-pp2-sequence-small-budget")]
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)

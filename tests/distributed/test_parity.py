@@ -1,4 +1,4 @@
-"""Qwen3 on Megatron-Core against transformers' own model, in fp32, under every layout."""
+"""Each family on Megatron-Core against transformers' own model, in fp32, under every layout."""
 
 from __future__ import annotations
 
@@ -115,7 +115,11 @@ def measure_all(models: dict[str, Path], layout: tuple[int, int, bool, int], out
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     out = tmp_path_factory.mktemp("models")
-    return {name: write_model(out / name, tied=name == "tied") for name in ("tied", "untied")}
+    return {
+        "tied": write_model(out / "tied", tied=True),
+        "untied": write_model(out / "untied"),
+        "olmo3": write_model(out / "olmo3", family="olmo3"),
+    }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -29,11 +29,11 @@ from megatron_tempo.config.schema import Logits, ParallelConfig, Precision
 from megatron_tempo.errors import InputError
 from megatron_tempo.kernels import REFERENCE
 from megatron_tempo.models.device import install_cpu_backend
+from megatron_tempo.models.families import read_shape, transformer_config
 from megatron_tempo.models.gpt import LanguageModel, PackedGPT
 from megatron_tempo.models.parallel import Layout, parallel_groups
-from megatron_tempo.models.qwen3 import read_shape, transformer_config
 from megatron_tempo.types import Bucket
-from megatron_tempo.weights import folder, qwen3
+from megatron_tempo.weights import folder, tables
 from megatron_tempo.weights.slots import Cut, Slot, Whole
 from megatron_tempo.weights.stream import WeightStream, plan
 from tests.support.ranks import ROOT, run_ranks
@@ -57,7 +57,7 @@ def opened(model: Path, tensor: int, pipeline: int) -> Iterator[tuple[PackedGPT,
         shape = read_shape(model)
         config = transformer_config(shape, layout, Precision.fp32)
         net = LanguageModel(config, shape, layout, REFERENCE, Logits.recomputed, temperature=1.0)
-        slots = qwen3.slots(shape, pipeline, critic=False)
+        slots = tables.slots(shape, pipeline, critic=False)
         folder.load(net, layout, slots, model)
         yield net, layout, slots
 
@@ -65,7 +65,11 @@ def opened(model: Path, tensor: int, pipeline: int) -> Iterator[tuple[PackedGPT,
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     out = tmp_path_factory.mktemp("models")
-    return {kind: write_model(out / kind, tied=kind == "tied", ffn=192) for kind in ("tied", "untied")}
+    return {
+        "tied": write_model(out / "tied", tied=True, ffn=192),
+        "untied": write_model(out / "untied", ffn=192),
+        "olmo3": write_model(out / "olmo3", family="olmo3", ffn=192),
+    }
 
 
 # What arrives
@@ -90,8 +94,10 @@ def copies(buckets: Iterable[Bucket]) -> list[tuple[str, Tensor]]:
     return [(name, tensor.clone()) for bucket in buckets for name, tensor in bucket]
 
 
-@pytest.mark.parametrize("kind", ["tied", "untied"])
-@pytest.mark.parametrize("name", LAYOUTS)
+CASES = [(kind, name) for kind in ("tied", "untied") for name in LAYOUTS] + [("olmo3", "tp2-pp2"), ("olmo3", "tp2")]
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
 def test_what_arrives_is_what_the_folder_holds(models: dict[str, Path], kind: str, name: str, tmp_path: Path) -> None:
     tensor, pipeline, world = LAYOUTS[name]
     ranks = run_ranks(stream, world, tmp_path, models[kind], tensor, pipeline)

@@ -9,8 +9,17 @@ import torch
 import transformers
 from torch import Tensor
 
-from megatron_tempo.config.schema import ActorUpdateConfig, Baseline, Config, CriticUpdateConfig, Logits
+from megatron_tempo.config.schema import (
+    ActorUpdateConfig,
+    Baseline,
+    Config,
+    CriticUpdateConfig,
+    Logits,
+    ParallelConfig,
+    Recompute,
+)
 from megatron_tempo.kernels.policy_loss import Experience
+from megatron_tempo.models.packing import MicroBatch
 from megatron_tempo.types import Batch
 from megatron_tempo.wiring import build_actor, build_critic, open_workplace, weights_of
 from tests.support.ranks import run_ranks
@@ -51,12 +60,36 @@ def around(old: Tensor, batch: Batch, seed: int) -> Tensor:
     return old + 0.3 * normal(batch, seed)
 
 
-def updated(model: Path, kind: str, tensor: int, pipeline: int, logits: Logits) -> dict[str, dict[str, Tensor]]:
+# processes, and what of the config is not as it comes
+LAYOUTS: dict[str, tuple[int, ParallelConfig, Logits]] = {
+    "one": (1, ParallelConfig(), Logits.recomputed),
+    "dp2": (2, ParallelConfig(), Logits.recomputed),  # the moments for whitening are of both replicas
+    "tp2-pp2": (4, ParallelConfig(tensor=2, pipeline=2), Logits.recomputed),
+    "tp2-stored": (2, ParallelConfig(tensor=2), Logits.stored),
+    "tp2-sequence": (2, ParallelConfig(tensor=2, sequence=True), Logits.recomputed),
+    "tp2-pp2-sequence": (4, ParallelConfig(tensor=2, pipeline=2, sequence=True), Logits.recomputed),
+    "cp2": (2, ParallelConfig(context=2), Logits.stored),
+    "cp2-dp2-layers": (4, ParallelConfig(context=2, recompute=Recompute.layers), Logits.recomputed),
+    "cp2-tp2-sequence": (4, ParallelConfig(context=2, tensor=2, sequence=True), Logits.recomputed),
+    "cp2-pp2-attention": (4, ParallelConfig(context=2, pipeline=2, recompute=Recompute.attention), Logits.recomputed),
+    "tp2-pp2-sequence-layers": (
+        4,
+        ParallelConfig(tensor=2, pipeline=2, sequence=True, recompute=Recompute.layers),
+        Logits.recomputed,
+    ),
+}
+MODELS = {"untied": {}, "tied": {"tied": True}, "olmo3": {"family": "olmo3"}}
+CASES = [(model, layout) for model in ("untied", "tied") for layout in ("one", "dp2", "tp2-pp2", "tp2-stored")]
+CASES += [("olmo3", layout) for layout in ("one", "tp2-pp2", "tp2-sequence", "tp2-pp2-sequence")]
+CASES += [("tied", "cp2-pp2-attention"), ("untied", "cp2-dp2-layers"), ("untied", "cp2")]
+CASES += [("olmo3", layout) for layout in ("cp2", "cp2-tp2-sequence", "tp2-pp2-sequence-layers")]
+
+
+def updated(model: Path, kind: str, layout: str) -> dict[str, dict[str, Tensor]]:
     """The weights after the steps, by Hugging Face's names."""
     config = Config()
     config.model.path = str(model)
-    config.model.logits = logits
-    config.parallel.tensor, config.parallel.pipeline = tensor, pipeline
+    _, config.parallel, config.model.logits = LAYOUTS[layout]
     config.parallel.micro_batch_tokens = 50
     batch = ragged_batch(8)
     assert batch.correct is not None
@@ -146,25 +179,53 @@ def reference(model: Path, kind: str) -> dict[str, dict[str, Tensor]]:
     return {"actor": actor.state_dict(), "critic": critic.state_dict()}
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("tensor", "pipeline", "world", "logits"),
-    [
-        (1, 1, 1, Logits.recomputed),
-        (1, 1, 2, Logits.recomputed),  # the moments for whitening are of both replicas
-        (2, 2, 4, Logits.recomputed),
-        (2, 1, 2, Logits.stored),
-    ],
-)
-def test_steps_agree_with_plain_torch(
-    tmp_path: Path, kind: str, tied: bool, tensor: int, pipeline: int, world: int, logits: Logits
-) -> None:
-    model = write_model(tmp_path / "model", tied=tied)
-    expected = reference(model, kind)
-    found = run_ranks(updated, world, tmp_path / "ranks", model, kind, tensor, pipeline, logits)[0]
-    start = transformers.AutoModelForCausalLM.from_pretrained(model).state_dict()
+@pytest.mark.parametrize(("model", "layout"), CASES)
+def test_steps_agree_with_plain_torch(tmp_path: Path, kind: str, model: str, layout: str) -> None:
+    path = write_model(tmp_path / "model", **MODELS[model])
+    expected = reference(path, kind)
+    found = run_ranks(updated, LAYOUTS[layout][0], tmp_path / "ranks", path, kind, layout)[0]
+    start = transformers.AutoModelForCausalLM.from_pretrained(path).state_dict()
     for name, weights in found.items():
         for key, weight in weights.items():
             torch.testing.assert_close(weight, expected[name][key], rtol=1e-4, atol=2e-6, msg=f"{name} {key}")
-            assert key not in start or not torch.equal(weight, start[key])
+            if key in start:
+                moved = (expected[name][key] - start[key]).abs().max()
+                assert moved > 0
+                assert (weight - expected[name][key]).abs().max() < 1e-2 * moved, f"{name} {key}"
+
+
+def kept(model: Path, recompute: Recompute) -> int:
+    """Bytes that a critic's decoder keeps of its forward pass for the backward pass, weights aside."""
+    config = Config()
+    config.model.path, config.parallel.recompute = str(model), recompute
+    batch = ragged_batch(8)
+    assert batch.correct is not None
+    with open_workplace(config) as place, pytest.MonkeyPatch.context() as monkeypatch:
+        critic = build_critic(place)
+        net = critic.model.net
+        weights = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
+        found: dict[int, Tensor] = {}  # the tensors too, so that no place in memory is used twice
+        sizes: list[int] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+            return tensor
+
+        def head(hidden: Tensor, micro: MicroBatch) -> Tensor:
+            sizes.append(sum(x.untyped_storage().nbytes() for place, x in found.items() if place not in weights))
+            return type(net).head(net, hidden, micro)
+
+        monkeypatch.setattr(net, "head", head)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            critic.update(batch, batch.correct, CriticUpdateConfig(), [torch.arange(8)])
+        (size,) = sizes
+        return size
+
+
+def test_what_is_recomputed_is_not_kept(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", layers=4)
+    kinds = (Recompute.none, Recompute.attention, Recompute.layers)
+    none, attention, layers = (run_ranks(kept, 1, tmp_path / kind.name, model, kind)[0] for kind in kinds)
+    assert layers < none / 4
+    assert layers < attention < none

@@ -15,7 +15,7 @@ from megatron_tempo.models.packing import MicroBatch
 from megatron_tempo.records import read_evaluations
 from megatron_tempo.train import evaluate, train
 from megatron_tempo.wiring import build_actor, build_critic, export_hf, open_workplace
-from tests.support.project import config_of, tied_config, write_project
+from tests.support.project import config_of, from_nothing, write_project
 from tests.support.ranks import run_ranks
 from tests.support.tiny import ragged_batch, write_model
 from tests.support.weights import tensors
@@ -39,7 +39,7 @@ def eval_config(project: Path, model: Path, out: Path) -> Config:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of one iteration in each stage, with the published code's targets."""
     out = tmp_path_factory.mktemp("jobs")
-    config = tied_config(config_of(write_project(out / "project"), out / "run"))
+    config = from_nothing(config_of(write_project(out / "project"), out / "run"))
     config.stage1.iterations = 1
     config.metrics.report = True
     run_ranks(train, 1, out / "ranks", config)
@@ -81,7 +81,7 @@ def export_with_shorter_critic(project: Path, critic: Path, out: Path) -> None:
 
 
 def test_a_critic_of_another_shape_is_exported_as_it_is(tmp_path: Path) -> None:
-    project = write_project(tmp_path / "project", tied=True)
+    project = write_project(tmp_path / "project", "tied")
     critic = write_model(tmp_path / "critic", tied=False, layers=2, seed=3)
     run_ranks(export_with_shorter_critic, 1, tmp_path / "ranks", project, critic, tmp_path / "out")
     layers = [

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -30,9 +31,16 @@ ARGUMENTS = {
 }
 
 
-def write_model(folder: Path, *, tied: bool = False, seed: int = 0) -> Path:
+MODELS: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"tied": True},
+    "olmo3": {"family": "olmo3", "hidden": 4 * HEAD_DIM},  # SGLang's OLMo3 divides the hidden size by the heads
+}
+
+
+def write_model(folder: Path, kind: str = "untied", *, seed: int = 0) -> Path:
     """With a generation_config.json that must not have a say: by its leave one response alone could come."""
-    tiny.write_model(folder, tied=tied, seed=seed, ffn=FFN, head_dim=HEAD_DIM)
+    tiny.write_model(folder, seed=seed, ffn=FFN, head_dim=HEAD_DIM, **MODELS[kind])
     sampling = {"do_sample": True, "temperature": 0.01, "top_k": 1, "top_p": 0.1, "eos_token_id": END}
     (folder / "generation_config.json").write_text(json.dumps(sampling))
     return folder

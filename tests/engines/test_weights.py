@@ -36,25 +36,28 @@ def after_syncs(
 
 
 CASES = [
-    (EngineKind.sglang, Transport.group, 1, False),
-    (EngineKind.sglang, Transport.shared, 1, True),
-    (EngineKind.vllm, Transport.group, 1, True),
-    (EngineKind.vllm, Transport.shared, 1, False),
-    (EngineKind.vllm, Transport.group, 2, False),
-    (EngineKind.vllm, Transport.shared, 2, True),
+    (EngineKind.sglang, Transport.group, 1, "untied"),
+    (EngineKind.sglang, Transport.shared, 1, "tied"),
+    (EngineKind.sglang, Transport.shared, 1, "olmo3"),
+    (EngineKind.vllm, Transport.group, 1, "tied"),
+    (EngineKind.vllm, Transport.shared, 1, "untied"),
+    (EngineKind.vllm, Transport.group, 2, "untied"),
+    (EngineKind.vllm, Transport.shared, 2, "tied"),
+    (EngineKind.vllm, Transport.shared, 1, "olmo3"),
+    (EngineKind.vllm, Transport.group, 2, "olmo3"),
 ]
 
 
-@pytest.mark.parametrize(("kind", "transport", "tensor", "tied"), CASES)
+@pytest.mark.parametrize(("kind", "transport", "tensor", "model"), CASES)
 def test_after_each_sync_it_speaks_with_the_new_weights(
-    tmp_path: Path, kind: EngineKind, transport: Transport, tensor: int, tied: bool
+    tmp_path: Path, kind: EngineKind, transport: Transport, tensor: int, model: str
 ) -> None:
-    models = [write_model(tmp_path / f"model{seed}", tied=tied, seed=seed) for seed in (0, 1)]
+    models = [write_model(tmp_path / f"model{seed}", model, seed=seed) for seed in (0, 1)]
     arguments = (kind, models, tmp_path / "run", transport, tensor, 0.7)
     by_rank = run_ranks(after_syncs, 4, tmp_path / "ranks", *arguments, timeout=500)
-    for version, model in enumerate(models):
+    for version, path in enumerate(models):
         said = {number: completions for rank in by_rank for number, completions in rank[version].items()}
-        assert_said_by(model, said, version, 0.7)
+        assert_said_by(path, said, version, 0.7)
         assert len({completion.token_ids for completions in said.values() for completion in completions}) > len(PROMPTS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_tempo.config.schema import (
     Baseline,
@@ -18,15 +19,16 @@ from tests.support.tiny import write_model
 ROOT = Path(__file__).parents[2]
 
 
-def write_project(folder: Path, *, tied: bool = False) -> Path:
-    """The first questions of the quickstart's sets, and its model, which answers some of them right, or a tied one.
+# Models with random weights, which answer nothing right: their configs want `from_nothing` too.
+RANDOM: dict[str, dict[str, Any]] = {"tied": {"tied": True}, "olmo3": {"family": "olmo3"}}
 
-    The tied model has random weights and answers nothing right: its config wants `tied_config` too.
-    """
+
+def write_project(folder: Path, kind: str = "untied") -> Path:
+    """The first questions of the quickstart's sets, and its model, which answers some right, or a random one."""
     examples = ROOT / "examples/quickstart"
     folder.mkdir(parents=True, exist_ok=True)
-    if tied:
-        write_model(folder / "model", tied=True)
+    if kind in RANDOM:
+        write_model(folder / "model", **RANDOM[kind])
     else:
         (folder / "model").symlink_to(examples / "model")
     for name in ("labelled", "unlabelled"):
@@ -65,7 +67,7 @@ def config_of(project: Path, run_dir: Path) -> Config:
     return config
 
 
-def tied_config(config: Config) -> Config:
+def from_nothing(config: Config) -> Config:
     """Targets of -1 for what is wrong, so that a model that gets nothing right has something to learn from."""
     for stage in config.stages().values():
         stage.critic.targets = CriticTargets.plus_minus_one

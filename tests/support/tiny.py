@@ -3,35 +3,64 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers.modeling_layers import GenericForTokenClassification
+from transformers.models.olmo3.modeling_olmo3 import Olmo3PreTrainedModel
 
 from megatron_tempo.types import Batch
 
 WORDS = [*map(str, range(50)), *"+-*=>:yrn$?", "<pad>", "a", "b", "c", "d", "e"]
 VOCAB = len(WORDS)
+CONFIGS = {"qwen3": transformers.Qwen3Config, "olmo3": transformers.Olmo3Config}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
-def write_model(folder: Path, *, tied: bool, seed: int = 0, layers: int = 4, ffn: int = 48, head_dim: int = 12) -> Path:
-    """A Qwen3 folder with random weights, large enough for every weight to matter, and a word tokenizer."""
+POSITIONS = 256
+WINDOW, TRAINED = 5, 16  # tokens, of the OLMo3: rows are longer, so that windows hide some and YaRN is at work
+
+
+class Olmo3ForTokenClassification(GenericForTokenClassification, Olmo3PreTrainedModel):
+    """The form of an exported critic, which transformers lacks."""
+
+
+# `exist_ok`, or else transformers lets nobody add to its own config classes.
+transformers.AutoModelForTokenClassification.register(
+    transformers.Olmo3Config, Olmo3ForTokenClassification, exist_ok=True
+)
+
+
+def write_model(
+    folder: Path,
+    *,
+    tied: bool = False,
+    family: str = "qwen3",
+    seed: int = 0,
+    layers: int = 4,
+    ffn: int = 48,
+    head_dim: int = 12,
+    hidden: int = 32,
+) -> Path:
+    """A folder with random weights, large enough for every weight to matter, and a word tokenizer."""
     torch.manual_seed(seed)
-    config = transformers.Qwen3Config(
+    config = CONFIGS[family](
         vocab_size=VOCAB,
-        hidden_size=32,
+        hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=head_dim,  # heads * head_dim differs from hidden_size, as in Qwen3-0.6B
         intermediate_size=ffn,
-        max_position_embeddings=256,
+        max_position_embeddings=POSITIONS,
         tie_word_embeddings=tied,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        **(_olmo3(layers) if family == "olmo3" else {"rope_parameters": ROPE}),
     )
-    model = transformers.Qwen3ForCausalLM(config)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -45,6 +74,24 @@ def write_model(folder: Path, *, tied: bool, seed: int = 0, layers: int = 4, ffn
         tokenizer_object=tokenizer, eos_token="$", pad_token="<pad>", unk_token="?"
     ).save_pretrained(folder)
     return folder
+
+
+def _olmo3(layers: int) -> dict[str, Any]:
+    """Full attention on layers 1, 5, ...: under pipeline parallelism the stages differ."""
+    yarn = {
+        "rope_type": "yarn",
+        "factor": POSITIONS / TRAINED,
+        "original_max_position_embeddings": TRAINED,
+        "beta_fast": 2.0,  # with these two, one pair of numbers stays, one is between, the others are slowed
+        "beta_slow": 0.25,
+    }
+    return {
+        "layer_types": ["full_attention" if layer % 4 == 1 else "sliding_attention" for layer in range(layers)],
+        "sliding_window": WINDOW,
+        "rope_parameters": {"full_attention": ROPE | yarn, "sliding_attention": ROPE},
+        "pad_token_id": None,
+        "eos_token_id": WORDS.index("$"),
+    }
 
 
 def ragged_batch(rows: int, seed: int = 1, *, per_prompt: int = 2, correct: bool = True) -> Batch:

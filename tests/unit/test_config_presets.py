@@ -26,17 +26,17 @@ SHAPES = {
 FFN = {"qwen3_8b": 12288, "qwen3_14b": 17408, "olmo3_7b": 11008}
 
 
-def owed(experiment: str, folder: Path, **changes: str) -> list[str]:
+def owed(experiment: str, folder: Path) -> list[str]:
     """Overrides for whatever the preset leaves to the user, with files that exist."""
-    write_model(folder / "model", **shape(experiment), **changes)
+    write_model(folder / "model", **shape(experiment))
     overrides = [f"experiment={experiment}", f"model={folder}/model"]
     fields = ["data.labelled", "data.unlabelled", *(f"evaluation.sets.{name}" for name in sets(experiment))]
     return overrides + [f"{field}.path={write_rows(folder / f'{i}.jsonl')}" for i, field in enumerate(fields)]
 
 
-def shape(experiment: str) -> dict[str, int]:
-    family = next((name for name in SHAPES if experiment.startswith(name)), None)
-    return SHAPES[family] | {"intermediate_size": FFN[family]} if family else {}
+def shape(experiment: str) -> dict[str, Any]:
+    name = next((name for name in SHAPES if experiment.startswith(name)), None)
+    return SHAPES[name] | {"intermediate_size": FFN[name], "model_type": name.partition("_")[0]} if name else {}
 
 
 def sets(experiment: str) -> list[str]:
@@ -78,14 +78,6 @@ def test_a_paper_preset_says_what_it_wants(experiment: str) -> None:
     wanted = ["model", "data.labelled", "data.unlabelled", *(f"evaluation.sets.{name}" for name in sets(experiment))]
     assert [problem.field for problem in caught.value.problems] == [f"{name}.path" for name in wanted]
     assert {problem.value for problem in caught.value.problems} == {MISSING}
-
-
-def test_olmo3_is_refused_plainly(tmp_path: Path) -> None:
-    overrides = owed("olmo3_7b_aime", tmp_path, model_type="olmo3")
-    with pytest.raises(ConfigErrors) as caught:
-        build(overrides)
-    (problem,) = caught.value.problems
-    assert (problem.field, problem.wrong) == ("model.path", "model_type olmo3 is not supported yet")
 
 
 @pytest.mark.parametrize("experiment", PAPER)

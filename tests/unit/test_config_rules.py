@@ -160,7 +160,7 @@ SEVERAL_FIELDS = [
         "world size and model",
         ["parallel.world_size=6", "parallel.tensor=4"],
         "parallel.world_size",
-        "parallel.tensor * parallel.pipeline = 4",
+        "parallel.tensor * parallel.pipeline * parallel.context = 4",
         "launch 4 processes or a multiple",
     ),
     (
@@ -246,7 +246,7 @@ def shard(folder: Path) -> None:
 
 # name, what is done to the model's folder, a part of what is wrong, a part of the fix
 FOLDERS = [
-    ("olmo3", rewrite(model_type="olmo3"), "model_type olmo3 is not supported yet", "qwen3"),
+    ("another family", rewrite(model_type="llama"), "model_type llama is not supported", "olmo3, qwen3"),
     ("no model_type", rewrite(model_type=None), "model_type None is not supported", "qwen3"),
     ("no layers", rewrite(num_hidden_layers=None), "num_hidden_layers", "save_pretrained"),
     ("text for heads", rewrite(num_attention_heads="8"), "num_attention_heads", "save_pretrained"),
@@ -272,6 +272,14 @@ def test_model_folder(files: Path, damage: Callable[[Path], None], wrong: str, f
     assert problem.field == "model.path"
     assert wrong in problem.wrong
     assert fix in problem.fix
+
+
+@pytest.mark.parametrize("family", ["olmo3", "qwen3"])
+def test_every_family_passes_and_is_held_to_the_layout(files: Path, family: str) -> None:
+    rewrite(model_type=family)(files / "model")
+    assert problems(files, "parallel.tensor=4", "parallel.pipeline=3") == []
+    found = problems(files, "parallel.tensor=8", "parallel.pipeline=4")
+    assert [problem.field for problem in found[:2]] == ["parallel.tensor", "parallel.pipeline"]
 
 
 def test_a_critic_to_be_given(files: Path) -> None:

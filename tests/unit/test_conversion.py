@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_tempo import conversion, unfinished
 from megatron_tempo.conversion import to_hugging_face, to_megatron
 from megatron_tempo.errors import InputError
+from megatron_tempo.models.families import read_shape
 from megatron_tempo.weights import distributed
 from megatron_tempo.weights.files import write_safetensors
 from megatron_tempo.weights.folder import INDEX, tensor_files
@@ -83,7 +84,9 @@ def as_critic(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def write_critic(folder: Path) -> Path:
     rewrite(write_model(folder, tied=False), as_critic)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | critic_changes(None) | {TARGETS: "plus_minus_one"}))
+    (folder / "config.json").write_text(
+        json.dumps(config | critic_changes(read_shape(folder), None) | {TARGETS: "plus_minus_one"})
+    )
     return folder
 
 
@@ -93,6 +96,7 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
     "bfloat16": lambda folder: rewrite(write_model(folder, tied=False), with_odd_numbers),
     "tied, head repeated": lambda folder: rewrite(write_model(folder, tied=True), repeated_head),
     "critic": write_critic,
+    "olmo3": lambda folder: write_model(folder, family="olmo3"),
 }
 
 

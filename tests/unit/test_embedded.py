@@ -32,6 +32,11 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("tied"), tied=True, layers=1)
 
 
+@pytest.fixture(scope="module")
+def olmo3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("olmo3"), family="olmo3", layers=3)
+
+
 def model_of(folder: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
 
@@ -70,9 +75,13 @@ def same(found: list[list[Completion]], wanted: list[list[Completion]]) -> None:
 # What a completion says
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+@pytest.mark.parametrize(("kind", "temperature"), [("folder", 1.0), ("folder", 0.6), ("folder", 1.7), ("olmo3", 0.6)])
 @torch.no_grad()
-def test_logprobs_are_those_of_a_full_forward_pass(folder: Path, temperature: float) -> None:
+def test_logprobs_are_those_of_a_full_forward_pass(
+    request: pytest.FixtureRequest, kind: str, temperature: float
+) -> None:
+    """With windows too, which are shorter than a prompt or become so while tokens are drawn."""
+    folder = request.getfixturevalue(kind)
     model = model_of(folder)
     answers = generate(engine_of(folder), requests_of(PROMPTS), Sampling(temperature, 24))
     assert [len(row) for row in answers] == [3] * len(PROMPTS)

@@ -1,17 +1,22 @@
-"""The norm and the packed attention against formulas in float64, sequence by sequence."""
+"""The norms and the packed attention against formulas in float64, sequence by sequence."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_tempo.models.layers import PackedAttention, RMSNorm
+from megatron_tempo.config.schema import ParallelConfig
+from megatron_tempo.models.attention import PackedAttention
+from megatron_tempo.models.device import install_cpu_backend
+from megatron_tempo.models.norms import ProjectionNorm, RMSNorm
 from megatron_tempo.models.packing import MicroBatch, micro_batches
-from megatron_tempo.models.parallel import Layout
+from megatron_tempo.models.parallel import Layout, parallel_groups
+from tests.support.ranks import run_ranks
 from tests.support.tiny import ragged_batch
 
 HEADS, DIM = 6, 8
@@ -26,36 +31,45 @@ def micro() -> MicroBatch:
     """Rows of many lengths and some padding (a multiple of 4 tokens, as for sequence parallelism)."""
     layout = Layout(
         rank=0, world_size=4, tensor_rank=0, tensor=4, pipeline_rank=0, pipeline=1, data_rank=0, data=1,
-        sequence_parallel=True,
+        context_rank=0, context=1, sequence_parallel=True,
     )  # fmt: skip
     (found,) = micro_batches(ragged_batch(7, seed=3, per_prompt=1), torch.arange(7), layout, 999, torch.device("cpu"))
     assert found.padding > 0
     return found
 
 
-def naive_attention(query: Tensor, key: Tensor, value: Tensor, sequences: list[int], scale: float) -> Tensor:
+def naive_attention(
+    query: Tensor, key: Tensor, value: Tensor, sequences: list[int], scale: float, window: int | None = None
+) -> Tensor:
     """[S, heads, d], [S, groups, d] twice -> [S, heads * d]: head by head, with a mask over whole score matrices."""
     heads, groups = query.shape[1], key.shape[1]
     rows, start = [], 0
     for length in sequences:
         part = slice(start, start + length)
-        future = torch.ones(length, length, dtype=torch.bool).triu(1)
+        hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+        for i in range(length if window else 0):
+            hidden[i, : max(0, i + 1 - window)] = True
         outputs = []
         for head in range(heads):
             group = head * groups // heads
             scores = query[part, head] @ key[part, group].T * scale
-            outputs.append(scores.masked_fill(future, -math.inf).softmax(1) @ value[part, group])
+            outputs.append(scores.masked_fill(hidden, -math.inf).softmax(1) @ value[part, group])
         rows.append(torch.cat(outputs, dim=1))
         start += length
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("groups", [6, 3, 2, 1])
-@pytest.mark.parametrize("scale", [None, 0.21])
+CASES = [(groups, scale, None, 1.0) for groups in (6, 3, 2, 1) for scale in (None, 0.21)]
+# Of windows: one token, odd and even ones, around half of the longest, one less than it, its length, and beyond.
+CASES += [(3, None, window, 1.0) for window in (1, 2, 5, 8, 10, 11, 12, 21, 22, 100)] + [(2, 0.21, 4, 1.7)]
+
+
+@pytest.mark.parametrize(("groups", "scale", "window", "sharpness"), CASES)
 def test_packed_attention_is_the_attention_of_each_sequence(
-    micro: MicroBatch, groups: int, scale: float | None
+    micro: MicroBatch, groups: int, scale: float | None, window: int | None, sharpness: float
 ) -> None:
     sequences = [int((row >= 0).sum()) for row in micro.packing.grid]
+    assert max(sequences) == 22
     size = sum(sequences)
     generator = torch.Generator().manual_seed(0)
     shapes = [(size, 1, heads, DIM) for heads in (HEADS, groups, groups)]
@@ -63,13 +77,14 @@ def test_packed_attention_is_the_attention_of_each_sequence(
     back = torch.randn(size, HEADS * DIM, generator=generator, dtype=torch.float64)
 
     mine = [x.clone().requires_grad_() for x in inputs]
-    attention = PackedAttention(config(), softmax_scale=scale)
+    attention = PackedAttention(config(), softmax_scale=scale, window=window, sharpness=sharpness)
     out = attention(*mine, None, packed_seq_params=micro.packing)
     assert out.shape == (size, 1, HEADS * DIM)
     (out[:, 0] * back).sum().backward()
 
     theirs = [x.clone().requires_grad_() for x in inputs]
-    wanted = naive_attention(theirs[0][:, 0], theirs[1][:, 0], theirs[2][:, 0], sequences, scale or DIM**-0.5)
+    query, key, value = (x[:, 0] for x in theirs)
+    wanted = naive_attention(query, key, value, sequences, (scale or DIM**-0.5) * sharpness, window)
     (wanted * back).sum().backward()
     torch.testing.assert_close(out[:, 0], wanted, rtol=1e-10, atol=1e-12)
     for found, expected in zip(mine, theirs, strict=True):
@@ -119,6 +134,44 @@ def test_rms_norm_reckons_bf16_in_fp32() -> None:
     wide = x.double()
     wanted = wide / wide.square().mean(-1, keepdim=True).sqrt()
     assert torch.equal(out, wanted.to(torch.bfloat16))
+
+
+def of_a_rank(x: Tensor, weight: Tensor, back: Tensor, tensor: int) -> tuple[Tensor, ...]:
+    """A tensor rank's part of the norm over all heads, and of its gradients."""
+    install_cpu_backend()
+    with parallel_groups(ParallelConfig(tensor=tensor), torch.device("cpu"), 0) as layout:
+        heads = HEADS // layout.tensor
+        mine = slice(layout.tensor_rank * heads, (layout.tensor_rank + 1) * heads)
+        part = x[:, :, mine].clone().requires_grad_()
+        norm = ProjectionNorm(config(tensor_model_parallel_size=layout.tensor), DIM, 1e-3, HEADS)
+        with torch.no_grad():
+            norm.weight.copy_(weight[mine].flatten())
+        out = norm(part)
+        (out * back[:, :, mine]).sum().backward()
+        assert norm.weight.tensor_model_parallel  # type: ignore[attr-defined]
+        assert not getattr(norm.weight, "sequence_parallel", False)
+        assert part.grad is not None
+        assert norm.weight.grad is not None
+        return out.detach(), part.grad, norm.weight.grad.view(heads, DIM)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_the_norm_over_all_heads_and_its_gradient_by_formula(tmp_path: Path, tensor: int) -> None:
+    """On each tensor rank its heads' part of the whole."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(5, 1, HEADS, DIM, generator=generator).mul(torch.arange(1, HEADS + 1)[:, None])
+    weight = torch.rand(HEADS, DIM, generator=generator) + 0.5
+    back = torch.randn(5, 1, HEADS, DIM, generator=generator)
+    ranks = run_ranks(of_a_rank, tensor, tmp_path, x, weight, back, tensor)
+    found = [torch.cat(parts, dim=-2) for parts in zip(*ranks, strict=True)]
+
+    wide, scale = x.double().requires_grad_(), weight.double().requires_grad_()
+    mean = wide.square().sum((-2, -1), keepdim=True) / (HEADS * DIM)
+    wanted = wide / (mean + 1e-3).sqrt() * scale
+    (wanted * back).sum().backward()
+    for one, expected in zip(found, (wanted, wide.grad, scale.grad), strict=True):
+        assert expected is not None
+        torch.testing.assert_close(one.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

@@ -18,7 +18,7 @@ LENGTHS = st.lists(st.integers(1, 40), min_size=0, max_size=30)
 def layout(*, data: int = 1, data_rank: int = 0, tensor: int = 1, sequence: bool = False) -> Layout:
     return Layout(
         rank=data_rank * tensor, world_size=data * tensor, tensor_rank=0, tensor=tensor, pipeline_rank=0, pipeline=1,
-        data_rank=data_rank, data=data, sequence_parallel=sequence,
+        data_rank=data_rank, data=data, context_rank=0, context=1, sequence_parallel=sequence,
     )  # fmt: skip
 
 
@@ -147,9 +147,9 @@ def _check_one(micro: MicroBatch, batch: Batch, budget: int, multiple: int) -> N
                 predicting.append(places.index((row, prompt + t - 1)))
                 targets.append(whole[row][prompt + t])
                 response_cells.append(flat.index((row, t)))
-    assert micro.predicting.tolist() == predicting
-    assert micro.targets.tolist() == targets
-    assert micro.valued.tolist() == valued
+    assert micro.predicting.mine.tolist() == predicting
+    assert micro.predicting.targets.tolist() == targets
+    assert micro.valued.mine.tolist() == valued
     assert micro.response_cells.tolist() == response_cells
     assert micro.value_cells.tolist() == value_cells
     assert micro.response_rows.lengths.tolist() == batch.response_lengths[rows].tolist()
@@ -172,8 +172,7 @@ def test_a_rank_without_rows_gets_one_micro_batch_of_padding_alone(tensor: int, 
     (micro,) = second
     assert micro.tokens.tolist() == [[0] * padding]
     assert micro.padding == padding
-    for name in ("rows", "predicting", "targets", "valued", "response_cells", "value_cells"):
-        found = getattr(micro, name)
+    for found in (micro.rows, micro.predicting.mine, micro.valued.mine, micro.response_cells, micro.value_cells):
         assert found.tolist() == []
         assert found.dtype == torch.int64
     assert len(micro.response_rows) == len(micro.value_rows) == 0

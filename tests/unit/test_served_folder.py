@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
 
 from megatron_tempo.config.schema import EnginePrecision
+from megatron_tempo.errors import InputError
 from megatron_tempo.rollout.folder import private_file, served_folder
 from tests.support.tiny import write_model
 
@@ -29,6 +31,48 @@ def test_it_has_config_and_tokenizer_and_no_say_in_sampling(tmp_path: Path, flat
     assert len(transformers.AutoTokenizer.from_pretrained(folder)) == len(
         transformers.AutoTokenizer.from_pretrained(model)
     )
+
+
+def flat(model: Path, tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    """What SGLang is told of a model whose config.json is changed so; None takes an entry out."""
+    config = json.loads((model / "config.json").read_text()) | changes
+    (model / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    folder = served_folder(model, tmp_path / "served", EnginePrecision.fp32, flat_rope=True)
+    return json.loads((folder / "config.json").read_text())
+
+
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "attention_factor": 1.3}
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_an_olmo3_is_told_to_sglang_as_it_was_published(tmp_path: Path, published: bool) -> None:
+    """With YaRN, which is meant for full attention alone, and its factor as SGLang reads it."""
+    plain = {"rope_type": "default", "rope_theta": 500_000.0}
+    nested = {"rope_parameters": {"full_attention": plain | YARN, "sliding_attention": plain}}
+    older = {"rope_parameters": None, "rope_theta": 500_000.0, "rope_scaling": YARN}
+    model = write_model(tmp_path / "model", family="olmo3")
+    config = flat(model, tmp_path, **(older if published else nested))
+    assert "rope_parameters" not in config
+    assert config["rope_theta"] == 500_000.0
+    assert config["rope_scaling"].pop("attn_factor") == pytest.approx(1.3 / 1.20794, rel=1e-5)
+    assert config["rope_scaling"] == YARN
+    assert config["layer_types"] == json.loads((model / "config.json").read_text())["layer_types"]
+
+
+def test_a_base_that_is_not_said_is_the_familys(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", family="olmo3")
+    config = flat(model, tmp_path, rope_parameters=None)
+    assert (config["rope_theta"], "rope_scaling" in config) == (500_000.0, False)
+
+
+def test_two_bases_cannot_be_told_to_sglang(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", family="olmo3")
+    rope = {
+        kind: {"rope_type": "default", "rope_theta": theta}
+        for kind, theta in (("full_attention", 500_000.0), ("sliding_attention", 10_000.0))
+    }
+    with pytest.raises(InputError, match=r"rope_theta of full attention: use rollout\.engine=vllm"):
+        flat(model, tmp_path, rope_parameters=rope)
 
 
 def test_a_key_is_for_this_user_alone(tmp_path: Path) -> None:

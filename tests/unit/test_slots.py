@@ -18,11 +18,12 @@ from torch import Tensor
 from megatron_tempo.config.schema import Logits, ParallelConfig, Precision
 from megatron_tempo.kernels import REFERENCE
 from megatron_tempo.models.device import install_cpu_backend
+from megatron_tempo.models.families import read_shape, transformer_config
 from megatron_tempo.models.gpt import LanguageModel, PackedGPT, ValueModel
 from megatron_tempo.models.parallel import Layout, padded_vocab, parallel_groups
-from megatron_tempo.models.qwen3 import Shape, read_shape, transformer_config
-from megatron_tempo.weights import folder, qwen3
-from megatron_tempo.weights.slots import Columns, Cut, GateUp, QueryKeyValue, Slot, Vocabulary, Whole
+from megatron_tempo.models.shape import LayerAttention, Rope, Shape
+from megatron_tempo.weights import folder, tables
+from megatron_tempo.weights.slots import Columns, Cut, GateUp, QueryKeyValue, Rows, Slot, Vocabulary, Whole
 from megatron_tempo.weights.stream import WeightStream, plan
 from tests.support.tiny import VOCAB, write_model
 
@@ -52,6 +53,7 @@ lengths = st.integers(1, 5)
 @settings(deadline=None)
 def test_placing_every_ranks_cut_gives_the_tensors_back(size: int, part: int, other: int) -> None:
     roundtrip(Whole(), [numbers(part, other)], size)
+    roundtrip(Rows(size * part), [numbers(size * part, other)], size)
     roundtrip(Columns(size * part), [numbers(other, size * part)], size)
     roundtrip(GateUp(size * part), [numbers(size * part, other), numbers(size * part, other, start=1000)], size)
 
@@ -112,15 +114,15 @@ def test_query_key_value_by_hand() -> None:
 
 
 SHAPE = Shape(
-    layers=4, hidden=32, heads=4, groups=2, head_dim=12, ffn=48, vocab=VOCAB, rope_theta=1e4, norm_eps=1e-6,
-    tied=False, max_positions=256,
+    family="qwen3", layers=4, hidden=32, heads=4, groups=2, head_dim=12, ffn=48, vocab=VOCAB, norm_eps=1e-6,
+    tied=False, max_positions=256, attention=(LayerAttention(Rope(1e4)),) * 4,
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_table_lists_transformers_own_tensors(tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "tied"), [("qwen3", False), ("qwen3", True), ("olmo3", False), ("olmo3", True)])
+def test_the_table_lists_transformers_own_tensors(family: str, tied: bool, tmp_path: Path) -> None:
     """Names and shapes of actor and critic, with every tensor once."""
-    path = write_model(tmp_path, tied=tied)
+    path = write_model(tmp_path, tied=tied, family=family)
     shape = read_shape(path)
     actor = transformers.AutoModelForCausalLM.from_pretrained(path)
     config = transformers.AutoConfig.from_pretrained(path, num_labels=1, tie_word_embeddings=False)
@@ -128,7 +130,7 @@ def test_the_table_lists_transformers_own_tensors(tied: bool, tmp_path: Path) ->
     for model, is_critic in ((actor, False), (critic, True)):
         theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         for pipeline in (1, 2, 4):
-            slots = qwen3.slots(shape, pipeline, critic=is_critic)
+            slots = tables.slots(shape, pipeline, critic=is_critic)
             ours = [pair for slot in slots for pair in zip(slot.names, slot.shapes, strict=True)]
             assert len(ours) == len(theirs)
             assert dict(ours) == theirs
@@ -137,7 +139,7 @@ def test_the_table_lists_transformers_own_tensors(tied: bool, tmp_path: Path) ->
 
 
 def test_stages_count_their_layers_from_zero() -> None:
-    slots = {slot.names[0]: slot for slot in qwen3.slots(SHAPE, 2, critic=False)}
+    slots = {slot.names[0]: slot for slot in tables.slots(SHAPE, 2, critic=False)}
     place = {name: (slot.stage, slot.megatron) for name, slot in slots.items()}
     assert place["model.embed_tokens.weight"][0] == 0
     assert place["model.layers.1.mlp.down_proj.weight"] == (0, "decoder.layers.1.mlp.linear_fc2.weight")
@@ -152,7 +154,7 @@ def test_stages_count_their_layers_from_zero() -> None:
 @pytest.mark.parametrize("limit", [1, 10_000, 40_000, 10**9])
 @pytest.mark.parametrize("pipeline", [1, 2])
 def test_buckets_keep_order_stage_and_size(limit: int, pipeline: int) -> None:
-    slots = qwen3.slots(SHAPE, pipeline, critic=False)
+    slots = tables.slots(SHAPE, pipeline, critic=False)
     groups = plan(slots, limit, 4)
     assert [slot for group in groups for slot in group] == slots
     for group in groups:
@@ -193,7 +195,7 @@ def load(path: Path, layout: Layout, *, critic: bool = False) -> PackedGPT:
     shape = read_shape(path)
     common = transformer_config(shape, layout, Precision.fp32), shape, layout, REFERENCE
     net = ValueModel(*common) if critic else LanguageModel(*common, Logits.recomputed, temperature=1.0)
-    folder.load(net, layout, qwen3.slots(shape, 1, critic=critic), path)
+    folder.load(net, layout, tables.slots(shape, 1, critic=critic), path)
     return net
 
 
@@ -206,7 +208,7 @@ def rewrite(path: Path, **changes: Tensor | None) -> None:
 
 
 def saved(net: PackedGPT, layout: Layout, out: Path, like: Path, limit: int = 5000) -> None:
-    slots = qwen3.slots(net.shape, 1, critic=isinstance(net, ValueModel))
+    slots = tables.slots(net.shape, 1, critic=isinstance(net, ValueModel))
     buckets = WeightStream(net, layout, slots, limit).everywhere()
     folder.save(buckets, out, like, layout, {"comment": "changed"})
 

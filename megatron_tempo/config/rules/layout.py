@@ -17,7 +17,7 @@ def divisors(number: int) -> list[int]:
 def data_parallel(config: Config, world_size: int | None) -> int | None:
     """Replicas of the model, or none where the number of processes is unknown or does not fit the layout."""
     world = config.parallel.world_size if world_size is None else world_size
-    model = config.parallel.tensor * config.parallel.pipeline
+    model = config.parallel.ranks_of_a_replica
     return world // model if world is not None and model > 0 and world > 0 and world % model == 0 else None
 
 
@@ -38,10 +38,10 @@ def _processes(config: Config, launched: int | None) -> Iterator[Problem]:
         wrong = f"{launched} processes were launched"
         yield Problem("parallel.world_size", parallel.world_size, wrong, f"parallel.world_size={launched} or null")
     world = parallel.world_size if launched is None else launched
-    model = parallel.tensor * parallel.pipeline
-    if world is not None and parallel.tensor > 0 and parallel.pipeline > 0 and world % model:
-        wrong = f"is not a multiple of parallel.tensor * parallel.pipeline = {model}"
-        fix = f"launch {model} processes or a multiple, or lower parallel.tensor or parallel.pipeline"
+    model = parallel.ranks_of_a_replica
+    if world is not None and min(parallel.tensor, parallel.pipeline, parallel.context) > 0 and world % model:
+        wrong = f"is not a multiple of parallel.tensor * parallel.pipeline * parallel.context = {model}"
+        fix = f"launch {model} processes or a multiple, or lower parallel.tensor, parallel.pipeline or parallel.context"
         yield Problem("parallel.world_size", world, wrong, fix)
 
 

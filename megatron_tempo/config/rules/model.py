@@ -10,7 +10,7 @@ from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import MISSING, walk
 
-_FAMILIES = ("qwen3",)  # model_type of the families that megatron_tempo/models knows
+FAMILIES = ("olmo3", "qwen3")  # model_type of the families that megatron_tempo/models knows
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
 _AS_SAVED = "give a folder as transformers' save_pretrained writes it"
 
@@ -46,7 +46,7 @@ def read_models(config: Config) -> tuple[dict[str, ModelShape], list[Problem]]:
         if shape is None:
             problems.append(Problem(field, value, wrong, _AS_SAVED))
         elif wrong:
-            problems.append(Problem(field, value, wrong, f"give a model of the family {', '.join(_FAMILIES)}"))
+            problems.append(Problem(field, value, wrong, f"give a model of the family {', '.join(FAMILIES)}"))
         if shape is not None and not wrong:
             shapes[field] = shape
     problems += _same_vocabulary(config, shapes)
@@ -67,10 +67,10 @@ def _shape(folder: Path) -> tuple[ModelShape | None, str]:
     family = plain.get("model_type")
     names = ModelShape.__dataclass_fields__
     bad = [name for name in names if type(plain.get(name)) is not int or plain[name] < 1]
-    if family in _FAMILIES and bad:
+    if family in FAMILIES and bad:
         return None, f"config.json has no positive whole number under {', '.join(bad)}"
     shape = ModelShape(**{name: 1 if name in bad else plain[name] for name in names})
-    return shape, "" if family in _FAMILIES else f"model_type {family} is not supported yet"
+    return shape, "" if family in FAMILIES else f"model_type {family} is not supported"
 
 
 def _weights(field: str, folder: Path) -> list[Problem]:

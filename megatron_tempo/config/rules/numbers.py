@@ -33,6 +33,7 @@ _BOUNDS: dict[type, dict[str, _Bound]] = {
     schema.ParallelConfig: {
         "tensor": _ONE_OR_MORE,
         "pipeline": _ONE_OR_MORE,
+        "context": _ONE_OR_MORE,
         "world_size": _ONE_OR_MORE,
         "micro_batch_tokens": _ONE_OR_MORE,
         "bucket_mb": _ONE_OR_MORE,

@@ -1,0 +1,171 @@
+"""Attention on packed sequences, with windows or without, over context ranks or not."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
+
+from megatron_tempo.models.context import of_all_ranks
+from megatron_tempo.models.packing import Packing
+
+
+class RotatedAttention(SelfAttention):
+    """Megatron's self-attention, which is given the angles of all the model's rotary embeddings and takes its own."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        rope: int,
+        **groups: Any,
+    ) -> None:
+        """`rope` is the number of this layer's among `Shape.ropes`."""
+        super().__init__(config, submodules, layer_number, attn_mask_type, **groups)
+        self.rope = rope
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, *, rotary_pos_emb: Tensor, **others: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """`rotary_pos_emb` is float32 [ropes, S, 1, 1, d]."""
+        return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb[self.rope], **others)
+
+
+class PackedAttention(nn.Module):
+    """Causal attention on packed sequences by torch's scaled_dot_product_attention, grouped queries included.
+
+    With a `window`, a token sees itself and the `window` - 1 tokens before it. `sharpness` multiplies the scores.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        softmax_scale: float | None = None,
+        window: int | None = None,
+        sharpness: float = 1.0,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        assert config.kv_channels is not None
+        self.scale = (config.kv_channels**-0.5 if softmax_scale is None else softmax_scale) * sharpness
+        self.window = window
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        /,
+        *,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Packing | None = None,
+    ) -> Tensor:
+        """Query [S, 1, heads, d], key and value [S, 1, groups, d] -> [S, 1, heads * d]; the packing parts sequences.
+
+        Under context parallelism all are of this rank's S / c tokens.
+        """
+        assert packed_seq_params is not None, "every micro-batch carries its packing"
+        if packed_seq_params.pieces is not None:
+            return self._in_pieces(query, key, value, packed_seq_params)
+        assert packed_seq_params.grid is not None
+        assert packed_seq_params.cells is not None
+        grid = packed_seq_params.grid.clamp(min=0)  # behind a sequence's end any token will do: causality hides it
+        repeats = query.shape[2] // key.shape[2]
+
+        def on_grid(x: Tensor, times: int) -> Tensor:
+            return x[grid, 0].repeat_interleave(times, dim=2).transpose(1, 2)
+
+        parts = on_grid(query, 1), on_grid(key, repeats), on_grid(value, repeats)
+        out = _causal(*parts, self.scale) if self.window is None else _windowed(*parts, self.scale, self.window)
+        return out.transpose(1, 2).flatten(2).flatten(0, 1)[packed_seq_params.cells, None]
+
+    def _in_pieces(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+        """This rank's queries, a sequence's tokens at a time, on the keys and values of all ranks."""
+        assert packing.pieces is not None
+        assert packing.order is not None
+        groups = key.shape[2]
+        both = of_all_ranks(torch.cat([key, value], dim=2), packing.order)[:, 0]  # [S, 2 * groups, d]
+        both = both.repeat_interleave(query.shape[2] // groups, dim=1).transpose(0, 1)[None]
+        keys, values = both.chunk(2, dim=1)
+        queries = query[:, 0].transpose(0, 1)[None]  # [1, heads, S / c, d]
+        found = [
+            _ends_together(queries[:, :, p.queries], keys[:, :, p.keys], values[:, :, p.keys], self.scale, self.window)
+            for p in packing.pieces
+        ]
+        return torch.cat(found, dim=2)[0].transpose(0, 1).flatten(1)[:, None]
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """[sequences, heads, tokens, d] three times -> the same."""
+    return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+
+
+def _ends_together(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    """Queries [1, heads, n, d] that are the last of the keys' m tokens, keys and values [1, heads, m, d] -> as queries.
+
+    With a window, a block of queries sees the keys of the window before each: at most the block and the window.
+    """
+    n, before = query.shape[2], key.shape[2] - query.shape[2]
+    found = []
+    for start in range(0, n, window or n):
+        end = min(start + (window or n), n)
+        first = 0 if window is None else max(0, before + start - window + 1)
+        seen = slice(first, before + end)
+        mask: Any = causal_lower_right(end - start, before + end - first)
+        if window is not None:
+            # Query i stands at i + offset among the keys, and sees `window` of them up to itself.
+            offset = before + start - first
+            mask = torch.ones(end - start, before + end - first, dtype=torch.bool, device=query.device)
+            mask = mask.tril(offset).triu(offset - window + 1)
+        parts = query[:, :, start:end], key[:, :, seen], value[:, :, seen]
+        found.append(functional.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale))
+    return torch.cat(found, dim=2)
+
+
+def _windowed(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
+    """[sequences, heads, tokens, d] three times -> the same, where a token sees the last `window` up to itself.
+
+    A block of `window` queries needs the keys of its own block and of the one before. So the first block is a causal
+    attention, and the others are sequences of an attention of `window` queries on twice as many keys: work and memory
+    grow with tokens * window.
+    """
+    tokens = query.shape[2]
+    blocks = -(-tokens // window)
+    first = _causal(query[:, :, :window], key[:, :, :window], value[:, :, :window], scale)
+    if blocks == 1:
+        return first
+
+    def filled(x: Tensor) -> Tensor:
+        return functional.pad(x, (0, 0, 0, blocks * window - tokens))  # behind the end, which causality hides
+
+    def of_blocks(x: Tensor) -> Tensor:
+        """[s, heads, blocks - 1, tokens of a block, d] -> [s * (blocks - 1), heads, tokens of a block, d]."""
+        return x.transpose(1, 2).flatten(0, 1)
+
+    queries = of_blocks(filled(query)[:, :, window:].unflatten(2, (blocks - 1, window)))
+    keys, values = (of_blocks(filled(x).unfold(2, 2 * window, window).transpose(3, 4)) for x in (key, value))
+    band = _band(window, query.dtype, query.device)
+    others = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=band, scale=scale)
+    others = others.unflatten(0, (-1, blocks - 1)).transpose(1, 2).flatten(2, 3)
+    return torch.cat([first, others[:, :, : tokens - window]], dim=2)
+
+
+@lru_cache(maxsize=2)  # torch keeps it for the backward pass: so all layers keep the same one
+def _band(window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is added to the scores of a block's queries on its own and the former block's keys: [window, 2 * window].
+
+    Query i stands at window + i among the keys, and sees those from i + 1 up to itself.
+    """
+    seen = torch.ones(window, 2 * window, dtype=torch.bool, device=device).tril(window).triu(1)
+    return torch.zeros(window, 2 * window, dtype=dtype, device=device).masked_fill(~seen, float("-inf"))

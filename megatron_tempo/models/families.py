@@ -1,0 +1,111 @@
+"""The model families: which there are, and their networks in Megatron-Core."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_tempo.config.schema import Precision, Recompute
+from megatron_tempo.errors import InputError
+from megatron_tempo.models import olmo3, qwen3
+from megatron_tempo.models.norms import RMSNorm
+from megatron_tempo.models.parallel import Layout
+from megatron_tempo.models.shape import LayerAttention, Shape
+
+# Megatron's words for it.
+_RECOMPUTE: dict[Recompute, dict[str, Any]] = {
+    Recompute.none: {},
+    Recompute.attention: {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    Recompute.layers: {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+
+
+class Family(Protocol):
+    """What a family's module holds."""
+
+    NORMS_EACH_HEAD: bool  # queries and keys are normed head by head, so that all tensor ranks hold the same weight
+    TOKEN_CLASSIFIER: str  # the architecture that an exported critic's config.json names
+
+    def shape_of(self, config: transformers.PretrainedConfig, file: Path) -> Shape: ...
+
+    def layer(self, shape: Shape, attention: LayerAttention) -> ModuleSpec: ...
+
+
+FAMILIES: dict[str, Family] = {"olmo3": olmo3, "qwen3": qwen3}  # by their model_type
+
+
+def read_shape(folder: Path) -> Shape:
+    """The shape of the model in a Hugging Face folder. Raises InputError for what no family here implements."""
+    file = folder / "config.json"
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if config.model_type not in FAMILIES:
+        raise InputError(f"{file}: model_type is {config.model_type!r}; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[config.model_type].shape_of(config, file)
+
+
+def transformer_config(
+    shape: Shape, layout: Layout, precision: Precision, recompute: Recompute = Recompute.none
+) -> TransformerConfig:
+    """Megatron's config of this shape and layout. Weights are not initialised: they are always loaded."""
+    dtype = DTYPES[precision]
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.groups,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        # Megatron then sums the gradients of these norms over the tensor ranks, which is wrong where they are cut.
+        qk_layernorm=FAMILIES[shape.family].NORMS_EACH_HEAD,
+        gated_linear_unit=True,
+        activation_func=functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        # Megatron marks its sharded parameters while initialising them, and without the mark their gradients are left
+        # out of the norm: the initialisation must run, though it need not write anything.
+        init_method=_leave_as_is,
+        output_layer_init_method=_leave_as_is,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        sequence_parallel=layout.sequence_parallel,
+        # Every micro-batch has a length of its own, so pipeline stages tell each other the shapes they send.
+        variable_seq_lengths=layout.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",  # unused, but the default one is refused beside variable lengths
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=precision is Precision.bf16,
+        **_RECOMPUTE[recompute],
+    )
+
+
+def _leave_as_is(weight: Tensor) -> Tensor:
+    return weight
+
+
+def block_spec(shape: Shape, layout: Layout) -> TransformerBlockSubmodules:
+    """The layers of this rank's pipeline stage, and the norm behind the last of all."""
+    of_stage = shape.layers // layout.pipeline
+    first = layout.pipeline_rank * of_stage
+    family = FAMILIES[shape.family]
+    specs = [family.layer(shape, attention) for attention in shape.attention[first : first + of_stage]]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)

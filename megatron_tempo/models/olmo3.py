@@ -1,0 +1,76 @@
+"""OLMo3: norms behind attention and MLP, one over all queries and one over all keys, windows, YaRN.
+
+Windows and rotary embeddings go by `layer_types`, as in transformers' Olmo3ForCausalLM; published models have windows
+on three layers of four, and YaRN on the others.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from megatron.core.transformer.spec_utils import ModuleSpec
+from transformers import PretrainedConfig
+
+from megatron_tempo.errors import InputError
+from megatron_tempo.models.decoder import Norms, decoder_layer
+from megatron_tempo.models.norms import ProjectionNorm
+from megatron_tempo.models.shape import LayerAttention, Rope, Shape, Yarn, expect, refuse
+
+NORMS_EACH_HEAD = False
+TOKEN_CLASSIFIER = "Olmo3ForTokenClassification"  # transformers has no such class; see docs/status.md
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_PLAIN_ROPE = {"rope_type", "type", "rope_theta"}
+_YARN = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"}
+_AS_USUAL = {"partial_rotary_factor": 1.0, "truncate": True}  # what transformers does where nothing is said
+
+
+def shape_of(config: PretrainedConfig, file: Path) -> Shape:
+    """What `file`, an OLMo3's config.json, says. Raises InputError for what transformers' own model does not do."""
+    expect(file, config, attention_bias=False, hidden_act="silu")
+    kinds = config.layer_types
+    if len(kinds) != config.num_hidden_layers:
+        raise InputError(f"{file}: layer_types names {len(kinds)} layers, num_hidden_layers={config.num_hidden_layers}")
+    for kind in kinds:
+        if kind not in (_FULL, _SLIDING):
+            raise refuse(file, "layer_types", kind, _SLIDING)
+    attention = {kind: LayerAttention(_rope(config, file, kind)) for kind in set(kinds)}
+    if _SLIDING in attention:
+        window = config.sliding_window
+        if not isinstance(window, int) or window < 1:
+            raise refuse(file, "sliding_window", window, 4096)
+        attention[_SLIDING] = LayerAttention(attention[_SLIDING].rope, window)
+    return Shape.of(config, tuple(attention[kind] for kind in kinds))
+
+
+def layer(shape: Shape, attention: LayerAttention) -> ModuleSpec:
+    query, key = (ModuleSpec(ProjectionNorm, {"heads": heads}) for heads in (shape.heads, shape.groups))
+    return decoder_layer(shape, attention, Norms(query, key, before=False))
+
+
+def _rope(config: PretrainedConfig, file: Path, kind: str) -> Rope:
+    field = f"rope_parameters.{kind}"
+    told = {name: value for name, value in config.rope_parameters[kind].items() if value is not None}
+    rope_type = told.get("rope_type", "default")
+    if rope_type not in ("default", "yarn"):
+        raise refuse(file, f"{field}.rope_type", rope_type, "yarn")
+    for name in told.keys() - _PLAIN_ROPE - (_YARN if rope_type == "yarn" else set()):
+        if told[name] != _AS_USUAL.get(name):
+            raise refuse(file, f"{field}.{name}", told[name], _AS_USUAL.get(name))
+    return Rope(float(told["rope_theta"]), _yarn(told, file, field) if rope_type == "yarn" else None)
+
+
+def _yarn(told: dict[str, Any], file: Path, field: str) -> Yarn:
+    for name in ("factor", "original_max_position_embeddings"):
+        if not isinstance(told.get(name), int | float) or told[name] < 1:
+            raise InputError(f"{file}: {field}.{name}={told.get(name)} should be a number from 1 on")
+    factor = float(told["factor"])
+    return Yarn(
+        factor=factor,
+        trained_positions=told["original_max_position_embeddings"],
+        beta_fast=told.get("beta_fast") or 32.0,
+        beta_slow=told.get("beta_slow") or 1.0,
+        attention_factor=told.get("attention_factor", 0.1 * math.log(factor) + 1.0),
+    )

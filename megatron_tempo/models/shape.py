@@ -1,0 +1,99 @@
+"""What a Hugging Face config.json says about a network, in one form for all families."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from megatron_tempo.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Yarn:
+    """How YaRN (arXiv 2309.00071) stretches a rotary embedding to sequences longer than it was trained on.
+
+    >>> Yarn(factor=8.0, trained_positions=8192, beta_fast=32.0, beta_slow=1.0, attention_factor=1.2079)
+    """
+
+    factor: float  # how much longer
+    trained_positions: int
+    beta_fast: float  # what turns more often than this over the trained positions stays as it is
+    beta_slow: float  # what turns less often is slowed by `factor`
+    attention_factor: float  # of rotated queries, and of rotated keys
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """A rotary embedding: pair i of a head's d numbers turns by theta^(-2i/d) radians a position, `yarn` aside."""
+
+    theta: float
+    yarn: Yarn | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """What may differ between the attentions of a model's layers."""
+
+    rope: Rope
+    window: int | None = None  # a token sees itself and the window - 1 tokens before it; none: all before it
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The network's sizes, and how each of its layers attends.
+
+    >>> Shape(family="qwen3", layers=36, hidden=4096, heads=32, groups=8, head_dim=128, ffn=12288, vocab=151936,
+    ...       norm_eps=1e-6, tied=False, max_positions=40960, attention=(LayerAttention(Rope(1e6)),) * 36)
+    """
+
+    family: str  # model_type of the config.json
+    layers: int
+    hidden: int
+    heads: int
+    groups: int  # key/value heads
+    head_dim: int
+    ffn: int
+    vocab: int
+    norm_eps: float
+    tied: bool  # input and output embeddings are one matrix
+    max_positions: int
+    attention: tuple[LayerAttention, ...]  # by layer, counted over all pipeline stages
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, attention: tuple[LayerAttention, ...]) -> Shape:
+        """With the sizes that all families name alike."""
+        return cls(
+            family=config.model_type,
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            groups=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            ffn=config.intermediate_size,
+            vocab=config.vocab_size,
+            norm_eps=config.rms_norm_eps,
+            tied=config.tie_word_embeddings,
+            max_positions=config.max_position_embeddings,
+            attention=attention,
+        )
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The rotary embeddings of its layers, each once."""
+        return tuple(dict.fromkeys(layer.rope for layer in self.attention))
+
+
+def refuse(file: Path, field: str, value: object, known: object) -> InputError:
+    """That a config.json has a value that these networks do not implement; `known` is one that they do."""
+    said, better = (json.dumps(x) for x in (value, known))
+    return InputError(f"{file}: {field}={said} is not supported; {better} is")
+
+
+def expect(file: Path, config: PretrainedConfig, **known: object) -> None:
+    """Raises InputError naming the first of these fields that the config.json sets to something else."""
+    for field, value in known.items():
+        if getattr(config, field, value) != value:
+            raise refuse(file, field, getattr(config, field), value)

@@ -1,0 +1,44 @@
+"""GPU memory that a server on the same machine opens: CUDA's handles between processes.
+
+torch counts the readers: memory that is let go of here is given to nobody else before each handle's reader has let go
+of it too. A GPU goes by its UUID, since a server may count those that it sees in another order.
+"""
+
+from __future__ import annotations
+
+import base64
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import torch
+import torch.multiprocessing  # registers how tensors are pickled
+from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
+
+# Where the GPU stands among the arguments of torch's `rebuild_cuda_tensor`.
+_DEVICE = 6
+
+
+def handle(storage: torch.UntypedStorage) -> list[Any]:
+    """For one reader: the GPU's UUID and what `UntypedStorage._new_shared_cuda` takes behind it, bytes as base64."""
+    device, *rest = storage._share_cuda_()
+    return [_uuid(device), *(base64.b64encode(x).decode() if isinstance(x, bytes) else x for x in rest)]
+
+
+class Pickler(ForkingPickler):
+    """torch's pickling of tensors by their handles, each for one reader; its `load` looks the GPU up by the UUID."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.dispatch_table = {**self.dispatch_table, Tensor: _reduced}
+
+
+def _reduced(tensor: Tensor) -> Any:
+    rebuild, arguments = reduce_tensor(tensor)
+    if tensor.is_cuda:
+        arguments = (*arguments[:_DEVICE], _uuid(arguments[_DEVICE]), *arguments[_DEVICE + 1 :])
+    return rebuild, arguments
+
+
+def _uuid(device: int) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid)

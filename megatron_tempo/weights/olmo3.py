@@ -1,0 +1,17 @@
+"""The table of OLMo3: its norms."""
+
+from __future__ import annotations
+
+from megatron_tempo.models.shape import Shape
+from megatron_tempo.weights.slots import Norm, Rows, Whole
+
+
+def norms(shape: Shape) -> list[Norm]:
+    """The norms of a layer, in Hugging Face's order."""
+    queries, keys = shape.heads * shape.head_dim, shape.groups * shape.head_dim
+    return [
+        Norm("self_attention.q_layernorm", "self_attn.q_norm", queries, Rows(queries)),
+        Norm("self_attention.k_layernorm", "self_attn.k_norm", keys, Rows(keys)),
+        Norm("self_attention.linear_proj.norm", "post_attention_layernorm", shape.hidden, Whole()),
+        Norm("mlp.linear_fc2.norm", "post_feedforward_layernorm", shape.hidden, Whole()),
+    ]

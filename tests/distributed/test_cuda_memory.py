@@ -1,0 +1,61 @@
+"""A bucket in a GPU's memory, opened by another process in the ways of both engines."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_tempo.rollout.cuda_memory import Pickler, handle
+from megatron_tempo.rollout.vllm import WORKER
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")]
+
+# What a worker does, without the engine around it: {opened} is vLLM's, the lookup by UUID is SGLang's.
+READER = """
+import base64, json, pickle, sys
+from typing import Any
+import torch
+from torch.multiprocessing import reductions
+
+{opened}
+
+original = reductions.rebuild_cuda_tensor
+
+def by_uuid(*args):
+    uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+    return original(*args[:6], uuids.index(args[6]), *args[7:])
+
+reductions.rebuild_cuda_tensor = by_uuid
+given = json.load(sys.stdin)
+flat = torch.empty(0, dtype=torch.uint8, device="cuda").set_(opened(given["handle"]))
+named = pickle.loads(base64.b64decode(given["pickled"]))
+print(json.dumps({{"bytes": flat.cpu().tolist(), "named": {{name: one.cpu().tolist() for name, one in named}}}}))
+"""
+
+
+def test_another_process_reads_the_bucket() -> None:
+    flat = torch.arange(12, dtype=torch.float32, device="cuda")
+    bucket = [("a", flat[:4].view(2, 2)), ("b", flat[4:])]
+    pickled = io.BytesIO()
+    Pickler(pickled).dump(bucket)
+    given = {
+        "handle": handle(flat.untyped_storage()),
+        "pickled": base64.b64encode(pickled.getvalue()).decode(),
+    }
+    source = WORKER.read_text()
+    (opened,) = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "opened")
+    script = READER.format(opened=ast.get_source_segment(source, opened))
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=json.dumps(given), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert torch.tensor(found["bytes"], dtype=torch.uint8).equal(flat.cpu().view(torch.uint8))
+    assert found["named"] == {name: tensor.tolist() for name, tensor in bucket}
