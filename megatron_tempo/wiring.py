@@ -157,14 +157,10 @@ def export_hf(place: Workplace, actor: Actor, critic: Critic, out: Path) -> None
     A folder that is there already stays as it is: it appeared whole.
     """
     model = place.config.model
+    of_critic = critic_changes(critic.model.net.shape, last_targets(place.config))
     for name, trained, like, changes in (
         ("actor", actor.model, model.path, {}),
-        (
-            "critic",
-            critic.model,
-            model.critic_path or model.path,
-            critic_changes(critic.model.net.shape, last_targets(place.config)),
-        ),
+        ("critic", critic.model, model.critic_path or model.path, of_critic),
     ):
         there = [(out / name).exists()]
         dist.broadcast_object_list(there, src=0)
