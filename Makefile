@@ -3,7 +3,7 @@ PYTHON ?= python3
 PROCESSES ?= 2
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow test-engines test-gpu lint clean
+.PHONY: quickstart test test-slow test-engines test-gpu plan-tables lint clean
 
 quickstart: .venv/installed  ## the main job: train on countdown, from a small pretrained model to a report
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) \
@@ -20,6 +20,9 @@ test-engines: .venv/installed-test .venv-sglang/installed .venv-vllm/installed  
 
 test-gpu: .venv/installed-test  ## what only a machine with a GPU shows
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+plan-tables: .venv/installed  ## the table of docs/planning.md
+	$(BIN)/python tools/plan_tables.py
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

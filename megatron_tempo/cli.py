@@ -35,9 +35,13 @@ from megatron_tempo.config.schema import Config, Verifier, to_plain
 from megatron_tempo.config.summary import summary
 from megatron_tempo.config.tree import read
 from megatron_tempo.errors import EngineError, InputError
+from megatron_tempo.plan.search import plan_of, search
+from megatron_tempo.plan.shapes import shape_of
+from megatron_tempo.plan.split import problems as plan_problems
+from megatron_tempo.plan.table import report
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-_GROUPS = ("model", "data", "algorithm", "experiment")
+_GROUPS = ("model", "data", "algorithm", "experiment", "cluster")
 EVAL_DIR = "runs/eval"  # an eval whose command line names no run.dir gets a folder of its own below this one
 
 _DESCRIPTION = "TEMPO: test-time training of reasoning models by EM, on Megatron-Core."
@@ -52,6 +56,7 @@ examples:
   megatron-tempo train experiment=quickstart
   torchrun --nproc-per-node 4 -m megatron_tempo train experiment=quickstart parallel.tensor=2 parallel.pipeline=2
   megatron-tempo check experiment=qwen3_14b_aime parallel.world_size=16 model=FOLDER ...
+  megatron-tempo plan  experiment=qwen3_8b_aime cluster=h100x8 --picture memory.png
   megatron-tempo eval  model=FOLDER data=questions.jsonl
 
 eval: data=FILE (.jsonl or .parquet) becomes the evaluation set evaluation.sets.STEM, STEM being the file's name without
@@ -62,17 +67,21 @@ runs/eval/YYYYMMDD-HHMMSS."""
 _COMMANDS = {
     "train": "check the configuration, then train",
     "check": "report every problem of a configuration, without torch",
+    "plan": "tell the memory and the time that a configuration will need, and which layouts fit, without torch",
     "eval": "measure avg@k and pass@k of a model",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 2 where the user has something to mend, or 1 where an engine failed."""
+    """Returns the exit status: 0, 2 where the user has something to mend, or 1 where an engine failed or a plan does
+    not fit."""
     arguments = _arguments(argv)
-    purpose = Purpose.eval if arguments.command == "eval" else Purpose.train
-    launched = None if arguments.command == "check" else int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
+    purpose = {"eval": Purpose.eval, "plan": Purpose.plan}.get(arguments.command, Purpose.train)
+    launched = int(os.environ.get("WORLD_SIZE", "1")) if arguments.command in ("train", "eval") else None  # torchrun's
     try:
         config = build(arguments.overrides, config_dir=arguments.config_dir, purpose=purpose, world_size=launched)
+        if arguments.command == "plan":
+            return _plan(config, arguments.picture)
         _run(arguments.command, config)
     except InputError as error:
         # One report a node: what is wrong, such as a file that is not there, may be wrong on one node alone.
@@ -102,6 +111,21 @@ def _run(command: str, config: Config) -> None:
         evaluate(config)
 
 
+def _plan(config: Config, picture: str | None) -> int:
+    shape = shape_of(config)[0]
+    assert shape is not None
+    own, plans = plan_of(config, shape), search(config, shape)
+    print(report(config, shape, own, plans))
+    if picture is not None:
+        from megatron_tempo.plan.picture import draw  # matplotlib: for this alone
+
+        try:
+            draw(own, Path(picture))
+        except (OSError, ValueError) as error:
+            raise InputError(f"--picture={picture}: {error}") from error
+    return 0 if own.over is None else 1
+
+
 def build(
     overrides: Sequence[str],
     *,
@@ -118,7 +142,8 @@ def build(
     problems += unread
     told = {problem.field for problem in problems}
     if not any(_group_meant(field) for field in told):
-        found = check(config, world_size=world_size, purpose=purpose)
+        planned = purpose is Purpose.plan
+        found = plan_problems(config) if planned else check(config, world_size=world_size, purpose=purpose)
         problems += [problem for problem in found if problem.field not in told]
     if problems:
         raise ConfigErrors(problems)
@@ -133,6 +158,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         command = commands.add_parser(name, help=text, description=text, epilog=_EPILOG, formatter_class=raw)
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the configuration")
         command.add_argument("--config-dir", metavar="DIR", help="a folder of your own presets, searched as well")
+        if name == "plan":
+            command.add_argument("--picture", metavar="FILE", help="draw the memory by phase, as a .png, .svg or .pdf")
     arguments, rest = parser.parse_known_args(argv)  # argparse leaves overrides behind an option over
     if unknown := [word for word in rest if word.startswith("-")]:
         parser.error(f"unknown option {unknown[0]}")
@@ -229,7 +256,7 @@ def _preset(override: Override, text: str, names: list[str], purpose: Purpose) -
     if group == "model" and (path.exists() or "/" in str(choice)):
         return [f"++model.path={given}"]
     if group == "data" and path.suffix in SUFFIXES:
-        if purpose is Purpose.train:
+        if purpose is not Purpose.eval:
             raise _refused(text, "is for eval", f"data.labelled.path={given} or data.unlabelled.path={given}")
         name = re.sub(r"\W", "_", path.stem)
         fields = {"path": given, "answer_field": "answer", "verifier": Verifier.math.name}

@@ -11,6 +11,14 @@ from enum import Enum
 from typing import Any
 
 
+class Published(Enum):
+    """Models whose shapes `plan` knows without their folders."""
+
+    qwen3_8b = "qwen3_8b"
+    qwen3_14b = "qwen3_14b"
+    olmo3_7b = "olmo3_7b"
+
+
 class Device(Enum):
     auto = "auto"  # cuda where there is one, else cpu
     cpu = "cpu"
@@ -138,6 +146,7 @@ class ModelConfig:
     path: str = "???"  # Hugging Face folder of the actor: config, safetensors, tokenizer
     critic_path: str | None = None  # Hugging Face folder of the critic; none: the actor's decoder, a zero value head
     logits: Logits = Logits.recomputed
+    shape: Published | None = None  # what `plan` plans for while model.path is not given
 
 
 @dataclass(slots=True)
@@ -335,6 +344,28 @@ class MetricsConfig:
 
 
 @dataclass(slots=True)
+class ClusterConfig:
+    """The machines that `plan` plans for. Rates are peaks as the vendor tells them, shares are assumptions of ours."""
+
+    gpu: str = ""  # its name, for the report
+    nodes: int = 1
+    gpus_per_node: int = 8
+    memory_gb: float = 0.0  # of a GPU, 10^9 bytes
+    reserve_gb: float = 6.0  # of it left alone: CUDA contexts, NCCL's and cuBLAS's buffers, gaps between tensors
+    bf16_tflops: float = 0.0  # dense
+    memory_tbs: float = 0.0  # TB/s
+    nvlink_gbs: float = 0.0  # GB/s of a GPU in one direction, inside a node
+    network_gbs: float = 0.0  # GB/s of a GPU in one direction, between nodes
+    compute_share: float = 0.4  # of bf16_tflops that a training pass reaches
+    memory_share: float = 0.6  # of memory_tbs that decoding reaches
+    link_share: float = 0.5  # of a link that a weight sync reaches
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(slots=True)
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -346,6 +377,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    cluster: ClusterConfig | None = None  # for `plan` alone
 
     def stages(self) -> dict[str, StageConfig]:
         """The stages in their order, by name, empty ones included."""

@@ -36,7 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     "rollout": BASE | {"rewards"},
     "evaluation": BASE | {"rewards", "rollout"},
     "methods": MODELS | TOOLS | {"weights"},
-    "cli": BASE | {"train"},
+    "plan": {"config", "errors", "report"},
+    "cli": BASE | {"train", "plan"},
 }
 # Only these layers import these packages.
 HOMES = {
@@ -45,7 +46,7 @@ HOMES = {
     "omegaconf": {"cli"},
 }
 # These layers are read before torch is loaded.
-WITHOUT_TORCH = {"errors", "config", "cli", "__main__", "__init__"}
+WITHOUT_TORCH = {"errors", "config", "plan", "cli", "__main__", "__init__"}
 
 
 def violations(package: Path) -> list[str]:

@@ -18,6 +18,7 @@ from megatron_tempo.config.tree import MISSING, walk
 class Purpose(Enum):
     train = "train"
     eval = "eval"  # stages, training data and checkpoints play no part
+    plan = "plan"  # the rules of megatron_tempo/plan/split.py instead
 
 
 def check(config: Config, *, world_size: int | None, purpose: Purpose = Purpose.train) -> list[Problem]:

@@ -26,6 +26,7 @@ _SMALL = _Bound("above 0", "1e-6", lambda x: x > 0)
 _DECAY = _Bound("at least 0 and below 1", "0.9", lambda x: 0 <= x < 1)
 _CLIP_LOW = _Bound("above 0 and below 1", "3e-4", lambda x: 0 < x < 1)
 _CLIP_HIGH = _Bound("above 0", "5e-4", lambda x: x > 0)
+_SHARE = _Bound("above 0 and at most 1", "0.5", lambda x: 0 < x <= 1)
 _DUAL_CLIP = _Bound("above 1", "3", lambda x: x > 1)
 
 _BOUNDS: dict[type, dict[str, _Bound]] = {
@@ -97,6 +98,19 @@ _BOUNDS: dict[type, dict[str, _Bound]] = {
         "max_response_tokens": _ONE_OR_MORE,
     },
     schema.CheckpointConfig: {"every": _ZERO_OR_MORE, "keep": _ONE_OR_MORE},
+    schema.ClusterConfig: {
+        "nodes": _ONE_OR_MORE,
+        "gpus_per_node": _ONE_OR_MORE,
+        "memory_gb": _ABOVE_ZERO,
+        "reserve_gb": _ZERO_OR_MORE,
+        "bf16_tflops": _ABOVE_ZERO,
+        "memory_tbs": _ABOVE_ZERO,
+        "nvlink_gbs": _ABOVE_ZERO,
+        "network_gbs": _ABOVE_ZERO,
+        "compute_share": _SHARE,
+        "memory_share": _SHARE,
+        "link_share": _SHARE,
+    },
 }
 
 

@@ -1,0 +1,194 @@
+"""Bytes of activations: what autograd keeps of a layer, and what stands beside it at the worst moment.
+
+The accounting is that of Korthikanti et al. 2022 (arXiv 2205.05198), section 4, done anew for our layers: packed rows,
+grouped queries, SwiGLU, norms in fp32, rotary embeddings without fusion, no dropout. Notation: S tokens of a
+micro-batch, g cells of its attention grid, h hidden size, q and k widths of the query and the key projection, d head
+size, f feed-forward width, t tensor-parallel ranks, a bytes of a number. q, k and f are a rank's, divided by t;
+h stands for h / t under sequence parallelism wherever a tensor lies between the matrix products.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megatron_tempo.config.schema import Recompute
+from megatron_tempo.plan.layout import Layout, Machine, MicroBatch
+from megatron_tempo.plan.shapes import Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """A rank's share of the layer's widths, in numbers a token, and the context they are used in."""
+
+    h: float  # between matrix products, divided under sequence parallelism
+    full: float  # the whole hidden size
+    q: float
+    k: float
+    f: float
+    heads: float
+    groups: float
+    d: float
+    sequence: bool
+
+    @classmethod
+    def of(cls, shape: Shape, layout: Layout) -> Widths:
+        t, sequence = layout.tensor, layout.sequence and layout.tensor > 1
+        return cls(
+            shape.hidden / (t if sequence else 1),
+            shape.hidden,
+            shape.queries / t,
+            shape.keys / t,
+            shape.ffn / t,
+            shape.heads / t,
+            shape.groups / t,
+            shape.head_dim,
+            sequence,
+        )
+
+
+def norm(w: Widths, machine: Machine) -> float:
+    """What one norm of the hidden states and the product behind it keep, bytes a token.
+
+    The input in fp32 (in fp32 the residual stream itself, else a copy), 4 h; the reciprocal root, 4; the output, which
+    the matrix product keeps, a h. On a CPU torch's rms_norm is made of single operations and keeps the normed input,
+    4 h more.
+    """
+    return (4 + machine.size + (0 if machine.cuda else 4)) * w.h + 4
+
+
+def attention(w: Widths, machine: Machine, micro: MicroBatch) -> float:
+    """What the attention keeps between its norm and its output, bytes.
+
+    Norms of queries and keys: in bf16 fp32 copies, 4 (q + k). In fp32 the joint projection q + 2 k, of which the keys
+    are a view, and the queries' copy out of it, q, where the rank has several groups (without, they are a view too);
+    on a CPU also both normed. Reciprocal roots: 4 a head and group. Rotary: a cosine and a sine of each position, for
+    queries and for keys, 4 a d. The output by token, which the projection keeps: a q.
+    """
+    a = machine.size
+    if machine.mixed:
+        norms = 4 * (w.q + w.k)
+    else:
+        norms = a * (w.q + 2 * w.k + (w.q if w.groups > 1 else 0) + (0 if machine.cuda else w.q + w.k))
+    return (norms + 4 * (w.heads + w.groups) + 4 * a * w.d + a * w.q) * micro.tokens
+
+
+def on_grid(w: Widths, machine: Machine, layout: Layout, micro: MicroBatch) -> float:
+    """What the attention keeps inside: on the grid, where keys and values are repeated to as many heads as there are
+    queries, q, k, v and the output, 4 a q, log-sum-exps, 4 a head, and the grid's int64 numbers, 8.
+
+    Over c context ranks there is no grid: a rank's queries and outputs by token, 2 a q, and keys and values of all
+    ranks' tokens, once as they were gathered, 2 a k, and repeated, 2 a q.
+    """
+    a, S = machine.size, micro.tokens
+    if layout.context > 1:
+        return (2 * a * w.q + 4 * w.heads) * S + 2 * a * w.q * S * layout.context
+    return (4 * a * w.q + 4 * w.heads + 8) * micro.grid
+
+
+def feed_forward(w: Widths, machine: Machine) -> float:
+    """What the feed-forward part keeps, bytes a token: both halves of the first product, 2 f, silu of the gate, f, the
+    other half again (Megatron adds an offset of 0), f, and the second product's input, f."""
+    return 5 * machine.size * w.f
+
+
+def layer(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch) -> float:
+    """All that one layer keeps for its backward pass, bytes. With `Recompute.attention` what the attention is given,
+    q + 2 k, instead of what it keeps inside."""
+    w = Widths.of(shape, layout)
+    given = machine.size * (w.q + 2 * w.k) * micro.tokens
+    inside = given if layout.recompute is Recompute.attention else on_grid(w, machine, layout, micro)
+    by_token = 2 * norm(w, machine) + feed_forward(w, machine)
+    return by_token * micro.tokens + attention(w, machine, micro) + inside
+
+
+def whole_layer(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch) -> float:
+    """What a layer keeps once it is computed again, bytes."""
+    return layer(shape, replace(layout, recompute=Recompute.none), machine, micro)
+
+
+def kept(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch, stage: int) -> float:
+    """What one micro-batch keeps in a stage's layers between its forward and its backward pass, bytes.
+
+    With `Recompute.layers` the layers' inputs alone, a h each. Beside them what a stage is given and gives, a h each:
+    in fp32 the given one is the first norm's input already, and the last layer's output is the closing norm's. In bf16
+    the norms have copies; a stage before or behind another keeps what came or went.
+    """
+    w, layers, last = Widths.of(shape, layout), shape.layers // layout.pipeline, layout.pipeline - 1
+    states = machine.size * w.h * micro.tokens
+    if layout.recompute is Recompute.layers:
+        return (layers + 1) * states
+    edges = (stage > 0) + (stage < last) if machine.mixed else 1
+    return layers * layer(shape, layout, machine, micro) + edges * states
+
+
+def in_flight(layout: Layout, stage: int, count: int) -> int:
+    """Micro-batches between their forward and backward pass under 1F1B (Narayanan et al. 2021, section 2.2): the first
+    stage holds as many as there are stages, the last one."""
+    return min(layout.pipeline - stage, count)
+
+
+def held(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch, stage: int) -> float:
+    """Bytes on a stage when a backward pass begins.
+
+    All that is in flight. On the last stage what the norm behind its layers keeps: in bf16 its input in fp32, on a CPU
+    the normed input. Under sequence parallelism Megatron's one buffer for gathered states, a S h, for the whole run.
+    Behind another stage, the gradient that went back to it, a h, until the next one does.
+    """
+    w = Widths.of(shape, layout)
+    total = in_flight(layout, stage, micro.count) * kept(shape, layout, machine, micro, stage)
+    if stage == layout.pipeline - 1:
+        total += 4 * w.h * micro.tokens * (machine.mixed + (not machine.cuda))
+    if stage > 0:
+        total += machine.size * w.h * micro.tokens
+    return total + (machine.size * w.full * micro.tokens if w.sequence else 0)
+
+
+def left_behind(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch, stage: int) -> float:
+    """Bytes that the other model keeps of its last pass: Megatron hands a stage's input over by an attribute of the
+    model, which holds it until the next."""
+    return machine.size * Widths.of(shape, layout).h * micro.tokens if stage > 0 else 0.0
+
+
+def backward(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch, stage: int) -> float:
+    """Bytes that the layers' backward pass needs beyond `held` at its worst moment, which is near its beginning:
+
+    - in the norm behind the last layer, on the last stage: four gradients in fp32 on a CPU, where it is made of single
+      operations, 16 h; on CUDA one in and one out, and one in the weights' type;
+    - in the last layer's feed-forward part: the gradient of the residual stream, a h, and of SwiGLU's product and of
+      one of its halves, 2 a f; or instead of the latter the gradient of the second weight, a f h, under sequence
+      parallelism with the gathered gradient of the states. What the norm held is gone by then.
+
+    With `Recompute.layers` one layer's activations come on top.
+    """
+    w, a, S, last = Widths.of(shape, layout), machine.size, micro.tokens, stage == layout.pipeline - 1
+    second_weight = a * (w.f * S + w.f * w.full + (w.full * S if w.sequence else 0))
+    gating = a * w.h * S + max(second_weight, 2 * a * w.f * S)
+    if layout.recompute is Recompute.layers:
+        gating += whole_layer(shape, layout, machine, micro)
+    if not last:
+        return gating
+    closing = (8 + a if machine.cuda else 16) * w.h * S
+    gone = 4 * w.h * S * (1 if machine.cuda else 2)
+    return max(closing, gating - gone)
+
+
+def reading(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch, stage: int) -> float:
+    """Peak bytes of a stage's layers in a pass without gradient.
+
+    The stage's input, the layer's input and the angles, d in fp32, which their callers hold; on all stages but the last
+    the output that went to the next; under sequence parallelism the buffer of gathered states; and the greatest of
+    three moments of a layer:
+
+    - attention: the normed input h, the joint projection, normed and rotated queries and keys, four of the queries'
+      width on the grid, and log-sum-exps;
+    - SwiGLU: the residual stream, the normed input, and 5 f;
+    - under sequence parallelism the sum of the output projection over the tensor ranks: queries, keys and values as
+      above, the attention's output, the whole product (twice with gloo, which copies it), its sum, the normed input.
+    """
+    w, a, S = Widths.of(shape, layout), machine.size, micro.tokens
+    joint = w.q + 2 * w.k + 2 * (w.q + w.k)
+    attending = a * (w.h + joint) * S + (4 * a * w.q + 4 * w.heads) * micro.grid
+    gating = a * (2 * w.h + 5 * w.f) * S
+    summing = a * (joint + w.q + w.full * (1 if machine.cuda else 2) + 2 * w.h) * S if w.sequence else 0
+    around = 2 * w.h + (w.h if stage < layout.pipeline - 1 else 0) + (w.full if w.sequence else 0)
+    return (a * around + 4 * w.d) * S + max(attending, gating, summing)

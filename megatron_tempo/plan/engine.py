@@ -1,0 +1,91 @@
+"""Memory of what generates: a server's GPU, or the transformers model in a trainer process.
+
+A token's keys and values are 2 layers k / t numbers a GPU: k is the width of the key projection, t the server's tensor
+parallelism, which repeats key-value heads where it has more ranks than there are of them. Windowed layers are counted
+as if they kept everything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_tempo.config.schema import Config, EngineKind, EnginePrecision
+from megatron_tempo.plan.layout import row_tokens
+from megatron_tempo.plan.parameters import layer_parameters, total_parameters
+from megatron_tempo.plan.shapes import Shape
+from megatron_tempo.plan.split import Split
+
+# Share of a GPU's memory that a server takes unless its arguments say another: vLLM's default, about SGLang's.
+FRACTION = 0.9
+FRACTION_OPTIONS = ("--gpu-memory-utilization", "--mem-fraction-static")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineMemory:
+    """Bytes on a GPU that generates."""
+
+    weights: float
+    cache: float
+    sampling: float  # beside the cache, while tokens are drawn
+    rows: float  # rows of full length that it has room for at a time: of the whole engine, one server, one process
+    sequence: float  # what one such row takes
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.cache
+
+
+def precision_of(config: Config) -> EnginePrecision:
+    """Of the engine's weights: wiring.engine_precision, which loads torch; a test compares the two."""
+    servers = config.rollout.servers if config.rollout.engine is not EngineKind.embedded else None
+    return (servers and servers.precision) or EnginePrecision[config.run.precision.name]
+
+
+def weight_bytes(config: Config, shape: Shape) -> float:
+    """Of the whole model in the engine's precision. In fp8 the layers' matrices are a byte a number, with a scale of
+    four bytes for a block of 128 x 128; the rest is bf16."""
+    precision, total = precision_of(config), total_parameters(shape)
+    if precision is EnginePrecision.fp8:
+        matrices = shape.layers * (layer_parameters(shape) - 2 * shape.hidden)
+        return matrices * (1 + 4 / 128**2) + 2.0 * (total - matrices)
+    return {EnginePrecision.fp32: 4.0, EnginePrecision.bf16: 2.0}[precision] * total
+
+
+def token_bytes(config: Config, shape: Shape, tensor: int = 1) -> float:
+    """Keys and values of one token on a GPU; the cache of an FP8 engine is bf16."""
+    size = 4 if precision_of(config) is EnginePrecision.fp32 else 2
+    return 2.0 * size * shape.layers * shape.head_dim * max(1.0, shape.groups / tensor)
+
+
+def fraction_of(config: Config) -> float:
+    """The share of a GPU's memory that a server is told to take."""
+    words = [word for text in config.rollout.servers.arguments for word in text.replace("=", " ").split()]
+    for option in FRACTION_OPTIONS:
+        if option in words[:-1]:
+            return float(words[words.index(option) + 1])
+    return FRACTION
+
+
+def server(config: Config, shape: Shape) -> EngineMemory:
+    """A server's GPU: what it takes of it is weights, and cache in the rest."""
+    assert config.cluster is not None
+    tensor = config.rollout.servers.tensor
+    weights = weight_bytes(config, shape) / tensor
+    sequence = token_bytes(config, shape, tensor) * row_tokens(config)
+    cache = max(0.0, fraction_of(config) * config.cluster.memory_gb * 1e9 - weights)
+    return EngineMemory(weights, cache, 0.0, cache / sequence, sequence)
+
+
+def embedded(config: Config, shape: Shape, rows: int, least: int, split: Split) -> EngineMemory:
+    """The whole model in every process (rollout/embedded.py), for `rows` rows over all processes.
+
+    It decodes `rollout.batch_rows` of them together, no more than the process has, and `least` anyhow. Over the cache:
+    while a token is added, one layer's keys or values are copied, and both are repeated to as many heads as there are
+    queries. While it is drawn, a row has its logits as fp32 twice and as float64 three times: 32 bytes a token of the
+    vocabulary.
+    """
+    rows = max(least, min(config.rollout.batch_rows, -(-rows // split.trainers)))
+    sequence = token_bytes(config, shape) * row_tokens(config)
+    copies = 1 + (0.5 + shape.heads / shape.groups) / shape.layers
+    drawing = 32.0 * rows * shape.vocab
+    return EngineMemory(weight_bytes(config, shape), rows * sequence * copies, drawing, rows, sequence)

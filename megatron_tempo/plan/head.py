@@ -1,0 +1,62 @@
+"""Bytes of the heads: the actor's output layer on R tokens, the critic's values.
+
+Notation as in activations.py; v is the rank's rows of the output matrix, padding included.
+"""
+
+from __future__ import annotations
+
+from megatron_tempo.config.schema import Logits
+from megatron_tempo.plan.layout import Layout, Machine, MicroBatch
+from megatron_tempo.plan.parameters import Role, padded_vocab
+from megatron_tempo.plan.shapes import Shape
+
+# Of kernels/linear_logprobs.py and linear_logprobs_triton.py, which load torch; a test compares them.
+PIECE = 1 << 24
+BLOCK_ROWS = 1 << 16
+BLOCK_BYTES = 1 << 29
+MOST_SHARES = 16
+
+
+def update(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch, logits: Logits, role: Role) -> float:
+    """Peak bytes of the head in an optimizer step, when its gradient is made.
+
+    Hidden states of R tokens and their gradient, 2 a R h, the gradient of the output matrix, a v h; and
+
+    - recomputed, on CUDA: 4 h min(R, 65536) + 2^29, and with more rows the weight's gradient in fp32 (the kernel's own
+      account); plain: of a piece of 2^24 logits seven tensors in fp32;
+    - stored: the logits, a R v, over which the kernel writes the gradient; plain: six tensors in fp32 more.
+
+    The critic's head is one number a token: a few bytes of R.
+    """
+    if role is Role.critic:
+        return 16.0 * micro.responses
+    a, h, R, v = machine.size, shape.hidden, micro.responses, padded_vocab(shape, layout.tensor) // layout.tensor
+    if logits is Logits.recomputed:
+        inputs = 2 * a * R * h + a * v * h
+        if machine.cuda:
+            many = 4 * v * h if R > BLOCK_ROWS else 0
+            return inputs + 4 * h * min(R, BLOCK_ROWS) + BLOCK_BYTES + many
+        return inputs + 7 * 4 * v * min(R, max(1, PIECE // v))
+    inputs = a * R * h
+    products = a * R * h + a * v * h  # when the gradient of the logits goes on, and its other tensors are gone
+    return inputs + a * R * v + (products if machine.cuda else max(products + 4 * R * v, 6 * 4 * R * v))
+
+
+def reading(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch, logits: Logits, role: Role) -> float:
+    """Peak bytes of the head in a pass without gradient, when the layers' are gone but for the hidden states.
+
+    On CUDA, recomputed, 16 R (shares + 1) bytes of sums; plain: of a piece of logits, or of all, five in fp32.
+    """
+    S, a, h = micro.tokens, machine.size, shape.hidden
+    sequence = layout.sequence and layout.tensor > 1
+    # The stage's input and the hidden states, and the buffer of gathered ones.
+    states = 2 * a * S * h / (layout.tensor if sequence else 1) + (a * S * h if sequence else 0)
+    if role is Role.critic:
+        return states + (4 * S * h if machine.mixed else 0) + 16.0 * micro.responses
+    R, v = micro.responses, padded_vocab(shape, layout.tensor) // layout.tensor
+    states += a * R * h
+    if logits is Logits.stored and machine.cuda:
+        return states + a * R * v + 16 * R
+    if machine.cuda:
+        return states + 16 * R * (MOST_SHARES + 1)
+    return states + 5 * 4 * v * (R if logits is Logits.stored else min(R, max(1, PIECE // v)))

@@ -1,0 +1,90 @@
+"""How a model is laid out over the GPUs, and how its micro-batches look, as far as memory and time depend on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_tempo.config.schema import Config, Device, Precision, Recompute
+
+# Of models/packing.py, which loads torch; a test compares the two.
+GRID_SLACK = 1.25
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The model over tensor x pipeline x context GPUs, `data` times.
+
+    >>> Layout(tensor=4, pipeline=2, data=1).world
+    8
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence: bool = False
+    context: int = 1
+    recompute: Recompute = Recompute.none
+
+    @property
+    def world(self) -> int:
+        return self.tensor * self.pipeline * self.context * self.data
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the bytes and the kernels depend on: the type of weights and activations, and the device."""
+
+    size: int = 2  # bytes of a number: 2 in bf16, 4 in fp32
+    cuda: bool = True
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the optimizer keeps fp32 main weights beside the model's."""
+        return self.size != 4
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """The largest micro-batch that a rank sees, and the tokens of all that one pass has on the device.
+
+    One row of 16 + 112 tokens, of a share of 4 rows:
+
+    >>> MicroBatch(tokens=128, responses=112, grid=128, count=4)
+    """
+
+    tokens: int  # S, on this rank
+    responses: int  # R: those of them that predict a response token
+    grid: int  # cells of the attention's grid, rows times longest
+    count: int  # micro-batches of an optimizer step
+
+
+def machine_of(config: Config) -> Machine:
+    return Machine(4 if config.run.precision is Precision.fp32 else 2, config.run.device is not Device.cpu)
+
+
+def layout_of(config: Config, world: int) -> Layout:
+    """The layout of a config whose trainer is `world` processes. It has passed the rules."""
+    own = config.parallel
+    data = world // own.ranks_of_a_replica
+    return Layout(own.tensor, own.pipeline, data, own.sequence, own.context, own.recompute)
+
+
+def row_tokens(config: Config) -> int:
+    """Tokens of the longest row, of training or of an evaluation."""
+    rollout, asked = config.rollout, config.evaluation.max_response_tokens or 0
+    return rollout.max_prompt_tokens + max(rollout.max_response_tokens, asked if config.evaluation.sets else 0)
+
+
+def micro_batch_of(config: Config, layout: Layout, rows: int) -> MicroBatch:
+    """The largest micro-batch where `rows` rows of full length are learnt from or read at a time, over all replicas.
+
+    A micro-batch has `parallel.micro_batch_tokens` tokens, or one longer row. Its attention grid may be GRID_SLACK
+    times that where it holds several rows. Nearly all of its tokens may predict response tokens, if prompts are short.
+    """
+    longest, budget = row_tokens(config), config.parallel.micro_batch_tokens
+    tokens = max(longest, budget)
+    grid = max(longest, int(GRID_SLACK * budget))
+    share = -(-rows // layout.data)
+    count = max(1, -(-share // max(1, budget // longest)))
+    tokens, grid = -(-tokens // layout.context), -(-grid // layout.context)
+    return MicroBatch(tokens, tokens, grid, count)

@@ -1,0 +1,77 @@
+"""How many parameters a rank holds, and what stays with them from step to step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from megatron_tempo.plan.layout import Layout, Machine
+from megatron_tempo.plan.shapes import Shape
+
+
+class Role(Enum):
+    actor = "actor"
+    critic = "critic"
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """Bytes that a model holds on a GPU whatever is being done."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+
+
+def padded_vocab(shape: Shape, tensor: int) -> int:
+    """As models/parallel.py fills it up: a multiple of 16 on each tensor rank."""
+    return shape.vocab + -shape.vocab % (16 * tensor)
+
+
+def layer_parameters(shape: Shape, tensor: int = 1) -> int:
+    """One layer's, on one tensor rank: matrices are divided, norms are not.
+
+    (queries + 2 keys + queries) hidden of the attention, 3 ffn hidden of the gated feed-forward part, two norms of the
+    hidden size, and one on queries and keys.
+    """
+    attention = (2 * shape.queries + 2 * shape.keys) * shape.hidden // tensor
+    norms = 2 * shape.hidden + (shape.queries + shape.keys if shape.whole_norm else 2 * shape.head_dim)
+    return attention + 3 * shape.ffn * shape.hidden // tensor + norms
+
+
+def parameters(shape: Shape, layout: Layout, role: Role, stage: int) -> int:
+    """Parameters on a rank of pipeline stage `stage`, padding of the vocabulary included.
+
+    A tied output matrix is the embedding where both are on one stage; else Megatron keeps a second copy on the last.
+    """
+    tensor, last = layout.tensor, layout.pipeline - 1
+    table = padded_vocab(shape, tensor) // tensor * shape.hidden
+    total = shape.layers // layout.pipeline * layer_parameters(shape, tensor)
+    if stage == 0:
+        total += table
+    if stage == last:
+        total += shape.hidden
+        if role is Role.critic:
+            total += shape.hidden + 1
+        elif not shape.tied or last > 0:
+            total += table
+    return total
+
+
+def total_parameters(shape: Shape, role: Role = Role.actor) -> int:
+    """Of the whole model, as its Hugging Face folder holds it, without padding."""
+    head = shape.hidden + 1 if role is Role.critic else 0 if shape.tied else shape.vocab * shape.hidden
+    return shape.vocab * shape.hidden + shape.layers * layer_parameters(shape) + shape.hidden + head
+
+
+def resident(shape: Shape, layout: Layout, machine: Machine, role: Role, stage: int) -> Resident:
+    """Bytes of a trained model (models/trained.py).
+
+    Weights in the run's precision; Megatron's DDP keeps a gradient of each in fp32 (`grad_reduce_in_fp32`), for the
+    whole run. The distributed optimizer (Rajbhandari et al. 2020, ZeRO-1) divides its state over the data-parallel
+    ranks: two moments in fp32, 8 bytes, and beside bf16 weights fp32 main weights, 4 more. In fp32 the main weights are
+    views of the model's.
+    """
+    count = parameters(shape, layout, role, stage)
+    state = 12 if machine.mixed else 8
+    return Resident(machine.size * count, 4.0 * count, state * count / (layout.data * layout.context))

@@ -1,0 +1,168 @@
+"""The layouts of a cluster that keep to the configuration's rules: which fit, how fast they are, which is the nearest.
+
+What is varied: tensor and pipeline parallelism (data parallelism is the rest), how many GPUs of each node serve and in
+what tensor parallelism, and, where that saves memory, the token budget, recomputation and the embedded engine's rows.
+Context parallelism stays as it is given. A group of tensor ranks stays inside a node, and sequence parallelism goes
+with it. No trainer shares its GPUs with servers: that is not made to work yet (docs/status.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from itertools import product
+
+from megatron_tempo.config.problem import show
+from megatron_tempo.config.rules.layout import divisors
+from megatron_tempo.config.schema import Config, EngineKind, Recompute
+from megatron_tempo.plan.layout import Layout, layout_of, row_tokens
+from megatron_tempo.plan.memory import Memory, Over, Phase, least_rows, memory
+from megatron_tempo.plan.shapes import Shape
+from megatron_tempo.plan.split import Split, laid_out, split_of
+from megatron_tempo.plan.times import iteration, times
+
+SERVERS = EngineKind.vllm  # what stands for servers where the configuration has the embedded engine
+
+# What is tried where nothing fits: times as many nodes, parts of the responses' length.
+MORE, SHORTER = (2, 4, 8), (2, 4, 8, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A configuration on its cluster. `words`: the overrides that make it of the one that was given."""
+
+    words: tuple[str, ...]
+    config: Config
+    layout: Layout
+    split: Split
+    memory: Memory
+    seconds: dict[Phase, float]
+
+    @property
+    def over(self) -> Over | None:
+        return self.memory.over()
+
+    @property
+    def iteration(self) -> float:
+        return iteration(self.config, self.seconds)
+
+
+def plan_of(config: Config, shape: Shape, words: tuple[str, ...] = ()) -> Plan:
+    """The configuration has passed `split.problems`."""
+    split = split_of(config)
+    found = memory(config, shape)
+    return Plan(words, config, layout_of(config, split.trainers), split, found, times(config, shape, found))
+
+
+def search(config: Config, shape: Shape) -> list[Plan]:
+    """All layouts that fit, the shortest iteration first."""
+    found = []
+    for changes in _changes(config, shape):
+        changed, words = _changed(config, changes)
+        if laid_out(changed, shape):
+            continue
+        found.append(plan_of(changed, shape, words))
+    return sorted((plan for plan in found if plan.over is None), key=lambda plan: (plan.iteration, len(plan.words)))
+
+
+def best_of_each(plans: list[Plan]) -> list[Plan]:
+    """The fastest plan for each tensor x pipeline x data and split of the GPUs, in the order given."""
+    seen: dict[tuple[object, ...], Plan] = {}
+    for plan in plans:
+        layout = plan.layout
+        seen.setdefault((layout.tensor, layout.pipeline, layout.data, plan.split.serving), plan)
+    return list(seen.values())
+
+
+def nearest(plans: list[Plan]) -> Plan | None:
+    """The plan with the fewest changes; of equals the fastest."""
+    return min(plans, key=lambda plan: (len(plan.words), plan.iteration), default=None)
+
+
+def relief(config: Config, shape: Shape) -> Iterator[Plan]:
+    """Where no layout of the cluster fits: the nearest one on more nodes, and the nearest one for shorter responses."""
+    assert config.cluster is not None
+    nodes = [config.cluster.nodes * times for times in MORE]
+    lengths = [config.rollout.max_response_tokens // share for share in SHORTER]
+    for path, values in (("cluster.nodes", nodes), ("rollout.max_response_tokens", lengths)):
+        for value in values:
+            changed, words = _changed(config, {path: value})
+            if plan := nearest(search(changed, shape)):
+                yield replace(plan, words=(*words, *plan.words))
+                break
+
+
+def _changes(config: Config, shape: Shape) -> Iterator[dict[str, object]]:
+    """Fields by path, with what they are to be."""
+    for engine in _engines(config, shape):
+        trainers = split_of(_changed(config, engine)[0]).trainers
+        for training in _training(config, shape, trainers):
+            yield engine | training
+
+
+def _training(config: Config, shape: Shape, trainers: int) -> Iterator[dict[str, object]]:
+    assert config.cluster is not None
+    inside = trainers // config.cluster.nodes if trainers % config.cluster.nodes == 0 else trainers
+    budgets = {config.parallel.micro_batch_tokens, min(config.parallel.micro_batch_tokens, row_tokens(config))}
+    kinds = {config.parallel.recompute, Recompute.layers}
+    for tensor in (n for n in divisors(shape.heads) if inside % n == 0):
+        for pipeline in (n for n in divisors(shape.layers) if trainers % (tensor * n) == 0):
+            # The configuration's own choice stays where it can: a word less.
+            sequence = tensor > 1 and (config.parallel.sequence or tensor != config.parallel.tensor)
+            for sequenced in {sequence, tensor > 1}:
+                for budget, recompute in product(budgets, kinds):
+                    yield {
+                        "parallel.tensor": tensor,
+                        "parallel.pipeline": pipeline,
+                        "parallel.sequence": sequenced,
+                        "parallel.micro_batch_tokens": budget,
+                        "parallel.recompute": recompute,
+                    }
+
+
+def _engines(config: Config, shape: Shape) -> Iterator[dict[str, object]]:
+    """The configuration's own engine, the embedded one with fewer rows, and servers on some of each node's GPUs."""
+    cluster, rollout = config.cluster, config.rollout
+    assert cluster is not None
+    yield {}
+    if rollout.servers.addresses is not None and rollout.engine is not EngineKind.embedded:
+        return
+    if rollout.engine is EngineKind.embedded:
+        rows = least_rows(config)
+        while rows < rollout.batch_rows:
+            yield {"rollout.batch_rows": rows}
+            rows *= 2
+    kind = SERVERS if rollout.engine is EngineKind.embedded else rollout.engine
+    node = cluster.gpus_per_node
+    for serving in range(1, node):
+        world = (node - serving) * cluster.nodes
+        processes = {} if config.parallel.world_size is None else {"parallel.world_size": world}
+        for tensor in (n for n in divisors(serving) if shape.heads % n == 0):
+            yield processes | {
+                "rollout.engine": kind,
+                "rollout.servers.devices": list(range(node - serving, node)),
+                "rollout.servers.tensor": tensor,
+                "rollout.servers.replicas": serving // tensor,
+                "rollout.servers.each_node": cluster.nodes > 1,
+            }
+
+
+def _changed(config: Config, changes: dict[str, object]) -> tuple[Config, tuple[str, ...]]:
+    """A copy with these fields, and the words for those that are not so yet."""
+    changed, words = deepcopy(config), []
+    for path, value in changes.items():
+        *groups, name = path.split(".")
+        node = changed
+        for group in groups:
+            node = getattr(node, group)
+        if getattr(node, name) != value:
+            setattr(node, name, value)
+            words.append(_word(path, value))
+    return changed, tuple(words)
+
+
+def _word(path: str, value: object) -> str:
+    """An override as it can be pasted: a shell leaves no list alone."""
+    word = f"{path}={show(value).replace(', ', ',')}"
+    return f"'{word}'" if isinstance(value, list) else word

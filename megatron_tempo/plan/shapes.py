@@ -1,0 +1,104 @@
+"""The shape of a model: as its config.json says, or as it was published."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tempo.config.problem import Problem
+from megatron_tempo.config.rules.model import ModelShape
+from megatron_tempo.config.schema import Config, Published
+from megatron_tempo.config.tree import MISSING
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A decoder of `layers` layers with grouped attention, a gated feed-forward part and a norm on queries and keys.
+
+    >>> PUBLISHED[Published.qwen3_8b].groups
+    8
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    groups: int  # key/value heads
+    head_dim: int
+    ffn: int
+    vocab: int
+    positions: int
+    tied: bool = False  # input and output embeddings are one matrix
+    whole_norm: bool = False  # the norm of queries and keys is over the whole projection, not over a head
+    window: int | None = None  # tokens that a windowed layer attends to
+    windowed: int = 0  # layers of that kind
+
+    @property
+    def queries(self) -> int:
+        """Width of the query projection."""
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Width of the key projection, and of the value projection."""
+        return self.groups * self.head_dim
+
+    def of_rules(self) -> ModelShape:
+        """What the rules of the layout ask for."""
+        return ModelShape(self.heads, self.groups, self.ffn, self.layers, self.positions, self.vocab)
+
+
+# From the models' own config.json; tests/unit/test_plan_parameters.py builds transformers' models of them.
+PUBLISHED = {
+    Published.qwen3_8b: Shape(36, 4096, 32, 8, 128, 12288, 151936, 40960),
+    Published.qwen3_14b: Shape(40, 5120, 40, 8, 128, 17408, 151936, 40960),
+    Published.olmo3_7b: Shape(
+        32, 4096, 32, 32, 128, 11008, 100278, 65536, whole_norm=True, window=4096, windowed=24
+    ),
+}  # fmt: skip
+
+
+def shape_of(config: Config) -> tuple[Shape | None, list[Problem]]:
+    """The actor's shape: of `model.path` where that is given, else of `model.shape`; and why there is none.
+
+    A critic of `model.critic_path` has the actor's decoder: another one is not planned for.
+    """
+    path = config.model.path
+    if path != MISSING:
+        return _read(Path(path))
+    if config.model.shape is None:
+        fix = f"model.path=FOLDER, or model.shape=one of {', '.join(Published.__members__)}"
+        return None, [Problem("model.path", path, "nothing says which model to plan for", fix)]
+    return PUBLISHED[config.model.shape], []
+
+
+def _read(folder: Path) -> tuple[Shape | None, list[Problem]]:
+    file = folder / "config.json"
+    fix = "give a folder with the config.json of a Qwen3 or OLMo3, or leave model.path away and give model.shape"
+    try:
+        return _shape(json.loads(file.read_text(encoding="utf-8"))), []
+    except OSError:
+        return None, [Problem("model.path", str(folder), "has no config.json", fix)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return None, [Problem("model.path", str(folder), f"config.json cannot be read ({error!r})", fix)]
+
+
+def _shape(plain: dict[str, Any]) -> Shape:
+    hidden, heads = int(plain["hidden_size"]), int(plain["num_attention_heads"])
+    layers = int(plain["num_hidden_layers"])
+    windowed = sum(kind == "sliding_attention" for kind in plain.get("layer_types") or ())
+    return Shape(
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        groups=int(plain["num_key_value_heads"]),
+        head_dim=int(plain.get("head_dim") or hidden // heads),
+        ffn=int(plain["intermediate_size"]),
+        vocab=int(plain["vocab_size"]),
+        positions=int(plain["max_position_embeddings"]),
+        tied=bool(plain.get("tie_word_embeddings", False)),
+        whole_norm=str(plain.get("model_type", "")).startswith("olmo"),
+        window=int(plain["sliding_window"]) if windowed else None,
+        windowed=windowed,
+    )

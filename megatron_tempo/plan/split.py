@@ -1,0 +1,87 @@
+"""Which GPUs of the cluster train and which generate, and whether a configuration can be planned for at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_tempo.config.problem import Problem
+from megatron_tempo.config.rules import layout, numbers, rollout, stages
+from megatron_tempo.config.schema import Config, EngineKind
+from megatron_tempo.plan.shapes import Shape, shape_of
+
+# Rules that ask this machine for what only the training machines have.
+_ELSEWHERE = ("rollout.servers.python", "rollout.servers.key_file", "rollout.servers.addresses", "data")
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """The trainer's processes, and the servers (0: embedded in the trainer, or found by addresses).
+
+    >>> Split(trainers=4, servers=4, serving=4, beside=0)  # a node: four GPUs train, four serve on their own
+    """
+
+    trainers: int
+    servers: int
+    serving: int  # GPUs that serve
+    beside: int  # servers on the GPU that has most of them and a trainer process too
+
+
+def split_of(config: Config) -> Split:
+    """As docs/engines.md has it: servers take their `devices` of each node that they are started on, the trainer the
+    node's other GPUs. Where `parallel.world_size` is given, its processes take each node's first GPUs. Without
+    `devices` all servers see a node's GPUs and begin with the first.
+    """
+    cluster, servers = config.cluster, config.rollout.servers
+    assert cluster is not None
+    world, node = config.parallel.world_size, cluster.gpus_per_node
+    if config.rollout.engine is EngineKind.embedded or servers.addresses is not None:
+        return Split(world or cluster.gpus, 0, 0, 0)
+    nodes = cluster.nodes if servers.each_node else 1
+    devices = servers.devices
+    taken = set(range(servers.tensor)) if devices is None else set(devices)
+    if world is None:
+        trainers = node - len(taken) if devices is not None and len(taken) < node else node
+        world = trainers * cluster.nodes
+    else:
+        trainers = -(-world // cluster.nodes)
+    free = trainers + len(taken) <= node and devices is not None
+    crowd = servers.replicas if devices is None else 1
+    return Split(world, servers.replicas * nodes, len(taken) * nodes, 0 if free else crowd)
+
+
+def problems(config: Config) -> list[Problem]:
+    """What keeps a configuration from being planned for. Sets of questions and this machine's programs play no part."""
+    shape, found = shape_of(config)
+    found += [*numbers.check(config), *_cluster(config)]
+    if found or shape is None:
+        return found
+    return [*laid_out(config, shape), *(p for p in stages.check(config) if not p.field.startswith(_ELSEWHERE))]
+
+
+def laid_out(config: Config, shape: Shape) -> list[Problem]:
+    """The rules that a layout can break, on the trainer's processes as `split_of` counts them."""
+    world = split_of(config).trainers
+    shapes = {"model.path": shape.of_rules()}
+    found = [*layout.check(config, shapes, world), *_devices(config)]
+    found += [problem for problem in rollout.check(config) if not problem.field.startswith(_ELSEWHERE)]
+    return found + list(stages.check_data_parallel(config, world))
+
+
+def _cluster(config: Config) -> Iterator[Problem]:
+    if config.cluster is None:
+        yield Problem(
+            "cluster", None, "nothing says which machines to plan for", "cluster=h100x8, or cluster.FIELD=..."
+        )
+
+
+def _devices(config: Config) -> Iterator[Problem]:
+    cluster, devices = config.cluster, config.rollout.servers.devices
+    assert cluster is not None
+    if devices is not None and (set(devices) - set(range(cluster.gpus_per_node)) or len(set(devices)) < len(devices)):
+        wrong = f"must be different numbers below cluster.gpus_per_node={cluster.gpus_per_node}"
+        yield Problem("rollout.servers.devices", devices, wrong, f"for example [{cluster.gpus_per_node - 1}]")
+    world = config.parallel.world_size
+    if world is not None and world > cluster.gpus:
+        fix = f"parallel.world_size={cluster.gpus} or less, or more nodes"
+        yield Problem("parallel.world_size", world, f"the cluster has {cluster.gpus} GPUs", fix)

@@ -1,0 +1,158 @@
+"""A plan in words: what `megatron-tempo plan` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from megatron_tempo.config.schema import Config, EngineKind
+from megatron_tempo.plan.layout import machine_of
+from megatron_tempo.plan.memory import GB, Part
+from megatron_tempo.plan.parameters import Role, resident, total_parameters
+from megatron_tempo.plan.search import MORE, SHORTER, Plan, best_of_each, nearest, relief
+from megatron_tempo.plan.shapes import Shape
+
+ROWS = 12  # of the table of layouts
+
+
+def report(config: Config, shape: Shape, own: Plan, plans: list[Plan]) -> str:
+    """The configuration's own plan, and the layouts that fit."""
+    parts = [
+        "\n".join(_head(config, shape, own)),
+        "\n".join(_memory(own)),
+        "\n".join(_models(shape, own)),
+        "\n".join(_times(own)),
+        "\n".join(_verdict(shape, own, plans)),
+        "\n".join(_layouts(own, plans)),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _head(config: Config, shape: Shape, own: Plan) -> Iterator[str]:
+    cluster, split = config.cluster, own.split
+    assert cluster is not None
+    yield (
+        f"{total_parameters(shape) / GB:.2f} billion parameters, {shape.layers} layers, on {cluster.gpus} x "
+        f"{cluster.gpu or 'GPU'} of {cluster.memory_gb:g} GB, {cluster.reserve_gb:g} of them kept in reserve"
+    )
+    engine = config.rollout.engine.name
+    if config.rollout.engine is EngineKind.embedded:
+        engine += " in the trainer's processes"
+    elif not split.servers:
+        engine += " servers that run elsewhere"
+    else:
+        where = "on the trainer's GPUs" if split.beside else f"on {split.serving} GPUs of their own"
+        engine += f", {split.servers} servers of tensor {config.rollout.servers.tensor} {where}"
+    yield f"trainer: {split.trainers} GPUs, {layout_words(own)}; engine: {engine}"
+
+
+def layout_words(plan: Plan) -> str:
+    """The layout as `check` tells it."""
+    layout = plan.layout
+    words = f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"
+    return words + (", sequence parallel" if layout.sequence else "")
+
+
+def _memory(own: Plan) -> list[str]:
+    parts = [part for part in Part if any(part in of for of in own.memory.phases.values())]
+    rows = [["GB of a GPU", *(part.value for part in parts), "total", "left"]]
+    for phase, of in own.memory.phases.items():
+        total = own.memory.total(phase)
+        cells = [f"{of[part] / GB:.1f}" if part in of else "" for part in parts]
+        rows.append([phase.value, *cells, f"{total / GB:.1f}", f"{(own.memory.limit - total) / GB:.1f}"])
+    lines = aligned(rows)
+    if own.memory.room:
+        lines.append(f"room for {own.memory.room:.0f} rows of full length at a time in each server or process")
+    return lines
+
+
+def _models(shape: Shape, own: Plan) -> list[str]:
+    """What each model holds on the first and the last pipeline stage."""
+    machine, last = machine_of(own.config), own.layout.pipeline - 1
+    rows = [["GB resident", "weights", "gradients", "optimizer"]]
+    for role in Role:
+        for stage in sorted({0, last}):
+            held = resident(shape, own.layout, machine, role, stage)
+            name = role.value + (f", stage {stage + 1} of {last + 1}" if last else "")
+            rows.append([name, *(f"{size / GB:.1f}" for size in (held.weights, held.gradients, held.optimizer))])
+    return aligned(rows)
+
+
+def _times(own: Plan) -> list[str]:
+    cluster = own.config.cluster
+    assert cluster is not None
+    rows = [["seconds", *(phase.value for phase in own.seconds), "iteration"]]
+    rows.append(["at full length", *(f"{s:,.0f}" for s in own.seconds.values()), f"{own.iteration:,.0f}"])
+    return [
+        *aligned(rows),
+        f"assumed: {cluster.compute_share:.0%} of {cluster.bf16_tflops:g} TFLOP/s, {cluster.memory_share:.0%} of "
+        f"{cluster.memory_tbs:g} TB/s, {cluster.link_share:.0%} of {cluster.nvlink_gbs:g} and {cluster.network_gbs:g} "
+        f"GB/s; not measured",
+    ]
+
+
+def _verdict(shape: Shape, own: Plan, plans: list[Plan]) -> Iterator[str]:
+    if own.over is None:
+        yield f"fits: {own.memory.largest.value} needs most, {own.memory.total(own.memory.largest) / GB:.1f} GB"
+        return
+    yield f"does not fit: {own.over}"
+    change = nearest(plans)
+    if change is not None:
+        yield f"smallest change that fits: {' '.join(change.words)}"
+        return
+    yield "no layout of these GPUs fits"
+    others = list(relief(own.config, shape))
+    yield from (f"what would: {' '.join(other.words)}" for other in others)
+    if not others:
+        yield f"nor do {MORE[-1]} times as many, nor responses of a {SHORTER[-1]}th of the length"
+
+
+def _layouts(own: Plan, plans: list[Plan]) -> list[str]:
+    shown = best_of_each(plans)
+    rows = [["", "tensor", "pipeline", "data", "trainer GPUs", "engine", "most GB", "in phase", "rows", "seconds"]]
+    mine = own if own.over is None else None
+    listed = shown[:ROWS]
+    if mine is not None:
+        listed = [mine if not plan.words else plan for plan in listed]
+        if mine not in listed:
+            listed.append(mine)
+    else:
+        listed = [*listed, own]
+    for plan in listed:
+        rows.append(["*" if plan is own else "", *layout_row(plan)])
+    lines = ["layouts that fit, best first (* as given)" if own.over is None else
+             "layouts that fit, best first; last, with *, the given one, which does not"]  # fmt: skip
+    return [*lines, *aligned(rows), *_pasted(shown[:1])]
+
+
+def layout_row(plan: Plan) -> list[str]:
+    """Cells of the table of layouts."""
+    servers, split, layout = plan.config.rollout.servers, plan.split, plan.layout
+    engine = f"{split.serving} GPUs, tensor {servers.tensor}" if split.serving else "embedded"
+    if split.beside:
+        engine = f"shared, tensor {servers.tensor}"
+    elif plan.config.rollout.engine is not EngineKind.embedded and not split.servers:
+        engine = "elsewhere"
+    largest = plan.memory.largest
+    return [
+        *map(str, (layout.tensor, layout.pipeline, layout.data, split.trainers)),
+        engine,
+        f"{plan.memory.total(largest) / GB:.1f}",
+        largest.value,
+        f"{plan.memory.room:.0f}",
+        f"{plan.iteration:,.0f}",
+    ]
+
+
+def _pasted(best: Sequence[Plan]) -> Iterator[str]:
+    for plan in best:
+        if plan.words:
+            yield f"the best: {' '.join(plan.words)}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns of text: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        for row in rows
+    ]

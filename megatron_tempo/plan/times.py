@@ -1,0 +1,145 @@
+"""Seconds of each phase, from the cluster's stated rates. They are to compare layouts with, not to promise dates.
+
+All responses are taken at their full length. Training passes are bound by arithmetic, `compute_share` of the peak, plus
+the exchange between tensor ranks and between replicas; decoding by memory, `memory_share` of its bandwidth; weights by
+links, at `link_share`.
+"""
+
+from __future__ import annotations
+
+from megatron_tempo.config.schema import ClusterConfig, Config, EngineKind, Logits, Recompute, StageConfig
+from megatron_tempo.plan import engine
+from megatron_tempo.plan.layout import Layout, layout_of, machine_of, micro_batch_of, row_tokens
+from megatron_tempo.plan.memory import Memory, Phase
+from megatron_tempo.plan.parameters import Role, parameters, total_parameters
+from megatron_tempo.plan.shapes import Shape
+from megatron_tempo.plan.split import Split, split_of
+
+
+def times(config: Config, shape: Shape, memory: Memory) -> dict[Phase, float]:
+    """Seconds of the phases of one iteration of the last stage. Checkpoints, which are rare, are left out."""
+    assert config.cluster is not None
+    split = split_of(config)
+    stage = [stage for stage in config.stages().values() if stage.iterations > 0][-1]
+    passes = _Passes(config, shape, config.cluster, layout_of(config, split.trainers), stage)
+    rows = stage.responses_per_prompt
+    learnt, judged = rows * stage.count(stage.actor_prompts()), rows * stage.count(stage.critic_prompts())
+    found = {
+        Phase.generate: _generate(config, shape, config.cluster, split, stage, memory.room),
+        Phase.values: passes.read(learnt, Role.critic),
+        Phase.critic: passes.update(judged, Role.critic) * stage.critic.epochs,
+        Phase.logprobs: passes.read(learnt, Role.actor) * (2 if stage.actor.kl_coef > 0 else 1),
+        Phase.actor: passes.update(learnt, Role.actor) * stage.actor.epochs,
+        Phase.sync: _sync(config, shape, config.cluster, split),
+    }
+    return {phase: seconds for phase, seconds in found.items() if seconds}
+
+
+def iteration(config: Config, seconds: dict[Phase, float]) -> float:
+    """All phases one after another; with `rollout.max_staleness` generating goes on beside the others."""
+    generate = seconds[Phase.generate]
+    rest = sum(seconds.values()) - generate
+    return max(generate, rest) if config.rollout.max_staleness else generate + rest
+
+
+def row_operations(shape: Shape, prompt: int, response: int, role: Role) -> tuple[float, float]:
+    """Floating-point operations of a forward pass over one row: of the layers, and of the actor's output layer.
+
+    Two for each parameter of a matrix and token (the 2 N D of Kaplan et al. 2020, 6 N D with the backward pass), and of
+    causal attention two products of 2 q for each pair of tokens: n^2 / 2 pairs, or n w - w^2 / 2 in a window of w.
+    """
+    n = prompt + response
+    matrices = (2 * shape.queries + 2 * shape.keys + 3 * shape.ffn) * shape.hidden
+    w = min(n, shape.window or n)
+    pairs = (shape.layers - shape.windowed) * n**2 / 2 + shape.windowed * (n * w - w**2 / 2)
+    layers = 2.0 * n * shape.layers * matrices + 4.0 * shape.queries * pairs
+    return layers, 2.0 * response * shape.hidden * shape.vocab if role is Role.actor else 0.0
+
+
+class _Passes:
+    """Passes of a stage's rows through the trainer's models."""
+
+    def __init__(
+        self, config: Config, shape: Shape, cluster: ClusterConfig, layout: Layout, stage: StageConfig
+    ) -> None:
+        self.config, self.shape, self.cluster, self.layout, self.stage = config, shape, cluster, layout, stage
+        self.size = machine_of(config).size
+        self.lengths = (config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
+
+    def read(self, rows: int, role: Role) -> float:
+        layers, ending = row_operations(self.shape, *self.lengths, role)
+        return self._pass(rows, layers + ending, exchanges=2, steps=1) if rows else 0.0
+
+    def update(self, rows: int, role: Role) -> float:
+        """A backward pass is two forward ones. A recomputed head costs one more of its own, recomputed layers too."""
+        if not rows:
+            return 0.0
+        layers, ending = row_operations(self.shape, *self.lengths, role)
+        update = self.stage.actor if role is Role.actor else self.stage.critic
+        again = self.layout.recompute is Recompute.layers
+        operations = layers * (4 if again else 3) + ending * (4 if self.config.model.logits is Logits.recomputed else 3)
+        steps = max(1, rows // (update.mini_batch_prompts * self.stage.responses_per_prompt))
+        return self._pass(rows, operations, exchanges=6 if again else 4, steps=steps) + steps * self._reduce(role)
+
+    def _pass(self, rows: int, operations: float, exchanges: int, steps: int) -> float:
+        """Arithmetic, and in each layer `exchanges` all-reduces of the hidden states over the tensor ranks (Shoeybi et
+        al. 2019): 2 (t - 1) / t times their bytes. The pipeline idles for (stages - 1) / micro-batches of it."""
+        layout, cluster, shape = self.layout, self.cluster, self.shape
+        rate = layout.world * cluster.bf16_tflops * 1e12 * cluster.compute_share
+        states = self.size * row_tokens(self.config) * shape.hidden
+        t = layout.tensor
+        sent = exchanges * shape.layers / layout.pipeline * 2 * (t - 1) / t * states * rows / layout.data
+        link = cluster.nvlink_gbs if t <= cluster.gpus_per_node else cluster.network_gbs
+        micro = micro_batch_of(self.config, layout, max(1, rows // steps))
+        busy = rows * operations / rate + sent / (link * 1e9 * cluster.link_share)
+        return busy * (1 + (layout.pipeline - 1) / micro.count)
+
+    def _reduce(self, role: Role) -> float:
+        """Once a step: gradients in fp32 to the rank that owns them, and weights back; a ring over the replicas."""
+        layout, cluster = self.layout, self.cluster
+        count = max(parameters(self.shape, layout, role, stage) for stage in (0, layout.pipeline - 1))
+        link = cluster.nvlink_gbs if layout.world <= cluster.gpus_per_node else cluster.network_gbs
+        return (4 + self.size) * count * (layout.data - 1) / layout.data / (link * 1e9 * cluster.link_share)
+
+
+def _generate(
+    config: Config, shape: Shape, cluster: ClusterConfig, split: Split, stage: StageConfig, room: float
+) -> float:
+    """Each step reads the weights, and the keys and values of the rows that are under way, at half a response's length
+    on average; or takes as long as its arithmetic. Rows that have no room wait. Before it, the prompts are read.
+
+    The embedded engine handles its cache more than once a step: it is copied to grow by a token (read and written), and
+    repeated to as many heads as there are queries (read, written, and read as often).
+    """
+    servers = config.rollout.servers
+    alone = config.rollout.engine is EngineKind.embedded
+    engines = split.trainers if alone else split.servers
+    if not engines:  # servers that run elsewhere
+        return 0.0
+    tensor = 1 if alone else servers.tensor
+    requests, samples = stage.count(stage.prompts()), stage.responses_per_prompt
+    mine = max(1.0, requests * samples / engines)
+    rows = max(1.0, min(room, mine, mine if alone else servers.concurrency * samples))
+    prompt, response = config.rollout.max_prompt_tokens, config.rollout.max_response_tokens
+    length = prompt + response / 2
+    seen = min(length, shape.window or length)
+    tokens = length + (seen - length) * shape.windowed / shape.layers
+    handled = 3 + 2 * shape.heads / shape.groups if alone else 1
+    cache = handled * rows * tokens * engine.token_bytes(config, shape, tensor)
+    read = engine.weight_bytes(config, shape) / tensor + cache
+    rate = tensor * cluster.bf16_tflops * 1e12 * cluster.compute_share
+    arithmetic = 2.0 * total_parameters(shape) / rate
+    step = max(read / (cluster.memory_tbs * 1e12 * cluster.memory_share), rows * arithmetic)
+    return mine / rows * response * step + requests / engines * prompt * arithmetic
+
+
+def _sync(config: Config, shape: Shape, cluster: ClusterConfig, split: Split) -> float:
+    """Each pipeline stage gathers its own weights over its tensor ranks, and its link carries them once for each server
+    (rollout/transfer.py); to the embedded engine they go over all ranks twice."""
+    size = engine.weight_bytes(config, shape)
+    gathered = size / config.parallel.pipeline if config.parallel.tensor > 1 else 0.0
+    inside, between = (gbs * 1e9 * cluster.link_share for gbs in (cluster.nvlink_gbs, cluster.network_gbs))
+    if config.rollout.engine is EngineKind.embedded:
+        return 2 * size / (inside if cluster.nodes == 1 else between)
+    sent = size / config.parallel.pipeline * max(1, split.servers)
+    return gathered / inside + sent / (inside if cluster.nodes == 1 else between)

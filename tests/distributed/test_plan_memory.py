@@ -1,0 +1,162 @@
+"""What the planner predicts of memory, against the storages that are alive in real processes, by part and by phase."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from megatron_tempo.config import Config
+from megatron_tempo.config.schema import (
+    Baseline,
+    ClusterConfig,
+    Device,
+    Logits,
+    Method,
+    ParallelConfig,
+    Recompute,
+    StageConfig,
+)
+from megatron_tempo.kernels.policy_loss import Experience
+from megatron_tempo.models.trained import TrainedModel
+from megatron_tempo.plan.layout import MicroBatch
+from megatron_tempo.plan.memory import Part, Phase, stage_memory
+from megatron_tempo.plan.shapes import shape_of
+from megatron_tempo.types import Batch
+from megatron_tempo.wiring import build_actor, build_critic, open_workplace
+from tests.support.ranks import run_ranks
+from tests.support.storages import Storages, bytes_of
+
+# name: processes, and the layout
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp1": (1, {}),
+    "dp2": (2, {}),
+    "tp2": (2, {"tensor": 2}),
+    "tp2-sp": (2, {"tensor": 2, "sequence": True}),
+    "tp2-stored": (2, {"tensor": 2}),
+    "pp2": (2, {"pipeline": 2}),
+    "tp1-attention": (1, {"recompute": Recompute.attention}),
+    "pp2-layers": (2, {"pipeline": 2, "recompute": Recompute.layers}),
+}
+# The first has an attention wider than its hidden size, the second a feed-forward part that outweighs the rest.
+MODELS = {
+    "even": {"hidden_size": 128, "head_dim": 24, "intermediate_size": 320, "vocab_size": 1003},
+    "wide": {"hidden_size": 96, "head_dim": 16, "intermediate_size": 512, "vocab_size": 500},
+}
+PROMPT, RESPONSE, BUDGET, ROWS = 16, 112, 256, 8  # two rows a micro-batch
+TOLERANCE = 0.1
+MOMENTS = {Phase.logprobs, Phase.values, Phase.actor, Phase.critic}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    out = tmp_path_factory.mktemp("models")
+    for name, shape in MODELS.items():
+        config = transformers.Qwen3Config(
+            **shape, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=512,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=False,
+        )  # fmt: skip
+        transformers.Qwen3ForCausalLM(config).save_pretrained(out / name)
+    return {name: out / name for name in MODELS}
+
+
+def configured(model: Path, name: str) -> Config:
+    config = Config()
+    world, layout = LAYOUTS[name]
+    config.model.path, config.model.logits = str(model), Logits.stored if "stored" in name else Logits.recomputed
+    config.run.device = Device.cpu
+    config.parallel = ParallelConfig(world_size=world, micro_batch_tokens=BUDGET, **layout)
+    config.rollout.max_prompt_tokens, config.rollout.max_response_tokens = PROMPT, RESPONSE
+    config.stage1 = StageConfig(Method.ppo, 1, labelled_prompts=ROWS, responses_per_prompt=1)
+    config.stage1.actor.mini_batch_prompts = config.stage1.critic.mini_batch_prompts = ROWS
+    config.cluster = ClusterConfig(gpus_per_node=world, memory_gb=1.0)
+    return config
+
+
+def batch_of_rows(vocab: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> torch.Tensor:
+        return torch.randint(0, vocab, (ROWS * count,), generator=generator)
+
+    return Batch(
+        prompt_ids=tuple(map(str, range(ROWS))),
+        group=torch.arange(ROWS),
+        prompt_tokens=tokens(PROMPT),
+        prompt_lengths=torch.full((ROWS,), PROMPT),
+        response_tokens=tokens(RESPONSE),
+        response_lengths=torch.full((ROWS,), RESPONSE),
+        engine_logprobs=torch.zeros(ROWS * RESPONSE),
+        stopped=torch.ones(ROWS, dtype=torch.bool),
+        versions=torch.zeros(ROWS * RESPONSE, dtype=torch.int32),
+        correct=torch.ones(ROWS),
+    )
+
+
+def resident(model: TrainedModel) -> dict[Part, int]:
+    """What a model holds, by its own objects."""
+    parts = getattr(model.optimizer, "chained_optimizers", [model.optimizer])
+    states = [t for part in parts for s in part.optimizer.state.values() for t in s.values()]
+    return {
+        Part.weights: bytes_of(list(model.net.parameters())),
+        Part.gradients: bytes_of([buffer.grad_data for buffer in model.module.buffers]),
+        Part.optimizer: bytes_of(states),
+    }
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Bytes by part, of all that is resident, and of what each phase needs beyond it, on this rank."""
+    vocab = json.loads((Path(config.model.path) / "config.json").read_text())["vocab_size"]
+    batch, order, stage = batch_of_rows(vocab), [torch.arange(ROWS)], config.stage1
+    assert batch.correct is not None
+    with open_workplace(config) as place, Storages() as storages:
+        actor, critic = build_actor(place), build_critic(place)
+        gc.collect()
+        parts = [resident(model.model) for model in (actor, critic)]
+        found: dict[str, Any] = {"resident": storages.now(), "stage": place.layout.pipeline_rank}
+        found["parts"] = {part: sum(one[part] for one in parts) for part in parts[0]}
+
+        def phase(name: Phase, run: Any) -> Any:
+            gc.collect()
+            storages.restart()
+            result = run()
+            # Not beyond what was there just before: Megatron's buffer of gathered states stays from the first pass on.
+            found[name.name] = storages.peak - found["resident"]
+            return result
+
+        values = phase(Phase.values, lambda: critic.values(batch))
+        old = phase(Phase.logprobs, lambda: actor.logprobs(batch))
+        given = Experience(old, values, torch.ones(ROWS))
+        phase(Phase.critic, lambda: critic.update(batch, batch.correct, stage.critic, order))
+        phase(Phase.actor, lambda: actor.update(batch, given, Baseline.before_token, stage.actor, order))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, "even") for name in LAYOUTS), *((name, "wide") for name in ("tp1", "tp2-sp", "pp2"))]
+)
+def test_the_plan_is_what_is_measured(models: dict[str, Path], kind: str, name: str, tmp_path: Path) -> None:
+    world = LAYOUTS[name][0]
+    config = configured(models[kind], name)
+    shape, problems = shape_of(config)
+    assert shape is not None
+    assert problems == []
+    count = ROWS * (PROMPT + RESPONSE) // BUDGET // (world // config.parallel.ranks_of_a_replica)
+    micro = MicroBatch(BUDGET, BUDGET * RESPONSE // (PROMPT + RESPONSE), BUDGET, count)
+    lines = []
+    for rank, found in enumerate(run_ranks(measure, world, tmp_path / "ranks", config)):
+        planned = stage_memory(config, shape, found["stage"], micro)
+        held = {part: planned[Phase.generate][part] for part in found["parts"]}
+        rows = [(part.value, size, held[part]) for part, size in found["parts"].items()]
+        rows.append(("resident", found["resident"], sum(held.values())))
+        for phase in MOMENTS:
+            rows.append((phase.value, found[phase.name], sum(planned[phase].values()) - sum(held.values())))
+        lines += [(f"{name} {kind} rank {rank} {what}", size, plan, plan / size - 1) for what, size, plan in rows]
+    for line in lines:
+        print(f"{line[0]}: measured {line[1]}, planned {line[2]:.0f}, {line[3]:+.1%}")
+    assert [line for line in lines if abs(line[3]) > TOLERANCE] == []

@@ -1,0 +1,52 @@
+"""The bytes of the tensors that are there, as torch's operations make them and let go of them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# What a peak may be too high by: for growth below it nobody waits.
+SETTLED = 0.01
+
+
+class Storages(TorchDispatchMode):
+    """Counts the storages that operations in it give back, until they are gone: what autograd keeps among them.
+
+    What is in an operation alone, such as a temporary inside a fused kernel, is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._there: dict[StorageWeakRef, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                self._there[StorageWeakRef(storage)] = storage.nbytes()
+        if self.now() > (1 + SETTLED) * self.peak:
+            time.sleep(0.02)  # gloo's thread lets go of a message's tensor a moment after it is waited for
+        self.peak = max(self.peak, self.now())
+        return found
+
+    def now(self) -> int:
+        """Bytes that are there."""
+        self._there = {storage: size for storage, size in self._there.items() if not storage.expired()}
+        return sum(self._there.values())
+
+    def restart(self) -> int:
+        """Begin to look for a peak anew; bytes that are there."""
+        self.peak = self.now()
+        return self.peak
+
+
+def bytes_of(tensors: list[Tensor]) -> int:
+    """Of the storages of these tensors, each once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -1,0 +1,145 @@
+"""`megatron-tempo plan`: what fits, what does not and what would, and that no torch is loaded."""
+
+from __future__ import annotations
+
+import re
+import resource
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_tempo import cli
+from megatron_tempo.config.rules import Purpose
+from megatron_tempo.plan.search import nearest, plan_of, search
+from megatron_tempo.plan.shapes import shape_of
+from megatron_tempo.plan.split import laid_out
+
+ROOT = Path(__file__).resolve().parents[2]
+CLUSTERS = sorted(path.stem for path in (ROOT / "configs" / "cluster").glob("*.yaml"))
+PAPER = ["qwen3_8b_aime", "qwen3_14b_aime", "olmo3_7b_aime"]
+
+
+def plan(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    status = cli.main(["plan", *words])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_there_are_clusters_of_both_gpus() -> None:
+    assert [f"{gpu}x{gpus}" for gpu in ("h100", "h200") for gpus in (16, 64, 8)] == CLUSTERS
+    for name in CLUSTERS:
+        config = cli.build(["experiment=qwen3_8b_aime", f"cluster={name}"], purpose=Purpose.plan)
+        assert config.cluster is not None
+        assert config.cluster.gpus == int(name.split("x")[1])
+        assert config.cluster.memory_gb == {"h100": 80, "h200": 141}[name[:4]]
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("experiment", PAPER)
+def test_what_is_suggested_fits(experiment: str, cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"experiment={experiment}", f"cluster={cluster}"]
+    status, out, _ = plan(capsys, *words)
+    assert status == 1
+    assert "does not fit: generate: the " in out
+    suggested = re.findall(r"^(?:smallest change that fits|what would|the best): (.*)$", out, re.MULTILINE)
+    assert suggested or "nor do 8 times as many, nor responses of a 16th of the length" in out
+    for line in suggested:
+        status, changed, _ = plan(capsys, *words, *shlex.split(line))
+        assert status == 0, line
+        assert "\nfits: " in changed
+
+
+def test_the_first_thing_over_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["experiment=qwen3_8b_aime", "cluster=h100x8"]
+    servers = ["rollout.engine=vllm", "rollout.servers.devices=[4,5,6,7]", "rollout.servers.replicas=4"]
+    _, out, _ = plan(capsys, *words, *servers, "parallel.tensor=1", "parallel.sequence=false")
+    # Two models of 2 bytes a weight and 4 a gradient, of 8.2 and 7.6 billion: 94.6 GB.
+    assert "does not fit: generate: the gradients" in out
+    for share, part, over in ((0.1, "engine weights", 11.1), (0.22, "KV cache", 1.5)):  # 16.4, 2.7 a row
+        arguments = f"rollout.servers.arguments=['--gpu-memory-utilization={share}']"
+        _, out, _ = plan(capsys, *words, *servers, arguments)
+        assert f"does not fit: serve: the {part} {over} GB over" in out
+    _, out, _ = plan(capsys, *words, "rollout.batch_rows=8", "rollout.max_response_tokens=1024")
+    assert re.search(r"does not fit: (critic|actor): the activations [\d.]+ GB over", out)
+
+
+def test_the_search_keeps_to_the_rules() -> None:
+    config = cli.build(["experiment=qwen3_14b_aime", "cluster=h200x16"], purpose=Purpose.plan)
+    shape, _ = shape_of(config)
+    assert shape is not None
+    plans = search(config, shape)
+    assert len(plans) > 3
+    assert [one.iteration for one in plans] == sorted(one.iteration for one in plans)
+    for one in plans:
+        assert one.over is None
+        assert laid_out(one.config, shape) == []
+        layout = one.layout
+        assert 40 % layout.tensor == 8 % layout.tensor == 17408 % layout.tensor == 40 % layout.pipeline == 0
+        assert layout.tensor * layout.pipeline * layout.data == one.split.trainers
+        assert one.split.trainers + one.split.serving <= 16
+        assert (one.split.trainers // 2) % layout.tensor == 0  # inside a node
+    least = nearest(plans)
+    assert least is not None
+    assert len(least.words) == min(len(one.words) for one in plans)
+    again = cli.build(
+        ["experiment=qwen3_14b_aime", "cluster=h200x16", *shlex.split(" ".join(least.words))], purpose=Purpose.plan
+    )
+    assert again == least.config
+    assert plan_of(again, shape).memory == least.memory
+
+
+def test_a_configuration_that_fits_is_marked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "memory.png"
+    words = ["experiment=qwen3_8b_aime", "cluster=h200x8", "rollout.batch_rows=16", "--picture", str(picture)]
+    status, out, err = plan(capsys, *words)
+    assert (status, err) == (0, "")
+    assert "8.19 billion parameters, 36 layers, on 8 x H200 of 141 GB" in out
+    assert len(re.findall(r"^\*  ", out, re.MULTILINE)) == 1
+    assert "not measured" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+REFUSED = {
+    "experiment=qwen3_8b_aime": "cluster=null: nothing says which machines to plan for",
+    "cluster=h100x8 stage1.iterations=1": "model.path=???: nothing says which model to plan for",
+    "experiment=qwen3_8b_aime cluster=h100x8 cluster.gpu_count=3": "cluster.gpu_count=3: there is no such field",
+    "experiment=qwen3_8b_aime cluster=h100x8 cluster.compute_share=2": "must be above 0 and at most 1",
+    "experiment=qwen3_8b_aime cluster.memory_gb=80": "cluster.bf16_tflops=0.0: must be above 0",
+    "experiment=qwen3_8b_aime cluster=h100x9": "there is no preset of this name in configs/cluster",
+    "experiment=qwen3_8b_aime cluster=h100x8 parallel.tensor=3": "does not divide the 32 attention heads",
+    "experiment=qwen3_8b_aime cluster=h100x8 parallel.world_size=16": "the cluster has 8 GPUs",
+    "experiment=qwen3_8b_aime cluster=h100x8 rollout.engine=vllm rollout.servers.devices=[8]": "different numbers",
+    "experiment=qwen3_8b_aime cluster=h100x8 model.path=nowhere": "has no config.json",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_cannot_be_planned(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = plan(capsys, *words.split())
+    assert (status, out) == (2, "")
+    assert REFUSED[words] in err
+
+
+def test_a_picture_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["experiment=qwen3_8b_aime", "cluster=h200x8", "--picture"]
+    for path in (tmp_path / "none" / "a.png", tmp_path / "a.what"):
+        status, _, err = plan(capsys, *words, str(path))
+        assert status == 2
+        assert err.startswith("error: --picture=")
+
+
+def test_a_plan_loads_no_torch_and_takes_a_moment() -> None:
+    code = (
+        "import sys; from megatron_tempo.cli import main; status = main(sys.argv[1:]);"
+        "heavy = {'torch', 'megatron.core', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules);"
+        "print(sorted(heavy)); sys.exit(status)"
+    )
+    words = ["plan", "experiment=qwen3_8b_aime", "cluster=h200x8", "rollout.batch_rows=16"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stdout.endswith("[]\n")
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3

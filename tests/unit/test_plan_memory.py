@@ -1,0 +1,178 @@
+"""Parts of the memory by hand, and the constants that stand in files with torch."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_tempo.config.schema import Config, EnginePrecision, Logits, Published, Recompute
+from megatron_tempo.kernels import linear_logprobs
+from megatron_tempo.models import packing
+from megatron_tempo.plan import activations, engine, head, layout
+from megatron_tempo.plan.layout import Layout, Machine, MicroBatch, micro_batch_of
+from megatron_tempo.plan.memory import Part, Phase, memory, stage_memory
+from megatron_tempo.plan.parameters import Role
+from megatron_tempo.plan.shapes import PUBLISHED, Shape, shape_of
+from megatron_tempo.plan.split import Split, problems, split_of
+from megatron_tempo.plan.times import row_operations
+from megatron_tempo.wiring import engine_precision
+from tests.unit.config_files import configure
+
+TINY = Shape(layers=2, hidden=8, heads=4, groups=2, head_dim=2, ffn=16, vocab=32, positions=64)
+MICRO = MicroBatch(tokens=100, responses=80, grid=120, count=4)
+BF16, FP32 = Machine(2), Machine(4, cuda=False)
+CLUSTER = ["cluster.memory_gb=80", "cluster.bf16_tflops=1000", "cluster.memory_tbs=3", "cluster.nvlink_gbs=450",
+           "cluster.network_gbs=50"]  # fmt: skip
+
+
+def planned(*overrides: str) -> Config:
+    """Qwen3-8B on one node, a stage of PPO, in bf16."""
+    base = ["model.shape=qwen3_8b", "run.precision=bf16", "stage1.iterations=1", "data.labelled.path=x.jsonl",
+            "parallel.micro_batch_tokens=18432"]  # fmt: skip
+    return configure([*base, *CLUSTER, *overrides])
+
+
+def test_the_constants_are_those_of_the_code() -> None:
+    assert packing.GRID_SLACK == layout.GRID_SLACK
+    assert linear_logprobs.PIECE == head.PIECE
+
+
+def test_the_constants_are_those_of_the_kernel() -> None:
+    kernel = pytest.importorskip("megatron_tempo.kernels.linear_logprobs_triton")
+    found = (kernel._BLOCK_ROWS, kernel._BLOCK_BYTES, kernel._MOST_SHARES)
+    assert found == (head.BLOCK_ROWS, head.BLOCK_BYTES, head.MOST_SHARES)
+
+
+@pytest.mark.parametrize("precision", [None, *EnginePrecision])
+@pytest.mark.parametrize("kind", ["embedded", "vllm"])
+def test_the_engines_precision_is_the_runs_or_its_own(precision: EnginePrecision | None, kind: str) -> None:
+    config = configure([f"rollout.engine={kind}"])
+    config.rollout.servers.precision = precision
+    assert engine.precision_of(config) is engine_precision(config)
+
+
+def test_a_layer_by_hand() -> None:
+    # bf16, bytes a token. Norms: 2 (4 x 8 + 2 x 8 + 4) = 104. Feed-forward: 5 x 2 x 16 = 160. Attention: queries and
+    # keys in fp32 4 (8 + 4) = 48, roots 4 (4 + 2) = 24, cosines and sines 4 x 2 x 2 = 16, output 16; a cell of the
+    # grid: 4 x 2 x 8 + 16 + 8.
+    assert activations.layer(TINY, Layout(), BF16, MICRO) == (104 + 160 + 48 + 24 + 16 + 16) * 100 + 88 * 120
+    # fp32 on a CPU. Norms: 2 (12 x 8 + 4) = 200. Feed-forward: 320. Attention: joint 4 x 16, queries' copy and both
+    # normed 4 x (8 + 12), roots 24, cosines and sines 32, output 32; a cell: 4 x 4 x 8 + 16 + 8.
+    assert activations.layer(TINY, Layout(), FP32, MICRO) == (200 + 320 + 64 + 80 + 24 + 32 + 32) * 100 + 152 * 120
+
+
+def test_tensor_ranks_divide_a_layer_and_sequence_parallelism_the_rest() -> None:
+    whole = activations.layer(TINY, Layout(), BF16, MICRO)
+    half = activations.layer(TINY, Layout(tensor=2), BF16, MICRO)
+    less = activations.layer(TINY, Layout(tensor=2, sequence=True), BF16, MICRO)
+    undivided = (104 + 16) * 100 + 8 * 120  # norms, cosines and sines, the grid
+    assert half == (whole - undivided) / 2 + undivided
+    assert half - less == 48 * 100  # half of the norms but for their roots
+
+
+def test_recomputation_keeps_the_inputs_alone() -> None:
+    full = Layout(recompute=Recompute.layers)
+    assert activations.kept(TINY, full, BF16, MICRO, 0) == 3 * 2 * 8 * 100
+    grown = activations.backward(TINY, full, BF16, MICRO, 0) - activations.backward(TINY, Layout(), BF16, MICRO, 0)
+    assert grown > 0
+
+
+def test_the_first_stage_holds_as_many_micro_batches_as_there_are_stages() -> None:
+    four = Layout(pipeline=4)
+    assert [activations.in_flight(four, stage, 8) for stage in range(4)] == [4, 3, 2, 1]
+    assert activations.in_flight(four, 0, 2) == 2
+
+
+def test_the_head_by_hand() -> None:
+    # 80 response tokens, 32 rows of the matrix of 8: hidden states and their gradient, the matrix's gradient, and on
+    # CUDA the kernel's own; on a CPU seven pieces of fp32.
+    assert head.update(TINY, Layout(), BF16, MICRO, Logits.recomputed, Role.actor) == (
+        2 * 2 * 80 * 8 + 2 * 32 * 8 + 4 * 8 * 80 + 2**29
+    )
+    assert head.update(TINY, Layout(), FP32, MICRO, Logits.recomputed, Role.actor) == (
+        2 * 4 * 80 * 8 + 4 * 32 * 8 + 28 * 32 * 80
+    )
+    stored = head.update(TINY, Layout(), BF16, MICRO, Logits.stored, Role.actor)
+    assert stored == 2 * 2 * 80 * 8 + 2 * 32 * 8 + 2 * 80 * 32
+    assert head.reading(TINY, Layout(), BF16, MICRO, Logits.recomputed, Role.actor) == 4 * 800 + 2 * 640 + 16 * 80 * 17
+
+
+def test_context_parallelism_divides_the_tokens() -> None:
+    config = planned()
+    micro = micro_batch_of(config, Layout(context=4), 512)
+    assert (micro.tokens, micro.responses, micro.grid) == (4608, 4608, 5760)
+    assert micro_batch_of(config, Layout(), 512).count == 512
+
+
+def test_a_short_budget_still_takes_a_whole_row() -> None:
+    micro = micro_batch_of(planned("parallel.micro_batch_tokens=1000"), Layout(data=2), 100)
+    assert (micro.tokens, micro.grid, micro.count) == (18432, 18432, 50)
+
+
+def test_a_server_has_its_cache_in_what_is_left() -> None:
+    config = planned("rollout.engine=vllm", "rollout.servers.tensor=2")
+    shape = PUBLISHED[Published.qwen3_8b]
+    of = engine.server(config, shape)
+    assert of.weights == pytest.approx(8.19e9, rel=1e-3)
+    assert of.sequence == 18432 * 2 * 2 * 36 * 128 * 4
+    assert of.weights + of.cache == pytest.approx(72e9)
+    config.rollout.servers.arguments = ["--enforce-eager", "--gpu-memory-utilization", "0.5"]
+    assert engine.server(config, shape).total == pytest.approx(40e9)
+    config.rollout.servers.arguments = ["--gpu-memory-utilization=0.25"]
+    assert engine.server(config, shape).total == pytest.approx(20e9)
+    config.rollout.servers.precision = EnginePrecision.fp8
+    assert engine.server(config, shape).weights == pytest.approx((6.95 + 2 * 1.245) * 1e9 / 2, rel=2e-3)
+    config.rollout.servers.tensor = 16  # more ranks than key-value heads: each has one
+    assert engine.token_bytes(config, shape, 16) == 2 * 2 * 36 * 128
+
+
+SPLITS = {
+    "": Split(8, 0, 0, 0),
+    "rollout.engine=vllm rollout.servers.devices=[4,5,6,7] rollout.servers.replicas=4": Split(4, 4, 4, 0),
+    "rollout.engine=vllm rollout.servers.devices=[6,7] rollout.servers.tensor=2 cluster.nodes=2 "
+    "rollout.servers.each_node=true": Split(12, 2, 4, 0),
+    "rollout.engine=vllm": Split(8, 1, 1, 1),
+    "rollout.engine=vllm rollout.servers.devices=[0,1,2,3,4,5,6,7] rollout.servers.replicas=8": Split(8, 8, 8, 1),
+    "rollout.engine=vllm rollout.servers.addresses=[http://a:1]": Split(8, 0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("words", SPLITS)
+def test_who_has_which_gpus(words: str) -> None:
+    assert split_of(planned(*words.split())) == SPLITS[words]
+
+
+def test_models_stay_and_a_reference_joins_them() -> None:
+    config = planned("parallel.tensor=4", "stage1.actor.kl_coef=0.1")
+    assert problems(config) == []
+    shape, _ = shape_of(config)
+    assert shape is not None
+    phases = stage_memory(config, shape, 0)
+    weights = phases[Phase.generate][Part.weights]
+    for parts in phases.values():
+        assert parts[Part.weights] == weights
+        assert parts[Part.reference] == pytest.approx(2 * 8.19e9 / 4, rel=1e-3)
+    found = memory(config, shape)
+    assert found.phases[Phase.sync][Part.buffers] == 2 * 2 * 151936 * 4096  # the embedding is larger than a bucket
+    assert Part.cache in found.phases[Phase.generate]
+    assert Part.cache not in found.phases[Phase.actor]
+    assert found.phases[Phase.actor][Part.engine] == pytest.approx(2 * 8.19e9, rel=1e-3)
+
+
+def test_a_server_beside_the_trainer_stays_too() -> None:
+    config = planned("parallel.tensor=4", "rollout.engine=vllm")
+    shape, _ = shape_of(config)
+    assert shape is not None
+    found = memory(config, shape)
+    assert Phase.serve not in found.phases
+    for parts in found.phases.values():
+        assert parts[Part.engine] + parts[Part.cache] == pytest.approx(72e9)
+
+
+def test_operations_of_a_row() -> None:
+    layers, ending = row_operations(TINY, 10, 20, Role.actor)
+    matrices = 2 * (192 + 384)
+    assert layers == 2 * 30 * matrices + 2 * 4 * 8 * 30**2 / 2
+    assert ending == 2 * 20 * 8 * 32
+    assert row_operations(TINY, 10, 20, Role.critic)[1] == 0
+    windowed = Shape(2, 8, 4, 2, 2, 16, 32, 64, window=10, windowed=1)
+    assert row_operations(windowed, 10, 20, Role.actor)[0] == 2 * 30 * matrices + 4 * 8 * (450 + 30 * 10 - 50)

@@ -1,0 +1,89 @@
+"""Parameter counts against transformers' own models of the published shapes, and shapes read from config.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from megatron_tempo.config.schema import Published
+from megatron_tempo.plan.layout import Layout, Machine
+from megatron_tempo.plan.parameters import Role, parameters, resident, total_parameters
+from megatron_tempo.plan.shapes import PUBLISHED, Shape, shape_of
+from tests.unit.config_files import configure
+
+
+def own_config(name: Published) -> transformers.PretrainedConfig:
+    shape = PUBLISHED[name]
+    kind = transformers.Olmo3Config if name is Published.olmo3_7b else transformers.Qwen3Config
+    return kind(
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.groups,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.ffn,
+        vocab_size=shape.vocab,
+        max_position_embeddings=shape.positions,
+        tie_word_embeddings=shape.tied,
+    )
+
+
+@pytest.mark.parametrize("name", Published)
+def test_counts_are_those_of_transformers(name: Published) -> None:
+    config = own_config(name)
+    with torch.device("meta"):
+        actor = transformers.AutoModelForCausalLM.from_config(config)
+    assert total_parameters(PUBLISHED[name]) == sum(p.numel() for p in actor.parameters())
+    head = sum(p.numel() for n, p in actor.named_parameters() if n.startswith("lm_head"))
+    critic = total_parameters(PUBLISHED[name]) - head + config.hidden_size + 1
+    assert total_parameters(PUBLISHED[name], Role.critic) == critic
+
+
+@pytest.mark.parametrize("name", Published)
+def test_a_config_json_gives_the_published_shape(name: Published, tmp_path: Path) -> None:
+    own_config(name).save_pretrained(tmp_path)
+    shape, problems = shape_of(configure([f"model.path={tmp_path}"]))
+    assert problems == []
+    assert shape == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"), [(None, "has no config.json"), ("{", "cannot be read"), ("{}", "KeyError('hidden_size')")]
+)
+def test_a_folder_that_cannot_be_read(text: str | None, wrong: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    shape, (problem,) = shape_of(configure([f"model.path={tmp_path}", "model.shape=qwen3_8b"]))
+    assert shape is None
+    assert problem.field == "model.path"
+    assert wrong in problem.wrong
+
+
+# Two layers of 8 numbers: attention 8 (2 x 8 + 2 x 4) = 192, feed-forward 3 x 8 x 16 = 384, norms 2 x 8 + 2 x 2 = 20.
+TINY = Shape(layers=2, hidden=8, heads=4, groups=2, head_dim=2, ffn=16, vocab=32, positions=64)
+
+
+def test_shards_by_hand() -> None:
+    assert total_parameters(TINY) == 2 * 596 + 2 * 256 + 8
+    assert total_parameters(TINY, Role.critic) == 2 * 596 + 256 + 8 + 9
+    half = 96 + 192 + 20
+    stages = [parameters(TINY, Layout(tensor=2, pipeline=2), Role.actor, stage) for stage in (0, 1)]
+    assert stages == [half + 128, half + 128 + 8]
+    assert parameters(TINY, Layout(tensor=2, pipeline=2), Role.critic, 1) == half + 8 + 9
+
+
+def test_a_tied_matrix_is_there_twice_under_pipeline_parallelism() -> None:
+    tied = Shape(2, 8, 4, 2, 2, 16, 32, 64, tied=True)
+    assert parameters(tied, Layout(), Role.actor, 0) == total_parameters(tied)
+    stages = sum(parameters(tied, Layout(pipeline=2), Role.actor, stage) for stage in (0, 1))
+    assert stages == total_parameters(tied) + 256
+
+
+def test_bytes_of_a_parameter() -> None:
+    count = parameters(TINY, Layout(data=2), Role.actor, 0)
+    bf16, fp32 = (resident(TINY, Layout(data=2), Machine(size), Role.actor, 0) for size in (2, 4))
+    assert (bf16.weights, bf16.gradients, bf16.optimizer) == (2 * count, 4 * count, 12 * count / 2)
+    assert (fp32.weights, fp32.gradients, fp32.optimizer) == (4 * count, 4 * count, 8 * count / 2)

@@ -1,0 +1,68 @@
+"""The table of docs/planning.md: what the shipped experiments of the paper need on 8, 16 and 64 GPUs.
+
+    python tools/plan_tables.py            # rewrites the table in docs/planning.md
+    python tools/plan_tables.py --check    # exit status 1 where the table is not what it would be
+
+The same as `megatron-tempo plan experiment=NAME cluster=CLUSTER` for each of them, a line each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_tempo.cli import build
+from megatron_tempo.config.rules import Purpose
+from megatron_tempo.plan.memory import GB
+from megatron_tempo.plan.search import MORE, SHORTER, nearest, plan_of, relief, search
+from megatron_tempo.plan.shapes import shape_of
+from megatron_tempo.plan.table import layout_row
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
+BEGIN, END = "<!-- made by tools/plan_tables.py -->\n", "<!-- end -->\n"
+EXPERIMENTS = ("qwen3_8b_aime", "qwen3_14b_aime", "olmo3_7b_aime")
+CLUSTERS = ("h100x8", "h100x16", "h100x64", "h200x8", "h200x16", "h200x64")
+HEADS = ("experiment", "cluster", "as shipped", "fastest that fits", "most, GB", "s an iteration", "fewest changes")
+
+
+def line(experiment: str, cluster: str) -> list[str]:
+    """The cells of one experiment on one cluster."""
+    config = build([f"experiment={experiment}", f"cluster={cluster}"], purpose=Purpose.plan)
+    shape, _ = shape_of(config)
+    assert shape is not None
+    own, plans = plan_of(config, shape), search(config, shape)
+    given = "fits" if own.over is None else f"{own.over.phase.value}: {own.over.bytes / GB:.0f} GB over"
+    if not plans:
+        change = " or ".join(f"`{' '.join(other.words)}`" for other in relief(config, shape))
+        change = change or f"nothing on {MORE[-1]} times as many GPUs, or at a {SHORTER[-1]}th of the length"
+        return [experiment, cluster, given, "none", "", "", change]
+    tensor, pipeline, data, _, engine, most, phase, _, seconds = layout_row(plans[0])
+    least = nearest(plans)
+    assert least is not None
+    layout = f"{tensor} x {pipeline} x {data}, {engine}"
+    return [experiment, cluster, given, layout, f"{most} ({phase})", seconds, f"`{' '.join(least.words)}`"]
+
+
+def table() -> str:
+    rows = [list(HEADS), ["---"] * len(HEADS)]
+    rows += [line(experiment, cluster) for experiment in EXPERIMENTS for cluster in CLUSTERS]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
+    check = parser.parse_args().check
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    wanted = f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    if check:
+        return int(text != wanted)
+    DOCUMENT.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
