@@ -86,8 +86,8 @@ def own_address(host: str) -> str:
 
 
 def last_words(log: Path) -> str:
-    """The first errors that a log names, which the later ones may follow from, and its end."""
-    lines = log.read_text(errors="replace").splitlines()
+    """The first errors that a log names, which the later ones may follow from, and its end; long lines are cut."""
+    lines = [line if len(line) < 400 else f"{line[:400]} ..." for line in log.read_text(errors="replace").splitlines()]
     named = re.compile(r"\b\w+(Error|Exception): ")
     errors = [line for line in lines[:-15] if named.search(line) and "WARNING" not in line]
     first = [f"the first errors in {log}:", *errors[:3]] if errors else []

@@ -118,9 +118,9 @@ def alive(group: int) -> bool:
 @pytest.mark.parametrize("kind", ENGINES)
 def test_a_model_that_it_cannot_serve_is_told_of_before_anything_is_trained(tmp_path: Path, kind: EngineKind) -> None:
     model = write_model(tmp_path / "model")
-    config = (model / "config.json").read_text().replace('"hidden_act": "silu"', '"hidden_act": "sillu"')
+    config = (model / "config.json").read_text().replace("Qwen3ForCausalLM", "Qwen3ForNobody")
     (model / "config.json").write_text(config)
-    with pytest.raises(AssertionError, match=r"(?s)ended with exit code.*sillu.*the end of|the end of.*sillu"):
+    with pytest.raises(AssertionError, match=r"(?s)ended with exit code.*ForNobody.*the end of|the end of.*ForNobody"):
         run_ranks(spoilt, 1, tmp_path / "ranks", kind, model, tmp_path / "run", timeout=500)
 
 
