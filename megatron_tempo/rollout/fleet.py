@@ -404,12 +404,15 @@ class Fleet:
         self._tell(f"{self._name(replica)} {why}{again}")
         replica.state, replica.held = State.starting, False
         replica.life += 1
-        self._spawn(self._revive(replica, replica.client))
+        if replica.client is not None:
+            self._spawn(replica.client.aclose())
+        if replica.restarts < self._config.restarts:
+            self._spawn(self._revive(replica))
+        else:  # at once: who gave it weights asks now whether a server is left
+            self._give_up(replica)
         self._dispatch()
 
-    async def _revive(self, replica: Replica, client: httpx.AsyncClient | None) -> None:
-        if client is not None:
-            await client.aclose()
+    async def _revive(self, replica: Replica) -> None:
         begun = time.monotonic()
         while replica.restarts < self._config.restarts:
             replica.restarts += 1
@@ -423,6 +426,9 @@ class Fleet:
             for job in self._jobs:
                 job.events.put(Event.weights_wanted)
             return
+        self._give_up(replica)
+
+    def _give_up(self, replica: Replica) -> None:
         replica.state = State.gone
         self._tell(f"{self._name(replica)} is given up after rollout.servers.restarts={self._config.restarts}")
         self._fail_if_none_is_left()
