@@ -122,12 +122,13 @@ def _ends_together(query: Tensor, key: Tensor, value: Tensor, scale: float, wind
         end = min(start + (window or n), n)
         first = 0 if window is None else max(0, before + start - window + 1)
         seen = slice(first, before + end)
-        mask: Any = causal_lower_right(end - start, before + end - first)
-        if window is not None:
+        shape = end - start, before + end - first
+        if window is None:
+            mask: Tensor = causal_lower_right(*shape)
+        else:
             # Query i stands at i + offset among the keys, and sees `window` of them up to itself.
             offset = before + start - first
-            mask = torch.ones(end - start, before + end - first, dtype=torch.bool, device=query.device)
-            mask = mask.tril(offset).triu(offset - window + 1)
+            mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(offset).triu(offset - window + 1)
         parts = query[:, :, start:end], key[:, :, seen], value[:, :, seen]
         found.append(functional.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale))
     return torch.cat(found, dim=2)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_tempo.config.schema import Logits
+from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.kernels import Kernels
 from megatron_tempo.models.families import block_spec
 from megatron_tempo.models.packing import MicroBatch
-from megatron_tempo.models.parallel import Layout, padded_vocab
+from megatron_tempo.models.parallel import Layout
 from megatron_tempo.models.rotary import Rotary
 from megatron_tempo.models.shape import Shape
 

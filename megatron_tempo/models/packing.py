@@ -9,13 +9,11 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_tempo.config.sizes import GRID_SLACK
 from megatron_tempo.kernels.rows import Rows
 from megatron_tempo.models.context import Outputs, Piece, Share
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.types import Batch
-
-# The attention's grid of a micro-batch has at most this many times the budget's tokens.
-GRID_SLACK = 1.25
 
 
 @dataclass(kw_only=True)

@@ -117,14 +117,6 @@ def initialize_model_parallel(config: ParallelConfig, seed: int) -> Layout:
     )
 
 
-def padded_vocab(vocab: int, tensor: int) -> int:
-    """The vocabulary filled up to a multiple of 16 on each tensor rank.
-
-    The kernels then read rows of logits 16 bytes at a time: Triton asks for a stride that 16 divides.
-    """
-    return vocab + -vocab % (16 * tensor)
-
-
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum over all ranks, in place. Where all but one rank hold zeros, this is an exact gather."""
     dist.all_reduce(tensor)

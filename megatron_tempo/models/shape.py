@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from megatron_tempo.config.sizes import Sizes
 from megatron_tempo.errors import InputError
 
 
@@ -41,25 +42,16 @@ class LayerAttention:
     window: int | None = None  # a token sees itself and the window - 1 tokens before it; none: all before it
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape(Sizes):
     """The network's sizes, and how each of its layers attends.
 
     >>> Shape(family="qwen3", layers=36, hidden=4096, heads=32, groups=8, head_dim=128, ffn=12288, vocab=151936,
-    ...       norm_eps=1e-6, tied=False, max_positions=40960, attention=(LayerAttention(Rope(1e6)),) * 36)
+    ...       norm_eps=1e-6, max_positions=40960, attention=(LayerAttention(Rope(1e6)),) * 36)
     """
 
     family: str  # model_type of the config.json
-    layers: int
-    hidden: int
-    heads: int
-    groups: int  # key/value heads
-    head_dim: int
-    ffn: int
-    vocab: int
     norm_eps: float
-    tied: bool  # input and output embeddings are one matrix
-    max_positions: int
     attention: tuple[LayerAttention, ...]  # by layer, counted over all pipeline stages
 
     @classmethod

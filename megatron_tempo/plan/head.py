@@ -6,8 +6,9 @@ Notation as in activations.py; v is the rank's rows of the output matrix, paddin
 from __future__ import annotations
 
 from megatron_tempo.config.schema import Logits
+from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.plan.layout import Layout, Machine, MicroBatch
-from megatron_tempo.plan.parameters import Role, padded_vocab
+from megatron_tempo.plan.parameters import Role
 from megatron_tempo.plan.shapes import Shape
 
 # Of kernels/linear_logprobs.py and linear_logprobs_triton.py, which load torch; a test compares them.
@@ -30,7 +31,7 @@ def update(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch, lo
     """
     if role is Role.critic:
         return 16.0 * micro.responses
-    a, h, R, v = machine.size, shape.hidden, micro.responses, padded_vocab(shape, layout.tensor) // layout.tensor
+    a, h, R, v = machine.size, shape.hidden, micro.responses, padded_vocab(shape.vocab, layout.tensor) // layout.tensor
     if logits is Logits.recomputed:
         inputs = 2 * a * R * h + a * v * h
         if machine.cuda:
@@ -53,7 +54,7 @@ def reading(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch, l
     states = 2 * a * S * h / (layout.tensor if sequence else 1) + (a * S * h if sequence else 0)
     if role is Role.critic:
         return states + (4 * S * h if machine.mixed else 0) + 16.0 * micro.responses
-    R, v = micro.responses, padded_vocab(shape, layout.tensor) // layout.tensor
+    R, v = micro.responses, padded_vocab(shape.vocab, layout.tensor) // layout.tensor
     states += a * R * h
     if logits is Logits.stored and machine.cuda:
         return states + a * R * v + 16 * R

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_tempo.config.schema import Config, Device, Precision, Recompute
-
-# Of models/packing.py, which loads torch; a test compares the two.
-GRID_SLACK = 1.25
+from megatron_tempo.config.sizes import GRID_SLACK
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.plan.layout import Layout, Machine
 from megatron_tempo.plan.shapes import Shape
 
@@ -21,11 +22,6 @@ class Resident:
     weights: float
     gradients: float
     optimizer: float
-
-
-def padded_vocab(shape: Shape, tensor: int) -> int:
-    """As models/parallel.py fills it up: a multiple of 16 on each tensor rank."""
-    return shape.vocab + -shape.vocab % (16 * tensor)
 
 
 def layer_parameters(shape: Shape, tensor: int = 1) -> int:
@@ -45,7 +41,7 @@ def parameters(shape: Shape, layout: Layout, role: Role, stage: int) -> int:
     A tied output matrix is the embedding where both are on one stage; else Megatron keeps a second copy on the last.
     """
     tensor, last = layout.tensor, layout.pipeline - 1
-    table = padded_vocab(shape, tensor) // tensor * shape.hidden
+    table = padded_vocab(shape.vocab, tensor) // tensor * shape.hidden
     total = shape.layers // layout.pipeline * layer_parameters(shape, tensor)
     if stage == 0:
         total += table

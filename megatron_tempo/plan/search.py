@@ -105,7 +105,7 @@ def _training(config: Config, shape: Shape, trainers: int) -> Iterator[dict[str,
     assert config.cluster is not None
     inside = trainers // config.cluster.nodes if trainers % config.cluster.nodes == 0 else trainers
     budgets = {config.parallel.micro_batch_tokens, min(config.parallel.micro_batch_tokens, row_tokens(config))}
-    kinds = {config.parallel.recompute, Recompute.layers}
+    kinds = dict.fromkeys([config.parallel.recompute, Recompute.layers])  # in this order, whatever the hashes
     for tensor in (n for n in divisors(shape.heads) if inside % n == 0):
         for pipeline in (n for n in divisors(shape.layers) if trainers % (tensor * n) == 0):
             # The configuration's own choice stays where it can: a word less.

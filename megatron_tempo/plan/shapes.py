@@ -10,43 +10,25 @@ from typing import Any
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.rules.model import ModelShape
 from megatron_tempo.config.schema import Config, Published
+from megatron_tempo.config.sizes import Sizes
 from megatron_tempo.config.tree import MISSING
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """A decoder of `layers` layers with grouped attention, a gated feed-forward part and a norm on queries and keys.
+class Shape(Sizes):
+    """The sizes, and what else memory and time depend on.
 
     >>> PUBLISHED[Published.qwen3_8b].groups
     8
     """
 
-    layers: int
-    hidden: int
-    heads: int
-    groups: int  # key/value heads
-    head_dim: int
-    ffn: int
-    vocab: int
-    positions: int
-    tied: bool = False  # input and output embeddings are one matrix
     whole_norm: bool = False  # the norm of queries and keys is over the whole projection, not over a head
     window: int | None = None  # tokens that a windowed layer attends to
     windowed: int = 0  # layers of that kind
 
-    @property
-    def queries(self) -> int:
-        """Width of the query projection."""
-        return self.heads * self.head_dim
-
-    @property
-    def keys(self) -> int:
-        """Width of the key projection, and of the value projection."""
-        return self.groups * self.head_dim
-
     def of_rules(self) -> ModelShape:
         """What the rules of the layout ask for."""
-        return ModelShape(self.heads, self.groups, self.ffn, self.layers, self.positions, self.vocab)
+        return ModelShape(self.heads, self.groups, self.ffn, self.layers, self.max_positions, self.vocab)
 
 
 # From the models' own config.json; tests/unit/test_plan_parameters.py builds transformers' models of them.
@@ -96,7 +78,7 @@ def _shape(plain: dict[str, Any]) -> Shape:
         head_dim=int(plain.get("head_dim") or hidden // heads),
         ffn=int(plain["intermediate_size"]),
         vocab=int(plain["vocab_size"]),
-        positions=int(plain["max_position_embeddings"]),
+        max_positions=int(plain["max_position_embeddings"]),
         tied=bool(plain.get("tie_word_embeddings", False)),
         whole_norm=str(plain.get("model_type", "")).startswith("olmo"),
         window=int(plain["sliding_window"]) if windowed else None,

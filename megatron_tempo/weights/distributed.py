@@ -44,8 +44,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.errors import InputError
-from megatron_tempo.models.parallel import padded_vocab
 from megatron_tempo.weights.files import DTYPES, Entry, atomic
 from megatron_tempo.weights.slots import Slot, Vocabulary
 

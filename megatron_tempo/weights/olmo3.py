@@ -8,10 +8,9 @@ from megatron_tempo.weights.slots import Norm, Rows, Whole
 
 def norms(shape: Shape) -> list[Norm]:
     """The norms of a layer, in Hugging Face's order."""
-    queries, keys = shape.heads * shape.head_dim, shape.groups * shape.head_dim
     return [
-        Norm("self_attention.q_layernorm", "self_attn.q_norm", queries, Rows(queries)),
-        Norm("self_attention.k_layernorm", "self_attn.k_norm", keys, Rows(keys)),
+        Norm("self_attention.q_layernorm", "self_attn.q_norm", shape.queries, Rows(shape.queries)),
+        Norm("self_attention.k_layernorm", "self_attn.k_norm", shape.keys, Rows(shape.keys)),
         Norm("self_attention.linear_proj.norm", "post_attention_layernorm", shape.hidden, Whole()),
         Norm("mlp.linear_fc2.norm", "post_feedforward_layernorm", shape.hidden, Whole()),
     ]

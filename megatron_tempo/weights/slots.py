@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_tempo.models.parallel import padded_vocab
+from megatron_tempo.config.sizes import padded_vocab
 
 
 class Cut(Protocol):

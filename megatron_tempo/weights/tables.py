@@ -51,7 +51,7 @@ def _head(shape: Shape, stage: int, *, critic: bool) -> list[Slot]:
 def _layer(shape: Shape, layer: int, local: int, stage: int) -> list[Slot]:
     theirs, ours = f"model.layers.{layer}", f"decoder.layers.{local}"
     hidden, dim, ffn = shape.hidden, shape.head_dim, shape.ffn
-    queries, keys = shape.heads * dim, shape.groups * dim
+    queries, keys = shape.queries, shape.keys
     return [
         Slot(
             f"{ours}.self_attention.linear_qkv.weight",

@@ -21,9 +21,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_tempo.config.schema import Logits, ParallelConfig, Precision
 from megatron_tempo.errors import InputError
@@ -37,6 +34,7 @@ from megatron_tempo.weights import folder, tables
 from megatron_tempo.weights.slots import Cut, Slot, Whole
 from megatron_tempo.weights.stream import WeightStream, plan
 from tests.support.ranks import ROOT, run_ranks
+from tests.support.storages import Storages
 from tests.support.tiny import write_model
 
 # name: tensor, pipeline, processes
@@ -233,31 +231,6 @@ def test_a_killed_process_leaves_no_files_behind() -> None:
 # Memory
 
 
-class Allocated(TorchDispatchMode):
-    """The largest number of bytes in storages that were made in it and were there at one time."""
-
-    def __init__(self, before: Iterable[Tensor]) -> None:
-        super().__init__()
-        self._before = {StorageWeakRef(tensor.untyped_storage()) for tensor in before}
-        self._there: dict[StorageWeakRef, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                self._there[StorageWeakRef(storage)] = storage.nbytes()
-        if self._now() > self.peak:
-            time.sleep(0.05)  # gloo's thread lets go of a message's tensor a moment after it is waited for
-            self.peak = max(self.peak, self._now())
-        return found
-
-    def _now(self) -> int:
-        self._there = {s: size for s, size in self._there.items() if not s.expired() and s not in self._before}
-        return sum(self._there.values())
-
-
 def measure(model: Path, tensor: int, pipeline: int) -> dict[str, Any]:
     """The peak of each way, in largest buckets of this rank's streams, for a consumer that keeps none."""
     with opened(model, tensor, pipeline) as (net, layout, slots):
@@ -267,10 +240,10 @@ def measure(model: Path, tensor: int, pipeline: int) -> dict[str, Any]:
         largest = 4 * max(sum(slot.numel for slot in group) for group in groups)
         for way, start in WAYS.items():
             weights = WeightStream(net, layout, slots, limit)
-            with Allocated(net.parameters()) as allocated:
+            with Storages(net.parameters(), settled=0.0) as storages:
                 for bucket in start(weights):
                     del bucket
-            found[way] = allocated.peak / largest
+            found[way] = storages.peak / largest
         return found
 
 

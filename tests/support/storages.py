@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# What a peak may be too high by: for growth below it nobody waits.
+# What a peak may be too high by, where a test does not say it.
 SETTLED = 0.01
 
 
@@ -20,8 +21,11 @@ class Storages(TorchDispatchMode):
     What is in an operation alone, such as a temporary inside a fused kernel, is not seen.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before: Iterable[Tensor] = (), settled: float = SETTLED) -> None:
+        """`before`: tensors that do not count; `settled`: for a growth below this share nobody waits."""
         super().__init__()
+        self._before = {StorageWeakRef(tensor.untyped_storage()) for tensor in before}
+        self._settled = settled
         self._there: dict[StorageWeakRef, int] = {}
         self.peak = 0
 
@@ -31,14 +35,14 @@ class Storages(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
                 self._there[StorageWeakRef(storage)] = storage.nbytes()
-        if self.now() > (1 + SETTLED) * self.peak:
-            time.sleep(0.02)  # gloo's thread lets go of a message's tensor a moment after it is waited for
+        if self.now() > (1 + self._settled) * self.peak:
+            time.sleep(0.05)  # gloo's thread lets go of a message's tensor a moment after it is waited for
         self.peak = max(self.peak, self.now())
         return found
 
     def now(self) -> int:
         """Bytes that are there."""
-        self._there = {storage: size for storage, size in self._there.items() if not storage.expired()}
+        self._there = {s: size for s, size in self._there.items() if not s.expired() and s not in self._before}
         return sum(self._there.values())
 
     def restart(self) -> int:

@@ -17,7 +17,7 @@ from megatron_tempo.plan.times import row_operations
 from megatron_tempo.wiring import engine_precision
 from tests.unit.config_files import configure
 
-TINY = Shape(layers=2, hidden=8, heads=4, groups=2, head_dim=2, ffn=16, vocab=32, positions=64)
+TINY = Shape(layers=2, hidden=8, heads=4, groups=2, head_dim=2, ffn=16, vocab=32, max_positions=64)
 MICRO = MicroBatch(tokens=100, responses=80, grid=120, count=4)
 BF16, FP32 = Machine(2), Machine(4, cuda=False)
 CLUSTER = ["cluster.memory_gb=80", "cluster.bf16_tflops=1000", "cluster.memory_tbs=3", "cluster.nvlink_gbs=450",

@@ -26,7 +26,7 @@ def own_config(name: Published) -> transformers.PretrainedConfig:
         head_dim=shape.head_dim,
         intermediate_size=shape.ffn,
         vocab_size=shape.vocab,
-        max_position_embeddings=shape.positions,
+        max_position_embeddings=shape.max_positions,
         tie_word_embeddings=shape.tied,
     )
 
@@ -63,7 +63,7 @@ def test_a_folder_that_cannot_be_read(text: str | None, wrong: str, tmp_path: Pa
 
 
 # Two layers of 8 numbers: attention 8 (2 x 8 + 2 x 4) = 192, feed-forward 3 x 8 x 16 = 384, norms 2 x 8 + 2 x 2 = 20.
-TINY = Shape(layers=2, hidden=8, heads=4, groups=2, head_dim=2, ffn=16, vocab=32, positions=64)
+TINY = Shape(layers=2, hidden=8, heads=4, groups=2, head_dim=2, ffn=16, vocab=32, max_positions=64)
 
 
 def test_shards_by_hand() -> None:

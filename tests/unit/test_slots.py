@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_tempo.config.schema import Logits, ParallelConfig, Precision
+from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.kernels import REFERENCE
 from megatron_tempo.models.device import install_cpu_backend
 from megatron_tempo.models.families import read_shape, transformer_config
 from megatron_tempo.models.gpt import LanguageModel, PackedGPT, ValueModel
-from megatron_tempo.models.parallel import Layout, padded_vocab, parallel_groups
+from megatron_tempo.models.parallel import Layout, parallel_groups
 from megatron_tempo.models.shape import LayerAttention, Rope, Shape
 from megatron_tempo.weights import folder, tables
 from megatron_tempo.weights.slots import Columns, Cut, GateUp, QueryKeyValue, Rows, Slot, Vocabulary, Whole
