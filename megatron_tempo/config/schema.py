@@ -106,6 +106,9 @@ class Verifier(Enum):
 
     math = "math"
     countdown = "countdown"
+    choice = "choice"  # letters of options
+    text = "text"  # a word, a number or a list of them
+    grid = "grid"  # a logic grid
 
 
 class Baseline(Enum):
@@ -172,6 +175,7 @@ class DatasetConfig:
     prompt_field: str = "prompt"  # text, or a list of {role, content} messages
     answer_field: str | None = None  # none: the answers, if the file has any, are never read
     verifier: Verifier | None = None  # who compares a response with the answer
+    verifier_field: str | None = None  # a column that names it for each row, where rows differ
     id_field: str | None = None  # none: the row's number, from 0
     chat_template: bool = True  # text prompts become one user message; messages always go through the template
     system: str | None = None  # a system message put first

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import jinja2
 
-from megatron_tempo.config.schema import DatasetConfig
+from megatron_tempo.config.schema import DatasetConfig, Verifier
 from megatron_tempo.data.rows import BadRow, DataError, Row, read_rows
 from megatron_tempo.errors import InputError
 from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
@@ -45,17 +45,18 @@ def load_labelled(
     A prompt's `text` is what the model reads, chat markup and suffix included; an answer that is a number in the file
     becomes its text. DataError names every bad row; ValueError where the config does not describe a labelled set.
     """
-    if config.answer_field is None or config.verifier is None:
+    if config.answer_field is None or (config.verifier is None and config.verifier_field is None):
         raise InputError(f"{config.path}: a labelled set needs `answer_field` and `verifier`; set both")
-    answer_field, verifier = config.answer_field, config.verifier.name
+    answer_field = config.answer_field
+    names = [name for name in (config.prompt_field, answer_field, config.verifier_field) if name is not None]
     encode = _Encoder(config, tokenizer, max_prompt_tokens)
 
     def build(row: Row) -> LabelledPrompt:
         text, token_ids = encode(row.fields[config.prompt_field])
         answer = _answer(answer_field, row.fields[answer_field])
-        return LabelledPrompt(_row_id(config, row), text, token_ids, answer, verifier)
+        return LabelledPrompt(_row_id(config, row), text, token_ids, answer, _verifier(config, row))
 
-    return _load(config, [config.prompt_field, answer_field], build)
+    return _load(config, names, build)
 
 
 def load_unlabelled(
@@ -128,6 +129,15 @@ def _answer(name: str, value: object) -> str:
         raise BadRow(f"field {name!r} is empty; give the answer or remove the row")
     # 1e-05 would be read as Euler's number, less five.
     return format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)
+
+
+def _verifier(config: DatasetConfig, row: Row) -> str:
+    name = None if config.verifier_field is None else row.fields[config.verifier_field]
+    if name is None and config.verifier is not None:
+        return config.verifier.name
+    if not isinstance(name, str) or name not in Verifier.__members__:
+        raise BadRow(f"field {config.verifier_field!r} is {_shown(name)}; known are {', '.join(Verifier.__members__)}")
+    return name
 
 
 class _Encoder:

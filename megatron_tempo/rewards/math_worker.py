@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import re
 import resource
 import sys
 import time
@@ -19,6 +18,7 @@ import time
 import psutil
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
+from megatron_tempo.rewards.answers import last_boxed
 from megatron_tempo.rewards.math import ANSWER_CHARS
 
 # Regular expressions of math-verify take quadratic time on a response without an answer.
@@ -32,27 +32,6 @@ WARM_UP = (
 )
 
 BOXED_FIRST = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-_BRACES = re.compile(r"(\\boxed\s*\{)|\\.|([{}])", re.DOTALL)
-
-
-def last_boxed(text: str) -> str | None:
-    r"""What stands in the last complete \boxed{...}, or None. Linear in the length of `text`.
-
-    >>> last_boxed(r"\boxed{1}, no: \boxed{\frac{1}{2}} \boxed{")
-    '\\frac{1}{2}'
-    """
-    found = None
-    opened: list[int | None] = []  # for each open brace, where a box's content starts
-    for token in _BRACES.finditer(text):
-        if token[1]:
-            opened.append(token.end())
-        elif token[2] == "{":
-            opened.append(None)
-        elif token[2] == "}" and opened:
-            start = opened.pop()
-            if start is not None:
-                found = text[start : token.start()]
-    return found
 
 
 def correct(answer: str, response: str) -> bool:

@@ -9,8 +9,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from megatron_tempo.errors import InputError
-from megatron_tempo.rewards import countdown
+from megatron_tempo.rewards import choice, countdown, grid, text
 from megatron_tempo.rewards.math import MathScorer
+from megatron_tempo.rewards.reading import ReadingScorer
 
 if TYPE_CHECKING:
     from megatron_tempo.types import LabelledPrompt
@@ -68,6 +69,9 @@ class Verifiers:
         self._scorers: dict[str, Scorer] = {
             "math": MathScorer(workers, seconds),
             "countdown": _InProcess(countdown.score),
+            "choice": ReadingScorer(choice.read, choice.gold),
+            "text": ReadingScorer(text.read, text.gold),
+            "grid": ReadingScorer(grid.read, grid.gold),
         }
 
     @property

@@ -47,15 +47,15 @@ def check_answers(field: str, dataset: DatasetConfig) -> Iterator[Problem]:
     if dataset.answer_field is None:
         wrong = "the set's responses are verified, so its answers are needed"
         yield Problem(f"{field}.answer_field", None, wrong, f"{field}.answer_field=the column that holds them")
-    if dataset.verifier is None:
+    if dataset.verifier is None and dataset.verifier_field is None:
         names = ", ".join(Verifier.__members__)
         wrong = "nothing says who compares responses with answers"
         yield Problem(f"{field}.verifier", None, wrong, f"{field}.verifier=one of {names}")
 
 
 def _no_answers(dataset: DatasetConfig) -> Iterator[Problem]:
-    for name, value in (("answer_field", dataset.answer_field), ("verifier", dataset.verifier)):
-        if value is not None:
+    for name in ("answer_field", "verifier", "verifier_field"):
+        if (value := getattr(dataset, name)) is not None:
             field = f"data.unlabelled.{name}"
             fix = f"{field}=null; to score these questions, name the same file in evaluation.sets with an answer_field"
             yield Problem(field, value, "an unlabelled set has no answers that training could read", fix)

@@ -1,0 +1,105 @@
+r"""Logic grids (ZebraLogic): houses and what belongs to each, right where every cell is.
+
+The answer is JSON, an object a house: `{"House 1": {"Name": "Eric", "Drink": "tea"}, "House 2": ...}`. Read from a
+response is the last grid in it: such an object, perhaps as the `"solution"` of a larger one, or a Markdown table whose
+first column is the house. Capitals, blanks and underscores make no difference, nor does `House 1` or `1`. A cell that
+is a list, a house or an attribute that is missing, twice there or too many make a grid wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from typing import Any
+
+from megatron_tempo.errors import InputError
+from megatron_tempo.rewards.math import RESPONSE_CHARS
+
+Grid = frozenset[tuple[str, str, str]]  # (house, attribute, value)
+
+_RULE = re.compile(r"[\s|:-]+")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ValueError("a key is there twice")
+    return dict(pairs)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def read(prompt: str, response: str) -> Grid | None:
+    """The last grid of the response, its JSON or its table."""
+    text = response[-RESPONSE_CHARS:]
+    found = [grid for grid in (_last_object(text), _last_table(text)) if grid is not None]
+    return max(found)[1] if found else None
+
+
+def gold(prompt: str, answer: str) -> Grid:
+    """The grid of an answer. InputError where it is none."""
+    try:
+        return _grid(_DECODER.decode(answer))
+    except (ValueError, RecursionError) as error:
+        example = '{"House 1": {"Name": "Eric"}, ...}'
+        raise InputError(f"the answer {answer[:80]!r} is no grid ({error}); write it as {example}") from error
+
+
+def _last_object(text: str) -> tuple[int, Grid] | None:
+    """Where the last JSON grid ends, and the grid. Braces elsewhere in the text do no harm."""
+    found, place = None, text.find("{")
+    while place >= 0:
+        try:
+            value, end = _DECODER.raw_decode(text, place)
+        except (ValueError, RecursionError):
+            end = place + 1
+        else:
+            with contextlib.suppress(ValueError):
+                found = end, _grid(value.get("solution", value))
+        place = text.find("{", end)
+    return found
+
+
+def _last_table(text: str) -> tuple[int, Grid] | None:
+    """Where the last Markdown table ends, and its grid, if it is one."""
+    place, end, rows = len(text), 0, []
+    for line in reversed(text.splitlines(keepends=True)):
+        if line.strip().startswith("|"):
+            end = end or place
+            rows.append([cell.strip(" *`") for cell in line.strip().strip("|").split("|")])
+        elif rows:
+            break
+        place -= len(line)
+    rows = [row for row in reversed(rows) if not all(_RULE.fullmatch(cell) for cell in row if cell)]
+    if len(rows) < 2 or any(len(row) != len(rows[0]) for row in rows):
+        return None
+    head, *body = rows
+    try:
+        return end, _grid(_unique([(row[0], _unique(list(zip(head[1:], row[1:], strict=True)))) for row in body]))
+    except ValueError:
+        return None
+
+
+def _grid(value: Any) -> Grid:
+    """The cells of an object of objects. ValueError where it is something else."""
+    if not isinstance(value, dict) or not value:
+        raise ValueError("it is no object of houses")
+    houses = [(_key(house).removeprefix("house"), cells) for house, cells in value.items()]
+    if not all(isinstance(cells, dict) and cells for _, cells in houses):
+        raise ValueError("a house is no object of attributes")
+    grid = [(house, _key(name), _cell(cell)) for house, cells in houses for name, cell in cells.items()]
+    grid = [cell for cell in grid if cell[1] != "house"]
+    if len({cell[:2] for cell in grid}) != len(grid) or not grid:
+        raise ValueError("a house has an attribute twice, or none")
+    return frozenset(grid)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+        raise ValueError("a cell is no text")
+    return _key(str(value))
+
+
+def _key(text: str) -> str:
+    return re.sub(r"[\s_]+", "", text).casefold()

@@ -1,0 +1,36 @@
+"""A verifier that reads an answer from a response and compares it with the right one, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_tempo.rewards.verifiers import Item
+
+
+class ReadingScorer:
+    """`read(prompt, response)` is the response's answer in a form of which equal answers have but one, or None.
+
+    `gold(prompt, answer)` is that form of the right answer; it raises InputError where there is none. Both take a time
+    that grows no faster than the texts.
+    """
+
+    def __init__(self, read: Callable[[str, str], Hashable | None], gold: Callable[[str, str], Hashable]) -> None:
+        self._read = read
+        self._gold = gold
+
+    def check(self, prompt: str, answer: str) -> None:
+        self._gold(prompt, answer)
+
+    def score(self, items: Sequence[Item]) -> list[float]:
+        return [float(self._read(i.prompt, i.response) == self._gold(i.prompt, i.answer)) for i in items]
+
+    def classes(self, prompt: str, responses: Sequence[str]) -> list[int | None]:
+        """Equal answers get equal numbers, from 0 in the order in which they come; None where there is no answer."""
+        numbers: dict[Hashable, int] = {}
+        answers = [self._read(prompt, response) for response in responses]
+        return [None if answer is None else numbers.setdefault(answer, len(numbers)) for answer in answers]
+
+    def close(self) -> None:
+        pass
