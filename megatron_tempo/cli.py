@@ -28,6 +28,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from megatron_tempo.config.benchmarks import BENCHMARKS, preset
 from megatron_tempo.config.problem import ConfigErrors, Problem, did_you_mean
 from megatron_tempo.config.rules import Purpose, check
 from megatron_tempo.config.rules.data import SUFFIXES
@@ -41,7 +42,7 @@ from megatron_tempo.plan.split import problems as plan_problems
 from megatron_tempo.plan.table import report
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-_GROUPS = ("model", "data", "algorithm", "experiment", "cluster")
+_GROUPS = ("model", "data", "benchmark", "algorithm", "experiment", "cluster")
 EVAL_DIR = "runs/eval"  # an eval whose command line names no run.dir gets a folder of its own below this one
 
 _DESCRIPTION = "TEMPO: test-time training of reasoning models by EM, on Megatron-Core."
@@ -58,10 +59,12 @@ examples:
   megatron-tempo check experiment=qwen3_14b_aime parallel.world_size=16 model=FOLDER ...
   megatron-tempo plan  experiment=qwen3_8b_aime cluster=h100x8 --picture memory.png
   megatron-tempo eval  model=FOLDER data=questions.jsonl
+  megatron-tempo eval  model=FOLDER benchmark=math500 data=math500.jsonl
 
 eval: data=FILE (.jsonl or .parquet) becomes the evaluation set evaluation.sets.STEM, STEM being the file's name without
 its ending. Its fields are prompt_field=prompt, answer_field=answer and verifier=math unless given, as in
-evaluation.sets.questions.verifier=countdown. It may be given several times. Results go to run.dir, by default
+evaluation.sets.questions.verifier=countdown. It may be given several times. Of a benchmark=NAME (or [NAME,NAME]) with
+the file's name these fields and the suffix are the benchmark's: docs/data.md. Results go to run.dir, by default
 runs/eval/YYYYMMDD-HHMMSS."""
 
 _COMMANDS = {
@@ -177,7 +180,10 @@ def _compose(
         raise ConfigErrors([Problem("configs", folder, "holds no config.yaml", fix)])
     if config_dir is not None and not Path(config_dir).is_dir():
         raise ConfigErrors([Problem("--config-dir", config_dir, "is not a folder", "give the folder of your presets")])
-    ConfigStore.instance().store(name="defaults", node=to_plain(Config()))
+    store = ConfigStore.instance()
+    store.store(name="defaults", node=to_plain(Config()))
+    for name in (name for name, benchmark in BENCHMARKS.items() if not benchmark.training):
+        store.store(group="benchmark", name=name, node=preset(name), package="_global_")
     OmegaConf.register_new_resolver("repo", lambda path: str(REPOSITORY / path), replace=True)
     search = [] if config_dir is None else [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"]
     with initialize_config_dir(str(folder), version_base="1.3"):
@@ -188,10 +194,11 @@ def _compose(
         fresh = f"{EVAL_DIR}/{time.strftime('%Y%m%d-%H%M%S')}"
         words = [f"++run.dir={fresh}"] if purpose is Purpose.eval else []
         problems: list[Problem] = []
+        chosen = [name for text in overrides for name in _benchmarks(text)]
         # A set made by data=FILE comes first, so that its fields can be given in any order.
         for text in sorted(overrides, key=lambda text: not text.startswith("data=")):
             try:
-                words += _translate(text, presets, purpose)
+                words += _translate(text, presets, purpose, chosen)
             except ConfigErrors as error:
                 problems += error.problems
         try:
@@ -226,7 +233,13 @@ def _sift(accepted: list[str], words: list[str], problems: list[Problem]) -> lis
     return _sift(_sift(accepted, words[:middle], problems), words[middle:], problems)
 
 
-def _translate(text: str, presets: dict[str, list[str]], purpose: Purpose) -> list[str]:
+def _benchmarks(text: str) -> list[str]:
+    """The names in benchmark=NAME or benchmark=[NAME,NAME]."""
+    key, _, value = text.partition("=")
+    return re.findall(r"\w+", value) if key.lstrip("+") == "benchmark" else []
+
+
+def _translate(text: str, presets: dict[str, list[str]], purpose: Purpose, benchmarks: list[str]) -> list[str]:
     """One override of the user as Hydra is to see it. Raises ConfigErrors."""
     try:
         override = OverridesParser.create().parse_override(text)
@@ -239,7 +252,7 @@ def _translate(text: str, presets: dict[str, list[str]], purpose: Purpose) -> li
     if key.startswith("hydra"):
         raise _refused(text, "Hydra's own settings play no part here", "for presets of your own use --config-dir")
     if key in _GROUPS and override.package is None:
-        return _preset(override, text, presets[key], purpose)
+        return _preset(override, text, presets[key], purpose, benchmarks)
     if override.is_delete():
         return [text]
     if group := _group_meant(key):
@@ -247,11 +260,16 @@ def _translate(text: str, presets: dict[str, list[str]], purpose: Purpose) -> li
     return ["++" + text.lstrip("+")]
 
 
-def _preset(override: Override, text: str, names: list[str], purpose: Purpose) -> list[str]:
+def _preset(override: Override, text: str, names: list[str], purpose: Purpose, benchmarks: list[str]) -> list[str]:
     """A choice in a group of presets, or one of the short forms model=FOLDER and data=FILE."""
     group, choice, given = override.key_or_group, override.value(), text.partition("=")[2]
     if override.is_delete() or choice is None or choice in names:
         return [text.lstrip("+")]
+    if group == "benchmark" and isinstance(choice, list):
+        unknown = [str(name) for name in choice if name not in names]
+        if not unknown:
+            return [text.lstrip("+")]
+        raise _refused(text, f"there is no benchmark {unknown[0]}", did_you_mean(unknown[0], names))
     path = Path(str(choice))
     if group == "model" and (path.exists() or "/" in str(choice)):
         return [f"++model.path={given}"]
@@ -259,7 +277,9 @@ def _preset(override: Override, text: str, names: list[str], purpose: Purpose) -
         if purpose is not Purpose.eval:
             raise _refused(text, "is for eval", f"data.labelled.path={given} or data.unlabelled.path={given}")
         name = re.sub(r"\W", "_", path.stem)
-        fields = {"path": given, "answer_field": "answer", "verifier": Verifier.math.name}
+        fields = {"path": given}
+        if name not in benchmarks:
+            fields |= {"answer_field": "answer", "verifier": Verifier.math.name}
         return [f"++evaluation.sets.{name}.{field}={value}" for field, value in fields.items()]
     raise _refused(text, f"there is no preset of this name in configs/{group}", did_you_mean(str(choice), names))
 

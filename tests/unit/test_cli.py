@@ -15,6 +15,7 @@ import pytest
 
 from megatron_tempo import cli
 from megatron_tempo.config import Config
+from megatron_tempo.config.benchmarks import BENCHMARKS
 from megatron_tempo.errors import InputError
 from tests.unit.config_files import good_overrides, write_all
 
@@ -191,6 +192,34 @@ def test_eval_takes_a_folder_and_files(good: list[str], tmp_path: Path, called: 
     }
     assert [s.verifier.name for s in sets.values() if s.verifier] == ["countdown", "math"]
     assert re.fullmatch(cli.EVAL_DIR + r"/\d{8}-\d{6}", config.run.dir)
+
+
+def test_eval_on_benchmarks(good: list[str], tmp_path: Path, called: list[tuple[str, Config]]) -> None:
+    """A file with a benchmark's name is the benchmark's where that is chosen; others are as without it."""
+    for name in ("math500", "bbh", "gpqa_diamond"):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+    data = [f"data={tmp_path}/{name}.jsonl" for name in ("math500", "bbh", "gpqa_diamond")]
+    assert cli.main(["eval", *data, "benchmark=[bbh, math500]", f"model={tmp_path / 'model'}"]) == 0
+    assert cli.main(["eval", *data[:1], "benchmark=math500", f"model={tmp_path / 'model'}"]) == 0
+    sets = called[0][1].evaluation.sets
+    assert sets["math500"] == called[1][1].evaluation.sets["math500"]
+    asked = {name: (s.path, s.verifier and s.verifier.name, s.verifier_field, s.suffix) for name, s in sets.items()}
+    suffixes = {name: BENCHMARKS[name].suffix for name in ("math500", "bbh")}
+    assert asked == {
+        "math500": (f"{tmp_path}/math500.jsonl", "math", None, suffixes["math500"]),
+        "bbh": (f"{tmp_path}/bbh.jsonl", None, "verifier", suffixes["bbh"]),
+        "gpqa_diamond": (f"{tmp_path}/gpqa_diamond.jsonl", "math", None, ""),
+    }
+    assert "\\boxed{}" in suffixes["math500"]
+
+
+def test_eval_on_no_such_benchmark(good: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = report(capsys, "eval", *good, "benchmark=[math500,bbq]")[1:]
+    assert line == "benchmark=[math500,bbq]: there is no benchmark bbq; fix: did you mean bbh?"
+    (line,) = report(capsys, "eval", *good, "benchmark=dapo_math_17k")[1:]  # to train on, not to measure by
+    assert line.startswith("benchmark=dapo_math_17k: there is no preset of this name")
+    (line,) = report(capsys, "check", *good, "benchmark=math500")[1:]
+    assert line.startswith("evaluation.sets.math500.path=???: has no value; fix: give evaluation.sets.math500.path=")
 
 
 def test_eval_writes_into_no_other_run(

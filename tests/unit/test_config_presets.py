@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from megatron_tempo.cli import REPOSITORY, build
 from megatron_tempo.config import Config, ConfigErrors, Problem, Purpose
+from megatron_tempo.config.benchmarks import BENCHMARKS
 from megatron_tempo.config.schema import Baseline, CriticTargets, Ratio, ValueTiming, to_plain
 from megatron_tempo.config.tree import MISSING
 from tests.unit.config_files import write_model, write_rows
@@ -69,6 +70,18 @@ def test_the_reference_algorithm_goes_with_it(experiment: str, tmp_path: Path) -
     assert (stage.critic.targets, stage.critic.drop_uniform_groups) == (CriticTargets.plus_minus_one, True)
     config.stage2 = paper.stage2
     assert config == paper
+
+
+@pytest.mark.parametrize("name", [name for name, benchmark in BENCHMARKS.items() if not benchmark.training])
+def test_a_benchmark_goes_with_any_experiment(name: str, tmp_path: Path) -> None:
+    path = f"evaluation.sets.{name}.path={write_rows(tmp_path / 'questions.jsonl')}"
+    overrides = owed("qwen3_8b_general", tmp_path)
+    config = build([*overrides, f"benchmark={name}", path])
+    dataset = config.evaluation.sets.pop(name)
+    assert config == build(overrides)
+    assert (dataset.prompt_field, dataset.answer_field, dataset.id_field) == ("prompt", "answer", "id")
+    assert (dataset.verifier, dataset.verifier_field) in [(BENCHMARKS[name].verifier, None), (None, "verifier")]
+    assert dataset.suffix.startswith("\n\nReason step by step.")
 
 
 @pytest.mark.parametrize("experiment", PAPER)

@@ -38,6 +38,11 @@ def test_the_good_configuration_has_no_problem(files: Path) -> None:
     assert problems(files) == []
 
 
+def test_a_column_may_name_the_verifiers(files: Path) -> None:
+    heldout = "evaluation.sets.heldout"
+    assert problems(files, f"{heldout}.verifier=null", f"{heldout}.verifier_field=verifier") == []
+
+
 S1, S2 = "stage1.actor", "stage2.critic"
 
 # overrides, field, a part of what is wrong, a part of the fix
@@ -99,6 +104,7 @@ ONE_FIELD = [
     ("data.labelled.answer_field=null", "data.labelled.answer_field", "answers are needed", "the column"),
     ("data.labelled.verifier=null", "data.labelled.verifier", "who compares", "one of math, countdown"),
     ("data.unlabelled.answer_field=answer", "data.unlabelled.answer_field", "no answers", "evaluation.sets"),
+    ("data.unlabelled.verifier_field=who", "data.unlabelled.verifier_field", "no answers", "evaluation.sets"),
     ("data.unlabelled.verifier=math", "data.unlabelled.verifier", "no answers", "evaluation.sets"),
     ("data.unlabelled.path=TMP/labelled.jsonl", "data.unlabelled.path", "would be known", "two files"),
     ("data.unlabelled.path=TMP/model/../labelled.jsonl", "data.unlabelled.path", "would be known", "two files"),

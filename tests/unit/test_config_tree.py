@@ -74,7 +74,7 @@ UNREADABLE = [
     ({"parallel": {"tensr": 2}}, "parallel.tensr", "no such field", "parallel.tensor?"),
     ({"paralel": {"tensor": 2}}, "paralel.tensor", "no such field", "parallel.tensor?"),
     ({"stage2": {"lr": 2}}, "stage2.lr", "no such field", "did you mean stage2.actor.optimizer.lr"),
-    ({"data": {"labelled": {"verifer": 1}}}, "data.labelled.verifer", "no such field", "data.labelled.verifier?"),
+    ({"data": {"labelled": {"verifer": 1}}}, "data.labelled.verifer", "no such field", "data.labelled.verifier or"),
     ({"evaluation": {"sets": {"a": {"pth": 1}}}}, "evaluation.sets.a.pth", "no such field", "evaluation.sets.a.path?"),
     ({"data": {"unlabelled": {"answer": 1}}}, "data.unlabelled.answer", "no such field", "answer_field?"),
     ({"run": 3}, "run", "group of fields", "run.dir"),

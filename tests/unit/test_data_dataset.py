@@ -321,3 +321,16 @@ def test_overlap_compares_tokens() -> None:
     b = [UnlabelledPrompt(f"b{i}", "", tokens) for i, tokens in enumerate([(3,), (1,), (1, 2)])]
     assert overlap(a, b) == [("a1", "b0"), ("a0", "b2"), ("a2", "b2")]
     assert overlap(a, []) == []
+
+
+def test_rows_may_name_their_verifiers(tmp_path: Path) -> None:
+    rows = [{"prompt": "find one", "answer": "1", "who": who} for who in ("choice", "text", None)]
+    config = labelled(write_jsonl(tmp_path / "a.jsonl", rows), verifier_field="who")
+    assert [prompt.verifier for prompt in load_labelled(config, TOKENIZER, 8)] == ["choice", "text", "math"]
+    bad = write_jsonl(tmp_path / "b.jsonl", [rows[0] | {"who": who} for who in ("maths", None, ["math"])])
+    with pytest.raises(DataError) as caught:
+        load_labelled(labelled(bad, verifier=None, verifier_field="who"), TOKENIZER, 8)
+    assert len(caught.value.problems) == 3
+    assert "field 'who' is 'maths' (str); known are math, countdown, choice, text, grid" in caught.value.problems[0]
+    with pytest.raises(DataError, match="field 'whom' is missing; did you mean 'who'"):
+        load_labelled(labelled(bad, verifier_field="whom"), TOKENIZER, 8)

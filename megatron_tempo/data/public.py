@@ -1,0 +1,139 @@
+"""The rows of a public data set, as it is published: a file, files, or a Hugging Face folder.
+
+A file is JSON (a list of objects, or an object with one such list, as BIG-Bench Hard has it), JSONL, Parquet, CSV or
+Arrow. A folder is what `datasets` wrote with `save_to_disk`, or a copy of a repository, with a pattern that says which
+of its files. All columns are read, and CSV's stay text: `025` is no 25.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_tempo.data.rows import BATCH_ROWS, BOM, DataError
+
+CSV_FIELD_CHARS = 2**27  # Python's own limit of 128 KiB is less than some solutions have
+
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PublicRow:
+    """One row: `task` is its file's name without the ending, `number` its place in it, from 0.
+
+    >>> PublicRow(task="word_sorting", number=3, fields={"input": "...", "target": "..."})
+    """
+
+    task: str
+    number: int
+    fields: Fields
+
+    @property
+    def place(self) -> str:
+        return f"{self.task}:{self.number}"
+
+
+def read_public(path: Path, pattern: str | None) -> Iterator[PublicRow]:
+    """All rows of `path` in their order. DataError where a file is missing, unreadable, or of an unknown kind."""
+    for file in find_files(path, pattern):
+        read = READERS[file.suffix]
+        try:
+            for number, fields in enumerate(read(file)):
+                if not isinstance(fields, dict):
+                    raise DataError(file, [f"row {number} is no object"])
+                yield PublicRow(file.stem, number, fields)
+        except (pa.ArrowException, OSError, csv.Error, ValueError, RecursionError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(file, [f"not a readable {file.suffix} file: {error}"]) from error
+
+
+def find_files(path: Path, pattern: str | None) -> list[Path]:
+    """The data files of `path`. Of several in a folder, those that fit `pattern`, or the shards of one split."""
+    if not path.exists():
+        raise DataError(path, ["does not exist"])
+    if path.is_file():
+        if path.suffix not in READERS:
+            raise DataError(path, [f"the name ends in {path.suffix!r}; known are {', '.join(READERS)}"])
+        return [path]
+    if (path / "state.json").is_file():
+        state = json.loads((path / "state.json").read_text())
+        return [path / entry["filename"] for entry in state["_data_files"]]
+    found = sorted(file for file in path.rglob("*") if _is_data(file, path))
+    names = [file.relative_to(path).as_posix() for file in found]
+    # The pattern is of the whole repository; the folder given may be that, or the one inside it that has the files.
+    for part in (pattern, pattern and pattern.rpartition("/")[2]):
+        if part and (fitting := [file for file in path.glob(part) if file in found]):
+            return sorted(fitting)
+    if len({re.sub(r"-\d{5}-of-\d{5}", "", name) for name in names}) == 1:
+        return found
+    wrong = f"holds {', '.join(names[:10])}{' and more' if len(names) > 10 else ''}" if names else "holds no data files"
+    raise DataError(path, [f"{wrong}; say which with --files PATTERN, such as --files 'data/test-*'"])
+
+
+def _is_data(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return file.suffix in READERS and not hidden and file.name not in ("dataset_info.json", "dataset_dict.json")
+
+
+def _read_json(path: Path) -> Iterator[Fields]:
+    value = json.loads(path.read_bytes().removeprefix(BOM))
+    if isinstance(value, dict):
+        lists = [item for item in value.values() if isinstance(item, list)]
+        if len(lists) != 1:
+            raise DataError(path, [f"an object with {len(lists)} lists of rows in it; one is wanted"])
+        value = lists[0]
+    if not isinstance(value, list):
+        raise DataError(path, ["neither a list of rows nor an object that holds one"])
+    yield from value
+
+
+def _read_jsonl(path: Path) -> Iterator[Fields]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if content := (line.removeprefix(BOM) if number == 1 else line).strip():
+                try:
+                    yield json.loads(content)
+                except ValueError as error:
+                    raise DataError(path, [f"line {number}: {error}"]) from error
+
+
+def _read_parquet(path: Path) -> Iterator[Fields]:
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=BATCH_ROWS):
+            yield from batch.to_pylist()
+
+
+def _read_arrow(path: Path) -> Iterator[Fields]:
+    with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as batches:
+        for batch in batches:
+            yield from batch.to_pylist()
+
+
+def _read_csv(path: Path) -> Iterator[Fields]:
+    before = csv.field_size_limit(CSV_FIELD_CHARS)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for fields in csv.DictReader(file, strict=True):
+                if None in fields or None in fields.values():
+                    raise DataError(path, [f"a row of another length than the head: {str(list(fields.values()))[:80]}"])
+                yield fields
+    finally:
+        csv.field_size_limit(before)
+
+
+READERS: dict[str, Callable[[Path], Iterator[Fields]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".arrow": _read_arrow,
+}

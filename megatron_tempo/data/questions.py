@@ -1,0 +1,214 @@
+r"""A public row into a question of ours: the fields that each benchmark of `config.benchmarks` has, and its form.
+
+Where a set is published under several names of its fields, the first that a row has is taken; the names are those of
+the sources in `config.benchmarks` and of the copies that TTRL, lm-evaluation-harness and open-r1 use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from typing import Any
+
+from megatron_tempo.config.schema import Verifier
+from megatron_tempo.data.public import PublicRow
+from megatron_tempo.errors import InputError
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MASKS = {"", "___", "____"}  # what stands for a cell where ZebraLogic is published without its solutions
+
+_IMAGE = re.compile(r"!\[[^\]]*\]\(|<img\b|<image(?:_\d+)?>", re.IGNORECASE)
+_DAPO_HEAD = re.compile(r"Solve the following math problem step by step\. The last line of your response[^\n]*\n\n")
+_DAPO_TAIL = re.compile(r"\n\nRemember to put your answer on its own line after \"Answer:\"\.?\s*$")
+
+
+class Unusable(ValueError):
+    """Why a row is dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """Names of columns, each a choice: the first that is there. `a.b` is the field b inside the column a.
+
+    Without names for answers none are read.
+    """
+
+    prompt: Sequence[str]
+    answer: Sequence[str]
+    id: Sequence[str] = ("id", "unique_id", "ID", "problem_idx", "custom_id", "extra_info.index", "Record ID")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question and its answer, None where the row has none. `verifier` is named where rows of a set differ in it."""
+
+    id: str | None
+    prompt: str | list[dict[str, str]]
+    answer: str | None
+    verifier: Verifier | None = None
+
+
+Convert = Callable[[PublicRow, Mapping, int], Question]  # of a row, its columns, and the seed of what is shuffled
+
+
+def simple(row: PublicRow, names: Mapping, seed: int) -> Question:
+    """A column with the question, text or chat messages, and one with the answer."""
+    return Question(_id(row, names), _prompt(row, names), _answer(column(row, names.answer)))
+
+
+def bbh(row: PublicRow, names: Mapping, seed: int) -> Question:
+    """BIG-Bench Hard: `(A)` is the letter of an option, all else a word, a number or a list of them."""
+    answer = _answer(column(row, names.answer))
+    letter = answer is not None and re.fullmatch(r"\([A-Z]\)", answer) is not None
+    return Question(None, _prompt(row, names), answer, Verifier.choice if letter else Verifier.text)
+
+
+def agieval(row: PublicRow, names: Mapping, seed: int) -> Question:
+    """AGIEval: a passage, perhaps; a question; options with the letters of the right ones, or an answer to compute."""
+    passage, options = row.fields.get("passage"), row.fields.get("options")
+    texts = [str(part).strip() for part in (passage, _prompt(row, names)) if part]
+    if not options:
+        return Question(None, "\n\n".join(texts), _blanks(_answer(column(row, names.answer))), Verifier.math)
+    choices = [re.sub(r"^\s*\(?[A-Z][).:]\s*", "", str(option)) for option in options]
+    label = row.fields.get("label")
+    answer = ", ".join(label) if isinstance(label, list) else label
+    _distinct(choices, answer or "")
+    return Question(None, "\n\n".join([*texts, listed(choices)]), answer or None, Verifier.choice)
+
+
+def gpqa(row: PublicRow, names: Mapping, seed: int) -> Question:
+    """GPQA: one right and three wrong answers, in an order that follows from the seed and the question."""
+    columns = ["Correct Answer", *(f"Incorrect Answer {n}" for n in (1, 2, 3))]
+    texts = [str(column(row, [name]) or "").strip() for name in columns]
+    if not all(texts):
+        raise Unusable("an option is missing")
+    question = str(_prompt(row, names)).strip()
+    order = sorted(range(4), key=lambda i: hashlib.sha256(json.dumps([seed, question, texts[i], i]).encode()).digest())
+    answer = LETTERS[order.index(0)]
+    choices = [texts[i] for i in order]
+    _distinct(choices, answer)
+    return Question(_id(row, names), f"{question}\n\n{listed(choices)}", answer)
+
+
+def zebralogic(row: PublicRow, names: Mapping, seed: int) -> Question:
+    """ZebraLogic: the puzzle, an empty grid to fill in, and the grid of its solution."""
+    solution = column(row, ["solution"])
+    header, rows = (solution or {}).get("header"), (solution or {}).get("rows")
+    if not header or not rows or header[0] != "House":
+        raise Unusable("the solution is no table that starts with the houses")
+    if any(len(cells) != len(header) for cells in rows):
+        raise Unusable("the solution is no table that starts with the houses")
+    filled = {f"House {n}": dict(zip(header[1:], cells[1:], strict=True)) for n, cells in enumerate(rows, start=1)}
+    empty = {house: dict.fromkeys(cells, "...") for house, cells in filled.items()}
+    masked = any(str(cell).strip() in MASKS for cells in filled.values() for cell in cells.values())
+    prompt = f"{str(_prompt(row, names)).strip()}\n\nThe grid:\n\n{json.dumps(empty, ensure_ascii=False)}"
+    return Question(_id(row, names), prompt, None if masked else json.dumps(filled, ensure_ascii=False))
+
+
+def dapo(row: PublicRow, names: Mapping, seed: int) -> Question:
+    """DAPO-Math-17K: the problem without the instructions around it, which ask for another form of answer than ours."""
+    return _reworded(
+        simple(row, names, seed), lambda text: _DAPO_TAIL.sub("", _DAPO_HEAD.sub("", text, count=1)).strip()
+    )
+
+
+def dolci(row: PublicRow, names: Mapping, seed: int) -> Question:
+    """Dolci-RL-Zero-General: a question after `user:`, and a response to refer to, which wants a judge."""
+    return _reworded(simple(row, names, seed), lambda text: text.strip().removeprefix("user:").strip())
+
+
+def _reworded(question: Question, change: Callable[[str], str]) -> Question:
+    prompt = question.prompt
+    return replace(question, prompt=change(prompt) if isinstance(prompt, str) else prompt)
+
+
+_PROBLEM = Mapping(("problem", "question", "Problem", "Question", "prompt"), ("answer", "Answer"))
+CONVERT: dict[str, tuple[Convert, Mapping]] = {
+    "bbh": (bbh, Mapping(("input",), ("target",))),
+    "agieval": (agieval, Mapping(("question",), ("answer",))),
+    "zebralogic": (zebralogic, Mapping(("puzzle",), ("solution",))),
+    "gpqa_diamond": (gpqa, Mapping(("Question",), ("Correct Answer",))),
+    "dapo_math_17k": (dapo, Mapping(("prompt",), ("reward_model.ground_truth", "solution", "answer"))),
+    "dolci_general": (dolci, Mapping(("prompt", "messages"), ("ground_truth",))),
+}
+
+
+def conversion(name: str) -> tuple[Convert, Mapping]:
+    """How the rows of a benchmark are read; those without a form of their own have a question and an answer."""
+    return CONVERT.get(name, (simple, _PROBLEM))
+
+
+def column(row: PublicRow, names: Sequence[str]) -> Any:
+    """The first of the columns `names` that the row has; None where no names are given.
+
+    InputError, with the columns that there are, where it has none of them.
+    """
+    if not names:
+        return None
+    for name in names:
+        value: Any = row.fields
+        for part in name.split("."):
+            value = value.get(part, _ABSENT) if isinstance(value, dict) else _ABSENT
+        if value is not _ABSENT:
+            return value
+    there = ", ".join(map(str, row.fields))
+    fix = "name one with --prompt-field or --answer-field"
+    raise InputError(f"{row.place}: there is no column {' or '.join(names)} among {there}; {fix}")
+
+
+_ABSENT = object()
+
+
+def listed(choices: Sequence[str]) -> str:
+    """Options with their letters, a line each."""
+    return "\n".join(f"({letter}) {' '.join(text.split())}" for letter, text in zip(LETTERS, choices, strict=False))
+
+
+def _id(row: PublicRow, names: Mapping) -> str | None:
+    try:
+        value = column(row, names.id)
+    except InputError:
+        return None
+    return None if value is None or isinstance(value, dict | list) else str(value)
+
+
+def _prompt(row: PublicRow, names: Mapping) -> str | list[dict[str, str]]:
+    value = column(row, names.prompt)
+    if any(row.fields.get(name) for name in ("image", "images", "image_1")) or _IMAGE.search(json.dumps(value)):
+        raise Unusable("asks about an image")
+    if isinstance(value, list) and [m.get("role") for m in value if isinstance(m, dict)] == ["user"]:
+        value = value[0].get("content")
+    if not value or not isinstance(value, str | list) or (isinstance(value, str) and not value.strip()):
+        raise Unusable("has no question")
+    return value
+
+
+def _answer(value: Any) -> str | None:
+    """An answer as text; a list of one is that one."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, list):
+        raise Unusable("has several answers")
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if isinstance(value, dict):
+        raise Unusable("has a group of fields for an answer")
+    # 1e-05 would be read as Euler's number, less five.
+    return format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)
+
+
+def _blanks(answer: str | None) -> str | None:
+    """Answers to several blanks, `$5$;$10$`, as a tuple, whose order math-verify minds."""
+    parts = [] if answer is None else [part.strip().strip("$").strip() for part in answer.split(";")]
+    return f"({', '.join(parts)})" if len(parts) > 1 else answer
+
+
+def _distinct(choices: Sequence[str], answer: str) -> None:
+    """Unusable where an option that is right reads as another one does."""
+    texts = [" ".join(choice.split()).casefold() for choice in choices]
+    if any(letter in answer and texts.count(text) > 1 for letter, text in zip(LETTERS, texts, strict=False)):
+        raise Unusable("the right option is there twice")

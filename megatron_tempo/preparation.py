@@ -1,0 +1,305 @@
+"""A public data set into files that a run reads: JSONL with `id`, `prompt` and, unless they are left out, `answer`.
+
+Every row that is dropped is counted with its reason. A file appears whole or not at all, and takes the place of none
+that is there unless told to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_tempo.config.benchmarks import BENCHMARKS
+from megatron_tempo.config.schema import Verifier
+from megatron_tempo.data.public import read_public
+from megatron_tempo.data.questions import Question, Unusable, conversion
+from megatron_tempo.errors import InputError
+from megatron_tempo.rewards.verifiers import Item, Verifiers
+
+CUSTOM = "custom"  # a set that is no benchmark of ours
+BATCH = 256  # answers that are checked together
+PLACES = 3  # rows named for each reason
+
+NO_ANSWER = "has no answer"
+UNREAD = "its verifier does not recognise the answer"
+TWICE = "the same question as an earlier row"
+CONTRADICTED = "the same question as another row, with another answer"
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What to make of which files."""
+
+    name: str  # of config.benchmarks, or CUSTOM
+    sources: Sequence[Path]
+    out: Path
+    pattern: str | None = None  # the files of a folder; none: the benchmark's
+    unlabelled: bool = False  # questions alone
+    heldout: int = 0  # questions that go to a file of their own
+    seed: int = 0  # of the held-out questions and of shuffled options
+    prompt_field: str | None = None
+    answer_field: str | None = None
+    id_field: str | None = None
+    verifier: Verifier | None = None  # none: the benchmark's
+    force: bool = False  # replace files that are there
+
+
+@dataclass(slots=True)
+class Report:
+    """What became of the rows."""
+
+    rows: int = 0
+    kept: int = 0
+    repeated: int = 0  # of those kept: questions that an earlier row has too
+    dropped: Counter[str] = field(default_factory=Counter)  # rows by the reason for which they were left out
+    places: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # of the first of these
+    written: dict[Path, int] = field(default_factory=dict)  # questions by file
+
+    def drop(self, reason: str, place: str) -> None:
+        self.dropped[reason] += 1
+        if self.dropped[reason] <= PLACES:
+            self.places[reason].append(place)
+
+    def reasons(self) -> list[str]:
+        """A line for each reason."""
+        shown = {reason: ", ".join(places) for reason, places in self.places.items()}
+        return [
+            f"  {count} dropped: {reason} ({shown[reason]}{', ...' if count > PLACES else ''})"
+            for reason, count in self.dropped.items()
+        ]
+
+    def lines(self, order: Order) -> list[str]:
+        lines = [f"{self.rows} rows read, {self.kept} questions kept, {self.rows - self.kept} rows dropped"]
+        lines += self.reasons()
+        if self.repeated:
+            lines.append(f"  {self.repeated} kept: {TWICE}, which the benchmark counts")
+        benchmark = BENCHMARKS.get(order.name)
+        if benchmark and benchmark.questions not in (None, self.kept):
+            lines.append(f"  note: {order.name} has {benchmark.questions} questions as published")
+        if not order.unlabelled and benchmark and benchmark.training and verifier_of(order, None) is None:
+            lines.append("  note: no verifier reads these answers, which want a judge; none was checked")
+        return lines + [f"{path}: {count} questions" for path, count in self.written.items()]
+
+
+def prepare(order: Order, verifiers: Verifiers) -> Report:
+    """Write the files of `order`. InputError, before anything is written, where it cannot be done."""
+    _check(order)
+    report = Report()
+    questions = _read(order, report)
+    if not order.unlabelled:
+        questions = _verified(order, questions, verifiers, report)
+    report.kept = len(questions)
+    if report.kept <= order.heldout:
+        few = f"{report.kept} questions are too few for {order.heldout} held out and others"
+        raise InputError("\n".join([few, *report.reasons()]))
+    held = _held_out(questions, order.heldout, order.seed)
+    parts = [(order.out, [q for q in questions if key_of(q) not in held])]
+    if held:
+        parts.append((heldout_path(order.out), [q for q in questions if key_of(q) in held]))
+    _write([(path, [_row(order, question) for question in part]) for path, part in parts])
+    report.written = {path: len(part) for path, part in parts}
+    return report
+
+
+def heldout_path(out: Path) -> Path:
+    return out.with_name(f"{out.stem}_heldout{out.suffix}")
+
+
+def verifier_of(order: Order, question: Question | None) -> Verifier | None:
+    """Who judges the answers to a question of the set."""
+    own = question.verifier if question is not None else None
+    benchmark = BENCHMARKS.get(order.name)
+    return order.verifier or own or (benchmark.verifier if benchmark else None)
+
+
+def _check(order: Order) -> None:
+    if order.out.suffix != ".jsonl":
+        raise InputError(f"{order.out}: the name of what is written must end in .jsonl")
+    if order.unlabelled and (order.answer_field or order.verifier):
+        raise InputError("an unlabelled set holds no answers: leave --answer-field and --verifier away")
+    if order.name == CUSTOM and not order.unlabelled and not (order.answer_field and order.verifier):
+        raise InputError("a set of your own needs --answer-field and --verifier, or --unlabelled")
+    if order.name == CUSTOM and not order.prompt_field:
+        raise InputError("a set of your own needs --prompt-field")
+    for path in [order.out, *([heldout_path(order.out)] if order.heldout else [])]:
+        if not path.exists():
+            continue
+        if not order.force:
+            raise InputError(f"{path} is there already; --force replaces it")
+        if not order.unlabelled and _is_unlabelled(path):
+            raise InputError(f"{path} is an unlabelled set, into which no answers are written; give another name")
+
+
+def _is_unlabelled(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8") as lines:
+            row = json.loads(lines.readline())
+    except ValueError:  # no file of ours
+        return False
+    return isinstance(row, dict) and "answer" not in row
+
+
+def _read(order: Order, report: Report) -> list[Question]:
+    """The questions of all rows, each with an id of its own."""
+    convert, names = conversion(order.name)
+    given = {"prompt": order.prompt_field, "answer": order.answer_field, "id": order.id_field}
+    names = replace(names, **{key: (value,) for key, value in given.items() if value is not None})
+    if order.unlabelled:
+        names = replace(names, answer=())  # there may be none, and if there are they are not read
+    benchmark = BENCHMARKS.get(order.name)
+    distinct = benchmark is None or benchmark.training
+    found = _Distinct(report, drop=distinct, answers=not order.unlabelled)
+    for source in order.sources:
+        for row in read_public(source, order.pattern or (benchmark.files if benchmark else None)):
+            report.rows += 1
+            try:
+                question = _convert(lambda: convert(row, names, order.seed), report.rows == 1)  # noqa: B023
+                if question.answer is None and not order.unlabelled:
+                    raise Unusable(NO_ANSWER)
+            except Unusable as reason:
+                report.drop(str(reason), row.place)
+            else:
+                found.add(replace(question, id=question.id or row.place), row.place)
+    return found.questions()
+
+
+def _convert(convert: Callable[[], Question], first: bool) -> Question:
+    """A column that the first row lacks is the user's to name; where it is another's, the row is dropped."""
+    try:
+        return convert()
+    except InputError:
+        if first:
+            raise
+        raise Unusable("lacks a column that the first row has") from None
+
+
+class _Distinct:
+    """Questions in their order. Those that come again are dropped, all of one question where its answers differ."""
+
+    def __init__(self, report: Report, *, drop: bool, answers: bool) -> None:
+        self._report = report
+        self._drop = drop
+        self._answers = answers
+        self._kept: list[tuple[Question, str] | None] = []
+        self._first: dict[str, int] = {}
+        self._ids: set[str] = set()
+
+    def add(self, question: Question, place: str) -> None:
+        first = self._first.setdefault(key_of(question), len(self._kept))
+        if first < len(self._kept) and self._drop:
+            self._again(question, place, first)
+            return
+        self._report.repeated += first < len(self._kept)
+        assert question.id is not None
+        if question.id in self._ids:  # of another file of the set, perhaps
+            question = replace(question, id=f"{question.id}:{len(self._kept)}")
+        self._ids.add(str(question.id))
+        self._kept.append((question, place))
+
+    def questions(self) -> list[Question]:
+        return [kept[0] for kept in self._kept if kept is not None]
+
+    def _again(self, question: Question, place: str, first: int) -> None:
+        kept = self._kept[first]
+        if kept is not None and (not self._answers or question.answer == kept[0].answer):
+            self._report.drop(TWICE, place)
+            return
+        if kept is not None:
+            self._report.drop(CONTRADICTED, kept[1])
+            self._kept[first] = None
+        self._report.drop(CONTRADICTED, place)
+
+
+def text_of(question: Question) -> str:
+    """The question as a verifier reads it."""
+    return question.prompt if isinstance(question.prompt, str) else json.dumps(question.prompt)
+
+
+def key_of(question: Question) -> str:
+    """What two questions have in common that are the same."""
+    return " ".join(text_of(question).split())
+
+
+def _verified(order: Order, questions: list[Question], verifiers: Verifiers, report: Report) -> list[Question]:
+    """The questions whose answer, given as a response, its verifier finds right."""
+    right: list[Question] = []
+    for start in range(0, len(questions), BATCH):
+        batch = questions[start : start + BATCH]
+        for question, verdict in zip(batch, _verdicts(order, verifiers, batch), strict=True):
+            if verdict:
+                right.append(question)
+            else:
+                report.drop(UNREAD, str(question.id))
+    return right
+
+
+def _verdicts(order: Order, verifiers: Verifiers, questions: list[Question]) -> list[float]:
+    items = [_item(question, verifier_of(order, question)) for question in questions]
+    try:
+        scores = iter(verifiers.score([item for item in items if item is not None]))
+        return [1.0 if item is None else next(scores) for item in items]
+    except ValueError:  # of the first answer that its verifier refuses to look at
+        if len(questions) == 1:
+            return [0.0]
+        return [verdict for question in questions for verdict in _verdicts(order, verifiers, [question])]
+
+
+def _item(question: Question, verifier: Verifier | None) -> Item | None:
+    if verifier is None:
+        return None
+    answer = str(question.answer)
+    return Item(verifier.name, text_of(question), stated(verifier, answer), answer)
+
+
+def stated(verifier: Verifier, answer: str) -> str:
+    r"""A response that gives the answer. Of mathematics it is not the answer to the letter, so that it is compared as
+    such: the verifier takes equal texts for equal."""
+    if verifier is Verifier.math:
+        return f"\\boxed{{\\displaystyle {answer.strip().strip('$')}}}"
+    return answer if verifier in (Verifier.grid, Verifier.countdown) else f"Answer: {answer}"
+
+
+def _held_out(questions: list[Question], count: int, seed: int) -> set[str]:
+    """So many questions by their keys, drawn by the seed and each question's text alone."""
+
+    def draw(key: str) -> bytes:
+        return hashlib.sha256(json.dumps([seed, key]).encode()).digest()
+
+    return set(sorted({key_of(question) for question in questions}, key=draw)[:count])
+
+
+def _row(order: Order, question: Question) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": question.id, "prompt": question.prompt}
+    if order.unlabelled:
+        return row
+    row["answer"] = question.answer
+    if question.verifier is not None and order.verifier is None:
+        benchmark = BENCHMARKS[order.name]
+        assert benchmark.verifier is None
+        row["verifier"] = question.verifier.name
+    return row
+
+
+def _write(parts: Iterable[tuple[Path, list[dict[str, Any]]]]) -> None:
+    """All files under other names first, so that they appear together."""
+    ready: list[tuple[Path, Path]] = []
+    try:
+        for path, rows in parts:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.{os.getpid()}")
+            ready.append((partial, path))
+            with partial.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                file.flush()
+                os.fsync(file.fileno())
+        for partial, path in ready:
+            partial.replace(path)
+    finally:
+        for partial, _ in ready:
+            partial.unlink(missing_ok=True)
