@@ -20,6 +20,12 @@ import pyarrow.parquet as pq
 
 from megatron_tempo.data.rows import BATCH_ROWS, BOM, DataError
 
+ABOUT = (
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+)  # what `datasets` writes beside data
 CSV_FIELD_CHARS = 2**27  # Python's own limit of 128 KiB is less than some solutions have
 
 Fields = dict[str, Any]
@@ -81,7 +87,7 @@ def find_files(path: Path, pattern: str | None) -> list[Path]:
 
 def _is_data(file: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.suffix in READERS and not hidden and file.name not in ("dataset_info.json", "dataset_dict.json")
+    return file.suffix in READERS and not hidden and file.name not in ABOUT
 
 
 def _read_json(path: Path) -> Iterator[Fields]:

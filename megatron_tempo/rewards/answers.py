@@ -10,6 +10,7 @@ import re
 
 from megatron_tempo.rewards.math import RESPONSE_CHARS
 
+_SPECIAL = re.compile(r"<(?:\|\w+\||/s|eos|pad|end_of_turn)>\Z")
 _BRACES = re.compile(r"(\\boxed\s*\{)|\\.|([{}])", re.DOTALL)
 _LINE = re.compile(r"[ \t>*_#-]*(?:the )?(?:correct |final |best )*(?:answer|答案)[ \t*_]*[:：](.*)", re.IGNORECASE)
 _SENTENCE = re.compile(
@@ -32,13 +33,25 @@ def last_boxed(text: str) -> str | None:
     return None if box is None else text[slice(*box)]
 
 
+def tail(response: str) -> str:
+    """The end of a response, which is what is looked at, without the tokens that end it.
+
+    >>> tail("Answer: B<|im_end|>")
+    'Answer: B'
+    """
+    text = response[-RESPONSE_CHARS:].rstrip()
+    while special := _SPECIAL.search(text, max(0, len(text) - 64)):
+        text = text[: special.start()].rstrip()
+    return text
+
+
 def statements(response: str) -> list[str]:
     r"""What may be the response's answer, the likeliest first. A box, or a line that says Answer, is alone.
 
     >>> statements("The answer is A. No: the answer is B.\nThat is all.")
     ['B', 'A', 'That is all.']
     """
-    text = response[-RESPONSE_CHARS:]
+    text = tail(response)
     box, line = _last_box(text), _last_line(text)
     if line is not None and (box is None or line[0] > box[1]):
         return [line[1]]

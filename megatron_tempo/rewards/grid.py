@@ -14,7 +14,7 @@ import re
 from typing import Any
 
 from megatron_tempo.errors import InputError
-from megatron_tempo.rewards.math import RESPONSE_CHARS
+from megatron_tempo.rewards.answers import tail
 
 Grid = frozenset[tuple[str, str, str]]  # (house, attribute, value)
 
@@ -32,7 +32,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 def read(prompt: str, response: str) -> Grid | None:
     """The last grid of the response, its JSON or its table."""
-    text = response[-RESPONSE_CHARS:]
+    text = tail(response)
     found = [grid for grid in (_last_object(text), _last_table(text)) if grid is not None]
     return max(found)[1] if found else None
 

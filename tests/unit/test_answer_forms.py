@@ -40,6 +40,17 @@ def test_a_form(verifiers: Verifiers, item: Item, verdict: float) -> None:
     assert verifiers.score([item]) == [verdict]
 
 
+@pytest.mark.parametrize("end", ["<|im_end|>", "</s> <|endoftext|>\n"])
+def test_a_response_comes_with_the_token_that_ends_it(verifiers: Verifiers, end: str) -> None:
+    """Nothing changes with it: `rollout.batches` gives a verifier all the text."""
+    for verifier, kinds in FORMS.items():
+        for kind in ("right", "wrong"):
+            pairs = kinds[kind]
+            items = [Item(verifier, kinds.get("prompt", ""), response + end, answer) for answer, response in pairs]
+            scores = verifiers.score(items)
+            assert [pair for pair, score in zip(pairs, scores, strict=True) if score != SHOULD_BE[kind]] == []
+
+
 def test_there_are_enough_of_each_kind() -> None:
     counts = Counter(
         {verifier: sum(len(kinds.get(kind, [])) for kind in SHOULD_BE) for verifier, kinds in FORMS.items()}

@@ -63,6 +63,20 @@ def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
     assert [row.fields for row in read_public(tmp_path, "data/test-*")] == ROWS
 
 
+def test_splits_that_datasets_saved(tmp_path: Path) -> None:
+    for split in ("test", "train"):
+        (tmp_path / split).mkdir()
+        write_arrow(tmp_path / split / "data-00000-of-00001.arrow", ROWS if split == "test" else [])
+        (tmp_path / split / "state.json").write_text(
+            json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]})
+        )
+    (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": ["test", "train"]}))
+    for folder, pattern in [(tmp_path, "test/*"), (tmp_path / "test", None)]:
+        assert [row.fields for row in read_public(folder, pattern)] == ROWS
+    with pytest.raises(DataError, match=r"holds test/data-0.*\.arrow, train/data-0.*\.arrow; say"):
+        list(read_public(tmp_path, None))
+
+
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     """A copy of a repository with two splits, one of them in two shards, beside what is no data."""

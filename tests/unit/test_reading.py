@@ -46,6 +46,7 @@ HOSTILE = {
     "surrogates": "Answer: \ud800\udfff\ud800",
     "null bytes": "Answer: \x00" * 1000,
     "backslashes": "\\" * 2**20,
+    "ends": "<|im_end|>" * 100_000,
     "infinity": '{"House 1": {"Name": NaN}, "House 2": {"Name": -Infinity}}',
     "a number too long": '{"House 1": {"Name": ' + "9" * 10_000 + "}}",
 }
