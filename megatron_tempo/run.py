@@ -96,18 +96,18 @@ class Run:
     @contextmanager
     def open(cls, place: Workplace) -> Iterator[Run]:
         """Read the data, build the models, open the run's files. The data comes first: it is the quickest to fail."""
-        config, layout = place.config, place.layout
+        config = place.config
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
         with ExitStack() as stack:
             verifiers = stack.enter_context(Verifiers())
-            metrics = stack.enter_context(Metrics(Path(config.run.dir), config.metrics, layout.is_writer))
+            metrics = stack.enter_context(Metrics(Path(config.run.dir), config.metrics, place.is_writer))
             labelled, unlabelled = prompt_streams(config, tokenizer, verifiers, metrics.message)
             sets = evaluation_sets(config, tokenizer, verifiers)
             actor, critic = build_actor(place), build_critic(place)
             engine = build_engine(place, metrics.message)
             stack.callback(engine.close)
             below = Path(config.run.dir) / "checkpoints"
-            checkpoints = Checkpoints(below, config.checkpoint.keep, layout, metrics.message)
+            checkpoints = Checkpoints(below, config.checkpoint.keep, place.layouts.actor, metrics.message)
             yield cls(
                 config=config,
                 place=place,
@@ -175,7 +175,7 @@ class Run:
             batch_of(labelled, completions[:n], verdicts[:n]) if labelled else None,
             batch_of(unlabelled, completions[n:], None) if unlabelled else None,
         )
-        if config.dump and self.place.layout.is_writer:
+        if config.dump and self.place.is_writer:
             path = dump.path_of(Path(self.config.run.dir) / "rollouts", stage_name, iteration + 1)
             dump.write(path, rollouts.labelled, rollouts.unlabelled, self.tokenizer)
         return rollouts
@@ -298,7 +298,7 @@ class Run:
         exported = out / f"hf_step_{self.step:08d}"
         if self.config.checkpoint.export_hf:
             export_hf(self.place, self.actor, self.critic, exported)
-        if self.place.layout.is_writer:
+        if self.place.is_writer:
             from megatron_tempo.report.html import write_report  # matplotlib: for this rank and moment only
 
             told = [f"checkpoints: {self.checkpoints.folder}"]
@@ -335,7 +335,7 @@ class Run:
     def _remember_config(self) -> None:
         """Keep the config beside the run. Where it differs from the last start's, say so and keep that one too."""
         path = Path(self.config.run.dir) / "config.json"
-        if not self.place.layout.is_writer:
+        if not self.place.is_writer:
             return
         if path.exists():
             changes = differences(load_config(path), self.config)

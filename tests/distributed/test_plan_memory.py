@@ -118,7 +118,7 @@ def measure(config: Config) -> dict[str, Any]:
         actor, critic = build_actor(place), build_critic(place)
         gc.collect()
         parts = [resident(model.model) for model in (actor, critic)]
-        found: dict[str, Any] = {"resident": storages.now(), "stage": place.layout.pipeline_rank}
+        found: dict[str, Any] = {"resident": storages.now(), "stage": place.layouts.actor.pipeline_rank}
         found["parts"] = {part: sum(one[part] for one in parts) for part in parts[0]}
 
         def phase(name: Phase, run: Any) -> Any:

@@ -39,6 +39,7 @@ _BOUNDS: dict[type, dict[str, _Bound]] = {
         "micro_batch_tokens": _ONE_OR_MORE,
         "bucket_mb": _ONE_OR_MORE,
     },
+    schema.CriticLayoutConfig: {"tensor": _ONE_OR_MORE, "pipeline": _ONE_OR_MORE, "context": _ONE_OR_MORE},
     schema.DatasetConfig: {"limit": _ONE_OR_MORE},
     schema.RolloutConfig: {
         "max_prompt_tokens": _ONE_OR_MORE,
