@@ -373,6 +373,7 @@ class ClusterConfig:
     memory_tbs: float = 0.0  # TB/s
     nvlink_gbs: float = 0.0  # GB/s of a GPU in one direction, inside a node
     network_gbs: float = 0.0  # GB/s of a GPU in one direction, between nodes
+    host_gbs: float = 64.0  # GB/s of a GPU to and from its host's memory, in one direction; 64: PCIe 5.0 x16
     compute_share: float = 0.4  # of bf16_tflops that a training pass reaches
     memory_share: float = 0.6  # of memory_tbs that decoding reaches
     link_share: float = 0.5  # of a link that a weight sync reaches

@@ -108,6 +108,7 @@ _BOUNDS: dict[type, dict[str, _Bound]] = {
         "memory_tbs": _ABOVE_ZERO,
         "nvlink_gbs": _ABOVE_ZERO,
         "network_gbs": _ABOVE_ZERO,
+        "host_gbs": _ABOVE_ZERO,
         "compute_share": _SHARE,
         "memory_share": _SHARE,
         "link_share": _SHARE,
