@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from megatron_tempo.config.tree import save as save_config
 from megatron_tempo.data.stream import PromptStream
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.evaluation.evaluator import Evaluator
+from megatron_tempo.memory import PeakMemory, planned
 from megatron_tempo.methods import METHODS
 from megatron_tempo.methods.learner import Learner, Rollouts
 from megatron_tempo.metrics import Metrics
@@ -86,6 +88,7 @@ class Run:
     weights: Weights
     evaluator: Evaluator
     metrics: Metrics
+    peaks: PeakMemory
     checkpoints: Checkpoints
     step: int = 0
     questions: list[_Questions] = field(default_factory=list)
@@ -103,6 +106,8 @@ class Run:
             metrics = stack.enter_context(Metrics(Path(config.run.dir), config.metrics, place.is_writer))
             labelled, unlabelled = prompt_streams(config, tokenizer, verifiers, metrics.message)
             sets = evaluation_sets(config, tokenizer, verifiers)
+            peaks = PeakMemory(place.device, planned(config, dist.get_world_size(), place.device))
+            metrics.message(peaks.plan())
             actor, critic = build_actor(place), build_critic(place)
             engine = build_engine(place, metrics.message)
             stack.callback(engine.close)
@@ -121,6 +126,7 @@ class Run:
                 weights=engine_weights(actor, place),
                 evaluator=build_evaluator(config, engine, verifiers, tokenizer, sets, critic),
                 metrics=metrics,
+                peaks=peaks,
                 checkpoints=checkpoints,
             )
 
@@ -134,11 +140,14 @@ class Run:
             self.actor,
             self.critic,
             self.reference_logprobs,
-            self.metrics.phase,
+            self.phase,
             seed=f"{self.config.run.seed}/{stage_name}/{iteration}",
         )
         figures = METHODS[stage.method](learner, rollouts, stage, iteration)
         figures |= _rollout_figures(rollouts, self.step, time.monotonic() - started)
+        peaks = self.peaks.take()
+        if iteration == stage.critic.warmup_iterations:  # the first with all its phases
+            self.metrics.message(self.peaks.comparison(peaks))
         self.step += 1
         self.questions = self.questions[1:]
         self.evaluated = False
@@ -149,6 +158,7 @@ class Run:
             "step": self.step,
             **figures,
             **self._padding(),
+            **peaks,
         }
 
     def rollouts(self, stage_name: str, stage: StageConfig, iteration: int) -> Rollouts:
@@ -162,7 +172,7 @@ class Run:
             labelled, unlabelled = self._draw(stage, iteration)
             path = dump.path_of(Path(config.replay), stage_name, iteration + 1)
             return Rollouts(*dump.read(path, labelled, unlabelled, samples))
-        with self.metrics.phase("generate"):
+        with self.phase("generate"):
             if not self.questions:
                 self._ask(stage_name, stage, iteration)
             current = self.questions[0]
@@ -203,8 +213,14 @@ class Run:
 
     def sync_engine(self) -> None:
         """The actor's weights into the engine."""
-        with self.metrics.phase("sync"):
+        with self.phase("sync"):
             self.engine.load_weights(self.weights, self.step)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times what is done inside, and takes its peak of memory."""
+        with self.metrics.phase(name), self.peaks.phase(name):
+            yield
 
     # Between iterations
 
@@ -258,7 +274,7 @@ class Run:
         where = {"stage": stage_name, "iteration": iteration, "step": self.step, "point": point}
         targets = self.config.stages()[stage_name].critic.targets
         for name in self.evaluator.sets:
-            with self.metrics.phase("evaluate"):
+            with self.phase("evaluate"):
                 scores, samples = self.evaluator.evaluate(name, targets, show=point != "during")
             self.metrics.evaluation(where | scores)
             self.metrics.samples({**where, "set": name, **sample} for sample in samples)
@@ -270,7 +286,7 @@ class Run:
 
     def checkpoint(self) -> None:
         """Save the run as it stands between two iterations; questions that are being answered will be asked again."""
-        with self.metrics.phase("checkpoint"):
+        with self.phase("checkpoint"):
             state = {
                 "streams": self.questions[0].before if self.questions else self._stream_states(),
                 "position": schedule.position(self.config, self.step),

@@ -103,3 +103,4 @@ def test_an_iteration_does_not_depend_on_the_layout(
         assert one[norm] > 0
         assert other[norm] == pytest.approx(one[norm], rel=1e-5)
     assert other["padding"] < 0.05
+    assert {"memory_gb/critic", "memory_gb/values", "memory_gb/logprobs", "memory_gb/actor"} <= other.keys()
