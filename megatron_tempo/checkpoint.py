@@ -57,7 +57,8 @@ class Checkpoints:
                 (partial / name).mkdir(parents=True)
         dist.barrier()
         for name, model in models.items():
-            dist_checkpointing.save(_sharded(model, is_loading=False), str(partial / name))
+            with model.at_work():
+                dist_checkpointing.save(_sharded(model, is_loading=False), str(partial / name))
         if self.layout.is_writer:
             counts = {name: model.step_count for name, model in models.items()}
             _write_json(partial / STATE, state | {"step": step, "optimizer_steps": counts})
@@ -97,9 +98,10 @@ class Checkpoints:
         """Fill models and optimizers from a checkpoint, whatever layout wrote it. Returns its state."""
         state = json.loads((path / STATE).read_text())
         for name, model in models.items():
-            loaded = dist_checkpointing.load(_sharded(model, is_loading=True), str(path / name))
-            model.net.load_state_dict(loaded["model"])
-            model.load_optimizer(loaded["optimizer"])
+            with model.at_work():
+                loaded = dist_checkpointing.load(_sharded(model, is_loading=True), str(path / name))
+                model.net.load_state_dict(loaded["model"])
+                model.load_optimizer(loaded["optimizer"])
             model.step_count = state["optimizer_steps"][name]
         return state
 

@@ -42,7 +42,7 @@ from megatron_tempo.plan.split import problems as plan_problems
 from megatron_tempo.plan.table import report
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-_GROUPS = ("model", "data", "benchmark", "algorithm", "experiment", "cluster")
+_GROUPS = ("model", "data", "benchmark", "engine", "algorithm", "experiment", "cluster")
 EVAL_DIR = "runs/eval"  # an eval whose command line names no run.dir gets a folder of its own below this one
 
 _DESCRIPTION = "TEMPO: test-time training of reasoning models by EM, on Megatron-Core."

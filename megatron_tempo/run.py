@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from megatron_tempo.config.tree import save as save_config
 from megatron_tempo.data.stream import PromptStream
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.evaluation.evaluator import Evaluator
+from megatron_tempo.memory import PeakMemory, planned
 from megatron_tempo.methods import METHODS
 from megatron_tempo.methods.learner import Learner, Rollouts
 from megatron_tempo.metrics import Metrics
@@ -86,6 +88,7 @@ class Run:
     weights: Weights
     evaluator: Evaluator
     metrics: Metrics
+    peaks: PeakMemory
     checkpoints: Checkpoints
     step: int = 0
     questions: list[_Questions] = field(default_factory=list)
@@ -96,18 +99,20 @@ class Run:
     @contextmanager
     def open(cls, place: Workplace) -> Iterator[Run]:
         """Read the data, build the models, open the run's files. The data comes first: it is the quickest to fail."""
-        config, layout = place.config, place.layout
+        config = place.config
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
         with ExitStack() as stack:
             verifiers = stack.enter_context(Verifiers())
-            metrics = stack.enter_context(Metrics(Path(config.run.dir), config.metrics, layout.is_writer))
+            metrics = stack.enter_context(Metrics(Path(config.run.dir), config.metrics, place.is_writer))
             labelled, unlabelled = prompt_streams(config, tokenizer, verifiers, metrics.message)
             sets = evaluation_sets(config, tokenizer, verifiers)
+            peaks = PeakMemory(place.device, planned(config, dist.get_world_size(), place.device))
+            metrics.message(peaks.plan())
             actor, critic = build_actor(place), build_critic(place)
             engine = build_engine(place, metrics.message)
             stack.callback(engine.close)
             below = Path(config.run.dir) / "checkpoints"
-            checkpoints = Checkpoints(below, config.checkpoint.keep, layout, metrics.message)
+            checkpoints = Checkpoints(below, config.checkpoint.keep, place.layouts.actor, metrics.message)
             yield cls(
                 config=config,
                 place=place,
@@ -121,6 +126,7 @@ class Run:
                 weights=engine_weights(actor, place),
                 evaluator=build_evaluator(config, engine, verifiers, tokenizer, sets, critic),
                 metrics=metrics,
+                peaks=peaks,
                 checkpoints=checkpoints,
             )
 
@@ -134,11 +140,14 @@ class Run:
             self.actor,
             self.critic,
             self.reference_logprobs,
-            self.metrics.phase,
+            self.phase,
             seed=f"{self.config.run.seed}/{stage_name}/{iteration}",
         )
         figures = METHODS[stage.method](learner, rollouts, stage, iteration)
         figures |= _rollout_figures(rollouts, self.step, time.monotonic() - started)
+        peaks = self.peaks.take()
+        if iteration == stage.critic.warmup_iterations:  # the first with all its phases
+            self.metrics.message(self.peaks.comparison(peaks))
         self.step += 1
         self.questions = self.questions[1:]
         self.evaluated = False
@@ -149,6 +158,7 @@ class Run:
             "step": self.step,
             **figures,
             **self._padding(),
+            **peaks,
         }
 
     def rollouts(self, stage_name: str, stage: StageConfig, iteration: int) -> Rollouts:
@@ -162,7 +172,7 @@ class Run:
             labelled, unlabelled = self._draw(stage, iteration)
             path = dump.path_of(Path(config.replay), stage_name, iteration + 1)
             return Rollouts(*dump.read(path, labelled, unlabelled, samples))
-        with self.metrics.phase("generate"):
+        with self.phase("generate"):
             if not self.questions:
                 self._ask(stage_name, stage, iteration)
             current = self.questions[0]
@@ -175,7 +185,7 @@ class Run:
             batch_of(labelled, completions[:n], verdicts[:n]) if labelled else None,
             batch_of(unlabelled, completions[n:], None) if unlabelled else None,
         )
-        if config.dump and self.place.layout.is_writer:
+        if config.dump and self.place.is_writer:
             path = dump.path_of(Path(self.config.run.dir) / "rollouts", stage_name, iteration + 1)
             dump.write(path, rollouts.labelled, rollouts.unlabelled, self.tokenizer)
         return rollouts
@@ -203,8 +213,14 @@ class Run:
 
     def sync_engine(self) -> None:
         """The actor's weights into the engine."""
-        with self.metrics.phase("sync"):
+        with self.phase("sync"):
             self.engine.load_weights(self.weights, self.step)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times what is done inside, and takes its peak of memory."""
+        with self.metrics.phase(name), self.peaks.phase(name):
+            yield
 
     # Between iterations
 
@@ -258,7 +274,7 @@ class Run:
         where = {"stage": stage_name, "iteration": iteration, "step": self.step, "point": point}
         targets = self.config.stages()[stage_name].critic.targets
         for name in self.evaluator.sets:
-            with self.metrics.phase("evaluate"):
+            with self.phase("evaluate"):
                 scores, samples = self.evaluator.evaluate(name, targets, show=point != "during")
             self.metrics.evaluation(where | scores)
             self.metrics.samples({**where, "set": name, **sample} for sample in samples)
@@ -270,7 +286,7 @@ class Run:
 
     def checkpoint(self) -> None:
         """Save the run as it stands between two iterations; questions that are being answered will be asked again."""
-        with self.metrics.phase("checkpoint"):
+        with self.phase("checkpoint"):
             state = {
                 "streams": self.questions[0].before if self.questions else self._stream_states(),
                 "position": schedule.position(self.config, self.step),
@@ -298,7 +314,7 @@ class Run:
         exported = out / f"hf_step_{self.step:08d}"
         if self.config.checkpoint.export_hf:
             export_hf(self.place, self.actor, self.critic, exported)
-        if self.place.layout.is_writer:
+        if self.place.is_writer:
             from megatron_tempo.report.html import write_report  # matplotlib: for this rank and moment only
 
             told = [f"checkpoints: {self.checkpoints.folder}"]
@@ -335,7 +351,7 @@ class Run:
     def _remember_config(self) -> None:
         """Keep the config beside the run. Where it differs from the last start's, say so and keep that one too."""
         path = Path(self.config.run.dir) / "config.json"
-        if not self.place.layout.is_writer:
+        if not self.place.is_writer:
             return
         if path.exists():
             changes = differences(load_config(path), self.config)

@@ -58,7 +58,7 @@ def evaluate(config: Config) -> None:
     with (
         open_workplace(config) as place,
         Verifiers() as verifiers,
-        Metrics(out, config.metrics, place.layout.is_writer) as metrics,
+        Metrics(out, config.metrics, place.is_writer) as metrics,
         ExitStack() as stack,
     ):
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
@@ -74,6 +74,6 @@ def evaluate(config: Config) -> None:
             scores, samples = evaluator.evaluate(name, targets, show=True)
             metrics.evaluation(where | scores)
             metrics.samples({**where, "set": name, **sample} for sample in samples)
-        if place.layout.is_writer:
+        if place.is_writer:
             save_config(config, out / "config.json")
             metrics.message(f"{summary_table(out)}\n\nwritten to {out}")

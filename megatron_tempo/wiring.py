@@ -27,7 +27,8 @@ from megatron_tempo.models.critic import Critic
 from megatron_tempo.models.device import select_device
 from megatron_tempo.models.families import DTYPES, FAMILIES, read_shape, transformer_config
 from megatron_tempo.models.gpt import LanguageModel, PackedGPT, ValueModel
-from megatron_tempo.models.parallel import Layout, parallel_groups
+from megatron_tempo.models.parallel import Layout, Layouts, parallel_groups
+from megatron_tempo.models.residence import Residence
 from megatron_tempo.models.shape import Shape
 from megatron_tempo.models.trained import Model, TrainedModel
 from megatron_tempo.rewards.verifiers import Verifiers
@@ -45,11 +46,17 @@ TARGETS = "tempo_critic_targets"
 
 @dataclass(frozen=True, slots=True)
 class Workplace:
-    """Where a run computes: its config, this rank's place and device."""
+    """Where a run computes: its config, this rank's places in actor and critic, its device and who is on it."""
 
     config: Config
-    layout: Layout
+    layouts: Layouts
     device: torch.device
+    residence: Residence
+
+    @property
+    def is_writer(self) -> bool:
+        """The one rank that writes the run's plain files."""
+        return self.layouts.actor.is_writer
 
 
 @contextmanager
@@ -63,27 +70,28 @@ def open_workplace(config: Config) -> Iterator[Workplace]:
     # Beside it, torch fills all memory that is asked for unfilled: a launch more for each of a kernel's results.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     transformers.utils.logging.disable_progress_bar()
-    with parallel_groups(config.parallel, device, config.run.seed) as layout:
-        yield Workplace(config, layout, device)
+    with parallel_groups(config.parallel, device, config.run.seed) as layouts:
+        yield Workplace(config, layouts, device, Residence(one_at_a_time=config.parallel.offload))
 
 
 def build_actor(place: Workplace) -> Actor:
     """The actor with the weights of `model.path`, to be trained. Collective."""
-    return Actor(_trained(place, _language_model(place)))
+    return Actor(_trained(place, _language_model(place), place.layouts.actor))
 
 
 def build_reference(place: Workplace) -> Actor:
     """The policy that the KL term holds to: `model.path` as it is. Collective."""
     config, net = place.config, _language_model(place)
-    return Actor(
-        Model.frozen(net, place.layout, place.device, config.parallel.micro_batch_tokens, config.run.precision)
-    )
+    tokens, precision = config.parallel.micro_batch_tokens, config.run.precision
+    return Actor(Model.frozen(net, place.layouts.actor, place.device, tokens, precision, place.residence))
 
 
 def build_critic(place: Workplace) -> Critic:
     """The critic with the weights of `model.critic_path`, or the actor's decoder and a zero head. Collective."""
     path = Path(place.config.model.critic_path or place.config.model.path)
-    return Critic(_trained(place, _network(place, ValueModel, path)))
+    layout = place.layouts.critic
+    with layout.groups.current():
+        return Critic(_trained(place, _network(place, ValueModel, path, layout), layout))
 
 
 def targets_of(critic: Path) -> CriticTargets:
@@ -131,7 +139,8 @@ def build_evaluator(
 
 def weights_of(model: Model, place: Workplace, dtype: torch.dtype | None = None) -> WeightStream:
     """All weights of a model, by their Hugging Face names, as they are and will be. `dtype`: none is the model's."""
-    return WeightStream(model.net, place.layout, _slots(model.net, place), place.config.parallel.bucket_mb << 20, dtype)
+    net, layout, bucket_bytes = model.net, model.layout, place.config.parallel.bucket_mb << 20
+    return WeightStream(net, layout, _slots(net, layout), bucket_bytes, dtype, partial(place.residence.bring, model))
 
 
 def engine_weights(actor: Actor, place: Workplace) -> Weights:
@@ -141,7 +150,9 @@ def engine_weights(actor: Actor, place: Workplace) -> Weights:
 
 def folder_weights(place: Workplace) -> Weights:
     """The weights of `model.path` as they are in the folder, in the engine's precision."""
-    return _in_engine_precision(place, partial(folder.FolderWeights, Path(place.config.model.path), place.layout))
+    return _in_engine_precision(
+        place, partial(folder.FolderWeights, Path(place.config.model.path), place.layouts.actor)
+    )
 
 
 def _in_engine_precision(place: Workplace, weights: Callable[..., Weights]) -> Weights:
@@ -167,7 +178,7 @@ def export_hf(place: Workplace, actor: Actor, critic: Critic, out: Path) -> None
         if not there[0]:
             dtype = str(trained.net.config.params_dtype).removeprefix("torch.")
             buckets = weights_of(trained, place).everywhere()
-            folder.save(buckets, out / name, Path(like), place.layout, {**changes, "dtype": dtype})
+            folder.save(buckets, out / name, Path(like), trained.layout, {**changes, "dtype": dtype})
 
 
 def critic_changes(shape: Shape, targets: CriticTargets | None) -> dict[str, Any]:
@@ -221,21 +232,23 @@ def _language_model(place: Workplace) -> PackedGPT:
     """The actor's network, with the weights of `model.path`."""
     config = place.config
     kind = partial(LanguageModel, logits=config.model.logits, temperature=config.rollout.temperature)
-    return _network(place, kind, Path(config.model.path))
+    return _network(place, kind, Path(config.model.path), place.layouts.actor)
 
 
-def _network(place: Workplace, kind: Callable[..., PackedGPT], path: Path) -> PackedGPT:
+def _network(place: Workplace, kind: Callable[..., PackedGPT], path: Path, layout: Layout) -> PackedGPT:
+    place.residence.clear()
     shape = read_shape(path)
-    config = transformer_config(shape, place.layout, place.config.run.precision, place.config.parallel.recompute)
-    net = kind(config, shape, place.layout, kernels_for(place.device))
-    folder.load(net, place.layout, _slots(net, place), path)
+    config = transformer_config(shape, layout, place.config.run.precision, place.config.parallel.recompute)
+    net = kind(config, shape, layout, kernels_for(place.device))
+    folder.load(net, layout, _slots(net, layout), path)
     return net
 
 
-def _slots(net: PackedGPT, place: Workplace) -> list[Slot]:
-    return tables.slots(net.shape, place.layout.pipeline, critic=isinstance(net, ValueModel))
+def _slots(net: PackedGPT, layout: Layout) -> list[Slot]:
+    return tables.slots(net.shape, layout.pipeline, critic=isinstance(net, ValueModel))
 
 
-def _trained(place: Workplace, net: PackedGPT) -> TrainedModel:
+def _trained(place: Workplace, net: PackedGPT, layout: Layout) -> TrainedModel:
     config = place.config
-    return TrainedModel.wrap(net, place.layout, place.device, config.parallel.micro_batch_tokens, config.run.precision)
+    tokens, precision = config.parallel.micro_batch_tokens, config.run.precision
+    return TrainedModel.wrap(net, layout, place.device, tokens, precision, place.residence)

@@ -142,7 +142,7 @@ class Folder:
 
     def update(self, version: int) -> None:
         like = Path(self._place.config.model.path)
-        folder.save(self._weights.everywhere(), self._out, like, self._place.layout, {})
+        folder.save(self._weights.everywhere(), self._out, like, self._place.layouts.actor, {})
         self._post(self._dialect.before_update()[0], *self._load, *self._dialect.resume())
 
     def update_streamed(self, version: int) -> None:
@@ -179,20 +179,20 @@ def run_rank(job: Job) -> None:
     with wiring.open_workplace(job.config) as place:
         actor = random_actor(place) if job.random else wiring.build_reference(place)
         result = measured(job, place, actor)
-        if place.layout.is_writer:
+        if place.is_writer:
             (job.scratch / "result.json").write_text(json.dumps(result))
 
 
 def random_actor(place: wiring.Workplace) -> Actor:
     """Of the right shapes; the parameters that all tensor ranks hold are ones."""
-    config, shape = place.config, read_shape(Path(place.config.model.path))
-    megatron = transformer_config(shape, place.layout, config.run.precision)
-    net = LanguageModel(megatron, shape, place.layout, kernels_for(place.device), config.model.logits, temperature=1.0)
+    config, shape, layout = place.config, read_shape(Path(place.config.model.path)), place.layouts.actor
+    megatron = transformer_config(shape, layout, config.run.precision)
+    net = LanguageModel(megatron, shape, layout, kernels_for(place.device), config.model.logits, temperature=1.0)
     torch.manual_seed(dist.get_rank())
     for name, parameter in net.named_parameters():
         parameter.data.fill_(1.0) if "norm" in name else parameter.data.normal_(0.0, 0.02)
     tokens = config.parallel.micro_batch_tokens
-    return Actor(Model.frozen(net, place.layout, place.device, tokens, config.run.precision))
+    return Actor(Model.frozen(net, layout, place.device, tokens, config.run.precision, place.residence))
 
 
 def measured(job: Job, place: wiring.Workplace, actor: Actor) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def measured(job: Job, place: wiring.Workplace, actor: Actor) -> dict[str, Any]:
             for contender in contenders[shift:] + contenders[:shift]:
                 turn = once(contender, next(versions), job, place, None if number else actor)
                 figures[number, contender.name] = turn
-            if place.layout.is_writer:
+            if place.is_writer:
                 print(f"round {number} of {job.rounds}", file=sys.stderr, flush=True)
     rows = []
     for name in [contender.name for contender in contenders]:
@@ -230,7 +230,7 @@ def once(
     `changed` is an actor to change before the update. Raises EngineError where it is seen not to arrive.
     """
     processes, cuda = [], place.device.type == "cuda"
-    if place.layout.is_writer:
+    if place.is_writer:
         shutil.rmtree(job.scratch / "weights", ignore_errors=True)
         server = psutil.Process(job.server)
         processes = [process.pid for process in (server, *server.children(recursive=True))]

@@ -41,7 +41,8 @@ def line(experiment: str, cluster: str) -> list[str]:
     least = nearest(plans)
     assert least is not None
     layout = f"{tensor} x {pipeline} x {data}, {engine}"
-    return [experiment, cluster, given, layout, f"{most} ({phase})", seconds, f"`{' '.join(least.words)}`"]
+    change = f"`{' '.join(least.words)}`" if least.words else "none"
+    return [experiment, cluster, given, layout, f"{most} ({phase})", seconds, change]
 
 
 def table() -> str:

@@ -6,7 +6,7 @@ The rules that join several fields are in `rules.py`. Classes have slots, so tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -153,13 +153,25 @@ class ModelConfig:
 
 
 @dataclass(slots=True)
+class CriticLayoutConfig:
+    """Where the critic is laid out otherwise than the actor; none: as the actor."""
+
+    tensor: int | None = None
+    pipeline: int | None = None
+    context: int | None = None
+    sequence: bool | None = None
+
+
+@dataclass(slots=True)
 class ParallelConfig:
     tensor: int = 1
     pipeline: int = 1
     context: int = 1  # ranks that share the tokens of each micro-batch
     sequence: bool = False  # sequence parallelism inside the tensor-parallel groups
+    critic: CriticLayoutConfig = field(default_factory=CriticLayoutConfig)
     world_size: int | None = None  # processes; none: as launched. `check` wants it for the data-parallel rules
     recompute: Recompute = Recompute.none
+    offload: bool = False  # one model at a time on the GPU; the others wait in page-locked host memory
     micro_batch_tokens: int = 16384  # packed tokens of one micro-batch, over its context ranks; longer rows go alone
     bucket_mb: int = 512  # size of the buckets in which weights travel, MiB
 
@@ -167,6 +179,11 @@ class ParallelConfig:
     def ranks_of_a_replica(self) -> int:
         """Processes that hold and work on one copy of the model together."""
         return self.tensor * self.pipeline * self.context
+
+    def of_critic(self) -> ParallelConfig:
+        """The same with the critic's layout in the actor's place."""
+        own = {name: value for name in self.critic.__slots__ if (value := getattr(self.critic, name)) is not None}
+        return replace(self, **own, critic=CriticLayoutConfig())
 
 
 @dataclass(slots=True)
@@ -360,6 +377,7 @@ class ClusterConfig:
     memory_tbs: float = 0.0  # TB/s
     nvlink_gbs: float = 0.0  # GB/s of a GPU in one direction, inside a node
     network_gbs: float = 0.0  # GB/s of a GPU in one direction, between nodes
+    host_gbs: float = 64.0  # GB/s of a GPU to and from its host's memory, in one direction; 64: PCIe 5.0 x16
     compute_share: float = 0.4  # of bf16_tflops that a training pass reaches
     memory_share: float = 0.6  # of memory_tbs that decoding reaches
     link_share: float = 0.5  # of a link that a weight sync reaches

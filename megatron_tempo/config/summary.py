@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_tempo.config.rules.layout import data_parallel
+from megatron_tempo.config.rules.layout import laid_of
 from megatron_tempo.config.schema import Config, StageConfig
 
 
@@ -15,7 +15,9 @@ def summary(config: Config) -> str:
 
 def _lines(config: Config) -> Iterator[tuple[str, str]]:
     yield "model", config.model.path
-    yield "layout", _layout(config)
+    yield "layout", _layout(config, "actor")
+    if config.parallel.of_critic() != config.parallel:
+        yield "critic", _layout(config, "critic")
     for name, stage in config.stages().items():
         if stage.iterations > 0:
             yield name, _stage(config, stage)
@@ -25,12 +27,13 @@ def _lines(config: Config) -> Iterator[tuple[str, str]]:
     yield "writes to", config.run.dir
 
 
-def _layout(config: Config) -> str:
-    replicas = data_parallel(config, None)
+def _layout(config: Config, role: str) -> str:
+    laid = laid_of(config, role)
+    own, replicas = laid.parallel, laid.replicas(None)
     data = f"data {replicas}" if replicas else "data by the number of processes"
-    sequence = ", sequence parallel" if config.parallel.sequence else ""
-    context = f"context {config.parallel.context} x " if config.parallel.context > 1 else ""
-    return f"tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline} x {context}{data}{sequence}"
+    sequence = ", sequence parallel" if own.sequence else ""
+    context = f"context {own.context} x " if own.context > 1 else ""
+    return f"tensor {own.tensor} x pipeline {own.pipeline} x {context}{data}{sequence}"
 
 
 def _stage(config: Config, stage: StageConfig) -> str:

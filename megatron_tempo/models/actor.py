@@ -61,7 +61,8 @@ class Actor:
         mine = data_share(batch.response_lengths, layout.data_rank, layout.data)
         values = experience.values[value_cells(batch, mine)].to(device)
         rows = Rows.of(batch.response_lengths[mine], device)
-        group = parallel_state.get_data_parallel_group()
+        with layout.groups.current():
+            group = parallel_state.get_data_parallel_group()
         return self.kernels.advantage_moments(values, experience.rewards[mine].to(device), rows, baseline, group)
 
 

@@ -1,12 +1,17 @@
-"""The process groups: how the ranks are laid out over data, pipeline and tensor parallelism."""
+"""The process groups: how the ranks are laid out over data, context, pipeline and tensor parallelism.
+
+Megatron keeps its groups in globals of `megatron.core.parallel_state`, one set. Actor and critic may be laid out
+differently, so each layout carries its own set, and a model's work is done `with model.layout.groups.current()`.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +23,28 @@ from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.errors import InputError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+class Groups:
+    """A set of Megatron's process groups, as its globals hold them."""
+
+    def __init__(self, globals_: dict[str, Any]) -> None:
+        self._globals = globals_
+
+    @classmethod
+    def now(cls) -> Groups:
+        """Those that are in place."""
+        return cls({name: value for name, value in vars(parallel_state).items() if name.isupper()})
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """In place for Megatron, until the end of the block."""
+        before = Groups.now()
+        vars(parallel_state).update(self._globals)
+        try:
+            yield
+        finally:
+            vars(parallel_state).update(before._globals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +66,7 @@ class Layout:
     context_rank: int
     context: int
     sequence_parallel: bool
+    groups: Groups = field(default_factory=lambda: Groups({}), repr=False, compare=False)  # none: those in place
 
     @property
     def is_writer(self) -> bool:
@@ -64,9 +92,17 @@ class Layout:
         return self.is_last_stage and self.tensor_rank == 0 and self.context_rank == 0
 
 
+@dataclass(frozen=True, slots=True)
+class Layouts:
+    """This rank's places in the two models: one and the same where the critic has no layout of its own."""
+
+    actor: Layout
+    critic: Layout
+
+
 @contextmanager
-def parallel_groups(config: ParallelConfig, device: torch.device, seed: int) -> Iterator[Layout]:
-    """Open the process groups of a run and close them at its end.
+def parallel_groups(config: ParallelConfig, device: torch.device, seed: int) -> Iterator[Layouts]:
+    """Open the process groups of a run and close them at its end. The actor's are in place inside.
 
     Under torchrun its rendezvous is used; without it, the run is a single process. On CUDA, CPU tensors still travel
     by gloo: the replicated `Batch` never touches the GPU's links.
@@ -77,7 +113,13 @@ def parallel_groups(config: ParallelConfig, device: torch.device, seed: int) -> 
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield initialize_model_parallel(config, seed)
+        actor = initialize_model_parallel(config, seed)
+        critic = actor
+        if config.of_critic() != config:
+            parallel_state.destroy_model_parallel()  # forgets the groups, which live on in `actor`
+            critic = initialize_model_parallel(config.of_critic(), seed)
+        with actor.groups.current():
+            yield Layouts(actor, critic)
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
@@ -91,9 +133,8 @@ def initialize_model_parallel(config: ParallelConfig, seed: int) -> Layout:
     world = dist.get_world_size()
     if world % config.ranks_of_a_replica:
         raise InputError(
-            f"{world} processes do not divide into replicas of parallel.tensor={config.tensor} * "
-            f"parallel.pipeline={config.pipeline} * parallel.context={config.context}: launch a multiple of "
-            f"{config.ranks_of_a_replica}"
+            f"{world} processes do not divide into replicas of tensor={config.tensor} * pipeline={config.pipeline} * "
+            f"context={config.context} (parallel): launch a multiple of {config.ranks_of_a_replica}"
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
@@ -114,6 +155,7 @@ def initialize_model_parallel(config: ParallelConfig, seed: int) -> Layout:
         context_rank=parallel_state.get_context_parallel_rank(),
         context=config.context,
         sequence_parallel=config.sequence,
+        groups=Groups.now(),
     )
 
 

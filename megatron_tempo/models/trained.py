@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from megatron_tempo.config.schema import OptimizerConfig, Precision
 from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.packing import MicroBatch, micro_batches
 from megatron_tempo.models.parallel import Layout, sum_over_ranks
+from megatron_tempo.models.residence import Residence
 from megatron_tempo.types import Batch, TokenCount
 
 # What is made of a micro-batch and the model's output on the last stage; see `Model.read` and `TrainedModel.step`.
@@ -37,15 +38,38 @@ class Model:
     device: torch.device
     micro_batch_tokens: int
     module: Any  # the network as it is called: in its wrappers, if it has any
+    residence: Residence  # the device, which it may share with other models by turns
     counted: TokenCount = field(default_factory=TokenCount)
 
     @classmethod
     def frozen(
-        cls, net: PackedGPT, layout: Layout, device: torch.device, micro_batch_tokens: int, precision: Precision
+        cls,
+        net: PackedGPT,
+        layout: Layout,
+        device: torch.device,
+        micro_batch_tokens: int,
+        precision: Precision,
+        residence: Residence,
     ) -> Model:
         """A network that is only read: no gradients, no optimizer."""
         module = _on_device(net, device, precision).requires_grad_(False)
-        return cls(net, layout, device, micro_batch_tokens, module)
+        model = cls(net, layout, device, micro_batch_tokens, module, residence)
+        residence.bring(model)
+        return model
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """On the device, with its process groups in place: whatever reads or changes its tensors happens inside."""
+        self.residence.bring(self)
+        with self.layout.groups.current():
+            yield
+
+    def kept(self) -> Iterable[Tensor]:
+        """What must come back when the model has been away from the device."""
+        return self.net.parameters()
+
+    def scratch(self) -> Iterable[Tensor]:
+        return ()
 
     @torch.no_grad()
     def read(self, batch: Batch, size: int, reading: Reading) -> Tensor:
@@ -54,7 +78,6 @@ class Model:
         `reading` turns a micro-batch and the model's output into (int64 [m], float [m]): places in the answer and
         what stands there. It is called on the last pipeline stage.
         """
-        self.module.eval()
         answer = torch.zeros(size)
 
         def collect(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,11 +86,11 @@ class Model:
                 answer[cells] = values.float().cpu()
             return output.new_zeros(()), cells
 
-        self._run(
-            micro_batches(batch, torch.arange(len(batch)), self.layout, self.micro_batch_tokens, self.device),
-            collect,
-            forward_only=True,
-        )
+        with self.at_work():
+            self.module.eval()
+            rows = torch.arange(len(batch))
+            parts = micro_batches(batch, rows, self.layout, self.micro_batch_tokens, self.device)
+            self._run(parts, collect, forward_only=True)
         return sum_over_ranks(answer)
 
     def _run(self, parts: list[MicroBatch], loss: Loss, *, forward_only: bool) -> None:
@@ -98,9 +121,18 @@ class TrainedModel(Model):
 
     @classmethod
     def wrap(
-        cls, net: PackedGPT, layout: Layout, device: torch.device, micro_batch_tokens: int, precision: Precision
+        cls,
+        net: PackedGPT,
+        layout: Layout,
+        device: torch.device,
+        micro_batch_tokens: int,
+        precision: Precision,
+        residence: Residence,
     ) -> TrainedModel:
-        """Wrap a network whose weights are loaded: the optimizer copies them as its fp32 main weights."""
+        """Wrap a network whose weights are loaded: the optimizer copies them as its fp32 main weights.
+
+        The layout's process groups are in place.
+        """
         config = net.config
         ddp = DistributedDataParallel(
             config,
@@ -123,7 +155,22 @@ class TrainedModel(Model):
         )
         _begin_adam(optimizer)
         config.finalize_model_grads_func = finalize_model_grads
-        return cls(net, layout, device, micro_batch_tokens, ddp, optimizer=optimizer)
+        model = cls(net, layout, device, micro_batch_tokens, ddp, residence, optimizer=optimizer)
+        residence.bring(model)
+        return model
+
+    def kept(self) -> Iterable[Tensor]:
+        """The weights, the optimizer's main weights and its moments."""
+        yield from self.net.parameters()
+        for inner in (part.optimizer for part in _parts(self.optimizer)):
+            for group in inner.param_groups:
+                yield from group["params"]
+            for state in inner.state.values():
+                yield from (value for value in state.values() if isinstance(value, Tensor) and value.dim() > 0)
+
+    def scratch(self) -> Iterable[Tensor]:
+        """The gradients."""
+        return (buffer.grad_data for buffer in self.module.buffers)
 
     def step(
         self, batch: Batch, rows: Tensor, loss: Loss, metrics: int, config: OptimizerConfig
@@ -135,9 +182,14 @@ class TrainedModel(Model):
 
         Raises FloatingPointError for a gradient that is not finite; the weights are then as before.
         """
+        with self.at_work():
+            return self._step(batch, rows, loss, metrics, config)
+
+    def _step(
+        self, batch: Batch, rows: Tensor, loss: Loss, metrics: int, config: OptimizerConfig
+    ) -> tuple[Tensor, float]:
         self.module.train()
         self.module.zero_grad_buffer()
-        self.optimizer.zero_grad()
         parts = micro_batches(batch, rows, self.layout, self.micro_batch_tokens, self.device)
         # Megatron divides by the micro-batches of this rank and averages over the data-parallel ranks.
         scale = len(parts) * self.layout.data / len(rows)
@@ -162,6 +214,7 @@ class TrainedModel(Model):
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"the gradient's norm is {grad_norm} at optimizer step {self.step_count + 1}")
         self.optimizer.step()
+        self.optimizer.zero_grad()  # at once: its fp32 copy of the gradients would stay until the next step
         self.step_count += 1
         return sum_over_ranks(table), grad_norm
 

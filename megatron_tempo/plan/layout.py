@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_tempo.config.schema import Config, Device, Precision, Recompute
+from megatron_tempo.config.schema import Config, Device, ParallelConfig, Precision, Recompute
 from megatron_tempo.config.sizes import GRID_SLACK
 
 
@@ -26,6 +26,10 @@ class Layout:
     @property
     def world(self) -> int:
         return self.tensor * self.pipeline * self.context * self.data
+
+    def stage_of(self, rank: int) -> int:
+        """The pipeline stage of a process: Megatron counts stages last."""
+        return rank * self.pipeline // self.world
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +64,8 @@ def machine_of(config: Config) -> Machine:
     return Machine(4 if config.run.precision is Precision.fp32 else 2, config.run.device is not Device.cpu)
 
 
-def layout_of(config: Config, world: int) -> Layout:
-    """The layout of a config whose trainer is `world` processes. It has passed the rules."""
-    own = config.parallel
+def layout_of(own: ParallelConfig, world: int) -> Layout:
+    """The layout over `world` processes. It has passed the rules."""
     data = world // own.ranks_of_a_replica
     return Layout(own.tensor, own.pipeline, data, own.sequence, own.context, own.recompute)
 

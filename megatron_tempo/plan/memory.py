@@ -1,13 +1,14 @@
 """Memory of the trainer's GPUs by phase, in parts, and of a GPU that only serves.
 
 Both models and their optimizers stay on the trainer's GPUs all the time, as does the reference model once it is needed,
-the embedded engine's weights, and a server that shares them: nothing is put to sleep. Of the pipeline's stages the one
-that needs most is told, in each phase. Building the models needs less than using them, so the start is no phase.
+the embedded engine's weights, and a server that shares them; with `parallel.offload` the one model that a phase works
+with. Of the GPUs the one that needs most is told, in each phase: they differ by the pipeline stages that they have in
+the two models. Building the models needs less than using them, so the start is no phase.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from megatron_tempo.config.schema import NEEDS, Config, EngineKind, EnginePrecision, Logits, StageConfig
@@ -102,21 +103,55 @@ def memory(config: Config, shape: Shape) -> Memory:
         served = engine.server(config, shape)
         found[Phase.serve] = {Part.engine: served.weights, Part.cache: served.cache}
         room = served.rows
-    by_stage = [stage_memory(config, shape, stage) for stage in range(layout_of(config, split.trainers).pipeline)]
-    for phase in by_stage[0]:
-        candidates = [_joined(stage[phase], kept, answering if phase is Phase.generate else {}) for stage in by_stage]
-        found[phase] = max(candidates, key=lambda parts: sum(parts.values()))
+    by_place = [place_memory(config, shape, place) for place in places_of(config, split.trainers)]
+    for phase in by_place[0]:
+        candidates = [_joined(place[phase], kept, answering if phase is Phase.generate else {}) for place in by_place]
+        found[phase] = max(candidates, key=_total)
     starved = _starved(config, shape, Phase.generate if split.beside else Phase.serve) if split.servers else None
     return Memory(found, room, (config.cluster.memory_gb - config.cluster.reserve_gb) * GB, starved)
 
 
-def stage_memory(config: Config, shape: Shape, stage: int, micro: MicroBatch | None = None) -> dict[Phase, Parts]:
-    """Bytes of actor, critic and reference on a GPU of pipeline stage `stage`. `micro`: the micro-batch of every pass,
-    for a comparison with a measurement; none: the largest that there can be."""
-    layout = layout_of(config, split_of(config).trainers)
+Place = dict[Role, int]  # a GPU's pipeline stage in each model
+
+
+def places_of(config: Config, world: int) -> list[Place]:
+    """The different places that GPUs of the trainer have."""
+    layouts = layouts_of(config, world)
+    pairs = dict.fromkeys(tuple(layouts[role].stage_of(rank) for role in Role) for rank in range(world))
+    return [dict(zip(Role, pair, strict=True)) for pair in pairs]
+
+
+def layouts_of(config: Config, world: int) -> dict[Role, Layout]:
+    """Actor's and critic's, over `world` processes."""
+    own = {Role.actor: config.parallel, Role.critic: config.parallel.of_critic()}
+    return {role: layout_of(parallel, world) for role, parallel in own.items()}
+
+
+def place_memory(config: Config, shape: Shape, place: Place, micro: MicroBatch | None = None) -> dict[Phase, Parts]:
+    """Bytes of actor, critic and reference on a GPU in `place`. `micro`: the micro-batch of every pass, for a
+    comparison with a measurement; none: the largest that there can be."""
     stages = [one for one in config.stages().values() if one.iterations > 0]
-    phases = _Phases(config, shape, layout, machine_of(config), stages, micro)
-    return {phase: _joined(phases.residents(stage), phases.moment(phase, stage)) for phase in phases.happening()}
+    layouts = layouts_of(config, split_of(config).trainers)
+    phases = _Phases(config, shape, layouts, place, machine_of(config), stages, micro)
+    return {phase: phases.of(phase) for phase in phases.happening()}
+
+
+def host_bytes(config: Config, shape: Shape, place: Place) -> float:
+    """Page-locked host memory of a process in `place`: with `parallel.offload` each model has its own for good."""
+    if not config.parallel.offload:
+        return 0.0
+    layouts, machine = layouts_of(config, split_of(config).trainers), machine_of(config)
+    held = [resident(shape, layouts[role], machine, role, place[role]) for role in Role]
+    reference = held[0].weights if _has_reference(config) else 0.0
+    return sum(model.weights + model.optimizer for model in held) + reference
+
+
+def _has_reference(config: Config) -> bool:
+    return any(stage.iterations > 0 and stage.actor.kl_coef > 0 for stage in config.stages().values())
+
+
+def _total(parts: Parts) -> float:
+    return sum(parts.values())
 
 
 def _starved(config: Config, shape: Shape, phase: Phase) -> Over | None:
@@ -154,7 +189,8 @@ def _engine(config: Config, shape: Shape, stages: list[StageConfig], split: Spli
 class _Phases:
     config: Config
     shape: Shape
-    layout: Layout
+    layouts: dict[Role, Layout]
+    place: Place
     machine: Machine
     stages: list[StageConfig]
     micro: MicroBatch | None
@@ -165,58 +201,80 @@ class _Phases:
         skipped = {Phase.serve} | ({Phase.critic} if not critic else set()) | ({Phase.values} if not valued else set())
         return [phase for phase in Phase if phase not in skipped]
 
-    def residents(self, stage: int) -> Parts:
-        """Of actor and critic, and of the reference model where a stage has a KL term."""
-        models = [resident(self.shape, self.layout, self.machine, role, stage) for role in Role]
+    def of(self, phase: Phase) -> Parts:
+        """What is resident, and beyond it what the phase needs at its worst."""
+        if phase is Phase.checkpoint:  # one model after the other
+            return max((_joined(self._residents({role}), self._gathered(role)) for role in Role), key=_total)
+        # The actor is there while prompts are answered, since it was the last to learn and to be sent.
+        role = Role.critic if phase in (Phase.values, Phase.critic) else Role.actor
+        return _joined(self._residents({role}), self._moment(phase, role))
+
+    def _residents(self, working: set[Role]) -> Parts:
+        """Of the models that are there while `working` ones are at work, and of the reference where there is a KL term.
+        A reference that waits in host memory needs less than the actor when its turn comes."""
+        there = working if self.config.parallel.offload else set(Role)
+        models = [resident(self.shape, self.layouts[role], self.machine, role, self.place[role]) for role in there]
         parts = {
             Part.weights: sum(model.weights for model in models),
             Part.gradients: sum(model.gradients for model in models),
             Part.optimizer: sum(model.optimizer for model in models),
         }
-        if any(one.actor.kl_coef > 0 for one in self.stages):
-            parts[Part.reference] = models[0].weights
+        if _has_reference(self.config) and not self.config.parallel.offload:
+            role = Role.actor
+            weights = resident(self.shape, self.layouts[role], self.machine, role, self.place[role]).weights
+            parts[Part.reference] = weights
         return parts
 
-    def moment(self, phase: Phase, stage: int) -> Parts:
-        """What a phase needs beyond what is resident, at its worst."""
+    def _moment(self, phase: Phase, role: Role) -> Parts:
         if phase is Phase.sync:
-            return {Part.buffers: self._buckets(stage)}
-        if phase is Phase.checkpoint:
-            return {Part.buffers: self._gathered(stage)}
+            return {Part.buffers: self._buckets(self.place[role])}
         if phase in (Phase.logprobs, Phase.values):
-            return self._reading(Role.actor if phase is Phase.logprobs else Role.critic, stage)
+            return self._reading(role)
         if phase in (Phase.actor, Phase.critic):
-            return self._update(Role[phase.name], stage)
+            return self._update(role)
         return {}
 
-    def _reading(self, role: Role, stage: int) -> Parts:
+    def _left_behind(self, role: Role, micro: MicroBatch) -> float:
+        """Of the other model's last pass: its stage's input, and where its process groups are others, and with them
+        Megatron's one buffer for gathered states, that buffer."""
+        other = Role.critic if role is Role.actor else Role.actor
+        own, layout = self.layouts[role], self.layouts[other]
+        if own.context != layout.context:
+            micro = replace(micro, tokens=micro.tokens * own.context // layout.context)
+        left = activations.left_behind(self.shape, layout, self.machine, micro, self.place[other])
+        apart = layout != own and layout.sequence and layout.tensor > 1
+        return left + (self.machine.size * self.shape.hidden * micro.tokens if apart else 0)
+
+    def _reading(self, role: Role) -> Parts:
         """All rows that the actor learns from are read in one pass; the critic may read its own as well."""
         kinds = (StageConfig.actor_prompts, StageConfig.critic_prompts)[: 1 if role is Role.actor else 2]
         rows = max(one.responses_per_prompt * one.count(kind(one)) for one in self.stages for kind in kinds)
-        micro = self.micro or micro_batch_of(self.config, self.layout, rows)
-        layers = activations.reading(self.shape, self.layout, self.machine, micro, stage)
-        left = activations.left_behind(self.shape, self.layout, self.machine, micro, stage)
+        layout, stage = self.layouts[role], self.place[role]
+        micro = self.micro or micro_batch_of(self.config, layout, rows)
+        layers = activations.reading(self.shape, layout, self.machine, micro, stage)
+        left = self._left_behind(role, micro)
         batch = {Part.batch: batch_bytes(micro, self.machine)}
-        if stage == self.layout.pipeline - 1:
-            logits = self.config.model.logits
-            ending = head.reading(self.shape, self.layout, self.machine, micro, logits, role)
+        if stage == layout.pipeline - 1:
+            ending = head.reading(self.shape, layout, self.machine, micro, self.config.model.logits, role)
             if ending > layers:
                 return batch | {Part.activations: left, Part.head: ending}
         return batch | {Part.activations: left + layers}
 
-    def _update(self, role: Role, stage: int) -> Parts:
+    def _update(self, role: Role) -> Parts:
         """A mini-batch is one optimizer step. Its worst moment is in the head's backward pass or in the layers', or in
         the step itself, when the activations are gone: torch's Adam on CUDA then makes one fp32 tensor a parameter."""
         mini = [one.actor.mini_batch_prompts if role is Role.actor else one.critic.mini_batch_prompts
                 for one in self.stages]  # fmt: skip
         rows = max(n * one.responses_per_prompt for n, one in zip(mini, self.stages, strict=True))
-        micro = self.micro or micro_batch_of(self.config, self.layout, rows)
+        layout, stage = self.layouts[role], self.place[role]
+        micro = self.micro or micro_batch_of(self.config, layout, rows)
         batch = {Part.batch: batch_bytes(micro, self.machine)}
         held, layers, ending = update_moments(
-            self.shape, self.layout, self.machine, micro, self.config.model.logits, role, stage
+            self.shape, layout, self.machine, micro, self.config.model.logits, role, stage
         )
-        own = parameters(self.shape, self.layout, role, stage)
-        step = 4.0 * own / (self.layout.data * self.layout.context) if self.machine.cuda else 0.0
+        held += self._left_behind(role, micro)
+        own = parameters(self.shape, layout, role, stage)
+        step = 4.0 * own / (layout.data * layout.context) if self.machine.cuda else 0.0
         if step > held + max(layers, ending):
             return batch | {Part.optimizer: step}
         if ending > layers:
@@ -230,18 +288,19 @@ class _Phases:
         precision = engine.precision_of(config)
         size = 4 if precision is EnginePrecision.fp32 else 2
         slots = [2 * shape.ffn * shape.hidden, (shape.queries + 2 * shape.keys) * shape.hidden]
-        if config.rollout.engine is EngineKind.embedded or stage in (0, self.layout.pipeline - 1):
+        if config.rollout.engine is EngineKind.embedded or stage in (0, self.layouts[Role.actor].pipeline - 1):
             slots.append(shape.vocab * shape.hidden)
         largest = max(config.parallel.bucket_mb << 20, size * max(slots))
         return min(largest, size * shape.layers * layer_parameters(shape) + size * slots[-1]) * (
             2.5 if precision is EnginePrecision.fp8 else 2
         )
 
-    def _gathered(self, stage: int) -> float:
+    def _gathered(self, role: Role) -> Parts:
         """Megatron's fully reshardable form gathers a model's fp32 main weights and moments over the data-parallel
         ranks, one of the three at a time, on every rank's GPU, beside its own share; then they go to host memory."""
-        count = max(parameters(self.shape, self.layout, role, stage) for role in Role)
-        return 4.0 * count * (1 + 1 / (self.layout.data * self.layout.context))
+        layout = self.layouts[role]
+        count = parameters(self.shape, layout, role, self.place[role])
+        return {Part.buffers: 4.0 * count * (1 + 1 / (layout.data * layout.context))}
 
 
 def update_moments(
@@ -250,7 +309,6 @@ def update_moments(
     """Bytes in an optimizer step: what is held when a backward pass begins, and on top of it what the layers' backward
     pass and what the head's needs."""
     held = activations.held(shape, layout, machine, micro, stage)
-    held += activations.left_behind(shape, layout, machine, micro, stage)
     layers = activations.backward(shape, layout, machine, micro, stage)
     last = stage == layout.pipeline - 1
     ending = head.update(shape, layout, machine, micro, logits, role) if last else 0.0

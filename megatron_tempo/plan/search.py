@@ -16,8 +16,9 @@ from itertools import product
 from megatron_tempo.config.problem import show
 from megatron_tempo.config.rules.layout import divisors
 from megatron_tempo.config.schema import Config, EngineKind, Recompute
-from megatron_tempo.plan.layout import Layout, layout_of, row_tokens
-from megatron_tempo.plan.memory import Memory, Over, Phase, least_rows, memory
+from megatron_tempo.plan.layout import Layout, row_tokens
+from megatron_tempo.plan.memory import Memory, Over, Phase, layouts_of, least_rows, memory
+from megatron_tempo.plan.parameters import Role
 from megatron_tempo.plan.shapes import Shape
 from megatron_tempo.plan.split import Split, laid_out, split_of
 from megatron_tempo.plan.times import iteration, times
@@ -34,10 +35,15 @@ class Plan:
 
     words: tuple[str, ...]
     config: Config
-    layout: Layout
+    layouts: dict[Role, Layout]
     split: Split
     memory: Memory
     seconds: dict[Phase, float]
+
+    @property
+    def layout(self) -> Layout:
+        """The actor's."""
+        return self.layouts[Role.actor]
 
     @property
     def over(self) -> Over | None:
@@ -52,7 +58,7 @@ def plan_of(config: Config, shape: Shape, words: tuple[str, ...] = ()) -> Plan:
     """The configuration has passed `split.problems`."""
     split = split_of(config)
     found = memory(config, shape)
-    return Plan(words, config, layout_of(config, split.trainers), split, found, times(config, shape, found))
+    return Plan(words, config, layouts_of(config, split.trainers), split, found, times(config, shape, found))
 
 
 def search(config: Config, shape: Shape) -> list[Plan]:
@@ -106,18 +112,20 @@ def _training(config: Config, shape: Shape, trainers: int) -> Iterator[dict[str,
     inside = trainers // config.cluster.nodes if trainers % config.cluster.nodes == 0 else trainers
     budgets = {config.parallel.micro_batch_tokens, min(config.parallel.micro_batch_tokens, row_tokens(config))}
     kinds = dict.fromkeys([config.parallel.recompute, Recompute.layers])  # in this order, whatever the hashes
+    turns = dict.fromkeys([config.parallel.offload, True])
     for tensor in (n for n in divisors(shape.heads) if inside % n == 0):
         for pipeline in (n for n in divisors(shape.layers) if trainers % (tensor * n) == 0):
             # The configuration's own choice stays where it can: a word less.
             sequence = tensor > 1 and (config.parallel.sequence or tensor != config.parallel.tensor)
             for sequenced in {sequence, tensor > 1}:
-                for budget, recompute in product(budgets, kinds):
+                for budget, recompute, offload in product(budgets, kinds, turns):
                     yield {
                         "parallel.tensor": tensor,
                         "parallel.pipeline": pipeline,
                         "parallel.sequence": sequenced,
                         "parallel.micro_batch_tokens": budget,
                         "parallel.recompute": recompute,
+                        "parallel.offload": offload,
                     }
 
 

@@ -62,7 +62,8 @@ def problems(config: Config) -> list[Problem]:
 def laid_out(config: Config, shape: Shape) -> list[Problem]:
     """The rules that a layout can break, on the trainer's processes as `split_of` counts them."""
     world = split_of(config).trainers
-    shapes = {"model.path": shape.of_rules()}
+    fields = ["model.path"] + (["model.critic_path"] if config.model.critic_path is not None else [])
+    shapes = dict.fromkeys(fields, shape.of_rules())
     found = [*layout.check(config, shapes, world), *_devices(config)]
     found += [problem for problem in rollout.check(config) if not problem.field.startswith(_ELSEWHERE)]
     return found + list(stages.check_data_parallel(config, world))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from megatron_tempo.config.schema import Config, EngineKind
-from megatron_tempo.plan.layout import machine_of
-from megatron_tempo.plan.memory import GB, Part
+from megatron_tempo.plan.layout import Layout, machine_of
+from megatron_tempo.plan.memory import GB, Part, host_bytes, places_of
 from megatron_tempo.plan.parameters import Role, resident, total_parameters
 from megatron_tempo.plan.search import MORE, SHORTER, Plan, best_of_each, nearest, relief
 from megatron_tempo.plan.shapes import Shape
@@ -46,9 +46,15 @@ def _head(config: Config, shape: Shape, own: Plan) -> Iterator[str]:
 
 
 def layout_words(plan: Plan) -> str:
-    """The layout as `check` tells it."""
-    layout = plan.layout
-    words = f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"
+    """The layouts as `check` tells them."""
+    actor, critic = (_layout_words(plan.layouts[role]) for role in Role)
+    turns = ", one model at a time" if plan.config.parallel.offload else ""
+    return actor + (f"; critic {critic}" if critic != actor else "") + turns
+
+
+def _layout_words(layout: Layout) -> str:
+    context = f"context {layout.context} x " if layout.context > 1 else ""
+    words = f"tensor {layout.tensor} x pipeline {layout.pipeline} x {context}data {layout.data}"
     return words + (", sequence parallel" if layout.sequence else "")
 
 
@@ -67,14 +73,25 @@ def _memory(own: Plan) -> list[str]:
 
 def _models(shape: Shape, own: Plan) -> list[str]:
     """What each model holds on the first and the last pipeline stage."""
-    machine, last = machine_of(own.config), own.layout.pipeline - 1
+    machine = machine_of(own.config)
     rows = [["GB resident", "weights", "gradients", "optimizer"]]
     for role in Role:
+        last = own.layouts[role].pipeline - 1
         for stage in sorted({0, last}):
-            held = resident(shape, own.layout, machine, role, stage)
+            held = resident(shape, own.layouts[role], machine, role, stage)
             name = role.value + (f", stage {stage + 1} of {last + 1}" if last else "")
             rows.append([name, *(f"{size / GB:.1f}" for size in (held.weights, held.gradients, held.optimizer))])
-    return aligned(rows)
+    return [*aligned(rows), *_host(shape, own)]
+
+
+def _host(shape: Shape, own: Plan) -> Iterator[str]:
+    """The host memory that waiting models take."""
+    cluster = own.config.cluster
+    assert cluster is not None
+    if own.config.parallel.offload:
+        most = max(host_bytes(own.config, shape, place) for place in places_of(own.config, own.split.trainers))
+        count = -(-own.split.trainers // cluster.nodes)
+        yield f"page-locked host memory of a node: {count} processes x {most / GB:.1f} = {count * most / GB:.0f} GB"
 
 
 def _times(own: Plan) -> list[str]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from megatron_tempo.config.schema import ClusterConfig, Config, EngineKind, Logits, Recompute, StageConfig
 from megatron_tempo.plan import engine
-from megatron_tempo.plan.layout import Layout, layout_of, machine_of, micro_batch_of, row_tokens
-from megatron_tempo.plan.memory import Memory, Phase
+from megatron_tempo.plan.layout import Layout, machine_of, micro_batch_of, row_tokens
+from megatron_tempo.plan.memory import Memory, Phase, host_bytes, layouts_of, places_of
 from megatron_tempo.plan.parameters import Role, parameters, total_parameters
 from megatron_tempo.plan.shapes import Shape
 from megatron_tempo.plan.split import Split, split_of
@@ -21,18 +21,29 @@ def times(config: Config, shape: Shape, memory: Memory) -> dict[Phase, float]:
     assert config.cluster is not None
     split = split_of(config)
     stage = [stage for stage in config.stages().values() if stage.iterations > 0][-1]
-    passes = _Passes(config, shape, config.cluster, layout_of(config, split.trainers), stage)
+    layouts = layouts_of(config, split.trainers)
+    actor, critic = (_Passes(config, shape, config.cluster, layouts[role], stage) for role in Role)
     rows = stage.responses_per_prompt
     learnt, judged = rows * stage.count(stage.actor_prompts()), rows * stage.count(stage.critic_prompts())
     found = {
         Phase.generate: _generate(config, shape, config.cluster, split, stage, memory.room),
-        Phase.values: passes.read(learnt, Role.critic),
-        Phase.critic: passes.update(judged, Role.critic) * stage.critic.epochs,
-        Phase.logprobs: passes.read(learnt, Role.actor) * (2 if stage.actor.kl_coef > 0 else 1),
-        Phase.actor: passes.update(learnt, Role.actor) * stage.actor.epochs,
+        Phase.values: critic.read(learnt, Role.critic),
+        Phase.critic: critic.update(judged, Role.critic) * stage.critic.epochs,
+        Phase.logprobs: actor.read(learnt, Role.actor) * (2 if stage.actor.kl_coef > 0 else 1),
+        Phase.actor: actor.update(learnt, Role.actor) * stage.actor.epochs,
         Phase.sync: _sync(config, shape, config.cluster, split),
     }
+    if config.parallel.offload:
+        for phase, turns in ((Phase.values, 1), (Phase.logprobs, 3 if stage.actor.kl_coef > 0 else 1)):
+            found[phase] += turns * _turn(config, shape, split)
     return {phase: seconds for phase, seconds in found.items() if seconds}
+
+
+def _turn(config: Config, shape: Shape, split: Split) -> float:
+    """One model comes to the GPU while another leaves it, both at the host's link's rate."""
+    assert config.cluster is not None
+    most = max(host_bytes(config, shape, place) / 2 for place in places_of(config, split.trainers))
+    return most / (config.cluster.host_gbs * 1e9 * config.cluster.link_share)
 
 
 def iteration(config: Config, seconds: dict[Phase, float]) -> float:

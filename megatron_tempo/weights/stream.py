@@ -53,13 +53,18 @@ class WeightStream:
         slots: list[Slot],
         bucket_bytes: int,
         dtype: torch.dtype | None = None,
+        bring: Callable[[], None] = lambda: None,
     ) -> None:
-        """`dtype`: what the tensors travel and arrive in; none: the model's."""
+        """`dtype`: what the tensors travel and arrive in; none: the model's. `bring` has the model on its device."""
         self._parameters = dict(net.named_parameters())
         self._device = next(net.parameters()).device
         self._dtype = dtype or net.config.params_dtype
         self._layout = layout
         self._groups = plan(slots, bucket_bytes, self._dtype.itemsize)
+        self._bring = bring
+        with layout.groups.current():
+            self._tensor_ranks = parallel_state.get_tensor_model_parallel_group()
+            self._stages = parallel_state.get_pipeline_model_parallel_group()
         self._buffers: list[Tensor] = []  # of `from_stages(shared=True)`, from its first call on
 
     @property
@@ -69,6 +74,7 @@ class WeightStream:
 
     def everywhere(self) -> Iterator[Bucket]:
         """The whole model on every rank, on the model's device."""
+        self._bring()
         for group in self._groups:
             yield self._everywhere(group)
 
@@ -82,6 +88,7 @@ class WeightStream:
         in turn: when you ask for the next bucket, all but the last one you got may be overwritten, and when you start
         again, all. Raises InputError if /dev/shm has too little room for them.
         """
+        self._bring()
         if self._layout.is_first_copy:
             groups = [group for group in self._groups if group[0].stage == self._layout.pipeline_rank]
             mapped = shared and self._device.type == "cpu"
@@ -95,16 +102,15 @@ class WeightStream:
                 self._send(group)
 
     def _from_shared_memory(self, groups: list[list[Slot]]) -> Iterator[Bucket]:
-        tensor_ranks = parallel_state.get_tensor_model_parallel_group()
         if not self._buffers:
             size = max(_numel(group) for group in groups)
-            storages = shared_buffers(2, size * self._dtype.itemsize, tensor_ranks)
+            storages = shared_buffers(2, size * self._dtype.itemsize, self._tensor_ranks)
             self._buffers = [torch.empty(0, dtype=self._dtype).set_(storage) for storage in storages]
         for number, group in enumerate(groups):
             wholes = _wholes(group, self._buffers[number % 2])
-            dist.barrier(tensor_ranks)  # the consumer is done with what the buffer held
+            dist.barrier(self._tensor_ranks)  # the consumer is done with what the buffer held
             self._place_own(group if self.sends else self._divided(group), wholes)
-            dist.barrier(tensor_ranks)  # every rank's parts are there
+            dist.barrier(self._tensor_ranks)  # every rank's parts are there
             if self.sends:
                 yield _bucket(wholes)
 
@@ -119,15 +125,14 @@ class WeightStream:
                 for rank in range(layout.tensor):
                     self._exchange(divided, wholes, rank)
         if layout.pipeline > 1:
-            stages = parallel_state.get_pipeline_model_parallel_group()
-            dist.broadcast(flat, group=stages, group_src=group[0].stage)
+            dist.broadcast(flat, group=self._stages, group_src=group[0].stage)
         return _bucket(wholes)
 
     def _exchange(self, divided: list[Slot], wholes: Wholes, rank: int) -> None:
         """Give tensor rank `rank`'s shards to the other tensor ranks."""
         mine = rank == self._layout.tensor_rank
         packed = self._packed(divided) if mine else self._empty(self._packed_size(divided))
-        dist.broadcast(packed, group=parallel_state.get_tensor_model_parallel_group(), group_src=rank)
+        dist.broadcast(packed, group=self._tensor_ranks, group_src=rank)
         if not mine:
             self._place_packed(packed, divided, wholes, rank)
 
@@ -138,7 +143,7 @@ class WeightStream:
         divided = self._divided(group)
         others = range(1, self._layout.tensor) if divided else ()
         packed = {rank: self._empty(self._packed_size(divided)) for rank in others}
-        works = _messages(dist.irecv, packed)
+        works = _messages(dist.irecv, packed, self._tensor_ranks)
         self._place_own(group, wholes)  # while they come
         for work in works:
             work.wait()
@@ -150,7 +155,7 @@ class WeightStream:
     def _send(self, group: list[Slot]) -> None:
         """This rank's shards of a bucket, to the sender."""
         if divided := self._divided(group):
-            for work in _messages(dist.isend, {0: self._packed(divided)}):
+            for work in _messages(dist.isend, {0: self._packed(divided)}, self._tensor_ranks):
                 work.wait()
 
     def _divided(self, group: list[Slot]) -> list[Slot]:
@@ -208,8 +213,7 @@ def _bucket(wholes: Wholes) -> Bucket:
     return [pair for slot, tensors in wholes.items() for pair in zip(slot.names, tensors, strict=True)]
 
 
-def _messages(kind: Callable[..., Any], tensors: dict[int, Tensor]) -> list[dist.Work]:
-    """Start to send (`dist.isend`) or receive (`dist.irecv`) one tensor to or from each of these tensor ranks."""
-    group = parallel_state.get_tensor_model_parallel_group()
+def _messages(kind: Callable[..., Any], tensors: dict[int, Tensor], group: dist.ProcessGroup) -> list[dist.Work]:
+    """Start to send (`dist.isend`) or receive (`dist.irecv`) one tensor to or from each of these ranks of a group."""
     messages = [dist.P2POp(kind, tensor, group=group, group_peer=rank) for rank, tensor in tensors.items()]
     return dist.batch_isend_irecv(messages) if messages else []

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_tempo.config.schema import Config, Recompute
+from megatron_tempo.config.schema import Config, CriticLayoutConfig, Recompute
 from megatron_tempo.records import read_metrics
 from megatron_tempo.train import train
 from tests.support.project import RANDOM, config_of, from_nothing, write_project
@@ -26,6 +26,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2-pp2": (4, {"tensor": 2, "pipeline": 2}),
     "tp2-pp2-sequence-small-budget": (4, {"tensor": 2, "pipeline": 2, "sequence": True, "micro_batch_tokens": 60}),
     "dp2-pp2": (4, {"pipeline": 2}),
+    "critic-pp2-actor-tp2": (2, {"tensor": 2, "critic": CriticLayoutConfig(tensor=1, pipeline=2)}),
+    "critic-tp2-cp2-actor-pp2-dp2-offload": (
+        4,
+        {
+            "pipeline": 2,
+            "critic": CriticLayoutConfig(tensor=2, pipeline=1, context=2, sequence=True),
+            "offload": True,
+        },
+    ),
+    "critic-dp2-actor-cp2-offload": (2, {"context": 2, "critic": CriticLayoutConfig(context=1), "offload": True}),
     "cp2-dp2-small-budget": (4, {"context": 2, "micro_batch_tokens": 60, "recompute": Recompute.layers}),
 }
 
@@ -66,6 +76,7 @@ def in_layout(config: Config, name: str) -> int:
 
 
 CASES = [("untied", name) for name in LAYOUTS] + [("tied", "tp2"), ("tied", "pp2"), ("tied", "dp2-pp2")]
+CASES += [("tied", "critic-tp2-cp2-actor-pp2-dp2-offload")]
 CASES += [("olmo3", "tp2"), ("olmo3", "tp2-sequence"), ("olmo3", "tp2-pp2-sequence-small-budget")]
 
 
@@ -92,3 +103,4 @@ def test_an_iteration_does_not_depend_on_the_layout(
         assert one[norm] > 0
         assert other[norm] == pytest.approx(one[norm], rel=1e-5)
     assert other["padding"] < 0.05
+    assert {"memory_gb/critic", "memory_gb/values", "memory_gb/logprobs", "memory_gb/actor"} <= other.keys()

@@ -79,7 +79,7 @@ def measure(place: Workplace, model: Path, out: Path) -> dict[str, object]:
     actor = build_actor(place)
     buckets = list(weights_of(actor.model, place).everywhere())
     found: dict[str, object] = {
-        "tensor_rank": place.layout.tensor_rank,
+        "tensor_rank": place.layouts.actor.tensor_rank,
         "weights": {name: tensor for bucket in buckets for name, tensor in bucket},
     }
     export_hf(place, actor, build_critic(place), out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron_tempo.config import Config
 from megatron_tempo.config.schema import (
     Baseline,
     ClusterConfig,
+    CriticLayoutConfig,
     Device,
     Logits,
     Method,
@@ -25,7 +27,8 @@ from megatron_tempo.config.schema import (
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.plan.layout import MicroBatch
-from megatron_tempo.plan.memory import Part, Phase, stage_memory
+from megatron_tempo.plan.memory import Part, Phase, place_memory
+from megatron_tempo.plan.parameters import Role
 from megatron_tempo.plan.shapes import shape_of
 from megatron_tempo.types import Batch
 from megatron_tempo.wiring import build_actor, build_critic, open_workplace
@@ -41,6 +44,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2-stored": (2, {"tensor": 2}),
     "pp2": (2, {"pipeline": 2}),
     "tp1-attention": (1, {"recompute": Recompute.attention}),
+    "pp2-critic-tp2": (2, {"pipeline": 2, "critic": CriticLayoutConfig(tensor=2, pipeline=1, sequence=True)}),
+    "offload": (1, {"offload": True}),
+    "tp2-critic-pp2-offload": (
+        2,
+        {"tensor": 2, "critic": CriticLayoutConfig(tensor=1, pipeline=2), "offload": True},
+    ),
     "pp2-layers": (2, {"pipeline": 2, "recompute": Recompute.layers}),
 }
 # The first has an attention wider than its hidden size, the second a feed-forward part that outweighs the rest.
@@ -110,30 +119,43 @@ def resident(model: TrainedModel) -> dict[Part, int]:
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Bytes by part, of all that is resident, and of what each phase needs beyond it, on this rank."""
+    """On this rank: its place, bytes of what is resident by part and in all, and what each phase needs beyond it."""
     vocab = json.loads((Path(config.model.path) / "config.json").read_text())["vocab_size"]
     batch, order, stage = batch_of_rows(vocab), [torch.arange(ROWS)], config.stage1
     assert batch.correct is not None
     with open_workplace(config) as place, Storages() as storages:
         actor, critic = build_actor(place), build_critic(place)
-        gc.collect()
-        parts = [resident(model.model) for model in (actor, critic)]
-        found: dict[str, Any] = {"resident": storages.now(), "stage": place.layout.pipeline_rank}
-        found["parts"] = {part: sum(one[part] for one in parts) for part in parts[0]}
 
-        def phase(name: Phase, run: Any) -> Any:
+        def parts() -> dict[Part, int]:
+            """Of the models that are there."""
+            each = [resident(model.model) for model in (actor, critic)]
+            return {part: sum(one[part] for one in each) for part in each[0]}
+
+        def there(bytes_: int) -> int:
+            """Without the memory in which models wait: on a CPU that counts too."""
+            return bytes_ - sum(map(len, place.residence._hosts.values()))
+
+        def phase(name: Phase, model: TrainedModel, run: Any) -> Any:
+            place.residence.bring(model)
             gc.collect()
             storages.restart()
             result = run()
             # Not beyond what was there just before: Megatron's buffer of gathered states stays from the first pass on.
-            found[name.name] = storages.peak - found["resident"]
+            found[name.name] = there(storages.peak) - sum(parts().values())
             return result
 
-        values = phase(Phase.values, lambda: critic.values(batch))
-        old = phase(Phase.logprobs, lambda: actor.logprobs(batch))
+        gc.collect()
+        found: dict[str, Any] = {
+            "place": {Role.actor: place.layouts.actor.pipeline_rank, Role.critic: place.layouts.critic.pipeline_rank},
+            "parts": parts(),
+            "resident": there(storages.now()),
+        }
+        values = phase(Phase.values, critic.model, lambda: critic.values(batch))
+        old = phase(Phase.logprobs, actor.model, lambda: actor.logprobs(batch))
         given = Experience(old, values, torch.ones(ROWS))
-        phase(Phase.critic, lambda: critic.update(batch, batch.correct, stage.critic, order))
-        phase(Phase.actor, lambda: actor.update(batch, given, Baseline.before_token, stage.actor, order))
+        phase(Phase.critic, critic.model, lambda: critic.update(batch, batch.correct, stage.critic, order))
+        update = partial(actor.update, batch, given, Baseline.before_token, stage.actor, order)
+        phase(Phase.actor, actor.model, update)
     return found
 
 
@@ -150,12 +172,14 @@ def test_the_plan_is_what_is_measured(models: dict[str, Path], kind: str, name: 
     micro = MicroBatch(BUDGET, BUDGET * RESPONSE // (PROMPT + RESPONSE), BUDGET, count)
     lines = []
     for rank, found in enumerate(run_ranks(measure, world, tmp_path / "ranks", config)):
-        planned = stage_memory(config, shape, found["stage"], micro)
-        held = {part: planned[Phase.generate][part] for part in found["parts"]}
+        planned = place_memory(config, shape, found["place"], micro)
+        # The critic, which was built last, or with it the actor.
+        held = {part: planned[Phase.values][part] for part in found["parts"]}
         rows = [(part.value, size, held[part]) for part, size in found["parts"].items()]
         rows.append(("resident", found["resident"], sum(held.values())))
         for phase in MOMENTS:
-            rows.append((phase.value, found[phase.name], sum(planned[phase].values()) - sum(held.values())))
+            moment = sum(size for part, size in planned[phase].items() if part not in held)
+            rows.append((phase.value, found[phase.name], moment))
         lines += [(f"{name} {kind} rank {rank} {what}", size, plan, plan / size - 1) for what, size, plan in rows]
     for line in lines:
         print(f"{line[0]}: measured {line[1]}, planned {line[2]:.0f}, {line[3]:+.1%}")

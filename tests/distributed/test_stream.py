@@ -51,8 +51,8 @@ WAYS: dict[str, Callable[[WeightStream], Iterator[Bucket]]] = {
 def opened(model: Path, tensor: int, pipeline: int) -> Iterator[tuple[PackedGPT, Layout, list[Slot]]]:
     """Process groups, and the model of a folder in them."""
     install_cpu_backend()
-    with parallel_groups(ParallelConfig(tensor=tensor, pipeline=pipeline), torch.device("cpu"), 0) as layout:
-        shape = read_shape(model)
+    with parallel_groups(ParallelConfig(tensor=tensor, pipeline=pipeline), torch.device("cpu"), 0) as layouts:
+        shape, layout = read_shape(model), layouts.actor
         config = transformer_config(shape, layout, Precision.fp32)
         net = LanguageModel(config, shape, layout, REFERENCE, Logits.recomputed, temperature=1.0)
         slots = tables.slots(shape, pipeline, critic=False)

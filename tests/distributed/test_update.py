@@ -13,6 +13,7 @@ from megatron_tempo.config.schema import (
     ActorUpdateConfig,
     Baseline,
     Config,
+    CriticLayoutConfig,
     CriticUpdateConfig,
     Logits,
     ParallelConfig,
@@ -68,6 +69,12 @@ LAYOUTS: dict[str, tuple[int, ParallelConfig, Logits]] = {
     "tp2-stored": (2, ParallelConfig(tensor=2), Logits.stored),
     "tp2-sequence": (2, ParallelConfig(tensor=2, sequence=True), Logits.recomputed),
     "tp2-pp2-sequence": (4, ParallelConfig(tensor=2, pipeline=2, sequence=True), Logits.recomputed),
+    "offload": (1, ParallelConfig(offload=True), Logits.recomputed),
+    "pp2-critic-tp2-offload": (
+        2,
+        ParallelConfig(pipeline=2, critic=CriticLayoutConfig(tensor=2, pipeline=1), offload=True),
+        Logits.recomputed,
+    ),
     "cp2": (2, ParallelConfig(context=2), Logits.stored),
     "cp2-dp2-layers": (4, ParallelConfig(context=2, recompute=Recompute.layers), Logits.recomputed),
     "cp2-tp2-sequence": (4, ParallelConfig(context=2, tensor=2, sequence=True), Logits.recomputed),
@@ -82,6 +89,7 @@ MODELS = {"untied": {}, "tied": {"tied": True}, "olmo3": {"family": "olmo3"}}
 CASES = [(model, layout) for model in ("untied", "tied") for layout in ("one", "dp2", "tp2-pp2", "tp2-stored")]
 CASES += [("olmo3", layout) for layout in ("one", "tp2-pp2", "tp2-sequence", "tp2-pp2-sequence")]
 CASES += [("tied", "cp2-pp2-attention"), ("untied", "cp2-dp2-layers"), ("untied", "cp2")]
+CASES += [("untied", "offload"), ("tied", "pp2-critic-tp2-offload")]
 CASES += [("olmo3", layout) for layout in ("cp2", "cp2-tp2-sequence", "tp2-pp2-sequence-layers")]
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,15 +26,14 @@ class Storages(TorchDispatchMode):
         super().__init__()
         self._before = {StorageWeakRef(tensor.untyped_storage()) for tensor in before}
         self._settled = settled
-        self._there: dict[StorageWeakRef, int] = {}
+        self._there: set[StorageWeakRef] = set()
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                self._there[StorageWeakRef(storage)] = storage.nbytes()
+                self._there.add(StorageWeakRef(leaf.untyped_storage()))
         if self.now() > (1 + self._settled) * self.peak:
             time.sleep(0.05)  # gloo's thread lets go of a message's tensor a moment after it is waited for
         self.peak = max(self.peak, self.now())
@@ -42,13 +41,21 @@ class Storages(TorchDispatchMode):
 
     def now(self) -> int:
         """Bytes that are there."""
-        self._there = {s: size for s, size in self._there.items() if not s.expired() and s not in self._before}
-        return sum(self._there.values())
+        self._there -= self._before
+        sizes = {ref: _bytes(ref) for ref in self._there}
+        self._there = {ref for ref, size in sizes.items() if size is not None}
+        return sum(size for size in sizes.values() if size is not None)
 
     def restart(self) -> int:
         """Begin to look for a peak anew; bytes that are there."""
         self.peak = self.now()
         return self.peak
+
+
+def _bytes(ref: StorageWeakRef) -> int | None:
+    """What a storage holds now, which may be less than when it was made; none: it is gone."""
+    storage = UntypedStorage._new_with_weak_ptr(ref.cdata)  # type: ignore[attr-defined]
+    return None if storage is None else storage.nbytes()
 
 
 def bytes_of(tensors: list[Tensor]) -> int:

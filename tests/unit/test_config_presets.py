@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ def test_a_command_of_the_readme_passes(command: str, tmp_path: Path, monkeypatc
             write_rows(Path(moved))
         elif key in ("model", "model.path", "model.critic_path"):
             write_model(Path(moved), **shape(experiment))
-        overrides.append(f"{key}={moved}")
+        overrides.append(f"{key}={sys.executable if key == 'rollout.servers.python' else moved}")
     processes = re.search(r"--nproc-per-node (\d+)", launcher)
     purpose = Purpose.eval if name == "eval" else Purpose.train
     problems: list[Problem] = []

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megatron_tempo"
 BASE = {"types", "config", "errors"}
 TOOLS = BASE | {"rollout", "rewards", "data", "evaluation"}
 MODELS = BASE | {"kernels", "algorithm", "models"}
-BESIDE = MODELS | TOOLS | {"weights", "methods"}  # files beside methods and train
+BESIDE = MODELS | TOOLS | {"weights", "methods", "plan"}  # files beside methods and train
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},

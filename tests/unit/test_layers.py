@@ -139,7 +139,8 @@ def test_rms_norm_reckons_bf16_in_fp32() -> None:
 def of_a_rank(x: Tensor, weight: Tensor, back: Tensor, tensor: int) -> tuple[Tensor, ...]:
     """A tensor rank's part of the norm over all heads, and of its gradients."""
     install_cpu_backend()
-    with parallel_groups(ParallelConfig(tensor=tensor), torch.device("cpu"), 0) as layout:
+    with parallel_groups(ParallelConfig(tensor=tensor), torch.device("cpu"), 0) as layouts:
+        layout = layouts.actor
         heads = HEADS // layout.tensor
         mine = slice(layout.tensor_rank * heads, (layout.tensor_rank + 1) * heads)
         part = x[:, :, mine].clone().requires_grad_()

@@ -9,7 +9,7 @@ from megatron_tempo.kernels import linear_logprobs
 from megatron_tempo.models import packing
 from megatron_tempo.plan import activations, engine, head, layout
 from megatron_tempo.plan.layout import Layout, Machine, MicroBatch, micro_batch_of
-from megatron_tempo.plan.memory import Part, Phase, memory, stage_memory
+from megatron_tempo.plan.memory import Part, Phase, memory, place_memory
 from megatron_tempo.plan.parameters import Role
 from megatron_tempo.plan.shapes import PUBLISHED, Shape, shape_of
 from megatron_tempo.plan.split import Split, problems, split_of
@@ -146,7 +146,7 @@ def test_models_stay_and_a_reference_joins_them() -> None:
     assert problems(config) == []
     shape, _ = shape_of(config)
     assert shape is not None
-    phases = stage_memory(config, shape, 0)
+    phases = place_memory(config, shape, {Role.actor: 0, Role.critic: 0})
     weights = phases[Phase.generate][Part.weights]
     for parts in phases.values():
         assert parts[Part.weights] == weights

@@ -176,7 +176,7 @@ def test_a_slot_counts_all_its_tensors() -> None:
 def layout() -> Iterator[Layout]:
     install_cpu_backend()
     with parallel_groups(ParallelConfig(), torch.device("cpu"), 0) as found:
-        yield found
+        yield found.actor
 
 
 @pytest.fixture(scope="module")

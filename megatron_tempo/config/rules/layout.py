@@ -4,49 +4,84 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.rules.model import ModelShape
-from megatron_tempo.config.schema import Config
+from megatron_tempo.config.schema import Config, CriticLayoutConfig, ParallelConfig
 
 
 def divisors(number: int) -> list[int]:
     return [i for i in range(1, number + 1) if number % i == 0]
 
 
-def data_parallel(config: Config, world_size: int | None) -> int | None:
-    """Replicas of the model, or none where the number of processes is unknown or does not fit the layout."""
-    world = config.parallel.world_size if world_size is None else world_size
-    model = config.parallel.ranks_of_a_replica
-    return world // model if world is not None and model > 0 and world > 0 and world % model == 0 else None
+@dataclass(frozen=True, slots=True)
+class Laid:
+    """A model's layout, and by name the fields that say it."""
+
+    parallel: ParallelConfig
+    fields: dict[str, str]
+
+    def replicas(self, world_size: int | None) -> int | None:
+        """Replicas of the model, or none where the number of processes is unknown or does not fit the layout."""
+        world = self.parallel.world_size if world_size is None else world_size
+        model = self.parallel.ranks_of_a_replica
+        return world // model if world is not None and model > 0 and world > 0 and world % model == 0 else None
+
+
+def laid_of(config: Config, role: str) -> Laid:
+    """The layout of the model `role`, actor or critic."""
+    names = list(CriticLayoutConfig.__dataclass_fields__)
+    own = config.parallel.critic if role == "critic" else CriticLayoutConfig()
+    places = {name: "parallel" if getattr(own, name) is None else "parallel.critic" for name in names}
+    parallel = config.parallel.of_critic() if role == "critic" else config.parallel
+    return Laid(parallel, {name: f"{place}.{name}" for name, place in places.items()})
 
 
 def check(config: Config, shapes: dict[str, ModelShape], world_size: int | None) -> Iterator[Problem]:
-    yield from _processes(config, world_size)
-    if config.parallel.sequence and config.parallel.tensor == 1:
-        wrong = "sequence parallelism lives inside tensor-parallel groups, and parallel.tensor is 1"
-        yield Problem("parallel.sequence", True, wrong, "parallel.sequence=false, or parallel.tensor=2 or more")
-    for field, shape in shapes.items():
-        yield from _tensor(config, field, shape)
-        yield from _pipeline(config, field, shape)
-        yield from _lengths(config, field, shape)
-
-
-def _processes(config: Config, launched: int | None) -> Iterator[Problem]:
     parallel = config.parallel
-    if launched is not None and parallel.world_size is not None and launched != parallel.world_size:
-        wrong = f"{launched} processes were launched"
-        yield Problem("parallel.world_size", parallel.world_size, wrong, f"parallel.world_size={launched} or null")
+    if world_size is not None and parallel.world_size is not None and world_size != parallel.world_size:
+        wrong = f"{world_size} processes were launched"
+        yield Problem("parallel.world_size", parallel.world_size, wrong, f"parallel.world_size={world_size} or null")
+    folders = {
+        "actor": "model.path",
+        "critic": "model.path" if config.model.critic_path is None else "model.critic_path",
+    }
+    found: list[Problem] = []
+    for role, folder in folders.items():
+        laid = laid_of(config, role)
+        found += _processes(laid, world_size)
+        found += _sequence(laid)
+        if folder in shapes:
+            found += _tensor(laid, folder, shapes[folder])
+            found += _pipeline(laid, folder, shapes[folder])
+    yield from dict.fromkeys(found)  # where the critic is laid out as the actor, both say the same
+    for folder, shape in shapes.items():
+        yield from _lengths(config, folder, shape)
+
+
+def _processes(laid: Laid, launched: int | None) -> Iterator[Problem]:
+    parallel = laid.parallel
     world = parallel.world_size if launched is None else launched
     model = parallel.ranks_of_a_replica
     if world is not None and min(parallel.tensor, parallel.pipeline, parallel.context) > 0 and world % model:
-        wrong = f"is not a multiple of parallel.tensor * parallel.pipeline * parallel.context = {model}"
-        fix = f"launch {model} processes or a multiple, or lower parallel.tensor, parallel.pipeline or parallel.context"
+        tensor, pipeline, context = (laid.fields[name] for name in ("tensor", "pipeline", "context"))
+        wrong = f"is not a multiple of {tensor} * {pipeline} * {context} = {model}"
+        fix = f"launch {model} processes or a multiple, or lower {tensor}, {pipeline} or {context}"
         yield Problem("parallel.world_size", world, wrong, fix)
 
 
-def _tensor(config: Config, field: str, shape: ModelShape) -> Iterator[Problem]:
-    tensor = config.parallel.tensor
+def _sequence(laid: Laid) -> Iterator[Problem]:
+    if laid.parallel.sequence and laid.parallel.tensor == 1:
+        sequence, tensor = laid.fields["sequence"], laid.fields["tensor"]
+        wrong = f"sequence parallelism lives inside tensor-parallel groups, and {tensor} is 1"
+        # A critic alone without tensor parallelism may have inherited the actor's choice.
+        off = sequence.replace("parallel.sequence", "parallel.critic.sequence") if "critic" in tensor else sequence
+        yield Problem(sequence, True, wrong, f"{off}=false, or {tensor}=2 or more")
+
+
+def _tensor(laid: Laid, folder: str, shape: ModelShape) -> Iterator[Problem]:
+    tensor, field = laid.parallel.tensor, laid.fields["tensor"]
     sizes = {
         "attention heads": shape.num_attention_heads,
         "key-value heads": shape.num_key_value_heads,
@@ -55,16 +90,16 @@ def _tensor(config: Config, field: str, shape: ModelShape) -> Iterator[Problem]:
     uneven = [f"{size} {name}" for name, size in sizes.items() if tensor > 0 and size % tensor]
     if uneven:
         fits = ", ".join(map(str, divisors(math.gcd(*sizes.values()))))
-        wrong = f"does not divide the {' and the '.join(uneven)} of {field}"
-        yield Problem("parallel.tensor", tensor, wrong, f"parallel.tensor=one of {fits}")
+        wrong = f"does not divide the {' and the '.join(uneven)} of {folder}"
+        yield Problem(field, tensor, wrong, f"{field}=one of {fits}")
 
 
-def _pipeline(config: Config, field: str, shape: ModelShape) -> Iterator[Problem]:
-    pipeline, layers = config.parallel.pipeline, shape.num_hidden_layers
+def _pipeline(laid: Laid, folder: str, shape: ModelShape) -> Iterator[Problem]:
+    pipeline, field, layers = laid.parallel.pipeline, laid.fields["pipeline"], shape.num_hidden_layers
     if pipeline > 0 and layers % pipeline:
         fits = ", ".join(map(str, divisors(layers)))
-        wrong = f"does not divide the {layers} layers of {field}"
-        yield Problem("parallel.pipeline", pipeline, wrong, f"parallel.pipeline=one of {fits}")
+        wrong = f"does not divide the {layers} layers of {folder}"
+        yield Problem(field, pipeline, wrong, f"{field}=one of {fits}")
 
 
 def _lengths(config: Config, field: str, shape: ModelShape) -> Iterator[Problem]:

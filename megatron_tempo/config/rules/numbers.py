@@ -39,6 +39,7 @@ _BOUNDS: dict[type, dict[str, _Bound]] = {
         "micro_batch_tokens": _ONE_OR_MORE,
         "bucket_mb": _ONE_OR_MORE,
     },
+    schema.CriticLayoutConfig: {"tensor": _ONE_OR_MORE, "pipeline": _ONE_OR_MORE, "context": _ONE_OR_MORE},
     schema.DatasetConfig: {"limit": _ONE_OR_MORE},
     schema.RolloutConfig: {
         "max_prompt_tokens": _ONE_OR_MORE,
@@ -107,6 +108,7 @@ _BOUNDS: dict[type, dict[str, _Bound]] = {
         "memory_tbs": _ABOVE_ZERO,
         "nvlink_gbs": _ABOVE_ZERO,
         "network_gbs": _ABOVE_ZERO,
+        "host_gbs": _ABOVE_ZERO,
         "compute_share": _SHARE,
         "memory_share": _SHARE,
         "link_share": _SHARE,

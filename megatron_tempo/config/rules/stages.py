@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_tempo.config.problem import Problem, show
-from megatron_tempo.config.rules.layout import data_parallel, divisors
+from megatron_tempo.config.rules.layout import divisors, laid_of
 from megatron_tempo.config.schema import NEEDS, Config, Prompts, StageConfig
 
 
@@ -28,17 +28,17 @@ def check(config: Config) -> Iterator[Problem]:
 
 
 def check_data_parallel(config: Config, world_size: int | None) -> Iterator[Problem]:
-    """The rows of every mini-batch are shared evenly among the replicas."""
-    replicas = data_parallel(config, world_size)
-    if replicas is None:
-        return
+    """The rows of every mini-batch are shared evenly among the replicas of its model."""
     for name, stage in config.stages().items():
         for update, batch, _ in _updates(stage) if stage.iterations > 0 else ():
+            laid = laid_of(config, update)
+            replicas = laid.replicas(world_size)
             rows = batch * stage.responses_per_prompt
-            if rows % replicas:
+            if replicas is not None and rows % replicas:
                 wrong = f"its {rows} responses cannot be shared evenly by {replicas} data-parallel replicas"
                 field = f"{name}.{update}.mini_batch_prompts"
-                fix = f"make {field} * {name}.responses_per_prompt a multiple of {replicas}, or raise parallel.tensor"
+                raised = laid.fields["tensor"]
+                fix = f"make {field} * {name}.responses_per_prompt a multiple of {replicas}, or raise {raised}"
                 yield Problem(field, batch, wrong, fix)
 
 

@@ -1,0 +1,114 @@
+"""Peak memory of each phase of a run: planned before, measured after.
+
+On a GPU what torch has allocated there; on a CPU what the process has grown by since the models were about to be built.
+Both at the phase's peak, and the largest of all ranks.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_tempo.config.schema import ClusterConfig, Config
+from megatron_tempo.plan.memory import GB, Phase, memory
+from megatron_tempo.plan.shapes import shape_of
+
+_PROCESS = Path("/proc/self")
+
+
+class PeakMemory:
+    """Peaks by phase since they were last taken. A phase inside another counts for both.
+
+    `planned`: bytes of a process by phase, as `megatron-tempo plan` reckons them.
+    """
+
+    def __init__(self, device: torch.device, planned: dict[Phase, float]) -> None:
+        self._device = device
+        self._planned = planned
+        self._before = _resident()
+        self._open: list[str] = []
+        self._peaks: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._settle()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._settle()
+            self._open.pop()
+
+    def take(self) -> dict[str, float]:
+        """`memory_gb/PHASE`, the largest of all ranks, in 10^9 bytes. Collective; all ranks had the same phases."""
+        names = sorted(self._peaks)
+        peaks = torch.tensor([self._peaks[name] for name in names], dtype=torch.float64)
+        self._peaks.clear()
+        dist.all_reduce(peaks, dist.ReduceOp.MAX)
+        return {f"memory_gb/{name}": peak / GB for name, peak in zip(names, peaks.tolist(), strict=True) if peak}
+
+    def _settle(self) -> None:
+        """Credit the peak so far to the phases that are running, and begin anew."""
+        peak = self._peak()
+        for name in self._open:
+            self._peaks[name] = max(self._peaks.get(name, 0.0), peak)
+
+    def _peak(self) -> float:
+        """Bytes at the peak since the last call; 0 where this system does not tell."""
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return float(peak)
+        with suppress(OSError):
+            lines = dict(line.split(":", 1) for line in (_PROCESS / "status").read_text().splitlines())
+            (_PROCESS / "clear_refs").write_text("5")  # lets VmHWM, the peak, begin anew: man 5 proc
+            return max(0.0, 1024.0 * int(lines["VmHWM"].split()[0]) - self._before)
+        return 0.0
+
+    def plan(self) -> str:
+        """What is planned, in a line."""
+        words = [f"{phase.value} {size / GB:.2g}" for phase, size in self._planned.items()]
+        line = f"memory of a process, planned, GB: {', '.join(words)}"
+        if self._device.type == "cuda":
+            size = torch.cuda.get_device_properties(self._device).total_memory
+            if max(self._planned.values()) > size:
+                line += f"; warning: the GPU has {size / GB:.1f}. `megatron-tempo plan` tells what fits"
+        return line
+
+    def comparison(self, measured: dict[str, float]) -> str:
+        """What was planned beside what `take` gave, in a line."""
+        pairs = [(phase, measured.get(f"memory_gb/{phase.value}")) for phase in self._planned]
+        words = [f"{phase.value} {self._planned[phase] / GB:.2g} / {peak:.2g}" for phase, peak in pairs if peak]
+        return f"memory of a process, planned / peak, GB: {', '.join(words)}"
+
+
+def planned(config: Config, world_size: int, device: torch.device) -> dict[Phase, float]:
+    """Bytes of a trainer's process by phase, as `megatron-tempo plan` reckons them, for `world_size` processes."""
+    shape, problems = shape_of(config)
+    assert shape is not None, problems  # the check has read the same file
+    cluster = config.cluster or _machines(world_size, device)
+    here = replace(config, cluster=cluster, parallel=replace(config.parallel, world_size=world_size))
+    found = memory(here, shape)
+    return {phase: found.total(phase) for phase in found.phases if phase is not Phase.serve}
+
+
+def _resident() -> float:
+    """Bytes of this process in memory; 0 where this system does not tell."""
+    with suppress(OSError):
+        return float(int((_PROCESS / "statm").read_text().split()[1]) * resource.getpagesize())
+    return 0.0
+
+
+def _machines(world_size: int, device: torch.device) -> ClusterConfig:
+    """What the plan needs to know of the machines that this run is on."""
+    if device.type != "cuda":
+        return ClusterConfig(gpus_per_node=world_size, memory_gb=1.0)
+    nodes = max(1, world_size // torch.cuda.device_count())
+    memory_gb = torch.cuda.get_device_properties(device).total_memory / GB
+    return ClusterConfig(nodes=nodes, gpus_per_node=torch.cuda.device_count(), memory_gb=memory_gb)

@@ -1,0 +1,102 @@
+"""Models that take turns on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_tempo.models import residence
+from megatron_tempo.models.residence import Residence
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Model:
+    """Weights as views of one storage, a moment that stands alone, gradients."""
+
+    size: int
+    device: torch.device = CPU
+    weights: Tensor = field(init=False)
+    moment: Tensor = field(init=False)
+    gradients: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.weights, self.moment = torch.randn(self.size), torch.randn(self.size, dtype=torch.float64)
+        self.gradients = torch.randn(self.size)
+
+    def kept(self) -> Iterable[Tensor]:
+        return [*self.weights.chunk(2), self.weights[1:3], self.moment]
+
+    def scratch(self) -> Iterable[Tensor]:
+        return [self.gradients]
+
+    def there(self) -> int:
+        """Bytes on the device."""
+        return sum(x.untyped_storage().nbytes() for x in (self.weights, self.moment, self.gradients))
+
+
+def test_one_at_a_time_and_each_comes_back_as_it_left() -> None:
+    first = Model(100)
+    one_at_a_time = Residence(one_at_a_time=True)
+    one_at_a_time.bring(first)
+    half = first.weights.chunk(2)[1]  # a view that somebody keeps
+    before = [tensor.clone() for tensor in first.kept()]
+    one_at_a_time.clear()
+    assert first.there() == 0
+    second = Model(60)
+    one_at_a_time.bring(second)
+    for _ in range(3):
+        one_at_a_time.bring(first)
+        assert (first.there(), second.there()) == (1600, 0)
+        assert all(map(torch.equal, first.kept(), before))
+        half += 1.0
+        first.moment *= 2.0
+        before = [tensor.clone() for tensor in first.kept()]
+        one_at_a_time.bring(second)
+        assert (first.there(), second.there()) == (0, 960)
+    one_at_a_time.bring(first)
+    assert torch.equal(half, before[1])
+
+
+def test_a_tensor_that_took_anothers_place_while_there_is_what_comes_back() -> None:
+    """As an optimizer's state does when a checkpoint is loaded."""
+    one, other, places = Model(10), Model(10), Residence(one_at_a_time=True)
+    places.bring(other)
+    places.bring(one)
+    places.bring(other)
+    places.bring(one)
+    one.moment = torch.arange(10.0, dtype=torch.float64)
+    places.bring(other)
+    places.bring(one)
+    assert torch.equal(one.moment, torch.arange(10.0, dtype=torch.float64))
+
+
+def test_what_arrives_takes_only_the_room_that_was_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaving, arriving = Model(100), Model(80)
+    places = Residence(one_at_a_time=True)
+    places.bring(arriving)
+    places.bring(leaving)
+    peaks: list[int] = []
+    back = residence._Copies.back
+
+    def watched(self: residence._Copies, one: residence._Waiting) -> None:
+        back(self, one)
+        peaks.append(leaving.there() + arriving.there())
+
+    monkeypatch.setattr(residence._Copies, "back", watched)
+    places.bring(arriving)
+    assert len(peaks) == 3
+    assert max(peaks) <= 1600
+
+
+def test_without_it_nobody_moves() -> None:
+    first, second, all_there = Model(10), Model(10), Residence(one_at_a_time=False)
+    all_there.bring(first)
+    all_there.clear()
+    all_there.bring(second)
+    assert first.there() == second.there() == 160
