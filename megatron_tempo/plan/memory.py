@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from megatron_tempo.config.schema import NEEDS, Config, EngineKind, EnginePrecision, Logits, StageConfig
+from megatron_tempo.config.schema import Config, EngineKind, EnginePrecision, Logits, StageConfig
 from megatron_tempo.plan import activations, engine, head
 from megatron_tempo.plan.layout import Layout, Machine, MicroBatch, layout_of, machine_of, micro_batch_of
 from megatron_tempo.plan.parameters import Role, layer_parameters, parameters, resident
@@ -134,14 +134,14 @@ def _joined(*parts: Parts) -> Parts:
 
 def least_rows(config: Config) -> int:
     """Rows that the embedded engine decodes together whatever its bound: one prompt's, of training or evaluation."""
-    samples = [stage.responses_per_prompt for stage in config.stages().values() if stage.iterations > 0]
+    samples = [stage.samples for stage in config.stages().values() if stage.iterations > 0]
     return max(*samples, config.evaluation.samples if config.evaluation.sets else 0)
 
 
 def _engine(config: Config, shape: Shape, stages: list[StageConfig], split: Split) -> tuple[Parts, Parts, float]:
     """What an engine holds on the trainer's GPUs all the time, and while it answers; the rows that it has room for."""
     if config.rollout.engine is EngineKind.embedded:
-        rows = max(stage.count(stage.prompts()) * stage.responses_per_prompt for stage in stages)
+        rows = max(stage.count(stage.prompts()) * stage.samples for stage in stages)
         one = engine.embedded(config, shape, rows, least_rows(config), split)
         return {Part.engine: one.weights}, {Part.cache: one.cache, Part.head: one.sampling}, one.rows
     if not split.beside:
@@ -161,13 +161,17 @@ class _Phases:
 
     def happening(self) -> list[Phase]:
         critic = any(stage.trains_critic for stage in self.stages)
-        valued = any(NEEDS[stage.method].critic is not None for stage in self.stages)
+        valued = Role.critic in self.roles()
         skipped = {Phase.serve} | ({Phase.critic} if not critic else set()) | ({Phase.values} if not valued else set())
         return [phase for phase in Phase if phase not in skipped]
 
+    def roles(self) -> list[Role]:
+        """The models that are trained: without a method that has a critic there is none."""
+        return [role for role in Role if role is Role.actor or any(stage.has_critic for stage in self.stages)]
+
     def residents(self, stage: int) -> Parts:
         """Of actor and critic, and of the reference model where a stage has a KL term."""
-        models = [resident(self.shape, self.layout, self.machine, role, stage) for role in Role]
+        models = [resident(self.shape, self.layout, self.machine, role, stage) for role in self.roles()]
         parts = {
             Part.weights: sum(model.weights for model in models),
             Part.gradients: sum(model.gradients for model in models),
@@ -192,7 +196,8 @@ class _Phases:
     def _reading(self, role: Role, stage: int) -> Parts:
         """All rows that the actor learns from are read in one pass; the critic may read its own as well."""
         kinds = (StageConfig.actor_prompts, StageConfig.critic_prompts)[: 1 if role is Role.actor else 2]
-        rows = max(one.responses_per_prompt * one.count(kind(one)) for one in self.stages for kind in kinds)
+        stages = [one for one in self.stages if role is Role.actor or one.has_critic]
+        rows = max(one.responses_per_prompt * one.count(kind(one)) for one in stages for kind in kinds)
         micro = self.micro or micro_batch_of(self.config, self.layout, rows)
         layers = activations.reading(self.shape, self.layout, self.machine, micro, stage)
         left = activations.left_behind(self.shape, self.layout, self.machine, micro, stage)
@@ -207,9 +212,11 @@ class _Phases:
     def _update(self, role: Role, stage: int) -> Parts:
         """A mini-batch is one optimizer step. Its worst moment is in the head's backward pass or in the layers', or in
         the step itself, when the activations are gone: torch's Adam on CUDA then makes one fp32 tensor a parameter."""
-        mini = [one.actor.mini_batch_prompts if role is Role.actor else one.critic.mini_batch_prompts
-                for one in self.stages]  # fmt: skip
-        rows = max(n * one.responses_per_prompt for n, one in zip(mini, self.stages, strict=True))
+        if role is Role.actor:
+            rows = max(one.actor.mini_batch_prompts * one.responses_per_prompt for one in self.stages)
+        else:
+            taught = [one for one in self.stages if one.trains_critic]
+            rows = max(one.critic.mini_batch_prompts * one.responses_per_prompt for one in taught)
         micro = self.micro or micro_batch_of(self.config, self.layout, rows)
         batch = {Part.batch: batch_bytes(micro, self.machine)}
         held, layers, ending = update_moments(
@@ -240,7 +247,7 @@ class _Phases:
     def _gathered(self, stage: int) -> float:
         """Megatron's fully reshardable form gathers a model's fp32 main weights and moments over the data-parallel
         ranks, one of the three at a time, on every rank's GPU, beside its own share; then they go to host memory."""
-        count = max(parameters(self.shape, self.layout, role, stage) for role in Role)
+        count = max(parameters(self.shape, self.layout, role, stage) for role in self.roles())
         return 4.0 * count * (1 + 1 / (self.layout.data * self.layout.context))
 
 

@@ -26,7 +26,7 @@ def times(config: Config, shape: Shape, memory: Memory) -> dict[Phase, float]:
     learnt, judged = rows * stage.count(stage.actor_prompts()), rows * stage.count(stage.critic_prompts())
     found = {
         Phase.generate: _generate(config, shape, config.cluster, split, stage, memory.room),
-        Phase.values: passes.read(learnt, Role.critic),
+        Phase.values: passes.read(learnt if stage.has_critic else 0, Role.critic),
         Phase.critic: passes.update(judged, Role.critic) * stage.critic.epochs,
         Phase.logprobs: passes.read(learnt, Role.actor) * (2 if stage.actor.kl_coef > 0 else 1),
         Phase.actor: passes.update(learnt, Role.actor) * stage.actor.epochs,
@@ -117,7 +117,7 @@ def _generate(
     if not engines:  # servers that run elsewhere
         return 0.0
     tensor = 1 if alone else servers.tensor
-    requests, samples = stage.count(stage.prompts()), stage.responses_per_prompt
+    requests, samples = stage.count(stage.prompts()), stage.samples
     mine = max(1.0, requests * samples / engines)
     rows = max(1.0, min(room, mine, mine if alone else servers.concurrency * samples))
     prompt, response = config.rollout.max_prompt_tokens, config.rollout.max_response_tokens

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import megatron_tempo
 
@@ -76,6 +76,31 @@ class MathScorer:
                 stop.set()
         return verdicts
 
+    def classes(self, prompt: str, responses: Sequence[str]) -> list[int | None]:
+        """A response joins the first class, the largest tried first, whose first answer math-verify says is the same.
+
+        That equality is not transitive in all cases, so other orders could divide some groups otherwise. A response
+        that cannot be read in time has no answer. RuntimeError where no worker can start.
+        """
+        answers: list[str] = []  # the first of each class
+        sizes: list[int] = []
+        found: list[int | None] = []
+        for response in responses:
+            order = sorted(range(len(answers)), key=lambda number: -sizes[number])
+            known = [answers[number] for number in order]
+            place, answer = self._workers[0].equal(known, response[-RESPONSE_CHARS:])
+            if answer is None:
+                found.append(None)
+                continue
+            if place is None:
+                order.append(len(answers))
+                place = len(known)
+                answers.append(answer)
+                sizes.append(0)
+            sizes[order[place]] += 1
+            found.append(order[place])
+        return found
+
     def close(self) -> None:
         for worker in self._workers:
             worker.close()
@@ -90,19 +115,34 @@ class Worker:
 
     def correct(self, answer: str, response: str) -> bool:
         """Whether the response is right. One that takes too long, or kills the worker, is not."""
-        request = {"answer": answer, "response": response}
+        reply = self._ask({"answer": answer, "response": response})
+        return reply is not None and bool(reply["correct"])
+
+    def equal(self, known: Sequence[str], response: str) -> tuple[int | None, str | None]:
+        """The place of the first known answer that the response's equals (None: of no one), and the response's answer.
+
+        A response that cannot be compared with the known answers in time, but read, equals none; one that cannot be
+        read has no answer, (None, None).
+        """
+        reply = self._ask({"known": list(known), "response": response})
+        if reply is None and known:  # the fault may be with the known ones
+            reply = self._ask({"known": [], "response": response})
+        return (None, None) if reply is None else (reply["equal"], reply["answer"])
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        """The reply, or None to a request that takes too long or too much memory, or kills the worker."""
         for _ in range(2):
             process = self._running()
             reply, timed_out = _exchange(process, request, self._seconds)
             if reply is not None:
                 if reply["retire"] or timed_out:
                     self.close()
-                return bool(reply["correct"])
+                return None if reply["exhausted"] else reply
             self.close()
             # Killed from outside (by the kernel, for want of memory, perhaps): the item may be innocent, so ask again.
             if timed_out or process.returncode != -signal.SIGKILL:
-                return False
-        return False
+                return None
+        return None
 
     def close(self) -> None:
         if self._process is not None:
@@ -136,8 +176,8 @@ def _start(seconds: float) -> subprocess.Popen[bytes]:
 
 
 def _exchange(
-    process: subprocess.Popen[bytes], request: dict[str, str] | None, seconds: float
-) -> tuple[dict[str, bool] | None, bool]:
+    process: subprocess.Popen[bytes], request: dict[str, Any] | None, seconds: float
+) -> tuple[dict[str, Any] | None, bool]:
     """Sends a request, if any, and waits for a reply: (the reply or None where the process ended, timed out)."""
     assert process.stdin is not None
     assert process.stdout is not None

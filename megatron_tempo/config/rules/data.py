@@ -54,8 +54,8 @@ def check_answers(field: str, dataset: DatasetConfig) -> Iterator[Problem]:
 
 
 def _no_answers(dataset: DatasetConfig) -> Iterator[Problem]:
-    for name, value in (("answer_field", dataset.answer_field), ("verifier", dataset.verifier)):
-        if value is not None:
-            field = f"data.unlabelled.{name}"
-            fix = f"{field}=null; to score these questions, name the same file in evaluation.sets with an answer_field"
-            yield Problem(field, value, "an unlabelled set has no answers that training could read", fix)
+    """A verifier is allowed: it compares responses with one another."""
+    if dataset.answer_field is not None:
+        field = "data.unlabelled.answer_field"
+        fix = f"{field}=null; to score these questions, name the same file in evaluation.sets with an answer_field"
+        yield Problem(field, dataset.answer_field, "an unlabelled set has no answers that training could read", fix)
