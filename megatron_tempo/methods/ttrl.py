@@ -1,6 +1,6 @@
 """TTRL (arXiv 2504.16084): the majority's answer is taken for the label.
 
-    y = the answer that most of a prompt's responses give      (2.2 "Majority Voting Reward Function")
+    y = the answer that most of a prompt's responses give      ("Majority Voting Reward Function")
     R(y_i) = 1 where a response's answer is y, else 0;  advantages as of GRPO
 
 `vote_responses` are sampled and vote; the first `responses_per_prompt` of them are learnt from. (The paper: 64 and 32.)
