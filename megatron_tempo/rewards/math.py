@@ -77,29 +77,9 @@ class MathScorer:
         return verdicts
 
     def classes(self, prompt: str, responses: Sequence[str]) -> list[int | None]:
-        """A response joins the first class, the largest tried first, whose first answer math-verify says is the same.
-
-        That equality is not transitive in all cases, so other orders could divide some groups otherwise. A response
-        that cannot be read in time has no answer. RuntimeError where no worker can start.
-        """
-        answers: list[str] = []  # the first of each class
-        sizes: list[int] = []
-        found: list[int | None] = []
-        for response in responses:
-            order = sorted(range(len(answers)), key=lambda number: -sizes[number])
-            known = [answers[number] for number in order]
-            place, answer = self._workers[0].equal(known, response[-RESPONSE_CHARS:])
-            if answer is None:
-                found.append(None)
-                continue
-            if place is None:
-                order.append(len(answers))
-                place = len(known)
-                answers.append(answer)
-                sizes.append(0)
-            sizes[order[place]] += 1
-            found.append(order[place])
-        return found
+        """As `_Classes` puts them. RuntimeError where no worker can start."""
+        classes = _Classes(self._workers[0])
+        return [classes.join(response[-RESPONSE_CHARS:]) for response in responses]
 
     def close(self) -> None:
         for worker in self._workers:
@@ -118,16 +98,13 @@ class Worker:
         reply = self._ask({"answer": answer, "response": response})
         return reply is not None and bool(reply["correct"])
 
-    def equal(self, known: Sequence[str], response: str) -> tuple[int | None, str | None]:
+    def compare(self, known: Sequence[str], response: str) -> tuple[int | None, str | None] | None:
         """The place of the first known answer that the response's equals (None: of no one), and the response's answer.
 
-        A response that cannot be compared with the known answers in time, but read, equals none; one that cannot be
-        read has no answer, (None, None).
+        (None, None): it has no answer. None where they cannot be compared in time.
         """
         reply = self._ask({"known": list(known), "response": response})
-        if reply is None and known:  # the fault may be with the known ones
-            reply = self._ask({"known": [], "response": response})
-        return (None, None) if reply is None else (reply["equal"], reply["answer"])
+        return None if reply is None else (reply["equal"], reply["answer"])
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
         """The reply, or None to a request that takes too long or too much memory, or kills the worker."""
@@ -162,6 +139,54 @@ class Worker:
             )
         self._process = process
         return process
+
+
+class _Classes:
+    """The classes of one question's responses, as they come.
+
+    A response joins the first class, the largest tried first, whose first answer math-verify holds equal to its own.
+    That is not transitive in all cases, so another order could divide them otherwise. What cannot be read in time has
+    no answer. An answer that can be read, but not compared with another one in time, is compared no more.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._answers: list[str] = []  # the first of each class
+        self._sizes: list[int] = []
+        self._slow: set[int] = set()
+
+    def join(self, response: str) -> int | None:
+        """The response's class, an old one or a new one, or None."""
+        order = sorted(set(range(len(self._answers))) - self._slow, key=lambda number: (-self._sizes[number], number))
+        found = self._worker.compare([self._answers[number] for number in order], response)
+        if found is None:
+            order, found = self._one_by_one(order, response)
+        place, answer = found
+        if answer is None:
+            return None
+        if place is not None:
+            number = order[place]
+        elif answer in self._answers:  # word for word one that is compared no more
+            number = self._answers.index(answer)
+        else:
+            number = len(self._answers)
+            self._answers.append(answer)
+            self._sizes.append(0)
+        self._sizes[number] += 1
+        return number
+
+    def _one_by_one(self, order: Sequence[int], response: str) -> tuple[list[int], tuple[int | None, str | None]]:
+        """The class that the response belongs to, if any, and what `compare` found: where all at once take too long."""
+        alone = self._worker.compare([], response)
+        if alone is None:
+            return [], (None, None)
+        for number in order:
+            found = self._worker.compare([self._answers[number]], response)
+            if found is None:
+                self._slow.add(number)
+            elif found[0] is not None:
+                return [number], found
+        return [], alone
 
 
 def _start(seconds: float) -> subprocess.Popen[bytes]:

@@ -11,12 +11,13 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from megatron_tempo.config.schema import Verifier
-from megatron_tempo.rewards.math import MEMORY_MB, RESPONSE_CHARS
+from megatron_tempo.rewards.math import MEMORY_MB, RESPONSE_CHARS, MathScorer, Worker
 from megatron_tempo.rewards.math_worker import last_boxed
 from megatron_tempo.rewards.verifiers import Item, Verifiers
 from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
@@ -176,6 +177,43 @@ def test_a_hostile_answer_spoils_no_other() -> None:
             wanted: list[int | None] = [0, 1, 0]
             wanted.insert(place, None)
             assert fresh.classes("math", "", responses) == wanted
+
+
+class Compares(Worker):
+    """Equal is what begins with the same letter. Whoever is compared with "tar" takes too long, and "tar" itself at all
+    times where it is `endless`."""
+
+    endless = False
+
+    def __init__(self) -> None:
+        super().__init__(1.0)
+        self.asked: list[list[str]] = []
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        known, response = request["known"], request["response"]
+        self.asked.append(known)
+        if response == "tar" and self.endless:
+            return None
+        for place, other in enumerate(known):
+            if other == "tar":
+                return None
+            if other[0] == response[0]:
+                return {"equal": place, "answer": response}
+        return {"equal": None, "answer": response}
+
+
+def test_the_largest_class_is_tried_first_and_one_that_takes_too_long_spoils_no_other() -> None:
+    scorer, worker = MathScorer(1, 1.0), Compares()
+    scorer._workers = [worker]
+    assert scorer.classes("", ["b1", "tar", "c1", "c2", "b2", "tar", "d1", "c3"]) == [0, 1, 2, 2, 0, 1, 3, 2]
+    # "c1" takes too long: it is asked about alone, and against each one. Then "tar" is compared no more.
+    assert worker.asked == [
+        [], ["b1"], ["b1", "tar"], [], ["b1"], ["tar"],
+        ["b1", "c1"], ["c1", "b1"], ["b1", "c1"], ["b1", "c1"], ["b1", "c1", "d1"],
+    ]  # fmt: skip
+    worker.asked, worker.endless = [], True
+    assert scorer.classes("", ["b1", "tar", "b2", "c1", "c2", "c3"]) == [0, None, 0, 1, 1, 1]
+    assert worker.asked == [[], ["b1"], [], ["b1"], ["b1"], ["b1", "c1"], ["b1", "c1"]]
 
 
 def test_unusable_items_are_refused_before_any_is_judged() -> None:
