@@ -23,6 +23,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
+from megatron_tempo.errors import InputError
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.weights.files import sync, sync_folder
@@ -95,8 +96,15 @@ class Checkpoints:
             dist.barrier()
 
     def load(self, path: Path, models: dict[str, TrainedModel]) -> dict[str, Any]:
-        """Fill models and optimizers from a checkpoint, whatever layout wrote it. Returns its state."""
+        """Fill models and optimizers from a checkpoint, whatever layout wrote it. Returns its state.
+
+        Raises InputError where it lacks one of the models; one that it has beside them stays where it is.
+        """
         state = json.loads((path / STATE).read_text())
+        for name in models.keys() - state["optimizer_steps"].keys():
+            raise InputError(
+                f"{path} has no {name}: no stage's method had one so far; set the methods back, or give another run.dir"
+            )
         for name, model in models.items():
             with model.at_work():
                 loaded = dist_checkpointing.load(_sharded(model, is_loading=True), str(path / name))

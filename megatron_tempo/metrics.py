@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 COLUMNS = (
     ("reward {:6.3f}", "reward/labelled"),
     ("value {:6.3f}", "reward/unlabelled_value"),
+    ("agreement {:6.3f}", "reward/unlabelled"),
     ("entropy {:.3f}", "actor/entropy"),
     ("clip {:.3f}", "actor/clip_fraction"),
     ("gradient {:7.2g}", "actor/grad_norm"),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_tempo import schedule
 from megatron_tempo.checkpoint import Checkpoints
-from megatron_tempo.config.schema import Config, Prompts, StageConfig, to_plain
+from megatron_tempo.config.schema import NEEDS, Config, Prompts, StageConfig, to_plain
 from megatron_tempo.config.tree import differences
 from megatron_tempo.config.tree import load as load_config
 from megatron_tempo.config.tree import save as save_config
@@ -83,7 +83,7 @@ class Run:
     labelled: PromptStream[LabelledPrompt] | None
     unlabelled: PromptStream[UnlabelledPrompt] | None
     actor: Actor
-    critic: Critic
+    critic: Critic | None  # none: no stage has one
     engine: Engine
     weights: Weights
     evaluator: Evaluator
@@ -108,7 +108,7 @@ class Run:
             sets = evaluation_sets(config, tokenizer, verifiers)
             peaks = PeakMemory(place.device, planned(config, dist.get_world_size(), place.device))
             metrics.message(peaks.plan())
-            actor, critic = build_actor(place), build_critic(place)
+            actor, critic = build_actor(place), build_critic(place) if config.has_critic else None
             engine = build_engine(place, metrics.message)
             stack.callback(engine.close)
             below = Path(config.run.dir) / "checkpoints"
@@ -167,23 +167,24 @@ class Run:
         With `rollout.max_staleness` the next iteration's are asked then, to be answered while this one's are learnt
         from: not over the end of a stage.
         """
-        config, samples = self.config.rollout, stage.responses_per_prompt
+        config, classes_by = self.config.rollout, self._classes_by(stage)
+        classed = classes_by is not None
         if config.replay is not None:
             labelled, unlabelled = self._draw(stage, iteration)
             path = dump.path_of(Path(config.replay), stage_name, iteration + 1)
-            return Rollouts(*dump.read(path, labelled, unlabelled, samples))
+            return Rollouts(*dump.read(path, labelled, unlabelled, stage.samples, classes=classed))
         with self.phase("generate"):
             if not self.questions:
                 self._ask(stage_name, stage, iteration)
             current = self.questions[0]
-            completions, verdicts = collect(current.asked, self.verifiers, self.tokenizer)
+            completions, verdicts, classes = collect(current.asked, self.verifiers, self.tokenizer, classes_by)
             if config.max_staleness and iteration + 1 < stage.iterations:
                 self._ask(stage_name, stage, iteration + 1)
         labelled, unlabelled = current.labelled, current.unlabelled
         n = len(labelled)
         rollouts = Rollouts(
             batch_of(labelled, completions[:n], verdicts[:n]) if labelled else None,
-            batch_of(unlabelled, completions[n:], None) if unlabelled else None,
+            batch_of(unlabelled, completions[n:], None, classes[n:] if classed else None) if unlabelled else None,
         )
         if config.dump and self.place.is_writer:
             path = dump.path_of(Path(self.config.run.dir) / "rollouts", stage_name, iteration + 1)
@@ -195,7 +196,7 @@ class Run:
         labelled, unlabelled = self._draw(stage, iteration)
         sampling = Sampling(config.temperature, config.max_response_tokens)
         seed = (self.config.run.seed, stage_name, iteration, "rollout")
-        asked = ask(self.engine, [*labelled, *unlabelled], stage.responses_per_prompt, sampling, *seed)
+        asked = ask(self.engine, [*labelled, *unlabelled], stage.samples, sampling, *seed)
         self.questions.append(_Questions(labelled, unlabelled, asked, before))
 
     def _draw(self, stage: StageConfig, iteration: int) -> tuple[list[LabelledPrompt], list[UnlabelledPrompt]]:
@@ -204,6 +205,15 @@ class Run:
             _take(self.labelled, stage.labelled_prompts) if Prompts.labelled in needed else [],
             _take(self.unlabelled, stage.unlabelled_prompts) if Prompts.unlabelled in needed else [],
         )
+
+    def _classes_by(self, stage: StageConfig) -> str | None:
+        """The verifier that tells which answers to an unlabelled prompt are equal; none: the method does not ask."""
+        if not NEEDS[stage.method].classes:
+            return None
+        dataset = self.config.data.unlabelled
+        assert dataset is not None
+        assert dataset.verifier is not None, "the config's rules ask for it"
+        return dataset.verifier.name
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
         """Log-probabilities of the policy that the run began with, which is loaded at the first need."""
@@ -254,7 +264,7 @@ class Run:
         prompts = stream.first(PARITY_PROMPTS * self.engine.replicas)
         sampling = Sampling(config.temperature, min(config.max_response_tokens, PARITY_TOKENS))
         asked = ask(self.engine, prompts, 1, sampling, self.config.run.seed, "parity", self.step)
-        batch = batch_of(prompts, collect(asked, self.verifiers, self.tokenizer)[0], None)
+        batch = batch_of(prompts, collect(asked, self.verifiers, self.tokenizer).completions, None)
         gap = float((self.actor.logprobs(batch) - batch.engine_logprobs).abs().mean())
         if not gap <= config.parity_tolerance:
             tokens = int(batch.response_lengths.sum())
@@ -270,9 +280,9 @@ class Run:
         self.evaluated = True
 
     def evaluate(self, point: str, stage_name: str, iteration: int) -> None:
-        """Score the actor on every evaluation set; measure the critic on the calibration set."""
+        """Score the actor on every evaluation set; measure the critic, if any, on the calibration set."""
         where = {"stage": stage_name, "iteration": iteration, "step": self.step, "point": point}
-        targets = self.config.stages()[stage_name].critic.targets
+        targets = self.config.critic_targets(stage_name)
         for name in self.evaluator.sets:
             with self.phase("evaluate"):
                 scores, samples = self.evaluator.evaluate(name, targets, show=point != "during")
@@ -309,7 +319,7 @@ class Run:
             raise EngineError(f"{error}{where}") from error
 
     def finish(self) -> None:
-        """Hugging Face folders of actor and critic, the report, and the table of results."""
+        """Hugging Face folders of actor and, if any, critic; the report, and the table of results."""
         out = Path(self.config.run.dir)
         exported = out / f"hf_step_{self.step:08d}"
         if self.config.checkpoint.export_hf:
@@ -325,7 +335,7 @@ class Run:
             self.metrics.message("\n".join([summary_table(out), "", *told]))
 
     def _models(self) -> dict[str, TrainedModel]:
-        models = {"actor": self.actor.model, "critic": self.critic.model}
+        models = {"actor": self.actor.model, "critic": None if self.critic is None else self.critic.model}
         return {name: model for name, model in models.items() if isinstance(model, TrainedModel)}
 
     def _streams(self) -> dict[str, _Stream]:
@@ -367,7 +377,8 @@ class Run:
 
     def _padding(self) -> dict[str, float]:
         """The share of padding among the tokens that went through this rank's models and engine since last asked."""
-        counts = [c.counted.take() for c in (self.actor.model, self.critic.model, self.engine)]
+        counters = [model.counted for model in self._models().values()]
+        counts = [counted.take() for counted in (*counters, self.engine.counted)]
         return {"padding": sum(c.padding for c in counts) / max(sum(c.tokens for c in counts), 1)}
 
 

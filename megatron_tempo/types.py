@@ -88,7 +88,7 @@ class Batch:
 
     >>> Batch(prompt_ids=("a", "b"), group=[0, 1], prompt_tokens=[5, 6, 7], prompt_lengths=[2, 1],
     ...       response_tokens=[1, 2, 3, 4], response_lengths=[3, 1], engine_logprobs=[-.1, -.2, -.3, -.4],
-    ...       stopped=[True, False], versions=[40, 40, 41, 41], correct=[1., 0.])
+    ...       stopped=[True, False], versions=[40, 40, 41, 41], correct=[1., 0.], answer_class=None)
 
     Shapes: n rows, P prompt tokens and T response tokens in all.
     """
@@ -103,6 +103,9 @@ class Batch:
     stopped: Tensor  # bool [n]: the response ended by itself
     versions: Tensor  # int32 [T]: the weights that made the token, by the run's iteration; -1: not known
     correct: Tensor | None = None  # float32 [n] in {0, 1}: the verifier's verdict; None for unlabelled prompts
+    answer_class: Tensor | None = (
+        None  # int64 [n]: equal numbers, equal answers to a prompt; -1: no answer; None: unread
+    )
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -125,7 +128,7 @@ class Batch:
 
     @staticmethod
     def join(first: Batch, second: Batch) -> Batch:
-        """The rows of both, without verdicts: what the actor learns from."""
+        """The rows of both, without verdicts and classes: what the actor learns from."""
         shift = int(first.group.max()) + 1 if len(first) else 0
         return Batch(
             prompt_ids=first.prompt_ids + second.prompt_ids,
@@ -157,6 +160,7 @@ class Batch:
             stopped=self.stopped[rows],
             versions=pick(self.versions, self.response_lengths),
             correct=None if self.correct is None else self.correct[rows],
+            answer_class=None if self.answer_class is None else self.answer_class[rows],
         )
 
 

@@ -162,17 +162,17 @@ def _in_engine_precision(place: Workplace, weights: Callable[..., Weights]) -> W
     return weights(dtype=DTYPES[Precision[precision.name]])
 
 
-def export_hf(place: Workplace, actor: Actor, critic: Critic, out: Path) -> None:
-    """Write the Hugging Face folders `out`/actor and `out`/critic, with the tokenizer. Collective.
+def export_hf(place: Workplace, actor: Actor, critic: Critic | None, out: Path) -> None:
+    """Write the Hugging Face folders `out`/actor and, of a critic, `out`/critic, with the tokenizer. Collective.
 
     A folder that is there already stays as it is: it appeared whole.
     """
     model = place.config.model
-    of_critic = critic_changes(critic.model.net.shape, last_targets(place.config))
-    for name, trained, like, changes in (
-        ("actor", actor.model, model.path, {}),
-        ("critic", critic.model, model.critic_path or model.path, of_critic),
-    ):
+    models: list[tuple[str, Model, str, dict[str, Any]]] = [("actor", actor.model, model.path, {})]
+    if critic is not None:
+        changes = critic_changes(critic.model.net.shape, last_targets(place.config))
+        models.append(("critic", critic.model, model.critic_path or model.path, changes))
+    for name, trained, like, changes in models:
         there = [(out / name).exists()]
         dist.broadcast_object_list(there, src=0)
         if not there[0]:
@@ -193,8 +193,7 @@ def critic_changes(shape: Shape, targets: CriticTargets | None) -> dict[str, Any
 
 def last_targets(config: Config) -> CriticTargets:
     """What a run's critic is trained on at its end."""
-    last = [stage for stage in config.stages().values() if stage.iterations][-1:]
-    return last[0].critic.targets if last else CriticTargets.zero_one
+    return config.critic_targets(list(config.stages())[-1])
 
 
 def prompt_streams(
@@ -206,6 +205,10 @@ def prompt_streams(
     unlabelled = load_unlabelled(config.data.unlabelled, tokenizer, length) if config.data.unlabelled else None
     if labelled is not None:
         verifiers.check(labelled)
+    if unlabelled is not None and config.compares_answers:
+        assert config.data.unlabelled is not None
+        assert config.data.unlabelled.verifier is not None
+        verifiers.check_questions(config.data.unlabelled.verifier.name, unlabelled)
     if shared := overlap(labelled or [], unlabelled or []):
         first = " and ".join(shared[0])
         tell(f"warning: {len(shared)} unlabelled questions stand in the labelled set too, first {first}")

@@ -76,6 +76,9 @@ class Method(Enum):
 
     ppo = "ppo"  # PPO on verified answers
     tempo = "tempo"
+    ttrl = "ttrl"  # the majority's answer as the label
+    empo = "empo"  # the share of responses with the same answer as the reward
+    grpo = "grpo"  # verified answers, a prompt's responses held against one another
 
 
 class Prompts(Enum):
@@ -85,10 +88,14 @@ class Prompts(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Which prompts a method's actor and critic learn from. A critic with prompts of its own has an E-step."""
+    """Which prompts a method's actor and critic learn from. A critic with prompts of its own has an E-step.
+
+    Without a critic a prompt's responses are held against one another.
+    """
 
     actor: Prompts
     critic: Prompts | None  # none: a method without a critic
+    classes: bool = False  # rewards come from which of a prompt's responses have equal answers
 
     @property
     def estep(self) -> bool:
@@ -98,6 +105,9 @@ class Needs:
 NEEDS = {
     Method.ppo: Needs(actor=Prompts.labelled, critic=Prompts.labelled),
     Method.tempo: Needs(actor=Prompts.unlabelled, critic=Prompts.labelled),
+    Method.ttrl: Needs(actor=Prompts.unlabelled, critic=None, classes=True),
+    Method.empo: Needs(actor=Prompts.unlabelled, critic=None, classes=True),
+    Method.grpo: Needs(actor=Prompts.labelled, critic=None),
 }
 
 
@@ -191,7 +201,7 @@ class DatasetConfig:
     path: str = "???"  # JSONL or Parquet
     prompt_field: str = "prompt"  # text, or a list of {role, content} messages
     answer_field: str | None = None  # none: the answers, if the file has any, are never read
-    verifier: Verifier | None = None  # who compares a response with the answer
+    verifier: Verifier | None = None  # who compares a response with the answer; without answers, with other responses
     verifier_field: str | None = None  # a column that names it for each row, where rows differ
     id_field: str | None = None  # none: the row's number, from 0
     chat_template: bool = True  # text prompts become one user message; messages always go through the template
@@ -297,11 +307,23 @@ class StageConfig:
     value_timing: ValueTiming = ValueTiming.after_estep
     estep_every: int = 1  # iterations from one E-step to the next; 0: never, a frozen critic
     actor_on_labelled: bool = False  # the published code: labelled rows, with verified rewards, in the actor's batch
+    group_std: bool = True  # without a critic: advantages are divided by the standard deviation of a prompt's rewards
+    vote_responses: int | None = None  # ttrl: responses a prompt that vote; none: the responses_per_prompt learnt from
+    entropy_low: float | None = None  # empo: prompts whose answers' entropy, in nats, is not between the two are left
+    entropy_high: float | None = None  # out; none: no bound
+
+    @property
+    def has_critic(self) -> bool:
+        return NEEDS[self.method].critic is not None
 
     @property
     def trains_critic(self) -> bool:
-        needs = NEEDS[self.method]
-        return needs.critic is not None and not (needs.estep and self.estep_every == 0)
+        return self.has_critic and not (NEEDS[self.method].estep and self.estep_every == 0)
+
+    @property
+    def samples(self) -> int:
+        """Responses that are sampled for a prompt."""
+        return self.vote_responses or self.responses_per_prompt
 
     def warms_up(self, iteration: int) -> bool:
         """Whether the iteration, from 0, is of the critic's warm-up: the actor then stays as it is."""
@@ -404,6 +426,29 @@ class Config:
     def stages(self) -> dict[str, StageConfig]:
         """The stages in their order, by name, empty ones included."""
         return {"stage1": self.stage1, "stage2": self.stage2}
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the run has a critic: where no stage's method needs one, none is built."""
+        return any(stage.has_critic for stage in self.stages().values() if stage.iterations > 0)
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether a stage's rewards come from which answers to an unlabelled question are equal."""
+        return any(NEEDS[stage.method].classes for stage in self.stages().values() if stage.iterations > 0)
+
+    def critic_targets(self, stage_name: str) -> CriticTargets:
+        """What the critic's values mean in or after a stage: the targets of the last that trained it, up to this one.
+
+        The stage's own where none did.
+        """
+        found = self.stages()[stage_name].critic.targets
+        for name, stage in self.stages().items():
+            if stage.iterations > 0 and stage.trains_critic:
+                found = stage.critic.targets
+            if name == stage_name:
+                break
+        return found
 
 
 def to_plain(value: Any) -> Any:

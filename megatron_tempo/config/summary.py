@@ -40,8 +40,8 @@ def _stage(config: Config, stage: StageConfig) -> str:
     kinds = sorted(stage.prompts(), key=lambda kind: kind.name)
     prompts = " + ".join(f"{stage.count({kind})} {kind.name}" for kind in kinds)
     row = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    tokens = stage.count(stage.prompts()) * stage.responses_per_prompt * row
+    tokens = stage.count(stage.prompts()) * stage.samples * row
     return (
         f"{stage.method.name}, {stage.iterations} iterations of {prompts} prompts"
-        f" x {stage.responses_per_prompt} responses, at most {tokens:,} tokens each"
+        f" x {stage.samples} responses, at most {tokens:,} tokens each"
     )

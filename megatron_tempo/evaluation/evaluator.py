@@ -54,7 +54,7 @@ class Evaluator:
         sampling = Sampling(config.temperature, config.max_response_tokens or self.max_tokens)
         seed = f"{self.seed}/evaluation/{name}"
         asked = ask(self.engine, prompts, config.samples, sampling, seed)
-        completions, verdicts = collect(asked, self.verifiers, self.tokenizer)
+        completions, verdicts, _ = collect(asked, self.verifiers, self.tokenizer)
         return Judged(prompts, batch_of(prompts, completions, verdicts), np.array(verdicts))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from megatron_tempo.config.schema import Method, StageConfig
-from megatron_tempo.methods import ppo, tempo
+from megatron_tempo.methods import empo, grpo, ppo, tempo, ttrl
 from megatron_tempo.methods.learner import Learner, Rollouts
 
 
@@ -17,4 +17,10 @@ class Iterate(Protocol):
     ) -> dict[str, float]: ...
 
 
-METHODS: dict[Method, Iterate] = {Method.ppo: ppo.iterate, Method.tempo: tempo.iterate}
+METHODS: dict[Method, Iterate] = {
+    Method.ppo: ppo.iterate,
+    Method.tempo: tempo.iterate,
+    Method.ttrl: ttrl.iterate,
+    Method.empo: empo.iterate,
+    Method.grpo: grpo.iterate,
+}

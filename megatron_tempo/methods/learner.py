@@ -20,7 +20,8 @@ from megatron_tempo.types import Batch
 
 @dataclass(frozen=True, slots=True)
 class Rollouts:
-    """What an iteration's prompts were answered with. Labelled rows carry verdicts; unlabelled rows have none."""
+    """What an iteration's prompts were answered with. Labelled rows carry verdicts; unlabelled rows have none, but for
+    methods that compare them the classes of their answers."""
 
     labelled: Batch | None
     unlabelled: Batch | None
@@ -31,7 +32,7 @@ class Learner:
     """Actor and critic, and the updates that a method asks for. `seed` names the run and the iteration."""
 
     actor: Actor
-    critic: Critic
+    critic: Critic | None  # none: no stage of the run has one
     reference_logprobs: Callable[[Batch], Tensor]  # of the policy that the KL term holds to
     phase: Callable[[str], AbstractContextManager[None]]  # times what is done inside
     seed: str
@@ -39,6 +40,7 @@ class Learner:
     def fit_critic(self, labelled: Batch, stage: StageConfig) -> dict[str, float]:
         """Draw the critic's values to the verified outcomes (E-step, Eq. 6)."""
         config = stage.critic
+        assert self.critic is not None
         assert labelled.correct is not None
         batch = labelled
         if config.drop_uniform_groups:
@@ -53,8 +55,14 @@ class Learner:
 
     def values(self, batch: Batch) -> Tensor:
         """The critic's values of every token: float32 [T + n]."""
+        assert self.critic is not None
         with self.phase("values"):
             return self.critic.values(batch)
+
+    def reinforce(self, batch: Batch, advantages: Tensor, stage: StageConfig) -> dict[str, float]:
+        """Clipped policy gradient on one advantage for all tokens of a response. `advantages` [n]."""
+        nothing = torch.zeros(int(batch.response_lengths.sum()) + len(batch))
+        return self.improve_actor(batch, nothing, advantages, stage)
 
     def improve_actor(self, batch: Batch, values: Tensor, rewards: Tensor, stage: StageConfig) -> dict[str, float]:
         """Clipped policy gradient on A_t = R - V (M-step, Eq. 11 and 12). `values` [T + n], `rewards` [n]."""

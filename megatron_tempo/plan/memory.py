@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from megatron_tempo.config.schema import NEEDS, Config, EngineKind, EnginePrecision, Logits, StageConfig
+from megatron_tempo.config.schema import Config, EngineKind, EnginePrecision, Logits, StageConfig
 from megatron_tempo.plan import activations, engine, head
 from megatron_tempo.plan.layout import Layout, Machine, MicroBatch, layout_of, machine_of, micro_batch_of
 from megatron_tempo.plan.parameters import Role, layer_parameters, parameters, resident
@@ -137,13 +137,18 @@ def place_memory(config: Config, shape: Shape, place: Place, micro: MicroBatch |
 
 
 def host_bytes(config: Config, shape: Shape, place: Place) -> float:
-    """Page-locked host memory of a process in `place`: with `parallel.offload` each model has its own for good."""
-    if not config.parallel.offload:
-        return 0.0
+    """Page-locked host memory of a process in `place`: with `parallel.offload` each model has its own for good, unless
+    it is the only one."""
     layouts, machine = layouts_of(config, split_of(config).trainers), machine_of(config)
-    held = [resident(shape, layouts[role], machine, role, place[role]) for role in Role]
-    reference = held[0].weights if _has_reference(config) else 0.0
-    return sum(model.weights + model.optimizer for model in held) + reference
+    held = [resident(shape, layouts[role], machine, role, place[role]) for role in _roles(config)]
+    reference = [held[0].weights] if _has_reference(config) else []
+    waiting = [model.weights + model.optimizer for model in held] + reference
+    return sum(waiting) if config.parallel.offload and len(waiting) > 1 else 0.0
+
+
+def _roles(config: Config) -> list[Role]:
+    """The models that are trained: without a method that has a critic there is none."""
+    return list(Role) if config.has_critic else [Role.actor]
 
 
 def _has_reference(config: Config) -> bool:
@@ -169,14 +174,14 @@ def _joined(*parts: Parts) -> Parts:
 
 def least_rows(config: Config) -> int:
     """Rows that the embedded engine decodes together whatever its bound: one prompt's, of training or evaluation."""
-    samples = [stage.responses_per_prompt for stage in config.stages().values() if stage.iterations > 0]
+    samples = [stage.samples for stage in config.stages().values() if stage.iterations > 0]
     return max(*samples, config.evaluation.samples if config.evaluation.sets else 0)
 
 
 def _engine(config: Config, shape: Shape, stages: list[StageConfig], split: Split) -> tuple[Parts, Parts, float]:
     """What an engine holds on the trainer's GPUs all the time, and while it answers; the rows that it has room for."""
     if config.rollout.engine is EngineKind.embedded:
-        rows = max(stage.count(stage.prompts()) * stage.responses_per_prompt for stage in stages)
+        rows = max(stage.count(stage.prompts()) * stage.samples for stage in stages)
         one = engine.embedded(config, shape, rows, least_rows(config), split)
         return {Part.engine: one.weights}, {Part.cache: one.cache, Part.head: one.sampling}, one.rows
     if not split.beside:
@@ -197,22 +202,24 @@ class _Phases:
 
     def happening(self) -> list[Phase]:
         critic = any(stage.trains_critic for stage in self.stages)
-        valued = any(NEEDS[stage.method].critic is not None for stage in self.stages)
+        valued = self.config.has_critic
         skipped = {Phase.serve} | ({Phase.critic} if not critic else set()) | ({Phase.values} if not valued else set())
         return [phase for phase in Phase if phase not in skipped]
 
     def of(self, phase: Phase) -> Parts:
         """What is resident, and beyond it what the phase needs at its worst."""
         if phase is Phase.checkpoint:  # one model after the other
-            return max((_joined(self._residents({role}), self._gathered(role)) for role in Role), key=_total)
+            return max(
+                (_joined(self._residents(role), self._gathered(role)) for role in _roles(self.config)), key=_total
+            )
         # The actor is there while prompts are answered, since it was the last to learn and to be sent.
         role = Role.critic if phase in (Phase.values, Phase.critic) else Role.actor
-        return _joined(self._residents({role}), self._moment(phase, role))
+        return _joined(self._residents(role), self._moment(phase, role))
 
-    def _residents(self, working: set[Role]) -> Parts:
-        """Of the models that are there while `working` ones are at work, and of the reference where there is a KL term.
-        A reference that waits in host memory needs less than the actor when its turn comes."""
-        there = working if self.config.parallel.offload else set(Role)
+    def _residents(self, working: Role) -> Parts:
+        """Of the models that are there while one is at work, and of the reference where there is a KL term. A reference
+        that waits in host memory needs less than the actor when its turn comes."""
+        there = [working] if self.config.parallel.offload else _roles(self.config)
         models = [resident(self.shape, self.layouts[role], self.machine, role, self.place[role]) for role in there]
         parts = {
             Part.weights: sum(model.weights for model in models),
@@ -238,6 +245,8 @@ class _Phases:
         """Of the other model's last pass: its stage's input, and where its process groups are others, and with them
         Megatron's one buffer for gathered states, that buffer."""
         other = Role.critic if role is Role.actor else Role.actor
+        if other not in _roles(self.config):
+            return 0.0
         own, layout = self.layouts[role], self.layouts[other]
         if own.context != layout.context:
             micro = replace(micro, tokens=micro.tokens * own.context // layout.context)
@@ -248,7 +257,8 @@ class _Phases:
     def _reading(self, role: Role) -> Parts:
         """All rows that the actor learns from are read in one pass; the critic may read its own as well."""
         kinds = (StageConfig.actor_prompts, StageConfig.critic_prompts)[: 1 if role is Role.actor else 2]
-        rows = max(one.responses_per_prompt * one.count(kind(one)) for one in self.stages for kind in kinds)
+        stages = [one for one in self.stages if role is Role.actor or one.has_critic]
+        rows = max(one.responses_per_prompt * one.count(kind(one)) for one in stages for kind in kinds)
         layout, stage = self.layouts[role], self.place[role]
         micro = self.micro or micro_batch_of(self.config, layout, rows)
         layers = activations.reading(self.shape, layout, self.machine, micro, stage)
@@ -263,9 +273,11 @@ class _Phases:
     def _update(self, role: Role) -> Parts:
         """A mini-batch is one optimizer step. Its worst moment is in the head's backward pass or in the layers', or in
         the step itself, when the activations are gone: torch's Adam on CUDA then makes one fp32 tensor a parameter."""
-        mini = [one.actor.mini_batch_prompts if role is Role.actor else one.critic.mini_batch_prompts
-                for one in self.stages]  # fmt: skip
-        rows = max(n * one.responses_per_prompt for n, one in zip(mini, self.stages, strict=True))
+        if role is Role.actor:
+            rows = max(one.actor.mini_batch_prompts * one.responses_per_prompt for one in self.stages)
+        else:
+            taught = [one for one in self.stages if one.trains_critic]
+            rows = max(one.critic.mini_batch_prompts * one.responses_per_prompt for one in taught)
         layout, stage = self.layouts[role], self.place[role]
         micro = self.micro or micro_batch_of(self.config, layout, rows)
         batch = {Part.batch: batch_bytes(micro, self.machine)}

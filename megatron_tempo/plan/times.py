@@ -27,15 +27,16 @@ def times(config: Config, shape: Shape, memory: Memory) -> dict[Phase, float]:
     learnt, judged = rows * stage.count(stage.actor_prompts()), rows * stage.count(stage.critic_prompts())
     found = {
         Phase.generate: _generate(config, shape, config.cluster, split, stage, memory.room),
-        Phase.values: critic.read(learnt, Role.critic),
+        Phase.values: critic.read(learnt if stage.has_critic else 0, Role.critic),
         Phase.critic: critic.update(judged, Role.critic) * stage.critic.epochs,
         Phase.logprobs: actor.read(learnt, Role.actor) * (2 if stage.actor.kl_coef > 0 else 1),
         Phase.actor: actor.update(learnt, Role.actor) * stage.actor.epochs,
         Phase.sync: _sync(config, shape, config.cluster, split),
     }
     if config.parallel.offload:
-        for phase, turns in ((Phase.values, 1), (Phase.logprobs, 3 if stage.actor.kl_coef > 0 else 1)):
-            found[phase] += turns * _turn(config, shape, split)
+        # To the critic and back to the actor; to the reference and back.
+        found[Phase.values] += _turn(config, shape, split) * stage.has_critic
+        found[Phase.logprobs] += _turn(config, shape, split) * (stage.has_critic + 2 * (stage.actor.kl_coef > 0))
     return {phase: seconds for phase, seconds in found.items() if seconds}
 
 
@@ -128,7 +129,7 @@ def _generate(
     if not engines:  # servers that run elsewhere
         return 0.0
     tensor = 1 if alone else servers.tensor
-    requests, samples = stage.count(stage.prompts()), stage.responses_per_prompt
+    requests, samples = stage.count(stage.prompts()), stage.samples
     mine = max(1.0, requests * samples / engines)
     rows = max(1.0, min(room, mine, mine if alone else servers.concurrency * samples))
     prompt, response = config.rollout.max_prompt_tokens, config.rollout.max_response_tokens

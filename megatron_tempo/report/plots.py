@@ -53,7 +53,11 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...], bool], ...] = (
     (
         "Reward",
         "mean over responses",
-        (("reward/labelled", "labelled, verified"), ("reward/unlabelled_value", "unlabelled, critic's value")),
+        (
+            ("reward/labelled", "labelled, verified"),
+            ("reward/unlabelled_value", "unlabelled, critic's value"),
+            ("reward/unlabelled", "unlabelled, agreement"),
+        ),
         False,
     ),
     ("Entropy", "nats a token", (("actor/entropy", "actor"),), False),

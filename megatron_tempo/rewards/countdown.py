@@ -63,6 +63,28 @@ def parse_prompt(prompt: str) -> tuple[tuple[int, ...], int]:
     return tuple(map(int, numbers)), int(rest[1])
 
 
+def reached(prompt: str, response: str) -> int | None:
+    """The number that `response` comes to by right arithmetic on the numbers of `prompt`: its answer, right or not.
+
+    None where the response is not, word for word, what its own operators make of the question. Its y or n is not
+    judged. Responses with the same answer get the same verdict.
+
+    >>> reached("2 4 5 6 > 13 :", "2 * 4 = 8 + 5 = 13 - 6 = 7 n $")
+    7
+    """
+    numbers, _ = parse_prompt(prompt)
+    if len(response) > 16 * len(numbers):
+        return None
+    words = response.split(" ")
+    operators, check = words[1:-2:4], words[-2:-1]
+    if len(operators) != len(numbers) - 1 or not set(operators) <= set(OPERATORS) or check[0] not in CHECKS:
+        return None
+    running = results(numbers, operators)
+    if running is None or response != render(numbers, operators, running, check[0]):
+        return None
+    return running[-1]
+
+
 def score(prompt: str, response: str, answer: str) -> float:
     """1.0 for a response that reaches the target of `prompt` by right arithmetic on the given numbers, else 0.0.
 
@@ -71,15 +93,5 @@ def score(prompt: str, response: str, answer: str) -> float:
     nothing is read from it. The cost is linear in the prompt's length, whatever the response. InputError where
     `prompt` is no question.
     """
-    numbers, target = parse_prompt(prompt)
-    # A response is right when it is, word for word, what its own operators make of the question.
-    if len(response) > 16 * len(numbers):
-        return 0.0
-    words = response.split(" ")
-    operators, check = words[1:-2:4], words[-2:-1]
-    if len(operators) != len(numbers) - 1 or not set(operators) <= set(OPERATORS) or check[0] not in CHECKS:
-        return 0.0
-    running = results(numbers, operators)
-    if running is None or running[-1] != target:
-        return 0.0
-    return float(response == render(numbers, operators, running, check[0]))
+    _, target = parse_prompt(prompt)
+    return float(reached(prompt, response) == target)

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import megatron_tempo
 
@@ -76,6 +76,11 @@ class MathScorer:
                 stop.set()
         return verdicts
 
+    def classes(self, prompt: str, responses: Sequence[str]) -> list[int | None]:
+        """As `_Classes` puts them. RuntimeError where no worker can start."""
+        classes = _Classes(self._workers[0])
+        return [classes.join(response[-RESPONSE_CHARS:]) for response in responses]
+
     def close(self) -> None:
         for worker in self._workers:
             worker.close()
@@ -90,19 +95,31 @@ class Worker:
 
     def correct(self, answer: str, response: str) -> bool:
         """Whether the response is right. One that takes too long, or kills the worker, is not."""
-        request = {"answer": answer, "response": response}
+        reply = self._ask({"answer": answer, "response": response})
+        return reply is not None and bool(reply["correct"])
+
+    def compare(self, known: Sequence[str], response: str) -> tuple[int | None, str | None] | None:
+        """The place of the first known answer that the response's equals (None: of no one), and the response's answer.
+
+        (None, None): it has no answer. None where they cannot be compared in time.
+        """
+        reply = self._ask({"known": list(known), "response": response})
+        return None if reply is None else (reply["equal"], reply["answer"])
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        """The reply, or None to a request that takes too long or too much memory, or kills the worker."""
         for _ in range(2):
             process = self._running()
             reply, timed_out = _exchange(process, request, self._seconds)
             if reply is not None:
                 if reply["retire"] or timed_out:
                     self.close()
-                return bool(reply["correct"])
+                return None if reply["exhausted"] else reply
             self.close()
             # Killed from outside (by the kernel, for want of memory, perhaps): the item may be innocent, so ask again.
             if timed_out or process.returncode != -signal.SIGKILL:
-                return False
-        return False
+                return None
+        return None
 
     def close(self) -> None:
         if self._process is not None:
@@ -124,6 +141,54 @@ class Worker:
         return process
 
 
+class _Classes:
+    """The classes of one question's responses, as they come.
+
+    A response joins the first class, the largest tried first, whose first answer math-verify holds equal to its own.
+    That is not transitive in all cases, so another order could divide them otherwise. What cannot be read in time has
+    no answer. An answer that can be read, but not compared with another one in time, is compared no more.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._answers: list[str] = []  # the first of each class
+        self._sizes: list[int] = []
+        self._slow: set[int] = set()
+
+    def join(self, response: str) -> int | None:
+        """The response's class, an old one or a new one, or None."""
+        order = sorted(set(range(len(self._answers))) - self._slow, key=lambda number: (-self._sizes[number], number))
+        found = self._worker.compare([self._answers[number] for number in order], response)
+        if found is None:
+            order, found = self._one_by_one(order, response)
+        place, answer = found
+        if answer is None:
+            return None
+        if place is not None:
+            number = order[place]
+        elif answer in self._answers:  # word for word one that is compared no more
+            number = self._answers.index(answer)
+        else:
+            number = len(self._answers)
+            self._answers.append(answer)
+            self._sizes.append(0)
+        self._sizes[number] += 1
+        return number
+
+    def _one_by_one(self, order: Sequence[int], response: str) -> tuple[list[int], tuple[int | None, str | None]]:
+        """The class that the response belongs to, if any, and what `compare` found: where all at once take too long."""
+        alone = self._worker.compare([], response)
+        if alone is None:
+            return [], (None, None)
+        for number in order:
+            found = self._worker.compare([self._answers[number]], response)
+            if found is None:
+                self._slow.add(number)
+            elif found[0] is not None:
+                return [number], found
+        return [], alone
+
+
 def _start(seconds: float) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "megatron_tempo.rewards.math_worker", str(MEMORY_MB), str(seconds)],
@@ -136,8 +201,8 @@ def _start(seconds: float) -> subprocess.Popen[bytes]:
 
 
 def _exchange(
-    process: subprocess.Popen[bytes], request: dict[str, str] | None, seconds: float
-) -> tuple[dict[str, bool] | None, bool]:
+    process: subprocess.Popen[bytes], request: dict[str, Any] | None, seconds: float
+) -> tuple[dict[str, Any] | None, bool]:
     """Sends a request, if any, and waits for a reply: (the reply or None where the process ended, timed out)."""
     assert process.stdin is not None
     assert process.stdout is not None

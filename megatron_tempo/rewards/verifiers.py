@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from megatron_tempo.errors import InputError
 from megatron_tempo.rewards import choice, countdown, grid, text
@@ -14,7 +14,7 @@ from megatron_tempo.rewards.math import MathScorer
 from megatron_tempo.rewards.reading import ReadingScorer
 
 if TYPE_CHECKING:
-    from megatron_tempo.types import LabelledPrompt
+    from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
 
 REPORTED = 10
 
@@ -40,20 +40,40 @@ class Scorer(Protocol):
 
     def score(self, items: Sequence[Item]) -> list[float]: ...
 
+    def classes(self, prompt: str, responses: Sequence[str]) -> list[int | None]:
+        """Which responses to `prompt` have equal answers: equal numbers, from 0 in the order of first appearance.
+
+        None where a response has no answer. Equal is what would get the same verdict whatever the right answer is.
+        ValueError where `prompt` is no question that can be answered, also without responses.
+        """
+
     def close(self) -> None: ...
 
 
 class _InProcess:
-    """A verifier that is one cheap function of prompt, response and answer, with a bounded cost."""
+    """A verifier that is two cheap functions with a bounded cost.
 
-    def __init__(self, function: Callable[[str, str, str], float]) -> None:
+    `function` judges prompt, response and answer; `answer_of` reads from prompt and response what equal answers share,
+    None where there is no answer.
+    """
+
+    def __init__(
+        self, function: Callable[[str, str, str], float], answer_of: Callable[[str, str], Hashable | None]
+    ) -> None:
         self._function = function
+        self._answer_of = answer_of
 
     def check(self, prompt: str, answer: str) -> None:
         self._function(prompt, "", answer)
 
     def score(self, items: Sequence[Item]) -> list[float]:
         return [self._function(item.prompt, item.response, item.answer) for item in items]
+
+    def classes(self, prompt: str, responses: Sequence[str]) -> list[int | None]:
+        self._answer_of(prompt, "")  # raises for what is no question
+        numbers: dict[Hashable, int] = {}
+        answers = [self._answer_of(prompt, response) for response in responses]
+        return [None if answer is None else numbers.setdefault(answer, len(numbers)) for answer in answers]
 
     def close(self) -> None:
         pass
@@ -68,7 +88,7 @@ class Verifiers:
     def __init__(self, workers: int = 2, seconds: float = 5.0) -> None:
         self._scorers: dict[str, Scorer] = {
             "math": MathScorer(workers, seconds),
-            "countdown": _InProcess(countdown.score),
+            "countdown": _InProcess(countdown.score, countdown.reached),
             "choice": ReadingScorer(choice.read, choice.gold),
             "text": ReadingScorer(text.read, text.gold),
             "grid": ReadingScorer(grid.read, grid.gold),
@@ -80,15 +100,19 @@ class Verifiers:
 
     def check(self, prompts: Iterable[LabelledPrompt]) -> None:
         """ValueError that names the prompts (the first ten) whose verifier is unknown or cannot use their answer."""
-        problems: list[str] = []
-        for prompt in prompts:
-            try:
-                self._check(prompt.verifier, prompt.text, prompt.answer)
-            except ValueError as error:
-                problems.append(f"prompt {prompt.id!r}: {error}")
-        if problems:
-            rest = [f"... and {len(problems) - REPORTED} more"] if len(problems) > REPORTED else []
-            raise InputError("\n".join([*problems[:REPORTED], *rest]))
+
+        def check(prompt: LabelledPrompt) -> None:
+            self._check(prompt.verifier, prompt.text, prompt.answer)
+
+        _report(prompts, check)
+
+    def check_questions(self, verifier: str, prompts: Iterable[UnlabelledPrompt]) -> None:
+        """ValueError that names the prompts (the first ten) whose answers `verifier` cannot read."""
+
+        def check(prompt: UnlabelledPrompt) -> None:
+            self.classes(verifier, prompt.text, [])
+
+        _report(prompts, check)
 
     def score(self, items: Sequence[Item]) -> list[float]:
         """The verdict on each item, 1.0 or 0.0. ValueError, before any is judged, as in `check`."""
@@ -103,6 +127,10 @@ class Verifiers:
                 verdicts[place] = score
         return verdicts
 
+    def classes(self, verifier: str, prompt: str, responses: Sequence[str]) -> list[int | None]:
+        """Which responses to a question have equal answers, as `Scorer.classes`. No answer of anybody else is read."""
+        return self._scorer(verifier).classes(prompt, responses)
+
     def close(self) -> None:
         for scorer in self._scorers.values():
             scorer.close()
@@ -116,11 +144,36 @@ class Verifiers:
         self.close()
 
     def _check(self, verifier: str, prompt: str, answer: object) -> None:
-        scorer = self._scorers.get(verifier)
-        if scorer is None:
-            raise InputError(f"verifier {verifier!r} is unknown; known are {', '.join(self._scorers)}")
+        scorer = self._scorer(verifier)
         if not isinstance(answer, str):
             raise InputError(f"the answer {answer!r} is {type(answer).__name__}; give it as text")
         if not answer.strip():
             raise InputError("the answer is empty; give one or remove the prompt")
         scorer.check(prompt, answer)
+
+    def _scorer(self, verifier: str) -> Scorer:
+        scorer = self._scorers.get(verifier)
+        if scorer is None:
+            raise InputError(f"verifier {verifier!r} is unknown; known are {', '.join(self._scorers)}")
+        return scorer
+
+
+class _Named(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+_P = TypeVar("_P", bound=_Named)
+
+
+def _report(prompts: Iterable[_P], check: Callable[[_P], None]) -> None:
+    """InputError that names the prompts that `check` refuses."""
+    problems: list[str] = []
+    for prompt in prompts:
+        try:
+            check(prompt)
+        except ValueError as error:
+            problems.append(f"prompt {prompt.id!r}: {error}")
+    if problems:
+        rest = [f"... and {len(problems) - REPORTED} more"] if len(problems) > REPORTED else []
+        raise InputError("\n".join([*problems[:REPORTED], *rest]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,14 @@ class Asked:
     answers: Iterator[tuple[int, list[Completion]]]
 
 
+class Collected(NamedTuple):
+    """What was collected, an entry a prompt, the same on every rank."""
+
+    completions: list[list[Completion]]
+    verdicts: list[list[float]]  # of a labelled prompt's responses; of another's none
+    classes: list[list[int | None]]  # of an unlabelled prompt's responses, where they were asked for
+
+
 def ask(engine: Engine, prompts: Sequence[Prompt], samples: int, sampling: Sampling, *seed: object) -> Asked:
     """Begin `samples` completions of each prompt. Collective.
 
@@ -36,33 +44,50 @@ def ask(engine: Engine, prompts: Sequence[Prompt], samples: int, sampling: Sampl
 
 
 def collect(
-    asked: Asked, verifiers: Verifiers, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[list[Completion]], list[list[float]]]:
-    """The completions of each prompt, and the verdicts of each labelled one's (none of the others'), on every rank.
+    asked: Asked, verifiers: Verifiers, tokenizer: PreTrainedTokenizerBase, classes_by: str | None = None
+) -> Collected:
+    """The completions of each prompt, the verdicts on each labelled one's, and the classes of each unlabelled one's.
 
+    `classes_by` names the verifier that tells which answers to an unlabelled prompt are equal; none: they are not read.
     Responses are verified while others are still being generated, on the rank that has them. The verifier sees all the
     text of a response, special tokens included. Collective.
     """
+
+    def texts_of(completions: list[Completion]) -> list[str]:
+        return [tokenizer.decode(completion.token_ids) for completion in completions]
+
     mine: dict[int, list[Completion]] = {}
     judged: dict[int, Future[list[float]]] = {}
+    classed: dict[int, Future[list[int | None]]] = {}
     with ThreadPoolExecutor(1) as verifying:
         for i, completions in asked.answers:
             mine[i] = completions
             prompt = asked.prompts[i]
             if isinstance(prompt, LabelledPrompt):
-                texts = [tokenizer.decode(completion.token_ids) for completion in completions]
-                items = [Item(prompt.verifier, prompt.text, text, prompt.answer) for text in texts]
+                items = [Item(prompt.verifier, prompt.text, text, prompt.answer) for text in texts_of(completions)]
                 judged[i] = verifying.submit(verifiers.score, items)
+            elif classes_by is not None:
+                classed[i] = verifying.submit(verifiers.classes, classes_by, prompt.text, texts_of(completions))
         verdicts = {i: future.result() for i, future in judged.items()}
+        classes = {i: future.result() for i, future in classed.items()}
     shares: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, (mine, verdicts))
-    of_all = {i: completions for share, _ in shares for i, completions in share.items()}
-    verdicts = {i: scores for _, share in shares for i, scores in share.items()}
-    return [of_all[i] for i in range(len(asked.prompts))], [verdicts.get(i, []) for i in range(len(asked.prompts))]
+    dist.all_gather_object(shares, (mine, verdicts, classes))
+    of_all, verdicts, classes = (_joined([share[kind] for share in shares]) for kind in range(3))
+    places = range(len(asked.prompts))
+    return Collected(
+        [of_all[i] for i in places], [verdicts.get(i, []) for i in places], [classes.get(i, []) for i in places]
+    )
+
+
+def _joined(shares: list[dict[int, Any]]) -> dict[int, Any]:
+    return {i: found for share in shares for i, found in share.items()}
 
 
 def batch_of(
-    prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], verdicts: Sequence[Sequence[float]] | None
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Completion]],
+    verdicts: Sequence[Sequence[float]] | None,
+    classes: Sequence[Sequence[int | None]] | None = None,
 ) -> Batch:
     """The completions as a batch of rows, prompt after prompt."""
     rows = [(i, prompt, answer) for i, prompt in enumerate(prompts) for answer in completions[i]]
@@ -81,6 +106,9 @@ def batch_of(
         stopped=torch.tensor([answer.finish_reason == "stop" for _, _, answer in rows], dtype=torch.bool),
         versions=_by_token([span for _, _, answer in rows for span in answer.versions]),
         correct=None if verdicts is None else torch.tensor([v for row in verdicts for v in row]),
+        answer_class=None
+        if classes is None
+        else torch.tensor([-1 if c is None else c for row in classes for c in row], dtype=torch.int64),
     )
 
 

@@ -44,6 +44,7 @@ def _lines(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, o
             "versions": [list(span) for span in _spans(versions[i])],
             "stopped": bool(batch.stopped[i]),
             "correct": None if batch.correct is None else float(batch.correct[i]),
+            **({} if batch.answer_class is None else {"answer_class": int(batch.answer_class[i])}),
         }
         for i, (prompt, response) in enumerate(zip(batch.prompts(), batch.responses(), strict=True))
     ]
@@ -56,9 +57,14 @@ def _spans(versions: Tensor) -> list[tuple[int, int]]:
 
 
 def read(
-    path: Path, labelled: Sequence[LabelledPrompt], unlabelled: Sequence[UnlabelledPrompt], samples: int
+    path: Path,
+    labelled: Sequence[LabelledPrompt],
+    unlabelled: Sequence[UnlabelledPrompt],
+    samples: int,
+    *,
+    classes: bool = False,
 ) -> tuple[Batch | None, Batch | None]:
-    """The rollouts that were written for these prompts, as batches.
+    """The rollouts that were written for these prompts, as batches; `classes`: the answers' of unlabelled prompts too.
 
     Raises InputError with file and line where the record does not hold `samples` responses to each of these prompts.
     """
@@ -72,10 +78,24 @@ def read(
     completions = [[completion for completion, _ in rows[i : i + samples]] for i in range(0, len(rows), samples)]
     verdicts = [[correct for _, correct in rows[i : i + samples]] for i in range(0, len(labelled) * samples, samples)]
     n = len(labelled)
+    classed = None
+    if classes:
+        classed = [[_class(f"{path}, line {i + 1}", lines[i]) for i in range(n * samples, len(lines))]]
     return (
         batch_of(labelled, completions[:n], verdicts) if labelled else None,
-        batch_of(unlabelled, completions[n:], None) if unlabelled else None,
+        batch_of(unlabelled, completions[n:], None, classed) if unlabelled else None,
     )
+
+
+def _class(where: str, text: str) -> int | None:
+    """The class of an unlabelled response's answer."""
+    found = json.loads(text).get("answer_class")
+    if type(found) is not int or found < -1:
+        raise InputError(
+            f"rollout.replay: {where} has the answer_class {found!r}; this stage's method compares answers, and "
+            "replays what such a method recorded"
+        )
+    return None if found == -1 else found
 
 
 def _response(where: str, text: str, prompt: LabelledPrompt | UnlabelledPrompt) -> tuple[Completion, float]:

@@ -63,10 +63,15 @@ class EchoVerifiers(Verifiers):
 
     def __init__(self) -> None:
         self.asked: list[Item] = []
+        self.classed: list[tuple[str, str, tuple[str, ...]]] = []
 
     def score(self, items: Sequence[Item]) -> list[float]:
         self.asked += items
         return [float(int(item.response.split()[-1]) % 2 == 0) for item in items]
+
+    def classes(self, verifier: str, prompt: str, responses: Sequence[str]) -> list[int | None]:
+        self.classed.append((verifier, prompt, tuple(responses)))
+        return [None, 0, 0]
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +96,16 @@ def over_ranks(folder: Path) -> dict[str, Any]:
     engine, verifiers = CountingEngine(), EchoVerifiers()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     asked = ask(engine, [*LABELLED, *UNLABELLED], 3, SAMPLING, 5, "stage1", 0)
-    completions, verdicts = collect(asked, verifiers, tokenizer)
+    completions, verdicts, unread = collect(asked, verifiers, tokenizer)
+    assert verifiers.classed == []
+    asked = ask(engine, [*LABELLED, *UNLABELLED], 3, SAMPLING, 5, "stage1", 0)
+    with_classes = collect(asked, verifiers, tokenizer, "math")
+    verifiers.asked = verifiers.asked[: len(verifiers.asked) // 2]
     none = collect(ask(engine, [], 3, SAMPLING), verifiers, tokenizer)
     dist.destroy_process_group()
-    return {"completions": completions, "verdicts": verdicts, "asked": verifiers.asked, "none": none}
+    return {"completions": completions, "verdicts": verdicts, "asked": verifiers.asked, "none": none,
+            "unread": unread, "classes": with_classes.classes, "classed": verifiers.classed,
+            "same": with_classes[:2] == (completions, verdicts)}  # fmt: skip
 
 
 def test_any_number_of_ranks_collects_the_same(tmp_path: Path) -> None:
@@ -108,7 +119,17 @@ def test_any_number_of_ranks_collects_the_same(tmp_path: Path) -> None:
     for rank in ranks:
         assert rank["completions"] == wanted
         assert rank["verdicts"] == [[1.0, 0.0, 1.0]] * 3 + [[]] * 2
-        assert rank["none"] == ([], [])
+        assert rank["none"] == ([], [], [])
+        assert rank["unread"] == [[]] * 5
+        assert rank["classes"] == [[]] * 3 + [[None, 0, 0]] * 2
+        assert rank["same"]
+    # Each unlabelled prompt's responses are classed once, together, by what is said alone.
+    classed = sorted(found for rank in ranks for found in rank["classed"])
+    assert [(verifier, prompt, len(texts)) for verifier, prompt, texts in classed] == [
+        ("math", "0", 3),
+        ("math", "1", 3),
+    ]
+    assert all(ANSWER not in text for found in classed for text in found[2])
     # No response is verified twice, and each with its own prompt's text and answer.
     asked = [item for rank in ranks for item in rank["asked"]]
     assert sorted(item.prompt for item in asked) == ["0 1"] * 3 + ["1 2"] * 3 + ["2 3"] * 3
@@ -127,7 +148,7 @@ def test_verifiers_see_special_tokens(single: None, tokenizer: transformers.PreT
     end = WORDS.index("$")
     completion = Completion((4, 7, end), (-0.1, -0.2, -0.3), "stop", ((0, 3),))
     asked = Asked(LABELLED[:1], iter([(0, [completion])]))
-    assert collect(asked, verifiers, tokenizer) == ([[completion]], [[1.0]])
+    assert collect(asked, verifiers, tokenizer) == ([[completion]], [[1.0]], [[]])
     assert [item.response for item in verifiers.asked] == ["4 7 $"]
 
 
@@ -148,7 +169,7 @@ def test_a_batch_by_hand() -> None:
         "prompt_ids": ("a", "b"), "group": [0, 1], "prompt_tokens": [5, 6, 7], "prompt_lengths": [2, 1],
         "response_tokens": [1, 2, 3, 4], "response_lengths": [3, 1],
         "engine_logprobs": pytest.approx([-0.1, -0.2, -0.3, -0.4]), "stopped": [True, False],
-        "versions": [40, 40, 41, 41], "correct": [1.0, 0.0],
+        "versions": [40, 40, 41, 41], "correct": [1.0, 0.0], "answer_class": None,
     }  # fmt: skip
     assert {name: value.dtype for name, value in found.items() if isinstance(value, Tensor)} == {
         "group": torch.int64, "prompt_tokens": torch.int64, "prompt_lengths": torch.int64,
@@ -157,6 +178,10 @@ def test_a_batch_by_hand() -> None:
     }  # fmt: skip
     assert [row.tolist() for row in batch.rows()] == [[5, 6, 1, 2, 3], [7, 4]]
     assert batch_of(prompts, completions, None).correct is None
+    classes = batch_of(prompts, completions, None, [[None], [3]]).answer_class
+    assert classes is not None
+    assert classes.dtype == torch.int64
+    assert classes.tolist() == [-1, 3]
 
 
 def test_samples_of_a_prompt_are_a_group_also_where_a_prompt_comes_twice() -> None:
@@ -172,13 +197,14 @@ def rows_of(batch: Batch) -> list[tuple[Any, ...]]:
     return [
         (batch.prompt_ids[i], prompt.tolist(), response.tolist(), logprobs[i].tolist(), bool(batch.stopped[i]),
          versions[i].tolist(),
-         None if batch.correct is None else float(batch.correct[i]))
+         None if batch.correct is None else float(batch.correct[i]),
+         None if batch.answer_class is None else int(batch.answer_class[i]))
         for i, (prompt, response) in enumerate(zip(batch.prompts(), batch.responses(), strict=True))
     ]  # fmt: skip
 
 
 def test_selected_and_joined_rows_are_the_rows() -> None:
-    batch = ragged_batch(8)
+    batch = dataclasses.replace(ragged_batch(8), answer_class=torch.tensor([0, 1, 0, -1, 0, 0, 2, 1]))
     batch.stopped[3] = False
     order = [6, 0, 3, 3]
     assert rows_of(batch.select(torch.tensor(order))) == [rows_of(batch)[i] for i in order]
@@ -189,9 +215,9 @@ def test_selected_and_joined_rows_are_the_rows() -> None:
 
     other = ragged_batch(4, seed=9)
     joined = Batch.join(batch, other)
-    assert rows_of(joined) == [(*row[:-1], None) for row in rows_of(batch) + rows_of(other)]
+    assert rows_of(joined) == [(*row[:-2], None, None) for row in rows_of(batch) + rows_of(other)]
     assert joined.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
-    assert rows_of(Batch.join(empty, other)) == [(*row[:-1], None) for row in rows_of(other)]
+    assert rows_of(Batch.join(empty, other)) == [(*row[:-2], None, None) for row in rows_of(other)]
 
 
 def test_token_counts_start_again_when_taken() -> None:
@@ -321,3 +347,30 @@ def test_a_verdict_on_an_unlabelled_prompt_is_not_read(path: Path) -> None:
     _, unlabelled = dump.read(path, LABELLED, UNLABELLED, 2)
     assert unlabelled is not None
     assert unlabelled.correct is None
+
+
+@pytest.fixture
+def classed(
+    rollouts: tuple[Batch, Batch], tokenizer: transformers.PreTrainedTokenizerBase, tmp_path: Path
+) -> tuple[Path, Batch]:
+    """A record with the classes of the unlabelled prompts' answers."""
+    unlabelled = dataclasses.replace(rollouts[1], answer_class=torch.tensor([0, -1, 0, 1]))
+    path = tmp_path / "classed.jsonl"
+    dump.write(path, rollouts[0], unlabelled, tokenizer)
+    return path, unlabelled
+
+
+def test_classes_are_written_and_read(classed: tuple[Path, Batch], rollouts: tuple[Batch, Batch]) -> None:
+    path, wanted = classed
+    labelled, unlabelled = dump.read(path, LABELLED, UNLABELLED, 2, classes=True)
+    assert_equal(labelled, rollouts[0])
+    assert_equal(unlabelled, wanted)
+    _, unasked = dump.read(path, LABELLED, UNLABELLED, 2)
+    assert_equal(unasked, rollouts[1])
+
+
+@pytest.mark.parametrize("found", [None, -2, "0", True])
+def test_a_record_without_classes_is_refused_where_they_are_needed(classed: tuple[Path, Batch], found: object) -> None:
+    change(classed[0], 9, lambda line: line.update(answer_class=found))
+    with pytest.raises(ValueError, match=rf"classed\.jsonl, line 9 has the answer_class {found!r}"):
+        dump.read(classed[0], LABELLED, UNLABELLED, 2, classes=True)

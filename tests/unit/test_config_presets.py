@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from megatron_tempo.cli import REPOSITORY, build
 from megatron_tempo.config import Config, ConfigErrors, Problem, Purpose
 from megatron_tempo.config.benchmarks import BENCHMARKS
-from megatron_tempo.config.schema import Baseline, CriticTargets, Ratio, ValueTiming, to_plain
+from megatron_tempo.config.schema import Baseline, CriticTargets, Method, Prompts, Ratio, ValueTiming, to_plain
 from megatron_tempo.config.tree import MISSING
 from tests.unit.config_files import write_model, write_rows
 
@@ -83,6 +83,40 @@ def test_a_benchmark_goes_with_any_experiment(name: str, tmp_path: Path) -> None
     assert (dataset.prompt_field, dataset.answer_field, dataset.id_field) == ("prompt", "answer", "id")
     assert (dataset.verifier, dataset.verifier_field) in [(BENCHMARKS[name].verifier, None), (None, "verifier")]
     assert dataset.suffix.startswith("\n\nReason step by step.")
+
+
+ARMS = {
+    "ttrl": (Method.ttrl, {Prompts.unlabelled}),
+    "empo": (Method.empo, {Prompts.unlabelled}),
+    "grpo": (Method.grpo, {Prompts.labelled}),
+    "ppo": (Method.ppo, {Prompts.labelled}),
+    "frozen_critic": (Method.tempo, {Prompts.unlabelled}),
+    "reference": (Method.tempo, {Prompts.labelled, Prompts.unlabelled}),
+    "paper": (Method.tempo, {Prompts.labelled, Prompts.unlabelled}),
+}
+
+
+def test_every_algorithm_is_an_arm() -> None:
+    assert {path.stem for path in (REPOSITORY / "configs" / "algorithm").glob("*.yaml")} == set(ARMS)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("experiment", ["quickstart", "qwen3_14b_aime"])
+def test_an_algorithm_changes_stage_two_alone(experiment: str, arm: str, tmp_path: Path) -> None:
+    overrides = owed(experiment, tmp_path)
+    paper, config = build(overrides), build([*overrides, f"algorithm={arm}"])
+    stage, (method, prompts) = config.stage2, ARMS[arm]
+    assert stage.method is method
+    assert stage.prompts() == prompts
+    assert stage.trains_critic == (arm in ("ppo", "paper", "reference"))
+    for kept in ("iterations", "responses_per_prompt"):
+        assert getattr(stage, kept) == getattr(paper.stage2, kept)
+    for kept in ("optimizer", "mini_batch_prompts", "ratio", "clip_low", "clip_high", "entropy_coef"):
+        assert getattr(stage.actor, kept) == getattr(paper.stage2.actor, kept)
+    assert stage.count(prompts) == paper.stage2.count(prompts)
+    assert sum(not stage.warms_up(i) for i in range(stage.iterations)) > 0
+    config.stage2 = paper.stage2
+    assert config == paper
 
 
 @pytest.mark.parametrize("experiment", PAPER)
@@ -161,9 +195,12 @@ def test_a_command_of_the_readme_passes(command: str, tmp_path: Path, monkeypatc
 
 
 def test_the_presets_hold_no_field_that_equals_its_default() -> None:
-    """Each default stands in schema.py alone."""
+    """Each default stands in schema.py alone. An algorithm goes over an experiment, and may have to take back what that
+    has set."""
     defaults = OmegaConf.create(to_plain(Config()))
     for path in sorted((REPOSITORY / "configs").glob("*/*.yaml")):
+        if path.parent.name == "algorithm":
+            continue
         preset: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         for field, value in leaves(preset):
             same = OmegaConf.select(defaults, field, throw_on_missing=False)

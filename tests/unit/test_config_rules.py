@@ -105,7 +105,6 @@ ONE_FIELD = [
     ("data.labelled.verifier=null", "data.labelled.verifier", "who compares", "one of math, countdown"),
     ("data.unlabelled.answer_field=answer", "data.unlabelled.answer_field", "no answers", "evaluation.sets"),
     ("data.unlabelled.verifier_field=who", "data.unlabelled.verifier_field", "no answers", "evaluation.sets"),
-    ("data.unlabelled.verifier=math", "data.unlabelled.verifier", "no answers", "evaluation.sets"),
     ("data.unlabelled.path=TMP/labelled.jsonl", "data.unlabelled.path", "would be known", "two files"),
     ("data.unlabelled.path=TMP/model/../labelled.jsonl", "data.unlabelled.path", "would be known", "two files"),
     ("evaluation.sets.heldout.answer_field=null", "evaluation.sets.heldout.answer_field", "needed", "the column"),
@@ -132,6 +131,10 @@ ONE_FIELD = [
     ("stage1.value_timing=before_estep", "stage1.value_timing", "ppo does not use it", "timing=after_estep"),
     ("stage1.estep_every=0", "stage1.estep_every", "ppo does not use it", "stage1.estep_every=1"),
     ("stage1.actor_on_labelled=true", "stage1.actor_on_labelled", "ppo does not use it", "on_labelled=false"),
+    ("stage1.group_std=false", "stage1.group_std", "ppo does not use it", "group_std=true"),
+    ("stage2.vote_responses=64", "stage2.vote_responses", "tempo does not use it", "vote_responses=null"),
+    ("stage2.entropy_low=0", "stage2.entropy_low", "tempo does not use it", "entropy_low=null"),
+    ("stage2.entropy_high=1", "stage2.entropy_high", "tempo does not use it", "entropy_high=null"),
     (f"{S2}.warmup_iterations=1", f"{S2}.warmup_iterations", "in the stage's 1 iterations", "iterations above 1"),
     # evaluation and metrics
     ("evaluation.pass_k=[32]", "evaluation.pass_k", "pass@32", "evaluation.samples=32"),
@@ -273,6 +276,75 @@ def test_several_fields(files: Path, overrides: list[str], field: str, wrong: st
     assert problem.field == field
     assert wrong in problem.wrong
     assert fix in problem.fix
+
+
+TTRL = ["stage2.method=ttrl", "stage2.labelled_prompts=0", "data.unlabelled.verifier=math"]
+EMPO = ["stage2.method=empo", *TTRL[1:]]
+GRPO = ["stage2.method=grpo", "stage2.unlabelled_prompts=0"]
+# a stage without a critic, a change of it, the field that is wrong, a part of what is, a part of the fix
+GROUPS = [
+    (TTRL, "data.unlabelled.verifier=null", "data.unlabelled.verifier", "ttrl compares", "one of math, countdown"),
+    (EMPO, "data.unlabelled.verifier=null", "data.unlabelled.verifier", "empo compares", "one of math, countdown"),
+    (TTRL, "stage2.labelled_prompts=8", "stage2.labelled_prompts", "ttrl uses no labelled", "=0"),
+    (GRPO, "stage2.unlabelled_prompts=8", "stage2.unlabelled_prompts", "grpo uses no unlabelled", "=0"),
+    (GRPO, "stage2.labelled_prompts=0", "stage2.labelled_prompts", "grpo needs labelled", "=1 or more"),
+    (EMPO, "stage2.responses_per_prompt=1", "stage2.responses_per_prompt", "a single one", "=2 or more"),
+    (GRPO, "stage2.responses_per_prompt=1", "stage2.responses_per_prompt", "a single one", "=2 or more"),
+    (TTRL, "stage2.vote_responses=7", "stage2.vote_responses", "responses_per_prompt=8 of them", "=8 or more, or null"),
+    (TTRL, "stage2.vote_responses=0", "stage2.vote_responses", "1 or more", "vote_responses=1"),
+    (GRPO, "stage2.vote_responses=16", "stage2.vote_responses", "grpo does not use it", "null"),
+    (TTRL, "stage2.baseline=paper", "stage2.baseline", "ttrl does not use it", "before_token"),
+    (TTRL, "stage2.estep_every=3", "stage2.estep_every", "ttrl does not use it", "estep_every=1"),
+    (TTRL, "stage2.critic.warmup_iterations=3", "stage2.critic.warmup_iterations", "method ttrl has none", "=0"),
+    (EMPO, "stage2.entropy_low=-1", "stage2.entropy_low", "0 or more", "entropy_low=0"),
+    (EMPO, "stage2.entropy_high=0", "stage2.entropy_high", "above 0", "entropy_high=1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "field", "wrong", "fix"), GROUPS, ids=[f"{row[0][0]} {row[1]}" for row in GROUPS]
+)
+def test_methods_without_a_critic(files: Path, stage: list[str], change: str, field: str, wrong: str, fix: str) -> None:
+    assert problems(files, *stage) == []
+    problem = only(problems(files, *stage, change))
+    assert problem.field == field
+    assert wrong in problem.wrong
+    assert fix in problem.fix
+
+
+def test_bounds_of_the_entropy(files: Path) -> None:
+    assert problems(files, *EMPO, "stage2.entropy_low=0.1", "stage2.entropy_high=1.5") == []
+    problem = only(problems(files, *EMPO, "stage2.entropy_low=1.5", "stage2.entropy_high=1.5"))
+    assert (problem.field, problem.fix) == ("stage2.entropy_high", "stage2.entropy_high above 1.5")
+
+
+def test_a_run_has_a_critic_where_a_stage_has(files: Path) -> None:
+    def config(*overrides: str) -> Config:
+        return configure([*good_overrides(files), *overrides])
+
+    assert config().has_critic
+    assert config(*TTRL).has_critic, "of stage 1"
+    alone = config(*TTRL, "stage1.iterations=0")
+    assert not alone.has_critic
+    assert alone.compares_answers
+    assert problems(files, *TTRL, "stage1.iterations=0") == []
+    assert problems(files, *TTRL, "stage1.iterations=0", "model.critic_path=TMP/critic") == [], "not used, not refused"
+    assert not config().compares_answers
+
+
+def test_what_the_critics_values_mean(files: Path) -> None:
+    """The targets of the last stage that trained it."""
+    other = "critic.targets=plus_minus_one"
+
+    def targets(*overrides: str) -> list[str]:
+        config = configure([*good_overrides(files), *overrides])
+        return [config.critic_targets(name).name for name in config.stages()]
+
+    assert targets(f"stage2.{other}") == ["zero_one", "plus_minus_one"]
+    assert targets(f"stage1.{other}") == ["plus_minus_one", "zero_one"]
+    assert targets(f"stage1.{other}", *TTRL) == ["plus_minus_one"] * 2
+    assert targets(f"stage1.{other}", "stage2.estep_every=0") == ["plus_minus_one"] * 2
+    assert targets(f"stage2.{other}", "stage1.iterations=0") == ["zero_one", "plus_minus_one"]
 
 
 def rewrite(**changes: object) -> Callable[[Path], None]:

@@ -64,7 +64,7 @@ def test_load_names_what_it_does_not_know(tmp_path: Path) -> None:
     assert str(caught.value) == (
         "2 problems in the configuration:\n"
         "  run.sed=3: there is no such field; fix: did you mean run.seed?\n"
-        "  stage2.method=alchemy: must be one of ppo, tempo; fix: one of ppo, tempo"
+        "  stage2.method=alchemy: must be one of ppo, tempo, ttrl, empo, grpo; fix: one of ppo, tempo, ttrl, empo, grpo"
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tempo.errors import InputError
-from megatron_tempo.rewards.countdown import score
+from megatron_tempo.rewards.countdown import reached, score
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 PROMPT = "2 4 5 6 > 7 :"
@@ -67,6 +67,26 @@ def test_right(prompt: str, response: str) -> None:
 )
 def test_wrong(response: str) -> None:
     assert score(PROMPT, response, "*+-") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (RIGHT, 7),
+        ("2 * 4 = 8 + 5 = 13 - 6 = 7 n $", 7),
+        ("2 * 4 = 8 + 5 = 13 + 6 = 19 y $", 19),  # wrong, and an answer
+        ("2 + 4 = 6 - 5 = 1 + 6 = 7 y $", 7),  # by another way
+        ("2 * 4 = 8 + 5 = 13 - 6 = 8 y $", None),  # wrong arithmetic
+        ("4 * 2 = 8 + 5 = 13 - 6 = 7 y $", None),  # numbers in another order
+        ("2 * 4 = 8 + 5 = 13 - 6 = 7 y", None),
+        ("2 - 4 = -2 + 5 = 3 + 6 = 9 y $", None),
+        ("", None),
+    ],
+)
+def test_the_answer_of_a_response(response: str, answer: int | None) -> None:
+    assert reached(PROMPT, response) == answer
+    assert reached(PROMPT.replace("> 7", "> 40"), response) == answer, "the target plays no part"
+    assert score(PROMPT, response, "*+-") == float(answer == 7)
 
 
 def test_results_stay_between_0_and_49() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_tempo.config.schema import Baseline, CriticTargets, Method, StageConfig, ValueTiming
+from megatron_tempo.config.schema import NEEDS, Baseline, CriticTargets, Method, StageConfig, ValueTiming
 from megatron_tempo.kernels.advantages import token_advantages
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.kernels.rows import Rows
@@ -91,7 +92,7 @@ class Fakes:
     def phase(self, name: str) -> Iterator[None]:
         yield
 
-    def learner(self) -> Learner:
+    def learner(self, *, critic: bool = True) -> Learner:
         fakes = self
 
         class Critic:
@@ -118,7 +119,8 @@ class Fakes:
                 }  # fmt: skip
                 return {"actor/loss": 0.25}
 
-        return Learner(Actor(), Critic(), self.reference, self.phase, seed="7/stage2/3")  # type: ignore[arg-type]
+        judge = Critic() if critic else None
+        return Learner(Actor(), judge, self.reference, self.phase, seed="7/stage2/3")  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -297,6 +299,93 @@ def test_the_reference_when_asked_and_the_engines_word(fakes: Fakes) -> None:
     assert torch.equal(improve["engine"], rollouts.unlabelled.engine_logprobs)
 
 
+# Without a critic: one advantage for all tokens of a response
+
+
+def spread(batch: Batch, advantages: list[float]) -> list[float]:
+    """Each response's advantage for each of its tokens."""
+    lengths = batch.response_lengths.tolist()
+    return [a for a, length in zip(advantages, lengths, strict=True) for _ in range(length)]
+
+
+def classed(*classes: int, per_prompt: int) -> Batch:
+    batch = ragged_batch(len(classes), seed=2, per_prompt=per_prompt, correct=False)
+    return replace(batch, answer_class=torch.tensor(classes))
+
+
+HALF = 0.5 / (math.sqrt(1 / 3) + 1e-6)  # of rewards 1 1 0 0: the mean is 1/2, the variance 4 (1/4) / 3
+
+
+@pytest.mark.parametrize("divide", [True, False])
+def test_grpo_by_hand(fakes: Fakes, divide: bool) -> None:
+    batch = replace(ragged_batch(8, per_prompt=4), correct=torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 1]))
+    stage = stage_of(Method.grpo, group_std=divide)
+    figures = METHODS[Method.grpo](fakes.learner(critic=False), Rollouts(batch, None), stage, 0)
+    assert fakes.calls == ["logprobs", "improve"]
+    improve = fakes.given["improve"]
+    assert improve["batch"] is batch
+    half = HALF if divide else 0.5
+    wanted = spread(batch, [half, -half, -half, half, 0, 0, 0, 0])
+    assert improve["advantages"].tolist() == pytest.approx(wanted, abs=1e-6)
+    assert figures["actor/loss"] == 0.25
+
+
+def test_ttrl_by_hand(fakes: Fakes) -> None:
+    """Six vote and four are learnt from. First prompt: 0 has three of six, the first four are 0 1 0 -1. In the second
+    three of six are 1, of which one is among the first four."""
+    polled = classed(0, 1, 0, -1, 2, 0, 0, 1, 0, 2, 1, 1, per_prompt=6)
+    stage = stage_of(Method.ttrl, responses_per_prompt=4, vote_responses=6)
+    assert stage.samples == 6
+    figures = METHODS[Method.ttrl](fakes.learner(critic=False), Rollouts(None, polled), stage, 0)
+    assert fakes.calls == ["logprobs", "improve"]
+    improve = fakes.given["improve"]
+    batch, rows = improve["batch"], [0, 1, 2, 3, 6, 7, 8, 9]
+    assert [row.tolist() for row in batch.rows()] == [list(polled.rows())[i].tolist() for i in rows]
+    # Rewards 1 0 1 0; and 0 1 0 0: mean 1/4, variance (9/16 + 3/16) / 3 = 1/4.
+    one = 0.25 / (0.5 + 1e-6)
+    wanted = spread(batch, [HALF, -HALF, HALF, -HALF, -one, 3 * one, -one, -one])
+    assert improve["advantages"].tolist() == pytest.approx(wanted, abs=1e-6)
+    assert figures["reward/unlabelled"] == pytest.approx(3 / 8)
+    assert figures["vote/agreement"] == pytest.approx(0.5)
+    assert figures["vote/answered"] == pytest.approx(11 / 12)
+
+
+def test_empo_by_hand(fakes: Fakes) -> None:
+    """Shares 1/2 1/2 1/4 1/4: mean 3/8, variance 4 (1/64) / 3. The entropy is 3/2 ln 2; of the others 0 and ln 4."""
+    batch = classed(0, 0, 1, -1, 0, 0, 0, 0, 0, 1, 2, 3, per_prompt=4)
+    away = 0.125 / (math.sqrt(1 / 48) + 1e-6)
+    wanted = [away, away, -away, -away] + [0.0] * 8
+    figures = METHODS[Method.empo](fakes.learner(critic=False), Rollouts(None, batch), stage_of(Method.empo), 0)
+    assert fakes.calls == ["logprobs", "improve"]
+    assert fakes.given["improve"]["advantages"].tolist() == pytest.approx(spread(batch, wanted), abs=1e-6)
+    assert figures["reward/unlabelled"] == pytest.approx((1.5 + 4 + 1) / 12)
+    assert figures["answers/entropy"] == pytest.approx((1.5 + 0 + 2) * math.log(2) / 3)
+    assert figures["answers/rows"] == 12.0
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "prompts"),
+    [(0.0, None, {"p0", "p2"}), (None, 1.3, {"p0", "p1"}), (0.1, 1.3, {"p0"}), (1.1, 1.3, set())],
+)
+def test_empo_leaves_out_prompts_by_their_entropy(
+    fakes: Fakes, low: float | None, high: float | None, prompts: set[str]
+) -> None:
+    batch = classed(0, 0, 1, -1, 0, 0, 0, 0, 0, 1, 2, 3, per_prompt=4)
+    stage = stage_of(Method.empo, entropy_low=low, entropy_high=high)
+    figures = METHODS[Method.empo](fakes.learner(critic=False), Rollouts(None, batch), stage, 0)
+    assert figures["answers/rows"] == 4 * len(prompts)
+    if not prompts:
+        assert fakes.calls == []
+        return
+    improve = fakes.given["improve"]
+    assert set(improve["batch"].prompt_ids) == prompts
+    assert sorted(torch.cat(improve["order"]).tolist()) == list(range(4 * len(prompts)))
+    away = 0.125 / (math.sqrt(1 / 48) + 1e-6)
+    of_prompt = {"p0": [away, away, -away, -away], "p1": [0.0] * 4, "p2": [0.0] * 4}
+    wanted = spread(improve["batch"], [a for name in sorted(prompts) for a in of_prompt[name]])
+    assert improve["advantages"].tolist() == pytest.approx(wanted, abs=1e-6)
+
+
 # Which iteration needs what (config.schema.StageConfig), against the calls above
 
 
@@ -310,12 +399,19 @@ def test_a_method_runs_on_just_the_prompts_that_the_stage_asks_for(
 ) -> None:
     if estep_every == 0 and (warmup or method is Method.ppo):
         return
+    critic = NEEDS[method].critic is not None
+    if not critic and (estep_every != 1 or warmup or extra):
+        return
     stage = stage_of(method, estep_every=estep_every, value_timing=timing, actor_on_labelled=extra)
     stage.critic.warmup_iterations = warmup
     for iteration in range(7):
         fakes = Fakes()
         kinds = {kind.name for kind in stage.prompts_at(iteration)}
         rollouts = rollouts_of(labelled="labelled" in kinds, unlabelled="unlabelled" in kinds)
-        METHODS[method](fakes.learner(), rollouts, stage, iteration)
+        if NEEDS[method].classes:
+            assert rollouts.unlabelled is not None
+            classes = torch.arange(len(rollouts.unlabelled)) % 2
+            rollouts = replace(rollouts, unlabelled=replace(rollouts.unlabelled, answer_class=classes))
+        METHODS[method](fakes.learner(critic=critic), rollouts, stage, iteration)
         assert ("fit" in fakes.calls) == stage.critic_learns(iteration)
         assert ("improve" in fakes.calls) == (not stage.warms_up(iteration))

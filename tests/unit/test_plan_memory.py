@@ -13,11 +13,12 @@ from megatron_tempo.plan.memory import Part, Phase, memory, place_memory
 from megatron_tempo.plan.parameters import Role
 from megatron_tempo.plan.shapes import PUBLISHED, Shape, shape_of
 from megatron_tempo.plan.split import Split, problems, split_of
-from megatron_tempo.plan.times import row_operations
+from megatron_tempo.plan.times import row_operations, times
 from megatron_tempo.wiring import engine_precision
 from tests.unit.config_files import configure
 
 TINY = Shape(layers=2, hidden=8, heads=4, groups=2, head_dim=2, ffn=16, vocab=32, max_positions=64)
+FIRST = {Role.actor: 0, Role.critic: 0}  # on the first stage of both
 MICRO = MicroBatch(tokens=100, responses=80, grid=120, count=4)
 BF16, FP32 = Machine(2), Machine(4, cuda=False)
 CLUSTER = ["cluster.memory_gb=80", "cluster.bf16_tflops=1000", "cluster.memory_tbs=3", "cluster.nvlink_gbs=450",
@@ -146,7 +147,7 @@ def test_models_stay_and_a_reference_joins_them() -> None:
     assert problems(config) == []
     shape, _ = shape_of(config)
     assert shape is not None
-    phases = place_memory(config, shape, {Role.actor: 0, Role.critic: 0})
+    phases = place_memory(config, shape, FIRST)
     weights = phases[Phase.generate][Part.weights]
     for parts in phases.values():
         assert parts[Part.weights] == weights
@@ -156,6 +157,45 @@ def test_models_stay_and_a_reference_joins_them() -> None:
     assert Part.cache in found.phases[Phase.generate]
     assert Part.cache not in found.phases[Phase.actor]
     assert found.phases[Phase.actor][Part.engine] == pytest.approx(2 * 8.19e9, rel=1e-3)
+
+
+def test_a_stage_without_a_critic_needs_none() -> None:
+    grpo, ppo = planned("stage1.method=grpo", "parallel.tensor=4"), planned("parallel.tensor=4")
+    shape, _ = shape_of(grpo)
+    assert shape is not None
+    assert problems(grpo) == []
+    alone, both = (place_memory(one, shape, FIRST) for one in (grpo, ppo))
+    assert both.keys() - alone.keys() == {Phase.values, Phase.critic}
+    for phase, parts in alone.items():
+        for part in (Part.weights, Part.gradients, Part.optimizer):
+            # The critic is the actor less its output layer.
+            if part in parts and phase is not Phase.actor:
+                assert 1.8 < both[phase][part] / parts[part] < 2
+    assert times(grpo, shape, memory(grpo, shape)).keys() == alone.keys() - {Phase.checkpoint}
+    # After a stage that has one it stays.
+    later = ["stage2.method=ttrl", "stage2.iterations=1", "stage2.labelled_prompts=0", "data.unlabelled.path=y.jsonl",
+             "data.unlabelled.verifier=math"]  # fmt: skip
+    mixed = planned("parallel.tensor=4", *later)
+    assert problems(mixed) == []
+    assert place_memory(mixed, shape, FIRST).keys() == both.keys()
+    found = times(mixed, shape, memory(mixed, shape))
+    assert Phase.values not in found, "in the last stage no value is read"
+    assert Phase.critic not in found
+
+
+def test_responses_that_only_vote_are_generated_and_not_learnt_from() -> None:
+    words = ["stage1.iterations=0", "stage2.method=ttrl", "stage2.iterations=1", "stage2.labelled_prompts=0",
+             "data.unlabelled.path=y.jsonl", "data.unlabelled.verifier=math", "rollout.batch_rows=99999"]  # fmt: skip
+    few, many = planned(*words), planned(*words, "stage2.vote_responses=16")
+    shape, _ = shape_of(few)
+    assert shape is not None
+    assert problems(many) == []
+    one, two = (memory(config, shape).phases for config in (few, many))
+    assert two[Phase.actor] == one[Phase.actor]
+    assert two[Phase.generate][Part.cache] == pytest.approx(2 * one[Phase.generate][Part.cache])
+    first, second = (times(config, shape, memory(config, shape)) for config in (few, many))
+    assert second[Phase.actor] == first[Phase.actor]
+    assert second[Phase.generate] > 1.5 * first[Phase.generate]
 
 
 def test_a_server_beside_the_trainer_stays_too() -> None:

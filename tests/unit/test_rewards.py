@@ -11,15 +11,16 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from megatron_tempo.config.schema import Verifier
-from megatron_tempo.rewards.math import MEMORY_MB, RESPONSE_CHARS
+from megatron_tempo.rewards.math import MEMORY_MB, RESPONSE_CHARS, MathScorer, Worker
 from megatron_tempo.rewards.math_worker import last_boxed
 from megatron_tempo.rewards.verifiers import Item, Verifiers
-from megatron_tempo.types import LabelledPrompt
+from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
 
 PAIRS = json.loads((Path(__file__).parents[1] / "fixtures" / "math_pairs.json").read_text())
 ENDLESS = r"\boxed{10^{10^{10^{10}}}}"
@@ -111,6 +112,108 @@ def test_countdown_and_math_in_one_call(verifiers: Verifiers) -> None:
     ]
     assert verifiers.score(items) == [1.0, 1.0, 0.0, 0.0, 0.0]
     assert verifiers.score([]) == []
+
+
+# name: responses, their classes
+CLASSES = {
+    "numbers": ([r"\boxed{0.5}", r"So \boxed{\frac12}.", r"\boxed{1}", r"\boxed{ 1/2 }"], [0, 0, 1, 0]),
+    "boxed or not": ([r"\boxed{42}", "The answer is 42.", "no number at all", "The answer is $42$."], [0, 0, None, 0]),
+    "terms": ([r"\boxed{x^2+1}", r"\boxed{2}", r"\boxed{1+x^2}", r"\boxed{2}", r"\boxed{}"], [0, 1, 0, 1, None]),
+    "the last box": ([r"\boxed{1} no, \boxed{2}", r"\boxed{2}", r"\boxed{1}"], [0, 0, 1]),
+    "none": (["", "who knows", r"\boxed{}"], [None, None, None]),
+    "too long": ([r"\boxed{" + "7" * 2001 + "}", r"\boxed{7}"], [None, 0]),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_classes_of_mathematical_answers(verifiers: Verifiers, name: str) -> None:
+    responses, classes = CLASSES[name]
+    assert verifiers.classes("math", "Find it.", responses) == classes
+
+
+def test_right_and_wrong_responses_are_never_of_one_class(verifiers: Verifiers) -> None:
+    """For each answer of the fixture with responses of both kinds, boxed as itself too."""
+    by_answer: dict[str, list[tuple[str, float]]] = {}
+    for verdict, kind in ((1.0, "equivalent"), (0.0, "wrong")):
+        for answer, response in PAIRS[kind]:
+            by_answer.setdefault(answer, []).append((response, verdict))
+    mixed = {answer: found for answer, found in by_answer.items() if len({verdict for _, verdict in found}) == 2}
+    assert len(mixed) >= 5
+    for answer, found in mixed.items():
+        classes = verifiers.classes("math", "", [response for response, _ in found])
+        verdicts: dict[int, set[float]] = {}
+        for number, (_, verdict) in zip(classes, found, strict=True):
+            if number is not None:
+                verdicts.setdefault(number, set()).add(verdict)
+        assert all(len(of_class) == 1 for of_class in verdicts.values()), answer
+
+
+def test_classes_of_countdown(verifiers: Verifiers) -> None:
+    one, other = "2 * 4 = 8 + 5 = 13 - 6 = 7 n $", "2 + 4 = 6 - 5 = 1 + 6 = 7 y $"
+    wrong, slip = "2 + 4 = 6 + 5 = 11 + 6 = 17 y $", "2 * 4 = 8 + 5 = 13 - 6 = 8 y $"
+    assert verifiers.classes("countdown", "2 4 5 6 > 9 :", [wrong, one, slip, other, wrong]) == [0, 1, None, 1, 0]
+    with pytest.raises(ValueError, match="no countdown question"):
+        verifiers.classes("countdown", "Find 1+1.", [])
+
+
+def test_questions_whose_answers_cannot_be_read_are_named() -> None:
+    prompts = [UnlabelledPrompt("a", "2 4 > 8 :", ()), UnlabelledPrompt("b", "Find 1+1.", ())]
+    with Verifiers() as fresh:
+        with pytest.raises(ValueError, match=r"prompt 'b': prompt 'Find 1\+1\.' is no countdown question"):
+            fresh.check_questions("countdown", prompts)
+        with pytest.raises(ValueError, match="verifier 'maths' is unknown"):
+            fresh.check_questions("maths", prompts)
+        fresh.check_questions("math", prompts)
+        assert children_started_by(fresh) == 0
+
+
+def test_a_hostile_answer_spoils_no_other() -> None:
+    """It is no answer, wherever it comes, and the others are what they were."""
+    sound = [r"\boxed{1}", r"\boxed{2}", r"\boxed{1.0}"]
+    with Verifiers(workers=1, seconds=2.5) as fresh:
+        fresh.classes("math", "", sound)  # the worker has started
+        for place in (0, 2):
+            responses = [*sound[:place], ENDLESS, *sound[place:]]
+            wanted: list[int | None] = [0, 1, 0]
+            wanted.insert(place, None)
+            assert fresh.classes("math", "", responses) == wanted
+
+
+class Compares(Worker):
+    """Equal is what begins with the same letter. Whoever is compared with "tar" takes too long, and "tar" itself at all
+    times where it is `endless`."""
+
+    endless = False
+
+    def __init__(self) -> None:
+        super().__init__(1.0)
+        self.asked: list[list[str]] = []
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        known, response = request["known"], request["response"]
+        self.asked.append(known)
+        if response == "tar" and self.endless:
+            return None
+        for place, other in enumerate(known):
+            if other == "tar":
+                return None
+            if other[0] == response[0]:
+                return {"equal": place, "answer": response}
+        return {"equal": None, "answer": response}
+
+
+def test_the_largest_class_is_tried_first_and_one_that_takes_too_long_spoils_no_other() -> None:
+    scorer, worker = MathScorer(1, 1.0), Compares()
+    scorer._workers = [worker]
+    assert scorer.classes("", ["b1", "tar", "c1", "c2", "b2", "tar", "d1", "c3"]) == [0, 1, 2, 2, 0, 1, 3, 2]
+    # "c1" takes too long: it is asked about alone, and against each one. Then "tar" is compared no more.
+    assert worker.asked == [
+        [], ["b1"], ["b1", "tar"], [], ["b1"], ["tar"],
+        ["b1", "c1"], ["c1", "b1"], ["b1", "c1"], ["b1", "c1"], ["b1", "c1", "d1"],
+    ]  # fmt: skip
+    worker.asked, worker.endless = [], True
+    assert scorer.classes("", ["b1", "tar", "b2", "c1", "c2", "c3"]) == [0, None, 0, 1, 1, 1]
+    assert worker.asked == [[], ["b1"], [], ["b1"], ["b1"], ["b1", "c1"], ["b1", "c1"]]
 
 
 def test_unusable_items_are_refused_before_any_is_judged() -> None:
@@ -209,12 +312,12 @@ def ask_worker(seconds: float, response: str, room: int | None = None) -> tuple[
 
 
 def test_bare_worker_judges() -> None:
-    assert ask_worker(5, r"\boxed{1+x^2}") == ({"correct": True, "retire": False}, 0)
+    assert ask_worker(5, r"\boxed{1+x^2}") == ({"correct": True, "exhausted": False, "retire": False}, 0)
 
 
 def test_memory_of_a_worker_is_limited() -> None:
     reply, _ = ask_worker(300, HOSTILE["power of a sum"], room=64 * 2**20)
-    assert reply is None or reply["correct"] is False
+    assert reply is None or reply["exhausted"] or reply["correct"] is False
 
 
 def test_worker_whose_trainer_keeps_no_time_ends_by_itself() -> None:

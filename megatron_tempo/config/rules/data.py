@@ -54,7 +54,8 @@ def check_answers(field: str, dataset: DatasetConfig) -> Iterator[Problem]:
 
 
 def _no_answers(dataset: DatasetConfig) -> Iterator[Problem]:
-    for name in ("answer_field", "verifier", "verifier_field"):
+    """A verifier is allowed: it compares responses with one another."""
+    for name in ("answer_field", "verifier_field"):
         if (value := getattr(dataset, name)) is not None:
             field = f"data.unlabelled.{name}"
             fix = f"{field}=null; to score these questions, name the same file in evaluation.sets with an answer_field"

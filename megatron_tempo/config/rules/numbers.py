@@ -91,6 +91,9 @@ _BOUNDS: dict[type, dict[str, _Bound]] = {
         "unlabelled_prompts": _ZERO_OR_MORE,
         "responses_per_prompt": _ONE_OR_MORE,
         "estep_every": _ZERO_OR_MORE,
+        "vote_responses": _ONE_OR_MORE,
+        "entropy_low": _ZERO_OR_MORE,
+        "entropy_high": _ABOVE_ZERO,
     },
     schema.EvaluationConfig: {
         "every": _ZERO_OR_MORE,

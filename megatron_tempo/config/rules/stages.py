@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megatron_tempo.config.problem import Problem, show
 from megatron_tempo.config.rules.layout import divisors, laid_of
-from megatron_tempo.config.schema import NEEDS, Config, Prompts, StageConfig
+from megatron_tempo.config.schema import NEEDS, Config, Method, Prompts, StageConfig, Verifier
 
 
 def check(config: Config) -> Iterator[Problem]:
@@ -19,6 +19,7 @@ def check(config: Config) -> Iterator[Problem]:
     for name, stage in active.items():
         yield from _unused(name, stage)
         yield from _counts(name, stage)
+        yield from _groups(name, stage)
         for update, batch, prompts in _updates(stage):
             total = stage.count(prompts)
             if batch > 0 and total > 0 and total % batch:
@@ -58,6 +59,13 @@ def _sets(config: Config, active: dict[str, StageConfig]) -> Iterator[Problem]:
             wrong = f"{users[0]}.method={active[users[0]].method.name} needs {kind.name} questions"
             fix = f"{field}.path=FILE (.jsonl or .parquet), or {users[0]}.iterations=0"
             yield Problem(field, None, wrong, fix)
+    unlabelled = config.data.unlabelled
+    if unlabelled is not None and unlabelled.verifier is None:
+        for name, stage in active.items():
+            if NEEDS[stage.method].classes:
+                wrong = f"{name}.method={stage.method.name} compares a question's responses, and nothing says how"
+                fix = f"data.unlabelled.verifier=one of {', '.join(Verifier.__members__)}"
+                yield Problem("data.unlabelled.verifier", None, wrong, fix)
 
 
 def _critic(config: Config, active: dict[str, StageConfig]) -> Iterator[Problem]:
@@ -65,7 +73,7 @@ def _critic(config: Config, active: dict[str, StageConfig]) -> Iterator[Problem]
     trained = config.model.critic_path is not None
     for name, stage in active.items():
         trained = trained or stage.trains_critic
-        if NEEDS[stage.method].critic is not None and not trained:
+        if stage.has_critic and not trained:
             wrong = f"{name} never trains its critic (estep_every=0), no stage before it does, and none is loaded"
             fix = f"model.critic_path=FOLDER, stage1.iterations=1 or more, or {name}.estep_every=1"
             yield Problem("model.critic_path", None, wrong, fix)
@@ -75,7 +83,8 @@ def _critic(config: Config, active: dict[str, StageConfig]) -> Iterator[Problem]
 def _warmup(name: str, stage: StageConfig) -> Iterator[Problem]:
     field, warmup = f"{name}.critic.warmup_iterations", stage.critic.warmup_iterations
     if warmup > 0 and not stage.trains_critic:
-        wrong = f"{name} never trains its critic (estep_every=0): these iterations would do nothing"
+        why = "estep_every=0" if stage.has_critic else f"method {stage.method.name} has none"
+        wrong = f"{name} never trains a critic ({why}): these iterations would do nothing"
         yield Problem(field, warmup, wrong, f"{field}=0")
     elif warmup >= stage.iterations:
         wrong = f"the actor would never be updated in the stage's {stage.iterations} iterations"
@@ -84,15 +93,41 @@ def _warmup(name: str, stage: StageConfig) -> Iterator[Problem]:
 
 
 def _unused(name: str, stage: StageConfig) -> Iterator[Problem]:
-    """Settings that have a meaning only beside an E-step, changed in a stage that has none."""
-    if NEEDS[stage.method].estep:
-        return
+    """Settings that have a meaning for some methods only, changed in a stage of another."""
     default = StageConfig()
-    for field in ("value_timing", "estep_every", "actor_on_labelled"):
+    for field in _without_meaning(stage):
         value, usual = getattr(stage, field), getattr(default, field)
         if value != usual:
             fix = f"remove it, or {name}.{field}={show(usual)}"
             yield Problem(f"{name}.{field}", value, f"method {stage.method.name} does not use it", fix)
+
+
+def _without_meaning(stage: StageConfig) -> Iterator[str]:
+    """The fields that the stage's method does not look at."""
+    if not NEEDS[stage.method].estep:
+        yield from ("value_timing", "estep_every", "actor_on_labelled")
+    yield "group_std" if stage.has_critic else "baseline"
+    if stage.method is not Method.ttrl:
+        yield "vote_responses"
+    if stage.method is not Method.empo:
+        yield from ("entropy_low", "entropy_high")
+
+
+def _groups(name: str, stage: StageConfig) -> Iterator[Problem]:
+    """What methods ask for that hold a prompt's responses against one another."""
+    responses, vote = stage.responses_per_prompt, stage.vote_responses
+    if not stage.has_critic and responses == 1:
+        field, method = f"{name}.responses_per_prompt", stage.method.name
+        wrong = f"method {method} holds a prompt's responses against one another: a single one teaches nothing"
+        yield Problem(field, responses, wrong, f"{field}=2 or more")
+    if vote is not None and 0 < vote < responses:
+        field = f"{name}.vote_responses"
+        wrong = f"{name}.responses_per_prompt={responses} of them are to be learnt from"
+        yield Problem(field, vote, wrong, f"{field}={responses} or more, or null")
+    low, high = stage.entropy_low, stage.entropy_high
+    if low is not None and high is not None and low >= high:
+        field = f"{name}.entropy_high"
+        yield Problem(field, high, f"no entropy lies between {name}.entropy_low={low} and it", f"{field} above {low}")
 
 
 def _counts(name: str, stage: StageConfig) -> Iterator[Problem]:

@@ -1,0 +1,113 @@
+"""A step of each method without a critic, against the same step by transformers' model and torch's own Adam."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from megatron_tempo.config.schema import Config, Method, StageConfig
+from megatron_tempo.methods import METHODS
+from megatron_tempo.methods.learner import Learner, Rollouts
+from megatron_tempo.types import Batch
+from megatron_tempo.wiring import build_actor, open_workplace, weights_of
+from tests.support.ranks import run_ranks
+from tests.support.tiny import ragged_batch, write_model
+
+# Two prompts of four responses each. Whose answer is what, who is right, and what each method makes of it by hand.
+CLASSES = [0, 1, 0, -1, 0, 0, 0, 0]
+CORRECT = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0]
+HALF = 0.5 / (3**-0.5 + 1e-6)  # rewards 1 0 1 0: variance 4 (1/4) / 3
+QUARTER = 0.25 / (0.5 + 1e-6)  # rewards 1 0 0 0: variance (9 + 3) / 16 / 3
+EIGHTH = 0.125 / (48**-0.5 + 1e-6)  # shares 1/2 1/4 1/2 1/4: variance 4 (1/64) / 3
+ADVANTAGES = {
+    Method.grpo: [3 * QUARTER, -QUARTER, -QUARTER, -QUARTER, QUARTER, QUARTER, QUARTER, -3 * QUARTER],
+    Method.ttrl: [HALF, -HALF, HALF, -HALF, 0.0, 0.0, 0.0, 0.0],
+    Method.empo: [EIGHTH, -EIGHTH, EIGHTH, -EIGHTH, 0.0, 0.0, 0.0, 0.0],
+}
+
+
+def rollouts() -> Batch:
+    batch = ragged_batch(8, per_prompt=4)
+    return replace(batch, correct=torch.tensor(CORRECT), answer_class=torch.tensor(CLASSES))
+
+
+def stage_of(method: Method) -> StageConfig:
+    stage = StageConfig(method=method, responses_per_prompt=4)
+    stage.actor.mini_batch_prompts = 2
+    # The large epsilon keeps Adam from making a full step of what is rounding noise in a gradient.
+    stage.actor.optimizer.lr, stage.actor.optimizer.eps, stage.actor.optimizer.clip_grad = 2e-3, 1e-4, 100.0
+    return stage
+
+
+def updated(model: Path) -> dict[Method, dict[str, Tensor]]:
+    """The actor's weights after one iteration of each method, by Hugging Face's names."""
+    config = Config()
+    config.model.path = str(model)
+    config.parallel.micro_batch_tokens = 50
+    found = {}
+    batch = rollouts()
+    with open_workplace(config) as place:
+        for method in ADVANTAGES:
+            actor = build_actor(place)
+            learner = Learner(actor, None, actor.logprobs, lambda name: nullcontext(), seed="0")
+            labelled = replace(batch, answer_class=None) if method is Method.grpo else None
+            unlabelled = None if method is Method.grpo else replace(batch, correct=None)
+            METHODS[method](learner, Rollouts(labelled, unlabelled), stage_of(method), 0)
+            weights = weights_of(actor.model, place).everywhere()
+            found[method] = {key: value.clone() for bucket in weights for key, value in bucket}
+    return found
+
+
+def reference(model: Path, advantages: list[float]) -> tuple[dict[str, Tensor], list[float]]:
+    """The same by hand: all ratios are 1, so a response pulls by its advantage at the mean of its log-probabilities.
+
+    Returns the weights, and by how much that mean of each response has changed.
+    """
+    actor = transformers.AutoModelForCausalLM.from_pretrained(model)
+    batch = rollouts()
+    rows = list(zip(batch.prompts(), batch.responses(), strict=True))
+
+    def mean(prompt: Tensor, response: Tensor) -> Tensor:
+        logs = actor(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        return logs.gather(1, response[:, None]).mean()
+
+    optimizer = torch.optim.Adam(actor.parameters(), lr=2e-3, eps=1e-4)
+    before = torch.stack([mean(*row) for row in rows])
+    (-(before * torch.tensor(advantages)).mean()).backward()
+    optimizer.step()
+    with torch.no_grad():
+        after = torch.stack([mean(*row) for row in rows])
+    return actor.state_dict(), (after - before.detach()).tolist()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "model", layers=2)
+
+
+@pytest.fixture(scope="module")
+def steps(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Method, dict[str, Tensor]]]:
+    out = tmp_path_factory.mktemp("ranks")
+    return {str(world): run_ranks(updated, world, out / str(world), model)[0] for world in (1, 2)}
+
+
+@pytest.mark.parametrize("world", ["1", "2"])
+@pytest.mark.parametrize("method", ADVANTAGES)
+def test_a_step_agrees_with_plain_torch(
+    model: Path, steps: dict[str, dict[Method, dict[str, Tensor]]], method: Method, world: str
+) -> None:
+    expected, changes = reference(model, ADVANTAGES[method])
+    start = transformers.AutoModelForCausalLM.from_pretrained(model).state_dict()
+    for key, weight in steps[world][method].items():
+        moved = (expected[key] - start[key]).abs().max()
+        assert moved > 0
+        assert (weight - expected[key]).abs().max() < 1e-2 * moved, key
+    # It goes the right way: what was better than the others has become likelier against them.
+    gained = sum(a * change for a, change in zip(ADVANTAGES[method], changes, strict=True))
+    assert gained > 0
