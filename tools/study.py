@@ -1,0 +1,193 @@
+"""The study: TEMPO and what it is compared with, from the same stage-1 checkpoints, at the quickstart's size.
+
+    python tools/study.py run [--jobs 2] [--only ARM ...] [--seeds 0 1 2]     # train what is not there yet
+    python tools/study.py report                                              # write docs/study.md and its pictures
+
+Each seed has one run of stage 1, and each arm a run of stage 2 from its actor and critic. A run is one process and one
+core, so that its bits depend on neither the number of cores nor the order; `--jobs` of them go on at a time. What was
+stopped goes on where it was, and what is done is not done again. Everything lies below runs/study.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples" / "quickstart"
+OUT = ROOT / "runs" / "study"
+SEEDS = (0, 1, 2)
+
+# Points of the curves every five iterations; pass@k up to all sixteen samples; a third set, of what the labels taught.
+COMMON = (
+    "experiment=quickstart", "metrics.progress=false", "metrics.report=false",
+    "evaluation.every=5", "evaluation.pass_k=[1,2,4,8,16]",
+    f"evaluation.sets.labelled.path={EXAMPLES / 'labelled.jsonl'}", "evaluation.sets.labelled.limit=256",
+    "evaluation.sets.labelled.answer_field=answer", "evaluation.sets.labelled.verifier=countdown",
+    "evaluation.sets.labelled.chat_template=false",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """A way to train in stage 2: overrides over the quickstart's, and what it is in words."""
+
+    name: str
+    words: tuple[str, ...]
+    what: str
+    group: str  # of the tables and pictures
+    files: tuple[str, ...] = field(default=())  # the data files of `write_files` that it reads
+
+
+def ours(name: str, what: str, group: str, *words: str, files: tuple[str, ...] = ()) -> Arm:
+    return Arm(name, words, what, group, files)
+
+
+DATA = OUT / "data"
+ARMS = (
+    # Table 1, Figures 1 and 3
+    ours("tempo", "TEMPO", "methods", "algorithm=paper"),
+    ours("frozen_critic", "TEMPO, the critic frozen", "methods", "algorithm=frozen_critic"),
+    ours("reference", "TEMPO as its published code has it", "methods", "algorithm=reference"),
+    ours("ttrl", "TTRL", "methods", "algorithm=ttrl"),
+    ours("empo", "EMPO", "methods", "algorithm=empo"),
+    ours("ppo", "PPO on the labelled questions, continued", "methods", "algorithm=ppo"),
+    ours("grpo", "GRPO on the labelled questions", "methods", "algorithm=grpo"),
+    # What each choice costs or brings
+    ours("baseline_paper", "baseline after the token (Eq. 11 read literally)", "choices", "stage2.baseline=paper"),
+    ours("baseline_reference", "reward and baseline one token early", "choices", "stage2.baseline=reference"),
+    ours("whitened", "whitened advantages", "choices", "stage2.actor.whiten_advantages=true"),
+    ours("values_before", "values before the E-step", "choices", "stage2.value_timing=before_estep"),
+    ours("estep_2", "an E-step every 2 iterations", "choices", "stage2.estep_every=2"),
+    ours("estep_4", "an E-step every 4 iterations", "choices", "stage2.estep_every=4"),
+    ours("estep_8", "an E-step every 8 iterations", "choices", "stage2.estep_every=8"),
+    # The labelled set
+    ours("labelled_512", "512 labelled questions", "labels", "data.labelled.limit=512"),
+    ours("labelled_64", "64 labelled questions", "labels", "data.labelled.limit=64"),
+    ours("labelled_near", "labelled questions of the unlabelled ones' kind alone", "labels",
+         f"data.labelled.path={DATA / 'misleading.jsonl'}", files=("misleading",)),
+    ours("labelled_far", "labelled questions of the other kinds alone", "labels",
+         f"data.labelled.path={DATA / 'other.jsonl'}", files=("other",)),
+    # What is kept and carried over
+    ours("more_unlabelled", "four times as many unlabelled questions", "transfer",
+         f"data.unlabelled.path={DATA / 'unlabelled_2048.jsonl'}", f"data.labelled.path={DATA / 'rest.jsonl'}",
+         f"evaluation.sets.unlabelled.path={EXAMPLES / 'unlabelled.jsonl'}", files=("unlabelled_2048", "rest")),
+    ours("kl", "a KL term, 0.02, to the policy of stage 1", "transfer", "stage2.actor.kl_coef=0.02"),
+    ours("labelled_term", "labelled rows in the M-step", "transfer", "stage2.actor_on_labelled=true"),
+)  # fmt: skip
+
+
+def write_files() -> None:
+    """Other labelled and unlabelled sets, made of the quickstart's labelled questions."""
+    from countdown_task import every_question
+
+    misleading = {question.prompt for question in every_question() if question.misleading}
+    read = [json.loads(line) for line in (EXAMPLES / "labelled.jsonl").read_text().splitlines()]
+    near = [row for row in read if row["prompt"] in misleading]
+    moved = {row["id"] for row in near[:1536]}
+    unlabelled = [json.loads(line) for line in (EXAMPLES / "unlabelled.jsonl").read_text().splitlines()]
+    sets = {
+        "misleading": near,
+        "other": [row for row in read if row["prompt"] not in misleading],
+        "unlabelled_2048": [{"id": r["id"], "prompt": r["prompt"]} for r in [*unlabelled, *near[:1536]]],
+        "rest": [row for row in read if row["id"] not in moved],
+    }
+    DATA.mkdir(parents=True, exist_ok=True)
+    for name, rows in sets.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        path = DATA / f"{name}.jsonl"
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+
+
+def folder(arm: str, seed: int) -> Path:
+    return OUT / f"seed{seed}" / arm
+
+
+def exported(seed: int) -> Path:
+    """Actor and critic of a seed's stage 1."""
+    (found,) = folder("stage1", seed).glob("hf_step_*")
+    return found
+
+
+def is_done(run: Path) -> bool:
+    """The Hugging Face folders are the last that a run writes before its table."""
+    return (run / "done").exists()
+
+
+def stage_one(seed: int) -> list[str]:
+    return [*COMMON, f"run.seed={seed}", f"run.dir={folder('stage1', seed)}", "stage2.iterations=0"]
+
+
+def stage_two(arm: Arm, seed: int) -> list[str]:
+    start = exported(seed)
+    models = [f"model.path={start / 'actor'}", f"model.critic_path={start / 'critic'}"]
+    return [*COMMON, *models, f"run.seed={seed}", f"run.dir={folder(arm.name, seed)}", "stage1.iterations=0",
+            "checkpoint.export_hf=false", *arm.words]  # fmt: skip
+
+
+def train(run: Path, words: list[str]) -> None:
+    """A run, unless it is done. Raises RuntimeError with the end of its output where it fails."""
+    if is_done(run):
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    log = run / "log.txt"
+    with log.open("a") as output:
+        status = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "megatron_tempo", "train", *words],
+            stdout=output, stderr=subprocess.STDOUT, cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        ).returncode  # fmt: skip
+    if status:
+        end = "\n".join(log.read_text().splitlines()[-15:])
+        raise RuntimeError(f"{run} ended with status {status}:\n{end}")
+    (run / "done").write_text(f"{time.monotonic() - began:.0f}\n")
+    print(f"{run.relative_to(OUT)}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+def jobs(arms: list[Arm], seeds: list[int]) -> Iterator[tuple[Arm, int]]:
+    """All arms of a seed before the next seed: a study that is cut short has whole comparisons."""
+    for seed in seeds:
+        for arm in arms:
+            yield arm, seed
+
+
+def run(arms: list[Arm], seeds: list[int], at_a_time: int) -> None:
+    write_files()
+    with ThreadPoolExecutor(at_a_time) as workers:
+        list(workers.map(lambda seed: train(folder("stage1", seed), stage_one(seed)), seeds))
+        list(workers.map(lambda job: train(folder(job[0].name, job[1]), stage_two(*job)), jobs(arms, seeds)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs = commands.add_parser("run", help="train what is not there yet")
+    runs.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, a core each")
+    runs.add_argument("--only", nargs="*", default=[arm.name for arm in ARMS], metavar="ARM")
+    runs.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS), metavar="SEED")
+    commands.add_parser("report", help="write docs/study.md and its pictures")
+    args = parser.parse_args()
+    if args.command == "run":
+        unknown = sorted(set(args.only) - {arm.name for arm in ARMS})
+        if unknown:
+            parser.error(f"no such arm: {', '.join(unknown)}; there are {', '.join(arm.name for arm in ARMS)}")
+        run([arm for arm in ARMS if arm.name in args.only], args.seeds, args.jobs)
+    else:
+        from study_report import write
+
+        write()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
