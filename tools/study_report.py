@@ -88,7 +88,7 @@ def done(group: str) -> list[Arm]:
 
 
 def table(arms: list[Arm]) -> Iterator[str]:
-    """The ends of the arms: means over seeds with intervals, and on the unlabelled set what lies between an arm and TEMPO."""
+    """The ends of the arms: means over seeds with intervals, and what lies between an arm and TEMPO."""
     heads = [f"{name}, {score}" for name in SETS for score in ("avg@16", "pass@16")]
     yield f"| stage 2 | {' | '.join(heads)} | less TEMPO: unlabelled | held-out |\n"
     yield f"|{' --- |' * (len(heads) + 3)}\n"
