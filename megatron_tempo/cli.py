@@ -60,6 +60,7 @@ examples:
   megatron-tempo plan  experiment=qwen3_8b_aime cluster=h100x8 --picture memory.png
   megatron-tempo eval  model=FOLDER data=questions.jsonl
   megatron-tempo eval  model=FOLDER benchmark=math500 data=math500.jsonl
+  megatron-tempo compare runs/eval/A runs/eval/B
 
 eval: data=FILE (.jsonl or .parquet) becomes the evaluation set evaluation.sets.STEM, STEM being the file's name without
 its ending. Its fields are prompt_field=prompt, answer_field=answer and verifier=math unless given, as in
@@ -74,11 +75,15 @@ _COMMANDS = {
     "eval": "measure avg@k and pass@k of a model",
 }
 
+_COMPARE = "compare two evaluations of the same questions, question by question: difference, interval, paired test"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 where the user has something to mend, or 1 where an engine failed or a plan does
     not fit."""
     arguments = _arguments(argv)
+    if arguments.command == "compare":
+        return _compare(arguments.first, arguments.second)
     purpose = {"eval": Purpose.eval, "plan": Purpose.plan}.get(arguments.command, Purpose.train)
     launched = int(os.environ.get("WORLD_SIZE", "1")) if arguments.command in ("train", "eval") else None  # torchrun's
     try:
@@ -112,6 +117,17 @@ def _run(command: str, config: Config) -> None:
         from megatron_tempo.train import evaluate
 
         evaluate(config)
+
+
+def _compare(first: str, second: str) -> int:
+    from megatron_tempo.report.results import compare  # numpy and scipy: for this alone
+
+    try:
+        print(compare(Path(first), Path(second)))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _plan(config: Config, picture: str | None) -> int:
@@ -156,16 +172,23 @@ def build(
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("megatron-tempo", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(_COMMANDS))
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join([*_COMMANDS, "compare"]))
     for name, text in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, epilog=_EPILOG, formatter_class=raw)
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the configuration")
         command.add_argument("--config-dir", metavar="DIR", help="a folder of your own presets, searched as well")
         if name == "plan":
             command.add_argument("--picture", metavar="FILE", help="draw the memory by phase, as a .png, .svg or .pdf")
+    comparison = commands.add_parser("compare", help=_COMPARE, description=_COMPARE)
+    comparison.add_argument("first", metavar="RUN_A", help="a folder that eval has written to")
+    comparison.add_argument("second", metavar="RUN_B", help="another, of the same questions")
     arguments, rest = parser.parse_known_args(argv)  # argparse leaves overrides behind an option over
     if unknown := [word for word in rest if word.startswith("-")]:
         parser.error(f"unknown option {unknown[0]}")
+    if arguments.command == "compare":
+        if rest:
+            parser.error(f"compare takes two folders, not {rest[0]} as well")
+        return arguments
     arguments.overrides += rest
     return arguments
 

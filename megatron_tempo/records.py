@@ -3,12 +3,14 @@
 metrics.jsonl      one line an iteration: time (unix), stage, method, iteration (from 1 in the stage), step (from 1 in
                    the run), seconds, numbers by name: reward/labelled, actor/loss, critic/grad_norm, time/generate, ...
 evaluations.jsonl  one line a set and point: time, stage, iteration, step, set, avg, avg_se, avg_k, pass and pass_se by
-                   k, questions, response_length, truncated, calibration, point (before, between, after, during; of the
-                   eval command: alone)
+                   k, questions, response_length, truncated, seen (how many questions were trained on; null where nobody
+                   knows), calibration, point (before, between, after, during; of the eval command: alone)
 samples.jsonl      one line a response: point, stage, step, set, prompt, tokens, values (one more than tokens), correct,
                    answer
+responses.jsonl    of the eval command, one line a response: set, id and question (the question's key), sample (from 0),
+                   text (as the verifier read it), correct, tokens, finish (stop, length)
 
-A number that is NaN or infinite stands as null.
+Beside them `seen.py` keeps seen.jsonl. A number that is NaN or infinite stands as null.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ Record = dict[str, Any]
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SAMPLES = "samples.jsonl"
+RESPONSES = "responses.jsonl"
 
 
 def read_metrics(run_dir: Path) -> list[Record]:
@@ -57,10 +60,17 @@ def read(path: Path) -> list[Record]:
 
 def append(path: Path, record: Record) -> None:
     """Adds a line. OSError names the path where it cannot be written; ValueError for NaN (see `finite`)."""
-    line = json.dumps(record, allow_nan=False) + "\n"
+    extend(path, [record])
+
+
+def extend(path: Path, records: Iterable[Record]) -> None:
+    """Adds lines, in one write. Errors as those of `append`."""
+    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    if not lines:
+        return
     try:
         with path.open("ab") as file:
-            file.write(line.encode())
+            file.write(lines.encode())
     except OSError as error:
         raise OSError(error.errno, f"cannot write a record: {error.strerror}", str(path)) from error
 

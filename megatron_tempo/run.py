@@ -37,8 +37,10 @@ from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout import dump
 from megatron_tempo.rollout.batches import Asked, ask, batch_of, collect
 from megatron_tempo.rollout.engine import Engine, Sampling
+from megatron_tempo.seen import Seen
 from megatron_tempo.types import Batch, LabelledPrompt, UnlabelledPrompt, Weights
 from megatron_tempo.wiring import (
+    QuestionKeys,
     Workplace,
     build_actor,
     build_critic,
@@ -90,6 +92,8 @@ class Run:
     metrics: Metrics
     peaks: PeakMemory
     checkpoints: Checkpoints
+    keys: QuestionKeys
+    seen: Seen
     step: int = 0
     questions: list[_Questions] = field(default_factory=list)
     evaluated: bool = True  # what was due at `step` is written
@@ -104,7 +108,8 @@ class Run:
         with ExitStack() as stack:
             verifiers = stack.enter_context(Verifiers())
             metrics = stack.enter_context(Metrics(Path(config.run.dir), config.metrics, place.is_writer))
-            labelled, unlabelled = prompt_streams(config, tokenizer, verifiers, metrics.message)
+            keys = QuestionKeys.read(config)
+            labelled, unlabelled = prompt_streams(config, tokenizer, verifiers, keys, metrics.message)
             sets = evaluation_sets(config, tokenizer, verifiers)
             peaks = PeakMemory(place.device, planned(config, dist.get_world_size(), place.device))
             metrics.message(peaks.plan())
@@ -128,6 +133,8 @@ class Run:
                 metrics=metrics,
                 peaks=peaks,
                 checkpoints=checkpoints,
+                keys=keys,
+                seen=Seen(Path(config.run.dir), keys.labelled, keys.unlabelled, place.is_writer),
             )
 
     # One iteration
@@ -136,6 +143,7 @@ class Run:
         """Rollouts and the method's updates. Returns the line for metrics.jsonl."""
         started = time.monotonic()
         rollouts = self.rollouts(stage_name, stage, iteration)
+        self.seen.add(self.step + 1, _ids(rollouts.labelled), _ids(rollouts.unlabelled))
         learner = Learner(
             self.actor,
             self.critic,
@@ -247,6 +255,7 @@ class Run:
         if path is not None:
             self.metrics.message(f"resumed from {path}, {self.step} iterations done")
         self.metrics.rewind(self.step)
+        self.seen.resume(self.step, Path(self.config.model.path))
         self._remember_config()
         self.metrics.plan(self.config.stages(), schedule.evaluations_left(self.config, self.step), self.step)
         self.sync_engine()
@@ -286,7 +295,8 @@ class Run:
         for name in self.evaluator.sets:
             with self.phase("evaluate"):
                 scores, samples = self.evaluator.evaluate(name, targets, show=point != "during")
-            self.metrics.evaluation(where | scores)
+            seen = self.seen.count(self.keys.evaluation[name].values())
+            self.metrics.evaluation(where | scores | {"seen": seen})
             self.metrics.samples({**where, "set": name, **sample} for sample in samples)
 
     def checkpoint_if_due(self) -> None:
@@ -323,7 +333,7 @@ class Run:
         out = Path(self.config.run.dir)
         exported = out / f"hf_step_{self.step:08d}"
         if self.config.checkpoint.export_hf:
-            export_hf(self.place, self.actor, self.critic, exported)
+            export_hf(self.place, self.actor, self.critic, exported, self.seen.path)
         if self.place.is_writer:
             from megatron_tempo.report.html import write_report  # matplotlib: for this rank and moment only
 
@@ -385,6 +395,10 @@ class Run:
 def _take(stream: PromptStream[_P] | None, count: int) -> list[_P]:
     assert stream is not None, "the config's rules ask for the set that a stage draws from"
     return stream.take(count)
+
+
+def _ids(batch: Batch | None) -> tuple[str, ...]:
+    return () if batch is None else batch.prompt_ids
 
 
 def _blame(differences: list[tuple[str, float]] | None) -> str:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import transformers
 
-from megatron_tempo.config.schema import Config, CriticTargets
+from megatron_tempo.config.schema import Config, CriticTargets, to_plain
 from megatron_tempo.config.tree import save as save_config
 from megatron_tempo.errors import InputError
+from megatron_tempo.evaluation.results import response_records, result
 from megatron_tempo.metrics import Metrics
-from megatron_tempo.records import EVALUATIONS
-from megatron_tempo.report.summary import summary_table
+from megatron_tempo.records import EVALUATIONS, RESPONSES, Record, extend
+from megatron_tempo.report import results as report
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.run import Run
 from megatron_tempo.schedule import remaining
+from megatron_tempo.seen import seen_of
 from megatron_tempo.wiring import (
+    QuestionKeys,
     build_critic,
     build_engine,
     build_evaluator,
@@ -49,8 +54,8 @@ def train(config: Config) -> None:
 def evaluate(config: Config) -> None:
     """Score `model.path` on the evaluation sets, and the critic of `model.critic_path`, if any, on the calibration set.
 
-    Writes evaluations.jsonl, samples.jsonl and the config to `run.dir` and prints the table. Raises InputError if the
-    folder belongs to another job.
+    Writes the config, evaluations.jsonl, samples.jsonl, every response and results.json to `run.dir` and prints the
+    table. Raises InputError if the folder belongs to another job.
     """
     out = Path(config.run.dir)
     if (out / EVALUATIONS).exists() or (out / "config.json").exists():
@@ -70,10 +75,39 @@ def evaluate(config: Config) -> None:
         targets = targets_of(Path(critic_path)) if critic_path else CriticTargets.zero_one
         evaluator = build_evaluator(config, engine, verifiers, tokenizer, sets, critic)
         where = {"stage": "stage1", "iteration": 0, "step": 0, "point": "alone"}
-        for name in sets:
-            scores, samples = evaluator.evaluate(name, targets, show=True)
-            metrics.evaluation(where | scores)
-            metrics.samples({**where, "set": name, **sample} for sample in samples)
         if place.is_writer:
             save_config(config, out / "config.json")
-            metrics.message(f"{summary_table(out)}\n\nwritten to {out}")
+        keys, results = QuestionKeys.evaluated(config), _about(config)
+        for name in sets:
+            judged = evaluator.answer(name)
+            scores, samples = evaluator.measure(name, judged, targets, show=True)
+            seen = seen_of(Path(config.model.path), keys[name].values())
+            metrics.evaluation(where | scores | {"seen": seen})
+            metrics.samples({**where, "set": name, **sample} for sample in samples)
+            results["sets"][name] = result(judged) | {"seen": seen, **_file(config.evaluation.sets[name].path)}
+            if place.is_writer:
+                extend(out / RESPONSES, response_records(name, judged, keys[name], tokenizer))
+        if place.is_writer:
+            report.write(out / report.RESULTS, results)
+            metrics.message(f"{report.results_table(results, config.evaluation.pass_k)}\n\nwritten to {out}")
+
+
+def _about(config: Config) -> Record:
+    """results.json without its sets: what was evaluated, and how. The hash is of all settings but the folder's name."""
+    settings = to_plain(config)
+    settings["run"]["dir"] = None
+    return {
+        "model": config.model.path,
+        "critic": config.model.critic_path,
+        "config": "config.json",
+        "config_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "seed": config.run.seed,
+        "temperature": config.evaluation.temperature,
+        "max_response_tokens": config.evaluation.max_response_tokens or config.rollout.max_response_tokens,
+        "sets": {},
+    }
+
+
+def _file(path: str) -> Record:
+    with open(path, "rb") as file:
+        return {"path": path, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -214,6 +214,7 @@ class DatasetConfig:
 class DataConfig:
     labelled: DatasetConfig | None = None
     unlabelled: DatasetConfig | None = None
+    held_out: list[str] = field(default_factory=list)  # evaluation sets whose questions are not trained on
 
 
 @dataclass(slots=True)

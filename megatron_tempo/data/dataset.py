@@ -5,9 +5,11 @@ The unlabelled loader asks its file for prompt and id only, and what it makes ha
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
@@ -30,11 +32,14 @@ class Prompt(Protocol):
     @property
     def id(self) -> str: ...
 
-    @property
-    def token_ids(self) -> tuple[int, ...]: ...
-
 
 P = TypeVar("P", bound=Prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    id: str
+    key: str
 
 
 def load_labelled(
@@ -77,12 +82,26 @@ def load_unlabelled(
     return _load(config, [config.prompt_field], build)
 
 
-def overlap(a: Iterable[Prompt], b: Iterable[Prompt]) -> list[tuple[str, str]]:
-    """The pairs (id in a, id in b) of prompts with the same tokens, in the order of `b`."""
-    known: dict[tuple[int, ...], list[str]] = defaultdict(list)
-    for prompt in a:
-        known[prompt.token_ids].append(prompt.id)
-    return [(id_a, prompt.id) for prompt in b for id_a in known.get(prompt.token_ids, ())]
+def question_keys(config: DatasetConfig) -> dict[str, str]:
+    """What each question of a file is known by, by its id: 32 hexadecimal digits of a hash of its text.
+
+    Of the text as it stands in the file, runs of blanks counted as one: suffix, system message, chat template and
+    tokenizer, which may differ between the places where a question is asked, play no part. Of messages it is the texts
+    of all but the system's. DataError as that of `load_labelled`.
+    """
+
+    def build(row: Row) -> _Question:
+        return _Question(_row_id(config, row), _key(config.prompt_field, row.fields[config.prompt_field]))
+
+    return {question.id: question.key for question in _load(config, [config.prompt_field], build)}
+
+
+def overlap(a: Mapping[str, str], b: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The pairs (id in a, id in b) of the same questions, in the order of `b`. Both are keys by id."""
+    known: dict[str, list[str]] = defaultdict(list)
+    for name, key in a.items():
+        known[key].append(name)
+    return [(id_a, id_b) for id_b, key in b.items() for id_a in known.get(key, ())]
 
 
 def _load(config: DatasetConfig, names: Sequence[str], build: Callable[[Row], P]) -> list[P]:
@@ -118,6 +137,17 @@ def _row_id(config: DatasetConfig, row: Row) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise BadRow(f"field {config.id_field!r} is {_shown(value)}; an id is text or a whole number")
     return str(value)
+
+
+def _key(name: str, value: object) -> str:
+    if isinstance(value, list):
+        texts = [message["content"] for message in _messages(name, value) if message["role"] != "system"]
+    elif isinstance(value, str):
+        texts = [value]
+    else:
+        raise BadRow(f"field {name!r} is {_shown(value)}; a prompt is text or a list of messages")
+    text = "\n".join(" ".join(text.split()) for text in texts)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _answer(name: str, value: object) -> str:

@@ -41,7 +41,12 @@ class Evaluator:
 
     def evaluate(self, name: str, targets: CriticTargets, *, show: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """A set's scores and a few responses: the fields of lines of evaluations.jsonl and samples.jsonl."""
-        judged = self.answer(name)
+        return self.measure(name, self.answer(name), targets, show=show)
+
+    def measure(
+        self, name: str, judged: Judged, targets: CriticTargets, *, show: bool
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """As `evaluate`, of responses that are there."""
         calibration = None
         if self.values is not None and name == self.config.calibration_set:
             calibration = calibrate(judged, self.values, targets)

@@ -34,6 +34,21 @@ def pass_at_k_se(correct: np.ndarray, k: int) -> float | None:
     return _standard_error(_pass_by_question(correct, k))
 
 
+def interval(score: float, error: float | None, questions: int) -> tuple[float, float] | None:
+    """The 95% confidence interval of a mean over questions, by Student's t with questions - 1 degrees of freedom.
+
+    For many questions that is Miller's score +- 1.96 standard errors; for the 30 of an AIME it is a little wider. None
+    without a standard error. An `error` of 0 gives an interval without width: where all questions got the same score,
+    the spread between them says nothing.
+    """
+    if error is None:
+        return None
+    from scipy.stats import t  # takes a second to load: not at every start
+
+    reach = float(t.ppf(0.975, questions - 1)) * error
+    return score - reach, score + reach
+
+
 def _pass_by_question(correct: np.ndarray, k: int) -> np.ndarray:
     right = _checked(correct).sum(axis=1).astype(int)
     samples = correct.shape[1]

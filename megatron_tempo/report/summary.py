@@ -130,21 +130,40 @@ def outcome(run: Run) -> list[Finding]:
                 _verdict(*reached[-2], *reached[-1]) if len(reached) > 1 else "",
             )
         )
+        last = reached[-1][1]
+        if "seen" in last:  # not in the records of earlier versions
+            findings.append(Finding(f"{name}: {seen_words(last['seen'], last['questions'])}."))
     return findings
 
 
 def summary_table(run_dir: Path) -> str:
     """Scores of each set before, between and after, with standard errors, and the outcome: plain text."""
     run = Run.read(run_dir)
-    header, rows = score_rows(run)
-    lines = [header, *rows] if rows else []
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    if table:
-        table[1:1] = ["  ".join("-" * width for width in widths)]
-        table.append("")
+    table = plain_table(*score_rows(run))
     findings = [line for finding in outcome(run) for line in (finding.figures, finding.verdict) if line]
     return printable("\n".join([*table, *findings]))
+
+
+def plain_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a table for a terminal, an empty one at its end; without rows none."""
+    if not rows:
+        return []
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    ruled = [header, ["-" * width for width in widths], *rows]
+    return [
+        *("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in ruled),
+        "",
+    ]
+
+
+def seen_words(seen: dict[str, int] | None, questions: int) -> str:
+    """How many of a set's questions the model was trained on. `seen`: as of `seen.count`; none: nobody knows."""
+    if seen is None:
+        return "what the model was trained on is not known"
+    if not any(seen.values()):
+        return f"none of the {questions} questions was trained on"
+    known, alone = seen["with_answers"], seen["without_answers"]
+    return f"of the {questions} questions {known} were trained on with their answers, {alone} without"
 
 
 def score_rows(run: Run) -> tuple[list[str], list[list[str]]]:

@@ -163,9 +163,17 @@ def _load_tied_copy(
     net.shared_embedding_or_output_weight().copy_(cut)
 
 
-def save(buckets: Iterator[Bucket], folder: Path, like: Path, layout: Layout, config_changes: dict[str, Any]) -> None:
+def save(
+    buckets: Iterator[Bucket],
+    folder: Path,
+    like: Path,
+    layout: Layout,
+    config_changes: dict[str, Any],
+    beside: Path | None = None,
+) -> None:
     """Write a stream as a Hugging Face folder that transformers opens, with the config and tokenizer of `like`.
 
+    `beside` is one more file to go into it, if there is one of this name.
     Collective, as the stream is; the first rank writes, one file a bucket. The folder appears when it is whole.
     Raises FileExistsError if it is there already.
     """
@@ -188,6 +196,8 @@ def save(buckets: Iterator[Bucket], folder: Path, like: Path, layout: Layout, co
         size += sum(tensor.nbytes for tensor in tensors.values())
     if layout.is_writer:
         describe(partial, weight_map, size, like, config_changes)
+        if beside is not None and beside.exists():
+            shutil.copyfile(beside, partial / beside.name)
         os.replace(partial, folder)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,11 @@ from megatron_tempo.config.schema import Config, OptimizerConfig
 from megatron_tempo.config.tree import load
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.packing import MicroBatch
-from megatron_tempo.records import read_evaluations
+from megatron_tempo.records import read, read_evaluations
+from megatron_tempo.rewards import countdown
+from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.train import evaluate, train
-from megatron_tempo.wiring import build_actor, build_critic, export_hf, open_workplace
+from megatron_tempo.wiring import QuestionKeys, build_actor, build_critic, export_hf, open_workplace, prompt_streams
 from tests.support.project import config_of, from_nothing, write_project
 from tests.support.ranks import run_ranks
 from tests.support.tiny import ragged_batch, write_model
@@ -71,6 +75,66 @@ def test_eval_of_an_exported_run_agrees_with_the_run(run: Path, tmp_path: Path) 
     assert alone["calibration"]["last"]["ece"] == pytest.approx(trained["calibration"]["last"]["ece"], abs=1e-6)
     (told,) = run_ranks(refusal, 1, tmp_path / "again", evaluate, config)
     assert told == f"run.dir={out} belongs to another job: give a folder of its own"
+
+
+def test_eval_keeps_responses_and_results(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "eval"
+    config = eval_config(run.parent / "project", run / "hf_step_00000002", out)
+    config.evaluation.samples, config.evaluation.pass_k = 3, [2]
+    run_ranks(evaluate, 2, tmp_path / "ranks", config)
+    responses = read(out / "responses.jsonl")
+    assert [(r["id"], r["sample"]) for r in responses] == [(f"unlabelled:{q}", s) for q in range(8) for s in range(3)]
+    results = json.loads((out / "results.json").read_text())
+    found = results["sets"]["unlabelled"]
+    assert found["avg"]["value"] == pytest.approx(sum(r["correct"] for r in responses) / 24)
+    assert list(found["pass"]) == ["1", "2", "3"]
+    assert found["pass"]["1"]["value"] == pytest.approx(found["avg"]["value"])
+    assert found["response_length"]["mean"] == pytest.approx(sum(r["tokens"] for r in responses) / 24)
+    assert found["truncated"] == pytest.approx(sum(r["finish"] == "length" for r in responses) / 24)
+    verdicts = [countdown.score(prompt_of(run, r["id"]), r["text"], "") for r in responses]
+    assert [r["correct"] for r in responses] == verdicts, "the kept text is what was judged"
+    # The exported model says what it was trained on: the unlabelled questions, without their answers.
+    assert found["seen"] == read_evaluations(run)[-1]["seen"] == {"with_answers": 0, "without_answers": 8}
+    assert {r["step"] for r in read(run / "seen.jsonl") if r["labels"]} == {1}
+    assert read_evaluations(run)[0]["seen"] == {"with_answers": 0, "without_answers": 0}, "before training"
+    assert "8 without" in (run / "report.html").read_text()
+
+
+def prompt_of(run: Path, name: str) -> str:
+    rows = (run.parent / "project/unlabelled.jsonl").read_text().splitlines()
+    prompt: str = json.loads(rows[int(name.partition(":")[2])])["prompt"]
+    return prompt
+
+
+def first_questions(config: Config) -> tuple[list[str], list[str]]:
+    """The ids that would be trained on, and what is told about them."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
+    told: list[str] = []
+    with Verifiers() as verifiers:
+        streams = prompt_streams(config, tokenizer, verifiers, QuestionKeys.read(config), told.append)
+    return [prompt.id for stream in streams if stream is not None for prompt in stream.first(99)], told
+
+
+def test_held_out_questions_are_not_trained_on(tmp_path: Path) -> None:
+    project = write_project(tmp_path / "project")
+    rows = [json.loads(line) for line in (project / "unlabelled.jsonl").read_text().splitlines()]
+    labelled = [json.loads(line) for line in (project / "labelled.jsonl").read_text().splitlines()]
+    (project / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows[:3], labelled[5]]))
+    config = config_of(project, tmp_path / "run")
+    config.evaluation.sets["test"] = replace(config.evaluation.sets["unlabelled"], path=str(project / "test.jsonl"))
+    everything, told = first_questions(config)
+    assert len(everything) == 16
+    assert told == []
+    config.data.held_out = ["test"]
+    kept, told = first_questions(config)
+    assert set(everything) - set(kept) == {"labelled:5", "unlabelled:0", "unlabelled:1", "unlabelled:2"}
+    assert told == [
+        "held out of the labelled set: 1 of 8 questions (test 1)",
+        "held out of the unlabelled set: 3 of 8 questions (test 3)",
+    ]
+    config.data.held_out = ["unlabelled"]
+    with pytest.raises(InputError, match=r"leaves no question of data\.unlabelled"):
+        first_questions(config)
 
 
 def export_with_shorter_critic(project: Path, critic: Path, out: Path) -> None:

@@ -140,6 +140,7 @@ ONE_FIELD = [
     ("evaluation.pass_k=[32]", "evaluation.pass_k", "pass@32", "evaluation.samples=32"),
     ("evaluation.pass_k=[0]", "evaluation.pass_k", "pass@0", "1 or more"),
     ("evaluation.calibration_set=heldot", "evaluation.calibration_set", "not in evaluation.sets", "heldout"),
+    ("data.held_out=[heldot]", "data.held_out", "heldot is not in evaluation.sets", "heldout"),
     ("rollout.replay=TMP/none", "rollout.replay", "is not a folder", "rollout.dump=true"),
 ]
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_tempo.config.schema import DatasetConfig, Verifier
 from megatron_tempo.data import rows
-from megatron_tempo.data.dataset import load_labelled, load_unlabelled, overlap
+from megatron_tempo.data.dataset import load_labelled, load_unlabelled, overlap, question_keys
 from megatron_tempo.data.rows import DataError
 from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
 
@@ -316,11 +316,23 @@ def test_damaged_answer_column_does_not_matter_to_the_unlabelled_set(tmp_path: P
         load_labelled(labelled(path), TOKENIZER, 8)
 
 
-def test_overlap_compares_tokens() -> None:
-    a = [LabelledPrompt(f"a{i}", "", tokens, "5", "math") for i, tokens in enumerate([(1, 2), (3,), (1, 2)])]
-    b = [UnlabelledPrompt(f"b{i}", "", tokens) for i, tokens in enumerate([(3,), (1,), (1, 2)])]
+def test_overlap_compares_questions() -> None:
+    a, b = {"a0": "x", "a1": "y", "a2": "x"}, {"b0": "y", "b1": "z", "b2": "x"}
     assert overlap(a, b) == [("a1", "b0"), ("a0", "b2"), ("a2", "b2")]
-    assert overlap(a, []) == []
+    assert overlap(a, {}) == []
+
+
+def test_a_question_is_known_by_its_text_alone(tmp_path: Path) -> None:
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " find\none "}]
+    rows = [{"prompt": "find one", "answer": "1"}, {"prompt": "find  one\n"}, {"prompt": chat}, {"prompt": "find two"}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    keys = question_keys(unlabelled(path, suffix=" Box it.", system="Be kind.", chat_template=True))
+    assert list(keys) == ["a:0", "a:1", "a:2", "a:3"]
+    assert keys["a:0"] == keys["a:1"] == keys["a:2"] != keys["a:3"]
+    assert keys["a:0"] == "e0e053305b2850ef81586345403e1e2e", "of earlier versions: seen.jsonl stays readable"
+    assert question_keys(unlabelled(path, limit=1)) == {"a:0": keys["a:0"]}
+    with pytest.raises(DataError, match="a prompt is text or a list of messages"):
+        question_keys(unlabelled(write_jsonl(tmp_path / "b.jsonl", [{"prompt": 3}])))
 
 
 def test_rows_may_name_their_verifiers(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": BASE | {"rewards", "rollout"},
     "methods": MODELS | TOOLS | {"weights"},
     "plan": {"config", "errors", "report"},
-    "cli": BASE | {"train", "plan"},
+    "cli": BASE | {"train", "plan", "report"},
 }
 # Only these layers import these packages.
 HOMES = {

@@ -6,7 +6,7 @@ from math import sqrt
 import numpy as np
 import pytest
 
-from megatron_tempo.evaluation.scores import avg_at_k, avg_at_k_se, pass_at_k, pass_at_k_se
+from megatron_tempo.evaluation.scores import avg_at_k, avg_at_k_se, interval, pass_at_k, pass_at_k_se
 
 
 def test_by_hand() -> None:
@@ -53,3 +53,11 @@ def test_k_outside_the_samples_is_refused(k: int) -> None:
 def test_bad_arrays_are_refused(bad: np.ndarray) -> None:
     with pytest.raises(ValueError, match="scores need"):
         avg_at_k(bad)
+
+
+def test_the_interval_is_students() -> None:
+    # tables of Student's t at 0.975: 2.045 for 29 degrees of freedom, 12.706 for 1
+    assert interval(0.5, 0.1, 30) == pytest.approx((0.5 - 0.2045, 0.5 + 0.2045), abs=1e-4)
+    assert interval(0.5, 0.1, 2) == pytest.approx((0.5 - 1.2706, 0.5 + 1.2706), abs=1e-4)
+    assert interval(1.0, 0.0, 30) == (1.0, 1.0)
+    assert interval(0.5, None, 1) is None

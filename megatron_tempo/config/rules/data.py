@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_tempo.config.problem import Problem
+from megatron_tempo.config.problem import Problem, did_you_mean
 from megatron_tempo.config.schema import Config, DatasetConfig, Verifier
 from megatron_tempo.config.tree import MISSING
 
@@ -15,6 +15,10 @@ SUFFIXES = (".jsonl", ".parquet")
 def check(config: Config) -> Iterator[Problem]:
     """The two sets of training."""
     labelled, unlabelled = config.data.labelled, config.data.unlabelled
+    for name in config.data.held_out:
+        if name not in config.evaluation.sets:
+            fix = did_you_mean(name, config.evaluation.sets)
+            yield Problem("data.held_out", config.data.held_out, f"{name} is not in evaluation.sets", fix)
     if labelled is not None:
         yield from check_file("data.labelled", labelled)
         yield from check_answers("data.labelled", labelled)

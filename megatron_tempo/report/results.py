@@ -1,0 +1,163 @@
+"""results.json of the eval command: its table, and the comparison of two such runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_tempo.config.tree import differences
+from megatron_tempo.config.tree import load as load_config
+from megatron_tempo.errors import InputError
+from megatron_tempo.evaluation.scores import interval
+from megatron_tempo.records import RESPONSES, Record, read
+from megatron_tempo.report.summary import plain_table, printable, seen_words
+
+RESULTS = "results.json"
+NAMED = 10  # questions that a refusal names
+PERMUTATIONS = 9999  # changes of sign that are drawn where there are more than that many
+
+# Settings in which two runs differ that make their scores no less comparable.
+_OWN = ("run.dir", "run.device", "run.precision", "parallel.", "metrics.", "rollout.engine", "rollout.servers.")
+
+
+def results_table(results: Record, pass_k: Sequence[int]) -> str:
+    """The scores of every set with their 95% intervals, pass@k for the given k alone, and what was trained on."""
+    rows = []
+    for name, found in results["sets"].items():
+        scores = {f"avg@{found['samples']}": found["avg"]}
+        scores |= {f"pass@{k}": found["pass"][str(k)] for k in dict.fromkeys(pass_k)}
+        rows += [[name, str(found["questions"]), label, *_cells(score)] for label, score in scores.items()]
+    lines = plain_table(["set", "questions", "score", "value", "95% interval"], rows)
+    for name, found in results["sets"].items():
+        length = found["response_length"]
+        lines.append(
+            f"{name}: {length['mean']:.0f} tokens a response, {found['truncated']:.1%} cut off; "
+            + seen_words(found["seen"], found["questions"])
+        )
+    return printable("\n".join(lines))
+
+
+def _cells(score: dict[str, float | None]) -> list[str]:
+    ends = "-" if score["low"] is None else f"{score['low']:.3f} to {score['high']:.3f}"
+    return [f"{score['value']:.3f}", ends]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How two runs differ on a set, a mean over its questions of the difference of their shares of right responses.
+
+    `interval` is its 95% interval from the questions' own differences (the paired analysis of Miller 2024, arXiv
+    2411.00640: the spread that both runs share falls out). `p`: how often a mean as far from 0 comes about where each
+    question's difference is as likely to have the other sign (a paired permutation test, two-sided).
+    """
+
+    set: str
+    questions: int
+    first: tuple[float, int]  # avg@k and k
+    second: tuple[float, int]
+    difference: float  # second less first
+    interval: tuple[float, float] | None  # none: a single question
+    p: float | None
+
+
+def compare(first: Path, second: Path) -> str:
+    """The comparison of two folders of the eval command as a table. InputError where they cannot be compared."""
+    found = differences_of(first, second)
+    rows = [
+        [
+            d.set,
+            str(d.questions),
+            f"{d.first[0]:.3f} @{d.first[1]}",
+            f"{d.second[0]:.3f} @{d.second[1]}",
+            f"{d.difference:+.3f}",
+            "-" if d.interval is None else f"{d.interval[0]:+.3f} to {d.interval[1]:+.3f}",
+            "-" if d.p is None else f"{d.p:.4f}",
+        ]
+        for d in found
+    ]
+    lines = [f"A  {first}", f"B  {second}", ""]
+    lines += plain_table(["set", "questions", "avg@k of A", "of B", "B - A", "95% interval", "p"], rows)
+    if told := _other_settings(first, second):
+        lines += ["asked or judged otherwise (A -> B):", *(f"  {line}" for line in told)]
+    return printable("\n".join(lines).rstrip())
+
+
+def differences_of(first: Path, second: Path) -> list[Difference]:
+    """One entry for each set that both runs have. InputError where there is none, or where the questions differ."""
+    a, b = _Answers.read(first), _Answers.read(second)
+    names = [name for name in a.correct if name in b.correct]
+    if not names:
+        raise InputError(f"{first} has {_listed(a.correct)}, {second} has {_listed(b.correct)}: no set in common")
+    problems = [line for name in names for line in _unlike(name, a, b, first, second)]
+    if problems:
+        more = [f"... and {len(problems) - NAMED} more"] if len(problems) > NAMED else []
+        raise InputError("\n  ".join(["the questions differ:", *problems[:NAMED], *more]))
+    return [_difference(name, a.correct[name], b.correct[name]) for name in names]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """A run's verdicts, one a response, and its questions' keys, both by set and by question's id."""
+
+    correct: dict[str, dict[str, list[int]]]
+    keys: dict[str, dict[str, str]]
+
+    @classmethod
+    def read(cls, run_dir: Path) -> _Answers:
+        if not (run_dir / RESULTS).is_file() or not (run_dir / RESPONSES).is_file():
+            raise InputError(f"{run_dir} has no {RESULTS} and {RESPONSES}: give two folders that eval has written to")
+        found = cls({}, {})
+        for record in read(run_dir / RESPONSES):
+            name, question = record["set"], record["id"]
+            found.correct.setdefault(name, {}).setdefault(question, []).append(record["correct"])
+            found.keys.setdefault(name, {})[question] = record["question"]
+        return found
+
+
+def _unlike(name: str, a: _Answers, b: _Answers, first: Path, second: Path) -> list[str]:
+    """The questions of a set that are not the same in both runs."""
+    of_a, of_b = a.keys[name], b.keys[name]
+    return [
+        *(f"{name}: {question} is in {first} alone" for question in of_a if question not in of_b),
+        *(f"{name}: {question} is in {second} alone" for question in of_b if question not in of_a),
+        *(f"{name}: {q} has another text in each" for q in of_a if q in of_b and of_a[q] != of_b[q]),
+    ]
+
+
+def _difference(name: str, a: dict[str, list[int]], b: dict[str, list[int]]) -> Difference:
+    from scipy.stats import permutation_test  # takes a second to load: not at every start
+
+    first = np.array([np.mean(a[question]) for question in a])
+    second = np.array([np.mean(b[question]) for question in a])
+    change, n = second - first, len(a)
+    mean, ends, p = float(change.mean()), None, None
+    if n > 1:
+        ends = interval(mean, float(change.std(ddof=1) / np.sqrt(n)), n)
+        tested = permutation_test(
+            (change,), np.mean, permutation_type="samples", n_resamples=PERMUTATIONS, rng=np.random.default_rng(0)
+        )
+        p = float(tested.pvalue)
+    k = [max(map(len, answers.values())) for answers in (a, b)]
+    return Difference(name, n, (float(first.mean()), k[0]), (float(second.mean()), k[1]), mean, ends, p)
+
+
+def _other_settings(first: Path, second: Path) -> list[str]:
+    """Settings that could make the scores differ, the model's own apart."""
+    configs = [load_config(folder / "config.json") for folder in (first, second)]
+    return [line for line in differences(*configs) if not line.startswith((*_OWN, "model."))]
+
+
+def _listed(sets: dict[str, Any]) -> str:
+    return ", ".join(sets) or "no sets"
+
+
+def write(path: Path, results: Record) -> None:
+    """Writes results.json, all or nothing."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    new.replace(path)
