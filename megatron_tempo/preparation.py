@@ -251,7 +251,7 @@ def _verdicts(order: Order, verifiers: Verifiers, questions: list[Question]) -> 
 
 
 def _item(question: Question, verifier: Verifier | None) -> Item | None:
-    if verifier is None:
+    if verifier is None or verifier is Verifier.judge:
         return None
     answer = str(question.answer)
     return Item(verifier.name, text_of(question), stated(verifier, answer), answer)

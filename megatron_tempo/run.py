@@ -32,10 +32,10 @@ from megatron_tempo.metrics import Metrics
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
 from megatron_tempo.models.trained import TrainedModel
-from megatron_tempo.report.summary import summary_table
+from megatron_tempo.report.summary import summary_table, unreadable
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout import dump
-from megatron_tempo.rollout.batches import Asked, ask, batch_of, collect
+from megatron_tempo.rollout.batches import Asked, ask, batch_of, collect, summed_counts
 from megatron_tempo.rollout.engine import Engine, Sampling
 from megatron_tempo.seen import Seen
 from megatron_tempo.types import Batch, LabelledPrompt, UnlabelledPrompt, Weights
@@ -47,6 +47,7 @@ from megatron_tempo.wiring import (
     build_engine,
     build_evaluator,
     build_reference,
+    build_verifiers,
     engine_weights,
     evaluation_sets,
     export_hf,
@@ -106,7 +107,7 @@ class Run:
         config = place.config
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
         with ExitStack() as stack:
-            verifiers = stack.enter_context(Verifiers())
+            verifiers = stack.enter_context(build_verifiers(config))
             metrics = stack.enter_context(Metrics(Path(config.run.dir), config.metrics, place.is_writer))
             keys = QuestionKeys.read(config)
             labelled, unlabelled = prompt_streams(config, tokenizer, verifiers, keys, metrics.message)
@@ -165,6 +166,7 @@ class Run:
             "iteration": iteration + 1,
             "step": self.step,
             **figures,
+            **self._judged(),
             **self._padding(),
             **peaks,
         }
@@ -296,7 +298,7 @@ class Run:
             with self.phase("evaluate"):
                 scores, samples = self.evaluator.evaluate(name, targets, show=point != "during")
             seen = self.seen.count(self.keys.evaluation[name].values())
-            self.metrics.evaluation(where | scores | {"seen": seen})
+            self.metrics.evaluation(where | scores | {"seen": seen} | self._judged())
             self.metrics.samples({**where, "set": name, **sample} for sample in samples)
 
     def checkpoint_if_due(self) -> None:
@@ -384,6 +386,13 @@ class Run:
         partial.unlink(missing_ok=True)
         save_config(self.config, partial)
         os.replace(partial, path)
+
+    def _judged(self) -> dict[str, int]:
+        """What a judge was asked since the last call; responses that got no verdict are told of."""
+        counts = summed_counts(self.verifiers)
+        if told := unreadable(counts):
+            self.metrics.message(told)
+        return counts
 
     def _padding(self) -> dict[str, float]:
         """The share of padding among the tokens that went through this rank's models and engine since last asked."""

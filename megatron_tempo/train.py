@@ -16,7 +16,8 @@ from megatron_tempo.evaluation.results import response_records, result
 from megatron_tempo.metrics import Metrics
 from megatron_tempo.records import EVALUATIONS, RESPONSES, Record, extend
 from megatron_tempo.report import results as report
-from megatron_tempo.rewards.verifiers import Verifiers
+from megatron_tempo.report.summary import unreadable
+from megatron_tempo.rollout.batches import summed_counts
 from megatron_tempo.run import Run
 from megatron_tempo.schedule import remaining
 from megatron_tempo.seen import seen_of
@@ -25,6 +26,7 @@ from megatron_tempo.wiring import (
     build_critic,
     build_engine,
     build_evaluator,
+    build_verifiers,
     evaluation_sets,
     folder_weights,
     open_workplace,
@@ -62,7 +64,7 @@ def evaluate(config: Config) -> None:
         raise InputError(f"run.dir={out} belongs to another job: give a folder of its own")
     with (
         open_workplace(config) as place,
-        Verifiers() as verifiers,
+        build_verifiers(config) as verifiers,
         Metrics(out, config.metrics, place.is_writer) as metrics,
         ExitStack() as stack,
     ):
@@ -82,9 +84,16 @@ def evaluate(config: Config) -> None:
             judged = evaluator.answer(name)
             scores, samples = evaluator.measure(name, judged, targets, show=True)
             seen = seen_of(Path(config.model.path), keys[name].values())
-            metrics.evaluation(where | scores | {"seen": seen})
+            counts = summed_counts(verifiers)
+            if told := unreadable(counts):
+                metrics.message(told)
+            metrics.evaluation(where | scores | {"seen": seen} | counts)
             metrics.samples({**where, "set": name, **sample} for sample in samples)
-            results["sets"][name] = result(judged) | {"seen": seen, **_file(config.evaluation.sets[name].path)}
+            results["sets"][name] = result(judged) | {
+                "seen": seen,
+                **counts,
+                **_file(config.evaluation.sets[name].path),
+            }
             if place.is_writer:
                 extend(out / RESPONSES, response_records(name, judged, keys[name], tokenizer))
         if place.is_writer:

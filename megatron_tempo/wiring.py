@@ -126,6 +126,16 @@ def engine_precision(config: Config) -> EnginePrecision:
     return (servers and servers.precision) or EnginePrecision[config.run.precision.name]
 
 
+def build_verifiers(config: Config) -> Verifiers:
+    """All verifiers, with the judge of `rewards.judge` where the config has one."""
+    judge = config.rewards.judge
+    if judge.url is None or judge.model is None:
+        return Verifiers()
+    from megatron_tempo.rewards.judge import JudgeScorer  # an HTTP client: for this one only
+
+    return Verifiers(judge=JudgeScorer(judge, Path(judge.cache or f"{config.run.dir}/judge")))
+
+
 def build_evaluator(
     config: Config,
     engine: Engine,

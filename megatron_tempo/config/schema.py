@@ -119,6 +119,7 @@ class Verifier(Enum):
     choice = "choice"  # letters of options
     text = "text"  # a word, a number or a list of them
     grid = "grid"  # a logic grid
+    judge = "judge"  # a language model, rewards.judge
 
 
 class Baseline(Enum):
@@ -254,6 +255,25 @@ class RolloutConfig:
     batch_rows: int = 256  # rows that the embedded engine decodes together
     dump: bool = False  # write each iteration's rollouts to DIR/rollouts/
     replay: str | None = None  # read rollouts from such a folder instead of generating
+
+
+@dataclass(slots=True)
+class JudgeConfig:
+    """A server of OpenAI's chat completions, which the sets with verifier=judge ask."""
+
+    url: str | None = None  # http://HOST:PORT/v1
+    model: str | None = None  # its name there
+    key_file: str | None = None  # file with the server's key; none: it wants none
+    concurrency: int = 32  # requests that a process of the trainer has under way at a time
+    retries: int = 8  # of a request that fails or is told to come later, over two minutes and more
+    timeout_seconds: float = 300.0  # until it must have answered
+    max_tokens: int = 4096  # of a reply, the judge's thoughts included
+    cache: str | None = None  # folder in which verdicts are kept; none: DIR/judge
+
+
+@dataclass(slots=True)
+class RewardsConfig:
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
 @dataclass(slots=True)
@@ -417,6 +437,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
     stage1: StageConfig = field(default_factory=lambda: StageConfig(method=Method.ppo))
     stage2: StageConfig = field(default_factory=lambda: StageConfig(method=Method.tempo, unlabelled_prompts=256))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -166,6 +166,14 @@ def seen_words(seen: dict[str, int] | None, questions: int) -> str:
     return f"of the {questions} questions {known} were trained on with their answers, {alone} without"
 
 
+def unreadable(counts: dict[str, int]) -> str | None:
+    """What to say of responses on which the judge gave no verdict that could be read (`Verifiers.take_counts`)."""
+    missing = counts.get("judge/unreadable", 0)
+    if not missing:
+        return None
+    return f"warning: the judge gave no readable verdict on {missing} responses, which count as wrong"
+
+
 def score_rows(run: Run) -> tuple[list[str], list[list[str]]]:
     """The table's header and rows: one row for avg@k and each pass@k of each set, one column for each milestone."""
     milestones = run.milestones()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -14,6 +16,7 @@ from megatron_tempo.rewards.math import MathScorer
 from megatron_tempo.rewards.reading import ReadingScorer
 
 if TYPE_CHECKING:
+    from megatron_tempo.rewards.judge import JudgeScorer
     from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
 
 REPORTED = 10
@@ -79,19 +82,45 @@ class _InProcess:
         pass
 
 
+class _NoJudge:
+    """Stands for the judge where none is configured."""
+
+    def check(self, prompt: str, answer: str) -> None:
+        raise InputError("verifier 'judge' needs rewards.judge.url and rewards.judge.model: set both")
+
+    def score(self, items: Sequence[Item]) -> list[float]:
+        raise AssertionError("an item is checked before it is scored")
+
+    def classes(self, prompt: str, responses: Sequence[str]) -> list[int | None]:
+        self.check(prompt, "")
+        return []
+
+    def close(self) -> None:
+        pass
+
+
 class Verifiers:
     """All verifiers by name. `close` ends the worker processes of those that have any; they start at the first need.
 
-    `workers` is the number of math processes, `seconds` the wall time that one item may take there.
+    `workers` is the number of math processes, `seconds` the wall time that one item may take there. `judge` is the
+    language model that judges, if any. `threads` threads may call `score` at a time with profit: of all verifiers only
+    the judge works on several calls at once.
     """
 
-    def __init__(self, workers: int = 2, seconds: float = 5.0) -> None:
+    threads = 1
+
+    def __init__(self, workers: int = 2, seconds: float = 5.0, judge: JudgeScorer | None = None) -> None:
+        self._judge = judge
+        self._one_at_a_time = threading.Lock()
+        if judge is not None:
+            self.threads = judge.concurrency
         self._scorers: dict[str, Scorer] = {
             "math": MathScorer(workers, seconds),
             "countdown": _InProcess(countdown.score, countdown.reached),
             "choice": ReadingScorer(choice.read, choice.gold),
             "text": ReadingScorer(text.read, text.gold),
             "grid": ReadingScorer(grid.read, grid.gold),
+            "judge": _NoJudge() if judge is None else judge,
         }
 
     @property
@@ -122,14 +151,21 @@ class Verifiers:
             places[item.verifier].append(place)
         verdicts = [0.0] * len(items)
         for name, group in places.items():
-            scores = self._scorers[name].score([items[place] for place in group])
+            with nullcontext() if name == "judge" else self._one_at_a_time:
+                scores = self._scorers[name].score([items[place] for place in group])
             for place, score in zip(group, scores, strict=True):
                 verdicts[place] = score
         return verdicts
 
     def classes(self, verifier: str, prompt: str, responses: Sequence[str]) -> list[int | None]:
         """Which responses to a question have equal answers, as `Scorer.classes`. No answer of anybody else is read."""
-        return self._scorer(verifier).classes(prompt, responses)
+        scorer = self._scorer(verifier)
+        with self._one_at_a_time:
+            return scorer.classes(prompt, responses)
+
+    def take_counts(self) -> dict[str, int]:
+        """What the judge was asked since the last call (`JudgeScorer.take_counts`); empty without one."""
+        return {} if self._judge is None else self._judge.take_counts()
 
     def close(self) -> None:
         for scorer in self._scorers.values():

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from megatron_tempo.errors import EngineError
 from megatron_tempo.rewards.verifiers import Item, Verifiers
 from megatron_tempo.rollout.engine import Engine, Request, Sampling, seed_of
 from megatron_tempo.types import Batch, Completion, LabelledPrompt, UnlabelledPrompt
@@ -50,7 +51,7 @@ def collect(
 
     `classes_by` names the verifier that tells which answers to an unlabelled prompt are equal; none: they are not read.
     Responses are verified while others are still being generated, on the rank that has them. The verifier sees all the
-    text of a response, special tokens included. Collective.
+    text of a response, special tokens included. Collective; EngineError, on every rank, where a verifier failed on one.
     """
 
     def texts_of(completions: list[Completion]) -> list[str]:
@@ -59,7 +60,7 @@ def collect(
     mine: dict[int, list[Completion]] = {}
     judged: dict[int, Future[list[float]]] = {}
     classed: dict[int, Future[list[int | None]]] = {}
-    with ThreadPoolExecutor(1) as verifying:
+    with ThreadPoolExecutor(verifiers.threads) as verifying:
         for i, completions in asked.answers:
             mine[i] = completions
             prompt = asked.prompts[i]
@@ -68,15 +69,33 @@ def collect(
                 judged[i] = verifying.submit(verifiers.score, items)
             elif classes_by is not None:
                 classed[i] = verifying.submit(verifiers.classes, classes_by, prompt.text, texts_of(completions))
-        verdicts = {i: future.result() for i, future in judged.items()}
-        classes = {i: future.result() for i, future in classed.items()}
+        verdicts: dict[int, Any] = {}
+        classes: dict[int, Any] = {}
+        failure = None
+        try:
+            verdicts = {i: future.result() for i, future in judged.items()}
+            classes = {i: future.result() for i, future in classed.items()}
+        except EngineError as error:
+            failure = str(error)
     shares: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, (mine, verdicts, classes))
+    dist.all_gather_object(shares, (mine, verdicts, classes, failure))
+    if failures := [share[3] for share in shares if share[3] is not None]:
+        raise EngineError(failures[0])
     of_all, verdicts, classes = (_joined([share[kind] for share in shares]) for kind in range(3))
     places = range(len(asked.prompts))
     return Collected(
         [of_all[i] for i in places], [verdicts.get(i, []) for i in places], [classes.get(i, []) for i in places]
     )
+
+
+def summed_counts(verifiers: Verifiers) -> dict[str, int]:
+    """What the verifiers of all ranks counted since the last call (`Verifiers.take_counts`). Collective."""
+    mine = verifiers.take_counts()
+    if not mine:  # so on every rank: none has a judge
+        return {}
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, mine)
+    return {name: sum(share[name] for share in shares) for name in mine}
 
 
 def _joined(shares: list[dict[int, Any]]) -> dict[int, Any]:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
+from megatron_tempo.errors import EngineError
 from megatron_tempo.rewards.verifiers import Item, Verifiers
 from megatron_tempo.rollout import dump
 from megatron_tempo.rollout.batches import Asked, ask, batch_of, collect
@@ -150,6 +151,38 @@ def test_verifiers_see_special_tokens(single: None, tokenizer: transformers.PreT
     asked = Asked(LABELLED[:1], iter([(0, [completion])]))
     assert collect(asked, verifiers, tokenizer) == ([[completion]], [[1.0]], [[]])
     assert [item.response for item in verifiers.asked] == ["4 7 $"]
+
+
+class FailingVerifiers(EchoVerifiers):
+    """As a judge that went down for one rank."""
+
+    threads = 3
+
+    def score(self, items: Sequence[Item]) -> list[float]:
+        if dist.get_rank() == 1:
+            raise EngineError("the judge gave no answer")
+        return [1.0 for _ in items]
+
+
+def with_a_failure(folder: Path) -> tuple[str, list[int]]:
+    dist.init_process_group("gloo")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    asked = ask(CountingEngine(), LABELLED, 3, SAMPLING)
+    try:
+        collect(asked, FailingVerifiers(), tokenizer)
+        told = "nothing"
+    except EngineError as error:
+        told = str(error)
+    together = [0, 0]
+    dist.all_gather_object(together, dist.get_rank())  # what a checkpoint does next
+    dist.destroy_process_group()
+    return told, together
+
+
+def test_a_verifier_that_fails_on_one_rank_fails_on_all(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", tied=True, layers=1)
+    ranks = run_ranks(with_a_failure, 2, tmp_path / "ranks", folder)
+    assert ranks == [("the judge gave no answer", [0, 1])] * 2
 
 
 # Batches

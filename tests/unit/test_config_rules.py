@@ -140,6 +140,7 @@ ONE_FIELD = [
     ("evaluation.pass_k=[32]", "evaluation.pass_k", "pass@32", "evaluation.samples=32"),
     ("evaluation.pass_k=[0]", "evaluation.pass_k", "pass@0", "1 or more"),
     ("evaluation.calibration_set=heldot", "evaluation.calibration_set", "not in evaluation.sets", "heldout"),
+    ("rewards.judge.retries=-1", "rewards.judge.retries", "0 or more", "retries=0"),
     ("data.held_out=[heldot]", "data.held_out", "heldot is not in evaluation.sets", "heldout"),
     ("rollout.replay=TMP/none", "rollout.replay", "is not a folder", "rollout.dump=true"),
 ]
@@ -584,3 +585,39 @@ def test_only_servers_generate_while_the_trainer_trains(files: Path) -> None:
     servers = ["rollout.engine=sglang", f"rollout.servers.python={sys.executable}", "rollout.max_staleness=1"]
     assert problems(files, *servers) == []
     assert only(problems(files, *servers, f"rollout.replay={files}")).field == "rollout.max_staleness"
+
+
+JUDGED, JUDGE = "evaluation.sets.heldout.verifier=judge", ("rewards.judge.url=http://h:1/v1", "rewards.judge.model=m")
+
+
+def test_a_judge_that_is_there_is_no_problem(files: Path) -> None:
+    (files / "key").write_text("k")
+    assert problems(files, JUDGED, "data.labelled.verifier=judge", *JUDGE, f"rewards.judge.key_file={files}/key") == []
+
+
+JUDGES = [
+    ((JUDGED,), ["rewards.judge.url", "rewards.judge.model"], "evaluation.sets.heldout.verifier=judge asks"),
+    (("data.labelled.verifier=judge", JUDGE[0]), ["rewards.judge.model"], "data.labelled.verifier=judge asks"),
+    (JUDGE[1:], ["rewards.judge.url"], "is wanted beside"),
+    (("rewards.judge.url=h:1", JUDGE[1]), ["rewards.judge.url"], "is no address"),
+    (("rewards.judge.url=http://h:1/v1/chat/completions", JUDGE[1]), ["rewards.judge.url"], "is added to it"),
+    ((*JUDGE, "rewards.judge.key_file=TMP/none"), ["rewards.judge.key_file"], "is no file"),
+    ((*JUDGE, "rewards.judge.key_file=TMP/empty"), ["rewards.judge.key_file"], "is empty"),
+    (
+        (*JUDGE, "data.unlabelled.verifier=judge", "stage2.method=ttrl", "stage2.labelled_prompts=0"),
+        ["data.unlabelled.verifier"],
+        "not responses with one another",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "fields", "wrong"), JUDGES, ids=[row[2] for row in JUDGES])
+def test_rules_on_the_judge(files: Path, overrides: tuple[str, ...], fields: list[str], wrong: str) -> None:
+    (files / "empty").write_text("\n")
+    found = problems(files, *overrides)
+    assert [problem.field for problem in found] == fields, "\n".join(map(str, found))
+    assert wrong in found[0].wrong
+
+
+def test_an_eval_needs_no_judge_for_training_sets(files: Path) -> None:
+    assert problems(files, "data.labelled.verifier=judge", purpose=Purpose.eval) == []

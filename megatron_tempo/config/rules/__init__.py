@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from enum import Enum
 
 from megatron_tempo.config.problem import Problem
-from megatron_tempo.config.rules import data, evaluation, layout, numbers, rollout, run, stages
+from megatron_tempo.config.rules import data, evaluation, layout, numbers, rewards, rollout, run, stages
 from megatron_tempo.config.rules.model import read_models
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import MISSING, walk
@@ -33,6 +33,7 @@ def check(config: Config, *, world_size: int | None, purpose: Purpose = Purpose.
     problems += run.check(config, training=purpose is Purpose.train)
     problems += layout.check(config, shapes, world_size)
     problems += rollout.check(config)
+    problems += rewards.check(config, training=purpose is Purpose.train)
     problems += evaluation.check(config, required=purpose is Purpose.eval)
     if purpose is Purpose.train:
         problems += data.check(config)

@@ -60,6 +60,12 @@ _BOUNDS: dict[type, dict[str, _Bound]] = {
         "answer_seconds": _ABOVE_ZERO,
         "hang_seconds": _ABOVE_ZERO,
     },
+    schema.JudgeConfig: {
+        "concurrency": _ONE_OR_MORE,
+        "retries": _ZERO_OR_MORE,
+        "timeout_seconds": _ABOVE_ZERO,
+        "max_tokens": _ONE_OR_MORE,
+    },
     schema.OptimizerConfig: {
         "lr": _SMALL,
         "warmup_steps": _ZERO_OR_MORE,

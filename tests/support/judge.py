@@ -1,0 +1,104 @@
+"""A stand-in for a judge: an HTTP server on a real socket that answers chat completions as a function says."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What is sent back: the judge's words, or with another status a body of its own."""
+
+    text: str | None
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes | None = None
+
+
+@dataclass
+class Judge:
+    """The server. `asked` has the body of every request, `keys` its Authorization."""
+
+    answer: Callable[[Judge, dict[str, Any]], Reply]
+    url: str = ""
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+    busy: int = 0
+    busiest: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+def quoted(body: dict[str, Any]) -> dict[str, str]:
+    """The nonce, and the texts that stand between its lines, as an honest reader finds them."""
+    said = body["messages"][1]["content"]
+    nonce = re.findall(r"^BEGIN QUESTION ([0-9a-f]{32})$", said, re.MULTILINE)[0]
+    found = {"nonce": nonce}
+    for name in ("QUESTION", "REFERENCE ANSWER", "RESPONSE"):
+        (found[name],) = re.findall(
+            f"^BEGIN {name} {nonce}\n(.*?)\nEND {name} {nonce}$", said, re.DOTALL | re.MULTILINE
+        )
+    return found
+
+
+def honest(judge: Judge, body: dict[str, Any]) -> Reply:
+    """Right where the last word of the response is the reference answer."""
+    found = quoted(body)
+    right = found["RESPONSE"].split()[-1:] == [found["REFERENCE ANSWER"]]
+    return verdict(found["nonce"], "right" if right else "wrong")
+
+
+def verdict(nonce: str, word: str) -> Reply:
+    return Reply(json.dumps({"nonce": nonce, "verdict": word}))
+
+
+@contextmanager
+def judge_server(answer: Callable[[Judge, dict[str, Any]], Reply] = honest) -> Iterator[Judge]:
+    judge = Judge(answer)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with judge.lock:
+                judge.asked.append(body)
+                judge.keys.append(self.headers["Authorization"])
+                judge.busy += 1
+                judge.busiest = max(judge.busiest, judge.busy)
+            try:
+                assert self.path == "/v1/chat/completions"
+                reply = judge.answer(judge, body)
+            finally:
+                with judge.lock:
+                    judge.busy -= 1
+            content = reply.body
+            if content is None:
+                content = json.dumps({"choices": [{"message": {"role": "assistant", "content": reply.text}}]}).encode()
+            self.send_response(reply.status)
+            for name, value in reply.headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    judge.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield judge
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
