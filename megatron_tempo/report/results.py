@@ -21,8 +21,9 @@ RESULTS = "results.json"
 NAMED = 10  # questions that a refusal names
 PERMUTATIONS = 9999  # changes of sign that are drawn where there are more than that many
 
-# Settings in which two runs differ that make their scores no less comparable.
-_OWN = ("run.dir", "run.device", "run.precision", "parallel.", "metrics.", "rollout.engine", "rollout.servers.")
+# How a model is asked and judged: where two runs differ in it, that may be what makes their scores differ.
+_ASKED = ("run.seed", "run.precision", "rollout.", "evaluation.", "rewards.judge.model")
+_NO_MATTER = ("rollout.servers.", "rollout.batch_rows", "rollout.dump", "rollout.replay", "rollout.max_staleness")
 
 
 def results_table(results: Record, pass_k: Sequence[int]) -> str:
@@ -147,9 +148,9 @@ def _difference(name: str, a: dict[str, list[int]], b: dict[str, list[int]]) -> 
 
 
 def _other_settings(first: Path, second: Path) -> list[str]:
-    """Settings that could make the scores differ, the model's own apart."""
+    """Settings that could make the scores differ, the model apart."""
     configs = [load_config(folder / "config.json") for folder in (first, second)]
-    return [line for line in differences(*configs) if not line.startswith((*_OWN, "model."))]
+    return [line for line in differences(*configs) if line.startswith(_ASKED) and not line.startswith(_NO_MATTER)]
 
 
 def _listed(sets: dict[str, Any]) -> str:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 VERSION = 1  # of the prompt, and part of what a verdict is kept under: raise it with every change of its words
 READINGS = 3  # times that a response is put to the judge until it gives a verdict that can be read
 QUESTION_CHARS = 20_000  # a longer question is shown without its middle
-ANSWER_CHARS = 4_000
+ANSWER_CHARS = 20_000
 REPLY_BYTES = 2**20
 LONGEST_WAIT = 60.0  # seconds between two tries
 

@@ -153,7 +153,7 @@ def test_what_is_shown_is_bounded(tmp_path: Path) -> None:
     assert len(shown["QUESTION"]) <= QUESTION_CHARS + 10
     with (
         scorer(Judge(honest, url="http://127.0.0.1:1"), tmp_path) as found,
-        pytest.raises(InputError, match="4001 char"),
+        pytest.raises(InputError, match="20001 char"),
     ):
         found.check("q", "x" * (ANSWER_CHARS + 1))
 
