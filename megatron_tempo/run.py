@@ -29,6 +29,7 @@ from megatron_tempo.methods.learner import Learner, Rollouts
 from megatron_tempo.metrics import Metrics
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
+from megatron_tempo.models.machine import described
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.report.summary import summary_table
 from megatron_tempo.rewards.verifiers import Verifiers
@@ -103,6 +104,7 @@ class Run:
             metrics = stack.enter_context(Metrics(Path(config.run.dir), config.metrics, layout.is_writer))
             labelled, unlabelled = prompt_streams(config, tokenizer, verifiers, metrics.message)
             sets = evaluation_sets(config, tokenizer, verifiers)
+            metrics.message(described(config, place.machine))
             actor, critic = build_actor(place), build_critic(place)
             engine = build_engine(place, metrics.message)
             stack.callback(engine.close)

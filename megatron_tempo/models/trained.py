@@ -38,6 +38,7 @@ class Model:
     micro_batch_tokens: int
     module: Any  # the network as it is called: in its wrappers, if it has any
     counted: TokenCount = field(default_factory=TokenCount)
+    settled: int = 0  # of delayed scaling: 1 when the scales of forward passes are known, 2 those of backward ones too
 
     @classmethod
     def frozen(
@@ -63,12 +64,27 @@ class Model:
                 answer[cells] = values.float().cpu()
             return output.new_zeros(()), cells
 
-        self._run(
-            micro_batches(batch, torch.arange(len(batch)), self.layout, self.micro_batch_tokens, self.device),
-            collect,
-            forward_only=True,
-        )
+        parts = self._packed(batch, torch.arange(len(batch)))
+        self._settle(parts, collect, forward_only=True)
+        self._run(parts, collect, forward_only=True)
         return sum_over_ranks(answer)
+
+    def _packed(self, batch: Batch, rows: Tensor) -> list[MicroBatch]:
+        return micro_batches(
+            batch, rows, self.layout, self.micro_batch_tokens, self.device, token_multiple=self.net.token_multiple
+        )
+
+    def _settle(self, parts: list[MicroBatch], loss: Loss, *, forward_only: bool) -> None:
+        """Give delayed scaling its first scales, by a pass of one micro-batch whose outcome is done without.
+
+        It starts with scales of 1, under which FP8 loses most of a weight and all of a gradient, and Transformer Engine
+        takes new ones in passes with gradient alone.
+        """
+        config, wanted = self.net.config, 1 if forward_only else 2
+        if config.fp8 and config.fp8_recipe == "delayed" and self.settled < wanted:
+            with torch.enable_grad():
+                self._run(parts[:1], loss, forward_only=forward_only)
+            self.settled = wanted
 
     def _run(self, parts: list[MicroBatch], loss: Loss, *, forward_only: bool) -> None:
         for part in parts:
@@ -114,7 +130,7 @@ class TrainedModel(Model):
                 optimizer="adam",
                 lr=0.0,  # set before each step
                 weight_decay=0.0,
-                bf16=precision is Precision.bf16,
+                bf16=config.bf16,
                 params_dtype=config.params_dtype,
                 use_distributed_optimizer=True,
             ),
@@ -136,9 +152,7 @@ class TrainedModel(Model):
         Raises FloatingPointError for a gradient that is not finite; the weights are then as before.
         """
         self.module.train()
-        self.module.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        parts = micro_batches(batch, rows, self.layout, self.micro_batch_tokens, self.device)
+        parts = self._packed(batch, rows)
         # Megatron divides by the micro-batches of this rank and averages over the data-parallel ranks.
         scale = len(parts) * self.layout.data / len(rows)
         place = torch.full((len(batch),), -1).index_put((rows,), torch.arange(len(rows)))
@@ -154,6 +168,9 @@ class TrainedModel(Model):
         # Taken back, since a network whose config holds its optimizer is never freed: the cycle goes through tensors
         # that Python's collector cannot follow, and process groups would stay with their threads.
         self.net.config.grad_scale_func = self.optimizer.scale_loss
+        self._settle(parts, scaled, forward_only=False)
+        self.module.zero_grad_buffer()
+        self.optimizer.zero_grad()
         self._run(parts, scaled, forward_only=False)
         self.net.config.grad_scale_func = None
         self._set_hyperparameters(config)
@@ -202,7 +219,7 @@ class TrainedModel(Model):
 
 def _on_device(net: PackedGPT, device: torch.device, precision: Precision) -> Any:
     module = net.cuda(device) if device.type == "cuda" else net
-    return Float16Module(net.config, module) if precision is Precision.bf16 else module
+    return module if precision is Precision.fp32 else Float16Module(net.config, module)
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:

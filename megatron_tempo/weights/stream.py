@@ -55,7 +55,7 @@ class WeightStream:
         dtype: torch.dtype | None = None,
     ) -> None:
         """`dtype`: what the tensors travel and arrive in; none: the model's."""
-        self._parameters = dict(net.named_parameters())
+        self._parameters = net.weights()
         self._device = next(net.parameters()).device
         self._dtype = dtype or net.config.params_dtype
         self._layout = layout
