@@ -137,6 +137,7 @@ class TrainedModel(Model):
             [ddp],
             use_gloo_process_groups=False,
         )
+        _mend_places(optimizer)
         _begin_adam(optimizer)
         config.finalize_model_grads_func = finalize_model_grads
         return cls(net, layout, device, micro_batch_tokens, ddp, optimizer=optimizer)
@@ -193,6 +194,7 @@ class TrainedModel(Model):
         """Take a state that `optimizer.sharded_state_dict` described and a checkpoint filled."""
         if not _torch_optimizers(self.optimizer):
             self.optimizer.load_state_dict(state)
+            _complete_groups(self.optimizer)
             return
         # With torch's Adam, Megatron 0.16 trips over the step counters while it loads the moments, and gives all
         # parameters one and the same counter: each would then count it up. So the counters step aside.
@@ -230,6 +232,27 @@ def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimize
     """The inner optimizers that are torch's own: where neither Transformer Engine nor Apex brings a fused one."""
     inner = [part.optimizer for part in _parts(optimizer)]
     return [one for one in inner if isinstance(one, torch.optim.Adam | torch.optim.AdamW)]
+
+
+def _mend_places(optimizer: MegatronOptimizer) -> None:
+    """Note each parameter's place in its group as it is: fp32 ones, such as a value head's, first, then bf16 ones.
+
+    Megatron 0.16 notes them in the model's order, and would take one parameter's state for another's in a checkpoint.
+    """
+    for part in _parts(optimizer):
+        pairs = zip(part.model_fp32_groups, part.model_float16_groups, strict=True)
+        for group, (wide, narrow) in enumerate(pairs):
+            for place, parameter in enumerate([*wide, *narrow]):
+                part.model_param_group_index_map[parameter] = (group, place)
+
+
+def _complete_groups(optimizer: MegatronOptimizer) -> None:
+    """Give a fused Adam's groups what a checkpoint of torch's Adam lacks, and its count of steps as a whole number."""
+    for inner in (part.optimizer for part in _parts(optimizer)):
+        for group in inner.param_groups:
+            group.update({name: value for name, value in inner.defaults.items() if name not in group})
+            if "step" in group:
+                group["step"] = int(group["step"])
 
 
 def _begin_adam(optimizer: MegatronOptimizer) -> None:
