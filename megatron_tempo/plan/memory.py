@@ -13,7 +13,7 @@ from enum import Enum
 from megatron_tempo.config.schema import NEEDS, Config, EngineKind, EnginePrecision, Logits, StageConfig
 from megatron_tempo.plan import activations, engine, head
 from megatron_tempo.plan.layout import Layout, Machine, MicroBatch, layout_of, machine_of, micro_batch_of
-from megatron_tempo.plan.parameters import Role, layer_parameters, parameters, resident
+from megatron_tempo.plan.parameters import Role, fp8_copies, layer_parameters, parameters, resident
 from megatron_tempo.plan.shapes import Shape
 from megatron_tempo.plan.split import Split, split_of
 
@@ -35,6 +35,7 @@ class Phase(Enum):
 
 class Part(Enum):
     weights = "weights"
+    fp8 = "FP8 weights"
     gradients = "gradients"
     optimizer = "optimizer"
     reference = "reference"
@@ -174,8 +175,13 @@ class _Phases:
             Part.optimizer: sum(model.optimizer for model in models),
         }
         if any(one.actor.kl_coef > 0 for one in self.stages):
-            parts[Part.reference] = models[0].weights
+            parts[Part.reference] = models[0].weights + self._fp8(stage, trained=False)
+        if fp8 := len(models) * self._fp8(stage, trained=True):
+            parts[Part.fp8] = fp8
         return parts
+
+    def _fp8(self, stage: int, *, trained: bool) -> float:
+        return fp8_copies(self.config, self.shape, self.layout, stage, trained=trained)
 
     def moment(self, phase: Phase, stage: int) -> Parts:
         """What a phase needs beyond what is resident, at its worst."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_tempo.config.schema import Config, EnginePrecision, Logits, Published, Recompute
+from megatron_tempo.config.schema import Config, EnginePrecision, Logits, Precision, Published, Recompute
 from megatron_tempo.kernels import linear_logprobs
 from megatron_tempo.models import packing
 from megatron_tempo.plan import activations, engine, head, layout
@@ -156,6 +156,24 @@ def test_models_stay_and_a_reference_joins_them() -> None:
     assert Part.cache in found.phases[Phase.generate]
     assert Part.cache not in found.phases[Phase.actor]
     assert found.phases[Phase.actor][Part.engine] == pytest.approx(2 * 8.19e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", [Precision.fp8_delayed, Precision.fp8_blockwise])
+def test_fp8_adds_its_copies_of_the_matrices(precision: Precision) -> None:
+    config = planned("parallel.tensor=4", "parallel.pipeline=2", "stage1.actor.kl_coef=0.1")
+    shape = PUBLISHED[Published.qwen3_8b]
+    bf16 = [stage_memory(config, shape, stage)[Phase.generate] for stage in (0, 1)]
+    config.run.precision = precision
+    if precision is Precision.fp8_blockwise:
+        config.model.bf16_ends = 2
+    # A layer of Qwen3-8B: (2 x 4096 + 2 x 1024 + 3 x 12288) x 4096 numbers, over 4 tensor ranks; 18 layers a stage.
+    numbers = (18 - config.model.bf16_ends) * 192_937_984 / 4
+    fp8 = [stage_memory(config, shape, stage)[Phase.generate] for stage in (0, 1)]
+    for before, after in zip(bf16, fp8, strict=True):
+        assert after.pop(Part.fp8) == 2 * 2 * numbers
+        assert after.pop(Part.reference) == before.pop(Part.reference) + numbers
+        assert after == before
+    assert engine.precision_of(config) is engine_precision(config) is EnginePrecision.bf16
 
 
 def test_a_server_beside_the_trainer_stays_too() -> None:
