@@ -221,7 +221,7 @@ class ServersConfig:
     host: str = "127.0.0.1"  # address that started servers, and the senders of weights, listen at; a name: its own
     devices: list[int] | None = None  # GPUs of a node, `tensor` a server in their order; none: those in sight
     tensor: int = 1  # tensor parallelism of each server
-    precision: EnginePrecision | None = None  # of its weights; none: run.precision
+    precision: EnginePrecision | None = None  # of its weights; none: run.precision, or bf16 where that is an FP8 one
     arguments: list[str] = field(default_factory=list)  # more of its command line, such as --mem-fraction-static=0.8
     transport: Transport = Transport.group
     dispatch: Dispatch = Dispatch.longest_first
