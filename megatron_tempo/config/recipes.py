@@ -17,8 +17,6 @@ Version = tuple[int, ...]
 
 # The oldest TE that the layers are written for: from here on its FP8 recipes are as below.
 TE_VERSION: Version = (2, 1)
-# Megatron-Core 0.16.1 names TE from 2.9 on and below this one in its package (extra "dev").
-TE_UNTRIED: Version = (2, 12)
 BF16_CAPABILITY: Version = (8, 0)
 
 
