@@ -96,6 +96,10 @@ def test_resumed_with_other_layers(
         config = run_config(projects[kind], run, iterations)
         config.rollout.replay = str(unchanged[kind] / "rollouts")
         launch(config, layout, tmp_path / f"ranks{iterations}", pool)
+        names = ("Transformer Engine 2.11.0", "Transformer Engine's FusedAdam")
+        layers, optimizer = names if pool is WITH_TE else ("Megatron-Core and torch", "torch.optim.AdamW")
+        said = f"device: CPU; layers: {layers}, fp32; optimizer: {optimizer}"
+        assert said in (tmp_path / f"ranks{iterations}/rank0.log").read_text()
     assert_resumed(unchanged[kind], run, until, tmp_path)
 
 
