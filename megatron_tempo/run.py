@@ -31,6 +31,7 @@ from megatron_tempo.methods.learner import Learner, Rollouts
 from megatron_tempo.metrics import Metrics
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
+from megatron_tempo.models.machine import described
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.report.summary import summary_table
 from megatron_tempo.rewards.verifiers import Verifiers
@@ -107,6 +108,7 @@ class Run:
             labelled, unlabelled = prompt_streams(config, tokenizer, verifiers, metrics.message)
             sets = evaluation_sets(config, tokenizer, verifiers)
             peaks = PeakMemory(place.device, planned(config, dist.get_world_size(), place.device))
+            metrics.message(described(config, place.machine))
             metrics.message(peaks.plan())
             actor, critic = build_actor(place), build_critic(place) if config.has_critic else None
             engine = build_engine(place, metrics.message)

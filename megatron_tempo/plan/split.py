@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_tempo.config.problem import Problem
-from megatron_tempo.config.rules import layout, numbers, rollout, stages
+from megatron_tempo.config.rules import layout, numbers, precision, rollout, stages
 from megatron_tempo.config.schema import Config, EngineKind
 from megatron_tempo.plan.shapes import Shape, shape_of
 
@@ -64,7 +64,7 @@ def laid_out(config: Config, shape: Shape) -> list[Problem]:
     world = split_of(config).trainers
     fields = ["model.path"] + (["model.critic_path"] if config.model.critic_path is not None else [])
     shapes = dict.fromkeys(fields, shape.of_rules())
-    found = [*layout.check(config, shapes, world), *_devices(config)]
+    found = [*layout.check(config, shapes, world), *precision.check(config, shapes), *_devices(config)]
     found += [problem for problem in rollout.check(config) if not problem.field.startswith(_ELSEWHERE)]
     return found + list(stages.check_data_parallel(config, world))
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from enum import Enum
 
 from megatron_tempo.config.problem import Problem
-from megatron_tempo.config.rules import data, evaluation, layout, numbers, rollout, run, stages
+from megatron_tempo.config.rules import data, evaluation, layout, numbers, precision, rollout, run, stages
 from megatron_tempo.config.rules.model import read_models
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import MISSING, walk
@@ -32,6 +32,7 @@ def check(config: Config, *, world_size: int | None, purpose: Purpose = Purpose.
     problems += numbers.check(config)
     problems += run.check(config, training=purpose is Purpose.train)
     problems += layout.check(config, shapes, world_size)
+    problems += precision.check(config, shapes)
     problems += rollout.check(config)
     problems += evaluation.check(config, required=purpose is Purpose.eval)
     if purpose is Purpose.train:

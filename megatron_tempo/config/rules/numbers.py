@@ -31,6 +31,7 @@ _DUAL_CLIP = _Bound("above 1", "3", lambda x: x > 1)
 
 _BOUNDS: dict[type, dict[str, _Bound]] = {
     schema.RunConfig: {"seed": _ZERO_OR_MORE},
+    schema.ModelConfig: {"bf16_ends": _ZERO_OR_MORE},
     schema.ParallelConfig: {
         "tensor": _ONE_OR_MORE,
         "pipeline": _ONE_OR_MORE,
