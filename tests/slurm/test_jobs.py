@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,34 +26,41 @@ def test_a_run_over_two_nodes(undisturbed: Submitted) -> None:
     assert "nothing is left to do" in undisturbed.log(1)
 
 
-def test_the_snapshot_is_what_ran(site: Site, undisturbed: Submitted) -> None:
-    # Copied without what Python had compiled: this is of the job's own imports.
-    assert list((undisturbed.folder / "code/megatron_tempo/__pycache__").glob("train.*.pyc"))
-    assert json.loads((undisturbed.folder / "config.json").read_text())["run"]["dir"] == str(undisturbed.run)
-    assert undisturbed.folder.name == "0001"
-
-
-def test_told_to_stop_it_ends_as_if_it_had_not_been(site: Site, undisturbed: Submitted) -> None:
-    job = site.started("preempted")
-    assert "waits or runs" in site.submit("preempted").stderr
-    job.until(lambda: job.done() >= 2)
+def as_before_the_limit(job: Submitted) -> None:
+    """What SLURM does `grace_seconds` before the time limit."""
     command("scancel", "--batch", "--signal=USR1", job.ids[0])
+
+
+def by_another_job(job: Submitted) -> None:
+    """One that goes before, on the same nodes: SLURM sends TERM, and requeues by itself after a grace time."""
+    command("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+
+
+@pytest.mark.parametrize(("disturb", "signal"), [(as_before_the_limit, "USR1"), (by_another_job, "TERM")])
+def test_told_to_stop_it_ends_as_if_it_had_not_been(
+    site: Site, undisturbed: Submitted, disturb: Callable[[Submitted], None], signal: str
+) -> None:
+    job = site.started(f"stopped_by_{signal}")
+    assert "waits or runs" in site.submit(job.run.name).stderr
+    job.until(lambda: job.done() >= 2)
+    disturb(job)
     facts = job.ended()
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1")
     told = job.log()
-    assert "told to stop by USR1" in told
+    assert f"told to stop by {signal}" in told or f"as told by {signal}" in told
     assert "resumed from" in told
-    stopped = [line for line in told.splitlines() if line.startswith("stopped after ")]
-    assert len(stopped) == 1
-    assert 2 <= int(stopped[0].split()[2]) < LAST, "the signal came in the middle of the run"
+    (stopped,) = (line for line in told.splitlines() if line.startswith("stopped after "))
+    assert 2 <= int(stopped.split()[2]) < LAST, "it was stopped in the middle of the run"
     assert weights(job.exported) == weights(undisturbed.exported)
     assert numbers(job.run) == numbers(undisturbed.run)
     assert not (job.folder / "failures").exists()
-    # Submitted again it has a folder of its own, and says what is otherwise.
-    again = site.started("preempted", "metrics.progress=true")
+
+
+def test_submitted_again_it_says_what_is_otherwise(site: Site, undisturbed: Submitted) -> None:
+    again = site.started("undisturbed", "metrics.tensorboard=true")
+    command("scancel", again.ids[0])
     assert again.folder.name == "0002"
-    assert "metrics.progress: False -> True" in again.told
-    assert again.ended()["JobState"] == "COMPLETED"
+    assert "metrics.tensorboard: False -> True" in again.told
 
 
 def test_cancelled_it_stays_so(site: Site) -> None:
@@ -75,6 +82,7 @@ def test_a_hang_is_cut_short_and_the_second_failure_at_a_step_is_the_last(site: 
     told = job.log()
     assert "the trainer has not stopped in time" in told
     assert told.count("RuntimeError: planted") >= 2
+    assert f'File "{job.folder}/code/megatron_tempo/train.py"' in told, "the snapshot is what runs"
     assert "failed twice after step 2 (exit code " in told
     assert (job.folder / "failures").read_text().startswith("step 2: exit code ")
     assert (job.run / "checkpoints/step_00000002").exists()

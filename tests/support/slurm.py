@@ -59,7 +59,10 @@ NodeName=node1 NodeAddr=127.0.0.1 Port=17001
 NodeName=node2 NodeAddr=127.0.0.1 Port=17002
 NodeName=DEFAULT CPUs=128 CoresPerSocket=128 RealMemory=2000000 Gres=gpu:h100:{gpus}
 NodeName=big[1-{large}] NodeAddr=127.0.0.1 Port=[17011-{last}]
-PartitionName=debug Nodes=node[1-2] MaxTime=60 State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=debug Nodes=node[1-2] MaxTime=60 State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=node[1-2] MaxTime=60 State=UP PriorityTier=9 PreemptMode=OFF
 {partitions}
 """
 
