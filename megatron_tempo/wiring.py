@@ -34,6 +34,7 @@ from megatron_tempo.models.residence import Residence
 from megatron_tempo.models.shape import Shape
 from megatron_tempo.models.trained import Model, TrainedModel
 from megatron_tempo.rewards.verifiers import Verifiers
+from megatron_tempo.rollout.dialect import Dialect
 from megatron_tempo.rollout.embedded import EmbeddedEngine
 from megatron_tempo.rollout.engine import Engine
 from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt, Weights
@@ -110,16 +111,20 @@ def build_engine(place: Workplace, tell: Callable[[str], None]) -> Engine:
     kind, model = config.rollout.engine, Path(config.model.path)
     if kind is EngineKind.embedded:
         return EmbeddedEngine(model, place.device, DTYPES[config.run.precision], config.rollout.batch_rows)
-    # These bring an HTTP client, for these engines only.
-    from megatron_tempo.rollout.servers import ServersEngine
+    from megatron_tempo.rollout.servers import ServersEngine  # an HTTP client, for these engines only
+
+    servers, dialect = config.rollout.servers, dialect_of(config, cpu=place.device.type == "cpu")
+    work, vocab = Path(config.run.dir) / "engine", read_shape(model).vocab
+    return ServersEngine(dialect, servers, model, work, engine_precision(config), place.device, vocab, tell)
+
+
+def dialect_of(config: Config, *, cpu: bool) -> Dialect:
+    """How the servers of `rollout.engine` are started and spoken to."""
     from megatron_tempo.rollout.sglang import Sglang
     from megatron_tempo.rollout.vllm import Vllm
 
-    servers = config.rollout.servers
     kinds: dict[EngineKind, type[Sglang | Vllm]] = {EngineKind.sglang: Sglang, EngineKind.vllm: Vllm}
-    dialect = kinds[kind](cpu=place.device.type == "cpu", tensor=servers.tensor)
-    work, vocab = Path(config.run.dir) / "engine", read_shape(model).vocab
-    return ServersEngine(dialect, servers, model, work, engine_precision(config), place.device, vocab, tell)
+    return kinds[config.rollout.engine](cpu=cpu, tensor=config.rollout.servers.tensor)
 
 
 def engine_precision(config: Config) -> EnginePrecision:

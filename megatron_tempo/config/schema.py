@@ -411,11 +411,32 @@ class MetricsConfig:
 
 
 @dataclass(slots=True)
+class SlurmConfig:
+    """How a site takes jobs, for `submit` alone. What is none is left to SLURM's own defaults."""
+
+    partition: str | None = None
+    account: str | None = None
+    time_limit: str | None = None  # of a job: MINUTES, HH:MM:SS or D-HH:MM:SS
+    grace_seconds: int = 600  # before the limit's end: an iteration and a checkpoint must fit in
+    gres: str | None = "gpu"  # what the site calls a GPU, such as gpu:h100; none: it names none
+    cpus_per_task: int | None = None  # CPUs that come with each GPU
+    options: list[str] = field(default_factory=list)  # more of sbatch's, such as --qos=high
+    modules: list[str] = field(default_factory=list)  # to load
+    environment: dict[str, str] = field(default_factory=dict)  # of all processes, such as NCCL_IB_HCA: mlx5
+    interface: str | None = None  # network interface of NCCL's and gloo's sockets
+    container: str | None = None  # image, for srun's --container-image (pyxis); none: without
+    mounts: list[str] = field(default_factory=list)  # HOST:CONTAINER; run.dir and the working folder come of themselves
+    python: str | None = None  # of the jobs; none: the one that submits, in a container python3
+
+
+@dataclass(slots=True)
 class ClusterConfig:
-    """The machines that `plan` plans for. Rates are peaks as the vendor tells them, shares are assumptions of ours."""
+    """The machines that `plan` plans for and `submit` submits to. Rates are peaks as the vendor tells them, shares are
+    assumptions of ours."""
 
     gpu: str = ""  # its name; `check` knows by it what `run.precision` may be
     nodes: int = 1
+    rollout_nodes: int = 0  # the last so many of them serve alone: `submit` starts rollout.servers.replicas on each
     gpus_per_node: int = 8
     memory_gb: float = 0.0  # of a GPU, 10^9 bytes
     reserve_gb: float = 6.0  # of it left alone: CUDA contexts, NCCL's and cuBLAS's buffers, gaps between tensors
@@ -427,6 +448,11 @@ class ClusterConfig:
     compute_share: float = 0.4  # of bf16_tflops that a training pass reaches
     memory_share: float = 0.6  # of memory_tbs that decoding reaches
     link_share: float = 0.5  # of a link that a weight sync reaches
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+
+    @property
+    def training_nodes(self) -> int:
+        return self.nodes - self.rollout_nodes
 
     @property
     def gpus(self) -> int:
@@ -445,7 +471,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    cluster: ClusterConfig | None = None  # for `plan`, and for `check` to know the GPU
+    cluster: ClusterConfig | None = None  # for `plan` and `submit`, and for `check` to know the GPU
 
     def stages(self) -> dict[str, StageConfig]:
         """The stages in their order, by name, empty ones included."""

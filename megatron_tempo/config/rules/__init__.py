@@ -19,6 +19,8 @@ class Purpose(Enum):
     train = "train"
     eval = "eval"  # stages, training data and checkpoints play no part
     plan = "plan"  # the rules of megatron_tempo/plan/split.py instead
+    serve = "serve"  # those of the engine alone
+    convert = "convert"  # numbers alone: a converter reads no configuration
 
 
 def check(config: Config, *, world_size: int | None, purpose: Purpose = Purpose.train) -> list[Problem]:
@@ -27,6 +29,8 @@ def check(config: Config, *, world_size: int | None, purpose: Purpose = Purpose.
     `world_size` is the number of processes launched; none: `parallel.world_size`, and where that is none too, the
     rules on data parallelism are passed over.
     """
+    if purpose in (Purpose.serve, Purpose.convert):
+        return list(rollout.check(config) if purpose is Purpose.serve else numbers.check(config))
     shapes, problems = read_models(config)
     problems += _missing(config, purpose)
     problems += numbers.check(config)
