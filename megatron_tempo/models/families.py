@@ -66,7 +66,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's config of this shape and layout. Weights are not initialised: they are always loaded.
 
-    `layers` is not auto: `models.engine.chosen_layers` says what that means where we are.
+    `layers` is not auto: `models.machine.chosen_layers` says what that means where we are.
     """
     assert layers is not Layers.auto
     dtype = DTYPES[precision]

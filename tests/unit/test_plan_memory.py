@@ -214,6 +214,9 @@ def test_fp8_adds_its_copies_of_the_matrices(precision: Precision) -> None:
         assert after.pop(Part.fp8) == 2 * 2 * numbers
         assert after.pop(Part.reference) == before.pop(Part.reference) + numbers
         assert after == before
+    config.parallel.offload = True
+    offloaded = place_memory(config, shape, places[0])[Phase.generate]
+    assert offloaded[Part.fp8] == 2 * 2 * numbers, "they stay when their model leaves"
     assert engine.precision_of(config) is engine_precision(config) is EnginePrecision.bf16
 
 

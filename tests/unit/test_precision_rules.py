@@ -29,7 +29,7 @@ def files(tmp_path: Path) -> Path:
 def problems(files: Path, *overrides: str, model: str = "even") -> list[Problem]:
     given = [*good_overrides(files), f"model.path={files}/{model}", *overrides]
     if any(override.startswith("cluster.") for override in overrides):
-        rates = ("memory_gb", "bf16_tflops", "memory_tbs", "nvlink_gbs", "network_gbs")
+        rates = ("memory_gb", "bf16_tflops", "memory_tbs", "nvlink_gbs", "network_gbs", "host_gbs")
         given += [f"cluster.{name}=80" for name in rates]
     return check(configure(given), world_size=None)
 
@@ -72,6 +72,12 @@ BROKEN = [
         "run.precision",
         "multiples of 128, which the feed-forward units of a tensor rank (192) of model.path",
         "parallel.tensor=2 or run.precision=fp8_delayed or fp8_tensorwise or mxfp8 or bf16",
+    ),
+    (
+        "run.precision=fp8_blockwise parallel.critic.tensor=4",
+        "run.precision",
+        "(192) of model.path",
+        "parallel.critic.tensor=2 or run.precision=",
     ),
     ("run.precision=fp8_delayed cluster.gpu=A100", "run.precision", "8.9 or more, and A100 has 8.0", "=bf16"),
     ("run.precision=fp8_blockwise cluster.gpu=L40S", "run.precision", "9.0 or more, below 12.0", "fp8_tensorwise"),

@@ -21,6 +21,7 @@ from megatron_tempo.config.recipes import (
     runs_on,
     wanted_gpu,
 )
+from megatron_tempo.config.rules.layout import Laid, folders_of, laid_of
 from megatron_tempo.config.rules.model import ModelShape
 from megatron_tempo.config.schema import Config, Layers, Precision
 
@@ -47,10 +48,14 @@ def check(config: Config, shapes: dict[str, ModelShape]) -> Iterator[Problem]:
     if config.model.layers is Layers.transformer_engine and precision is Precision.fp32:
         wrong = "Transformer Engine's fast attentions are for bf16"
         yield Problem("model.layers", config.model.layers, wrong, "run.precision=bf16, or model.layers=auto")
-    yield from _ends(config, shapes)
-    if recipe is not None and config.parallel.tensor > 0:
-        for field, shape in shapes.items():
-            yield from _sizes(config, recipe, field, shape)
+    yield from _ends(config)
+    found: list[Problem] = []
+    for role, folder in folders_of(config).items():
+        if recipe is not None and folder in shapes:
+            laid = laid_of(config, role)
+            found += _ends_of(config, laid, folder, shapes[folder])
+            found += _sizes(config, recipe, laid, folder, shapes[folder])
+    yield from dict.fromkeys(found)  # a critic of the actor's folder and layout says the same
     if config.cluster is not None and config.cluster.gpu in GPUS:
         yield from _gpu(precision, config.cluster.gpu, GPUS[config.cluster.gpu])
 
@@ -80,27 +85,27 @@ def check_machine(config: Config, machine: Machine) -> Iterator[Problem]:
         yield Problem(field, value, wrong, f"install {dotted(wanted)} or later, or {field}=another")
 
 
-def _ends(config: Config, shapes: dict[str, ModelShape]) -> Iterator[Problem]:
+def _ends(config: Config) -> Iterator[Problem]:
     ends, precision = config.model.bf16_ends, config.run.precision
-    if ends <= 0:  # rules.numbers refuses negative ones
-        return
-    if precision not in RECIPES:
+    if ends > 0 and precision not in RECIPES:
         wrong = f"with run.precision={precision.name} there is no FP8 to keep layers from"
         yield Problem("model.bf16_ends", ends, wrong, "model.bf16_ends=0, or an FP8 run.precision")
-    if precision is Precision.fp8_delayed:
+    if ends > 0 and precision is Precision.fp8_delayed:
         wrong = "delayed scaling follows the whole model's magnitudes: Megatron-Core cannot leave layers out of it"
         yield Problem("model.bf16_ends", ends, wrong, "model.bf16_ends=0, or run.precision=fp8_tensorwise")
-    for field, shape in shapes.items():
-        layers, pipeline = shape.num_hidden_layers, max(1, config.parallel.pipeline)
-        most = min((layers - 1) // 2, layers // pipeline)
-        if precision in RECIPES and ends > most:
-            wrong = f"{field} has {layers} layers: one must be left for FP8, and either end lies in one pipeline stage"
-            yield Problem("model.bf16_ends", ends, wrong, f"model.bf16_ends={most} or less")
 
 
-def _sizes(config: Config, recipe: Recipe, field: str, shape: ModelShape) -> Iterator[Problem]:
+def _ends_of(config: Config, laid: Laid, folder: str, shape: ModelShape) -> Iterator[Problem]:
+    layers, ends = shape.num_hidden_layers, config.model.bf16_ends
+    most = min((layers - 1) // 2, layers // max(1, laid.parallel.pipeline))
+    if ends > most:
+        wrong = f"{folder} has {layers} layers: one must be left for FP8, and either end lies in one pipeline stage"
+        yield Problem("model.bf16_ends", ends, wrong, f"model.bf16_ends={most} or less")
+
+
+def _sizes(config: Config, recipe: Recipe, laid: Laid, folder: str, shape: ModelShape) -> Iterator[Problem]:
     """The inputs and outputs of a layer's four linear maps, on one tensor rank."""
-    tensor = config.parallel.tensor
+    tensor = max(1, laid.parallel.tensor)
     queries, keys = (n * shape.head_dim for n in (shape.num_attention_heads, shape.num_key_value_heads))
     cut = {
         "queries": queries,
@@ -112,21 +117,16 @@ def _sizes(config: Config, recipe: Recipe, field: str, shape: ModelShape) -> Ite
     uneven = [f"{name} ({size})" for name, size in sizes.items() if size % recipe.multiple]
     if not uneven:
         return
-    wrong = f"multiplies in multiples of {recipe.multiple}, which {' and '.join(uneven)} of {field} are not"
-    yield Problem("run.precision", config.run.precision, wrong, _fits(config, shape.hidden_size, cut))
-
-
-def _fits(config: Config, hidden: int, cut: dict[str, int]) -> str:
-    """What would do: less tensor parallelism, or a recipe of smaller blocks."""
-    recipe, tensor = RECIPES[config.run.precision], config.parallel.tensor
 
     def even(tensor: int, multiple: int) -> bool:
-        return hidden % multiple == 0 and all(size % (tensor * multiple) == 0 for size in cut.values())
+        return shape.hidden_size % multiple == 0 and all(size % (tensor * multiple) == 0 for size in cut.values())
 
     smaller = [t for t in range(tensor - 1, 0, -1) if tensor % t == 0 and even(t, recipe.multiple)]
-    others = [precision.name for precision, other in RECIPES.items() if even(tensor, other.multiple)]
-    fixes = [f"parallel.tensor={smaller[0]}"] if smaller else []
-    return " or ".join([*fixes, f"run.precision={' or '.join([*others, Precision.bf16.name])}"])
+    others = [other.name for other, needs in RECIPES.items() if even(tensor, needs.multiple)]
+    fixes = [f"{laid.fields['tensor']}={smaller[0]}"] if smaller else []
+    wrong = f"multiplies in multiples of {recipe.multiple}, which {' and '.join(uneven)} of {folder} are not"
+    fix = " or ".join([*fixes, f"run.precision={' or '.join([*others, Precision.bf16.name])}"])
+    yield Problem("run.precision", config.run.precision, wrong, fix)
 
 
 def _gpu(precision: Precision, gpu: str, capability: Version) -> Iterator[Problem]:
