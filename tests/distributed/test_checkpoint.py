@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -62,6 +63,19 @@ def unchanged(projects: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
         config.rollout.dump = True
         launch(config, (1, 1, 1, 1), out / kind / "ranks")
     return {kind: out / kind / "run" for kind in projects}
+
+
+def trained_alone(config: Config) -> list[str]:
+    """The processes that a run with checkpoints has left behind."""
+    train(config)
+    return [" ".join(one.cmdline()) for one in psutil.Process().children(recursive=True)]
+
+
+def test_checkpoints_leave_no_process_behind(projects: dict[str, Path], tmp_path: Path) -> None:
+    """A trainer that is killed could not end it."""
+    config = run_config(projects["untied"], tmp_path / "run", 2)
+    config.checkpoint.every = 1
+    assert run_ranks(trained_alone, 1, tmp_path / "ranks", config)[0] == []
 
 
 @pytest.mark.parametrize("name", CHANGES)
