@@ -3,14 +3,14 @@ PYTHON ?= python3
 PROCESSES ?= 2
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow test-engines test-gpu plan-tables lint clean
+.PHONY: quickstart test test-slow test-engines test-slurm test-gpu plan-tables study lint clean
 
 quickstart: .venv/installed  ## the main job: train on countdown, from a small pretrained model to a report
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) \
 		-m megatron_tempo train experiment=quickstart $(ARGS)
 
 test: .venv/installed-test  ## unit and distributed tests
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not engine" $(ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not engine and not slurm" $(ARGS)
 
 test-slow: .venv/installed-test  ## what .ci/run runs beyond that
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
@@ -18,16 +18,24 @@ test-slow: .venv/installed-test  ## what .ci/run runs beyond that
 test-engines: .venv/installed-test .venv-sglang/installed .venv-vllm/installed  ## against real inference servers, each in its own environment
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engine $(ARGS)
 
+test-slurm: .venv/installed-test .venv-sglang/installed  ## the job scripts on a SLURM of two nodes, which it starts here; wants root on Debian
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.slurm $(BIN)/python -m pytest -m slurm $(ARGS)
+
 test-gpu: .venv/installed-test  ## what only a machine with a GPU shows
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 plan-tables: .venv/installed  ## the table of docs/planning.md
 	$(BIN)/python tools/plan_tables.py
 
+study: .venv/installed  ## docs/study.md: hours, on every core; goes on where it was
+	$(BIN)/python tools/study.py run $(ARGS)
+	$(BIN)/python tools/study.py report
+
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources launch/* .ci/run
 
 .venv/installed: pyproject.toml | .venv
 	$(BIN)/pip install --quiet --editable .

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
 import zlib
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.parallel import Layout
@@ -57,6 +59,9 @@ class Checkpoints:
             for name in models:
                 (partial / name).mkdir(parents=True)
         dist.barrier()
+        # Megatron's writer would start a process for the results of asynchronous saves, which outlives a trainer that
+        # is killed. These saves are not asynchronous: a queue in this process will do.
+        filesystem_async._results_queue = queue.SimpleQueue()
         for name, model in models.items():
             with model.at_work():
                 dist_checkpointing.save(_sharded(model, is_loading=False), str(partial / name))

@@ -7,6 +7,7 @@ by `config.tree.read`, all of them at once and wherever they stand.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import socket
@@ -35,15 +36,19 @@ from megatron_tempo.config.rules.data import SUFFIXES
 from megatron_tempo.config.schema import Config, Verifier, to_plain
 from megatron_tempo.config.summary import summary
 from megatron_tempo.config.tree import read
-from megatron_tempo.errors import EngineError, InputError
+from megatron_tempo.errors import EngineError, InputError, Stopped
 from megatron_tempo.plan.search import plan_of, search
 from megatron_tempo.plan.shapes import shape_of
 from megatron_tempo.plan.split import problems as plan_problems
 from megatron_tempo.plan.table import report
+from megatron_tempo.submit import job as jobs
+from megatron_tempo.submit.submission import preview, submit
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _GROUPS = ("model", "data", "benchmark", "engine", "algorithm", "experiment", "cluster")
-EVAL_DIR = "runs/eval"  # an eval whose command line names no run.dir gets a folder of its own below this one
+# A job of these kinds whose command line names no run.dir gets a folder of its own below these.
+EVAL_DIR, CONVERT_DIR = "runs/eval", "runs/convert"
+STOPPED = 75  # exit status of a run that was told to stop: the same command goes on (EX_TEMPFAIL of sysexits.h)
 
 _DESCRIPTION = "TEMPO: test-time training of reasoning models by EM, on Megatron-Core."
 _EPILOG = """\
@@ -61,6 +66,8 @@ examples:
   megatron-tempo eval  model=FOLDER data=questions.jsonl
   megatron-tempo eval  model=FOLDER benchmark=math500 data=math500.jsonl
   megatron-tempo compare runs/eval/A runs/eval/B
+  megatron-tempo submit experiment=qwen3_8b_aime cluster=mysite ... --dry-run
+  megatron-tempo submit --job convert cluster=mysite -- convert_megatron_to_hf RUN/checkpoints/step_N OUT
 
 eval: data=FILE (.jsonl or .parquet) becomes the evaluation set evaluation.sets.STEM, STEM being the file's name without
 its ending. Its fields are prompt_field=prompt, answer_field=answer and verifier=math unless given, as in
@@ -73,24 +80,39 @@ _COMMANDS = {
     "check": "report every problem of a configuration, without torch",
     "plan": "tell the memory and the time that a configuration will need, and which layouts fit, without torch",
     "eval": "measure avg@k and pass@k of a model",
+    "submit": "check the configuration, print its plan, and submit it to SLURM (docs/cluster.md)",
+    "serve": "rollout servers on a node of their own; what submit starts there",
 }
 
 _COMPARE = "compare two evaluations of the same questions, question by question: difference, interval, paired test"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 2 where the user has something to mend, or 1 where an engine failed or a plan does
-    not fit."""
+    """Returns the exit status: 0, 2 where the user has something to mend, 1 where an engine failed or a plan does not
+    fit, or STOPPED."""
     arguments = _arguments(argv)
     if arguments.command == "compare":
         return _compare(arguments.first, arguments.second)
-    purpose = {"eval": Purpose.eval, "plan": Purpose.plan}.get(arguments.command, Purpose.train)
+    kind = jobs.Kind[arguments.job] if arguments.command == "submit" else None
+    purpose = Purpose.__members__.get(kind.name if kind is not None else arguments.command, Purpose.train)
     launched = int(os.environ.get("WORLD_SIZE", "1")) if arguments.command in ("train", "eval") else None  # torchrun's
     try:
-        config = build(arguments.overrides, config_dir=arguments.config_dir, purpose=purpose, world_size=launched)
+        config = build(
+            arguments.overrides,
+            config_dir=arguments.config_dir,
+            purpose=purpose,
+            world_size=launched,
+            whole=arguments.config,
+            submitted=kind,
+        )
         if arguments.command == "plan":
             return _plan(config, arguments.picture)
-        _run(arguments.command, config)
+        if kind is not None:
+            return _submit(config, kind, arguments)
+        if arguments.command == "serve":
+            _serve(config, arguments.folder)
+        else:
+            _run(arguments.command, config)
     except InputError as error:
         # One report a node: what is wrong, such as a file that is not there, may be wrong on one node alone.
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -100,12 +122,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EngineError as error:  # on the rank that saw it
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, flush=True)
+        return STOPPED
     return 0
 
 
-def _run(command: str, config: Config) -> None:
-    # What Megatron-Core and torch's distributed layer warn of (missing Apex, their own deprecations) is not the user's.
+def _quiet() -> None:
+    """What Megatron-Core and torch's distributed layer warn of (missing Apex, their own deprecations) is not the
+    user's."""
     warnings.filterwarnings("ignore", module=r"megatron(\.|_tempo\.models\.device)|torch\.(distributed|jit)")
+
+
+def _run(command: str, config: Config) -> None:
+    _quiet()
     if command == "check":
         print("ok")
         print(summary(config))
@@ -145,24 +176,60 @@ def _plan(config: Config, picture: str | None) -> int:
     return 0 if own.over is None else 1
 
 
+def _serve(config: Config, folder: str) -> None:
+    from megatron_tempo.serve import serve
+
+    _quiet()
+    serve(config, Path(folder))
+
+
+def _submit(config: Config, kind: jobs.Kind, arguments: argparse.Namespace) -> int:
+    job = jobs.Job(kind, config, tuple(arguments.words))
+    if kind is jobs.Kind.train:
+        print(f"{_planned(config)}\n")
+    if arguments.dry_run:
+        print(preview(job, REPOSITORY), end="")
+        return 0
+    submit(job, REPOSITORY, arguments.chain, print)
+    return 0
+
+
+def _planned(config: Config) -> str:
+    """The plan, or why there is none."""
+    if problems := plan_problems(config):
+        return f"no plan: {problems[0]}"
+    shape = shape_of(config)[0]
+    assert shape is not None
+    return report(config, shape, plan_of(config, shape), search(config, shape))
+
+
 def build(
     overrides: Sequence[str],
     *,
     purpose: Purpose = Purpose.train,
     world_size: int | None = None,
     config_dir: str | None = None,
+    whole: str | None = None,
+    submitted: jobs.Kind | None = None,
 ) -> Config:
     """The checked configuration. Raises ConfigErrors with everything that is wrong with it.
 
-    Where a preset is unknown the rules are not checked: most of what they would say follows from its absence.
+    `whole` is a config.json that the overrides go over, in place of the tree's defaults. Where it is to be `submitted`
+    the cluster is checked too, and `world_size` is as many as the job will start. Where a preset is unknown the rules
+    are not checked: most of what they would say follows from its absence.
     """
-    plain, problems = _compose(overrides, purpose, config_dir)
+    plain, problems = _compose(overrides, purpose, config_dir, whole)
     config, unread = read(plain)
     problems += unread
     told = {problem.field for problem in problems}
     if not any(_group_meant(field) for field in told):
+        found = list(jobs.problems(config, submitted)) if submitted is not None else []
+        if submitted is not None and not found and purpose is not Purpose.convert:
+            world_size = jobs.processes(config)
         planned = purpose is Purpose.plan
-        found = plan_problems(config) if planned else check(config, world_size=world_size, purpose=purpose)
+        found += plan_problems(config) if planned else check(config, world_size=world_size, purpose=purpose)
+        if submitted is not None:
+            found = [problem for problem in found if not jobs.elsewhere(config, problem)]
         problems += [problem for problem in found if problem.field not in told]
     if problems:
         raise ConfigErrors(problems)
@@ -177,12 +244,19 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         command = commands.add_parser(name, help=text, description=text, epilog=_EPILOG, formatter_class=raw)
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the configuration")
         command.add_argument("--config-dir", metavar="DIR", help="a folder of your own presets, searched as well")
+        command.add_argument("--config", metavar="FILE", help="a config.json that the changes go over")
         if name == "plan":
             command.add_argument("--picture", metavar="FILE", help="draw the memory by phase, as a .png, .svg or .pdf")
+        elif name == "submit":
+            _submit_options(command)
+        elif name == "serve":
+            command.add_argument("--folder", metavar="DIR", required=True, help="holds the key; gets the addresses")
     comparison = commands.add_parser("compare", help=_COMPARE, description=_COMPARE)
     comparison.add_argument("first", metavar="RUN_A", help="a folder that eval has written to")
     comparison.add_argument("second", metavar="RUN_B", help="another, of the same questions")
-    arguments, rest = parser.parse_known_args(argv)  # argparse leaves overrides behind an option over
+    words = list(sys.argv[1:] if argv is None else argv)
+    end = words.index("--") if "--" in words else len(words)
+    arguments, rest = parser.parse_known_args(words[:end])  # argparse leaves overrides behind an option over
     if unknown := [word for word in rest if word.startswith("-")]:
         parser.error(f"unknown option {unknown[0]}")
     if arguments.command == "compare":
@@ -190,11 +264,31 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"compare takes two folders, not {rest[0]} as well")
         return arguments
     arguments.overrides += rest
+    arguments.words = words[end + 1 :]
+    converts = arguments.command == "submit" and arguments.job == "convert"
+    if converts and (not arguments.words or arguments.words[0] not in _CONVERTERS):
+        parser.error(f"--job convert wants -- {' or '.join(_CONVERTERS)} and its arguments at the end")
+    if arguments.command == "submit" and arguments.chain > 1 and arguments.job != "train":
+        parser.error("--chain is for training: nothing else is done in parts")
+    if arguments.words and not converts:
+        parser.error("what stands behind -- is for submit --job convert")
     return arguments
 
 
+_CONVERTERS = ("convert_hf_to_megatron", "convert_megatron_to_hf")
+
+
+def _submit_options(command: argparse.ArgumentParser) -> None:
+    kinds = tuple(jobs.Kind.__members__)
+    command.add_argument("--job", choices=kinds, default="train", help="what to do (default: train)")
+    command.add_argument("--dry-run", action="store_true", help="print the plan and the script, submit nothing")
+    command.add_argument(
+        "--chain", type=int, choices=range(1, 100), default=1, metavar="N", help="so many jobs, one behind another"
+    )
+
+
 def _compose(
-    overrides: Sequence[str], purpose: Purpose, config_dir: str | None
+    overrides: Sequence[str], purpose: Purpose, config_dir: str | None, whole: str | None
 ) -> tuple[dict[str, Any], list[Problem]]:
     """The tree as plain data, without the overrides that cannot be applied, and what is wrong with those."""
     folder = REPOSITORY / "configs"
@@ -204,7 +298,7 @@ def _compose(
     if config_dir is not None and not Path(config_dir).is_dir():
         raise ConfigErrors([Problem("--config-dir", config_dir, "is not a folder", "give the folder of your presets")])
     store = ConfigStore.instance()
-    store.store(name="defaults", node=to_plain(Config()))
+    store.store(name="defaults", node=to_plain(Config()) if whole is None else _whole(whole))
     for name in (name for name, benchmark in BENCHMARKS.items() if not benchmark.training):
         store.store(group="benchmark", name=name, node=preset(name), package="_global_")
     OmegaConf.register_new_resolver("repo", lambda path: str(REPOSITORY / path), replace=True)
@@ -214,8 +308,9 @@ def _compose(
         presets = {group: loader.get_group_options(group, overrides=search) for group in _GROUPS}
         # An eval writes beside no training run and no other eval unless told to. Only one process writes, so that it
         # does no harm where the clocks of several differ.
-        fresh = f"{EVAL_DIR}/{time.strftime('%Y%m%d-%H%M%S')}"
-        words = [f"++run.dir={fresh}"] if purpose is Purpose.eval else []
+        folders = {Purpose.eval: EVAL_DIR, Purpose.convert: CONVERT_DIR}
+        folder_of = folders.get(purpose) if whole is None else None
+        words = [] if folder_of is None else [f"++run.dir={folder_of}/{time.strftime('%Y%m%d-%H%M%S')}"]
         problems: list[Problem] = []
         chosen = [name for text in overrides for name in _benchmarks(text)]
         # A set made by data=FILE comes first, so that its fields can be given in any order.
@@ -228,6 +323,18 @@ def _compose(
             return _plain(search + words), problems
         except _COMPOSING:
             return _plain(_sift(search, words, problems)), problems
+
+
+def _whole(file: str) -> dict[str, Any]:
+    try:
+        plain = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigErrors(
+            [Problem("--config", file, f"cannot be read ({error})", "give a run's config.json")]
+        ) from error
+    if not isinstance(plain, dict):
+        raise ConfigErrors([Problem("--config", file, "does not hold an object", "give a run's config.json")])
+    return plain
 
 
 # ValueError and IndexError: OmegaConf's, for a position in a list that is none (evaluation.pass_k.x=1).

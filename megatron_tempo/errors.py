@@ -10,3 +10,7 @@ class InputError(ValueError):
 
 class EngineError(RuntimeError):
     """An engine that failed, or that answered what cannot be trained on."""
+
+
+class Stopped(Exception):
+    """A run that was told to stop. It stands in a checkpoint; the message says which."""

@@ -23,7 +23,7 @@ from megatron_tempo.config.tree import differences
 from megatron_tempo.config.tree import load as load_config
 from megatron_tempo.config.tree import save as save_config
 from megatron_tempo.data.stream import PromptStream
-from megatron_tempo.errors import EngineError, InputError
+from megatron_tempo.errors import EngineError, InputError, Stopped
 from megatron_tempo.evaluation.evaluator import Evaluator
 from megatron_tempo.memory import PeakMemory, planned
 from megatron_tempo.methods import METHODS
@@ -31,6 +31,7 @@ from megatron_tempo.methods.learner import Learner, Rollouts
 from megatron_tempo.metrics import Metrics
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
+from megatron_tempo.models.machine import described
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.report.summary import summary_table, unreadable
 from megatron_tempo.rewards.verifiers import Verifiers
@@ -38,6 +39,7 @@ from megatron_tempo.rollout import dump
 from megatron_tempo.rollout.batches import Asked, ask, batch_of, collect, summed_counts
 from megatron_tempo.rollout.engine import Engine, Sampling
 from megatron_tempo.seen import Seen
+from megatron_tempo.stopping import Stops
 from megatron_tempo.types import Batch, LabelledPrompt, UnlabelledPrompt, Weights
 from megatron_tempo.wiring import (
     QuestionKeys,
@@ -113,6 +115,7 @@ class Run:
             labelled, unlabelled = prompt_streams(config, tokenizer, verifiers, keys, metrics.message)
             sets = evaluation_sets(config, tokenizer, verifiers)
             peaks = PeakMemory(place.device, planned(config, dist.get_world_size(), place.device))
+            metrics.message(described(config, place.machine))
             metrics.message(peaks.plan())
             actor, critic = build_actor(place), build_critic(place) if config.has_critic else None
             engine = build_engine(place, metrics.message)
@@ -323,12 +326,27 @@ class Run:
         try:
             yield
         except EngineError as error:
-            newest, now = self.checkpoints.newest(), self.checkpoints.path(self.step)
-            if self.step and newest != now:
-                self.checkpoint()
-                newest = now
-            where = "" if newest is None else f"; the same command goes on from {newest}"
-            raise EngineError(f"{error}{where}") from error
+            raise EngineError(f"{error}{self._saved()}") from error
+
+    def stop_if_asked(self, stops: Stops) -> None:
+        """Where somebody wants the run to stop, save it as it stands and raise Stopped. Collective."""
+        if warning := stops.late():
+            self.metrics.message(warning)
+        why = stops.asked(is_writer=self.place.is_writer)
+        if why is None:
+            return
+        where = self._saved()
+        if self.place.is_writer:
+            stops.leave(self.step, why)
+        raise Stopped(f"stopped after {self.step} iterations, as told by {why}{where}")
+
+    def _saved(self) -> str:
+        """Save what was learnt since the last checkpoint; where the run will go on, in words."""
+        newest, now = self.checkpoints.newest(), self.checkpoints.path(self.step)
+        if self.step and newest != now:
+            self.checkpoint()
+            newest = now
+        return "" if newest is None else f"; the same command goes on from {newest}"
 
     def finish(self) -> None:
         """Hugging Face folders of actor and, if any, critic; the report, and the table of results."""

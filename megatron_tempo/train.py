@@ -21,6 +21,7 @@ from megatron_tempo.rollout.batches import summed_counts
 from megatron_tempo.run import Run
 from megatron_tempo.schedule import remaining
 from megatron_tempo.seen import seen_of
+from megatron_tempo.stopping import Stops
 from megatron_tempo.wiring import (
     QuestionKeys,
     build_critic,
@@ -38,15 +39,19 @@ def train(config: Config) -> None:
     """Train as the config says, going on from the newest whole checkpoint of `run.dir` if there is one.
 
     Raises ValueError for input that does not fit the config, OSError for what cannot be written, FloatingPointError
-    for a gradient that is not finite, EngineError where no engine is left; a checkpoint is then written first.
+    for a gradient that is not finite, EngineError where no engine is left and Stopped where it was told to stop; a
+    checkpoint is then written first.
     """
-    with open_workplace(config) as place, Run.open(place) as run:
+    grace = config.cluster.slurm.grace_seconds if config.cluster is not None else None
+    with Stops(Path(config.run.dir), grace) as stops, open_workplace(config) as place, Run.open(place) as run:
         done = run.resume()
         with run.rescued():
             run.evaluate_if_due()
             for stage_name, stage, iteration in remaining(config, done):
+                run.stop_if_asked(stops)
                 figures = run.iterate(stage_name, stage, iteration)
                 run.metrics.step(figures)
+                run.stop_if_asked(stops)
                 run.sync_engine()
                 run.evaluate_if_due()
                 run.checkpoint_if_due()

@@ -17,6 +17,8 @@ import torch.distributed as dist
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from megatron_tempo.config.problem import ConfigErrors
+from megatron_tempo.config.rules.precision import Machine, check_machine
 from megatron_tempo.config.schema import Config, CriticTargets, EngineKind, EnginePrecision, Precision
 from megatron_tempo.data.dataset import load_labelled, load_unlabelled, overlap, question_keys
 from megatron_tempo.data.stream import PromptStream
@@ -28,11 +30,13 @@ from megatron_tempo.models.critic import Critic
 from megatron_tempo.models.device import select_device
 from megatron_tempo.models.families import DTYPES, FAMILIES, read_shape, transformer_config
 from megatron_tempo.models.gpt import LanguageModel, PackedGPT, ValueModel
+from megatron_tempo.models.machine import chosen_layers, machine_of
 from megatron_tempo.models.parallel import Layout, Layouts, parallel_groups
 from megatron_tempo.models.residence import Residence
 from megatron_tempo.models.shape import Shape
 from megatron_tempo.models.trained import Model, TrainedModel
 from megatron_tempo.rewards.verifiers import Verifiers
+from megatron_tempo.rollout.dialect import Dialect
 from megatron_tempo.rollout.embedded import EmbeddedEngine
 from megatron_tempo.rollout.engine import Engine
 from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt, Weights
@@ -55,6 +59,7 @@ class Workplace:
     layouts: Layouts
     device: torch.device
     residence: Residence
+    machine: Machine
 
     @property
     def is_writer(self) -> bool:
@@ -66,15 +71,16 @@ class Workplace:
 def open_workplace(config: Config) -> Iterator[Workplace]:
     """The device and the process groups, for the time of a job."""
     device = select_device(config.run.device, int(os.environ.get("LOCAL_RANK", "0")))
-    if device.type == "cpu" and config.run.precision is not Precision.fp32:
-        raise InputError(f"run.precision={config.run.precision.name} wants a GPU, and there is none: set it to fp32")
+    machine = machine_of(device)
+    if problems := list(check_machine(config, machine)):
+        raise ConfigErrors(problems)
     # On CUDA some operations have no deterministic form; there torch warns instead of stopping.
     torch.use_deterministic_algorithms(config.run.deterministic, warn_only=device.type == "cuda")
     # Beside it, torch fills all memory that is asked for unfilled: a launch more for each of a kernel's results.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     transformers.utils.logging.disable_progress_bar()
     with parallel_groups(config.parallel, device, config.run.seed) as layouts:
-        yield Workplace(config, layouts, device, Residence(one_at_a_time=config.parallel.offload))
+        yield Workplace(config, layouts, device, Residence(one_at_a_time=config.parallel.offload), machine)
 
 
 def build_actor(place: Workplace) -> Actor:
@@ -109,21 +115,25 @@ def build_engine(place: Workplace, tell: Callable[[str], None]) -> Engine:
     kind, model = config.rollout.engine, Path(config.model.path)
     if kind is EngineKind.embedded:
         return EmbeddedEngine(model, place.device, DTYPES[config.run.precision], config.rollout.batch_rows)
-    # These bring an HTTP client, for these engines only.
-    from megatron_tempo.rollout.servers import ServersEngine
-    from megatron_tempo.rollout.sglang import Sglang
-    from megatron_tempo.rollout.vllm import Vllm
+    from megatron_tempo.rollout.servers import ServersEngine  # an HTTP client, for these engines only
 
-    servers = config.rollout.servers
-    kinds: dict[EngineKind, type[Sglang | Vllm]] = {EngineKind.sglang: Sglang, EngineKind.vllm: Vllm}
-    dialect = kinds[kind](cpu=place.device.type == "cpu", tensor=servers.tensor)
+    servers, dialect = config.rollout.servers, dialect_of(config, cpu=place.device.type == "cpu")
     work, vocab = Path(config.run.dir) / "engine", read_shape(model).vocab
     return ServersEngine(dialect, servers, model, work, engine_precision(config), place.device, vocab, tell)
 
 
+def dialect_of(config: Config, *, cpu: bool) -> Dialect:
+    """How the servers of `rollout.engine` are started and spoken to."""
+    from megatron_tempo.rollout.sglang import Sglang
+    from megatron_tempo.rollout.vllm import Vllm
+
+    kinds: dict[EngineKind, type[Sglang | Vllm]] = {EngineKind.sglang: Sglang, EngineKind.vllm: Vllm}
+    return kinds[config.rollout.engine](cpu=cpu, tensor=config.rollout.servers.tensor)
+
+
 def engine_precision(config: Config) -> EnginePrecision:
     servers = config.rollout.servers if config.rollout.engine is not EngineKind.embedded else None
-    return (servers and servers.precision) or EnginePrecision[config.run.precision.name]
+    return (servers and servers.precision) or EnginePrecision[config.run.precision.numbers.name]
 
 
 def build_verifiers(config: Config) -> Verifiers:
@@ -312,7 +322,15 @@ def _language_model(place: Workplace) -> PackedGPT:
 def _network(place: Workplace, kind: Callable[..., PackedGPT], path: Path, layout: Layout) -> PackedGPT:
     place.residence.clear()
     shape = read_shape(path)
-    config = transformer_config(shape, layout, place.config.run.precision, place.config.parallel.recompute)
+    given = place.config
+    config = transformer_config(
+        shape,
+        layout,
+        given.run.precision,
+        given.parallel.recompute,
+        chosen_layers(given, place.machine),
+        given.model.bf16_ends,
+    )
     net = kind(config, shape, layout, kernels_for(place.device))
     folder.load(net, layout, _slots(net, layout), path)
     return net

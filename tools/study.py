@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,20 +38,18 @@ COMMON = (
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """A way to train in stage 2: overrides over the quickstart's, and what it is in words."""
+    """A way to train in stage 2: overrides ({data}: the study's own files), and what it is in words."""
 
     name: str
     words: tuple[str, ...]
     what: str
     group: str  # of the tables and pictures
-    files: tuple[str, ...] = field(default=())  # the data files of `write_files` that it reads
 
 
-def ours(name: str, what: str, group: str, *words: str, files: tuple[str, ...] = ()) -> Arm:
-    return Arm(name, words, what, group, files)
+def ours(name: str, what: str, group: str, *words: str) -> Arm:
+    return Arm(name, words, what, group)
 
 
-DATA = OUT / "data"
 ARMS = (
     # Table 1, Figures 1 and 3
     ours("tempo", "TEMPO", "methods", "algorithm=paper"),
@@ -73,13 +71,13 @@ ARMS = (
     ours("labelled_512", "512 labelled questions", "labels", "data.labelled.limit=512"),
     ours("labelled_64", "64 labelled questions", "labels", "data.labelled.limit=64"),
     ours("labelled_near", "labelled questions of the unlabelled ones' kind alone", "labels",
-         f"data.labelled.path={DATA / 'misleading.jsonl'}", files=("misleading",)),
+         "data.labelled.path={data}/misleading.jsonl"),
     ours("labelled_far", "labelled questions of the other kinds alone", "labels",
-         f"data.labelled.path={DATA / 'other.jsonl'}", files=("other",)),
+         "data.labelled.path={data}/other.jsonl"),
     # What is kept and carried over
     ours("more_unlabelled", "four times as many unlabelled questions", "transfer",
-         f"data.unlabelled.path={DATA / 'unlabelled_2048.jsonl'}", f"data.labelled.path={DATA / 'rest.jsonl'}",
-         f"evaluation.sets.unlabelled.path={EXAMPLES / 'unlabelled.jsonl'}", files=("unlabelled_2048", "rest")),
+         "data.unlabelled.path={data}/unlabelled_2048.jsonl", "data.labelled.path={data}/rest.jsonl",
+         f"evaluation.sets.unlabelled.path={EXAMPLES}/unlabelled.jsonl"),
     ours("kl", "a KL term, 0.02, to the policy of stage 1", "transfer", "stage2.actor.kl_coef=0.02"),
     ours("labelled_term", "labelled rows in the M-step", "transfer", "stage2.actor_on_labelled=true"),
 )  # fmt: skip
@@ -100,12 +98,17 @@ def write_files() -> None:
         "unlabelled_2048": [{"id": r["id"], "prompt": r["prompt"]} for r in [*unlabelled, *near[:1536]]],
         "rest": [row for row in read if row["id"] not in moved],
     }
-    DATA.mkdir(parents=True, exist_ok=True)
+    data().mkdir(parents=True, exist_ok=True)
     for name, rows in sets.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        path = DATA / f"{name}.jsonl"
+        path = data() / f"{name}.jsonl"
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
+
+
+def data() -> Path:
+    """Where `write_files` writes."""
+    return OUT / "data"
 
 
 def folder(arm: str, seed: int) -> Path:
@@ -131,7 +134,7 @@ def stage_two(arm: Arm, seed: int) -> list[str]:
     start = exported(seed)
     models = [f"model.path={start / 'actor'}", f"model.critic_path={start / 'critic'}"]
     return [*COMMON, *models, f"run.seed={seed}", f"run.dir={folder(arm.name, seed)}", "stage1.iterations=0",
-            "checkpoint.export_hf=false", *arm.words]  # fmt: skip
+            "checkpoint.export_hf=false", *(word.replace("{data}", str(data())) for word in arm.words)]  # fmt: skip
 
 
 def train(run: Path, words: list[str]) -> None:

@@ -26,8 +26,30 @@ class Device(Enum):
 
 
 class Precision(Enum):
+    """Of the trainer. FP8 is for the products of the layers' linear maps; all else is then as in bf16.
+
+    What each FP8 recipe needs stands in `config/recipes.py`.
+    """
+
     fp32 = "fp32"
     bf16 = "bf16"
+    fp8_delayed = "fp8_delayed"  # one scale a tensor, from the largest magnitude of the pass before
+    fp8_tensorwise = "fp8_tensorwise"  # one scale a tensor, from its own largest magnitude
+    fp8_blockwise = "fp8_blockwise"  # a scale for 128 numbers, for 128 x 128 of a weight
+    mxfp8 = "mxfp8"  # a scale for 32 numbers, a power of two
+
+    @property
+    def numbers(self) -> Precision:
+        """What weights, and everything outside those products, are kept in: fp32 or bf16."""
+        return Precision.fp32 if self is Precision.fp32 else Precision.bf16
+
+
+class Layers(Enum):
+    """Who implements the decoder's layers."""
+
+    auto = "auto"  # Transformer Engine on CUDA in bf16 or FP8, where it is installed; else local
+    local = "local"  # Megatron's own linear layers, torch's attention
+    transformer_engine = "transformer_engine"
 
 
 class EngineKind(Enum):
@@ -159,6 +181,8 @@ class RunConfig:
 class ModelConfig:
     path: str = "???"  # Hugging Face folder of the actor: config, safetensors, tokenizer
     critic_path: str | None = None  # Hugging Face folder of the critic; none: the actor's decoder, a zero value head
+    layers: Layers = Layers.auto
+    bf16_ends: int = 0  # layers at either end that stay in bf16 where run.precision is an FP8 one
     logits: Logits = Logits.recomputed
     shape: Published | None = None  # what `plan` plans for while model.path is not given
 
@@ -230,7 +254,7 @@ class ServersConfig:
     host: str = "127.0.0.1"  # address that started servers, and the senders of weights, listen at; a name: its own
     devices: list[int] | None = None  # GPUs of a node, `tensor` a server in their order; none: those in sight
     tensor: int = 1  # tensor parallelism of each server
-    precision: EnginePrecision | None = None  # of its weights; none: run.precision
+    precision: EnginePrecision | None = None  # of its weights; none: run.precision, or bf16 where that is an FP8 one
     arguments: list[str] = field(default_factory=list)  # more of its command line, such as --mem-fraction-static=0.8
     transport: Transport = Transport.group
     dispatch: Dispatch = Dispatch.longest_first
@@ -408,11 +432,32 @@ class MetricsConfig:
 
 
 @dataclass(slots=True)
-class ClusterConfig:
-    """The machines that `plan` plans for. Rates are peaks as the vendor tells them, shares are assumptions of ours."""
+class SlurmConfig:
+    """How a site takes jobs, for `submit` alone. What is none is left to SLURM's own defaults."""
 
-    gpu: str = ""  # its name, for the report
+    partition: str | None = None
+    account: str | None = None
+    time_limit: str | None = None  # of a job: MINUTES, HH:MM:SS or D-HH:MM:SS
+    grace_seconds: int = 600  # before the limit's end: an iteration and a checkpoint must fit in
+    gres: str | None = "gpu"  # what the site calls a GPU, such as gpu:h100; none: it names none
+    cpus_per_task: int | None = None  # CPUs that come with each GPU
+    options: list[str] = field(default_factory=list)  # more of sbatch's, such as --qos=high
+    modules: list[str] = field(default_factory=list)  # to load
+    environment: dict[str, str] = field(default_factory=dict)  # of all processes, such as NCCL_IB_HCA: mlx5
+    interface: str | None = None  # network interface of NCCL's and gloo's sockets
+    container: str | None = None  # image, for srun's --container-image (pyxis); none: without
+    mounts: list[str] = field(default_factory=list)  # HOST:CONTAINER; run.dir and the working folder come of themselves
+    python: str | None = None  # of the jobs; none: the one that submits, in a container python3
+
+
+@dataclass(slots=True)
+class ClusterConfig:
+    """The machines that `plan` plans for and `submit` submits to. Rates are peaks as the vendor tells them, shares are
+    assumptions of ours."""
+
+    gpu: str = ""  # its name; `check` knows by it what `run.precision` may be
     nodes: int = 1
+    rollout_nodes: int = 0  # the last so many of them serve alone: `submit` starts rollout.servers.replicas on each
     gpus_per_node: int = 8
     memory_gb: float = 0.0  # of a GPU, 10^9 bytes
     reserve_gb: float = 6.0  # of it left alone: CUDA contexts, NCCL's and cuBLAS's buffers, gaps between tensors
@@ -424,6 +469,11 @@ class ClusterConfig:
     compute_share: float = 0.4  # of bf16_tflops that a training pass reaches
     memory_share: float = 0.6  # of memory_tbs that decoding reaches
     link_share: float = 0.5  # of a link that a weight sync reaches
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+
+    @property
+    def training_nodes(self) -> int:
+        return self.nodes - self.rollout_nodes
 
     @property
     def gpus(self) -> int:
@@ -443,7 +493,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    cluster: ClusterConfig | None = None  # for `plan` alone
+    cluster: ClusterConfig | None = None  # for `plan` and `submit`, and for `check` to know the GPU
 
     def stages(self) -> dict[str, StageConfig]:
         """The stages in their order, by name, empty ones included."""

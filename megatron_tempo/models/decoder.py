@@ -1,9 +1,14 @@
-"""A decoder layer for Megatron-Core: attention, then a gated MLP, each added to the residual stream."""
+"""A decoder layer for Megatron-Core: attention, then a gated MLP, each added to the residual stream.
+
+Here it is made of Megatron's own linear layers; models/te.py makes the same layer of Transformer Engine's.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -18,6 +23,13 @@ from megatron_tempo.models.attention import PackedAttention, RotatedAttention
 from megatron_tempo.models.norms import NormedRowParallelLinear, RMSNorm
 from megatron_tempo.models.shape import LayerAttention, Shape
 
+# Norms that an implementation keeps inside the linear layer behind them, by the beginnings of their parameters' names
+# in a layer; and what the weight tables and the checkpoints call them, whoever implements the layers.
+NORMS_WITHIN = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Norms:
@@ -28,20 +40,37 @@ class Norms:
     before: bool  # norms before attention and MLP, or else behind them
 
 
-def decoder_layer(shape: Shape, attention: LayerAttention, norms: Norms) -> ModuleSpec:
-    """The spec of a layer that attends so."""
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an implementation makes a layer of."""
+
+    norm: type  # before attention and MLP; IdentityOp where the next has it within, or where norms stand behind
+    column: Any  # linear maps into attention and MLP
+    row: Any  # and out of them
+    core_attention: Callable[..., Any]  # takes also `window` and `sharpness`
+
+
+def local_layer(shape: Shape, attention: LayerAttention, norms: Norms) -> ModuleSpec:
+    """The spec of a layer that attends so, of Megatron's linear layers and torch's attention."""
+    if norms.before:
+        parts = Parts(RMSNorm, ColumnParallelLinear, RowParallelLinear, PackedAttention)
+    else:
+        parts = Parts(IdentityOp, ColumnParallelLinear, NormedRowParallelLinear, PackedAttention)
+    return layer_of(parts, shape, attention, norms)
+
+
+def layer_of(parts: Parts, shape: Shape, attention: LayerAttention, norms: Norms) -> ModuleSpec:
+    """The spec of a layer that attends so, made of these parts."""
     yarn = attention.rope.yarn
-    before = RMSNorm if norms.before else IdentityOp
-    output = RowParallelLinear if norms.before else NormedRowParallelLinear
     inner = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
+        linear_qkv=parts.column,
         core_attention=partial(
-            PackedAttention,
+            parts.core_attention,
             window=attention.window,
             # YaRN's factor of both queries and keys, as one of their products.
             sharpness=yarn.attention_factor**2 if yarn else 1.0,
         ),
-        linear_proj=output,
+        linear_proj=parts.row,
         q_layernorm=norms.query,
         k_layernorm=norms.key,
     )
@@ -49,11 +78,12 @@ def decoder_layer(shape: Shape, attention: LayerAttention, norms: Norms) -> Modu
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=before,
+            input_layernorm=parts.norm,
             self_attention=ModuleSpec(RotatedAttention, rotated, inner),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=before,
-            mlp=ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=output)),
+            pre_mlp_layernorm=parts.norm,
+            mlp=ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row)),
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=NORMS_WITHIN,
         ),
     )

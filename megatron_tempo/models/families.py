@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,9 +14,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_tempo.config.schema import Precision, Recompute
+from megatron_tempo.config.recipes import RECIPES
+from megatron_tempo.config.schema import Layers, Precision, Recompute
 from megatron_tempo.errors import InputError
 from megatron_tempo.models import olmo3, qwen3
+from megatron_tempo.models.decoder import Norms, local_layer
 from megatron_tempo.models.norms import RMSNorm
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.models.shape import LayerAttention, Shape
@@ -26,7 +29,8 @@ _RECOMPUTE: dict[Recompute, dict[str, Any]] = {
     Recompute.attention: {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     Recompute.layers: {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
-DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+# Of weights, activations and gradients; what FP8 is made of, layer by layer, too.
+DTYPES = {precision: torch.float32 if precision is Precision.fp32 else torch.bfloat16 for precision in Precision}
 
 
 class Family(Protocol):
@@ -37,7 +41,7 @@ class Family(Protocol):
 
     def shape_of(self, config: transformers.PretrainedConfig, file: Path) -> Shape: ...
 
-    def layer(self, shape: Shape, attention: LayerAttention) -> ModuleSpec: ...
+    def norms(self, shape: Shape) -> Norms: ...
 
 
 FAMILIES: dict[str, Family] = {"olmo3": olmo3, "qwen3": qwen3}  # by their model_type
@@ -53,9 +57,18 @@ def read_shape(folder: Path) -> Shape:
 
 
 def transformer_config(
-    shape: Shape, layout: Layout, precision: Precision, recompute: Recompute = Recompute.none
+    shape: Shape,
+    layout: Layout,
+    precision: Precision,
+    recompute: Recompute = Recompute.none,
+    layers: Layers = Layers.local,
+    bf16_ends: int = 0,
 ) -> TransformerConfig:
-    """Megatron's config of this shape and layout. Weights are not initialised: they are always loaded."""
+    """Megatron's config of this shape and layout. Weights are not initialised: they are always loaded.
+
+    `layers` is not auto: `models.machine.chosen_layers` says what that means where we are.
+    """
+    assert layers is not Layers.auto
     dtype = DTYPES[precision]
     return TransformerConfig(
         num_layers=shape.layers,
@@ -93,19 +106,56 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",  # unused, but the default one is refused beside variable lengths
         pipeline_dtype=dtype,
         params_dtype=dtype,
-        bf16=precision is Precision.bf16,
+        bf16=dtype is torch.bfloat16,
+        transformer_impl=layers.name,
         **_RECOMPUTE[recompute],
+        **_fp8(precision, bf16_ends),
     )
+
+
+def _fp8(precision: Precision, bf16_ends: int) -> dict[str, Any]:
+    """Megatron's words for an FP8 recipe. Weights stay in bf16, and so do the attention and the output layer."""
+    if precision not in RECIPES:
+        return {}
+    recipe = RECIPES[precision]
+    return {
+        "fp8": recipe.format,
+        "fp8_recipe": recipe.megatron,
+        # Delayed scaling takes the largest magnitudes of all ranks of a group at each pass. Replicas may have different
+        # numbers of micro-batches, so they must not wait for each other.
+        "tp_only_amax_red": True,
+        # Actor and critic share Transformer Engine's records of magnitudes: with a history longer than one pass, the
+        # passes of the one would push those of the other out.
+        "fp8_amax_history_len": 1,
+        "fp8_amax_compute_algo": "most_recent",
+        "first_last_layers_bf16": bf16_ends > 0,
+        "num_layers_at_start_in_bf16": bf16_ends,
+        "num_layers_at_end_in_bf16": bf16_ends,
+    }
+
+
+def token_multiple(config: TransformerConfig) -> int:
+    """What FP8 wants the number of tokens that a rank's linear layers see to be a multiple of."""
+    multiples = {recipe.megatron: recipe.multiple for recipe in RECIPES.values()}
+    return multiples[config.fp8_recipe] if config.fp8 else 1
 
 
 def _leave_as_is(weight: Tensor) -> Tensor:
     return weight
 
 
-def block_spec(shape: Shape, layout: Layout) -> TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig, shape: Shape, layout: Layout) -> TransformerBlockSubmodules:
     """The layers of this rank's pipeline stage, and the norm behind the last of all."""
     of_stage = shape.layers // layout.pipeline
     first = layout.pipeline_rank * of_stage
-    family = FAMILIES[shape.family]
-    specs = [family.layer(shape, attention) for attention in shape.attention[first : first + of_stage]]
+    layer, norms = _layer(Layers[config.transformer_impl]), FAMILIES[shape.family].norms(shape)
+    specs = [layer(shape, attention, norms) for attention in shape.attention[first : first + of_stage]]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
+
+
+def _layer(layers: Layers) -> Callable[[Shape, LayerAttention, Norms], ModuleSpec]:
+    if layers is Layers.local:
+        return local_layer
+    from megatron_tempo.models.te import te_layer  # its classes are Transformer Engine's
+
+    return te_layer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.parallel_state import get_tensor_model_parallel_group
@@ -16,7 +18,8 @@ from torch.nn import functional
 from megatron_tempo.config.schema import Logits
 from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.kernels import Kernels
-from megatron_tempo.models.families import block_spec
+from megatron_tempo.models.decoder import NORMS_WITHIN
+from megatron_tempo.models.families import block_spec, token_multiple
 from megatron_tempo.models.packing import MicroBatch
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.models.rotary import Rotary
@@ -35,7 +38,7 @@ class PackedGPT(GPTModel):
     ) -> None:
         super().__init__(
             config,
-            block_spec(shape, layout),
+            block_spec(config, shape, layout),
             vocab_size=padded_vocab(shape.vocab, layout.tensor),
             max_sequence_length=shape.max_positions,
             pre_process=layout.is_first_stage,
@@ -46,6 +49,16 @@ class PackedGPT(GPTModel):
         self.shape = shape
         self.rotary = Rotary(shape.ropes, shape.head_dim)
         self.kernels = kernels
+        self.token_multiple = token_multiple(config)
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """Its parameters by the names that the weight tables have for them, as its checkpoints do."""
+        found = {}
+        for name, parameter in self.named_parameters():
+            for ours, theirs in NORMS_WITHIN.items():
+                name = name.replace(ours, theirs)
+            found[name] = parameter
+        return found
 
     def forward(self, micro: MicroBatch) -> Tensor:
         """Hidden states [S / c (/ tensor), 1, hidden]; on the last stage the head's output."""
@@ -99,7 +112,9 @@ class LanguageModel(PackedGPT):
 
 
 class ValueHead(nn.Module):
-    """One number a token, in fp32. It starts at zero, so that an untrained critic has no opinion.
+    """One number a token. It starts at zero, so that an untrained critic has no opinion.
+
+    Weight, products and values are fp32 whatever the rest of the network is in.
 
     The weight is whole on every tensor rank; under sequence parallelism each rank applies it to its own tokens, and
     Megatron sums the gradients as it does for the norms.
@@ -109,18 +124,23 @@ class ValueHead(nn.Module):
         super().__init__()
         self.sequence_parallel = config.sequence_parallel
         device = torch.cuda.current_device()
-        self.weight = nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype, device=device))
-        self.bias = nn.Parameter(torch.zeros(1, dtype=config.params_dtype, device=device))
+        self.weight = nn.Parameter(torch.zeros(1, config.hidden_size, device=device))
+        self.bias = nn.Parameter(torch.zeros(1, device=device))
         for parameter in (self.weight, self.bias):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[S / c (/ tensor), 1, hidden] -> [S / c]."""
-        values = functional.linear(hidden.float(), self.weight.float(), self.bias.float())
+        values = functional.linear(hidden.float(), self.weight, self.bias)
         if self.sequence_parallel:
             # Every tensor rank computes the same loss from the gathered values: its gradient is split, not summed.
             values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
         return values.flatten()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ValueHead:
+        """Goes where the network goes, and stays fp32 when the network becomes bf16."""
+        super()._apply(lambda x: x.to(fn(x).device), recurse)
+        return self
 
 
 class ValueModel(PackedGPT):

@@ -14,7 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from transformers import PretrainedConfig
 
 from megatron_tempo.errors import InputError
-from megatron_tempo.models.decoder import Norms, decoder_layer
+from megatron_tempo.models.decoder import Norms
 from megatron_tempo.models.norms import ProjectionNorm
 from megatron_tempo.models.shape import LayerAttention, Rope, Shape, Yarn, expect, refuse
 
@@ -45,9 +45,9 @@ def shape_of(config: PretrainedConfig, file: Path) -> Shape:
     return Shape.of(config, tuple(attention[kind] for kind in kinds))
 
 
-def layer(shape: Shape, attention: LayerAttention) -> ModuleSpec:
+def norms(shape: Shape) -> Norms:
     query, key = (ModuleSpec(ProjectionNorm, {"heads": heads}) for heads in (shape.heads, shape.groups))
-    return decoder_layer(shape, attention, Norms(query, key, before=False))
+    return Norms(query, key, before=False)
 
 
 def _rope(config: PretrainedConfig, file: Path, kind: str) -> Rope:

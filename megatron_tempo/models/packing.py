@@ -23,6 +23,7 @@ class Packing(PackedSeqParams):
     Megatron hands this object through to the core attention. Its `qkv_format` is "sbhd", one row of all tokens:
     positions are given to the rotary embedding by token, and only the attention itself looks at the boundaries.
 
+    `cu_seqlens_q` and `cu_seqlens_kv`, int32 [sequences + 1], are where each sequence begins and the last one ends.
     `grid` is int64 [sequences, longest]: the token at each position, with -1 behind a sequence's end; `cells` is
     int64 [tokens]: each token's place in the flattened grid. Under context parallelism there are `pieces` instead, of
     this rank's tokens, and `order`, int64 [S]: where each token is among the ranks' tokens, one rank behind the other.
@@ -90,12 +91,17 @@ def divide_by_budget(lengths: Tensor, budget: int) -> list[Tensor]:
     return [torch.tensor(group, dtype=torch.int64) for group in groups]
 
 
-def micro_batches(batch: Batch, rows: Tensor, layout: Layout, budget: int, device: torch.device) -> list[MicroBatch]:
-    """This rank's share of the given rows of `batch`, packed. At least one micro-batch, if need be of padding alone."""
+def micro_batches(
+    batch: Batch, rows: Tensor, layout: Layout, budget: int, device: torch.device, token_multiple: int = 1
+) -> list[MicroBatch]:
+    """This rank's share of the given rows of `batch`, packed. At least one micro-batch, if need be of padding alone.
+
+    The tokens of each rank, under sequence parallelism too, are filled up to a multiple of `token_multiple`.
+    """
     lengths = batch.lengths[rows]
     share = rows[data_share(lengths, layout.data_rank, layout.data)]
     groups = divide_by_budget(batch.lengths[share], budget) or [torch.zeros(0, dtype=torch.int64)]
-    multiple = layout.tensor if layout.sequence_parallel else 1
+    multiple = token_multiple * (layout.tensor if layout.sequence_parallel else 1)
     multiple *= 2 * layout.context if layout.context > 1 else 1
     texts = (batch.prompts(), batch.responses())  # once, not for each micro-batch: this splits the whole batch
     return [_pack(batch, texts, share[group], layout, multiple, device) for group in groups]
@@ -159,8 +165,11 @@ def _packing(sequences: Tensor, positions: Tensor, device: torch.device) -> Pack
     cells = row_of * longest + positions
     grid = torch.full((len(sequences) * longest,), -1, dtype=torch.int64)
     grid[cells] = torch.arange(len(cells))
+    ends = torch.nn.functional.pad(sequences.cumsum(0), (1, 0)).to(device, torch.int32)
     return Packing(
         qkv_format="sbhd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         grid=grid.view(len(sequences), longest).to(device),

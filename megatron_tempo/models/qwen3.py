@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron.core.transformer.spec_utils import ModuleSpec
 from transformers import PretrainedConfig
 
-from megatron_tempo.models.decoder import Norms, decoder_layer
+from megatron_tempo.models.decoder import Norms
 from megatron_tempo.models.norms import RMSNorm
 from megatron_tempo.models.shape import LayerAttention, Rope, Shape, expect, refuse
 
@@ -24,5 +23,5 @@ def shape_of(config: PretrainedConfig, file: Path) -> Shape:
     return Shape.of(config, (LayerAttention(Rope(rope["rope_theta"])),) * config.num_hidden_layers)
 
 
-def layer(shape: Shape, attention: LayerAttention) -> ModuleSpec:
-    return decoder_layer(shape, attention, Norms(query=RMSNorm, key=RMSNorm, before=True))
+def norms(shape: Shape) -> Norms:
+    return Norms(query=RMSNorm, key=RMSNorm, before=True)

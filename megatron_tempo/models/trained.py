@@ -40,6 +40,7 @@ class Model:
     module: Any  # the network as it is called: in its wrappers, if it has any
     residence: Residence  # the device, which it may share with other models by turns
     counted: TokenCount = field(default_factory=TokenCount)
+    settled: int = 0  # of delayed scaling: 1 when the scales of forward passes are known, 2 those of backward ones too
 
     @classmethod
     def frozen(
@@ -88,10 +89,27 @@ class Model:
 
         with self.at_work():
             self.module.eval()
-            rows = torch.arange(len(batch))
-            parts = micro_batches(batch, rows, self.layout, self.micro_batch_tokens, self.device)
+            parts = self._packed(batch, torch.arange(len(batch)))
+            self._settle(parts, collect, forward_only=True)
             self._run(parts, collect, forward_only=True)
         return sum_over_ranks(answer)
+
+    def _packed(self, batch: Batch, rows: Tensor) -> list[MicroBatch]:
+        return micro_batches(
+            batch, rows, self.layout, self.micro_batch_tokens, self.device, token_multiple=self.net.token_multiple
+        )
+
+    def _settle(self, parts: list[MicroBatch], loss: Loss, *, forward_only: bool) -> None:
+        """Give delayed scaling its first scales, by a pass of one micro-batch whose outcome is done without.
+
+        It starts with scales of 1, under which FP8 loses most of a weight and all of a gradient, and Transformer Engine
+        takes new ones in passes with gradient alone.
+        """
+        config, wanted = self.net.config, 1 if forward_only else 2
+        if config.fp8 and config.fp8_recipe == "delayed" and self.settled < wanted:
+            with torch.enable_grad():
+                self._run(parts[:1], loss, forward_only=forward_only)
+            self.settled = wanted
 
     def _run(self, parts: list[MicroBatch], loss: Loss, *, forward_only: bool) -> None:
         for part in parts:
@@ -146,13 +164,14 @@ class TrainedModel(Model):
                 optimizer="adam",
                 lr=0.0,  # set before each step
                 weight_decay=0.0,
-                bf16=precision is Precision.bf16,
+                bf16=config.bf16,
                 params_dtype=config.params_dtype,
                 use_distributed_optimizer=True,
             ),
             [ddp],
             use_gloo_process_groups=False,
         )
+        _mend_places(optimizer)
         _begin_adam(optimizer)
         config.finalize_model_grads_func = finalize_model_grads
         model = cls(net, layout, device, micro_batch_tokens, ddp, residence, optimizer=optimizer)
@@ -189,8 +208,7 @@ class TrainedModel(Model):
         self, batch: Batch, rows: Tensor, loss: Loss, metrics: int, config: OptimizerConfig
     ) -> tuple[Tensor, float]:
         self.module.train()
-        self.module.zero_grad_buffer()
-        parts = micro_batches(batch, rows, self.layout, self.micro_batch_tokens, self.device)
+        parts = self._packed(batch, rows)
         # Megatron divides by the micro-batches of this rank and averages over the data-parallel ranks.
         scale = len(parts) * self.layout.data / len(rows)
         place = torch.full((len(batch),), -1).index_put((rows,), torch.arange(len(rows)))
@@ -206,6 +224,8 @@ class TrainedModel(Model):
         # Taken back, since a network whose config holds its optimizer is never freed: the cycle goes through tensors
         # that Python's collector cannot follow, and process groups would stay with their threads.
         self.net.config.grad_scale_func = self.optimizer.scale_loss
+        self._settle(parts, scaled, forward_only=False)
+        self.module.zero_grad_buffer()
         self._run(parts, scaled, forward_only=False)
         self.net.config.grad_scale_func = None
         self._set_hyperparameters(config)
@@ -229,6 +249,7 @@ class TrainedModel(Model):
         """Take a state that `optimizer.sharded_state_dict` described and a checkpoint filled."""
         if not _torch_optimizers(self.optimizer):
             self.optimizer.load_state_dict(state)
+            _complete_groups(self.optimizer)
             return
         # With torch's Adam, Megatron 0.16 trips over the step counters while it loads the moments, and gives all
         # parameters one and the same counter: each would then count it up. So the counters step aside.
@@ -255,7 +276,7 @@ class TrainedModel(Model):
 
 def _on_device(net: PackedGPT, device: torch.device, precision: Precision) -> Any:
     module = net.cuda(device) if device.type == "cuda" else net
-    return Float16Module(net.config, module) if precision is Precision.bf16 else module
+    return module if precision is Precision.fp32 else Float16Module(net.config, module)
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:
@@ -266,6 +287,27 @@ def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimize
     """The inner optimizers that are torch's own: where neither Transformer Engine nor Apex brings a fused one."""
     inner = [part.optimizer for part in _parts(optimizer)]
     return [one for one in inner if isinstance(one, torch.optim.Adam | torch.optim.AdamW)]
+
+
+def _mend_places(optimizer: MegatronOptimizer) -> None:
+    """Note each parameter's place in its group as it is: fp32 ones, such as a value head's, first, then bf16 ones.
+
+    Megatron 0.16 notes them in the model's order, and would take one parameter's state for another's in a checkpoint.
+    """
+    for part in _parts(optimizer):
+        pairs = zip(part.model_fp32_groups, part.model_float16_groups, strict=True)
+        for group, (wide, narrow) in enumerate(pairs):
+            for place, parameter in enumerate([*wide, *narrow]):
+                part.model_param_group_index_map[parameter] = (group, place)
+
+
+def _complete_groups(optimizer: MegatronOptimizer) -> None:
+    """Give a fused Adam's groups what a checkpoint of torch's Adam lacks, and its count of steps as a whole number."""
+    for inner in (part.optimizer for part in _parts(optimizer)):
+        for group in inner.param_groups:
+            group.update({name: value for name, value in inner.defaults.items() if name not in group})
+            if "step" in group:
+                group["step"] = int(group["step"])
 
 
 def _begin_adam(optimizer: MegatronOptimizer) -> None:

@@ -38,7 +38,7 @@ class EngineMemory:
 def precision_of(config: Config) -> EnginePrecision:
     """Of the engine's weights: wiring.engine_precision, which loads torch; a test compares the two."""
     servers = config.rollout.servers if config.rollout.engine is not EngineKind.embedded else None
-    return (servers and servers.precision) or EnginePrecision[config.run.precision.name]
+    return (servers and servers.precision) or EnginePrecision[config.run.precision.numbers.name]
 
 
 def weight_bytes(config: Config, shape: Shape) -> float:

@@ -14,7 +14,7 @@ from enum import Enum
 from megatron_tempo.config.schema import Config, EngineKind, EnginePrecision, Logits, StageConfig
 from megatron_tempo.plan import activations, engine, head
 from megatron_tempo.plan.layout import Layout, Machine, MicroBatch, layout_of, machine_of, micro_batch_of
-from megatron_tempo.plan.parameters import Role, layer_parameters, parameters, resident
+from megatron_tempo.plan.parameters import Role, fp8_copies, layer_parameters, parameters, resident
 from megatron_tempo.plan.shapes import Shape
 from megatron_tempo.plan.split import Split, split_of
 
@@ -36,6 +36,7 @@ class Phase(Enum):
 
 class Part(Enum):
     weights = "weights"
+    fp8 = "FP8 weights"
     gradients = "gradients"
     optimizer = "optimizer"
     reference = "reference"
@@ -229,8 +230,13 @@ class _Phases:
         if _has_reference(self.config) and not self.config.parallel.offload:
             role = Role.actor
             weights = resident(self.shape, self.layouts[role], self.machine, role, self.place[role]).weights
-            parts[Part.reference] = weights
+            parts[Part.reference] = weights + self._fp8(role, trained=False)
+        if fp8 := sum(self._fp8(role, trained=True) for role in _roles(self.config)):
+            parts[Part.fp8] = fp8  # those of a model that waits stay: Transformer Engine holds them
         return parts
+
+    def _fp8(self, role: Role, *, trained: bool) -> float:
+        return fp8_copies(self.config, self.shape, self.layouts[role], self.place[role], trained=trained)
 
     def _moment(self, phase: Phase, role: Role) -> Parts:
         if phase is Phase.sync:

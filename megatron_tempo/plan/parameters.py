@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from megatron_tempo.config.recipes import RECIPES
+from megatron_tempo.config.schema import Config
 from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.plan.layout import Layout, Machine
 from megatron_tempo.plan.shapes import Shape
@@ -33,6 +35,21 @@ def layer_parameters(shape: Shape, tensor: int = 1) -> int:
     attention = (2 * shape.queries + 2 * shape.keys) * shape.hidden // tensor
     norms = 2 * shape.hidden + (shape.queries + shape.keys if shape.whole_norm else 2 * shape.head_dim)
     return attention + 3 * shape.ffn * shape.hidden // tensor + norms
+
+
+def fp8_copies(config: Config, shape: Shape, layout: Layout, stage: int, *, trained: bool) -> float:
+    """Bytes of the FP8 forms of a model's matrices, which Transformer Engine makes of the bf16 ones and keeps.
+
+    A byte a number, and in a model that is trained another one for the backward pass, which wants them transposed (on
+    Blackwell a scale a tensor does without: too much is told there). Scales, up to a 32nd of it, are left out.
+    """
+    if config.run.precision not in RECIPES:
+        return 0.0
+    of_stage = shape.layers // layout.pipeline
+    ends = config.model.bf16_ends
+    inside = sum(ends <= layer < shape.layers - ends for layer in range(stage * of_stage, (stage + 1) * of_stage))
+    matrices = (2 * shape.queries + 2 * shape.keys + 3 * shape.ffn) * shape.hidden / layout.tensor
+    return (2.0 if trained else 1.0) * inside * matrices
 
 
 def parameters(shape: Shape, layout: Layout, role: Role, stage: int) -> int:

@@ -15,6 +15,7 @@ from megatron_tempo.report.plots import BLUE, GREEN, INK, ORANGE, STYLE
 
 _COLOURS = {
     Part.weights: BLUE,
+    Part.fp8: "#3f8fc4",
     Part.gradients: "#56B4E9",
     Part.optimizer: "#9ecae1",
     Part.reference: "#004c73",

@@ -109,7 +109,8 @@ def _changes(config: Config, shape: Shape) -> Iterator[dict[str, object]]:
 
 def _training(config: Config, shape: Shape, trainers: int) -> Iterator[dict[str, object]]:
     assert config.cluster is not None
-    inside = trainers // config.cluster.nodes if trainers % config.cluster.nodes == 0 else trainers
+    nodes = config.cluster.training_nodes
+    inside = trainers // nodes if trainers % nodes == 0 else trainers
     budgets = {config.parallel.micro_batch_tokens, min(config.parallel.micro_batch_tokens, row_tokens(config))}
     kinds = dict.fromkeys([config.parallel.recompute, Recompute.layers])  # in this order, whatever the hashes
     turns = dict.fromkeys([config.parallel.offload, True])
@@ -141,6 +142,8 @@ def _engines(config: Config, shape: Shape) -> Iterator[dict[str, object]]:
         while rows < rollout.batch_rows:
             yield {"rollout.batch_rows": rows}
             rows *= 2
+    if cluster.rollout_nodes:  # all servers are there
+        return
     kind = SERVERS if rollout.engine is EngineKind.embedded else rollout.engine
     node = cluster.gpus_per_node
     for serving in range(1, node):

@@ -28,7 +28,9 @@ class Shape(Sizes):
 
     def of_rules(self) -> ModelShape:
         """What the rules of the layout ask for."""
-        return ModelShape(self.heads, self.groups, self.ffn, self.layers, self.max_positions, self.vocab)
+        return ModelShape(
+            self.heads, self.groups, self.ffn, self.layers, self.max_positions, self.vocab, self.hidden, self.head_dim
+        )
 
 
 # From the models' own config.json; tests/unit/test_plan_parameters.py builds transformers' models of them.

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_tempo.config.problem import Problem
-from megatron_tempo.config.rules import layout, numbers, rollout, stages
+from megatron_tempo.config.rules import cluster, layout, numbers, precision, rollout, stages
 from megatron_tempo.config.schema import Config, EngineKind
 from megatron_tempo.plan.shapes import Shape, shape_of
 
+# What must be known of the machines: 0 where nobody said it.
+_FACTS = ("memory_gb", "bf16_tflops", "memory_tbs", "nvlink_gbs", "network_gbs")
 # Rules that ask this machine for what only the training machines have.
 _ELSEWHERE = ("rollout.servers.python", "rollout.servers.key_file", "rollout.servers.addresses", "data")
 
@@ -30,21 +32,24 @@ class Split:
 def split_of(config: Config) -> Split:
     """As docs/engines.md has it: servers take their `devices` of each node that they are started on, the trainer the
     node's other GPUs. Where `parallel.world_size` is given, its processes take each node's first GPUs. Without
-    `devices` all servers see a node's GPUs and begin with the first.
+    `devices` all servers see a node's GPUs and begin with the first. On `cluster.rollout_nodes` nobody trains.
     """
-    cluster, servers = config.cluster, config.rollout.servers
-    assert cluster is not None
-    world, node = config.parallel.world_size, cluster.gpus_per_node
+    machines, servers = config.cluster, config.rollout.servers
+    assert machines is not None
+    world, node = config.parallel.world_size, machines.gpus_per_node
     if config.rollout.engine is EngineKind.embedded or servers.addresses is not None:
-        return Split(world or cluster.gpus, 0, 0, 0)
-    nodes = cluster.nodes if servers.each_node else 1
+        return Split(world or machines.gpus, 0, 0, 0)
+    if away := machines.rollout_nodes:
+        count = servers.replicas * away
+        return Split(world or machines.training_nodes * node, count, count * servers.tensor, 0)
+    nodes = machines.nodes if servers.each_node else 1
     devices = servers.devices
     taken = set(range(servers.tensor)) if devices is None else set(devices)
     if world is None:
         trainers = node - len(taken) if devices is not None and len(taken) < node else node
-        world = trainers * cluster.nodes
+        world = trainers * machines.nodes
     else:
-        trainers = -(-world // cluster.nodes)
+        trainers = -(-world // machines.nodes)
     free = trainers + len(taken) <= node and devices is not None
     crowd = servers.replicas if devices is None else 1
     return Split(world, servers.replicas * nodes, len(taken) * nodes, 0 if free else crowd)
@@ -64,7 +69,7 @@ def laid_out(config: Config, shape: Shape) -> list[Problem]:
     world = split_of(config).trainers
     fields = ["model.path"] + (["model.critic_path"] if config.model.critic_path is not None else [])
     shapes = dict.fromkeys(fields, shape.of_rules())
-    found = [*layout.check(config, shapes, world), *_devices(config)]
+    found = [*layout.check(config, shapes, world), *precision.check(config, shapes), *_devices(config)]
     found += [problem for problem in rollout.check(config) if not problem.field.startswith(_ELSEWHERE)]
     return found + list(stages.check_data_parallel(config, world))
 
@@ -74,15 +79,21 @@ def _cluster(config: Config) -> Iterator[Problem]:
         yield Problem(
             "cluster", None, "nothing says which machines to plan for", "cluster=h100x8, or cluster.FIELD=..."
         )
+        return
+    for name in _FACTS:
+        if not getattr(config.cluster, name):
+            fix = f"the machines' own, or a cluster file that has it; for example cluster.{name}=1"
+            yield Problem(f"cluster.{name}", getattr(config.cluster, name), "must be above 0", fix)
+    yield from cluster.rollout_nodes(config)
 
 
 def _devices(config: Config) -> Iterator[Problem]:
-    cluster, devices = config.cluster, config.rollout.servers.devices
-    assert cluster is not None
-    if devices is not None and (set(devices) - set(range(cluster.gpus_per_node)) or len(set(devices)) < len(devices)):
-        wrong = f"must be different numbers below cluster.gpus_per_node={cluster.gpus_per_node}"
-        yield Problem("rollout.servers.devices", devices, wrong, f"for example [{cluster.gpus_per_node - 1}]")
+    machines, devices = config.cluster, config.rollout.servers.devices
+    assert machines is not None
+    if devices is not None and (set(devices) - set(range(machines.gpus_per_node)) or len(set(devices)) < len(devices)):
+        wrong = f"must be different numbers below cluster.gpus_per_node={machines.gpus_per_node}"
+        yield Problem("rollout.servers.devices", devices, wrong, f"for example [{machines.gpus_per_node - 1}]")
     world = config.parallel.world_size
-    if world is not None and world > cluster.gpus:
-        fix = f"parallel.world_size={cluster.gpus} or less, or more nodes"
-        yield Problem("parallel.world_size", world, f"the cluster has {cluster.gpus} GPUs", fix)
+    if world is not None and world > machines.gpus:
+        fix = f"parallel.world_size={machines.gpus} or less, or more nodes"
+        yield Problem("parallel.world_size", world, f"the cluster has {machines.gpus} GPUs", fix)

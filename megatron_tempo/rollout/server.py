@@ -36,11 +36,13 @@ class Server:
         key: str,
         precision: EnginePrecision,
         devices: str | None,
+        port: int | None = None,
     ) -> None:
-        """Start it, without waiting. It writes below `folder`. `devices` is its CUDA_VISIBLE_DEVICES; none: ours."""
+        """Start it, without waiting. It writes below `folder`. `devices` is its CUDA_VISIBLE_DEVICES; none: ours.
+        `port`: none: one that is free."""
         folder.mkdir(parents=True, exist_ok=True)
         host = own_address(config.host)
-        port = _free_port(host)
+        self.port = port = _free_port(host) if port is None else port
         self.url = f"http://{host}:{port}"
         self._dialect, self._seconds, self._key = dialect, config.start_seconds, key
         self.log = folder / f"{dialect.name.lower()}.log"

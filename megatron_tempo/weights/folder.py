@@ -109,7 +109,7 @@ def load(net: PackedGPT, layout: Layout, slots: list[Slot], folder: Path) -> Non
     """
     files = tensor_files(folder)
     check(files, slots, folder)
-    parameters = dict(net.named_parameters())
+    parameters = net.weights()
     with ExitStack() as stack, torch.no_grad():
         opened: dict[Path, Any] = {}
         for slot in slots:

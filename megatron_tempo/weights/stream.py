@@ -56,7 +56,7 @@ class WeightStream:
         bring: Callable[[], None] = lambda: None,
     ) -> None:
         """`dtype`: what the tensors travel and arrive in; none: the model's. `bring` has the model on its device."""
-        self._parameters = dict(net.named_parameters())
+        self._parameters = net.weights()
         self._device = next(net.parameters()).device
         self._dtype = dtype or net.config.params_dtype
         self._layout = layout

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
-from megatron_tempo.config.schema import Config
+from megatron_tempo.config.schema import Config, Layers
 from megatron_tempo.records import read_metrics
 from megatron_tempo.train import train
 from tests.support.project import RANDOM, config_of, from_nothing, write_project
-from tests.support.ranks import run_ranks
+from tests.support.ranks import POOL, WITH_TE, Pool, run_ranks
 from tests.support.weights import tensors
 
 ITERATIONS = 3  # the first of them the critic's warm-up: the actor's optimizer has then no state yet
+ONE, TP2 = (1, 1, 1, 1), (2, 1, 1, 2)
 # name: (tensor, pipeline, context, processes) of the iterations until the checkpoint, then of the rest
 CHANGES = {
     "tp2-pp2 to one process": ("untied", (2, 2, 1, 4), (1, 1, 1, 1), 2),
@@ -40,9 +42,11 @@ def run_config(project: Path, run: Path, iterations: int) -> Config:
     return config
 
 
-def launch(config: Config, layout: tuple[int, int, int, int], out: Path) -> None:
+def launch(config: Config, layout: tuple[int, int, int, int], out: Path, pool: Pool = POOL) -> None:
+    """`pool`: with Transformer Engine's stand-in, its layers and its optimizer are used."""
     config.parallel.tensor, config.parallel.pipeline, config.parallel.context, world = layout
-    run_ranks(train, world, out, config)
+    config.model.layers = Layers.transformer_engine if pool is WITH_TE else Layers.local
+    run_ranks(train, world, out, config, pool=pool)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +65,19 @@ def unchanged(projects: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     return {kind: out / kind / "run" for kind in projects}
 
 
+def trained_alone(config: Config) -> list[str]:
+    """The processes that a run with checkpoints has left behind."""
+    train(config)
+    return [" ".join(one.cmdline()) for one in psutil.Process().children(recursive=True)]
+
+
+def test_checkpoints_leave_no_process_behind(projects: dict[str, Path], tmp_path: Path) -> None:
+    """A trainer that is killed could not end it."""
+    config = run_config(projects["untied"], tmp_path / "run", 2)
+    config.checkpoint.every = 1
+    assert run_ranks(trained_alone, 1, tmp_path / "ranks", config)[0] == []
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_resumed_in_another_layout(
     projects: dict[str, Path], unchanged: dict[str, Path], tmp_path: Path, name: str
@@ -71,17 +88,47 @@ def test_resumed_in_another_layout(
         config = run_config(projects[kind], run, iterations)
         config.rollout.replay = str(unchanged[kind] / "rollouts")
         launch(config, layout, tmp_path / f"ranks{iterations}")
+    assert_resumed(unchanged[kind], run, until, tmp_path)
+
+
+# Who trains until the checkpoint, and who then: optimizers change with the layers.
+HANDS = {
+    "transformer engine": ("untied", (TP2, WITH_TE), (ONE, WITH_TE), 2),
+    "transformer engine, in the warm-up": ("untied", (ONE, WITH_TE), (ONE, WITH_TE), 1),
+    "local to transformer engine": ("olmo3", (ONE, POOL), (TP2, WITH_TE), 2),
+    "transformer engine to local": ("untied", (TP2, WITH_TE), (ONE, POOL), 2),
+}
+
+
+@pytest.mark.parametrize("name", HANDS)
+def test_resumed_with_other_layers(
+    projects: dict[str, Path], unchanged: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    kind, first, then, until = HANDS[name]
+    run = tmp_path / "run"
+    for (layout, pool), iterations in ((first, until), (then, ITERATIONS)):
+        config = run_config(projects[kind], run, iterations)
+        config.rollout.replay = str(unchanged[kind] / "rollouts")
+        launch(config, layout, tmp_path / f"ranks{iterations}", pool)
+        names = ("Transformer Engine 2.11.0", "Transformer Engine's FusedAdam")
+        layers, optimizer = names if pool is WITH_TE else ("Megatron-Core and torch", "torch.optim.AdamW")
+        said = f"device: CPU; layers: {layers}, fp32; optimizer: {optimizer}"
+        assert said in (tmp_path / f"ranks{iterations}/rank0.log").read_text()
+    assert_resumed(unchanged[kind], run, until, tmp_path)
+
+
+def assert_resumed(unchanged: Path, run: Path, until: int, tmp_path: Path) -> None:
     log = (tmp_path / f"ranks{ITERATIONS}/rank0.log").read_text()
     assert f"resumed from {run / 'checkpoints' / f'step_{until:08d}'}" in log
     folder = f"hf_step_{ITERATIONS:08d}"
     for model in ("actor", "critic"):
         expected, found = (
             {name: tensor for bucket in tensors(path / folder / model) for name, tensor in bucket}
-            for path in (unchanged[kind], run)
+            for path in (unchanged, run)
         )
         for key in expected:
             difference = torch.linalg.vector_norm(found[key] - expected[key])
             assert difference <= 1e-4 * torch.linalg.vector_norm(expected[key]), f"{model} {key}"
-    for one, other in zip(read_metrics(unchanged[kind]), read_metrics(run), strict=True):
+    for one, other in zip(read_metrics(unchanged), read_metrics(run), strict=True):
         for norm in [name for name in one if name.endswith("grad_norm")]:
             assert other[norm] == pytest.approx(one[norm], rel=1e-3)

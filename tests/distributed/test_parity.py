@@ -10,7 +10,7 @@ import torch
 import transformers
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_tempo.config.schema import Config, Logits
+from megatron_tempo.config.schema import Config, Layers, Logits
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.packing import MicroBatch, micro_batches
 from megatron_tempo.types import Batch
@@ -29,9 +29,9 @@ LAYOUTS = {
 PACKED, UNPACKED = 48, 1  # token budgets: with 1, every row is a micro-batch of its own
 
 
-def config_of(model: Path, layout: tuple[int, int, bool, int]) -> Config:
+def config_of(model: Path, layout: tuple[int, int, bool, int], layers: Layers) -> Config:
     config = Config()
-    config.model.path = str(model)
+    config.model.path, config.model.layers = str(model), layers
     config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence, _ = layout
     return config
 
@@ -106,9 +106,11 @@ def reference_logits(model: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(logits), torch.cat(logprobs)
 
 
-def measure_all(models: dict[str, Path], layout: tuple[int, int, bool, int], out: Path) -> dict[str, dict[str, object]]:
+def measure_all(
+    models: dict[str, Path], layout: tuple[int, int, bool, int], out: Path, layers: Layers
+) -> dict[str, dict[str, object]]:
     """One process group can be opened in a process: the models take turns in it."""
-    with open_workplace(config_of(models["tied"], layout)) as place:
+    with open_workplace(config_of(models["tied"], layout, layers)) as place:
         return {name: measure(place, model, out / name) for name, model in models.items()}
 
 
@@ -125,7 +127,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_logits_weights_and_export_agree_with_transformers(models: dict[str, Path], name: str, tmp_path: Path) -> None:
     layout = LAYOUTS[name]
-    by_rank = run_ranks(measure_all, layout[3], tmp_path / "ranks", models, layout, tmp_path)
+    by_rank = run_ranks(measure_all, layout[3], tmp_path / "ranks", models, layout, tmp_path, Layers.local)
     for kind, model in models.items():
         ranks = [found[kind] for found in by_rank]
         assert_logits(model, ranks)

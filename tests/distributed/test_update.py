@@ -15,6 +15,7 @@ from megatron_tempo.config.schema import (
     Config,
     CriticLayoutConfig,
     CriticUpdateConfig,
+    Layers,
     Logits,
     ParallelConfig,
     Recompute,
@@ -68,6 +69,12 @@ LAYOUTS: dict[str, tuple[int, ParallelConfig, Logits]] = {
     "tp2-pp2": (4, ParallelConfig(tensor=2, pipeline=2), Logits.recomputed),
     "tp2-stored": (2, ParallelConfig(tensor=2), Logits.stored),
     "tp2-sequence": (2, ParallelConfig(tensor=2, sequence=True), Logits.recomputed),
+    "tp2-sequence-attention": (
+        2,
+        ParallelConfig(tensor=2, sequence=True, recompute=Recompute.attention),
+        Logits.recomputed,
+    ),
+    "tp2-layers": (2, ParallelConfig(tensor=2, recompute=Recompute.layers), Logits.recomputed),
     "tp2-pp2-sequence": (4, ParallelConfig(tensor=2, pipeline=2, sequence=True), Logits.recomputed),
     "offload": (1, ParallelConfig(offload=True), Logits.recomputed),
     "pp2-critic-tp2-offload": (
@@ -93,10 +100,10 @@ CASES += [("untied", "offload"), ("tied", "pp2-critic-tp2-offload")]
 CASES += [("olmo3", layout) for layout in ("cp2", "cp2-tp2-sequence", "tp2-pp2-sequence-layers")]
 
 
-def updated(model: Path, kind: str, layout: str) -> dict[str, dict[str, Tensor]]:
+def updated(model: Path, kind: str, layout: str, layers: Layers) -> dict[str, dict[str, Tensor]]:
     """The weights after the steps, by Hugging Face's names."""
     config = Config()
-    config.model.path = str(model)
+    config.model.path, config.model.layers = str(model), layers
     _, config.parallel, config.model.logits = LAYOUTS[layout]
     config.parallel.micro_batch_tokens = 50
     batch = ragged_batch(8)
@@ -191,8 +198,12 @@ def reference(model: Path, kind: str) -> dict[str, dict[str, Tensor]]:
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_steps_agree_with_plain_torch(tmp_path: Path, kind: str, model: str, layout: str) -> None:
     path = write_model(tmp_path / "model", **MODELS[model])
+    found = run_ranks(updated, LAYOUTS[layout][0], tmp_path / "ranks", path, kind, layout, Layers.local)[0]
+    assert_steps(path, kind, found)
+
+
+def assert_steps(path: Path, kind: str, found: dict[str, dict[str, Tensor]]) -> None:
     expected = reference(path, kind)
-    found = run_ranks(updated, LAYOUTS[layout][0], tmp_path / "ranks", path, kind, layout)[0]
     start = transformers.AutoModelForCausalLM.from_pretrained(path).state_dict()
     for name, weights in found.items():
         for key, weight in weights.items():

@@ -128,7 +128,10 @@ def assert_same_end(run: Path, reference: Path) -> None:
 
     def numbers(records: list[dict]) -> list[dict]:
         timing = ("time", "seconds", "tokens_per_second")
-        return [{k: v for k, v in r.items() if k not in timing and not k.startswith("time/")} for r in records]
+        return [
+            {k: v for k, v in r.items() if k not in timing and not k.startswith(("time/", "memory_gb/"))}
+            for r in records
+        ]
 
     assert numbers(read_metrics(run)) == numbers(read_metrics(reference))
     assert numbers(read_evaluations(run)) == numbers(read_evaluations(reference))

@@ -27,15 +27,19 @@ ROOT = Path(__file__).parents[2]
 
 
 class Pool:
-    """Worker processes, started when they are first needed; worker i is rank i of every call that needs it."""
+    """Worker processes, started when they are first needed; worker i is rank i of every call that needs it.
 
-    def __init__(self) -> None:
+    `paths` are searched for packages before the installed ones.
+    """
+
+    def __init__(self, *paths: Path) -> None:
+        self.paths = paths
         self.workers: list[subprocess.Popen[bytes]] = []
 
     def call(self, out: Path, world: int, timeout: float) -> list[int]:
         """Let the first `world` workers do the call in `out`: their exit codes, 0 for those that came to its end."""
         while len(self.workers) < world:
-            self.workers.append(_start())
+            self.workers.append(_start(self.paths))
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -59,25 +63,30 @@ class Pool:
 
 
 POOL = Pool()
-atexit.register(POOL.close)
+WITH_TE = Pool(ROOT / "tests/support/te")  # the stand-in for Transformer Engine
+for pool in (POOL, WITH_TE):
+    atexit.register(pool.close)
 
 
-def run_ranks(function: Callable[..., Any], world: int, out: Path, *args: Any, timeout: float = 240) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world: int, out: Path, *args: Any, timeout: float = 240, pool: Pool = POOL
+) -> list[Any]:
     """Call a module's top-level `function(*args)` in `world` processes, as torchrun would; what each returns, by rank.
 
     Their output is in `out`/rankN.log. Raises AssertionError with it if one fails or takes longer than `timeout` s.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "call.pkl").write_bytes(pickle.dumps((function.__module__, function.__qualname__, args)))
-    codes = POOL.call(out, world, timeout)
+    codes = pool.call(out, world, timeout)
     if any(codes):
         logs = "\n".join((out / f"rank{rank}.log").read_text()[-3000:] for rank in range(world))
         raise AssertionError(f"exit codes {codes}\n{logs}")
     return [pickle.loads((out / f"rank{rank}.pkl").read_bytes()) for rank in range(world)]
 
 
-def _start() -> subprocess.Popen[bytes]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+def _start(paths: tuple[Path, ...]) -> subprocess.Popen[bytes]:
+    path = os.pathsep.join(map(str, (ROOT, *paths)))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "tests.support.ranks"]
     return subprocess.Popen(command, env=environment, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 

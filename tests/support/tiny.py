@@ -45,6 +45,7 @@ def write_model(
     ffn: int = 48,
     head_dim: int = 12,
     hidden: int = 32,
+    std: float = 0.2,
 ) -> Path:
     """A folder with random weights, large enough for every weight to matter, and a word tokenizer."""
     torch.manual_seed(seed)
@@ -66,7 +67,7 @@ def write_model(
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
             else:
-                parameter.normal_(0.0, 0.2)
+                parameter.normal_(0.0, std)
     model.save_pretrained(folder)
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="?"))
     tokenizer.pre_tokenizer = WhitespaceSplit()

@@ -22,6 +22,8 @@ QWEN3 = {
     "num_hidden_layers": 6,
     "max_position_embeddings": 32768,
     "vocab_size": 100,
+    "hidden_size": 64,
+    "head_dim": 16,
 }
 
 

@@ -16,7 +16,7 @@ import pytest
 from megatron_tempo import cli
 from megatron_tempo.config import Config
 from megatron_tempo.config.benchmarks import BENCHMARKS
-from megatron_tempo.errors import InputError
+from megatron_tempo.errors import InputError, Stopped
 from tests.unit.config_files import good_overrides, write_all
 
 
@@ -176,6 +176,23 @@ def test_an_error_of_the_job_names_its_node(
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert report(capsys, "train", *good) == ["node7: error: no such row"]
+
+
+def test_a_run_that_was_told_to_stop_has_a_status_of_its_own(
+    good: list[str],
+    called: list[tuple[str, Config]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(config: Config) -> None:
+        raise Stopped("stopped after 3 iterations")
+
+    monkeypatch.setattr(sys.modules["megatron_tempo.train"], "train", stop)
+    assert cli.main(["train", *good]) == cli.STOPPED == 75
+    assert capsys.readouterr().out == "stopped after 3 iterations\n"
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["train", *good]) == 75
+    assert capsys.readouterr().out == ""
 
 
 def test_eval_takes_a_folder_and_files(good: list[str], tmp_path: Path, called: list[tuple[str, Config]]) -> None:

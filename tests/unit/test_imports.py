@@ -37,7 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": BASE | {"rewards", "rollout"},
     "methods": MODELS | TOOLS | {"weights"},
     "plan": {"config", "errors", "report"},
-    "cli": BASE | {"train", "plan", "report"},
+    "submit": {"config", "errors", "plan"},
+    "cli": BASE | {"train", "serve", "plan", "submit", "report"},
 }
 # Only these layers import these packages.
 HOMES = {
@@ -46,7 +47,7 @@ HOMES = {
     "omegaconf": {"cli"},
 }
 # These layers are read before torch is loaded.
-WITHOUT_TORCH = {"errors", "config", "plan", "cli", "__main__", "__init__"}
+WITHOUT_TORCH = {"errors", "config", "plan", "submit", "cli", "__main__", "__init__"}
 
 
 def violations(package: Path) -> list[str]:

@@ -18,7 +18,7 @@ from megatron_tempo.plan.shapes import shape_of
 from megatron_tempo.plan.split import laid_out
 
 ROOT = Path(__file__).resolve().parents[2]
-CLUSTERS = sorted(path.stem for path in (ROOT / "configs" / "cluster").glob("*.yaml"))
+CLUSTERS = sorted(path.stem for path in (ROOT / "configs" / "cluster").glob("*x*[0-9].yaml"))  # machines, not sites
 PAPER = ["qwen3_8b_aime", "qwen3_14b_aime", "olmo3_7b_aime"]
 # The presets' ways to save memory, taken back.
 PLAIN = ["engine=embedded", "parallel.recompute=none", "parallel.offload=false"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_tempo.config.schema import Config, EnginePrecision, Logits, Published, Recompute
+from megatron_tempo.config.schema import Config, EnginePrecision, Logits, Precision, Published, Recompute
 from megatron_tempo.kernels import linear_logprobs
 from megatron_tempo.models import packing
 from megatron_tempo.plan import activations, engine, head, layout
@@ -196,6 +196,28 @@ def test_responses_that_only_vote_are_generated_and_not_learnt_from() -> None:
     first, second = (times(config, shape, memory(config, shape)) for config in (few, many))
     assert second[Phase.actor] == first[Phase.actor]
     assert second[Phase.generate] > 1.5 * first[Phase.generate]
+
+
+@pytest.mark.parametrize("precision", [Precision.fp8_delayed, Precision.fp8_blockwise])
+def test_fp8_adds_its_copies_of_the_matrices(precision: Precision) -> None:
+    config = planned("parallel.tensor=4", "parallel.pipeline=2", "stage1.actor.kl_coef=0.1")
+    shape = PUBLISHED[Published.qwen3_8b]
+    places = [dict.fromkeys(Role, stage) for stage in (0, 1)]
+    bf16 = [place_memory(config, shape, place)[Phase.generate] for place in places]
+    config.run.precision = precision
+    if precision is Precision.fp8_blockwise:
+        config.model.bf16_ends = 2
+    # A layer of Qwen3-8B: (2 x 4096 + 2 x 1024 + 3 x 12288) x 4096 numbers, over 4 tensor ranks; 18 layers a stage.
+    numbers = (18 - config.model.bf16_ends) * 192_937_984 / 4
+    fp8 = [place_memory(config, shape, place)[Phase.generate] for place in places]
+    for before, after in zip(bf16, fp8, strict=True):
+        assert after.pop(Part.fp8) == 2 * 2 * numbers
+        assert after.pop(Part.reference) == before.pop(Part.reference) + numbers
+        assert after == before
+    config.parallel.offload = True
+    offloaded = place_memory(config, shape, places[0])[Phase.generate]
+    assert offloaded[Part.fp8] == 2 * 2 * numbers, "they stay when their model leaves"
+    assert engine.precision_of(config) is engine_precision(config) is EnginePrecision.bf16
 
 
 def test_a_server_beside_the_trainer_stays_too() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from enum import Enum
 
 from megatron_tempo.config.problem import Problem
-from megatron_tempo.config.rules import data, evaluation, layout, numbers, rewards, rollout, run, stages
+from megatron_tempo.config.rules import data, evaluation, layout, numbers, precision, rewards, rollout, run, stages
 from megatron_tempo.config.rules.model import read_models
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import MISSING, walk
@@ -19,6 +19,8 @@ class Purpose(Enum):
     train = "train"
     eval = "eval"  # stages, training data and checkpoints play no part
     plan = "plan"  # the rules of megatron_tempo/plan/split.py instead
+    serve = "serve"  # those of the engine alone
+    convert = "convert"  # numbers alone: a converter reads no configuration
 
 
 def check(config: Config, *, world_size: int | None, purpose: Purpose = Purpose.train) -> list[Problem]:
@@ -27,11 +29,14 @@ def check(config: Config, *, world_size: int | None, purpose: Purpose = Purpose.
     `world_size` is the number of processes launched; none: `parallel.world_size`, and where that is none too, the
     rules on data parallelism are passed over.
     """
+    if purpose in (Purpose.serve, Purpose.convert):
+        return list(rollout.check(config) if purpose is Purpose.serve else numbers.check(config))
     shapes, problems = read_models(config)
     problems += _missing(config, purpose)
     problems += numbers.check(config)
     problems += run.check(config, training=purpose is Purpose.train)
     problems += layout.check(config, shapes, world_size)
+    problems += precision.check(config, shapes)
     problems += rollout.check(config)
     problems += rewards.check(config, training=purpose is Purpose.train)
     problems += evaluation.check(config, required=purpose is Purpose.eval)

@@ -38,17 +38,21 @@ def laid_of(config: Config, role: str) -> Laid:
     return Laid(parallel, {name: f"{place}.{name}" for name, place in places.items()})
 
 
+def folders_of(config: Config) -> dict[str, str]:
+    """The field that says each model's folder, by role."""
+    return {
+        "actor": "model.path",
+        "critic": "model.path" if config.model.critic_path is None else "model.critic_path",
+    }
+
+
 def check(config: Config, shapes: dict[str, ModelShape], world_size: int | None) -> Iterator[Problem]:
     parallel = config.parallel
     if world_size is not None and parallel.world_size is not None and world_size != parallel.world_size:
         wrong = f"{world_size} processes were launched"
         yield Problem("parallel.world_size", parallel.world_size, wrong, f"parallel.world_size={world_size} or null")
-    folders = {
-        "actor": "model.path",
-        "critic": "model.path" if config.model.critic_path is None else "model.critic_path",
-    }
     found: list[Problem] = []
-    for role, folder in folders.items():
+    for role, folder in folders_of(config).items():
         laid = laid_of(config, role)
         found += _processes(laid, world_size)
         found += _sequence(laid)

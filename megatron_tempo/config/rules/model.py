@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.schema import Config
@@ -25,6 +26,8 @@ class ModelShape:
     num_hidden_layers: int
     max_position_embeddings: int
     vocab_size: int
+    hidden_size: int
+    head_dim: int
 
 
 def read_models(config: Config) -> tuple[dict[str, ModelShape], list[Problem]]:
@@ -65,12 +68,21 @@ def _shape(folder: Path) -> tuple[ModelShape | None, str]:
     if not isinstance(plain, dict):
         return None, "config.json does not hold an object"
     family = plain.get("model_type")
+    plain = _with_head_dim(plain)
     names = ModelShape.__dataclass_fields__
     bad = [name for name in names if type(plain.get(name)) is not int or plain[name] < 1]
     if family in FAMILIES and bad:
         return None, f"config.json has no positive whole number under {', '.join(bad)}"
     shape = ModelShape(**{name: 1 if name in bad else plain[name] for name in names})
     return shape, "" if family in FAMILIES else f"model_type {family} is not supported"
+
+
+def _with_head_dim(plain: dict[str, Any]) -> dict[str, Any]:
+    """Where a config.json leaves it out, heads share the hidden size, as in transformers."""
+    hidden, heads = plain.get("hidden_size"), plain.get("num_attention_heads")
+    if plain.get("head_dim") is not None or type(hidden) is not int or type(heads) is not int or heads < 1:
+        return plain
+    return plain | {"head_dim": hidden // heads}
 
 
 def _weights(field: str, folder: Path) -> list[Problem]:

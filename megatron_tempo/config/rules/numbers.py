@@ -31,6 +31,7 @@ _DUAL_CLIP = _Bound("above 1", "3", lambda x: x > 1)
 
 _BOUNDS: dict[type, dict[str, _Bound]] = {
     schema.RunConfig: {"seed": _ZERO_OR_MORE},
+    schema.ModelConfig: {"bf16_ends": _ZERO_OR_MORE},
     schema.ParallelConfig: {
         "tensor": _ONE_OR_MORE,
         "pipeline": _ONE_OR_MORE,
@@ -110,18 +111,20 @@ _BOUNDS: dict[type, dict[str, _Bound]] = {
     schema.CheckpointConfig: {"every": _ZERO_OR_MORE, "keep": _ONE_OR_MORE},
     schema.ClusterConfig: {
         "nodes": _ONE_OR_MORE,
+        "rollout_nodes": _ZERO_OR_MORE,
         "gpus_per_node": _ONE_OR_MORE,
-        "memory_gb": _ABOVE_ZERO,
+        "memory_gb": _ZERO_OR_MORE,
         "reserve_gb": _ZERO_OR_MORE,
-        "bf16_tflops": _ABOVE_ZERO,
-        "memory_tbs": _ABOVE_ZERO,
-        "nvlink_gbs": _ABOVE_ZERO,
-        "network_gbs": _ABOVE_ZERO,
+        "bf16_tflops": _ZERO_OR_MORE,
+        "memory_tbs": _ZERO_OR_MORE,
+        "nvlink_gbs": _ZERO_OR_MORE,
+        "network_gbs": _ZERO_OR_MORE,
         "host_gbs": _ABOVE_ZERO,
         "compute_share": _SHARE,
         "memory_share": _SHARE,
         "link_share": _SHARE,
     },
+    schema.SlurmConfig: {"grace_seconds": _ONE_OR_MORE, "cpus_per_task": _ONE_OR_MORE},
 }
 
 

@@ -12,7 +12,7 @@ from megatron_tempo.config.tree import MISSING
 
 
 def check(config: Config, *, training: bool) -> Iterator[Problem]:
-    if config.run.device is Device.cpu and config.run.precision is Precision.bf16:
+    if config.run.device is Device.cpu and config.run.precision is not Precision.fp32:
         wrong = "training on a CPU is done in fp32"
         yield Problem("run.precision", config.run.precision, wrong, "run.precision=fp32, or run.device=cuda")
     if config.run.dir != MISSING:

@@ -1,0 +1,98 @@
+# shellcheck shell=bash disable=SC2034,SC2153
+# What the job scripts beside this file have in common. They set the variables in capitals.
+
+asked=''   # set where the job is told to stop
+trapped='' # set where a trap has just run
+servers='' # the process of srun that the servers hang on
+
+say() { printf '%(%F %T)T  %s\n' -1 "$*"; }
+
+# Modules, hosts, and SETTINGS: the environment of all processes. It goes with their command line, since that of a
+# container's image would go over what srun hands on.
+prepare() {
+    if ((${#MODULES[@]})); then
+        set +u # functions of the site, which may read what is not set
+        # shellcheck disable=SC1091
+        [[ $(type -t module) == function ]] || source /etc/profile
+        module load "${MODULES[@]}"
+        set -u
+    fi
+    mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    SETTINGS=(
+        "PYTHONPATH=$CODE" PYTHONSAFEPATH=1 # the snapshot alone, not what the working folder holds by now
+        "MASTER_ADDR=${HOSTS[0]}" "MASTER_PORT=$((15000 + SLURM_JOB_ID % 5000))"
+        PYTHONUNBUFFERED=1 "OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}"
+    )
+    if [[ $INTERFACE ]]; then SETTINGS+=("NCCL_SOCKET_IFNAME=$INTERFACE" "GLOO_SOCKET_IFNAME=$INTERFACE"); fi
+    SETTINGS+=("${ENVIRONMENT[@]}")
+    say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on ${HOSTS[*]}"
+}
+
+# step PROCESSES HOST ... -- ARGUMENTS: so many processes of Python on each host; when one fails all are ended. It takes
+# the place of the shell, so it is started as `step ... &` or `(step ...)`.
+step() {
+    local processes=$1 hosts=()
+    shift
+    while [[ $1 != -- ]]; do
+        hosts+=("$1")
+        shift
+    done
+    shift
+    local options=(
+        --nodes="${#hosts[@]}" --ntasks-per-node="$processes" --ntasks="$((processes * ${#hosts[@]}))"
+        --nodelist="$(IFS=, && echo "${hosts[*]}")" --distribution=block --kill-on-bad-exit=1
+        --cpu-bind=none # servers and verifiers that a process starts are not to share its cores alone
+    )
+    if [[ $GRES ]]; then options+=(--gres="$GRES"); fi
+    # srun does not take this over from the job by itself.
+    if ((CPUS)); then options+=(--cpus-per-task="$((CPUS / processes))"); fi
+    if [[ $CONTAINER ]]; then
+        options+=(--container-image="$CONTAINER" --container-mounts="$(IFS=, && echo "${MOUNTS[*]}")")
+        options+=(--container-workdir="$WORK")
+    fi
+    exec srun "${options[@]}" --chdir="$WORK" env "${SETTINGS[@]}" bash "$CODE/launch/process.sh" "$PYTHON" "$@"
+}
+
+# await PROCESS: until it has ended; its exit code. What a trap does meanwhile does not end the wait.
+await() {
+    local code
+    while true; do
+        trapped='' code=0
+        wait "$1" || code=$?
+        if [[ ! $trapped ]]; then return "$code"; fi
+    done
+}
+
+# Rollout servers on the nodes behind the trainer's, if there are any. OVERRIDES is what the trainer must know of them.
+start_servers() {
+    OVERRIDES=()
+    if ((!ROLLOUT_NODES || !SERVERS)); then return 0; fi
+    local folder=$JOB/servers/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0} found=()
+    mkdir -p "$folder/addresses"
+    (umask 077 && od -An -N24 -tx1 /dev/urandom | tr -d ' \n' >"$folder/key")
+    step 1 "${HOSTS[@]:TRAIN_NODES}" -- -m megatron_tempo serve --config "$CONFIG" --folder "$folder" &
+    servers=$!
+    # Each server has START_SECONDS, of which its own process keeps the time; srun and imports come on top.
+    local deadline=$((SECONDS + START_SECONDS + 300))
+    while ((${#found[@]} < ROLLOUT_NODES * SERVERS)); do
+        if [[ $asked ]]; then return 0; fi
+        if ! kill -0 "$servers" 2>/dev/null || ((SECONDS > deadline)); then
+            say "${#found[@]} of $((ROLLOUT_NODES * SERVERS)) rollout servers are ready, so there is no training; their logs: $folder"
+            tail -n 15 "$folder"/*/*/*.log 2>/dev/null || true
+            return 1
+        fi
+        sleep 1
+        mapfile -t found < <(find "$folder/addresses" -type f ! -name '*.tmp' | sort)
+    done
+    local addresses
+    addresses=$(sed "s/.*/'&'/" "${found[@]}" | paste -sd,)
+    say "${#found[@]} rollout servers are ready: $addresses"
+    OVERRIDES=("rollout.servers.addresses=[$addresses]" "rollout.servers.key_file='$folder/key'")
+}
+
+stop_servers() {
+    if [[ $servers ]]; then
+        kill "$servers" 2>/dev/null || true
+        wait "$servers" 2>/dev/null || true
+    fi
+}

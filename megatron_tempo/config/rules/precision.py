@@ -1,0 +1,150 @@
+"""Rules on precision: what Transformer Engine and its FP8 recipes ask of the model, the layout, the GPU, the software.
+
+Before a job queues the GPU is known by the cluster's preset alone, if one is given; where a job starts, it is asked
+itself (`check_machine`). Both go by the table of `config/recipes.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_tempo.config.problem import Problem
+from megatron_tempo.config.recipes import (
+    BF16_CAPABILITY,
+    GPUS,
+    RECIPES,
+    TE_VERSION,
+    Recipe,
+    Version,
+    dotted,
+    runs_on,
+    wanted_gpu,
+)
+from megatron_tempo.config.rules.layout import Laid, folders_of, laid_of
+from megatron_tempo.config.rules.model import ModelShape
+from megatron_tempo.config.schema import Config, Layers, Precision
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a process finds where it starts.
+
+    >>> Machine(gpu="NVIDIA H100 80GB HBM3", capability=(9, 0), cuda=(13, 0), te=(2, 11, 0))
+    """
+
+    gpu: str
+    capability: Version | None  # of the GPU; none: there is none
+    cuda: Version | None  # that torch is built with
+    te: Version | None  # of Transformer Engine; none: it is not installed, or Megatron-Core cannot use it
+
+
+def check(config: Config, shapes: dict[str, ModelShape]) -> Iterator[Problem]:
+    """What is wrong before any machine is known, but for the cluster's."""
+    precision, recipe = config.run.precision, RECIPES.get(config.run.precision)
+    if recipe is not None and config.model.layers is Layers.local:
+        wrong = f"run.precision={precision.name} is Transformer Engine's"
+        yield Problem("model.layers", Layers.local, wrong, "model.layers=auto, or run.precision=bf16")
+    if config.model.layers is Layers.transformer_engine and precision is Precision.fp32:
+        wrong = "Transformer Engine's fast attentions are for bf16"
+        yield Problem("model.layers", config.model.layers, wrong, "run.precision=bf16, or model.layers=auto")
+    yield from _ends(config)
+    found: list[Problem] = []
+    for role, folder in folders_of(config).items():
+        if recipe is not None and folder in shapes:
+            laid = laid_of(config, role)
+            found += _ends_of(config, laid, folder, shapes[folder])
+            found += _sizes(config, recipe, laid, folder, shapes[folder])
+    yield from dict.fromkeys(found)  # a critic of the actor's folder and layout says the same
+    if config.cluster is not None and config.cluster.gpu in GPUS:
+        yield from _gpu(precision, config.cluster.gpu, GPUS[config.cluster.gpu])
+
+
+def check_machine(config: Config, machine: Machine) -> Iterator[Problem]:
+    """What is wrong with where a job starts."""
+    precision, layers = config.run.precision, config.model.layers
+    recipe = RECIPES.get(precision)
+    if machine.capability is None and precision is not Precision.fp32:
+        yield Problem("run.precision", precision, "wants a GPU, and there is none", "run.precision=fp32")
+        return
+    if machine.capability is not None:
+        yield from _gpu(precision, machine.gpu, machine.capability)
+    if recipe is not None and recipe.cuda is not None and (machine.cuda or ()) < recipe.cuda:
+        wrong = f"wants a torch built with CUDA {dotted(recipe.cuda)} or later, and it is {dotted(machine.cuda or ())}"
+        yield Problem("run.precision", precision, wrong, _other(precision, machine))
+    if recipe is None and layers is not Layers.transformer_engine:
+        return
+    field, value = ("run.precision", precision) if recipe is not None else ("model.layers", layers)
+    wanted = recipe.te if recipe is not None else TE_VERSION
+    if machine.te is None:
+        wrong = "wants Transformer Engine, which is not installed, or not so that Megatron-Core can use it"
+        fix = "install the package's extra te, or a container that has it (docs/gpu.md); or "
+        yield Problem(field, value, wrong, fix + ("run.precision=bf16" if recipe is not None else "model.layers=auto"))
+    elif machine.te < wanted:
+        wrong = f"wants Transformer Engine {dotted(wanted)} or later, and {dotted(machine.te)} is installed"
+        yield Problem(field, value, wrong, f"install {dotted(wanted)} or later, or {field}=another")
+
+
+def _ends(config: Config) -> Iterator[Problem]:
+    ends, precision = config.model.bf16_ends, config.run.precision
+    if ends > 0 and precision not in RECIPES:
+        wrong = f"with run.precision={precision.name} there is no FP8 to keep layers from"
+        yield Problem("model.bf16_ends", ends, wrong, "model.bf16_ends=0, or an FP8 run.precision")
+    if ends > 0 and precision is Precision.fp8_delayed:
+        wrong = "delayed scaling follows the whole model's magnitudes: Megatron-Core cannot leave layers out of it"
+        yield Problem("model.bf16_ends", ends, wrong, "model.bf16_ends=0, or run.precision=fp8_tensorwise")
+
+
+def _ends_of(config: Config, laid: Laid, folder: str, shape: ModelShape) -> Iterator[Problem]:
+    layers, ends = shape.num_hidden_layers, config.model.bf16_ends
+    most = min((layers - 1) // 2, layers // max(1, laid.parallel.pipeline))
+    if ends > most:
+        wrong = f"{folder} has {layers} layers: one must be left for FP8, and either end lies in one pipeline stage"
+        yield Problem("model.bf16_ends", ends, wrong, f"model.bf16_ends={most} or less")
+
+
+def _sizes(config: Config, recipe: Recipe, laid: Laid, folder: str, shape: ModelShape) -> Iterator[Problem]:
+    """The inputs and outputs of a layer's four linear maps, on one tensor rank."""
+    tensor = max(1, laid.parallel.tensor)
+    queries, keys = (n * shape.head_dim for n in (shape.num_attention_heads, shape.num_key_value_heads))
+    cut = {
+        "queries": queries,
+        "queries, keys and values": queries + 2 * keys,
+        "feed-forward units": shape.intermediate_size,
+    }
+    sizes = {"the hidden size": shape.hidden_size}
+    sizes |= {f"the {name} of a tensor rank": size // tensor for name, size in cut.items() if size % tensor == 0}
+    uneven = [f"{name} ({size})" for name, size in sizes.items() if size % recipe.multiple]
+    if not uneven:
+        return
+
+    def even(tensor: int, multiple: int) -> bool:
+        return shape.hidden_size % multiple == 0 and all(size % (tensor * multiple) == 0 for size in cut.values())
+
+    smaller = [t for t in range(tensor - 1, 0, -1) if tensor % t == 0 and even(t, recipe.multiple)]
+    others = [other.name for other, needs in RECIPES.items() if even(tensor, needs.multiple)]
+    fixes = [f"{laid.fields['tensor']}={smaller[0]}"] if smaller else []
+    wrong = f"multiplies in multiples of {recipe.multiple}, which {' and '.join(uneven)} of {folder} are not"
+    fix = " or ".join([*fixes, f"run.precision={' or '.join([*others, Precision.bf16.name])}"])
+    yield Problem("run.precision", config.run.precision, wrong, fix)
+
+
+def _gpu(precision: Precision, gpu: str, capability: Version) -> Iterator[Problem]:
+    recipe = RECIPES.get(precision)
+    if recipe is not None and not runs_on(recipe, capability):
+        wrong = f"wants a GPU of {wanted_gpu(recipe)}, and {gpu} has {dotted(capability)}"
+        possible = [other.name for other, needs in RECIPES.items() if runs_on(needs, capability)]
+        yield Problem("run.precision", precision, wrong, f"run.precision={' or '.join(['bf16', *possible])}")
+    if precision is not Precision.fp32 and recipe is None and capability < BF16_CAPABILITY:
+        wrong = f"wants compute capability {dotted(BF16_CAPABILITY)} or more, and {gpu} has {dotted(capability)}"
+        yield Problem("run.precision", precision, wrong, "run.precision=fp32")
+
+
+def _other(precision: Precision, machine: Machine) -> str:
+    assert machine.capability is not None
+    possible = [
+        other.name
+        for other, needs in RECIPES.items()
+        if other is not precision and needs.cuda is None and runs_on(needs, machine.capability)
+    ]
+    return f"run.precision={' or '.join(['bf16', *possible])}"

@@ -1,0 +1,44 @@
+"""What this process runs on, and what is chosen by it: who implements the layers, and the optimizer."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
+from megatron.core.optimizer.distrib_optimizer import USING_TE_OPTIMIZER
+from megatron.core.utils import get_te_version
+
+from megatron_tempo.config.recipes import RECIPES, dotted
+from megatron_tempo.config.rules.precision import Machine
+from megatron_tempo.config.schema import Config, Layers, Precision
+
+
+def machine_of(device: torch.device) -> Machine:
+    """The GPU and the software of this process."""
+    te = get_te_version().release if HAVE_TE else None
+    if device.type != "cuda":
+        return Machine("", None, None, te)
+    cuda = tuple(int(part) for part in (torch.version.cuda or "0").split("."))
+    return Machine(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), cuda, te)
+
+
+def chosen_layers(config: Config, machine: Machine) -> Layers:
+    """Who implements the layers. The config has passed the rules for this machine."""
+    if config.model.layers is not Layers.auto:
+        return config.model.layers
+    fast = machine.capability is not None and config.run.precision is not Precision.fp32
+    return Layers.transformer_engine if fast and machine.te is not None else Layers.local
+
+
+def described(config: Config, machine: Machine) -> str:
+    """In a line, for the log: what computes the layers, in which precision, and which Adam Megatron-Core found."""
+    where = f"{machine.gpu} (compute capability {dotted(machine.capability)})" if machine.capability else "CPU"
+    layers = "Megatron-Core and torch"
+    if chosen_layers(config, machine) is Layers.transformer_engine:
+        assert machine.te is not None
+        layers = f"Transformer Engine {dotted(machine.te)}"
+    words = [f"device: {where}", f"layers: {layers}, {config.run.precision.name}"]
+    if config.run.precision in RECIPES and config.model.bf16_ends:
+        words[-1] += f" but for {config.model.bf16_ends} layers in bf16 at either end"
+    fused = "Transformer Engine's FusedAdam" if USING_TE_OPTIMIZER else "Apex's FusedAdam"
+    return "; ".join([*words, f"optimizer: {'torch.optim.AdamW' if USING_PYTORCH_OPTIMIZER else fused}"])

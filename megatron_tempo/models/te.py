@@ -1,0 +1,115 @@
+"""The decoder layer of models/decoder.py, made of Transformer Engine's linear layers and attention.
+
+Only for where Transformer Engine is installed: without it, Megatron's classes here are stand-ins without a use.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+from megatron.core.extensions.transformer_engine import (
+    TEColumnParallelLinear,
+    TEDotProductAttention,
+    TELayerNormColumnParallelLinear,
+    TERowParallelLinear,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_tempo.models.attention import PackedAttention
+from megatron_tempo.models.decoder import Norms, Parts, layer_of
+from megatron_tempo.models.norms import RMSNorm
+from megatron_tempo.models.packing import Packing
+from megatron_tempo.models.shape import LayerAttention, Shape
+
+
+def te_layer(shape: Shape, attention: LayerAttention, norms: Norms) -> ModuleSpec:
+    """The spec of a layer that attends so. A norm before a linear map is fused with it."""
+    if norms.before:
+        parts = Parts(IdentityOp, TELayerNormColumnParallelLinear, TERowParallelLinear, _core_attention)
+    else:
+        parts = Parts(IdentityOp, TEColumnParallelLinear, TENormedRowParallelLinear, _core_attention)
+    return layer_of(parts, shape, attention, norms)
+
+
+def _core_attention(config: TransformerConfig, **given: Any) -> nn.Module:
+    """Over context ranks our own, which shares the tokens otherwise than Transformer Engine's does."""
+    kind = PackedAttention if config.context_parallel_size > 1 else PackedTEAttention
+    return kind(config, **given)
+
+
+class PackedTEAttention(TEDotProductAttention):
+    """Causal attention on packed sequences (thd), with the arguments of `PackedAttention`.
+
+    Megatron is told "sbhd", so that it rotates by each token's position; the packing is unfolded here alone.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        window: int | None = None,
+        sharpness: float = 1.0,
+        cp_comm_type: str | None = None,
+    ) -> None:
+        assert config.kv_channels is not None
+        scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+        own = copy(config)  # Megatron knows one window for a model; this layer's is its own
+        own.window_size = None if window is None else (window - 1, 0)
+        super().__init__(
+            own,
+            layer_number,
+            attn_mask_type,
+            attention_type,
+            softmax_scale=scale * sharpness,
+            cp_comm_type=cp_comm_type,
+            pg_collection=pg_collection,
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        /,
+        *,
+        attn_mask_type: AttnMaskType,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Packing | None = None,
+    ) -> Tensor:
+        """Query [S, 1, heads, d], key and value [S, 1, groups, d] -> [S, 1, heads * d]; the packing parts sequences."""
+        assert packed_seq_params is not None, "every micro-batch carries its packing"
+        packing = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=packed_seq_params.cu_seqlens_q,
+            cu_seqlens_kv=packed_seq_params.cu_seqlens_kv,
+            max_seqlen_q=packed_seq_params.max_seqlen_q,
+            max_seqlen_kv=packed_seq_params.max_seqlen_kv,
+        )
+        parts = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        out = super().forward(*parts, attention_mask, attn_mask_type, packed_seq_params=packing)
+        return out.reshape(query.shape[0], 1, -1)
+
+
+class TENormedRowParallelLinear(TERowParallelLinear):
+    """A row-parallel layer with a norm behind it: what a block of OLMo3 adds to the residual stream."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **others: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **others)
+        self.norm = RMSNorm(config, output_size, config.layernorm_epsilon)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[S, 1, input / tensor] -> [S (/ tensor), 1, output], and no bias."""
+        output, bias = super().forward(x)
+        return self.norm(output), bias

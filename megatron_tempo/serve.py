@@ -1,0 +1,80 @@
+"""Rollout servers on a node of their own, for a trainer on others that finds them by a folder which both see.
+
+FOLDER/
+    key                  what servers and trainer know each other by; it is there before
+    addresses/HOST-I     http://HOST:PORT of server I of a node, from when it is first ready
+    HOST/I/              what the server writes, its log among it
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from megatron_tempo.config.schema import Config
+from megatron_tempo.errors import InputError
+from megatron_tempo.rollout.server import Server
+from megatron_tempo.wiring import dialect_of, engine_precision
+
+LOOK_SECONDS = 1.0  # from one look at the servers to the next
+
+
+def serve(config: Config, folder: Path) -> None:
+    """Start `rollout.servers.replicas` servers here and keep them up until this process is ended.
+
+    One that ends is started again at its address, `rollout.servers.restarts` times. Raises EngineError with the end of
+    its log if one does not become ready, InputError where there is no key.
+    """
+    try:
+        key = (folder / "key").read_text().strip()
+    except OSError as error:
+        raise InputError(f"--folder={folder} holds no key: {error}") from error
+    count, host = config.rollout.servers.replicas, socket.gethostname()
+    restarts = [config.rollout.servers.restarts] * count
+    with ExitStack() as stack:
+        servers: list[Server | None] = [_start(config, folder / host, key, i, None) for i in range(count)]
+        stack.callback(_close, servers)
+        for i, server in enumerate(servers):
+            assert server is not None
+            server.wait()
+            _tell(folder / "addresses", f"{host}-{i}", server.url)
+        while True:
+            time.sleep(LOOK_SECONDS)
+            for i, server in enumerate(servers):
+                if server is not None and server.process.poll() is not None:
+                    server.close()  # what is left of its processes
+                    servers[i] = _again(config, folder / host, key, i, server) if restarts[i] else None
+                    restarts[i] -= 1
+
+
+def _close(servers: list[Server | None]) -> None:
+    for server in servers:
+        if server is not None:
+            server.close()
+
+
+def _again(config: Config, folder: Path, key: str, index: int, old: Server) -> Server:
+    print(f"server {index} ended with exit code {old.process.returncode}: started again at {old.url}", flush=True)
+    return _start(config, folder, key, index, old.port)
+
+
+def _start(config: Config, folder: Path, key: str, index: int, port: int | None) -> Server:
+    cpu, servers = not torch.cuda.is_available(), config.rollout.servers
+    devices = servers.devices or list(range(servers.replicas * servers.tensor))
+    own = devices[index * servers.tensor : (index + 1) * servers.tensor]
+    visible = "" if cpu else ",".join(map(str, own))
+    model, precision = Path(config.model.path), engine_precision(config)
+    return Server(dialect_of(config, cpu=cpu), servers, model, folder / str(index), key, precision, visible, port)
+
+
+def _tell(folder: Path, name: str, url: str) -> None:
+    """A file that appears whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{name}.tmp"
+    partial.write_text(url + "\n")
+    os.replace(partial, folder / name)

@@ -1,0 +1,74 @@
+"""What a job starts: how many processes on how many nodes, and what keeps a configuration from being submitted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from megatron_tempo.config.problem import Problem
+from megatron_tempo.config.rules import cluster
+from megatron_tempo.config.schema import ClusterConfig, Config
+from megatron_tempo.plan.split import split_of
+
+
+class Kind(Enum):
+    """The jobs; each is launch/NAME.sbatch."""
+
+    train = "train"
+    eval = "eval"
+    convert = "convert"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job of a checked configuration.
+
+    >>> Job(Kind.train, config, arguments=())          # Job(Kind.convert, config, ("convert_hf_to_megatron", A, B))
+    """
+
+    kind: Kind
+    config: Config
+    arguments: tuple[str, ...]  # of a converter, its name first
+
+    @property
+    def cluster(self) -> ClusterConfig:
+        assert self.config.cluster is not None
+        return self.config.cluster
+
+    @property
+    def run(self) -> Path:
+        """The folder that the job writes to."""
+        return Path(self.config.run.dir).absolute()
+
+    @property
+    def nodes(self) -> int:
+        return 1 if self.kind is Kind.convert else self.cluster.nodes
+
+    @property
+    def processes(self) -> int:
+        """Of the trainer, on each of its nodes."""
+        return processes(self.config) // self.cluster.training_nodes
+
+
+def processes(config: Config) -> int:
+    """Of the trainer, on all nodes: the GPUs that no server has, as `plan` counts them."""
+    return split_of(config).trainers
+
+
+def problems(config: Config, kind: Kind) -> Iterator[Problem]:
+    """What is wrong with the cluster, and with how the job is to be laid out on it."""
+    yield from cluster.site(config)
+    if config.cluster is None or kind is Kind.convert:
+        return
+    nodes = list(cluster.rollout_nodes(config))
+    yield from nodes
+    if not nodes:
+        yield from cluster.spread(config, processes(config))
+
+
+def elsewhere(config: Config, problem: Problem) -> bool:
+    """Whether a rule asks this machine for what only the job's container has."""
+    contained = config.cluster is not None and config.cluster.slurm.container is not None
+    return contained and problem.field == "rollout.servers.python"

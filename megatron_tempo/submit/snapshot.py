@@ -1,0 +1,91 @@
+"""The code and the configuration that a job runs, kept beside the run: RUN/jobs/0001, 0002, ...
+
+    config.json      the composed configuration
+    code/            megatron_tempo, configs, launch, tools
+    revision.txt     of the git checkout, if it is one, and changes.diff, what differs from it
+    train.sbatch     the script (or eval.sbatch, convert.sbatch)
+    ids              SLURM's numbers of the jobs, one a line
+
+A job that waits in the queue for a day runs what was submitted, whatever has become of the checkout by then. No folder
+is ever written over: each submission gets the next number.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_tempo.config.problem import ConfigErrors
+from megatron_tempo.config.schema import Config
+from megatron_tempo.config.tree import differences, load, save
+
+CODE = ("megatron_tempo", "configs", "launch", "tools")
+_LEFT_OUT = shutil.ignore_patterns("__pycache__")
+
+
+def jobs(run: Path) -> list[Path]:
+    """The folders of the jobs that were submitted for a run, oldest first."""
+    return sorted(path for path in (run / "jobs").glob("[0-9]" * 4) if path.is_dir())
+
+
+def next_folder(run: Path) -> Path:
+    """The folder that the next job of a run will have."""
+    before = jobs(run)
+    return run / "jobs" / f"{int(before[-1].name) + 1 if before else 1:04d}"
+
+
+def take(folder: Path, repository: Path, config: Config, script: tuple[str, str]) -> None:
+    """Fill `folder`, which appears when it is whole. `script` is its name and its text.
+
+    Raises FileExistsError if somebody else has taken the folder meanwhile, OSError for what cannot be written.
+    """
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        for name in CODE:
+            shutil.copytree(repository / name, partial / "code" / name, ignore=_LEFT_OUT)
+        save(config, partial / "config.json")
+        (partial / script[0]).write_text(script[1], encoding="utf-8")
+        (partial / script[0]).chmod(0o755)
+        if revision := _git(repository, "rev-parse", "HEAD"):
+            (partial / "revision.txt").write_text(revision)
+            (partial / "changes.diff").write_text(_git(repository, "diff", "HEAD", "--", *CODE))
+        if folder.exists():
+            raise FileExistsError(f"{folder} has just been made by another submit: try again")
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def changes(folder: Path, repository: Path, config: Config) -> Iterator[str]:
+    """What is otherwise now than in an older job's folder, a line each."""
+    try:
+        yield from differences(load(folder / "config.json"), config)
+    except (OSError, ConfigErrors, ValueError) as error:
+        yield f"config.json cannot be compared: {error}"
+    changed = [path for name in CODE for path in _unequal(folder / "code" / name, repository / name, name)]
+    if changed:
+        yield f"code: {', '.join(changed[:5])}{f' and {len(changed) - 5} more' if len(changed) > 5 else ''}"
+
+
+def _unequal(before: Path, now: Path, name: str) -> Iterator[str]:
+    """Files that only one folder has, or that differ."""
+    files = {path.relative_to(top) for top in (before, now) for path in top.rglob("*") if path.is_file()}
+    for file in sorted(file for file in files if "__pycache__" not in file.parts):
+        paths = before / file, now / file
+        if not all(path.is_file() for path in paths) or not filecmp.cmp(*paths, shallow=False):
+            yield f"{name}/{file}"
+
+
+def _git(repository: Path, *words: str) -> str:
+    """What git says of the repository; nothing where there is no git, or no checkout."""
+    try:
+        done = subprocess.run(["git", "-C", str(repository), *words], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout if done.returncode == 0 else ""

@@ -1,0 +1,111 @@
+"""A run that is told to stop: by a signal to one of its processes, or by a file. All ranks stop at the same step."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megatron_tempo.config.schema import Config
+from megatron_tempo.config.tree import load, save
+from megatron_tempo.errors import Stopped
+from megatron_tempo.run import Run
+from megatron_tempo.stopping import Stops
+from megatron_tempo.train import train
+from tests.support.project import config_of, write_project
+from tests.support.ranks import run_ranks
+
+
+def heard(folder: Path) -> list[str | None]:
+    """What each of several questions is answered with, as things happen."""
+    dist.init_process_group("gloo")
+    rank, told = dist.get_rank(), []
+    before = signal.getsignal(signal.SIGUSR1)
+    with Stops(folder, grace_seconds=None) as stops:
+        told.append(stops.asked(is_writer=rank == 0))
+        if rank == 1:
+            (folder / "stop").touch()
+        dist.barrier()
+        told.append(stops.asked(is_writer=rank == 0))
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        told.append(stops.asked(is_writer=rank == 0))
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "a second one ends the process"
+        told.append(stops.asked(is_writer=rank == 0))
+    assert signal.getsignal(signal.SIGUSR1) is before
+    dist.destroy_process_group()
+    return told
+
+
+def test_ranks_hear_of_what_reached_one_of_them(tmp_path: Path) -> None:
+    first, second = run_ranks(heard, 2, tmp_path / "ranks", tmp_path)
+    assert first == second == [None, "file", "USR1", "TERM"]
+
+
+def test_a_long_wait_is_warned_of_once(tmp_path: Path) -> None:
+    stops = Stops(tmp_path, grace_seconds=0.05)
+    assert stops.late() is None, "until the first call nothing could be lost"
+    assert stops.late() is None
+    time.sleep(0.1)
+    warning = stops.late()
+    assert warning is not None
+    assert "cluster.slurm.grace_seconds=0.05" in warning
+    time.sleep(0.1)
+    assert stops.late() is None
+    assert Stops(tmp_path, grace_seconds=None).late() is None
+
+
+def stopped_at(config: Config, rank: int, step: int, number: int) -> str:
+    """What a run says that gets a signal on one rank, in the iteration behind `step`; nothing if it ends."""
+    iterate = Run.iterate
+
+    def signalled(self: Run, *stage: object) -> dict:
+        if self.step == step and self.place.layouts.actor.rank == rank:
+            os.kill(os.getpid(), number)
+        return iterate(self, *stage)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Run, "iterate", signalled)
+        try:
+            train(config)
+        except Stopped as stopped:
+            return str(stopped)
+    return ""
+
+
+def bits(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in run.glob("hf_step_*/*/*.safetensors")}
+
+
+def test_it_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    project = write_project(tmp_path / "project")
+    configs = []
+    for name in ("stopped", "undisturbed"):
+        config = config_of(project, tmp_path / name)
+        config.stage1.iterations, config.stage2.iterations = 1, 2
+        config.checkpoint.every = 0
+        save(config, tmp_path / f"{name}.json")
+        configs.append(load(tmp_path / f"{name}.json"))
+    run = tmp_path / "stopped"
+    # In the last iteration of a stage, behind which an evaluation is due: it is made when the run goes on.
+    told = run_ranks(stopped_at, 2, tmp_path / "first", configs[0], 1, 0, signal.SIGUSR1)
+    where = run / "checkpoints/step_00000001"
+    assert told == [f"stopped after 1 iterations, as told by USR1; the same command goes on from {where}"] * 2
+    record = json.loads((run / "stopped.json").read_text())
+    assert (record["step"], record["why"]) == (1, "USR1")
+    assert where.exists()
+    (run / "stop").touch()  # before the next iteration: nothing is done, and nothing new saved
+    assert run_ranks(stopped_at, 2, tmp_path / "second", configs[0], 0, -1, 0)[0].startswith("stopped after 1 iterat")
+    assert not (run / "stop").exists(), "the wish is fulfilled"
+    assert run_ranks(stopped_at, 2, tmp_path / "third", configs[0], 0, -1, 0) == ["", ""]
+    assert run_ranks(stopped_at, 2, tmp_path / "whole", configs[1], 0, -1, 0) == ["", ""]
+    assert bits(run) == bits(tmp_path / "undisturbed") != {}
+    points = [json.loads(line)["point"] for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert points == ["before", "between", "after"]

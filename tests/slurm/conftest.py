@@ -1,0 +1,65 @@
+"""All of these tests run on the SLURM that `make test-slurm` starts around them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.jobs import Site, Submitted
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    if "SLURM_TEST_FOLDER" not in os.environ:
+        pytest.fail("there is no SLURM here: run make test-slurm, which starts one", pytrace=False)
+    return Site(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(site: Site) -> Submitted:
+    """A run over two nodes that came to its end, as a chain of two jobs: the second finds nothing to do."""
+    job = site.started("undisturbed", "--chain", "2")
+    job.ended()
+    return job
+
+
+@pytest.fixture(scope="session")
+def planted(site: Site) -> Path:
+    """Stands for the cluster's Python: a run that hangs in its third iteration when it comes there first, and fails
+    there from then on."""
+    return script(site.folder / "planted", _PLANTED)
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+_PLANTED = f"""\
+#!{sys.executable}
+import pathlib, sys, time
+
+from megatron_tempo import cli, run
+
+iterate = run.Run.iterate
+
+
+def planted(self, *stage):
+    if self.step == 2:
+        hung = pathlib.Path(self.config.run.dir) / "hung"
+        if not hung.exists():
+            self.place.is_writer and hung.touch()
+            time.sleep(600)
+        time.sleep(1)
+        raise RuntimeError("planted")
+    return iterate(self, *stage)
+
+
+if __name__ == "__main__":
+    run.Run.iterate = planted
+    sys.exit(cli.main(sys.argv[3:]))
+"""

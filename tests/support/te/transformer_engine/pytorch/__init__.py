@@ -1,0 +1,20 @@
+"""The part for torch."""
+
+from transformer_engine.pytorch import distributed, fp8, optimizers, record
+from transformer_engine.pytorch.absent import GroupedLinear, ops
+from transformer_engine.pytorch.attention import DotProductAttention
+from transformer_engine.pytorch.fp8 import fp8_autocast
+from transformer_engine.pytorch.linear import LayerNormLinear, Linear
+
+__all__ = [
+    "DotProductAttention",
+    "GroupedLinear",
+    "LayerNormLinear",
+    "Linear",
+    "distributed",
+    "fp8",
+    "fp8_autocast",
+    "ops",
+    "optimizers",
+    "record",
+]

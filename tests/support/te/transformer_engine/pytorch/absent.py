@@ -1,0 +1,20 @@
+"""Names that Megatron-Core wants when it is imported, of what our models do not use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+class GroupedLinear(nn.Module):
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise NotImplementedError("the stand-in has no grouped layers")
+
+
+class ops:
+    class Sequential:
+        pass
+
+    class FusibleOperation:
+        pass

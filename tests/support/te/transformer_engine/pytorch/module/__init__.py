@@ -1,0 +1,1 @@
+"""For a name that Megatron-Core imports."""
