@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_tempo import run as run_module
 from megatron_tempo import wiring
-from megatron_tempo.config.schema import Config, Method, Verifier
+from megatron_tempo.config.schema import Config, DatasetConfig, Method, Verifier
 from megatron_tempo.data.dataset import load_unlabelled
 from megatron_tempo.models.trained import Model, TrainedModel
 from megatron_tempo.records import read_evaluations, read_metrics
@@ -200,6 +200,12 @@ def test_an_answer_that_leaks_is_found(
     sentinel_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
 ) -> None:
     monkeypatch.setattr(wiring, "load_unlabelled", leaking(field))
+    keys = wiring.question_keys  # by the ids that the planted loader gives, too
+
+    def planted(config: DatasetConfig) -> dict[str, str]:
+        return {name + end: key for name, key in keys(config).items() for end in ("", f" {SENTINEL}")}
+
+    monkeypatch.setattr(wiring, "question_keys", planted)
     found = traces_of_an_iteration(sentinel_project, tmp_path, monkeypatch)
     assert all(count > 0 for count in found.values()), found
 
