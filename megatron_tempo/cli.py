@@ -35,7 +35,7 @@ from megatron_tempo.config.rules.data import SUFFIXES
 from megatron_tempo.config.schema import Config, Verifier, to_plain
 from megatron_tempo.config.summary import summary
 from megatron_tempo.config.tree import read
-from megatron_tempo.errors import EngineError, InputError
+from megatron_tempo.errors import EngineError, InputError, NotFiniteError
 from megatron_tempo.plan.search import plan_of, search
 from megatron_tempo.plan.shapes import shape_of
 from megatron_tempo.plan.split import problems as plan_problems
@@ -94,6 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except EngineError as error:  # on the rank that saw it
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except NotFiniteError as error:  # on every rank
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 

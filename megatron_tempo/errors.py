@@ -10,3 +10,7 @@ class InputError(ValueError):
 
 class EngineError(RuntimeError):
     """An engine that failed, or that answered what cannot be trained on."""
+
+
+class NotFiniteError(ArithmeticError):
+    """Losses or gradients of too many optimizer steps in a row were NaN or infinite. The message names the dump."""

@@ -135,6 +135,7 @@ class Run:
     def iterate(self, stage_name: str, stage: StageConfig, iteration: int) -> dict[str, Any]:
         """Rollouts and the method's updates. Returns the line for metrics.jsonl."""
         started = time.monotonic()
+        self._begin(self.step + 1)
         rollouts = self.rollouts(stage_name, stage, iteration)
         learner = Learner(
             self.actor,
@@ -190,6 +191,11 @@ class Run:
             path = dump.path_of(Path(self.config.run.dir) / "rollouts", stage_name, iteration + 1)
             dump.write(path, rollouts.labelled, rollouts.unlabelled, self.tokenizer)
         return rollouts
+
+    def _begin(self, step: int) -> None:
+        for skips in (self.actor.skips, None if self.critic is None else self.critic.skips):
+            if skips is not None:
+                skips.iteration = step
 
     def _ask(self, stage_name: str, stage: StageConfig, iteration: int) -> None:
         config, before = self.config.rollout, self._stream_states()

@@ -30,8 +30,9 @@ from megatron_tempo.wiring import (
 def train(config: Config) -> None:
     """Train as the config says, going on from the newest whole checkpoint of `run.dir` if there is one.
 
-    Raises ValueError for input that does not fit the config, OSError for what cannot be written, FloatingPointError
-    for a gradient that is not finite, EngineError where no engine is left; a checkpoint is then written first.
+    Raises ValueError for input that does not fit the config, OSError for what cannot be written, NotFiniteError for
+    losses or gradients that are not finite again and again, EngineError where no engine is left; a checkpoint is then
+    written first.
     """
     with open_workplace(config) as place, Run.open(place) as run:
         done = run.resume()

@@ -152,6 +152,7 @@ class RunConfig:
     device: Device = Device.auto
     precision: Precision = Precision.fp32
     deterministic: bool = True  # torch's deterministic algorithms
+    max_skipped: int = 3  # optimizer steps of a model in a row whose loss or gradient is not finite, then the run stops
 
 
 @dataclass(slots=True)
