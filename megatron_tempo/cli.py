@@ -40,6 +40,7 @@ from megatron_tempo.plan.search import plan_of, search
 from megatron_tempo.plan.shapes import shape_of
 from megatron_tempo.plan.split import problems as plan_problems
 from megatron_tempo.plan.table import report
+from megatron_tempo.status import status
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _GROUPS = ("model", "data", "benchmark", "engine", "algorithm", "experiment", "cluster")
@@ -55,6 +56,7 @@ overrides, in Hydra's grammar:
 
 examples:
   megatron-tempo train experiment=quickstart
+  megatron-tempo status runs/quickstart
   torchrun --nproc-per-node 4 -m megatron_tempo train experiment=quickstart parallel.tensor=2 parallel.pipeline=2
   megatron-tempo check experiment=qwen3_14b_aime parallel.world_size=16 model=FOLDER ...
   megatron-tempo plan  experiment=qwen3_8b_aime cluster=h100x8 --picture memory.png
@@ -73,12 +75,18 @@ _COMMANDS = {
     "plan": "tell the memory and the time that a configuration will need, and which layouts fit, without torch",
     "eval": "measure avg@k and pass@k of a model",
 }
+_READERS = {
+    "status": "tell what a run is doing, from its folder",
+    "report": "write a run's report.html, or a page that compares several runs",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 where the user has something to mend, or 1 where an engine failed or a plan does
     not fit."""
     arguments = _arguments(argv)
+    if arguments.command in _READERS:
+        return _read(arguments)
     purpose = {"eval": Purpose.eval, "plan": Purpose.plan}.get(arguments.command, Purpose.train)
     launched = int(os.environ.get("WORLD_SIZE", "1")) if arguments.command in ("train", "eval") else None  # torchrun's
     try:
@@ -116,6 +124,25 @@ def _run(command: str, config: Config) -> None:
         from megatron_tempo.train import evaluate
 
         evaluate(config)
+
+
+def _read(arguments: argparse.Namespace) -> int:
+    """The commands that read the folders of runs."""
+    runs = [Path(run) for run in arguments.runs]
+    try:
+        if arguments.command == "status":
+            told = status(runs[0])
+            print(told.text)
+            return 0 if told.well else 1
+        from megatron_tempo.report.comparison import write_comparison  # matplotlib: for this alone
+        from megatron_tempo.report.html import write_report
+
+        alone = len(runs) == 1 and arguments.out is None
+        print(write_report(runs[0]) if alone else write_comparison(runs, Path(arguments.out or "comparison.html")))
+        return 0
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def _plan(config: Config, picture: str | None) -> int:
@@ -160,16 +187,29 @@ def build(
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("megatron-tempo", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(_COMMANDS))
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join([*_COMMANDS, *_READERS]))
     for name, text in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, epilog=_EPILOG, formatter_class=raw)
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the configuration")
         command.add_argument("--config-dir", metavar="DIR", help="a folder of your own presets, searched as well")
         if name == "plan":
             command.add_argument("--picture", metavar="FILE", help="draw the memory by phase, as a .png, .svg or .pdf")
+    for name, text in _READERS.items():
+        reader = commands.add_parser(name, help=text, description=text)
+        reader.add_argument(
+            "runs", nargs="+" if name == "report" else 1, metavar="RUN", help="folder of a run: its run.dir"
+        )
+        if name == "report":
+            reader.add_argument(
+                "--out", metavar="FILE", help="where to write a comparison; comparison.html unless given"
+            )
     arguments, rest = parser.parse_known_args(argv)  # argparse leaves overrides behind an option over
     if unknown := [word for word in rest if word.startswith("-")]:
         parser.error(f"unknown option {unknown[0]}")
+    if arguments.command in _READERS:
+        if rest:
+            parser.error(f"unexpected {rest[0]}")
+        return arguments
     arguments.overrides += rest
     return arguments
 

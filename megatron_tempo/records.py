@@ -7,6 +7,7 @@ evaluations.jsonl  one line a set and point: time, stage, iteration, step, set, 
                    eval command: alone)
 samples.jsonl      one line a response: point, stage, step, set, prompt, tokens, values (one more than tokens), correct,
                    answer
+warnings.jsonl     one line a fault that the run went on after, such as a server that was started anew: time, text
 
 A number that is NaN or infinite stands as null.
 """
@@ -27,6 +28,7 @@ Record = dict[str, Any]
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SAMPLES = "samples.jsonl"
+WARNINGS = "warnings.jsonl"
 
 
 def read_metrics(run_dir: Path) -> list[Record]:
@@ -39,6 +41,10 @@ def read_evaluations(run_dir: Path) -> list[Record]:
 
 def read_samples(run_dir: Path) -> list[Record]:
     return read(run_dir / SAMPLES)
+
+
+def read_warnings(run_dir: Path) -> list[Record]:
+    return read(run_dir / WARNINGS)
 
 
 def read(path: Path) -> list[Record]:

@@ -109,8 +109,9 @@ class Run:
             peaks = PeakMemory(place.device, planned(config, dist.get_world_size(), place.device))
             metrics.message(peaks.plan())
             actor, critic = build_actor(place), build_critic(place) if config.has_critic else None
-            engine = build_engine(place, metrics.message)
+            engine = build_engine(place, metrics.warn)
             stack.callback(engine.close)
+            metrics.watch(engine.health)
             below = Path(config.run.dir) / "checkpoints"
             checkpoints = Checkpoints(below, config.checkpoint.keep, place.layouts.actor, metrics.message)
             yield cls(

@@ -64,7 +64,8 @@ def evaluate(config: Config) -> None:
     ):
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
         sets = evaluation_sets(config, tokenizer, verifiers)
-        engine = stack.enter_context(closing(build_engine(place, metrics.message)))
+        engine = stack.enter_context(closing(build_engine(place, metrics.warn)))
+        metrics.watch(engine.health)
         engine.load_weights(folder_weights(place), version=0)
         critic_path = config.model.critic_path
         critic = build_critic(place) if critic_path else None

@@ -122,7 +122,7 @@ def outcome(run: Run) -> list[Finding]:
         if not reached:
             continue
         record = reached[0][1]
-        figures = [f"{_score(r['avg'], r['avg_se'])} {m.label}" for m, r in reached]
+        figures = [f"{score(r['avg'], r['avg_se'])} {m.label}" for m, r in reached]
         listed = " and ".join(filter(None, (", ".join(figures[:-1]), figures[-1])))
         findings.append(
             Finding(
@@ -156,9 +156,9 @@ def score_rows(run: Run) -> tuple[list[str], list[list[str]]]:
         known = [record for record in records if record is not None]
         if not known:
             continue
-        rows.append([name, f"avg@{known[0]['avg_k']}", *(_score(r["avg"], r["avg_se"]) if r else "" for r in records)])
+        rows.append([name, f"avg@{known[0]['avg_k']}", *(score(r["avg"], r["avg_se"]) if r else "" for r in records)])
         for k in dict.fromkeys(k for record in known for k in record["pass"]):
-            cells = (_score(r["pass"].get(k), r["pass_se"].get(k)) if r else "" for r in records)
+            cells = (score(r["pass"].get(k), r["pass_se"].get(k)) if r else "" for r in records)
             rows.append([name, f"pass@{k}", *cells])
     return ["set", "score", *(m.label for m in milestones)], rows
 
@@ -178,7 +178,7 @@ def _verdict(first: Milestone, old: Record, last: Milestone, new: Record) -> str
     return f"{stage} beat {other}: {figure}."
 
 
-def _score(value: float | None, error: float | None) -> str:
+def score(value: float | None, error: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
