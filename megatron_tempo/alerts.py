@@ -50,9 +50,13 @@ class Alert:
     seen: str  # at `last`
     active: bool  # it fires at the newest record that it could fire at
 
-    def line(self) -> str:
+    def told(self) -> str:
         since = f"step {self.first}" if self.first == self.last else f"steps {self.first} to {self.last}"
-        return f"{self.name}, {since}{'' if self.active else ' (over)'}: {self.seen}; {self.advice}"
+        return f"{self.name}, {since}{'' if self.active else ' (over)'}: {self.seen}"
+
+    def line(self) -> str:
+        """With what to do about it."""
+        return f"{self.told()}; {self.advice}"
 
 
 def alerts(metrics: Sequence[Record], evaluations: Sequence[Record]) -> list[Alert]:

@@ -19,7 +19,7 @@ from megatron_tempo.errors import InputError
 from megatron_tempo.heartbeat import DONE, SILENT, read_heartbeat
 from megatron_tempo.progress import RECENT, Forecast, clock
 from megatron_tempo.records import Record, read_evaluations, read_metrics, read_warnings
-from megatron_tempo.report.summary import printable, score
+from megatron_tempo.report.summary import memory_peaks, printable, score
 
 SHOWN = 5  # warnings, the latest
 OVERDUE, OVERDUE_SECONDS = 5.0, 300.0  # a phase so many times longer than usual, and by so much, is told of
@@ -179,17 +179,6 @@ def _memory(metrics: Sequence[Record]) -> str:
     return (
         f"peak of a process, GB: {', '.join(f'{phase} {peak:.3g}' for phase, peak in peaks.items())}" if peaks else ""
     )
-
-
-def memory_peaks(metrics: Sequence[Record]) -> dict[str, float]:
-    """The highest peak of each phase over a run, in 10^9 bytes, the largest first."""
-    peaks: dict[str, float] = {}
-    for record in metrics:
-        for name, value in record.items():
-            if name.startswith("memory_gb/") and value is not None:
-                phase = name.removeprefix("memory_gb/")
-                peaks[phase] = max(peaks.get(phase, 0.0), value)
-    return dict(sorted(peaks.items(), key=lambda item: -item[1]))
 
 
 def _engines(engines: Sequence[dict[str, Any]], *, running: bool) -> Iterator[str]:
