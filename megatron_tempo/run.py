@@ -32,6 +32,7 @@ from megatron_tempo.metrics import Metrics
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
 from megatron_tempo.models.trained import TrainedModel
+from megatron_tempo.profiling import Profiler
 from megatron_tempo.report.summary import summary_table
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout import dump
@@ -90,6 +91,7 @@ class Run:
     metrics: Metrics
     peaks: PeakMemory
     checkpoints: Checkpoints
+    profiler: Profiler
     step: int = 0
     questions: list[_Questions] = field(default_factory=list)
     evaluated: bool = True  # what was due at `step` is written
@@ -112,8 +114,10 @@ class Run:
             engine = build_engine(place, metrics.warn)
             stack.callback(engine.close)
             metrics.watch(engine.health)
-            below = Path(config.run.dir) / "checkpoints"
-            checkpoints = Checkpoints(below, config.checkpoint.keep, place.layouts.actor, metrics.message)
+            below = Path(config.run.dir)
+            checkpoints = Checkpoints(
+                below / "checkpoints", config.checkpoint.keep, place.layouts.actor, metrics.message
+            )
             yield cls(
                 config=config,
                 place=place,
@@ -129,6 +133,7 @@ class Run:
                 metrics=metrics,
                 peaks=peaks,
                 checkpoints=checkpoints,
+                profiler=Profiler(config.profile.steps, below / "profile", place.device, dist.get_rank()),
             )
 
     # One iteration
@@ -235,8 +240,8 @@ class Run:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Times what is done inside, and takes its peak of memory."""
-        with self.metrics.phase(name), self.peaks.phase(name):
+        """Times what is done inside, takes its peak of memory, and names it in traces."""
+        with self.metrics.phase(name), self.peaks.phase(name), self.profiler.phase(name):
             yield
 
     # Between iterations

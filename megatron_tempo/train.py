@@ -39,9 +39,10 @@ def train(config: Config) -> None:
         with run.rescued():
             run.evaluate_if_due()
             for stage_name, stage, iteration in remaining(config, done):
-                figures = run.iterate(stage_name, stage, iteration)
-                run.metrics.step(figures)
-                run.sync_engine()
+                with run.profiler.iteration(run.step + 1):
+                    figures = run.iterate(stage_name, stage, iteration)
+                    run.metrics.step(figures)
+                    run.sync_engine()
                 run.evaluate_if_due()
                 run.checkpoint_if_due()
         run.finish()

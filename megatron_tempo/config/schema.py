@@ -388,6 +388,11 @@ class MetricsConfig:
 
 
 @dataclass(slots=True)
+class ProfileConfig:
+    steps: list[int] = field(default_factory=list)  # iterations, from 1, traced to DIR/profile/step_N/rank_R.json.gz
+
+
+@dataclass(slots=True)
 class ClusterConfig:
     """The machines that `plan` plans for. Rates are peaks as the vendor tells them, shares are assumptions of ours."""
 
@@ -422,6 +427,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     cluster: ClusterConfig | None = None  # for `plan` alone
 
     def stages(self) -> dict[str, StageConfig]:

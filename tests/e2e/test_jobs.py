@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import unittest.mock
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from megatron_tempo.methods import tempo
 from megatron_tempo.models.packing import MicroBatch
 from megatron_tempo.models.trained import Loss, Step, TrainedModel
 from megatron_tempo.records import read_evaluations, read_metrics
+from megatron_tempo.status import status
 from megatron_tempo.train import evaluate, train
 from megatron_tempo.types import Batch
 from megatron_tempo.wiring import build_actor, build_critic, export_hf, open_workplace
@@ -196,20 +199,47 @@ def poisoned(config: Config) -> None:
         train(config)
 
 
-def test_a_run_tells_of_a_skipped_step_and_goes_on(tmp_path: Path) -> None:
-    config = config_of(write_project(tmp_path / "project"), tmp_path / "run")
+@pytest.fixture(scope="module")
+def mended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes and two iterations, the second of them traced."""
+    out = tmp_path_factory.mktemp("mended")
+    config = config_of(write_project(out / "project"), out / "run")
     config.stage2.iterations, config.evaluation.sets = 2, {}
     config.evaluation.calibration_set, config.checkpoint.export_hf = None, False
-    run_ranks(poisoned, 2, tmp_path / "ranks", config)
-    first, second = read_metrics(tmp_path / "run")
+    config.profile.steps = [2]
+    run_ranks(poisoned, 2, out / "ranks", config)
+    return out / "run"
+
+
+def test_a_run_tells_of_a_skipped_step_and_goes_on(mended: Path) -> None:
+    first, second = read_metrics(mended)
     assert [line["actor/skipped"] for line in (first, second)] == [1.0, 0.0]
     assert [line["critic/skipped"] for line in (first, second)] == [0.0, 0.0]
     assert first["actor/loss"] is not None
-    (path,) = (tmp_path / "run/skipped").iterdir()
+    (path,) = (mended / "skipped").iterdir()
     seen = load_file(path)
     assert path.name.startswith("step_00000001_actor_")
     assert seen["advantages"].isnan().sum() == seen["response_lengths"][seen["rows"] == 0].sum() > 0
     assert seen["old_logprobs"].shape == seen["advantages"].shape == seen["engine_logprobs"].shape
+    log = (mended.parent / "ranks/rank0.log").read_text()
+    assert log.count("alert: steps are skipped, step 1: 1 of the actor's were not finite") == 1
+    told = status(mended)
+    assert told.well
+    assert "finished at" in told.text
+    assert "alerts      steps are skipped, step 1 (over)" in told.text
+
+
+def test_a_trace_of_each_rank_names_the_phases(mended: Path) -> None:
+    found = sorted(path.relative_to(mended / "profile").as_posix() for path in (mended / "profile").rglob("*.json.gz"))
+    assert found == ["step_2/rank_0.json.gz", "step_2/rank_1.json.gz"]
+    for path in found:
+        events = json.loads(gzip.decompress((mended / "profile" / path).read_bytes()))["traceEvents"]
+        lasts = {event["name"]: event["dur"] for event in events if event.get("cat") == "user_annotation"}
+        assert {"generate", "values", "critic", "logprobs", "actor", "sync"} <= lasts.keys()
+        # The same seconds as in metrics.jsonl, of the rank that wrote them: a trace's are microseconds.
+        seconds = read_metrics(mended)[1]["time/critic"]
+        assert lasts["critic"] / 1e6 == pytest.approx(seconds, rel=0.5)
+        assert any(event.get("name") == "aten::mm" for event in events)
 
 
 def test_the_exported_run_differs_from_its_start(run: Path) -> None:
