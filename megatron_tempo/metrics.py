@@ -48,6 +48,8 @@ COLUMNS = (
     ("{:5.1f} s", "seconds"),
 )
 
+UPLOAD_SECONDS = 120.0  # that Weights & Biases has at a run's end
+
 
 class Metrics:
     """Collects what rank 0 measures. On the other ranks (`is_writer` false) every call does nothing.
@@ -319,7 +321,13 @@ class _Wandb:
         self._run: Any = None
         try:
             self._run = module.init(
-                project=project, name=run_dir.name, dir=str(run_dir), id=id_file.read_text(), resume="allow"
+                project=project,
+                name=run_dir.name,
+                dir=str(run_dir),
+                id=id_file.read_text(),
+                resume="allow",
+                # Without these a run whose connection is lost would wait at its end until the job's time is up.
+                settings={"finish_timeout": UPLOAD_SECONDS, "finish_timeout_raises": True},
             )
         except self._errors as error:
             self._give_up(error)

@@ -84,7 +84,7 @@ def _state(heartbeat: Record | None, step: int, total: int, now: float) -> tuple
     where = f"{heartbeat['host']}, process {heartbeat['pid']}"
     ended, age = heartbeat["ended"], now - heartbeat["time"]
     if ended is not None and ended != DONE:
-        return f"ended at {_date(heartbeat['time'])} by an error, on {where}: {ended}", False
+        return f"stopped at {_date(heartbeat['time'])}, on {where}: {ended}", False
     if ended == DONE:
         finished = f"finished at {_date(heartbeat['time'])}"
         return (finished, True) if step >= total else (f"{finished}, after {step} of {total} iterations", True)

@@ -96,7 +96,7 @@ def test_alerts_and_the_last_warnings(tmp_path: Path) -> None:
 STATES: dict[str, tuple[int, dict[str, Any], str, bool]] = {
     "silent": (30, {"time": NOW - 600}, "looks dead: no heartbeat since", False),
     "silent for a moment": (30, {"time": NOW - 100}, "running on node7", True),
-    "failed": (30, {"ended": "NotFiniteError: the loss"}, "by an error, on node7, process 42: NotFiniteError", False),
+    "failed": (30, {"ended": "NotFiniteError: the loss"}, "stopped at", False),
     "done": (100, {"ended": "done"}, "finished at", True),
     "stopped early": (30, {"ended": "done"}, "after 30 of 100 iterations", True),
 }
@@ -108,6 +108,8 @@ def test_states(tmp_path: Path, state: str) -> None:
     run = write_run(tmp_path / "run", done, **beat)
     assert words in rows(run)["state"]
     assert status(run, NOW).well is well
+    if "ended" in beat and not well:
+        assert rows(run)["state"].endswith(", on node7, process 42: NotFiniteError: the loss")
     if words.startswith("looks dead"):
         assert "10:00 ago; it was in generate on node7, process 42" in rows(run)["state"]
     assert ("left" in rows(run)) is ("running" in words)  # nothing is promised for a run that is not there
