@@ -7,15 +7,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from megatron_tempo import cli, heartbeat
-from megatron_tempo.config.schema import Config, Method, MetricsConfig, StageConfig, to_plain
+from megatron_tempo.config.schema import Config, Method, MetricsConfig, ServersConfig, StageConfig, to_plain
+from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.heartbeat import EngineHealth, Heartbeat, read_heartbeat
 from megatron_tempo.metrics import Metrics
 from megatron_tempo.records import append
+from megatron_tempo.rollout.dialect import Dialect
+from megatron_tempo.rollout.fleet import Fleet
 from megatron_tempo.status import status
 
 NOW = 1_764_000_000.0
@@ -191,3 +195,24 @@ def test_as_a_program_without_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, "status", str(run)], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("[]\n")
     assert "finished at" in done.stdout
+
+
+class OneComes:
+    """Starts server 0 alone."""
+
+    async def start(self, index: int) -> str:
+        if index:
+            raise EngineError("does not come up")
+        return "http://node:30000"
+
+
+def test_the_health_of_servers() -> None:
+    named = cast(Dialect, SimpleNamespace(name="vllm"))
+    fleet = Fleet(named, ServersConfig(), OneComes(), 2, "key", [0], 10, print)
+    try:
+        assert fleet.health() == [EngineHealth(f"vllm server {i}", "starting") for i in (0, 1)]
+        with pytest.raises(InputError, match="does not come up"):
+            fleet.open()
+        assert fleet.health()[0] == EngineHealth("vllm server 0", "empty", address="http://node:30000")
+    finally:
+        fleet.close()
