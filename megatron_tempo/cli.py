@@ -36,11 +36,12 @@ from megatron_tempo.config.rules.data import SUFFIXES
 from megatron_tempo.config.schema import Config, Verifier, to_plain
 from megatron_tempo.config.summary import summary
 from megatron_tempo.config.tree import read
-from megatron_tempo.errors import EngineError, InputError, Stopped
+from megatron_tempo.errors import EngineError, InputError, NotFiniteError, Stopped
 from megatron_tempo.plan.search import plan_of, search
 from megatron_tempo.plan.shapes import shape_of
 from megatron_tempo.plan.split import problems as plan_problems
 from megatron_tempo.plan.table import report
+from megatron_tempo.status import status
 from megatron_tempo.submit import job as jobs
 from megatron_tempo.submit.submission import preview, submit
 
@@ -60,6 +61,7 @@ overrides, in Hydra's grammar:
 
 examples:
   megatron-tempo train experiment=quickstart
+  megatron-tempo status runs/quickstart
   torchrun --nproc-per-node 4 -m megatron_tempo train experiment=quickstart parallel.tensor=2 parallel.pipeline=2
   megatron-tempo check experiment=qwen3_14b_aime parallel.world_size=16 model=FOLDER ...
   megatron-tempo plan  experiment=qwen3_8b_aime cluster=h100x8 --picture memory.png
@@ -83,16 +85,23 @@ _COMMANDS = {
     "submit": "check the configuration, print its plan, and submit it to SLURM (docs/cluster.md)",
     "serve": "rollout servers on a node of their own; what submit starts there",
 }
-
-_COMPARE = "compare two evaluations of the same questions, question by question: difference, interval, paired test"
+# Commands that read folders of runs: what they are for, and how many folders they take.
+_READERS: dict[str, tuple[str, int | str]] = {
+    "status": ("tell what a run is doing, from its folder", 1),
+    "report": ("write a run's report.html, or a page that compares several runs", "+"),
+    "compare": (
+        "compare two evaluations of the same questions, question by question: difference, interval, paired test",
+        2,
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 where the user has something to mend, 1 where an engine failed or a plan does not
     fit, or STOPPED."""
     arguments = _arguments(argv)
-    if arguments.command == "compare":
-        return _compare(arguments.first, arguments.second)
+    if arguments.command in _READERS:
+        return _read(arguments)
     kind = jobs.Kind[arguments.job] if arguments.command == "submit" else None
     purpose = Purpose.__members__.get(kind.name if kind is not None else arguments.command, Purpose.train)
     launched = int(os.environ.get("WORLD_SIZE", "1")) if arguments.command in ("train", "eval") else None  # torchrun's
@@ -126,6 +135,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(stopped, flush=True)
         return STOPPED
+    except NotFiniteError as error:  # on every rank
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -150,15 +163,28 @@ def _run(command: str, config: Config) -> None:
         evaluate(config)
 
 
-def _compare(first: str, second: str) -> int:
-    from megatron_tempo.report.results import compare  # numpy and scipy: for this alone
-
+def _read(arguments: argparse.Namespace) -> int:
+    """The commands that read the folders of runs."""
+    runs = [Path(run) for run in arguments.runs]
     try:
-        print(compare(Path(first), Path(second)))
-    except InputError as error:
+        if arguments.command == "status":
+            told = status(runs[0])
+            print(told.text)
+            return 0 if told.well else 1
+        if arguments.command == "compare":
+            from megatron_tempo.report.results import compare  # numpy and scipy: for this alone
+
+            print(compare(*runs))
+            return 0
+        from megatron_tempo.report.comparison import write_comparison  # matplotlib: for this alone
+        from megatron_tempo.report.html import write_report
+
+        alone = len(runs) == 1 and arguments.out is None
+        print(write_report(runs[0]) if alone else write_comparison(runs, Path(arguments.out or "comparison.html")))
+        return 0
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _plan(config: Config, picture: str | None) -> int:
@@ -239,7 +265,7 @@ def build(
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("megatron-tempo", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join([*_COMMANDS, "compare"]))
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join([*_COMMANDS, *_READERS]))
     for name, text in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, epilog=_EPILOG, formatter_class=raw)
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the configuration")
@@ -251,17 +277,21 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             _submit_options(command)
         elif name == "serve":
             command.add_argument("--folder", metavar="DIR", required=True, help="holds the key; gets the addresses")
-    comparison = commands.add_parser("compare", help=_COMPARE, description=_COMPARE)
-    comparison.add_argument("first", metavar="RUN_A", help="a folder that eval has written to")
-    comparison.add_argument("second", metavar="RUN_B", help="another, of the same questions")
+    for name, (text, count) in _READERS.items():
+        reader = commands.add_parser(name, help=text, description=text)
+        reader.add_argument("runs", nargs=count, metavar="RUN", help="folder of a run: its run.dir")
+        if name == "report":
+            reader.add_argument(
+                "--out", metavar="FILE", help="where to write a comparison; comparison.html unless given"
+            )
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if "--" in words else len(words)
     arguments, rest = parser.parse_known_args(words[:end])  # argparse leaves overrides behind an option over
     if unknown := [word for word in rest if word.startswith("-")]:
         parser.error(f"unknown option {unknown[0]}")
-    if arguments.command == "compare":
+    if arguments.command in _READERS:
         if rest:
-            parser.error(f"compare takes two folders, not {rest[0]} as well")
+            parser.error(f"unexpected {rest[0]}")
         return arguments
     arguments.overrides += rest
     arguments.words = words[end + 1 :]

@@ -14,3 +14,7 @@ class EngineError(RuntimeError):
 
 class Stopped(Exception):
     """A run that was told to stop. It stands in a checkpoint; the message says which."""
+
+
+class NotFiniteError(ArithmeticError):
+    """Losses or gradients of too many optimizer steps in a row were NaN or infinite. The message names the dump."""

@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -15,9 +15,22 @@ from typing import Any
 
 from rich.console import Console
 
+from megatron_tempo.alerts import alerts
 from megatron_tempo.config.schema import MetricsConfig, StageConfig
+from megatron_tempo.heartbeat import DONE, EngineHealth, Heartbeat
 from megatron_tempo.progress import Forecast, ProgressBar, clock
-from megatron_tempo.records import EVALUATIONS, METRICS, SAMPLES, Record, append, drop, finite
+from megatron_tempo.records import (
+    EVALUATIONS,
+    METRICS,
+    SAMPLES,
+    WARNINGS,
+    Record,
+    append,
+    drop,
+    finite,
+    read_evaluations,
+    read_metrics,
+)
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +47,8 @@ COLUMNS = (
     ("{:6.0f} tok/s", "tokens_per_second"),
     ("{:5.1f} s", "seconds"),
 )
+
+UPLOAD_SECONDS = 120.0  # that Weights & Biases has at a run's end
 
 
 class Metrics:
@@ -60,6 +75,10 @@ class Metrics:
         self._forecast: Forecast | None = None
         self._bar: ProgressBar | None = None
         self._console: Console | None = None
+        self._heartbeat: Heartbeat | None = None
+        self._steps: list[Record] = []  # what alerts are read from
+        self._scores: list[Record] = []
+        self._told: set[str] = set()  # alerts
         self._tensorboard: Any = None
         self._wandb: Any = None
         if not is_writer:
@@ -67,18 +86,21 @@ class Metrics:
         run_dir.mkdir(parents=True, exist_ok=True)
         if sys.stdout.isatty():
             self._console = Console(markup=False, highlight=False, soft_wrap=True)
-        for name in (METRICS, EVALUATIONS, SAMPLES):
+        for name in (METRICS, EVALUATIONS, SAMPLES, WARNINGS):
             drop(run_dir / name, lambda record: False)
+        self._heartbeat = Heartbeat(run_dir)
         if config.tensorboard:
             self._tensorboard = _tensorboard(run_dir)
         if config.wandb_project is not None:
-            self._wandb = _wandb(run_dir, config.wandb_project)
+            self._wandb = _wandb(run_dir, config.wandb_project, self.warn)
 
     def plan(self, stages: Mapping[str, StageConfig], evaluations: int, step: int = 0) -> None:
         """What is to come, for the time left: all the run's stages, the evaluation records still to be written, and
         the iterations that a resumed run has behind it. Starts the progress bar."""
         if not self._is_writer:
             return
+        self._steps, self._scores = read_metrics(self._dir), read_evaluations(self._dir)
+        self._told = {alert.name for alert in alerts(self._steps, self._scores)}  # by the start that is gone on with
         self._forecast = Forecast(stages, evaluations, step)
         self._mark = time.monotonic()
         if self._console is not None and self._config.progress:
@@ -112,7 +134,9 @@ class Metrics:
         if self._forecast is not None:
             self._forecast.step(line["stage"], line["iteration"], line["seconds"])
         append(self._dir / METRICS, line)
+        self._steps.append(line)
         self._print(self._step_line(line))
+        self._alert()
         self._track({name: value for name, value in line.items() if _is_number(value) and name != "time"}, line["step"])
         self._show()
 
@@ -126,7 +150,9 @@ class Metrics:
         key = (line["set"], line["step"], line["point"])
         drop(self._dir / EVALUATIONS, lambda old: (old["set"], old["step"], old["point"]) == key)
         append(self._dir / EVALUATIONS, line)
+        self._scores.append(line)
         self._print(_evaluation_line(line))
+        self._alert()
         scores = {f"avg@{line['avg_k']}": line["avg"]} | {f"pass@{k}": value for k, value in line["pass"].items()}
         if line.get("calibration"):
             scores |= {name: line["calibration"]["last"][name] for name in ("auroc", "brier", "ece")}
@@ -155,12 +181,23 @@ class Metrics:
             self._tensorboard.close()
             self._tensorboard = _tensorboard(self._dir, purge_step=step + 1)
 
+    def watch(self, engines: Callable[[], list[EngineHealth]]) -> None:
+        """Tell of these engines in the heartbeat. `engines` is called from any thread."""
+        if self._heartbeat is not None:
+            self._heartbeat.watch(engines)
+
     def message(self, text: str) -> None:
         """A line on the console."""
         if self._is_writer:
             self._print(text)
 
-    def close(self) -> None:
+    def warn(self, text: str) -> None:
+        """A line on the console that status and report tell too. From any thread."""
+        if self._is_writer:
+            append(self._dir / WARNINGS, {"time": round(time.time(), 3), "text": text})
+            self._print(text)
+
+    def close(self, ended: str = DONE) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -168,6 +205,8 @@ class Metrics:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+        if self._heartbeat is not None:
+            self._heartbeat.end(ended)
 
     def __enter__(self) -> Metrics:
         return self
@@ -175,7 +214,14 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(DONE if error is None else f"{type(error).__name__}: {error}")
+
+    def _alert(self) -> None:
+        """Tell of what has become worth waking up for."""
+        for alert in alerts(self._steps, self._scores):
+            if alert.name not in self._told:
+                self._told.add(alert.name)
+                self._print(f"alert: {alert.line()}")
 
     def _complete(self, record: Mapping[str, Any]) -> Record:
         """The record with time, seconds since the last one, and phases; numbers that are not finite become None."""
@@ -207,8 +253,11 @@ class Metrics:
             print(text, flush=True)
 
     def _show(self) -> None:
+        doing = self._open[-1][0] if self._open else ""
+        if self._heartbeat is not None:
+            self._heartbeat.phase(doing)
         if self._bar is not None:
-            self._bar.update(self._open[-1][0] if self._open else "")
+            self._bar.update(doing)
 
     def _track(self, numbers: Mapping[str, float], step: int) -> None:
         if self._tensorboard is not None:
@@ -249,7 +298,7 @@ def _tensorboard(run_dir: Path, purge_step: int | None = None) -> Any:
     return tensorboard.SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
 
 
-def _wandb(run_dir: Path, project: str) -> _Wandb:
+def _wandb(run_dir: Path, project: str, warn: Callable[[str], None]) -> _Wandb:
     try:
         module = importlib.import_module("wandb")
     except ImportError as error:
@@ -257,21 +306,28 @@ def _wandb(run_dir: Path, project: str) -> _Wandb:
             f"metrics.wandb_project={project} needs the wandb package: "
             f"pip install 'megatron-tempo[track]', or set it to null"
         ) from error
-    return _Wandb(module, run_dir, project)
+    return _Wandb(module, run_dir, project, warn)
 
 
 class _Wandb:
     """A Weights & Biases run that may fail without taking the training with it."""
 
-    def __init__(self, module: Any, run_dir: Path, project: str) -> None:
+    def __init__(self, module: Any, run_dir: Path, project: str, warn: Callable[[str], None]) -> None:
         self._errors = (module.errors.Error, OSError)
+        self._warn = warn
         id_file = run_dir / "wandb_id"  # a resumed job goes on with the same W&B run
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex)
         self._run: Any = None
         try:
             self._run = module.init(
-                project=project, name=run_dir.name, dir=str(run_dir), id=id_file.read_text(), resume="allow"
+                project=project,
+                name=run_dir.name,
+                dir=str(run_dir),
+                id=id_file.read_text(),
+                resume="allow",
+                # Without these a run whose connection is lost would wait at its end until the job's time is up.
+                settings={"finish_timeout": UPLOAD_SECONDS, "finish_timeout_raises": True},
             )
         except self._errors as error:
             self._give_up(error)
@@ -291,5 +347,5 @@ class _Wandb:
                 self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        log.warning("Weights & Biases failed (%s); training goes on, without it: %s has everything", error, METRICS)
+        self._warn(f"Weights & Biases failed ({error}); training goes on, without it: {METRICS} has everything")
         self._run = None

@@ -9,6 +9,7 @@ samples.jsonl      one line a response: point, stage, step, set, prompt, tokens,
                    answer
 responses.jsonl    of the eval command, one line a response: set, id and question (the question's key), sample (from 0),
                    text (as the verifier read it), correct, tokens, finish (stop, length)
+warnings.jsonl     one line a fault that the run went on after, such as a server that was started anew: time, text
 
 Beside them `seen.py` keeps seen.jsonl. A number that is NaN or infinite stands as null.
 """
@@ -30,6 +31,7 @@ METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SAMPLES = "samples.jsonl"
 RESPONSES = "responses.jsonl"
+WARNINGS = "warnings.jsonl"
 
 
 def read_metrics(run_dir: Path) -> list[Record]:
@@ -42,6 +44,10 @@ def read_evaluations(run_dir: Path) -> list[Record]:
 
 def read_samples(run_dir: Path) -> list[Record]:
     return read(run_dir / SAMPLES)
+
+
+def read_warnings(run_dir: Path) -> list[Record]:
+    return read(run_dir / WARNINGS)
 
 
 def read(path: Path) -> list[Record]:

@@ -33,6 +33,7 @@ from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
 from megatron_tempo.models.machine import described
 from megatron_tempo.models.trained import TrainedModel
+from megatron_tempo.profiling import Profiler
 from megatron_tempo.report.summary import summary_table, unreadable
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout import dump
@@ -97,6 +98,7 @@ class Run:
     checkpoints: Checkpoints
     keys: QuestionKeys
     seen: Seen
+    profiler: Profiler
     step: int = 0
     questions: list[_Questions] = field(default_factory=list)
     evaluated: bool = True  # what was due at `step` is written
@@ -118,10 +120,13 @@ class Run:
             metrics.message(described(config, place.machine))
             metrics.message(peaks.plan())
             actor, critic = build_actor(place), build_critic(place) if config.has_critic else None
-            engine = build_engine(place, metrics.message)
+            engine = build_engine(place, metrics.warn)
             stack.callback(engine.close)
-            below = Path(config.run.dir) / "checkpoints"
-            checkpoints = Checkpoints(below, config.checkpoint.keep, place.layouts.actor, metrics.message)
+            metrics.watch(engine.health)
+            below = Path(config.run.dir)
+            checkpoints = Checkpoints(
+                below / "checkpoints", config.checkpoint.keep, place.layouts.actor, metrics.message
+            )
             yield cls(
                 config=config,
                 place=place,
@@ -138,7 +143,8 @@ class Run:
                 peaks=peaks,
                 checkpoints=checkpoints,
                 keys=keys,
-                seen=Seen(Path(config.run.dir), keys.labelled, keys.unlabelled, place.is_writer),
+                seen=Seen(below, keys.labelled, keys.unlabelled, place.is_writer),
+                profiler=Profiler(config.profile.steps, below / "profile", place.device, dist.get_rank()),
             )
 
     # One iteration
@@ -146,6 +152,7 @@ class Run:
     def iterate(self, stage_name: str, stage: StageConfig, iteration: int) -> dict[str, Any]:
         """Rollouts and the method's updates. Returns the line for metrics.jsonl."""
         started = time.monotonic()
+        self._begin(self.step + 1)
         rollouts = self.rollouts(stage_name, stage, iteration)
         self.seen.add(self.step + 1, _ids(rollouts.labelled), _ids(rollouts.unlabelled))
         learner = Learner(
@@ -204,6 +211,11 @@ class Run:
             dump.write(path, rollouts.labelled, rollouts.unlabelled, self.tokenizer)
         return rollouts
 
+    def _begin(self, step: int) -> None:
+        for skips in (self.actor.skips, None if self.critic is None else self.critic.skips):
+            if skips is not None:
+                skips.iteration = step
+
     def _ask(self, stage_name: str, stage: StageConfig, iteration: int) -> None:
         config, before = self.config.rollout, self._stream_states()
         labelled, unlabelled = self._draw(stage, iteration)
@@ -241,8 +253,8 @@ class Run:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Times what is done inside, and takes its peak of memory."""
-        with self.metrics.phase(name), self.peaks.phase(name):
+        """Times what is done inside, takes its peak of memory, and names it in traces."""
+        with self.metrics.phase(name), self.peaks.phase(name), self.profiler.phase(name):
             yield
 
     # Between iterations

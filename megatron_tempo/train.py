@@ -38,9 +38,9 @@ from megatron_tempo.wiring import (
 def train(config: Config) -> None:
     """Train as the config says, going on from the newest whole checkpoint of `run.dir` if there is one.
 
-    Raises ValueError for input that does not fit the config, OSError for what cannot be written, FloatingPointError
-    for a gradient that is not finite, EngineError where no engine is left and Stopped where it was told to stop; a
-    checkpoint is then written first.
+    Raises ValueError for input that does not fit the config, OSError for what cannot be written, NotFiniteError for
+    losses or gradients that are not finite again and again, EngineError where no engine is left and Stopped where it
+    was told to stop; a checkpoint is then written first.
     """
     grace = config.cluster.slurm.grace_seconds if config.cluster is not None else None
     with Stops(Path(config.run.dir), grace) as stops, open_workplace(config) as place, Run.open(place) as run:
@@ -49,10 +49,11 @@ def train(config: Config) -> None:
             run.evaluate_if_due()
             for stage_name, stage, iteration in remaining(config, done):
                 run.stop_if_asked(stops)
-                figures = run.iterate(stage_name, stage, iteration)
-                run.metrics.step(figures)
-                run.stop_if_asked(stops)
-                run.sync_engine()
+                with run.profiler.iteration(run.step + 1):
+                    figures = run.iterate(stage_name, stage, iteration)
+                    run.metrics.step(figures)
+                    run.stop_if_asked(stops)
+                    run.sync_engine()
                 run.evaluate_if_due()
                 run.checkpoint_if_due()
         run.finish()
@@ -75,7 +76,8 @@ def evaluate(config: Config) -> None:
     ):
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
         sets = evaluation_sets(config, tokenizer, verifiers)
-        engine = stack.enter_context(closing(build_engine(place, metrics.message)))
+        engine = stack.enter_context(closing(build_engine(place, metrics.warn)))
+        metrics.watch(engine.health)
         engine.load_weights(folder_weights(place), version=0)
         critic_path = config.model.critic_path
         critic = build_critic(place) if critic_path else None

@@ -34,6 +34,7 @@ from megatron_tempo.models.machine import chosen_layers, machine_of
 from megatron_tempo.models.parallel import Layout, Layouts, parallel_groups
 from megatron_tempo.models.residence import Residence
 from megatron_tempo.models.shape import Shape
+from megatron_tempo.models.skips import Skips
 from megatron_tempo.models.trained import Model, TrainedModel
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.dialect import Dialect
@@ -85,7 +86,7 @@ def open_workplace(config: Config) -> Iterator[Workplace]:
 
 def build_actor(place: Workplace) -> Actor:
     """The actor with the weights of `model.path`, to be trained. Collective."""
-    return Actor(_trained(place, _language_model(place), place.layouts.actor))
+    return Actor(_trained(place, _language_model(place), place.layouts.actor), _skips(place, "actor"))
 
 
 def build_reference(place: Workplace) -> Actor:
@@ -100,7 +101,7 @@ def build_critic(place: Workplace) -> Critic:
     path = Path(place.config.model.critic_path or place.config.model.path)
     layout = place.layouts.critic
     with layout.groups.current():
-        return Critic(_trained(place, _network(place, ValueModel, path, layout), layout))
+        return Critic(_trained(place, _network(place, ValueModel, path, layout), layout), _skips(place, "critic"))
 
 
 def targets_of(critic: Path) -> CriticTargets:
@@ -344,3 +345,7 @@ def _trained(place: Workplace, net: PackedGPT, layout: Layout) -> TrainedModel:
     config = place.config
     tokens, precision = config.parallel.micro_batch_tokens, config.run.precision
     return TrainedModel.wrap(net, layout, place.device, tokens, precision, place.residence)
+
+
+def _skips(place: Workplace, model: str) -> Skips:
+    return Skips(model, Path(place.config.run.dir) / "skipped", place.config.run.max_skipped, place.is_writer)

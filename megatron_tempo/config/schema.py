@@ -175,6 +175,7 @@ class RunConfig:
     device: Device = Device.auto
     precision: Precision = Precision.fp32
     deterministic: bool = True  # torch's deterministic algorithms
+    max_skipped: int = 3  # optimizer steps of a model in a row whose loss or gradient is not finite, then the run stops
 
 
 @dataclass(slots=True)
@@ -432,6 +433,11 @@ class MetricsConfig:
 
 
 @dataclass(slots=True)
+class ProfileConfig:
+    steps: list[int] = field(default_factory=list)  # iterations, from 1, traced to DIR/profile/step_N/rank_R.json.gz
+
+
+@dataclass(slots=True)
 class SlurmConfig:
     """How a site takes jobs, for `submit` alone. What is none is left to SLURM's own defaults."""
 
@@ -493,6 +499,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     cluster: ClusterConfig | None = None  # for `plan` and `submit`, and for `check` to know the GPU
 
     def stages(self) -> dict[str, StageConfig]:

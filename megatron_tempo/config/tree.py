@@ -52,15 +52,16 @@ def load(path: str | Path) -> Config:
 
 def differences(old: Config, new: Config) -> list[str]:
     """The fields in which two configs differ, as `path: old -> new`."""
-    before, after = dict(_leaves(to_plain(old))), dict(_leaves(to_plain(new)))
+    before, after = dict(leaves(to_plain(old))), dict(leaves(to_plain(new)))
     names = [*before, *(name for name in after if name not in before)]
     return [f"{n}: {before.get(n)!r} -> {after.get(n)!r}" for n in names if before.get(n) != after.get(n)]
 
 
-def _leaves(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field of a config as plain data, with its path."""
     for name, value in node.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{path}{name}.")
+            yield from leaves(value, f"{path}{name}.")
         else:
             yield f"{path}{name}", value
 

@@ -9,10 +9,12 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_tempo.config.schema import ActorUpdateConfig, Baseline
+from megatron_tempo.kernels.advantages import token_advantages
 from megatron_tempo.kernels.policy_loss import ROW_METRICS, Experience
 from megatron_tempo.kernels.rows import Rows
 from megatron_tempo.models.gpt import LanguageModel
 from megatron_tempo.models.packing import MicroBatch, data_share, value_cells
+from megatron_tempo.models.skips import Skips, Steps
 from megatron_tempo.models.trained import Model, TrainedModel
 from megatron_tempo.types import Batch
 
@@ -20,9 +22,10 @@ from megatron_tempo.types import Batch
 class Actor:
     """Log-probabilities and policy updates, at the temperature of the rollouts."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, skips: Skips | None = None) -> None:
+        """`skips`: of one that is trained."""
         assert isinstance(model.net, LanguageModel)
-        self.model = model
+        self.model, self.skips = model, skips
         self.kernels = model.net.kernels
 
     def logprobs(self, batch: Batch) -> Tensor:
@@ -38,9 +41,11 @@ class Actor:
     ) -> dict[str, float]:
         """One optimizer step for each mini-batch of rows in `order` (int64 each), by `policy_loss`.
 
-        `experience` is that of the whole batch, on the CPU. Returns figures over all steps.
+        `experience` is that of the whole batch, on the CPU. Returns figures over all steps that were made. Raises
+        NotFiniteError.
         """
         assert isinstance(self.model, TrainedModel)
+        assert self.skips is not None
         experience = replace(
             experience,
             moments=self._moments(batch, experience, baseline) if config.whiten_advantages else None,
@@ -52,8 +57,12 @@ class Actor:
             given = _of_micro_batch(experience, micro)
             return self.kernels.policy_loss(logprobs, entropy, given, micro.response_rows, baseline, config)
 
-        steps = [self.model.step(batch, rows, loss, len(ROW_METRICS), config.optimizer) for rows in order]
-        return _summary(steps, batch.response_lengths[torch.cat(order)])
+        def given(rows: Tensor) -> dict[str, Tensor]:
+            return _seen(batch, experience, baseline, rows)
+
+        steps = self.skips.steps(self.model, batch, order, loss, len(ROW_METRICS), config.optimizer, given)
+        figures = _summary(steps, batch.response_lengths[steps.rows]) if len(steps.rows) else {}
+        return figures | {"actor/skipped": float(steps.skipped)}
 
     def _moments(self, batch: Batch, experience: Experience, baseline: Baseline) -> Tensor:
         """The moments of all advantages of the batch. Each replica reckons its share."""
@@ -83,9 +92,28 @@ def _of_micro_batch(experience: Experience, micro: MicroBatch) -> Experience:
     )
 
 
-def _summary(steps: list[tuple[Tensor, float]], lengths: Tensor) -> dict[str, float]:
+def _seen(batch: Batch, experience: Experience, baseline: Baseline, rows: Tensor) -> dict[str, Tensor]:
+    """What the loss of these rows is made of, for people who look into a step that could not be made."""
+    lengths = batch.response_lengths
+    advantages = token_advantages(experience.values, experience.rewards, Rows.of(lengths, lengths.device), baseline)
+    by_token = {
+        "old_logprobs": experience.old_logprobs,
+        "reference_logprobs": experience.reference_logprobs,
+        "advantages": advantages,
+    }
+    picked = {name: _of_rows(flat, lengths, rows) for name, flat in by_token.items() if flat is not None}
+    values = _of_rows(experience.values, lengths + 1, rows)
+    return {**picked, "values": values, "rewards": experience.rewards[rows]}
+
+
+def _of_rows(flat: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
+    parts = flat.split(lengths.tolist())
+    return torch.cat([parts[row] for row in rows.tolist()])
+
+
+def _summary(steps: Steps, lengths: Tensor) -> dict[str, float]:
     """Figures from the rows of all steps; `lengths` is int64 [rows]. Advantages are told over tokens."""
-    table = dict(zip(ROW_METRICS, torch.cat([rows for rows, _ in steps]).unbind(1), strict=True))
+    table = dict(zip(ROW_METRICS, steps.figures.unbind(1), strict=True))
     share = lengths / lengths.sum()
     advantage, square = (float(table.pop(name).double() @ share.double()) for name in ("advantage", "advantage_square"))
     count = int(lengths.sum())
@@ -98,7 +126,7 @@ def _summary(steps: list[tuple[Tensor, float]], lengths: Tensor) -> dict[str, fl
         "actor/ratio_max": float(table["ratio"].max()),
         "actor/token_ratio_min": float(least.min()),
         "actor/token_ratio_max": float(greatest.max()),
-        "actor/grad_norm": sum(norm for _, norm in steps) / len(steps),
+        "actor/grad_norm": sum(steps.grad_norms) / len(steps.grad_norms),
         "advantage/mean": advantage,
         "advantage/std": variance**0.5,
     }

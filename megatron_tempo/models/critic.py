@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from megatron_tempo.config.schema import CriticUpdateConfig
 from megatron_tempo.kernels.value_loss import VALUE_METRICS
 from megatron_tempo.models.gpt import ValueModel
 from megatron_tempo.models.packing import MicroBatch
+from megatron_tempo.models.skips import Skips
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.types import Batch
 
@@ -16,9 +16,9 @@ from megatron_tempo.types import Batch
 class Critic:
     """Token values and their regression."""
 
-    def __init__(self, model: TrainedModel) -> None:
+    def __init__(self, model: TrainedModel, skips: Skips) -> None:
         assert isinstance(model.net, ValueModel)
-        self.model = model
+        self.model, self.skips = model, skips
         self.kernels = model.net.kernels
 
     def values(self, batch: Batch) -> Tensor:
@@ -34,7 +34,7 @@ class Critic:
     ) -> dict[str, float]:
         """One optimizer step for each mini-batch of rows in `order` (int64 each), by `value_loss`.
 
-        `targets` is float32 [n]. Returns figures over all steps.
+        `targets` is float32 [n]. Returns figures over all steps that were made. Raises NotFiniteError.
         """
         old = self.values(batch) if config.clip is not None else None
 
@@ -43,9 +43,13 @@ class Critic:
             of_rows = targets[micro.rows].to(output.device)
             return self.kernels.value_loss(output, of_rows, micro.value_rows, clip=config.clip, old_values=before)
 
-        steps = [self.model.step(batch, rows, loss, len(VALUE_METRICS), config.optimizer) for rows in order]
-        means = torch.cat([table for table, _ in steps]).mean(0).tolist()
-        return {
-            **{f"critic/{name}": mean for name, mean in zip(VALUE_METRICS, means, strict=True)},
-            "critic/grad_norm": sum(norm for _, norm in steps) / len(steps),
-        }
+        def given(rows: Tensor) -> dict[str, Tensor]:
+            return {"targets": targets[rows]}
+
+        steps = self.skips.steps(self.model, batch, order, loss, len(VALUE_METRICS), config.optimizer, given)
+        figures = {"critic/skipped": float(steps.skipped)}
+        if len(steps.rows):
+            means = steps.figures.mean(0).tolist()
+            figures |= {f"critic/{name}": mean for name, mean in zip(VALUE_METRICS, means, strict=True)}
+            figures["critic/grad_norm"] = sum(steps.grad_norms) / len(steps.grad_norms)
+        return figures

@@ -29,6 +29,16 @@ Loss = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor]]
 Reading = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor]]
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """An optimizer step, or one that was not made."""
+
+    figures: Tensor  # float32 [rows, metrics], the same on every rank
+    losses: Tensor  # float32 [rows], the same on every rank
+    grad_norm: float  # before clipping
+    made: bool  # false where a loss or the gradient is not finite: the weights are then as before
+
+
 @dataclass(slots=True)
 class Model:
     """A network under Megatron's 1F1B schedule. `net` is the bare network, this rank's shard of it."""
@@ -191,33 +201,27 @@ class TrainedModel(Model):
         """The gradients."""
         return (buffer.grad_data for buffer in self.module.buffers)
 
-    def step(
-        self, batch: Batch, rows: Tensor, loss: Loss, metrics: int, config: OptimizerConfig
-    ) -> tuple[Tensor, float]:
-        """One optimizer step on the mean over `rows` of a loss by row.
+    def step(self, batch: Batch, rows: Tensor, loss: Loss, metrics: int, config: OptimizerConfig) -> Step:
+        """One optimizer step on the mean over `rows` of a loss by row; none where that or its gradient is not finite.
 
-        `loss` turns a micro-batch and the model's output into (loss [m], metrics [m, `metrics`]). Returns the metrics
-        of all rows, float32 [len(rows), metrics], the same on every rank, and the norm of the gradient before clipping.
-
-        Raises FloatingPointError for a gradient that is not finite; the weights are then as before.
+        `loss` turns a micro-batch and the model's output into (loss [m], metrics [m, `metrics`]).
         """
         with self.at_work():
             return self._step(batch, rows, loss, metrics, config)
 
-    def _step(
-        self, batch: Batch, rows: Tensor, loss: Loss, metrics: int, config: OptimizerConfig
-    ) -> tuple[Tensor, float]:
+    def _step(self, batch: Batch, rows: Tensor, loss: Loss, metrics: int, config: OptimizerConfig) -> Step:
         self.module.train()
         parts = self._packed(batch, rows)
         # Megatron divides by the micro-batches of this rank and averages over the data-parallel ranks.
         scale = len(parts) * self.layout.data / len(rows)
         place = torch.full((len(batch),), -1).index_put((rows,), torch.arange(len(rows)))
-        table = torch.zeros(len(rows), metrics)
+        table = torch.zeros(len(rows), metrics + 1)  # the last column: the losses
 
         def scaled(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
             by_row, figures = loss(micro, output)
             if self.layout.reports:
-                table[place[micro.rows]] = figures.float().cpu()
+                told = torch.cat((figures, by_row.detach()[:, None]), dim=1)
+                table[place[micro.rows]] = told.float().cpu()
             # The sum over no outputs keeps a micro-batch of padding alone in the graph.
             return by_row.sum() * scale + output[:0].sum(), figures
 
@@ -231,12 +235,16 @@ class TrainedModel(Model):
         self._set_hyperparameters(config)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(f"the gradient's norm is {grad_norm} at optimizer step {self.step_count + 1}")
-        self.optimizer.step()
+        # In one sum what all ranks told and whether any of them saw what is not finite: they decide alike.
+        ranks = torch.cat((table.flatten(), torch.tensor([0.0 if math.isfinite(grad_norm) else 1.0])))
+        told, bad = sum_over_ranks(ranks).split((table.numel(), 1))
+        figures, losses = told.view_as(table).split((metrics, 1), dim=1)
+        made = float(bad) == 0.0 and bool(losses.isfinite().all())
+        if made:
+            self.optimizer.step()
+            self.step_count += 1
         self.optimizer.zero_grad()  # at once: its fp32 copy of the gradients would stay until the next step
-        self.step_count += 1
-        return sum_over_ranks(table), grad_norm
+        return Step(figures, losses.flatten(), grad_norm, made)
 
     def sharded_optimizer(
         self, weights: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool

@@ -10,15 +10,24 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from matplotlib.figure import Figure
 
 from megatron_tempo.progress import clock
 from megatron_tempo.records import Record
 from megatron_tempo.report import plots
-from megatron_tempo.report.summary import Milestone, Run, outcome, printable, score_rows
+from megatron_tempo.report.summary import (
+    Milestone,
+    Run,
+    memory_peaks,
+    outcome,
+    phase_totals,
+    printable,
+    score_rows,
+)
 
 RIGHT_AND_WRONG = 2  # responses of each kind shown at a milestone
+WARNED = 5  # warnings shown, the latest
 HEAD, TAIL = 400, 200  # tokens shown of a long response
 # From wrong over undecided to right: told apart by colour-blind readers, light enough for dark text.
 SCALE = ((236, 150, 80), (247, 246, 242), (92, 165, 218))
@@ -66,35 +75,54 @@ class Phase:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes RUN_DIR/report.html from the run's records, in place of an earlier one. ValueError for broken files."""
+    """Writes RUN_DIR/report.html from the run's records, in place of an earlier one. InputError for broken files."""
     run = Run.read(run_dir)
-    source = files("megatron_tempo.report").joinpath("template.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["clock"] = clock
     calibrated = [(m, r) for m in run.milestones() for r in m.scores.values() if r.get("calibration")]
     header, rows = score_rows(run)
-    page = environment.from_string(source).render(
+    page = template("report.html").render(
+        title=f"{run.name} · TEMPO run",
         name=run.name,
         facts=_facts(run),
         outcome=[(printable(finding.figures), printable(finding.verdict)) for finding in outcome(run)],
+        alerts=[printable(alert.line()) for alert in run.alerts()],
+        warnings=[printable(warning["text"]) for warning in run.warnings[-WARNED:]],
         header=header,
         rows=[[printable(cell) for cell in row] for row in rows],
-        scores=[_picture(plots.score_panel(run, name), f"Scores on {printable(name)}") for name in run.sets()],
-        reliability=[_picture(plots.reliability(m, r), f"Reliability {m.label}") for m, r in calibrated if m.stage],
-        prefixes=[_picture(plots.by_prefix(calibrated, *score), score[1]) for score in PREFIX_SCORES if calibrated],
+        scores=[picture(plots.score_panel(run, name), f"Scores on {printable(name)}") for name in run.sets()],
+        reliability=[picture(plots.reliability(m, r), f"Reliability {m.label}") for m, r in calibrated if m.stage],
+        prefixes=[picture(plots.by_prefix(calibrated, *score), score[1]) for score in PREFIX_SCORES if calibrated],
         calibration_rows=list(_calibration_rows(calibrated)),
-        training=[_picture(figure, title) for title, figure in plots.training_panels(run)],
+        training=[picture(figure, title) for title, figure in plots.training_panels(run)],
         phases=_phases(run),
-        samples=[(m.label, chosen) for m in reversed(run.milestones()) if (chosen := _samples(run, m))],
-        scale=[_css(colour) for colour in SCALE],
-        value_range=_value_range(run),
+        memory=_memory(run),
+        samples=[(m.label, chosen) for m in reversed(run.milestones()) if (chosen := samples(run, m))],
+        scale=scale(),
+        value_range=value_range_of(run),
         config=printable(json.dumps(run.config, indent=2, ensure_ascii=False)) if run.config else "",
     )
-    path = run_dir / "report.html"
-    new = path.with_name("report.html.new")
+    return write(run_dir / "report.html", page)
+
+
+def template(name: str) -> Template:
+    """A page of this folder, which may include others of it."""
+    folder = files("megatron_tempo.report")
+    loader = FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8"))
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(name)
+
+
+def write(path: Path, page: str) -> Path:
+    new = path.with_name(path.name + ".new")
     new.write_text(page, encoding="utf-8")
     new.replace(path)
     return path
+
+
+def scale() -> list[str]:
+    """The colours of values, from wrong over undecided to right."""
+    return [_css(colour) for colour in SCALE]
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
@@ -113,13 +141,15 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     return facts
 
 
+def _memory(run: Run) -> list[tuple[str, float, float]]:
+    """Phase, its highest peak in 10^9 bytes, and that as a share of the highest of all."""
+    peaks = memory_peaks(run.metrics)
+    return [(phase, peak, peak / max(peaks.values())) for phase, peak in peaks.items()]
+
+
 def _phases(run: Run) -> list[Phase]:
     """Seconds of each outermost phase over the run, the longest first, and the rest that no phase covers."""
-    totals: dict[str, float] = {}
-    for record in run.metrics + run.evaluations:
-        for name, value in record.items():
-            if name.startswith("time/") and name.count("/") == 1 and value is not None:
-                totals[name.removeprefix("time/")] = totals.get(name.removeprefix("time/"), 0.0) + value
+    totals = phase_totals(run.metrics + run.evaluations)
     whole = max(sum(record.get("seconds", 0.0) for record in run.metrics + run.evaluations), sum(totals.values()))
     if not whole:
         return []
@@ -136,12 +166,12 @@ def _calibration_rows(calibrated: list[tuple[Milestone, Record]]) -> Iterator[li
             yield [milestone.label, f"{float(fraction):.0%}", *("-" if n is None else f"{n:.3f}" for n in numbers)]
 
 
-def _samples(run: Run, milestone: Milestone) -> list[Sample]:
+def samples(run: Run, milestone: Milestone) -> list[Sample]:
     """A few responses of a milestone, right and wrong."""
     records = [r for r in run.samples if r["step"] == milestone.step and r["point"] != "during"]
     right = [record for record in records if record["correct"]][:RIGHT_AND_WRONG]
     wrong = [record for record in records if not record["correct"]][:RIGHT_AND_WRONG]
-    return [_sample(record, _value_range(run)) for record in right + wrong]
+    return [_sample(record, value_range_of(run)) for record in right + wrong]
 
 
 def _sample(record: Record, value_range: tuple[float, float]) -> Sample:
@@ -184,13 +214,13 @@ def _curve(values: list[float | None], value_range: tuple[float, float]) -> str:
     )
 
 
-def _value_range(run: Run) -> tuple[float, float]:
+def value_range_of(run: Run) -> tuple[float, float]:
     """What a value says for certainly wrong and certainly right."""
     targets = {stage["critic"]["targets"] for stage in (run.config.get("stage1"), run.config.get("stage2")) if stage}
     return (-1.0, 1.0) if "plus_minus_one" in targets else (0.0, 1.0)
 
 
-def _picture(figure: Figure, title: str) -> Picture:
+def picture(figure: Figure, title: str) -> Picture:
     return Picture("data:image/svg+xml;base64," + base64.b64encode(plots.svg(figure).encode()).decode(), title)
 
 

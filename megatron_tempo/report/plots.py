@@ -22,6 +22,7 @@ BLUE, ORANGE, GREEN, INK, MUTED = "#0072B2", "#D55E00", "#009E73", "#24292f", "#
 COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7")
 SHADES = ("#eef1f4", "#dfeaf4")  # of the stages, in turn
 WIDE, NARROW = (4.3, 3.0), (3.6, 2.7)  # inches: one of two and of three columns; the whole width of a phone
+SCIENTIFIC = (-3, 5)  # orders of ten beyond which tick labels would not fit beside the axis's name
 POINTS = 800  # a longer curve is thinned out to about so many points
 
 STYLE: Any = {
@@ -79,7 +80,7 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...], bool], ...] = (
 
 def score_panel(run: Run, name: str) -> Figure:
     """avg@k and pass@k of one set over the iterations."""
-    with _figure(WIDE) as (figure, axes):
+    with panel(WIDE) as (figure, axes):
         _draw_scores(axes, run, name)
     return figure
 
@@ -101,7 +102,7 @@ def plot_curves(run_dir: Path, path: Path) -> None:
 def reliability(milestone: Milestone, record: Record) -> Figure:
     """Fraction right against the mean value of each bin, for the value after the last token."""
     rows = record["calibration"]["last"]["bins"]
-    with _figure(WIDE) as (figure, axes):
+    with panel(WIDE) as (figure, axes):
         axes.plot([0, 1], [0, 1], color=MUTED, linestyle="--", linewidth=1, label="perfectly calibrated")
         counts = np.array([row["count"] for row in rows])
         x, y = [row["mean_value"] for row in rows], [row["fraction_right"] for row in rows]
@@ -121,11 +122,11 @@ def reliability(milestone: Milestone, record: Record) -> Figure:
 
 def by_prefix(milestones: Sequence[tuple[Milestone, Record]], score: str, title: str, label: str) -> Figure:
     """One of auroc, brier, ece against the part of the response that the critic has read."""
-    with _figure(NARROW) as (figure, axes):
+    with panel(NARROW) as (figure, axes):
         for colour, (milestone, record) in zip(COLOURS, milestones, strict=False):
             prefixes = {float(fraction): found for fraction, found in record["calibration"]["by_prefix"].items()}
             fractions = sorted(prefixes)
-            values = _floats(prefixes[fraction][score] for fraction in fractions)
+            values = floats(prefixes[fraction][score] for fraction in fractions)
             axes.plot([100 * f for f in fractions], values, color=colour, marker="o", label=milestone.label)
         axes.set(title=title, xlabel="read of the response (% of its tokens)", ylabel=label)
         if score == "auroc":
@@ -143,10 +144,10 @@ def training_panels(run: Run) -> Iterator[tuple[str, Figure]]:
         found = [(name, label) for name, label in curves if any(record.get(name) is not None for record in run.metrics)]
         if not found:
             continue
-        with _figure(NARROW) as (figure, axes):
+        with panel(NARROW) as (figure, axes):
             for colour, (name, label) in zip(COLOURS, found, strict=False):
                 records = [record for record in run.metrics if name in record]
-                _draw_smoothed(axes, [r["step"] for r in records], _floats(r[name] for r in records), colour, label)
+                draw_smoothed(axes, [r["step"] for r in records], floats(r[name] for r in records), colour, label)
             axes.set(title=title, ylabel=unit)
             if logarithmic:
                 axes.set_yscale("log")
@@ -155,6 +156,8 @@ def training_panels(run: Run) -> Iterator[tuple[str, Figure]]:
                 axes.yaxis.set_minor_locator(NullLocator())
             elif unit.startswith("tokens"):
                 axes.yaxis.set_major_formatter(EngFormatter(sep=""))  # 16k
+            else:
+                axes.ticklabel_format(axis="y", scilimits=SCIENTIFIC)
             _draw_stages(axes, run.stages())
             if len(curves) > 1:
                 axes.legend(loc="best")
@@ -171,20 +174,22 @@ def svg(figure: Figure) -> str:
 
 
 @contextmanager
-def _figure(size: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
+def panel(size: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size)
         # Fixed margins: the panels of a page line up, and are drawn in half the time of a computed layout.
-        yield figure, figure.subplots(gridspec_kw={"left": 0.175, "right": 0.965, "bottom": 0.16, "top": 0.85})
+        # On the left as many inches in all: tick labels are as wide in a narrow panel.
+        left = 0.75 / size[0]
+        yield figure, figure.subplots(gridspec_kw={"left": left, "right": 0.965, "bottom": 0.16, "top": 0.85})
 
 
 def _draw_scores(axes: Axes, run: Run, name: str) -> None:
     # Two evaluations at one step (between stages) are one point.
     records = list({record["step"]: record for record in run.evaluations if record["set"] == name}.values())
     steps = [record["step"] for record in records]
-    curves = [(f"avg@{records[0]['avg_k']}", _floats(r["avg"] for r in records), _floats(r["avg_se"] for r in records))]
+    curves = [(f"avg@{records[0]['avg_k']}", floats(r["avg"] for r in records), floats(r["avg_se"] for r in records))]
     for k in dict.fromkeys(k for record in records for k in record["pass"]):
-        values, errors = (_floats(r[field].get(k) for r in records) for field in ("pass", "pass_se"))
+        values, errors = (floats(r[field].get(k) for r in records) for field in ("pass", "pass_se"))
         curves.append((f"pass@{k}", values, errors))
     for i, (label, values, errors) in enumerate(curves):
         colour = COLOURS[i % len(COLOURS)]
@@ -220,12 +225,13 @@ def _draw_stages(axes: Axes, stages: Sequence[Stage]) -> None:
     axes.set_xlim(0, max(total, 1))
 
 
-def _draw_smoothed(axes: Axes, steps: list[int], values: np.ndarray, colour: str, label: str) -> None:
+def draw_smoothed(axes: Axes, steps: list[int], values: np.ndarray, colour: str, label: str, line: str = "-") -> None:
     """The numbers, faint, and their running mean over a twentieth of the run; short runs as they are."""
     window = len(values) // 20
     every = max(len(values) // POINTS, 1)
     if window < 2:
-        axes.plot(steps, values, color=colour, label=label, marker="o" if len(values) < 5 else None)
+        marker = "o" if len(values) < 5 else None
+        axes.plot(steps, values, color=colour, label=label, linestyle=line, marker=marker)
         return
     known = ~np.isnan(values)
     weights = np.ones(window)
@@ -233,9 +239,9 @@ def _draw_smoothed(axes: Axes, steps: list[int], values: np.ndarray, colour: str
     counts = np.convolve(known.astype(float), weights, mode="same")
     smooth = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
     axes.plot(steps[::every], values[::every], color=colour, alpha=0.3, linewidth=0.8)
-    axes.plot(steps[::every], smooth[::every], color=colour, label=label)
+    axes.plot(steps[::every], smooth[::every], color=colour, label=label, linestyle=line)
 
 
-def _floats(values: Iterator[float | None] | Sequence[float | None]) -> np.ndarray:
+def floats(values: Iterator[float | None] | Sequence[float | None]) -> np.ndarray:
     """With NaN, a gap in a curve, for None."""
     return np.array([np.nan if value is None else value for value in values], dtype=float)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import hypot
 from pathlib import Path
 
-from megatron_tempo.records import Record, read_evaluations, read_metrics, read_samples
+from megatron_tempo.alerts import Alert, alerts
+from megatron_tempo.errors import InputError
+from megatron_tempo.records import Record, read_evaluations, read_metrics, read_samples, read_warnings
 
 # Control characters but newline and tab as Unicode's pictures of them; surrogates, which UTF-8 cannot carry, as U+FFFD.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
@@ -57,20 +60,29 @@ class Run:
     metrics: list[Record]
     evaluations: list[Record]
     samples: list[Record]
+    warnings: list[Record]
 
     @classmethod
     def read(cls, run_dir: Path) -> Run:
-        """ValueError where the folder is missing or a file in it is broken."""
+        """InputError where the folder is missing or a file in it is broken."""
         if not run_dir.is_dir():
-            raise ValueError(f"no run folder at {run_dir}")
-        config = run_dir / "config.json"
+            raise InputError(f"no run folder at {run_dir}")
+        path = run_dir / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError as error:
+            raise InputError(f"{path} is not the configuration of a run: {error}") from error
         return cls(
             name=run_dir.resolve().name,
-            config=json.loads(config.read_text()) if config.exists() else {},
+            config=config,
             metrics=read_metrics(run_dir),
             evaluations=sorted(read_evaluations(run_dir), key=lambda record: record["step"]),
             samples=read_samples(run_dir),
+            warnings=read_warnings(run_dir),
         )
+
+    def alerts(self) -> list[Alert]:
+        return alerts(self.metrics, self.evaluations)
 
     def sets(self) -> list[str]:
         """The evaluated sets, in the order in which they were first evaluated."""
@@ -122,7 +134,7 @@ def outcome(run: Run) -> list[Finding]:
         if not reached:
             continue
         record = reached[0][1]
-        figures = [f"{_score(r['avg'], r['avg_se'])} {m.label}" for m, r in reached]
+        figures = [f"{score(r['avg'], r['avg_se'])} {m.label}" for m, r in reached]
         listed = " and ".join(filter(None, (", ".join(figures[:-1]), figures[-1])))
         findings.append(
             Finding(
@@ -183,11 +195,32 @@ def score_rows(run: Run) -> tuple[list[str], list[list[str]]]:
         known = [record for record in records if record is not None]
         if not known:
             continue
-        rows.append([name, f"avg@{known[0]['avg_k']}", *(_score(r["avg"], r["avg_se"]) if r else "" for r in records)])
+        rows.append([name, f"avg@{known[0]['avg_k']}", *(score(r["avg"], r["avg_se"]) if r else "" for r in records)])
         for k in dict.fromkeys(k for record in known for k in record["pass"]):
-            cells = (_score(r["pass"].get(k), r["pass_se"].get(k)) if r else "" for r in records)
+            cells = (score(r["pass"].get(k), r["pass_se"].get(k)) if r else "" for r in records)
             rows.append([name, f"pass@{k}", *cells])
     return ["set", "score", *(m.label for m in milestones)], rows
+
+
+def memory_peaks(metrics: Sequence[Record]) -> dict[str, float]:
+    """The highest peak of each phase over a run, in 10^9 bytes, the largest first."""
+    peaks: dict[str, float] = {}
+    for record in metrics:
+        for name, value in record.items():
+            if name.startswith("memory_gb/") and value is not None:
+                phase = name.removeprefix("memory_gb/")
+                peaks[phase] = max(peaks.get(phase, 0.0), value)
+    return dict(sorted(peaks.items(), key=lambda item: -item[1]))
+
+
+def phase_totals(records: Sequence[Record]) -> dict[str, float]:
+    """Seconds of each outermost phase over the records."""
+    totals: dict[str, float] = {}
+    for record in records:
+        for name, value in record.items():
+            if name.startswith("time/") and name.count("/") == 1 and value is not None:
+                totals[name.removeprefix("time/")] = totals.get(name.removeprefix("time/"), 0.0) + value
+    return totals
 
 
 def _verdict(first: Milestone, old: Record, last: Milestone, new: Record) -> str:
@@ -205,7 +238,7 @@ def _verdict(first: Milestone, old: Record, last: Milestone, new: Record) -> str
     return f"{stage} beat {other}: {figure}."
 
 
-def _score(value: float | None, error: float | None) -> str:
+def score(value: float | None, error: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"

@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor
 
 from megatron_tempo.errors import InputError
+from megatron_tempo.heartbeat import EngineHealth
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.types import Completion, TokenCount, Weights
 
@@ -83,6 +84,9 @@ class EmbeddedEngine:
         for batch in self._batches(requests):
             rows = self._decode([requests[i] for i in batch], sampling)
             yield from zip(batch, rows, strict=True)
+
+    def health(self) -> list[EngineHealth]:
+        return [EngineHealth("embedded", "empty" if self._version is None else "serving")]
 
     def close(self) -> None:
         """Nothing to close: the model lives as long as this object."""

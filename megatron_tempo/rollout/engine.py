@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from megatron_tempo.heartbeat import EngineHealth
 from megatron_tempo.types import Completion, TokenCount, Weights
 
 
@@ -62,6 +63,10 @@ class Engine(Protocol):
 
         The difference is NaN where only a checksum tells. None where the engine cannot tell.
         """
+        ...
+
+    def health(self) -> list[EngineHealth]:
+        """How the models that answer are, as this rank knows it. Not collective, and from any thread."""
         ...
 
     def close(self) -> None: ...

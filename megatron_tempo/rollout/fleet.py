@@ -21,6 +21,7 @@ import httpx
 
 from megatron_tempo.config.schema import Dispatch, ServersConfig
 from megatron_tempo.errors import EngineError, InputError
+from megatron_tempo.heartbeat import EngineHealth
 from megatron_tempo.rollout.dialect import Answer, Call, Dialect, authorised
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.types import Completion
@@ -223,6 +224,14 @@ class Fleet:
 
     def none_is_left(self) -> bool:
         return all(replica.state is State.gone for replica in self._replicas)
+
+    def health(self) -> list[EngineHealth]:
+        """How each server is. Does not wait for the event loop, and is for any thread."""
+        name = self._dialect.name
+        return [
+            EngineHealth(f"{name} server {r.index}", r.state.value, len(r.asks), r.restarts, r.url)
+            for r in self._replicas
+        ]
 
     def close(self) -> None:
         async def end() -> None:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from megatron_tempo.config.schema import EnginePrecision, ServersConfig, Transport
 from megatron_tempo.errors import EngineError, InputError
+from megatron_tempo.heartbeat import EngineHealth
 from megatron_tempo.rollout.dialect import Dialect
 from megatron_tempo.rollout.embedded import end_tokens
 from megatron_tempo.rollout.engine import Request, Sampling
@@ -103,6 +104,9 @@ class ServersEngine:
         expected = self._joined(expected)
         held = self._agree(lambda: self._first.proofs())
         return max((differing(expected, worker) for worker in held), key=len, default=[])
+
+    def health(self) -> list[EngineHealth]:
+        return [] if self._fleet is None else self._fleet.health()
 
     def close(self) -> None:
         self._closing.close()

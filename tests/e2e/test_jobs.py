@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import unittest.mock
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
-from megatron_tempo.config.schema import Config, OptimizerConfig
+from megatron_tempo.algorithm.outcomes import final_values
+from megatron_tempo.config.schema import Config, CriticUpdateConfig, OptimizerConfig
 from megatron_tempo.config.tree import load
-from megatron_tempo.errors import InputError
+from megatron_tempo.errors import InputError, NotFiniteError
+from megatron_tempo.methods import tempo
 from megatron_tempo.models.packing import MicroBatch
-from megatron_tempo.records import read, read_evaluations
+from megatron_tempo.models.trained import Loss, Step, TrainedModel
+from megatron_tempo.records import read, read_evaluations, read_metrics
 from megatron_tempo.rewards import countdown
 from megatron_tempo.rewards.verifiers import Verifiers
+from megatron_tempo.status import status
 from megatron_tempo.train import evaluate, train
+from megatron_tempo.types import Batch
 from megatron_tempo.wiring import QuestionKeys, build_actor, build_critic, export_hf, open_workplace, prompt_streams
 from tests.support.project import config_of, from_nothing, write_project
 from tests.support.ranks import run_ranks
@@ -155,31 +163,146 @@ def test_a_critic_of_another_shape_is_exported_as_it_is(tmp_path: Path) -> None:
     assert layers == [2, 4]
 
 
-def step_on_nan(model: Path) -> tuple[str, bool]:
-    """What a step with a NaN in its loss says, and whether the weights are as before."""
+def updated(model: Path, out: Path, wrong: list[str]) -> tuple[dict[str, float], list[torch.Tensor], str]:
+    """Figures, weights and error of a critic's update by mini-batches of which the first ones are wrong, as `wrong`
+    says, and the last is not."""
+    config = Config()
+    config.model.path, config.run.dir = str(model), str(out)
+    batch, order = ragged_batch(8), torch.arange(8).split(2)
+    targets = batch.correct.clone()
+    for name, rows in zip(wrong, order, strict=False):
+        if name == "loss":
+            targets[rows[0]] = torch.nan  # a row that one of two ranks has
+    with open_workplace(config) as place:
+        critic = build_critic(place)
+        step, count = TrainedModel.step, 0
+
+        def steep(
+            self: TrainedModel, batch: Batch, rows: torch.Tensor, loss: Loss, metrics: int, config: OptimizerConfig
+        ) -> Step:
+            """The step by a loss that is as it was, but whose gradient is infinite, where that is to be."""
+            nonlocal count
+            count += 1
+            kind = wrong[count - 1] if count <= len(wrong) else ""
+
+            def changed(micro: MicroBatch, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                by_row, figures = loss(micro, values)
+                return by_row + (values.mean() - values.mean().detach()).sqrt(), figures
+
+            return step(self, batch, rows, changed if kind == "gradient" else loss, metrics, config)
+
+        figures, error = {}, ""
+        try:
+            with unittest.mock.patch.object(TrainedModel, "step", steep):
+                figures = critic.update(batch, targets, CriticUpdateConfig(), [*order[: len(wrong)], order[-1]])
+        except NotFiniteError as caught:
+            error = str(caught)
+        return figures, [parameter.detach().clone() for parameter in critic.model.net.parameters()], error
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "model", tied=False)
+
+
+@pytest.mark.parametrize("wrong", [["loss"], ["gradient", "loss"]])
+def test_what_is_not_finite_is_skipped_and_the_next_step_trains(tmp_path: Path, model: Path, wrong: list[str]) -> None:
+    two = run_ranks(updated, 2, tmp_path / "ranks", model, tmp_path / "run", wrong)
+    expected = run_ranks(updated, 2, tmp_path / "alone", model, tmp_path / "none", [])
+    start = run_ranks(weights_at_the_start, 1, tmp_path / "start", model)[0]
+    for (figures, weights, error), (alone, untouched, _) in zip(two, expected, strict=True):
+        assert not all(torch.equal(a, b) for a, b in zip(weights, start, strict=True))
+        assert error == ""
+        assert figures["critic/skipped"] == len(wrong)
+        assert figures["critic/loss"] == alone["critic/loss"]  # of the good mini-batch alone
+        # As if the skipped ones had never been: neither weights nor Adam's moments know of them.
+        assert all(torch.equal(a, b) for a, b in zip(weights, untouched, strict=True))
+    names = [f"step_00000000_critic_{number + 1}.safetensors" for number in range(len(wrong))]
+    assert sorted(path.name for path in (tmp_path / "run/skipped").iterdir()) == names
+    assert not (tmp_path / "none").exists()
+    seen, batch = load_file(tmp_path / "run/skipped" / names[-1]), ragged_batch(8)
+    rows = seen["rows"].tolist()
+    assert rows == [2 * len(wrong) - 2, 2 * len(wrong) - 1]
+    assert seen["targets"].isnan().tolist() == [True, False]
+    assert seen["losses"].isnan().tolist() == [True, False]
+    assert seen["response_tokens"].tolist() == [t for row in rows for t in batch.responses()[row].tolist()]
+    assert seen["prompt_tokens"].tolist() == [t for row in rows for t in batch.prompts()[row].tolist()]
+
+
+def weights_at_the_start(model: Path) -> list[torch.Tensor]:
     config = Config()
     config.model.path = str(model)
     with open_workplace(config) as place:
-        trained = build_critic(place).model
-        before = [parameter.clone() for parameter in trained.net.parameters()]
-
-        def loss(micro: MicroBatch, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            by_row = values.sum() * torch.full((len(micro.rows),), torch.nan)
-            return by_row, by_row.detach()[:, None]
-
-        batch = ragged_batch(4)
-        try:
-            trained.step(batch, torch.arange(4), loss, 1, OptimizerConfig(lr=1.0))
-        except FloatingPointError as error:
-            same = all(torch.equal(a, b) for a, b in zip(before, trained.net.parameters(), strict=True))
-            return str(error), same
-    return "no error", False
+        return [parameter.detach().clone() for parameter in build_critic(place).model.net.parameters()]
 
 
-def test_a_gradient_that_is_not_finite_leaves_the_weights(tmp_path: Path) -> None:
-    ((told, same),) = run_ranks(step_on_nan, 1, tmp_path / "ranks", write_model(tmp_path / "model", tied=False))
-    assert told == "the gradient's norm is nan at optimizer step 1"
-    assert same
+def test_too_many_in_a_row_stop_the_run_with_the_weights_as_they_were(tmp_path: Path, model: Path) -> None:
+    stopped = run_ranks(updated, 2, tmp_path / "ranks", model, tmp_path / "run", ["loss"] * 3)
+    start = run_ranks(weights_at_the_start, 1, tmp_path / "start", model)[0]
+    for figures, weights, error in stopped:
+        assert figures == {}
+        assert "the critic's loss or gradient was not finite at 3 optimizer steps in a row" in error
+        assert Path(error.split("mini-batch is in ")[1].split(";")[0]).exists()
+        assert all(torch.equal(a, b) for a, b in zip(weights, start, strict=True))
+
+
+def poisoned(config: Config) -> None:
+    """Train with an advantage that is not a number in the first update of the actor."""
+    count = 0
+
+    def values(*arguments: object) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        found = final_values(*arguments)  # type: ignore[arg-type]
+        if count == 1:
+            found[0] = torch.nan
+        return found
+
+    with unittest.mock.patch.object(tempo, "final_values", values):
+        train(config)
+
+
+@pytest.fixture(scope="module")
+def mended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes and two iterations, the second of them traced."""
+    out = tmp_path_factory.mktemp("mended")
+    config = config_of(write_project(out / "project"), out / "run")
+    config.stage2.iterations, config.evaluation.sets = 2, {}
+    config.evaluation.calibration_set, config.checkpoint.export_hf = None, False
+    config.profile.steps = [2]
+    run_ranks(poisoned, 2, out / "ranks", config)
+    return out / "run"
+
+
+def test_a_run_tells_of_a_skipped_step_and_goes_on(mended: Path) -> None:
+    first, second = read_metrics(mended)
+    assert [line["actor/skipped"] for line in (first, second)] == [1.0, 0.0]
+    assert [line["critic/skipped"] for line in (first, second)] == [0.0, 0.0]
+    assert first["actor/loss"] is not None
+    (path,) = (mended / "skipped").iterdir()
+    seen = load_file(path)
+    assert path.name.startswith("step_00000001_actor_")
+    assert seen["advantages"].isnan().sum() == seen["response_lengths"][seen["rows"] == 0].sum() > 0
+    assert seen["old_logprobs"].shape == seen["advantages"].shape == seen["engine_logprobs"].shape
+    log = (mended.parent / "ranks/rank0.log").read_text()
+    assert log.count("alert: steps are skipped, step 1: 1 of the actor's were not finite") == 1
+    told = status(mended)
+    assert told.well
+    assert "finished at" in told.text
+    assert "alerts      steps are skipped, step 1 (over)" in told.text
+
+
+def test_a_trace_of_each_rank_names_the_phases(mended: Path) -> None:
+    found = sorted(path.relative_to(mended / "profile").as_posix() for path in (mended / "profile").rglob("*.json.gz"))
+    assert found == ["step_2/rank_0.json.gz", "step_2/rank_1.json.gz"]
+    for path in found:
+        events = json.loads(gzip.decompress((mended / "profile" / path).read_bytes()))["traceEvents"]
+        lasts = {event["name"]: event["dur"] for event in events if event.get("cat") == "user_annotation"}
+        assert {"generate", "values", "critic", "logprobs", "actor", "sync"} <= lasts.keys()
+        # The same seconds as in metrics.jsonl, of the rank that wrote them: a trace's are microseconds.
+        seconds = read_metrics(mended)[1]["time/critic"]
+        assert lasts["critic"] / 1e6 == pytest.approx(seconds, rel=0.5)
+        assert any(event.get("name") == "aten::mm" for event in events)
 
 
 def test_the_exported_run_differs_from_its_start(run: Path) -> None:

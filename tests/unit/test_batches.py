@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 
 from megatron_tempo.errors import EngineError
+from megatron_tempo.heartbeat import EngineHealth
 from megatron_tempo.rewards.verifiers import Item, Verifiers
 from megatron_tempo.rollout import dump
 from megatron_tempo.rollout.batches import Asked, ask, batch_of, collect
@@ -54,6 +55,9 @@ class CountingEngine:
         raise NotImplementedError
 
     def differences(self, weights: Weights) -> list[tuple[str, float]]:
+        raise NotImplementedError
+
+    def health(self) -> list[EngineHealth]:
         raise NotImplementedError
 
     def close(self) -> None: ...

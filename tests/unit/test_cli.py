@@ -63,7 +63,7 @@ TYPOS = {
     "++parallel.tensr=2": "parallel.tensr=2: there is no such field; fix: did you mean parallel.tensor?",
     "+typo=1": "typo=1: there is no such field; fix: one of run, model, parallel, data, rollout, rewards, "
     "stage1, stage2, "
-    "evaluation, checkpoint, metrics, cluster",
+    "evaluation, checkpoint, metrics, profile, cluster",
     "stage1.actor.lr=1": "stage1.actor.lr=1: there is no such field; fix: did you mean "
     "stage1.actor.optimizer.lr or stage1.critic.optimizer.lr or stage2.actor.optimizer.lr?",
     "run.device=gpu": "run.device=gpu: must be one of auto, cpu, cuda; fix: did you mean cpu?",

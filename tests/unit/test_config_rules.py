@@ -83,6 +83,7 @@ ONE_FIELD = [
     ("stage2.iterations=-1", "stage2.iterations", "0 or more", "iterations=0"),
     ("evaluation.every=-1", "evaluation.every", "0 or more", "every=0"),
     ("evaluation.temperature=-1", "evaluation.temperature", "above 0", "temperature=1"),
+    ("run.max_skipped=0", "run.max_skipped", "1 or more", "max_skipped=1"),
     ("checkpoint.keep=0", "checkpoint.keep", "1 or more", "keep=1"),
     ("checkpoint.every=-1", "checkpoint.every", "0 or more", "every=0"),
     # paths
@@ -428,6 +429,17 @@ def test_no_chat_template(files: Path) -> None:
     assert "chat_template=false" in found[0].fix
     (files / "model" / "chat_template.jinja").touch()
     assert problems(files) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "wrong"),
+    [("profile.steps=[2,0]", "count from 1"), ("profile.steps=[1,9999]", "the run has 2 iterations")],
+)
+def test_steps_to_trace(files: Path, override: str, wrong: str) -> None:
+    assert problems(files, "profile.steps=[1,2]") == []
+    problem = only(problems(files, override))
+    assert problem.field == "profile.steps"
+    assert wrong in problem.wrong
 
 
 def test_resume_false_keeps_checkpoints(files: Path) -> None:

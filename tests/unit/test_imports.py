@@ -20,11 +20,12 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megatron_tempo"
 BASE = {"types", "config", "errors"}
 TOOLS = BASE | {"rollout", "rewards", "data", "evaluation"}
 MODELS = BASE | {"kernels", "algorithm", "models"}
-BESIDE = MODELS | TOOLS | {"weights", "methods", "plan"}  # files beside methods and train
+BESIDE = MODELS | TOOLS | {"weights", "methods", "plan", "heartbeat"}  # files beside methods and train
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
     "errors": set(),
+    "heartbeat": set(),
     "types": set(),
     "config": {"errors"},
     "kernels": BASE,
@@ -33,12 +34,12 @@ ALLOWED: dict[str, set[str]] = {
     "weights": MODELS,
     "rewards": BASE,
     "data": BASE,
-    "rollout": BASE | {"rewards"},
+    "rollout": BASE | {"rewards", "heartbeat"},
     "evaluation": BASE | {"rewards", "rollout"},
     "methods": MODELS | TOOLS | {"weights"},
     "plan": {"config", "errors", "report"},
     "submit": {"config", "errors", "plan"},
-    "cli": BASE | {"train", "serve", "plan", "submit", "report"},
+    "cli": BASE | {"train", "serve", "plan", "submit", "status", "report"},
 }
 # Only these layers import these packages.
 HOMES = {
@@ -47,7 +48,10 @@ HOMES = {
     "omegaconf": {"cli"},
 }
 # These layers are read before torch is loaded.
-WITHOUT_TORCH = {"errors", "config", "plan", "submit", "cli", "__main__", "__init__"}
+WITHOUT_TORCH = {
+    *("errors", "config", "plan", "submit", "cli", "__main__", "__init__"),
+    *("alerts", "heartbeat", "status", "report"),
+}
 
 
 def violations(package: Path) -> list[str]:

@@ -18,7 +18,7 @@ import megatron_tempo.metrics as metrics_module
 from megatron_tempo.config.schema import Config, Method, MetricsConfig, StageConfig
 from megatron_tempo.metrics import Metrics
 from megatron_tempo.progress import Forecast, clock
-from megatron_tempo.records import append, drop, read, read_evaluations, read_metrics, read_samples
+from megatron_tempo.records import append, drop, read, read_evaluations, read_metrics, read_samples, read_warnings
 
 STAGES = {"stage1": StageConfig(method=Method.ppo, iterations=2), "stage2": StageConfig(iterations=3)}
 
@@ -164,7 +164,8 @@ def test_rewind_drops_what_a_killed_run_wrote_later(tmp_path: Path) -> None:
     assert [(line["step"], line.get("again")) for line in read_metrics(tmp_path)] == [(1, None), (2, None), (3, True)]
     assert [line["step"] for line in read_evaluations(tmp_path)] == [1, 2]
     assert [line["step"] for line in read_samples(tmp_path)] == [1, 2]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluations.jsonl", "metrics.jsonl", "samples.jsonl"]
+    files = ["evaluations.jsonl", "heartbeat.json", "metrics.jsonl", "samples.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
 
 
 def test_what_is_evaluated_again_replaces_the_first(tmp_path: Path) -> None:
@@ -256,15 +257,16 @@ def fake_wandb(logged: list[Any], fail_at: int) -> Any:
 
 
 def test_a_lost_wandb_connection_is_warned_about_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logged: list[Any] = []
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb(logged, fail_at=2))
-    with metrics(tmp_path, wandb_project="tempo") as m, caplog.at_level(logging.WARNING):
+    with metrics(tmp_path, wandb_project="tempo") as m:
         for step in (1, 2, 3):
             m.step(step_record(step) | {"actor/loss": 0.5})
     assert logged[1:] == [(1, 0.5)]
-    assert caplog.text.count("Weights & Biases failed (connection lost)") == 1
+    assert capsys.readouterr().out.count("Weights & Biases failed (connection lost)") == 1
+    assert [line["text"][:42] for line in read_warnings(tmp_path)] == ["Weights & Biases failed (connection lost);"]
     assert len(read_metrics(tmp_path)) == 3
     with metrics(tmp_path, wandb_project="tempo"):
         pass
@@ -276,6 +278,21 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"metrics\.wandb_project=p needs .*megatron-tempo\[track\]"):
         metrics(tmp_path, wandb_project="p")
+
+
+def test_an_alert_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with metrics(tmp_path) as m:
+        m.plan(STAGES, evaluations=1)
+        for step in (1, 2, 3):
+            m.step(step_record(step) | {"actor/skipped": 1.0})
+    with metrics(tmp_path) as m:  # gone on with
+        m.rewind(2)
+        m.plan(STAGES, evaluations=1, step=2)
+        m.step(step_record(3) | {"actor/skipped": 1.0, "seconds": 1.0})
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("alert: ")]
+    assert [line.partition(";")[0] for line in lines] == [
+        "alert: steps are skipped, step 1: 1 of the actor's were not finite"
+    ]
 
 
 def test_time_left_by_hand() -> None:

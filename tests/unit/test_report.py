@@ -78,6 +78,8 @@ def step_record(step: int, stage1: int, rng: np.random.Generator) -> dict[str, A
         "critic/grad_norm": float(np.exp(rng.normal(1, 0.4))),
         "response_length/mean": 15.0 + rng.normal(0, 0.1),
         "tokens_per_second": 3000 + rng.normal(0, 100),
+        "memory_gb/generate": 2.0,
+        "memory_gb/mstep": 4.0 if step == 3 else 3.5,
         "time/generate": 0.7,
         "time/generate/sync": 0.1,
         "time/mstep": 0.5,
@@ -204,6 +206,23 @@ def test_time_is_summed_over_outer_phases(whole: Text) -> None:
     assert "estep 12.0 6.2 %" in text
     assert "other 20.2 10.4 %" in text
     assert "sync" not in text
+
+
+def test_memory_is_the_highest_peak_of_each_phase(whole: Text) -> None:
+    assert "Memory" in whole.text
+    assert "mstep 4 generate 2" in whole.text
+
+
+def test_alerts_and_warnings_are_told(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run")
+    assert "Worth a look" not in report(run_dir).text
+    record = step_record(101, 40, np.random.default_rng(0)) | {"actor/skipped": 2.0}
+    append(run_dir / "metrics.jsonl", record)
+    append(run_dir / "warnings.jsonl", {"time": 1.7e9, "text": f"vllm server 1 {HOSTILE}"})
+    page = report(run_dir)
+    assert "steps are skipped, step 101: 2 of the actor's were not finite" in page.text
+    assert 'vllm server 1 <script>alert("x")</script>' in page.text
+    assert "script" not in page.tags
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Rules on the run's folder, its device and its rollout folders."""
+"""Rules on the run's folder, its device, its rollout folders and its profile."""
 
 from __future__ import annotations
 
@@ -19,6 +19,17 @@ def check(config: Config, *, training: bool) -> Iterator[Problem]:
         yield from _folder(config, training)
     if training and config.rollout.replay is not None:
         yield from _replay(config, config.rollout.replay)
+    if training:
+        yield from _profile(config)
+
+
+def _profile(config: Config) -> Iterator[Problem]:
+    total = sum(stage.iterations for stage in config.stages().values())
+    steps = config.profile.steps
+    if any(step < 1 for step in steps):
+        yield Problem("profile.steps", steps, "iterations count from 1", "profile.steps=[1]")
+    elif total and any(step > total for step in steps):
+        yield Problem("profile.steps", steps, f"the run has {total} iterations", f"steps of 1 to {total}")
 
 
 def _folder(config: Config, training: bool) -> Iterator[Problem]:

@@ -1,0 +1,107 @@
+"""A sign of life: heartbeat.json in the run's folder, what the first rank is doing and since when.
+
+A phase may take hours and write nothing, so a thread says every few seconds that the process is there. That it gets on
+it does not say: `status` holds the time in a phase against what the phase usually takes.
+
+    {"time": 1764.0, "host": "node7", "pid": 4242, "started": 1700.0, "phase": "generate", "since": 1750.0,
+     "ended": null, "engines": [{"name": "vllm server 0", "state": "serving", "requests": 12, "restarts": 0,
+     "address": "http://10.0.0.7:30000"}]}
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT = "heartbeat.json"
+BEAT = 15.0  # seconds from one sign to the next
+SILENT = 120.0  # seconds without a sign after which a run looks dead; clocks of two machines may differ a little
+DONE = "done"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHealth:
+    """One model that answers."""
+
+    name: str
+    state: str  # starting, empty (without weights yet), serving, gone (given up)
+    requests: int = 0  # under way
+    restarts: int = 0  # since it last went through a whole weight update
+    address: str = ""
+
+
+class Heartbeat:
+    """Writes the file at each change of phase and every `BEAT` seconds. A disk that is full is warned of once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / HEARTBEAT
+        self._engines: Callable[[], list[EngineHealth]] = list
+        self._warned = False
+        now = time.time()
+        self._record: dict[str, Any] = {
+            "time": now,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": now,
+            "phase": "",
+            "since": now,
+            "ended": None,
+            "engines": [],
+        }
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._write()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def watch(self, engines: Callable[[], list[EngineHealth]]) -> None:
+        """Tell of these engines too. `engines` is called from any thread."""
+        self._engines = engines
+
+    def phase(self, name: str) -> None:
+        """What is being done from now on; empty: what stands between phases."""
+        self._write(phase=name, since=time.time())
+
+    def end(self, why: str) -> None:
+        """The last sign: `DONE`, or the error that ended the run."""
+        if not self._closed.is_set():
+            self._closed.set()
+            self._thread.join()
+            self._engines = list  # their servers are being closed, or are gone
+            self._write(phase="", since=time.time(), ended=why)
+
+    def _beat(self) -> None:
+        while not self._closed.wait(BEAT):
+            self._write()
+
+    def _write(self, **changes: Any) -> None:
+        with self._lock:
+            self._record |= changes
+            self._record |= {"time": time.time(), "engines": [asdict(engine) for engine in self._engines()]}
+            new = self._path.with_name(self._path.name + ".new")
+            try:
+                new.write_text(json.dumps(self._record))
+                os.replace(new, self._path)
+            except OSError as error:
+                if not self._warned:
+                    log.warning("%s cannot be written (%s): status will take this run for dead", self._path, error)
+                self._warned = True
+
+
+def read_heartbeat(folder: Path) -> dict[str, Any] | None:
+    """The last sign; none: there is none yet, or the file is not ours."""
+    try:
+        record = json.loads((folder / HEARTBEAT).read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and "phase" in record else None

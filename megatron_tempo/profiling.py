@@ -1,0 +1,63 @@
+"""Where an iteration's time goes inside: torch profiler traces of chosen iterations, and NVTX ranges on a GPU.
+
+A trace is DIR/profile/step_N/rank_R.json.gz, for chrome://tracing or Perfetto. The run's phases stand in it by name. On
+a GPU the phases are NVTX ranges in every iteration, for Nsight.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+
+class Profiler:
+    """Traces the iterations `steps`, from 1 over both stages."""
+
+    def __init__(self, steps: Sequence[int], folder: Path, device: torch.device, rank: int) -> None:
+        self._steps, self._folder, self._rank = frozenset(steps), folder, rank
+        self._cuda = device.type == "cuda"
+        self._tracing = False
+
+    def chosen(self, step: int) -> bool:
+        return step in self._steps
+
+    @contextmanager
+    def iteration(self, step: int) -> Iterator[None]:
+        """Trace what is done inside, if the iteration is one of `steps`."""
+        if not self.chosen(step):
+            yield
+            return
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
+        with profile(activities=activities) as trace:
+            self._tracing = True
+            try:
+                yield
+                if self._cuda:
+                    torch.cuda.synchronize()  # what is queued belongs to this iteration
+            finally:
+                self._tracing = False
+        folder = self._folder / f"step_{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"partial_rank_{self._rank}.json.gz"
+        trace.export_chrome_trace(str(partial))
+        os.replace(partial, folder / f"rank_{self._rank}.json.gz")
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Name what is done inside, in the trace and for Nsight."""
+        if self._cuda:
+            torch.cuda.nvtx.range_push(name)
+        try:
+            if self._tracing:
+                with record_function(name):
+                    yield
+            else:
+                yield
+        finally:
+            if self._cuda:
+                torch.cuda.nvtx.range_pop()

@@ -1,0 +1,214 @@
+"""What a run is doing, from the files in its folder, for a terminal. Needs no torch and disturbs nothing."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from megatron_tempo import schedule
+from megatron_tempo.alerts import alerts
+from megatron_tempo.config.schema import Config
+from megatron_tempo.config.tree import read
+from megatron_tempo.errors import InputError
+from megatron_tempo.heartbeat import DONE, SILENT, read_heartbeat
+from megatron_tempo.progress import RECENT, Forecast, clock
+from megatron_tempo.records import Record, read_evaluations, read_metrics, read_warnings
+from megatron_tempo.report.summary import memory_peaks, printable, score
+
+SHOWN = 5  # warnings, the latest
+OVERDUE, OVERDUE_SECONDS = 5.0, 300.0  # a phase so many times longer than usual, and by so much, is told of
+_LABEL = 12
+_WIDTH = 118
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    text: str
+    well: bool  # running, or finished
+
+
+def status(run_dir: Path, now: float | None = None) -> Status:
+    """`now`: unix time; none: the clock's. Raises InputError where the folder is none of a run."""
+    if not run_dir.is_dir():
+        raise InputError(f"{run_dir} is not a folder: give the run.dir of a run")
+    config = _config(run_dir / "config.json")
+    metrics, evaluations, heartbeat = read_metrics(run_dir), read_evaluations(run_dir), read_heartbeat(run_dir)
+    if config is None and heartbeat is None and not metrics and not evaluations:
+        raise InputError(f"{run_dir} is not the folder of a run: it has neither config.json nor heartbeat.json")
+    now = time.time() if now is None else now
+    # An evaluation by itself has no iterations to come.
+    trains = config is not None and not any(record["point"] == "alone" for record in evaluations)
+    forecast = _forecast(config, metrics, evaluations) if config is not None and trains else None
+    step = metrics[-1]["step"] if metrics else 0
+    total = schedule.total(config) if config is not None and trains else 0
+    state, well = _state(heartbeat, step, total, now)
+    running = well and heartbeat is not None and heartbeat["ended"] is None
+    rows = [
+        ("run", _name(run_dir, config)),
+        ("state", state),
+        ("step", _step(step, total, forecast)),
+        ("doing", _doing(heartbeat, metrics + evaluations, now) if heartbeat is not None and running else ""),
+        ("rate", _rate(metrics)),
+        ("left", f"about {clock(forecast.left())}" if running and forecast is not None and step < total else ""),
+        ("last step", _figures(metrics)),
+        *_many("evaluation", _evaluations(evaluations)),
+        ("memory", _memory(metrics)),
+        *_many("engines", _engines(heartbeat["engines"] if heartbeat is not None else [], running=running)),
+        *_many("alerts", [alert.line() for alert in alerts(metrics, evaluations)] or ["none"]),
+        *_many("warnings", _warnings(read_warnings(run_dir))),
+    ]
+    return Status("\n".join(_line(label, text) for label, text in rows if text), well)
+
+
+def _config(path: Path) -> Config | None:
+    """The config; of another version, what of it this one knows."""
+    if not path.exists():
+        return None
+    try:
+        return read(json.loads(path.read_text(encoding="utf-8")))[0]
+    except ValueError as error:
+        raise InputError(f"{path} is not the configuration of a run: {error}") from error
+
+
+def _state(heartbeat: Record | None, step: int, total: int, now: float) -> tuple[str, bool]:
+    if heartbeat is None and total and step >= total:
+        return "all iterations are done; there is no heartbeat.json", True
+    if heartbeat is None:
+        return "not known: there is no heartbeat.json, so no job has begun here, or one of an older version", False
+    where = f"{heartbeat['host']}, process {heartbeat['pid']}"
+    ended, age = heartbeat["ended"], now - heartbeat["time"]
+    if ended is not None and ended != DONE:
+        return f"stopped at {_date(heartbeat['time'])}, on {where}: {ended}", False
+    if ended == DONE:
+        finished = f"finished at {_date(heartbeat['time'])}"
+        return (finished, True) if step >= total else (f"{finished}, after {step} of {total} iterations", True)
+    if age > SILENT:
+        doing, silent = heartbeat["phase"] or "between phases", f"{_date(heartbeat['time'])}, {clock(age)} ago"
+        again = "the same command goes on from the newest checkpoint"
+        return f"looks dead: no heartbeat since {silent}; it was in {doing} on {where}; {again}", False
+    return f"running on {where}, for {clock(now - heartbeat['started'])}", True
+
+
+def _forecast(config: Config, metrics: Sequence[Record], evaluations: Sequence[Record]) -> Forecast:
+    forecast = Forecast(config.stages(), schedule.evaluations_left(config, 0))
+    for record in metrics:
+        if record["stage"] in forecast.stages:
+            forecast.step(record["stage"], record["iteration"], record["seconds"])
+    for record in evaluations:
+        forecast.evaluation(record["seconds"])
+    return forecast
+
+
+def _name(run_dir: Path, config: Config | None) -> str:
+    return f"{run_dir}{'' if config is None else f', {Path(config.model.path).name}'}"
+
+
+def _step(step: int, total: int, forecast: Forecast | None) -> str:
+    if forecast is None or not total:
+        return str(step) if step else ""
+    return f"{step} of {total}, {step / total:.0%}; {forecast.where()}"
+
+
+def _doing(heartbeat: Record, records: Sequence[Record], now: float) -> str:
+    phase, lasts = heartbeat["phase"], now - heartbeat["since"]
+    if not phase:
+        return f"between phases for {clock(lasts)}"
+    known = [record[f"time/{phase}"] for record in records if record.get(f"time/{phase}")][-RECENT:]
+    usual = fmean(known) if known else None
+    words = f"{phase} for {clock(lasts)}" + (f", usually {clock(usual)}" if usual is not None else "")
+    if usual is not None and lasts > OVERDUE * usual and lasts > usual + OVERDUE_SECONDS:
+        words += f": {lasts / max(usual, 1.0):.0f} times as long as usual, it may hang"
+    return words
+
+
+def _rate(metrics: Sequence[Record]) -> str:
+    recent = [record for record in metrics if record["stage"] == metrics[-1]["stage"]][-RECENT:]
+    if not recent:
+        return ""
+    seconds = fmean(record["seconds"] for record in recent)
+    tokens = [record["tokens_per_second"] for record in recent if record.get("tokens_per_second")]
+    words = f"{3600 / max(seconds, 1e-9):.3g} iterations an hour, {seconds:.3g} s each"
+    return words + (f", {fmean(tokens):,.0f} tokens a second" if tokens else "")
+
+
+# What of the last iteration is shown, where the record has it.
+_FIGURES = (
+    ("reward, verified", "reward/labelled"),
+    ("value", "reward/unlabelled_value"),
+    ("agreement", "reward/unlabelled"),
+    ("entropy", "actor/entropy"),
+    ("clipped", "actor/clip_fraction"),
+    ("truncated", "truncated"),
+    ("critic's loss", "critic/loss"),
+    ("engine's gap", "engine/logprob_gap_mean"),
+)
+
+
+def _figures(metrics: Sequence[Record]) -> str:
+    last = metrics[-1] if metrics else {}
+    return ", ".join(f"{words} {last[name]:.3g}" for words, name in _FIGURES if last.get(name) is not None)
+
+
+def _evaluations(evaluations: Sequence[Record]) -> Iterator[str]:
+    """The last of each set, and what it was at the start."""
+    first: dict[str, Record] = {}
+    last: dict[str, Record] = {}
+    for record in sorted(evaluations, key=lambda record: record["step"]):
+        first.setdefault(record["set"], record)
+        last[record["set"]] = record
+    for name, record in last.items():
+        words = [f"avg@{record['avg_k']} {score(record['avg'], record['avg_se'])}"]
+        words += [f"pass@{k} {score(value, record['pass_se'].get(k))}" for k, value in record["pass"].items()]
+        if record.get("calibration"):
+            found = record["calibration"]["last"]
+            words.append(f"critic's AUROC {score(found['auroc'], None)}, ECE {score(found['ece'], None)}")
+        begun = first[name]
+        was = f"; avg@{begun['avg_k']} was {score(begun['avg'], None)} at step {begun['step']}"
+        since = "" if begun is record else was
+        yield f"{name} at step {record['step']}: {', '.join(words)}{since}"
+
+
+def _memory(metrics: Sequence[Record]) -> str:
+    peaks = memory_peaks(metrics)
+    return (
+        f"peak of a process, GB: {', '.join(f'{phase} {peak:.3g}' for phase, peak in peaks.items())}" if peaks else ""
+    )
+
+
+def _engines(engines: Sequence[dict[str, Any]], *, running: bool) -> Iterator[str]:
+    if running:
+        for engine in engines:
+            words = [engine["state"]]
+            if engine["address"]:
+                words += [
+                    f"{engine['requests']} requests under way",
+                    f"{engine['restarts']} restarts",
+                    engine["address"],
+                ]
+            yield f"{engine['name']}: {', '.join(words)}"
+
+
+def _warnings(warnings: Sequence[Record]) -> Iterator[str]:
+    if len(warnings) > SHOWN:
+        yield f"the last {SHOWN} of {len(warnings)}"
+    yield from (f"{_date(record['time'])}  {record['text']}" for record in warnings[-SHOWN:])
+
+
+def _many(label: str, lines: Iterator[str] | Sequence[str]) -> list[tuple[str, str]]:
+    return [(label if i == 0 else "", line) for i, line in enumerate(lines)]
+
+
+def _line(label: str, text: str) -> str:
+    margin = " " * _LABEL
+    wrapped = textwrap.wrap(printable(text.replace("\n", " ")), _WIDTH - _LABEL, break_long_words=False)
+    return f"{label:<{_LABEL}}{f'{chr(10)}{margin}'.join(wrapped)}".rstrip()
+
+
+def _date(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

@@ -1,0 +1,121 @@
+"""Each rule on hand-made records: it fires where it should, at the step where it should, and not beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from megatron_tempo.alerts import RULES, Alert, alerts
+
+QUIET = {
+    "actor/entropy": 0.5,
+    "actor/clip_fraction": 0.1,
+    "actor/grad_norm": 1.0,
+    "critic/grad_norm": 2.0,
+    "actor/skipped": 0.0,
+    "critic/skipped": 0.0,
+    "engine/logprob_gap_mean": 0.01,
+    "truncated": 0.02,
+    "seconds": 10.0,
+}
+
+
+def steps(name: str, numbers: Sequence[float | None], stage: str = "stage1", first: int = 1) -> list[dict[str, Any]]:
+    """Records with these numbers of one name; all others are quiet."""
+    return [{"stage": stage, "step": first + i} | QUIET | {name: number} for i, number in enumerate(numbers)]
+
+
+def evaluations(*aurocs: float | None) -> list[dict[str, Any]]:
+    return [
+        {"step": 10 * i, "set": "aime", "calibration": None if auroc is None else {"last": {"auroc": auroc}}}
+        for i, auroc in enumerate(aurocs)
+    ]
+
+
+def fired(
+    metrics: list[dict[str, Any]], scores: list[dict[str, Any]] | None = None
+) -> list[tuple[str, int, int, bool]]:
+    return [(alert.name, alert.first, alert.last, alert.active) for alert in alerts(metrics, scores or [])]
+
+
+TEN = [1.0] * 10
+# name of the number, numbers, rule, first and last step at which it fires, whether it still does
+FIRES: dict[str, tuple[str, list[float | None], str, int, int, bool]] = {
+    # means of the last five from step 11: 0.02, 0.03, ...: above twice 0.01 at the second
+    "gap": ("engine/logprob_gap_mean", [0.01] * 10 + [0.06] * 2, "engine and trainer drift apart", 12, 12, True),
+    # 0.5, then 0.05: means of five 0.41, 0.32, 0.23, 0.14, 0.05, below 0.1 at the fifth
+    "entropy": ("actor/entropy", [0.5] * 10 + [0.05] * 6, "entropy collapses", 15, 16, True),
+    "clips much": ("actor/clip_fraction", [0.1] * 5 + [0.7] * 5 + [0.1] * 5, "clipping takes over", 9, 11, False),
+    "clips no more": ("actor/clip_fraction", [0.01] + [0.0] * 21, "clipping has ceased", 21, 22, True),
+    # means of five 0.0595, ..., 0.2175 at the fifth of 0.2175: above 0.17 at the fourth
+    "truncated": ("truncated", [0.02] * 10 + [0.2175] * 5, "truncated responses rise", 14, 15, True),
+    "skipped": ("critic/skipped", [0.0, 2.0, 0.0], "steps are skipped", 2, 2, False),
+    # the first iteration, which warms up, is not what was; a median of five is past at the third
+    "slow": ("seconds", [90.0] + [10.0] * 10 + [21.0] * 3, "iterations slow down", 14, 14, True),
+    "spike": ("actor/grad_norm", [1.0] * 5 + [10.5, 1.0], "gradient norm spikes", 6, 6, False),
+    "gaps are passed over": ("critic/grad_norm", [2.0, None] * 5 + [21.0], "gradient norm spikes", 11, 11, True),
+}
+
+
+@pytest.mark.parametrize("case", FIRES)
+def test_fires(case: str) -> None:
+    name, numbers, rule, first, last, active = FIRES[case]
+    assert fired(steps(name, numbers)) == [(rule, first, last, active)]
+
+
+SILENT: dict[str, tuple[str, list[float | None]]] = {
+    "a gap that grows below the floor": ("engine/logprob_gap_mean", [0.001] * 10 + [0.019] * 10),
+    "a gap that was large at once": ("engine/logprob_gap_mean", [0.04] * 20),
+    "one lapse of entropy": ("actor/entropy", [0.5] * 10 + [0.0] + [0.5] * 5),
+    "entropy that halves": ("actor/entropy", [0.5] * 10 + [0.2] * 10),
+    "high clipping for a moment": ("actor/clip_fraction", [0.1] * 5 + [0.9] + [0.1] * 5),
+    "no clipping ever": ("actor/clip_fraction", [0.0] * 40),
+    "no clipping for a while": ("actor/clip_fraction", [0.01] + [0.0] * 19),
+    "truncated always": ("truncated", [0.5] * 20),
+    "a slow start": ("seconds", [90.0] + [10.0] * 20),
+    "one slow iteration": ("seconds", [10.0] * 12 + [90.0] + [10.0] * 3),
+    "a high norm from the start": ("actor/grad_norm", [30.0, 1.0, 1.0, 1.0]),
+    "a norm of nine times": ("actor/grad_norm", [1.0] * 9 + [9.0]),
+    "numbers that are not there": ("actor/entropy", [None] * 20),
+}
+
+
+@pytest.mark.parametrize("case", SILENT)
+def test_is_silent(case: str) -> None:
+    assert fired(steps(*SILENT[case])) == []
+
+
+def test_a_stage_is_held_against_itself() -> None:
+    """Other prompts and another method: another entropy, another gap."""
+    first, second = steps("actor/entropy", [0.5] * 10), steps("actor/entropy", [0.05] * 10, "stage2", 11)
+    assert fired(first + second) == []
+    second = steps("actor/entropy", [0.05] * 5 + [0.001] * 5, "stage2", 11)
+    assert fired(first + second) == [("entropy collapses", 20, 20, True)]
+
+
+def test_the_critics_auroc() -> None:
+    fall = "critic's AUROC falls"
+    assert fired([], evaluations(0.80, 0.90, 0.86)) == []
+    assert fired([], evaluations(0.80, None, 0.90, 0.84, None)) == [(fall, 30, 30, True)]
+    assert fired([], evaluations(0.90, 0.84, 0.89)) == [(fall, 10, 10, False)]
+    (alert,) = alerts([], evaluations(0.80, 0.90, 0.50))
+    assert alert.seen == "AUROC on aime 0.500, was 0.900 at step 10"
+    assert alert.line().startswith("critic's AUROC falls, step 20: AUROC on aime 0.500, was 0.900 at step 10; ")
+
+
+def test_all_that_fired_in_the_order_of_the_steps() -> None:
+    metrics = steps("truncated", [0.0] * 10 + [0.5] * 5)
+    metrics[3]["actor/skipped"], metrics[3]["critic/skipped"] = 1.0, 2.0
+    found = alerts(metrics, evaluations(0.9, 0.5))
+    assert [alert.name for alert in found] == ["steps are skipped", "critic's AUROC falls", "truncated responses rise"]
+    assert found[0].seen == "1 of the actor's and 2 of the critic's were not finite"
+    assert found[2] == Alert(
+        found[2].name, found[2].advice, 12, 15, 4, "50% of the responses do not end, were 0%", active=True
+    )
+
+
+def test_every_rule_is_tried_above() -> None:
+    assert {rule.name for rule in RULES} == {rule for _, _, rule, *_ in FIRES.values()} | {"critic's AUROC falls"}
+    assert alerts([], []) == []

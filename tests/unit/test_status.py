@@ -1,0 +1,218 @@
+"""`megatron-tempo status`: what it says of runs in every state, made by hand from the files that a run writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from megatron_tempo import cli, heartbeat
+from megatron_tempo.config.schema import Config, Method, MetricsConfig, ServersConfig, StageConfig, to_plain
+from megatron_tempo.errors import EngineError, InputError
+from megatron_tempo.heartbeat import EngineHealth, Heartbeat, read_heartbeat
+from megatron_tempo.metrics import Metrics
+from megatron_tempo.records import append
+from megatron_tempo.rollout.dialect import Dialect
+from megatron_tempo.rollout.fleet import Fleet
+from megatron_tempo.status import status
+
+NOW = 1_764_000_000.0
+ENGINE = {"name": "vllm server 1", "state": "serving", "requests": 12, "restarts": 1, "address": "http://n2:30001"}
+
+
+def write_run(folder: Path, done: int = 30, **beat: Any) -> Path:
+    """A run of 40 iterations of PPO and 60 of TEMPO after `done` of them, and its last heartbeat, 5 s old."""
+    folder.mkdir()
+    config = Config(stage1=StageConfig(method=Method.ppo, iterations=40), stage2=StageConfig(iterations=60))
+    config.model.path = "models/Qwen3-8B"
+    config.evaluation.every = 0
+    (folder / "config.json").write_text(json.dumps(to_plain(config)))
+    for step in range(1, done + 1):
+        stage, iteration = ("stage1", step) if step <= 40 else ("stage2", step - 40)
+        numbers = {"tokens_per_second": 2000.0, "truncated": 0.0, "memory_gb/actor": 50.0 + step, "time/generate": 60.0}
+        record = {"time": NOW, "stage": stage, "method": "ppo", "iteration": iteration, "step": step, "seconds": 100.0}
+        append(folder / "metrics.jsonl", record | numbers)
+    record = {
+        "time": NOW - 4,
+        "host": "node7",
+        "pid": 42,
+        "started": NOW - 3700,
+        "phase": "generate",
+        "since": NOW - 30,
+        "ended": None,
+        "engines": [ENGINE],
+    }
+    (folder / "heartbeat.json").write_text(json.dumps(record | beat))
+    return folder
+
+
+def rows(folder: Path) -> dict[str, str]:
+    """What stands behind each label."""
+    found, label = {}, ""
+    for line in status(folder, NOW).text.splitlines():
+        label = line[:12].strip() or label
+        found[label] = f"{found.get(label, '')} {line[12:]}".strip()
+    return found
+
+
+def test_a_run_under_way(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    for step, avg in ((0, 0.25), (20, 0.5)):
+        scores = {"avg": avg, "avg_se": 0.02, "avg_k": 16, "pass": {"8": 0.7}, "pass_se": {"8": None}}
+        place = {"set": "aime", "step": step, "point": "during", "seconds": 7.0, "calibration": None}
+        append(run / "evaluations.jsonl", place | scores)
+    told = rows(run)
+    assert status(run, NOW).well
+    assert told["run"] == f"{run}, Qwen3-8B"
+    assert told["state"] == "running on node7, process 42, for 1:01:40"
+    assert told["step"] == "30 of 100, 30%; stage 1/2 PPO, iteration 31/40"
+    assert told["doing"] == "generate for 0:30, usually 1:00"
+    assert told["rate"] == "36 iterations an hour, 100 s each, 2,000 tokens a second"
+    assert told["left"] == "about 1:56:40"  # 70 iterations of 100 s
+    assert told["evaluation"] == ("aime at step 20: avg@16 0.500 ± 0.020, pass@8 0.700; avg@16 was 0.250 at step 0")
+    assert told["memory"] == "peak of a process, GB: actor 80"
+    assert told["engines"] == "vllm server 1: serving, 12 requests under way, 1 restarts, http://n2:30001"
+    assert told["alerts"] == "none"
+
+
+def test_alerts_and_the_last_warnings(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    for step in range(31, 37):
+        last = {"stage": "stage1", "method": "ppo", "iteration": step, "step": step, "seconds": 100.0, "truncated": 0.5}
+        append(run / "metrics.jsonl", last | {"critic/skipped": float(step == 33)})
+    for number in range(7):
+        append(run / "warnings.jsonl", {"time": NOW, "text": f"vllm server {number} did not answer\x1b[31m"})
+    told = rows(run)
+    assert "steps are skipped, step 33 (over): 1 of the critic's were not finite" in told["alerts"]
+    assert "truncated responses rise, steps 32 to 36: 50% of the responses do not end, were 0%" in told["alerts"]
+    assert told["warnings"].startswith("the last 5 of 7")
+    assert "server 6" in told["warnings"]
+    assert "server 1 " not in told["warnings"]
+    assert "\x1b" not in told["warnings"]
+
+
+STATES: dict[str, tuple[int, dict[str, Any], str, bool]] = {
+    "silent": (30, {"time": NOW - 600}, "looks dead: no heartbeat since", False),
+    "silent for a moment": (30, {"time": NOW - 100}, "running on node7", True),
+    "failed": (30, {"ended": "NotFiniteError: the loss"}, "stopped at", False),
+    "done": (100, {"ended": "done"}, "finished at", True),
+    "stopped early": (30, {"ended": "done"}, "after 30 of 100 iterations", True),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_states(tmp_path: Path, state: str) -> None:
+    done, beat, words, well = STATES[state]
+    run = write_run(tmp_path / "run", done, **beat)
+    assert words in rows(run)["state"]
+    assert status(run, NOW).well is well
+    if "ended" in beat and not well:
+        assert rows(run)["state"].endswith(", on node7, process 42: NotFiniteError: the loss")
+    if words.startswith("looks dead"):
+        assert "10:00 ago; it was in generate on node7, process 42" in rows(run)["state"]
+    assert ("left" in rows(run)) is ("running" in words)  # nothing is promised for a run that is not there
+    assert ("engines" in rows(run)) is ("running" in words)
+
+
+def test_a_phase_that_hangs(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", since=NOW - 3600)
+    assert rows(run)["doing"] == "generate for 1:00:00, usually 1:00: 60 times as long as usual, it may hang"
+
+
+def test_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status", str(tmp_path)]) == 2
+    assert "is not the folder of a run" in capsys.readouterr().err
+    assert cli.main(["status", str(tmp_path / "none")]) == 2
+    assert "is not a folder" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{")
+    assert cli.main(["status", str(tmp_path)]) == 2
+    assert "is not the configuration of a run" in capsys.readouterr().err
+
+
+def test_a_run_whose_files_are_half_there(tmp_path: Path) -> None:
+    """As in the first seconds of a run, and of one by another version."""
+    run = write_run(tmp_path / "run", 0)
+    assert rows(run)["step"] == "0 of 100, 0%; stage 1/2 PPO, iteration 1/40"
+    assert rows(run)["left"] == "about ?"
+    (run / "config.json").write_text('{"stage1": {"iterations": 3, "gone": 1}, "model": {"path": "m"}}')
+    assert rows(run)["step"].startswith("0 of 3")
+    (run / "config.json").unlink()
+    assert "running" in rows(run)["state"]
+
+
+def test_the_heartbeat_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "BEAT", 0.05)
+    with Metrics(tmp_path, MetricsConfig(), is_writer=True) as metrics:
+        metrics.watch(lambda: [EngineHealth("vllm server 0", "serving", requests=3)])
+        with metrics.phase("generate"), metrics.phase("sync"):
+            first = read_heartbeat(tmp_path)
+            assert first is not None
+            assert first["phase"] == "generate/sync"
+            deadline = time.monotonic() + 20
+            while (later := read_heartbeat(tmp_path)) is None or later["time"] == first["time"]:
+                assert time.monotonic() < deadline, "a phase that lasts gives no sign of life"
+                time.sleep(0.02)
+            assert later["since"] == first["since"]
+            assert later["engines"][0] == {
+                "name": "vllm server 0", "state": "serving", "requests": 3, "restarts": 0, "address": ""
+            }  # fmt: skip
+        assert read_heartbeat(tmp_path)["phase"] == ""  # type: ignore[index]
+        metrics.warn("vllm server 0 did not answer")
+    assert read_heartbeat(tmp_path)["ended"] == "done"  # type: ignore[index]
+    assert "vllm server 0 did not answer" in status(tmp_path).text
+
+
+def test_an_error_is_the_last_sign(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), Metrics(tmp_path, MetricsConfig(), is_writer=True):
+        raise RuntimeError("no vllm server is left")
+    found = read_heartbeat(tmp_path)
+    assert found is not None
+    assert found["ended"] == "RuntimeError: no vllm server is left"
+    assert found["time"] == pytest.approx(time.time(), abs=30)
+
+
+def test_a_full_disk_is_warned_of_and_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "heartbeat.json.new").symlink_to("/dev/full")
+    beat = Heartbeat(tmp_path)
+    beat.phase("generate")
+    beat.end("done")
+    assert caplog.text.count("heartbeat.json cannot be written") == 1
+
+
+def test_as_a_program_without_torch(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 100, ended="done")
+    code = (
+        "import sys; from megatron_tempo.cli import main; status = main(sys.argv[1:]);"
+        "print(sorted({'torch', 'megatron.core', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)));"
+        "sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "status", str(run)], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+    assert "finished at" in done.stdout
+
+
+class OneComes:
+    """Starts server 0 alone."""
+
+    async def start(self, index: int) -> str:
+        if index:
+            raise EngineError("does not come up")
+        return "http://node:30000"
+
+
+def test_the_health_of_servers() -> None:
+    named = cast(Dialect, SimpleNamespace(name="vllm"))
+    fleet = Fleet(named, ServersConfig(), OneComes(), 2, "key", [0], 10, print)
+    try:
+        assert fleet.health() == [EngineHealth(f"vllm server {i}", "starting") for i in (0, 1)]
+        with pytest.raises(InputError, match="does not come up"):
+            fleet.open()
+        assert fleet.health()[0] == EngineHealth("vllm server 0", "empty", address="http://node:30000")
+    finally:
+        fleet.close()
