@@ -55,7 +55,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 COPY docker/engine-python /opt/sglang/bin/
 
 # NCCL refuses a group whose members have different versions of it, and weights go from the trainer to the engine by
-# such a group. The engine's is the newer one and keeps the older one's interface, so the trainer takes it.
+# such a group. A newer NCCL keeps the interface of an older one, and the engine's torch is the newer, so its NCCL serves
+# both; check_versions.py looks whether it does.
 FROM trainer AS trainer-vllm
 COPY --from=vllm /opt/vllm /opt/vllm
 ENV LD_LIBRARY_PATH=/opt/vllm/lib/python3.12/site-packages/nvidia/nccl/lib:${LD_LIBRARY_PATH}

@@ -3,7 +3,7 @@ PYTHON ?= python3
 PROCESSES ?= 2
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow test-engines test-gpu plan-tables lint clean
+.PHONY: quickstart test test-slow test-engines test-gpu plan-tables docker-cpu lint clean
 
 quickstart: .venv/installed  ## the main job: train on countdown, from a small pretrained model to a report
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) \
@@ -24,10 +24,14 @@ test-gpu: .venv/installed-test  ## what only a machine with a GPU shows
 plan-tables: .venv/installed  ## the table of docs/planning.md
 	$(BIN)/python tools/plan_tables.py
 
+docker-cpu:  ## builds the CPU image where docker, podman or buildah is, and runs the quickstart in it (docs/install.md)
+	docker/build_cpu.sh
+
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 .venv/installed: pyproject.toml | .venv
 	$(BIN)/pip install --quiet --editable .
