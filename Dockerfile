@@ -56,15 +56,15 @@ COPY docker/engine-python /opt/sglang/bin/
 
 # NCCL refuses a group whose members have different versions of it, and weights go from the trainer to the engine by
 # such a group. A newer NCCL keeps the interface of an older one, and the engine's torch is the newer, so its NCCL serves
-# both; check_versions.py looks whether it does.
+# both; check_versions.py looks whether it does. (LD_LIBRARY_PATH would not do for a torch with an RPATH to its own.)
 FROM trainer AS trainer-vllm
 COPY --from=vllm /opt/vllm /opt/vllm
-ENV LD_LIBRARY_PATH=/opt/vllm/lib/python3.12/site-packages/nvidia/nccl/lib:${LD_LIBRARY_PATH}
+ENV LD_PRELOAD=/opt/vllm/lib/python3.12/site-packages/nvidia/nccl/lib/libnccl.so.2
 RUN python docker/check_versions.py --engine /opt/vllm/bin/engine-python
 
 FROM trainer AS trainer-sglang
 COPY --from=sglang /opt/sglang /opt/sglang
-ENV LD_LIBRARY_PATH=/opt/sglang/lib/python3.12/site-packages/nvidia/nccl/lib:${LD_LIBRARY_PATH}
+ENV LD_PRELOAD=/opt/sglang/lib/python3.12/site-packages/nvidia/nccl/lib/libnccl.so.2
 RUN python docker/check_versions.py --engine /opt/sglang/bin/engine-python
 
 FROM ${IMAGE} AS image

@@ -28,11 +28,12 @@ def main() -> None:
     args = parser.parse_args()
     problems = []
     if args.torch:
-        problems += release_problems("torch", version("torch"), args.torch)
+        problems += release_problems("torch", installed("torch"), args.torch)
     if args.transformer_engine:
-        found = version("transformer-engine")
+        found = installed("transformer-engine")
         problems += release_problems("transformer-engine", found, args.transformer_engine)
-        problems += range_problems("transformer-engine", found, requires("megatron-core") or [])
+        if found:
+            problems += range_problems("transformer-engine", found, requires("megatron-core") or [])
         print("apex:", installed("apex") or "none; nothing here needs it while Transformer Engine is there")
     if args.engine:
         problems += nccl_problems(nccl(sys.executable), nccl(args.engine))
@@ -40,11 +41,13 @@ def main() -> None:
         raise SystemExit("\n".join(problems))
 
 
-def release_problems(project: str, found: str, wanted: str) -> list[str]:
+def release_problems(project: str, found: str | None, wanted: str) -> list[str]:
     """Whether `found` is release `wanted`, or a build or a pre-release of it: 2.10.0a0+nv26.01 is 2.10.0."""
-    if SpecifierSet(f"=={wanted}.*").contains(found, prereleases=True):
+    if found and SpecifierSet(f"=={wanted}.*").contains(found, prereleases=True):
         return []
-    return [f"{project} is {found}, not {wanted}: give another TRAINER_IMAGE, or the versions that it has"]
+    return [
+        f"{project} is {found or 'not there'}, not {wanted}: give another TRAINER_IMAGE, or the versions that it has"
+    ]
 
 
 def range_problems(project: str, found: str, requirements: list[str]) -> list[str]:

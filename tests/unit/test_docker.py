@@ -82,9 +82,10 @@ def test_transformer_engine_is_in_the_range_of_megatron_core(check_versions: Mod
         ("2.10.1", "2.10.0", False),
         ("2.11.0+c188b533", "2.11", True),
         ("2.1.1", "2.11", False),
+        (None, "2.11", False),
     ],
 )
-def test_builds_of_a_release(check_versions: ModuleType, found: str, wanted: str, right: bool) -> None:
+def test_builds_of_a_release(check_versions: ModuleType, found: str | None, wanted: str, right: bool) -> None:
     assert (check_versions.release_problems("torch", found, wanted) == []) == right
 
 
