@@ -3,7 +3,7 @@ PYTHON ?= python3
 PROCESSES ?= 2
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow test-engines test-slurm test-gpu plan-tables study lint clean
+.PHONY: quickstart test test-slow test-engines test-slurm test-gpu plan-tables study docker-cpu lint clean
 
 quickstart: .venv/installed  ## the main job: train on countdown, from a small pretrained model to a report
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) \
@@ -31,11 +31,15 @@ study: .venv/installed  ## docs/study.md: hours, on every core; goes on where it
 	$(BIN)/python tools/study.py run $(ARGS)
 	$(BIN)/python tools/study.py report
 
+docker-cpu:  ## builds the CPU image where docker, podman or buildah is, and runs the quickstart in it (docs/install.md)
+	docker/build_cpu.sh
+
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck --external-sources launch/* .ci/run
+	$(BIN)/shellcheck --external-sources launch/* docker/*.sh .ci/run
+	$(BIN)/hadolint Dockerfile
 
 .venv/installed: pyproject.toml | .venv
 	$(BIN)/pip install --quiet --editable .

@@ -61,21 +61,16 @@ overrides, in Hydra's grammar:
 
 examples:
   megatron-tempo train experiment=quickstart
-  megatron-tempo status runs/quickstart
   torchrun --nproc-per-node 4 -m megatron_tempo train experiment=quickstart parallel.tensor=2 parallel.pipeline=2
   megatron-tempo check experiment=qwen3_14b_aime parallel.world_size=16 model=FOLDER ...
   megatron-tempo plan  experiment=qwen3_8b_aime cluster=h100x8 --picture memory.png
   megatron-tempo eval  model=FOLDER data=questions.jsonl
-  megatron-tempo eval  model=FOLDER benchmark=math500 data=math500.jsonl
-  megatron-tempo compare runs/eval/A runs/eval/B
   megatron-tempo submit experiment=qwen3_8b_aime cluster=mysite ... --dry-run
-  megatron-tempo submit --job convert cluster=mysite -- convert_megatron_to_hf RUN/checkpoints/step_N OUT
 
 eval: data=FILE (.jsonl or .parquet) becomes the evaluation set evaluation.sets.STEM, STEM being the file's name without
 its ending. Its fields are prompt_field=prompt, answer_field=answer and verifier=math unless given, as in
 evaluation.sets.questions.verifier=countdown. It may be given several times. Of a benchmark=NAME (or [NAME,NAME]) with
-the file's name these fields and the suffix are the benchmark's: docs/data.md. Results go to run.dir, by default
-runs/eval/YYYYMMDD-HHMMSS."""
+the file's name these fields and the suffix are the benchmark's: docs/data.md."""
 
 _COMMANDS = {
     "train": "check the configuration, then train",
@@ -89,10 +84,7 @@ _COMMANDS = {
 _READERS: dict[str, tuple[str, int | str]] = {
     "status": ("tell what a run is doing, from its folder", 1),
     "report": ("write a run's report.html, or a page that compares several runs", "+"),
-    "compare": (
-        "compare two evaluations of the same questions, question by question: difference, interval, paired test",
-        2,
-    ),
+    "compare": ("compare two evaluations of the same questions, question by question", 2),
 }
 
 

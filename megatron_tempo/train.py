@@ -52,8 +52,8 @@ def train(config: Config) -> None:
                 with run.profiler.iteration(run.step + 1):
                     figures = run.iterate(stage_name, stage, iteration)
                     run.metrics.step(figures)
-                    run.stop_if_asked(stops)
                     run.sync_engine()
+                run.stop_if_asked(stops)
                 run.evaluate_if_due()
                 run.checkpoint_if_due()
         run.finish()

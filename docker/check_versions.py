@@ -1,0 +1,82 @@
+"""Stops the build of an image in which the versions do not go together (docs/install.md). Needs no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+# Of the library that is loaded; torch.cuda.nccl.version() tells the one that torch was compiled with.
+NCCL_OF = """\
+import ctypes, torch
+found = ctypes.c_int()
+if ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(found)):
+    raise SystemExit("ncclGetVersion failed")
+print(found.value)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--torch", help="the release that the image must have")
+    parser.add_argument("--transformer-engine", help="the release that the image must have")
+    parser.add_argument("--engine", metavar="PYTHON", help="of an engine, whose NCCL must be the trainer's")
+    args = parser.parse_args()
+    problems = []
+    if args.torch:
+        problems += release_problems("torch", installed("torch"), args.torch)
+    if args.transformer_engine:
+        found = installed("transformer-engine")
+        problems += release_problems("transformer-engine", found, args.transformer_engine)
+        if found:
+            problems += range_problems("transformer-engine", found, requires("megatron-core") or [])
+        print("apex:", installed("apex") or "none; nothing here needs it while Transformer Engine is there")
+    if args.engine:
+        problems += nccl_problems(nccl(sys.executable), nccl(args.engine))
+    if problems:
+        raise SystemExit("\n".join(problems))
+
+
+def release_problems(project: str, found: str | None, wanted: str) -> list[str]:
+    """Whether `found` is release `wanted`, or a build or a pre-release of it: 2.10.0a0+nv26.01 is 2.10.0."""
+    if found and SpecifierSet(f"=={wanted}.*").contains(found, prereleases=True):
+        return []
+    return [
+        f"{project} is {found or 'not there'}, not {wanted}: give another TRAINER_IMAGE, or the versions that it has"
+    ]
+
+
+def range_problems(project: str, found: str, requirements: list[str]) -> list[str]:
+    """Whether `found` is in each range that the metadata of another project gives for `project`, extras included."""
+    ranges = [r.specifier for r in map(Requirement, requirements) if r.name == project]
+    if not ranges:
+        return [f"megatron-core says nothing of {project}"]
+    return [
+        f"{project} is {found}, and megatron-core wants {specifier}"
+        for specifier in ranges
+        if not specifier.contains(found, prereleases=True)
+    ]
+
+
+def nccl_problems(trainer: str, engine: str) -> list[str]:
+    return [] if trainer == engine else [f"NCCL is {trainer} in the trainer, {engine} in the engine"]
+
+
+def nccl(python: str) -> str:
+    done = subprocess.run([python, "-c", NCCL_OF], stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.split()[-1]
+
+
+def installed(project: str) -> str | None:
+    try:
+        return version(project)
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    main()

