@@ -36,7 +36,7 @@ def test_a_peak_is_its_phases_alone_and_those_around_it(peaks: PeakMemory) -> No
         pass
     found = {name.removeprefix("memory_gb/"): size for name, size in peaks.take().items()}
     least = MEGABYTES * 2**20 / 1e9
-    assert found["inner"] == found["outer"] >= least
+    assert found["inner"] == found["outer"] >= 0.99 * least
     assert found["outer"] < least + 0.1
     assert all(found.get(name, 0.0) < 0.1 for name in ("before", "after"))
     assert peaks.take() == {}
