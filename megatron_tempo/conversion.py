@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_tempo import checkpoint
+from megatron_tempo import checkpoint, seen
 from megatron_tempo.config.schema import Config, CriticTargets
 from megatron_tempo.config.tree import read as read_config
 from megatron_tempo.errors import InputError
@@ -94,6 +94,8 @@ def to_hugging_face(
     changes["dtype"] = str(stored.entries(slots[0], dtype)[0][1]).removeprefix("torch.")
     size = sum(nbytes(entry) for slot in slots for entry in stored.entries(slot, dtype))
     folder.describe(work.whole, weight_map, size, like, changes)
+    if saved.step is not None:
+        seen.carry(saved.step, work.whole)
     return work.finish()
 
 

@@ -62,6 +62,14 @@ def read_seen(model: Path) -> list[Record] | None:
     return read(model / SEEN) if (model / SEEN).exists() else None
 
 
+def carry(step: Path, folder: Path) -> None:
+    """Write into a Hugging Face folder what the model of RUN/checkpoints/step_N was trained on, if the run is there."""
+    number, path = step.name.removeprefix("step_"), step.resolve().parents[1] / SEEN
+    if number.isdecimal() and path.exists():
+        (folder / SEEN).unlink(missing_ok=True)  # of a conversion that was cut short
+        extend(folder / SEEN, (record for record in read(path) if record["step"] <= int(number)))
+
+
 def seen_of(model: Path, questions: Iterable[str]) -> dict[str, int] | None:
     """`count` for the model in a Hugging Face folder. None where the folder does not say."""
     records = read_seen(model)

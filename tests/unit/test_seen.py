@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_tempo.records import read
-from megatron_tempo.seen import SEEN, Seen, read_seen, seen_of
+from megatron_tempo.seen import SEEN, Seen, carry, read_seen, seen_of
 
 LABELLED = {"l:0": "a", "l:1": "b", "l:2": "b"}  # the last two are one question
 UNLABELLED = {"u:0": "b", "u:1": "c"}
@@ -50,6 +50,21 @@ def test_an_earlier_runs_questions_stay_known(tmp_path: Path) -> None:
         seen.resume(0, model)
         assert seen.count(["a", "b"]) == {"with_answers": 1, "without_answers": 0}
     assert [(r["step"], r["question"]) for r in read(run_dir / SEEN)] == [(0, "a")]
+
+
+def test_a_converted_step_carries_what_was_seen_until_then(tmp_path: Path) -> None:
+    run_dir, out = tmp_path / "run", tmp_path / "out"
+    step = run_dir / "checkpoints" / "step_00000002"
+    step.mkdir(parents=True)
+    out.mkdir()
+    carry(step, out)
+    assert read_seen(out) is None, "a step without its run"
+    seen = Seen(run_dir, LABELLED, UNLABELLED, is_writer=True)
+    seen.add(2, ["l:0"], [])
+    seen.add(3, ["l:1"], [])
+    for _ in range(2):  # cut short, and begun again
+        carry(step, out)
+    assert [r["question"] for r in read_seen(out) or ()] == ["a"]
 
 
 def test_only_the_writer_writes(tmp_path: Path) -> None:
