@@ -43,8 +43,9 @@ def ece(record: dict[str, Any]) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A score of an arm on a set: iterations [p], and by seed [s, p]."""
+    """A score of an arm on a set: iterations [p], and for each of s seeds [s, p]."""
 
+    seeds: list[int]
     iterations: np.ndarray
     scores: np.ndarray
 
@@ -59,16 +60,15 @@ class Curve:
 
 def curve(arm: Arm, name: str, score: Score) -> Curve | None:
     """None where no seed's run is done, or the arm has no such score."""
+    seeds = [seed for seed in SEEDS if is_done(folder(arm.name, seed))]
     found = []
-    for seed in SEEDS:
-        if not is_done(folder(arm.name, seed)):
-            continue
+    for seed in seeds:
         records = [one for one in read_evaluations(folder(arm.name, seed)) if one["set"] == name]
         found.append({one["iteration"]: score(one) for one in records})
     if not found or any(value is None for value in found[0].values()):
         return None
     iterations = sorted(found[0])
-    return Curve(np.array(iterations), np.array([[one[i] for i in iterations] for one in found], dtype=float))
+    return Curve(seeds, np.array(iterations), np.array([[one[i] for i in iterations] for one in found], dtype=float))
 
 
 def interval(values: np.ndarray) -> float:
@@ -90,25 +90,29 @@ def done(group: str) -> list[Arm]:
 def table(arms: list[Arm]) -> Iterator[str]:
     """The ends of the arms: means over seeds with intervals, and what lies between an arm and TEMPO."""
     heads = [f"{name}, {score}" for name in SETS for score in ("avg@16", "pass@16")]
-    yield f"| stage 2 | {' | '.join(heads)} | less TEMPO: unlabelled | held-out |\n"
-    yield f"|{' --- |' * (len(heads) + 3)}\n"
+    yield f"| stage 2 | seeds | {' | '.join(heads)} | less TEMPO: unlabelled | held-out |\n"
+    yield f"|{' --- |' * (len(heads) + 4)}\n"
     tempo = next(arm for arm in ARMS if arm.name == "tempo")
     start = [curve(tempo, name, score) for name in SETS for score in (avg, pass_at(16))]
-    if all(one is not None for one in start):
-        yield f"| none: the end of stage 1 | {' | '.join(told(one.first) for one in start if one)} | | |\n"
+    if start[0] is not None:
+        cells = [told(one.first) for one in start if one is not None]
+        yield f"| none: the end of stage 1 | {len(start[0].seeds)} | {' | '.join(cells)} | | |\n"
     for arm in arms:
         ends = [curve(arm, name, score) for name in SETS for score in (avg, pass_at(16))]
         cells = [told(one.last) if one is not None else "" for one in ends]
         apart = [_apart(arm, tempo, name) for name in SETS[:2]]
-        yield f"| {arm.what} | {' | '.join(cells)} | {' | '.join(apart)} |\n"
+        seeds = len(ends[0].seeds) if ends[0] is not None else 0
+        yield f"| {arm.what} | {seeds} | {' | '.join(cells)} | {' | '.join(apart)} |\n"
 
 
 def _apart(arm: Arm, tempo: Arm, name: str) -> str:
     """The mean over seeds of the difference, seed by seed: they share their stage 1 and their questions' order."""
     one, other = curve(arm, name, avg), curve(tempo, name, avg)
-    if arm is tempo or one is None or other is None or len(one.last) != len(other.last):
+    if arm is tempo or one is None or other is None:
         return ""
-    return told(one.last - other.last, "+")
+    shared = [seed for seed in one.seeds if seed in other.seeds]
+    ends = [curve.last[[curve.seeds.index(seed) for seed in shared]] for curve in (one, other)]
+    return told(ends[0] - ends[1], "+") if shared else ""
 
 
 def critics(arms: list[Arm]) -> Iterator[str]:
@@ -123,7 +127,7 @@ def critics(arms: list[Arm]) -> Iterator[str]:
         yield f"| {arm.what} | {' | '.join(cells)} |\n"
 
 
-def picture(path: Path, arms: list[Arm], panels: list[tuple[str, str, Score]]) -> None:
+def draw(path: Path, arms: list[Arm], panels: list[tuple[str, str, Score]]) -> None:
     """A panel for each (title, set, score): means over seeds, and the span from the least to the greatest."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6 * len(panels), 3.8), layout="constrained", facecolor="white")
@@ -150,28 +154,48 @@ def times() -> str:
     )
 
 
-def write() -> None:
-    """Replace the made parts of docs/study.md, and the pictures beside it. What has not been run is left out."""
-    groups = {group: done(group) for group in dict.fromkeys(arm.group for arm in ARMS)}
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Beside docs/study.md: its name, what it shows, in which part of the page, of which arms and scores."""
+
+    name: str
+    words: str
+    part: str
+    arms: list[Arm]
+    panels: list[tuple[str, str, Score]]
+
+
+def pictures(groups: dict[str, list[Arm]]) -> list[Picture]:
+    """Those of arms that are done."""
     tempo = [arm for arm in groups["methods"] if arm.name == "tempo"]
-    avg_panels = [(f"avg@16, {name}", name, avg) for name in SETS[:2]]
-    pass_panels = [(f"pass@16, {name}", name, pass_at(16)) for name in SETS[:2]]
-    pictures = {
-        "study-avg.png": (groups["methods"], avg_panels),
-        "study-pass.png": (groups["methods"], pass_panels),
-        "study-choices.png": (tempo + groups["choices"], avg_panels),
-        "study-labels.png": (tempo + groups["labels"], avg_panels),
-        "study-transfer.png": (tempo + groups["transfer"], [*avg_panels, ("avg@16, labelled", "labelled", avg)]),
-        "study-critic.png": (
-            [*groups["methods"], *groups["labels"]],
-            [("AUROC, held-out", "heldout", auroc), ("calibration error, held-out", "heldout", ece)],
-        ),
-    }
-    for name, (arms, panels) in pictures.items():
-        picture(DOCUMENT.with_name(name), arms, panels)
-    parts = {group: "".join(table(groups[group])) for group in groups}
-    everyone = [*groups["methods"], *groups["choices"], *groups["labels"], *groups["transfer"]]
-    parts |= {"critic": "".join(critics(everyone)), "times": times()}
+    avgs: list[tuple[str, str, Score]] = [(f"avg@16, {name}", name, avg) for name in SETS[:2]]
+    passes: list[tuple[str, str, Score]] = [(f"pass@16, {name}", name, pass_at(16)) for name in SETS[:2]]
+    labelled: tuple[str, str, Score] = ("avg@16, labelled", "labelled", avg)
+    honest: list[tuple[str, str, Score]] = [
+        ("AUROC, held-out", "heldout", auroc), ("calibration error, held-out", "heldout", ece)
+    ]  # fmt: skip
+    found = [
+        Picture("study-avg.png", "avg@16 over the iterations", "methods", groups["methods"], avgs),
+        Picture("study-pass.png", "pass@16 over the iterations", "methods", groups["methods"], passes),
+        Picture("study-critic.png", "AUROC and calibration error", "critic", groups["methods"], honest),
+    ]
+    for group in ("choices", "labels", "transfer"):
+        if groups[group]:
+            panels = [*avgs, labelled] if group == "transfer" else avgs
+            arms = [*tempo, *groups[group]]
+            found.append(Picture(f"study-{group}.png", "avg@16 over the iterations", group, arms, panels))
+    return [picture for picture in found if picture.arms]
+
+
+def write() -> None:
+    """Replace the made parts of docs/study.md, and the pictures beside it. What has not been run is told of."""
+    groups = {group: done(group) for group in dict.fromkeys(arm.group for arm in ARMS)}
+    missing = "Not run yet.\n"
+    parts = {group: "".join(table(arms)) if arms else missing for group, arms in groups.items()}
+    parts |= {"critic": "".join(critics([arm for arms in groups.values() for arm in arms])), "times": times()}
+    for one in pictures(groups):
+        draw(DOCUMENT.with_name(one.name), one.arms, one.panels)
+        parts[one.part] += f"\n![{one.words}]({one.name})\n"
     text = DOCUMENT.read_text()
     for name, made in parts.items():
         before, _, rest = text.partition(BEGIN.format(name))

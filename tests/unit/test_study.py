@@ -72,6 +72,6 @@ def test_the_tables_by_hand(study: ModuleType, monkeypatch: pytest.MonkeyPatch) 
     assert half == pytest.approx(12.706 * 0.1, rel=1e-4)  # t of one degree of freedom; the standard error is 0.1
     header, _, start, tempo, ttrl = "".join(report.table(arms)).splitlines()
     assert header.count("|") == start.count("|") == tempo.count("|") == ttrl.count("|")
-    assert tempo.startswith("| TEMPO | .600 ± 1.271 |")
+    assert tempo.startswith("| TEMPO | 2 | .600 ± 1.271 |")
     assert "| -.150 ± .635 |" in ttrl
     assert "4 runs, 0.1 hours of one core in all, 100 s the median." in report.times()
