@@ -147,11 +147,9 @@ def draw(path: Path, arms: list[Arm], panels: list[tuple[str, str, Score]]) -> N
 
 
 def times() -> str:
-    """Processor time of the runs that are done: a run is one core's."""
-    found = [int((run / "done").read_text()) for run in OUT.glob("seed*/*") if is_done(run)]
-    return (
-        f"{len(found)} runs, {sum(found) / 3600:.1f} hours of one core in all, {np.median(found):.0f} s the median.\n"
-    )
+    """Wall times of the runs that are done, of one core each: with what else the machine did, and pauses."""
+    found = sorted(int((run / "done").read_text()) for run in OUT.glob("seed*/*") if is_done(run))
+    return f"{len(found)} runs done; a run took {found[0]} to {found[-1]} s, {np.median(found):.0f} in the middle.\n"
 
 
 @dataclass(frozen=True, slots=True)
