@@ -97,6 +97,14 @@ def drop(path: Path, unwanted: Callable[[Record], bool]) -> None:
     new.replace(path)
 
 
+def write_whole(path: Path, text: str) -> Path:
+    """Writes a file in place of an earlier one, all or nothing. Returns its path."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+    return path
+
+
 def finite(record: Record) -> tuple[Record, list[str]]:
     """The record in JSON's types, and the names of the entries in which a number was not finite and became null.
 

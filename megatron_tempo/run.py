@@ -101,6 +101,7 @@ class Run:
     profiler: Profiler
     step: int = 0
     questions: list[_Questions] = field(default_factory=list)
+    saved: int | None = None  # the step of the newest checkpoint, which was whole when it was written or read
     evaluated: bool = True  # what was due at `step` is written
     reference: Actor | None = field(default=None)
 
@@ -176,7 +177,7 @@ class Run:
             "iteration": iteration + 1,
             "step": self.step,
             **figures,
-            **self._judged(),
+            **judged(self.verifiers, self.metrics),
             **self._padding(),
             **peaks,
         }
@@ -270,6 +271,7 @@ class Run:
             if name in state.get("streams", {}):
                 stream.restore(state["streams"][name])
         if path is not None:
+            self.saved = self.step
             self.metrics.message(f"resumed from {path}, {self.step} iterations done")
         self.metrics.rewind(self.step)
         self.seen.resume(self.step, Path(self.config.model.path))
@@ -313,7 +315,7 @@ class Run:
             with self.phase("evaluate"):
                 scores, samples = self.evaluator.evaluate(name, targets, show=point != "during")
             seen = self.seen.count(self.keys.evaluation[name].values())
-            self.metrics.evaluation(where | scores | {"seen": seen} | self._judged())
+            self.metrics.evaluation(where | scores | {"seen": seen} | judged(self.verifiers, self.metrics))
             self.metrics.samples({**where, "set": name, **sample} for sample in samples)
 
     def checkpoint_if_due(self) -> None:
@@ -331,6 +333,7 @@ class Run:
                 "config": to_plain(self.config),
             }
             self.checkpoints.save(self.step, self._models(), state)
+        self.saved = self.step
 
     @contextmanager
     def rescued(self) -> Iterator[None]:
@@ -354,11 +357,9 @@ class Run:
 
     def _saved(self) -> str:
         """Save what was learnt since the last checkpoint; where the run will go on, in words."""
-        newest, now = self.checkpoints.newest(), self.checkpoints.path(self.step)
-        if self.step and newest != now:
+        if self.step and self.saved != self.step:
             self.checkpoint()
-            newest = now
-        return "" if newest is None else f"; the same command goes on from {newest}"
+        return "" if self.saved is None else f"; the same command goes on from {self.checkpoints.path(self.saved)}"
 
     def finish(self) -> None:
         """Hugging Face folders of actor and, if any, critic; the report, and the table of results."""
@@ -417,18 +418,19 @@ class Run:
         save_config(self.config, partial)
         os.replace(partial, path)
 
-    def _judged(self) -> dict[str, int]:
-        """What a judge was asked since the last call; responses that got no verdict are told of."""
-        counts = summed_counts(self.verifiers)
-        if told := unreadable(counts):
-            self.metrics.message(told)
-        return counts
-
     def _padding(self) -> dict[str, float]:
         """The share of padding among the tokens that went through this rank's models and engine since last asked."""
         counters = [model.counted for model in self._models().values()]
         counts = [counted.take() for counted in (*counters, self.engine.counted)]
         return {"padding": sum(c.padding for c in counts) / max(sum(c.tokens for c in counts), 1)}
+
+
+def judged(verifiers: Verifiers, metrics: Metrics) -> dict[str, int]:
+    """What a judge was asked since the last call; responses that got no verdict are told of. Collective."""
+    counts = summed_counts(verifiers)
+    if told := unreadable(counts):
+        metrics.message(told)
+    return counts
 
 
 def _take(stream: PromptStream[_P] | None, count: int) -> list[_P]:

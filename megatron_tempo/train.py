@@ -16,9 +16,7 @@ from megatron_tempo.evaluation.results import response_records, result
 from megatron_tempo.metrics import Metrics
 from megatron_tempo.records import EVALUATIONS, RESPONSES, Record, extend
 from megatron_tempo.report import results as report
-from megatron_tempo.report.summary import unreadable
-from megatron_tempo.rollout.batches import summed_counts
-from megatron_tempo.run import Run
+from megatron_tempo.run import Run, judged
 from megatron_tempo.schedule import remaining
 from megatron_tempo.seen import seen_of
 from megatron_tempo.stopping import Stops
@@ -88,21 +86,19 @@ def evaluate(config: Config) -> None:
             save_config(config, out / "config.json")
         keys, results = QuestionKeys.evaluated(config), _about(config)
         for name in sets:
-            judged = evaluator.answer(name)
-            scores, samples = evaluator.measure(name, judged, targets, show=True)
+            answered = evaluator.answer(name)
+            scores, samples = evaluator.measure(name, answered, targets, show=True)
             seen = seen_of(Path(config.model.path), keys[name].values())
-            counts = summed_counts(verifiers)
-            if told := unreadable(counts):
-                metrics.message(told)
+            counts = judged(verifiers, metrics)
             metrics.evaluation(where | scores | {"seen": seen} | counts)
             metrics.samples({**where, "set": name, **sample} for sample in samples)
-            results["sets"][name] = result(judged) | {
+            results["sets"][name] = result(answered) | {
                 "seen": seen,
                 **counts,
                 **_file(config.evaluation.sets[name].path),
             }
             if place.is_writer:
-                extend(out / RESPONSES, response_records(name, judged, keys[name], tokenizer))
+                extend(out / RESPONSES, response_records(name, answered, keys[name], tokenizer))
         if place.is_writer:
             report.write(out / report.RESULTS, results)
             metrics.message(f"{report.results_table(results, config.evaluation.pass_k)}\n\nwritten to {out}")

@@ -92,8 +92,8 @@ def build_actor(place: Workplace) -> Actor:
 def build_reference(place: Workplace) -> Actor:
     """The policy that the KL term holds to: `model.path` as it is. Collective."""
     config, net = place.config, _language_model(place)
-    tokens, precision = config.parallel.micro_batch_tokens, config.run.precision
-    return Actor(Model.frozen(net, place.layouts.actor, place.device, tokens, precision, place.residence))
+    tokens = config.parallel.micro_batch_tokens
+    return Actor(Model.frozen(net, place.layouts.actor, place.device, tokens, place.residence))
 
 
 def build_critic(place: Workplace) -> Critic:
@@ -342,9 +342,7 @@ def _slots(net: PackedGPT, layout: Layout) -> list[Slot]:
 
 
 def _trained(place: Workplace, net: PackedGPT, layout: Layout) -> TrainedModel:
-    config = place.config
-    tokens, precision = config.parallel.micro_batch_tokens, config.run.precision
-    return TrainedModel.wrap(net, layout, place.device, tokens, precision, place.residence)
+    return TrainedModel.wrap(net, layout, place.device, place.config.parallel.micro_batch_tokens, place.residence)
 
 
 def _skips(place: Workplace, model: str) -> Skips:

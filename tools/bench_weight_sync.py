@@ -192,7 +192,7 @@ def random_actor(place: wiring.Workplace) -> Actor:
     for name, parameter in net.named_parameters():
         parameter.data.fill_(1.0) if "norm" in name else parameter.data.normal_(0.0, 0.02)
     tokens = config.parallel.micro_batch_tokens
-    return Actor(Model.frozen(net, layout, place.device, tokens, config.run.precision, place.residence))
+    return Actor(Model.frozen(net, layout, place.device, tokens, place.residence))
 
 
 def measured(job: Job, place: wiring.Workplace, actor: Actor) -> dict[str, Any]:

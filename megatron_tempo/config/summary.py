@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_tempo.config.rules.layout import laid_of
-from megatron_tempo.config.schema import Config, StageConfig
+from megatron_tempo.config.schema import Config, ParallelConfig, StageConfig
 
 
 def summary(config: Config) -> str:
@@ -29,7 +29,11 @@ def _lines(config: Config) -> Iterator[tuple[str, str]]:
 
 def _layout(config: Config, role: str) -> str:
     laid = laid_of(config, role)
-    own, replicas = laid.parallel, laid.replicas(None)
+    return layout_words(laid.parallel, laid.replicas(None))
+
+
+def layout_words(own: ParallelConfig, replicas: int | None) -> str:
+    """A layout; `replicas` of the model, none where the number of processes is not known."""
     data = f"data {replicas}" if replicas else "data by the number of processes"
     sequence = ", sequence parallel" if own.sequence else ""
     context = f"context {own.context} x " if own.context > 1 else ""

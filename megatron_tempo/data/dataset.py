@@ -10,7 +10,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import jinja2
 
 from megatron_tempo.config.schema import DatasetConfig, Verifier
-from megatron_tempo.data.rows import BadRow, DataError, Row, read_rows
+from megatron_tempo.data.rows import BadRow, DataError, Row, answer_text, read_rows
 from megatron_tempo.errors import InputError
 from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
 
@@ -157,8 +156,7 @@ def _answer(name: str, value: object) -> str:
         raise BadRow(f"field {name!r} is {value}; an answer is a finite number or text")
     if isinstance(value, str) and not value.strip():
         raise BadRow(f"field {name!r} is empty; give the answer or remove the row")
-    # 1e-05 would be read as Euler's number, less five.
-    return format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)
+    return answer_text(value)
 
 
 def _verifier(config: DatasetConfig, row: Row) -> str:

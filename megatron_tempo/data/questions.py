@@ -11,11 +11,11 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from typing import Any
 
 from megatron_tempo.config.schema import Verifier
 from megatron_tempo.data.public import PublicRow
+from megatron_tempo.data.rows import answer_text
 from megatron_tempo.errors import InputError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -197,8 +197,7 @@ def _answer(value: Any) -> str | None:
         return None
     if isinstance(value, dict):
         raise Unusable("has a group of fields for an answer")
-    # 1e-05 would be read as Euler's number, less five.
-    return format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)
+    return answer_text(value)
 
 
 def _blanks(answer: str | None) -> str | None:

@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ class DataError(InputError):
 
 class BadRow(ValueError):
     """Why one row cannot be used."""
+
+
+def answer_text(value: object) -> str:
+    """An answer as text; a number without an exponent: 1e-05 would be read as Euler's number, less five."""
+    return format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True, slots=True)

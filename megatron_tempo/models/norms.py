@@ -100,8 +100,8 @@ def _mean_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return total / (x.shape[-1] * group.size())
 
 
-class NormedRowParallelLinear(RowParallelLinear):
-    """A row-parallel layer with a norm behind it: what a block of OLMo3 adds to the residual stream."""
+class NormBehind(nn.Module):
+    """Before a row-parallel layer's class: its outputs normed, what a block of OLMo3 adds to the residual stream."""
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **others: Any) -> None:
         super().__init__(input_size, output_size, config=config, **others)
@@ -111,3 +111,7 @@ class NormedRowParallelLinear(RowParallelLinear):
         """[S, 1, input / tensor] -> [S (/ tensor), 1, output], and no bias."""
         output, bias = super().forward(input_)
         return self.norm(output), bias
+
+
+class NormedRowParallelLinear(NormBehind, RowParallelLinear):
+    """Megatron's own, with a norm behind it."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from megatron_tempo.models.attention import PackedAttention
 from megatron_tempo.models.decoder import Norms, Parts, layer_of
-from megatron_tempo.models.norms import RMSNorm
+from megatron_tempo.models.norms import NormBehind
 from megatron_tempo.models.packing import Packing
 from megatron_tempo.models.shape import LayerAttention, Shape
 
@@ -102,14 +102,5 @@ class PackedTEAttention(TEDotProductAttention):
         return out.reshape(query.shape[0], 1, -1)
 
 
-class TENormedRowParallelLinear(TERowParallelLinear):
-    """A row-parallel layer with a norm behind it: what a block of OLMo3 adds to the residual stream."""
-
-    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **others: Any) -> None:
-        super().__init__(input_size, output_size, config=config, **others)
-        self.norm = RMSNorm(config, output_size, config.layernorm_epsilon)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[S, 1, input / tensor] -> [S (/ tensor), 1, output], and no bias."""
-        output, bias = super().forward(x)
-        return self.norm(output), bias
+class TENormedRowParallelLinear(NormBehind, TERowParallelLinear):
+    """Transformer Engine's, with a norm behind it."""

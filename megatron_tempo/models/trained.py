@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron_tempo.config.schema import OptimizerConfig, Precision
+from megatron_tempo.config.schema import OptimizerConfig
 from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.packing import MicroBatch, micro_batches
 from megatron_tempo.models.parallel import Layout, sum_over_ranks
@@ -54,16 +54,10 @@ class Model:
 
     @classmethod
     def frozen(
-        cls,
-        net: PackedGPT,
-        layout: Layout,
-        device: torch.device,
-        micro_batch_tokens: int,
-        precision: Precision,
-        residence: Residence,
+        cls, net: PackedGPT, layout: Layout, device: torch.device, micro_batch_tokens: int, residence: Residence
     ) -> Model:
         """A network that is only read: no gradients, no optimizer."""
-        module = _on_device(net, device, precision).requires_grad_(False)
+        module = _on_device(net, device).requires_grad_(False)
         model = cls(net, layout, device, micro_batch_tokens, module, residence)
         residence.bring(model)
         return model
@@ -149,13 +143,7 @@ class TrainedModel(Model):
 
     @classmethod
     def wrap(
-        cls,
-        net: PackedGPT,
-        layout: Layout,
-        device: torch.device,
-        micro_batch_tokens: int,
-        precision: Precision,
-        residence: Residence,
+        cls, net: PackedGPT, layout: Layout, device: torch.device, micro_batch_tokens: int, residence: Residence
     ) -> TrainedModel:
         """Wrap a network whose weights are loaded: the optimizer copies them as its fp32 main weights.
 
@@ -167,7 +155,7 @@ class TrainedModel(Model):
             DistributedDataParallelConfig(
                 use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
             ),
-            _on_device(net, device, precision),
+            _on_device(net, device),
         )
         optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
@@ -282,9 +270,9 @@ class TrainedModel(Model):
             group["eps"] = config.eps
 
 
-def _on_device(net: PackedGPT, device: torch.device, precision: Precision) -> Any:
+def _on_device(net: PackedGPT, device: torch.device) -> Any:
     module = net.cuda(device) if device.type == "cuda" else net
-    return module if precision is Precision.fp32 else Float16Module(net.config, module)
+    return Float16Module(net.config, module) if net.config.bf16 else module
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from megatron_tempo.config.schema import Config, EngineKind
-from megatron_tempo.plan.layout import Layout, machine_of
+from megatron_tempo.config.summary import layout_words as config_words
+from megatron_tempo.plan.layout import machine_of
 from megatron_tempo.plan.memory import GB, Part, host_bytes, places_of
 from megatron_tempo.plan.parameters import Role, resident, total_parameters
 from megatron_tempo.plan.search import MORE, SHORTER, Plan, best_of_each, nearest, relief
@@ -47,15 +48,10 @@ def _head(config: Config, shape: Shape, own: Plan) -> Iterator[str]:
 
 def layout_words(plan: Plan) -> str:
     """The layouts as `check` tells them."""
-    actor, critic = (_layout_words(plan.layouts[role]) for role in Role)
+    own = {Role.actor: plan.config.parallel, Role.critic: plan.config.parallel.of_critic()}
+    actor, critic = (config_words(own[role], plan.layouts[role].data) for role in Role)
     turns = ", one model at a time" if plan.config.parallel.offload else ""
     return actor + (f"; critic {critic}" if critic != actor else "") + turns
-
-
-def _layout_words(layout: Layout) -> str:
-    context = f"context {layout.context} x " if layout.context > 1 else ""
-    words = f"tensor {layout.tensor} x pipeline {layout.pipeline} x {context}data {layout.data}"
-    return words + (", sequence parallel" if layout.sequence else "")
 
 
 def _memory(own: Plan) -> list[str]:

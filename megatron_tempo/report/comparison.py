@@ -12,9 +12,9 @@ from urllib.parse import quote
 from megatron_tempo.config.tree import leaves
 from megatron_tempo.errors import InputError
 from megatron_tempo.progress import clock
-from megatron_tempo.records import Record
+from megatron_tempo.records import Record, write_whole
 from megatron_tempo.report import overlays
-from megatron_tempo.report.html import WARNED, Sample, picture, samples, scale, template, value_range_of, write
+from megatron_tempo.report.html import WARNED, Sample, picture, samples, scale, template, value_range_of
 from megatron_tempo.report.overlays import Labelled, labelled
 from megatron_tempo.report.summary import Run, memory_peaks, printable, score
 
@@ -58,7 +58,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         scale=scale(),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    return write(out, page)
+    return write_whole(out, page)
 
 
 def names(folders: Sequence[Path]) -> list[str]:

@@ -14,7 +14,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from matplotlib.figure import Figure
 
 from megatron_tempo.progress import clock
-from megatron_tempo.records import Record
+from megatron_tempo.records import Record, write_whole
 from megatron_tempo.report import plots
 from megatron_tempo.report.summary import (
     Milestone,
@@ -100,7 +100,7 @@ def write_report(run_dir: Path) -> Path:
         value_range=value_range_of(run),
         config=printable(json.dumps(run.config, indent=2, ensure_ascii=False)) if run.config else "",
     )
-    return write(run_dir / "report.html", page)
+    return write_whole(run_dir / "report.html", page)
 
 
 def template(name: str) -> Template:
@@ -111,13 +111,6 @@ def template(name: str) -> Template:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template(name)
-
-
-def write(path: Path, page: str) -> Path:
-    new = path.with_name(path.name + ".new")
-    new.write_text(page, encoding="utf-8")
-    new.replace(path)
-    return path
 
 
 def scale() -> list[str]:

@@ -14,7 +14,7 @@ from megatron_tempo.config.tree import differences
 from megatron_tempo.config.tree import load as load_config
 from megatron_tempo.errors import InputError
 from megatron_tempo.evaluation.scores import interval
-from megatron_tempo.records import RESPONSES, Record, read
+from megatron_tempo.records import RESPONSES, Record, read, write_whole
 from megatron_tempo.report.summary import plain_table, printable, seen_words
 
 RESULTS = "results.json"
@@ -159,6 +159,4 @@ def _listed(sets: dict[str, Any]) -> str:
 
 def write(path: Path, results: Record) -> None:
     """Writes results.json, all or nothing."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    new.replace(path)
+    write_whole(path, json.dumps(results, indent=2, allow_nan=False) + "\n")

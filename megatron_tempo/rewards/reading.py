@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,10 +27,13 @@ class ReadingScorer:
         return [float(self._read(i.prompt, i.response) == self._gold(i.prompt, i.answer)) for i in items]
 
     def classes(self, prompt: str, responses: Sequence[str]) -> list[int | None]:
-        """Equal answers get equal numbers, from 0 in the order in which they come; None where there is no answer."""
-        numbers: dict[Hashable, int] = {}
-        answers = [self._read(prompt, response) for response in responses]
-        return [None if answer is None else numbers.setdefault(answer, len(numbers)) for answer in answers]
+        return numbered(self._read(prompt, response) for response in responses)
 
     def close(self) -> None:
         pass
+
+
+def numbered(answers: Iterable[Hashable | None]) -> list[int | None]:
+    """Equal answers get equal numbers, from 0 in the order in which they come; None where there is no answer."""
+    numbers: dict[Hashable, int] = {}
+    return [None if answer is None else numbers.setdefault(answer, len(numbers)) for answer in answers]

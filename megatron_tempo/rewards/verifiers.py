@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from megatron_tempo.errors import InputError
 from megatron_tempo.rewards import choice, countdown, grid, text
 from megatron_tempo.rewards.math import MathScorer
-from megatron_tempo.rewards.reading import ReadingScorer
+from megatron_tempo.rewards.reading import ReadingScorer, numbered
 
 if TYPE_CHECKING:
     from megatron_tempo.rewards.judge import JudgeScorer
@@ -74,9 +74,7 @@ class _InProcess:
 
     def classes(self, prompt: str, responses: Sequence[str]) -> list[int | None]:
         self._answer_of(prompt, "")  # raises for what is no question
-        numbers: dict[Hashable, int] = {}
-        answers = [self._answer_of(prompt, response) for response in responses]
-        return [None if answer is None else numbers.setdefault(answer, len(numbers)) for answer in answers]
+        return numbered(self._answer_of(prompt, response) for response in responses)
 
     def close(self) -> None:
         pass

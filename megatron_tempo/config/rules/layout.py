@@ -80,7 +80,7 @@ def _sequence(laid: Laid) -> Iterator[Problem]:
         sequence, tensor = laid.fields["sequence"], laid.fields["tensor"]
         wrong = f"sequence parallelism lives inside tensor-parallel groups, and {tensor} is 1"
         # A critic alone without tensor parallelism may have inherited the actor's choice.
-        off = sequence.replace("parallel.sequence", "parallel.critic.sequence") if "critic" in tensor else sequence
+        off = "parallel.critic.sequence" if tensor == "parallel.critic.tensor" else sequence
         yield Problem(sequence, True, wrong, f"{off}=false, or {tensor}=2 or more")
 
 
