@@ -58,6 +58,12 @@ def verdict(nonce: str, word: str) -> Reply:
     return Reply(json.dumps({"nonce": nonce, "verdict": word}))
 
 
+class Server(ThreadingHTTPServer):
+    # The default of 5 connections waiting resets those beyond, where this process is slow to accept them.
+    request_queue_size = 256
+    daemon_threads = True
+
+
 @contextmanager
 def judge_server(answer: Callable[[Judge, dict[str, Any]], Reply] = honest) -> Iterator[Judge]:
     judge = Judge(answer)
@@ -91,8 +97,7 @@ def judge_server(answer: Callable[[Judge, dict[str, Any]], Reply] = honest) -> I
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), Handler)
     judge.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
