@@ -1,9 +1,13 @@
-"""Tables and pictures of the study (tools/study.py), from the records of its runs, into docs/study.md."""
+"""Tables and pictures of the study (tools/study.py), from the records of its runs, into docs/study.md.
+
+The runs' curves are kept in docs/study.jsonl, a line a run, so that the page can be made again, and gone on with on
+another machine, without the runs.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,32 +17,48 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
-from study import ARMS, OUT, ROOT, SEEDS, Arm, folder, is_done
+from study import ARMS, ROOT, SEEDS, Arm, folder, is_done
 
-from megatron_tempo.records import read_evaluations
+from megatron_tempo.records import read, read_evaluations, write_whole
 from megatron_tempo.report.plots import STYLE
 
 DOCUMENT = ROOT / "docs" / "study.md"
+KEPT = ROOT / "docs" / "study.jsonl"
 BEGIN, END = "<!-- made by tools/study.py: {} -->\n", "<!-- end -->\n"
 SETS = ("unlabelled", "heldout", "labelled")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#24292f")
-Score = Callable[[dict[str, Any]], float | None]
+
+# By arm and seed, a line of docs/study.jsonl: arm, seed, seconds, and by set the iterations and the scores at each.
+Runs = dict[tuple[str, int], dict[str, Any]]
 
 
-def avg(record: dict[str, Any]) -> float | None:
-    return record["avg"]
+def kept() -> Runs:
+    return {(line["arm"], line["seed"]): line for line in read(KEPT)}
 
 
-def pass_at(k: int) -> Score:
-    return lambda record: record["pass"][str(k)]
+def found() -> Runs:
+    """The runs that are done on this machine."""
+    seeds = [(arm.name, seed) for arm in ARMS for seed in SEEDS if is_done(folder(arm.name, seed))]
+    return {(arm, seed): _line(arm, seed) for arm, seed in seeds}
 
 
-def auroc(record: dict[str, Any]) -> float | None:
-    return (record["calibration"] or {}).get("last", {}).get("auroc")
+def keep(runs: Runs) -> None:
+    order = [(arm.name, seed) for arm in ARMS for seed in SEEDS if (arm.name, seed) in runs]
+    write_whole(KEPT, "".join(json.dumps(runs[run]) + "\n" for run in order))
 
 
-def ece(record: dict[str, Any]) -> float | None:
-    return (record["calibration"] or {}).get("last", {}).get("ece")
+def _line(arm: str, seed: int) -> dict[str, Any]:
+    run = folder(arm, seed)
+    curves: dict[str, dict[str, list[float]]] = {}
+    for record in sorted(read_evaluations(run), key=lambda record: record["iteration"]):
+        scores = {"avg@16": record["avg"]} | {f"pass@{k}": value for k, value in record["pass"].items() if k != "1"}
+        last = (record["calibration"] or {}).get("last", {})
+        scores |= {name: last[name] for name in ("auroc", "ece") if name in last}
+        curve = curves.setdefault(record["set"], {"iterations": []})
+        curve["iterations"].append(record["iteration"])
+        for name, value in scores.items():
+            curve.setdefault(name, []).append(round(value, 6))
+    return {"arm": arm, "seed": seed, "seconds": int((run / "done").read_text()), "sets": curves}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +78,13 @@ class Curve:
         return self.scores[:, -1]
 
 
-def curve(arm: Arm, name: str, score: Score) -> Curve | None:
-    """None where no seed's run is done, or the arm has no such score."""
-    seeds = [seed for seed in SEEDS if is_done(folder(arm.name, seed))]
-    found = []
-    for seed in seeds:
-        records = [one for one in read_evaluations(folder(arm.name, seed)) if one["set"] == name]
-        found.append({one["iteration"]: score(one) for one in records})
-    if not found or any(value is None for value in found[0].values()):
+def curve(runs: Runs, arm: Arm, name: str, score: str) -> Curve | None:
+    """None where the arm has no run, or no such score."""
+    seeds = [seed for seed in SEEDS if (arm.name, seed) in runs]
+    curves = [runs[arm.name, seed]["sets"][name] for seed in seeds]
+    if not curves or score not in curves[0]:
         return None
-    iterations = sorted(found[0])
-    return Curve(seeds, np.array(iterations), np.array([[one[i] for i in iterations] for one in found], dtype=float))
+    return Curve(seeds, np.array(curves[0]["iterations"]), np.array([one[score] for one in curves], dtype=float))
 
 
 def interval(values: np.ndarray) -> float:
@@ -83,31 +99,28 @@ def told(values: np.ndarray, sign: str = "") -> str:
     return mean if np.isnan(half) else f"{mean} ± {half:.3f}".replace(" 0.", " .")
 
 
-def done(group: str) -> list[Arm]:
-    return [arm for arm in ARMS if arm.group == group and any(is_done(folder(arm.name, seed)) for seed in SEEDS)]
-
-
-def table(arms: list[Arm]) -> Iterator[str]:
+def table(runs: Runs, arms: list[Arm]) -> Iterator[str]:
     """The ends of the arms: means over seeds with intervals, and what lies between an arm and TEMPO."""
-    heads = [f"{name}, {score}" for name in SETS for score in ("avg@16", "pass@16")]
+    cells = [(name, score) for name in SETS for score in ("avg@16", "pass@16")]
+    heads = [f"{name}, {score}" for name, score in cells]
     yield f"| stage 2 | seeds | {' | '.join(heads)} | less TEMPO: unlabelled | held-out |\n"
     yield f"|{' --- |' * (len(heads) + 4)}\n"
     tempo = next(arm for arm in ARMS if arm.name == "tempo")
-    start = [curve(tempo, name, score) for name in SETS for score in (avg, pass_at(16))]
+    start = [curve(runs, tempo, *cell) for cell in cells]
     if start[0] is not None:
-        cells = [told(one.first) for one in start if one is not None]
-        yield f"| none: the end of stage 1 | {len(start[0].seeds)} | {' | '.join(cells)} | | |\n"
+        words = [told(one.first) for one in start if one is not None]
+        yield f"| none: the end of stage 1 | {len(start[0].seeds)} | {' | '.join(words)} | | |\n"
     for arm in arms:
-        ends = [curve(arm, name, score) for name in SETS for score in (avg, pass_at(16))]
-        cells = [told(one.last) if one is not None else "" for one in ends]
-        apart = [_apart(arm, tempo, name) for name in SETS[:2]]
+        ends = [curve(runs, arm, *cell) for cell in cells]
+        words = [told(one.last) if one is not None else "" for one in ends]
+        apart = [_apart(runs, arm, tempo, name) for name in SETS[:2]]
         seeds = len(ends[0].seeds) if ends[0] is not None else 0
-        yield f"| {arm.what} | {seeds} | {' | '.join(cells)} | {' | '.join(apart)} |\n"
+        yield f"| {arm.what} | {seeds} | {' | '.join(words)} | {' | '.join(apart)} |\n"
 
 
-def _apart(arm: Arm, tempo: Arm, name: str) -> str:
+def _apart(runs: Runs, arm: Arm, tempo: Arm, name: str) -> str:
     """The mean over seeds of the difference, seed by seed: they share their stage 1 and their questions' order."""
-    one, other = curve(arm, name, avg), curve(tempo, name, avg)
+    one, other = curve(runs, arm, name, "avg@16"), curve(runs, tempo, name, "avg@16")
     if arm is tempo or one is None or other is None:
         return ""
     shared = [seed for seed in one.seeds if seed in other.seeds]
@@ -115,11 +128,11 @@ def _apart(arm: Arm, tempo: Arm, name: str) -> str:
     return told(ends[0] - ends[1], "+") if shared else ""
 
 
-def critics(arms: list[Arm]) -> Iterator[str]:
+def critics(runs: Runs, arms: list[Arm]) -> Iterator[str]:
     yield "| stage 2 | AUROC, end of stage 1 | least | end | ECE, end of stage 1 | most | end |\n"
     yield "| --- | --- | --- | --- | --- | --- | --- |\n"
     for arm in arms:
-        right, honest = curve(arm, "heldout", auroc), curve(arm, "heldout", ece)
+        right, honest = curve(runs, arm, "heldout", "auroc"), curve(runs, arm, "heldout", "ece")
         if right is None or honest is None:
             continue
         cells = [told(x) for x in (right.first, right.scores.min(1), right.last)]
@@ -127,14 +140,18 @@ def critics(arms: list[Arm]) -> Iterator[str]:
         yield f"| {arm.what} | {' | '.join(cells)} |\n"
 
 
-def draw(path: Path, arms: list[Arm], panels: list[tuple[str, str, Score]]) -> None:
-    """A panel for each (title, set, score): means over seeds, and the span from the least to the greatest."""
+# Of a picture: title, set, score.
+Panel = tuple[str, str, str]
+
+
+def draw(runs: Runs, path: Path, arms: list[Arm], panels: list[Panel]) -> None:
+    """A panel for each: means over seeds, and the span from the least to the greatest."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6 * len(panels), 3.8), layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         for axes, (title, name, score) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             for number, arm in enumerate(arms):
-                one = curve(arm, name, score)
+                one = curve(runs, arm, name, score)
                 if one is None:
                     continue
                 colour, line = COLOURS[number % len(COLOURS)], "-" if number < len(COLOURS) else "--"
@@ -146,10 +163,10 @@ def draw(path: Path, arms: list[Arm], panels: list[tuple[str, str, Score]]) -> N
         figure.savefig(path, dpi=130)
 
 
-def times() -> str:
-    """Wall times of the runs that are done, of one core each: with what else the machine did, and pauses."""
-    found = sorted(int((run / "done").read_text()) for run in OUT.glob("seed*/*") if is_done(run))
-    return f"{len(found)} runs done; a run took {found[0]} to {found[-1]} s, {np.median(found):.0f} in the middle.\n"
+def times(runs: Runs) -> str:
+    """Wall times of the runs, of one core each: with what else the machine did, and pauses."""
+    seconds = sorted(run["seconds"] for run in runs.values())
+    return f"{len(seconds)} runs; one took {seconds[0]} to {seconds[-1]} s, {np.median(seconds):.0f} in the middle.\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,56 +177,48 @@ class Picture:
     words: str
     part: str
     arms: list[Arm]
-    panels: list[tuple[str, str, Score]]
+    panels: list[Panel]
 
 
 def pictures(groups: dict[str, list[Arm]]) -> list[Picture]:
-    """Those of arms that are done."""
     tempo = [arm for arm in groups["methods"] if arm.name == "tempo"]
-    avgs: list[tuple[str, str, Score]] = [(f"avg@16, {name}", name, avg) for name in SETS[:2]]
-    passes: list[tuple[str, str, Score]] = [(f"pass@16, {name}", name, pass_at(16)) for name in SETS[:2]]
-    labelled: tuple[str, str, Score] = ("avg@16, labelled", "labelled", avg)
-    honest: list[tuple[str, str, Score]] = [
-        ("AUROC, held-out", "heldout", auroc), ("calibration error, held-out", "heldout", ece)
-    ]  # fmt: skip
-    found = [
+    avgs: list[Panel] = [(f"avg@16, {name}", name, "avg@16") for name in SETS[:2]]
+    passes: list[Panel] = [(f"pass@16, {name}", name, "pass@16") for name in SETS[:2]]
+    labelled: Panel = ("avg@16, labelled", "labelled", "avg@16")
+    honest: list[Panel] = [("AUROC, held-out", "heldout", "auroc"), ("calibration error, held-out", "heldout", "ece")]
+    drawn = [
         Picture("study-avg.png", "avg@16 over the iterations", "methods", groups["methods"], avgs),
         Picture("study-pass.png", "pass@16 over the iterations", "methods", groups["methods"], passes),
         Picture("study-critic.png", "AUROC and calibration error", "critic", groups["methods"], honest),
     ]
     for group in ("choices", "labels", "transfer"):
-        if groups[group]:
-            panels = [*avgs, labelled] if group == "transfer" else avgs
-            arms = [*tempo, *groups[group]]
-            found.append(Picture(f"study-{group}.png", "avg@16 over the iterations", group, arms, panels))
-    return [picture for picture in found if picture.arms]
+        panels = [*avgs, labelled] if group == "transfer" else avgs
+        drawn.append(
+            Picture(f"study-{group}.png", "avg@16 over the iterations", group, [*tempo, *groups[group]], panels)
+        )
+    return drawn
 
 
 def write() -> None:
-    """Replace the made parts of docs/study.md, and the pictures beside it. What has not been run is told of."""
-    groups = {group: done(group) for group in dict.fromkeys(arm.group for arm in ARMS)}
-    missing = "Not run yet.\n"
-    parts = {group: "".join(table(arms)) if arms else missing for group, arms in groups.items()}
-    parts |= {"critic": "".join(critics([arm for arms in groups.values() for arm in arms])), "times": times()}
+    """Keep the curves of this machine's runs, and replace the made parts of docs/study.md and the pictures beside it.
+
+    A part is left as it is while one of its arms has no run.
+    """
+    runs = kept() | found()
+    keep(runs)
+    groups = {group: [arm for arm in ARMS if arm.group == group] for group in dict.fromkeys(arm.group for arm in ARMS)}
+    missing = {arm.group for arm in ARMS if not any((arm.name, seed) in runs for seed in SEEDS)}
+    parts = {group: "".join(table(runs, arms)) for group, arms in groups.items() if group not in missing}
+    if not missing:
+        parts["critic"] = "".join(critics(runs, list(ARMS)))
+    parts["times"] = times(runs)
     for one in pictures(groups):
-        draw(DOCUMENT.with_name(one.name), one.arms, one.panels)
-        parts[one.part] += f"\n![{one.words}]({one.name})\n"
+        if one.part in parts:
+            draw(runs, DOCUMENT.with_name(one.name), one.arms, one.panels)
+            parts[one.part] += f"\n![{one.words}]({one.name})\n"
     text = DOCUMENT.read_text()
     for name, made in parts.items():
         before, _, rest = text.partition(BEGIN.format(name))
         _, _, after = rest.partition(END)
         text = f"{before}{BEGIN.format(name)}\n{made}\n{END}{after}"
     DOCUMENT.write_text(text)
-    (DOCUMENT.with_name("study.json")).write_text(json.dumps(_ends(), indent=1) + "\n")
-
-
-def _ends() -> dict[str, Any]:
-    """The last scores of every run, for who wants to reckon with them."""
-    ends: dict[str, Any] = {}
-    for arm in ARMS:
-        for seed in SEEDS:
-            if is_done(folder(arm.name, seed)):
-                last = {one["set"]: one for one in read_evaluations(folder(arm.name, seed)) if one["point"] == "after"}
-                found = {name: {"avg@16": one["avg"], "pass": one["pass"]} for name, one in sorted(last.items())}
-                ends.setdefault(arm.name, {})[f"seed {seed}"] = found
-    return ends

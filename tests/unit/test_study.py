@@ -51,7 +51,7 @@ def test_the_other_sets_are_parts_of_the_quickstarts(study: ModuleType) -> None:
     assert not prompts["rest"] & prompts["unlabelled_2048"]
 
 
-def test_the_tables_by_hand(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tables_by_hand(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two seeds of two arms: means, Student's interval of two, and differences seed by seed."""
     ends = {"tempo": ((0.2, 0.5), (0.2, 0.7)), "ttrl": ((0.2, 0.4), (0.2, 0.5))}
     for arm, seeds in ends.items():
@@ -66,12 +66,15 @@ def test_the_tables_by_hand(study: ModuleType, monkeypatch: pytest.MonkeyPatch) 
             (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             (run / "done").write_text("100\n")
     report = load_tool("study_report", monkeypatch)
-    arms = [arm for arm in study.ARMS if arm.name in ends]
-    assert report.done("methods") == arms
+    arms, runs = [arm for arm in study.ARMS if arm.name in ends], report.found()
+    monkeypatch.setattr(report, "KEPT", tmp_path / "study.jsonl")
+    report.keep(runs)
+    assert report.kept() == runs, "and the page can be made without the runs"
+    assert list(runs) == [(arm.name, seed) for arm in arms for seed in (0, 1)]
     half = report.interval(np.array([0.5, 0.7]))
     assert half == pytest.approx(12.706 * 0.1, rel=1e-4)  # t of one degree of freedom; the standard error is 0.1
-    header, _, start, tempo, ttrl = "".join(report.table(arms)).splitlines()
+    header, _, start, tempo, ttrl = "".join(report.table(runs, arms)).splitlines()
     assert header.count("|") == start.count("|") == tempo.count("|") == ttrl.count("|")
     assert tempo.startswith("| TEMPO | 2 | .600 ± 1.271 |")
     assert "| -.150 ± .635 |" in ttrl
-    assert report.times() == "4 runs done; a run took 100 to 100 s, 100 in the middle.\n"
+    assert report.times(runs) == "4 runs; one took 100 to 100 s, 100 in the middle.\n"
