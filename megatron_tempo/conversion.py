@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_tempo import checkpoint, seen
+from megatron_tempo import seen
+from megatron_tempo.checkpoint import manifest
 from megatron_tempo.config.schema import Config, CriticTargets
 from megatron_tempo.config.tree import read as read_config
 from megatron_tempo.errors import InputError
@@ -86,8 +87,8 @@ def to_hugging_face(
     }
     work = Unfinished(out, inputs)
     if saved.step is not None and not work.resumes:  # what it was begun with has been checked, and is as it was
-        tell(f"checking {saved.step} against its {checkpoint.MANIFEST}")
-        if problem := checkpoint.damage(saved.step, model):
+        tell(f"checking {saved.step} against its {manifest.MANIFEST}")
+        if problem := manifest.damage(saved.step, model):
             raise InputError(f"{saved.step} is damaged: {problem}")
     weight_map = _write_shards(work, stored, slots, dtype, shard_bytes, tell)
     changes = critic_changes(shape, saved.targets) if model == "critic" else {}
@@ -168,14 +169,14 @@ class _Saved:
 def _saved(source: Path, model: str) -> _Saved:
     if (source / "metadata.json").exists():
         return _Saved(source, None, None, model)
-    if not (source / checkpoint.STATE).exists():
+    if not (source / manifest.STATE).exists():
         raise InputError(f"{source} is neither a step of a run (RUN/checkpoints/step_N) nor a distributed checkpoint")
     if not (source / model).exists():
         raise InputError(f"{source} has no {model}: the run did not train one")
     try:
-        state = json.loads((source / checkpoint.STATE).read_text())
+        state = json.loads((source / manifest.STATE).read_text())
     except ValueError as error:
-        raise InputError(f"{source / checkpoint.STATE} cannot be read ({error})") from error
+        raise InputError(f"{source / manifest.STATE} cannot be read ({error})") from error
     config = (
         read_config(state["config"])[0] if "config" in state else None
     )  # fields unknown to this version play no part

@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 
 from megatron_tempo import schedule
-from megatron_tempo.checkpoint import Checkpoints
+from megatron_tempo.checkpoint.checkpoints import Checkpoints
 from megatron_tempo.config.schema import NEEDS, Config, Prompts, StageConfig, to_plain
 from megatron_tempo.config.tree import differences
 from megatron_tempo.config.tree import load as load_config
@@ -101,7 +101,6 @@ class Run:
     profiler: Profiler
     step: int = 0
     questions: list[_Questions] = field(default_factory=list)
-    saved: int | None = None  # the step of the newest checkpoint, which was whole when it was written or read
     evaluated: bool = True  # what was due at `step` is written
     reference: Actor | None = field(default=None)
 
@@ -126,8 +125,13 @@ class Run:
             metrics.watch(engine.health)
             below = Path(config.run.dir)
             checkpoints = Checkpoints(
-                below / "checkpoints", config.checkpoint.keep, place.layouts.actor, metrics.message
+                below / "checkpoints",
+                config.checkpoint.keep,
+                place.layouts.actor,
+                metrics.message,
+                asynchronous=config.checkpoint.asynchronous,
             )
+            stack.callback(checkpoints.close)
             yield cls(
                 config=config,
                 place=place,
@@ -271,12 +275,12 @@ class Run:
             if name in state.get("streams", {}):
                 stream.restore(state["streams"][name])
         if path is not None:
-            self.saved = self.step
             self.metrics.message(f"resumed from {path}, {self.step} iterations done")
         self.metrics.rewind(self.step)
         self.seen.resume(self.step, Path(self.config.model.path))
         self._remember_config()
         self.metrics.plan(self.config.stages(), schedule.evaluations_left(self.config, self.step), self.step)
+        self.checkpoints.check_room(self._models())
         self.sync_engine()
         self.check_engine()
         return self.step
@@ -319,6 +323,7 @@ class Run:
             self.metrics.samples({**where, "set": name, **sample} for sample in samples)
 
     def checkpoint_if_due(self) -> None:
+        self.checkpoints.check()
         every, total = self.config.checkpoint.every, schedule.total(self.config)
         if self.step == total or (every and self.step % every == 0):
             self.checkpoint()
@@ -333,7 +338,6 @@ class Run:
                 "config": to_plain(self.config),
             }
             self.checkpoints.save(self.step, self._models(), state)
-        self.saved = self.step
 
     @contextmanager
     def rescued(self) -> Iterator[None]:
@@ -357,12 +361,17 @@ class Run:
 
     def _saved(self) -> str:
         """Save what was learnt since the last checkpoint; where the run will go on, in words."""
-        if self.step and self.saved != self.step:
+        self.checkpoints.wait()
+        if self.step and self.checkpoints.saved != self.step:
             self.checkpoint()
-        return "" if self.saved is None else f"; the same command goes on from {self.checkpoints.path(self.saved)}"
+            self.checkpoints.wait()
+        saved = self.checkpoints.saved
+        return "" if saved is None else f"; the same command goes on from {self.checkpoints.path(saved)}"
 
     def finish(self) -> None:
         """Hugging Face folders of actor and, if any, critic; the report, and the table of results."""
+        with self.phase("checkpoint"):
+            self.checkpoints.wait()
         out = Path(self.config.run.dir)
         exported = out / f"hf_step_{self.step:08d}"
         if self.config.checkpoint.export_hf:

@@ -421,6 +421,7 @@ class EvaluationConfig:
 class CheckpointConfig:
     every: int = 20  # iterations; always also at the end. 0: only there
     keep: int = 2  # whole checkpoints kept
+    asynchronous: bool = True  # train on while one is written from a copy in host memory; false: wait for it
     export_hf: bool = True  # at the end, write the actor and the critic as Hugging Face folders
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from megatron_tempo.config.schema import Config, EngineKind, EnginePrecision, Logits, StageConfig
+from megatron_tempo.config.schema import Config, EngineKind, EnginePrecision, Logits, Precision, StageConfig
 from megatron_tempo.plan import activations, engine, head
 from megatron_tempo.plan.layout import Layout, Machine, MicroBatch, layout_of, machine_of, micro_batch_of
 from megatron_tempo.plan.parameters import Role, fp8_copies, layer_parameters, parameters, resident
@@ -145,6 +145,14 @@ def host_bytes(config: Config, shape: Shape, place: Place) -> float:
     reference = [held[0].weights] if _has_reference(config) else []
     waiting = [model.weights + model.optimizer for model in held] + reference
     return sum(waiting) if config.parallel.offload and len(waiting) > 1 else 0.0
+
+
+def saved_bytes(config: Config, shape: Shape, place: Place) -> float:
+    """Host memory of a process in `place` while its share of a checkpoint waits to be written: the weights, and the
+    optimizer's main weights and moments in fp32, of all models. Of processes with the same weights one has it."""
+    layouts = layouts_of(config, split_of(config).trainers)
+    width = 4 if config.run.precision is Precision.fp32 else 2
+    return sum((width + 12.0) * parameters(shape, layouts[role], role, place[role]) for role in _roles(config))
 
 
 def _roles(config: Config) -> list[Role]:

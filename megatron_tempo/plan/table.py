@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from megatron_tempo.config.schema import Config, EngineKind
 from megatron_tempo.config.summary import layout_words as config_words
 from megatron_tempo.plan.layout import machine_of
-from megatron_tempo.plan.memory import GB, Part, host_bytes, places_of
+from megatron_tempo.plan.memory import GB, Part, host_bytes, places_of, saved_bytes
 from megatron_tempo.plan.parameters import Role, resident, total_parameters
 from megatron_tempo.plan.search import MORE, SHORTER, Plan, best_of_each, nearest, relief
 from megatron_tempo.plan.shapes import Shape
@@ -81,13 +81,19 @@ def _models(shape: Shape, own: Plan) -> list[str]:
 
 
 def _host(shape: Shape, own: Plan) -> Iterator[str]:
-    """The host memory that waiting models take."""
-    cluster = own.config.cluster
+    """The host memory that waiting models take, and a checkpoint on its way to the disk."""
+    cluster, config = own.config.cluster, own.config
     assert cluster is not None
-    if own.config.parallel.offload:
-        most = max(host_bytes(own.config, shape, place) for place in places_of(own.config, own.split.trainers))
-        count = -(-own.split.trainers // cluster.nodes)
+    places, count = places_of(config, own.split.trainers), -(-own.split.trainers // cluster.nodes)
+    if config.parallel.offload:
+        most = max(host_bytes(config, shape, place) for place in places)
         yield f"page-locked host memory of a node: {count} processes x {most / GB:.1f} = {count * most / GB:.0f} GB"
+    if config.checkpoint.asynchronous:
+        most = max(saved_bytes(config, shape, place) for place in places)
+        layout = own.layouts[Role.actor]
+        count = min(count, layout.tensor * layout.pipeline)
+        size = f"{count} processes x {most / GB:.1f} = {count * most / GB:.0f} GB"
+        yield f"host memory of a node while a checkpoint is written: {size}"
 
 
 def _times(own: Plan) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tempo.checkpoint import Checkpoints
+from megatron_tempo.checkpoint.checkpoints import Checkpoints
 from megatron_tempo.config.schema import Config, CriticUpdateConfig, OptimizerConfig, ParallelConfig, Precision
 from megatron_tempo.wiring import build_critic, open_workplace, weights_of
 from tests.support.ranks import run_ranks
@@ -32,6 +32,7 @@ def steps(model: Path, parallel: ParallelConfig, folder: Path, first: int, last:
         for step in range(first, last + 1):
             critic.update(batch, batch.correct, UPDATE, [torch.arange(8)])
             checkpoints.save(step, {"critic": critic.model}, {})
+        checkpoints.wait()
         wide = {name for name, p in critic.model.net.named_parameters() if p.dtype != torch.bfloat16}
         assert wide == ({"output_layer.weight", "output_layer.bias"} if place.layouts.critic.is_last_stage else set())
         stream = weights_of(critic.model, place, torch.float32)

@@ -1,0 +1,228 @@
+"""Checkpoints: actor, critic, optimizers and the run's state, whole or not at all.
+
+    RUN/checkpoints/step_00000040/
+        actor/  critic/    Megatron distributed checkpoints: weights and optimizer, loadable in any layout
+        run.json           step, streams, optimizer step counts, config
+        MANIFEST.json      size and CRC-32 of every file; a folder whose files differ from it is damaged
+
+A folder appears under its name only when it is complete. There is no random-number state to keep: every draw of a run
+comes from a generator seeded by the run's seed and the draw's own name (`rollout.engine.seed_of`).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+
+from megatron_tempo.checkpoint import manifest
+from megatron_tempo.checkpoint.saving import Saving, Share, partial_of, together
+from megatron_tempo.errors import InputError
+from megatron_tempo.models.parallel import COLLECTIVE_TIMEOUT, Layout
+from megatron_tempo.models.trained import TrainedModel
+
+# A checkpoint's bytes for each parameter beside its weights: Adam's main weight and two moments, in fp32.
+OPTIMIZER_BYTES = 12
+
+
+class Checkpoints:
+    """The checkpoints of one run, the newest of which may be on its way to the disk. All methods are collective."""
+
+    def __init__(
+        self, folder: Path, keep: int, layout: Layout, tell: Callable[[str], None], *, asynchronous: bool = True
+    ) -> None:
+        """`keep`: how many whole ones. `asynchronous`: `save` returns when they can be written without the models."""
+        self.folder, self._keep, self._layout, self._tell = folder, keep, layout, tell
+        self._asynchronous = asynchronous
+        self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        self._saving: Saving | None = None
+        self.saved: int | None = None  # the step of the newest that was whole when it was written or read
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
+    def check_room(self, models: dict[str, TrainedModel]) -> None:
+        """Raises InputError where the disk has no room for one checkpoint; tells where it has none for `keep`."""
+        size, (free, kept) = _size(models), self._agreed(lambda: [self._free(), len(self._names())])
+        place = f"{self.folder}: a checkpoint takes {_gb(size)}, and the disk has {_gb(free)} free"
+        if free < size:
+            raise InputError(f"{place}; make room, or give a run.dir on another disk")
+        wanted = self._keep + 1 - kept  # one is written before one is removed
+        if free < wanted * size:
+            self._tell(
+                f"warning: {place}, and checkpoint.keep={self._keep} wants {wanted} more; make room, or keep fewer"
+            )
+
+    def save(self, step: int, models: dict[str, TrainedModel], state: dict[str, Any]) -> None:
+        """Begin to write a checkpoint; once it is whole, those older than the last `keep` go. `state` is JSON-able.
+
+        It waits for the one before, if that is still being written. Raises OSError, on every rank, where either cannot
+        be written; those that were whole stay.
+        """
+        self.wait()
+        path = self.path(step)
+        size = _size(models)
+
+        def begin() -> None:
+            shutil.rmtree(partial_of(path), ignore_errors=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self._free() < size:
+                raise OSError(
+                    errno.ENOSPC, f"{size / 1e9:.3g} GB are to be written, and {self._free() / 1e9:.3g} GB free"
+                )
+            for name in models:
+                (partial_of(path) / name).mkdir(parents=True)
+
+        shares = {}
+        try:
+            together(self._group, begin, first_only=True)
+            for name, model in models.items():
+                with model.at_work():
+                    shares[name] = Share.of(_sharded(model, is_loading=False), partial_of(path) / name)
+        except OSError as error:
+            raise self._failed(path, error) from error
+        counts = {name: model.step_count for name, model in models.items()}
+        state = state | {"step": step, "optimizer_steps": counts}
+        self._saving = Saving(path, shares, state, self._group, self._prune)
+        if not self._asynchronous:
+            self.wait()
+
+    def check(self) -> None:
+        """Take note if the one on its way has become whole. Raises OSError, on every rank, if it has failed on any."""
+        if self._saving is None:
+            return
+        ended = self._saving.has_ended
+        state = torch.tensor([ended, not (ended and self._saving.error is not None)])
+        dist.all_reduce(state, op=dist.ReduceOp.MIN)
+        have_all_ended, is_well = state.tolist()
+        if have_all_ended or not is_well:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until what was begun is whole. Raises OSError, on every rank, where it cannot be written."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        saving.wait()
+        if isinstance(saving.error, OSError):
+            raise self._failed(saving.path, saving.error) from saving.error
+        if saving.error is not None:
+            raise saving.error
+        self.saved = int(saving.path.name.removeprefix("step_"))
+
+    def close(self) -> None:
+        """Let what was begun come to its end. Not collective: a rank that goes down with an error does it too."""
+        if self._saving is not None:
+            self._saving.wait()
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint. Damaged ones before it are named and set aside as `NAME.damaged`."""
+        while True:
+            names = self._agreed(self._names)
+            if not names:
+                return None
+            path = self.folder / names[-1]
+            problem = self._damage(path)
+            if problem is None:
+                return path
+            aside = path.with_name(path.name + ".damaged")
+            self._tell(f"checkpoint {path} is damaged ({problem}): set aside as {aside.name}, trying the one before")
+            if self._layout.is_writer:
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(path, aside)
+            dist.barrier()
+
+    def load(self, path: Path, models: dict[str, TrainedModel]) -> dict[str, Any]:
+        """Fill models and optimizers from a checkpoint, whatever layout wrote it. Returns its state.
+
+        Raises InputError where it lacks one of the models; one that it has beside them stays where it is.
+        """
+        state = json.loads((path / manifest.STATE).read_text())
+        for name in models.keys() - state["optimizer_steps"].keys():
+            raise InputError(
+                f"{path} has no {name}: no stage's method had one so far; set the methods back, or give another run.dir"
+            )
+        for name, model in models.items():
+            with model.at_work():
+                loaded = dist_checkpointing.load(_sharded(model, is_loading=True), str(path / name))
+                model.net.load_state_dict(loaded["model"])
+                model.load_optimizer(loaded["optimizer"])
+            model.step_count = state["optimizer_steps"][name]
+        self.saved = state["step"]
+        return state
+
+    def _names(self) -> list[str]:
+        if not self.folder.exists():
+            return []
+        return sorted(p.name for p in self.folder.iterdir() if p.name.startswith("step_") and not p.suffix)
+
+    def _damage(self, path: Path) -> str | None:
+        """What is wrong with a checkpoint's files, the same on every rank; None if they are as written."""
+        wanted = self._agreed(lambda: manifest.read(path))
+        if isinstance(wanted, str):
+            return wanted
+        names = self._agreed(lambda: manifest.files(path))[self._layout.rank :: self._layout.world_size]
+        shares: list[manifest.Digests] = [{} for _ in range(self._layout.world_size)]
+        dist.all_gather_object(shares, manifest.found(path, names), group=self._group)
+        return manifest.difference(wanted, {name: digest for share in shares for name, digest in share.items()})
+
+    def _prune(self) -> None:
+        """Remove the checkpoints that are too many, and what was left of a save that was killed."""
+        for old in self._names()[: -self._keep]:
+            shutil.rmtree(self.folder / old)
+        for abandoned in self.folder.glob("step_*.partial"):
+            shutil.rmtree(abandoned)
+
+    def _free(self) -> int:
+        there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        return shutil.disk_usage(there).free
+
+    def _agreed(self, find: Callable[[], Any]) -> Any:
+        """What the first rank finds, on every rank."""
+        found = [find() if self._layout.is_writer else None]
+        dist.broadcast_object_list(found, src=0, group=self._group)
+        return found[0]
+
+    def _failed(self, path: Path, error: OSError) -> OSError:
+        goes_on = "from its beginning" if self.saved is None else f"from {self.path(self.saved)}"
+        return OSError(
+            error.errno,
+            f"the checkpoint cannot be written ({error.strerror or error}); when that is mended, the same command goes "
+            f"on {goes_on}",
+            str(path),
+        )
+
+
+def _size(models: dict[str, TrainedModel]) -> int:
+    """Bytes of a checkpoint. Collective."""
+    total = torch.zeros((), dtype=torch.int64)
+    for model in models.values():
+        if model.layout.is_first_copy:
+            total += sum(p.nbytes + OPTIMIZER_BYTES * p.numel() for p in model.net.parameters())
+    dist.all_reduce(total)
+    return int(total)
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.3g} GB"
+
+
+def _sharded(model: TrainedModel, *, is_loading: bool) -> dict[str, Any]:
+    # This sharding of the optimizer state can be read back under any tensor, pipeline and data parallelism.
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    weights = model.net.sharded_state_dict(metadata=metadata)
+    return {"model": weights, "optimizer": model.sharded_optimizer(weights, metadata, is_loading=is_loading)}

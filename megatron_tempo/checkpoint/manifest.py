@@ -1,0 +1,82 @@
+"""MANIFEST.json: size and CRC-32 of every file of a checkpoint. A folder whose files differ from it is damaged."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from megatron_tempo.records import write_whole
+
+MANIFEST = "MANIFEST.json"
+STATE = "run.json"  # step, streams, optimizer step counts, config
+_READ_BYTES = 1 << 22
+
+# By a file's name below the checkpoint: "SIZE:CRC-32".
+Digests = dict[str, str]
+
+
+def files(checkpoint: Path) -> list[str]:
+    """The files of a checkpoint that a manifest tells of, by name."""
+    found = (path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return sorted(str(path.relative_to(checkpoint)) for path in found)
+
+
+def digests(checkpoint: Path, names: Iterable[str]) -> Digests:
+    """Of these files, which are read whole. Raises OSError."""
+    return {name: _digest(checkpoint / name) for name in names}
+
+
+def found(checkpoint: Path, names: Iterable[str]) -> Digests:
+    """What has become of files that were written: of one that cannot be read, why."""
+    told = {}
+    for name in names:
+        try:
+            told[name] = _digest(checkpoint / name)
+        except OSError as error:
+            told[name] = f"not to be read ({error.strerror})"
+    return told
+
+
+def write(checkpoint: Path, written: Digests) -> None:
+    write_whole(checkpoint / MANIFEST, json.dumps(written, indent=1) + "\n")
+
+
+def read(checkpoint: Path) -> Digests | str:
+    """The manifest; a string: what is wrong with it."""
+    try:
+        manifest: Digests = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST}: {error}"
+    return manifest
+
+
+def difference(wanted: Digests, now: Digests) -> str | None:
+    """The first file that is not as it was written, in words."""
+    for name, digest in wanted.items():
+        if name not in now:
+            return f"{name} is missing"
+        if now[name] != digest:
+            return f"{name} is {now[name]}, was written as {digest}"
+    return None
+
+
+def damage(checkpoint: Path, model: str) -> str | None:
+    """What is wrong with the files of one model of a checkpoint, or with its state; None if they are as written.
+
+    In a process of its own, without process groups. It reads the whole of the files.
+    """
+    manifest = read(checkpoint)
+    if isinstance(manifest, str):
+        return manifest
+    wanted = {file: digest for file, digest in manifest.items() if file == STATE or file.startswith(f"{model}/")}
+    return difference(wanted, found(checkpoint, (file for file in wanted if (checkpoint / file).is_file())))
+
+
+def _digest(path: Path) -> str:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return f"{path.stat().st_size}:{checksum:08x}"
