@@ -24,7 +24,7 @@ from megatron_tempo.errors import UnwrittenError
 from megatron_tempo.metrics import Metrics
 from megatron_tempo.records import Record, read_evaluations, read_metrics, read_samples, read_warnings
 from megatron_tempo.seen import Seen
-from megatron_tempo.train import train
+from megatron_tempo.train import evaluate, train
 from megatron_tempo.weights import folder as hf_folder
 from tests.support.project import config_of, write_project
 from tests.support.ranks import ROOT, run_ranks
@@ -164,6 +164,23 @@ def test_a_full_disk_under_the_export(undisturbed: Path, tmp_path: Path) -> None
     assert not (run / f"hf_step_{LAST:08d}/actor.partial").exists()
     run_ranks(train, 2, tmp_path / "second", config)
     assert_same_end(run, undisturbed)
+
+
+def unevaluated(config: Config) -> str:
+    with pytest.raises(UnwrittenError) as raised:
+        evaluate(config)
+    return str(raised.value)
+
+
+@pytest.mark.slow
+def test_a_full_disk_under_an_evaluation(undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "responses.jsonl").symlink_to("/dev/full")
+    told = run_ranks(unevaluated, 2, tmp_path / "ranks", config_for(undisturbed.parent / "project", run))
+    assert told[0] == told[1]
+    assert f"{run}/responses.jsonl: cannot write a record: No space left on device; make room there" in told[0]
+    assert told[0].endswith(f"; an evaluation begins anew, so remove {run} first")
 
 
 DRIVER = """
