@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_tempo.errors import InputError, UnwrittenError
 
 _T = TypeVar("_T")
-_FIX = "make room there, or the folder writable, and give the same command again"
+_FIX = "make room there, or the folder writable"
 
 
 def together(act: Callable[[], _T]) -> _T:

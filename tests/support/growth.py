@@ -13,7 +13,7 @@ import psutil
 import torch
 
 # How much more a series may be at the end than after the warm-up, in its own unit, and as a share of what it was.
-# Counts may not grow at all, but for Python's objects: 500 are less than 3 an iteration of 200. As many megabytes as
+# Counts may not grow at all, but for Python's objects: 100 are one in two iterations. As many megabytes as
 # are allowed are 20 kB an iteration, of an allocator that needs a while to settle. Seconds are the process's own, which
 # the load of others hardly touches; wall time is told and not judged.
 ALLOWED: Mapping[str, tuple[float, float]] = {
@@ -21,7 +21,7 @@ ALLOWED: Mapping[str, tuple[float, float]] = {
     "threads": (0, 0),
     "children": (0, 0),
     "tensors": (0, 0),
-    "objects": (500, 0),
+    "objects": (100, 0),
     "rss_mb": (4.0, 0),
     "cpu_seconds": (0, 0.15),
 }

@@ -40,7 +40,7 @@ LEAKS = {
     "threads": 0.1,
     "children": 0.1,
     "tensors": 0.1,
-    "objects": 3.0,
+    "objects": 1.0,
     "rss_mb": 0.025,
     "cpu_seconds": 0.0002,  # of 0.1: a fifth more after 100 iterations
 }

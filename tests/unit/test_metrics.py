@@ -204,7 +204,6 @@ def test_a_line_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_what_can_be_done_without_is_warned_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sample = {
         "point": "before",
-        "stage": "stage1",
         "step": 0,
         "set": "s",
         "prompt": "",
