@@ -1,4 +1,4 @@
-"""What is worth waking up for: the rules, each a pure function of a run's records.
+"""What is worth waking up for: the rules, each of which looks at a run's records one after another.
 
 The console tells of an alert once, when it first fires; `megatron-tempo status` and the report tell of all. The
 thresholds are choices of ours: on ten runs of the quickstart's size they tell of truncated responses, which do rise
@@ -7,8 +7,9 @@ there, of a few spikes of the gradient's norm, and of iterations that slow down 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 
 from megatron_tempo.records import Record
@@ -23,19 +24,20 @@ TRUNCATED_RISE = 0.15  # above the share at the run's start
 SLOWER = 2.0  # times the stage's start
 SPIKE, SPIKE_WINDOW, SPIKE_KNOWN = 10.0, 20, 5  # times the median of so many records before, if so many are known
 
-# The step of each record at which a rule holds, and what is seen there.
-Firing = tuple[int, str]
+# Looks at the next record: what is seen where the rule holds at it, from the records up to it; none where it does not.
+# What a look remembers has a bound, so that the thousandth record costs no more than the first.
+Look = Callable[[Record], str | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`fires` reads the records of one file, in their order; what it says of a record, it says from those up to it."""
+    """`begin` gives a look at the records of one file, in their order."""
 
     name: str
     reads: str  # the numbers of records that it looks at, by name
     of_evaluations: bool
     advice: str
-    fires: Callable[[Sequence[Record]], Iterator[Firing]]
+    begin: Callable[[], Look]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +61,50 @@ class Alert:
         return f"{self.told()}; {self.advice}"
 
 
+class Watch:
+    """All rules over a run's records as they come. What it keeps does not grow with them."""
+
+    def __init__(self) -> None:
+        self._looks = [(rule, rule.begin()) for rule in RULES]
+        self._fired: dict[str, Alert] = {}
+        self._newest = {False: 0, True: 0}  # step of the newest record that could fire, by `of_evaluations`
+
+    def metrics(self, record: Record) -> None:
+        """The next record of metrics.jsonl."""
+        self._look(record, of_evaluations=False)
+
+    def evaluation(self, record: Record) -> None:
+        """The next record of evaluations.jsonl."""
+        if _auroc(record) is not None:
+            self._look(record, of_evaluations=True)
+
+    def alerts(self) -> list[Alert]:
+        """All rules that have fired, in the order of their first firing."""
+        known = [
+            replace(self._fired[rule.name], active=self._fired[rule.name].last == self._newest[rule.of_evaluations])
+            for rule in RULES
+            if rule.name in self._fired
+        ]
+        return sorted(known, key=lambda alert: alert.first)
+
+    def _look(self, record: Record, *, of_evaluations: bool) -> None:
+        step = record["step"]
+        self._newest[of_evaluations] = max(self._newest[of_evaluations], step)
+        for rule, look in self._looks:
+            if rule.of_evaluations is of_evaluations and (seen := look(record)) is not None:
+                before = self._fired.get(rule.name)
+                first, count = (step, 1) if before is None else (before.first, before.count + 1)
+                self._fired[rule.name] = Alert(rule.name, rule.advice, first, step, count, seen, active=True)
+
+
 def alerts(metrics: Sequence[Record], evaluations: Sequence[Record]) -> list[Alert]:
     """All rules that have fired, in the order of their first firing."""
-    found = []
-    for rule in RULES:
-        records = evaluations if rule.of_evaluations else metrics
-        firings = list(rule.fires(records))
-        if firings:
-            newest = max(record["step"] for record in records if not rule.of_evaluations or _auroc(record) is not None)
-            last, seen = firings[-1]
-            alert = Alert(rule.name, rule.advice, firings[0][0], last, len(firings), seen, active=last == newest)
-            found.append(alert)
-    return sorted(found, key=lambda alert: alert.first)
+    watch = Watch()
+    for record in metrics:
+        watch.metrics(record)
+    for record in evaluations:
+        watch.evaluation(record)
+    return watch.alerts()
 
 
 def _auroc(record: Record) -> float | None:
@@ -79,96 +113,123 @@ def _auroc(record: Record) -> float | None:
     return found
 
 
-def _auroc_falls(evaluations: Sequence[Record]) -> Iterator[Firing]:
+def _auroc_falls() -> Look:
     best: dict[str, tuple[float, int]] = {}  # by set
-    for record in evaluations:
+
+    def look(record: Record) -> str | None:
         auroc = _auroc(record)
-        if auroc is None:
-            continue
+        assert auroc is not None
         high, at = best.get(record["set"], (auroc, record["step"]))
         if auroc < high - AUROC_FALL:
-            yield record["step"], f"AUROC on {record['set']} {auroc:.3f}, was {high:.3f} at step {at}"
-        elif auroc >= high:
+            return f"AUROC on {record['set']} {auroc:.3f}, was {high:.3f} at step {at}"
+        if auroc >= high:
             best[record["set"]] = (auroc, record["step"])
+        return None
+
+    return look
 
 
-def _by_stage(metrics: Sequence[Record], name: str) -> Iterator[tuple[Record, list[float]]]:
-    """Each record that has the number, with the stage's numbers up to it."""
-    known: dict[str, list[float]] = {}
-    for record in metrics:
-        if record.get(name) is not None:
-            numbers = known.setdefault(record["stage"], [])
-            numbers.append(record[name])
-            yield record, numbers
+@dataclass(slots=True)
+class _Numbers:
+    """One number of the records of a stage, or of all: how often it was there, its first and its last values."""
+
+    count: int = 0
+    first: list[float] = field(default_factory=list)  # RECENT + 1
+    last: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_WINDOW + 1))
+    highest: float = 0.0
+
+    def add(self, number: float) -> None:
+        self.count += 1
+        self.highest = max(self.highest, number)
+        self.last.append(number)
+        if len(self.first) <= RECENT:
+            self.first.append(number)
+
+    def recent(self, count: int = RECENT) -> list[float]:
+        return list(self.last)[-count:]
 
 
-def _gap_grows(metrics: Sequence[Record]) -> Iterator[Firing]:
-    for record, gaps in _by_stage(metrics, "engine/logprob_gap_mean"):
-        if len(gaps) >= 2 * RECENT:
-            early, now = median(gaps[:RECENT]), fmean(gaps[-RECENT:])
-            if now > max(GAP_FLOOR, GAP_GROWTH * early):
-                yield record["step"], f"{now:.3g} nats a token, was {early:.3g}"
+def _each(name: str, say: Callable[[_Numbers], str | None], *, by_stage: bool = True) -> Callable[[], Look]:
+    """A rule on one number: what `say` says of it, where a record has it."""
+
+    def begin() -> Look:
+        known: dict[str, _Numbers] = {}
+
+        def look(record: Record) -> str | None:
+            if record.get(name) is None:
+                return None
+            numbers = known.setdefault(record["stage"] if by_stage else "", _Numbers())
+            numbers.add(record[name])
+            return say(numbers)
+
+        return look
+
+    return begin
 
 
-def _entropy_collapses(metrics: Sequence[Record]) -> Iterator[Firing]:
-    for record, entropies in _by_stage(metrics, "actor/entropy"):
-        if len(entropies) >= 2 * RECENT:
-            early, now = fmean(entropies[:RECENT]), fmean(entropies[-RECENT:])
-            if now < ENTROPY_LEFT * early:
-                yield record["step"], f"{now:.3g} nats a token, was {early:.3g}"
+def _gap_grows(gaps: _Numbers) -> str | None:
+    early, now = median(gaps.first[:RECENT]), fmean(gaps.recent())
+    grown = gaps.count >= 2 * RECENT and now > max(GAP_FLOOR, GAP_GROWTH * early)
+    return f"{now:.3g} nats a token, was {early:.3g}" if grown else None
 
 
-def _clips_much(metrics: Sequence[Record]) -> Iterator[Firing]:
-    for record, fractions in _by_stage(metrics, "actor/clip_fraction"):
-        if len(fractions) >= RECENT and (now := fmean(fractions[-RECENT:])) > CLIP_HIGH:
-            yield record["step"], f"{now:.0%} of the tokens are clipped"
+def _entropy_collapses(entropies: _Numbers) -> str | None:
+    early, now = fmean(entropies.first[:RECENT]), fmean(entropies.recent())
+    fallen = entropies.count >= 2 * RECENT and now < ENTROPY_LEFT * early
+    return f"{now:.3g} nats a token, was {early:.3g}" if fallen else None
 
 
-def _clips_no_more(metrics: Sequence[Record]) -> Iterator[Firing]:
-    highest: dict[str, float] = {}
-    for record, fractions in _by_stage(metrics, "actor/clip_fraction"):
-        once = highest[record["stage"]] = max(highest.get(record["stage"], 0.0), fractions[-1])
-        if once >= CLIP_ONCE and len(fractions) > CLIP_NEVER and max(fractions[-CLIP_NEVER:]) == 0:
-            yield record["step"], f"no token was clipped in {CLIP_NEVER} iterations, up to {once:.2%} were before"
+def _clips_much(fractions: _Numbers) -> str | None:
+    now = fmean(fractions.recent())
+    return f"{now:.0%} of the tokens are clipped" if fractions.count >= RECENT and now > CLIP_HIGH else None
 
 
-def _truncated_rises(metrics: Sequence[Record]) -> Iterator[Firing]:
-    shares: list[float] = []
-    for record in metrics:
-        if record.get("truncated") is None:
-            continue
-        shares.append(record["truncated"])
-        if len(shares) >= 2 * RECENT:
-            early, now = fmean(shares[:RECENT]), fmean(shares[-RECENT:])
-            if now > early + TRUNCATED_RISE:
-                yield record["step"], f"{now:.0%} of the responses do not end, were {early:.0%}"
+def _clips_no_more(fractions: _Numbers) -> str | None:
+    once = fractions.highest
+    if once >= CLIP_ONCE and fractions.count > CLIP_NEVER and max(fractions.recent(CLIP_NEVER)) == 0:
+        return f"no token was clipped in {CLIP_NEVER} iterations, up to {once:.2%} were before"
+    return None
 
 
-def _skips(metrics: Sequence[Record]) -> Iterator[Firing]:
-    for record in metrics:
-        skipped = {model: record.get(f"{model}/skipped") or 0 for model in ("actor", "critic")}
-        if any(skipped.values()):
-            words = [f"{count:.0f} of the {model}'s" for model, count in skipped.items() if count]
-            yield record["step"], f"{' and '.join(words)} were not finite"
+def _truncated_rises(shares: _Numbers) -> str | None:
+    early, now = fmean(shares.first[:RECENT]), fmean(shares.recent())
+    risen = shares.count >= 2 * RECENT and now > early + TRUNCATED_RISE
+    return f"{now:.0%} of the responses do not end, were {early:.0%}" if risen else None
 
 
-def _slows_down(metrics: Sequence[Record]) -> Iterator[Firing]:
-    for record, seconds in _by_stage(metrics, "seconds"):
-        if len(seconds) > 2 * RECENT:
-            early, now = median(seconds[1 : 1 + RECENT]), median(seconds[-RECENT:])  # the first compiles and warms up
-            if now > SLOWER * early:
-                yield record["step"], f"{now:.3g} s an iteration, was {early:.3g} s"
+def _slows_down(seconds: _Numbers) -> str | None:
+    if seconds.count <= 2 * RECENT:
+        return None
+    early, now = median(seconds.first[1:]), median(seconds.recent())  # the first compiles and warms up
+    return f"{now:.3g} s an iteration, was {early:.3g} s" if now > SLOWER * early else None
 
 
-def _gradient_spikes(metrics: Sequence[Record]) -> Iterator[Firing]:
-    found: dict[int, list[str]] = {}
-    for model in ("actor", "critic"):
-        for record, norms in _by_stage(metrics, f"{model}/grad_norm"):
-            before = norms[-1 - SPIKE_WINDOW : -1]
-            if len(before) >= SPIKE_KNOWN and norms[-1] > SPIKE * median(before):
-                words = f"the {model}'s {norms[-1]:.3g}, {norms[-1] / median(before):.0f} times the usual"
-                found.setdefault(record["step"], []).append(words)
-    yield from ((step, " and ".join(words)) for step, words in sorted(found.items()))
+def _spikes(norms: _Numbers) -> str | None:
+    *before, now = norms.last
+    if len(before) < SPIKE_KNOWN:
+        return None
+    usual = median(before)  # 0 where no response was better than another
+    return f"{now:.3g}, {now / usual:.0f} times the usual" if usual and now > SPIKE * usual else None
+
+
+def _gradient_spikes() -> Look:
+    looks = {model: _each(f"{model}/grad_norm", _spikes)() for model in ("actor", "critic")}
+
+    def look(record: Record) -> str | None:
+        seen = {model: one(record) for model, one in looks.items()}
+        return " and ".join(f"the {model}'s {words}" for model, words in seen.items() if words) or None
+
+    return look
+
+
+def _skips() -> Look:
+    return _skipped
+
+
+def _skipped(record: Record) -> str | None:
+    skipped = {model: record.get(f"{model}/skipped") or 0 for model in ("actor", "critic")}
+    words = [f"{count:.0f} of the {model}'s" for model, count in skipped.items() if count]
+    return f"{' and '.join(words)} were not finite" if words else None
 
 
 RULES = (
@@ -184,35 +245,35 @@ RULES = (
         "engine/logprob_gap_mean",
         False,
         "compare the weights (rollout.servers.checksums_every=1); weigh tokens by stage2.actor.importance_cap",
-        _gap_grows,
+        _each("engine/logprob_gap_mean", _gap_grows),
     ),
     Rule(
         "entropy collapses",
         "actor/entropy",
         False,
         "a smaller actor rate, or stage2.actor.entropy_coef",
-        _entropy_collapses,
+        _each("actor/entropy", _entropy_collapses),
     ),
     Rule(
         "clipping takes over",
         "actor/clip_fraction",
         False,
         "a smaller actor rate, fewer epochs or larger mini-batches",
-        _clips_much,
+        _each("actor/clip_fraction", _clips_much),
     ),
     Rule(
         "clipping has ceased",
         "actor/clip_fraction",
         False,
         "the actor hardly moves: look at its rate and at advantage/std",
-        _clips_no_more,
+        _each("actor/clip_fraction", _clips_no_more),
     ),
     Rule(
         "truncated responses rise",
         "truncated",
         False,
         "they count as wrong: read samples.jsonl, raise rollout.max_response_tokens",
-        _truncated_rises,
+        _each("truncated", _truncated_rises, by_stage=False),
     ),
     Rule(
         "steps are skipped",
@@ -226,7 +287,7 @@ RULES = (
         "seconds",
         False,
         "time/PHASE in metrics.jsonl says where; longer responses are one reason",
-        _slows_down,
+        _each("seconds", _slows_down),
     ),
     Rule(
         "gradient norm spikes",

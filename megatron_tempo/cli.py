@@ -36,7 +36,7 @@ from megatron_tempo.config.rules.data import SUFFIXES
 from megatron_tempo.config.schema import Config, Verifier, to_plain
 from megatron_tempo.config.summary import summary
 from megatron_tempo.config.tree import read
-from megatron_tempo.errors import EngineError, InputError, NotFiniteError, Stopped
+from megatron_tempo.errors import EngineError, InputError, NotFiniteError, Stopped, UnwrittenError
 from megatron_tempo.plan.search import plan_of, search
 from megatron_tempo.plan.shapes import shape_of
 from megatron_tempo.plan.split import problems as plan_problems
@@ -89,8 +89,8 @@ _READERS: dict[str, tuple[str, int | str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 2 where the user has something to mend, 1 where an engine failed or a plan does not
-    fit, or STOPPED."""
+    """Returns the exit status: 0, 2 where the user has something to mend, 1 where an engine or a disk failed, which may
+    be over when the same command is given again, or a plan does not fit, or STOPPED."""
     arguments = _arguments(argv)
     if arguments.command in _READERS:
         return _read(arguments)
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(stopped, flush=True)
         return STOPPED
-    except NotFiniteError as error:  # on every rank
+    except (NotFiniteError, UnwrittenError) as error:  # on every rank
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 1

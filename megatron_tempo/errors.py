@@ -18,3 +18,7 @@ class Stopped(Exception):
 
 class NotFiniteError(ArithmeticError):
     """Losses or gradients of too many optimizer steps in a row were NaN or infinite. The message names the dump."""
+
+
+class UnwrittenError(OSError):
+    """A file that a run cannot go on without could not be written. The message names it, the reason and the fix."""

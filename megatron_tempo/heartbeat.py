@@ -41,20 +41,24 @@ class EngineHealth:
 
 
 class Heartbeat:
-    """Writes the file at each change of phase and every `BEAT` seconds. A disk that is full is warned of once."""
+    """Writes the file at each change of phase and every `BEAT` seconds. A disk that is full is warned of once.
+
+    `started` and `since` are written as so many seconds of a steady clock before `time`: a clock that is set
+    puts all three right at the next sign.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / HEARTBEAT
         self._engines: Callable[[], list[EngineHealth]] = list
         self._warned = False
-        now = time.time()
+        self._started = self._since = time.monotonic()
         self._record: dict[str, Any] = {
-            "time": now,
+            "time": 0.0,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "started": now,
+            "started": 0.0,
             "phase": "",
-            "since": now,
+            "since": 0.0,
             "ended": None,
             "engines": [],
         }
@@ -70,7 +74,8 @@ class Heartbeat:
 
     def phase(self, name: str) -> None:
         """What is being done from now on; empty: what stands between phases."""
-        self._write(phase=name, since=time.time())
+        self._since = time.monotonic()
+        self._write(phase=name)
 
     def end(self, why: str) -> None:
         """The last sign: `DONE`, or the error that ended the run."""
@@ -78,7 +83,8 @@ class Heartbeat:
             self._closed.set()
             self._thread.join()
             self._engines = list  # their servers are being closed, or are gone
-            self._write(phase="", since=time.time(), ended=why)
+            self._since = time.monotonic()
+            self._write(phase="", ended=why)
 
     def _beat(self) -> None:
         while not self._closed.wait(BEAT):
@@ -86,8 +92,14 @@ class Heartbeat:
 
     def _write(self, **changes: Any) -> None:
         with self._lock:
+            now, steady = time.time(), time.monotonic()
             self._record |= changes
-            self._record |= {"time": time.time(), "engines": [asdict(engine) for engine in self._engines()]}
+            self._record |= {
+                "time": now,
+                "started": now - (steady - self._started),
+                "since": now - (steady - self._since),
+                "engines": [asdict(engine) for engine in self._engines()],
+            }
             new = self._path.with_name(self._path.name + ".new")
             try:
                 new.write_text(json.dumps(self._record))

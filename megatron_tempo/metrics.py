@@ -8,14 +8,14 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 
-from megatron_tempo.alerts import alerts
+from megatron_tempo.alerts import Watch
 from megatron_tempo.config.schema import MetricsConfig, StageConfig
 from megatron_tempo.heartbeat import DONE, EngineHealth, Heartbeat
 from megatron_tempo.progress import Forecast, ProgressBar, clock
@@ -27,9 +27,11 @@ from megatron_tempo.records import (
     Record,
     append,
     drop,
+    extend,
     finite,
     read_evaluations,
     read_metrics,
+    write_whole,
 )
 
 log = logging.getLogger(__name__)
@@ -60,8 +62,9 @@ class Metrics:
                 ...
             metrics.step({"stage": "stage1", "method": "ppo", "iteration": 1, "step": 1, "actor/loss": 0.2})
 
-    Raises ValueError where a tracker is asked for and not installed, OSError naming the file that cannot be written.
-    A tracker that fails later is warned about once and left out from then on.
+    Raises ValueError where a tracker is asked for and not installed, OSError naming the file where metrics.jsonl or
+    evaluations.jsonl cannot be written. Of other files that cannot be written it warns once each, and goes on. A
+    tracker that fails later is warned about once and left out from then on.
     """
 
     def __init__(self, run_dir: Path, config: MetricsConfig, is_writer: bool) -> None:
@@ -76,9 +79,10 @@ class Metrics:
         self._bar: ProgressBar | None = None
         self._console: Console | None = None
         self._heartbeat: Heartbeat | None = None
-        self._steps: list[Record] = []  # what alerts are read from
-        self._scores: list[Record] = []
+        self._watch = Watch()
         self._told: set[str] = set()  # alerts
+        self._unwritten: set[str] = set()  # what was warned of that cannot be written
+        self._resumed: int | None = None  # behind this step no evaluation is written yet
         self._tensorboard: Any = None
         self._wandb: Any = None
         if not is_writer:
@@ -86,11 +90,13 @@ class Metrics:
         run_dir.mkdir(parents=True, exist_ok=True)
         if sys.stdout.isatty():
             self._console = Console(markup=False, highlight=False, soft_wrap=True)
-        for name in (METRICS, EVALUATIONS, SAMPLES, WARNINGS):
+        for name in (METRICS, EVALUATIONS):
             drop(run_dir / name, lambda record: False)
+        for name in (SAMPLES, WARNINGS):
+            with self.spare(name):
+                drop(run_dir / name, lambda record: False)
         self._heartbeat = Heartbeat(run_dir)
-        if config.tensorboard:
-            self._tensorboard = _tensorboard(run_dir)
+        self._open_tensorboard()
         if config.wandb_project is not None:
             self._wandb = _wandb(run_dir, config.wandb_project, self.warn)
 
@@ -99,8 +105,12 @@ class Metrics:
         the iterations that a resumed run has behind it. Starts the progress bar."""
         if not self._is_writer:
             return
-        self._steps, self._scores = read_metrics(self._dir), read_evaluations(self._dir)
-        self._told = {alert.name for alert in alerts(self._steps, self._scores)}  # by the start that is gone on with
+        self._watch, self._resumed = Watch(), step
+        for line in read_metrics(self._dir):
+            self._watch.metrics(line)
+        for line in read_evaluations(self._dir):
+            self._watch.evaluation(line)
+        self._told = {alert.name for alert in self._watch.alerts()}  # by the start that is gone on with
         self._forecast = Forecast(stages, evaluations, step)
         self._mark = time.monotonic()
         if self._console is not None and self._config.progress:
@@ -134,7 +144,7 @@ class Metrics:
         if self._forecast is not None:
             self._forecast.step(line["stage"], line["iteration"], line["seconds"])
         append(self._dir / METRICS, line)
-        self._steps.append(line)
+        self._watch.metrics(line)
         self._print(self._step_line(line))
         self._alert()
         self._track({name: value for name, value in line.items() if _is_number(value) and name != "time"}, line["step"])
@@ -148,9 +158,10 @@ class Metrics:
         if self._forecast is not None:
             self._forecast.evaluation(line["seconds"])
         key = (line["set"], line["step"], line["point"])
-        drop(self._dir / EVALUATIONS, lambda old: (old["set"], old["step"], old["point"]) == key)
+        if self._resumed is None or line["step"] <= self._resumed:
+            drop(self._dir / EVALUATIONS, lambda old: (old["set"], old["step"], old["point"]) == key)
         append(self._dir / EVALUATIONS, line)
-        self._scores.append(line)
+        self._watch.evaluation(line)
         self._print(_evaluation_line(line))
         self._alert()
         scores = {f"avg@{line['avg_k']}": line["avg"]} | {f"pass@{k}": value for k, value in line["pass"].items()}
@@ -167,19 +178,21 @@ class Metrics:
         for line in lines:
             assert line["values"] is None or len(line["values"]) == len(line["tokens"]) + 1
         keys = {(line["set"], line["step"], line["point"]) for line in lines}
-        drop(self._dir / SAMPLES, lambda old: (old["set"], old["step"], old["point"]) in keys)
-        for line in lines:
-            append(self._dir / SAMPLES, line)
+        with self.spare(SAMPLES):
+            drop(self._dir / SAMPLES, lambda old: (old["set"], old["step"], old["point"]) in keys)
+            extend(self._dir / SAMPLES, lines)
 
     def rewind(self, step: int) -> None:
         """Forgets what was written after `step`: the lines of a killed run that is gone on with from there."""
         if not self._is_writer:
             return
-        for name in (METRICS, EVALUATIONS, SAMPLES):
+        for name in (METRICS, EVALUATIONS):
             drop(self._dir / name, lambda record: record["step"] > step)
+        with self.spare(SAMPLES):
+            drop(self._dir / SAMPLES, lambda record: record["step"] > step)
         if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = _tensorboard(self._dir, purge_step=step + 1)
+            self._close_tensorboard()
+            self._open_tensorboard(purge_step=step + 1)
 
     def watch(self, engines: Callable[[], list[EngineHealth]]) -> None:
         """Tell of these engines in the heartbeat. `engines` is called from any thread."""
@@ -194,15 +207,25 @@ class Metrics:
     def warn(self, text: str) -> None:
         """A line on the console that status and report tell too. From any thread."""
         if self._is_writer:
-            append(self._dir / WARNINGS, {"time": round(time.time(), 3), "text": text})
             self._print(text)
+            with self.spare(WARNINGS):
+                append(self._dir / WARNINGS, {"time": round(time.time(), 3), "text": text})
+
+    @contextmanager
+    def spare(self, what: str) -> Iterator[None]:
+        """What is written inside the run can go on without: an OSError is warned of, the first time for each `what`."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self._unwritten:
+                self._unwritten.add(what)
+                self.warn(f"{what} cannot be written ({error.strerror or error}): the run goes on, and leaves it out")
 
     def close(self, ended: str = DONE) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._close_tensorboard()
         if self._wandb is not None:
             self._wandb.finish()
         if self._heartbeat is not None:
@@ -218,7 +241,7 @@ class Metrics:
 
     def _alert(self) -> None:
         """Tell of what has become worth waking up for."""
-        for alert in alerts(self._steps, self._scores):
+        for alert in self._watch.alerts():
             if alert.name not in self._told:
                 self._told.add(alert.name)
                 self._print(f"alert: {alert.line()}")
@@ -247,10 +270,11 @@ class Metrics:
         return "  ".join(cells)
 
     def _print(self, text: str) -> None:
-        if self._console is not None:
-            self._console.print(text)
-        else:
-            print(text, flush=True)
+        with suppress(OSError):  # a log on a full disk, a terminal that is gone
+            if self._console is not None:
+                self._console.print(text)
+            else:
+                print(text, flush=True)
 
     def _show(self) -> None:
         doing = self._open[-1][0] if self._open else ""
@@ -261,10 +285,31 @@ class Metrics:
 
     def _track(self, numbers: Mapping[str, float], step: int) -> None:
         if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, step)
+            try:
+                for name, value in numbers.items():
+                    self._tensorboard.add_scalar(name, value, step)
+            except OSError as error:
+                self._leave_tensorboard(error)
         if self._wandb is not None:
             self._wandb.log(numbers, step)
+
+    def _open_tensorboard(self, purge_step: int | None = None) -> None:
+        if self._config.tensorboard:
+            try:
+                self._tensorboard = _tensorboard(self._dir, purge_step)
+            except OSError as error:
+                self._leave_tensorboard(error)
+
+    def _close_tensorboard(self) -> None:
+        if self._tensorboard is not None:
+            try:
+                self._tensorboard.close()
+            except OSError as error:
+                self._leave_tensorboard(error)
+
+    def _leave_tensorboard(self, error: OSError) -> None:
+        self.warn(f"TensorBoard failed ({error}); training goes on, without it: {METRICS} has everything")
+        self._tensorboard = None
 
 
 def _evaluation_line(line: Record) -> str:
@@ -316,10 +361,10 @@ class _Wandb:
         self._errors = (module.errors.Error, OSError)
         self._warn = warn
         id_file = run_dir / "wandb_id"  # a resumed job goes on with the same W&B run
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex)
         self._run: Any = None
         try:
+            if not id_file.exists():
+                write_whole(id_file, uuid.uuid4().hex)
             self._run = module.init(
                 project=project,
                 name=run_dir.name,

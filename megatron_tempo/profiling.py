@@ -6,6 +6,7 @@ a GPU the phases are NVTX ranges in every iteration, for Nsight.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+
+log = logging.getLogger(__name__)
 
 
 class Profiler:
@@ -42,10 +45,13 @@ class Profiler:
             finally:
                 self._tracing = False
         folder = self._folder / f"step_{step}"
-        folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"partial_rank_{self._rank}.json.gz"
-        trace.export_chrome_trace(str(partial))
-        os.replace(partial, folder / f"rank_{self._rank}.json.gz")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            trace.export_chrome_trace(str(partial))
+            os.replace(partial, folder / f"rank_{self._rank}.json.gz")
+        except OSError as error:
+            log.warning("no trace in %s (%s): the run goes on", folder, error)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

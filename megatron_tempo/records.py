@@ -20,6 +20,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,24 +71,33 @@ def append(path: Path, record: Record) -> None:
 
 
 def extend(path: Path, records: Iterable[Record]) -> None:
-    """Adds lines, in one write. Errors as those of `append`."""
+    """Adds lines, all or none. Errors as those of `append`."""
     lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     if not lines:
         return
+    size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("ab") as file:
             file.write(lines.encode())
     except OSError as error:
+        with suppress(OSError):
+            os.truncate(path, size)  # a disk that fills up takes the beginning, to which the next line would be joined
         raise OSError(error.errno, f"cannot write a record: {error.strerror}", str(path)) from error
 
 
 def drop(path: Path, unwanted: Callable[[Record], bool]) -> None:
-    """Rewrites the file, all or nothing, without the unwanted records and without a last line that was cut short."""
+    """Takes the unwanted records, and a last line that was cut short, from the file, all or nothing.
+
+    Where that is its end, the disk need have no room.
+    """
     if not path.exists():
         return
     kept = [line for line, record in zip(_whole_lines(path), read(path), strict=True) if not unwanted(record)]
-    content = b"".join(line + b"\n" for line in kept)
-    if len(content) == path.stat().st_size:
+    content, before = b"".join(line + b"\n" for line in kept), path.read_bytes()
+    if content == before:
+        return
+    if before.startswith(content):
+        os.truncate(path, len(content))
         return
     new = path.with_name(path.name + ".new")
     with new.open("wb") as file:

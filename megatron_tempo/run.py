@@ -6,8 +6,9 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ from megatron_tempo.config.tree import differences
 from megatron_tempo.config.tree import load as load_config
 from megatron_tempo.config.tree import save as save_config
 from megatron_tempo.data.stream import PromptStream
-from megatron_tempo.errors import EngineError, InputError, Stopped
+from megatron_tempo.errors import EngineError, InputError, Stopped, UnwrittenError
 from megatron_tempo.evaluation.evaluator import Evaluator
 from megatron_tempo.memory import PeakMemory, planned
 from megatron_tempo.methods import METHODS
@@ -41,6 +42,7 @@ from megatron_tempo.rollout.batches import Asked, ask, batch_of, collect, summed
 from megatron_tempo.rollout.engine import Engine, Sampling
 from megatron_tempo.seen import Seen
 from megatron_tempo.stopping import Stops
+from megatron_tempo.together import together
 from megatron_tempo.types import Batch, LabelledPrompt, UnlabelledPrompt, Weights
 from megatron_tempo.wiring import (
     QuestionKeys,
@@ -112,7 +114,9 @@ class Run:
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
         with ExitStack() as stack:
             verifiers = stack.enter_context(build_verifiers(config))
-            metrics = stack.enter_context(Metrics(Path(config.run.dir), config.metrics, place.is_writer))
+            metrics = stack.enter_context(
+                together(lambda: Metrics(Path(config.run.dir), config.metrics, place.is_writer))
+            )
             keys = QuestionKeys.read(config)
             labelled, unlabelled = prompt_streams(config, tokenizer, verifiers, keys, metrics.message)
             sets = evaluation_sets(config, tokenizer, verifiers)
@@ -158,8 +162,9 @@ class Run:
         """Rollouts and the method's updates. Returns the line for metrics.jsonl."""
         started = time.monotonic()
         self._begin(self.step + 1)
+        self._padding()  # of evaluations and of the engine's check, which a resumed run makes elsewhere
         rollouts = self.rollouts(stage_name, stage, iteration)
-        self.seen.add(self.step + 1, _ids(rollouts.labelled), _ids(rollouts.unlabelled))
+        together(lambda: self.seen.add(self.step + 1, _ids(rollouts.labelled), _ids(rollouts.unlabelled)))
         learner = Learner(
             self.actor,
             self.critic,
@@ -213,7 +218,8 @@ class Run:
         )
         if config.dump and self.place.is_writer:
             path = dump.path_of(Path(self.config.run.dir) / "rollouts", stage_name, iteration + 1)
-            dump.write(path, rollouts.labelled, rollouts.unlabelled, self.tokenizer)
+            with self.metrics.spare("rollouts/"):
+                dump.write(path, rollouts.labelled, rollouts.unlabelled, self.tokenizer)
         return rollouts
 
     def _begin(self, step: int) -> None:
@@ -276,14 +282,19 @@ class Run:
                 stream.restore(state["streams"][name])
         if path is not None:
             self.metrics.message(f"resumed from {path}, {self.step} iterations done")
+        if self.step < schedule.total(self.config):
+            self.checkpoints.check_room(self._models())
+        together(self._go_on)
+        self.sync_engine()
+        self.check_engine()
+        return self.step
+
+    def _go_on(self) -> None:
+        """The run's files, as they were at its step."""
         self.metrics.rewind(self.step)
         self.seen.resume(self.step, Path(self.config.model.path))
         self._remember_config()
         self.metrics.plan(self.config.stages(), schedule.evaluations_left(self.config, self.step), self.step)
-        self.checkpoints.check_room(self._models())
-        self.sync_engine()
-        self.check_engine()
-        return self.step
 
     def check_engine(self) -> None:
         """Let the engine answer a few questions, and hold its log-probabilities against the actor's.
@@ -319,7 +330,8 @@ class Run:
             with self.phase("evaluate"):
                 scores, samples = self.evaluator.evaluate(name, targets, show=point != "during")
             seen = self.seen.count(self.keys.evaluation[name].values())
-            self.metrics.evaluation(where | scores | {"seen": seen} | judged(self.verifiers, self.metrics))
+            record = where | scores | {"seen": seen} | judged(self.verifiers, self.metrics)
+            together(partial(self.metrics.evaluation, record))
             self.metrics.samples({**where, "set": name, **sample} for sample in samples)
 
     def checkpoint_if_due(self) -> None:
@@ -341,9 +353,16 @@ class Run:
 
     @contextmanager
     def rescued(self) -> Iterator[None]:
-        """Where the engine is lost inside, save what was learnt since the last checkpoint before the run stops."""
+        """Where the engine is lost inside, save what was learnt since the last checkpoint before the run stops.
+
+        Where a record or a checkpoint could not be written, the one before is what the run goes on from.
+        """
         try:
             yield
+        except UnwrittenError as error:
+            with suppress(UnwrittenError):
+                self.checkpoints.wait()
+            raise UnwrittenError(f"{error}{self._goes_on()}") from error
         except EngineError as error:
             raise EngineError(f"{error}{self._saved()}") from error
 
@@ -365,6 +384,9 @@ class Run:
         if self.step and self.checkpoints.saved != self.step:
             self.checkpoint()
             self.checkpoints.wait()
+        return self._goes_on()
+
+    def _goes_on(self) -> str:
         saved = self.checkpoints.saved
         return "" if saved is None else f"; the same command goes on from {self.checkpoints.path(saved)}"
 
@@ -383,7 +405,8 @@ class Run:
             if self.config.checkpoint.export_hf:
                 told.append(f"Hugging Face: {exported}")
             if self.config.metrics.report:
-                told.append(f"report: {write_report(out)}")
+                with self.metrics.spare("report.html"):
+                    told.append(f"report: {write_report(out)}")
             self.metrics.message("\n".join([summary_table(out), "", *told]))
 
     def _models(self) -> dict[str, TrainedModel]:

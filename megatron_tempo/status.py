@@ -16,7 +16,7 @@ from megatron_tempo.alerts import alerts
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import read
 from megatron_tempo.errors import InputError
-from megatron_tempo.heartbeat import DONE, SILENT, read_heartbeat
+from megatron_tempo.heartbeat import BEAT, DONE, SILENT, read_heartbeat
 from megatron_tempo.progress import RECENT, Forecast, clock
 from megatron_tempo.records import Record, read_evaluations, read_metrics, read_warnings
 from megatron_tempo.report.summary import memory_peaks, printable, score
@@ -88,6 +88,9 @@ def _state(heartbeat: Record | None, step: int, total: int, now: float) -> tuple
     if ended == DONE:
         finished = f"finished at {_date(heartbeat['time'])}"
         return (finished, True) if step >= total else (f"{finished}, after {step} of {total} iterations", True)
+    if age < -SILENT:
+        ahead = f"its last heartbeat is {clock(-age)} ahead of this clock"
+        return f"not known: {ahead}; one of them was set, so look again in {BEAT:.0f} s", False
     if age > SILENT:
         doing, silent = heartbeat["phase"] or "between phases", f"{_date(heartbeat['time'])}, {clock(age)} ago"
         again = "the same command goes on from the newest checkpoint"

@@ -7,6 +7,7 @@ there to the same end. A signal reaches some processes and not others, so the ra
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import time
 from pathlib import Path
@@ -14,6 +15,8 @@ from types import FrameType, TracebackType
 
 import torch
 import torch.distributed as dist
+
+log = logging.getLogger(__name__)
 
 STOP = "stop"  # below run.dir: somebody wants the run to stop
 STOPPED = "stopped.json"  # below run.dir: the last one that did, at which step and why
@@ -71,10 +74,13 @@ class Stops:
         )
 
     def leave(self, step: int, why: str) -> None:
-        """Say in the folder that the run has stopped, and that the wish is fulfilled."""
-        (self._folder / STOP).unlink(missing_ok=True)
+        """Say in the folder that the run has stopped, and that the wish is fulfilled; a full disk is warned of."""
         record = {"step": step, "why": why, "time": round(time.time(), 3)}
-        (self._folder / STOPPED).write_text(json.dumps(record) + "\n")
+        try:
+            (self._folder / STOP).unlink(missing_ok=True)
+            (self._folder / STOPPED).write_text(json.dumps(record) + "\n")
+        except OSError as error:
+            log.warning("%s cannot be written (%s)", self._folder / STOPPED, error)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._seen = number

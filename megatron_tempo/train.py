@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 import transformers
 
 from megatron_tempo.config.schema import Config, CriticTargets, to_plain
 from megatron_tempo.config.tree import save as save_config
-from megatron_tempo.errors import InputError
+from megatron_tempo.errors import InputError, UnwrittenError
 from megatron_tempo.evaluation.results import response_records, result
 from megatron_tempo.metrics import Metrics
 from megatron_tempo.records import EVALUATIONS, RESPONSES, Record, extend
@@ -20,6 +21,7 @@ from megatron_tempo.run import Run, judged
 from megatron_tempo.schedule import remaining
 from megatron_tempo.seen import seen_of
 from megatron_tempo.stopping import Stops
+from megatron_tempo.together import together
 from megatron_tempo.wiring import (
     QuestionKeys,
     build_critic,
@@ -36,9 +38,9 @@ from megatron_tempo.wiring import (
 def train(config: Config) -> None:
     """Train as the config says, going on from the newest whole checkpoint of `run.dir` if there is one.
 
-    Raises ValueError for input that does not fit the config, OSError for what cannot be written, NotFiniteError for
-    losses or gradients that are not finite again and again, EngineError where no engine is left and Stopped where it
-    was told to stop; a checkpoint is then written first.
+    Raises ValueError for input that does not fit the config, UnwrittenError for a record that cannot be written,
+    NotFiniteError for losses or gradients that are not finite again and again, EngineError where no engine is left and
+    Stopped where it was told to stop; a checkpoint is then written first.
     """
     grace = config.cluster.slurm.grace_seconds if config.cluster is not None else None
     with Stops(Path(config.run.dir), grace) as stops, open_workplace(config) as place, Run.open(place) as run:
@@ -49,27 +51,34 @@ def train(config: Config) -> None:
                 run.stop_if_asked(stops)
                 with run.profiler.iteration(run.step + 1):
                     figures = run.iterate(stage_name, stage, iteration)
-                    run.metrics.step(figures)
+                    together(partial(run.metrics.step, figures))
                     run.sync_engine()
                 run.stop_if_asked(stops)
                 run.evaluate_if_due()
                 run.checkpoint_if_due()
-        run.finish()
+            run.finish()
 
 
 def evaluate(config: Config) -> None:
     """Score `model.path` on the evaluation sets, and the critic of `model.critic_path`, if any, on the calibration set.
 
     Writes the config, evaluations.jsonl, samples.jsonl, every response and results.json to `run.dir` and prints the
-    table. Raises InputError if the folder belongs to another job.
+    table. Raises InputError if the folder belongs to another job, UnwrittenError for what cannot be written.
     """
     out = Path(config.run.dir)
     if (out / EVALUATIONS).exists() or (out / "config.json").exists():
         raise InputError(f"run.dir={out} belongs to another job: give a folder of its own")
+    try:
+        _evaluate(config, out)
+    except UnwrittenError as error:
+        raise UnwrittenError(f"{error}; an evaluation begins anew, so remove {out} first") from error
+
+
+def _evaluate(config: Config, out: Path) -> None:
     with (
         open_workplace(config) as place,
         build_verifiers(config) as verifiers,
-        Metrics(out, config.metrics, place.is_writer) as metrics,
+        together(lambda: Metrics(out, config.metrics, place.is_writer)) as metrics,
         ExitStack() as stack,
     ):
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
@@ -82,25 +91,24 @@ def evaluate(config: Config) -> None:
         targets = targets_of(Path(critic_path)) if critic_path else CriticTargets.zero_one
         evaluator = build_evaluator(config, engine, verifiers, tokenizer, sets, critic)
         where = {"stage": "stage1", "iteration": 0, "step": 0, "point": "alone"}
-        if place.is_writer:
-            save_config(config, out / "config.json")
+        together(lambda: save_config(config, out / "config.json") if place.is_writer else None)
         keys, results = QuestionKeys.evaluated(config), _about(config)
         for name in sets:
             answered = evaluator.answer(name)
             scores, samples = evaluator.measure(name, answered, targets, show=True)
             seen = seen_of(Path(config.model.path), keys[name].values())
             counts = judged(verifiers, metrics)
-            metrics.evaluation(where | scores | {"seen": seen} | counts)
+            together(partial(metrics.evaluation, where | scores | {"seen": seen} | counts))
             metrics.samples({**where, "set": name, **sample} for sample in samples)
             results["sets"][name] = result(answered) | {
                 "seen": seen,
                 **counts,
                 **_file(config.evaluation.sets[name].path),
             }
-            if place.is_writer:
-                extend(out / RESPONSES, response_records(name, answered, keys[name], tokenizer))
+            responses = response_records(name, answered, keys[name], tokenizer) if place.is_writer else ()
+            together(partial(extend, out / RESPONSES, responses))
+        together(lambda: report.write(out / report.RESULTS, results) if place.is_writer else None)
         if place.is_writer:
-            report.write(out / report.RESULTS, results)
             metrics.message(f"{report.results_table(results, config.evaluation.pass_k)}\n\nwritten to {out}")
 
 

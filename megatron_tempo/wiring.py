@@ -40,6 +40,7 @@ from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.dialect import Dialect
 from megatron_tempo.rollout.embedded import EmbeddedEngine
 from megatron_tempo.rollout.engine import Engine
+from megatron_tempo.together import together
 from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt, Weights
 from megatron_tempo.weights import folder, tables
 from megatron_tempo.weights.precision import Quantised
@@ -190,7 +191,7 @@ def export_hf(place: Workplace, actor: Actor, critic: Critic | None, out: Path, 
     """Write the Hugging Face folders `out`/actor and, of a critic, `out`/critic, with the tokenizer. Collective.
 
     `seen`, the file that says what they were trained on, goes into both.
-    A folder that is there already stays as it is: it appeared whole.
+    A folder that is there already stays as it is: it appeared whole. UnwrittenError where one cannot be written.
     """
     model = place.config.model
     models: list[tuple[str, Model, str, dict[str, Any]]] = [("actor", actor.model, model.path, {})]
@@ -203,7 +204,8 @@ def export_hf(place: Workplace, actor: Actor, critic: Critic | None, out: Path, 
         if not there[0]:
             dtype = str(trained.net.config.params_dtype).removeprefix("torch.")
             buckets = weights_of(trained, place).everywhere()
-            folder.save(buckets, out / name, Path(like), trained.layout, {**changes, "dtype": dtype}, seen)
+            described = {**changes, "dtype": dtype}
+            together(partial(folder.save, buckets, out / name, Path(like), trained.layout, described, seen))
 
 
 def critic_changes(shape: Shape, targets: CriticTargets | None) -> dict[str, Any]:

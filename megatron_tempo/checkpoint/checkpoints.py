@@ -24,10 +24,11 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
 from megatron_tempo.checkpoint import manifest
-from megatron_tempo.checkpoint.saving import Saving, Share, partial_of, together
+from megatron_tempo.checkpoint.saving import Saving, Share, partial_of
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.parallel import COLLECTIVE_TIMEOUT, Layout
 from megatron_tempo.models.trained import TrainedModel
+from megatron_tempo.together import together
 
 # A checkpoint's bytes for each parameter beside its weights: Adam's main weight and two moments, in fp32.
 OPTIMIZER_BYTES = 12
@@ -64,31 +65,29 @@ class Checkpoints:
     def save(self, step: int, models: dict[str, TrainedModel], state: dict[str, Any]) -> None:
         """Begin to write a checkpoint; once it is whole, those older than the last `keep` go. `state` is JSON-able.
 
-        It waits for the one before, if that is still being written. Raises OSError, on every rank, where either cannot
-        be written; those that were whole stay.
+        It waits for the one before, if that is still being written. Raises UnwrittenError, on every rank, where either
+        cannot be written; those that were whole stay.
         """
         self.wait()
         path = self.path(step)
         size = _size(models)
 
         def begin() -> None:
+            if not self._layout.is_writer:
+                return
             shutil.rmtree(partial_of(path), ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             if self._free() < size:
-                raise OSError(
-                    errno.ENOSPC, f"{size / 1e9:.3g} GB are to be written, and {self._free() / 1e9:.3g} GB free"
-                )
+                words = f"the checkpoint takes {_gb(size)}, and the disk has {_gb(self._free())} free"
+                raise OSError(errno.ENOSPC, words, str(path))
             for name in models:
                 (partial_of(path) / name).mkdir(parents=True)
 
+        together(begin, self._group)
         shares = {}
-        try:
-            together(self._group, begin, first_only=True)
-            for name, model in models.items():
-                with model.at_work():
-                    shares[name] = Share.of(_sharded(model, is_loading=False), partial_of(path) / name)
-        except OSError as error:
-            raise self._failed(path, error) from error
+        for name, model in models.items():
+            with model.at_work():
+                shares[name] = Share.of(_sharded(model, is_loading=False), partial_of(path) / name)
         counts = {name: model.step_count for name, model in models.items()}
         state = state | {"step": step, "optimizer_steps": counts}
         self._saving = Saving(path, shares, state, self._group, self._prune)
@@ -96,7 +95,7 @@ class Checkpoints:
             self.wait()
 
     def check(self) -> None:
-        """Take note if the one on its way has become whole. Raises OSError, on every rank, if it has failed on any."""
+        """Note whether the one on its way is whole. Raises UnwrittenError, on every rank, if it has failed on any."""
         if self._saving is None:
             return
         ended = self._saving.has_ended
@@ -107,13 +106,11 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Until what was begun is whole. Raises OSError, on every rank, where it cannot be written."""
+        """Until what was begun is whole. Raises UnwrittenError, on every rank, where it cannot be written."""
         saving, self._saving = self._saving, None
         if saving is None:
             return
         saving.wait()
-        if isinstance(saving.error, OSError):
-            raise self._failed(saving.path, saving.error) from saving.error
         if saving.error is not None:
             raise saving.error
         self.saved = int(saving.path.name.removeprefix("step_"))
@@ -190,15 +187,6 @@ class Checkpoints:
         found = [find() if self._layout.is_writer else None]
         dist.broadcast_object_list(found, src=0, group=self._group)
         return found[0]
-
-    def _failed(self, path: Path, error: OSError) -> OSError:
-        goes_on = "from its beginning" if self.saved is None else f"from {self.path(self.saved)}"
-        return OSError(
-            error.errno,
-            f"the checkpoint cannot be written ({error.strerror or error}); when that is mended, the same command goes "
-            f"on {goes_on}",
-            str(path),
-        )
 
 
 def _size(models: dict[str, TrainedModel]) -> int:

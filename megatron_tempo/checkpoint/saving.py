@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_tempo.checkpoint import manifest
+from megatron_tempo.together import together
 from megatron_tempo.weights.files import sync, sync_folder
 
 # Without Megatron's decorator, which turns off the collection of garbage while it writes: in its forked process that is
@@ -82,11 +83,15 @@ class Share:
             answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
             running: queue.Queue[int] = queue.Queue()
             running.put(0)
-            _write_file(transforms, 0, self.files.pop(0), answers, running, use_fsync=True)
+            path, *content = self.files.pop(0)
+            _write_file(transforms, 0, (path, *content), answers, running, use_fsync=True)
             told = answers.get()[1]
             if isinstance(told, Exception):
                 # torch's writer trips over what an OSError has left of its file, and raises that.
-                raise told.__context__ if isinstance(told.__context__, OSError) else told
+                cause = told.__context__ if isinstance(told.__context__, OSError) else told
+                if isinstance(cause, OSError):
+                    raise OSError(cause.errno, cause.strerror, str(path)) from told
+                raise told
             results += told
         return results
 
@@ -127,71 +132,43 @@ class Saving:
             self._write()
         except Exception as error:  # noqa: BLE001 - for whoever waits
             self.error = error
-
-    def _write(self) -> None:
-        results: dict[str, list[WriteResult]] = {}
-        mine: manifest.Digests = {}
-
-        def write() -> None:
-            for name, share in self._shares.items():
-                results[name] = share.write()
-
-        def describe() -> None:
-            for name, share in self._shares.items():
-                assert share.metadata is not None
-                share.writer.finish(share.metadata, [one[name] for one in gathered])
-                save_config(share.config, str(self._partial / name))
-            (self._partial / manifest.STATE).write_text(json.dumps(self._state, indent=1) + "\n")
-
-        def read_back() -> None:
-            names = manifest.files(self._partial)[dist.get_rank() :: dist.get_world_size()]
-            mine.update(manifest.digests(self._partial, names))
-
-        def finish() -> None:
-            manifest.write(self._partial, {name: digest for share in shares for name, digest in share.items()})
-            sync(self._partial)
-            os.replace(self._partial, self.path)
-            sync_folder(self.path.parent)
-            self._done()
-
-        self._together(write)
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.gather_object(results, gathered if self._is_writer else None, group=self._group)
-        self._together(describe, first_only=True)
-        self._together(read_back)
-        shares: list[manifest.Digests] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(shares, mine, group=self._group)
-        self._together(finish, first_only=True)
-
-    def _together(self, action: Callable[[], None], *, first_only: bool = False) -> None:
-        try:
-            together(self._group, action, first_only=first_only)
-        except Exception:
             if self._is_writer:
                 shutil.rmtree(self._partial, ignore_errors=True)  # makes room again
-            raise
+
+    def _write(self) -> None:
+        results = together(self._write_files, self._group)
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.gather_object(results, gathered if self._is_writer else None, group=self._group)
+        together(lambda: self._describe(gathered), self._group)
+        shares: list[manifest.Digests] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(shares, together(self._read_back, self._group), group=self._group)
+        together(lambda: self._finish(shares), self._group)
+
+    def _write_files(self) -> dict[str, list[WriteResult]]:
+        return {name: share.write() for name, share in self._shares.items()}
+
+    def _describe(self, results: list[dict[str, list[WriteResult]]]) -> None:
+        """What Megatron wants to know of the files, and the run's state."""
+        if not self._is_writer:
+            return
+        for name, share in self._shares.items():
+            assert share.metadata is not None
+            share.writer.finish(share.metadata, [of_rank[name] for of_rank in results])
+            save_config(share.config, str(self._partial / name))
+        (self._partial / manifest.STATE).write_text(json.dumps(self._state, indent=1) + "\n")
+
+    def _read_back(self) -> manifest.Digests:
+        return manifest.digests(self._partial, manifest.files(self._partial)[dist.get_rank() :: dist.get_world_size()])
+
+    def _finish(self, digests: list[manifest.Digests]) -> None:
+        if not self._is_writer:
+            return
+        manifest.write(self._partial, {name: digest for share in digests for name, digest in share.items()})
+        sync(self._partial)
+        os.replace(self._partial, self.path)
+        sync_folder(self.path.parent)
+        self._done()
 
 
 def partial_of(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
-
-
-def together(group: dist.ProcessGroup, action: Callable[[], None], *, first_only: bool = False) -> None:
-    """Do something on every rank, or on the first alone. Where it fails on one, an error is raised on all. Collective.
-
-    An OSError is raised alike on all ranks; of another error the others raise a RuntimeError that tells of it.
-    """
-    error: Exception | None = None
-    if not first_only or dist.get_rank() == 0:
-        try:
-            action()
-        except Exception as failed:  # noqa: BLE001 - raised below, when the other ranks know
-            error = failed
-    told = error if error is None or isinstance(error, OSError) else RuntimeError(f"rank {dist.get_rank()}: {error!r}")
-    errors: list[Exception | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, told, group=group)
-    if error is not None and not isinstance(error, OSError):
-        raise error
-    for failed_there in errors:
-        if failed_there is not None:
-            raise failed_there

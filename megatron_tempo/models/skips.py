@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from megatron_tempo.config.schema import OptimizerConfig
 from megatron_tempo.errors import NotFiniteError
 from megatron_tempo.models.trained import Loss, Step, TrainedModel
 from megatron_tempo.types import Batch
+
+log = logging.getLogger(__name__)
 
 # What the losses of these rows of a batch were made of, by name.
 Given = Callable[[Tensor], dict[str, Tensor]]
@@ -71,7 +75,10 @@ class Skips:
             self.in_a_row += 1
             path = self.folder / f"step_{self.iteration:08d}_{self.model}_{number}.safetensors"
             if self.is_writer:
-                _write(path, batch.select(rows), rows, step, given(rows))
+                try:
+                    _write(path, batch.select(rows), rows, step, given(rows))
+                except (OSError, SafetensorError) as error:
+                    log.warning("%s cannot be written (%s): the run goes on, and leaves it out", path, error)
             if self.in_a_row >= self.limit:
                 raise NotFiniteError(
                     f"the {self.model}'s loss or gradient was not finite at {self.in_a_row} optimizer steps in a row, "

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import uuid
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 class VerdictCache:
@@ -19,6 +22,7 @@ class VerdictCache:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._file: int | None = None
+        self._warned = False
         self._lock = threading.Lock()
         self._verdicts: dict[bytes, bool] = {}
         for path in sorted(folder.glob("*.jsonl")):
@@ -34,14 +38,19 @@ class VerdictCache:
         return self._verdicts.get(bytes.fromhex(key))
 
     def put(self, key: str, right: bool) -> None:
-        """Keep a verdict. OSError where it cannot be written."""
+        """Keep a verdict. Where it cannot be written, which is warned of once, only as long as this process lives."""
         with self._lock:
-            if self._file is None:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                path = self._folder / f"{uuid.uuid4().hex}.jsonl"
-                self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            os.write(self._file, json.dumps({"key": key, "right": right}).encode() + b"\n")
             self._verdicts[bytes.fromhex(key)] = right
+            try:
+                if self._file is None:
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                    path = self._folder / f"{uuid.uuid4().hex}.jsonl"
+                    self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+                os.write(self._file, json.dumps({"key": key, "right": right}).encode() + b"\n")
+            except OSError as error:
+                if not self._warned:
+                    log.warning("verdicts cannot be kept in %s (%s): they will be asked for again", self._folder, error)
+                self._warned = True
 
     def close(self) -> None:
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -175,30 +176,38 @@ def save(
 
     `beside` is one more file to go into it, if there is one of this name.
     Collective, as the stream is; the first rank writes, one file a bucket. The folder appears when it is whole.
-    Raises FileExistsError if it is there already.
+    Raises, on the first rank, FileExistsError if it is there already, and, when the stream is at its end, OSError if it
+    cannot be written; nothing of it is then left.
     """
     if layout.is_writer and folder.exists():
         raise FileExistsError(f"{folder} exists: move it away, or choose another run.dir")
     partial = folder.with_name(folder.name + ".partial")
     weight_map: dict[str, str] = {}
     size = 0
-    if layout.is_writer:
+    writes = layout.is_writer
+    try:
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        for number, bucket in enumerate(buckets):
+            if not writes:
+                continue
+            file = f"model-{number + 1:05d}.safetensors"
+            # The bucket's tensors share one storage, which safetensors refuses: each is copied for the write.
+            tensors = {name: tensor.cpu().clone() for name, tensor in bucket}
+            save_file(tensors, partial / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, file)
+            size += sum(tensor.nbytes for tensor in tensors.values())
+        if writes:
+            describe(partial, weight_map, size, like, config_changes)
+            if beside is not None and beside.exists():
+                shutil.copyfile(beside, partial / beside.name)
+            os.replace(partial, folder)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    for number, bucket in enumerate(buckets):
-        if not layout.is_writer:
-            continue
-        file = f"model-{number + 1:05d}.safetensors"
-        # The bucket's tensors share one storage, which safetensors refuses: each is copied for the write.
-        tensors = {name: tensor.cpu().clone() for name, tensor in bucket}
-        save_file(tensors, partial / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        size += sum(tensor.nbytes for tensor in tensors.values())
-    if layout.is_writer:
-        describe(partial, weight_map, size, like, config_changes)
-        if beside is not None and beside.exists():
-            shutil.copyfile(beside, partial / beside.name)
-        os.replace(partial, folder)
+        for _ in buckets:  # the other ranks are in it
+            pass
+        raise OSError(getattr(error, "errno", None) or errno.EIO, str(error), str(partial)) from error
 
 
 def describe(folder: Path, weight_map: dict[str, str], size: int, like: Path, config_changes: dict[str, Any]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import timeit
+import tracemalloc
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from megatron_tempo.alerts import RULES, Alert, alerts
+from megatron_tempo.alerts import RULES, Alert, Watch, alerts
 
 QUIET = {
     "actor/entropy": 0.5,
@@ -78,6 +80,7 @@ SILENT: dict[str, tuple[str, list[float | None]]] = {
     "one slow iteration": ("seconds", [10.0] * 12 + [90.0] + [10.0] * 3),
     "a high norm from the start": ("actor/grad_norm", [30.0, 1.0, 1.0, 1.0]),
     "a norm of nine times": ("actor/grad_norm", [1.0] * 9 + [9.0]),
+    "a first gradient after none": ("actor/grad_norm", [0.0] * 9 + [1.0]),
     "numbers that are not there": ("actor/entropy", [None] * 20),
 }
 
@@ -119,3 +122,17 @@ def test_all_that_fired_in_the_order_of_the_steps() -> None:
 def test_every_rule_is_tried_above() -> None:
     assert {rule.name for rule in RULES} == {rule for _, _, rule, *_ in FIRES.values()} | {"critic's AUROC falls"}
     assert alerts([], []) == []
+
+
+def test_a_long_run_costs_no_more_a_step_and_holds_no_more() -> None:
+    record = steps("seconds", [10.0])[0]
+    watch, size, seconds = Watch(), [0, 0], [0.0, 0.0]
+    tracemalloc.start()
+    for i in (0, 1):
+        for step in range(5000 * i, 5000 * (i + 1)):
+            watch.metrics(record | {"step": step})
+        size[i] = tracemalloc.get_traced_memory()[0]
+        seconds[i] = min(timeit.repeat(lambda: watch.metrics(record | {"step": 10_000}), number=20, repeat=10)) / 20
+    tracemalloc.stop()
+    assert size[1] - size[0] < 10_000, "bytes, of 5000 records"
+    assert seconds[1] < 2 * seconds[0]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -452,12 +454,39 @@ def test_resume_false_keeps_checkpoints(files: Path) -> None:
     assert problems(files) == []
 
 
-def test_a_run_folder_that_cannot_be_written(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != files and real(path, mode))
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_run_folder_that_cannot_be_written(files: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def refuse(dir: Path) -> None:
+        raise OSError(code, os.strerror(code), str(dir))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     problem = only(problems(files))
     assert problem.field == "run.dir"
-    assert str(files) in problem.wrong
+    assert problem.wrong == f"{files} cannot be written: {os.strerror(code)}"
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="wants a file system that nobody can write")
+def test_a_run_folder_where_not_even_root_can_write(files: Path) -> None:
+    problem = only(problems(files, "run.dir=/sys/kernel/run"))
+    assert problem.field == "run.dir"
+    assert problem.wrong.startswith("/sys/kernel cannot be written: ")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "evaluations.jsonl", "seen.jsonl", "config.json"])
+def test_a_record_that_cannot_be_written(files: Path, name: str) -> None:
+    (files / "run" / name).mkdir(parents=True)
+    problem = only(problems(files))
+    assert problem.field == "run.dir"
+    assert problem.wrong == f"{files / 'run' / name} is not a file that can be written"
+
+
+@pytest.mark.parametrize(("name", "override"), [("checkpoints", "run.seed=1"), ("rollouts", "rollout.dump=true")])
+def test_a_folder_in_the_runs_that_cannot_be_written(files: Path, name: str, override: str) -> None:
+    (files / "run").mkdir()
+    (files / "run" / name).write_text("a file")
+    problem = only(problems(files, override))
+    assert problem.field == "run.dir"
+    assert problem.wrong == f"{files / 'run' / name} cannot be written: Not a directory"
 
 
 @pytest.mark.parametrize(

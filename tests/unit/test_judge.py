@@ -256,6 +256,16 @@ def test_a_verdict_is_of_one_question_answer_response_and_model(tmp_path: Path) 
             assert found.take_counts()["judge/cached"] == 0
 
 
+def test_verdicts_that_cannot_be_kept_are_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "cache").touch()  # a file, where a folder is wanted
+    cache = VerdictCache(tmp_path / "cache")
+    for key in ("ab", "cd"):
+        cache.put(key, True)
+    assert caplog.text.count("verdicts cannot be kept") == 1
+    assert cache.get("ab") is cache.get("cd") is True
+    cache.close()
+
+
 def test_damaged_lines_count_as_absent(tmp_path: Path) -> None:
     for right, key in ((True, "aa"), (False, "bb")):
         cache = VerdictCache(tmp_path)

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import pty
+import resource
 import sys
 import time
 from pathlib import Path
@@ -186,6 +187,56 @@ def test_a_full_disk_is_an_error_with_the_path(tmp_path: Path) -> None:
             m.step(step_record(1))
 
 
+def test_a_line_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append(path, {"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))  # the first bytes are written
+    try:
+        with pytest.raises(OSError, match=r"cannot write a record: File too large: '.*metrics\.jsonl'"):
+            append(path, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    append(path, {"step": 2})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_what_can_be_done_without_is_warned_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sample = {
+        "point": "before",
+        "step": 0,
+        "set": "s",
+        "prompt": "",
+        "tokens": ["a"],
+        "values": None,
+    }
+    with metrics(tmp_path) as m:
+        (tmp_path / "samples.jsonl").symlink_to("/dev/full")
+        for _ in range(2):
+            with m.spare("samples.jsonl"):
+                append(tmp_path / "samples.jsonl", {})
+        (tmp_path / "samples.jsonl").unlink()
+        m.samples([sample])  # there is room again
+    (line,) = read_warnings(tmp_path)
+    assert line["text"] == (
+        "samples.jsonl cannot be written (cannot write a record: No space left on device): the run goes on, and leaves "
+        "it out"
+    )
+    assert capsys.readouterr().out.count("samples.jsonl cannot be written") == 1
+    assert len(read_samples(tmp_path)) == 1
+
+
+def test_a_log_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with metrics(tmp_path) as m:
+            m.step(step_record(1))
+        monkeypatch.undo()
+        with pytest.raises(OSError, match="No space left"):
+            full.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+
+
 def test_a_bad_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
@@ -203,8 +254,10 @@ def test_drop_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk gone"):
-        drop(path, lambda record: record["step"] > 1)
+        drop(path, lambda record: record["step"] == 1)
     assert [record["step"] for record in read(path)] == [1, 2]
+    drop(path, lambda record: record["step"] == 2)  # the end is cut off in place
+    assert [record["step"] for record in read(path)] == [1]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -53,10 +54,10 @@ def write_run(folder: Path, done: int = 30, **beat: Any) -> Path:
     return folder
 
 
-def rows(folder: Path) -> dict[str, str]:
-    """What stands behind each label."""
+def rows(folder: Path, now: float | None = NOW) -> dict[str, str]:
+    """What stands behind each label; `now`: none is the clock's."""
     found, label = {}, ""
-    for line in status(folder, NOW).text.splitlines():
+    for line in status(folder, now).text.splitlines():
         label = line[:12].strip() or label
         found[label] = f"{found.get(label, '')} {line[12:]}".strip()
     return found
@@ -102,6 +103,7 @@ STATES: dict[str, tuple[int, dict[str, Any], str, bool]] = {
     "silent": (30, {"time": NOW - 600}, "looks dead: no heartbeat since", False),
     "silent for a moment": (30, {"time": NOW - 100}, "running on node7", True),
     "failed": (30, {"ended": "NotFiniteError: the loss"}, "stopped at", False),
+    "its clock was set back": (30, {"time": NOW + 18_000}, "not known: its last heartbeat is 5:00:00 ahead", False),
     "done": (100, {"ended": "done"}, "finished at", True),
     "stopped early": (30, {"ended": "done"}, "after 30 of 100 iterations", True),
 }
@@ -159,7 +161,7 @@ def test_the_heartbeat_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             while (later := read_heartbeat(tmp_path)) is None or later["time"] == first["time"]:
                 assert time.monotonic() < deadline, "a phase that lasts gives no sign of life"
                 time.sleep(0.02)
-            assert later["since"] == first["since"]
+            assert later["since"] == pytest.approx(first["since"], abs=0.1)
             assert later["engines"][0] == {
                 "name": "vllm server 0", "state": "serving", "requests": 3, "restarts": 0, "address": ""
             }  # fmt: skip
@@ -167,6 +169,22 @@ def test_the_heartbeat_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         metrics.warn("vllm server 0 did not answer")
     assert read_heartbeat(tmp_path)["ended"] == "done"  # type: ignore[index]
     assert "vllm server 0 did not answer" in status(tmp_path).text
+
+
+@pytest.mark.parametrize("jump", [-18_000.0, 100_000.0])
+def test_a_clock_that_is_set_is_right_at_the_next_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    real = time.time
+    with Metrics(tmp_path, MetricsConfig(), is_writer=True) as metrics, metrics.phase("generate"):
+        monkeypatch.setattr(time, "time", lambda: real() + jump)
+        append(tmp_path / "metrics.jsonl", {"step": 1, "stage": "stage1", "seconds": 1.0, "time/generate": 1.0})
+        before = rows(tmp_path, None)["state"]
+        assert before.startswith("looks dead" if jump > 0 else "not known: its last heartbeat is 5:00:00 ahead")
+        with metrics.phase("sync"):
+            found = rows(tmp_path, None)
+            assert re.fullmatch(r"running on .*, for 0:0\d", found["state"])
+            assert re.fullmatch(r"generate/sync for 0:0\d", found["doing"])
 
 
 def test_an_error_is_the_last_sign(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Every rule that a user can break, checked before anything is allocated. Nothing is read but the file system.
+"""Every rule that a user can break, checked before anything is allocated. Nothing is read but the file system; whether
+the run's folder can be written is tried by a nameless file.
 
 One file a topic; each yields all it finds. A rule that needs a value which another rule has refused says nothing.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,11 +40,40 @@ def _folder(config: Config, training: bool) -> Iterator[Problem]:
         nearest = nearest.parent
     if not nearest.is_dir():
         yield Problem("run.dir", config.run.dir, f"{nearest} is a file, not a folder", "give another run.dir")
-    elif not os.access(nearest, os.W_OK | os.X_OK):
-        yield Problem("run.dir", config.run.dir, f"{nearest} cannot be written", "give a run.dir that can be")
+    elif reason := _unwritable(nearest):
+        fix = "give a run.dir that can be, or mend it"
+        yield Problem("run.dir", config.run.dir, f"{nearest} cannot be written: {reason}", fix)
+    else:
+        yield from _inside(config, folder)
     if training and not config.run.resume and any(folder.glob("checkpoints/step_*")):
         fix = "run.resume=true to go on from them, or another run.dir"
         yield Problem("run.resume", False, f"{folder} already has checkpoints", fix)
+
+
+def _inside(config: Config, folder: Path) -> Iterator[Problem]:
+    """What an earlier job left, perhaps another user's."""
+    for name in ("metrics.jsonl", "evaluations.jsonl", "seen.jsonl", "config.json"):
+        path = folder / name
+        if path.exists() and not (path.is_file() and os.access(path, os.R_OK | os.W_OK)):
+            yield Problem("run.dir", config.run.dir, f"{path} is not a file that can be written", _OTHERS)
+    for name in ("checkpoints", *(["rollouts"] if config.rollout.dump else [])):
+        path = folder / name
+        if path.exists() and (reason := _unwritable(path)):
+            yield Problem("run.dir", config.run.dir, f"{path} cannot be written: {reason}", _OTHERS)
+
+
+_OTHERS = "chown or move what an earlier job left there, or give another run.dir"
+
+
+def _unwritable(folder: Path) -> str | None:
+    """Why nothing can be written into a folder. A nameless file is, since rights alone tell of no full disk."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+            file.flush()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def _replay(config: Config, replay: str) -> Iterator[Problem]:

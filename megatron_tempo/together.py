@@ -1,0 +1,38 @@
+"""What one rank alone does, such as to write a file, and may fail at while the others go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_tempo.errors import InputError, UnwrittenError
+
+_T = TypeVar("_T")
+_FIX = "make room there, or the folder writable"
+
+
+def together(act: Callable[[], _T], group: dist.ProcessGroup | None = None) -> _T:
+    """`act()`, in which there is nothing collective. Collective, over `group`, which holds all ranks.
+
+    Where it fails on a rank, all ranks raise: UnwrittenError for its OSError, InputError for its InputError. Without
+    that the others would wait for this one until the timeout of their next collective call.
+    """
+    failure: tuple[bool, str] | None = None
+    try:
+        done = act()
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        failure = (True, f"{what}; {_FIX}")
+    except InputError as error:
+        failure = (False, str(error))
+    failed = torch.tensor(int(failure is not None))
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
+    if not failed:
+        return done
+    failures: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure, group=group)
+    unwritten, words = next(failure for failure in failures if failure is not None)
+    raise UnwrittenError(words) if unwritten else InputError(words)

@@ -1,0 +1,75 @@
+"""What a process holds, iteration by iteration, and whether that grows."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import psutil
+import torch
+
+# How much more a series may be at the end than after the warm-up, in its own unit, and as a share of what it was.
+# Counts may not grow at all, but for Python's objects: 100 are one in two iterations. As many megabytes as
+# are allowed are 20 kB an iteration, of an allocator that needs a while to settle. Seconds are the process's own, which
+# the load of others hardly touches; wall time is told and not judged.
+ALLOWED: Mapping[str, tuple[float, float]] = {
+    "files": (0, 0),
+    "threads": (0, 0),
+    "children": (0, 0),
+    "tensors": (0, 0),
+    "objects": (100, 0),
+    "rss_mb": (4.0, 0),
+    "cpu_seconds": (0, 0.15),
+}
+EVERY = 10  # samples: collecting and counting objects takes as long as an iteration
+_LIBC = ctypes.CDLL(None)
+
+
+@dataclass
+class Trace:
+    """Series of what this process holds. `sample` is called at the same place of every iteration."""
+
+    series: dict[str, list[float]] = field(default_factory=dict)
+    _cpu: float = field(default_factory=time.process_time)
+    _wall: float = field(default_factory=time.monotonic)
+
+    def sample(self) -> None:
+        process = psutil.Process()
+        numbers = {
+            "files": process.num_fds(),
+            "threads": process.num_threads(),
+            "children": len(process.children(recursive=True)),
+            "cpu_seconds": time.process_time() - self._cpu,
+            "seconds": time.monotonic() - self._wall,
+        }
+        if len(self.series.get("files", ())) % EVERY == EVERY - 1:
+            gc.collect()
+            if hasattr(_LIBC, "malloc_trim"):
+                _LIBC.malloc_trim(0)  # what is free and not given back is no growth
+            numbers["rss_mb"] = process.memory_info().rss / 2**20
+            found = gc.get_objects()
+            numbers["objects"] = len(found)
+            numbers["tensors"] = sum(issubclass(type(thing), torch.Tensor) for thing in found)
+        for name, number in numbers.items():
+            self.series.setdefault(name, []).append(number)
+        self._cpu, self._wall = time.process_time(), time.monotonic()  # the sample itself is not counted
+
+
+def windows(numbers: Sequence[float]) -> tuple[float, float]:
+    """The medians of the second and of the last sixth: of 300 iterations, 51 to 100 and 251 to 300."""
+    n = len(numbers)
+    return median(numbers[n // 6 : n // 3]), median(numbers[-(n // 6) :])
+
+
+def growth(series: Mapping[str, Sequence[float]]) -> list[str]:
+    """What has grown by more than is allowed, in words."""
+    found = []
+    for name, (most, share) in ALLOWED.items():
+        early, late = windows(series[name])
+        if late - early > most + share * early:
+            found.append(f"{name}: {early:.6g} after the warm-up, {late:.6g} at the end")
+    return found

@@ -1,0 +1,32 @@
+"""Steps that are not made, where what was seen of them cannot be kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_tempo.config.schema import OptimizerConfig
+from megatron_tempo.errors import NotFiniteError
+from megatron_tempo.models.skips import Skips
+from megatron_tempo.models.trained import Step
+from tests.support.tiny import ragged_batch
+
+
+def test_a_dump_that_cannot_be_written_is_warned_of_and_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "skipped").touch()  # a file, where a folder is wanted
+    batch, rows = ragged_batch(4), torch.tensor([0, 1])
+    step = Step(torch.empty(0, 1), torch.full((2,), torch.nan), float("nan"), made=False)
+    trained: Any = SimpleNamespace(step=lambda *_: step)
+    loss: Any = None
+    skips = Skips("actor", tmp_path / "skipped", limit=2, is_writer=True, iteration=3)
+    found = skips.steps(trained, batch, [rows], loss, 1, OptimizerConfig(), lambda rows: {})
+    assert found.skipped == 1
+    assert "step_00000003_actor_1.safetensors cannot be written (" in caplog.text
+    with pytest.raises(NotFiniteError, match="2 optimizer steps in a row"):
+        skips.steps(trained, batch, [rows], loss, 1, OptimizerConfig(), lambda rows: {})
