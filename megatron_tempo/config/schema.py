@@ -23,13 +23,15 @@ class Published(Enum):
 
 
 class Device(Enum):
+    """Where the trainer computes."""
+
     auto = "auto"  # cuda where there is one, else cpu
     cpu = "cpu"
     cuda = "cuda"
 
 
 class Precision(Enum):
-    """Of the trainer. FP8 is for the products of the layers' linear maps; all else is then as in bf16.
+    """Number format of the trainer. FP8 is for the products of the layers' linear maps; all else is then as in bf16.
 
     What each FP8 recipe needs stands in `config/recipes.py`.
     """
@@ -52,16 +54,20 @@ class Layers(Enum):
 
     auto = "auto"  # Transformer Engine on CUDA in bf16 or FP8, where it is installed; else local
     local = "local"  # Megatron's own linear layers, torch's attention
-    transformer_engine = "transformer_engine"
+    transformer_engine = "transformer_engine"  # NVIDIA's; FP8 needs it
 
 
 class EngineKind(Enum):
+    """Who generates the responses."""
+
     embedded = "embedded"  # a transformers model in the trainer's processes
     sglang = "sglang"  # SGLang servers
     vllm = "vllm"  # vLLM servers
 
 
 class EnginePrecision(Enum):
+    """Of a server's weights."""
+
     fp32 = "fp32"
     bf16 = "bf16"
     fp8 = "fp8"  # the layers' matrices in blocks of 128 x 128, the rest in bf16
@@ -77,14 +83,14 @@ class Transport(Enum):
 class Dispatch(Enum):
     """Which request goes next to the server that has the least to do."""
 
-    in_order = "in_order"
+    in_order = "in_order"  # as they came
     longest_first = "longest_first"  # the longest prompt
 
 
 class Recompute(Enum):
     """Which activations the backward pass makes once more instead of keeping them."""
 
-    none = "none"
+    none = "none"  # all are kept
     attention = "attention"  # those inside the attention, between its projections
     layers = "layers"  # all but each layer's input
 
@@ -97,10 +103,10 @@ class Logits(Enum):
 
 
 class Verifier(Enum):
-    """Who compares a response with an answer; each is megatron_tempo/rewards/NAME.py."""
+    """Who compares a response with an answer, or with other responses; each is megatron_tempo/rewards/NAME.py."""
 
-    math = "math"
-    countdown = "countdown"
+    math = "math"  # numbers and LaTeX, by math-verify
+    countdown = "countdown"  # the arithmetic of the quickstart's questions
     choice = "choice"  # letters of options
     text = "text"  # a word, a number or a list of them
     grid = "grid"  # a logic grid
@@ -109,47 +115,53 @@ class Verifier(Enum):
 
 @dataclass(slots=True)
 class RunConfig:
+    """The run as a whole."""
+
     dir: str = "???"  # everything the run writes goes below this folder
-    seed: int = 0
-    resume: bool = True  # go on from the newest whole checkpoint in `dir`; false: refuse a folder that has one
+    seed: int = 0  # of every draw of the trainer and of the embedded engine; servers draw their own
+    resume: bool = True  # go on from the newest whole checkpoint in run.dir; false: refuse a folder that has one
     device: Device = Device.auto
     precision: Precision = Precision.fp32
-    deterministic: bool = True  # torch's deterministic algorithms
-    max_skipped: int = 3  # optimizer steps of a model in a row whose loss or gradient is not finite, then the run stops
+    deterministic: bool = True  # torch's and Transformer Engine's deterministic algorithms alone
+    max_skipped: int = 3  # the run stops after so many steps of a model in a row whose loss or gradient is not finite
 
 
 @dataclass(slots=True)
 class ModelConfig:
+    """Actor and critic."""
+
     path: str = "???"  # Hugging Face folder of the actor: config, safetensors, tokenizer
-    critic_path: str | None = None  # Hugging Face folder of the critic; none: the actor's decoder, a zero value head
+    critic_path: str | None = None  # the same of the critic; none: the actor's decoder with a value head of zeros
     layers: Layers = Layers.auto
-    bf16_ends: int = 0  # layers at either end that stay in bf16 where run.precision is an FP8 one
+    bf16_ends: int = 0  # so many layers at either end stay in bf16 where run.precision is an FP8 one
     logits: Logits = Logits.recomputed
-    shape: Published | None = None  # what `plan` plans for while model.path is not given
+    shape: Published | None = None  # a published model that `plan` plans for while model.path is not given
 
 
 @dataclass(slots=True)
 class CriticLayoutConfig:
     """Where the critic is laid out otherwise than the actor; none: as the actor."""
 
-    tensor: int | None = None
-    pipeline: int | None = None
-    context: int | None = None
-    sequence: bool | None = None
+    tensor: int | None = None  # as parallel.tensor
+    pipeline: int | None = None  # as parallel.pipeline
+    context: int | None = None  # as parallel.context
+    sequence: bool | None = None  # as parallel.sequence
 
 
 @dataclass(slots=True)
 class ParallelConfig:
-    tensor: int = 1
-    pipeline: int = 1
+    """How the trainer's processes (ranks) share a model; data parallelism takes the ranks that are left."""
+
+    tensor: int = 1  # ranks that share each layer's matrices
+    pipeline: int = 1  # stages into which the layers are cut, a rank each
     context: int = 1  # ranks that share the tokens of each micro-batch
-    sequence: bool = False  # sequence parallelism inside the tensor-parallel groups
+    sequence: bool = False  # sequence parallelism: the ranks of `tensor` share the tokens between the matrices
     critic: CriticLayoutConfig = field(default_factory=CriticLayoutConfig)
-    world_size: int | None = None  # processes; none: as launched. `check` wants it for the data-parallel rules
+    world_size: int | None = None  # processes of the trainer, for `check` to know data parallelism; none: as launched
     recompute: Recompute = Recompute.none
-    offload: bool = False  # one model at a time on the GPU; the others wait in page-locked host memory
-    micro_batch_tokens: int = 16384  # packed tokens of one micro-batch, over its context ranks; longer rows go alone
-    bucket_mb: int = 512  # size of the buckets in which weights travel, MiB
+    offload: bool = False  # one model at a time on the GPU; the others wait in the host's memory (page-locked)
+    micro_batch_tokens: int = 16384  # packed tokens of one, over its context ranks; a longer row goes alone
+    bucket_mb: int = 512  # MiB: weights go to the engine in buckets of this size
 
     @property
     def ranks_of_a_replica(self) -> int:
@@ -164,22 +176,26 @@ class ParallelConfig:
 
 @dataclass(slots=True)
 class DatasetConfig:
+    """A file of questions."""
+
     path: str = "???"  # JSONL or Parquet
-    prompt_field: str = "prompt"  # text, or a list of {role, content} messages
-    answer_field: str | None = None  # none: the answers, if the file has any, are never read
-    verifier: Verifier | None = None  # who compares a response with the answer; without answers, with other responses
-    verifier_field: str | None = None  # a column that names it for each row, where rows differ
-    id_field: str | None = None  # none: the row's number, from 0
+    prompt_field: str = "prompt"  # column of the question: text, or a list of `{role, content}` messages
+    answer_field: str | None = None  # column of the answer; none: answers, if the file has any, are never read
+    verifier: Verifier | None = None
+    verifier_field: str | None = None  # column that names the verifier of each row, where rows differ in it
+    id_field: str | None = None  # column of the question's name; none: the row's number, from 0
     chat_template: bool = True  # text prompts become one user message; messages always go through the template
     system: str | None = None  # a system message put first
     suffix: str = ""  # appended to a text prompt
-    limit: int | None = None  # the first so many rows
+    limit: int | None = None  # the first so many rows; none: all
 
 
 @dataclass(slots=True)
 class DataConfig:
-    labelled: DatasetConfig | None = None
-    unlabelled: DatasetConfig | None = None
+    """What is trained on."""
+
+    labelled: DatasetConfig | None = None  # questions with answers
+    unlabelled: DatasetConfig | None = None  # questions alone, whose answers no training step can read
     held_out: list[str] = field(default_factory=list)  # evaluation sets whose questions are not trained on
 
 
@@ -187,129 +203,146 @@ class DataConfig:
 class ServersConfig:
     """The inference servers of `rollout.engine=sglang` and `vllm`."""
 
-    python: str = "python3"  # of the environment that the engine is installed in
+    python: str = "python3"  # interpreter of the environment that the engine is installed in
     replicas: int = 1  # servers to start
     each_node: bool = False  # start so many on every node, not on the first alone
-    addresses: list[str] | None = None  # http://HOST:PORT of servers that run already; none: start them
-    key_file: str | None = None  # file with the key of those servers
-    host: str = "127.0.0.1"  # address that started servers, and the senders of weights, listen at; a name: its own
-    devices: list[int] | None = None  # GPUs of a node, `tensor` a server in their order; none: those in sight
+    addresses: list[str] | None = None  # `http://HOST:PORT` of servers that run already; none: start them
+    key_file: str | None = None  # file with the key of the servers in `addresses`
+    # Address at which started servers, and the trainer's senders of weights, listen; `hostname`: each node's own.
+    host: str = "127.0.0.1"
+    devices: list[int] | None = None  # GPUs of a node, in order, `tensor` of them a server; none: all that are visible
     tensor: int = 1  # tensor parallelism of each server
-    precision: EnginePrecision | None = None  # of its weights; none: run.precision, or bf16 where that is an FP8 one
-    arguments: list[str] = field(default_factory=list)  # more of its command line, such as --mem-fraction-static=0.8
+    precision: EnginePrecision | None = None  # of their weights; none: run.precision, or bf16 where that is an FP8 one
+    arguments: list[str] = field(default_factory=list)  # more of their command line: `--mem-fraction-static=0.8`
     transport: Transport = Transport.group
     dispatch: Dispatch = Dispatch.longest_first
     concurrency: int = 64  # requests that a server has under way at a time
     checksums_every: int = 1  # weight updates from one comparison of all tensors to the next; 0: none
-    restarts: int = 3  # of each server, before it is given up
-    start_seconds: float = 600.0  # until it must be ready
-    update_seconds: float = 300.0  # until it must have taken a bucket of weights
-    answer_seconds: float = 3600.0  # until it must have answered a request
-    hang_seconds: float = 120.0  # without any progress, while it has requests, until it counts as hung
+    restarts: int = 3  # of each server within an iteration, before it is given up
+    start_seconds: float = 600.0  # until a started server must be ready
+    update_seconds: float = 300.0  # until a server must have taken a bucket of weights
+    answer_seconds: float = 3600.0  # until a server must have answered a request
+    hang_seconds: float = 120.0  # without progress, while a server has requests, until it counts as hung
 
 
 @dataclass(slots=True)
 class RolloutConfig:
+    """How responses are generated."""
+
     engine: EngineKind = EngineKind.embedded
     servers: ServersConfig = field(default_factory=ServersConfig)
-    max_staleness: int = 0  # 1: the next batch is generated while this one trains; updates between a token and its use
-    parity_tolerance: float = 0.05  # nats: how far engine and trainer may be apart, a mean over tokens, at each start
-    max_prompt_tokens: int = 2048
-    max_response_tokens: int = 16384
-    temperature: float = 1.0
-    batch_rows: int = 256  # rows that the embedded engine decodes together
-    dump: bool = False  # write each iteration's rollouts to DIR/rollouts/
-    replay: str | None = None  # read rollouts from such a folder instead of generating
+    # Updates of the actor between a token and its use, 0 or 1; 1: the next batch is generated while this one trains.
+    max_staleness: int = 0
+    # Nats: how far the log-probabilities of engine and trainer may be apart at each start, a mean over tokens.
+    parity_tolerance: float = 0.05
+    max_prompt_tokens: int = 2048  # a longer prompt is an error
+    max_response_tokens: int = 16384  # longer responses are cut off
+    temperature: float = 1.0  # at which training responses are sampled
+    batch_rows: int = 256  # responses that the embedded engine decodes together, in each process
+    dump: bool = False  # write each iteration's rollouts to `run.dir/rollouts`
+    replay: str | None = None  # folder that `dump` wrote, to read rollouts from instead of generating them
 
 
 @dataclass(slots=True)
 class JudgeConfig:
-    """A server of OpenAI's chat completions, which the sets with verifier=judge ask."""
+    """A server of OpenAI's chat completions, which the data sets with `verifier=judge` ask."""
 
-    url: str | None = None  # http://HOST:PORT/v1
-    model: str | None = None  # its name there
-    key_file: str | None = None  # file with the server's key; none: it wants none
+    url: str | None = None  # such as `http://HOST:PORT/v1`
+    model: str | None = None  # the judge's name at that server
+    key_file: str | None = None  # file with the server's key; none: the server wants none
     concurrency: int = 32  # requests that a process of the trainer has under way at a time
     retries: int = 8  # of a request that fails or is told to come later, over two minutes and more
-    timeout_seconds: float = 300.0  # until it must have answered
+    timeout_seconds: float = 300.0  # until a request must have been answered
     max_tokens: int = 4096  # of a reply, the judge's thoughts included
-    cache: str | None = None  # folder in which verdicts are kept; none: DIR/judge
+    cache: str | None = None  # folder in which verdicts are kept; none: `run.dir/judge`
 
 
 @dataclass(slots=True)
 class RewardsConfig:
+    """Where rewards come from besides the verifiers."""
+
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
 @dataclass(slots=True)
 class EvaluationConfig:
-    every: int = 10  # iterations; always also before, between and after the stages. 0: only those
-    samples: int = 16  # responses a question: avg@samples
-    pass_k: list[int] = field(default_factory=lambda: [8])
-    temperature: float = 1.0
+    """What is measured on which questions, and when."""
+
+    every: int = 10  # iterations between two, besides those before, between and after the stages; 0: only those
+    samples: int = 16  # responses to a question: avg@samples
+    pass_k: list[int] = field(default_factory=lambda: [8])  # each k of pass@k that is reported
+    temperature: float = 1.0  # at which they are sampled
     max_response_tokens: int | None = None  # none: rollout.max_response_tokens
-    sets: dict[str, DatasetConfig] = field(default_factory=dict)
-    calibration_set: str | None = None  # the set on which the critic's calibration is measured
+    sets: dict[str, DatasetConfig] = field(default_factory=dict)  # questions with answers, by names that you choose
+    calibration_set: str | None = None  # name of the set on which the critic's calibration is measured; none: it is not
 
 
 @dataclass(slots=True)
 class CheckpointConfig:
-    every: int = 20  # iterations; always also at the end. 0: only there
-    keep: int = 2  # whole checkpoints kept
+    """What is kept of a run."""
+
+    every: int = 20  # iterations from one to the next, besides the one at the end; 0: only that
+    keep: int = 2  # the newest so many; older ones are removed
     export_hf: bool = True  # at the end, write the actor and the critic as Hugging Face folders
 
 
 @dataclass(slots=True)
 class MetricsConfig:
+    """What is told of a run, besides its records."""
+
     progress: bool = True  # a progress bar where the output is a terminal
-    tensorboard: bool = False
-    wandb_project: str | None = None
-    report: bool = True  # DIR/report.html at the end
+    tensorboard: bool = False  # write TensorBoard's files to `run.dir/tensorboard`
+    wandb_project: str | None = None  # project of Weights & Biases to report to; none: do not
+    report: bool = True  # write `run.dir/report.html` at the end
 
 
 @dataclass(slots=True)
 class ProfileConfig:
-    steps: list[int] = field(default_factory=list)  # iterations, from 1, traced to DIR/profile/step_N/rank_R.json.gz
+    """Traces."""
+
+    # Iterations, counted from 1, that are traced to `run.dir/profile/step_N/rank_R.json.gz`.
+    steps: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class SlurmConfig:
     """How a site takes jobs, for `submit` alone. What is none is left to SLURM's own defaults."""
 
-    partition: str | None = None
-    account: str | None = None
-    time_limit: str | None = None  # of a job: MINUTES, HH:MM:SS or D-HH:MM:SS
-    grace_seconds: int = 600  # before the limit's end: an iteration and a checkpoint must fit in
-    gres: str | None = "gpu"  # what the site calls a GPU, such as gpu:h100; none: it names none
+    partition: str | None = None  # where the jobs go
+    account: str | None = None  # who pays for them
+    time_limit: str | None = None  # of a job: `MINUTES`, `HH:MM:SS` or `D-HH:MM:SS`
+    grace_seconds: int = 600  # before the time limit a job is told to stop: an iteration and a checkpoint must fit in
+    gres: str | None = "gpu"  # what the site calls a GPU, such as `gpu:h100`; none: GPUs are not asked for
     cpus_per_task: int | None = None  # CPUs that come with each GPU
-    options: list[str] = field(default_factory=list)  # more of sbatch's, such as --qos=high
-    modules: list[str] = field(default_factory=list)  # to load
-    environment: dict[str, str] = field(default_factory=dict)  # of all processes, such as NCCL_IB_HCA: mlx5
+    options: list[str] = field(default_factory=list)  # more of sbatch's, such as `--qos=high`
+    modules: list[str] = field(default_factory=list)  # environment modules to load
+    environment: dict[str, str] = field(default_factory=dict)  # variables of all processes, such as `NCCL_IB_HCA: mlx5`
     interface: str | None = None  # network interface of NCCL's and gloo's sockets
-    container: str | None = None  # image, for srun's --container-image (pyxis); none: without
-    mounts: list[str] = field(default_factory=list)  # HOST:CONTAINER; run.dir and the working folder come of themselves
-    python: str | None = None  # of the jobs; none: the one that submits, in a container python3
+    container: str | None = None  # image, for srun's `--container-image` (pyxis); none: no container
+    mounts: list[str] = field(default_factory=list)  # `HOST:CONTAINER`, besides run.dir and the working folder
+    python: str | None = None  # interpreter of the jobs; none: the one that submits, in a container `python3`
 
 
 @dataclass(slots=True)
 class ClusterConfig:
-    """The machines that `plan` plans for and `submit` submits to. Rates are peaks as the vendor tells them, shares are
-    assumptions of ours."""
+    """The machines that `plan` plans for and `submit` submits to; no fields without one. Rates are peaks as the vendor
+    tells them, shares are assumptions of ours.
+    """
 
-    gpu: str = ""  # its name; `check` knows by it what `run.precision` may be
-    nodes: int = 1
-    rollout_nodes: int = 0  # the last so many of them serve alone: `submit` starts rollout.servers.replicas on each
-    gpus_per_node: int = 8
-    memory_gb: float = 0.0  # of a GPU, 10^9 bytes
-    reserve_gb: float = 6.0  # of it left alone: CUDA contexts, NCCL's and cuBLAS's buffers, gaps between tensors
-    bf16_tflops: float = 0.0  # dense
-    memory_tbs: float = 0.0  # TB/s
+    gpu: str = ""  # its name, such as H100; `check` knows by it what run.precision may be
+    nodes: int = 1  # machines, those that only serve included
+    rollout_nodes: int = 0  # the last so many nodes only serve: `submit` starts rollout.servers.replicas on each
+    gpus_per_node: int = 8  # GPUs of a node
+    memory_gb: float = 0.0  # GB (10^9 bytes) of a GPU
+    reserve_gb: float = 6.0  # GB of that left alone: CUDA contexts, NCCL's and cuBLAS's buffers, gaps between tensors
+    bf16_tflops: float = 0.0  # TFLOP/s of a GPU in bf16, dense
+    memory_tbs: float = 0.0  # TB/s of a GPU's memory
     nvlink_gbs: float = 0.0  # GB/s of a GPU in one direction, inside a node
     network_gbs: float = 0.0  # GB/s of a GPU in one direction, between nodes
     host_gbs: float = 64.0  # GB/s of a GPU to and from its host's memory, in one direction; 64: PCIe 5.0 x16
-    compute_share: float = 0.4  # of bf16_tflops that a training pass reaches
-    memory_share: float = 0.6  # of memory_tbs that decoding reaches
-    link_share: float = 0.5  # of a link that a weight sync reaches
+    compute_share: float = 0.4  # share of `bf16_tflops` that a training pass reaches
+    memory_share: float = 0.6  # share of `memory_tbs` that decoding reaches
+    link_share: float = 0.5  # share of a link that a weight sync reaches
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     @property
@@ -323,6 +356,8 @@ class ClusterConfig:
 
 @dataclass(slots=True)
 class Config:
+    """The tree."""
+
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -335,7 +370,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
-    cluster: ClusterConfig | None = None  # for `plan` and `submit`, and for `check` to know the GPU
+    cluster: ClusterConfig | None = None
 
     def stages(self) -> dict[str, StageConfig]:
         """The stages in their order, by name, empty ones included."""

@@ -7,10 +7,10 @@ from enum import Enum
 
 
 class Method(Enum):
-    """The training methods; each is megatron_tempo/methods/NAME.py."""
+    """What the stage trains by; each is megatron_tempo/methods/NAME.py."""
 
     ppo = "ppo"  # PPO on verified answers
-    tempo = "tempo"
+    tempo = "tempo"  # the critic's values as rewards, the critic held to verified answers
     ttrl = "ttrl"  # the majority's answer as the label
     empo = "empo"  # the share of responses with the same answer as the reward
     grpo = "grpo"  # verified answers, a prompt's responses held against one another
@@ -47,84 +47,100 @@ NEEDS = {
 
 
 class Baseline(Enum):
-    """Where reward and baseline of a token's advantage are read (docs/method.md has the table)."""
+    """Where reward and baseline of a token's advantage are read (docs/method.md)."""
 
-    before_token = "before_token"  # A_t = V(x, y_1:T) - V(x, y_<t)
-    paper = "paper"  # Eq. 11 to the letter: A_t = V(x, y_1:T) - V(x, y_1:t)
-    reference = "reference"  # the published code: A_t = V(x, y_<T) - V(x, y_<t)
+    before_token = "before_token"  # `A_t = V(x, y_1:T) - V(x, y_<t)`
+    paper = "paper"  # Eq. 11 to the letter: `A_t = V(x, y_1:T) - V(x, y_1:t)`
+    reference = "reference"  # the published code: `A_t = V(x, y_<T) - V(x, y_<t)`
 
 
 class ValueTiming(Enum):
-    after_estep = "after_estep"  # the paper: the recalibrated critic judges the M-step's responses
-    before_estep = "before_estep"  # the published code
+    """Which critic judges the M-step's responses."""
+
+    after_estep = "after_estep"  # the paper: the recalibrated one
+    before_estep = "before_estep"  # the published code: the one of the iteration before
 
 
 class CriticTargets(Enum):
-    zero_one = "zero_one"  # the paper: I in {0, 1}
-    plus_minus_one = "plus_minus_one"  # the published code: I in {-1, 1}
+    """What a verdict is to the critic: wrong and right."""
+
+    zero_one = "zero_one"  # the paper: 0 and 1
+    plus_minus_one = "plus_minus_one"  # the published code: -1 and 1
 
 
 class Ratio(Enum):
-    sequence = "sequence"  # GSPO: the geometric mean of the tokens' ratios
-    token = "token"  # PPO
+    """Which ratio of the new policy to the old is clipped."""
+
+    sequence = "sequence"  # GSPO: a response's, the geometric mean of its tokens'
+    token = "token"  # PPO: each token's
 
 
 @dataclass(slots=True)
 class OptimizerConfig:
-    lr: float = 1e-6
-    warmup_steps: int = 0  # linear, from lr / warmup_steps
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    clip_grad: float = 1.0
+    """AdamW."""
+
+    lr: float = 1e-6  # learning rate, constant after the warm-up
+    warmup_steps: int = 0  # optimizer steps in which the learning rate rises from lr / warmup_steps, linearly
+    weight_decay: float = 0.0  # decoupled, of matrices alone
+    beta1: float = 0.9  # decay of the gradient's running mean
+    beta2: float = 0.999  # decay of the running mean of its square
+    eps: float = 1e-8  # added to the root of the latter
+    clip_grad: float = 1.0  # the gradient is scaled down to this norm, over all parameters
 
 
 @dataclass(slots=True)
 class ActorUpdateConfig:
+    """How the actor learns from an iteration's responses."""
+
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    mini_batch_prompts: int = 64
-    epochs: int = 1
+    mini_batch_prompts: int = 64  # prompts, with all their responses, of one optimizer step
+    epochs: int = 1  # passes over the batch
     ratio: Ratio = Ratio.sequence
-    clip_low: float = 3e-4  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    clip_high: float = 5e-4
-    dual_clip: float | None = None  # bound on ratio * |A| for A < 0, > 1 (Ye et al. 2020)
-    importance_cap: float | None = None  # weigh tokens by min(pi_old / pi_engine, cap) (Yao et al. 2025); none: by 1
-    entropy_coef: float = 0.0  # bonus, per token, nats
-    kl_coef: float = 0.0  # k3 estimate of KL(pi || reference) per token; the reference is model.path
-    whiten_advantages: bool = False
+    clip_low: float = 3e-4  # the ratio is clipped at 1 - clip_low
+    clip_high: float = 5e-4  # and at 1 + clip_high
+    # Above 1: where A < 0, the ratio counts as no more than this (Ye et al. 2020); none: off.
+    dual_clip: float | None = None
+    # Tokens are weighed by min(pi_old / pi_engine, importance_cap) (Yao et al. 2025); none: all alike.
+    importance_cap: float | None = None
+    entropy_coef: float = 0.0  # of a bonus for entropy, in nats a token
+    kl_coef: float = 0.0  # of KL(pi || model.path), in nats a token, by the k3 estimate; above 0 a third model is held
+    whiten_advantages: bool = False  # bring them to mean 0 and variance 1 over the tokens of an iteration
 
 
 @dataclass(slots=True)
 class CriticUpdateConfig:
+    """How the critic learns from an iteration's responses."""
+
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-6))
-    mini_batch_prompts: int = 64
-    epochs: int = 1
-    warmup_iterations: int = 0  # iterations at the stage's start that update the critic alone
+    mini_batch_prompts: int = 64  # prompts, with all their responses, of one optimizer step
+    epochs: int = 1  # passes over the batch
+    warmup_iterations: int = 0  # the stage's first so many iterations update the critic alone
     targets: CriticTargets = CriticTargets.zero_one
-    clip: float | None = None  # how far a response's mean value may move before the loss holds on to it; none: freely
+    # How far a response's mean value may move in an update before the loss stops it; none: freely.
+    clip: float | None = None
     drop_uniform_groups: bool = False  # leave out prompts whose responses are all right or all wrong
 
 
 @dataclass(slots=True)
 class StageConfig:
-    """One stage of training by one method. A stage of 0 iterations is passed over."""
+    """One stage of training by one method."""
 
     method: Method = Method.tempo
-    iterations: int = 0
-    labelled_prompts: int = 256  # an iteration
-    unlabelled_prompts: int = 0  # an iteration
-    responses_per_prompt: int = 8
+    iterations: int = 0  # length of the stage; 0: no such stage
+    labelled_prompts: int = 256  # of an iteration
+    unlabelled_prompts: int = 0  # of an iteration
+    responses_per_prompt: int = 8  # that are learnt from
     actor: ActorUpdateConfig = field(default_factory=ActorUpdateConfig)
     critic: CriticUpdateConfig = field(default_factory=CriticUpdateConfig)
     baseline: Baseline = Baseline.before_token
     value_timing: ValueTiming = ValueTiming.after_estep
     estep_every: int = 1  # iterations from one E-step to the next; 0: never, a frozen critic
-    actor_on_labelled: bool = False  # the published code: labelled rows, with verified rewards, in the actor's batch
-    group_std: bool = True  # without a critic: advantages are divided by the standard deviation of a prompt's rewards
-    vote_responses: int | None = None  # ttrl: responses a prompt that vote; none: the responses_per_prompt learnt from
-    entropy_low: float | None = None  # empo: prompts whose answers' entropy, in nats, is not between the two are left
-    entropy_high: float | None = None  # out; none: no bound
+    # Tempo: the actor learns from labelled rows, with verified rewards, as well, as in the published code.
+    actor_on_labelled: bool = False
+    group_std: bool = True  # without a critic: divide advantages by the standard deviation of the rewards of a prompt
+    vote_responses: int | None = None  # ttrl: responses to a prompt that vote; none: those that are learnt from
+    entropy_low: float | None = None  # empo: leave out prompts whose answers have less entropy, nats; none: no bound
+    entropy_high: float | None = None  # empo: leave out prompts whose answers have more entropy, nats; none: no bound
 
     @property
     def has_critic(self) -> bool:
