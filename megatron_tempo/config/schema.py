@@ -31,7 +31,8 @@ class Device(Enum):
 
 
 class Precision(Enum):
-    """Number format of the trainer. FP8 is for the products of the layers' linear maps; all else is then as in bf16.
+    """Number format of the trainer. FP8 is for the products of the layers' linear maps; all else is then as in bf16
+    (docs/gpu.md).
 
     What each FP8 recipe needs stands in `config/recipes.py`.
     """
@@ -66,7 +67,7 @@ class EngineKind(Enum):
 
 
 class EnginePrecision(Enum):
-    """Of a server's weights."""
+    """Number format of a server's weights."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -118,11 +119,11 @@ class RunConfig:
     """The run as a whole."""
 
     dir: str = "???"  # everything the run writes goes below this folder
-    seed: int = 0  # of every draw of the trainer and of the embedded engine; servers draw their own
+    seed: int = 0  # seed of every draw of the trainer and of the embedded engine; servers draw their own
     resume: bool = True  # go on from the newest whole checkpoint in run.dir; false: refuse a folder that has one
     device: Device = Device.auto
     precision: Precision = Precision.fp32
-    deterministic: bool = True  # torch's and Transformer Engine's deterministic algorithms alone
+    deterministic: bool = True  # use deterministic algorithms alone, torch's and Transformer Engine's
     max_skipped: int = 3  # the run stops after so many steps of a model in a row whose loss or gradient is not finite
 
 
@@ -160,8 +161,8 @@ class ParallelConfig:
     world_size: int | None = None  # processes of the trainer, for `check` to know data parallelism; none: as launched
     recompute: Recompute = Recompute.none
     offload: bool = False  # one model at a time on the GPU; the others wait in the host's memory (page-locked)
-    micro_batch_tokens: int = 16384  # packed tokens of one, over its context ranks; a longer row goes alone
-    bucket_mb: int = 512  # MiB: weights go to the engine in buckets of this size
+    micro_batch_tokens: int = 16384  # tokens of a packed micro-batch, over its context ranks; a longer row goes alone
+    bucket_mb: int = 512  # MiB of the buckets in which weights go to the engine
 
     @property
     def ranks_of_a_replica(self) -> int:
@@ -201,28 +202,28 @@ class DataConfig:
 
 @dataclass(slots=True)
 class ServersConfig:
-    """The inference servers of `rollout.engine=sglang` and `vllm`."""
+    """The inference servers of `rollout.engine=sglang` and `vllm` (docs/engines.md)."""
 
     python: str = "python3"  # interpreter of the environment that the engine is installed in
     replicas: int = 1  # servers to start
-    each_node: bool = False  # start so many on every node, not on the first alone
+    each_node: bool = False  # start `replicas` on every node, not on the first alone
     addresses: list[str] | None = None  # `http://HOST:PORT` of servers that run already; none: start them
     key_file: str | None = None  # file with the key of the servers in `addresses`
-    # Address at which started servers, and the trainer's senders of weights, listen; `hostname`: each node's own.
+    # address at which started servers, and the trainer's senders of weights, listen; `hostname`: each node's own
     host: str = "127.0.0.1"
     devices: list[int] | None = None  # GPUs of a node, in order, `tensor` of them a server; none: all that are visible
     tensor: int = 1  # tensor parallelism of each server
-    precision: EnginePrecision | None = None  # of their weights; none: run.precision, or bf16 where that is an FP8 one
+    precision: EnginePrecision | None = None  # of their weights; none: run.precision, or bf16 where that is FP8
     arguments: list[str] = field(default_factory=list)  # more of their command line: `--mem-fraction-static=0.8`
     transport: Transport = Transport.group
     dispatch: Dispatch = Dispatch.longest_first
     concurrency: int = 64  # requests that a server has under way at a time
     checksums_every: int = 1  # weight updates from one comparison of all tensors to the next; 0: none
-    restarts: int = 3  # of each server within an iteration, before it is given up
-    start_seconds: float = 600.0  # until a started server must be ready
-    update_seconds: float = 300.0  # until a server must have taken a bucket of weights
-    answer_seconds: float = 3600.0  # until a server must have answered a request
-    hang_seconds: float = 120.0  # without progress, while a server has requests, until it counts as hung
+    restarts: int = 3  # restarts of a server within an iteration, before it is given up
+    start_seconds: float = 600.0  # seconds until a started server must be ready
+    update_seconds: float = 300.0  # seconds until a server must have taken a bucket of weights
+    answer_seconds: float = 3600.0  # seconds until a server must have answered a request
+    hang_seconds: float = 120.0  # seconds without progress, while it has requests, until a server counts as hung
 
 
 @dataclass(slots=True)
@@ -231,13 +232,13 @@ class RolloutConfig:
 
     engine: EngineKind = EngineKind.embedded
     servers: ServersConfig = field(default_factory=ServersConfig)
-    # Updates of the actor between a token and its use, 0 or 1; 1: the next batch is generated while this one trains.
+    # updates of the actor between a token and its use, 0 or 1; 1: the next batch is generated while this one trains
     max_staleness: int = 0
-    # Nats: how far the log-probabilities of engine and trainer may be apart at each start, a mean over tokens.
+    # nats by which the log-probabilities of engine and trainer may differ at each start, a mean over tokens
     parity_tolerance: float = 0.05
-    max_prompt_tokens: int = 2048  # a longer prompt is an error
-    max_response_tokens: int = 16384  # longer responses are cut off
-    temperature: float = 1.0  # at which training responses are sampled
+    max_prompt_tokens: int = 2048  # tokens of a prompt; a longer one is an error
+    max_response_tokens: int = 16384  # tokens of a response; a longer one is cut off
+    temperature: float = 1.0  # temperature of the responses that are trained on
     batch_rows: int = 256  # responses that the embedded engine decodes together, in each process
     dump: bool = False  # write each iteration's rollouts to `run.dir/rollouts`
     replay: str | None = None  # folder that `dump` wrote, to read rollouts from instead of generating them
@@ -245,15 +246,15 @@ class RolloutConfig:
 
 @dataclass(slots=True)
 class JudgeConfig:
-    """A server of OpenAI's chat completions, which the data sets with `verifier=judge` ask."""
+    """A server of OpenAI's chat completions, which data sets with `verifier=judge` ask (docs/evaluation.md)."""
 
-    url: str | None = None  # such as `http://HOST:PORT/v1`
+    url: str | None = None  # its address, such as `http://HOST:PORT/v1`
     model: str | None = None  # the judge's name at that server
     key_file: str | None = None  # file with the server's key; none: the server wants none
     concurrency: int = 32  # requests that a process of the trainer has under way at a time
-    retries: int = 8  # of a request that fails or is told to come later, over two minutes and more
-    timeout_seconds: float = 300.0  # until a request must have been answered
-    max_tokens: int = 4096  # of a reply, the judge's thoughts included
+    retries: int = 8  # more tries for a request that fails or is told to come later, over two minutes and more
+    timeout_seconds: float = 300.0  # seconds until a request must have been answered
+    max_tokens: int = 4096  # tokens of a reply, the judge's thoughts included
     cache: str | None = None  # folder in which verdicts are kept; none: `run.dir/judge`
 
 
@@ -268,11 +269,11 @@ class RewardsConfig:
 class EvaluationConfig:
     """What is measured on which questions, and when."""
 
-    every: int = 10  # iterations between two, besides those before, between and after the stages; 0: only those
+    every: int = 10  # iterations from one to the next, besides before, between and after the stages; 0: only those
     samples: int = 16  # responses to a question: avg@samples
-    pass_k: list[int] = field(default_factory=lambda: [8])  # each k of pass@k that is reported
-    temperature: float = 1.0  # at which they are sampled
-    max_response_tokens: int | None = None  # none: rollout.max_response_tokens
+    pass_k: list[int] = field(default_factory=lambda: [8])  # the k of every pass@k that is reported
+    temperature: float = 1.0  # temperature of these responses
+    max_response_tokens: int | None = None  # tokens of a response; none: rollout.max_response_tokens
     sets: dict[str, DatasetConfig] = field(default_factory=dict)  # questions with answers, by names that you choose
     calibration_set: str | None = None  # name of the set on which the critic's calibration is measured; none: it is not
 
@@ -282,7 +283,7 @@ class CheckpointConfig:
     """What is kept of a run."""
 
     every: int = 20  # iterations from one to the next, besides the one at the end; 0: only that
-    keep: int = 2  # the newest so many; older ones are removed
+    keep: int = 2  # the newest so many checkpoints; older ones are removed
     export_hf: bool = True  # at the end, write the actor and the critic as Hugging Face folders
 
 
@@ -298,20 +299,20 @@ class MetricsConfig:
 
 @dataclass(slots=True)
 class ProfileConfig:
-    """Traces."""
+    """Traces of iterations (docs/monitoring.md)."""
 
-    # Iterations, counted from 1, that are traced to `run.dir/profile/step_N/rank_R.json.gz`.
+    # iterations, counted from 1, to trace to `run.dir/profile/step_N/rank_R.json.gz`
     steps: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class SlurmConfig:
-    """How a site takes jobs, for `submit` alone. What is none is left to SLURM's own defaults."""
+    """How a site takes jobs, for `submit` alone (docs/cluster.md). What is none is left to SLURM's own defaults."""
 
-    partition: str | None = None  # where the jobs go
-    account: str | None = None  # who pays for them
-    time_limit: str | None = None  # of a job: `MINUTES`, `HH:MM:SS` or `D-HH:MM:SS`
-    grace_seconds: int = 600  # before the time limit a job is told to stop: an iteration and a checkpoint must fit in
+    partition: str | None = None  # partition of the jobs
+    account: str | None = None  # account that they are charged to
+    time_limit: str | None = None  # limit of a job: `MINUTES`, `HH:MM:SS` or `D-HH:MM:SS`
+    grace_seconds: int = 600  # before its limit a job is told to stop: an iteration and a checkpoint must fit
     gres: str | None = "gpu"  # what the site calls a GPU, such as `gpu:h100`; none: GPUs are not asked for
     cpus_per_task: int | None = None  # CPUs that come with each GPU
     options: list[str] = field(default_factory=list)  # more of sbatch's, such as `--qos=high`
@@ -325,8 +326,8 @@ class SlurmConfig:
 
 @dataclass(slots=True)
 class ClusterConfig:
-    """The machines that `plan` plans for and `submit` submits to; no fields without one. Rates are peaks as the vendor
-    tells them, shares are assumptions of ours.
+    """The machines that `plan` plans for and `submit` submits to: `cluster=NAME` (docs/planning.md). Rates are peaks
+    as the vendor tells them, shares are assumptions of ours.
     """
 
     gpu: str = ""  # its name, such as H100; `check` knows by it what run.precision may be

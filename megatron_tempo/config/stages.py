@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class Method(Enum):
-    """What the stage trains by; each is megatron_tempo/methods/NAME.py."""
+    """What the stage trains by; each is megatron_tempo/methods/NAME.py (docs/methods.md)."""
 
     ppo = "ppo"  # PPO on verified answers
     tempo = "tempo"  # the critic's values as rewards, the critic held to verified answers
@@ -50,34 +50,34 @@ class Baseline(Enum):
     """Where reward and baseline of a token's advantage are read (docs/method.md)."""
 
     before_token = "before_token"  # `A_t = V(x, y_1:T) - V(x, y_<t)`
-    paper = "paper"  # Eq. 11 to the letter: `A_t = V(x, y_1:T) - V(x, y_1:t)`
-    reference = "reference"  # the published code: `A_t = V(x, y_<T) - V(x, y_<t)`
+    paper = "paper"  # `A_t = V(x, y_1:T) - V(x, y_1:t)`, Eq. 11 to the letter
+    reference = "reference"  # `A_t = V(x, y_<T) - V(x, y_<t)`, the published code
 
 
 class ValueTiming(Enum):
     """Which critic judges the M-step's responses."""
 
-    after_estep = "after_estep"  # the paper: the recalibrated one
-    before_estep = "before_estep"  # the published code: the one of the iteration before
+    after_estep = "after_estep"  # the recalibrated one, as in the paper
+    before_estep = "before_estep"  # the one of the iteration before, as in the published code
 
 
 class CriticTargets(Enum):
     """What a verdict is to the critic: wrong and right."""
 
-    zero_one = "zero_one"  # the paper: 0 and 1
-    plus_minus_one = "plus_minus_one"  # the published code: -1 and 1
+    zero_one = "zero_one"  # 0 and 1, as in the paper
+    plus_minus_one = "plus_minus_one"  # -1 and 1, as in the published code
 
 
 class Ratio(Enum):
     """Which ratio of the new policy to the old is clipped."""
 
-    sequence = "sequence"  # GSPO: a response's, the geometric mean of its tokens'
-    token = "token"  # PPO: each token's
+    sequence = "sequence"  # a response's, the geometric mean of its tokens' (GSPO)
+    token = "token"  # each token's (PPO)
 
 
 @dataclass(slots=True)
 class OptimizerConfig:
-    """AdamW."""
+    """AdamW, by Megatron's distributed optimizer."""
 
     lr: float = 1e-6  # learning rate, constant after the warm-up
     warmup_steps: int = 0  # optimizer steps in which the learning rate rises from lr / warmup_steps, linearly
@@ -94,17 +94,17 @@ class ActorUpdateConfig:
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mini_batch_prompts: int = 64  # prompts, with all their responses, of one optimizer step
-    epochs: int = 1  # passes over the batch
+    epochs: int = 1  # passes over the iteration's batch
     ratio: Ratio = Ratio.sequence
     clip_low: float = 3e-4  # the ratio is clipped at 1 - clip_low
-    clip_high: float = 5e-4  # and at 1 + clip_high
-    # Above 1: where A < 0, the ratio counts as no more than this (Ye et al. 2020); none: off.
+    clip_high: float = 5e-4  # the ratio is clipped at 1 + clip_high
+    # above 1: where A < 0, the ratio counts as no more than this (Ye et al. 2020); none: no such bound
     dual_clip: float | None = None
-    # Tokens are weighed by min(pi_old / pi_engine, importance_cap) (Yao et al. 2025); none: all alike.
+    # tokens are weighed by min(pi_old / pi_engine, importance_cap) (Yao et al. 2025); none: all alike
     importance_cap: float | None = None
-    entropy_coef: float = 0.0  # of a bonus for entropy, in nats a token
-    kl_coef: float = 0.0  # of KL(pi || model.path), in nats a token, by the k3 estimate; above 0 a third model is held
-    whiten_advantages: bool = False  # bring them to mean 0 and variance 1 over the tokens of an iteration
+    entropy_coef: float = 0.0  # weight of a bonus for entropy, in nats a token
+    kl_coef: float = 0.0  # weight of KL(pi || model.path), nats a token, k3 estimate; above 0 a third model is held
+    whiten_advantages: bool = False  # bring advantages to mean 0 and variance 1 over the tokens of an iteration
 
 
 @dataclass(slots=True)
@@ -113,10 +113,10 @@ class CriticUpdateConfig:
 
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-6))
     mini_batch_prompts: int = 64  # prompts, with all their responses, of one optimizer step
-    epochs: int = 1  # passes over the batch
+    epochs: int = 1  # passes over the iteration's batch
     warmup_iterations: int = 0  # the stage's first so many iterations update the critic alone
     targets: CriticTargets = CriticTargets.zero_one
-    # How far a response's mean value may move in an update before the loss stops it; none: freely.
+    # how far a response's mean value may move in an update before the loss stops it; none: freely
     clip: float | None = None
     drop_uniform_groups: bool = False  # leave out prompts whose responses are all right or all wrong
 
@@ -127,20 +127,20 @@ class StageConfig:
 
     method: Method = Method.tempo
     iterations: int = 0  # length of the stage; 0: no such stage
-    labelled_prompts: int = 256  # of an iteration
-    unlabelled_prompts: int = 0  # of an iteration
-    responses_per_prompt: int = 8  # that are learnt from
+    labelled_prompts: int = 256  # labelled prompts of an iteration
+    unlabelled_prompts: int = 0  # unlabelled prompts of an iteration
+    responses_per_prompt: int = 8  # responses to a prompt, to learn from
     actor: ActorUpdateConfig = field(default_factory=ActorUpdateConfig)
     critic: CriticUpdateConfig = field(default_factory=CriticUpdateConfig)
     baseline: Baseline = Baseline.before_token
     value_timing: ValueTiming = ValueTiming.after_estep
     estep_every: int = 1  # iterations from one E-step to the next; 0: never, a frozen critic
-    # Tempo: the actor learns from labelled rows, with verified rewards, as well, as in the published code.
+    # `tempo`: the actor learns from labelled rows, with verified rewards, as well, as in the published code
     actor_on_labelled: bool = False
     group_std: bool = True  # without a critic: divide advantages by the standard deviation of the rewards of a prompt
-    vote_responses: int | None = None  # ttrl: responses to a prompt that vote; none: those that are learnt from
-    entropy_low: float | None = None  # empo: leave out prompts whose answers have less entropy, nats; none: no bound
-    entropy_high: float | None = None  # empo: leave out prompts whose answers have more entropy, nats; none: no bound
+    vote_responses: int | None = None  # `ttrl`: responses to a prompt that vote; none: those that are learnt from
+    entropy_low: float | None = None  # `empo`: leave out prompts whose answers have less entropy, nats; none: no bound
+    entropy_high: float | None = None  # `empo`: leave out prompts whose answers have more entropy, nats; none: no bound
 
     @property
     def has_critic(self) -> bool:
