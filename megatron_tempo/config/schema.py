@@ -213,7 +213,7 @@ class ServersConfig:
     host: str = "127.0.0.1"
     devices: list[int] | None = None  # GPUs of a node, in order, `tensor` of them a server; none: all that are visible
     tensor: int = 1  # tensor parallelism of each server
-    precision: EnginePrecision | None = None  # of their weights; none: run.precision, or bf16 where that is FP8
+    precision: EnginePrecision | None = None  # number format; none: run.precision, or bf16 where that is FP8
     arguments: list[str] = field(default_factory=list)  # more of their command line: `--mem-fraction-static=0.8`
     transport: Transport = Transport.group
     dispatch: Dispatch = Dispatch.longest_first
