@@ -3,7 +3,7 @@ PYTHON ?= python3
 PROCESSES ?= 2
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow test-engines test-slurm test-gpu plan-tables study docker-cpu lint clean
+.PHONY: quickstart test test-slow test-engines test-slurm test-gpu plan-tables configuration-page study docker-cpu lint clean
 
 quickstart: .venv/installed  ## the main job: train on countdown, from a small pretrained model to a report
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) \
@@ -26,6 +26,9 @@ test-gpu: .venv/installed-test  ## what only a machine with a GPU shows
 
 plan-tables: .venv/installed  ## the table of docs/planning.md
 	$(BIN)/python tools/plan_tables.py
+
+configuration-page: .venv/installed  ## the tables of docs/configuration.md
+	$(BIN)/python tools/configuration_page.py
 
 study: .venv/installed  ## docs/study.md: hours, on every core; goes on where it was
 	$(BIN)/python tools/study.py run $(ARGS)

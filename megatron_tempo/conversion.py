@@ -17,7 +17,8 @@ import torch
 
 from megatron_tempo import seen
 from megatron_tempo.checkpoint import manifest
-from megatron_tempo.config.schema import Config, CriticTargets
+from megatron_tempo.config.schema import Config
+from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.config.tree import read as read_config
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.families import read_shape

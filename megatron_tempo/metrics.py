@@ -16,7 +16,8 @@ from typing import Any
 from rich.console import Console
 
 from megatron_tempo.alerts import Watch
-from megatron_tempo.config.schema import MetricsConfig, StageConfig
+from megatron_tempo.config.schema import MetricsConfig
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.heartbeat import DONE, EngineHealth, Heartbeat
 from megatron_tempo.progress import Forecast, ProgressBar, clock
 from megatron_tempo.records import (

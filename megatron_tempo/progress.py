@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from megatron_tempo.config.schema import StageConfig
+from megatron_tempo.config.stages import StageConfig
 
 RECENT = 20  # iterations whose mean time stands for the ones to come
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from megatron_tempo import schedule
 from megatron_tempo.checkpoint.checkpoints import Checkpoints
-from megatron_tempo.config.schema import NEEDS, Config, Prompts, StageConfig, to_plain
+from megatron_tempo.config.schema import Config, to_plain
+from megatron_tempo.config.stages import NEEDS, Prompts, StageConfig
 from megatron_tempo.config.tree import differences
 from megatron_tempo.config.tree import load as load_config
 from megatron_tempo.config.tree import save as save_config

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_tempo.config.schema import Config, StageConfig
+from megatron_tempo.config.schema import Config
+from megatron_tempo.config.stages import StageConfig
 
 
 def total(config: Config) -> int:

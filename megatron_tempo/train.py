@@ -10,7 +10,8 @@ from pathlib import Path
 
 import transformers
 
-from megatron_tempo.config.schema import Config, CriticTargets, to_plain
+from megatron_tempo.config.schema import Config, to_plain
+from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.config.tree import save as save_config
 from megatron_tempo.errors import InputError, UnwrittenError
 from megatron_tempo.evaluation.results import response_records, result

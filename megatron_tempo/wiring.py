@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_tempo.config.problem import ConfigErrors
 from megatron_tempo.config.rules.precision import Machine, check_machine
-from megatron_tempo.config.schema import Config, CriticTargets, EngineKind, EnginePrecision, Precision
+from megatron_tempo.config.schema import Config, EngineKind, EnginePrecision, Precision
+from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.data.dataset import load_labelled, load_unlabelled, overlap, question_keys
 from megatron_tempo.data.stream import PromptStream
 from megatron_tempo.errors import InputError

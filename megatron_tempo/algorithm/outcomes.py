@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_tempo.config.schema import Baseline, CriticTargets
+from megatron_tempo.config.stages import Baseline, CriticTargets
 
 
 def final_values(values: Tensor, lengths: Tensor, baseline: Baseline) -> Tensor:

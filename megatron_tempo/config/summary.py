@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_tempo.config.rules.layout import laid_of
-from megatron_tempo.config.schema import Config, ParallelConfig, StageConfig
+from megatron_tempo.config.schema import Config, ParallelConfig
+from megatron_tempo.config.stages import StageConfig
 
 
 def summary(config: Config) -> str:

@@ -81,7 +81,7 @@ def field_paths(cls: type = Config, path: str = "") -> Iterator[str]:
     """The paths of all leaves; NAME stands for a key that the user chooses."""
     for name, hint in typing.get_type_hints(cls).items():
         below = _join(path, name)
-        inner = _strip_optional(hint)
+        inner = strip_optional(hint)
         if typing.get_origin(inner) is dict:
             inner, below = typing.get_args(inner)[1], _join(below, "NAME")
         if is_dataclass(inner):
@@ -111,7 +111,7 @@ def _fill(default: _Node, plain: Any, path: str, problems: list[Problem]) -> _No
 
 
 def _value(hint: Any, value: Any, path: str, default: Any, problems: list[Problem]) -> Any:
-    inner = _strip_optional(hint)
+    inner = strip_optional(hint)
     if value is None and inner is not hint:
         return None
     if is_dataclass(inner):
@@ -174,7 +174,8 @@ def _meant(path: str, key: str, siblings: list[str]) -> str:
     )
 
 
-def _strip_optional(hint: Any) -> Any:
+def strip_optional(hint: Any) -> Any:
+    """The type that a field has where it is not none."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return next(arg for arg in typing.get_args(hint) if arg is not type(None))
     return hint

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_tempo.config.schema import CriticTargets, EvaluationConfig
+from megatron_tempo.config.schema import EvaluationConfig
+from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.evaluation.calibration import calibration_record
 from megatron_tempo.evaluation.scores import avg_at_k, avg_at_k_se, pass_at_k, pass_at_k_se
 from megatron_tempo.rewards.verifiers import Verifiers

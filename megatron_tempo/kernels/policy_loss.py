@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tempo.config.schema import ActorUpdateConfig, Baseline, Ratio
+from megatron_tempo.config.stages import ActorUpdateConfig, Baseline, Ratio
 from megatron_tempo.kernels.advantages import token_advantages, whiten
 from megatron_tempo.kernels.collectives import greatest_over, sum_over
 from megatron_tempo.kernels.rows import Rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from megatron_tempo.config.schema import Method, StageConfig
+from megatron_tempo.config.stages import Method, StageConfig
 from megatron_tempo.methods import empo, grpo, ppo, tempo, ttrl
 from megatron_tempo.methods.learner import Learner, Rollouts
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 
 from megatron_tempo.algorithm.groups import group_advantages, shares
-from megatron_tempo.config.schema import StageConfig
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.methods.learner import Learner, Rollouts
 
 

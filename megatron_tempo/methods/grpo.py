@@ -7,7 +7,7 @@ to its prompt. `group_std` off leaves the division out (Dr. GRPO, arXiv 2503.207
 from __future__ import annotations
 
 from megatron_tempo.algorithm.groups import group_advantages
-from megatron_tempo.config.schema import StageConfig
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.methods.learner import Learner, Rollouts
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_tempo.algorithm.outcomes import mixed_groups, value_targets
-from megatron_tempo.config.schema import StageConfig
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_tempo.algorithm.outcomes import value_targets
-from megatron_tempo.config.schema import StageConfig
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.methods.learner import Learner, Rollouts
 
 

@@ -8,7 +8,7 @@ M-step   unlabelled prompts:          R = V(x, y_1:T);  A_t = R - V(x, y_<t)    
 from __future__ import annotations
 
 from megatron_tempo.algorithm.outcomes import final_values, value_targets
-from megatron_tempo.config.schema import StageConfig, ValueTiming
+from megatron_tempo.config.stages import StageConfig, ValueTiming
 from megatron_tempo.methods.learner import Learner, Rollouts
 from megatron_tempo.types import Batch
 

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from megatron_tempo.algorithm.groups import first_of_each, group_advantages, votes
-from megatron_tempo.config.schema import StageConfig
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.methods.learner import Learner, Rollouts
 
 

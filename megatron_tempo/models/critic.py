@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_tempo.config.schema import CriticUpdateConfig
+from megatron_tempo.config.stages import CriticUpdateConfig
 from megatron_tempo.kernels.value_loss import VALUE_METRICS
 from megatron_tempo.models.gpt import ValueModel
 from megatron_tempo.models.packing import MicroBatch

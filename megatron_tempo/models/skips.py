@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_tempo.config.schema import OptimizerConfig
+from megatron_tempo.config.stages import OptimizerConfig
 from megatron_tempo.errors import NotFiniteError
 from megatron_tempo.models.trained import Loss, Step, TrainedModel
 from megatron_tempo.types import Batch

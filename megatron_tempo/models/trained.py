@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron_tempo.config.schema import OptimizerConfig
+from megatron_tempo.config.stages import OptimizerConfig
 from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.packing import MicroBatch, micro_batches
 from megatron_tempo.models.parallel import Layout, sum_over_ranks

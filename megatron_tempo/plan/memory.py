@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from megatron_tempo.config.schema import Config, EngineKind, EnginePrecision, Logits, Precision, StageConfig
+from megatron_tempo.config.schema import Config, EngineKind, EnginePrecision, Logits, Precision
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.plan import activations, engine, head
 from megatron_tempo.plan.layout import Layout, Machine, MicroBatch, layout_of, machine_of, micro_batch_of
 from megatron_tempo.plan.parameters import Role, fp8_copies, layer_parameters, parameters, resident

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from megatron_tempo.config.recipes import RECIPES
-from megatron_tempo.config.schema import Config, CriticUpdateConfig, Layers, Precision, Recompute
+from megatron_tempo.config.schema import Config, Layers, Precision, Recompute
+from megatron_tempo.config.stages import CriticUpdateConfig
 from megatron_tempo.models.machine import described
 from megatron_tempo.wiring import build_actor, build_critic, open_workplace
 from tests.support.ranks import WITH_TE, run_ranks

@@ -11,7 +11,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from megatron_tempo.config.schema import Config, Method, StageConfig
+from megatron_tempo.config.schema import Config
+from megatron_tempo.config.stages import Method, StageConfig
 from megatron_tempo.methods import METHODS
 from megatron_tempo.methods.learner import Learner, Rollouts
 from megatron_tempo.types import Batch

@@ -13,17 +13,8 @@ import torch
 import transformers
 
 from megatron_tempo.config import Config
-from megatron_tempo.config.schema import (
-    Baseline,
-    ClusterConfig,
-    CriticLayoutConfig,
-    Device,
-    Logits,
-    Method,
-    ParallelConfig,
-    Recompute,
-    StageConfig,
-)
+from megatron_tempo.config.schema import ClusterConfig, CriticLayoutConfig, Device, Logits, ParallelConfig, Recompute
+from megatron_tempo.config.stages import Baseline, Method, StageConfig
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.plan.layout import MicroBatch

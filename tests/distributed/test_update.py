@@ -9,17 +9,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from megatron_tempo.config.schema import (
-    ActorUpdateConfig,
-    Baseline,
-    Config,
-    CriticLayoutConfig,
-    CriticUpdateConfig,
-    Layers,
-    Logits,
-    ParallelConfig,
-    Recompute,
-)
+from megatron_tempo.config.schema import Config, CriticLayoutConfig, Layers, Logits, ParallelConfig, Recompute
+from megatron_tempo.config.stages import ActorUpdateConfig, Baseline, CriticUpdateConfig
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.models.packing import MicroBatch
 from megatron_tempo.types import Batch

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_tempo.checkpoint.checkpoints import Checkpoints
-from megatron_tempo.config.schema import Config, CriticUpdateConfig, OptimizerConfig, ParallelConfig, Precision
+from megatron_tempo.config.schema import Config, ParallelConfig, Precision
+from megatron_tempo.config.stages import CriticUpdateConfig, OptimizerConfig
 from megatron_tempo.wiring import build_critic, open_workplace, weights_of
 from tests.support.ranks import run_ranks
 from tests.support.tiny import ragged_batch, write_model

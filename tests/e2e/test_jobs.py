@@ -14,7 +14,8 @@ import transformers
 from safetensors.torch import load_file
 
 from megatron_tempo.algorithm.outcomes import final_values
-from megatron_tempo.config.schema import Config, CriticUpdateConfig, OptimizerConfig
+from megatron_tempo.config.schema import Config
+from megatron_tempo.config.stages import CriticUpdateConfig, OptimizerConfig
 from megatron_tempo.config.tree import load
 from megatron_tempo.errors import InputError, NotFiniteError
 from megatron_tempo.methods import tempo

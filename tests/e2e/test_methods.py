@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_tempo.config.schema import Config, Method, Verifier
+from megatron_tempo.config.schema import Config, Verifier
+from megatron_tempo.config.stages import Method
 from megatron_tempo.errors import InputError
 from megatron_tempo.records import read_evaluations, read_metrics, read_samples
 from megatron_tempo.train import train

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megatron_tempo.config.recipes import RECIPES
 from megatron_tempo.config.rules.precision import check_machine
-from megatron_tempo.config.schema import Config, CriticUpdateConfig, Layers, OptimizerConfig, Precision
+from megatron_tempo.config.schema import Config, Layers, Precision
+from megatron_tempo.config.stages import CriticUpdateConfig, OptimizerConfig
 from megatron_tempo.models.machine import machine_of
 from megatron_tempo.wiring import build_actor, build_critic, open_workplace
 from tests.support.ranks import run_ranks

@@ -6,14 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_tempo.config.schema import (
-    Baseline,
-    Config,
-    CriticTargets,
-    DatasetConfig,
-    Ratio,
-    Verifier,
-)
+from megatron_tempo.config.schema import Config, DatasetConfig, Verifier
+from megatron_tempo.config.stages import Baseline, CriticTargets, Ratio
 from tests.support.tiny import write_model
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from megatron_tempo.cli import REPOSITORY, build
 from megatron_tempo.config import Config, ConfigErrors, Problem, Purpose
 from megatron_tempo.config.benchmarks import BENCHMARKS
-from megatron_tempo.config.schema import Baseline, CriticTargets, Method, Prompts, Ratio, ValueTiming, to_plain
+from megatron_tempo.config.schema import to_plain
+from megatron_tempo.config.stages import Baseline, CriticTargets, Method, Prompts, Ratio, ValueTiming
 from megatron_tempo.config.tree import MISSING
 from tests.unit.config_files import write_model, write_rows
 
@@ -195,8 +196,8 @@ def test_a_command_of_the_readme_passes(command: str, tmp_path: Path, monkeypatc
 
 
 def test_the_presets_hold_no_field_that_equals_its_default() -> None:
-    """Each default stands in schema.py alone. An algorithm goes over an experiment, and may have to take back what that
-    has set."""
+    """Each default stands in a dataclass alone. An algorithm goes over an experiment, and may have to take back what
+    that has set."""
     defaults = OmegaConf.create(to_plain(Config()))
     for path in sorted((REPOSITORY / "configs").glob("*/*.yaml")):
         if path.parent.name == "algorithm":

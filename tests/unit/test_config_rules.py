@@ -15,7 +15,7 @@ import pytest
 
 from megatron_tempo.config import Config, Problem, Purpose, check
 from megatron_tempo.config.rules import evaluation
-from megatron_tempo.config.schema import NEEDS, Method, Prompts
+from megatron_tempo.config.stages import NEEDS, Method, Prompts
 from megatron_tempo.config.tree import MISSING
 from tests.unit.config_files import configure, good_overrides, write_all, write_model
 

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from megatron_tempo import run as run_module
 from megatron_tempo import wiring
-from megatron_tempo.config.schema import Config, DatasetConfig, Method, Verifier
+from megatron_tempo.config.schema import Config, DatasetConfig, Verifier
+from megatron_tempo.config.stages import Method
 from megatron_tempo.data.dataset import load_unlabelled
 from megatron_tempo.models.trained import Model, TrainedModel
 from megatron_tempo.records import read_evaluations, read_metrics

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_tempo.config.schema import NEEDS, Baseline, CriticTargets, Method, StageConfig, ValueTiming
+from megatron_tempo.config.stages import NEEDS, Baseline, CriticTargets, Method, StageConfig, ValueTiming
 from megatron_tempo.kernels.advantages import token_advantages
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.kernels.rows import Rows
@@ -386,7 +386,7 @@ def test_empo_leaves_out_prompts_by_their_entropy(
     assert improve["advantages"].tolist() == pytest.approx(wanted, abs=1e-6)
 
 
-# Which iteration needs what (config.schema.StageConfig), against the calls above
+# Which iteration needs what (config.stages.StageConfig), against the calls above
 
 
 @pytest.mark.parametrize("method", list(Method))

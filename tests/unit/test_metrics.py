@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 import megatron_tempo.metrics as metrics_module
-from megatron_tempo.config.schema import Config, Method, MetricsConfig, StageConfig
+from megatron_tempo.config.schema import Config, MetricsConfig
+from megatron_tempo.config.stages import Method, StageConfig
 from megatron_tempo.metrics import Metrics
 from megatron_tempo.progress import Forecast, clock
 from megatron_tempo.records import append, drop, read, read_evaluations, read_metrics, read_samples, read_warnings

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_tempo.config.schema import Config, CriticTargets, ModelConfig, RunConfig, to_plain
+from megatron_tempo.config.schema import Config, ModelConfig, RunConfig, to_plain
+from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.evaluation.calibration import calibration_record
 from megatron_tempo.records import append
 from megatron_tempo.report.html import write_report

@@ -15,7 +15,8 @@ from typing import Any, cast
 import pytest
 
 from megatron_tempo import cli, heartbeat
-from megatron_tempo.config.schema import Config, Method, MetricsConfig, ServersConfig, StageConfig, to_plain
+from megatron_tempo.config.schema import Config, MetricsConfig, ServersConfig, to_plain
+from megatron_tempo.config.stages import Method, StageConfig
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.heartbeat import EngineHealth, Heartbeat, read_heartbeat
 from megatron_tempo.metrics import Metrics

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from megatron_tempo.config import schema
+from megatron_tempo.config import schema, stages
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.tree import walk
 
@@ -67,7 +67,7 @@ _BOUNDS: dict[type, dict[str, _Bound]] = {
         "timeout_seconds": _ABOVE_ZERO,
         "max_tokens": _ONE_OR_MORE,
     },
-    schema.OptimizerConfig: {
+    stages.OptimizerConfig: {
         "lr": _SMALL,
         "warmup_steps": _ZERO_OR_MORE,
         "weight_decay": _ZERO_OR_MORE,
@@ -76,7 +76,7 @@ _BOUNDS: dict[type, dict[str, _Bound]] = {
         "eps": _SMALL,
         "clip_grad": _ABOVE_ZERO,
     },
-    schema.ActorUpdateConfig: {
+    stages.ActorUpdateConfig: {
         "mini_batch_prompts": _ONE_OR_MORE,
         "epochs": _ONE_OR_MORE,
         "clip_low": _CLIP_LOW,
@@ -86,13 +86,13 @@ _BOUNDS: dict[type, dict[str, _Bound]] = {
         "entropy_coef": _ZERO_OR_MORE,
         "kl_coef": _ZERO_OR_MORE,
     },
-    schema.CriticUpdateConfig: {
+    stages.CriticUpdateConfig: {
         "mini_batch_prompts": _ONE_OR_MORE,
         "epochs": _ONE_OR_MORE,
         "warmup_iterations": _ZERO_OR_MORE,
         "clip": _ABOVE_ZERO,
     },
-    schema.StageConfig: {
+    stages.StageConfig: {
         "iterations": _ZERO_OR_MORE,
         "labelled_prompts": _ZERO_OR_MORE,
         "unlabelled_prompts": _ZERO_OR_MORE,

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from megatron_tempo.config.problem import Problem, show
 from megatron_tempo.config.rules.layout import divisors, laid_of
-from megatron_tempo.config.schema import NEEDS, Config, Method, Prompts, StageConfig, Verifier
+from megatron_tempo.config.schema import Config, Verifier
+from megatron_tempo.config.stages import NEEDS, Method, Prompts, StageConfig
 
 
 def check(config: Config) -> Iterator[Problem]:

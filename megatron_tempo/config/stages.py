@@ -1,0 +1,190 @@
+"""What a stage of training is: its method, whose responses actor and critic learn from, and how they are updated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Method(Enum):
+    """What the stage trains by; each is megatron_tempo/methods/NAME.py (docs/methods.md)."""
+
+    ppo = "ppo"  # PPO on verified answers
+    tempo = "tempo"  # the critic's values as rewards, the critic held to verified answers
+    ttrl = "ttrl"  # the majority's answer as the label
+    empo = "empo"  # the share of responses with the same answer as the reward
+    grpo = "grpo"  # verified answers, a prompt's responses held against one another
+
+
+class Prompts(Enum):
+    labelled = "labelled"
+    unlabelled = "unlabelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Which prompts a method's actor and critic learn from. A critic with prompts of its own has an E-step.
+
+    Without a critic a prompt's responses are held against one another.
+    """
+
+    actor: Prompts
+    critic: Prompts | None  # none: a method without a critic
+    classes: bool = False  # rewards come from which of a prompt's responses have equal answers
+
+    @property
+    def estep(self) -> bool:
+        return self.critic is not None and self.critic is not self.actor
+
+
+NEEDS = {
+    Method.ppo: Needs(actor=Prompts.labelled, critic=Prompts.labelled),
+    Method.tempo: Needs(actor=Prompts.unlabelled, critic=Prompts.labelled),
+    Method.ttrl: Needs(actor=Prompts.unlabelled, critic=None, classes=True),
+    Method.empo: Needs(actor=Prompts.unlabelled, critic=None, classes=True),
+    Method.grpo: Needs(actor=Prompts.labelled, critic=None),
+}
+
+
+class Baseline(Enum):
+    """Where reward and baseline of a token's advantage are read (docs/method.md)."""
+
+    before_token = "before_token"  # `A_t = V(x, y_1:T) - V(x, y_<t)`
+    paper = "paper"  # `A_t = V(x, y_1:T) - V(x, y_1:t)`, Eq. 11 to the letter
+    reference = "reference"  # `A_t = V(x, y_<T) - V(x, y_<t)`, the published code
+
+
+class ValueTiming(Enum):
+    """Which critic judges the M-step's responses."""
+
+    after_estep = "after_estep"  # the recalibrated one, as in the paper
+    before_estep = "before_estep"  # the one of the iteration before, as in the published code
+
+
+class CriticTargets(Enum):
+    """What a verdict is to the critic: wrong and right."""
+
+    zero_one = "zero_one"  # 0 and 1, as in the paper
+    plus_minus_one = "plus_minus_one"  # -1 and 1, as in the published code
+
+
+class Ratio(Enum):
+    """Which ratio of the new policy to the old is clipped."""
+
+    sequence = "sequence"  # a response's, the geometric mean of its tokens' (GSPO)
+    token = "token"  # each token's (PPO)
+
+
+@dataclass(slots=True)
+class OptimizerConfig:
+    """AdamW, by Megatron's distributed optimizer."""
+
+    lr: float = 1e-6  # learning rate, constant after the warm-up
+    warmup_steps: int = 0  # optimizer steps in which the learning rate rises from lr / warmup_steps, linearly
+    weight_decay: float = 0.0  # decoupled, of matrices alone
+    beta1: float = 0.9  # decay of the gradient's running mean
+    beta2: float = 0.999  # decay of the running mean of its square
+    eps: float = 1e-8  # added to the root of the latter
+    clip_grad: float = 1.0  # the gradient is scaled down to this norm, over all parameters
+
+
+@dataclass(slots=True)
+class ActorUpdateConfig:
+    """How the actor learns from an iteration's responses."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mini_batch_prompts: int = 64  # prompts, with all their responses, of one optimizer step
+    epochs: int = 1  # passes over the iteration's batch
+    ratio: Ratio = Ratio.sequence
+    clip_low: float = 3e-4  # the ratio is clipped at 1 - clip_low
+    clip_high: float = 5e-4  # the ratio is clipped at 1 + clip_high
+    # above 1: where A < 0, the ratio counts as no more than this (Ye et al. 2020); none: no such bound
+    dual_clip: float | None = None
+    # tokens are weighed by min(pi_old / pi_engine, importance_cap) (Yao et al. 2025); none: all alike
+    importance_cap: float | None = None
+    entropy_coef: float = 0.0  # weight of a bonus for entropy, in nats a token
+    kl_coef: float = 0.0  # weight of KL(pi || model.path), nats a token, k3 estimate; above 0 a third model is held
+    whiten_advantages: bool = False  # bring advantages to mean 0 and variance 1 over the tokens of an iteration
+
+
+@dataclass(slots=True)
+class CriticUpdateConfig:
+    """How the critic learns from an iteration's responses."""
+
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-6))
+    mini_batch_prompts: int = 64  # prompts, with all their responses, of one optimizer step
+    epochs: int = 1  # passes over the iteration's batch
+    warmup_iterations: int = 0  # the stage's first so many iterations update the critic alone
+    targets: CriticTargets = CriticTargets.zero_one
+    # how far a response's mean value may move in an update before the loss stops it; none: freely
+    clip: float | None = None
+    drop_uniform_groups: bool = False  # leave out prompts whose responses are all right or all wrong
+
+
+@dataclass(slots=True)
+class StageConfig:
+    """One stage of training by one method."""
+
+    method: Method = Method.tempo
+    iterations: int = 0  # length of the stage; 0: no such stage
+    labelled_prompts: int = 256  # labelled prompts of an iteration
+    unlabelled_prompts: int = 0  # unlabelled prompts of an iteration
+    responses_per_prompt: int = 8  # responses to a prompt, to learn from
+    actor: ActorUpdateConfig = field(default_factory=ActorUpdateConfig)
+    critic: CriticUpdateConfig = field(default_factory=CriticUpdateConfig)
+    baseline: Baseline = Baseline.before_token
+    value_timing: ValueTiming = ValueTiming.after_estep
+    estep_every: int = 1  # iterations from one E-step to the next; 0: never, a frozen critic
+    # `tempo`: the actor learns from labelled rows, with verified rewards, as well, as in the published code
+    actor_on_labelled: bool = False
+    group_std: bool = True  # without a critic: divide advantages by the standard deviation of the rewards of a prompt
+    vote_responses: int | None = None  # `ttrl`: responses to a prompt that vote; none: those that are learnt from
+    entropy_low: float | None = None  # `empo`: leave out prompts whose answers have less entropy, nats; none: no bound
+    entropy_high: float | None = None  # `empo`: leave out prompts whose answers have more entropy, nats; none: no bound
+
+    @property
+    def has_critic(self) -> bool:
+        return NEEDS[self.method].critic is not None
+
+    @property
+    def trains_critic(self) -> bool:
+        return self.has_critic and not (NEEDS[self.method].estep and self.estep_every == 0)
+
+    @property
+    def samples(self) -> int:
+        """Responses that are sampled for a prompt."""
+        return self.vote_responses or self.responses_per_prompt
+
+    def warms_up(self, iteration: int) -> bool:
+        """Whether the iteration, from 0, is of the critic's warm-up: the actor then stays as it is."""
+        return iteration < self.critic.warmup_iterations
+
+    def critic_learns(self, iteration: int) -> bool:
+        """Whether the iteration, from 0, updates the critic."""
+        if not self.trains_critic:
+            return False
+        return not NEEDS[self.method].estep or self.warms_up(iteration) or iteration % self.estep_every == 0
+
+    def prompts_at(self, iteration: int) -> set[Prompts]:
+        """The prompts that the iteration, from 0, needs answered."""
+        actor = set() if self.warms_up(iteration) else self.actor_prompts()
+        return actor | (self.critic_prompts() if self.critic_learns(iteration) else set())
+
+    def actor_prompts(self) -> set[Prompts]:
+        """The prompts whose responses the actor learns from."""
+        extra = {Prompts.labelled} if self.actor_on_labelled else set()
+        return {NEEDS[self.method].actor} | extra
+
+    def critic_prompts(self) -> set[Prompts]:
+        """The prompts whose responses the critic learns from: none where it is frozen or absent."""
+        critic = NEEDS[self.method].critic
+        return {critic} if critic is not None and self.trains_critic else set()
+
+    def prompts(self) -> set[Prompts]:
+        """All prompts that an iteration needs."""
+        return self.actor_prompts() | self.critic_prompts()
+
+    def count(self, prompts: set[Prompts]) -> int:
+        """How many of the given prompts an iteration has."""
+        of = {Prompts.labelled: self.labelled_prompts, Prompts.unlabelled: self.unlabelled_prompts}
+        return sum(of[kind] for kind in prompts)
