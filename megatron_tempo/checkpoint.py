@@ -25,6 +25,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from megatron_tempo import pulse
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.models.trained import TrainedModel
@@ -180,6 +181,7 @@ def _digest(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(_READ_BYTES):
             checksum = zlib.crc32(block, checksum)
+            pulse.beat()
     return f"{path.stat().st_size}:{checksum:08x}"
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
-from megatron_tempo import schedule
+from megatron_tempo import pulse, schedule
 from megatron_tempo.checkpoint import Checkpoints
 from megatron_tempo.config.schema import NEEDS, Config, Prompts, StageConfig, to_plain
 from megatron_tempo.config.tree import differences
@@ -255,7 +255,7 @@ class Run:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Times what is done inside, takes its peak of memory, and names it in traces."""
-        with self.metrics.phase(name), self.peaks.phase(name), self.profiler.phase(name):
+        with pulse.phase(name, self.step), self.metrics.phase(name), self.peaks.phase(name), self.profiler.phase(name):
             yield
 
     # Between iterations

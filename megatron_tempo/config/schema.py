@@ -176,6 +176,7 @@ class RunConfig:
     precision: Precision = Precision.fp32
     deterministic: bool = True  # torch's deterministic algorithms
     max_skipped: int = 3  # optimizer steps of a model in a row whose loss or gradient is not finite, then the run stops
+    hang_minutes: float | None = 30.0  # without progress on any rank, until the run is ended; none: no limit
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_tempo import pulse
 from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.types import Bucket
@@ -198,6 +199,7 @@ def _numel(group: list[Slot]) -> int:
 
 def _wholes(group: list[Slot], flat: Tensor) -> Wholes:
     """The tensors of a group as views of a flat tensor that has room for them, one behind the other."""
+    pulse.beat()
     wholes: Wholes = {}
     at = 0
     for slot in group:
