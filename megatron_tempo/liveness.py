@@ -44,9 +44,16 @@ SILENT = 60.0  # seconds without a sign after which a rank counts as dead
 ENDED = 20.0  # seconds that the others have to end by themselves when one has ended with an error
 
 DONE = "done"
+_PATIENCE = 10.0  # seconds for what is done at once unless a disk, a pipe or the store is stuck
 _PACKAGE = str(Path(__file__).parent)
-# Files with a frame in which a process waits for others.
-_WAITING = ("/torch/distributed/", "/megatron/core/pipeline_parallel/p2p_communication.py")
+# Where a process waits for others: the file, and the function if not all of it.
+_WAITING = (
+    ("/torch/distributed/distributed_c10d.py", ""),
+    ("/megatron/core/pipeline_parallel/p2p_communication.py", ""),
+    ("/megatron/core/distributed/param_and_grad_buffer.py", "finish_grad_sync"),
+    ("/megatron/core/distributed/param_and_grad_buffer.py", "finish_param_sync"),
+    (f"{_PACKAGE}/weights/stream.py", "_wait"),
+)
 _VERDICT = "verdict"
 
 _T = TypeVar("_T")
@@ -202,7 +209,7 @@ def _name(rank: int, sign: Sign) -> str:
 
 def _place(sign: Sign) -> str:
     stands = f", at {sign.stands}" if sign.stands else ""
-    return f"in {sign.phase or 'no phase'} with {sign.step} iterations done{stands}"
+    return f"{f'in {sign.phase}' if sign.phase else 'between phases'}, {sign.step} iterations done{stands}"
 
 
 def _at(ago: float) -> str:
@@ -335,7 +342,7 @@ class Liveness:
         """The last sign. Who holds the store stays until the others have read it, or have ended too."""
         self._ended = word
         before = self._rounds + 1  # the round under way may have begun without it
-        deadline = time.monotonic() + min(self._silent, 2 * self._beat)
+        deadline = time.monotonic() + _PATIENCE
         while self._rounds <= before and time.monotonic() < deadline:
             self._wake.set()
             time.sleep(0.01)
@@ -348,7 +355,7 @@ class Liveness:
         self._over.set()
         self._wake.set()
         for thread in self._threads:
-            thread.join(2 * self._beat)
+            thread.join(_PATIENCE)
         self._store = None
 
     def _all_know(self, told: dict[int, int], *, done: bool) -> bool:
@@ -371,14 +378,18 @@ class Liveness:
 
     def _end(self, verdict: Verdict) -> None:
         """Say what there is to say, and end this process. What says it may itself be stuck, so it has its time."""
-        first = _within(2 * self._beat, lambda: self._claim(verdict)) if self._store is not None else None
+        first = _within(_PATIENCE, lambda: self._claim(verdict)) if self._store is not None else None
         if first is None:
             tells = self._judge.tells(self._gone)
         else:
             tells, verdict = first.by == self._rank, first
-        _within(10.0, lambda: self._tell(verdict, tells))
+        again = _again_from(self._folder)
+        _within(_PATIENCE, lambda: self._tell(verdict, again, tells))
         if self._host == self._rank and self._world > 1:
             time.sleep(2 * self._beat)  # until the others have read it in the store
+        if tells or self._rank == 0:
+            # At the very end: the first rank's own thread may still write the file, or its main one what it made of it.
+            _within(_PATIENCE, lambda: leave_word(self._folder, verdict.reason + again))
         os._exit(1)
 
     def _claim(self, verdict: Verdict) -> Verdict:
@@ -386,15 +397,12 @@ class Liveness:
         assert self._store is not None
         return _verdict(self._store.compare_set(_VERDICT, "", json.dumps(asdict(replace(verdict, by=self._rank)))))
 
-    def _tell(self, verdict: Verdict, tells: bool) -> None:
-        again = _again_from(self._folder)
+    def _tell(self, verdict: Verdict, again: str, tells: bool) -> None:
         if tells:
             os.write(2, f"\nerror: {verdict.text}{again}\n".encode())
         if self._rank in verdict.dump:
             os.write(2, f"the stacks of rank {self._rank}, process {os.getpid()}:\n".encode())
             faulthandler.dump_traceback(file=2, all_threads=True)
-        if tells or self._rank == 0:  # whose process would write the file anew
-            leave_word(self._folder, verdict.reason + again)
         sys.stdout.flush()
         sys.stderr.flush()
 
@@ -436,11 +444,11 @@ def _stands(thread: int | None) -> tuple[str, bool]:
     """The innermost line of this package in which a thread is, and whether it waits for other ranks from there."""
     frame, waits = sys._current_frames().get(thread or 0), False
     while frame is not None:
-        file = frame.f_code.co_filename
-        if file.startswith(_PACKAGE):
-            name = file.removeprefix(_PACKAGE).lstrip("/")
-            return f"{name}:{frame.f_lineno} in {frame.f_code.co_name}", waits
-        waits = waits or any(part in file for part in _WAITING)
+        file, function = frame.f_code.co_filename, frame.f_code.co_name
+        waits = waits or any(file.endswith(path) and name in ("", function) for path, name in _WAITING)
+        # Neither comprehensions nor what torch calls for each of its functions (models/device.py).
+        if file.startswith(_PACKAGE) and not function.startswith(("<", "__torch")):
+            return f"{file.removeprefix(_PACKAGE).lstrip('/')}:{frame.f_lineno} in {function}", waits
         frame = frame.f_back
     return "", waits
 
