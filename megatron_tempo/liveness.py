@@ -104,6 +104,7 @@ class Judge:
         self._progress = now  # when any rank last got something done
         self._failed: dict[int, float] = {}  # since when ranks are known to have ended with an error
         self._gone: dict[int, tuple[float, int]] = {}  # since when processes are gone, and our signs by then
+        self._absent: set[int] | None = None  # ranks whose processes were gone when the store ceased to answer
 
     def look(
         self, now: float, signs: Mapping[int, Sign], gone: Callable[[Sign], bool], *, bereft: bool
@@ -126,6 +127,7 @@ class Judge:
             if sign.ended is not None and sign.ended != DONE:
                 self._failed.setdefault(rank, now)
             self._signs[rank] = sign
+        self._note_absent(now, gone)
         if verdict := self._one_failed(now, bereft):
             return verdict
         host = self._signs.get(self._host) if self._host is not None else None
@@ -133,13 +135,23 @@ class Judge:
             return None  # with it went the store: what the others do is not known, and there is little left to do
         return self._one_gone(now, gone) or self._one_silent(now) or self._hung(now)
 
-    def tells(self, gone: Callable[[Sign], bool]) -> bool:
+    def tells(self) -> bool:
         """Whether this rank speaks where the store cannot say who does: the first on its machine."""
         mine = self._signs.get(self._rank)
         if mine is None:
             return True
-        beside = [r for r, s in self._signs.items() if s.machine == mine.machine and s.ended is None and not gone(s)]
-        return self._rank == min([*(r for r in beside if r != self._host), self._rank])
+        beside = [rank for rank, sign in self._signs.items() if sign.machine == mine.machine and sign.ended is None]
+        absent = (self._absent or set()) | {self._host}
+        return self._rank == min(rank for rank in beside if rank == self._rank or rank not in absent)
+
+    def _note_absent(self, now: float, gone: Callable[[Sign], bool]) -> None:
+        """Early: who is gone later may have spoken before."""
+        host = self._signs.get(self._host) if self._host is not None else None
+        quiet = now - self._moved[self._rank]
+        if quiet == 0:
+            self._absent = None
+        elif self._absent is None and (quiet > 2 * self._beat or (host is not None and gone(host))):
+            self._absent = {rank for rank, sign in self._signs.items() if gone(sign)}
 
     def _one_failed(self, now: float, bereft: bool) -> Verdict | None:
         for rank, since in self._failed.items():
@@ -380,7 +392,7 @@ class Liveness:
         """Say what there is to say, and end this process. What says it may itself be stuck, so it has its time."""
         first = _within(_PATIENCE, lambda: self._claim(verdict)) if self._store is not None else None
         if first is None:
-            tells = self._judge.tells(self._gone)
+            tells = self._judge.tells()
         else:
             tells, verdict = first.by == self._rank, first
         again = _again_from(self._folder)

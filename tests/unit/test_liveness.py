@@ -193,18 +193,19 @@ def test_a_judge_that_was_asleep_counts_anew() -> None:
     assert "(this process stood still for 18000 s, so that rank may have given it up)" in verdict.text
 
 
-def test_who_speaks_without_the_store() -> None:
-    world = World(rank=1)
-    world.step()
-    assert world.judge.tells(lambda sign: False), "the only one on its machine"
-    world.signs = {rank: replace(sign, machine="one") for rank, sign in world.signs.items()}
-    world.step()
-    assert world.judge.tells(lambda sign: False), "rank 0 went with the store"
-    world = World(rank=2)
-    world.signs = {rank: replace(sign, machine="one") for rank, sign in world.signs.items()}
-    world.step()
-    assert not world.judge.tells(lambda sign: False)
-    assert world.judge.tells(lambda sign: sign.pid == 41)
+@pytest.mark.parametrize("rank", range(WORLD))
+@pytest.mark.parametrize(("machines", "gone", "speak"), [("aaa", {0}, {1}), ("aba", {0}, {1, 2}), ("aaa", {0, 1}, {2})])
+def test_without_the_store_the_first_on_each_machine_speaks(
+    rank: int, machines: str, gone: set[int], speak: set[int]
+) -> None:
+    world = World(rank)
+    world.signs = {i: replace(sign, machine=machines[i]) for i, sign in world.signs.items()}
+    quiet_for(world, 20)
+    world.read, world.gone = False, gone
+    assert world.step() is None
+    world.gone = set(range(WORLD)) - {rank}  # who spoke has ended meanwhile
+    world.until_verdict(100)
+    assert rank in gone or world.judge.tells() == (rank in speak)
 
 
 def caught(make: type[Exception], cause: Exception | None = None) -> Exception:
