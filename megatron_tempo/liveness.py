@@ -165,7 +165,7 @@ class Judge:
         for rank, sign in self._signs.items():
             if sign.ended is None and rank != self._rank and gone(sign):
                 since, beats = self._gone.setdefault(rank, (now, ours))
-                if ours >= beats + 2 or now - since > 3 * self._beat:
+                if ours >= beats + 2 or now - since > 2 * self._beat:
                     return self._lost(rank, now, "has died")
         return None
 
