@@ -110,6 +110,16 @@ class Heartbeat:
                 self._warned = True
 
 
+def leave_word(folder: Path, why: str) -> None:
+    """Say in the last sign, from whichever process, why the run has ended. Raises OSError."""
+    record = read_heartbeat(folder)
+    if record is not None:
+        now = time.time()
+        new = folder / f"{HEARTBEAT}.{os.getpid()}"
+        new.write_text(json.dumps(record | {"time": now, "phase": "", "since": now, "ended": why}))
+        os.replace(new, folder / HEARTBEAT)
+
+
 def read_heartbeat(folder: Path) -> dict[str, Any] | None:
     """The last sign; none: there is none yet, or the file is not ours."""
     try:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
-from megatron_tempo import schedule
+from megatron_tempo import pulse, schedule
 from megatron_tempo.checkpoint.checkpoints import Checkpoints
 from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.stages import NEEDS, Prompts, StageConfig
@@ -54,6 +54,7 @@ from megatron_tempo.wiring import (
     build_evaluator,
     build_reference,
     build_verifiers,
+    collective_timeout,
     engine_weights,
     evaluation_sets,
     export_hf,
@@ -135,6 +136,7 @@ class Run:
                 place.layouts.actor,
                 metrics.message,
                 asynchronous=config.checkpoint.asynchronous,
+                timeout=collective_timeout(config),
             )
             stack.callback(checkpoints.close)
             yield cls(
@@ -266,7 +268,7 @@ class Run:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Times what is done inside, takes its peak of memory, and names it in traces."""
-        with self.metrics.phase(name), self.peaks.phase(name), self.profiler.phase(name):
+        with pulse.phase(name, self.step), self.metrics.phase(name), self.peaks.phase(name), self.profiler.phase(name):
             yield
 
     # Between iterations

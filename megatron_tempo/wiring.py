@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from megatron_tempo.data.stream import PromptStream
 from megatron_tempo.errors import InputError
 from megatron_tempo.evaluation.evaluator import Evaluator
 from megatron_tempo.kernels import kernels_for
+from megatron_tempo.liveness import Liveness
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
 from megatron_tempo.models.device import select_device
@@ -72,7 +74,7 @@ class Workplace:
 
 @contextmanager
 def open_workplace(config: Config) -> Iterator[Workplace]:
-    """The device and the process groups, for the time of a job."""
+    """The device and the process groups, for the time of a job, which ends where a rank is lost or hangs."""
     device = select_device(config.run.device, int(os.environ.get("LOCAL_RANK", "0")))
     machine = machine_of(device)
     if problems := list(check_machine(config, machine)):
@@ -82,8 +84,20 @@ def open_workplace(config: Config) -> Iterator[Workplace]:
     # Beside it, torch fills all memory that is asked for unfilled: a launch more for each of a kernel's results.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     transformers.utils.logging.disable_progress_bar()
-    with parallel_groups(config.parallel, device, config.run.seed) as layouts:
+    with (
+        parallel_groups(config.parallel, device, config.run.seed, collective_timeout(config)) as layouts,
+        Liveness(Path(config.run.dir), config.run.hang_minutes),
+    ):
         yield Workplace(config, layouts, device, Residence(one_at_a_time=config.parallel.offload), machine)
+
+
+def collective_timeout(config: Config) -> timedelta:
+    """How long a rank waits for the others: so long that `run.hang_minutes` is over before, and a hang has been named.
+
+    A rank may also wait for one that is at work, which is no hang.
+    """
+    minutes = config.run.hang_minutes
+    return timedelta(days=1) if minutes is None else timedelta(minutes=2 * minutes)
 
 
 def build_actor(place: Workplace) -> Actor:
@@ -122,7 +136,8 @@ def build_engine(place: Workplace, tell: Callable[[str], None]) -> Engine:
 
     servers, dialect = config.rollout.servers, dialect_of(config, cpu=place.device.type == "cpu")
     work, vocab = Path(config.run.dir) / "engine", read_shape(model).vocab
-    return ServersEngine(dialect, servers, model, work, engine_precision(config), place.device, vocab, tell)
+    precision, timeout = engine_precision(config), collective_timeout(config)
+    return ServersEngine(dialect, servers, model, work, precision, place.device, vocab, timeout, tell)
 
 
 def dialect_of(config: Config, *, cpu: bool) -> Dialect:

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,20 @@ class Checkpoints:
     """The checkpoints of one run, the newest of which may be on its way to the disk. All methods are collective."""
 
     def __init__(
-        self, folder: Path, keep: int, layout: Layout, tell: Callable[[str], None], *, asynchronous: bool = True
+        self,
+        folder: Path,
+        keep: int,
+        layout: Layout,
+        tell: Callable[[str], None],
+        *,
+        asynchronous: bool = True,
+        timeout: timedelta = COLLECTIVE_TIMEOUT,
     ) -> None:
-        """`keep`: how many whole ones. `asynchronous`: `save` returns when they can be written without the models."""
+        """`keep`: how many whole ones. `asynchronous`: `save` returns when they can be written without the models.
+        `timeout`: how long a rank that has written its files waits for the others."""
         self.folder, self._keep, self._layout, self._tell = folder, keep, layout, tell
         self._asynchronous = asynchronous
-        self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._saving: Saving | None = None
         self.saved: int | None = None  # the step of the newest that was whole when it was written or read
 

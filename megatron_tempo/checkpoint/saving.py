@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_tempo import pulse
 from megatron_tempo.checkpoint import manifest
 from megatron_tempo.together import together
 from megatron_tempo.weights.files import sync, sync_folder
@@ -93,6 +94,7 @@ class Share:
                     raise OSError(cause.errno, cause.strerror, str(path)) from told
                 raise told
             results += told
+            pulse.beat()
         return results
 
 

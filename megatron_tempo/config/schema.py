@@ -125,6 +125,7 @@ class RunConfig:
     precision: Precision = Precision.fp32
     deterministic: bool = True  # use deterministic algorithms alone, torch's and Transformer Engine's
     max_skipped: int = 3  # the run stops after so many steps of a model in a row whose loss or gradient is not finite
+    hang_minutes: float | None = 30.0  # minutes without progress on any rank, until the run is ended; none: no limit
 
 
 @dataclass(slots=True)

@@ -6,6 +6,7 @@ differently, so each layout carries its own set, and a model's work is done `wit
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from torch import Tensor
 from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.errors import InputError
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # where none is given
 
 
 class Groups:
@@ -101,23 +102,27 @@ class Layouts:
 
 
 @contextmanager
-def parallel_groups(config: ParallelConfig, device: torch.device, seed: int) -> Iterator[Layouts]:
+def parallel_groups(
+    config: ParallelConfig, device: torch.device, seed: int, timeout: timedelta = COLLECTIVE_TIMEOUT
+) -> Iterator[Layouts]:
     """Open the process groups of a run and close them at its end. The actor's are in place inside.
+
+    `timeout` is how long a rank waits for the others in a collective.
 
     Under torchrun its rendezvous is used; without it, the run is a single process. On CUDA, CPU tensors still travel
     by gloo: the replicated `Batch` never touches the GPU's links.
     """
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        actor = initialize_model_parallel(config, seed)
+        actor = initialize_model_parallel(config, seed, timeout)
         critic = actor
         if config.of_critic() != config:
             parallel_state.destroy_model_parallel()  # forgets the groups, which live on in `actor`
-            critic = initialize_model_parallel(config.of_critic(), seed)
+            critic = initialize_model_parallel(config.of_critic(), seed, timeout)
         with actor.groups.current():
             yield Layouts(actor, critic)
     finally:
@@ -125,7 +130,7 @@ def parallel_groups(config: ParallelConfig, device: torch.device, seed: int) -> 
         dist.destroy_process_group()
 
 
-def initialize_model_parallel(config: ParallelConfig, seed: int) -> Layout:
+def initialize_model_parallel(config: ParallelConfig, seed: int, timeout: timedelta) -> Layout:
     """Megatron's groups over an initialised default group.
 
     Raises InputError if the number of processes is not a multiple of tensor * pipeline * context.
@@ -141,6 +146,7 @@ def initialize_model_parallel(config: ParallelConfig, seed: int) -> Layout:
         pipeline_model_parallel_size=config.pipeline,
         context_parallel_size=config.context,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
     )
     model_parallel_cuda_manual_seed(seed)
     return Layout(

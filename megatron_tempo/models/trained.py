@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from megatron_tempo import pulse
 from megatron_tempo.config.stages import OptimizerConfig
 from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.packing import MicroBatch, micro_batches
@@ -120,6 +121,7 @@ class Model:
             self.counted.add(part.tokens.numel(), part.padding)
 
         def forward_step(batches: Iterator[MicroBatch], model: Any, *_: Any) -> tuple[Tensor, Any]:
+            pulse.beat()
             micro = next(batches)
             return model(micro), partial(loss, micro)
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from megatron_tempo import pulse
 from megatron_tempo.config.schema import JudgeConfig
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rewards.answers import tail
@@ -164,6 +165,7 @@ class JudgeScorer:
             if self._over.is_set():
                 raise EngineError(self._failure or "the judge was closed")
             self._count("asked")
+            pulse.beat()
             try:
                 status, content, later = self._post(body)
             except httpx.RequestError as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from megatron_tempo import pulse
 from megatron_tempo.errors import InputError
 from megatron_tempo.rewards import choice, countdown, grid, text
 from megatron_tempo.rewards.math import MathScorer
@@ -151,6 +152,7 @@ class Verifiers:
         for name, group in places.items():
             with nullcontext() if name == "judge" else self._one_at_a_time:
                 scores = self._scorers[name].score([items[place] for place in group])
+            pulse.beat()
             for place, score in zip(group, scores, strict=True):
                 verdicts[place] = score
         return verdicts
@@ -159,7 +161,9 @@ class Verifiers:
         """Which responses to a question have equal answers, as `Scorer.classes`. No answer of anybody else is read."""
         scorer = self._scorer(verifier)
         with self._one_at_a_time:
-            return scorer.classes(prompt, responses)
+            found = scorer.classes(prompt, responses)
+        pulse.beat()
+        return found
 
     def take_counts(self) -> dict[str, int]:
         """What the judge was asked since the last call (`JudgeScorer.take_counts`); empty without one."""
@@ -204,6 +208,7 @@ def _report(prompts: Iterable[_P], check: Callable[[_P], None]) -> None:
     """InputError that names the prompts that `check` refuses."""
     problems: list[str] = []
     for prompt in prompts:
+        pulse.beat()
         try:
             check(prompt)
         except ValueError as error:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
+from megatron_tempo import pulse
 from megatron_tempo.errors import InputError
 from megatron_tempo.heartbeat import EngineHealth
 from megatron_tempo.rollout.engine import Request, Sampling
@@ -115,6 +116,7 @@ class EmbeddedEngine:
         decoding = _Decoding.begin(requests, mask[copies], sampling, self._device)
         logits = logits[copies]
         for step in range(sampling.max_tokens):
+            pulse.beat()
             tokens = decoding.sample(logits, step, sampling.temperature, self._end_tokens)
             if decoding.ended.all() or step + 1 == sampling.max_tokens:
                 break

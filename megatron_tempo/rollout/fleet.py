@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 import httpx
 
+from megatron_tempo import pulse
 from megatron_tempo.config.schema import Dispatch, ServersConfig
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.heartbeat import EngineHealth
@@ -303,6 +304,7 @@ class Fleet:
                 self._fault(replica, _words(error))
             return
         else:
+            pulse.beat()
             ask.job.events.put(Answered(ask.number, completions))
             ask.job.left -= 1  # last: at 0 nothing more is waited for
         del replica.asks[task]
@@ -394,6 +396,7 @@ class Fleet:
                 new = self._dialect.beat((await self._send(replica, self._dialect.pulse, limit)).text)
                 if new is None or new != beat:
                     beat, since = new, time.monotonic()
+                    pulse.beat()
             except (httpx.HTTPError, EngineError):
                 pass  # no progress seen
             if replica.life == life and replica.asks and time.monotonic() - since > limit:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import httpx
 
+from megatron_tempo import pulse
 from megatron_tempo.config.schema import EnginePrecision, ServersConfig
 from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout.dialect import Dialect, Start, authorised
@@ -69,6 +70,7 @@ class Server:
         name, deadline = self._dialect.name, time.monotonic() + self._seconds
         with httpx.Client(base_url=self.url, headers=authorised(self._key), timeout=5.0) as client:
             while time.monotonic() < deadline:
+                pulse.beat()
                 if self.process.poll() is not None:
                     code = self.process.returncode
                     raise EngineError(f"{name} ended with exit code {code}" + last_words(self.log))

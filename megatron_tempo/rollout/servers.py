@@ -49,15 +49,17 @@ class ServersEngine:
         precision: EnginePrecision,
         device: torch.device,
         vocab: int,
+        timeout: timedelta,
         tell: Callable[[str], None],
     ) -> None:
-        """Collective. Servers are started below `work`; `tell` hears on the first rank of those that fail.
+        """Collective. Servers are started below `work`; `tell` hears on the first rank of those that fail. `timeout` is
+        how long a rank waits for the first one, which may be waiting for servers.
 
         Raises InputError if one does not come up, or cannot be reached from where the trainer runs.
         """
         self.counted = TokenCount()
         self._dialect, self._config = dialect, config
-        self._control = dist.new_group(backend="gloo", timeout=timedelta(minutes=10))
+        self._control = dist.new_group(backend="gloo", timeout=timeout)
         self._weights: Weights | None = None
         self._version = -1
         self._updates = 0

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron_tempo import pulse
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.parallel import Layout
@@ -92,6 +93,7 @@ class FolderWeights:
         with ExitStack() as stack:
             opened = {path: stack.enter_context(safe_open(path, "pt")) for path in set(self._files.values())}
             for names in by_layer.values():
+                pulse.beat()
                 yield [(name, opened[self._files[name]].get_tensor(name).to(self._dtype)) for name in names]
 
     def from_stages(self, *, shared: bool = False) -> Iterator[Bucket]:
@@ -114,6 +116,7 @@ def load(net: PackedGPT, layout: Layout, slots: list[Slot], folder: Path) -> Non
     with ExitStack() as stack, torch.no_grad():
         opened: dict[Path, Any] = {}
         for slot in slots:
+            pulse.beat()
             if slot.stage != layout.pipeline_rank or slot.names[0] not in files:
                 continue
             sources = []

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_tempo import pulse
 from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.types import Bucket
@@ -145,8 +146,7 @@ class WeightStream:
         packed = {rank: self._empty(self._packed_size(divided)) for rank in others}
         works = _messages(dist.irecv, packed, self._tensor_ranks)
         self._place_own(group, wholes)  # while they come
-        for work in works:
-            work.wait()
+        _wait(works)
         for rank in others:
             self._place_packed(packed[rank], divided, wholes, rank)
         return _bucket(wholes)
@@ -155,8 +155,7 @@ class WeightStream:
     def _send(self, group: list[Slot]) -> None:
         """This rank's shards of a bucket, to the sender."""
         if divided := self._divided(group):
-            for work in _messages(dist.isend, {0: self._packed(divided)}, self._tensor_ranks):
-                work.wait()
+            _wait(_messages(dist.isend, {0: self._packed(divided)}, self._tensor_ranks))
 
     def _divided(self, group: list[Slot]) -> list[Slot]:
         """The slots of which other tensor ranks hold other parts."""
@@ -198,6 +197,7 @@ def _numel(group: list[Slot]) -> int:
 
 def _wholes(group: list[Slot], flat: Tensor) -> Wholes:
     """The tensors of a group as views of a flat tensor that has room for them, one behind the other."""
+    pulse.beat()
     wholes: Wholes = {}
     at = 0
     for slot in group:
@@ -217,3 +217,8 @@ def _messages(kind: Callable[..., Any], tensors: dict[int, Tensor], group: dist.
     """Start to send (`dist.isend`) or receive (`dist.irecv`) one tensor to or from each of these ranks of a group."""
     messages = [dist.P2POp(kind, tensor, group=group, group_peer=rank) for rank, tensor in tensors.items()]
     return dist.batch_isend_irecv(messages) if messages else []
+
+
+def _wait(messages: list[dist.Work]) -> None:
+    for message in messages:
+        message.wait()

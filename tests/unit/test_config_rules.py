@@ -86,6 +86,7 @@ ONE_FIELD = [
     ("evaluation.every=-1", "evaluation.every", "0 or more", "every=0"),
     ("evaluation.temperature=-1", "evaluation.temperature", "above 0", "temperature=1"),
     ("run.max_skipped=0", "run.max_skipped", "1 or more", "max_skipped=1"),
+    ("run.hang_minutes=0", "run.hang_minutes", "above 0", "hang_minutes=1"),
     ("checkpoint.keep=0", "checkpoint.keep", "1 or more", "keep=1"),
     ("checkpoint.every=-1", "checkpoint.every", "0 or more", "every=0"),
     # paths
@@ -629,6 +630,25 @@ def test_only_servers_generate_while_the_trainer_trains(files: Path) -> None:
 
 
 JUDGED, JUDGE = "evaluation.sets.heldout.verifier=judge", ("rewards.judge.url=http://h:1/v1", "rewards.judge.model=m")
+
+
+@pytest.mark.parametrize(
+    ("words", "wait"),
+    [
+        (["rollout.servers.update_seconds=600"], "rollout.servers.update_seconds=600"),
+        (["rollout.servers.hang_seconds=700"], "rollout.servers.hang_seconds=700"),
+        ([JUDGED, *JUDGE, "rewards.judge.timeout_seconds=600"], "rewards.judge.timeout_seconds=600"),
+    ],
+)
+def test_a_wait_with_a_limit_of_its_own_is_no_hang(files: Path, words: list[str], wait: str) -> None:
+    servers = ["rollout.engine=vllm", f"rollout.servers.python={sys.executable}"]
+    problem = only(problems(files, *servers, *words, "run.hang_minutes=10"))
+    assert problem.field == "run.hang_minutes"
+    assert f"a wait of {wait} would count as a hang" in problem.wrong
+    assert problems(files, *servers, *words, "run.hang_minutes=12") == []
+    assert problems(files, *servers, *words, "run.hang_minutes=null") == []
+    if wait.startswith("rollout"):
+        assert problems(files, *words, "run.hang_minutes=10") == [], "there are no servers"
 
 
 def test_a_judge_that_is_there_is_no_problem(files: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "megatron_tempo"
 
 # What each layer may import of megatron_tempo besides itself.
-BASE = {"types", "config", "errors"}
+BASE = {"types", "config", "errors", "pulse"}
 TOOLS = BASE | {"rollout", "rewards", "data", "evaluation"}
 MODELS = BASE | {"kernels", "algorithm", "models"}
 BESIDE = MODELS | TOOLS | {"weights", "methods", "plan", "heartbeat"}  # files beside methods and train
@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "errors": set(),
     "heartbeat": set(),
+    "pulse": set(),
     "types": set(),
     "config": {"errors"},
     "kernels": BASE,
@@ -50,7 +51,7 @@ HOMES = {
 # These layers are read before torch is loaded.
 WITHOUT_TORCH = {
     *("errors", "config", "plan", "submit", "cli", "__main__", "__init__"),
-    *("alerts", "heartbeat", "status", "report"),
+    *("alerts", "heartbeat", "pulse", "status", "report"),
 }
 
 

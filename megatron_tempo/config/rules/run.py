@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_tempo.config.problem import Problem
-from megatron_tempo.config.schema import Config, Device, Precision
+from megatron_tempo.config.schema import Config, Device, EngineKind, Precision
 from megatron_tempo.config.tree import MISSING
 
 
@@ -22,6 +22,7 @@ def check(config: Config, *, training: bool) -> Iterator[Problem]:
         yield from _replay(config, config.rollout.replay)
     if training:
         yield from _profile(config)
+    yield from _hang(config)
 
 
 def _profile(config: Config) -> Iterator[Problem]:
@@ -31,6 +32,22 @@ def _profile(config: Config) -> Iterator[Problem]:
         yield Problem("profile.steps", steps, "iterations count from 1", "profile.steps=[1]")
     elif total and any(step > total for step in steps):
         yield Problem("profile.steps", steps, f"the run has {total} iterations", f"steps of 1 to {total}")
+
+
+def _hang(config: Config) -> Iterator[Problem]:
+    """What is waited for without a sign of progress has limits of its own, which are to be reached before."""
+    limits: dict[str, float] = {}
+    if config.rollout.engine is not EngineKind.embedded:
+        servers = config.rollout.servers
+        limits["rollout.servers.update_seconds"] = servers.update_seconds
+        limits["rollout.servers.hang_seconds"] = servers.hang_seconds
+    if config.rewards.judge.url is not None:
+        limits["rewards.judge.timeout_seconds"] = config.rewards.judge.timeout_seconds
+    minutes = config.run.hang_minutes
+    for name, seconds in limits.items():
+        if minutes is not None and 0 < minutes * 60 <= seconds:
+            wrong = f"a wait of {name}={seconds:g} would count as a hang"
+            yield Problem("run.hang_minutes", minutes, wrong, f"more than {seconds / 60:g}, or null")
 
 
 def _folder(config: Config, training: bool) -> Iterator[Problem]:

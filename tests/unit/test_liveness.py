@@ -1,0 +1,305 @@
+"""Who is judged dead, failed or hanging by the signs of ranks, with a clock by hand."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megatron_tempo import liveness, pulse
+from megatron_tempo.errors import Stopped
+from megatron_tempo.heartbeat import Heartbeat, leave_word, read_heartbeat
+from megatron_tempo.liveness import BEAT, DONE, ENDED, SILENT, Judge, Liveness, Sign, Verdict, of_a_collective
+
+HANG = 1800.0
+WORLD = 3
+
+
+class World:
+    """Ranks that sign, and the judge of one of them. What each does can be set between two looks."""
+
+    def __init__(self, rank: int = 1, host: int | None = 0, hang: float | None = HANG) -> None:
+        self.now = 1000.0
+        self.judge = Judge(rank, WORLD, host, hang, self.now)
+        self.signs = {
+            i: Sign(1, f"node{i}", 40 + i, f"machine{i}", "generate", 11, f"run.py:{i} in iterate", i != 2, 0.0, 0.0)
+            for i in range(WORLD)
+        }
+        self.read = True  # the judge's rank reaches the store
+        self.silent: set[int] = set()
+        self.idle: set[int] = set()
+        self.gone: set[int] = set()
+        self.bereft = False
+
+    def step(self, seconds: float = BEAT) -> Verdict | None:
+        self.now += seconds
+        for rank, sign in self.signs.items():
+            if self.read and rank not in self.silent:
+                idle = rank in self.idle
+                progress, quiet = (sign.progress, sign.quiet + seconds) if idle else (sign.progress + 1, 0.0)
+                self.signs[rank] = replace(sign, beats=sign.beats + 1, progress=progress, quiet=quiet)
+        return self.judge.look(self.now, self.signs, lambda s: s.pid - 40 in self.gone, bereft=self.bereft)
+
+    def until_verdict(self, limit: float) -> tuple[Verdict, float]:
+        """The verdict, and the seconds until it came."""
+        since = self.now
+        while self.now - since < limit:
+            if verdict := self.step():
+                return verdict, self.now - since
+        raise AssertionError("no verdict")
+
+
+def quiet_for(world: World, seconds: float) -> None:
+    since = world.now
+    while world.now - since < seconds:
+        assert world.step() is None
+
+
+def test_nothing_is_said_of_ranks_that_get_on() -> None:
+    quiet_for(World(), 10 * HANG)
+
+
+def test_a_silent_rank_is_named_within_the_stated_time() -> None:
+    world = World()
+    quiet_for(world, 100)
+    world.silent = {2}
+    verdict, seconds = world.until_verdict(2 * SILENT)
+    assert SILENT < seconds <= SILENT + 2 * BEAT
+    assert verdict.reason.startswith(
+        "rank 2 (node2, process 42) has given no sign for 65 s: it is dead or frozen; its "
+    )
+    assert verdict.reason.endswith(", was in generate, 11 iterations done, at run.py:2 in iterate")
+    assert time.strftime("%H:", time.localtime(time.time() - seconds)) in verdict.reason
+
+
+def test_a_rank_that_never_signs() -> None:
+    world = World()
+    del world.signs[2]
+    assert (
+        "rank 2 has given no sign for 65 s: it is dead or frozen; it never signed" in world.until_verdict(100)[0].text
+    )
+
+
+def test_a_store_that_does_not_answer_is_its_holder_s_silence() -> None:
+    world = World()
+    quiet_for(world, 20)
+    world.read = False
+    verdict, seconds = world.until_verdict(100)
+    assert seconds <= SILENT + 2 * BEAT
+    assert verdict.reason.startswith("rank 0 (node0, process 40) has given no sign for")
+    world = World(host=None)
+    world.read = False
+    assert "the launcher's store has not answered for" in world.until_verdict(100)[0].reason
+
+
+def test_a_process_that_is_gone_is_seen_at_once() -> None:
+    world = World()
+    quiet_for(world, 20)
+    world.silent = world.gone = {0}
+    verdict, seconds = world.until_verdict(100)
+    assert seconds <= 4 * BEAT
+    assert verdict.reason.startswith("rank 0 (node0, process 40) has died; its last sign, at ")
+
+
+def test_one_that_signed_off_just_before_has_not_died() -> None:
+    world = World()
+    quiet_for(world, 20)
+    world.gone = {2}
+    assert world.step() is None
+    world.signs[2] = replace(world.signs[2], ended=DONE)  # which was on its way
+    world.silent = {2}
+    quiet_for(world, 10 * SILENT)
+
+
+def test_when_the_holder_of_the_store_is_done_the_last_rank_may_take_its_time() -> None:
+    world = World()
+    world.signs[0] = replace(world.signs[0], ended=DONE)
+    quiet_for(world, 20)
+    world.read, world.gone = False, {0, 2}
+    quiet_for(world, 10 * SILENT)
+
+
+def test_a_rank_that_failed() -> None:
+    """The others may be about to end with the same error."""
+    world = World()
+    world.signs[2] = replace(world.signs[2], ended="OSError: [Errno 28] No space left on device")
+    world.silent = {2}
+    verdict, seconds = world.until_verdict(100)
+    assert ENDED < seconds <= ENDED + 2 * BEAT
+    assert "rank 2 (node2, process 42) ended: OSError: [Errno 28] No space left on device; " in verdict.text
+    world = World()
+    world.signs[2] = replace(world.signs[2], ended="OSError: x")
+    world.bereft = True
+    assert world.step() is not None
+
+
+def test_a_hang_names_who_does_not_wait_for_others() -> None:
+    world = World()
+    world.idle = {0, 1, 2}
+    verdict, seconds = world.until_verdict(2 * HANG)
+    assert HANG <= seconds <= HANG + 2 * BEAT
+    assert verdict.reason == (
+        "nothing was done for run.hang_minutes=30; not waiting for others, so at fault: "
+        "rank 2 (node2, process 42), in generate, 11 iterations done, at run.py:2 in iterate"
+    )
+    first, *others = verdict.text.splitlines()[1:]
+    assert first.startswith("  rank 2 (node2, process 42): hangs, in generate, ")
+    assert first.endswith(", 30:05 ago")
+    assert all("waits for others" in line for line in others)
+    assert verdict.dump == (2,)
+
+
+def test_a_hang_in_which_all_wait_for_one_another() -> None:
+    world = World()
+    world.idle = {0, 1, 2}
+    world.signs[2] = replace(world.signs[2], waits=True)
+    verdict, _ = world.until_verdict(2 * HANG)
+    assert verdict.reason == "nothing was done for run.hang_minutes=30; all ranks wait for one another"
+    assert set(verdict.dump) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+def test_as_long_as_one_gets_on_nothing_hangs(rank: int) -> None:
+    world = World()
+    world.idle = {0, 1, 2} - {rank}
+    quiet_for(world, 3 * HANG)
+
+
+def test_without_a_limit_nothing_hangs() -> None:
+    world = World(hang=None)
+    world.idle = {0, 1, 2}
+    quiet_for(world, 10 * HANG)
+
+
+def test_a_judge_that_was_asleep_counts_anew() -> None:
+    world = World()
+    world.idle = {0, 1, 2}
+    quiet_for(world, HANG - 60)
+    world.silent = {0, 2}  # they go on a little later
+    assert world.step(10 * HANG) is None
+    quiet_for(world, SILENT - 2 * BEAT)
+    world.silent = set()
+    quiet_for(world, 2 * BEAT)
+    world.silent = {2}
+    verdict, _ = world.until_verdict(100)
+    assert "(this process stood still for 18000 s, so that rank may have given it up)" in verdict.text
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+@pytest.mark.parametrize(("machines", "gone", "speak"), [("aaa", {0}, {1}), ("aba", {0}, {1, 2}), ("aaa", {0, 1}, {2})])
+def test_without_the_store_the_first_on_each_machine_speaks(
+    rank: int, machines: str, gone: set[int], speak: set[int]
+) -> None:
+    world = World(rank)
+    world.signs = {i: replace(sign, machine=machines[i]) for i, sign in world.signs.items()}
+    quiet_for(world, 20)
+    world.read, world.gone = False, gone
+    assert world.step() is None
+    world.gone = set(range(WORLD)) - {rank}  # who spoke has ended meanwhile
+    world.until_verdict(100)
+    assert rank in gone or world.judge.tells() == (rank in speak)
+
+
+def caught(make: type[Exception], cause: Exception | None = None) -> Exception:
+    try:
+        raise make("Connection closed by peer") from cause
+    except Exception as error:  # noqa: BLE001
+        return error
+
+
+def test_errors_of_a_collective() -> None:
+    gloo = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    assert of_a_collective(gloo)
+    assert of_a_collective(dist.DistBackendError("NCCL error"))
+    assert of_a_collective(caught(ValueError, gloo))
+    assert not of_a_collective(caught(RuntimeError))
+    assert not of_a_collective(RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"))
+    assert not of_a_collective(OSError("gloo"))
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("error", [None, Stopped("told to"), ValueError("x"), RuntimeError("gloo")])
+def test_a_process_alone_signs_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    monkeypatch.setattr(liveness, "BEAT", 0.02)
+    before = set(threading.enumerate())
+    with pytest.raises(type(error)) if error else open(os.devnull), Liveness(tmp_path, 30.0) as watch:
+        with pulse.phase("generate", 11):
+            deadline = time.monotonic() + 20
+            while watch._signs.get(0) is None or watch._signs[0].phase != "generate":
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            assert (watch._signs[0].step, watch._signs[0].pid) == (11, os.getpid())
+        if error:
+            raise error
+    assert set(threading.enumerate()) == before
+    assert pulse.PULSE.phase == ""
+
+
+@pytest.mark.usefixtures("alone")
+def test_without_a_limit_a_process_alone_has_nothing_to_look_for(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    with Liveness(tmp_path, None):
+        assert set(threading.enumerate()) == before
+
+
+def test_where_a_thread_stands() -> None:
+    beat = Heartbeat.__dict__["_beat"]
+    holder = type("Holder", (), {"_closed": threading.Event()})()
+    thread = threading.Thread(target=beat, args=(holder,), daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not (found := liveness._stands(thread.ident))[0]:
+        assert time.monotonic() < deadline
+    assert found[0].startswith("heartbeat.py:")
+    assert found[0].endswith(" in _beat")
+    assert not found[1]
+    holder._closed.set()
+    thread.join()
+    assert liveness._stands(thread.ident) == ("", False)
+
+
+def test_processes_that_are_gone() -> None:
+    own = Sign(1, "node", os.getpid(), liveness._machine(), "", 0, "", False, 0.0, 0.0)
+    assert not liveness._is_gone(own, own)
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    sign = replace(own, pid=process.pid)
+    assert not liveness._is_gone(own, sign)
+    process.kill()
+    deadline = time.monotonic() + 20
+    while not liveness._is_gone(own, sign):  # before anybody has asked for its exit status
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.communicate()
+    assert liveness._is_gone(own, sign)
+    assert not liveness._is_gone(own, replace(sign, machine="another")), "it cannot be seen from here"
+    assert not liveness._is_gone(replace(own, machine=""), replace(sign, machine=""))
+
+
+def test_a_word_in_the_last_sign(tmp_path: Path) -> None:
+    leave_word(tmp_path, "rank 1 has died")
+    assert not list(tmp_path.iterdir()), "nobody has signed"
+    beat = Heartbeat(tmp_path)
+    beat.phase("generate")
+    leave_word(tmp_path, "rank 1 has died")
+    record = read_heartbeat(tmp_path)
+    beat.end(DONE)
+    assert record is not None
+    assert (record["ended"], record["phase"], record["pid"]) == ("rank 1 has died", "", os.getpid())
+    assert [path.name for path in tmp_path.iterdir()] == ["heartbeat.json"]
