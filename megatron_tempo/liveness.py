@@ -250,6 +250,7 @@ class Liveness:
         self._own = Sign(0, socket.gethostname(), os.getpid(), _machine(), "", 0, "", False, 0.0, 0.0)
         self._ended: str | None = None
         self._signs: dict[int, Sign] = {}
+        self._read: set[int] = set()  # ranks whose signs have been read in the store
         self._store: dist.Store | None = None
         self._prefix = ""
         self._found: Verdict | None = None  # another rank's
@@ -266,9 +267,11 @@ class Liveness:
         if not self._needed:
             return self
         if self._world > 1:
-            token: list[Any] = [secrets.token_hex(8)]  # a launcher's store may hold an earlier start's signs
-            dist.broadcast_object_list(token, src=0)
-            self._prefix = f"liveness/{token[0]}"
+            # Who they are is known from the first. A launcher's store may hold an earlier start's signs.
+            shares: list[Any] = [None] * self._world
+            dist.all_gather_object(shares, (secrets.token_hex(8), self._own))
+            self._signs = {rank: sign for rank, (_, sign) in enumerate(shares)}
+            self._prefix = f"liveness/{shares[0][0]}"
             self._store = self._connected()
         for name, run in (("signs", self._sign_on), ("judge", self._judge_on)):
             self._threads.append(threading.Thread(target=run, name=name, daemon=True))
@@ -321,9 +324,11 @@ class Liveness:
     def _exchange(self, store: dist.Store, own: Sign) -> None:
         store.set(f"{self._rank}", json.dumps(asdict(own)))
         # To read what is not there would be to wait for it.
-        ranks = [rank for rank in range(self._world) if rank in self._signs or store.check([f"{rank}"])]
+        self._read |= {rank for rank in range(self._world) if rank not in self._read and store.check([f"{rank}"])}
+        ranks = sorted(self._read)
         read = store.multi_get([f"{rank}" for rank in ranks])
-        self._signs = {rank: Sign(**json.loads(text)) for rank, text in zip(ranks, read, strict=True)}
+        signs = {rank: Sign(**json.loads(text)) for rank, text in zip(ranks, read, strict=True)}
+        self._signs = self._signs | signs  # a new one: the judge may be reading the old one
         if store.check([_VERDICT]):
             self._found = _verdict(store.get(_VERDICT))
 

@@ -1,0 +1,104 @@
+"""Ranks that watch one another, without a run: how each of them ends. tests/e2e/test_liveness.py has whole runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# The ranks are plain processes, and rank 0 holds the store. `KIND` is what rank 1 does, or rank 0 where it says so.
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+import torch, torch.distributed as dist
+from megatron_tempo import liveness
+
+liveness.BEAT, liveness.SILENT, liveness.ENDED = 0.1, 2.0, 1.0
+kind, folder = sys.argv[1], Path(sys.argv[2])
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+with liveness.Liveness(folder, None):
+    dist.barrier()
+    if kind == "killed" and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "first killed" and rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "failed" and rank == 1:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    if kind == "all failed":
+        time.sleep(0.5 * rank)
+        raise ValueError(f"of rank {rank}")
+    if kind == "slow" and rank == 1:
+        time.sleep(3.0)
+    elif kind != "slow":
+        dist.barrier()
+print(f"rank {rank} came to its end")
+dist.destroy_process_group()
+"""
+
+
+def run(folder: Path, kind: str) -> tuple[list[int], list[str]]:
+    """The exit codes of two ranks, and what each said."""
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    place |= {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), kind, str(folder)],
+            env=os.environ | place | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], said
+
+
+@pytest.mark.parametrize("kind", ["well", "slow"])
+def test_an_end_is_no_death(tmp_path: Path, kind: str) -> None:
+    """Also where the rank with the store is at its end for longer than a rank may be silent."""
+    codes, said = run(tmp_path, kind)
+    assert codes == [0, 0], said
+    assert all("error" not in text and f"rank {rank} came to its end" in text for rank, text in enumerate(said))
+
+
+@pytest.mark.parametrize(("kind", "lost"), [("killed", 1), ("first killed", 0)])
+def test_one_is_killed(tmp_path: Path, kind: str, lost: int) -> None:
+    codes, said = run(tmp_path, kind)
+    assert codes[lost] == -signal.SIGKILL
+    assert codes[1 - lost] == 1
+    assert f"\nerror: rank {lost} ({socket.gethostname()}, process " in said[1 - lost]
+    assert " has died; its last sign, at " in said[1 - lost]
+    assert "Traceback" not in said[1 - lost]
+
+
+def test_one_fails(tmp_path: Path) -> None:
+    codes, (first, second) = run(tmp_path, "failed")
+    assert codes == [1, 1]
+    assert "Traceback" in second
+    assert second.rstrip().endswith("RuntimeError: mat1 and mat2 shapes cannot be multiplied")
+    assert "ended: RuntimeError: mat1 and mat2 shapes cannot be multiplied; its last sign" in first
+    assert "Traceback" not in first
+
+
+def test_all_fail(tmp_path: Path) -> None:
+    """Each tells of its own error, and none of another's."""
+    codes, said = run(tmp_path, "all failed")
+    assert codes == [1, 1]
+    for rank, text in enumerate(said):
+        assert text.rstrip().endswith(f"ValueError: of rank {rank}")
+        assert "error: rank" not in text
