@@ -49,7 +49,7 @@ def keep(runs: Runs) -> None:
 
 def _line(arm: str, seed: int) -> dict[str, Any]:
     run = folder(arm, seed)
-    curves: dict[str, dict[str, list[float]]] = {}
+    curves: dict[str, dict[str, list[float | None]]] = {}  # None: AUROC where all are wrong
     for record in sorted(read_evaluations(run), key=lambda record: record["iteration"]):
         scores = {"avg@16": record["avg"]} | {f"pass@{k}": value for k, value in record["pass"].items() if k != "1"}
         last = (record["calibration"] or {}).get("last", {})
@@ -57,7 +57,7 @@ def _line(arm: str, seed: int) -> dict[str, Any]:
         curve = curves.setdefault(record["set"], {"iterations": []})
         curve["iterations"].append(record["iteration"])
         for name, value in scores.items():
-            curve.setdefault(name, []).append(round(value, 6))
+            curve.setdefault(name, []).append(None if value is None else round(value, 6))
     return {"arm": arm, "seed": seed, "seconds": int((run / "done").read_text()), "sets": curves}
 
 
@@ -159,7 +159,7 @@ def draw(runs: Runs, path: Path, arms: list[Arm], panels: list[Panel]) -> None:
                 axes.fill_between(one.iterations, one.scores.min(0), one.scores.max(0), color=colour, alpha=0.12, lw=0)
             axes.set(title=title, xlabel="iteration of stage 2")
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(7, len(labels)))
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(2 * len(panels), len(labels)))
         figure.savefig(path, dpi=130)
 
 
@@ -208,7 +208,9 @@ def write() -> None:
     keep(runs)
     groups = {group: [arm for arm in ARMS if arm.group == group] for group in dict.fromkeys(arm.group for arm in ARMS)}
     missing = {arm.group for arm in ARMS if not any((arm.name, seed) in runs for seed in SEEDS)}
-    parts = {group: "".join(table(runs, arms)) for group, arms in groups.items() if group not in missing}
+    tempo = [arm for arm in groups["methods"] if arm.name == "tempo"]
+    rows = {group: arms if group == "methods" else [*tempo, *arms] for group, arms in groups.items()}
+    parts = {group: "".join(table(runs, arms)) for group, arms in rows.items() if group not in missing}
     if not missing:
         parts["critic"] = "".join(critics(runs, list(ARMS)))
     parts["times"] = times(runs)
