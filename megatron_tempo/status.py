@@ -209,7 +209,9 @@ def _many(label: str, lines: Iterator[str] | Sequence[str]) -> list[tuple[str, s
 
 def _line(label: str, text: str) -> str:
     margin = " " * _LABEL
-    wrapped = textwrap.wrap(printable(text.replace("\n", " ")), _WIDTH - _LABEL, break_long_words=False)
+    text = printable(text.replace("\n", " "))
+    # Paths stay whole, so that they can be copied.
+    wrapped = textwrap.wrap(text, _WIDTH - _LABEL, break_long_words=False, break_on_hyphens=False)
     return f"{label:<{_LABEL}}{f'{chr(10)}{margin}'.join(wrapped)}".rstrip()
 
 

@@ -124,6 +124,12 @@ def test_states(tmp_path: Path, state: str) -> None:
     assert ("engines" in rows(run)) is ("running" in words)
 
 
+def test_a_path_stays_whole(tmp_path: Path) -> None:
+    path = "/runs/of-a-long-name/" + "-".join(["part"] * 30) + "/checkpoints/step_00000010"
+    run = write_run(tmp_path / "run", ended=f"rank 1 has died; the same command goes on from {path}")
+    assert path in status(run, NOW).text
+
+
 def test_a_phase_that_hangs(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", since=NOW - 3600)
     assert rows(run)["doing"] == "generate for 1:00:00, usually 1:00: 60 times as long as usual, it may hang"
