@@ -158,10 +158,7 @@ class Metrics:
         line = self._complete(record)
         if self._forecast is not None:
             self._forecast.evaluation(line["seconds"])
-        key = (line["set"], line["step"], line["point"])
-        if self._resumed is None or line["step"] <= self._resumed:
-            drop(self._dir / EVALUATIONS, lambda old: (old["set"], old["step"], old["point"]) == key)
-        append(self._dir / EVALUATIONS, line)
+        self._replace(EVALUATIONS, [line])
         self._watch.evaluation(line)
         self._print(_evaluation_line(line))
         self._alert()
@@ -178,10 +175,8 @@ class Metrics:
         lines = [finite(dict(record))[0] for record in records]
         for line in lines:
             assert line["values"] is None or len(line["values"]) == len(line["tokens"]) + 1
-        keys = {(line["set"], line["step"], line["point"]) for line in lines}
         with self.spare(SAMPLES):
-            drop(self._dir / SAMPLES, lambda old: (old["set"], old["step"], old["point"]) in keys)
-            extend(self._dir / SAMPLES, lines)
+            self._replace(SAMPLES, lines)
 
     def rewind(self, step: int) -> None:
         """Forgets what was written after `step`: the lines of a killed run that is gone on with from there."""
@@ -240,6 +235,14 @@ class Metrics:
     ) -> None:
         self.close(DONE if error is None else f"{type(error).__name__}: {error}")
 
+    def _replace(self, name: str, lines: list[Record]) -> None:
+        """Adds lines in place of those of the same set, step and point. Behind the step that was resumed from there are
+        none yet, and the file, which grows, is not read."""
+        keys = {(line["set"], line["step"], line["point"]) for line in lines}
+        if self._resumed is None or any(line["step"] <= self._resumed for line in lines):
+            drop(self._dir / name, lambda old: (old["set"], old["step"], old["point"]) in keys)
+        extend(self._dir / name, lines)
+
     def _alert(self) -> None:
         """Tell of what has become worth waking up for."""
         for alert in self._watch.alerts():
@@ -286,31 +289,30 @@ class Metrics:
 
     def _track(self, numbers: Mapping[str, float], step: int) -> None:
         if self._tensorboard is not None:
-            try:
+            with self._tensorboard_or_none():
                 for name, value in numbers.items():
                     self._tensorboard.add_scalar(name, value, step)
-            except OSError as error:
-                self._leave_tensorboard(error)
         if self._wandb is not None:
             self._wandb.log(numbers, step)
 
     def _open_tensorboard(self, purge_step: int | None = None) -> None:
         if self._config.tensorboard:
-            try:
+            with self._tensorboard_or_none():
                 self._tensorboard = _tensorboard(self._dir, purge_step)
-            except OSError as error:
-                self._leave_tensorboard(error)
 
     def _close_tensorboard(self) -> None:
         if self._tensorboard is not None:
-            try:
+            with self._tensorboard_or_none():
                 self._tensorboard.close()
-            except OSError as error:
-                self._leave_tensorboard(error)
 
-    def _leave_tensorboard(self, error: OSError) -> None:
-        self.warn(f"TensorBoard failed ({error}); training goes on, without it: {METRICS} has everything")
-        self._tensorboard = None
+    @contextmanager
+    def _tensorboard_or_none(self) -> Iterator[None]:
+        """Where it fails inside, it is left out from then on."""
+        try:
+            yield
+        except OSError as error:
+            self.warn(f"TensorBoard failed ({error}); training goes on, without it: {METRICS} has everything")
+            self._tensorboard = None
 
 
 def _evaluation_line(line: Record) -> str:

@@ -92,8 +92,9 @@ def drop(path: Path, unwanted: Callable[[Record], bool]) -> None:
     """
     if not path.exists():
         return
-    kept = [line for line, record in zip(_whole_lines(path), read(path), strict=True) if not unwanted(record)]
-    content, before = b"".join(line + b"\n" for line in kept), path.read_bytes()
+    before = path.read_bytes()
+    kept = [line for line, record in zip(before.split(b"\n")[:-1], read(path), strict=True) if not unwanted(record)]
+    content = b"".join(line + b"\n" for line in kept)
     if content == before:
         return
     if before.startswith(content):

@@ -8,7 +8,6 @@ A field's meaning is the comment above and behind it, or else the docstring of i
 
 from __future__ import annotations
 
-import argparse
 import ast
 import inspect
 import io
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from made_parts import write_or_check
 
 from megatron_tempo.config.benchmarks import BENCHMARKS
 from megatron_tempo.config.schema import Config
@@ -31,7 +31,6 @@ from megatron_tempo.config.tree import MISSING, strip_optional
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "configuration.md"
-BEGIN, END = "<!-- made by tools/configuration_page.py: {} -->\n", "<!-- end -->\n"
 # What a group of presets sets, in the order of the page.
 PRESETS = {
     "experiment": "a whole run",
@@ -246,28 +245,10 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
-def page(text: str) -> str:
-    """The page with its made parts as they should be."""
-    for name, made in {"presets": presets(), "fields": fields()}.items():
-        before, begin, rest = text.partition(BEGIN.format(name))
-        _, end, after = rest.partition(END)
-        if not begin or not end:
-            raise SystemExit(f"{DOCUMENT} lacks the line {BEGIN.format(name).strip()} or the {END.strip()} behind it")
-        text = f"{before}{begin}\n{made}\n{end}{after}"
-    return text
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
-    check = parser.parse_args().check
-    text = DOCUMENT.read_text(encoding="utf-8")
-    wanted = page(text)
-    if check:
-        return int(text != wanted)
-    DOCUMENT.write_text(wanted, encoding="utf-8")
-    return 0
+def parts() -> dict[str, str]:
+    """What is made, by the names of its places in the page."""
+    return {"tools/configuration_page.py: presets": presets(), "tools/configuration_page.py: fields": fields()}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(DOCUMENT, parts(), __doc__.partition("\n")[0]))

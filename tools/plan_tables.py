@@ -8,9 +8,10 @@ The same as `megatron-tempo plan experiment=NAME cluster=CLUSTER` for each of th
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
+
+from made_parts import write_or_check
 
 from megatron_tempo.cli import build
 from megatron_tempo.config.rules import Purpose
@@ -20,7 +21,6 @@ from megatron_tempo.plan.shapes import shape_of
 from megatron_tempo.plan.table import layout_row
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
-BEGIN, END = "<!-- made by tools/plan_tables.py -->\n", "<!-- end -->\n"
 EXPERIMENTS = ("qwen3_8b_aime", "qwen3_14b_aime", "olmo3_7b_aime")
 CLUSTERS = ("h100x8", "h100x16", "h100x64", "h200x8", "h200x16", "h200x64")
 HEADS = ("experiment", "cluster", "as shipped", "fastest that fits", "most, GB", "s an iteration", "fewest changes")
@@ -51,19 +51,5 @@ def table() -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
-    check = parser.parse_args().check
-    text = DOCUMENT.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    wanted = f"{before}{BEGIN}\n{table()}\n{END}{after}"
-    if check:
-        return int(text != wanted)
-    DOCUMENT.write_text(wanted, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(DOCUMENT, {"tools/plan_tables.py": table()}, __doc__.partition("\n")[0]))

@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from made_parts import replaced
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
@@ -24,7 +25,6 @@ from megatron_tempo.report.plots import STYLE
 
 DOCUMENT = ROOT / "docs" / "study.md"
 KEPT = ROOT / "docs" / "study.jsonl"
-BEGIN, END = "<!-- made by tools/study.py: {} -->\n", "<!-- end -->\n"
 SETS = ("unlabelled", "heldout", "labelled")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#24292f")
 
@@ -218,9 +218,4 @@ def write() -> None:
         if one.part in parts:
             draw(runs, DOCUMENT.with_name(one.name), one.arms, one.panels)
             parts[one.part] += f"\n![{one.words}]({one.name})\n"
-    text = DOCUMENT.read_text()
-    for name, made in parts.items():
-        before, _, rest = text.partition(BEGIN.format(name))
-        _, _, after = rest.partition(END)
-        text = f"{before}{BEGIN.format(name)}\n{made}\n{END}{after}"
-    DOCUMENT.write_text(text)
+    write_whole(DOCUMENT, replaced(DOCUMENT, {f"tools/study.py: {name}": made for name, made in parts.items()}))

@@ -19,9 +19,10 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return load_tool("configuration_page", monkeypatch)
 
 
-def test_the_page_is_current(tool: ModuleType) -> None:
-    text = tool.DOCUMENT.read_text(encoding="utf-8")
-    assert text == tool.page(text), "it is not what the dataclasses and presets say: make configuration-page"
+def test_the_page_is_current(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, replaced = tool.DOCUMENT.read_text(encoding="utf-8"), load_tool("made_parts", monkeypatch).replaced
+    wanted = replaced(tool.DOCUMENT, tool.parts())
+    assert text == wanted, "it is not what the dataclasses and presets say: make configuration-page"
 
 
 def test_every_field_and_group_says_what_it_is(tool: ModuleType) -> None:

@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_table_of_the_documentation_is_current() -> None:
-    command = [sys.executable, "-c", "import runpy, sys; sys.argv = ['plan_tables', '--check']; "
+    command = [sys.executable, "-c", "import runpy, sys; sys.path.append('tools'); "
+               "sys.argv = ['plan_tables', '--check']; "
                "runpy.run_path('tools/plan_tables.py', run_name='__main__')"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"make plan-tables\n{done.stderr}"
