@@ -8,9 +8,10 @@ import psutil
 import pytest
 import torch
 
-from megatron_tempo.config.schema import Config, Layers
-from megatron_tempo.records import read_metrics
-from megatron_tempo.train import train
+from megatron_tempo.config.choices import Layers
+from megatron_tempo.config.schema import Config
+from megatron_tempo.observability.records import read_metrics
+from megatron_tempo.training.jobs import train
 from tests.support.project import RANDOM, config_of, from_nothing, write_project
 from tests.support.ranks import POOL, WITH_TE, Pool, run_ranks
 from tests.support.weights import tensors

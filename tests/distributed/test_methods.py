@@ -15,8 +15,10 @@ from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import Method, StageConfig
 from megatron_tempo.methods import METHODS
 from megatron_tempo.methods.learner import Learner, Rollouts
+from megatron_tempo.training.context import open_workplace
+from megatron_tempo.training.setup import build_actor
 from megatron_tempo.types import Batch
-from megatron_tempo.wiring import build_actor, open_workplace, weights_of
+from megatron_tempo.weights.export import weights_of
 from tests.support.ranks import run_ranks
 from tests.support.tiny import ragged_batch, write_model
 

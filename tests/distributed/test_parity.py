@@ -10,11 +10,14 @@ import torch
 import transformers
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_tempo.config.schema import Config, Layers, Logits
+from megatron_tempo.config.choices import Layers, Logits
+from megatron_tempo.config.schema import Config
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.packing import MicroBatch, micro_batches
+from megatron_tempo.training.context import Workplace, open_workplace
+from megatron_tempo.training.setup import build_actor, build_critic
 from megatron_tempo.types import Batch
-from megatron_tempo.wiring import Workplace, build_actor, build_critic, export_hf, open_workplace, weights_of
+from megatron_tempo.weights.export import export_hf, weights_of
 from tests.support.ranks import run_ranks
 from tests.support.tiny import VOCAB, ragged_batch, write_model
 from tests.support.weights import tensors

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tempo.config.schema import Layers
+from megatron_tempo.config.choices import Layers
 from tests.distributed import test_parity, test_update
 from tests.support.ranks import WITH_TE, run_ranks
 from tests.support.tiny import write_model

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from megatron_tempo.checkpoint.checkpoints import Checkpoints
-from megatron_tempo.config.schema import Config, ParallelConfig, Precision
+from megatron_tempo.config.choices import Precision
+from megatron_tempo.config.schema import Config, ParallelConfig
 from megatron_tempo.config.stages import CriticUpdateConfig, OptimizerConfig
-from megatron_tempo.wiring import build_critic, open_workplace, weights_of
+from megatron_tempo.training.context import open_workplace
+from megatron_tempo.training.setup import build_critic
+from megatron_tempo.weights.export import weights_of
 from tests.support.ranks import run_ranks
 from tests.support.tiny import ragged_batch, write_model
 

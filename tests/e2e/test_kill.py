@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megatron_tempo.config.tree import save
-from megatron_tempo.records import read_evaluations, read_metrics
+from megatron_tempo.observability.records import read_evaluations, read_metrics
 from tests.support.project import config_of, write_project
 
 ITERATIONS = 3  # of each stage
@@ -24,7 +24,7 @@ LAST = 2 * ITERATIONS
 SCRIPT = """
 import sys
 from megatron_tempo.config import load
-from megatron_tempo.train import train
+from megatron_tempo.training.jobs import train
 
 if __name__ == "__main__":
     train(load(sys.argv[1]))

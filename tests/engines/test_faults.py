@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tempo.config.schema import EngineKind
+from megatron_tempo.config.choices import EngineKind
 from megatron_tempo.rollout.engine import Request, Sampling
-from megatron_tempo.rollout.fleet import State, Target
+from megatron_tempo.rollout.replica import State, Target
 from megatron_tempo.rollout.servers import ServersEngine
+from megatron_tempo.training.context import Workplace
+from megatron_tempo.training.setup import build_actor, engine_weights
 from megatron_tempo.types import Bucket, Weights
-from megatron_tempo.wiring import Workplace, build_actor, engine_weights, weights_of
+from megatron_tempo.weights.export import weights_of
 from tests.engines.servers import (
     ENGINES,
     REQUESTS,
