@@ -62,7 +62,7 @@ def updated(model: Path) -> dict[Method, dict[str, Tensor]]:
             labelled = replace(batch, answer_class=None) if method is Method.grpo else None
             unlabelled = None if method is Method.grpo else replace(batch, correct=None)
             METHODS[method](learner, Rollouts(labelled, unlabelled), stage_of(method), 0)
-            weights = weights_of(actor.model, place).everywhere()
+            weights = weights_of(actor.model, place.config).everywhere()
             found[method] = {key: value.clone() for bucket in weights for key, value in bucket}
     return found
 

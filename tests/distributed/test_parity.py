@@ -80,12 +80,12 @@ def measure(place: Workplace, model: Path, out: Path) -> dict[str, object]:
     batch = ragged_batch(6)
     place.config.model.path = str(model)
     actor = build_actor(place)
-    buckets = list(weights_of(actor.model, place).everywhere())
+    buckets = list(weights_of(actor.model, place.config).everywhere())
     found: dict[str, object] = {
         "tensor_rank": place.layouts.actor.tensor_rank,
         "weights": {name: tensor for bucket in buckets for name, tensor in bucket},
     }
-    export_hf(place, actor, build_critic(place), out)
+    export_hf(place.config, actor, build_critic(place), out)
     for budget in (PACKED, UNPACKED):
         actor.model.micro_batch_tokens = budget
         for kind in Logits:

@@ -114,7 +114,11 @@ def updated(model: Path, kind: str, layout: str, layers: Layers) -> dict[str, di
         actor.update(batch, experience, Baseline.before_token, of_actor, ROWS)
         critic.update(batch, batch.correct, of_critic, ROWS)
         return {
-            name: {key: value.clone() for bucket in weights_of(one.model, place).everywhere() for key, value in bucket}
+            name: {
+                key: value.clone()
+                for bucket in weights_of(one.model, place.config).everywhere()
+                for key, value in bucket
+            }
             for name, one in (("actor", actor), ("critic", critic))
         }
 

@@ -39,7 +39,7 @@ def steps(model: Path, parallel: ParallelConfig, folder: Path, first: int, last:
         checkpoints.wait()
         wide = {name for name, p in critic.model.net.named_parameters() if p.dtype != torch.bfloat16}
         assert wide == ({"output_layer.weight", "output_layer.bias"} if place.layouts.critic.is_last_stage else set())
-        stream = weights_of(critic.model, place, torch.float32)
+        stream = weights_of(critic.model, place.config, torch.float32)
         whole = {name: x for bucket in stream.everywhere() for name, x in bucket}
         return {name: tensor.clone() for name, tensor in whole.items()}
 

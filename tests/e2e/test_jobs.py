@@ -153,7 +153,7 @@ def export_with_shorter_critic(project: Path, critic: Path, out: Path) -> None:
     config = config_of(project, out / "run")
     config.model.path, config.model.critic_path = str(project / "model"), str(critic)
     with open_workplace(config) as place:
-        export_hf(place, build_actor(place), build_critic(place), out)
+        export_hf(place.config, build_actor(place), build_critic(place), out)
 
 
 def test_a_critic_of_another_shape_is_exported_as_it_is(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def scenario(kind: EngineKind, model: Path, run: Path) -> dict[str, object]:
         found["nonsense"] = while_generating(engine, weights, told, lambda: spoil(engine, place, actor))
 
         told.clear()
-        small = weights_of(actor.model, place)
+        small = weights_of(actor.model, place.config)
         small._groups = [[slot] for group in small._groups for slot in group]
         begun = time.monotonic()
         engine.load_weights(Disturbed(small, kill(signal.SIGKILL)), 1)
