@@ -29,7 +29,7 @@ from megatron_tempo.checkpoint.saving import Saving, Share, partial_of
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.parallel import COLLECTIVE_TIMEOUT, Layout
 from megatron_tempo.models.trained import TrainedModel
-from megatron_tempo.runtime.collective_call import together
+from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 
 # A checkpoint's bytes for each parameter beside its weights: Adam's main weight and two moments, in fp32.
 OPTIMIZER_BYTES = 12
@@ -92,7 +92,7 @@ class Checkpoints:
             for name in models:
                 (partial_of(path) / name).mkdir(parents=True)
 
-        together(begin, self._group)
+        raise_on_all_ranks(begin, self._group)
         shares = {}
         for name, model in models.items():
             with model.at_work():

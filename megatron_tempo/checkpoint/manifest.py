@@ -80,5 +80,5 @@ def _digest(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(_READ_BYTES):
             checksum = zlib.crc32(block, checksum)
-            progress_marker.beat()
+            progress_marker.mark()
     return f"{path.stat().st_size}:{checksum:08x}"

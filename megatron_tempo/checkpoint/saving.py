@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_tempo.checkpoint import manifest
 from megatron_tempo.runtime import progress_marker
-from megatron_tempo.runtime.collective_call import together
+from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.weights.files import sync, sync_folder
 
 # Without Megatron's decorator, which turns off the collection of garbage while it writes: in its forked process that is
@@ -94,7 +94,7 @@ class Share:
                     raise OSError(cause.errno, cause.strerror, str(path)) from told
                 raise told
             results += told
-            progress_marker.beat()
+            progress_marker.mark()
         return results
 
 
@@ -138,13 +138,13 @@ class Saving:
                 shutil.rmtree(self._partial, ignore_errors=True)  # makes room again
 
     def _write(self) -> None:
-        results = together(self._write_files, self._group)
+        results = raise_on_all_ranks(self._write_files, self._group)
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.gather_object(results, gathered if self._is_writer else None, group=self._group)
-        together(lambda: self._describe(gathered), self._group)
+        raise_on_all_ranks(lambda: self._describe(gathered), self._group)
         shares: list[manifest.Digests] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(shares, together(self._read_back, self._group), group=self._group)
-        together(lambda: self._finish(shares), self._group)
+        dist.all_gather_object(shares, raise_on_all_ranks(self._read_back, self._group), group=self._group)
+        raise_on_all_ranks(lambda: self._finish(shares), self._group)
 
     def _write_files(self) -> dict[str, list[WriteResult]]:
         return {name: share.write() for name, share in self._shares.items()}

@@ -43,7 +43,8 @@ class RotatedAttention(SelfAttention):
 class PackedAttention(nn.Module):
     """Causal attention on packed sequences by torch's scaled_dot_product_attention, grouped queries included.
 
-    With a `window`, a token sees itself and the `window` - 1 tokens before it. `sharpness` multiplies the scores.
+    With a `window`, a token sees itself and the `window` - 1 tokens before it. `softmax_scale_multiplier` multiplies
+    the scores.
     """
 
     def __init__(
@@ -51,12 +52,12 @@ class PackedAttention(nn.Module):
         config: TransformerConfig,
         softmax_scale: float | None = None,
         window: int | None = None,
-        sharpness: float = 1.0,
+        softmax_scale_multiplier: float = 1.0,
         **_: Any,
     ) -> None:
         super().__init__()
         assert config.kv_channels is not None
-        self.scale = (config.kv_channels**-0.5 if softmax_scale is None else softmax_scale) * sharpness
+        self.scale = (config.kv_channels**-0.5 if softmax_scale is None else softmax_scale) * softmax_scale_multiplier
         self.window = window
 
     def forward(

@@ -47,7 +47,7 @@ def shape_of(config: PretrainedConfig, file: Path) -> Shape:
 
 def norms(shape: Shape) -> Norms:
     query, key = (ModuleSpec(ProjectionNorm, {"heads": heads}) for heads in (shape.heads, shape.groups))
-    return Norms(query, key, before=False)
+    return Norms(query, key, pre_norm=False)
 
 
 def _rope(config: PretrainedConfig, file: Path, kind: str) -> Rope:

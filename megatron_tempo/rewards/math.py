@@ -109,7 +109,7 @@ class Worker:
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
         """The reply, or None to a request that takes too long or too much memory, or kills the worker."""
-        progress_marker.beat()
+        progress_marker.mark()
         for _ in range(2):
             process = self._running()
             reply, timed_out = _exchange(process, request, self._seconds)

@@ -115,7 +115,7 @@ class EmbeddedEngine:
         decoding = _Decoding.begin(requests, mask[copies], sampling, self._device)
         logits = logits[copies]
         for step in range(sampling.max_tokens):
-            progress_marker.beat()
+            progress_marker.mark()
             tokens = decoding.sample(logits, step, sampling.temperature, self._end_tokens)
             if decoding.ended.all() or step + 1 == sampling.max_tokens:
                 break

@@ -224,7 +224,7 @@ class Fleet:
                 self._fault(replica, reason(error))
             return
         else:
-            progress_marker.beat()
+            progress_marker.mark()
             ask.job.events.put(Answered(ask.number, completions))
             ask.job.left -= 1  # last: at 0 nothing more is waited for
         del replica.asks[task]
@@ -284,10 +284,10 @@ class Fleet:
                 since = time.monotonic()
                 continue
             try:
-                new = self._dialect.beat((await self._send(replica, self._dialect.pulse, limit)).text)
+                new = self._dialect.progress_of((await self._send(replica, self._dialect.progress, limit)).text)
                 if new is None or new != beat:
                     beat, since = new, time.monotonic()
-                    progress_marker.beat()
+                    progress_marker.mark()
             except (httpx.HTTPError, EngineError):
                 pass  # no progress seen
             if replica.life == life and replica.asks and time.monotonic() - since > limit:

@@ -71,7 +71,7 @@ class Server:
         name, deadline = self._dialect.name, time.monotonic() + self._seconds
         with httpx.Client(base_url=self.url, headers=authorised(self._key), timeout=5.0) as client:
             while time.monotonic() < deadline:
-                progress_marker.beat()
+                progress_marker.mark()
                 if self.process.poll() is not None:
                     code = self.process.returncode
                     raise EngineError(f"{name} ended with exit code {code}" + last_words(self.log))

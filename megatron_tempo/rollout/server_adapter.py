@@ -99,12 +99,12 @@ class Dialect(Protocol):
 
     name: str
     health: Call  # answered with 200 by a server that is ready
-    pulse: Call  # what tells slowness from a hang
+    progress: Call  # what tells slowness from a hang
 
     def launch(self, start: Start) -> Launch: ...
 
-    def beat(self, answer: str) -> str | None:
-        """From the answer to `pulse`: a text that changes with every step made; None: that it answers is enough."""
+    def progress_of(self, answer: str) -> str | None:
+        """From the answer to `progress`: a text that changes with every step made; None: that it answers is enough."""
         ...
 
     def generate(self, request: Request, sampling: Sampling, end_tokens: Sequence[int]) -> Call: ...

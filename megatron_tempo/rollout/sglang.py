@@ -67,7 +67,7 @@ class Sglang:
     name = "SGLang"
     health = Call("/health")
     # Answers when the scheduler has done anything since it was asked, or else a token of a request of its own.
-    pulse = Call("/health_generate")
+    progress = Call("/health_generate")
 
     def __init__(self, *, cpu: bool, tensor: int) -> None:
         self._cpu, self._tensor = cpu, tensor
@@ -91,7 +91,7 @@ class Sglang:
             ["-m", "sglang.launch_server", "--config", str(private), *cpu, *start.config.arguments], environment
         )
 
-    def beat(self, answer: str) -> None:
+    def progress_of(self, answer: str) -> None:
         return None
 
     def generate(self, request: Request, sampling: Sampling, end_tokens: Sequence[int]) -> Call:

@@ -119,7 +119,7 @@ class FoundServers:
         url, deadline, last = self._addresses[index], time.monotonic() + self._seconds, "it does not answer"
         async with httpx.AsyncClient(base_url=url, headers=authorised(self._key), timeout=5.0) as client:
             while time.monotonic() < deadline:
-                progress_marker.beat()
+                progress_marker.mark()
                 try:
                     response = await client.get(self._dialect.health.path)
                     if response.status_code == 200:

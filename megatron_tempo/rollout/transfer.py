@@ -55,7 +55,7 @@ class Senders:
         for bucket in weights.from_stages(shared=shared):
             if compare:
                 expected |= self._dialect.expected(bucket)
-            _settle(loading, failed)
+            _collect_failures(loading, failed)
             left = [target for target in targets if target.index not in failed]
             sent = {target: self._pool.submit(self._links[target].send, bucket, version, compare) for target in left}
             loading = {}
@@ -65,7 +65,7 @@ class Senders:
                 except (httpx.HTTPError, EngineError, RuntimeError) as error:
                     failed[target.index] = _words(error)
             del bucket  # before the next one is made
-        _settle(loading, failed)
+        _collect_failures(loading, failed)
         if shared and torch.cuda.is_available():
             torch.cuda.ipc_collect()  # what servers have let go of
         return failed, expected
@@ -92,7 +92,7 @@ class Senders:
                     failed[target.index] = _words(error)
 
 
-def _settle(loading: dict[Target, Future[httpx.Response]], failed: dict[int, str]) -> None:
+def _collect_failures(loading: dict[Target, Future[httpx.Response]], failed: dict[int, str]) -> None:
     for target, future in loading.items():
         try:
             future.result()

@@ -40,7 +40,7 @@ class Vllm:
 
     name = "vLLM"
     health = Call("/health")
-    pulse = Call("/metrics")
+    progress = Call("/metrics")
 
     def __init__(self, *, cpu: bool, tensor: int) -> None:
         self._cpu, self._tensor = cpu, tensor
@@ -79,7 +79,7 @@ class Vllm:
         command = ["-m", "vllm.entrypoints.openai.api_server", *words, *flags, *start.config.arguments]
         return Launch(command, environment)
 
-    def beat(self, answer: str) -> str:
+    def progress_of(self, answer: str) -> str:
         return "\n".join(line for line in answer.splitlines() if line.startswith(_COUNTERS))
 
     def generate(self, request: Request, sampling: Sampling, end_tokens: Sequence[int]) -> Call:

@@ -37,12 +37,12 @@ class PeakMemory:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        self._settle()
+        self._record_peak()
         self._open.append(name)
         try:
             yield
         finally:
-            self._settle()
+            self._record_peak()
             self._open.pop()
 
     def take(self) -> dict[str, float]:
@@ -53,7 +53,7 @@ class PeakMemory:
         dist.all_reduce(peaks, dist.ReduceOp.MAX)
         return {f"memory_gb/{name}": peak / GB for name, peak in zip(names, peaks.tolist(), strict=True) if peak}
 
-    def _settle(self) -> None:
+    def _record_peak(self) -> None:
         """Credit the peak so far to the phases that are running, and begin anew."""
         peak = self._peak()
         for name in self._open:

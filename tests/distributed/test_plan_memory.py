@@ -22,7 +22,7 @@ from megatron_tempo.plan.layout import MicroBatch
 from megatron_tempo.plan.memory import Part, Phase, place_memory
 from megatron_tempo.plan.parameters import Role
 from megatron_tempo.plan.shapes import shape_of
-from megatron_tempo.training.context import open_workplace
+from megatron_tempo.training.context import open_context
 from megatron_tempo.training.setup import build_actor, build_critic
 from megatron_tempo.types import Batch
 from tests.support.ranks import run_ranks
@@ -116,8 +116,8 @@ def measure(config: Config) -> dict[str, Any]:
     vocab = json.loads((Path(config.model.path) / "config.json").read_text())["vocab_size"]
     batch, order, stage = batch_of_rows(vocab), [torch.arange(ROWS)], config.stage1
     assert batch.correct is not None
-    with open_workplace(config) as place, Storages() as storages:
-        actor, critic = build_actor(place), build_critic(place)
+    with open_context(config) as context, Storages() as storages:
+        actor, critic = build_actor(context), build_critic(context)
 
         def parts() -> dict[Part, int]:
             """Of the models that are there."""
@@ -126,10 +126,10 @@ def measure(config: Config) -> dict[str, Any]:
 
         def there(bytes_: int) -> int:
             """Without the memory in which models wait: on a CPU that counts too."""
-            return bytes_ - sum(map(len, place.residence._hosts.values()))
+            return bytes_ - sum(map(len, context.offloader._hosts.values()))
 
         def phase(name: Phase, model: TrainedModel, run: Any) -> Any:
-            place.residence.bring(model)
+            context.offloader.load(model)
             gc.collect()
             storages.restart()
             result = run()
@@ -139,7 +139,10 @@ def measure(config: Config) -> dict[str, Any]:
 
         gc.collect()
         found: dict[str, Any] = {
-            "place": {Role.actor: place.layouts.actor.pipeline_rank, Role.critic: place.layouts.critic.pipeline_rank},
+            "place": {
+                Role.actor: context.layouts.actor.pipeline_rank,
+                Role.critic: context.layouts.critic.pipeline_rank,
+            },
             "parts": parts(),
             "resident": there(storages.now()),
         }

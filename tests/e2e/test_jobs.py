@@ -26,7 +26,7 @@ from megatron_tempo.observability.records import read, read_evaluations, read_me
 from megatron_tempo.report.status import status
 from megatron_tempo.rewards import countdown
 from megatron_tempo.rewards.verifiers import Verifiers
-from megatron_tempo.training.context import open_workplace
+from megatron_tempo.training.context import open_context
 from megatron_tempo.training.jobs import evaluate, train
 from megatron_tempo.training.setup import build_actor, build_critic
 from megatron_tempo.types import Batch
@@ -152,8 +152,8 @@ def test_held_out_questions_are_not_trained_on(tmp_path: Path) -> None:
 def export_with_shorter_critic(project: Path, critic: Path, out: Path) -> None:
     config = config_of(project, out / "run")
     config.model.path, config.model.critic_path = str(project / "model"), str(critic)
-    with open_workplace(config) as place:
-        export_hf(place.config, build_actor(place), build_critic(place), out)
+    with open_context(config) as context:
+        export_hf(context.config, build_actor(context), build_critic(context), out)
 
 
 def test_a_critic_of_another_shape_is_exported_as_it_is(tmp_path: Path) -> None:
@@ -177,8 +177,8 @@ def updated(model: Path, out: Path, wrong: list[str]) -> tuple[dict[str, float],
     for name, rows in zip(wrong, order, strict=False):
         if name == "loss":
             targets[rows[0]] = torch.nan  # a row that one of two ranks has
-    with open_workplace(config) as place:
-        critic = build_critic(place)
+    with open_context(config) as context:
+        critic = build_critic(context)
         step, count = TrainedModel.step, 0
 
         def steep(
@@ -236,8 +236,8 @@ def test_what_is_not_finite_is_skipped_and_the_next_step_trains(tmp_path: Path, 
 def weights_at_the_start(model: Path) -> list[torch.Tensor]:
     config = Config()
     config.model.path = str(model)
-    with open_workplace(config) as place:
-        return [parameter.detach().clone() for parameter in build_critic(place).model.net.parameters()]
+    with open_context(config) as context:
+        return [parameter.detach().clone() for parameter in build_critic(context).model.net.parameters()]
 
 
 def test_too_many_in_a_row_stop_the_run_with_the_weights_as_they_were(tmp_path: Path, model: Path) -> None:

@@ -34,8 +34,8 @@ SCRIPT = f"""
 import os, signal, sys, threading
 from contextlib import contextmanager
 from pathlib import Path
-from megatron_tempo.runtime import diagnosis
-diagnosis.BEAT, diagnosis.SILENT, diagnosis.ENDED = {BEAT}, {SILENT}, {ENDED}
+from megatron_tempo.runtime import failure_detector
+failure_detector.BEAT, failure_detector.SILENT, failure_detector.ENDED = {BEAT}, {SILENT}, {ENDED}
 from megatron_tempo.config.tree import load
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.training.trainer import Run
@@ -58,7 +58,7 @@ def fault():
 @contextmanager
 def faulty(self, name):
     with phase(self, name):
-        if name == "actor" and self.step == step and self.place.layouts.actor.rank == rank:
+        if name == "actor" and self.step == step and self.context.layouts.actor.rank == rank:
             fault()
         yield
 

@@ -50,8 +50,8 @@ def spoilt(kind: EngineKind, model: Path, run: Path) -> dict[str, Any]:
     config.rollout.servers.restarts = 0
     told: list[str] = []
     found: dict[str, Any] = {}
-    with opened(config, told) as (place, engine):
-        right = engine_weights(build_actor(place), place)
+    with opened(config, told) as (context, engine):
+        right = engine_weights(build_actor(context), context)
         bucket: Bucket = [pair for part in right.everywhere() for pair in part]
         engine.load_weights(right, 0)
         found["right"] = engine.differences(right)
@@ -91,7 +91,7 @@ def test_no_server_outlives_a_trainer_that_is_killed(tmp_path: Path, kind: Engin
         "from megatron_tempo.config.schema import EngineKind\n"
         "from tests.engines.servers import config_of, opened\n"
         f"kind = EngineKind.{kind.name}\n"
-        "with opened(config_of(kind, Path(sys.argv[1]), Path(sys.argv[2])), []) as (place, engine):\n"
+        "with opened(config_of(kind, Path(sys.argv[1]), Path(sys.argv[2])), []) as (context, engine):\n"
         "    print(engine._keeper._servers[0].process.pid, flush=True)\n"
         "    time.sleep(600)\n"
     )
@@ -137,8 +137,8 @@ def on_found_servers(kind: EngineKind, model: Path, run: Path) -> list[Any]:
         servers.addresses, servers.key_file = [theirs.url], str(key)
         said: list[Any] = []
         for version in (3, 7):
-            with opened(config, []) as (place, engine):
-                engine.load_weights(engine_weights(build_actor(place), place), version)
+            with opened(config, []) as (context, engine):
+                engine.load_weights(engine_weights(build_actor(context), context), version)
                 said.append(answers(engine, REQUESTS, Sampling(0.7, 8)))
         servers.addresses, servers.start_seconds = [theirs.url.replace("127.0.0.1", "127.0.0.2")], 2.0
         try:
@@ -166,8 +166,8 @@ def on_each_node(model: Path, run: Path) -> list[Any]:
     config = config_of(EngineKind.sglang, model, run)
     config.rollout.servers.each_node = True
     config.parallel.pipeline = 2
-    with opened(config, []) as (place, engine):
-        engine.load_weights(engine_weights(build_actor(place), place), 0)
+    with opened(config, []) as (context, engine):
+        engine.load_weights(engine_weights(build_actor(context), context), 0)
         started = sorted(engine._keeper._servers) if engine._keeper is not None else []
         return [engine.replicas, started, answers(engine, REQUESTS, Sampling(0.7, 8))]
 

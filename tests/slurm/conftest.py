@@ -53,7 +53,7 @@ def planted(self, *stage):
     if self.step == 2:
         hung = pathlib.Path(self.config.run.dir) / "hung"
         if not hung.exists():
-            self.place.is_writer and hung.touch()
+            self.context.is_writer and hung.touch()
             time.sleep(600)
         time.sleep(1)
         raise RuntimeError("planted")

@@ -31,7 +31,7 @@ from megatron_tempo.models.trained import Model, TrainedModel
 from megatron_tempo.observability.records import read_evaluations, read_metrics
 from megatron_tempo.rollout.batches import batch_of
 from megatron_tempo.training import trainer
-from megatron_tempo.training.context import open_workplace
+from megatron_tempo.training.context import open_context
 from megatron_tempo.training.jobs import train
 from megatron_tempo.training.trainer import Run
 from megatron_tempo.types import Batch, UnlabelledPrompt
@@ -177,7 +177,7 @@ def traces_of_an_iteration(
     monkeypatch.setattr(TrainedModel, "step", watched_step)
     monkeypatch.setattr(Run, "rollouts", watched_rollouts)
     config = config_for(project, out, method)
-    with open_workplace(config) as place, Run.open(place) as run:
+    with open_context(config) as context, Run.open(context) as run:
         run.sync_engine()
         found["stream"] = len(traces(run.unlabelled))
         found["evaluation"] = len(traces(run.evaluator.sets))
