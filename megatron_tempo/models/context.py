@@ -25,10 +25,10 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class ContextShard:
     """The tokens of one context rank.
 
-    >>> Share.of(total=8, rank=1, ranks=2).tokens
+    >>> ContextShard.of(total=8, rank=1, ranks=2).tokens
     tensor([2, 3, 4, 5])
     """
 
@@ -38,7 +38,7 @@ class Share:
     tokens: Tensor  # int64 [S / c]: which of all S
 
     @classmethod
-    def of(cls, total: int, rank: int, ranks: int) -> Share:
+    def of(cls, total: int, rank: int, ranks: int) -> ContextShard:
         """Of `total` tokens, a multiple of 2 * `ranks`; a single rank takes all."""
         if ranks == 1:
             return cls(rank, ranks, total, torch.arange(total))
@@ -75,17 +75,17 @@ class Outputs:
     targets: Tensor  # int64 [w]: what they are to predict, 0 where there is nothing to
 
     @classmethod
-    def of(cls, share: Share, tokens: Tensor, targets: Tensor, device: torch.device) -> Outputs:
+    def of(cls, shard: ContextShard, tokens: Tensor, targets: Tensor, device: torch.device) -> Outputs:
         """`tokens` are the R among all S, `targets` their targets: int64 [R] both."""
-        if share.ranks == 1:
+        if shard.ranks == 1:
             return cls(tokens.to(device), None, targets.to(device))
-        owners, places = share.places(tokens)
-        own = [(owners == rank).nonzero().flatten() for rank in range(share.ranks)]
+        owners, places = shard.places(tokens)
+        own = [(owners == rank).nonzero().flatten() for rank in range(shard.ranks)]
         width = max(len(rows) for rows in own)
         order = torch.empty_like(tokens)
         for rank, rows in enumerate(own):
             order[rows] = rank * width + torch.arange(len(rows))
-        rows = own[share.rank]
+        rows = own[shard.rank]
 
         def filled(x: Tensor) -> Tensor:
             return torch.nn.functional.pad(x[rows], (0, width - len(rows))).to(device)

@@ -30,7 +30,7 @@ ANSWER_CHARS = 2000  # longer answers are refused; a longer text in a box is wro
 RESPONSE_CHARS = 20_000  # the end of a response that is looked at
 
 
-class Judged(Protocol):
+class AnswerPair(Protocol):
     """What is read of an item."""
 
     @property
@@ -52,7 +52,7 @@ class MathScorer:
         if len(answer) > ANSWER_CHARS:
             raise ValueError(f"the answer has {len(answer)} characters; the math verifier takes {ANSWER_CHARS}")
 
-    def score(self, items: Sequence[Judged]) -> list[float]:
+    def score(self, items: Sequence[AnswerPair]) -> list[float]:
         """1.0 where the response's answer equals the item's, else 0.0. RuntimeError where no worker can start."""
         verdicts = [0.0] * len(items)
         stop = threading.Event()

@@ -25,7 +25,7 @@ from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.runtime.stop_request import StopRequests
 from megatron_tempo.training.context import open_context
 from megatron_tempo.training.setup import build_critic, build_engine, build_evaluator, build_verifiers, folder_weights
-from megatron_tempo.training.trainer import Run, judged
+from megatron_tempo.training.trainer import Trainer, judge_counts
 from megatron_tempo.weights.export import targets_of
 
 
@@ -40,21 +40,21 @@ def train(config: Config) -> None:
     with (
         StopRequests(Path(config.run.dir), grace) as stop_requests,
         open_context(config) as context,
-        Run.open(context) as run,
+        Trainer.open(context) as trainer,
     ):
-        done = run.resume()
-        with run.rescued():
-            run.evaluate_if_due()
+        done = trainer.resume()
+        with trainer.rescued():
+            trainer.evaluate_if_due()
             for stage_name, stage, iteration in remaining(config, done):
-                run.stop_if_requested(stop_requests)
-                with run.profiler.iteration(run.step + 1):
-                    figures = run.iterate(stage_name, stage, iteration)
-                    raise_on_all_ranks(partial(run.metrics.step, figures))
-                    run.sync_engine()
-                run.stop_if_requested(stop_requests)
-                run.evaluate_if_due()
-                run.checkpoint_if_due()
-            run.finish()
+                trainer.stop_if_requested(stop_requests)
+                with trainer.profiler.iteration(trainer.step + 1):
+                    figures = trainer.iterate(stage_name, stage, iteration)
+                    raise_on_all_ranks(partial(trainer.metrics.step, figures))
+                    trainer.sync_engine()
+                trainer.stop_if_requested(stop_requests)
+                trainer.evaluate_if_due()
+                trainer.checkpoint_if_due()
+            trainer.finish()
 
 
 def evaluate(config: Config) -> None:
@@ -95,7 +95,7 @@ def _evaluate(config: Config, out: Path) -> None:
             answered = evaluator.answer(name)
             scores, samples = evaluator.measure(name, answered, targets, show=True)
             seen = seen_of(Path(config.model.path), keys[name].values())
-            counts = judged(verifiers, metrics)
+            counts = judge_counts(verifiers, metrics)
             raise_on_all_ranks(partial(metrics.evaluation, where | scores | {"seen": seen} | counts))
             metrics.samples({**where, "set": name, **sample} for sample in samples)
             results["sets"][name] = result(answered) | {

@@ -22,7 +22,7 @@ from megatron_tempo.models.nonfinite_guard import NonFiniteGuard
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.models.trained import Model, TrainedModel
 from megatron_tempo.rewards.verifiers import Verifiers
-from megatron_tempo.rollout.build import dialect_of, engine_precision
+from megatron_tempo.rollout.build import engine_precision, server_adapter_of
 from megatron_tempo.rollout.embedded import EmbeddedEngine
 from megatron_tempo.rollout.engine import Engine
 from megatron_tempo.training.context import RunContext, collective_timeout
@@ -60,10 +60,10 @@ def build_engine(context: RunContext, tell: Callable[[str], None]) -> Engine:
         return EmbeddedEngine(model, context.device, DTYPES[config.run.precision], config.rollout.batch_rows)
     from megatron_tempo.rollout.servers import ServersEngine  # an HTTP client, for these engines only
 
-    servers, dialect = config.rollout.servers, dialect_of(config, cpu=context.device.type == "cpu")
+    servers, adapter = config.rollout.servers, server_adapter_of(config, cpu=context.device.type == "cpu")
     work, vocab = Path(config.run.dir) / "engine", read_shape(model).vocab
     precision, timeout = engine_precision(config), collective_timeout(config)
-    return ServersEngine(dialect, servers, model, work, precision, context.device, vocab, timeout, tell)
+    return ServersEngine(adapter, servers, model, work, precision, context.device, vocab, timeout, tell)
 
 
 def build_verifiers(config: Config) -> Verifiers:

@@ -77,7 +77,7 @@ class _Questions:
 
 
 @dataclass(slots=True)
-class Run:
+class Trainer:
     """Everything that a run works with. `step` counts its iterations over both stages.
 
     `questions` are those of iterations that are not done: of the one under way and, with `rollout.max_staleness`, of
@@ -108,7 +108,7 @@ class Run:
 
     @classmethod
     @contextmanager
-    def open(cls, context: RunContext) -> Iterator[Run]:
+    def open(cls, context: RunContext) -> Iterator[Trainer]:
         """Read the data, build the models, open the run's files. The data comes first: it is the quickest to fail."""
         config = context.config
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
@@ -187,7 +187,7 @@ class Run:
             "iteration": iteration + 1,
             "step": self.step,
             **figures,
-            **judged(self.verifiers, self.metrics),
+            **judge_counts(self.verifiers, self.metrics),
             **self._padding(),
             **peaks,
         }
@@ -336,7 +336,7 @@ class Run:
             with self.phase("evaluate"):
                 scores, samples = self.evaluator.evaluate(name, targets, show=point != "during")
             seen = self.seen.count(self.keys.evaluation[name].values())
-            record = where | scores | {"seen": seen} | judged(self.verifiers, self.metrics)
+            record = where | scores | {"seen": seen} | judge_counts(self.verifiers, self.metrics)
             raise_on_all_ranks(partial(self.metrics.evaluation, record))
             self.metrics.samples({**where, "set": name, **sample} for sample in samples)
 
@@ -463,7 +463,7 @@ class Run:
         return {"padding": sum(c.padding for c in counts) / max(sum(c.tokens for c in counts), 1)}
 
 
-def judged(verifiers: Verifiers, metrics: Metrics) -> dict[str, int]:
+def judge_counts(verifiers: Verifiers, metrics: Metrics) -> dict[str, int]:
     """What a judge was asked since the last call; responses that got no verdict are told of. Collective."""
     counts = summed_counts(verifiers)
     if told := unreadable(counts):

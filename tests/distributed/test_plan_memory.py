@@ -18,8 +18,8 @@ from megatron_tempo.config.schema import ClusterConfig, CriticLayoutConfig, Para
 from megatron_tempo.config.stages import Baseline, Method, StageConfig
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.models.trained import TrainedModel
-from megatron_tempo.plan.layout import MicroBatch
-from megatron_tempo.plan.memory import Part, Phase, place_memory
+from megatron_tempo.plan.layout import PlannedMicroBatch
+from megatron_tempo.plan.memory import MemoryPhase, Part, place_memory
 from megatron_tempo.plan.parameters import Role
 from megatron_tempo.plan.shapes import shape_of
 from megatron_tempo.training.context import open_context
@@ -52,7 +52,7 @@ MODELS = {
 }
 PROMPT, RESPONSE, BUDGET, ROWS = 16, 112, 256, 8  # two rows a micro-batch
 TOLERANCE = 0.1
-MOMENTS = {Phase.logprobs, Phase.values, Phase.actor, Phase.critic}
+MOMENTS = {MemoryPhase.logprobs, MemoryPhase.values, MemoryPhase.actor, MemoryPhase.critic}
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def measure(config: Config) -> dict[str, Any]:
             """Without the memory in which models wait: on a CPU that counts too."""
             return bytes_ - sum(map(len, context.offloader._hosts.values()))
 
-        def phase(name: Phase, model: TrainedModel, run: Any) -> Any:
+        def phase(name: MemoryPhase, model: TrainedModel, run: Any) -> Any:
             context.offloader.load(model)
             gc.collect()
             storages.restart()
@@ -146,12 +146,12 @@ def measure(config: Config) -> dict[str, Any]:
             "parts": parts(),
             "resident": there(storages.now()),
         }
-        values = phase(Phase.values, critic.model, lambda: critic.values(batch))
-        old = phase(Phase.logprobs, actor.model, lambda: actor.logprobs(batch))
+        values = phase(MemoryPhase.values, critic.model, lambda: critic.values(batch))
+        old = phase(MemoryPhase.logprobs, actor.model, lambda: actor.logprobs(batch))
         given = Experience(old, values, torch.ones(ROWS))
-        phase(Phase.critic, critic.model, lambda: critic.update(batch, batch.correct, stage.critic, order))
+        phase(MemoryPhase.critic, critic.model, lambda: critic.update(batch, batch.correct, stage.critic, order))
         update = partial(actor.update, batch, given, Baseline.before_token, stage.actor, order)
-        phase(Phase.actor, actor.model, update)
+        phase(MemoryPhase.actor, actor.model, update)
     return found
 
 
@@ -165,12 +165,12 @@ def test_the_plan_is_what_is_measured(models: dict[str, Path], kind: str, name: 
     assert shape is not None
     assert problems == []
     count = ROWS * (PROMPT + RESPONSE) // BUDGET // (world // config.parallel.ranks_of_a_replica)
-    micro = MicroBatch(BUDGET, BUDGET * RESPONSE // (PROMPT + RESPONSE), BUDGET, count)
+    micro = PlannedMicroBatch(BUDGET, BUDGET * RESPONSE // (PROMPT + RESPONSE), BUDGET, count)
     lines = []
     for rank, found in enumerate(run_ranks(measure, world, tmp_path / "ranks", config)):
         planned = place_memory(config, shape, found["place"], micro)
         # The critic, which was built last, or with it the actor.
-        held = {part: planned[Phase.values][part] for part in found["parts"]}
+        held = {part: planned[MemoryPhase.values][part] for part in found["parts"]}
         rows = [(part.value, size, held[part]) for part, size in found["parts"].items()]
         rows.append(("resident", found["resident"], sum(held.values())))
         for phase in MOMENTS:

@@ -16,7 +16,7 @@ from megatron_tempo.config.tree import load, save
 from megatron_tempo.errors import Stopped
 from megatron_tempo.runtime.stop_request import StopRequests
 from megatron_tempo.training.jobs import train
-from megatron_tempo.training.trainer import Run
+from megatron_tempo.training.trainer import Trainer
 from tests.support.project import config_of, write_project
 from tests.support.ranks import run_ranks
 
@@ -64,15 +64,15 @@ def test_a_long_wait_is_warned_of_once(tmp_path: Path) -> None:
 
 def stopped_at(config: Config, rank: int, step: int, number: int) -> str:
     """What a run says that gets a signal on one rank, in the iteration behind `step`; nothing if it ends."""
-    iterate = Run.iterate
+    iterate = Trainer.iterate
 
-    def signalled(self: Run, *stage: object) -> dict:
+    def signalled(self: Trainer, *stage: object) -> dict:
         if self.step == step and self.context.layouts.actor.rank == rank:
             os.kill(os.getpid(), number)
         return iterate(self, *stage)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(Run, "iterate", signalled)
+        monkeypatch.setattr(Trainer, "iterate", signalled)
         try:
             train(config)
         except Stopped as stopped:

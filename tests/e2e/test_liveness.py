@@ -38,10 +38,10 @@ from megatron_tempo.runtime import failure_detector
 failure_detector.BEAT, failure_detector.SILENT, failure_detector.ENDED = {BEAT}, {SILENT}, {ENDED}
 from megatron_tempo.config.tree import load
 from megatron_tempo.rewards.verifiers import Verifiers
-from megatron_tempo.training.trainer import Run
+from megatron_tempo.training.trainer import Trainer
 from megatron_tempo.training.jobs import train
 
-phase, score = Run.phase, Verifiers.score
+phase, score = Trainer.phase, Verifiers.score
 kind, rank, step, config, mark = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), load(sys.argv[4]), Path(sys.argv[5])
 
 
@@ -70,7 +70,7 @@ def endless(self, items):
     return score(self, items)
 
 
-Run.phase, Verifiers.score = faulty, endless
+Trainer.phase, Verifiers.score = faulty, endless
 if __name__ == "__main__":
     train(config)
 """

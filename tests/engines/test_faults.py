@@ -68,7 +68,7 @@ class Disturbed:
 
 def processes_of(engine: ServersEngine, index: int) -> int:
     """The process group of a server."""
-    return engine._keeper._servers[index].process.pid  # type: ignore[union-attr]
+    return engine._supervisor._servers[index].process.pid  # type: ignore[union-attr]
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> float:
@@ -153,10 +153,10 @@ def spoil(engine: ServersEngine, context: RunContext, actor: object) -> None:
     replica = engine._first._replicas[0]
     link = engine._senders._links[Target(replica.index, replica.life, replica.url)]
     bucket = [("model.norm.weight", torch.full((32,), torch.nan))]
-    for call in engine._dialect.before_update():
+    for call in engine._adapter.before_update():
         link._client.post(call.path, json=call.body)
     link.send(bucket, engine._version, False).result()
-    for call in [*engine._dialect.after_update(engine._version), *engine._dialect.resume()]:
+    for call in [*engine._adapter.after_update(engine._version), *engine._adapter.resume()]:
         link._client.post(call.path, json=call.body)
 
 

@@ -92,7 +92,7 @@ def test_no_server_outlives_a_trainer_that_is_killed(tmp_path: Path, kind: Engin
         "from tests.engines.servers import config_of, opened\n"
         f"kind = EngineKind.{kind.name}\n"
         "with opened(config_of(kind, Path(sys.argv[1]), Path(sys.argv[2])), []) as (context, engine):\n"
-        "    print(engine._keeper._servers[0].process.pid, flush=True)\n"
+        "    print(engine._supervisor._servers[0].process.pid, flush=True)\n"
         "    time.sleep(600)\n"
     )
     command = [sys.executable, "-W", "ignore", "-c", code, str(model), str(tmp_path / "run")]
@@ -130,8 +130,8 @@ def on_found_servers(kind: EngineKind, model: Path, run: Path) -> list[Any]:
     servers = config.rollout.servers
     key = run.with_suffix(".key")
     key.write_text("a key of theirs\n")
-    dialect = (Sglang if kind is EngineKind.sglang else Vllm)(cpu=True, tensor=1)
-    theirs = Server(dialect, servers, model, run / "theirs", "a key of theirs", EnginePrecision.fp32, "")
+    adapter = (Sglang if kind is EngineKind.sglang else Vllm)(cpu=True, tensor=1)
+    theirs = Server(adapter, servers, model, run / "theirs", "a key of theirs", EnginePrecision.fp32, "")
     try:
         theirs.wait()
         servers.addresses, servers.key_file = [theirs.url], str(key)
@@ -168,7 +168,7 @@ def on_each_node(model: Path, run: Path) -> list[Any]:
     config.parallel.pipeline = 2
     with opened(config, []) as (context, engine):
         engine.load_weights(engine_weights(build_actor(context), context), 0)
-        started = sorted(engine._keeper._servers) if engine._keeper is not None else []
+        started = sorted(engine._supervisor._servers) if engine._supervisor is not None else []
         return [engine.replicas, started, answers(engine, REQUESTS, Sampling(0.7, 8))]
 
 

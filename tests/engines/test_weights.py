@@ -70,8 +70,8 @@ def many_syncs(kind: EngineKind, model: Path, run: Path, transport: Transport) -
     with opened(config, told) as (context, engine):
         actor = build_actor(context)
         weights = engine_weights(actor, context)
-        assert engine._keeper is not None
-        server = psutil.Process(engine._keeper._servers[0].process.pid)
+        assert engine._supervisor is not None
+        server = psutil.Process(engine._supervisor._servers[0].process.pid)
         for version in range(241):
             engine.load_weights(weights, version)
             for parameter in actor.model.net.parameters():

@@ -46,7 +46,7 @@ import pathlib, sys, time
 from megatron_tempo import cli
 from megatron_tempo.training import trainer
 
-iterate = trainer.Run.iterate
+iterate = trainer.Trainer.iterate
 
 
 def planted(self, *stage):
@@ -61,6 +61,6 @@ def planted(self, *stage):
 
 
 if __name__ == "__main__":
-    trainer.Run.iterate = planted
+    trainer.Trainer.iterate = planted
     sys.exit(cli.main(sys.argv[3:]))
 """

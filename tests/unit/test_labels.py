@@ -33,7 +33,7 @@ from megatron_tempo.rollout.batches import batch_of
 from megatron_tempo.training import trainer
 from megatron_tempo.training.context import open_context
 from megatron_tempo.training.jobs import train
-from megatron_tempo.training.trainer import Run
+from megatron_tempo.training.trainer import Trainer
 from megatron_tempo.types import Batch, UnlabelledPrompt
 from tests.support.project import config_of, write_project
 from tests.support.tiny import WORDS
@@ -156,7 +156,7 @@ def traces_of_an_iteration(
     """
     found = {"stream": 0, "rollouts": 0, "steps": 0, "evaluation": 0}
     seen: list[int] = []
-    step, rollouts = TrainedModel.step, Run.rollouts
+    step, rollouts = TrainedModel.step, Trainer.rollouts
 
     def verdicts(batch: Batch) -> int:
         return batch.correct is not None and any(name.startswith("unlabelled:") for name in batch.prompt_ids)
@@ -166,7 +166,7 @@ def traces_of_an_iteration(
         seen.append(len(list(reachable(*args))))
         return step(self, *args)
 
-    def watched_rollouts(self: Run, *args: Any) -> Any:
+    def watched_rollouts(self: Trainer, *args: Any) -> Any:
         answer = rollouts(self, *args)
         assert (answer.labelled is not None) == (method is Method.tempo)
         assert answer.unlabelled is not None
@@ -175,9 +175,9 @@ def traces_of_an_iteration(
         return answer
 
     monkeypatch.setattr(TrainedModel, "step", watched_step)
-    monkeypatch.setattr(Run, "rollouts", watched_rollouts)
+    monkeypatch.setattr(Trainer, "rollouts", watched_rollouts)
     config = config_for(project, out, method)
-    with open_context(config) as context, Run.open(context) as run:
+    with open_context(config) as context, Trainer.open(context) as run:
         run.sync_engine()
         found["stream"] = len(traces(run.unlabelled))
         found["evaluation"] = len(traces(run.evaluator.sets))
