@@ -46,7 +46,7 @@ def fp8_copies(config: Config, shape: PlannedShape, layout: PlannedLayout, stage
     if config.run.precision not in RECIPES:
         return 0.0
     of_stage = shape.layers // layout.pipeline
-    ends = config.model.bf16_ends
+    ends = config.model.num_bf16_layers_at_ends
     inside = sum(ends <= layer < shape.layers - ends for layer in range(stage * of_stage, (stage + 1) * of_stage))
     matrices = (2 * shape.queries + 2 * shape.keys + 3 * shape.ffn) * shape.hidden / layout.tensor
     return (2.0 if trained else 1.0) * inside * matrices

@@ -126,7 +126,7 @@ def _network(context: RunContext, kind: Callable[..., PackedGPT], path: Path, la
         given.run.precision,
         given.parallel.recompute,
         chosen_layers(given, context.machine),
-        given.model.bf16_ends,
+        given.model.num_bf16_layers_at_ends,
     )
     net = kind(config, shape, layout, kernels_for(context.device))
     folder.load(net, layout, mappings_of(net, layout), path)
@@ -139,5 +139,8 @@ def _trained(context: RunContext, net: PackedGPT, layout: Layout) -> TrainedMode
 
 def _guard(context: RunContext, model: str) -> NonFiniteGuard:
     return NonFiniteGuard(
-        model, Path(context.config.run.dir) / "skipped", context.config.run.max_skipped, context.is_writer
+        model,
+        Path(context.config.run.dir) / "skipped",
+        context.config.run.max_consecutive_nonfinite_steps,
+        context.is_writer,
     )

@@ -41,7 +41,11 @@ def tried(model: Path, precision: Precision, tensor: int, ends: int, recompute: 
     A CPU's precision is fp32 by the rules; the other one is put in behind them.
     """
     config = Config()
-    config.model.path, config.model.layers, config.model.bf16_ends = str(model), Layers.transformer_engine, ends
+    config.model.path, config.model.layers, config.model.num_bf16_layers_at_ends = (
+        str(model),
+        Layers.transformer_engine,
+        ends,
+    )
     config.parallel.tensor, config.parallel.sequence, config.parallel.recompute = tensor, tensor > 1, recompute
     config.parallel.micro_batch_tokens = 64
     record = importlib.import_module("transformer_engine.pytorch.record")

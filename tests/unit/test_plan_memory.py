@@ -216,9 +216,9 @@ def test_fp8_adds_its_copies_of_the_matrices(precision: Precision) -> None:
     bf16 = [place_memory(config, shape, place)[MemoryPhase.generate] for place in places]
     config.run.precision = precision
     if precision is Precision.fp8_blockwise:
-        config.model.bf16_ends = 2
+        config.model.num_bf16_layers_at_ends = 2
     # A layer of Qwen3-8B: (2 x 4096 + 2 x 1024 + 3 x 12288) x 4096 numbers, over 4 tensor ranks; 18 layers a stage.
-    numbers = (18 - config.model.bf16_ends) * 192_937_984 / 4
+    numbers = (18 - config.model.num_bf16_layers_at_ends) * 192_937_984 / 4
     fp8 = [place_memory(config, shape, place)[MemoryPhase.generate] for place in places]
     for before, after in zip(bf16, fp8, strict=True):
         assert after.pop(Part.fp8) == 2 * 2 * numbers
