@@ -32,10 +32,10 @@ from megatron_tempo.weights.param_mapping import ParamMapping
 from megatron_tempo.weights.stream import plan
 
 MODELS = ("actor", "critic")
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def to_megatron(source: Path, out: Path, model: str, part_bytes: int, tell: Tell) -> int:
+def to_megatron(source: Path, out: Path, model: str, part_bytes: int, log: Log) -> int:
     """Write the Hugging Face folder `source` as the distributed checkpoint `out`, in files of about `part_bytes`.
 
     `model`: actor or critic. A critic made of a folder without a value head gets a head of zeros. Returns the bytes.
@@ -50,21 +50,21 @@ def to_megatron(source: Path, out: Path, model: str, part_bytes: int, tell: Tell
     work = ResumableFolder(out, inputs)
     sizes = [sum(chunk.nbytes for chunk in part) for part in parts]
     work.begin(sum(sizes))
-    progress = _Progress("part", sizes, tell)
+    progress = _Progress("part", sizes, log)
     written, places = {}, {}
     for number, part in enumerate(parts):
         name = f"__{number}_0.distcp"
         note = work.note(name)
         if note is None:
             work.mark(name, places=distributed.write_part(work.whole / name, part, files))
-        progress.told(number, name, new=note is None)
+        progress.log(number, name, new=note is None)
         written[name], places[name] = part, (work.note(name) or {})["places"]
     distributed.write_metadata(work.whole, written, places, objects=f"__{len(parts)}_0.distcp")
     return work.finish()
 
 
 def to_hugging_face(
-    source: Path, out: Path, model: str, like: Path | None, dtype: torch.dtype | None, shard_bytes: int, tell: Tell
+    source: Path, out: Path, model: str, like: Path | None, dtype: torch.dtype | None, shard_bytes: int, log: Log
 ) -> int:
     """Write a model of a checkpoint as the Hugging Face folder `out`, in files of at most `shard_bytes`.
 
@@ -89,10 +89,10 @@ def to_hugging_face(
     }
     work = ResumableFolder(out, inputs)
     if saved.step is not None and not work.resumes:  # what it was begun with has been checked, and is as it was
-        tell(f"checking {saved.step} against its {manifest.MANIFEST}")
+        log(f"checking {saved.step} against its {manifest.MANIFEST}")
         if problem := manifest.damage(saved.step, model):
             raise InputError(f"{saved.step} is damaged: {problem}")
-    weight_map = _write_shards(work, stored, mappings, dtype, shard_bytes, tell)
+    weight_map = _write_shards(work, stored, mappings, dtype, shard_bytes, log)
     changes = critic_changes(shape, saved.targets) if model == "critic" else {}
     changes["dtype"] = str(stored.entries(mappings[0], dtype)[0][1]).removeprefix("torch.")
     size = sum(nbytes(entry) for mapping in mappings for entry in stored.entries(mapping, dtype))
@@ -108,11 +108,11 @@ def _write_shards(
     mappings: list[ParamMapping],
     dtype: torch.dtype | None,
     shard_bytes: int,
-    tell: Tell,
+    log: Log,
 ) -> dict[str, str]:
     """The safetensors files of a folder. Returns which tensor is in which."""
     entries = {mapping: stored.entries(mapping, dtype) for mapping in mappings}
-    widest = max(entry[1].itemsize for found in entries.values() for entry in found)
+    widest = max(entry[1].itemsize for of_mapping in entries.values() for entry in of_mapping)
     # Tensors of larger types come first in a file, so that each begins at a multiple of its type's size.
     shards = [
         sorted(group, key=lambda mapping: -entries[mapping][0][1].itemsize)
@@ -120,7 +120,7 @@ def _write_shards(
     ]
     sizes = [sum(nbytes(entry) for mapping in shard for entry in entries[mapping]) for shard in shards]
     work.begin(sum(sizes))
-    progress = _Progress("shard", sizes, tell)
+    progress = _Progress("shard", sizes, log)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards):
         name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -130,7 +130,7 @@ def _write_shards(
             with atomic(work.whole / name) as file:
                 write_safetensors(file, held, chain.from_iterable(stored.read(mapping, dtype) for mapping in shard))
             work.mark(name)
-        progress.told(number, name, new=note is None)
+        progress.log(number, name, new=note is None)
         weight_map |= dict.fromkeys((entry[0] for entry in held), name)
     return weight_map
 
@@ -195,13 +195,13 @@ def _stamps(files: dict[str, Path]) -> dict[str, list[int]]:
 class _Progress:
     """A line for each file that is done."""
 
-    def __init__(self, what: str, sizes: list[int], tell: Tell) -> None:
-        self._what, self._sizes, self._tell = what, sizes, tell
+    def __init__(self, what: str, sizes: list[int], log: Log) -> None:
+        self._what, self._sizes, self._log = what, sizes, log
         self._new, self._start = 0, time.monotonic()
 
-    def told(self, number: int, name: str, *, new: bool) -> None:
+    def log(self, number: int, name: str, *, new: bool) -> None:
         self._new += self._sizes[number] if new else 0
         done, total = sum(self._sizes[: number + 1]) / 2**30, sum(self._sizes) / 2**30
         speed = self._new / 2**20 / max(time.monotonic() - self._start, 1e-9)
         how = f"{speed:.0f} MiB/s" if new else "was there"
-        self._tell(f"{self._what} {number + 1} of {len(self._sizes)}: {name}, {done:.2f} of {total:.2f} GiB, {how}")
+        self._log(f"{self._what} {number + 1} of {len(self._sizes)}: {name}, {done:.2f} of {total:.2f} GiB, {how}")

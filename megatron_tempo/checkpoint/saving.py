@@ -86,14 +86,14 @@ class ShardWriter:
             running.put(0)
             path, *content = self.files.pop(0)
             _write_file(transforms, 0, (path, *content), answers, running, use_fsync=True)
-            told = answers.get()[1]
-            if isinstance(told, Exception):
+            outcome = answers.get()[1]
+            if isinstance(outcome, Exception):
                 # torch's writer trips over what an OSError has left of its file, and raises that.
-                cause = told.__context__ if isinstance(told.__context__, OSError) else told
+                cause = outcome.__context__ if isinstance(outcome.__context__, OSError) else outcome
                 if isinstance(cause, OSError):
-                    raise OSError(cause.errno, cause.strerror, str(path)) from told
-                raise told
-            results += told
+                    raise OSError(cause.errno, cause.strerror, str(path)) from outcome
+                raise outcome
+            results += outcome
             progress_marker.mark()
         return results
 

@@ -309,13 +309,13 @@ class Config:
 
         The stage's own where none did.
         """
-        found = self.stages()[stage_name].critic.targets
+        targets = self.stages()[stage_name].critic.targets
         for name, stage in self.stages().items():
             if stage.iterations > 0 and stage.trains_critic:
-                found = stage.critic.targets
+                targets = stage.critic.targets
             if name == stage_name:
                 break
-        return found
+        return targets
 
 
 def to_plain(value: Any) -> Any:

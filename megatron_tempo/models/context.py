@@ -54,16 +54,16 @@ class ContextShard:
 
     def pieces(self, lengths: list[int]) -> tuple[Piece, ...]:
         """This rank's tokens by sequence; `lengths` are those of the sequences, S in all."""
-        found, at = [], 0
+        pieces, at = [], 0
         for start in (int(self.tokens[0]), int(self.tokens[self.block])):
             first = 0
             for length in lengths:
                 begin, end = max(first, start), min(first + length, start + self.block)
                 if begin < end:
-                    found.append(Piece(slice(at, at + end - begin), slice(first, end)))
+                    pieces.append(Piece(slice(at, at + end - begin), slice(first, end)))
                     at += end - begin
                 first += length
-        return tuple(found)
+        return tuple(pieces)
 
 
 @dataclass(frozen=True, slots=True)

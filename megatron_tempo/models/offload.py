@@ -95,8 +95,8 @@ class ModelOffloader:
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
     """The storages that the tensors are views of, by address."""
-    found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
-    return {address: storage for address, storage in found.items() if address}
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+    return {address: storage for address, storage in storages.items() if address}
 
 
 def _host_memory(size: int, device: torch.device) -> Tensor:

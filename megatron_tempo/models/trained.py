@@ -34,7 +34,7 @@ Reading = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor]]
 class Step:
     """An optimizer step, or one that was not made."""
 
-    figures: Tensor  # float32 [rows, metrics], the same on every rank
+    metrics: Tensor  # float32 [rows, num_metrics], the same on every rank
     losses: Tensor  # float32 [rows], the same on every rank
     grad_norm: float  # before clipping
     made: bool  # false where a loss or the gradient is not finite: the weights are then as before
@@ -193,29 +193,29 @@ class TrainedModel(Model):
         """The gradients."""
         return (buffer.grad_data for buffer in self.module.buffers)
 
-    def step(self, batch: Batch, rows: Tensor, loss: Loss, metrics: int, config: OptimizerConfig) -> Step:
+    def step(self, batch: Batch, rows: Tensor, loss: Loss, num_metrics: int, config: OptimizerConfig) -> Step:
         """One optimizer step on the mean over `rows` of a loss by row; none where that or its gradient is not finite.
 
-        `loss` turns a micro-batch and the model's output into (loss [m], metrics [m, `metrics`]).
+        `loss` turns a micro-batch and the model's output into (loss [m], metrics [m, `num_metrics`]).
         """
         with self.at_work():
-            return self._step(batch, rows, loss, metrics, config)
+            return self._step(batch, rows, loss, num_metrics, config)
 
-    def _step(self, batch: Batch, rows: Tensor, loss: Loss, metrics: int, config: OptimizerConfig) -> Step:
+    def _step(self, batch: Batch, rows: Tensor, loss: Loss, num_metrics: int, config: OptimizerConfig) -> Step:
         self.module.train()
         parts = self._packed(batch, rows)
         # Megatron divides by the micro-batches of this rank and averages over the data-parallel ranks.
         scale = len(parts) * self.layout.data / len(rows)
         place = torch.full((len(batch),), -1).index_put((rows,), torch.arange(len(rows)))
-        table = torch.zeros(len(rows), metrics + 1)  # the last column: the losses
+        table = torch.zeros(len(rows), num_metrics + 1)  # the last column: the losses
 
         def scaled(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
-            by_row, figures = loss(micro, output)
+            by_row, metrics = loss(micro, output)
             if self.layout.reports:
-                told = torch.cat((figures, by_row.detach()[:, None]), dim=1)
-                table[place[micro.rows]] = told.float().cpu()
+                columns = torch.cat((metrics, by_row.detach()[:, None]), dim=1)
+                table[place[micro.rows]] = columns.float().cpu()
             # The sum over no outputs keeps a micro-batch of padding alone in the graph.
-            return by_row.sum() * scale + output[:0].sum(), figures
+            return by_row.sum() * scale + output[:0].sum(), metrics
 
         # Taken back, since a network whose config holds its optimizer is never freed: the cycle goes through tensors
         # that Python's collector cannot follow, and process groups would stay with their threads.
@@ -227,16 +227,16 @@ class TrainedModel(Model):
         self._set_hyperparameters(config)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        # In one sum what all ranks told and whether any of them saw what is not finite: they decide alike.
+        # One sum over ranks holds the table and whether any rank saw a non-finite value, so that all decide alike.
         ranks = torch.cat((table.flatten(), torch.tensor([0.0 if math.isfinite(grad_norm) else 1.0])))
-        told, bad = sum_over_ranks(ranks).split((table.numel(), 1))
-        figures, losses = told.view_as(table).split((metrics, 1), dim=1)
+        summed, bad = sum_over_ranks(ranks).split((table.numel(), 1))
+        metrics, losses = summed.view_as(table).split((num_metrics, 1), dim=1)
         made = float(bad) == 0.0 and bool(losses.isfinite().all())
         if made:
             self.optimizer.step()
             self.step_count += 1
         self.optimizer.zero_grad()  # at once: its fp32 copy of the gradients would stay until the next step
-        return Step(figures, losses.flatten(), grad_norm, made)
+        return Step(metrics, losses.flatten(), grad_norm, made)
 
     def sharded_optimizer(
         self, weights: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool

@@ -108,21 +108,21 @@ def memory(config: Config, shape: PlannedShape) -> Memory:
     split = split_of(config)
     stages = [stage for stage in config.stages().values() if stage.iterations > 0]
     kept, answering, room = _engine(config, shape, stages, split)
-    found: dict[MemoryPhase, Parts] = {}
+    phases: dict[MemoryPhase, Parts] = {}
     if split.serving and not split.beside:
         served = engine.server(config, shape)
-        found[MemoryPhase.serve] = {Part.engine: served.weights, Part.cache: served.cache}
+        phases[MemoryPhase.serve] = {Part.engine: served.weights, Part.cache: served.cache}
         room = served.rows
     by_place = [place_memory(config, shape, place) for place in places_of(config, split.trainers)]
     for phase in by_place[0]:
         candidates = [
             _joined(place[phase], kept, answering if phase is MemoryPhase.generate else {}) for place in by_place
         ]
-        found[phase] = max(candidates, key=_total)
+        phases[phase] = max(candidates, key=_total)
     starved = (
         _starved(config, shape, MemoryPhase.generate if split.beside else MemoryPhase.serve) if split.servers else None
     )
-    return Memory(found, room, (config.cluster.memory_gb - config.cluster.reserve_gb) * GB, starved)
+    return Memory(phases, room, (config.cluster.memory_gb - config.cluster.reserve_gb) * GB, starved)
 
 
 Place = dict[Role, int]  # a GPU's pipeline stage in each model

@@ -58,19 +58,19 @@ class Plan:
 def plan_of(config: Config, shape: PlannedShape, words: tuple[str, ...] = ()) -> Plan:
     """The configuration has passed `split.problems`."""
     split = split_of(config)
-    found = memory(config, shape)
-    return Plan(words, config, layouts_of(config, split.trainers), split, found, times(config, shape, found))
+    needed = memory(config, shape)
+    return Plan(words, config, layouts_of(config, split.trainers), split, needed, times(config, shape, needed))
 
 
 def search(config: Config, shape: PlannedShape) -> list[Plan]:
     """All layouts that fit, the shortest iteration first."""
-    found = []
+    plans = []
     for changes in _changes(config, shape):
         changed, words = _changed(config, changes)
         if laid_out(changed, shape):
             continue
-        found.append(plan_of(changed, shape, words))
-    return sorted((plan for plan in found if plan.over is None), key=lambda plan: (plan.iteration, len(plan.words)))
+        plans.append(plan_of(changed, shape, words))
+    return sorted((plan for plan in plans if plan.over is None), key=lambda plan: (plan.iteration, len(plan.words)))
 
 
 def best_of_each(plans: list[Plan]) -> list[Plan]:

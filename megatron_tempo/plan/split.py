@@ -58,10 +58,10 @@ def split_of(config: Config) -> Split:
 
 def problems(config: Config) -> list[Problem]:
     """What keeps a configuration from being planned for. Sets of questions and this machine's programs play no part."""
-    shape, found = shape_of(config)
-    found += [*numbers.check(config), *_cluster(config)]
-    if found or shape is None:
-        return found
+    shape, wrong = shape_of(config)
+    wrong += [*numbers.check(config), *_cluster(config)]
+    if wrong or shape is None:
+        return wrong
     return [*laid_out(config, shape), *(p for p in stages.check(config) if not p.field.startswith(_ELSEWHERE))]
 
 
@@ -70,9 +70,9 @@ def laid_out(config: Config, shape: PlannedShape) -> list[Problem]:
     world = split_of(config).trainers
     fields = ["model.path"] + (["model.critic_path"] if config.model.critic_path is not None else [])
     shapes = dict.fromkeys(fields, shape.of_rules())
-    found = [*layout.check(config, shapes, world), *precision.check(config, shapes), *_devices(config)]
-    found += [problem for problem in rollout.check(config) if not problem.field.startswith(_ELSEWHERE)]
-    return found + list(stages.check_data_parallel(config, world))
+    problems = [*layout.check(config, shapes, world), *precision.check(config, shapes), *_devices(config)]
+    problems += [problem for problem in rollout.check(config) if not problem.field.startswith(_ELSEWHERE)]
+    return problems + list(stages.check_data_parallel(config, world))
 
 
 def _cluster(config: Config) -> Iterator[Problem]:

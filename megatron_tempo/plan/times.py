@@ -27,7 +27,7 @@ def times(config: Config, shape: PlannedShape, memory: Memory) -> dict[MemoryPha
     actor, critic = (_Passes(config, shape, config.cluster, layouts[role], stage) for role in Role)
     rows = stage.responses_per_prompt
     learnt, judged = rows * stage.count(stage.actor_prompts()), rows * stage.count(stage.critic_prompts())
-    found = {
+    seconds_of = {
         MemoryPhase.generate: _generate(config, shape, config.cluster, split, stage, memory.room),
         MemoryPhase.values: critic.read(learnt if stage.has_critic else 0, Role.critic),
         MemoryPhase.critic: critic.update(judged, Role.critic) * stage.critic.epochs,
@@ -37,9 +37,11 @@ def times(config: Config, shape: PlannedShape, memory: Memory) -> dict[MemoryPha
     }
     if config.parallel.offload:
         # To the critic and back to the actor; to the reference and back.
-        found[MemoryPhase.values] += _turn(config, shape, split) * stage.has_critic
-        found[MemoryPhase.logprobs] += _turn(config, shape, split) * (stage.has_critic + 2 * (stage.actor.kl_coef > 0))
-    return {phase: seconds for phase, seconds in found.items() if seconds}
+        seconds_of[MemoryPhase.values] += _turn(config, shape, split) * stage.has_critic
+        seconds_of[MemoryPhase.logprobs] += _turn(config, shape, split) * (
+            stage.has_critic + 2 * (stage.actor.kl_coef > 0)
+        )
+    return {phase: seconds for phase, seconds in seconds_of.items() if seconds}
 
 
 def _turn(config: Config, shape: PlannedShape, split: Split) -> float:

@@ -160,10 +160,10 @@ class _Classes:
     def join(self, response: str) -> int | None:
         """The response's class, an old one or a new one, or None."""
         order = sorted(set(range(len(self._answers))) - self._slow, key=lambda number: (-self._sizes[number], number))
-        found = self._worker.compare([self._answers[number] for number in order], response)
-        if found is None:
-            order, found = self._one_by_one(order, response)
-        place, answer = found
+        verdict = self._worker.compare([self._answers[number] for number in order], response)
+        if verdict is None:
+            order, verdict = self._one_by_one(order, response)
+        place, answer = verdict
         if answer is None:
             return None
         if place is not None:
@@ -183,11 +183,11 @@ class _Classes:
         if alone is None:
             return [], (None, None)
         for number in order:
-            found = self._worker.compare([self._answers[number]], response)
-            if found is None:
+            verdict = self._worker.compare([self._answers[number]], response)
+            if verdict is None:
                 self._slow.add(number)
-            elif found[0] is not None:
-                return [number], found
+            elif verdict[0] is not None:
+                return [number], verdict
         return [], alone
 
 

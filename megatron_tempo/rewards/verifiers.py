@@ -130,9 +130,9 @@ class Verifiers:
         """Which responses to a question have equal answers, as `Scorer.classes`. No answer of anybody else is read."""
         scorer = self._scorer(verifier)
         with self._one_at_a_time:
-            found = scorer.classes(prompt, responses)
+            classes = scorer.classes(prompt, responses)
         progress_marker.mark()
-        return found
+        return classes
 
     def take_counts(self) -> dict[str, int]:
         """What the judge was asked since the last call (`JudgeScorer.take_counts`); empty without one."""

@@ -36,14 +36,14 @@ def differing(expected: dict[str, tuple[str, float]], held: dict[str, tuple[str,
 
     It is NaN where only a checksum tells, infinite where a tensor is missing; those come first.
     """
-    found = []
+    differences = []
     for name in expected.keys() | held.keys():
         ours, theirs = expected.get(name), held.get(name)
         if ours is None or theirs is None:
-            found.append((name, math.inf))
+            differences.append((name, math.inf))
         elif ours[0] != theirs[0]:
-            found.append((name, abs(ours[1] - theirs[1]) / max(ours[1], 1e-30)))
-    return sorted(found, key=lambda item: (-item[1] if not math.isnan(item[1]) else 0.0, item[0]))
+            differences.append((name, abs(ours[1] - theirs[1]) / max(ours[1], 1e-30)))
+    return sorted(differences, key=lambda item: (-item[1] if not math.isnan(item[1]) else 0.0, item[0]))
 
 
 def reason(error: Exception) -> str:

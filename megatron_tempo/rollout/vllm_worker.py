@@ -163,12 +163,12 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def _incomplete(self) -> set[str]:
         """Parameters of layers that got a part of what they consist of. A vocabulary's may have rows to fill up."""
-        found = set()
+        names = set()
         for name, layer in self.model.named_modules():
             info = get_layerwise_info(layer)
             if 0 < info.load_numel < (info.load_numel_total or 0) and not isinstance(layer, VocabParallelEmbedding):
-                found |= {f"{name}.{parameter}" for parameter, _ in layer.named_parameters(recurse=False)}
-        return found
+                names |= {f"{name}.{parameter}" for parameter, _ in layer.named_parameters(recurse=False)}
+        return names
 
     def _drop_unfinished(self) -> None:
         """Put the older tensors back where a session was broken off: else the next would mix them with its own."""

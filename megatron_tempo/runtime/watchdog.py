@@ -265,13 +265,13 @@ def of_a_collective(error: BaseException | None) -> bool:
 
 
 def _diagnosis_of(text: bytes) -> Diagnosis:
-    found = json.loads(text)
-    return Diagnosis(found["reason"], found["text"], tuple(found["dump"]), found["by"])
+    fields = json.loads(text)
+    return Diagnosis(fields["reason"], fields["text"], tuple(fields["dump"]), fields["by"])
 
 
 def _again_from(run: Path) -> str:
-    found = sorted(path for path in (run / "checkpoints").glob("step_*") if not path.suffix)
-    return f"; the same command goes on from {found[-1]}" if found else ""
+    saved = sorted(path for path in (run / "checkpoints").glob("step_*") if not path.suffix)
+    return f"; the same command goes on from {saved[-1]}" if saved else ""
 
 
 def _within(seconds: float, make: Callable[[], _T]) -> _T | None:

@@ -48,8 +48,8 @@ def train(config: Config) -> None:
             for stage_name, stage, iteration in remaining(config, done):
                 trainer.stop_if_requested(stop_requests)
                 with trainer.profiler.iteration(trainer.step + 1):
-                    figures = trainer.iterate(stage_name, stage, iteration)
-                    raise_on_all_ranks(partial(trainer.metrics.step, figures))
+                    record = trainer.iterate(stage_name, stage, iteration)
+                    raise_on_all_ranks(partial(trainer.metrics.step, record))
                     trainer.sync_engine()
                 trainer.stop_if_requested(stop_requests)
                 trainer.evaluate_if_due()

@@ -94,8 +94,8 @@ def planned(config: Config, world_size: int, device: torch.device) -> dict[Memor
     assert shape is not None, problems  # the check has read the same file
     cluster = config.cluster or _machines(world_size, device)
     here = replace(config, cluster=cluster, parallel=replace(config.parallel, world_size=world_size))
-    found = memory(here, shape)
-    return {phase: found.total(phase) for phase in found.phases if phase is not MemoryPhase.serve}
+    needed = memory(here, shape)
+    return {phase: needed.total(phase) for phase in needed.phases if phase is not MemoryPhase.serve}
 
 
 def _resident() -> float:

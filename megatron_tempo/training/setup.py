@@ -52,8 +52,8 @@ def build_critic(context: RunContext) -> Critic:
         return Critic(_trained(context, _network(context, ValueModel, path, layout), layout), _guard(context, "critic"))
 
 
-def build_engine(context: RunContext, tell: Callable[[str], None]) -> Engine:
-    """The engine of `rollout.engine`, without weights yet. `tell` hears of servers that fail. Collective."""
+def build_engine(context: RunContext, log: Callable[[str], None]) -> Engine:
+    """The engine of `rollout.engine`, without weights yet. `log` hears of servers that fail. Collective."""
     config = context.config
     kind, model = config.rollout.engine, Path(config.model.path)
     if kind is EngineKind.embedded:
@@ -63,7 +63,7 @@ def build_engine(context: RunContext, tell: Callable[[str], None]) -> Engine:
     servers, adapter = config.rollout.servers, server_adapter_of(config, cpu=context.device.type == "cpu")
     work, vocab = Path(config.run.dir) / "engine", read_shape(model).vocab
     precision, timeout = engine_precision(config), collective_timeout(config)
-    return ServersEngine(adapter, servers, model, work, precision, context.device, vocab, timeout, tell)
+    return ServersEngine(adapter, servers, model, work, precision, context.device, vocab, timeout, log)
 
 
 def build_verifiers(config: Config) -> Verifiers:

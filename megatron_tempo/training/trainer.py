@@ -173,8 +173,8 @@ class Trainer:
             self.phase,
             seed=f"{self.config.run.seed}/{stage_name}/{iteration}",
         )
-        figures = METHODS[stage.method](learner, rollouts, stage, iteration)
-        figures |= _rollout_figures(rollouts, self.step, time.monotonic() - started)
+        metrics = METHODS[stage.method](learner, rollouts, stage, iteration)
+        metrics |= _rollout_metrics(rollouts, self.step, time.monotonic() - started)
         peaks = self.peaks.take()
         if iteration == stage.critic.warmup_iterations:  # the first with all its phases
             self.metrics.message(self.peaks.comparison(peaks))
@@ -186,7 +186,7 @@ class Trainer:
             "method": stage.method.name,
             "iteration": iteration + 1,
             "step": self.step,
-            **figures,
+            **metrics,
             **judge_counts(self.verifiers, self.metrics),
             **self._padding(),
             **peaks,
@@ -407,13 +407,13 @@ class Trainer:
         if self.context.is_writer:
             from megatron_tempo.report.html import write_report  # matplotlib: for this rank and moment only
 
-            told = [f"checkpoints: {self.checkpoints.folder}"]
+            lines = [f"checkpoints: {self.checkpoints.folder}"]
             if self.config.checkpoint.export_hf:
-                told.append(f"Hugging Face: {exported}")
+                lines.append(f"Hugging Face: {exported}")
             if self.config.metrics.report:
                 with self.metrics.spare("report.html"):
-                    told.append(f"report: {write_report(out)}")
-            self.metrics.message("\n".join([summary_table(out), "", *told]))
+                    lines.append(f"report: {write_report(out)}")
+            self.metrics.message("\n".join([summary_table(out), "", *lines]))
 
     def _models(self) -> dict[str, TrainedModel]:
         models = {"actor": self.actor.model, "critic": None if self.critic is None else self.critic.model}
@@ -466,8 +466,8 @@ class Trainer:
 def judge_counts(verifiers: Verifiers, metrics: Metrics) -> dict[str, int]:
     """What a judge was asked since the last call; responses that got no verdict are told of. Collective."""
     counts = summed_counts(verifiers)
-    if told := unreadable(counts):
-        metrics.message(told)
+    if message := unreadable(counts):
+        metrics.message(message)
     return counts
 
 
@@ -491,12 +491,12 @@ def _blame(differences: list[tuple[str, float]] | None) -> str:
     return f"{len(differences)} of its tensors are not the actor's, the worst {name}{size}"
 
 
-def _rollout_figures(rollouts: Rollouts, step: int, seconds: float) -> dict[str, float]:
+def _rollout_metrics(rollouts: Rollouts, step: int, seconds: float) -> dict[str, float]:
     batches = [batch for batch in (rollouts.labelled, rollouts.unlabelled) if batch is not None]
     lengths = torch.cat([batch.response_lengths for batch in batches]).float()
     stopped = torch.cat([batch.stopped for batch in batches]).float()
     staleness = step - torch.cat([batch.versions for batch in batches]).double()
-    figures = {
+    metrics = {
         "response_length/mean": float(lengths.mean()),
         "truncated": 1.0 - float(stopped.mean()),
         "engine/staleness_mean": float(staleness.mean()),
@@ -504,5 +504,5 @@ def _rollout_figures(rollouts: Rollouts, step: int, seconds: float) -> dict[str,
         "tokens_per_second": sum(int(batch.lengths.sum()) for batch in batches) / seconds,
     }
     if rollouts.labelled is not None and rollouts.labelled.correct is not None:
-        figures["reward/labelled"] = float(rollouts.labelled.correct.mean())
-    return figures
+        metrics["reward/labelled"] = float(rollouts.labelled.correct.mean())
+    return metrics

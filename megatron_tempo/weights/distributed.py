@@ -87,14 +87,14 @@ def locations(mappings: list[ParamMapping]) -> dict[ParamMapping, CheckpointLoca
     """Where each mapping of a table without pipeline parallelism is."""
     keys = {mapping: _LAYER.sub("decoder.layers.", mapping.megatron) for mapping in mappings}
     counts = Counter(keys.values())
-    found = {}
+    locations = {}
     for mapping, key in keys.items():
         layer = _LAYER.match(mapping.megatron)
         whole = mapping.sharding.shard([torch.empty(shape, device="meta") for shape in mapping.shapes], 0, 1)
-        found[mapping] = CheckpointLocation(
+        locations[mapping] = CheckpointLocation(
             key, int(layer.group(1)) if layer else None, counts[key], tuple(whole.shape)
         )
-    return found
+    return locations
 
 
 # Hugging Face -> Megatron
@@ -149,17 +149,17 @@ def parts(mappings: list[ParamMapping], files: dict[str, Path], part_bytes: int)
     Raises InputError for types that cannot be kept.
     """
     dtypes = _dtypes(mappings, files)
-    found: list[list[Chunk]] = [[]]
+    parts: list[list[Chunk]] = [[]]
     room = part_bytes
     for mapping, location in locations(mappings).items():
         for rows in _windows(mapping, location, dtypes[mapping]):
             chunk = Chunk(mapping, location, rows, dtypes[mapping])
-            if found[-1] and chunk.nbytes > room:
-                found.append([])
+            if parts[-1] and chunk.nbytes > room:
+                parts.append([])
                 room = part_bytes
-            found[-1].append(chunk)
+            parts[-1].append(chunk)
             room -= chunk.nbytes
-    return found
+    return parts
 
 
 def _windows(mapping: ParamMapping, location: CheckpointLocation, dtype: torch.dtype) -> list[tuple[int, int] | None]:
@@ -243,8 +243,8 @@ def write_metadata(
     save_config(BACKEND, str(folder))
 
 
-def _extra_states(found: list[CheckpointLocation]) -> Iterator[str]:
-    for location in found:
+def _extra_states(locations: list[CheckpointLocation]) -> Iterator[str]:
+    for location in locations:
         module, _, _ = location.key.rpartition(".")
         if location.layer is not None and module.rpartition(".")[2].startswith("linear_"):
             yield ShardedObject(f"{module}._extra_state", None, (location.layers,), (location.layer,)).unique_key
@@ -363,10 +363,10 @@ class _Into(DefaultLoadPlanner):
         self._target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        found = self._target
+        view = self._target
         for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            found = found.narrow(dim, start, length)
-        return found
+            view = view.narrow(dim, start, length)
+        return view
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """It is where it belongs."""

@@ -146,9 +146,9 @@ def check(files: dict[str, Path], mappings: list[ParamMapping], folder: Path) ->
         handles = {path: stack.enter_context(safe_open(path, "pt")) for path in set(files.values())}
         for name, shape in wanted.items():
             if name in files:
-                found = tuple(handles[files[name]].get_slice(name).get_shape())
-                if found != shape:
-                    problems.append(f"misshapen: {name} is {list(found)}, the config.json says {list(shape)}")
+                stored = tuple(handles[files[name]].get_slice(name).get_shape())
+                if stored != shape:
+                    problems.append(f"misshapen: {name} is {list(stored)}, the config.json says {list(shape)}")
     if problems:
         shown = "\n  ".join(problems)
         raise InputError(f"{folder} does not fit its config.json ({len(problems)} problems):\n  {shown}")

@@ -122,11 +122,11 @@ class ShardedQKV:
     def _by_group(self, sources: Sequence[Any], rank: int, size: int) -> list[Tensor]:
         """This rank's rows of query, key and value, each [groups of the rank, rows of a group, hidden]."""
         part = self.groups // size
-        found = []
+        parts = []
         for source, heads_per_group in zip(sources, (self.heads // self.groups, 1, 1), strict=True):
             span = part * heads_per_group * self.head_dim
-            found.append(source[rank * span : (rank + 1) * span].unflatten(0, (part, -1)))
-        return found
+            parts.append(source[rank * span : (rank + 1) * span].unflatten(0, (part, -1)))
+        return parts
 
 
 @dataclass(frozen=True, slots=True)

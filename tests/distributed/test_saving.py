@@ -42,11 +42,11 @@ def held_up(config: Config) -> None:
         write(*args, **kwargs)
 
     def iterated(run: Trainer, *args: object) -> object:
-        figures = iterate(run, *args)
+        metrics = iterate(run, *args)
         if run.step == 3:
             assert run.checkpoints.saved is None
             go.set()
-        return figures
+        return metrics
 
     saving._write_file, Trainer.iterate = held, iterated
     try:

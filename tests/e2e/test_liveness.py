@@ -161,14 +161,14 @@ def assert_status_tells(run: Path, what: str) -> None:
 def outcome(run: Path) -> tuple[list[dict], dict[str, bytes]]:
     """Figures and weights at the end, times apart."""
     timing = ("time", "seconds", "tokens_per_second")
-    figures = [
+    metrics = [
         {k: v for k, v in r.items() if k not in timing and not k.startswith(("time/", "memory_gb/"))}
         for r in read_metrics(run)
     ]
     weights = {str(path.relative_to(run)): path.read_bytes() for path in run.glob("hf_step_*/*/*.safetensors")}
-    assert len(figures) == ITERATIONS
+    assert len(metrics) == ITERATIONS
     assert weights
-    return figures, weights
+    return metrics, weights
 
 
 @pytest.mark.slow

@@ -228,7 +228,7 @@ def test_a_verdict_that_leaks_is_found(sentinel_project: Path, tmp_path: Path, m
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     weights: dict[str, Tensor]
-    figures: dict[str, float]  # of the iteration
+    metrics: dict[str, float]  # of the iteration
     rollouts: str
     scores: list[float]
 
@@ -241,9 +241,9 @@ def outcome(project: Path, out: Path, method: Method) -> Outcome:
         for name, tensor in load_file(out / f"hf_step_00000001/{model}/model-00001.safetensors").items()
     }
     (line,) = read_metrics(out)
-    figures = {name: line[name] for name in line if name.startswith(("actor/", "critic/", "reward/", "advantage/"))}
+    metrics = {name: line[name] for name in line if name.startswith(("actor/", "critic/", "reward/", "advantage/"))}
     (dump,) = (out / "rollouts").iterdir()
-    return Outcome(weights, figures, dump.read_text(), [line["avg"] for line in read_evaluations(out)])
+    return Outcome(weights, metrics, dump.read_text(), [line["avg"] for line in read_evaluations(out)])
 
 
 def both(tmp_path: Path, method: Method = Method.tempo) -> tuple[Outcome, Outcome]:
@@ -262,9 +262,9 @@ def unequal(right: Outcome, wrong: Outcome) -> list[str]:
 def test_answers_of_the_unlabelled_set_change_scores_and_no_weight(tmp_path: Path, method: Method) -> None:
     right, wrong = both(tmp_path, method)
     assert unequal(right, wrong) == []
-    assert right.figures == wrong.figures
-    assert right.figures["actor/grad_norm"] > 0
-    assert (right.figures.get("critic/grad_norm", 0.0) > 0) == (method is Method.tempo)
+    assert right.metrics == wrong.metrics
+    assert right.metrics["actor/grad_norm"] > 0
+    assert (right.metrics.get("critic/grad_norm", 0.0) > 0) == (method is Method.tempo)
     assert right.rollouts == wrong.rollouts
     # The evaluation does read the answers, before and after.
     assert len(right.scores) == len(wrong.scores) == 2

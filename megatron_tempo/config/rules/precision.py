@@ -50,13 +50,13 @@ def check(config: Config, shapes: dict[str, ModelShape]) -> Iterator[Problem]:
         wrong = "Transformer Engine's fast attentions are for bf16"
         yield Problem("model.layers", config.model.layers, wrong, "run.precision=bf16, or model.layers=auto")
     yield from _ends(config)
-    found: list[Problem] = []
+    problems: list[Problem] = []
     for role, folder in folders_of(config).items():
         if recipe is not None and folder in shapes:
             laid = laid_of(config, role)
-            found += _ends_of(config, laid, folder, shapes[folder])
-            found += _sizes(config, recipe, laid, folder, shapes[folder])
-    yield from dict.fromkeys(found)  # a critic of the actor's folder and layout says the same
+            problems += _ends_of(config, laid, folder, shapes[folder])
+            problems += _sizes(config, recipe, laid, folder, shapes[folder])
+    yield from dict.fromkeys(problems)  # a critic of the actor's folder and layout says the same
     if config.cluster is not None and config.cluster.gpu in GPUS:
         yield from _gpu(precision, config.cluster.gpu, GPUS[config.cluster.gpu])
 
