@@ -200,9 +200,9 @@ def random_actor(context: RunContext) -> Actor:
 
 def measured(job: BenchmarkJob, context: RunContext, actor: Actor) -> dict[str, Any]:
     parallel, dtype = context.config.parallel, DTYPES[Precision[engine_precision(context.config).name]]
-    slots = tables.slots(actor.model.net.shape, parallel.pipeline, critic=False)
-    groups = plan(slots, parallel.bucket_mb << 20, dtype.itemsize)
-    buckets = [sum(slot.numel for slot in group) * dtype.itemsize for group in groups]
+    mappings = tables.mappings(actor.model.net.shape, parallel.pipeline, critic=False)
+    groups = plan(mappings, parallel.bucket_mb << 20, dtype.itemsize)
+    buckets = [sum(mapping.numel for mapping in group) * dtype.itemsize for group in groups]
     versions, figures = itertools.count(), {}
     with ExitStack() as engines:
         contenders = contend(job, context, actor, engines) + limits(context, sum(buckets))

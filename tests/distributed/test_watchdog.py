@@ -1,4 +1,4 @@
-"""Ranks that watch one another, without a run: how each of them ends. tests/e2e/test_liveness.py has whole runs."""
+"""Ranks that watch one another, without a run: how each of them ends. tests/e2e/test_watchdog.py has whole runs."""
 
 from __future__ import annotations
 
