@@ -402,12 +402,12 @@ class Run:
         if self.config.checkpoint.export_hf:
             export_hf(self.place, self.actor, self.critic, exported, self.seen.path)
         if self.place.is_writer:
-            from megatron_tempo.report.html import write_report  # matplotlib: for this rank and moment only
-
             told = [f"checkpoints: {self.checkpoints.folder}"]
             if self.config.checkpoint.export_hf:
                 told.append(f"Hugging Face: {exported}")
             if self.config.metrics.report:
+                from megatron_tempo.report.html import write_report  # matplotlib: for this rank and moment only
+
                 with self.metrics.spare("report.html"):
                     told.append(f"report: {write_report(out)}")
             self.metrics.message("\n".join([summary_table(out), "", *told]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -257,11 +258,8 @@ def run_hostile(names: Iterable[str], seconds: float) -> None:
     def watch() -> None:
         nonlocal peak
         while not done.is_set():
-            for worker in psutil.Process().children(recursive=True):
-                try:
-                    peak = max(peak, worker.memory_info().rss)
-                except psutil.NoSuchProcess:
-                    continue
+            with contextlib.suppress(psutil.NoSuchProcess):
+                peak = max([peak, *(worker.memory_info().rss for worker in children())])
             time.sleep(0.02)
 
     watcher = threading.Thread(target=watch)
