@@ -6,6 +6,7 @@ made from `UnlabelledPrompt` alone, which has no field an answer could sit in.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -164,6 +165,17 @@ class Batch:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class EngineHealth:
+    """One model that answers."""
+
+    name: str
+    state: str  # starting, empty (without weights yet), serving, gone (given up)
+    requests: int = 0  # under way
+    restarts: int = 0  # since it last went through a whole weight update
+    address: str = ""
+
+
 Bucket = list[tuple[str, Tensor]]  # tensors of a model by their Hugging Face names
 
 
@@ -189,3 +201,13 @@ class Weights(Protocol):
         asks for the next bucket gives up all but the last one.
         """
         ...
+
+
+def seed_of(*parts: object) -> int:
+    """A seed, 0 <= seed < 2**63, that depends on the parts' text alone.
+
+    All randomness of a run is drawn from such seeds, named by what it is for, so that no generator's state needs to be
+    carried from one iteration, process or layout to another.
+    """
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

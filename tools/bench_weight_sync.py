@@ -50,22 +50,25 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import Qwen3Config
 
-from megatron_tempo import wiring
+from megatron_tempo.config.choices import EngineKind, Precision, Transport
 from megatron_tempo.config.rules import check
-from megatron_tempo.config.schema import Config, EngineKind, Precision, Transport
+from megatron_tempo.config.schema import Config
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.kernels import kernels_for
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.families import DTYPES, read_shape, transformer_config
 from megatron_tempo.models.gpt import LanguageModel
 from megatron_tempo.models.trained import Model
-from megatron_tempo.rollout.dialect import ON_CPU, Call
-from megatron_tempo.rollout.fleet import checked
+from megatron_tempo.rollout.answer_checks import checked
+from megatron_tempo.rollout.build import engine_precision
 from megatron_tempo.rollout.folder import private_file
 from megatron_tempo.rollout.server import Server, last_words
+from megatron_tempo.rollout.server_adapter import ON_CPU, Call
 from megatron_tempo.rollout.servers import ServersEngine
 from megatron_tempo.rollout.sglang import Sglang
 from megatron_tempo.rollout.vllm import Vllm
+from megatron_tempo.training import setup
+from megatron_tempo.training.context import Workplace, open_workplace
 from megatron_tempo.types import Bucket, Weights
 from megatron_tempo.weights import folder, tables
 from megatron_tempo.weights.stream import plan
@@ -124,7 +127,7 @@ class GatherAll:
 class Folder:
     """Updates by a folder on the disk; the engine is held as it is in ours."""
 
-    def __init__(self, weights: Weights, place: wiring.Workplace, out: Path) -> None:
+    def __init__(self, weights: Weights, place: Workplace, out: Path) -> None:
         self._weights, self._place, self._out = weights, place, out
         kind, servers = place.config.rollout.engine, place.config.rollout.servers
         self._dialect = DIALECTS[kind](cpu=place.device.type == "cpu", tensor=servers.tensor)
@@ -176,14 +179,14 @@ def _resident(process: int, what: str) -> int:
 
 def run_rank(job: Job) -> None:
     """A trainer rank, under torchrun; the first one writes the result."""
-    with wiring.open_workplace(job.config) as place:
-        actor = random_actor(place) if job.random else wiring.build_reference(place)
+    with open_workplace(job.config) as place:
+        actor = random_actor(place) if job.random else setup.build_reference(place)
         result = measured(job, place, actor)
         if place.is_writer:
             (job.scratch / "result.json").write_text(json.dumps(result))
 
 
-def random_actor(place: wiring.Workplace) -> Actor:
+def random_actor(place: Workplace) -> Actor:
     """Of the right shapes; the parameters that all tensor ranks hold are ones."""
     config, shape, layout = place.config, read_shape(Path(place.config.model.path)), place.layouts.actor
     megatron = transformer_config(shape, layout, config.run.precision)
@@ -195,8 +198,8 @@ def random_actor(place: wiring.Workplace) -> Actor:
     return Actor(Model.frozen(net, layout, place.device, tokens, place.residence))
 
 
-def measured(job: Job, place: wiring.Workplace, actor: Actor) -> dict[str, Any]:
-    parallel, dtype = place.config.parallel, DTYPES[Precision[wiring.engine_precision(place.config).name]]
+def measured(job: Job, place: Workplace, actor: Actor) -> dict[str, Any]:
+    parallel, dtype = place.config.parallel, DTYPES[Precision[engine_precision(place.config).name]]
     slots = tables.slots(actor.model.net.shape, parallel.pipeline, critic=False)
     groups = plan(slots, parallel.bucket_mb << 20, dtype.itemsize)
     buckets = [sum(slot.numel for slot in group) * dtype.itemsize for group in groups]
@@ -223,7 +226,7 @@ def measured(job: Job, place: wiring.Workplace, actor: Actor) -> dict[str, Any]:
 
 
 def once(
-    contender: Contender, version: int, job: Job, place: wiring.Workplace, changed: Actor | None
+    contender: Contender, version: int, job: Job, place: Workplace, changed: Actor | None
 ) -> tuple[float, int, int]:
     """Seconds, the bytes that it adds to a trainer rank at most, and those that it adds to the engine.
 
@@ -250,31 +253,31 @@ def once(
     extra = torch.tensor(torch.cuda.max_memory_allocated() - before if cuda else trainer.extra())
     dist.all_reduce(extra, dist.ReduceOp.MAX)
     if changed is not None and contender.engine is not None and place.config.rollout.engine is EngineKind.sglang:
-        wrong = contender.engine.differences(wiring.engine_weights(changed, place))
+        wrong = contender.engine.differences(setup.engine_weights(changed, place))
         if wrong:
             raise EngineError(f"after {contender.name}, {len(wrong)} tensors differ, first {wrong[0][0]}")
     return seconds, int(extra), engine_extra
 
 
-def contend(job: Job, place: wiring.Workplace, actor: Actor, engines: ExitStack) -> list[Contender]:
+def contend(job: Job, place: Workplace, actor: Actor, engines: ExitStack) -> list[Contender]:
     """All that load an engine, ours first; each has a stream of its own, so that what it keeps is its own."""
 
     def streaming(name: str, transport: Transport, checksums_every: int, weights: Weights) -> Contender:
         config = deepcopy(place.config)
         config.rollout.servers.transport, config.rollout.servers.checksums_every = transport, checksums_every
         tell = lambda words: print(words, file=sys.stderr, flush=True)  # noqa: E731
-        engine = wiring.build_engine(replace(place, config=config), tell)
+        engine = setup.build_engine(replace(place, config=config), tell)
         assert isinstance(engine, ServersEngine)
         engines.callback(engine.close)
         return Contender(name, lambda version: engine.load_weights(weights, version), engine)
 
     ours = [
-        streaming(f"ours, {transport.name}{ending}", transport, every, wiring.engine_weights(actor, place))
+        streaming(f"ours, {transport.name}{ending}", transport, every, setup.engine_weights(actor, place))
         for every, ending in enumerate(("", " + checksums"))
         for transport in Transport
     ]
-    files = Folder(wiring.engine_weights(actor, place), place, job.scratch / "weights")
-    gathering = streaming("gather-all", Transport.group, 0, GatherAll(wiring.engine_weights(actor, place)))
+    files = Folder(setup.engine_weights(actor, place), place, job.scratch / "weights")
+    gathering = streaming("gather-all", Transport.group, 0, GatherAll(setup.engine_weights(actor, place)))
     return [
         *ours,
         Contender("folder", files.update, gathering.engine),
@@ -283,7 +286,7 @@ def contend(job: Job, place: wiring.Workplace, actor: Actor, engines: ExitStack)
     ]
 
 
-def limits(place: wiring.Workplace, total: int) -> list[Contender]:
+def limits(place: Workplace, total: int) -> list[Contender]:
     """Through memory that is touched beforehand."""
     rank = dist.get_rank()
     source, target = (torch.ones(PIECE, dtype=torch.uint8, device=place.device) for _ in range(2))
@@ -340,7 +343,7 @@ def run(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     servers, world, kind = config.rollout.servers, asked.tensor * asked.pipeline, config.rollout.engine
     devices = ",".join(str(world + i) for i in range(servers.tensor)) if cuda else ""  # behind the trainer's
     key = private_file(scratch / "key", os.urandom(16).hex())
-    dialect, precision = DIALECTS[kind](cpu=not cuda, tensor=servers.tensor), wiring.engine_precision(config)
+    dialect, precision = DIALECTS[kind](cpu=not cuda, tensor=servers.tensor), engine_precision(config)
     model, work = Path(config.model.path), scratch / "engine"
     with closing(Server(dialect, servers, model, work, key.read_text(), precision, devices)) as server:
         server.wait()

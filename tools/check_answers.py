@@ -14,9 +14,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_tempo.config.schema import Verifier
+from megatron_tempo.config.choices import Verifier
 from megatron_tempo.rewards.choice import gold, options
-from megatron_tempo.rewards.verifiers import Item, Verifiers
+from megatron_tempo.rewards.scorer import Item
+from megatron_tempo.rewards.verifiers import Verifiers
 
 SHOWN = 20  # unexpected decisions of each kind
 

@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--part-gb", type=gibibytes, default="1", help="size of a file, in GiB (default: 1)")
     args = parser.parse_args()
 
-    from megatron_tempo.conversion import to_megatron  # seconds of imports, which --help does not need
+    from megatron_tempo.checkpoint.convert import to_megatron  # seconds of imports, which --help does not need
 
     tell = partial(print, flush=True)
     return run(lambda: to_megatron(args.source, args.out, args.model, args.part_gb, tell), args.out)

@@ -44,7 +44,7 @@ def main() -> int:
 
     import torch  # seconds of imports, which --help does not need
 
-    from megatron_tempo.conversion import to_hugging_face
+    from megatron_tempo.checkpoint.convert import to_hugging_face
 
     dtype, tell = args.dtype and getattr(torch, args.dtype), partial(print, flush=True)
     return run(

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 from megatron_tempo.config.benchmarks import BENCHMARKS
-from megatron_tempo.config.schema import Verifier
+from megatron_tempo.config.choices import Verifier
+from megatron_tempo.data.prepare import CUSTOM, Order, prepare
 from megatron_tempo.errors import InputError
-from megatron_tempo.preparation import CUSTOM, Order, prepare
 from megatron_tempo.rewards.verifiers import Verifiers
 
 

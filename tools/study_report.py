@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from study import ARMS, ROOT, SEEDS, Arm, folder, is_done
 
-from megatron_tempo.records import read, read_evaluations, write_whole
+from megatron_tempo.observability.records import read, read_evaluations, write_whole
 from megatron_tempo.report.plots import STYLE
 
 DOCUMENT = ROOT / "docs" / "study.md"

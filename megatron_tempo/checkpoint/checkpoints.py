@@ -6,7 +6,7 @@
         MANIFEST.json      size and CRC-32 of every file; a folder whose files differ from it is damaged
 
 A folder appears under its name only when it is complete. There is no random-number state to keep: every draw of a run
-comes from a generator seeded by the run's seed and the draw's own name (`rollout.engine.seed_of`).
+comes from a generator seeded by the run's seed and the draw's own name (`types.seed_of`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_tempo.checkpoint.saving import Saving, Share, partial_of
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.parallel import COLLECTIVE_TIMEOUT, Layout
 from megatron_tempo.models.trained import TrainedModel
-from megatron_tempo.together import together
+from megatron_tempo.runtime.collective_call import together
 
 # A checkpoint's bytes for each parameter beside its weights: Adam's main weight and two moments, in fp32.
 OPTIMIZER_BYTES = 12

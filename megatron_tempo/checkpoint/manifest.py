@@ -7,8 +7,8 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_tempo import pulse
-from megatron_tempo.records import write_whole
+from megatron_tempo.observability.records import write_whole
+from megatron_tempo.runtime import progress_marker
 
 MANIFEST = "MANIFEST.json"
 STATE = "run.json"  # step, streams, optimizer step counts, config
@@ -80,5 +80,5 @@ def _digest(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(_READ_BYTES):
             checksum = zlib.crc32(block, checksum)
-            pulse.beat()
+            progress_marker.beat()
     return f"{path.stat().st_size}:{checksum:08x}"

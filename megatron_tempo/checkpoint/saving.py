@@ -28,9 +28,9 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_tempo import pulse
 from megatron_tempo.checkpoint import manifest
-from megatron_tempo.together import together
+from megatron_tempo.runtime import progress_marker
+from megatron_tempo.runtime.collective_call import together
 from megatron_tempo.weights.files import sync, sync_folder
 
 # Without Megatron's decorator, which turns off the collection of garbage while it writes: in its forked process that is
@@ -94,7 +94,7 @@ class Share:
                     raise OSError(cause.errno, cause.strerror, str(path)) from told
                 raise told
             results += told
-            pulse.beat()
+            progress_marker.beat()
         return results
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_tempo.config.schema import Verifier
+from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.tree import MISSING
 
 _STEPS = "\n\nReason step by step. "

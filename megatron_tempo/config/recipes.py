@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_tempo.config.schema import Precision
+from megatron_tempo.config.choices import Precision
 
 Version = tuple[int, ...]
 

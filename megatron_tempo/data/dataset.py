@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import jinja2
 
-from megatron_tempo import pulse
-from megatron_tempo.config.schema import DatasetConfig, Verifier
+from megatron_tempo.config.choices import Verifier
+from megatron_tempo.config.schema import DatasetConfig
 from megatron_tempo.data.rows import BadRow, DataError, Row, answer_text, read_rows
 from megatron_tempo.errors import InputError
+from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _load(config: DatasetConfig, names: Sequence[str], build: Callable[[Row], P]
     problems: list[str] = []
     places: dict[str, str] = {}
     for row in islice(read_rows(path, tuple(dict.fromkeys(names))), config.limit):
-        pulse.beat()
+        progress_marker.beat()
         try:
             if row.problem is not None:
                 raise BadRow(row.problem)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_tempo.config.schema import Verifier
+from megatron_tempo.config.choices import Verifier
 from megatron_tempo.data.public import PublicRow
 from megatron_tempo.data.rows import answer_text
 from megatron_tempo.errors import InputError

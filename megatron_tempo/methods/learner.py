@@ -14,8 +14,7 @@ from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
-from megatron_tempo.rollout.engine import seed_of
-from megatron_tempo.types import Batch
+from megatron_tempo.types import Batch, seed_of
 
 
 @dataclass(frozen=True, slots=True)

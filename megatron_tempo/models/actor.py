@@ -13,19 +13,20 @@ from megatron_tempo.kernels.advantages import token_advantages
 from megatron_tempo.kernels.policy_loss import ROW_METRICS, Experience
 from megatron_tempo.kernels.rows import Rows
 from megatron_tempo.models.gpt import LanguageModel
+from megatron_tempo.models.nonfinite_guard import NonFiniteGuard
 from megatron_tempo.models.packing import MicroBatch, data_share, value_cells
-from megatron_tempo.models.skips import Skips, Steps
 from megatron_tempo.models.trained import Model, TrainedModel
+from megatron_tempo.models.update import Steps, step_through
 from megatron_tempo.types import Batch
 
 
 class Actor:
     """Log-probabilities and policy updates, at the temperature of the rollouts."""
 
-    def __init__(self, model: Model, skips: Skips | None = None) -> None:
-        """`skips`: of one that is trained."""
+    def __init__(self, model: Model, guard: NonFiniteGuard | None = None) -> None:
+        """`guard`: of one that is trained."""
         assert isinstance(model.net, LanguageModel)
-        self.model, self.skips = model, skips
+        self.model, self.guard = model, guard
         self.kernels = model.net.kernels
 
     def logprobs(self, batch: Batch) -> Tensor:
@@ -45,7 +46,7 @@ class Actor:
         NotFiniteError.
         """
         assert isinstance(self.model, TrainedModel)
-        assert self.skips is not None
+        assert self.guard is not None
         experience = replace(
             experience,
             moments=self._moments(batch, experience, baseline) if config.whiten_advantages else None,
@@ -60,7 +61,7 @@ class Actor:
         def given(rows: Tensor) -> dict[str, Tensor]:
             return _seen(batch, experience, baseline, rows)
 
-        steps = self.skips.steps(self.model, batch, order, loss, len(ROW_METRICS), config.optimizer, given)
+        steps = step_through(self.model, self.guard, batch, order, loss, len(ROW_METRICS), config.optimizer, given)
         figures = _summary(steps, batch.response_lengths[steps.rows]) if len(steps.rows) else {}
         return figures | {"actor/skipped": float(steps.skipped)}
 

@@ -7,18 +7,19 @@ from torch import Tensor
 from megatron_tempo.config.stages import CriticUpdateConfig
 from megatron_tempo.kernels.value_loss import VALUE_METRICS
 from megatron_tempo.models.gpt import ValueModel
+from megatron_tempo.models.nonfinite_guard import NonFiniteGuard
 from megatron_tempo.models.packing import MicroBatch
-from megatron_tempo.models.skips import Skips
 from megatron_tempo.models.trained import TrainedModel
+from megatron_tempo.models.update import step_through
 from megatron_tempo.types import Batch
 
 
 class Critic:
     """Token values and their regression."""
 
-    def __init__(self, model: TrainedModel, skips: Skips) -> None:
+    def __init__(self, model: TrainedModel, guard: NonFiniteGuard) -> None:
         assert isinstance(model.net, ValueModel)
-        self.model, self.skips = model, skips
+        self.model, self.guard = model, guard
         self.kernels = model.net.kernels
 
     def values(self, batch: Batch) -> Tensor:
@@ -46,7 +47,7 @@ class Critic:
         def given(rows: Tensor) -> dict[str, Tensor]:
             return {"targets": targets[rows]}
 
-        steps = self.skips.steps(self.model, batch, order, loss, len(VALUE_METRICS), config.optimizer, given)
+        steps = step_through(self.model, self.guard, batch, order, loss, len(VALUE_METRICS), config.optimizer, given)
         figures = {"critic/skipped": float(steps.skipped)}
         if len(steps.rows):
             means = steps.figures.mean(0).tolist()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from megatron_tempo.config.schema import Device
+from megatron_tempo.config.choices import Device
 from megatron_tempo.errors import InputError
 
 _CUDA_TYPE_NAMES = {

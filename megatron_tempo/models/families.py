@@ -14,8 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_tempo.config.choices import Layers, Precision, Recompute
 from megatron_tempo.config.recipes import RECIPES
-from megatron_tempo.config.schema import Layers, Precision, Recompute
 from megatron_tempo.errors import InputError
 from megatron_tempo.models import olmo3, qwen3
 from megatron_tempo.models.decoder import Norms, local_layer

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatron_tempo.config.schema import Logits
+from megatron_tempo.config.choices import Logits
 from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.kernels import Kernels
 from megatron_tempo.models.decoder import NORMS_WITHIN

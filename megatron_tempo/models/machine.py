@@ -8,9 +8,10 @@ from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
 from megatron.core.optimizer.distrib_optimizer import USING_TE_OPTIMIZER
 from megatron.core.utils import get_te_version
 
+from megatron_tempo.config.choices import Layers, Precision
 from megatron_tempo.config.recipes import RECIPES, dotted
 from megatron_tempo.config.rules.precision import Machine
-from megatron_tempo.config.schema import Config, Layers, Precision
+from megatron_tempo.config.schema import Config
 
 
 def machine_of(device: torch.device) -> Machine:

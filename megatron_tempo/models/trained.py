@@ -17,12 +17,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron_tempo import pulse
 from megatron_tempo.config.stages import OptimizerConfig
 from megatron_tempo.models.gpt import PackedGPT
+from megatron_tempo.models.offload import Residence
 from megatron_tempo.models.packing import MicroBatch, micro_batches
 from megatron_tempo.models.parallel import Layout, sum_over_ranks
-from megatron_tempo.models.residence import Residence
+from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import Batch, TokenCount
 
 # What is made of a micro-batch and the model's output on the last stage; see `Model.read` and `TrainedModel.step`.
@@ -121,7 +121,7 @@ class Model:
             self.counted.add(part.tokens.numel(), part.padding)
 
         def forward_step(batches: Iterator[MicroBatch], model: Any, *_: Any) -> tuple[Tensor, Any]:
-            pulse.beat()
+            progress_marker.beat()
             micro = next(batches)
             return model(micro), partial(loss, micro)
 

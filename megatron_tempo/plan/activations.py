@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_tempo.config.schema import Recompute
+from megatron_tempo.config.choices import Recompute
 from megatron_tempo.plan.layout import Layout, Machine, MicroBatch
 from megatron_tempo.plan.shapes import Shape
 

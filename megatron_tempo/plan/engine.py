@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_tempo.config.schema import Config, EngineKind, EnginePrecision
+from megatron_tempo.config.choices import EngineKind, EnginePrecision
+from megatron_tempo.config.schema import Config
 from megatron_tempo.plan.layout import row_tokens
 from megatron_tempo.plan.parameters import layer_parameters, total_parameters
 from megatron_tempo.plan.shapes import Shape
@@ -36,7 +37,7 @@ class EngineMemory:
 
 
 def precision_of(config: Config) -> EnginePrecision:
-    """Of the engine's weights: wiring.engine_precision, which loads torch; a test compares the two."""
+    """Of the engine's weights: rollout.build.engine_precision, which loads torch; a test compares the two."""
     servers = config.rollout.servers if config.rollout.engine is not EngineKind.embedded else None
     return (servers and servers.precision) or EnginePrecision[config.run.precision.numbers.name]
 

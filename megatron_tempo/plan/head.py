@@ -5,7 +5,7 @@ Notation as in activations.py; v is the rank's rows of the output matrix, paddin
 
 from __future__ import annotations
 
-from megatron_tempo.config.schema import Logits
+from megatron_tempo.config.choices import Logits
 from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.plan.layout import Layout, Machine, MicroBatch
 from megatron_tempo.plan.parameters import Role

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_tempo.config.schema import Config, Device, ParallelConfig, Precision, Recompute
+from megatron_tempo.config.choices import Device, Precision, Recompute
+from megatron_tempo.config.schema import Config, ParallelConfig
 from megatron_tempo.config.sizes import GRID_SLACK
 
 

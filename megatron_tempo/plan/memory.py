@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from megatron_tempo.config.schema import Config, EngineKind, EnginePrecision, Logits, Precision
+from megatron_tempo.config.choices import EngineKind, EnginePrecision, Logits, Precision
+from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.plan import activations, engine, head
 from megatron_tempo.plan.layout import Layout, Machine, MicroBatch, layout_of, machine_of, micro_batch_of

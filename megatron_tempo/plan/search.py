@@ -13,9 +13,10 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import product
 
+from megatron_tempo.config.choices import EngineKind, Recompute
 from megatron_tempo.config.problem import show
 from megatron_tempo.config.rules.layout import divisors
-from megatron_tempo.config.schema import Config, EngineKind, Recompute
+from megatron_tempo.config.schema import Config
 from megatron_tempo.plan.layout import Layout, row_tokens
 from megatron_tempo.plan.memory import Memory, Over, Phase, layouts_of, least_rows, memory
 from megatron_tempo.plan.parameters import Role

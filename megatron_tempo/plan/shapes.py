@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tempo.config.choices import Published
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.rules.model import ModelShape
-from megatron_tempo.config.schema import Config, Published
+from megatron_tempo.config.schema import Config
 from megatron_tempo.config.sizes import Sizes
 from megatron_tempo.config.tree import MISSING
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_tempo.config.choices import EngineKind
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.rules import cluster, layout, numbers, precision, rollout, stages
-from megatron_tempo.config.schema import Config, EngineKind
+from megatron_tempo.config.schema import Config
 from megatron_tempo.plan.shapes import Shape, shape_of
 
 # What must be known of the machines: 0 where nobody said it.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from megatron_tempo.config.schema import Config, EngineKind
+from megatron_tempo.config.choices import EngineKind
+from megatron_tempo.config.schema import Config
 from megatron_tempo.config.summary import layout_words as config_words
 from megatron_tempo.plan.layout import machine_of
 from megatron_tempo.plan.memory import GB, Part, host_bytes, places_of, saved_bytes

@@ -7,7 +7,8 @@ links, at `link_share`.
 
 from __future__ import annotations
 
-from megatron_tempo.config.schema import ClusterConfig, Config, EngineKind, Logits, Recompute
+from megatron_tempo.config.choices import EngineKind, Logits, Recompute
+from megatron_tempo.config.schema import ClusterConfig, Config
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.plan import engine
 from megatron_tempo.plan.layout import Layout, machine_of, micro_batch_of, row_tokens

@@ -11,8 +11,8 @@ from urllib.parse import quote
 
 from megatron_tempo.config.tree import leaves
 from megatron_tempo.errors import InputError
-from megatron_tempo.progress import clock
-from megatron_tempo.records import Record, write_whole
+from megatron_tempo.observability.progress import clock
+from megatron_tempo.observability.records import Record, write_whole
 from megatron_tempo.report import overlays
 from megatron_tempo.report.html import WARNED, Sample, picture, samples, scale, template, value_range_of
 from megatron_tempo.report.overlays import Labelled, labelled

@@ -13,8 +13,8 @@ from pathlib import Path
 from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from matplotlib.figure import Figure
 
-from megatron_tempo.progress import clock
-from megatron_tempo.records import Record, write_whole
+from megatron_tempo.observability.progress import clock
+from megatron_tempo.observability.records import Record, write_whole
 from megatron_tempo.report import plots
 from megatron_tempo.report.summary import (
     Milestone,

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
-from megatron_tempo.records import Record
+from megatron_tempo.observability.records import Record
 from megatron_tempo.report.plots import CURVES, NARROW, SCIENTIFIC, WIDE, draw_smoothed, floats, panel
 from megatron_tempo.report.summary import Run, phase_totals, printable
 

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from megatron_tempo.records import Record
+from megatron_tempo.observability.records import Record
 from megatron_tempo.report.summary import Milestone, Run, Stage, printable
 
 BLUE, ORANGE, GREEN, INK, MUTED = "#0072B2", "#D55E00", "#009E73", "#24292f", "#6b7280"

@@ -14,7 +14,7 @@ from megatron_tempo.config.tree import differences
 from megatron_tempo.config.tree import load as load_config
 from megatron_tempo.errors import InputError
 from megatron_tempo.evaluation.scores import interval
-from megatron_tempo.records import RESPONSES, Record, read, write_whole
+from megatron_tempo.observability.records import RESPONSES, Record, read, write_whole
 from megatron_tempo.report.summary import plain_table, printable, seen_words
 
 RESULTS = "results.json"

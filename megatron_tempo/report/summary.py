@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from math import hypot
 from pathlib import Path
 
-from megatron_tempo.alerts import Alert, alerts
 from megatron_tempo.errors import InputError
-from megatron_tempo.records import Record, read_evaluations, read_metrics, read_samples, read_warnings
+from megatron_tempo.observability.alerts import Alert, alerts
+from megatron_tempo.observability.records import Record, read_evaluations, read_metrics, read_samples, read_warnings
 
 # Control characters but newline and tab as Unicode's pictures of them; surrogates, which UTF-8 cannot carry, as U+FFFD.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}

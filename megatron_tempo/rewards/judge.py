@@ -20,18 +20,16 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 
-from megatron_tempo import pulse
 from megatron_tempo.config.schema import JudgeConfig
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rewards.answers import tail
+from megatron_tempo.rewards.scorer import Item
 from megatron_tempo.rewards.verdicts import VerdictCache
-
-if TYPE_CHECKING:
-    from megatron_tempo.rewards.verifiers import Item
+from megatron_tempo.runtime import progress_marker
 
 VERSION = 1  # of the prompt, and part of what a verdict is kept under: raise it with every change of its words
 READINGS = 3  # times that a response is put to the judge until it gives a verdict that can be read
@@ -165,7 +163,7 @@ class JudgeScorer:
             if self._over.is_set():
                 raise EngineError(self._failure or "the judge was closed")
             self._count("asked")
-            pulse.beat()
+            progress_marker.beat()
             try:
                 status, content, later = self._post(body)
             except httpx.RequestError as error:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import megatron_tempo
-from megatron_tempo import pulse
+from megatron_tempo.runtime import progress_marker
 
 MEMORY_MB = 1024  # address space of a worker, MiB
 START_SECONDS = 120.0  # for Python and sympy to load, on a busy machine
@@ -109,7 +109,7 @@ class Worker:
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
         """The reply, or None to a request that takes too long or too much memory, or kills the worker."""
-        pulse.beat()
+        progress_marker.beat()
         for _ in range(2):
             process = self._running()
             reply, timed_out = _exchange(process, request, self._seconds)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from megatron_tempo.rewards.verifiers import Item
+from megatron_tempo.rewards.scorer import Item
 
 
 class ReadingScorer:

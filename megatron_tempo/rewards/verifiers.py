@@ -6,52 +6,21 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from megatron_tempo import pulse
 from megatron_tempo.errors import InputError
 from megatron_tempo.rewards import choice, countdown, grid, text
 from megatron_tempo.rewards.math import MathScorer
 from megatron_tempo.rewards.reading import ReadingScorer, numbered
+from megatron_tempo.rewards.scorer import Item, Scorer
+from megatron_tempo.runtime import progress_marker
 
 if TYPE_CHECKING:
     from megatron_tempo.rewards.judge import JudgeScorer
     from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
 
 REPORTED = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One response to judge. `verifier` is a name of `config.schema.Verifier`.
-
-    >>> Item(verifier="math", prompt="Find 1+1.", response="It is \\\\boxed{2}.", answer="2")
-    """
-
-    verifier: str
-    prompt: str
-    response: str
-    answer: str
-
-
-class Scorer(Protocol):
-    """A verifier. Its verdicts are 1.0 (right) and 0.0, in the order of the items."""
-
-    def check(self, prompt: str, answer: str) -> None:
-        """ValueError where no response to `prompt` could be judged by `answer`."""
-
-    def score(self, items: Sequence[Item]) -> list[float]: ...
-
-    def classes(self, prompt: str, responses: Sequence[str]) -> list[int | None]:
-        """Which responses to `prompt` have equal answers: equal numbers, from 0 in the order of first appearance.
-
-        None where a response has no answer. Equal is what would get the same verdict whatever the right answer is.
-        ValueError where `prompt` is no question that can be answered, also without responses.
-        """
-
-    def close(self) -> None: ...
 
 
 class _InProcess:
@@ -152,7 +121,7 @@ class Verifiers:
         for name, group in places.items():
             with nullcontext() if name == "judge" else self._one_at_a_time:
                 scores = self._scorers[name].score([items[place] for place in group])
-            pulse.beat()
+            progress_marker.beat()
             for place, score in zip(group, scores, strict=True):
                 verdicts[place] = score
         return verdicts
@@ -162,7 +131,7 @@ class Verifiers:
         scorer = self._scorer(verifier)
         with self._one_at_a_time:
             found = scorer.classes(prompt, responses)
-        pulse.beat()
+        progress_marker.beat()
         return found
 
     def take_counts(self) -> dict[str, int]:
@@ -208,7 +177,7 @@ def _report(prompts: Iterable[_P], check: Callable[[_P], None]) -> None:
     """InputError that names the prompts that `check` refuses."""
     problems: list[str] = []
     for prompt in prompts:
-        pulse.beat()
+        progress_marker.beat()
         try:
             check(prompt)
         except ValueError as error:

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tempo.errors import EngineError
-from megatron_tempo.rewards.verifiers import Item, Verifiers
-from megatron_tempo.rollout.engine import Engine, Request, Sampling, seed_of
-from megatron_tempo.types import Batch, Completion, LabelledPrompt, UnlabelledPrompt
+from megatron_tempo.rewards.scorer import Item
+from megatron_tempo.rewards.verifiers import Verifiers
+from megatron_tempo.rollout.engine import Engine, Request, Sampling
+from megatron_tempo.types import Batch, Completion, LabelledPrompt, UnlabelledPrompt, seed_of
 
 Prompt = LabelledPrompt | UnlabelledPrompt
 

@@ -16,11 +16,10 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
-from megatron_tempo import pulse
 from megatron_tempo.errors import InputError
-from megatron_tempo.heartbeat import EngineHealth
 from megatron_tempo.rollout.engine import Request, Sampling
-from megatron_tempo.types import Completion, TokenCount, Weights
+from megatron_tempo.runtime import progress_marker
+from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
 
 # Ended rows are cut out of the cache once they are this share of the batch: each cut copies the cache.
 ENDED_SHARE = 1 / 16
@@ -116,7 +115,7 @@ class EmbeddedEngine:
         decoding = _Decoding.begin(requests, mask[copies], sampling, self._device)
         logits = logits[copies]
         for step in range(sampling.max_tokens):
-            pulse.beat()
+            progress_marker.beat()
             tokens = decoding.sample(logits, step, sampling.temperature, self._end_tokens)
             if decoding.ended.all() or step + 1 == sampling.max_tokens:
                 break

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_tempo.heartbeat import EngineHealth
-from megatron_tempo.types import Completion, TokenCount, Weights
+from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +68,3 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-def seed_of(*parts: object) -> int:
-    """A seed, 0 <= seed < 2**63, that depends on the parts' text alone.
-
-    All randomness of a run is drawn from such seeds, named by what it is for, so that no generator's state needs to be
-    carried from one iteration, process or layout to another.
-    """
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

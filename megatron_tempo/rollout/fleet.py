@@ -7,107 +7,26 @@ with one server, or answered. When a server fails, its requests wait again; so n
 from __future__ import annotations
 
 import asyncio
-import math
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import httpx
 
-from megatron_tempo import pulse
-from megatron_tempo.config.schema import Dispatch, ServersConfig
+from megatron_tempo.config.choices import Dispatch
+from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.errors import EngineError, InputError
-from megatron_tempo.heartbeat import EngineHealth
-from megatron_tempo.rollout.dialect import Answer, Call, Dialect, authorised
+from megatron_tempo.rollout.answer_checks import CannotAnswer, checked, checked_completions, differing, reason
 from megatron_tempo.rollout.engine import Request, Sampling
-from megatron_tempo.types import Completion
+from megatron_tempo.rollout.replica import LIMITS, Answered, Ask, Event, Failed, Job, Replica, Starter, State, Target
+from megatron_tempo.rollout.server_adapter import Call, Dialect, authorised
+from megatron_tempo.runtime import progress_marker
+from megatron_tempo.types import EngineHealth
 
 _T = TypeVar("_T")
-# Nats: a token as unlikely is not sampled. vLLM answers -9999 for what is not a number.
-_LEAST = -1000.0
-# Servers close a connection that was idle for 5 s. One that is used again at that moment breaks, so we let go first.
-LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
-
-
-class State(Enum):
-    starting = "starting"
-    empty = "empty"  # ready, without the weights
-    serving = "serving"
-    gone = "gone"  # given up
-
-
-class Starter(Protocol):
-    """Where servers come from: `Keepers` starts them, `FoundServers` knows where they are."""
-
-    async def start(self, index: int) -> str:
-        """The address of a server that is ready, started anew. Raises EngineError."""
-        ...
-
-
-@dataclass(slots=True, eq=False)
-class Replica:
-    index: int
-    state: State = State.starting
-    life: int = 0  # its starts; what is known of an earlier life is of no use
-    restarts: int = 0  # since it last went through a whole iteration
-    url: str = ""
-    client: httpx.AsyncClient | None = None
-    held: bool = False  # for a weight update
-    asks: dict[asyncio.Task[None], _Ask] = field(default_factory=dict)
-
-    @property
-    def load(self) -> int:
-        """Responses under way."""
-        return sum(ask.request.samples for ask in self.asks.values())
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A server that is to get weights."""
-
-    index: int
-    life: int
-    url: str
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    number: int  # of the request
-    completions: list[Completion]
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    why: str
-
-
-class Event(Enum):
-    """What a job waits for beside answers."""
-
-    weights_wanted = "weights_wanted"  # a server is back without the weights
-    nothing = "nothing"  # has happened for a while
-
-
-class Job:
-    """The requests of one `submit`."""
-
-    def __init__(self, requests: int, oldest: int) -> None:
-        self.left = requests
-        self.oldest = oldest
-        self.events: queue.SimpleQueue[Answered | Failed | Event] = queue.SimpleQueue()
-
-
-@dataclass(slots=True, eq=False)
-class _Ask:
-    job: Job
-    number: int
-    request: Request
-    sampling: Sampling
 
 
 class Fleet:
@@ -128,7 +47,7 @@ class Fleet:
         self._dialect, self._config, self._starter = dialect, config, starter
         self._key, self._end_tokens, self._vocab, self._tell = key, end_tokens, vocab, tell
         self._replicas = [Replica(i) for i in range(replicas)]
-        self._waiting: deque[_Ask] = deque()
+        self._waiting: deque[Ask] = deque()
         self._jobs: set[Job] = set()
         self._version = -1
         self._loop = asyncio.new_event_loop()
@@ -145,7 +64,7 @@ class Fleet:
 
         async def begin() -> Job:
             job = Job(len(requests), self._version)
-            asks = [_Ask(job, i, request, sampling) for i, request in enumerate(requests)]
+            asks = [Ask(job, i, request, sampling) for i, request in enumerate(requests)]
             if self._config.dispatch is Dispatch.longest_first:
                 asks.sort(key=lambda ask: -len(ask.request.token_ids))
             self._waiting.extend(asks)
@@ -290,54 +209,26 @@ class Fleet:
             task = self._loop.create_task(self._answer(replica, replica.life, ask))
             replica.asks[task] = ask
 
-    async def _answer(self, replica: Replica, life: int, ask: _Ask) -> None:
+    async def _answer(self, replica: Replica, life: int, ask: Ask) -> None:
         """Let a server answer a request. A failure is the server's, unless it says that the request is."""
         task = asyncio.current_task()
         assert task is not None
         call = self._dialect.generate(ask.request, ask.sampling, self._end_tokens)
         try:
-            completions = self._completions(await self._send(replica, call), ask)
-        except _Refused as error:
+            response = await self._send(replica, call)
+            completions = checked_completions(response, ask, self._dialect, self._vocab, self._version)
+        except CannotAnswer as error:
             self._fail(ask.job, str(error))
         except (httpx.HTTPError, EngineError) as error:
             if replica.life == life:
-                self._fault(replica, _words(error))
+                self._fault(replica, reason(error))
             return
         else:
-            pulse.beat()
+            progress_marker.beat()
             ask.job.events.put(Answered(ask.number, completions))
             ask.job.left -= 1  # last: at 0 nothing more is waited for
         del replica.asks[task]
         self._dispatch()
-
-    def _completions(self, response: httpx.Response, ask: _Ask) -> list[Completion]:
-        """The answers, if they make sense: a response that is not what it seems to be would be trained on."""
-        try:
-            answers = [self._completion(answer, ask) for answer in self._dialect.answers(response.json())]
-        except (ValueError, LookupError, TypeError) as error:  # not of the form, or with null for a number
-            raise EngineError(f"gave a response that makes no sense: {error!r}") from error
-        if len(answers) != ask.request.samples:
-            raise EngineError(f"gave {len(answers)} responses where {ask.request.samples} were asked for")
-        return answers
-
-    def _completion(self, answer: Answer, ask: _Ask) -> Completion:
-        tokens, logprobs, longest = answer.token_ids, answer.logprobs, ask.sampling.max_tokens
-        versions = [(int(version), count) for version, count in answer.versions if count]
-        doubts = [
-            (answer.reason not in ("stop", "length"), f"ended by {answer.reason}"),
-            (not 1 <= len(tokens) <= longest, f"{len(tokens)} tokens of at most {longest}"),
-            (len(logprobs) != len(tokens), f"{len(logprobs)} log-probabilities of {len(tokens)} tokens"),
-            (any(not 0 <= token < self._vocab for token in tokens), "a token out of the vocabulary"),
-            (any(not _LEAST < p < 1e-3 for p in logprobs), "a log-probability that is none"),
-            (
-                any(not ask.job.oldest <= version <= self._version for version, _ in versions),
-                f"weights of version {versions}, not {ask.job.oldest} to {self._version}",
-            ),
-            (sum(count for _, count in versions) != len(tokens), f"versions {versions} of {len(tokens)} tokens"),
-        ]
-        if wrong := [words for is_wrong, words in doubts if is_wrong]:
-            raise EngineError(f"gave a response that makes no sense: {'; '.join(wrong)}")
-        return Completion(tuple(tokens), tuple(min(p, 0.0) for p in logprobs), answer.reason, tuple(versions))
 
     async def _send(self, replica: Replica, call: Call, seconds: float | None = None) -> httpx.Response:
         assert replica.client is not None
@@ -356,7 +247,7 @@ class Fleet:
                 response = await self._send(replica, call, self._config.update_seconds)
         except (httpx.HTTPError, EngineError) as error:
             if replica.life == life:
-                self._fault(replica, _words(error))
+                self._fault(replica, reason(error))
             return None
         return response if replica.life == life else None
 
@@ -396,7 +287,7 @@ class Fleet:
                 new = self._dialect.beat((await self._send(replica, self._dialect.pulse, limit)).text)
                 if new is None or new != beat:
                     beat, since = new, time.monotonic()
-                    pulse.beat()
+                    progress_marker.beat()
             except (httpx.HTTPError, EngineError):
                 pass  # no progress seen
             if replica.life == life and replica.asks and time.monotonic() - since > limit:
@@ -456,40 +347,3 @@ class Fleet:
 
     def _name(self, replica: Replica) -> str:
         return f"{self._dialect.name} server {replica.index} ({replica.url or 'not started'})"
-
-
-class _Refused(EngineError):
-    """A request that no server would answer."""
-
-
-def checked(response: httpx.Response, call: Call) -> httpx.Response:
-    """A response that says yes. Raises EngineError otherwise."""
-    if response.status_code != 200:
-        kind = _Refused if response.status_code in (400, 413, 422) else EngineError
-        raise kind(f"answered {call.path} with {response.status_code}: {response.text[:500]}")
-    if response.headers.get("content-type", "").startswith("application/json"):
-        body = response.json() if len(response.content) < 10_000 else None
-        if isinstance(body, dict) and body.get("success") is False:
-            raise EngineError(f"refused {call.path}: {body.get('message')}")
-    return response
-
-
-def differing(expected: dict[str, tuple[str, float]], held: dict[str, tuple[str, float]]) -> list[tuple[str, float]]:
-    """Names whose checksums differ, or that only one side has, the worst first, with the relative difference in size.
-
-    It is NaN where only a checksum tells, infinite where a tensor is missing; those come first.
-    """
-    found = []
-    for name in expected.keys() | held.keys():
-        ours, theirs = expected.get(name), held.get(name)
-        if ours is None or theirs is None:
-            found.append((name, math.inf))
-        elif ours[0] != theirs[0]:
-            found.append((name, abs(ours[1] - theirs[1]) / max(ours[1], 1e-30)))
-    return sorted(found, key=lambda item: (-item[1] if not math.isnan(item[1]) else 0.0, item[0]))
-
-
-def _words(error: Exception) -> str:
-    if isinstance(error, EngineError):
-        return str(error)
-    return f"did not answer: {type(error).__name__} {error}".rstrip()

@@ -11,7 +11,7 @@ from typing import Any
 
 import transformers
 
-from megatron_tempo.config.schema import EnginePrecision
+from megatron_tempo.config.choices import EnginePrecision
 from megatron_tempo.errors import InputError
 
 # The form of Hugging Face's FP8 folders (Qwen3-8B-FP8, DeepSeek-V3); `weights/precision.py` makes the tensors.

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import httpx
 
-from megatron_tempo import pulse
-from megatron_tempo.config.schema import EnginePrecision, ServersConfig
+from megatron_tempo.config.choices import EnginePrecision
+from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.errors import EngineError
-from megatron_tempo.rollout.dialect import Dialect, Start, authorised
+from megatron_tempo.rollout.server_adapter import Dialect, Start, authorised
+from megatron_tempo.runtime import progress_marker
 
 
 class Server:
@@ -70,7 +71,7 @@ class Server:
         name, deadline = self._dialect.name, time.monotonic() + self._seconds
         with httpx.Client(base_url=self.url, headers=authorised(self._key), timeout=5.0) as client:
             while time.monotonic() < deadline:
-                pulse.beat()
+                progress_marker.beat()
                 if self.process.poll() is not None:
                     code = self.process.returncode
                     raise EngineError(f"{name} ended with exit code {code}" + last_words(self.log))

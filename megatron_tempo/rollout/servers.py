@@ -1,8 +1,8 @@
 """The engine that is any number of SGLang or vLLM servers.
 
 The first rank asks them (`fleet.py`), the first rank of each pipeline stage sends them weights (`transfer.py`), the
-first rank of a node starts them (`keeper.py`). The ranks agree by messages from the first one, so that all of them take
-part when a server that has come back needs the weights.
+first rank of a node starts them (`supervisor.py`). The ranks agree by messages from the first one, so that all of them
+take part when a server that has come back needs the weights.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_tempo.config.schema import EnginePrecision, ServersConfig, Transport
+from megatron_tempo.config.choices import EnginePrecision, Transport
+from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.errors import EngineError, InputError
-from megatron_tempo.heartbeat import EngineHealth
-from megatron_tempo.rollout.dialect import Dialect
+from megatron_tempo.rollout.answer_checks import differing
 from megatron_tempo.rollout.embedded import end_tokens
 from megatron_tempo.rollout.engine import Request, Sampling
-from megatron_tempo.rollout.fleet import Answered, Event, Failed, Fleet, Job, Starter, differing
-from megatron_tempo.rollout.keeper import FoundServers, Keeper, Keepers, private_store
+from megatron_tempo.rollout.fleet import Fleet
+from megatron_tempo.rollout.replica import Answered, Event, Failed, Job, Starter
 from megatron_tempo.rollout.server import Server, own_address
+from megatron_tempo.rollout.server_adapter import Dialect
+from megatron_tempo.rollout.supervisor import FoundServers, Keeper, Keepers, private_store
 from megatron_tempo.rollout.transfer import Senders
-from megatron_tempo.types import Completion, TokenCount, Weights
+from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
 
 # Seconds after which waiting ranks hear that there is nothing new: well within the timeout of their groups.
 _HEARTBEAT = 30.0

@@ -20,7 +20,9 @@ import torch.multiprocessing
 from torch import Tensor
 
 from megatron_tempo.rollout.cuda_memory import Pickler
-from megatron_tempo.rollout.dialect import (
+from megatron_tempo.rollout.engine import Request, Sampling
+from megatron_tempo.rollout.folder import private_file, served_folder
+from megatron_tempo.rollout.server_adapter import (
     CACHE_BYTES_ON_CPU,
     DTYPES,
     ON_CPU,
@@ -31,8 +33,6 @@ from megatron_tempo.rollout.dialect import (
     Start,
     described,
 )
-from megatron_tempo.rollout.engine import Request, Sampling
-from megatron_tempo.rollout.folder import private_file, served_folder
 from megatron_tempo.rollout.transfer import joined_bytes
 from megatron_tempo.types import Bucket
 

@@ -20,12 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName, _new_process_group_helper, _world
 
-from megatron_tempo.config.schema import ServersConfig, Transport
+from megatron_tempo.config.choices import Transport
+from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.errors import EngineError
-from megatron_tempo.rollout.dialect import Call, Dialect, Meeting, authorised
-from megatron_tempo.rollout.fleet import LIMITS, Target, checked
-from megatron_tempo.rollout.keeper import private_store
+from megatron_tempo.rollout.answer_checks import checked
+from megatron_tempo.rollout.replica import LIMITS, Target
 from megatron_tempo.rollout.server import own_address
+from megatron_tempo.rollout.server_adapter import Call, Dialect, Meeting, authorised
+from megatron_tempo.rollout.supervisor import private_store
 from megatron_tempo.types import Bucket, Weights
 
 

@@ -15,7 +15,9 @@ from typing import Any
 
 from megatron_tempo.rollout.checksum import checksum, root_mean_square
 from megatron_tempo.rollout.cuda_memory import handle
-from megatron_tempo.rollout.dialect import (
+from megatron_tempo.rollout.engine import Request, Sampling
+from megatron_tempo.rollout.folder import private_file, served_folder
+from megatron_tempo.rollout.server_adapter import (
     CACHE_BYTES_ON_CPU,
     DTYPES,
     ON_CPU,
@@ -26,8 +28,6 @@ from megatron_tempo.rollout.dialect import (
     Start,
     described,
 )
-from megatron_tempo.rollout.engine import Request, Sampling
-from megatron_tempo.rollout.folder import private_file, served_folder
 from megatron_tempo.types import Bucket
 
 WORKER = Path(__file__).with_name("vllm_worker.py")

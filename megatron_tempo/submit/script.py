@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_tempo.config.schema import EngineKind
+from megatron_tempo.config.choices import EngineKind
 from megatron_tempo.submit.job import Job, Kind
 
 BEGIN, END = "# >>> megatron-tempo submit writes this block", "# <<<"

@@ -47,7 +47,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.errors import InputError
 from megatron_tempo.weights.files import DTYPES, Entry, atomic
-from megatron_tempo.weights.slots import Slot, Vocabulary
+from megatron_tempo.weights.param_mapping import Slot, Vocabulary
 
 BACKEND = CheckpointingConfig("torch_dist", 1)
 # A vocabulary matrix is written in chunks of at most so many bytes; all else is a chunk a slot and layer.

@@ -16,13 +16,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_tempo import pulse
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.parallel import Layout
+from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import Bucket
+from megatron_tempo.weights.param_mapping import Slot
 from megatron_tempo.weights.shared_memory import in_shared_memory
-from megatron_tempo.weights.slots import Slot
 
 INDEX = "model.safetensors.index.json"
 CARRIED = (
@@ -93,7 +93,7 @@ class FolderWeights:
         with ExitStack() as stack:
             opened = {path: stack.enter_context(safe_open(path, "pt")) for path in set(self._files.values())}
             for names in by_layer.values():
-                pulse.beat()
+                progress_marker.beat()
                 yield [(name, opened[self._files[name]].get_tensor(name).to(self._dtype)) for name in names]
 
     def from_stages(self, *, shared: bool = False) -> Iterator[Bucket]:
@@ -116,7 +116,7 @@ def load(net: PackedGPT, layout: Layout, slots: list[Slot], folder: Path) -> Non
     with ExitStack() as stack, torch.no_grad():
         opened: dict[Path, Any] = {}
         for slot in slots:
-            pulse.beat()
+            progress_marker.beat()
             if slot.stage != layout.pipeline_rank or slot.names[0] not in files:
                 continue
             sources = []

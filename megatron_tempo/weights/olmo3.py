@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_tempo.models.shape import Shape
-from megatron_tempo.weights.slots import Norm, Rows, Whole
+from megatron_tempo.weights.param_mapping import Norm, Rows, Whole
 
 
 def norms(shape: Shape) -> list[Norm]:

@@ -16,12 +16,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_tempo import pulse
 from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.parallel import Layout
+from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import Bucket
+from megatron_tempo.weights.param_mapping import Slot, Whole
 from megatron_tempo.weights.shared_memory import shared_buffers
-from megatron_tempo.weights.slots import Slot, Whole
 
 # Each slot's Hugging Face tensors.
 Wholes = dict[Slot, list[Tensor]]
@@ -197,7 +197,7 @@ def _numel(group: list[Slot]) -> int:
 
 def _wholes(group: list[Slot], flat: Tensor) -> Wholes:
     """The tensors of a group as views of a flat tensor that has room for them, one behind the other."""
-    pulse.beat()
+    progress_marker.beat()
     wholes: Wholes = {}
     at = 0
     for slot in group:

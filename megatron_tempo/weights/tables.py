@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from megatron_tempo.models.shape import Shape
 from megatron_tempo.weights import olmo3, qwen3
-from megatron_tempo.weights.slots import Columns, GateUp, Norm, QueryKeyValue, Slot, Vocabulary, Whole
+from megatron_tempo.weights.param_mapping import Columns, GateUp, Norm, QueryKeyValue, Slot, Vocabulary, Whole
 
 NORMS: dict[str, Callable[[Shape], list[Norm]]] = {"olmo3": olmo3.norms, "qwen3": qwen3.norms}
 

@@ -8,9 +8,10 @@ import psutil
 import pytest
 import torch
 
-from megatron_tempo.config.schema import Config, Layers
-from megatron_tempo.records import read_metrics
-from megatron_tempo.train import train
+from megatron_tempo.config.choices import Layers
+from megatron_tempo.config.schema import Config
+from megatron_tempo.observability.records import read_metrics
+from megatron_tempo.training.jobs import train
 from tests.support.fork_server import FORK_SERVER, TE_FORK_SERVER, ForkServer
 from tests.support.project import RANDOM, config_of, from_nothing, write_project
 from tests.support.ranks import run_ranks

@@ -11,12 +11,13 @@ import transformers
 from megatron.core import dist_checkpointing, parallel_state
 from torch import Tensor
 
+from megatron_tempo.checkpoint.convert import to_hugging_face, to_megatron
 from megatron_tempo.config.schema import Config
-from megatron_tempo.conversion import to_hugging_face, to_megatron
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.gpt import PackedGPT
-from megatron_tempo.train import train
-from megatron_tempo.wiring import build_actor, build_critic, open_workplace
+from megatron_tempo.training.context import open_workplace
+from megatron_tempo.training.jobs import train
+from megatron_tempo.training.setup import build_actor, build_critic
 from tests.support.project import RANDOM, config_of, from_nothing, write_project
 from tests.support.ranks import run_ranks
 from tests.support.tiny import write_model

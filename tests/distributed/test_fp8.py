@@ -15,11 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_tempo.config.choices import Layers, Precision, Recompute
 from megatron_tempo.config.recipes import RECIPES
-from megatron_tempo.config.schema import Config, Layers, Precision, Recompute
+from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import CriticUpdateConfig
 from megatron_tempo.models.machine import described
-from megatron_tempo.wiring import build_actor, build_critic, open_workplace
+from megatron_tempo.training.context import open_workplace
+from megatron_tempo.training.setup import build_actor, build_critic
 from tests.support.fork_server import TE_FORK_SERVER
 from tests.support.ranks import run_ranks
 from tests.support.tiny import ragged_batch, write_model

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_tempo.config.schema import Config, CriticLayoutConfig, Recompute
-from megatron_tempo.records import read_metrics
-from megatron_tempo.train import train
+from megatron_tempo.config.choices import Recompute
+from megatron_tempo.config.schema import Config, CriticLayoutConfig
+from megatron_tempo.observability.records import read_metrics
+from megatron_tempo.training.jobs import train
 from tests.support.project import RANDOM, config_of, from_nothing, write_project
 from tests.support.ranks import run_ranks
 from tests.support.weights import tensors

@@ -15,8 +15,10 @@ from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import Method, StageConfig
 from megatron_tempo.methods import METHODS
 from megatron_tempo.methods.learner import Learner, Rollouts
+from megatron_tempo.training.context import open_workplace
+from megatron_tempo.training.setup import build_actor
 from megatron_tempo.types import Batch
-from megatron_tempo.wiring import build_actor, open_workplace, weights_of
+from megatron_tempo.weights.export import weights_of
 from tests.support.ranks import run_ranks
 from tests.support.tiny import ragged_batch, write_model
 
@@ -60,7 +62,7 @@ def updated(model: Path) -> dict[Method, dict[str, Tensor]]:
             labelled = replace(batch, answer_class=None) if method is Method.grpo else None
             unlabelled = None if method is Method.grpo else replace(batch, correct=None)
             METHODS[method](learner, Rollouts(labelled, unlabelled), stage_of(method), 0)
-            weights = weights_of(actor.model, place).everywhere()
+            weights = weights_of(actor.model, place.config).everywhere()
             found[method] = {key: value.clone() for bucket in weights for key, value in bucket}
     return found
 

@@ -10,11 +10,14 @@ import torch
 import transformers
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_tempo.config.schema import Config, Layers, Logits
+from megatron_tempo.config.choices import Layers, Logits
+from megatron_tempo.config.schema import Config
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.packing import MicroBatch, micro_batches
+from megatron_tempo.training.context import Workplace, open_workplace
+from megatron_tempo.training.setup import build_actor, build_critic
 from megatron_tempo.types import Batch
-from megatron_tempo.wiring import Workplace, build_actor, build_critic, export_hf, open_workplace, weights_of
+from megatron_tempo.weights.export import export_hf, weights_of
 from tests.support.ranks import run_ranks
 from tests.support.tiny import VOCAB, ragged_batch, write_model
 from tests.support.weights import tensors
@@ -77,12 +80,12 @@ def measure(place: Workplace, model: Path, out: Path) -> dict[str, object]:
     batch = ragged_batch(6)
     place.config.model.path = str(model)
     actor = build_actor(place)
-    buckets = list(weights_of(actor.model, place).everywhere())
+    buckets = list(weights_of(actor.model, place.config).everywhere())
     found: dict[str, object] = {
         "tensor_rank": place.layouts.actor.tensor_rank,
         "weights": {name: tensor for bucket in buckets for name, tensor in bucket},
     }
-    export_hf(place, actor, build_critic(place), out)
+    export_hf(place.config, actor, build_critic(place), out)
     for budget in (PACKED, UNPACKED):
         actor.model.micro_batch_tokens = budget
         for kind in Logits:

@@ -13,7 +13,8 @@ import torch
 import transformers
 
 from megatron_tempo.config import Config
-from megatron_tempo.config.schema import ClusterConfig, CriticLayoutConfig, Device, Logits, ParallelConfig, Recompute
+from megatron_tempo.config.choices import Device, Logits, Recompute
+from megatron_tempo.config.schema import ClusterConfig, CriticLayoutConfig, ParallelConfig
 from megatron_tempo.config.stages import Baseline, Method, StageConfig
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.models.trained import TrainedModel
@@ -21,8 +22,9 @@ from megatron_tempo.plan.layout import MicroBatch
 from megatron_tempo.plan.memory import Part, Phase, place_memory
 from megatron_tempo.plan.parameters import Role
 from megatron_tempo.plan.shapes import shape_of
+from megatron_tempo.training.context import open_workplace
+from megatron_tempo.training.setup import build_actor, build_critic
 from megatron_tempo.types import Batch
-from megatron_tempo.wiring import build_actor, build_critic, open_workplace
 from tests.support.ranks import run_ranks
 from tests.support.storages import Storages, bytes_of
 

@@ -14,8 +14,8 @@ from megatron.core import dist_checkpointing
 
 from megatron_tempo.checkpoint import saving
 from megatron_tempo.config.schema import Config
-from megatron_tempo.run import Run
-from megatron_tempo.train import train
+from megatron_tempo.training.jobs import train
+from megatron_tempo.training.trainer import Run
 from tests.support.project import config_of, write_project
 from tests.support.ranks import run_ranks
 

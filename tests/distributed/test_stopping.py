@@ -14,9 +14,9 @@ import torch.distributed as dist
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import load, save
 from megatron_tempo.errors import Stopped
-from megatron_tempo.run import Run
-from megatron_tempo.stopping import Stops
-from megatron_tempo.train import train
+from megatron_tempo.runtime.stop_request import Stops
+from megatron_tempo.training.jobs import train
+from megatron_tempo.training.trainer import Run
 from tests.support.project import config_of, write_project
 from tests.support.ranks import run_ranks
 

@@ -22,7 +22,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_tempo.config.schema import Logits, ParallelConfig, Precision
+from megatron_tempo.config.choices import Logits, Precision
+from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.errors import InputError
 from megatron_tempo.kernels import REFERENCE
 from megatron_tempo.models.device import install_cpu_backend
@@ -31,7 +32,7 @@ from megatron_tempo.models.gpt import LanguageModel, PackedGPT
 from megatron_tempo.models.parallel import Layout, parallel_groups
 from megatron_tempo.types import Bucket
 from megatron_tempo.weights import folder, tables
-from megatron_tempo.weights.slots import Cut, Slot, Whole
+from megatron_tempo.weights.param_mapping import Cut, Slot, Whole
 from megatron_tempo.weights.stream import WeightStream, plan
 from tests.support.ranks import ROOT, run_ranks
 from tests.support.storages import Storages

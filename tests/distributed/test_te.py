@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tempo.config.schema import Layers
+from megatron_tempo.config.choices import Layers
 from tests.distributed import test_parity, test_update
 from tests.support.fork_server import TE_FORK_SERVER
 from tests.support.ranks import run_ranks

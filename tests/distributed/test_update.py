@@ -9,12 +9,15 @@ import torch
 import transformers
 from torch import Tensor
 
-from megatron_tempo.config.schema import Config, CriticLayoutConfig, Layers, Logits, ParallelConfig, Recompute
+from megatron_tempo.config.choices import Layers, Logits, Recompute
+from megatron_tempo.config.schema import Config, CriticLayoutConfig, ParallelConfig
 from megatron_tempo.config.stages import ActorUpdateConfig, Baseline, CriticUpdateConfig
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.models.packing import MicroBatch
+from megatron_tempo.training.context import open_workplace
+from megatron_tempo.training.setup import build_actor, build_critic
 from megatron_tempo.types import Batch
-from megatron_tempo.wiring import build_actor, build_critic, open_workplace, weights_of
+from megatron_tempo.weights.export import weights_of
 from tests.support.ranks import run_ranks
 from tests.support.tiny import ragged_batch, write_model
 
@@ -111,7 +114,11 @@ def updated(model: Path, kind: str, layout: str, layers: Layers) -> dict[str, di
         actor.update(batch, experience, Baseline.before_token, of_actor, ROWS)
         critic.update(batch, batch.correct, of_critic, ROWS)
         return {
-            name: {key: value.clone() for bucket in weights_of(one.model, place).everywhere() for key, value in bucket}
+            name: {
+                key: value.clone()
+                for bucket in weights_of(one.model, place.config).everywhere()
+                for key, value in bucket
+            }
             for name, one in (("actor", actor), ("critic", critic))
         }
 

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from megatron_tempo.checkpoint.checkpoints import Checkpoints
-from megatron_tempo.config.schema import Config, ParallelConfig, Precision
+from megatron_tempo.config.choices import Precision
+from megatron_tempo.config.schema import Config, ParallelConfig
 from megatron_tempo.config.stages import CriticUpdateConfig, OptimizerConfig
-from megatron_tempo.wiring import build_critic, open_workplace, weights_of
+from megatron_tempo.training.context import open_workplace
+from megatron_tempo.training.setup import build_critic
+from megatron_tempo.weights.export import weights_of
 from tests.support.ranks import run_ranks
 from tests.support.tiny import ragged_batch, write_model
 
@@ -36,7 +39,7 @@ def steps(model: Path, parallel: ParallelConfig, folder: Path, first: int, last:
         checkpoints.wait()
         wide = {name for name, p in critic.model.net.named_parameters() if p.dtype != torch.bfloat16}
         assert wide == ({"output_layer.weight", "output_layer.bias"} if place.layouts.critic.is_last_stage else set())
-        stream = weights_of(critic.model, place, torch.float32)
+        stream = weights_of(critic.model, place.config, torch.float32)
         whole = {name: x for bucket in stream.everywhere() for name, x in bucket}
         return {name: tensor.clone() for name, tensor in whole.items()}
 

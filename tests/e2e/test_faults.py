@@ -21,11 +21,11 @@ from safetensors import SafetensorError
 
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import save
+from megatron_tempo.data.seen import Seen
 from megatron_tempo.errors import UnwrittenError
-from megatron_tempo.metrics import Metrics
-from megatron_tempo.records import Record, read_evaluations, read_metrics, read_samples, read_warnings
-from megatron_tempo.seen import Seen
-from megatron_tempo.train import evaluate, train
+from megatron_tempo.observability.metrics import Metrics
+from megatron_tempo.observability.records import Record, read_evaluations, read_metrics, read_samples, read_warnings
+from megatron_tempo.training.jobs import evaluate, train
 from megatron_tempo.weights import folder as hf_folder
 from tests.support.project import config_of, write_project
 from tests.support.ranks import ROOT, run_ranks
@@ -190,7 +190,7 @@ import shutil, sys
 from pathlib import Path
 from unittest.mock import patch
 from megatron_tempo import cli
-from megatron_tempo.metrics import Metrics
+from megatron_tempo.observability.metrics import Metrics
 
 config, run, out = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
 ballast, step = run / "ballast", Metrics.step

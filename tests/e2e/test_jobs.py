@@ -17,17 +17,20 @@ from megatron_tempo.algorithm.outcomes import final_values
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import CriticUpdateConfig, OptimizerConfig
 from megatron_tempo.config.tree import load
+from megatron_tempo.data.sets import QuestionKeys, prompt_streams
 from megatron_tempo.errors import InputError, NotFiniteError
 from megatron_tempo.methods import tempo
 from megatron_tempo.models.packing import MicroBatch
 from megatron_tempo.models.trained import Loss, Step, TrainedModel
-from megatron_tempo.records import read, read_evaluations, read_metrics
+from megatron_tempo.observability.records import read, read_evaluations, read_metrics
+from megatron_tempo.report.status import status
 from megatron_tempo.rewards import countdown
 from megatron_tempo.rewards.verifiers import Verifiers
-from megatron_tempo.status import status
-from megatron_tempo.train import evaluate, train
+from megatron_tempo.training.context import open_workplace
+from megatron_tempo.training.jobs import evaluate, train
+from megatron_tempo.training.setup import build_actor, build_critic
 from megatron_tempo.types import Batch
-from megatron_tempo.wiring import QuestionKeys, build_actor, build_critic, export_hf, open_workplace, prompt_streams
+from megatron_tempo.weights.export import export_hf
 from tests.support.project import config_of, from_nothing, write_project
 from tests.support.ranks import run_ranks
 from tests.support.tiny import ragged_batch, write_model
@@ -150,7 +153,7 @@ def export_with_shorter_critic(project: Path, critic: Path, out: Path) -> None:
     config = config_of(project, out / "run")
     config.model.path, config.model.critic_path = str(project / "model"), str(critic)
     with open_workplace(config) as place:
-        export_hf(place, build_actor(place), build_critic(place), out)
+        export_hf(place.config, build_actor(place), build_critic(place), out)
 
 
 def test_a_critic_of_another_shape_is_exported_as_it_is(tmp_path: Path) -> None:

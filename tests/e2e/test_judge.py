@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_tempo.config.schema import Config, Verifier
+from megatron_tempo.config.choices import Verifier
+from megatron_tempo.config.schema import Config
 from megatron_tempo.errors import EngineError
-from megatron_tempo.records import read, read_metrics
+from megatron_tempo.observability.records import read, read_metrics
 from megatron_tempo.rewards import countdown
-from megatron_tempo.train import evaluate, train
+from megatron_tempo.training.jobs import evaluate, train
 from tests.support.judge import Judge, Reply, judge_server, quoted, verdict
 from tests.support.project import config_of, write_project
 from tests.support.ranks import run_ranks

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megatron_tempo.config.tree import save
-from megatron_tempo.records import read_evaluations, read_metrics
+from megatron_tempo.observability.records import read_evaluations, read_metrics
 from tests.support.fork_server import FORK_SERVER, Forked
 from tests.support.project import config_of, write_project
 from tests.support.ranks import rank_environments
@@ -22,7 +22,7 @@ LAST = 2 * ITERATIONS
 SCRIPT = """
 import sys
 from megatron_tempo.config import load
-from megatron_tempo.train import train
+from megatron_tempo.training.jobs import train
 
 if __name__ == "__main__":
     train(load(sys.argv[1]))

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from megatron_tempo.config.tree import save
-from megatron_tempo.heartbeat import read_heartbeat
-from megatron_tempo.records import read_metrics
-from megatron_tempo.status import status
+from megatron_tempo.observability.heartbeat import read_heartbeat
+from megatron_tempo.observability.records import read_metrics
+from megatron_tempo.report.status import status
 from tests.support.fork_server import FORK_SERVER
 from tests.support.project import config_of, write_project
 from tests.support.ranks import rank_environments
@@ -35,12 +35,12 @@ SCRIPT = f"""
 import os, signal, sys, threading
 from contextlib import contextmanager
 from pathlib import Path
-from megatron_tempo import liveness
-liveness.BEAT, liveness.SILENT, liveness.ENDED = {BEAT}, {SILENT}, {ENDED}
+from megatron_tempo.runtime import diagnosis
+diagnosis.BEAT, diagnosis.SILENT, diagnosis.ENDED = {BEAT}, {SILENT}, {ENDED}
 from megatron_tempo.config.tree import load
 from megatron_tempo.rewards.verifiers import Verifiers
-from megatron_tempo.run import Run
-from megatron_tempo.train import train
+from megatron_tempo.training.trainer import Run
+from megatron_tempo.training.jobs import train
 
 phase, score = Run.phase, Verifiers.score
 kind, rank, step, config, mark = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), load(sys.argv[4]), Path(sys.argv[5])

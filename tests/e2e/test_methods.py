@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_tempo.config.schema import Config, Verifier
+from megatron_tempo.config.choices import Verifier
+from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import Method
 from megatron_tempo.errors import InputError
-from megatron_tempo.records import read_evaluations, read_metrics, read_samples
-from megatron_tempo.train import train
+from megatron_tempo.observability.records import read_evaluations, read_metrics, read_samples
+from megatron_tempo.training.jobs import train
 from tests.support.project import config_of, write_project
 from tests.support.ranks import run_ranks
 
@@ -44,7 +45,7 @@ def config_for(project: Path, out: Path, method: Method, iterations: int = 2) ->
 
 def failing_after_one(config: Config) -> None:
     """The same run, stopped behind its first iteration and its checkpoint."""
-    from megatron_tempo.run import Run
+    from megatron_tempo.training.trainer import Run
 
     iterate = Run.iterate
 

@@ -11,7 +11,7 @@ import pytest
 from megatron_tempo.config.schema import Config
 from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout.embedded import EmbeddedEngine
-from megatron_tempo.train import train
+from megatron_tempo.training.jobs import train
 from megatron_tempo.types import Completion
 from tests.support.project import config_of, write_project
 from tests.support.ranks import run_ranks

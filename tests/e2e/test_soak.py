@@ -9,9 +9,9 @@ from unittest.mock import patch
 import pytest
 
 from megatron_tempo.config.schema import Config
-from megatron_tempo.records import read_evaluations, read_metrics
-from megatron_tempo.run import Run
-from megatron_tempo.train import train
+from megatron_tempo.observability.records import read_evaluations, read_metrics
+from megatron_tempo.training.jobs import train
+from megatron_tempo.training.trainer import Run
 from tests.support.growth import Trace, growth, windows
 from tests.support.project import config_of, write_project
 from tests.support.ranks import run_ranks

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 import transformers
 
-from megatron_tempo.config.schema import Config, EngineKind
+from megatron_tempo.config.choices import EngineKind
+from megatron_tempo.config.schema import Config
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.servers import ServersEngine
+from megatron_tempo.training.context import Workplace, open_workplace
+from megatron_tempo.training.setup import build_engine
 from megatron_tempo.types import Completion
-from megatron_tempo.wiring import Workplace, build_engine, open_workplace
 from tests.support import tiny
 
 ROOT = Path(__file__).parents[2]

@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tempo.config.schema import EngineKind
+from megatron_tempo.config.choices import EngineKind
 from megatron_tempo.rollout.engine import Request, Sampling
-from megatron_tempo.rollout.fleet import State, Target
+from megatron_tempo.rollout.replica import State, Target
 from megatron_tempo.rollout.servers import ServersEngine
+from megatron_tempo.training.context import Workplace
+from megatron_tempo.training.setup import build_actor, engine_weights
 from megatron_tempo.types import Bucket, Weights
-from megatron_tempo.wiring import Workplace, build_actor, engine_weights, weights_of
+from megatron_tempo.weights.export import weights_of
 from tests.engines.servers import (
     ENGINES,
     REQUESTS,
@@ -132,7 +134,7 @@ def scenario(kind: EngineKind, model: Path, run: Path) -> dict[str, object]:
         found["nonsense"] = while_generating(engine, weights, told, lambda: spoil(engine, place, actor))
 
         told.clear()
-        small = weights_of(actor.model, place)
+        small = weights_of(actor.model, place.config)
         small._groups = [[slot] for group in small._groups for slot in group]
         begun = time.monotonic()
         engine.load_weights(Disturbed(small, kill(signal.SIGKILL)), 1)

@@ -12,15 +12,15 @@ from typing import Any
 import httpx
 import pytest
 
-from megatron_tempo.config.schema import EngineKind, EnginePrecision
+from megatron_tempo.config.choices import EngineKind, EnginePrecision
 from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout.engine import Sampling
 from megatron_tempo.rollout.server import Server
 from megatron_tempo.rollout.servers import ServersEngine
 from megatron_tempo.rollout.sglang import Sglang
 from megatron_tempo.rollout.vllm import Vllm
+from megatron_tempo.training.setup import build_actor, engine_weights
 from megatron_tempo.types import Bucket, Weights
-from megatron_tempo.wiring import build_actor, engine_weights
 from tests.engines.servers import ENGINES, REQUESTS, ROOT, answers, assert_said_by, config_of, opened, write_model
 from tests.support.ranks import run_ranks
 from tests.support.weights import Given

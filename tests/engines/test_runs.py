@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tempo.config.schema import Config, EngineKind
+from megatron_tempo.config.choices import EngineKind
+from megatron_tempo.config.schema import Config
 from megatron_tempo.errors import EngineError
-from megatron_tempo.records import read_evaluations, read_metrics
-from megatron_tempo.run import Run
-from megatron_tempo.train import train
+from megatron_tempo.observability.records import read_evaluations, read_metrics
+from megatron_tempo.training.jobs import train
+from megatron_tempo.training.trainer import Run
 from tests.engines.servers import ENGINES, use_servers
 from tests.support.project import config_of, write_project
 from tests.support.ranks import run_ranks

@@ -8,9 +8,9 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_tempo.config.schema import EngineKind, Transport
+from megatron_tempo.config.choices import EngineKind, Transport
 from megatron_tempo.rollout.engine import Sampling
-from megatron_tempo.wiring import build_actor, engine_weights
+from megatron_tempo.training.setup import build_actor, engine_weights
 from tests.engines.servers import PROMPTS, REQUESTS, answers, assert_said_by, config_of, opened, write_model
 from tests.support.ranks import run_ranks
 

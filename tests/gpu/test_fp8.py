@@ -13,12 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_tempo.config.choices import Layers, Precision
 from megatron_tempo.config.recipes import RECIPES
 from megatron_tempo.config.rules.precision import check_machine
-from megatron_tempo.config.schema import Config, Layers, Precision
+from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import CriticUpdateConfig, OptimizerConfig
 from megatron_tempo.models.machine import machine_of
-from megatron_tempo.wiring import build_actor, build_critic, open_workplace
+from megatron_tempo.training.context import open_workplace
+from megatron_tempo.training.setup import build_actor, build_critic
 from tests.support.ranks import run_ranks
 from tests.support.tiny import ragged_batch, write_model
 

@@ -43,9 +43,10 @@ _PLANTED = f"""\
 #!{sys.executable}
 import pathlib, sys, time
 
-from megatron_tempo import cli, run
+from megatron_tempo import cli
+from megatron_tempo.training import trainer
 
-iterate = run.Run.iterate
+iterate = trainer.Run.iterate
 
 
 def planted(self, *stage):
@@ -60,6 +61,6 @@ def planted(self, *stage):
 
 
 if __name__ == "__main__":
-    run.Run.iterate = planted
+    trainer.Run.iterate = planted
     sys.exit(cli.main(sys.argv[3:]))
 """

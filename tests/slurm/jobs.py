@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.numpy import load_file
 
 from megatron_tempo.config.tree import save
-from megatron_tempo.records import read_metrics
+from megatron_tempo.observability.records import read_metrics
 from tests.support.project import config_of, write_project
 from tests.support.slurm import ROOT
 

@@ -82,7 +82,7 @@ def test_a_hang_is_cut_short_and_the_second_failure_at_a_step_is_the_last(site: 
     told = job.log()
     assert "the trainer has not stopped in time" in told
     assert told.count("RuntimeError: planted") >= 2
-    assert f'File "{job.folder}/code/megatron_tempo/train.py"' in told, "the snapshot is what runs"
+    assert f'File "{job.folder}/code/megatron_tempo/training/jobs.py"' in told, "the snapshot is what runs"
     assert "failed twice after step 2 (exit code " in told
     assert (job.folder / "failures").read_text().startswith("step 2: exit code ")
     assert (job.run / "checkpoints/step_00000002").exists()

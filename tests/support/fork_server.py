@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 START_SECONDS = 240.0  # the imports, on a machine that is busy
 # What a run imports. Some of it is imported late, on first use.
 PRELOADED = (
-    "megatron_tempo.train",
+    "megatron_tempo.training.jobs",
     "megatron_tempo.report.html",
     "sklearn.metrics",
     "tensorboard.compat.tensorflow_stub",

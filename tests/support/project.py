@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_tempo.config.schema import Config, DatasetConfig, Verifier
+from megatron_tempo.config.choices import Verifier
+from megatron_tempo.config.schema import Config, DatasetConfig
 from megatron_tempo.config.stages import Baseline, CriticTargets, Ratio
 from tests.support.tiny import write_model
 

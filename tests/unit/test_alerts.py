@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tempo.alerts import RULES, Alert, Watch, alerts
+from megatron_tempo.observability.alerts import RULES, Alert, Watch, alerts
 
 QUIET = {
     "actor/entropy": 0.5,

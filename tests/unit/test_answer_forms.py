@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from megatron_tempo.rewards.verifiers import Item, Verifiers
+from megatron_tempo.rewards.scorer import Item
+from megatron_tempo.rewards.verifiers import Verifiers
 
 FORMS = json.loads((Path(__file__).parents[1] / "fixtures" / "answer_forms.json").read_text())
 SHOULD_BE = {"right": 1.0, "wrong": 0.0, "refused though right": 1.0, "accepted though wrong": 0.0}

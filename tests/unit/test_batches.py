@@ -15,12 +15,21 @@ import transformers
 from torch import Tensor
 
 from megatron_tempo.errors import EngineError
-from megatron_tempo.heartbeat import EngineHealth
-from megatron_tempo.rewards.verifiers import Item, Verifiers
+from megatron_tempo.rewards.scorer import Item
+from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout import dump
 from megatron_tempo.rollout.batches import Asked, ask, batch_of, collect
-from megatron_tempo.rollout.engine import Request, Sampling, seed_of
-from megatron_tempo.types import Batch, Completion, LabelledPrompt, TokenCount, UnlabelledPrompt, Weights
+from megatron_tempo.rollout.engine import Request, Sampling
+from megatron_tempo.types import (
+    Batch,
+    Completion,
+    EngineHealth,
+    LabelledPrompt,
+    TokenCount,
+    UnlabelledPrompt,
+    Weights,
+    seed_of,
+)
 from tests.support.ranks import run_ranks
 from tests.support.tiny import WORDS, ragged_batch, write_model
 

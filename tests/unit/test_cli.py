@@ -16,6 +16,7 @@ import pytest
 from megatron_tempo import cli
 from megatron_tempo.config import Config
 from megatron_tempo.config.benchmarks import BENCHMARKS
+from megatron_tempo.config.compose import EVAL_DIR
 from megatron_tempo.errors import InputError, Stopped
 from tests.unit.config_files import good_overrides, write_all
 
@@ -28,12 +29,12 @@ def good(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Config]]:
-    """Stands for megatron_tempo.train, whose calls it records."""
+    """Stands for megatron_tempo.training.jobs, whose calls it records."""
     calls: list[tuple[str, Config]] = []
-    module = types.ModuleType("megatron_tempo.train")
+    module = types.ModuleType("megatron_tempo.training.jobs")
     module.train = lambda config: calls.append(("train", config))  # type: ignore[attr-defined]
     module.evaluate = lambda config: calls.append(("evaluate", config))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "megatron_tempo.train", module)
+    monkeypatch.setitem(sys.modules, "megatron_tempo.training.jobs", module)
     return calls
 
 
@@ -170,7 +171,7 @@ def test_an_error_of_the_job_names_its_node(
     def fail(config: Config) -> None:
         raise InputError("no such row")
 
-    monkeypatch.setattr(sys.modules["megatron_tempo.train"], "train", fail)
+    monkeypatch.setattr(sys.modules["megatron_tempo.training.jobs"], "train", fail)
     monkeypatch.setattr(socket, "gethostname", lambda: "node7")
     assert report(capsys, "train", *good) == ["error: no such row"]
     monkeypatch.setenv("RANK", "3")
@@ -187,7 +188,7 @@ def test_a_run_that_was_told_to_stop_has_a_status_of_its_own(
     def stop(config: Config) -> None:
         raise Stopped("stopped after 3 iterations")
 
-    monkeypatch.setattr(sys.modules["megatron_tempo.train"], "train", stop)
+    monkeypatch.setattr(sys.modules["megatron_tempo.training.jobs"], "train", stop)
     assert cli.main(["train", *good]) == cli.STOPPED == 75
     assert capsys.readouterr().out == "stopped after 3 iterations\n"
     monkeypatch.setenv("RANK", "1")
@@ -209,7 +210,7 @@ def test_eval_takes_a_folder_and_files(good: list[str], tmp_path: Path, called: 
         "my_held_out": (str(files[1]), "prompt", "answer"),
     }
     assert [s.verifier.name for s in sets.values() if s.verifier] == ["countdown", "math"]
-    assert re.fullmatch(cli.EVAL_DIR + r"/\d{8}-\d{6}", config.run.dir)
+    assert re.fullmatch(EVAL_DIR + r"/\d{8}-\d{6}", config.run.dir)
 
 
 def test_eval_on_benchmarks(good: list[str], tmp_path: Path, called: list[tuple[str, Config]]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_tempo import cli
 from megatron_tempo.errors import InputError
-from megatron_tempo.records import append, read_metrics
+from megatron_tempo.observability.records import append, read_metrics
 from megatron_tempo.report.comparison import names, write_comparison
 from megatron_tempo.report.html import write_report
 from tests.unit.test_report import HOSTILE, Text, evaluation_record, write_run

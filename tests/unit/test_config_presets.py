@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from megatron_tempo.cli import REPOSITORY, build
+from megatron_tempo.cli import build
 from megatron_tempo.config import Config, ConfigErrors, Problem, Purpose
 from megatron_tempo.config.benchmarks import BENCHMARKS
+from megatron_tempo.config.compose import REPOSITORY
 from megatron_tempo.config.schema import to_plain
 from megatron_tempo.config.stages import Baseline, CriticTargets, Method, Prompts, Ratio, ValueTiming
 from megatron_tempo.config.tree import MISSING

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_tempo.config import Config, ConfigErrors, load, save
-from megatron_tempo.config.schema import Device, to_plain
+from megatron_tempo.config.choices import Device
+from megatron_tempo.config.schema import to_plain
 from megatron_tempo.config.stages import Method, StageConfig
 from megatron_tempo.config.tree import field_paths, read, walk
 from tests.unit.config_files import configure

@@ -18,14 +18,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_tempo import conversion, unfinished
-from megatron_tempo.conversion import to_hugging_face, to_megatron
+from megatron_tempo.checkpoint import convert, resumable_folder
+from megatron_tempo.checkpoint.convert import to_hugging_face, to_megatron
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.families import read_shape
 from megatron_tempo.weights import distributed
+from megatron_tempo.weights.export import TARGETS, critic_changes
 from megatron_tempo.weights.files import write_safetensors
 from megatron_tempo.weights.folder import INDEX, tensor_files
-from megatron_tempo.wiring import TARGETS, critic_changes
 from tests.support.tiny import VOCAB, write_model
 from tests.support.tools import TOOLS, load_tool
 from tests.support.weights import tensors
@@ -259,7 +259,7 @@ def test_a_disk_without_room_is_told_of_before_anything_is_written(
 ) -> None:
     folder = write_model(tmp_path / "folder", tied=False)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(unfinished.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(resumable_folder.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(InputError, match=r"0.00 GiB free, and .*out needs .* GiB"):
         to_megatron(folder, tmp_path / "below/out", "actor", PART, quiet)
     assert {path.name for path in tmp_path.iterdir()} == {"folder"}
@@ -424,7 +424,7 @@ def test_killed_before_the_last_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise Stop
 
     with monkeypatch.context() as patched:
-        patched.setattr(conversion.Unfinished, "finish", stop)
+        patched.setattr(convert.Unfinished, "finish", stop)
         with pytest.raises(Stop):
             to_megatron(folder, tmp_path / "out", "actor", PART, quiet)
     told: list[str] = []

@@ -16,7 +16,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from megatron_tempo.config.schema import DatasetConfig, Verifier
+from megatron_tempo.config.choices import Verifier
+from megatron_tempo.config.schema import DatasetConfig
 from megatron_tempo.data import rows
 from megatron_tempo.data.dataset import load_labelled, load_unlabelled, overlap, question_keys
 from megatron_tempo.data.rows import DataError

@@ -12,8 +12,8 @@ import transformers
 from torch import Tensor
 
 from megatron_tempo.rollout.embedded import ENDED_SHARE, EmbeddedEngine, end_tokens
-from megatron_tempo.rollout.engine import Request, Sampling, seed_of
-from megatron_tempo.types import Completion
+from megatron_tempo.rollout.engine import Request, Sampling
+from megatron_tempo.types import Completion, seed_of
 from tests.support.tiny import VOCAB, WORDS, write_model
 from tests.support.weights import Given
 

@@ -1,7 +1,7 @@
 """The import rules of the design, read from the sources: imports run one way, and heavy packages stay in their places.
 
 A file of megatron_tempo belongs to the layer of its first name below the package: megatron_tempo/models/actor.py to
-models, megatron_tempo/train.py to train.
+models, megatron_tempo/cli.py to cli. Every layer has a row in `ALLOWED`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,69 +18,64 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "megatron_tempo"
 
 # What each layer may import of megatron_tempo besides itself.
-BASE = {"types", "config", "errors", "pulse"}
-TOOLS = BASE | {"rollout", "rewards", "data", "evaluation"}
-MODELS = BASE | {"kernels", "algorithm", "models"}
-BESIDE = MODELS | TOOLS | {"weights", "methods", "plan", "heartbeat"}  # files beside methods and train
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
     "errors": set(),
-    "heartbeat": set(),
-    "pulse": set(),
     "types": set(),
     "config": {"errors"},
-    "kernels": BASE,
-    "algorithm": BASE | {"kernels"},
-    "models": MODELS,
-    "weights": MODELS,
-    "rewards": BASE,
-    "data": BASE,
-    "rollout": BASE | {"rewards", "heartbeat"},
-    "evaluation": BASE | {"rewards", "rollout"},
-    "methods": MODELS | TOOLS | {"weights"},
+    "observability": {"config", "errors", "types"},
+    "runtime": {"errors", "observability"},
+    "kernels": {"config"},
+    "algorithm": {"config", "kernels"},
+    "models": {"algorithm", "config", "errors", "kernels", "runtime", "types"},
+    "weights": {"config", "errors", "models", "runtime", "types"},
+    "methods": {"algorithm", "config", "kernels", "models", "types"},
+    "rewards": {"config", "errors", "runtime", "types"},
+    "data": {"config", "errors", "observability", "rewards", "runtime", "types"},
+    "rollout": {"config", "errors", "rewards", "runtime", "types"},
+    "evaluation": {"config", "rewards", "rollout", "types"},
+    "checkpoint": {"config", "data", "errors", "models", "observability", "runtime", "weights"},
+    "report": {"config", "errors", "evaluation", "observability"},
     "plan": {"config", "errors", "report"},
     "submit": {"config", "errors", "plan"},
-    "cli": BASE | {"train", "serve", "plan", "submit", "status", "report"},
+    "training": {
+        *("checkpoint", "config", "data", "errors", "evaluation", "kernels", "methods", "models", "observability"),
+        *("plan", "report", "rewards", "rollout", "runtime", "types", "weights"),
+    },
+    "cli": {"config", "errors", "plan", "report", "rollout", "submit", "training"},
 }
-# Only these layers import these packages.
+# Only these layers, or files, import these packages.
 HOMES = {
     "megatron": {"models", "weights", "checkpoint"},
-    "hydra": {"cli"},
-    "omegaconf": {"cli"},
+    "hydra": {"config/compose.py"},
+    "omegaconf": {"config/compose.py"},
 }
-# These layers are read before torch is loaded.
-WITHOUT_TORCH = {
-    *("errors", "config", "plan", "submit", "cli", "__main__", "__init__"),
-    *("alerts", "heartbeat", "pulse", "status", "report"),
-}
+# These layers do not import torch: commands such as check, plan and status start without it.
+WITHOUT_TORCH = {"__init__", "__main__", "cli", "config", "errors", "observability", "plan", "report", "submit"}
+WITH_TORCH = {"observability/profiler.py"}  # files of theirs that do
 
 
 def violations(package: Path) -> list[str]:
     """Every import below `package` that breaks a rule, as "file:line layer imports name"."""
     found = []
     for path in sorted(package.rglob("*.py")):
-        file = path.relative_to(package.parent).as_posix()
-        layer = Path(path.relative_to(package).parts[0]).stem
+        file = path.relative_to(package).as_posix()
         for line, name in imports(path, package):
-            if not permitted(layer, name, package.name):
-                found.append(f"{file}:{line} {layer} imports {name}")
+            if not permitted(file, name, package.name):
+                found.append(f"{package.name}/{file}:{line} {Path(Path(file).parts[0]).stem} imports {name}")
     return found
 
 
-def permitted(layer: str, name: str, package: str) -> bool:
+def permitted(file: str, name: str, package: str) -> bool:
+    """Whether a file, by its path below the package, may import `name`."""
+    layer = Path(Path(file).parts[0]).stem
     top, *below = name.split(".")
     if top == package:
-        return not below or below[0] == layer or below[0] in ALLOWED.get(layer, BESIDE | beside(layer))
+        return not below or below[0] == layer or below[0] in ALLOWED[layer]
     if top == "torch":
-        return layer not in WITHOUT_TORCH
-    return layer in HOMES.get(top, {layer})
-
-
-def beside(layer: str) -> set[str]:
-    """Files beside train (checkpoint, metrics, ...) may import one another, but neither train nor cli."""
-    known = {path.stem for path in PACKAGE.iterdir()} - set(ALLOWED) - {"train"}
-    return known | ({"train"} if layer == "train" else set())
+        return layer not in WITHOUT_TORCH or file in WITH_TORCH
+    return top not in HOMES or layer in HOMES[top] or file in HOMES[top]
 
 
 def imports(path: Path, package: Path) -> Iterator[tuple[int, str]]:
@@ -100,12 +96,18 @@ def test_imports_run_one_way() -> None:
     assert violations(PACKAGE) == []
 
 
+def test_every_layer_has_a_row_and_rows_have_no_cycle() -> None:
+    layers = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert set(ALLOWED) == layers
+    assert set(TopologicalSorter(ALLOWED).static_order()) == layers  # raises CycleError where there is one
+
+
 PLANTED = [
     ("types.py", "from megatron_tempo.config import Config", "megatron_tempo.config"),
     ("config/rules/run.py", "from megatron_tempo.types import Batch", "megatron_tempo.types"),
     ("config/schema.py", "import torch.nn as nn", "torch.nn"),
     ("config/schema.py", "from ..models import actor", "megatron_tempo.models"),
-    ("config/rules/run.py", "def f():\n    from ...train import train", "megatron_tempo.train"),
+    ("config/rules/run.py", "def f():\n    from ...training.jobs import train", "megatron_tempo.training.jobs"),
     ("kernels/loss.py", "from megatron_tempo import algorithm", "megatron_tempo.algorithm"),
     ("algorithm/losses.py", "import megatron_tempo.models.actor", "megatron_tempo.models.actor"),
     ("algorithm/losses.py", "import megatron.core", "megatron.core"),
@@ -117,11 +119,16 @@ PLANTED = [
     ("data/stream.py", "try:\n    import megatron\nexcept ImportError:\n    pass", "megatron"),
     ("rollout/engine.py", "from megatron_tempo.evaluation import scores", "megatron_tempo.evaluation"),
     ("evaluation/scores.py", "from megatron_tempo.models import actor", "megatron_tempo.models"),
-    ("methods/tempo.py", "from megatron_tempo.train import train", "megatron_tempo.train"),
+    ("methods/tempo.py", "from megatron_tempo.training.jobs import train", "megatron_tempo.training.jobs"),
     ("methods/tempo.py", "from megatron.core import mpu", "megatron.core"),
-    ("metrics.py", "from megatron_tempo.train import train", "megatron_tempo.train"),
-    ("train.py", "from megatron_tempo.cli import main", "megatron_tempo.cli"),
-    ("train.py", "from omegaconf import OmegaConf", "omegaconf"),
+    ("observability/metrics.py", "from megatron_tempo.training.jobs import train", "megatron_tempo.training.jobs"),
+    ("runtime/watchdog.py", "from megatron_tempo.training import trainer", "megatron_tempo.training"),
+    ("observability/heartbeat.py", "import torch", "torch"),
+    ("weights/export.py", "from megatron_tempo.training.context import RunContext", "megatron_tempo.training.context"),
+    ("config/schema.py", "import hydra", "hydra"),
+    ("training/jobs.py", "from megatron_tempo.cli import main", "megatron_tempo.cli"),
+    ("training/jobs.py", "from omegaconf import OmegaConf", "omegaconf"),
+    ("cli.py", "from omegaconf import OmegaConf", "omegaconf"),
     ("cli.py", "from megatron_tempo.models import actor", "megatron_tempo.models"),
     ("cli.py", "import torch", "torch"),
 ]
@@ -144,16 +151,17 @@ def test_what_is_allowed_is_let_through(tmp_path: Path) -> None:
     files = {
         "models/actor.py": "from megatron.core import mpu\nfrom megatron_tempo.algorithm import losses\nimport torch",
         "weights/load.py": "from megatron_tempo.models import actor\nfrom . import names\nimport megatron.core",
-        "checkpoint.py": "from megatron.core import dist_checkpointing\nfrom megatron_tempo.models import actor",
-        "train.py": "from megatron_tempo.methods import tempo\nfrom megatron_tempo import metrics, weights",
-        "cli.py": "import hydra\nfrom megatron_tempo.train import train\nfrom megatron_tempo.config.rules import check",
+        "checkpoint/saving.py": "from megatron.core import dist_checkpointing\nfrom megatron_tempo.models import actor",
+        "training/jobs.py": "from megatron_tempo.methods import ppo\nfrom megatron_tempo import report, weights",
+        "config/compose.py": "import hydra",
+        "observability/profiler.py": "import torch",
+        "cli.py": "from megatron_tempo.training.jobs import train\nfrom megatron_tempo.config.rules import check",
         "config/rules/run.py": "from ..schema import Config\nfrom . import data\nimport json",
     }
     for file, code in files.items():
         path = tmp_path / "megatron_tempo" / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(code)
-    (tmp_path / "megatron_tempo" / "metrics.py").write_text("")
     assert violations(tmp_path / "megatron_tempo") == []
 
 

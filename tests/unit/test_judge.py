@@ -18,8 +18,9 @@ from megatron_tempo.config.schema import JudgeConfig
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rewards.judge import ANSWER_CHARS, QUESTION_CHARS, READINGS, JudgeScorer, read_verdict
 from megatron_tempo.rewards.math import RESPONSE_CHARS
+from megatron_tempo.rewards.scorer import Item
 from megatron_tempo.rewards.verdicts import VerdictCache
-from megatron_tempo.rewards.verifiers import Item, Verifiers
+from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.types import LabelledPrompt
 from tests.support.judge import Judge, Reply, honest, judge_server, quoted
 

@@ -21,19 +21,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_tempo import run as run_module
-from megatron_tempo import wiring
-from megatron_tempo.config.schema import Config, DatasetConfig, Verifier
+from megatron_tempo.config.choices import Verifier
+from megatron_tempo.config.schedule import remaining
+from megatron_tempo.config.schema import Config, DatasetConfig
 from megatron_tempo.config.stages import Method
+from megatron_tempo.data import sets
 from megatron_tempo.data.dataset import load_unlabelled
 from megatron_tempo.models.trained import Model, TrainedModel
-from megatron_tempo.records import read_evaluations, read_metrics
+from megatron_tempo.observability.records import read_evaluations, read_metrics
 from megatron_tempo.rollout.batches import batch_of
-from megatron_tempo.run import Run
-from megatron_tempo.schedule import remaining
-from megatron_tempo.train import train
+from megatron_tempo.training import trainer
+from megatron_tempo.training.context import open_workplace
+from megatron_tempo.training.jobs import train
+from megatron_tempo.training.trainer import Run
 from megatron_tempo.types import Batch, UnlabelledPrompt
-from megatron_tempo.wiring import open_workplace
 from tests.support.project import config_of, write_project
 from tests.support.tiny import WORDS
 
@@ -200,13 +201,13 @@ def test_no_training_step_is_given_an_answer_of_the_unlabelled_set(
 def test_an_answer_that_leaks_is_found(
     sentinel_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
 ) -> None:
-    monkeypatch.setattr(wiring, "load_unlabelled", leaking(field))
-    keys = wiring.question_keys  # by the ids that the planted loader gives, too
+    monkeypatch.setattr(sets, "load_unlabelled", leaking(field))
+    keys = sets.question_keys  # by the ids that the planted loader gives, too
 
     def planted(config: DatasetConfig) -> dict[str, str]:
         return {name + end: key for name, key in keys(config).items() for end in ("", f" {SENTINEL}")}
 
-    monkeypatch.setattr(wiring, "question_keys", planted)
+    monkeypatch.setattr(sets, "question_keys", planted)
     found = traces_of_an_iteration(sentinel_project, tmp_path, monkeypatch)
     assert all(count > 0 for count in found.values()), found
 
@@ -215,7 +216,7 @@ def test_a_verdict_that_leaks_is_found(sentinel_project: Path, tmp_path: Path, m
     def judging(prompts: Any, completions: Any, verdicts: Any, classes: Any = None) -> Batch:
         return batch_of(prompts, completions, verdicts or [[0.0] * len(row) for row in completions])
 
-    monkeypatch.setattr(run_module, "batch_of", judging)
+    monkeypatch.setattr(trainer, "batch_of", judging)
     found = traces_of_an_iteration(sentinel_project, tmp_path, monkeypatch)
     assert found["rollouts"] > 0
     assert found["steps"] > 0
@@ -271,6 +272,6 @@ def test_answers_of_the_unlabelled_set_change_scores_and_no_weight(tmp_path: Pat
 
 
 def test_a_leak_changes_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wiring, "load_unlabelled", leaking("tokens"))
+    monkeypatch.setattr(sets, "load_unlabelled", leaking("tokens"))
     right, wrong = both(tmp_path)
     assert any(name.startswith("actor/") for name in unequal(right, wrong))

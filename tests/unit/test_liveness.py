@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_tempo import liveness, pulse
 from megatron_tempo.errors import Stopped
-from megatron_tempo.heartbeat import Heartbeat, leave_word, read_heartbeat
-from megatron_tempo.liveness import BEAT, DONE, ENDED, SILENT, Judge, Liveness, Sign, Verdict, of_a_collective
+from megatron_tempo.observability.heartbeat import Heartbeat, leave_word, read_heartbeat
+from megatron_tempo.runtime import diagnosis, progress_marker, watchdog
+from megatron_tempo.runtime.diagnosis import BEAT, DONE, ENDED, SILENT, Judge, Sign, Verdict
+from megatron_tempo.runtime.watchdog import Liveness, of_a_collective
 
 HANG = 1800.0
 WORLD = 3
@@ -237,10 +238,10 @@ def alone() -> Iterator[None]:
 def test_a_process_alone_signs_for_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
 ) -> None:
-    monkeypatch.setattr(liveness, "BEAT", 0.02)
+    monkeypatch.setattr(diagnosis, "BEAT", 0.02)
     before = set(threading.enumerate())
     with pytest.raises(type(error)) if error else open(os.devnull), Liveness(tmp_path, 30.0) as watch:
-        with pulse.phase("generate", 11):
+        with progress_marker.phase("generate", 11):
             deadline = time.monotonic() + 20
             while watch._signs.get(0) is None or watch._signs[0].phase != "generate":
                 assert time.monotonic() < deadline
@@ -249,7 +250,7 @@ def test_a_process_alone_signs_for_itself(
         if error:
             raise error
     assert set(threading.enumerate()) == before
-    assert pulse.PULSE.phase == ""
+    assert progress_marker.PULSE.phase == ""
 
 
 @pytest.mark.usefixtures("alone")
@@ -265,31 +266,31 @@ def test_where_a_thread_stands() -> None:
     thread = threading.Thread(target=beat, args=(holder,), daemon=True)
     thread.start()
     deadline = time.monotonic() + 20
-    while not (found := liveness._stands(thread.ident))[0]:
+    while not (found := watchdog._stands(thread.ident))[0]:
         assert time.monotonic() < deadline
     assert found[0].startswith("heartbeat.py:")
     assert found[0].endswith(" in _beat")
     assert not found[1]
     holder._closed.set()
     thread.join()
-    assert liveness._stands(thread.ident) == ("", False)
+    assert watchdog._stands(thread.ident) == ("", False)
 
 
 def test_processes_that_are_gone() -> None:
-    own = Sign(1, "node", os.getpid(), liveness._machine(), "", 0, "", False, 0.0, 0.0)
-    assert not liveness._is_gone(own, own)
+    own = Sign(1, "node", os.getpid(), watchdog._machine(), "", 0, "", False, 0.0, 0.0)
+    assert not watchdog._is_gone(own, own)
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     sign = replace(own, pid=process.pid)
-    assert not liveness._is_gone(own, sign)
+    assert not watchdog._is_gone(own, sign)
     process.kill()
     deadline = time.monotonic() + 20
-    while not liveness._is_gone(own, sign):  # before anybody has asked for its exit status
+    while not watchdog._is_gone(own, sign):  # before anybody has asked for its exit status
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.communicate()
-    assert liveness._is_gone(own, sign)
-    assert not liveness._is_gone(own, replace(sign, machine="another")), "it cannot be seen from here"
-    assert not liveness._is_gone(replace(own, machine=""), replace(sign, machine=""))
+    assert watchdog._is_gone(own, sign)
+    assert not watchdog._is_gone(own, replace(sign, machine="another")), "it cannot be seen from here"
+    assert not watchdog._is_gone(replace(own, machine=""), replace(sign, machine=""))
 
 
 def test_a_word_in_the_last_sign(tmp_path: Path) -> None:

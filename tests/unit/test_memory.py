@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from megatron_tempo.config.schema import ParallelConfig
-from megatron_tempo.memory import PeakMemory
 from megatron_tempo.models.device import install_cpu_backend
 from megatron_tempo.models.parallel import parallel_groups
 from megatron_tempo.plan.memory import Phase
+from megatron_tempo.training.peak_memory import PeakMemory
 
 MEGABYTES = 200
 

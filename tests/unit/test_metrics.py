@@ -15,12 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-import megatron_tempo.metrics as metrics_module
+import megatron_tempo.observability.metrics as metrics_module
 from megatron_tempo.config.schema import Config, MetricsConfig
 from megatron_tempo.config.stages import Method, StageConfig
-from megatron_tempo.metrics import Metrics
-from megatron_tempo.progress import Forecast, clock
-from megatron_tempo.records import append, drop, read, read_evaluations, read_metrics, read_samples, read_warnings
+from megatron_tempo.observability.metrics import Metrics
+from megatron_tempo.observability.progress import Forecast, clock
+from megatron_tempo.observability.records import (
+    append,
+    drop,
+    read,
+    read_evaluations,
+    read_metrics,
+    read_samples,
+    read_warnings,
+)
 
 STAGES = {"stage1": StageConfig(method=Method.ppo, iterations=2), "stage2": StageConfig(iterations=3)}
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_tempo.config.schema import Config, EnginePrecision, Logits, Precision, Published, Recompute
+from megatron_tempo.config.choices import EnginePrecision, Logits, Precision, Published, Recompute
+from megatron_tempo.config.schema import Config
 from megatron_tempo.kernels import linear_logprobs
 from megatron_tempo.models import packing
 from megatron_tempo.plan import activations, engine, head, layout
@@ -14,7 +15,7 @@ from megatron_tempo.plan.parameters import Role
 from megatron_tempo.plan.shapes import PUBLISHED, Shape, shape_of
 from megatron_tempo.plan.split import Split, problems, split_of
 from megatron_tempo.plan.times import row_operations, times
-from megatron_tempo.wiring import engine_precision
+from megatron_tempo.rollout.build import engine_precision
 from tests.unit.config_files import configure
 
 TINY = Shape(layers=2, hidden=8, heads=4, groups=2, head_dim=2, ffn=16, vocab=32, max_positions=64)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from megatron_tempo.config.schema import Published
+from megatron_tempo.config.choices import Published
 from megatron_tempo.plan.layout import Layout, Machine
 from megatron_tempo.plan.parameters import Role, parameters, resident, total_parameters
 from megatron_tempo.plan.shapes import PUBLISHED, Shape, shape_of

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from megatron_tempo.config import Problem, check
+from megatron_tempo.config.choices import Layers, Precision
 from megatron_tempo.config.recipes import GPUS, RECIPES
 from megatron_tempo.config.rules.precision import Machine, check_machine
-from megatron_tempo.config.schema import Config, Layers, Precision
+from megatron_tempo.config.schema import Config
 from megatron_tempo.models.machine import chosen_layers
 from tests.unit.config_files import configure, good_overrides, write_all, write_model
 

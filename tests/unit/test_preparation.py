@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from megatron_tempo.config.benchmarks import BENCHMARKS
-from megatron_tempo.config.schema import Verifier
+from megatron_tempo.config.choices import Verifier
+from megatron_tempo.data.prepare import CUSTOM, Order, Report, heldout_path, prepare
 from megatron_tempo.errors import InputError
-from megatron_tempo.preparation import CUSTOM, Order, Report, heldout_path, prepare
 from megatron_tempo.rewards.verifiers import Verifiers
 from tests.support.tools import load_tool
 
@@ -275,7 +275,7 @@ def test_nothing_is_replaced_or_left_half_written(tmp_path: Path, monkeypatch: p
     heldout_path(tmp_path / "new.jsonl").write_text("mine\n")
     with pytest.raises(InputError, match=r"new_heldout\.jsonl is there already"):
         make(tmp_path, "math500", questions(5), out=tmp_path / "new.jsonl", heldout=1)
-    monkeypatch.setattr("megatron_tempo.preparation.os.fsync", fail)
+    monkeypatch.setattr("megatron_tempo.data.prepare.os.fsync", fail)
     with pytest.raises(OSError, match="no space"):
         make(tmp_path, "math500", questions(5), force=True)
     assert out.read_text() == before

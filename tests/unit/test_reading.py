@@ -63,7 +63,7 @@ def test_hostile_text_is_wrong_and_costs_little(name: str, response: str) -> Non
 
 
 def item(response: str, answer: str) -> Any:
-    from megatron_tempo.rewards.verifiers import Item
+    from megatron_tempo.rewards.scorer import Item
 
     return Item("", PROMPT, response, answer)
 

@@ -13,7 +13,7 @@ import pytest
 from megatron_tempo.config.schema import Config, ModelConfig, RunConfig, to_plain
 from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.evaluation.calibration import calibration_record
-from megatron_tempo.records import append
+from megatron_tempo.observability.records import append
 from megatron_tempo.report.html import write_report
 from megatron_tempo.report.plots import plot_curves
 from megatron_tempo.report.summary import summary_table

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tempo.models import residence
-from megatron_tempo.models.residence import Residence
+from megatron_tempo.models import offload as residence
+from megatron_tempo.models.offload import Residence
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,7 @@ from megatron_tempo.config.tree import save
 from megatron_tempo.errors import InputError
 from megatron_tempo.evaluation.evaluator import Judged
 from megatron_tempo.evaluation.results import result
-from megatron_tempo.records import extend
+from megatron_tempo.observability.records import extend
 from megatron_tempo.report.results import differences_of, results_table, write
 from megatron_tempo.rollout.batches import batch_of
 from megatron_tempo.types import Completion, LabelledPrompt

@@ -17,10 +17,11 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_tempo.config.schema import Verifier
+from megatron_tempo.config.choices import Verifier
 from megatron_tempo.rewards.math import MEMORY_MB, RESPONSE_CHARS, MathScorer, Worker
 from megatron_tempo.rewards.math_worker import last_boxed
-from megatron_tempo.rewards.verifiers import Item, Verifiers
+from megatron_tempo.rewards.scorer import Item
+from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
 
 PAIRS = json.loads((Path(__file__).parents[1] / "fixtures" / "math_pairs.json").read_text())

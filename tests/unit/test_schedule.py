@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_tempo.config.schedule import evaluation_point, evaluations_left, remaining, total
 from megatron_tempo.config.schema import Config
-from megatron_tempo.schedule import evaluation_point, evaluations_left, remaining, total
 
 
 def config_of(stage1: int, stage2: int, every: int, sets: int = 1) -> Config:

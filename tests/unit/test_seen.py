@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_tempo.records import read
-from megatron_tempo.seen import SEEN, Seen, carry, read_seen, seen_of
+from megatron_tempo.data.seen import SEEN, Seen, carry, read_seen, seen_of
+from megatron_tempo.observability.records import read
 
 LABELLED = {"l:0": "a", "l:1": "b", "l:2": "b"}  # the last two are one question
 UNLABELLED = {"u:0": "b", "u:1": "c"}

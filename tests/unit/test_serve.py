@@ -14,11 +14,12 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from megatron_tempo import serve
-from megatron_tempo.config.schema import Config, EngineKind
+from megatron_tempo.config.choices import EngineKind
+from megatron_tempo.config.schema import Config
 from megatron_tempo.errors import EngineError, InputError
-from megatron_tempo.rollout.dialect import Call, Launch, Start
+from megatron_tempo.rollout import serve
 from megatron_tempo.rollout.server import Server
+from megatron_tempo.rollout.server_adapter import Call, Launch, Start
 
 
 class Files:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import transformers
 
-from megatron_tempo.config.schema import EnginePrecision
+from megatron_tempo.config.choices import EnginePrecision
 from megatron_tempo.errors import InputError
 from megatron_tempo.rollout.folder import private_file, served_folder
 from tests.support.tiny import write_model

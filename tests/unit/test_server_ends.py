@@ -1,4 +1,4 @@
-"""A server that a run starts ends with it, also where the process ends from one of its other threads (liveness.py)."""
+"""A server that a run starts ends with it, also where another thread ends the process (runtime/watchdog.py)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 SCRIPT = """
 import os, sys, threading, time
 from pathlib import Path
-from megatron_tempo.config.schema import EnginePrecision, ServersConfig
-from megatron_tempo.rollout.dialect import Call, Launch
+from megatron_tempo.config.choices import EnginePrecision
+from megatron_tempo.config.schema import ServersConfig
+from megatron_tempo.rollout.server_adapter import Call, Launch
 from megatron_tempo.rollout.server import Server
 
 

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_tempo.config.schema import Logits, ParallelConfig, Precision
+from megatron_tempo.config.choices import Logits, Precision
+from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.kernels import REFERENCE
 from megatron_tempo.models.device import install_cpu_backend
@@ -24,7 +25,7 @@ from megatron_tempo.models.gpt import LanguageModel, PackedGPT, ValueModel
 from megatron_tempo.models.parallel import Layout, parallel_groups
 from megatron_tempo.models.shape import LayerAttention, Rope, Shape
 from megatron_tempo.weights import folder, tables
-from megatron_tempo.weights.slots import Columns, Cut, GateUp, QueryKeyValue, Rows, Slot, Vocabulary, Whole
+from megatron_tempo.weights.param_mapping import Columns, Cut, GateUp, QueryKeyValue, Rows, Slot, Vocabulary, Whole
 from megatron_tempo.weights.stream import WeightStream, plan
 from tests.support.tiny import VOCAB, write_model
 

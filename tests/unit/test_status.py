@@ -14,16 +14,18 @@ from typing import Any, cast
 
 import pytest
 
-from megatron_tempo import cli, heartbeat
+from megatron_tempo import cli
 from megatron_tempo.config.schema import Config, MetricsConfig, ServersConfig, to_plain
 from megatron_tempo.config.stages import Method, StageConfig
 from megatron_tempo.errors import EngineError, InputError
-from megatron_tempo.heartbeat import EngineHealth, Heartbeat, read_heartbeat
-from megatron_tempo.metrics import Metrics
-from megatron_tempo.records import append
-from megatron_tempo.rollout.dialect import Dialect
+from megatron_tempo.observability import heartbeat
+from megatron_tempo.observability.heartbeat import Heartbeat, read_heartbeat
+from megatron_tempo.observability.metrics import Metrics
+from megatron_tempo.observability.records import append
+from megatron_tempo.report.status import status
 from megatron_tempo.rollout.fleet import Fleet
-from megatron_tempo.status import status
+from megatron_tempo.rollout.server_adapter import Dialect
+from megatron_tempo.types import EngineHealth
 
 NOW = 1_764_000_000.0
 ENGINE = {"name": "vllm server 1", "state": "serving", "requests": 12, "restarts": 1, "address": "http://n2:30001"}

@@ -9,7 +9,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from megatron_tempo.cli import REPOSITORY, build
+from megatron_tempo.cli import build
+from megatron_tempo.config.compose import REPOSITORY
 from tests.support.tools import load_tool
 
 MODEL = REPOSITORY / "examples" / "quickstart" / "model"

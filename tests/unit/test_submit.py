@@ -12,13 +12,14 @@ import pytest
 
 from megatron_tempo import cli
 from megatron_tempo.config import Config, load
-from megatron_tempo.config.schema import ClusterConfig
+from megatron_tempo.config.compose import REPOSITORY
+from megatron_tempo.config.schema import ClusterConfig, to_plain
 from megatron_tempo.submit import snapshot
 from megatron_tempo.submit.job import Job, Kind
 from megatron_tempo.submit.script import BEGIN, END, render
 from tests.unit.config_files import good_overrides, write_all
 
-LAUNCH = cli.REPOSITORY / "launch"
+LAUNCH = REPOSITORY / "launch"
 
 
 @pytest.fixture
@@ -270,7 +271,7 @@ def test_a_chain_is_submitted_with_its_snapshot(
     assert load(job / "config.json").run.dir == f"{tmp_path}/run"
     assert values(script.read_text())["CODE"] == [f"{job}/code"]
     for name in ("megatron_tempo/cli.py", "configs/config.yaml", "launch/common.sh", "tools/conversion_command.py"):
-        assert (job / "code" / name).read_bytes() == (cli.REPOSITORY / name).read_bytes()
+        assert (job / "code" / name).read_bytes() == (REPOSITORY / name).read_bytes()
     # Before any of them has ended nothing else may write there.
     (queue.folder / "active").write_text("7\n102\n103\n")
     assert cli.main(["submit", *good]) == 2
@@ -283,12 +284,12 @@ def test_the_next_submission_says_what_is_otherwise(
 ) -> None:
     assert cli.main(["submit", *good]) == 0
     assert "otherwise" not in capsys.readouterr().out
-    (tmp_path / "run/jobs/0001/code/megatron_tempo/run.py").write_text("")
+    (tmp_path / "run/jobs/0001/code/megatron_tempo/training/trainer.py").write_text("")
     assert cli.main(["submit", *good, "run.seed=7"]) == 0
     out = capsys.readouterr().out
     assert "otherwise than in" in out
     assert "run.seed: 0 -> 7" in out
-    assert "code: megatron_tempo/run.py" in out
+    assert "code: megatron_tempo/training/trainer.py" in out
     assert json.loads((tmp_path / "run/jobs/0001/config.json").read_text())["run"]["seed"] == 0
     assert json.loads((tmp_path / "run/jobs/0002/config.json").read_text())["run"]["seed"] == 7
 
@@ -319,10 +320,10 @@ def test_a_whole_configuration_and_changes_to_it(
 ) -> None:
     config = cli.build([*good, "run.seed=5", "stage1.iterations=3"])
     file = tmp_path / "whole.json"
-    file.write_text(json.dumps(json.loads(json.dumps(cli.to_plain(config))) | {"typo": 1}))
+    file.write_text(json.dumps(json.loads(json.dumps(to_plain(config))) | {"typo": 1}))
     assert cli.main(["check", "--config", str(file)]) == 2
     assert "typo=1: there is no such field" in capsys.readouterr().err
-    file.write_text(json.dumps(cli.to_plain(config)))
+    file.write_text(json.dumps(to_plain(config)))
     assert cli.build([], whole=str(file)) == config
     changed = cli.build(["run.seed=6", "algorithm=reference", "cluster=h200x8"], whole=str(file))
     assert (changed.run.seed, changed.stage1.iterations) == (6, 3)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from megatron_tempo.config.choices import EngineKind, Transport
 from megatron_tempo.config.problem import Problem
-from megatron_tempo.config.schema import Config, EngineKind, Transport
+from megatron_tempo.config.schema import Config
 
 # What sbatch reads as a limit: minutes, minutes:seconds, hours:minutes:seconds, and the same behind days.
 _TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}")

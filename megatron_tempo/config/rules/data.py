@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.problem import Problem, did_you_mean
-from megatron_tempo.config.schema import Config, DatasetConfig, Verifier
+from megatron_tempo.config.schema import Config, DatasetConfig
 from megatron_tempo.config.tree import MISSING
 
 SUFFIXES = (".jsonl", ".parquet")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_tempo.config.choices import Layers, Precision
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.recipes import (
     BF16_CAPABILITY,
@@ -23,7 +24,7 @@ from megatron_tempo.config.recipes import (
 )
 from megatron_tempo.config.rules.layout import Laid, folders_of, laid_of
 from megatron_tempo.config.rules.model import ModelShape
-from megatron_tempo.config.schema import Config, Layers, Precision
+from megatron_tempo.config.schema import Config
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.problem import Problem
-from megatron_tempo.config.schema import Config, Verifier
+from megatron_tempo.config.schema import Config
 
 _URL = re.compile(r"https?://[^/\s?#]+(/[^\s?#]*)?")
 _CALL = "/chat/completions"

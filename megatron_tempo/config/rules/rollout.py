@@ -7,8 +7,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_tempo.config.choices import EngineKind, EnginePrecision, Transport
 from megatron_tempo.config.problem import Problem
-from megatron_tempo.config.schema import Config, EngineKind, EnginePrecision, ServersConfig, Transport
+from megatron_tempo.config.schema import Config, ServersConfig
 
 _ADDRESS = re.compile(r"https?://[^/\s:]+:\d+")
 

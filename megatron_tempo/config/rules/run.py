@@ -7,8 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_tempo.config.choices import Device, EngineKind, Precision
 from megatron_tempo.config.problem import Problem
-from megatron_tempo.config.schema import Config, Device, EngineKind, Precision
+from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import MISSING
 
 

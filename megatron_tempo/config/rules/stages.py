@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.problem import Problem, show
 from megatron_tempo.config.rules.layout import divisors, laid_of
-from megatron_tempo.config.schema import Config, Verifier
+from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import NEEDS, Method, Prompts, StageConfig
 
 

@@ -10,30 +10,23 @@ from pathlib import Path
 
 import transformers
 
+from megatron_tempo.config.schedule import remaining
 from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.config.tree import save as save_config
+from megatron_tempo.data.seen import seen_of
+from megatron_tempo.data.sets import QuestionKeys, evaluation_sets
 from megatron_tempo.errors import InputError, UnwrittenError
 from megatron_tempo.evaluation.results import response_records, result
-from megatron_tempo.metrics import Metrics
-from megatron_tempo.records import EVALUATIONS, RESPONSES, Record, extend
+from megatron_tempo.observability.metrics import Metrics
+from megatron_tempo.observability.records import EVALUATIONS, RESPONSES, Record, extend
 from megatron_tempo.report import results as report
-from megatron_tempo.run import Run, judged
-from megatron_tempo.schedule import remaining
-from megatron_tempo.seen import seen_of
-from megatron_tempo.stopping import Stops
-from megatron_tempo.together import together
-from megatron_tempo.wiring import (
-    QuestionKeys,
-    build_critic,
-    build_engine,
-    build_evaluator,
-    build_verifiers,
-    evaluation_sets,
-    folder_weights,
-    open_workplace,
-    targets_of,
-)
+from megatron_tempo.runtime.collective_call import together
+from megatron_tempo.runtime.stop_request import Stops
+from megatron_tempo.training.context import open_workplace
+from megatron_tempo.training.setup import build_critic, build_engine, build_evaluator, build_verifiers, folder_weights
+from megatron_tempo.training.trainer import Run, judged
+from megatron_tempo.weights.export import targets_of
 
 
 def train(config: Config) -> None:

@@ -18,8 +18,8 @@ import torch
 
 from megatron_tempo.config.schema import Config
 from megatron_tempo.errors import InputError
+from megatron_tempo.rollout.build import dialect_of, engine_precision
 from megatron_tempo.rollout.server import Server
-from megatron_tempo.wiring import dialect_of, engine_precision
 
 LOOK_SECONDS = 1.0  # from one look at the servers to the next
 

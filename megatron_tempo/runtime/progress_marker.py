@@ -1,4 +1,4 @@
-"""What this process is doing, and when it last got something done: by this a hang is told from long work (liveness.py).
+"""What this process is doing, and when it last got something done: by this a hang is told from long work (watchdog.py).
 
 Whatever may take minutes says `beat()` for each part that is done, from any thread: a micro-batch, a token of the
 embedded engine, an answer or a verdict, a bucket of weights, a file. A wait that has a limit of its own, such as that

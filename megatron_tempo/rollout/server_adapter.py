@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_tempo.config.schema import EnginePrecision, ServersConfig
+from megatron_tempo.config.choices import EnginePrecision
+from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.types import Bucket
 

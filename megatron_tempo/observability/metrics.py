@@ -15,12 +15,12 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_tempo.alerts import Watch
 from megatron_tempo.config.schema import MetricsConfig
 from megatron_tempo.config.stages import StageConfig
-from megatron_tempo.heartbeat import DONE, EngineHealth, Heartbeat
-from megatron_tempo.progress import Forecast, ProgressBar, clock
-from megatron_tempo.records import (
+from megatron_tempo.observability.alerts import Watch
+from megatron_tempo.observability.heartbeat import DONE, Heartbeat
+from megatron_tempo.observability.progress import Forecast, ProgressBar, clock
+from megatron_tempo.observability.records import (
     EVALUATIONS,
     METRICS,
     SAMPLES,
@@ -34,6 +34,7 @@ from megatron_tempo.records import (
     read_metrics,
     write_whole,
 )
+from megatron_tempo.types import EngineHealth
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_tempo.types import EngineHealth
 
 log = logging.getLogger(__name__)
 
@@ -27,17 +30,6 @@ HEARTBEAT = "heartbeat.json"
 BEAT = 15.0  # seconds from one sign to the next
 SILENT = 120.0  # seconds without a sign after which a run looks dead; clocks of two machines may differ a little
 DONE = "done"
-
-
-@dataclass(frozen=True, slots=True)
-class EngineHealth:
-    """One model that answers."""
-
-    name: str
-    state: str  # starting, empty (without weights yet), serving, gone (given up)
-    requests: int = 0  # under way
-    restarts: int = 0  # since it last went through a whole weight update
-    address: str = ""
 
 
 class Heartbeat:

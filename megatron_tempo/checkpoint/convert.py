@@ -1,6 +1,7 @@
 """Hugging Face folders made Megatron distributed checkpoints and back, in memory that does not grow with the model.
 
-Both ways the output is a list of files that the inputs alone determine, written one after another; see `unfinished`.
+Both ways the output is a list of files that the inputs alone determine, written one after another
+(`resumable_folder`).
 A call that is killed goes on, with the same arguments, behind the files that are done.
 """
 
@@ -15,20 +16,20 @@ from pathlib import Path
 
 import torch
 
-from megatron_tempo import seen
 from megatron_tempo.checkpoint import manifest
+from megatron_tempo.checkpoint.resumable_folder import Unfinished
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.config.tree import read as read_config
+from megatron_tempo.data import seen
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.families import read_shape
 from megatron_tempo.models.shape import Shape
-from megatron_tempo.unfinished import Unfinished
 from megatron_tempo.weights import distributed, folder, tables
+from megatron_tempo.weights.export import critic_changes, last_targets
 from megatron_tempo.weights.files import atomic, nbytes, write_safetensors
-from megatron_tempo.weights.slots import Slot
+from megatron_tempo.weights.param_mapping import Slot
 from megatron_tempo.weights.stream import plan
-from megatron_tempo.wiring import critic_changes, last_targets
 
 MODELS = ("actor", "critic")
 Tell = Callable[[str], None]

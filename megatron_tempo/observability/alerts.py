@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 
-from megatron_tempo.records import Record
+from megatron_tempo.observability.records import Record
 
 RECENT = 5  # records whose mean or median stands for now; as many at a stage's start stand for what was
 AUROC_FALL = 0.05  # below the best so far

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from megatron_tempo.records import Record, drop, extend, read
+from megatron_tempo.observability.records import Record, drop, extend, read
 
 SEEN = "seen.jsonl"
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tempo.config.benchmarks import BENCHMARKS
-from megatron_tempo.config.schema import Verifier
+from megatron_tempo.config.choices import Verifier
 from megatron_tempo.data.public import read_public
 from megatron_tempo.data.questions import Question, Unusable, conversion
 from megatron_tempo.errors import InputError
-from megatron_tempo.rewards.verifiers import Item, Verifiers
+from megatron_tempo.rewards.scorer import Item
+from megatron_tempo.rewards.verifiers import Verifiers
 
 CUSTOM = "custom"  # a set that is no benchmark of ours
 BATCH = 256  # answers that are checked together

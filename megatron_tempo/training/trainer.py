@@ -17,49 +17,47 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
-from megatron_tempo import pulse, schedule
 from megatron_tempo.checkpoint.checkpoints import Checkpoints
+from megatron_tempo.config import schedule
 from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.stages import NEEDS, Prompts, StageConfig
 from megatron_tempo.config.tree import differences
 from megatron_tempo.config.tree import load as load_config
 from megatron_tempo.config.tree import save as save_config
+from megatron_tempo.data.seen import Seen
+from megatron_tempo.data.sets import QuestionKeys, evaluation_sets, prompt_streams
 from megatron_tempo.data.stream import PromptStream
 from megatron_tempo.errors import EngineError, InputError, Stopped, UnwrittenError
 from megatron_tempo.evaluation.evaluator import Evaluator
-from megatron_tempo.memory import PeakMemory, planned
 from megatron_tempo.methods import METHODS
 from megatron_tempo.methods.learner import Learner, Rollouts
-from megatron_tempo.metrics import Metrics
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
 from megatron_tempo.models.machine import described
 from megatron_tempo.models.trained import TrainedModel
-from megatron_tempo.profiling import Profiler
+from megatron_tempo.observability.metrics import Metrics
+from megatron_tempo.observability.profiler import Profiler
 from megatron_tempo.report.summary import summary_table, unreadable
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout import dump
 from megatron_tempo.rollout.batches import Asked, ask, batch_of, collect, summed_counts
 from megatron_tempo.rollout.engine import Engine, Sampling
-from megatron_tempo.seen import Seen
-from megatron_tempo.stopping import Stops
-from megatron_tempo.together import together
-from megatron_tempo.types import Batch, LabelledPrompt, UnlabelledPrompt, Weights
-from megatron_tempo.wiring import (
-    QuestionKeys,
-    Workplace,
+from megatron_tempo.runtime import progress_marker
+from megatron_tempo.runtime.collective_call import together
+from megatron_tempo.runtime.stop_request import Stops
+from megatron_tempo.training.context import Workplace, collective_timeout
+from megatron_tempo.training.peak_memory import PeakMemory, planned
+from megatron_tempo.training.setup import (
     build_actor,
     build_critic,
     build_engine,
     build_evaluator,
     build_reference,
     build_verifiers,
-    collective_timeout,
     engine_weights,
-    evaluation_sets,
-    export_hf,
-    prompt_streams,
 )
+from megatron_tempo.types import Batch, LabelledPrompt, UnlabelledPrompt, Weights
+from megatron_tempo.weights.export import export_hf
 
 # How much each model of an engine says when it is checked.
 PARITY_PROMPTS, PARITY_TOKENS = 4, 256
@@ -226,9 +224,9 @@ class Run:
         return rollouts
 
     def _begin(self, step: int) -> None:
-        for skips in (self.actor.skips, None if self.critic is None else self.critic.skips):
-            if skips is not None:
-                skips.iteration = step
+        for guard in (self.actor.guard, None if self.critic is None else self.critic.guard):
+            if guard is not None:
+                guard.iteration = step
 
     def _ask(self, stage_name: str, stage: StageConfig, iteration: int) -> None:
         config, before = self.config.rollout, self._stream_states()
@@ -268,7 +266,12 @@ class Run:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Times what is done inside, takes its peak of memory, and names it in traces."""
-        with pulse.phase(name, self.step), self.metrics.phase(name), self.peaks.phase(name), self.profiler.phase(name):
+        with (
+            progress_marker.phase(name, self.step),
+            self.metrics.phase(name),
+            self.peaks.phase(name),
+            self.profiler.phase(name),
+        ):
             yield
 
     # Between iterations
@@ -400,7 +403,7 @@ class Run:
         out = Path(self.config.run.dir)
         exported = out / f"hf_step_{self.step:08d}"
         if self.config.checkpoint.export_hf:
-            export_hf(self.place, self.actor, self.critic, exported, self.seen.path)
+            export_hf(self.config, self.actor, self.critic, exported, self.seen.path)
         if self.place.is_writer:
             told = [f"checkpoints: {self.checkpoints.folder}"]
             if self.config.checkpoint.export_hf:

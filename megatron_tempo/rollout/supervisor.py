@@ -19,10 +19,10 @@ from datetime import timedelta
 import httpx
 import torch.distributed as dist
 
-from megatron_tempo import pulse
 from megatron_tempo.errors import EngineError
-from megatron_tempo.rollout.dialect import Dialect, authorised
 from megatron_tempo.rollout.server import Server
+from megatron_tempo.rollout.server_adapter import Dialect, authorised
+from megatron_tempo.runtime import progress_marker
 
 _FOREVER = timedelta(days=365)
 
@@ -119,7 +119,7 @@ class FoundServers:
         url, deadline, last = self._addresses[index], time.monotonic() + self._seconds, "it does not answer"
         async with httpx.AsyncClient(base_url=url, headers=authorised(self._key), timeout=5.0) as client:
             while time.monotonic() < deadline:
-                pulse.beat()
+                progress_marker.beat()
                 try:
                     response = await client.get(self._dialect.health.path)
                     if response.status_code == 200:

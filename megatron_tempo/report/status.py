@@ -11,14 +11,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from megatron_tempo import schedule
-from megatron_tempo.alerts import alerts
+from megatron_tempo.config import schedule
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import read
 from megatron_tempo.errors import InputError
-from megatron_tempo.heartbeat import BEAT, DONE, SILENT, read_heartbeat
-from megatron_tempo.progress import RECENT, Forecast, clock
-from megatron_tempo.records import Record, read_evaluations, read_metrics, read_warnings
+from megatron_tempo.observability.alerts import alerts
+from megatron_tempo.observability.heartbeat import BEAT, DONE, SILENT, read_heartbeat
+from megatron_tempo.observability.progress import RECENT, Forecast, clock
+from megatron_tempo.observability.records import Record, read_evaluations, read_metrics, read_warnings
 from megatron_tempo.report.summary import memory_peaks, printable, score
 
 SHOWN = 5  # warnings, the latest

@@ -11,7 +11,7 @@ responses.jsonl    of the eval command, one line a response: set, id and questio
                    text (as the verifier read it), correct, tokens, finish (stop, length)
 warnings.jsonl     one line a fault that the run went on after, such as a server that was started anew: time, text
 
-Beside them `seen.py` keeps seen.jsonl. A number that is NaN or infinite stands as null.
+Beside them `data/seen.py` keeps seen.jsonl. A number that is NaN or infinite stands as null.
 """
 
 from __future__ import annotations

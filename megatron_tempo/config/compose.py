@@ -1,0 +1,175 @@
+"""Hydra composes the YAML files and the overrides; everything after it is the typed configuration.
+
+Hydra gets the tree as plain data and is asked to accept every field, so that unknown fields and wrong types are found
+by `config.tree.read`, all of them at once and wherever they stand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from megatron_tempo.config.benchmarks import BENCHMARKS, preset
+from megatron_tempo.config.choices import Verifier
+from megatron_tempo.config.problem import ConfigErrors, Problem, did_you_mean
+from megatron_tempo.config.rules import Purpose
+from megatron_tempo.config.rules.data import SUFFIXES
+from megatron_tempo.config.schema import Config, to_plain
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+_GROUPS = ("model", "data", "benchmark", "engine", "algorithm", "experiment", "cluster")
+# A job of these kinds whose command line names no run.dir gets a folder of its own below these.
+EVAL_DIR, CONVERT_DIR = "runs/eval", "runs/convert"
+
+
+def compose_tree(
+    overrides: Sequence[str], purpose: Purpose, config_dir: str | None, whole: str | None
+) -> tuple[dict[str, Any], list[Problem]]:
+    """The tree as plain data, without the overrides that cannot be applied, and what is wrong with those."""
+    folder = REPOSITORY / "configs"
+    if not (folder / "config.yaml").is_file():
+        fix = "install from a checkout of the repository with pip install -e"
+        raise ConfigErrors([Problem("configs", folder, "holds no config.yaml", fix)])
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise ConfigErrors([Problem("--config-dir", config_dir, "is not a folder", "give the folder of your presets")])
+    store = ConfigStore.instance()
+    store.store(name="defaults", node=to_plain(Config()) if whole is None else _whole(whole))
+    for name in (name for name, benchmark in BENCHMARKS.items() if not benchmark.training):
+        store.store(group="benchmark", name=name, node=preset(name), package="_global_")
+    OmegaConf.register_new_resolver("repo", lambda path: str(REPOSITORY / path), replace=True)
+    search = [] if config_dir is None else [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"]
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        presets = {group: loader.get_group_options(group, overrides=search) for group in _GROUPS}
+        # An eval writes beside no training run and no other eval unless told to. Only one process writes, so that it
+        # does no harm where the clocks of several differ.
+        folders = {Purpose.eval: EVAL_DIR, Purpose.convert: CONVERT_DIR}
+        folder_of = folders.get(purpose) if whole is None else None
+        words = [] if folder_of is None else [f"++run.dir={folder_of}/{time.strftime('%Y%m%d-%H%M%S')}"]
+        problems: list[Problem] = []
+        chosen = [name for text in overrides for name in _benchmarks(text)]
+        # A set made by data=FILE comes first, so that its fields can be given in any order.
+        for text in sorted(overrides, key=lambda text: not text.startswith("data=")):
+            try:
+                words += _translate(text, presets, purpose, chosen)
+            except ConfigErrors as error:
+                problems += error.problems
+        try:
+            return _plain(search + words), problems
+        except _COMPOSING:
+            return _plain(_sift(search, words, problems)), problems
+
+
+def _whole(file: str) -> dict[str, Any]:
+    try:
+        plain = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigErrors(
+            [Problem("--config", file, f"cannot be read ({error})", "give a run's config.json")]
+        ) from error
+    if not isinstance(plain, dict):
+        raise ConfigErrors([Problem("--config", file, "does not hold an object", "give a run's config.json")])
+    return plain
+
+
+# ValueError and IndexError: OmegaConf's, for a position in a list that is none (evaluation.pass_k.x=1).
+_COMPOSING = (HydraException, OmegaConfBaseException, YAMLError, ValueError, IndexError)
+
+
+def _plain(words: list[str]) -> dict[str, Any]:
+    plain: Any = OmegaConf.to_container(compose("config", overrides=words), resolve=True, throw_on_missing=False)
+    return plain
+
+
+def _sift(accepted: list[str], words: list[str], problems: list[Problem]) -> list[str]:
+    """`accepted` and those of `words` that Hydra can apply; the others, found by halving, become problems."""
+    try:
+        _plain(accepted + words)
+        return accepted + words
+    except _COMPOSING as error:
+        if len(words) == 1:
+            key, _, value = words[0].partition("=")
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            problems.append(Problem(key.lstrip("+"), value, "; ".join(lines[:3]), "mend it, or the file that it names"))
+            return accepted
+        if not words:  # the files of configs/ themselves
+            raise
+    middle = len(words) // 2
+    return _sift(_sift(accepted, words[:middle], problems), words[middle:], problems)
+
+
+def _benchmarks(text: str) -> list[str]:
+    """The names in benchmark=NAME or benchmark=[NAME,NAME]."""
+    key, _, value = text.partition("=")
+    return re.findall(r"\w+", value) if key.lstrip("+") == "benchmark" else []
+
+
+def _translate(text: str, presets: dict[str, list[str]], purpose: Purpose, benchmarks: list[str]) -> list[str]:
+    """One override of the user as Hydra is to see it. Raises ConfigErrors."""
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        fix = "write KEY=VALUE; quote a value with special characters: 'KEY=\"VALUE\"'"
+        raise _refused(text, "cannot be read", fix) from error
+    if override.is_sweep_override():
+        raise _refused(text, "several values are a sweep, which this is not", "give one value, or a list as [a,b]")
+    key = override.key_or_group
+    if key.startswith("hydra"):
+        raise _refused(text, "Hydra's own settings play no part here", "for presets of your own use --config-dir")
+    if key in _GROUPS and override.package is None:
+        return _preset(override, text, presets[key], purpose, benchmarks)
+    if override.is_delete():
+        return [text]
+    if group := meant_group(key):
+        raise _refused(text, "there is no such group of presets", f"{group}={text.partition('=')[2]}")
+    return ["++" + text.lstrip("+")]
+
+
+def _preset(override: Override, text: str, names: list[str], purpose: Purpose, benchmarks: list[str]) -> list[str]:
+    """A choice in a group of presets, or one of the short forms model=FOLDER and data=FILE."""
+    group, choice, given = override.key_or_group, override.value(), text.partition("=")[2]
+    if override.is_delete() or choice is None or choice in names:
+        return [text.lstrip("+")]
+    if group == "benchmark" and isinstance(choice, list):
+        unknown = [str(name) for name in choice if name not in names]
+        if not unknown:
+            return [text.lstrip("+")]
+        raise _refused(text, f"there is no benchmark {unknown[0]}", did_you_mean(unknown[0], names))
+    path = Path(str(choice))
+    if group == "model" and (path.exists() or "/" in str(choice)):
+        return [f"++model.path={given}"]
+    if group == "data" and path.suffix in SUFFIXES:
+        if purpose is not Purpose.eval:
+            raise _refused(text, "is for eval", f"data.labelled.path={given} or data.unlabelled.path={given}")
+        name = re.sub(r"\W", "_", path.stem)
+        fields = {"path": given}
+        if name not in benchmarks:
+            fields |= {"answer_field": "answer", "verifier": Verifier.math.name}
+        return [f"++evaluation.sets.{name}.{field}={value}" for field, value in fields.items()]
+    raise _refused(text, f"there is no preset of this name in configs/{group}", did_you_mean(str(choice), names))
+
+
+def meant_group(key: str) -> str | None:
+    """The group of presets that `key` names, perhaps misspelt."""
+    close = [] if "." in key else get_close_matches(key, _GROUPS, n=1)
+    return close[0] if close else None
+
+
+def _refused(text: str, wrong: str, fix: str) -> ConfigErrors:
+    key, _, value = text.partition("=")
+    return ConfigErrors([Problem(key.lstrip("+~"), value, wrong, fix)])

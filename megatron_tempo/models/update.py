@@ -1,0 +1,55 @@
+"""The mini-batch loop of an update: one optimizer step for each mini-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_tempo.config.stages import OptimizerConfig
+from megatron_tempo.models.nonfinite_guard import LossInputs, NonFiniteGuard
+from megatron_tempo.models.trained import Loss, Step, TrainedModel
+from megatron_tempo.types import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """The steps of an update that were made, and the number of those that were skipped."""
+
+    rows: Tensor  # int64 [n]: the rows that were trained on, in their order
+    figures: Tensor  # float32 [n, metrics]
+    grad_norms: list[float]  # of each step
+    skipped: int
+
+
+def step_through(
+    trained: TrainedModel,
+    guard: NonFiniteGuard,
+    batch: Batch,
+    order: Sequence[Tensor],
+    loss: Loss,
+    metrics: int,
+    config: OptimizerConfig,
+    inputs: LossInputs,
+) -> Steps:
+    """One step for each mini-batch of rows in `order` (int64 each); see `TrainedModel.step`. Collective.
+
+    Steps whose loss or gradient is not finite are skipped. Where `guard` reaches its limit, raises NotFiniteError on
+    every rank, with the weights as they were before the first of the consecutive skipped steps.
+    """
+    made: list[tuple[Tensor, Step]] = []
+    for number, rows in enumerate(order, start=1):
+        step = trained.step(batch, rows, loss, metrics, config)
+        if step.made:
+            guard.made()
+            made.append((rows, step))
+        else:
+            guard.skipped(number, batch, rows, step, inputs)
+    return Steps(
+        torch.cat([rows for rows, _ in made]) if made else torch.empty(0, dtype=torch.int64),
+        torch.cat([step.figures for _, step in made]) if made else torch.empty(0, metrics),
+        [step.grad_norm for _, step in made],
+        len(order) - len(made),
+    )

@@ -1,0 +1,38 @@
+"""What every verifier is: a `Scorer` of `Item`s."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One response to judge. `verifier` is a name of `config.choices.Verifier`.
+
+    >>> Item(verifier="math", prompt="Find 1+1.", response="It is \\\\boxed{2}.", answer="2")
+    """
+
+    verifier: str
+    prompt: str
+    response: str
+    answer: str
+
+
+class Scorer(Protocol):
+    """A verifier. Its verdicts are 1.0 (right) and 0.0, in the order of the items."""
+
+    def check(self, prompt: str, answer: str) -> None:
+        """ValueError where no response to `prompt` could be judged by `answer`."""
+
+    def score(self, items: Sequence[Item]) -> list[float]: ...
+
+    def classes(self, prompt: str, responses: Sequence[str]) -> list[int | None]:
+        """Which responses to `prompt` have equal answers: equal numbers, from 0 in the order of first appearance.
+
+        None where a response has no answer. Equal is what would get the same verdict whatever the right answer is.
+        ValueError where `prompt` is no question that can be answered, also without responses.
+        """
+
+    def close(self) -> None: ...

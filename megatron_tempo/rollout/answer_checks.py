@@ -1,0 +1,88 @@
+"""Checks of what servers answer: status, form and content of responses, checksums of weights."""
+
+from __future__ import annotations
+
+import math
+
+import httpx
+
+from megatron_tempo.errors import EngineError
+from megatron_tempo.rollout.replica import Ask
+from megatron_tempo.rollout.server_adapter import Answer, Call, Dialect
+from megatron_tempo.types import Completion
+
+# Nats: a token as unlikely is not sampled. vLLM answers -9999 for what is not a number.
+_LEAST = -1000.0
+
+
+class CannotAnswer(EngineError):
+    """A request that no server would answer."""
+
+
+def checked(response: httpx.Response, call: Call) -> httpx.Response:
+    """A response that says yes. Raises EngineError otherwise."""
+    if response.status_code != 200:
+        kind = CannotAnswer if response.status_code in (400, 413, 422) else EngineError
+        raise kind(f"answered {call.path} with {response.status_code}: {response.text[:500]}")
+    if response.headers.get("content-type", "").startswith("application/json"):
+        body = response.json() if len(response.content) < 10_000 else None
+        if isinstance(body, dict) and body.get("success") is False:
+            raise EngineError(f"refused {call.path}: {body.get('message')}")
+    return response
+
+
+def differing(expected: dict[str, tuple[str, float]], held: dict[str, tuple[str, float]]) -> list[tuple[str, float]]:
+    """Names whose checksums differ, or that only one side has, the worst first, with the relative difference in size.
+
+    It is NaN where only a checksum tells, infinite where a tensor is missing; those come first.
+    """
+    found = []
+    for name in expected.keys() | held.keys():
+        ours, theirs = expected.get(name), held.get(name)
+        if ours is None or theirs is None:
+            found.append((name, math.inf))
+        elif ours[0] != theirs[0]:
+            found.append((name, abs(ours[1] - theirs[1]) / max(ours[1], 1e-30)))
+    return sorted(found, key=lambda item: (-item[1] if not math.isnan(item[1]) else 0.0, item[0]))
+
+
+def reason(error: Exception) -> str:
+    if isinstance(error, EngineError):
+        return str(error)
+    return f"did not answer: {type(error).__name__} {error}".rstrip()
+
+
+def checked_completions(
+    response: httpx.Response, ask: Ask, dialect: Dialect, vocab: int, newest: int
+) -> list[Completion]:
+    """The completions of a response, if they make sense: a response that is not what it seems would be trained on.
+
+    `newest` is the version of the latest weights. Raises EngineError.
+    """
+    try:
+        answers = [_completion(answer, ask, vocab, newest) for answer in dialect.answers(response.json())]
+    except (ValueError, LookupError, TypeError) as error:  # not of the form, or with null for a number
+        raise EngineError(f"gave a response that makes no sense: {error!r}") from error
+    if len(answers) != ask.request.samples:
+        raise EngineError(f"gave {len(answers)} responses where {ask.request.samples} were asked for")
+    return answers
+
+
+def _completion(answer: Answer, ask: Ask, vocab: int, newest: int) -> Completion:
+    tokens, logprobs, longest = answer.token_ids, answer.logprobs, ask.sampling.max_tokens
+    versions = [(int(version), count) for version, count in answer.versions if count]
+    doubts = [
+        (answer.reason not in ("stop", "length"), f"ended by {answer.reason}"),
+        (not 1 <= len(tokens) <= longest, f"{len(tokens)} tokens of at most {longest}"),
+        (len(logprobs) != len(tokens), f"{len(logprobs)} log-probabilities of {len(tokens)} tokens"),
+        (any(not 0 <= token < vocab for token in tokens), "a token out of the vocabulary"),
+        (any(not _LEAST < p < 1e-3 for p in logprobs), "a log-probability that is none"),
+        (
+            any(not ask.job.oldest <= version <= newest for version, _ in versions),
+            f"weights of version {versions}, not {ask.job.oldest} to {newest}",
+        ),
+        (sum(count for _, count in versions) != len(tokens), f"versions {versions} of {len(tokens)} tokens"),
+    ]
+    if wrong := [words for is_wrong, words in doubts if is_wrong]:
+        raise EngineError(f"gave a response that makes no sense: {'; '.join(wrong)}")
+    return Completion(tuple(tokens), tuple(min(p, 0.0) for p in logprobs), answer.reason, tuple(versions))

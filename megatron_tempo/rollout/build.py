@@ -1,0 +1,21 @@
+"""The server adapter and the engine precision that a configuration asks for."""
+
+from __future__ import annotations
+
+from megatron_tempo.config.choices import EngineKind, EnginePrecision
+from megatron_tempo.config.schema import Config
+from megatron_tempo.rollout.server_adapter import Dialect
+
+
+def dialect_of(config: Config, *, cpu: bool) -> Dialect:
+    """How the servers of `rollout.engine` are started and spoken to."""
+    from megatron_tempo.rollout.sglang import Sglang
+    from megatron_tempo.rollout.vllm import Vllm
+
+    kinds: dict[EngineKind, type[Sglang | Vllm]] = {EngineKind.sglang: Sglang, EngineKind.vllm: Vllm}
+    return kinds[config.rollout.engine](cpu=cpu, tensor=config.rollout.servers.tensor)
+
+
+def engine_precision(config: Config) -> EnginePrecision:
+    servers = config.rollout.servers if config.rollout.engine is not EngineKind.embedded else None
+    return (servers and servers.precision) or EnginePrecision[config.run.precision.numbers.name]

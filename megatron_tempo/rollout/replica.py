@@ -1,0 +1,93 @@
+"""A server as the first rank sees it, and the requests and events of a job."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+import httpx
+
+from megatron_tempo.rollout.engine import Request, Sampling
+from megatron_tempo.types import Completion
+
+# Servers close a connection that was idle for 5 s. One that is used again at that moment breaks, so we let go first.
+LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
+
+
+class State(Enum):
+    starting = "starting"
+    empty = "empty"  # ready, without the weights
+    serving = "serving"
+    gone = "gone"  # given up
+
+
+class Starter(Protocol):
+    """Where servers come from: `Keepers` starts them, `FoundServers` knows where they are."""
+
+    async def start(self, index: int) -> str:
+        """The address of a server that is ready, started anew. Raises EngineError."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    index: int
+    state: State = State.starting
+    life: int = 0  # its starts; what is known of an earlier life is of no use
+    restarts: int = 0  # since it last went through a whole iteration
+    url: str = ""
+    client: httpx.AsyncClient | None = None
+    held: bool = False  # for a weight update
+    asks: dict[asyncio.Task[None], Ask] = field(default_factory=dict)
+
+    @property
+    def load(self) -> int:
+        """Responses under way."""
+        return sum(ask.request.samples for ask in self.asks.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server that is to get weights."""
+
+    index: int
+    life: int
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    number: int  # of the request
+    completions: list[Completion]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    why: str
+
+
+class Event(Enum):
+    """What a job waits for beside answers."""
+
+    weights_wanted = "weights_wanted"  # a server is back without the weights
+    nothing = "nothing"  # has happened for a while
+
+
+class Job:
+    """The requests of one `submit`."""
+
+    def __init__(self, requests: int, oldest: int) -> None:
+        self.left = requests
+        self.oldest = oldest
+        self.events: queue.SimpleQueue[Answered | Failed | Event] = queue.SimpleQueue()
+
+
+@dataclass(slots=True, eq=False)
+class Ask:
+    job: Job
+    number: int
+    request: Request
+    sampling: Sampling

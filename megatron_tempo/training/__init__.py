@@ -1,0 +1,1 @@
+"""Training: builds a run from a configuration, and runs its iterations."""

@@ -1,0 +1,66 @@
+"""What a run computes with: its configuration, process groups, device and watchdog."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import transformers
+
+from megatron_tempo.config.problem import ConfigErrors
+from megatron_tempo.config.rules.precision import Machine, check_machine
+from megatron_tempo.config.schema import Config
+from megatron_tempo.models.device import select_device
+from megatron_tempo.models.machine import machine_of
+from megatron_tempo.models.offload import Residence
+from megatron_tempo.models.parallel import Layouts, parallel_groups
+from megatron_tempo.runtime.watchdog import Liveness
+
+
+@dataclass(frozen=True, slots=True)
+class Workplace:
+    """Where a run computes: its config, this rank's places in actor and critic, its device and who is on it."""
+
+    config: Config
+    layouts: Layouts
+    device: torch.device
+    residence: Residence
+    machine: Machine
+
+    @property
+    def is_writer(self) -> bool:
+        """The one rank that writes the run's plain files."""
+        return self.layouts.actor.is_writer
+
+
+@contextmanager
+def open_workplace(config: Config) -> Iterator[Workplace]:
+    """The device and the process groups, for the time of a job, which ends where a rank is lost or hangs."""
+    device = select_device(config.run.device, int(os.environ.get("LOCAL_RANK", "0")))
+    machine = machine_of(device)
+    if problems := list(check_machine(config, machine)):
+        raise ConfigErrors(problems)
+    # On CUDA some operations have no deterministic form; there torch warns instead of stopping.
+    torch.use_deterministic_algorithms(config.run.deterministic, warn_only=device.type == "cuda")
+    # Beside it, torch fills all memory that is asked for unfilled: a launch more for each of a kernel's results.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    transformers.utils.logging.disable_progress_bar()
+    with (
+        parallel_groups(config.parallel, device, config.run.seed, collective_timeout(config)) as layouts,
+        Liveness(Path(config.run.dir), config.run.hang_minutes),
+    ):
+        yield Workplace(config, layouts, device, Residence(one_at_a_time=config.parallel.offload), machine)
+
+
+def collective_timeout(config: Config) -> timedelta:
+    """How long a rank waits for the others: so long that `run.hang_minutes` is over before, and a hang has been named.
+
+    A rank may also wait for one that is at work, which is no hang.
+    """
+    minutes = config.run.hang_minutes
+    return timedelta(days=1) if minutes is None else timedelta(minutes=2 * minutes)
