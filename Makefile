@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PROCESSES ?= 2
 BIN := .venv/bin
+# The paths whose prose keeps to the word list (tools/check_words.py).
+WORDS_PATHS := docs README.md CONTRIBUTING.md CHANGELOG.md
 
 # Tests run on as many workers as there are cores, a file at a time, in the order of the folders: the long files first.
 WORKERS ?= logical
@@ -54,6 +56,7 @@ lint: .venv/installed-test
 	$(BIN)/mypy
 	$(BIN)/shellcheck --external-sources launch/* docker/*.sh .ci/run
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/python tools/check_words.py $(WORDS_PATHS)
 
 .venv/installed: pyproject.toml | .venv
 	$(BIN)/pip install --quiet --editable .
