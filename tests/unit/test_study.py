@@ -78,4 +78,4 @@ def test_the_tables_by_hand(study: ModuleType, tmp_path: Path, monkeypatch: pyte
     assert header.count("|") == start.count("|") == tempo.count("|") == ttrl.count("|")
     assert tempo.startswith("| TEMPO | 2 | .600 ± 1.271 |")
     assert "| -.150 ± .635 |" in ttrl
-    assert report.times(runs) == "4 runs; one took 100 to 100 s, 100 in the middle.\n"
+    assert report.times(runs) == "4 runs, each 100 to 100 s, median 100 s.\n"
