@@ -268,7 +268,7 @@ def test_where_a_thread_stands() -> None:
     deadline = time.monotonic() + 20
     while not (found := watchdog._stands(thread.ident))[0]:
         assert time.monotonic() < deadline
-    assert found[0].startswith("heartbeat.py:")
+    assert found[0].startswith("observability/heartbeat.py:")
     assert found[0].endswith(" in _beat")
     assert not found[1]
     holder._closed.set()

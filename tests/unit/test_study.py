@@ -29,6 +29,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+@pytest.mark.long
 def test_every_arm_passes_the_check_and_is_unlike_the_others(study: ModuleType) -> None:
     configs = {}
     for arm in study.ARMS:
