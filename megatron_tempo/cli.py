@@ -136,9 +136,9 @@ def _read(arguments: argparse.Namespace) -> int:
     runs = [Path(run) for run in arguments.runs]
     try:
         if arguments.command == "status":
-            told = status(runs[0])
-            print(told.text)
-            return 0 if told.well else 1
+            state = status(runs[0])
+            print(state.text)
+            return 0 if state.well else 1
         if arguments.command == "compare":
             from megatron_tempo.report.results import compare  # numpy and scipy: for this alone
 
@@ -215,16 +215,16 @@ def build(
     plain, problems = compose_tree(overrides, purpose, config_dir, whole)
     config, unread = read(plain)
     problems += unread
-    told = {problem.field for problem in problems}
-    if not any(meant_group(field) for field in told):
-        found = list(jobs.problems(config, submitted)) if submitted is not None else []
-        if submitted is not None and not found and purpose is not Purpose.convert:
+    reported = {problem.field for problem in problems}
+    if not any(meant_group(field) for field in reported):
+        violations = list(jobs.problems(config, submitted)) if submitted is not None else []
+        if submitted is not None and not violations and purpose is not Purpose.convert:
             world_size = jobs.processes(config)
         planned = purpose is Purpose.plan
-        found += plan_problems(config) if planned else check(config, world_size=world_size, purpose=purpose)
+        violations += plan_problems(config) if planned else check(config, world_size=world_size, purpose=purpose)
         if submitted is not None:
-            found = [problem for problem in found if not jobs.elsewhere(config, problem)]
-        problems += [problem for problem in found if problem.field not in told]
+            violations = [problem for problem in violations if not jobs.elsewhere(config, problem)]
+        problems += [problem for problem in violations if problem.field not in reported]
     if problems:
         raise ConfigErrors(problems)
     return config

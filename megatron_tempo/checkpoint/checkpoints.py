@@ -25,11 +25,11 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
 from megatron_tempo.checkpoint import manifest
-from megatron_tempo.checkpoint.saving import Saving, Share, partial_of
+from megatron_tempo.checkpoint.saving import Saving, ShardWriter, partial_of
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.parallel import COLLECTIVE_TIMEOUT, Layout
 from megatron_tempo.models.trained import TrainedModel
-from megatron_tempo.runtime.collective_call import together
+from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 
 # A checkpoint's bytes for each parameter beside its weights: Adam's main weight and two moments, in fp32.
 OPTIMIZER_BYTES = 12
@@ -43,14 +43,14 @@ class Checkpoints:
         folder: Path,
         keep: int,
         layout: Layout,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
         *,
         asynchronous: bool = True,
         timeout: timedelta = COLLECTIVE_TIMEOUT,
     ) -> None:
         """`keep`: how many whole ones. `asynchronous`: `save` returns when they can be written without the models.
         `timeout`: how long a rank that has written its files waits for the others."""
-        self.folder, self._keep, self._layout, self._tell = folder, keep, layout, tell
+        self.folder, self._keep, self._layout, self._log = folder, keep, layout, log
         self._asynchronous = asynchronous
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._saving: Saving | None = None
@@ -67,7 +67,7 @@ class Checkpoints:
             raise InputError(f"{place}; make room, or give a run.dir on another disk")
         wanted = self._keep + 1 - kept  # one is written before one is removed
         if free < wanted * size:
-            self._tell(
+            self._log(
                 f"warning: {place}, and checkpoint.keep={self._keep} wants {wanted} more; make room, or keep fewer"
             )
 
@@ -92,14 +92,14 @@ class Checkpoints:
             for name in models:
                 (partial_of(path) / name).mkdir(parents=True)
 
-        together(begin, self._group)
-        shares = {}
+        raise_on_all_ranks(begin, self._group)
+        writers = {}
         for name, model in models.items():
             with model.at_work():
-                shares[name] = Share.of(_sharded(model, is_loading=False), partial_of(path) / name)
+                writers[name] = ShardWriter.of(_sharded(model, is_loading=False), partial_of(path) / name)
         counts = {name: model.step_count for name, model in models.items()}
         state = state | {"step": step, "optimizer_steps": counts}
-        self._saving = Saving(path, shares, state, self._group, self._prune)
+        self._saving = Saving(path, writers, state, self._group, self._prune)
         if not self._asynchronous:
             self.wait()
 
@@ -140,7 +140,7 @@ class Checkpoints:
             if problem is None:
                 return path
             aside = path.with_name(path.name + ".damaged")
-            self._tell(f"checkpoint {path} is damaged ({problem}): set aside as {aside.name}, trying the one before")
+            self._log(f"checkpoint {path} is damaged ({problem}): set aside as {aside.name}, trying the one before")
             if self._layout.is_writer:
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(path, aside)
@@ -176,9 +176,9 @@ class Checkpoints:
         if isinstance(wanted, str):
             return wanted
         names = self._agreed(lambda: manifest.files(path))[self._layout.rank :: self._layout.world_size]
-        shares: list[manifest.Digests] = [{} for _ in range(self._layout.world_size)]
-        dist.all_gather_object(shares, manifest.found(path, names), group=self._group)
-        return manifest.difference(wanted, {name: digest for share in shares for name, digest in share.items()})
+        digests: list[manifest.Digests] = [{} for _ in range(self._layout.world_size)]
+        dist.all_gather_object(digests, manifest.digests_or_errors(path, names), group=self._group)
+        return manifest.difference(wanted, {name: digest for of_rank in digests for name, digest in of_rank.items()})
 
     def _prune(self) -> None:
         """Remove the checkpoints that are too many, and what was left of a save that was killed."""
@@ -193,9 +193,9 @@ class Checkpoints:
 
     def _agreed(self, find: Callable[[], Any]) -> Any:
         """What the first rank finds, on every rank."""
-        found = [find() if self._layout.is_writer else None]
-        dist.broadcast_object_list(found, src=0, group=self._group)
-        return found[0]
+        message = [find() if self._layout.is_writer else None]
+        dist.broadcast_object_list(message, src=0, group=self._group)
+        return message[0]
 
 
 def _size(models: dict[str, TrainedModel]) -> int:

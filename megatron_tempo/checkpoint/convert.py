@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from megatron_tempo.checkpoint import manifest
-from megatron_tempo.checkpoint.resumable_folder import Unfinished
+from megatron_tempo.checkpoint.resumable_folder import ResumableFolder
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.config.tree import read as read_config
@@ -28,43 +28,43 @@ from megatron_tempo.models.shape import Shape
 from megatron_tempo.weights import distributed, folder, tables
 from megatron_tempo.weights.export import critic_changes, last_targets
 from megatron_tempo.weights.files import atomic, nbytes, write_safetensors
-from megatron_tempo.weights.param_mapping import Slot
+from megatron_tempo.weights.param_mapping import ParamMapping
 from megatron_tempo.weights.stream import plan
 
 MODELS = ("actor", "critic")
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def to_megatron(source: Path, out: Path, model: str, part_bytes: int, tell: Tell) -> int:
+def to_megatron(source: Path, out: Path, model: str, part_bytes: int, log: Log) -> int:
     """Write the Hugging Face folder `source` as the distributed checkpoint `out`, in files of about `part_bytes`.
 
     `model`: actor or critic. A critic made of a folder without a value head gets a head of zeros. Returns the bytes.
     Raises InputError, before it writes, for what cannot be converted; OSError where reading or writing fails.
     """
-    _, slots = _read(source, model)
+    _, mappings = _read(source, model)
     files = folder.tensor_files(source)
-    folder.check(files, slots, source)
-    parts = distributed.parts(slots, files, part_bytes)
+    folder.check(files, mappings, source)
+    parts = distributed.parts(mappings, files, part_bytes)
     made_of = _stamps({path.name: path for path in {*files.values(), source / "config.json"}})
     inputs = {"to": "megatron", "source": str(source.resolve()), "files": made_of, "model": model, "part": part_bytes}
-    work = Unfinished(out, inputs)
+    work = ResumableFolder(out, inputs)
     sizes = [sum(chunk.nbytes for chunk in part) for part in parts]
     work.begin(sum(sizes))
-    progress = _Progress("part", sizes, tell)
+    progress = _Progress("part", sizes, log)
     written, places = {}, {}
     for number, part in enumerate(parts):
         name = f"__{number}_0.distcp"
         note = work.note(name)
         if note is None:
             work.mark(name, places=distributed.write_part(work.whole / name, part, files))
-        progress.told(number, name, new=note is None)
+        progress.log(number, name, new=note is None)
         written[name], places[name] = part, (work.note(name) or {})["places"]
     distributed.write_metadata(work.whole, written, places, objects=f"__{len(parts)}_0.distcp")
     return work.finish()
 
 
 def to_hugging_face(
-    source: Path, out: Path, model: str, like: Path | None, dtype: torch.dtype | None, shard_bytes: int, tell: Tell
+    source: Path, out: Path, model: str, like: Path | None, dtype: torch.dtype | None, shard_bytes: int, log: Log
 ) -> int:
     """Write a model of a checkpoint as the Hugging Face folder `out`, in files of at most `shard_bytes`.
 
@@ -75,8 +75,8 @@ def to_hugging_face(
     """
     saved = _saved(source, model)
     like = like or saved.like
-    shape, slots = _read(like, model)
-    stored = distributed.StoredWeights(saved.weights, slots)
+    shape, mappings = _read(like, model)
+    stored = distributed.StoredWeights(saved.weights, mappings)
     inputs = {
         "to": "hugging face",
         "source": str(saved.weights.resolve()),
@@ -87,15 +87,15 @@ def to_hugging_face(
         "dtype": str(dtype),
         "shard": shard_bytes,
     }
-    work = Unfinished(out, inputs)
+    work = ResumableFolder(out, inputs)
     if saved.step is not None and not work.resumes:  # what it was begun with has been checked, and is as it was
-        tell(f"checking {saved.step} against its {manifest.MANIFEST}")
+        log(f"checking {saved.step} against its {manifest.MANIFEST}")
         if problem := manifest.damage(saved.step, model):
             raise InputError(f"{saved.step} is damaged: {problem}")
-    weight_map = _write_shards(work, stored, slots, dtype, shard_bytes, tell)
+    weight_map = _write_shards(work, stored, mappings, dtype, shard_bytes, log)
     changes = critic_changes(shape, saved.targets) if model == "critic" else {}
-    changes["dtype"] = str(stored.entries(slots[0], dtype)[0][1]).removeprefix("torch.")
-    size = sum(nbytes(entry) for slot in slots for entry in stored.entries(slot, dtype))
+    changes["dtype"] = str(stored.entries(mappings[0], dtype)[0][1]).removeprefix("torch.")
+    size = sum(nbytes(entry) for mapping in mappings for entry in stored.entries(mapping, dtype))
     folder.describe(work.whole, weight_map, size, like, changes)
     if saved.step is not None:
         seen.carry(saved.step, work.whole)
@@ -103,43 +103,44 @@ def to_hugging_face(
 
 
 def _write_shards(
-    work: Unfinished,
+    work: ResumableFolder,
     stored: distributed.StoredWeights,
-    slots: list[Slot],
+    mappings: list[ParamMapping],
     dtype: torch.dtype | None,
     shard_bytes: int,
-    tell: Tell,
+    log: Log,
 ) -> dict[str, str]:
     """The safetensors files of a folder. Returns which tensor is in which."""
-    entries = {slot: stored.entries(slot, dtype) for slot in slots}
-    widest = max(entry[1].itemsize for found in entries.values() for entry in found)
+    entries = {mapping: stored.entries(mapping, dtype) for mapping in mappings}
+    widest = max(entry[1].itemsize for of_mapping in entries.values() for entry in of_mapping)
     # Tensors of larger types come first in a file, so that each begins at a multiple of its type's size.
     shards = [
-        sorted(group, key=lambda slot: -entries[slot][0][1].itemsize) for group in plan(slots, shard_bytes, widest)
+        sorted(group, key=lambda mapping: -entries[mapping][0][1].itemsize)
+        for group in plan(mappings, shard_bytes, widest)
     ]
-    sizes = [sum(nbytes(entry) for slot in shard for entry in entries[slot]) for shard in shards]
+    sizes = [sum(nbytes(entry) for mapping in shard for entry in entries[mapping]) for shard in shards]
     work.begin(sum(sizes))
-    progress = _Progress("shard", sizes, tell)
+    progress = _Progress("shard", sizes, log)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards):
         name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        held = [entry for slot in shard for entry in entries[slot]]
+        held = [entry for mapping in shard for entry in entries[mapping]]
         note = work.note(name)
         if note is None:
             with atomic(work.whole / name) as file:
-                write_safetensors(file, held, chain.from_iterable(stored.read(slot, dtype) for slot in shard))
+                write_safetensors(file, held, chain.from_iterable(stored.read(mapping, dtype) for mapping in shard))
             work.mark(name)
-        progress.told(number, name, new=note is None)
+        progress.log(number, name, new=note is None)
         weight_map |= dict.fromkeys((entry[0] for entry in held), name)
     return weight_map
 
 
-def _read(hugging_face: Path, model: str) -> tuple[Shape, list[Slot]]:
+def _read(hugging_face: Path, model: str) -> tuple[Shape, list[ParamMapping]]:
     """The shape of the model in a Hugging Face folder, and its table without pipeline parallelism."""
     if not (hugging_face / "config.json").is_file():
         raise InputError(f"{hugging_face} is not a Hugging Face folder: it has no config.json")
     shape = read_shape(hugging_face)
-    return shape, tables.slots(shape, 1, critic=model == "critic")
+    return shape, tables.mappings(shape, 1, critic=model == "critic")
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,13 +195,13 @@ def _stamps(files: dict[str, Path]) -> dict[str, list[int]]:
 class _Progress:
     """A line for each file that is done."""
 
-    def __init__(self, what: str, sizes: list[int], tell: Tell) -> None:
-        self._what, self._sizes, self._tell = what, sizes, tell
+    def __init__(self, what: str, sizes: list[int], log: Log) -> None:
+        self._what, self._sizes, self._log = what, sizes, log
         self._new, self._start = 0, time.monotonic()
 
-    def told(self, number: int, name: str, *, new: bool) -> None:
+    def log(self, number: int, name: str, *, new: bool) -> None:
         self._new += self._sizes[number] if new else 0
         done, total = sum(self._sizes[: number + 1]) / 2**30, sum(self._sizes) / 2**30
         speed = self._new / 2**20 / max(time.monotonic() - self._start, 1e-9)
         how = f"{speed:.0f} MiB/s" if new else "was there"
-        self._tell(f"{self._what} {number + 1} of {len(self._sizes)}: {name}, {done:.2f} of {total:.2f} GiB, {how}")
+        self._log(f"{self._what} {number + 1} of {len(self._sizes)}: {name}, {done:.2f} of {total:.2f} GiB, {how}")

@@ -20,8 +20,8 @@ Digests = dict[str, str]
 
 def files(checkpoint: Path) -> list[str]:
     """The files of a checkpoint that a manifest tells of, by name."""
-    found = (path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return sorted(str(path.relative_to(checkpoint)) for path in found)
+    paths = (path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return sorted(str(path.relative_to(checkpoint)) for path in paths)
 
 
 def digests(checkpoint: Path, names: Iterable[str]) -> Digests:
@@ -29,15 +29,15 @@ def digests(checkpoint: Path, names: Iterable[str]) -> Digests:
     return {name: _digest(checkpoint / name) for name in names}
 
 
-def found(checkpoint: Path, names: Iterable[str]) -> Digests:
-    """What has become of files that were written: of one that cannot be read, why."""
-    told = {}
+def digests_or_errors(checkpoint: Path, names: Iterable[str]) -> Digests:
+    """The digests of files that were written. For one that cannot be read, the reason instead."""
+    digests = {}
     for name in names:
         try:
-            told[name] = _digest(checkpoint / name)
+            digests[name] = _digest(checkpoint / name)
         except OSError as error:
-            told[name] = f"not to be read ({error.strerror})"
-    return told
+            digests[name] = f"not to be read ({error.strerror})"
+    return digests
 
 
 def write(checkpoint: Path, written: Digests) -> None:
@@ -72,7 +72,7 @@ def damage(checkpoint: Path, model: str) -> str | None:
     if isinstance(manifest, str):
         return manifest
     wanted = {file: digest for file, digest in manifest.items() if file == STATE or file.startswith(f"{model}/")}
-    return difference(wanted, found(checkpoint, (file for file in wanted if (checkpoint / file).is_file())))
+    return difference(wanted, digests_or_errors(checkpoint, (file for file in wanted if (checkpoint / file).is_file())))
 
 
 def _digest(path: Path) -> str:
@@ -80,5 +80,5 @@ def _digest(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(_READ_BYTES):
             checksum = zlib.crc32(block, checksum)
-            progress_marker.beat()
+            progress_marker.mark()
     return f"{path.stat().st_size}:{checksum:08x}"

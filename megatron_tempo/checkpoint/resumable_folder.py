@@ -21,7 +21,7 @@ from megatron_tempo.weights.files import TEMPORARY, atomic, sync, sync_folder
 _INPUTS = "inputs.json"
 
 
-class Unfinished:
+class ResumableFolder:
     """A folder in the making. Nothing is written before `begin`."""
 
     def __init__(self, out: Path, inputs: dict[str, Any]) -> None:

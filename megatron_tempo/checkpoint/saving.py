@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_tempo.checkpoint import manifest
 from megatron_tempo.runtime import progress_marker
-from megatron_tempo.runtime.collective_call import together
+from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.weights.files import sync, sync_folder
 
 # Without Megatron's decorator, which turns off the collection of garbage while it writes: in its forked process that is
@@ -53,7 +53,7 @@ class _Planning(TorchDistSaveShardedStrategy):
 
 
 @dataclass(slots=True)
-class Share:
+class ShardWriter:
     """What this rank writes of one model: its files' contents in host memory."""
 
     writer: FileSystemWriterAsync
@@ -62,7 +62,7 @@ class Share:
     files: list[Any]  # Megatron's write buckets
 
     @classmethod
-    def of(cls, sharded: dict[str, Any], folder: Path) -> Share:
+    def of(cls, sharded: dict[str, Any], folder: Path) -> ShardWriter:
         """Copy this rank's share of a sharded state to host memory, to be written to `folder`. Collective."""
         # Megatron's writer would start a process for the results, which outlives a trainer that is killed.
         filesystem_async._results_queue = queue.SimpleQueue()
@@ -86,15 +86,15 @@ class Share:
             running.put(0)
             path, *content = self.files.pop(0)
             _write_file(transforms, 0, (path, *content), answers, running, use_fsync=True)
-            told = answers.get()[1]
-            if isinstance(told, Exception):
+            outcome = answers.get()[1]
+            if isinstance(outcome, Exception):
                 # torch's writer trips over what an OSError has left of its file, and raises that.
-                cause = told.__context__ if isinstance(told.__context__, OSError) else told
+                cause = outcome.__context__ if isinstance(outcome.__context__, OSError) else outcome
                 if isinstance(cause, OSError):
-                    raise OSError(cause.errno, cause.strerror, str(path)) from told
-                raise told
-            results += told
-            progress_marker.beat()
+                    raise OSError(cause.errno, cause.strerror, str(path)) from outcome
+                raise outcome
+            results += outcome
+            progress_marker.mark()
         return results
 
 
@@ -107,16 +107,16 @@ class Saving:
     def __init__(
         self,
         path: Path,
-        shares: dict[str, Share],
+        writers: dict[str, ShardWriter],
         state: dict[str, Any],
         group: dist.ProcessGroup,
         done: Callable[[], None],
     ) -> None:
-        """`shares` by the model's name; `state` is JSON-able; `done` is called on the first rank when it is whole."""
+        """`writers` by the model's name; `state` is JSON-able; `done` is called on the first rank when it is whole."""
         self.path = path
         self.error: Exception | None = None  # once it has ended: why it is not whole, on any rank
         self._partial = partial_of(path)
-        self._shares, self._state, self._group, self._done = shares, state, group, done
+        self._writers, self._state, self._group, self._done = writers, state, group, done
         self._is_writer = dist.get_rank() == 0
         self._thread = threading.Thread(target=self._run, name=f"saving {path.name}", daemon=True)
         self._thread.start()
@@ -138,25 +138,25 @@ class Saving:
                 shutil.rmtree(self._partial, ignore_errors=True)  # makes room again
 
     def _write(self) -> None:
-        results = together(self._write_files, self._group)
+        results = raise_on_all_ranks(self._write_files, self._group)
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.gather_object(results, gathered if self._is_writer else None, group=self._group)
-        together(lambda: self._describe(gathered), self._group)
-        shares: list[manifest.Digests] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(shares, together(self._read_back, self._group), group=self._group)
-        together(lambda: self._finish(shares), self._group)
+        raise_on_all_ranks(lambda: self._describe(gathered), self._group)
+        digests: list[manifest.Digests] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(digests, raise_on_all_ranks(self._read_back, self._group), group=self._group)
+        raise_on_all_ranks(lambda: self._finish(digests), self._group)
 
     def _write_files(self) -> dict[str, list[WriteResult]]:
-        return {name: share.write() for name, share in self._shares.items()}
+        return {name: writer.write() for name, writer in self._writers.items()}
 
     def _describe(self, results: list[dict[str, list[WriteResult]]]) -> None:
         """What Megatron wants to know of the files, and the run's state."""
         if not self._is_writer:
             return
-        for name, share in self._shares.items():
-            assert share.metadata is not None
-            share.writer.finish(share.metadata, [of_rank[name] for of_rank in results])
-            save_config(share.config, str(self._partial / name))
+        for name, writer in self._writers.items():
+            assert writer.metadata is not None
+            writer.writer.finish(writer.metadata, [of_rank[name] for of_rank in results])
+            save_config(writer.config, str(self._partial / name))
         (self._partial / manifest.STATE).write_text(json.dumps(self._state, indent=1) + "\n")
 
     def _read_back(self) -> manifest.Digests:
@@ -165,7 +165,7 @@ class Saving:
     def _finish(self, digests: list[manifest.Digests]) -> None:
         if not self._is_writer:
             return
-        manifest.write(self._partial, {name: digest for share in digests for name, digest in share.items()})
+        manifest.write(self._partial, {name: digest for of_rank in digests for name, digest in of_rank.items()})
         sync(self._partial)
         os.replace(self._partial, self.path)
         sync_folder(self.path.parent)

@@ -37,7 +37,8 @@ class RunConfig:
     device: Device = Device.auto
     precision: Precision = Precision.fp32
     deterministic: bool = True  # use deterministic algorithms alone, torch's and Transformer Engine's
-    max_skipped: int = 3  # the run stops after so many steps of a model in a row whose loss or gradient is not finite
+    # the run stops after this many consecutive steps of a model whose loss or gradient is not finite
+    max_consecutive_nonfinite_steps: int = 3
     hang_minutes: float | None = 30.0  # minutes without progress on any rank, until the run is ended; none: no limit
 
 
@@ -48,7 +49,8 @@ class ModelConfig:
     path: str = "???"  # Hugging Face folder of the actor: config, safetensors, tokenizer
     critic_path: str | None = None  # the same of the critic; none: the actor's decoder with a value head of zeros
     layers: Layers = Layers.auto
-    bf16_ends: int = 0  # so many layers at either end stay in bf16 where run.precision is an FP8 one
+    # layers at each end of the model that stay in bf16 when run.precision is an FP8 format
+    num_bf16_layers_at_ends: int = 0
     logits: Logits = Logits.recomputed
     shape: Published | None = None  # a published model that `plan` plans for while model.path is not given
 
@@ -307,13 +309,13 @@ class Config:
 
         The stage's own where none did.
         """
-        found = self.stages()[stage_name].critic.targets
+        targets = self.stages()[stage_name].critic.targets
         for name, stage in self.stages().items():
             if stage.iterations > 0 and stage.trains_critic:
-                found = stage.critic.targets
+                targets = stage.critic.targets
             if name == stage_name:
                 break
-        return found
+        return targets
 
 
 def to_plain(value: Any) -> Any:

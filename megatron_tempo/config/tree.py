@@ -20,6 +20,12 @@ from megatron_tempo.config.schema import Config, to_plain
 
 MISSING = "???"  # Hydra's mark of a value that the user must give
 
+# Fields that were renamed, by their old paths.
+RENAMED = {
+    "run.max_skipped": "run.max_consecutive_nonfinite_steps",
+    "model.bf16_ends": "model.num_bf16_layers_at_ends",
+}
+
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _EXAMPLE = {bool: "true", int: "8", float: "0.1", str: "NAME"}
 _Node = TypeVar("_Node")
@@ -155,6 +161,9 @@ def _unknown(path: str, key: str, value: Any, siblings: list[str]) -> Iterator[P
     if isinstance(value, Mapping) and value:
         for name, item in value.items():
             yield from _unknown(below, str(name), item, [])
+        return
+    if below in RENAMED:
+        yield Problem(below, value, f"is now {RENAMED[below]}", f"{RENAMED[below]}={value}")
         return
     yield Problem(below, value, "there is no such field", _meant(below, key, siblings))
 

@@ -113,7 +113,7 @@ def _load(config: DatasetConfig, names: Sequence[str], build: Callable[[Row], P]
     problems: list[str] = []
     places: dict[str, str] = {}
     for row in islice(read_rows(path, tuple(dict.fromkeys(names))), config.limit):
-        progress_marker.beat()
+        progress_marker.mark()
         try:
             if row.problem is not None:
                 raise BadRow(row.problem)

@@ -155,7 +155,7 @@ def _read(order: Order, report: Report) -> list[Question]:
         names = replace(names, answer=())  # there may be none, and if there are they are not read
     benchmark = BENCHMARKS.get(order.name)
     distinct = benchmark is None or benchmark.training
-    found = _Distinct(report, drop=distinct, answers=not order.unlabelled)
+    questions = _Distinct(report, drop=distinct, answers=not order.unlabelled)
     for source in order.sources:
         for row in read_public(source, order.pattern or (benchmark.files if benchmark else None)):
             report.rows += 1
@@ -166,8 +166,8 @@ def _read(order: Order, report: Report) -> list[Question]:
             except Unusable as reason:
                 report.drop(str(reason), row.place)
             else:
-                found.add(replace(question, id=question.id or row.place), row.place)
-    return found.questions()
+                questions.add(replace(question, id=question.id or row.place), row.place)
+    return questions.questions()
 
 
 def _convert(convert: Callable[[], Question], first: bool) -> Question:

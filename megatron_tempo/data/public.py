@@ -73,14 +73,14 @@ def find_files(path: Path, pattern: str | None) -> list[Path]:
     if (path / "state.json").is_file():
         state = json.loads((path / "state.json").read_text())
         return [path / entry["filename"] for entry in state["_data_files"]]
-    found = sorted(file for file in path.rglob("*") if _is_data(file, path))
-    names = [file.relative_to(path).as_posix() for file in found]
+    paths = sorted(file for file in path.rglob("*") if _is_data(file, path))
+    names = [file.relative_to(path).as_posix() for file in paths]
     # The pattern is of the whole repository; the folder given may be that, or the one inside it that has the files.
     for part in (pattern, pattern and pattern.rpartition("/")[2]):
-        if part and (fitting := [file for file in path.glob(part) if file in found]):
+        if part and (fitting := [file for file in path.glob(part) if file in paths]):
             return sorted(fitting)
     if len({re.sub(r"-\d{5}-of-\d{5}", "", name) for name in names}) == 1:
-        return found
+        return paths
     wrong = f"holds {', '.join(names[:10])}{' and more' if len(names) > 10 else ''}" if names else "holds no data files"
     raise DataError(path, [f"{wrong}; say which with --files PATTERN, such as --files 'data/test-*'"])
 

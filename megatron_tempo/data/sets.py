@@ -45,7 +45,7 @@ def prompt_streams(
     tokenizer: PreTrainedTokenizerBase,
     verifiers: Verifiers,
     keys: QuestionKeys,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> tuple[PromptStream[LabelledPrompt] | None, PromptStream[UnlabelledPrompt] | None]:
     """The training prompts but those of `data.held_out`, in their shuffled order.
 
@@ -55,17 +55,17 @@ def prompt_streams(
     labelled = load_labelled(config.data.labelled, tokenizer, length) if config.data.labelled else None
     unlabelled = load_unlabelled(config.data.unlabelled, tokenizer, length) if config.data.unlabelled else None
     if labelled is not None:
-        labelled = _trained_on("labelled", labelled, keys.labelled, config, keys, tell)
+        labelled = _trained_on("labelled", labelled, keys.labelled, config, keys, log)
         verifiers.check(labelled)
     if unlabelled is not None:
-        unlabelled = _trained_on("unlabelled", unlabelled, keys.unlabelled, config, keys, tell)
+        unlabelled = _trained_on("unlabelled", unlabelled, keys.unlabelled, config, keys, log)
     if unlabelled is not None and config.compares_answers:
         assert config.data.unlabelled is not None
         assert config.data.unlabelled.verifier is not None
         verifiers.check_questions(config.data.unlabelled.verifier.name, unlabelled)
     if shared := overlap(_keys_of(labelled, keys.labelled), _keys_of(unlabelled, keys.unlabelled)):
         first = " and ".join(shared[0])
-        tell(f"warning: {len(shared)} unlabelled questions stand in the labelled set too, first {first}")
+        log(f"warning: {len(shared)} unlabelled questions stand in the labelled set too, first {first}")
     return (
         None if labelled is None else PromptStream(labelled, seed, "labelled"),
         None if unlabelled is None else PromptStream(unlabelled, seed, "unlabelled"),
@@ -78,7 +78,7 @@ def _trained_on(
     own: dict[str, str],
     config: Config,
     keys: QuestionKeys,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[_P]:
     """The prompts of a training set but those of `data.held_out`. InputError where none is left."""
     where = {key: held for held in config.data.held_out for key in keys.evaluation[held].values()}
@@ -86,7 +86,7 @@ def _trained_on(
     if len(kept) < len(prompts):
         count = Counter(where[own[prompt.id]] for prompt in prompts if own[prompt.id] in where)
         sets = ", ".join(f"{held} {number}" for held, number in count.items())
-        tell(f"held out of the {name} set: {len(prompts) - len(kept)} of {len(prompts)} questions ({sets})")
+        log(f"held out of the {name} set: {len(prompts) - len(kept)} of {len(prompts)} questions ({sets})")
     if not kept:
         raise InputError(
             f"data.held_out={config.data.held_out} leaves no question of data.{name}: take a set out of it"

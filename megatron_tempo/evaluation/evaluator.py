@@ -45,27 +45,27 @@ class Evaluator:
         return self.measure(name, self.answer(name), targets, show=show)
 
     def measure(
-        self, name: str, judged: Judged, targets: CriticTargets, *, show: bool
+        self, name: str, scored: ScoredResponses, targets: CriticTargets, *, show: bool
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """As `evaluate`, of responses that are there."""
         calibration = None
         if self.values is not None and name == self.config.calibration_set:
-            calibration = calibrate(judged, self.values, targets)
-        samples = shown(judged, self.tokenizer, self.values) if show else []
-        return scores(judged, self.config) | {"set": name, "calibration": calibration}, samples
+            calibration = calibrate(scored, self.values, targets)
+        samples = shown(scored, self.tokenizer, self.values) if show else []
+        return scores(scored, self.config) | {"set": name, "calibration": calibration}, samples
 
-    def answer(self, name: str) -> Judged:
+    def answer(self, name: str) -> ScoredResponses:
         """Let the engine answer every question of a set `config.samples` times, and judge the answers."""
         prompts, config = self.sets[name], self.config
         sampling = Sampling(config.temperature, config.max_response_tokens or self.max_tokens)
         seed = f"{self.seed}/evaluation/{name}"
         asked = ask(self.engine, prompts, config.samples, sampling, seed)
         completions, verdicts, _ = collect(asked, self.verifiers, self.tokenizer)
-        return Judged(prompts, batch_of(prompts, completions, verdicts), np.array(verdicts))
+        return ScoredResponses(prompts, batch_of(prompts, completions, verdicts), np.array(verdicts))
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class ScoredResponses:
     """The questions of a set with `samples` judged responses each. `correct` is float [questions, samples]."""
 
     prompts: Sequence[LabelledPrompt]
@@ -73,45 +73,45 @@ class Judged:
     correct: np.ndarray
 
 
-def scores(judged: Judged, config: EvaluationConfig) -> dict[str, Any]:
+def scores(scored: ScoredResponses, config: EvaluationConfig) -> dict[str, Any]:
     """avg@k and pass@k with their standard errors over questions: the fields of a line of evaluations.jsonl."""
-    correct = judged.correct
+    correct = scored.correct
     return {
         "avg": avg_at_k(correct),
         "avg_se": avg_at_k_se(correct),
         "avg_k": config.samples,
         "pass": {str(k): pass_at_k(correct, k) for k in config.pass_k},
         "pass_se": {str(k): pass_at_k_se(correct, k) for k in config.pass_k},
-        "questions": len(judged.prompts),
-        "response_length": float(judged.batch.response_lengths.float().mean()),
-        "truncated": 1.0 - float(judged.batch.stopped.float().mean()),
+        "questions": len(scored.prompts),
+        "response_length": float(scored.batch.response_lengths.float().mean()),
+        "truncated": 1.0 - float(scored.batch.stopped.float().mean()),
     }
 
 
-def calibrate(judged: Judged, values: Callable[[Batch], Tensor], targets: CriticTargets) -> dict[str, Any]:
+def calibrate(scored: ScoredResponses, values: Callable[[Batch], Tensor], targets: CriticTargets) -> dict[str, Any]:
     """The critic's calibration on these responses: the `calibration` field. `values` gives [T + n], collectively."""
-    flat = values(judged.batch)
+    flat = values(scored.batch)
     if targets is CriticTargets.plus_minus_one:
         flat = (flat + 1) / 2
-    rows = [row.numpy() for row in flat.split((judged.batch.response_lengths + 1).tolist())]
-    return calibration_record(rows, judged.correct.flatten())
+    rows = [row.numpy() for row in flat.split((scored.batch.response_lengths + 1).tolist())]
+    return calibration_record(rows, scored.correct.flatten())
 
 
 def shown(
-    judged: Judged, tokenizer: PreTrainedTokenizerBase, values: Callable[[Batch], Tensor] | None
+    scored: ScoredResponses, tokenizer: PreTrainedTokenizerBase, values: Callable[[Batch], Tensor] | None
 ) -> list[dict[str, Any]]:
     """A few responses in full, with their token values: the fields of lines of samples.jsonl. `values` as above."""
-    samples = judged.correct.shape[1]
-    rows = torch.arange(0, min(SHOWN, len(judged.prompts)) * samples, samples)
-    batch = judged.batch.select(rows)
+    samples = scored.correct.shape[1]
+    rows = torch.arange(0, min(SHOWN, len(scored.prompts)) * samples, samples)
+    batch = scored.batch.select(rows)
     by_row = values(batch).split((batch.response_lengths + 1).tolist()) if values is not None else None
     return [
         {
             "prompt": prompt.text,
             "tokens": [tokenizer.decode([token]) for token in response.tolist()],
             "values": None if by_row is None else by_row[i].tolist(),
-            "correct": int(judged.correct[i, 0]),
+            "correct": int(scored.correct[i, 0]),
             "answer": prompt.answer,
         }
-        for i, (prompt, response) in enumerate(zip(judged.prompts[:SHOWN], batch.responses(), strict=True))
+        for i, (prompt, response) in enumerate(zip(scored.prompts[:SHOWN], batch.responses(), strict=True))
     ]

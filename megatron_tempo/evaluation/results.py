@@ -7,39 +7,39 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_tempo.evaluation.evaluator import Judged
+from megatron_tempo.evaluation.evaluator import ScoredResponses
 from megatron_tempo.evaluation.scores import avg_at_k, avg_at_k_se, interval, pass_at_k, pass_at_k_se
 
 
 def response_records(
-    name: str, judged: Judged, keys: Mapping[str, str], tokenizer: PreTrainedTokenizerBase
+    name: str, scored: ScoredResponses, keys: Mapping[str, str], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict[str, Any]]:
     """Every response to the set `name`, as the lines of responses.jsonl. `keys` are its questions' keys by id."""
-    samples, batch = judged.correct.shape[1], judged.batch
+    samples, batch = scored.correct.shape[1], scored.batch
     for row, tokens in enumerate(batch.responses()):
         question, sample = divmod(row, samples)
-        prompt = judged.prompts[question]
+        prompt = scored.prompts[question]
         yield {
             "set": name,
             "id": prompt.id,
             "question": keys[prompt.id],
             "sample": sample,
             "text": tokenizer.decode(tokens.tolist()),
-            "correct": int(judged.correct[question, sample]),
+            "correct": int(scored.correct[question, sample]),
             "tokens": len(tokens),
             "finish": "stop" if batch.stopped[row] else "length",
         }
 
 
-def result(judged: Judged) -> dict[str, Any]:
+def result(scored: ScoredResponses) -> dict[str, Any]:
     """A set's part of results.json: avg@n, and pass@k for every k from 1 to n, of n responses a question.
 
     Each with `se`, its standard error over questions, and `low` and `high`, the 95% interval (`scores.interval`) within
     [0, 1]; null for a single question.
     """
-    correct = judged.correct
+    correct = scored.correct
     questions, samples = correct.shape
-    lengths, stopped = judged.batch.response_lengths.double(), judged.batch.stopped
+    lengths, stopped = scored.batch.response_lengths.double(), scored.batch.stopped
 
     def score(value: float, error: float | None) -> dict[str, float | None]:
         ends = interval(value, error, questions)
@@ -53,5 +53,5 @@ def result(judged: Judged) -> dict[str, Any]:
         "pass": {str(k): score(pass_at_k(correct, k), pass_at_k_se(correct, k)) for k in range(1, samples + 1)},
         "response_length": {"mean": float(lengths.mean()), "max": int(lengths.max())},
         "truncated": 1.0 - float(stopped.double().mean()),
-        "verifiers": sorted({prompt.verifier for prompt in judged.prompts}),
+        "verifiers": sorted({prompt.verifier for prompt in scored.prompts}),
     }

@@ -40,7 +40,7 @@ from megatron_tempo.kernels.advantages import token_advantages, whiten
 from megatron_tempo.kernels.collectives import greatest_over, sum_over
 from megatron_tempo.kernels.rows import Rows
 
-# A row's figures: means over its tokens in nats or as fractions, the ratio that the clip sees (by `Ratio.token` the
+# A row's metrics: means over its tokens in nats or as fractions, the ratio that the clip sees (by `Ratio.token` the
 # row's mean), and the extremes of its tokens' own ratios. Advantages are told as they are before whitening.
 ROW_METRICS = (
     "loss",
@@ -84,7 +84,7 @@ def policy_loss(
     config: ActorUpdateConfig,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each row, to be averaged over the rows of a mini-batch, and the row's figures.
+    """The loss of each row, to be averaged over the rows of a mini-batch, and the row's metrics.
 
     Args:
         logprobs, entropy: [T], of the policy in training, after temperature.

@@ -216,7 +216,7 @@ def _finished(  # type: ignore[no-untyped-def]
     numbers, row, lengths, loss, metrics, high, low, dual, entropy_coef, kl_coef,
     SEQUENCE: tl.constexpr, DUAL: tl.constexpr,
 ):  # fmt: skip
-    """Store a row's loss and its figures, in the order of ROW_METRICS."""
+    """Store a row's loss and its metrics, in the order of ROW_METRICS."""
     whole = tl.load(lengths + row)
     length = tl.maximum(whole, 1).to(tl.float32)
     ratio = _take(numbers, _FIRST) / length

@@ -23,14 +23,14 @@ from torch import Tensor
 
 from megatron_tempo.kernels.rows import Rows
 
-# A row's figures: the loss, the mean value, and 1 where the clip holds the row's mean.
+# A row's metrics: the loss, the mean value, and 1 where the clip holds the row's mean.
 VALUE_METRICS = ("loss", "value", "clip_fraction")
 
 
 def value_loss(
     values: Tensor, targets: Tensor, rows: Rows, *, clip: float | None = None, old_values: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each row, to be averaged over the rows of a mini-batch, and the row's figures.
+    """The loss of each row, to be averaged over the rows of a mini-batch, and the row's metrics.
 
     Args:
         values: [M].

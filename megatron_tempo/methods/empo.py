@@ -27,12 +27,12 @@ def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration:
     low = -math.inf if stage.entropy_low is None else stage.entropy_low
     high = math.inf if stage.entropy_high is None else stage.entropy_high
     kept = ((low < entropy) & (entropy < high)).nonzero().flatten()
-    figures = {
+    metrics = {
         "reward/unlabelled": float(rewards.mean()),
         "answers/entropy": float(entropy.mean()),
         "answers/rows": float(len(kept)),
     }
     if len(kept) == 0:
-        return figures
+        return metrics
     advantages = group_advantages(rewards, batch.group, divide=stage.group_std)
-    return figures | learner.reinforce(batch.select(kept), advantages[kept], stage)
+    return metrics | learner.reinforce(batch.select(kept), advantages[kept], stage)

@@ -49,8 +49,8 @@ class Learner:
         assert batch.correct is not None
         order = mini_batches(batch, config.mini_batch_prompts, config.epochs, f"{self.seed}/critic")
         with self.phase("critic"):
-            figures = self.critic.update(batch, value_targets(batch.correct, config.targets), config, order)
-        return figures | {"critic/rows": float(len(batch))}
+            metrics = self.critic.update(batch, value_targets(batch.correct, config.targets), config, order)
+        return metrics | {"critic/rows": float(len(batch))}
 
     def values(self, batch: Batch) -> Tensor:
         """The critic's values of every token: float32 [T + n]."""
@@ -78,9 +78,9 @@ class Learner:
         )
         order = mini_batches(batch, config.mini_batch_prompts, config.epochs, f"{self.seed}/actor")
         with self.phase("actor"):
-            figures = self.actor.update(batch, experience, stage.baseline, config, order)
+            metrics = self.actor.update(batch, experience, stage.baseline, config, order)
         gap = (old - batch.engine_logprobs).abs()
-        return figures | {"engine/logprob_gap_mean": float(gap.mean()), "engine/logprob_gap_max": float(gap.max())}
+        return metrics | {"engine/logprob_gap_mean": float(gap.mean()), "engine/logprob_gap_max": float(gap.max())}
 
 
 def mini_batches(batch: Batch, prompts: int, epochs: int, seed: str) -> list[Tensor]:

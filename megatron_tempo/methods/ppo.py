@@ -18,5 +18,5 @@ def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration:
     if stage.warms_up(iteration):
         return learner.fit_critic(batch, stage)
     values = learner.values(batch)
-    figures = learner.fit_critic(batch, stage)
-    return figures | learner.improve_actor(batch, values, value_targets(batch.correct, stage.critic.targets), stage)
+    metrics = learner.fit_critic(batch, stage)
+    return metrics | learner.improve_actor(batch, values, value_targets(batch.correct, stage.critic.targets), stage)

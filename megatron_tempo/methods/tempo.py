@@ -20,7 +20,7 @@ def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration:
     if unlabelled is not None and stage.actor_on_labelled:
         assert labelled is not None
         batch = Batch.join(unlabelled, labelled)
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
 
     early = None
     if batch is not None and stage.value_timing is ValueTiming.before_estep:
@@ -28,15 +28,15 @@ def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration:
 
     if stage.critic_learns(iteration):
         assert labelled is not None
-        figures |= learner.fit_critic(labelled, stage)
+        metrics |= learner.fit_critic(labelled, stage)
 
     if batch is None or unlabelled is None:  # the critic's warm-up
-        return figures
+        return metrics
     values = learner.values(batch) if early is None else early
     rewards = final_values(values, batch.response_lengths, stage.baseline)
-    figures["reward/unlabelled_value"] = float(rewards[: len(unlabelled)].mean())
+    metrics["reward/unlabelled_value"] = float(rewards[: len(unlabelled)].mean())
     if stage.actor_on_labelled:
         assert labelled is not None
         assert labelled.correct is not None
         rewards[len(unlabelled) :] = value_targets(labelled.correct, stage.critic.targets)
-    return figures | learner.improve_actor(batch, values, rewards, stage)
+    return metrics | learner.improve_actor(batch, values, rewards, stage)

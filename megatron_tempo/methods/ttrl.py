@@ -19,11 +19,11 @@ def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration:
     assert polled is not None
     assert polled.answer_class is not None
     won, agreement = votes(polled.answer_class, polled.group)
-    figures = {
+    metrics = {
         "vote/agreement": float(agreement.mean()),
         "vote/answered": float((polled.answer_class >= 0).float().mean()),
     }
     rows = first_of_each(polled.group, stage.responses_per_prompt)
     batch, rewards = polled.select(rows), won[rows]
-    figures["reward/unlabelled"] = float(rewards.mean())
-    return figures | learner.reinforce(batch, group_advantages(rewards, batch.group, divide=stage.group_std), stage)
+    metrics["reward/unlabelled"] = float(rewards.mean())
+    return metrics | learner.reinforce(batch, group_advantages(rewards, batch.group, divide=stage.group_std), stage)

@@ -42,7 +42,7 @@ class Actor:
     ) -> dict[str, float]:
         """One optimizer step for each mini-batch of rows in `order` (int64 each), by `policy_loss`.
 
-        `experience` is that of the whole batch, on the CPU. Returns figures over all steps that were made. Raises
+        `experience` is that of the whole batch, on the CPU. Returns metrics over all steps that were made. Raises
         NotFiniteError.
         """
         assert isinstance(self.model, TrainedModel)
@@ -62,8 +62,8 @@ class Actor:
             return _seen(batch, experience, baseline, rows)
 
         steps = step_through(self.model, self.guard, batch, order, loss, len(ROW_METRICS), config.optimizer, given)
-        figures = _summary(steps, batch.response_lengths[steps.rows]) if len(steps.rows) else {}
-        return figures | {"actor/skipped": float(steps.skipped)}
+        metrics = _summary(steps, batch.response_lengths[steps.rows]) if len(steps.rows) else {}
+        return metrics | {"actor/skipped": float(steps.skipped)}
 
     def _moments(self, batch: Batch, experience: Experience, baseline: Baseline) -> Tensor:
         """The moments of all advantages of the batch. Each replica reckons its share."""
@@ -114,7 +114,7 @@ def _of_rows(flat: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
 
 def _summary(steps: Steps, lengths: Tensor) -> dict[str, float]:
     """Figures from the rows of all steps; `lengths` is int64 [rows]. Advantages are told over tokens."""
-    table = dict(zip(ROW_METRICS, steps.figures.unbind(1), strict=True))
+    table = dict(zip(ROW_METRICS, steps.metrics.unbind(1), strict=True))
     share = lengths / lengths.sum()
     advantage, square = (float(table.pop(name).double() @ share.double()) for name in ("advantage", "advantage_square"))
     count = int(lengths.sum())

@@ -43,7 +43,8 @@ class RotatedAttention(SelfAttention):
 class PackedAttention(nn.Module):
     """Causal attention on packed sequences by torch's scaled_dot_product_attention, grouped queries included.
 
-    With a `window`, a token sees itself and the `window` - 1 tokens before it. `sharpness` multiplies the scores.
+    With a `window`, a token sees itself and the `window` - 1 tokens before it. `softmax_scale_multiplier` multiplies
+    the scores.
     """
 
     def __init__(
@@ -51,12 +52,12 @@ class PackedAttention(nn.Module):
         config: TransformerConfig,
         softmax_scale: float | None = None,
         window: int | None = None,
-        sharpness: float = 1.0,
+        softmax_scale_multiplier: float = 1.0,
         **_: Any,
     ) -> None:
         super().__init__()
         assert config.kv_channels is not None
-        self.scale = (config.kv_channels**-0.5 if softmax_scale is None else softmax_scale) * sharpness
+        self.scale = (config.kv_channels**-0.5 if softmax_scale is None else softmax_scale) * softmax_scale_multiplier
         self.window = window
 
     def forward(
@@ -99,11 +100,11 @@ class PackedAttention(nn.Module):
         both = both.repeat_interleave(query.shape[2] // groups, dim=1).transpose(0, 1)[None]
         keys, values = both.chunk(2, dim=1)
         queries = query[:, 0].transpose(0, 1)[None]  # [1, heads, S / c, d]
-        found = [
+        outputs = [
             _ends_together(queries[:, :, p.queries], keys[:, :, p.keys], values[:, :, p.keys], self.scale, self.window)
             for p in packing.pieces
         ]
-        return torch.cat(found, dim=2)[0].transpose(0, 1).flatten(1)[:, None]
+        return torch.cat(outputs, dim=2)[0].transpose(0, 1).flatten(1)[:, None]
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -117,7 +118,7 @@ def _ends_together(query: Tensor, key: Tensor, value: Tensor, scale: float, wind
     With a window, a block of queries sees the keys of the window before each: at most the block and the window.
     """
     n, before = query.shape[2], key.shape[2] - query.shape[2]
-    found = []
+    outputs = []
     for start in range(0, n, window or n):
         end = min(start + (window or n), n)
         first = 0 if window is None else max(0, before + start - window + 1)
@@ -130,8 +131,8 @@ def _ends_together(query: Tensor, key: Tensor, value: Tensor, scale: float, wind
             offset = before + start - first
             mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(offset).triu(offset - window + 1)
         parts = query[:, :, start:end], key[:, :, seen], value[:, :, seen]
-        found.append(functional.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale))
-    return torch.cat(found, dim=2)
+        outputs.append(functional.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale))
+    return torch.cat(outputs, dim=2)
 
 
 def _windowed(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:

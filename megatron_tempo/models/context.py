@@ -25,10 +25,10 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class ContextShard:
     """The tokens of one context rank.
 
-    >>> Share.of(total=8, rank=1, ranks=2).tokens
+    >>> ContextShard.of(total=8, rank=1, ranks=2).tokens
     tensor([2, 3, 4, 5])
     """
 
@@ -38,7 +38,7 @@ class Share:
     tokens: Tensor  # int64 [S / c]: which of all S
 
     @classmethod
-    def of(cls, total: int, rank: int, ranks: int) -> Share:
+    def of(cls, total: int, rank: int, ranks: int) -> ContextShard:
         """Of `total` tokens, a multiple of 2 * `ranks`; a single rank takes all."""
         if ranks == 1:
             return cls(rank, ranks, total, torch.arange(total))
@@ -54,16 +54,16 @@ class Share:
 
     def pieces(self, lengths: list[int]) -> tuple[Piece, ...]:
         """This rank's tokens by sequence; `lengths` are those of the sequences, S in all."""
-        found, at = [], 0
+        pieces, at = [], 0
         for start in (int(self.tokens[0]), int(self.tokens[self.block])):
             first = 0
             for length in lengths:
                 begin, end = max(first, start), min(first + length, start + self.block)
                 if begin < end:
-                    found.append(Piece(slice(at, at + end - begin), slice(first, end)))
+                    pieces.append(Piece(slice(at, at + end - begin), slice(first, end)))
                     at += end - begin
                 first += length
-        return tuple(found)
+        return tuple(pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +75,17 @@ class Outputs:
     targets: Tensor  # int64 [w]: what they are to predict, 0 where there is nothing to
 
     @classmethod
-    def of(cls, share: Share, tokens: Tensor, targets: Tensor, device: torch.device) -> Outputs:
+    def of(cls, shard: ContextShard, tokens: Tensor, targets: Tensor, device: torch.device) -> Outputs:
         """`tokens` are the R among all S, `targets` their targets: int64 [R] both."""
-        if share.ranks == 1:
+        if shard.ranks == 1:
             return cls(tokens.to(device), None, targets.to(device))
-        owners, places = share.places(tokens)
-        own = [(owners == rank).nonzero().flatten() for rank in range(share.ranks)]
+        owners, places = shard.places(tokens)
+        own = [(owners == rank).nonzero().flatten() for rank in range(shard.ranks)]
         width = max(len(rows) for rows in own)
         order = torch.empty_like(tokens)
         for rank, rows in enumerate(own):
             order[rows] = rank * width + torch.arange(len(rows))
-        rows = own[share.rank]
+        rows = own[shard.rank]
 
         def filled(x: Tensor) -> Tensor:
             return torch.nn.functional.pad(x[rows], (0, width - len(rows))).to(device)

@@ -35,7 +35,7 @@ class Critic:
     ) -> dict[str, float]:
         """One optimizer step for each mini-batch of rows in `order` (int64 each), by `value_loss`.
 
-        `targets` is float32 [n]. Returns figures over all steps that were made. Raises NotFiniteError.
+        `targets` is float32 [n]. Returns metrics over all steps that were made. Raises NotFiniteError.
         """
         old = self.values(batch) if config.clip is not None else None
 
@@ -48,9 +48,9 @@ class Critic:
             return {"targets": targets[rows]}
 
         steps = step_through(self.model, self.guard, batch, order, loss, len(VALUE_METRICS), config.optimizer, given)
-        figures = {"critic/skipped": float(steps.skipped)}
+        metrics = {"critic/skipped": float(steps.skipped)}
         if len(steps.rows):
-            means = steps.figures.mean(0).tolist()
-            figures |= {f"critic/{name}": mean for name, mean in zip(VALUE_METRICS, means, strict=True)}
-            figures["critic/grad_norm"] = sum(steps.grad_norms) / len(steps.grad_norms)
-        return figures
+            means = steps.metrics.mean(0).tolist()
+            metrics |= {f"critic/{name}": mean for name, mean in zip(VALUE_METRICS, means, strict=True)}
+            metrics["critic/grad_norm"] = sum(steps.grad_norms) / len(steps.grad_norms)
+        return metrics

@@ -37,7 +37,7 @@ class Norms:
 
     query: ModuleSpec | type
     key: ModuleSpec | type
-    before: bool  # norms before attention and MLP, or else behind them
+    pre_norm: bool  # norms before attention and MLP, or else behind them
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +47,12 @@ class Parts:
     norm: type  # before attention and MLP; IdentityOp where the next has it within, or where norms stand behind
     column: Any  # linear maps into attention and MLP
     row: Any  # and out of them
-    core_attention: Callable[..., Any]  # takes also `window` and `sharpness`
+    core_attention: Callable[..., Any]  # takes also `window` and `softmax_scale_multiplier`
 
 
 def local_layer(shape: Shape, attention: LayerAttention, norms: Norms) -> ModuleSpec:
     """The spec of a layer that attends so, of Megatron's linear layers and torch's attention."""
-    if norms.before:
+    if norms.pre_norm:
         parts = Parts(RMSNorm, ColumnParallelLinear, RowParallelLinear, PackedAttention)
     else:
         parts = Parts(IdentityOp, ColumnParallelLinear, NormedRowParallelLinear, PackedAttention)
@@ -68,7 +68,7 @@ def layer_of(parts: Parts, shape: Shape, attention: LayerAttention, norms: Norms
             parts.core_attention,
             window=attention.window,
             # YaRN's factor of both queries and keys, as one of their products.
-            sharpness=yarn.attention_factor**2 if yarn else 1.0,
+            softmax_scale_multiplier=yarn.attention_factor**2 if yarn else 1.0,
         ),
         linear_proj=parts.row,
         q_layernorm=norms.query,

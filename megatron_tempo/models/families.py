@@ -62,7 +62,7 @@ def transformer_config(
     precision: Precision,
     recompute: Recompute = Recompute.none,
     layers: Layers = Layers.local,
-    bf16_ends: int = 0,
+    num_bf16_layers_at_ends: int = 0,
 ) -> TransformerConfig:
     """Megatron's config of this shape and layout. Weights are not initialised: they are always loaded.
 
@@ -109,11 +109,11 @@ def transformer_config(
         bf16=dtype is torch.bfloat16,
         transformer_impl=layers.name,
         **_RECOMPUTE[recompute],
-        **_fp8(precision, bf16_ends),
+        **_fp8(precision, num_bf16_layers_at_ends),
     )
 
 
-def _fp8(precision: Precision, bf16_ends: int) -> dict[str, Any]:
+def _fp8(precision: Precision, num_bf16_layers_at_ends: int) -> dict[str, Any]:
     """Megatron's words for an FP8 recipe. Weights stay in bf16, and so do the attention and the output layer."""
     if precision not in RECIPES:
         return {}
@@ -128,9 +128,9 @@ def _fp8(precision: Precision, bf16_ends: int) -> dict[str, Any]:
         # passes of the one would push those of the other out.
         "fp8_amax_history_len": 1,
         "fp8_amax_compute_algo": "most_recent",
-        "first_last_layers_bf16": bf16_ends > 0,
-        "num_layers_at_start_in_bf16": bf16_ends,
-        "num_layers_at_end_in_bf16": bf16_ends,
+        "first_last_layers_bf16": num_bf16_layers_at_ends > 0,
+        "num_layers_at_start_in_bf16": num_bf16_layers_at_ends,
+        "num_layers_at_end_in_bf16": num_bf16_layers_at_ends,
     }
 
 

@@ -53,12 +53,12 @@ class PackedGPT(GPTModel):
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Its parameters by the names that the weight tables have for them, as its checkpoints do."""
-        found = {}
+        weights = {}
         for name, parameter in self.named_parameters():
             for ours, theirs in NORMS_WITHIN.items():
                 name = name.replace(ours, theirs)
-            found[name] = parameter
-        return found
+            weights[name] = parameter
+        return weights
 
     def forward(self, micro: MicroBatch) -> Tensor:
         """Hidden states [S / c (/ tensor), 1, hidden]; on the last stage the head's output."""
@@ -105,10 +105,10 @@ class LanguageModel(PackedGPT):
         weight = self.output_layer.weight if weight is None else weight
         args = (outputs.targets, self.shape.vocab, self.temperature, get_tensor_model_parallel_group())
         if self.logits is Logits.recomputed:
-            found = self.kernels.linear_logprobs_and_entropy(predicting, weight, *args)
+            results = self.kernels.linear_logprobs_and_entropy(predicting, weight, *args)
         else:
-            found = self.kernels.logprobs_and_entropy(functional.linear(predicting, weight), *args)
-        return torch.stack([outputs.joined(x) for x in found])
+            results = self.kernels.logprobs_and_entropy(functional.linear(predicting, weight), *args)
+        return torch.stack([outputs.joined(x) for x in results])
 
 
 class ValueHead(nn.Module):

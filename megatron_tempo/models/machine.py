@@ -39,7 +39,7 @@ def described(config: Config, machine: Machine) -> str:
         assert machine.te is not None
         layers = f"Transformer Engine {dotted(machine.te)}"
     words = [f"device: {where}", f"layers: {layers}, {config.run.precision.name}"]
-    if config.run.precision in RECIPES and config.model.bf16_ends:
-        words[-1] += f" but for {config.model.bf16_ends} layers in bf16 at either end"
+    if config.run.precision in RECIPES and config.model.num_bf16_layers_at_ends:
+        words[-1] += f" but for {config.model.num_bf16_layers_at_ends} layers in bf16 at either end"
     fused = "Transformer Engine's FusedAdam" if USING_TE_OPTIMIZER else "Apex's FusedAdam"
     return "; ".join([*words, f"optimizer: {'torch.optim.AdamW' if USING_PYTORCH_OPTIMIZER else fused}"])

@@ -58,7 +58,7 @@ class NonFiniteGuard:
             raise NotFiniteError(
                 f"the {self.model}'s loss or gradient was not finite at {self.consecutive} optimizer steps in a row, "
                 f"the last in iteration {self.iteration}; none of them was made. The last mini-batch is in {path}; "
-                "docs/monitoring.md says how to read it (run.max_skipped)"
+                "docs/monitoring.md says how to read it (run.max_consecutive_nonfinite_steps)"
             )
 
 

@@ -100,7 +100,7 @@ def _mean_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return total / (x.shape[-1] * group.size())
 
 
-class NormBehind(nn.Module):
+class PostNorm(nn.Module):
     """Before a row-parallel layer's class: its outputs normed, what a block of OLMo3 adds to the residual stream."""
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **others: Any) -> None:
@@ -113,5 +113,5 @@ class NormBehind(nn.Module):
         return self.norm(output), bias
 
 
-class NormedRowParallelLinear(NormBehind, RowParallelLinear):
+class NormedRowParallelLinear(PostNorm, RowParallelLinear):
     """Megatron's own, with a norm behind it."""

@@ -1,4 +1,4 @@
-"""Which of a run's models are on the device: all of them, or one at a time while the others wait in host memory.
+"""Offloads models to host memory: keeps all of a run's models on the device, or one at a time.
 
 A model that leaves has the storages of its weights and of its optimizer's state copied to host memory and emptied, so
 that every view of them stays what it is; its gradients are let go, since each step begins from zero. On a GPU the host
@@ -19,23 +19,23 @@ from torch import Tensor
 from megatron_tempo.errors import InputError
 
 
-class Resident(Protocol):
-    """A model that can leave the device."""
+class Offloadable(Protocol):
+    """A model that can be offloaded."""
 
     @property
     def device(self) -> torch.device: ...
 
-    def kept(self) -> Iterable[Tensor]:
-        """Tensors whose contents must come back."""
+    def persistent_tensors(self) -> Iterable[Tensor]:
+        """Tensors whose contents are kept while the model is offloaded."""
         ...
 
-    def scratch(self) -> Iterable[Tensor]:
-        """Tensors that may come back with any contents."""
+    def transient_tensors(self) -> Iterable[Tensor]:
+        """Tensors whose contents are dropped when the model is offloaded."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class _Waiting:
+class _OffloadedStorage:
     """A storage that was emptied: its bytes, and where they wait; none: they were let go."""
 
     storage: torch.UntypedStorage
@@ -43,56 +43,60 @@ class _Waiting:
     host: Tensor | None  # uint8 [size]
 
 
-class Residence:
-    """The device's models. With `one_at_a_time`, whoever is brought sends the others away.
+class ModelOffloader:
+    """The models on the device. With `one_at_a_time`, loading one offloads the others.
 
-    `bring` and `clear` work at once on a CPU; on a GPU what is queued afterwards finds the model there.
+    `load` and `offload_all` work at once on a CPU; on a GPU what is queued afterwards finds the model there.
     """
 
     def __init__(self, *, one_at_a_time: bool) -> None:
         self._one_at_a_time = one_at_a_time
-        self._there: Resident | None = None
-        self._away: dict[int, list[_Waiting]] = {}  # by the model's id
+        self._loaded: Offloadable | None = None
+        self._offloaded: dict[int, list[_OffloadedStorage]] = {}  # by the model's id
         self._hosts: dict[int, Tensor] = {}  # its host memory, which is kept for its next leave
 
-    def bring(self, model: Resident) -> None:
-        """Have `model` on the device. A model that is brought for the first time must be there already."""
-        if not self._one_at_a_time or self._there is model:
+    def load(self, model: Offloadable) -> None:
+        """Load `model` to the device. At its first load it must be there already."""
+        if not self._one_at_a_time or self._loaded is model:
             return
-        leaving = self._leave()
-        _exchange(model.device, leaving, self._away.pop(id(model), []))
-        self._there = model
+        outgoing = self._offload()
+        _exchange(model.device, outgoing, self._offloaded.pop(id(model), []))
+        self._loaded = model
 
-    def clear(self) -> None:
-        """Have no model on the device, so that another one can be built there."""
-        if self._there is not None:
-            device = self._there.device
-            _exchange(device, self._leave(), [])
-            self._there = None
+    def offload_all(self) -> None:
+        """Offload all models, so that another one can be built on the device."""
+        if self._loaded is not None:
+            device = self._loaded.device
+            _exchange(device, self._offload(), [])
+            self._loaded = None
 
-    def _leave(self) -> list[_Waiting]:
+    def _offload(self) -> list[_OffloadedStorage]:
         """The storages of the model that is there, with a place for each in host memory."""
-        model = self._there
+        model = self._loaded
         if model is None:
             return []
-        kept, scratch = _storages(model.kept()), _storages(model.scratch())
-        total = sum(storage.nbytes() for storage in kept.values())
+        persistent, transient = _storages(model.persistent_tensors()), _storages(model.transient_tensors())
+        total = sum(storage.nbytes() for storage in persistent.values())
         host = self._hosts.get(id(model))
         if host is None or len(host) < total:
             host = self._hosts[id(model)] = _host_memory(total, model.device)
-        waiting, at = [], 0
-        for storage in sorted(kept.values(), key=lambda storage: -storage.nbytes()):
-            waiting.append(_Waiting(storage, storage.nbytes(), host[at : at + storage.nbytes()]))
+        offloaded, at = [], 0
+        for storage in sorted(persistent.values(), key=lambda storage: -storage.nbytes()):
+            offloaded.append(_OffloadedStorage(storage, storage.nbytes(), host[at : at + storage.nbytes()]))
             at += storage.nbytes()
-        waiting += [_Waiting(one, one.nbytes(), None) for place, one in scratch.items() if place not in kept]
-        self._away[id(model)] = waiting
-        return waiting
+        offloaded += [
+            _OffloadedStorage(one, one.nbytes(), None)
+            for address, one in transient.items()
+            if address not in persistent
+        ]
+        self._offloaded[id(model)] = offloaded
+        return offloaded
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
     """The storages that the tensors are views of, by address."""
-    found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
-    return {address: storage for address, storage in found.items() if address}
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+    return {address: storage for address, storage in storages.items() if address}
 
 
 def _host_memory(size: int, device: torch.device) -> Tensor:
@@ -113,11 +117,11 @@ def _host_memory(size: int, device: torch.device) -> Tensor:
     return host
 
 
-def _exchange(device: torch.device, leaving: list[_Waiting], arriving: list[_Waiting]) -> None:
+def _exchange(device: torch.device, outgoing: list[_OffloadedStorage], incoming: list[_OffloadedStorage]) -> None:
     copies = _Copies.on(device)
-    done = [copies.away(one) for one in leaving]
-    coming, room = deque(arriving), 0
-    for one, wait in zip(leaving, done, strict=True):
+    done = [copies.away(one) for one in outgoing]
+    coming, room = deque(incoming), 0
+    for one, wait in zip(outgoing, done, strict=True):
         wait()
         one.storage.resize_(0)
         room += one.size
@@ -136,13 +140,13 @@ class _Copies:
     def on(device: torch.device) -> _Copies:
         return _CudaCopies(device) if device.type == "cuda" else _Copies()
 
-    def away(self, one: _Waiting) -> Callable[[], None]:
+    def away(self, one: _OffloadedStorage) -> Callable[[], None]:
         """Begin to copy a storage to its host memory. The result waits until it is there."""
         if one.host is not None:
             one.host.copy_(_bytes(one.storage))
         return lambda: None
 
-    def back(self, one: _Waiting) -> None:
+    def back(self, one: _OffloadedStorage) -> None:
         one.storage.resize_(one.size)
         if one.host is not None:
             _bytes(one.storage).copy_(one.host)
@@ -159,14 +163,14 @@ class _CudaCopies(_Copies):
         self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._out.wait_stream(self._main)
 
-    def away(self, one: _Waiting) -> Callable[[], None]:
+    def away(self, one: _OffloadedStorage) -> Callable[[], None]:
         with torch.cuda.stream(self._out):
             if one.host is not None:
                 one.host.copy_(_bytes(one.storage), non_blocking=True)
             event = self._out.record_event()
         return event.synchronize
 
-    def back(self, one: _Waiting) -> None:
+    def back(self, one: _OffloadedStorage) -> None:
         one.storage.resize_(one.size)  # on the main stream, whose earlier work may still use the memory that it finds
         if one.host is not None:
             self._in.wait_stream(self._main)

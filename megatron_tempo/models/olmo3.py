@@ -47,30 +47,30 @@ def shape_of(config: PretrainedConfig, file: Path) -> Shape:
 
 def norms(shape: Shape) -> Norms:
     query, key = (ModuleSpec(ProjectionNorm, {"heads": heads}) for heads in (shape.heads, shape.groups))
-    return Norms(query, key, before=False)
+    return Norms(query, key, pre_norm=False)
 
 
 def _rope(config: PretrainedConfig, file: Path, kind: str) -> Rope:
     field = f"rope_parameters.{kind}"
-    told = {name: value for name, value in config.rope_parameters[kind].items() if value is not None}
-    rope_type = told.get("rope_type", "default")
+    parameters = {name: value for name, value in config.rope_parameters[kind].items() if value is not None}
+    rope_type = parameters.get("rope_type", "default")
     if rope_type not in ("default", "yarn"):
         raise refuse(file, f"{field}.rope_type", rope_type, "yarn")
-    for name in told.keys() - _PLAIN_ROPE - (_YARN if rope_type == "yarn" else set()):
-        if told[name] != _AS_USUAL.get(name):
-            raise refuse(file, f"{field}.{name}", told[name], _AS_USUAL.get(name))
-    return Rope(float(told["rope_theta"]), _yarn(told, file, field) if rope_type == "yarn" else None)
+    for name in parameters.keys() - _PLAIN_ROPE - (_YARN if rope_type == "yarn" else set()):
+        if parameters[name] != _AS_USUAL.get(name):
+            raise refuse(file, f"{field}.{name}", parameters[name], _AS_USUAL.get(name))
+    return Rope(float(parameters["rope_theta"]), _yarn(parameters, file, field) if rope_type == "yarn" else None)
 
 
-def _yarn(told: dict[str, Any], file: Path, field: str) -> Yarn:
+def _yarn(parameters: dict[str, Any], file: Path, field: str) -> Yarn:
     for name in ("factor", "original_max_position_embeddings"):
-        if not isinstance(told.get(name), int | float) or told[name] < 1:
-            raise InputError(f"{file}: {field}.{name}={told.get(name)} should be a number from 1 on")
-    factor = float(told["factor"])
+        if not isinstance(parameters.get(name), int | float) or parameters[name] < 1:
+            raise InputError(f"{file}: {field}.{name}={parameters.get(name)} should be a number from 1 on")
+    factor = float(parameters["factor"])
     return Yarn(
         factor=factor,
-        trained_positions=told["original_max_position_embeddings"],
-        beta_fast=told.get("beta_fast") or 32.0,
-        beta_slow=told.get("beta_slow") or 1.0,
-        attention_factor=told.get("attention_factor", 0.1 * math.log(factor) + 1.0),
+        trained_positions=parameters["original_max_position_embeddings"],
+        beta_fast=parameters.get("beta_fast") or 32.0,
+        beta_slow=parameters.get("beta_slow") or 1.0,
+        attention_factor=parameters.get("attention_factor", 0.1 * math.log(factor) + 1.0),
     )

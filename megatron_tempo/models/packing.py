@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_tempo.config.sizes import GRID_SLACK
 from megatron_tempo.kernels.rows import Rows
-from megatron_tempo.models.context import Outputs, Piece, Share
+from megatron_tempo.models.context import ContextShard, Outputs, Piece
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.types import Batch
 
@@ -99,12 +99,12 @@ def micro_batches(
     The tokens of each rank, under sequence parallelism too, are filled up to a multiple of `token_multiple`.
     """
     lengths = batch.lengths[rows]
-    share = rows[data_share(lengths, layout.data_rank, layout.data)]
-    groups = divide_by_budget(batch.lengths[share], budget) or [torch.zeros(0, dtype=torch.int64)]
+    mine = rows[data_share(lengths, layout.data_rank, layout.data)]
+    groups = divide_by_budget(batch.lengths[mine], budget) or [torch.zeros(0, dtype=torch.int64)]
     multiple = token_multiple * (layout.tensor if layout.sequence_parallel else 1)
     multiple *= 2 * layout.context if layout.context > 1 else 1
     texts = (batch.prompts(), batch.responses())  # once, not for each micro-batch: this splits the whole batch
-    return [_pack(batch, texts, share[group], layout, multiple, device) for group in groups]
+    return [_pack(batch, texts, mine[group], layout, multiple, device) for group in groups]
 
 
 def _pack(
@@ -129,19 +129,19 @@ def _pack(
     first = starts + prompts - 1
     targets = torch.cat([all_responses[row] for row in rows.tolist()]) if len(rows) else tokens[:0]
     response_starts = (batch.response_lengths.cumsum(0) - batch.response_lengths)[rows]
-    share = Share.of(total + padding, layout.context_rank, layout.context)
-    packing = _packing(sequences, positions, device) if layout.context == 1 else _divided(sequences, share, device)
+    shard = ContextShard.of(total + padding, layout.context_rank, layout.context)
+    packing = _packing(sequences, positions, device) if layout.context == 1 else _divided(sequences, shard, device)
     valued = _ranges(first, responses + 1)
     return MicroBatch(
         rows=rows,
-        tokens=tokens[None, share.tokens].to(device),
-        positions=positions[share.tokens].to(device),
+        tokens=tokens[None, shard.tokens].to(device),
+        positions=positions[shard.tokens].to(device),
         packing=packing,
         padding=padding,
         response_rows=Rows.of(responses, device),
         value_rows=Rows.of(responses + 1, device),
-        predicting=Outputs.of(share, _ranges(first, responses), targets, device),
-        valued=Outputs.of(share, valued, torch.zeros_like(valued), device),
+        predicting=Outputs.of(shard, _ranges(first, responses), targets, device),
+        valued=Outputs.of(shard, valued, torch.zeros_like(valued), device),
         response_cells=_ranges(response_starts, responses),
         value_cells=value_cells(batch, rows),
     )
@@ -177,13 +177,13 @@ def _packing(sequences: Tensor, positions: Tensor, device: torch.device) -> Pack
     )
 
 
-def _divided(sequences: Tensor, share: Share, device: torch.device) -> Packing:
+def _divided(sequences: Tensor, shard: ContextShard, device: torch.device) -> Packing:
     longest = int(sequences.max())
-    ranks, places = share.places(torch.arange(int(sequences.sum())))
+    ranks, places = shard.places(torch.arange(int(sequences.sum())))
     return Packing(
         qkv_format="sbhd",
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        pieces=share.pieces(sequences.tolist()),
-        order=(ranks * len(share.tokens) + places).to(device),
+        pieces=shard.pieces(sequences.tolist()),
+        order=(ranks * len(shard.tokens) + places).to(device),
     )

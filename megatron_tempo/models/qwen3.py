@@ -24,4 +24,4 @@ def shape_of(config: PretrainedConfig, file: Path) -> Shape:
 
 
 def norms(shape: Shape) -> Norms:
-    return Norms(query=RMSNorm, key=RMSNorm, before=True)
+    return Norms(query=RMSNorm, key=RMSNorm, pre_norm=True)

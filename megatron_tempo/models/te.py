@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from megatron_tempo.models.attention import PackedAttention
 from megatron_tempo.models.decoder import Norms, Parts, layer_of
-from megatron_tempo.models.norms import NormBehind
+from megatron_tempo.models.norms import PostNorm
 from megatron_tempo.models.packing import Packing
 from megatron_tempo.models.shape import LayerAttention, Shape
 
 
 def te_layer(shape: Shape, attention: LayerAttention, norms: Norms) -> ModuleSpec:
     """The spec of a layer that attends so. A norm before a linear map is fused with it."""
-    if norms.before:
+    if norms.pre_norm:
         parts = Parts(IdentityOp, TELayerNormColumnParallelLinear, TERowParallelLinear, _core_attention)
     else:
         parts = Parts(IdentityOp, TEColumnParallelLinear, TENormedRowParallelLinear, _core_attention)
@@ -59,7 +59,7 @@ class PackedTEAttention(TEDotProductAttention):
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         window: int | None = None,
-        sharpness: float = 1.0,
+        softmax_scale_multiplier: float = 1.0,
         cp_comm_type: str | None = None,
     ) -> None:
         assert config.kv_channels is not None
@@ -71,7 +71,7 @@ class PackedTEAttention(TEDotProductAttention):
             layer_number,
             attn_mask_type,
             attention_type,
-            softmax_scale=scale * sharpness,
+            softmax_scale=scale * softmax_scale_multiplier,
             cp_comm_type=cp_comm_type,
             pg_collection=pg_collection,
         )
@@ -102,5 +102,5 @@ class PackedTEAttention(TEDotProductAttention):
         return out.reshape(query.shape[0], 1, -1)
 
 
-class TENormedRowParallelLinear(NormBehind, TERowParallelLinear):
+class TENormedRowParallelLinear(PostNorm, TERowParallelLinear):
     """Transformer Engine's, with a norm behind it."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_tempo.config.stages import OptimizerConfig
 from megatron_tempo.models.gpt import PackedGPT
-from megatron_tempo.models.offload import Residence
+from megatron_tempo.models.offload import ModelOffloader
 from megatron_tempo.models.packing import MicroBatch, micro_batches
 from megatron_tempo.models.parallel import Layout, sum_over_ranks
 from megatron_tempo.runtime import progress_marker
@@ -34,7 +34,7 @@ Reading = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor]]
 class Step:
     """An optimizer step, or one that was not made."""
 
-    figures: Tensor  # float32 [rows, metrics], the same on every rank
+    metrics: Tensor  # float32 [rows, num_metrics], the same on every rank
     losses: Tensor  # float32 [rows], the same on every rank
     grad_norm: float  # before clipping
     made: bool  # false where a loss or the gradient is not finite: the weights are then as before
@@ -49,32 +49,34 @@ class Model:
     device: torch.device
     micro_batch_tokens: int
     module: Any  # the network as it is called: in its wrappers, if it has any
-    residence: Residence  # the device, which it may share with other models by turns
+    offloader: ModelOffloader  # shared by the models of a run
     counted: TokenCount = field(default_factory=TokenCount)
-    settled: int = 0  # of delayed scaling: 1 when the scales of forward passes are known, 2 those of backward ones too
+    fp8_scales_ready: int = (
+        0  # of delayed scaling: 1 when the scales of forward passes are known, 2 those of backward ones too
+    )
 
     @classmethod
     def frozen(
-        cls, net: PackedGPT, layout: Layout, device: torch.device, micro_batch_tokens: int, residence: Residence
+        cls, net: PackedGPT, layout: Layout, device: torch.device, micro_batch_tokens: int, offloader: ModelOffloader
     ) -> Model:
         """A network that is only read: no gradients, no optimizer."""
         module = _on_device(net, device).requires_grad_(False)
-        model = cls(net, layout, device, micro_batch_tokens, module, residence)
-        residence.bring(model)
+        model = cls(net, layout, device, micro_batch_tokens, module, offloader)
+        offloader.load(model)
         return model
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """On the device, with its process groups in place: whatever reads or changes its tensors happens inside."""
-        self.residence.bring(self)
+        self.offloader.load(self)
         with self.layout.groups.current():
             yield
 
-    def kept(self) -> Iterable[Tensor]:
-        """What must come back when the model has been away from the device."""
+    def persistent_tensors(self) -> Iterable[Tensor]:
+        """See `Offloadable`."""
         return self.net.parameters()
 
-    def scratch(self) -> Iterable[Tensor]:
+    def transient_tensors(self) -> Iterable[Tensor]:
         return ()
 
     @torch.no_grad()
@@ -95,7 +97,7 @@ class Model:
         with self.at_work():
             self.module.eval()
             parts = self._packed(batch, torch.arange(len(batch)))
-            self._settle(parts, collect, forward_only=True)
+            self._warm_up_fp8_scales(parts, collect, forward_only=True)
             self._run(parts, collect, forward_only=True)
         return sum_over_ranks(answer)
 
@@ -104,24 +106,24 @@ class Model:
             batch, rows, self.layout, self.micro_batch_tokens, self.device, token_multiple=self.net.token_multiple
         )
 
-    def _settle(self, parts: list[MicroBatch], loss: Loss, *, forward_only: bool) -> None:
-        """Give delayed scaling its first scales, by a pass of one micro-batch whose outcome is done without.
+    def _warm_up_fp8_scales(self, parts: list[MicroBatch], loss: Loss, *, forward_only: bool) -> None:
+        """Warm up FP8 delayed scaling with one throw-away micro-batch.
 
-        It starts with scales of 1, under which FP8 loses most of a weight and all of a gradient, and Transformer Engine
-        takes new ones in passes with gradient alone.
+        Its scales start at 1, under which FP8 loses most of a weight and all of a gradient, and Transformer Engine
+        updates them only in passes with gradient.
         """
         config, wanted = self.net.config, 1 if forward_only else 2
-        if config.fp8 and config.fp8_recipe == "delayed" and self.settled < wanted:
+        if config.fp8 and config.fp8_recipe == "delayed" and self.fp8_scales_ready < wanted:
             with torch.enable_grad():
                 self._run(parts[:1], loss, forward_only=forward_only)
-            self.settled = wanted
+            self.fp8_scales_ready = wanted
 
     def _run(self, parts: list[MicroBatch], loss: Loss, *, forward_only: bool) -> None:
         for part in parts:
             self.counted.add(part.tokens.numel(), part.padding)
 
         def forward_step(batches: Iterator[MicroBatch], model: Any, *_: Any) -> tuple[Tensor, Any]:
-            progress_marker.beat()
+            progress_marker.mark()
             micro = next(batches)
             return model(micro), partial(loss, micro)
 
@@ -145,7 +147,7 @@ class TrainedModel(Model):
 
     @classmethod
     def wrap(
-        cls, net: PackedGPT, layout: Layout, device: torch.device, micro_batch_tokens: int, residence: Residence
+        cls, net: PackedGPT, layout: Layout, device: torch.device, micro_batch_tokens: int, offloader: ModelOffloader
     ) -> TrainedModel:
         """Wrap a network whose weights are loaded: the optimizer copies them as its fp32 main weights.
 
@@ -174,11 +176,11 @@ class TrainedModel(Model):
         _mend_places(optimizer)
         _begin_adam(optimizer)
         config.finalize_model_grads_func = finalize_model_grads
-        model = cls(net, layout, device, micro_batch_tokens, ddp, residence, optimizer=optimizer)
-        residence.bring(model)
+        model = cls(net, layout, device, micro_batch_tokens, ddp, offloader, optimizer=optimizer)
+        offloader.load(model)
         return model
 
-    def kept(self) -> Iterable[Tensor]:
+    def persistent_tensors(self) -> Iterable[Tensor]:
         """The weights, the optimizer's main weights and its moments."""
         yield from self.net.parameters()
         for inner in (part.optimizer for part in _parts(self.optimizer)):
@@ -187,54 +189,54 @@ class TrainedModel(Model):
             for state in inner.state.values():
                 yield from (value for value in state.values() if isinstance(value, Tensor) and value.dim() > 0)
 
-    def scratch(self) -> Iterable[Tensor]:
+    def transient_tensors(self) -> Iterable[Tensor]:
         """The gradients."""
         return (buffer.grad_data for buffer in self.module.buffers)
 
-    def step(self, batch: Batch, rows: Tensor, loss: Loss, metrics: int, config: OptimizerConfig) -> Step:
+    def step(self, batch: Batch, rows: Tensor, loss: Loss, num_metrics: int, config: OptimizerConfig) -> Step:
         """One optimizer step on the mean over `rows` of a loss by row; none where that or its gradient is not finite.
 
-        `loss` turns a micro-batch and the model's output into (loss [m], metrics [m, `metrics`]).
+        `loss` turns a micro-batch and the model's output into (loss [m], metrics [m, `num_metrics`]).
         """
         with self.at_work():
-            return self._step(batch, rows, loss, metrics, config)
+            return self._step(batch, rows, loss, num_metrics, config)
 
-    def _step(self, batch: Batch, rows: Tensor, loss: Loss, metrics: int, config: OptimizerConfig) -> Step:
+    def _step(self, batch: Batch, rows: Tensor, loss: Loss, num_metrics: int, config: OptimizerConfig) -> Step:
         self.module.train()
         parts = self._packed(batch, rows)
         # Megatron divides by the micro-batches of this rank and averages over the data-parallel ranks.
         scale = len(parts) * self.layout.data / len(rows)
         place = torch.full((len(batch),), -1).index_put((rows,), torch.arange(len(rows)))
-        table = torch.zeros(len(rows), metrics + 1)  # the last column: the losses
+        table = torch.zeros(len(rows), num_metrics + 1)  # the last column: the losses
 
         def scaled(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
-            by_row, figures = loss(micro, output)
+            by_row, metrics = loss(micro, output)
             if self.layout.reports:
-                told = torch.cat((figures, by_row.detach()[:, None]), dim=1)
-                table[place[micro.rows]] = told.float().cpu()
+                columns = torch.cat((metrics, by_row.detach()[:, None]), dim=1)
+                table[place[micro.rows]] = columns.float().cpu()
             # The sum over no outputs keeps a micro-batch of padding alone in the graph.
-            return by_row.sum() * scale + output[:0].sum(), figures
+            return by_row.sum() * scale + output[:0].sum(), metrics
 
         # Taken back, since a network whose config holds its optimizer is never freed: the cycle goes through tensors
         # that Python's collector cannot follow, and process groups would stay with their threads.
         self.net.config.grad_scale_func = self.optimizer.scale_loss
-        self._settle(parts, scaled, forward_only=False)
+        self._warm_up_fp8_scales(parts, scaled, forward_only=False)
         self.module.zero_grad_buffer()
         self._run(parts, scaled, forward_only=False)
         self.net.config.grad_scale_func = None
         self._set_hyperparameters(config)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        # In one sum what all ranks told and whether any of them saw what is not finite: they decide alike.
+        # One sum over ranks holds the table and whether any rank saw a non-finite value, so that all decide alike.
         ranks = torch.cat((table.flatten(), torch.tensor([0.0 if math.isfinite(grad_norm) else 1.0])))
-        told, bad = sum_over_ranks(ranks).split((table.numel(), 1))
-        figures, losses = told.view_as(table).split((metrics, 1), dim=1)
+        summed, bad = sum_over_ranks(ranks).split((table.numel(), 1))
+        metrics, losses = summed.view_as(table).split((num_metrics, 1), dim=1)
         made = float(bad) == 0.0 and bool(losses.isfinite().all())
         if made:
             self.optimizer.step()
             self.step_count += 1
         self.optimizer.zero_grad()  # at once: its fp32 copy of the gradients would stay until the next step
-        return Step(figures, losses.flatten(), grad_norm, made)
+        return Step(metrics, losses.flatten(), grad_norm, made)
 
     def sharded_optimizer(
         self, weights: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool

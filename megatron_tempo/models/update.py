@@ -19,7 +19,7 @@ class Steps:
     """The steps of an update that were made, and the number of those that were skipped."""
 
     rows: Tensor  # int64 [n]: the rows that were trained on, in their order
-    figures: Tensor  # float32 [n, metrics]
+    metrics: Tensor  # float32 [n, num_metrics]
     grad_norms: list[float]  # of each step
     skipped: int
 
@@ -30,7 +30,7 @@ def step_through(
     batch: Batch,
     order: Sequence[Tensor],
     loss: Loss,
-    metrics: int,
+    num_metrics: int,
     config: OptimizerConfig,
     inputs: LossInputs,
 ) -> Steps:
@@ -41,7 +41,7 @@ def step_through(
     """
     made: list[tuple[Tensor, Step]] = []
     for number, rows in enumerate(order, start=1):
-        step = trained.step(batch, rows, loss, metrics, config)
+        step = trained.step(batch, rows, loss, num_metrics, config)
         if step.made:
             guard.made()
             made.append((rows, step))
@@ -49,7 +49,7 @@ def step_through(
             guard.skipped(number, batch, rows, step, inputs)
     return Steps(
         torch.cat([rows for rows, _ in made]) if made else torch.empty(0, dtype=torch.int64),
-        torch.cat([step.figures for _, step in made]) if made else torch.empty(0, metrics),
+        torch.cat([step.metrics for _, step in made]) if made else torch.empty(0, num_metrics),
         [step.grad_norm for _, step in made],
         len(order) - len(made),
     )

@@ -52,13 +52,13 @@ class Alert:
     seen: str  # at `last`
     active: bool  # it fires at the newest record that it could fire at
 
-    def told(self) -> str:
+    def message(self) -> str:
         since = f"step {self.first}" if self.first == self.last else f"steps {self.first} to {self.last}"
         return f"{self.name}, {since}{'' if self.active else ' (over)'}: {self.seen}"
 
     def line(self) -> str:
         """With what to do about it."""
-        return f"{self.told()}; {self.advice}"
+        return f"{self.message()}; {self.advice}"
 
 
 class Watch:
@@ -109,8 +109,8 @@ def alerts(metrics: Sequence[Record], evaluations: Sequence[Record]) -> list[Ale
 
 def _auroc(record: Record) -> float | None:
     calibration = record.get("calibration")
-    found: float | None = calibration["last"]["auroc"] if calibration else None
-    return found
+    auroc: float | None = calibration["last"]["auroc"] if calibration else None
+    return auroc
 
 
 def _auroc_falls() -> Look:

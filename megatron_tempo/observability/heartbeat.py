@@ -102,7 +102,7 @@ class Heartbeat:
                 self._warned = True
 
 
-def leave_word(folder: Path, why: str) -> None:
+def write_final_heartbeat(folder: Path, why: str) -> None:
     """Say in the last sign, from whichever process, why the run has ended. Raises OSError."""
     record = read_heartbeat(folder)
     if record is not None:

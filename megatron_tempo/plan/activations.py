@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_tempo.config.choices import Recompute
-from megatron_tempo.plan.layout import Layout, Machine, MicroBatch
-from megatron_tempo.plan.shapes import Shape
+from megatron_tempo.plan.layout import PlannedLayout, PlannedMachine, PlannedMicroBatch
+from megatron_tempo.plan.shapes import PlannedShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Widths:
     sequence: bool
 
     @classmethod
-    def of(cls, shape: Shape, layout: Layout) -> Widths:
+    def of(cls, shape: PlannedShape, layout: PlannedLayout) -> Widths:
         t, sequence = layout.tensor, layout.sequence and layout.tensor > 1
         return cls(
             shape.hidden / (t if sequence else 1),
@@ -46,7 +46,7 @@ class Widths:
         )
 
 
-def norm(w: Widths, machine: Machine) -> float:
+def norm(w: Widths, machine: PlannedMachine) -> float:
     """What one norm of the hidden states and the product behind it keep, bytes a token.
 
     The input in fp32 (in fp32 the residual stream itself, else a copy), 4 h; the reciprocal root, 4; the output, which
@@ -56,7 +56,7 @@ def norm(w: Widths, machine: Machine) -> float:
     return (4 + machine.size + (0 if machine.cuda else 4)) * w.h + 4
 
 
-def attention(w: Widths, machine: Machine, micro: MicroBatch) -> float:
+def attention(w: Widths, machine: PlannedMachine, micro: PlannedMicroBatch) -> float:
     """What the attention keeps between its norm and its output, bytes.
 
     Norms of queries and keys: in bf16 fp32 copies, 4 (q + k). In fp32 the joint projection q + 2 k, of which the keys
@@ -72,7 +72,7 @@ def attention(w: Widths, machine: Machine, micro: MicroBatch) -> float:
     return (norms + 4 * (w.heads + w.groups) + 4 * a * w.d + a * w.q) * micro.tokens
 
 
-def on_grid(w: Widths, machine: Machine, layout: Layout, micro: MicroBatch) -> float:
+def on_grid(w: Widths, machine: PlannedMachine, layout: PlannedLayout, micro: PlannedMicroBatch) -> float:
     """What the attention keeps inside: on the grid, where keys and values are repeated to as many heads as there are
     queries, q, k, v and the output, 4 a q, log-sum-exps, 4 a head, and the grid's int64 numbers, 8.
 
@@ -85,13 +85,13 @@ def on_grid(w: Widths, machine: Machine, layout: Layout, micro: MicroBatch) -> f
     return (4 * a * w.q + 4 * w.heads + 8) * micro.grid
 
 
-def feed_forward(w: Widths, machine: Machine) -> float:
+def feed_forward(w: Widths, machine: PlannedMachine) -> float:
     """What the feed-forward part keeps, bytes a token: both halves of the first product, 2 f, silu of the gate, f, the
     other half again (Megatron adds an offset of 0), f, and the second product's input, f."""
     return 5 * machine.size * w.f
 
 
-def layer(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch) -> float:
+def layer(shape: PlannedShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch) -> float:
     """All that one layer keeps for its backward pass, bytes. With `Recompute.attention` what the attention is given,
     q + 2 k, instead of what it keeps inside."""
     w = Widths.of(shape, layout)
@@ -101,12 +101,14 @@ def layer(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch) -> 
     return by_token * micro.tokens + attention(w, machine, micro) + inside
 
 
-def whole_layer(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch) -> float:
+def whole_layer(shape: PlannedShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch) -> float:
     """What a layer keeps once it is computed again, bytes."""
     return layer(shape, replace(layout, recompute=Recompute.none), machine, micro)
 
 
-def kept(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch, stage: int) -> float:
+def kept(
+    shape: PlannedShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch, stage: int
+) -> float:
     """What one micro-batch keeps in a stage's layers between its forward and its backward pass, bytes.
 
     With `Recompute.layers` the layers' inputs alone, a h each. Beside them what a stage is given and gives, a h each:
@@ -121,13 +123,15 @@ def kept(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch, stag
     return layers * layer(shape, layout, machine, micro) + edges * states
 
 
-def in_flight(layout: Layout, stage: int, count: int) -> int:
+def in_flight(layout: PlannedLayout, stage: int, count: int) -> int:
     """Micro-batches between their forward and backward pass under 1F1B (Narayanan et al. 2021, section 2.2): the first
     stage holds as many as there are stages, the last one."""
     return min(layout.pipeline - stage, count)
 
 
-def held(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch, stage: int) -> float:
+def held(
+    shape: PlannedShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch, stage: int
+) -> float:
     """Bytes on a stage when a backward pass begins.
 
     All that is in flight. On the last stage what the norm behind its layers keeps: in bf16 its input in fp32, on a CPU
@@ -143,13 +147,17 @@ def held(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch, stag
     return total + (machine.size * w.full * micro.tokens if w.sequence else 0)
 
 
-def left_behind(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch, stage: int) -> float:
+def left_behind(
+    shape: PlannedShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch, stage: int
+) -> float:
     """Bytes that the other model keeps of its last pass: Megatron hands a stage's input over by an attribute of the
     model, which holds it until the next."""
     return machine.size * Widths.of(shape, layout).h * micro.tokens if stage > 0 else 0.0
 
 
-def backward(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch, stage: int) -> float:
+def backward(
+    shape: PlannedShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch, stage: int
+) -> float:
     """Bytes that the layers' backward pass needs beyond `held` at its worst moment, which is near its beginning:
 
     - in the norm behind the last layer, on the last stage: four gradients in fp32 on a CPU, where it is made of single
@@ -172,7 +180,9 @@ def backward(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch, 
     return max(closing, gating - gone)
 
 
-def reading(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch, stage: int) -> float:
+def reading(
+    shape: PlannedShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch, stage: int
+) -> float:
     """Peak bytes of a stage's layers in a pass without gradient.
 
     The stage's input, the layer's input and the angles, d in fp32, which their callers hold; on all stages but the last

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from megatron_tempo.config.choices import Logits
 from megatron_tempo.config.sizes import padded_vocab
-from megatron_tempo.plan.layout import Layout, Machine, MicroBatch
+from megatron_tempo.plan.layout import PlannedLayout, PlannedMachine, PlannedMicroBatch
 from megatron_tempo.plan.parameters import Role
-from megatron_tempo.plan.shapes import Shape
+from megatron_tempo.plan.shapes import PlannedShape
 
 # Of kernels/linear_logprobs.py and linear_logprobs_triton.py, which load torch; a test compares them.
 PIECE = 1 << 24
@@ -18,7 +18,14 @@ BLOCK_BYTES = 1 << 29
 MOST_SHARES = 16
 
 
-def update(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch, logits: Logits, role: Role) -> float:
+def update(
+    shape: PlannedShape,
+    layout: PlannedLayout,
+    machine: PlannedMachine,
+    micro: PlannedMicroBatch,
+    logits: Logits,
+    role: Role,
+) -> float:
     """Peak bytes of the head in an optimizer step, when its gradient is made.
 
     Hidden states of R tokens and their gradient, 2 a R h, the gradient of the output matrix, a v h; and
@@ -43,7 +50,14 @@ def update(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch, lo
     return inputs + a * R * v + (products if machine.cuda else max(products + 4 * R * v, 6 * 4 * R * v))
 
 
-def reading(shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch, logits: Logits, role: Role) -> float:
+def reading(
+    shape: PlannedShape,
+    layout: PlannedLayout,
+    machine: PlannedMachine,
+    micro: PlannedMicroBatch,
+    logits: Logits,
+    role: Role,
+) -> float:
     """Peak bytes of the head in a pass without gradient, when the layers' are gone but for the hidden states.
 
     On CUDA, recomputed, 16 R (shares + 1) bytes of sums; plain: of a piece of logits, or of all, five in fp32.

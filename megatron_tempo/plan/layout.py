@@ -10,10 +10,10 @@ from megatron_tempo.config.sizes import GRID_SLACK
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class PlannedLayout:
     """The model over tensor x pipeline x context GPUs, `data` times.
 
-    >>> Layout(tensor=4, pipeline=2, data=1).world
+    >>> PlannedLayout(tensor=4, pipeline=2, data=1).world
     8
     """
 
@@ -34,7 +34,7 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class PlannedMachine:
     """What the bytes and the kernels depend on: the type of weights and activations, and the device."""
 
     size: int = 2  # bytes of a number: 2 in bf16, 4 in fp32
@@ -47,12 +47,12 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
-class MicroBatch:
+class PlannedMicroBatch:
     """The largest micro-batch that a rank sees, and the tokens of all that one pass has on the device.
 
     One row of 16 + 112 tokens, of a share of 4 rows:
 
-    >>> MicroBatch(tokens=128, responses=112, grid=128, count=4)
+    >>> PlannedMicroBatch(tokens=128, responses=112, grid=128, count=4)
     """
 
     tokens: int  # S, on this rank
@@ -61,14 +61,14 @@ class MicroBatch:
     count: int  # micro-batches of an optimizer step
 
 
-def machine_of(config: Config) -> Machine:
-    return Machine(4 if config.run.precision is Precision.fp32 else 2, config.run.device is not Device.cpu)
+def machine_of(config: Config) -> PlannedMachine:
+    return PlannedMachine(4 if config.run.precision is Precision.fp32 else 2, config.run.device is not Device.cpu)
 
 
-def layout_of(own: ParallelConfig, world: int) -> Layout:
+def layout_of(own: ParallelConfig, world: int) -> PlannedLayout:
     """The layout over `world` processes. It has passed the rules."""
     data = world // own.ranks_of_a_replica
-    return Layout(own.tensor, own.pipeline, data, own.sequence, own.context, own.recompute)
+    return PlannedLayout(own.tensor, own.pipeline, data, own.sequence, own.context, own.recompute)
 
 
 def row_tokens(config: Config) -> int:
@@ -77,7 +77,7 @@ def row_tokens(config: Config) -> int:
     return rollout.max_prompt_tokens + max(rollout.max_response_tokens, asked if config.evaluation.sets else 0)
 
 
-def micro_batch_of(config: Config, layout: Layout, rows: int) -> MicroBatch:
+def micro_batch_of(config: Config, layout: PlannedLayout, rows: int) -> PlannedMicroBatch:
     """The largest micro-batch where `rows` rows of full length are learnt from or read at a time, over all replicas.
 
     A micro-batch has `parallel.micro_batch_tokens` tokens, or one longer row. Its attention grid may be GRID_SLACK
@@ -89,4 +89,4 @@ def micro_batch_of(config: Config, layout: Layout, rows: int) -> MicroBatch:
     share = -(-rows // layout.data)
     count = max(1, -(-share // max(1, budget // longest)))
     tokens, grid = -(-tokens // layout.context), -(-grid // layout.context)
-    return MicroBatch(tokens, tokens, grid, count)
+    return PlannedMicroBatch(tokens, tokens, grid, count)

@@ -15,15 +15,22 @@ from megatron_tempo.config.choices import EngineKind, EnginePrecision, Logits, P
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.plan import activations, engine, head
-from megatron_tempo.plan.layout import Layout, Machine, MicroBatch, layout_of, machine_of, micro_batch_of
+from megatron_tempo.plan.layout import (
+    PlannedLayout,
+    PlannedMachine,
+    PlannedMicroBatch,
+    layout_of,
+    machine_of,
+    micro_batch_of,
+)
 from megatron_tempo.plan.parameters import Role, fp8_copies, layer_parameters, parameters, resident
-from megatron_tempo.plan.shapes import Shape
+from megatron_tempo.plan.shapes import PlannedShape
 from megatron_tempo.plan.split import Split, split_of
 
 GB = 1e9
 
 
-class Phase(Enum):
+class MemoryPhase(Enum):
     """In the order of an iteration, as metrics.jsonl names them; `serve` is a GPU that only serves."""
 
     serve = "serve"
@@ -63,7 +70,7 @@ Parts = dict[Part, float]
 class Over:
     """The first thing that does not fit."""
 
-    phase: Phase
+    phase: MemoryPhase
     part: Part
     bytes: float
 
@@ -75,18 +82,18 @@ class Over:
 class Memory:
     """Bytes by phase and part. `room`: rows of full length that a server, or a process's engine, holds at a time."""
 
-    phases: dict[Phase, Parts]
+    phases: dict[MemoryPhase, Parts]
     room: float
     limit: float  # of a GPU, less the cluster's reserve
     starved: Over | None = None  # a server that has no room for a single row in the share that it takes of a GPU
 
-    def total(self, phase: Phase) -> float:
+    def total(self, phase: MemoryPhase) -> float:
         return sum(self.phases[phase].values())
 
     @property
-    def largest(self) -> Phase:
+    def largest(self) -> MemoryPhase:
         """The phase that needs most of a trainer's GPU."""
-        return max((phase for phase in self.phases if phase is not Phase.serve), key=self.total)
+        return max((phase for phase in self.phases if phase is not MemoryPhase.serve), key=self.total)
 
     def over(self) -> Over | None:
         """The first phase that does not fit, and the part with which it goes over the limit."""
@@ -101,23 +108,27 @@ class Memory:
         return None
 
 
-def memory(config: Config, shape: Shape) -> Memory:
+def memory(config: Config, shape: PlannedShape) -> Memory:
     """The configuration has passed `split.problems`."""
     assert config.cluster is not None
     split = split_of(config)
     stages = [stage for stage in config.stages().values() if stage.iterations > 0]
     kept, answering, room = _engine(config, shape, stages, split)
-    found: dict[Phase, Parts] = {}
+    phases: dict[MemoryPhase, Parts] = {}
     if split.serving and not split.beside:
         served = engine.server(config, shape)
-        found[Phase.serve] = {Part.engine: served.weights, Part.cache: served.cache}
+        phases[MemoryPhase.serve] = {Part.engine: served.weights, Part.cache: served.cache}
         room = served.rows
     by_place = [place_memory(config, shape, place) for place in places_of(config, split.trainers)]
     for phase in by_place[0]:
-        candidates = [_joined(place[phase], kept, answering if phase is Phase.generate else {}) for place in by_place]
-        found[phase] = max(candidates, key=_total)
-    starved = _starved(config, shape, Phase.generate if split.beside else Phase.serve) if split.servers else None
-    return Memory(found, room, (config.cluster.memory_gb - config.cluster.reserve_gb) * GB, starved)
+        candidates = [
+            _joined(place[phase], kept, answering if phase is MemoryPhase.generate else {}) for place in by_place
+        ]
+        phases[phase] = max(candidates, key=_total)
+    starved = (
+        _starved(config, shape, MemoryPhase.generate if split.beside else MemoryPhase.serve) if split.servers else None
+    )
+    return Memory(phases, room, (config.cluster.memory_gb - config.cluster.reserve_gb) * GB, starved)
 
 
 Place = dict[Role, int]  # a GPU's pipeline stage in each model
@@ -130,13 +141,15 @@ def places_of(config: Config, world: int) -> list[Place]:
     return [dict(zip(Role, pair, strict=True)) for pair in pairs]
 
 
-def layouts_of(config: Config, world: int) -> dict[Role, Layout]:
+def layouts_of(config: Config, world: int) -> dict[Role, PlannedLayout]:
     """Actor's and critic's, over `world` processes."""
     own = {Role.actor: config.parallel, Role.critic: config.parallel.of_critic()}
     return {role: layout_of(parallel, world) for role, parallel in own.items()}
 
 
-def place_memory(config: Config, shape: Shape, place: Place, micro: MicroBatch | None = None) -> dict[Phase, Parts]:
+def place_memory(
+    config: Config, shape: PlannedShape, place: Place, micro: PlannedMicroBatch | None = None
+) -> dict[MemoryPhase, Parts]:
     """Bytes of actor, critic and reference on a GPU in `place`. `micro`: the micro-batch of every pass, for a
     comparison with a measurement; none: the largest that there can be."""
     stages = [one for one in config.stages().values() if one.iterations > 0]
@@ -145,7 +158,7 @@ def place_memory(config: Config, shape: Shape, place: Place, micro: MicroBatch |
     return {phase: phases.of(phase) for phase in phases.happening()}
 
 
-def host_bytes(config: Config, shape: Shape, place: Place) -> float:
+def host_bytes(config: Config, shape: PlannedShape, place: Place) -> float:
     """Page-locked host memory of a process in `place`: with `parallel.offload` each model has its own for good, unless
     it is the only one."""
     layouts, machine = layouts_of(config, split_of(config).trainers), machine_of(config)
@@ -155,7 +168,7 @@ def host_bytes(config: Config, shape: Shape, place: Place) -> float:
     return sum(waiting) if config.parallel.offload and len(waiting) > 1 else 0.0
 
 
-def saved_bytes(config: Config, shape: Shape, place: Place) -> float:
+def saved_bytes(config: Config, shape: PlannedShape, place: Place) -> float:
     """Host memory of a process in `place` while its share of a checkpoint waits to be written: the weights, and the
     optimizer's main weights and moments in fp32, of all models. Of processes with the same weights one has it."""
     layouts = layouts_of(config, split_of(config).trainers)
@@ -176,7 +189,7 @@ def _total(parts: Parts) -> float:
     return sum(parts.values())
 
 
-def _starved(config: Config, shape: Shape, phase: Phase) -> Over | None:
+def _starved(config: Config, shape: PlannedShape, phase: MemoryPhase) -> Over | None:
     assert config.cluster is not None
     one, share = engine.server(config, shape), engine.fraction_of(config) * config.cluster.memory_gb * GB
     needed = one.weights + one.sequence
@@ -198,7 +211,7 @@ def least_rows(config: Config) -> int:
     return max(*samples, config.evaluation.samples if config.evaluation.sets else 0)
 
 
-def _engine(config: Config, shape: Shape, stages: list[StageConfig], split: Split) -> tuple[Parts, Parts, float]:
+def _engine(config: Config, shape: PlannedShape, stages: list[StageConfig], split: Split) -> tuple[Parts, Parts, float]:
     """What an engine holds on the trainer's GPUs all the time, and while it answers; the rows that it has room for."""
     if config.rollout.engine is EngineKind.embedded:
         rows = max(stage.count(stage.prompts()) * stage.samples for stage in stages)
@@ -213,27 +226,31 @@ def _engine(config: Config, shape: Shape, stages: list[StageConfig], split: Spli
 @dataclass(frozen=True, slots=True)
 class _Phases:
     config: Config
-    shape: Shape
-    layouts: dict[Role, Layout]
+    shape: PlannedShape
+    layouts: dict[Role, PlannedLayout]
     place: Place
-    machine: Machine
+    machine: PlannedMachine
     stages: list[StageConfig]
-    micro: MicroBatch | None
+    micro: PlannedMicroBatch | None
 
-    def happening(self) -> list[Phase]:
+    def happening(self) -> list[MemoryPhase]:
         critic = any(stage.trains_critic for stage in self.stages)
         valued = self.config.has_critic
-        skipped = {Phase.serve} | ({Phase.critic} if not critic else set()) | ({Phase.values} if not valued else set())
-        return [phase for phase in Phase if phase not in skipped]
+        skipped = (
+            {MemoryPhase.serve}
+            | ({MemoryPhase.critic} if not critic else set())
+            | ({MemoryPhase.values} if not valued else set())
+        )
+        return [phase for phase in MemoryPhase if phase not in skipped]
 
-    def of(self, phase: Phase) -> Parts:
+    def of(self, phase: MemoryPhase) -> Parts:
         """What is resident, and beyond it what the phase needs at its worst."""
-        if phase is Phase.checkpoint:  # one model after the other
+        if phase is MemoryPhase.checkpoint:  # one model after the other
             return max(
                 (_joined(self._residents(role), self._gathered(role)) for role in _roles(self.config)), key=_total
             )
         # The actor is there while prompts are answered, since it was the last to learn and to be sent.
-        role = Role.critic if phase in (Phase.values, Phase.critic) else Role.actor
+        role = Role.critic if phase in (MemoryPhase.values, MemoryPhase.critic) else Role.actor
         return _joined(self._residents(role), self._moment(phase, role))
 
     def _residents(self, working: Role) -> Parts:
@@ -257,16 +274,16 @@ class _Phases:
     def _fp8(self, role: Role, *, trained: bool) -> float:
         return fp8_copies(self.config, self.shape, self.layouts[role], self.place[role], trained=trained)
 
-    def _moment(self, phase: Phase, role: Role) -> Parts:
-        if phase is Phase.sync:
+    def _moment(self, phase: MemoryPhase, role: Role) -> Parts:
+        if phase is MemoryPhase.sync:
             return {Part.buffers: self._buckets(self.place[role])}
-        if phase in (Phase.logprobs, Phase.values):
+        if phase in (MemoryPhase.logprobs, MemoryPhase.values):
             return self._reading(role)
-        if phase in (Phase.actor, Phase.critic):
+        if phase in (MemoryPhase.actor, MemoryPhase.critic):
             return self._update(role)
         return {}
 
-    def _left_behind(self, role: Role, micro: MicroBatch) -> float:
+    def _left_behind(self, role: Role, micro: PlannedMicroBatch) -> float:
         """Of the other model's last pass: its stage's input, and where its process groups are others, and with them
         Megatron's one buffer for gathered states, that buffer."""
         other = Role.critic if role is Role.actor else Role.actor
@@ -341,7 +358,13 @@ class _Phases:
 
 
 def update_moments(
-    shape: Shape, layout: Layout, machine: Machine, micro: MicroBatch, logits: Logits, role: Role, stage: int
+    shape: PlannedShape,
+    layout: PlannedLayout,
+    machine: PlannedMachine,
+    micro: PlannedMicroBatch,
+    logits: Logits,
+    role: Role,
+    stage: int,
 ) -> tuple[float, float, float]:
     """Bytes in an optimizer step: what is held when a backward pass begins, and on top of it what the layers' backward
     pass and what the head's needs."""
@@ -352,7 +375,7 @@ def update_moments(
     return held, layers, ending
 
 
-def batch_bytes(micro: MicroBatch, machine: Machine) -> float:
+def batch_bytes(micro: PlannedMicroBatch, machine: PlannedMachine) -> float:
     """All micro-batches of a pass are on the device from its beginning (models/packing.py). A token: its id, position,
     cell and grid, int64; a response token: where it is predicted, what it is, where its value is read. On a CPU also
     its places in the batch, which stay there."""

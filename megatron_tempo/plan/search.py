@@ -18,10 +18,10 @@ from megatron_tempo.config.choices import EngineKind, Recompute
 from megatron_tempo.config.problem import show
 from megatron_tempo.config.rules.layout import divisors
 from megatron_tempo.config.schema import Config
-from megatron_tempo.plan.layout import Layout, row_tokens
-from megatron_tempo.plan.memory import Memory, Over, Phase, layouts_of, least_rows, memory
+from megatron_tempo.plan.layout import PlannedLayout, row_tokens
+from megatron_tempo.plan.memory import Memory, MemoryPhase, Over, layouts_of, least_rows, memory
 from megatron_tempo.plan.parameters import Role
-from megatron_tempo.plan.shapes import Shape
+from megatron_tempo.plan.shapes import PlannedShape
 from megatron_tempo.plan.split import Split, laid_out, split_of
 from megatron_tempo.plan.times import iteration, times
 
@@ -37,13 +37,13 @@ class Plan:
 
     words: tuple[str, ...]
     config: Config
-    layouts: dict[Role, Layout]
+    layouts: dict[Role, PlannedLayout]
     split: Split
     memory: Memory
-    seconds: dict[Phase, float]
+    seconds: dict[MemoryPhase, float]
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> PlannedLayout:
         """The actor's."""
         return self.layouts[Role.actor]
 
@@ -56,22 +56,22 @@ class Plan:
         return iteration(self.config, self.seconds)
 
 
-def plan_of(config: Config, shape: Shape, words: tuple[str, ...] = ()) -> Plan:
+def plan_of(config: Config, shape: PlannedShape, words: tuple[str, ...] = ()) -> Plan:
     """The configuration has passed `split.problems`."""
     split = split_of(config)
-    found = memory(config, shape)
-    return Plan(words, config, layouts_of(config, split.trainers), split, found, times(config, shape, found))
+    needed = memory(config, shape)
+    return Plan(words, config, layouts_of(config, split.trainers), split, needed, times(config, shape, needed))
 
 
-def search(config: Config, shape: Shape) -> list[Plan]:
+def search(config: Config, shape: PlannedShape) -> list[Plan]:
     """All layouts that fit, the shortest iteration first."""
-    found = []
+    plans = []
     for changes in _changes(config, shape):
         changed, words = _changed(config, changes)
         if laid_out(changed, shape):
             continue
-        found.append(plan_of(changed, shape, words))
-    return sorted((plan for plan in found if plan.over is None), key=lambda plan: (plan.iteration, len(plan.words)))
+        plans.append(plan_of(changed, shape, words))
+    return sorted((plan for plan in plans if plan.over is None), key=lambda plan: (plan.iteration, len(plan.words)))
 
 
 def best_of_each(plans: list[Plan]) -> list[Plan]:
@@ -88,7 +88,7 @@ def nearest(plans: list[Plan]) -> Plan | None:
     return min(plans, key=lambda plan: (len(plan.words), plan.iteration), default=None)
 
 
-def relief(config: Config, shape: Shape) -> Iterator[Plan]:
+def relief(config: Config, shape: PlannedShape) -> Iterator[Plan]:
     """Where no layout of the cluster fits: the nearest one on more nodes, and the nearest one for shorter responses."""
     assert config.cluster is not None
     nodes = [config.cluster.nodes * times for times in MORE]
@@ -101,7 +101,7 @@ def relief(config: Config, shape: Shape) -> Iterator[Plan]:
                 break
 
 
-def _changes(config: Config, shape: Shape) -> Iterator[dict[str, object]]:
+def _changes(config: Config, shape: PlannedShape) -> Iterator[dict[str, object]]:
     """Fields by path, with what they are to be."""
     for engine in _engines(config, shape):
         trainers = split_of(_changed(config, engine)[0]).trainers
@@ -109,7 +109,7 @@ def _changes(config: Config, shape: Shape) -> Iterator[dict[str, object]]:
             yield engine | training
 
 
-def _training(config: Config, shape: Shape, trainers: int) -> Iterator[dict[str, object]]:
+def _training(config: Config, shape: PlannedShape, trainers: int) -> Iterator[dict[str, object]]:
     assert config.cluster is not None
     nodes = config.cluster.training_nodes
     inside = trainers // nodes if trainers % nodes == 0 else trainers
@@ -132,7 +132,7 @@ def _training(config: Config, shape: Shape, trainers: int) -> Iterator[dict[str,
                     }
 
 
-def _engines(config: Config, shape: Shape) -> Iterator[dict[str, object]]:
+def _engines(config: Config, shape: PlannedShape) -> Iterator[dict[str, object]]:
     """The configuration's own engine, the embedded one with fewer rows, and servers on some of each node's GPUs."""
     cluster, rollout = config.cluster, config.rollout
     assert cluster is not None

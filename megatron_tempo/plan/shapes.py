@@ -16,7 +16,7 @@ from megatron_tempo.config.tree import MISSING
 
 
 @dataclass(frozen=True, slots=True)
-class Shape(Sizes):
+class PlannedShape(Sizes):
     """The sizes, and what else memory and time depend on.
 
     >>> PUBLISHED[Published.qwen3_8b].groups
@@ -36,15 +36,15 @@ class Shape(Sizes):
 
 # From the models' own config.json; tests/unit/test_plan_parameters.py builds transformers' models of them.
 PUBLISHED = {
-    Published.qwen3_8b: Shape(36, 4096, 32, 8, 128, 12288, 151936, 40960),
-    Published.qwen3_14b: Shape(40, 5120, 40, 8, 128, 17408, 151936, 40960),
-    Published.olmo3_7b: Shape(
+    Published.qwen3_8b: PlannedShape(36, 4096, 32, 8, 128, 12288, 151936, 40960),
+    Published.qwen3_14b: PlannedShape(40, 5120, 40, 8, 128, 17408, 151936, 40960),
+    Published.olmo3_7b: PlannedShape(
         32, 4096, 32, 32, 128, 11008, 100278, 65536, whole_norm=True, window=4096, windowed=24
     ),
 }  # fmt: skip
 
 
-def shape_of(config: Config) -> tuple[Shape | None, list[Problem]]:
+def shape_of(config: Config) -> tuple[PlannedShape | None, list[Problem]]:
     """The actor's shape: of `model.path` where that is given, else of `model.shape`; and why there is none.
 
     A critic of `model.critic_path` has the actor's decoder: another one is not planned for.
@@ -58,7 +58,7 @@ def shape_of(config: Config) -> tuple[Shape | None, list[Problem]]:
     return PUBLISHED[config.model.shape], []
 
 
-def _read(folder: Path) -> tuple[Shape | None, list[Problem]]:
+def _read(folder: Path) -> tuple[PlannedShape | None, list[Problem]]:
     file = folder / "config.json"
     fix = "give a folder with the config.json of a Qwen3 or OLMo3, or leave model.path away and give model.shape"
     try:
@@ -69,11 +69,11 @@ def _read(folder: Path) -> tuple[Shape | None, list[Problem]]:
         return None, [Problem("model.path", str(folder), f"config.json cannot be read ({error!r})", fix)]
 
 
-def _shape(plain: dict[str, Any]) -> Shape:
+def _shape(plain: dict[str, Any]) -> PlannedShape:
     hidden, heads = int(plain["hidden_size"]), int(plain["num_attention_heads"])
     layers = int(plain["num_hidden_layers"])
     windowed = sum(kind == "sliding_attention" for kind in plain.get("layer_types") or ())
-    return Shape(
+    return PlannedShape(
         layers=layers,
         hidden=hidden,
         heads=heads,

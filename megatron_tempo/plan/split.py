@@ -9,7 +9,7 @@ from megatron_tempo.config.choices import EngineKind
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.rules import cluster, layout, numbers, precision, rollout, stages
 from megatron_tempo.config.schema import Config
-from megatron_tempo.plan.shapes import Shape, shape_of
+from megatron_tempo.plan.shapes import PlannedShape, shape_of
 
 # What must be known of the machines: 0 where nobody said it.
 _FACTS = ("memory_gb", "bf16_tflops", "memory_tbs", "nvlink_gbs", "network_gbs")
@@ -58,21 +58,21 @@ def split_of(config: Config) -> Split:
 
 def problems(config: Config) -> list[Problem]:
     """What keeps a configuration from being planned for. Sets of questions and this machine's programs play no part."""
-    shape, found = shape_of(config)
-    found += [*numbers.check(config), *_cluster(config)]
-    if found or shape is None:
-        return found
+    shape, wrong = shape_of(config)
+    wrong += [*numbers.check(config), *_cluster(config)]
+    if wrong or shape is None:
+        return wrong
     return [*laid_out(config, shape), *(p for p in stages.check(config) if not p.field.startswith(_ELSEWHERE))]
 
 
-def laid_out(config: Config, shape: Shape) -> list[Problem]:
+def laid_out(config: Config, shape: PlannedShape) -> list[Problem]:
     """The rules that a layout can break, on the trainer's processes as `split_of` counts them."""
     world = split_of(config).trainers
     fields = ["model.path"] + (["model.critic_path"] if config.model.critic_path is not None else [])
     shapes = dict.fromkeys(fields, shape.of_rules())
-    found = [*layout.check(config, shapes, world), *precision.check(config, shapes), *_devices(config)]
-    found += [problem for problem in rollout.check(config) if not problem.field.startswith(_ELSEWHERE)]
-    return found + list(stages.check_data_parallel(config, world))
+    problems = [*layout.check(config, shapes, world), *precision.check(config, shapes), *_devices(config)]
+    problems += [problem for problem in rollout.check(config) if not problem.field.startswith(_ELSEWHERE)]
+    return problems + list(stages.check_data_parallel(config, world))
 
 
 def _cluster(config: Config) -> Iterator[Problem]:

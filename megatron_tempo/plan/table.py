@@ -11,12 +11,12 @@ from megatron_tempo.plan.layout import machine_of
 from megatron_tempo.plan.memory import GB, Part, host_bytes, places_of, saved_bytes
 from megatron_tempo.plan.parameters import Role, resident, total_parameters
 from megatron_tempo.plan.search import MORE, SHORTER, Plan, best_of_each, nearest, relief
-from megatron_tempo.plan.shapes import Shape
+from megatron_tempo.plan.shapes import PlannedShape
 
 ROWS = 12  # of the table of layouts
 
 
-def report(config: Config, shape: Shape, own: Plan, plans: list[Plan]) -> str:
+def report(config: Config, shape: PlannedShape, own: Plan, plans: list[Plan]) -> str:
     """The configuration's own plan, and the layouts that fit."""
     parts = [
         "\n".join(_head(config, shape, own)),
@@ -29,7 +29,7 @@ def report(config: Config, shape: Shape, own: Plan, plans: list[Plan]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _head(config: Config, shape: Shape, own: Plan) -> Iterator[str]:
+def _head(config: Config, shape: PlannedShape, own: Plan) -> Iterator[str]:
     cluster, split = config.cluster, own.split
     assert cluster is not None
     yield (
@@ -68,7 +68,7 @@ def _memory(own: Plan) -> list[str]:
     return lines
 
 
-def _models(shape: Shape, own: Plan) -> list[str]:
+def _models(shape: PlannedShape, own: Plan) -> list[str]:
     """What each model holds on the first and the last pipeline stage."""
     machine = machine_of(own.config)
     rows = [["GB resident", "weights", "gradients", "optimizer"]]
@@ -81,7 +81,7 @@ def _models(shape: Shape, own: Plan) -> list[str]:
     return [*aligned(rows), *_host(shape, own)]
 
 
-def _host(shape: Shape, own: Plan) -> Iterator[str]:
+def _host(shape: PlannedShape, own: Plan) -> Iterator[str]:
     """The host memory that waiting models take, and a checkpoint on its way to the disk."""
     cluster, config = own.config.cluster, own.config
     assert cluster is not None
@@ -110,7 +110,7 @@ def _times(own: Plan) -> list[str]:
     ]
 
 
-def _verdict(shape: Shape, own: Plan, plans: list[Plan]) -> Iterator[str]:
+def _verdict(shape: PlannedShape, own: Plan, plans: list[Plan]) -> Iterator[str]:
     if own.over is None:
         yield f"fits: {own.memory.largest.value} needs most, {own.memory.total(own.memory.largest) / GB:.1f} GB"
         return

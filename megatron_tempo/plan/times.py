@@ -11,14 +11,14 @@ from megatron_tempo.config.choices import EngineKind, Logits, Recompute
 from megatron_tempo.config.schema import ClusterConfig, Config
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.plan import engine
-from megatron_tempo.plan.layout import Layout, machine_of, micro_batch_of, row_tokens
-from megatron_tempo.plan.memory import Memory, Phase, host_bytes, layouts_of, places_of
+from megatron_tempo.plan.layout import PlannedLayout, machine_of, micro_batch_of, row_tokens
+from megatron_tempo.plan.memory import Memory, MemoryPhase, host_bytes, layouts_of, places_of
 from megatron_tempo.plan.parameters import Role, parameters, total_parameters
-from megatron_tempo.plan.shapes import Shape
+from megatron_tempo.plan.shapes import PlannedShape
 from megatron_tempo.plan.split import Split, split_of
 
 
-def times(config: Config, shape: Shape, memory: Memory) -> dict[Phase, float]:
+def times(config: Config, shape: PlannedShape, memory: Memory) -> dict[MemoryPhase, float]:
     """Seconds of the phases of one iteration of the last stage. Checkpoints, which are rare, are left out."""
     assert config.cluster is not None
     split = split_of(config)
@@ -27,36 +27,38 @@ def times(config: Config, shape: Shape, memory: Memory) -> dict[Phase, float]:
     actor, critic = (_Passes(config, shape, config.cluster, layouts[role], stage) for role in Role)
     rows = stage.responses_per_prompt
     learnt, judged = rows * stage.count(stage.actor_prompts()), rows * stage.count(stage.critic_prompts())
-    found = {
-        Phase.generate: _generate(config, shape, config.cluster, split, stage, memory.room),
-        Phase.values: critic.read(learnt if stage.has_critic else 0, Role.critic),
-        Phase.critic: critic.update(judged, Role.critic) * stage.critic.epochs,
-        Phase.logprobs: actor.read(learnt, Role.actor) * (2 if stage.actor.kl_coef > 0 else 1),
-        Phase.actor: actor.update(learnt, Role.actor) * stage.actor.epochs,
-        Phase.sync: _sync(config, shape, config.cluster, split),
+    seconds_of = {
+        MemoryPhase.generate: _generate(config, shape, config.cluster, split, stage, memory.room),
+        MemoryPhase.values: critic.read(learnt if stage.has_critic else 0, Role.critic),
+        MemoryPhase.critic: critic.update(judged, Role.critic) * stage.critic.epochs,
+        MemoryPhase.logprobs: actor.read(learnt, Role.actor) * (2 if stage.actor.kl_coef > 0 else 1),
+        MemoryPhase.actor: actor.update(learnt, Role.actor) * stage.actor.epochs,
+        MemoryPhase.sync: _sync(config, shape, config.cluster, split),
     }
     if config.parallel.offload:
         # To the critic and back to the actor; to the reference and back.
-        found[Phase.values] += _turn(config, shape, split) * stage.has_critic
-        found[Phase.logprobs] += _turn(config, shape, split) * (stage.has_critic + 2 * (stage.actor.kl_coef > 0))
-    return {phase: seconds for phase, seconds in found.items() if seconds}
+        seconds_of[MemoryPhase.values] += _turn(config, shape, split) * stage.has_critic
+        seconds_of[MemoryPhase.logprobs] += _turn(config, shape, split) * (
+            stage.has_critic + 2 * (stage.actor.kl_coef > 0)
+        )
+    return {phase: seconds for phase, seconds in seconds_of.items() if seconds}
 
 
-def _turn(config: Config, shape: Shape, split: Split) -> float:
+def _turn(config: Config, shape: PlannedShape, split: Split) -> float:
     """One model comes to the GPU while another leaves it, both at the host's link's rate."""
     assert config.cluster is not None
     most = max(host_bytes(config, shape, place) / 2 for place in places_of(config, split.trainers))
     return most / (config.cluster.host_gbs * 1e9 * config.cluster.link_share)
 
 
-def iteration(config: Config, seconds: dict[Phase, float]) -> float:
+def iteration(config: Config, seconds: dict[MemoryPhase, float]) -> float:
     """All phases one after another; with `rollout.max_staleness` generating goes on beside the others."""
-    generate = seconds[Phase.generate]
+    generate = seconds[MemoryPhase.generate]
     rest = sum(seconds.values()) - generate
     return max(generate, rest) if config.rollout.max_staleness else generate + rest
 
 
-def row_operations(shape: Shape, prompt: int, response: int, role: Role) -> tuple[float, float]:
+def row_operations(shape: PlannedShape, prompt: int, response: int, role: Role) -> tuple[float, float]:
     """Floating-point operations of a forward pass over one row: of the layers, and of the actor's output layer.
 
     Two for each parameter of a matrix and token (the 2 N D of Kaplan et al. 2020, 6 N D with the backward pass), and of
@@ -74,7 +76,7 @@ class _Passes:
     """Passes of a stage's rows through the trainer's models."""
 
     def __init__(
-        self, config: Config, shape: Shape, cluster: ClusterConfig, layout: Layout, stage: StageConfig
+        self, config: Config, shape: PlannedShape, cluster: ClusterConfig, layout: PlannedLayout, stage: StageConfig
     ) -> None:
         self.config, self.shape, self.cluster, self.layout, self.stage = config, shape, cluster, layout, stage
         self.size = machine_of(config).size
@@ -117,7 +119,7 @@ class _Passes:
 
 
 def _generate(
-    config: Config, shape: Shape, cluster: ClusterConfig, split: Split, stage: StageConfig, room: float
+    config: Config, shape: PlannedShape, cluster: ClusterConfig, split: Split, stage: StageConfig, room: float
 ) -> float:
     """Each step reads the weights, and the keys and values of the rows that are under way, at half a response's length
     on average; or takes as long as its arithmetic. Rows that have no room wait. Before it, the prompts are read.
@@ -147,7 +149,7 @@ def _generate(
     return mine / rows * response * step + requests / engines * prompt * arithmetic
 
 
-def _sync(config: Config, shape: Shape, cluster: ClusterConfig, split: Split) -> float:
+def _sync(config: Config, shape: PlannedShape, cluster: ClusterConfig, split: Split) -> float:
     """Each pipeline stage gathers its own weights over its tensor ranks, and its link carries them once for each server
     (rollout/transfer.py); to the embedded engine they go over all ranks twice."""
     size = engine.weight_bytes(config, shape)

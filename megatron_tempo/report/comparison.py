@@ -52,7 +52,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         phase_rows=_rows([overlays.phase_means(one.run) for one in runs]),
         memory_rows=_rows([memory_peaks(one.run.metrics) for one in runs]),
         differences=_differences(runs),
-        alerts=[printable(f"{one.label}: {alert.told()}") for one in runs for alert in one.run.alerts()],
+        alerts=[printable(f"{one.label}: {alert.message()}") for one in runs for alert in one.run.alerts()],
         warnings=[printable(f"{one.label}: {w['text']}") for one in runs for w in one.run.warnings[-WARNED:]],
         samples=[(printable(one.label), chosen, value_range_of(one.run)) for one in runs if (chosen := _last(one.run))],
         scale=scale(),
@@ -65,9 +65,9 @@ def names(folders: Sequence[Path]) -> list[str]:
     """The ends of the folders' paths, as long as it takes to tell them apart."""
     parts = [folder.resolve().parts for folder in folders]
     for count in range(1, max(map(len, parts)) + 1):
-        found = ["/".join(part[-count:]) for part in parts]
-        if len(set(found)) == len(found):
-            return found
+        labels = ["/".join(part[-count:]) for part in parts]
+        if len(set(labels)) == len(labels):
+            return labels
     return [str(folder) for folder in folders]
 
 
@@ -122,8 +122,8 @@ def _with_best(cells: Sequence[tuple[float | None, str, str]]) -> list[Cell]:
 
 def _rows(numbers: Sequence[dict[str, float]]) -> list[tuple[str, list[str]]]:
     """A row a name, the largest first, a cell a run."""
-    found = {name for of_run in numbers for name in of_run}
-    ranked = sorted(found, key=lambda name: -max(of_run.get(name, 0.0) for of_run in numbers))
+    names = {name for of_run in numbers for name in of_run}
+    ranked = sorted(names, key=lambda name: -max(of_run.get(name, 0.0) for of_run in numbers))
     return [(name, [f"{of_run[name]:.3g}" if name in of_run else "-" for of_run in numbers]) for name in ranked]
 
 

@@ -83,7 +83,7 @@ def write_report(run_dir: Path) -> Path:
         title=f"{run.name} · TEMPO run",
         name=run.name,
         facts=_facts(run),
-        outcome=[(printable(finding.figures), printable(finding.verdict)) for finding in outcome(run)],
+        outcome=[(printable(finding.scores), printable(finding.verdict)) for finding in outcome(run)],
         alerts=[printable(alert.line()) for alert in run.alerts()],
         warnings=[printable(warning["text"]) for warning in run.warnings[-WARNED:]],
         header=header,
@@ -154,8 +154,8 @@ def _phases(run: Run) -> list[Phase]:
 
 def _calibration_rows(calibrated: list[tuple[Milestone, Record]]) -> Iterator[list[str]]:
     for milestone, record in calibrated:
-        for fraction, found in record["calibration"]["by_prefix"].items():
-            numbers = (found[score] for score, _, _ in PREFIX_SCORES)
+        for fraction, scores in record["calibration"]["by_prefix"].items():
+            numbers = (scores[score] for score, _, _ in PREFIX_SCORES)
             yield [milestone.label, f"{float(fraction):.0%}", *("-" if n is None else f"{n:.3f}" for n in numbers)]
 
 

@@ -66,8 +66,8 @@ def calibration(runs: Sequence[Labelled]) -> Iterator[tuple[str, Figure]]:
     ):
 
         def read(record: Record, score: str = score) -> float | None:
-            found: float | None = record["calibration"]["last"][score] if record.get("calibration") else None
-            return found
+            value: float | None = record["calibration"]["last"][score] if record.get("calibration") else None
+            return value
 
         names = {r["set"] for one in runs for r in one.run.evaluations if r.get("calibration")}
         if not names:

@@ -124,7 +124,7 @@ def by_prefix(milestones: Sequence[tuple[Milestone, Record]], score: str, title:
     """One of auroc, brier, ece against the part of the response that the critic has read."""
     with panel(NARROW) as (figure, axes):
         for colour, (milestone, record) in zip(COLOURS, milestones, strict=False):
-            prefixes = {float(fraction): found for fraction, found in record["calibration"]["by_prefix"].items()}
+            prefixes = {float(fraction): scores for fraction, scores in record["calibration"]["by_prefix"].items()}
             fractions = sorted(prefixes)
             values = floats(prefixes[fraction][score] for fraction in fractions)
             axes.plot([100 * f for f in fractions], values, color=colour, marker="o", label=milestone.label)
@@ -141,11 +141,11 @@ def by_prefix(milestones: Sequence[tuple[Milestone, Record]], score: str, title:
 def training_panels(run: Run) -> Iterator[tuple[str, Figure]]:
     """Title and figure of each group of training curves of which the run has numbers."""
     for title, unit, curves, logarithmic in CURVES:
-        found = [(name, label) for name, label in curves if any(record.get(name) is not None for record in run.metrics)]
-        if not found:
+        drawn = [(name, label) for name, label in curves if any(record.get(name) is not None for record in run.metrics)]
+        if not drawn:
             continue
         with panel(NARROW) as (figure, axes):
-            for colour, (name, label) in zip(COLOURS, found, strict=False):
+            for colour, (name, label) in zip(COLOURS, drawn, strict=False):
                 records = [record for record in run.metrics if name in record]
                 draw_smoothed(axes, [r["step"] for r in records], floats(r[name] for r in records), colour, label)
             axes.set(title=title, ylabel=unit)

@@ -29,16 +29,16 @@ _NO_MATTER = ("rollout.servers.", "rollout.batch_rows", "rollout.dump", "rollout
 def results_table(results: Record, pass_k: Sequence[int]) -> str:
     """The scores of every set with their 95% intervals, pass@k for the given k alone, and what was trained on."""
     rows = []
-    for name, found in results["sets"].items():
-        scores = {f"avg@{found['samples']}": found["avg"]}
-        scores |= {f"pass@{k}": found["pass"][str(k)] for k in dict.fromkeys(pass_k)}
-        rows += [[name, str(found["questions"]), label, *_cells(score)] for label, score in scores.items()]
+    for name, result in results["sets"].items():
+        scores = {f"avg@{result['samples']}": result["avg"]}
+        scores |= {f"pass@{k}": result["pass"][str(k)] for k in dict.fromkeys(pass_k)}
+        rows += [[name, str(result["questions"]), label, *_cells(score)] for label, score in scores.items()]
     lines = plain_table(["set", "questions", "score", "value", "95% interval"], rows)
-    for name, found in results["sets"].items():
-        length = found["response_length"]
+    for name, result in results["sets"].items():
+        length = result["response_length"]
         lines.append(
-            f"{name}: {length['mean']:.0f} tokens a response, {found['truncated']:.1%} cut off; "
-            + seen_words(found["seen"], found["questions"])
+            f"{name}: {length['mean']:.0f} tokens a response, {result['truncated']:.1%} cut off; "
+            + seen_words(result["seen"], result["questions"])
         )
     return printable("\n".join(lines))
 
@@ -68,7 +68,7 @@ class Difference:
 
 def compare(first: Path, second: Path) -> str:
     """The comparison of two folders of the eval command as a table. InputError where they cannot be compared."""
-    found = differences_of(first, second)
+    differences = differences_of(first, second)
     rows = [
         [
             d.set,
@@ -79,12 +79,12 @@ def compare(first: Path, second: Path) -> str:
             "-" if d.interval is None else f"{d.interval[0]:+.3f} to {d.interval[1]:+.3f}",
             "-" if d.p is None else f"{d.p:.4f}",
         ]
-        for d in found
+        for d in differences
     ]
     lines = [f"A  {first}", f"B  {second}", ""]
     lines += plain_table(["set", "questions", "avg@k of A", "of B", "B - A", "95% interval", "p"], rows)
-    if told := _other_settings(first, second):
-        lines += ["asked or judged otherwise (A -> B):", *(f"  {line}" for line in told)]
+    if settings := _other_settings(first, second):
+        lines += ["asked or judged otherwise (A -> B):", *(f"  {line}" for line in settings)]
     return printable("\n".join(lines).rstrip())
 
 
@@ -112,12 +112,12 @@ class _Answers:
     def read(cls, run_dir: Path) -> _Answers:
         if not (run_dir / RESULTS).is_file() or not (run_dir / RESPONSES).is_file():
             raise InputError(f"{run_dir} has no {RESULTS} and {RESPONSES}: give two folders that eval has written to")
-        found = cls({}, {})
+        responses = cls({}, {})
         for record in read(run_dir / RESPONSES):
             name, question = record["set"], record["id"]
-            found.correct.setdefault(name, {}).setdefault(question, []).append(record["correct"])
-            found.keys.setdefault(name, {})[question] = record["question"]
-        return found
+            responses.correct.setdefault(name, {}).setdefault(question, []).append(record["correct"])
+            responses.keys.setdefault(name, {})[question] = record["question"]
+        return responses
 
 
 def _unlike(name: str, a: _Answers, b: _Answers, first: Path, second: Path) -> list[str]:

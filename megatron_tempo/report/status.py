@@ -56,7 +56,7 @@ def status(run_dir: Path, now: float | None = None) -> Status:
         ("doing", _doing(heartbeat, metrics + evaluations, now) if heartbeat is not None and running else ""),
         ("rate", _rate(metrics)),
         ("left", f"about {clock(forecast.left())}" if running and forecast is not None and step < total else ""),
-        ("last step", _figures(metrics)),
+        ("last step", _step_metrics(metrics)),
         *_many("evaluation", _evaluations(evaluations)),
         ("memory", _memory(metrics)),
         *_many("engines", _engines(heartbeat["engines"] if heartbeat is not None else [], running=running)),
@@ -141,7 +141,7 @@ def _rate(metrics: Sequence[Record]) -> str:
 
 
 # What of the last iteration is shown, where the record has it.
-_FIGURES = (
+_STEP_METRICS = (
     ("reward, verified", "reward/labelled"),
     ("value", "reward/unlabelled_value"),
     ("agreement", "reward/unlabelled"),
@@ -153,9 +153,9 @@ _FIGURES = (
 )
 
 
-def _figures(metrics: Sequence[Record]) -> str:
+def _step_metrics(metrics: Sequence[Record]) -> str:
     last = metrics[-1] if metrics else {}
-    return ", ".join(f"{words} {last[name]:.3g}" for words, name in _FIGURES if last.get(name) is not None)
+    return ", ".join(f"{words} {last[name]:.3g}" for words, name in _STEP_METRICS if last.get(name) is not None)
 
 
 def _evaluations(evaluations: Sequence[Record]) -> Iterator[str]:
@@ -169,8 +169,8 @@ def _evaluations(evaluations: Sequence[Record]) -> Iterator[str]:
         words = [f"avg@{record['avg_k']} {score(record['avg'], record['avg_se'])}"]
         words += [f"pass@{k} {score(value, record['pass_se'].get(k))}" for k, value in record["pass"].items()]
         if record.get("calibration"):
-            found = record["calibration"]["last"]
-            words.append(f"critic's AUROC {score(found['auroc'], None)}, ECE {score(found['ece'], None)}")
+            calibration = record["calibration"]["last"]
+            words.append(f"critic's AUROC {score(calibration['auroc'], None)}, ECE {score(calibration['ece'], None)}")
         begun = first[name]
         was = f"; avg@{begun['avg_k']} was {score(begun['avg'], None)} at step {begun['step']}"
         since = "" if begun is record else was

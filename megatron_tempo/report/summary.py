@@ -49,7 +49,7 @@ class Milestone:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    figures: str
+    scores: str
     verdict: str = ""  # whether the last stage paid
 
 
@@ -104,14 +104,14 @@ class Run:
 
     def milestones(self) -> list[Milestone]:
         """In the order of the run. A stage without iterations adds none: its step is that of the one before."""
-        found: dict[int, Milestone] = {}
+        milestones: dict[int, Milestone] = {}
         for record in self.evaluations:
             if record["point"] == "during":
                 continue
             label = UNTRAINED.get(record["point"], f"after {_words(record['stage'])}")
             new = Milestone(label, "" if record["point"] in UNTRAINED else record["stage"], record["step"], {})
-            found.setdefault(record["step"], new).scores.setdefault(record["set"], record)
-        return list(found.values())
+            milestones.setdefault(record["step"], new).scores.setdefault(record["set"], record)
+        return list(milestones.values())
 
     def iterations(self) -> tuple[int, int]:
         """Iterations done and planned, over all stages."""
@@ -134,8 +134,8 @@ def outcome(run: Run) -> list[Finding]:
         if not reached:
             continue
         record = reached[0][1]
-        figures = [f"{score(r['avg'], r['avg_se'])} {m.label}" for m, r in reached]
-        listed = " and ".join(filter(None, (", ".join(figures[:-1]), figures[-1])))
+        texts = [f"{score(r['avg'], r['avg_se'])} {m.label}" for m, r in reached]
+        listed = " and ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
         findings.append(
             Finding(
                 f"{name} ({record['questions']} questions): avg@{record['avg_k']} was {listed}.",
@@ -152,7 +152,7 @@ def summary_table(run_dir: Path) -> str:
     """Scores of each set before, between and after, with standard errors, and the outcome: plain text."""
     run = Run.read(run_dir)
     table = plain_table(*score_rows(run))
-    findings = [line for finding in outcome(run) for line in (finding.figures, finding.verdict) if line]
+    findings = [line for finding in outcome(run) for line in (finding.scores, finding.verdict) if line]
     return printable("\n".join([*table, *findings]))
 
 

@@ -58,8 +58,8 @@ def statements(response: str) -> list[str]:
     if box is not None:
         return [text[slice(*box)]]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    found = [piece for i, line in enumerate(lines) for piece in _sentences(line, lines[i + 1 : i + 2])]
-    return found[::-1] + lines[-1:]
+    pieces = [piece for i, line in enumerate(lines) for piece in _sentences(line, lines[i + 1 : i + 2])]
+    return pieces[::-1] + lines[-1:]
 
 
 def plain(text: str) -> str:
@@ -75,7 +75,7 @@ def plain(text: str) -> str:
 
 def _last_box(text: str) -> tuple[int, int] | None:
     """Where the content of the last complete box starts and ends."""
-    found = None
+    box = None
     opened: list[int | None] = []  # for each open brace, where a box's content starts
     for token in _BRACES.finditer(text):
         if token[1]:
@@ -85,21 +85,21 @@ def _last_box(text: str) -> tuple[int, int] | None:
         elif token[2] == "}" and opened:
             start = opened.pop()
             if start is not None:
-                found = (start, token.start())
-    return found
+                box = (start, token.start())
+    return box
 
 
 def _last_line(text: str) -> tuple[int, str] | None:
     """Where the last `Answer: ...` starts, and what it says, in the line after it if there is nothing in its own."""
-    place, following, found = len(text), "", None
+    place, following, answer = len(text), "", None
     for line in reversed(text.splitlines(keepends=True)):
         place -= len(line)
         match = _LINE.match(line)
         if match:
-            found = (place, match[1].strip(" \t*_") or following)
+            answer = (place, match[1].strip(" \t*_") or following)
             break
         following = line.strip() or following
-    return found
+    return answer
 
 
 def _sentences(line: str, following: list[str]) -> list[str]:

@@ -30,13 +30,13 @@ def options(prompt: str) -> dict[str, str]:
     >>> options("Which?\\n(A) one\\n(B) two\\nGive the letter.")
     {'A': 'one', 'B': 'two'}
     """
-    found: dict[str, str] = {}
+    options: dict[str, str] = {}
     for letter, text in _OPTION.findall(prompt):
         if letter == "A":
-            found = {"A": text}
-        elif found and ord(letter) == ord("A") + len(found):
-            found[letter] = text
-    return found if len(found) > 1 else {}
+            options = {"A": text}
+        elif options and ord(letter) == ord("A") + len(options):
+            options[letter] = text
+    return options if len(options) > 1 else {}
 
 
 def read(prompt: str, response: str) -> frozenset[str] | None:

@@ -33,8 +33,8 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 def read(prompt: str, response: str) -> Grid | None:
     """The last grid of the response, its JSON or its table."""
     text = tail(response)
-    found = [grid for grid in (_last_object(text), _last_table(text)) if grid is not None]
-    return max(found)[1] if found else None
+    grids = [grid for grid in (_last_object(text), _last_table(text)) if grid is not None]
+    return max(grids)[1] if grids else None
 
 
 def gold(prompt: str, answer: str) -> Grid:
@@ -48,7 +48,7 @@ def gold(prompt: str, answer: str) -> Grid:
 
 def _last_object(text: str) -> tuple[int, Grid] | None:
     """Where the last JSON grid ends, and the grid. Braces elsewhere in the text do no harm."""
-    found, place = None, text.find("{")
+    last, place = None, text.find("{")
     while place >= 0:
         try:
             value, end = _DECODER.raw_decode(text, place)
@@ -56,9 +56,9 @@ def _last_object(text: str) -> tuple[int, Grid] | None:
             end = place + 1
         else:
             with contextlib.suppress(ValueError):
-                found = end, _grid(value.get("solution", value))
+                last = end, _grid(value.get("solution", value))
         place = text.find("{", end)
-    return found
+    return last
 
 
 def _last_table(text: str) -> tuple[int, Grid] | None:

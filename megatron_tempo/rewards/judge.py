@@ -163,7 +163,7 @@ class JudgeScorer:
             if self._over.is_set():
                 raise EngineError(self._failure or "the judge was closed")
             self._count("asked")
-            progress_marker.beat()
+            progress_marker.mark()
             try:
                 status, content, later = self._post(body)
             except httpx.RequestError as error:

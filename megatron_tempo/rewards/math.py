@@ -30,7 +30,7 @@ ANSWER_CHARS = 2000  # longer answers are refused; a longer text in a box is wro
 RESPONSE_CHARS = 20_000  # the end of a response that is looked at
 
 
-class Judged(Protocol):
+class AnswerPair(Protocol):
     """What is read of an item."""
 
     @property
@@ -52,7 +52,7 @@ class MathScorer:
         if len(answer) > ANSWER_CHARS:
             raise ValueError(f"the answer has {len(answer)} characters; the math verifier takes {ANSWER_CHARS}")
 
-    def score(self, items: Sequence[Judged]) -> list[float]:
+    def score(self, items: Sequence[AnswerPair]) -> list[float]:
         """1.0 where the response's answer equals the item's, else 0.0. RuntimeError where no worker can start."""
         verdicts = [0.0] * len(items)
         stop = threading.Event()
@@ -109,7 +109,7 @@ class Worker:
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
         """The reply, or None to a request that takes too long or too much memory, or kills the worker."""
-        progress_marker.beat()
+        progress_marker.mark()
         for _ in range(2):
             process = self._running()
             reply, timed_out = _exchange(process, request, self._seconds)
@@ -160,10 +160,10 @@ class _Classes:
     def join(self, response: str) -> int | None:
         """The response's class, an old one or a new one, or None."""
         order = sorted(set(range(len(self._answers))) - self._slow, key=lambda number: (-self._sizes[number], number))
-        found = self._worker.compare([self._answers[number] for number in order], response)
-        if found is None:
-            order, found = self._one_by_one(order, response)
-        place, answer = found
+        verdict = self._worker.compare([self._answers[number] for number in order], response)
+        if verdict is None:
+            order, verdict = self._one_by_one(order, response)
+        place, answer = verdict
         if answer is None:
             return None
         if place is not None:
@@ -183,11 +183,11 @@ class _Classes:
         if alone is None:
             return [], (None, None)
         for number in order:
-            found = self._worker.compare([self._answers[number]], response)
-            if found is None:
+            verdict = self._worker.compare([self._answers[number]], response)
+            if verdict is None:
                 self._slow.add(number)
-            elif found[0] is not None:
-                return [number], found
+            elif verdict[0] is not None:
+                return [number], verdict
         return [], alone
 
 

@@ -44,12 +44,12 @@ def correct(answer: str, response: str) -> bool:
     if box is not None and box.strip() == answer.strip():
         return True
     stated = statement(response)
-    found = [] if stated is None else read(stated)
-    if not found:
+    parsed = [] if stated is None else read(stated)
+    if not parsed:
         return False
     # An answer may be given boxed, in dollars, or bare.
     gold = answer if "\\boxed" in answer or answer.startswith("$") else f"\\boxed{{{answer}}}"
-    return verify(parse(gold, BOXED_FIRST, parsing_timeout=None), found, timeout_seconds=None)
+    return verify(parse(gold, BOXED_FIRST, parsing_timeout=None), parsed, timeout_seconds=None)
 
 
 def statement(response: str) -> str | None:

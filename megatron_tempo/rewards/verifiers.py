@@ -121,7 +121,7 @@ class Verifiers:
         for name, group in places.items():
             with nullcontext() if name == "judge" else self._one_at_a_time:
                 scores = self._scorers[name].score([items[place] for place in group])
-            progress_marker.beat()
+            progress_marker.mark()
             for place, score in zip(group, scores, strict=True):
                 verdicts[place] = score
         return verdicts
@@ -130,9 +130,9 @@ class Verifiers:
         """Which responses to a question have equal answers, as `Scorer.classes`. No answer of anybody else is read."""
         scorer = self._scorer(verifier)
         with self._one_at_a_time:
-            found = scorer.classes(prompt, responses)
-        progress_marker.beat()
-        return found
+            classes = scorer.classes(prompt, responses)
+        progress_marker.mark()
+        return classes
 
     def take_counts(self) -> dict[str, int]:
         """What the judge was asked since the last call (`JudgeScorer.take_counts`); empty without one."""
@@ -177,7 +177,7 @@ def _report(prompts: Iterable[_P], check: Callable[[_P], None]) -> None:
     """InputError that names the prompts that `check` refuses."""
     problems: list[str] = []
     for prompt in prompts:
-        progress_marker.beat()
+        progress_marker.mark()
         try:
             check(prompt)
         except ValueError as error:

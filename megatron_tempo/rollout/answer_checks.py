@@ -8,7 +8,7 @@ import httpx
 
 from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout.replica import Ask
-from megatron_tempo.rollout.server_adapter import Answer, Call, Dialect
+from megatron_tempo.rollout.server_adapter import Answer, Call, ServerAdapter
 from megatron_tempo.types import Completion
 
 # Nats: a token as unlikely is not sampled. vLLM answers -9999 for what is not a number.
@@ -36,14 +36,14 @@ def differing(expected: dict[str, tuple[str, float]], held: dict[str, tuple[str,
 
     It is NaN where only a checksum tells, infinite where a tensor is missing; those come first.
     """
-    found = []
+    differences = []
     for name in expected.keys() | held.keys():
         ours, theirs = expected.get(name), held.get(name)
         if ours is None or theirs is None:
-            found.append((name, math.inf))
+            differences.append((name, math.inf))
         elif ours[0] != theirs[0]:
-            found.append((name, abs(ours[1] - theirs[1]) / max(ours[1], 1e-30)))
-    return sorted(found, key=lambda item: (-item[1] if not math.isnan(item[1]) else 0.0, item[0]))
+            differences.append((name, abs(ours[1] - theirs[1]) / max(ours[1], 1e-30)))
+    return sorted(differences, key=lambda item: (-item[1] if not math.isnan(item[1]) else 0.0, item[0]))
 
 
 def reason(error: Exception) -> str:
@@ -53,14 +53,14 @@ def reason(error: Exception) -> str:
 
 
 def checked_completions(
-    response: httpx.Response, ask: Ask, dialect: Dialect, vocab: int, newest: int
+    response: httpx.Response, ask: Ask, adapter: ServerAdapter, vocab: int, newest: int
 ) -> list[Completion]:
     """The completions of a response, if they make sense: a response that is not what it seems would be trained on.
 
     `newest` is the version of the latest weights. Raises EngineError.
     """
     try:
-        answers = [_completion(answer, ask, vocab, newest) for answer in dialect.answers(response.json())]
+        answers = [_completion(answer, ask, vocab, newest) for answer in adapter.answers(response.json())]
     except (ValueError, LookupError, TypeError) as error:  # not of the form, or with null for a number
         raise EngineError(f"gave a response that makes no sense: {error!r}") from error
     if len(answers) != ask.request.samples:

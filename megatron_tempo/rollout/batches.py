@@ -100,7 +100,7 @@ def summed_counts(verifiers: Verifiers) -> dict[str, int]:
 
 
 def _joined(shares: list[dict[int, Any]]) -> dict[int, Any]:
-    return {i: found for share in shares for i, found in share.items()}
+    return {i: part for share in shares for i, part in share.items()}
 
 
 def batch_of(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from megatron_tempo.config.choices import EngineKind, EnginePrecision
 from megatron_tempo.config.schema import Config
-from megatron_tempo.rollout.server_adapter import Dialect
+from megatron_tempo.rollout.server_adapter import ServerAdapter
 
 
-def dialect_of(config: Config, *, cpu: bool) -> Dialect:
+def server_adapter_of(config: Config, *, cpu: bool) -> ServerAdapter:
     """How the servers of `rollout.engine` are started and spoken to."""
     from megatron_tempo.rollout.sglang import Sglang
     from megatron_tempo.rollout.vllm import Vllm

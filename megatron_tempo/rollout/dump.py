@@ -89,13 +89,13 @@ def read(
 
 def _class(where: str, text: str) -> int | None:
     """The class of an unlabelled response's answer."""
-    found = json.loads(text).get("answer_class")
-    if type(found) is not int or found < -1:
+    answer_class = json.loads(text).get("answer_class")
+    if type(answer_class) is not int or answer_class < -1:
         raise InputError(
-            f"rollout.replay: {where} has the answer_class {found!r}; this stage's method compares answers, and "
+            f"rollout.replay: {where} has the answer_class {answer_class!r}; this stage's method compares answers, and "
             "replays what such a method recorded"
         )
-    return None if found == -1 else found
+    return None if answer_class == -1 else answer_class
 
 
 def _response(where: str, text: str, prompt: LabelledPrompt | UnlabelledPrompt) -> tuple[Completion, float]:

@@ -64,12 +64,12 @@ class EmbeddedEngine:
 
     def differences(self, weights: Weights) -> list[tuple[str, float]]:
         parameters = dict(self._model.named_parameters())
-        found = []
+        differences = []
         for name, tensor in (pair for bucket in weights.everywhere() for pair in bucket):
             if name in parameters and not torch.equal(parameters[name], tensor):
                 apart = (parameters[name] - tensor).norm() / tensor.norm()
-                found.append((name, float(apart)))
-        return sorted(found, key=lambda item: -item[1])
+                differences.append((name, float(apart)))
+        return sorted(differences, key=lambda item: -item[1])
 
     def start(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
         """Each rank answers its share, a batch at a time, when it is asked for the next answer."""
@@ -115,7 +115,7 @@ class EmbeddedEngine:
         decoding = _Decoding.begin(requests, mask[copies], sampling, self._device)
         logits = logits[copies]
         for step in range(sampling.max_tokens):
-            progress_marker.beat()
+            progress_marker.mark()
             tokens = decoding.sample(logits, step, sampling.temperature, self._end_tokens)
             if decoding.ended.all() or step + 1 == sampling.max_tokens:
                 break
@@ -227,15 +227,15 @@ def end_tokens(folder: Path) -> list[int]:
     Raises InputError if none of them names any.
     """
     if (folder / "generation_config.json").exists():
-        found = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
-        if found is not None:
-            return found if isinstance(found, list) else [found]
-    found = transformers.AutoTokenizer.from_pretrained(folder).eos_token_id
-    if found is None:
+        end = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
+        if end is not None:
+            return end if isinstance(end, list) else [end]
+    end = transformers.AutoTokenizer.from_pretrained(folder).eos_token_id
+    if end is None:
         raise InputError(
             f"{folder}: no eos_token_id in generation_config.json or the tokenizer; responses would not end"
         )
-    return [found]
+    return [end]
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

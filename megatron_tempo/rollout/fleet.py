@@ -21,8 +21,19 @@ from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rollout.answer_checks import CannotAnswer, checked, checked_completions, differing, reason
 from megatron_tempo.rollout.engine import Request, Sampling
-from megatron_tempo.rollout.replica import LIMITS, Answered, Ask, Event, Failed, Job, Replica, Starter, State, Target
-from megatron_tempo.rollout.server_adapter import Call, Dialect, authorised
+from megatron_tempo.rollout.replica import (
+    LIMITS,
+    Answered,
+    Ask,
+    Event,
+    Failed,
+    GenerationJob,
+    Replica,
+    Starter,
+    State,
+    Target,
+)
+from megatron_tempo.rollout.server_adapter import Call, ServerAdapter, authorised
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import EngineHealth
 
@@ -34,21 +45,21 @@ class Fleet:
 
     def __init__(
         self,
-        dialect: Dialect,
+        adapter: ServerAdapter,
         config: ServersConfig,
         starter: Starter,
         replicas: int,
         key: str,
         end_tokens: Sequence[int],
         vocab: int,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
-        """`vocab` is the number of tokens that a response may be made of. `tell` hears of faults, from any thread."""
-        self._dialect, self._config, self._starter = dialect, config, starter
-        self._key, self._end_tokens, self._vocab, self._tell = key, end_tokens, vocab, tell
+        """`vocab` is the number of tokens that a response may be made of. `log` hears of faults, from any thread."""
+        self._adapter, self._config, self._starter = adapter, config, starter
+        self._key, self._end_tokens, self._vocab, self._log = key, end_tokens, vocab, log
         self._replicas = [Replica(i) for i in range(replicas)]
         self._waiting: deque[Ask] = deque()
-        self._jobs: set[Job] = set()
+        self._jobs: set[GenerationJob] = set()
         self._version = -1
         self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -59,11 +70,11 @@ class Fleet:
         """Start all servers. Raises InputError where one does not come up: what it was given does not fit."""
         self._do(self._open())
 
-    def submit(self, requests: Sequence[Request], sampling: Sampling) -> Job:
+    def submit(self, requests: Sequence[Request], sampling: Sampling) -> GenerationJob:
         """Begin to answer requests, by whichever servers have the weights."""
 
-        async def begin() -> Job:
-            job = Job(len(requests), self._version)
+        async def begin() -> GenerationJob:
+            job = GenerationJob(len(requests), self._version)
             asks = [Ask(job, i, request, sampling) for i, request in enumerate(requests)]
             if self._config.dispatch is Dispatch.longest_first:
                 asks.sort(key=lambda ask: -len(ask.request.token_ids))
@@ -75,7 +86,7 @@ class Fleet:
 
         return self._do(begin())
 
-    def next(self, job: Job, seconds: float) -> Answered | Failed | Event:
+    def next(self, job: GenerationJob, seconds: float) -> Answered | Failed | Event:
         """The next thing that happens to a job, or `nothing` after `seconds`."""
         if any(replica.state is State.empty for replica in self._replicas):
             return Event.weights_wanted
@@ -84,7 +95,7 @@ class Fleet:
         except queue.Empty:
             return Event.nothing
 
-    def finish(self, job: Job) -> None:
+    def finish(self, job: GenerationJob) -> None:
         """Forget a job; what is still asked for it is given up."""
 
         async def forget() -> None:
@@ -102,7 +113,7 @@ class Fleet:
             targets = [Target(replica.index, replica.life, replica.url) for replica in chosen]
             for replica in chosen:
                 replica.held = True
-            await asyncio.gather(*(self._calls(replica, self._dialect.before_update()) for replica in chosen))
+            await asyncio.gather(*(self._calls(replica, self._adapter.before_update()) for replica in chosen))
             return [target for target in targets if self._replicas[target.index].life == target.life]
 
         return self._do(begin())
@@ -130,15 +141,15 @@ class Fleet:
 
         return self._do(end())
 
-    def proofs(self) -> list[dict[str, tuple[str, float]]]:
+    def checksums(self) -> list[dict[str, tuple[str, float]]]:
         """What each worker of the serving servers proves to hold."""
 
         async def ask() -> list[dict[str, tuple[str, float]]]:
-            call = self._dialect.proof()
+            call = self._adapter.checksums()
             assert call is not None
             serving = [replica for replica in self._replicas if replica.state is State.serving]
             answers = [(await self._send(replica, call)).json() for replica in serving]
-            return [worker for answer in answers for worker in self._dialect.proven(answer)]
+            return [worker for answer in answers for worker in self._adapter.parse_checksums(answer)]
 
         return self._do(ask())
 
@@ -147,7 +158,7 @@ class Fleet:
 
     def health(self) -> list[EngineHealth]:
         """How each server is. Does not wait for the event loop, and is for any thread."""
-        name = self._dialect.name
+        name = self._adapter.name
         return [
             EngineHealth(f"{name} server {r.index}", r.state.value, len(r.asks), r.restarts, r.url)
             for r in self._replicas
@@ -213,10 +224,10 @@ class Fleet:
         """Let a server answer a request. A failure is the server's, unless it says that the request is."""
         task = asyncio.current_task()
         assert task is not None
-        call = self._dialect.generate(ask.request, ask.sampling, self._end_tokens)
+        call = self._adapter.generate(ask.request, ask.sampling, self._end_tokens)
         try:
             response = await self._send(replica, call)
-            completions = checked_completions(response, ask, self._dialect, self._vocab, self._version)
+            completions = checked_completions(response, ask, self._adapter, self._vocab, self._version)
         except CannotAnswer as error:
             self._fail(ask.job, str(error))
         except (httpx.HTTPError, EngineError) as error:
@@ -224,7 +235,7 @@ class Fleet:
                 self._fault(replica, reason(error))
             return
         else:
-            progress_marker.beat()
+            progress_marker.mark()
             ask.job.events.put(Answered(ask.number, completions))
             ask.job.left -= 1  # last: at 0 nothing more is waited for
         del replica.asks[task]
@@ -252,19 +263,19 @@ class Fleet:
         return response if replica.life == life else None
 
     async def _end_update(self, replica: Replica, version: int, expected: dict[str, tuple[str, float]]) -> str | None:
-        if await self._calls(replica, self._dialect.after_update(version)) is None:
+        if await self._calls(replica, self._adapter.after_update(version)) is None:
             return None
-        if expected and (call := self._dialect.proof()) is not None:
+        if expected and (call := self._adapter.checksums()) is not None:
             answer = await self._calls(replica, [call])
             if answer is None:
                 return None
-            for held in self._dialect.proven(answer.json()):
+            for held in self._adapter.parse_checksums(answer.json()):
                 if wrong := [name for name, _ in differing(expected, held)]:
                     return (
                         f"{self._name(replica)} does not hold the actor's weights: {len(wrong)} of {len(expected)} "
                         f"tensors differ, first {wrong[0]}"
                     )
-        if await self._calls(replica, self._dialect.resume()) is None:
+        if await self._calls(replica, self._adapter.resume()) is None:
             return None
         if replica.state is State.serving:
             replica.restarts = 0
@@ -284,10 +295,10 @@ class Fleet:
                 since = time.monotonic()
                 continue
             try:
-                new = self._dialect.beat((await self._send(replica, self._dialect.pulse, limit)).text)
+                new = self._adapter.progress_of((await self._send(replica, self._adapter.progress, limit)).text)
                 if new is None or new != beat:
                     beat, since = new, time.monotonic()
-                    progress_marker.beat()
+                    progress_marker.mark()
             except (httpx.HTTPError, EngineError):
                 pass  # no progress seen
             if replica.life == life and replica.asks and time.monotonic() - since > limit:
@@ -304,7 +315,7 @@ class Fleet:
         replica.asks = {}
         self._waiting.extendleft(reversed(asks))
         again = f"; its {len(asks)} unfinished requests are asked again" if asks else ""
-        self._tell(f"{self._name(replica)} {why}{again}")
+        self._log(f"{self._name(replica)} {why}{again}")
         replica.state, replica.held = State.starting, False
         replica.life += 1
         if replica.client is not None:
@@ -322,10 +333,10 @@ class Fleet:
             try:
                 url = await self._starter.start(replica.index)
             except EngineError as error:
-                self._tell(f"{self._name(replica)} does not start again: {error}")
+                self._log(f"{self._name(replica)} does not start again: {error}")
                 continue
             self._connect(replica, url)
-            self._tell(f"{self._name(replica)} is back after {time.monotonic() - begun:.1f} s")
+            self._log(f"{self._name(replica)} is back after {time.monotonic() - begun:.1f} s")
             for job in self._jobs:
                 job.events.put(Event.weights_wanted)
             return
@@ -333,17 +344,17 @@ class Fleet:
 
     def _give_up(self, replica: Replica) -> None:
         replica.state = State.gone
-        self._tell(f"{self._name(replica)} is given up after rollout.servers.restarts={self._config.restarts}")
+        self._log(f"{self._name(replica)} is given up after rollout.servers.restarts={self._config.restarts}")
         self._fail_if_none_is_left()
 
     def _fail_if_none_is_left(self) -> None:
         if self.none_is_left():
             for job in self._jobs:
-                self._fail(job, f"no {self._dialect.name} server is left")
+                self._fail(job, f"no {self._adapter.name} server is left")
 
-    def _fail(self, job: Job, why: str) -> None:
+    def _fail(self, job: GenerationJob, why: str) -> None:
         self._waiting = deque(ask for ask in self._waiting if ask.job is not job)
         job.events.put(Failed(why))
 
     def _name(self, replica: Replica) -> str:
-        return f"{self._dialect.name} server {replica.index} ({replica.url or 'not started'})"
+        return f"{self._adapter.name} server {replica.index} ({replica.url or 'not started'})"

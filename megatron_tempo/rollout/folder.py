@@ -38,8 +38,8 @@ def served_folder(model: Path, folder: Path, precision: EnginePrecision, *, flat
             shutil.copyfile(file, folder / file.name)
     config = json.loads((model / "config.json").read_text())
     if flat_rope:
-        told = {name: value for name, value in config.items() if name not in ("rope_parameters", "rope_scaling")}
-        config = told | _flat_rope(model)
+        kept = {name: value for name, value in config.items() if name not in ("rope_parameters", "rope_scaling")}
+        config = kept | _flat_rope(model)
     if precision is EnginePrecision.fp8:
         config["quantization_config"] = FP8_CONFIG
     (folder / "config.json").write_text(json.dumps(config, indent=2))

@@ -25,7 +25,7 @@ class State(Enum):
 
 
 class Starter(Protocol):
-    """Where servers come from: `Keepers` starts them, `FoundServers` knows where they are."""
+    """Where servers come from: `SupervisedServers` starts them, `ExternalServers` knows where they are."""
 
     async def start(self, index: int) -> str:
         """The address of a server that is ready, started anew. Raises EngineError."""
@@ -76,7 +76,7 @@ class Event(Enum):
     nothing = "nothing"  # has happened for a while
 
 
-class Job:
+class GenerationJob:
     """The requests of one `submit`."""
 
     def __init__(self, requests: int, oldest: int) -> None:
@@ -87,7 +87,7 @@ class Job:
 
 @dataclass(slots=True, eq=False)
 class Ask:
-    job: Job
+    job: GenerationJob
     number: int
     request: Request
     sampling: Sampling

@@ -18,7 +18,7 @@ import torch
 
 from megatron_tempo.config.schema import Config
 from megatron_tempo.errors import InputError
-from megatron_tempo.rollout.build import dialect_of, engine_precision
+from megatron_tempo.rollout.build import engine_precision, server_adapter_of
 from megatron_tempo.rollout.server import Server
 
 LOOK_SECONDS = 1.0  # from one look at the servers to the next
@@ -42,7 +42,7 @@ def serve(config: Config, folder: Path) -> None:
         for i, server in enumerate(servers):
             assert server is not None
             server.wait()
-            _tell(folder / "addresses", f"{host}-{i}", server.url)
+            _publish_address(folder / "addresses", f"{host}-{i}", server.url)
         while True:
             time.sleep(LOOK_SECONDS)
             for i, server in enumerate(servers):
@@ -69,10 +69,12 @@ def _start(config: Config, folder: Path, key: str, index: int, port: int | None)
     own = devices[index * servers.tensor : (index + 1) * servers.tensor]
     visible = "" if cpu else ",".join(map(str, own))
     model, precision = Path(config.model.path), engine_precision(config)
-    return Server(dialect_of(config, cpu=cpu), servers, model, folder / str(index), key, precision, visible, port)
+    return Server(
+        server_adapter_of(config, cpu=cpu), servers, model, folder / str(index), key, precision, visible, port
+    )
 
 
-def _tell(folder: Path, name: str, url: str) -> None:
+def _publish_address(folder: Path, name: str, url: str) -> None:
     """A file that appears whole."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{name}.tmp"

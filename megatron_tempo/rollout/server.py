@@ -22,7 +22,7 @@ import httpx
 from megatron_tempo.config.choices import EnginePrecision
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.errors import EngineError
-from megatron_tempo.rollout.server_adapter import Dialect, Start, authorised
+from megatron_tempo.rollout.server_adapter import ServerAdapter, Start, authorised
 from megatron_tempo.runtime import progress_marker
 
 
@@ -31,7 +31,7 @@ class Server:
 
     def __init__(
         self,
-        dialect: Dialect,
+        adapter: ServerAdapter,
         config: ServersConfig,
         model: Path,
         folder: Path,
@@ -46,9 +46,9 @@ class Server:
         host = own_address(config.host)
         self.port = port = _free_port(host) if port is None else port
         self.url = f"http://{host}:{port}"
-        self._dialect, self._seconds, self._key = dialect, config.start_seconds, key
-        self.log = folder / f"{dialect.name.lower()}.log"
-        launch = dialect.launch(Start(config, model, folder, host, port, key, precision))
+        self._adapter, self._seconds, self._key = adapter, config.start_seconds, key
+        self.log = folder / f"{adapter.name.lower()}.log"
+        launch = adapter.launch(Start(config, model, folder, host, port, key, precision))
         environment = {name: value for name, value in os.environ.items() if not _of_torchrun(name)}
         environment |= launch.environment | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
         command = [sys.executable, "-c", _WITH_ITS_PARENT, config.python, *launch.command]
@@ -68,15 +68,15 @@ class Server:
 
         Raises EngineError with the end of its log if it ends or is not ready within `rollout.servers.start_seconds`.
         """
-        name, deadline = self._dialect.name, time.monotonic() + self._seconds
+        name, deadline = self._adapter.name, time.monotonic() + self._seconds
         with httpx.Client(base_url=self.url, headers=authorised(self._key), timeout=5.0) as client:
             while time.monotonic() < deadline:
-                progress_marker.beat()
+                progress_marker.mark()
                 if self.process.poll() is not None:
                     code = self.process.returncode
                     raise EngineError(f"{name} ended with exit code {code}" + last_words(self.log))
                 with contextlib.suppress(httpx.HTTPError):  # not listening yet
-                    if client.get(self._dialect.health.path).status_code == 200:
+                    if client.get(self._adapter.health.path).status_code == 200:
                         return
                 time.sleep(0.25)
         raise EngineError(

@@ -1,6 +1,6 @@
 """What differs between SGLang and vLLM: how a server is started, what is asked of it and how it answers.
 
-A dialect does nothing by itself: it makes calls and reads answers, so that dispatch, faults and weight updates are
+An adapter does nothing by itself: it makes calls and reads answers, so that dispatch, faults and weight updates are
 written once, in `fleet.py` and `servers.py`.
 """
 
@@ -60,7 +60,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
+class WeightGroupInfo:
     """Where a sender of weights waits for a server's workers: a torch store, and the group's name in it."""
 
     host: str
@@ -94,24 +94,24 @@ def authorised(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-class Dialect(Protocol):
+class ServerAdapter(Protocol):
     """Made for servers of `tensor` workers, on a CPU or on GPUs."""
 
     name: str
     health: Call  # answered with 200 by a server that is ready
-    pulse: Call  # what tells slowness from a hang
+    progress: Call  # what tells slowness from a hang
 
     def launch(self, start: Start) -> Launch: ...
 
-    def beat(self, answer: str) -> str | None:
-        """From the answer to `pulse`: a text that changes with every step made; None: that it answers is enough."""
+    def progress_of(self, answer: str) -> str | None:
+        """From the answer to `progress`: a text that changes with every step made; None: that it answers is enough."""
         ...
 
     def generate(self, request: Request, sampling: Sampling, end_tokens: Sequence[int]) -> Call: ...
 
     def answers(self, answer: Any) -> list[Answer]: ...
 
-    def meet(self, meeting: Meeting) -> Call: ...
+    def join_group(self, group_info: WeightGroupInfo) -> Call: ...
 
     def before_update(self) -> list[Call]:
         """Hold what is being generated, and open an update."""
@@ -120,7 +120,7 @@ class Dialect(Protocol):
     def update(self, bucket: Bucket, group: str | None, version: int, *, compare: bool) -> Call:
         """Take a bucket: by a broadcast of the tensors' bytes in `group`, or, without one, out of shared memory.
 
-        `compare` says that `proof` will be asked for.
+        `compare` says that `checksums` will be asked for.
         """
         ...
 
@@ -132,14 +132,14 @@ class Dialect(Protocol):
         """Go on generating."""
         ...
 
-    def proof(self) -> Call | None:
+    def checksums(self) -> Call | None:
         """What to ask for the checksums of all tensors. None where they cannot be compared."""
         ...
 
     def expected(self, bucket: Bucket) -> dict[str, tuple[str, float]]:
-        """(checksum, root mean square) of each tensor as `proof` would name it; NaN where it tells none."""
+        """(checksum, root mean square) of each tensor as `checksums` would name it; NaN where it tells none."""
         ...
 
-    def proven(self, answer: Any) -> list[dict[str, tuple[str, float]]]:
-        """The answer to `proof`, one for each worker that gave one, in the form of `expected`."""
+    def parse_checksums(self, answer: Any) -> list[dict[str, tuple[str, float]]]:
+        """The answer to `checksums`, one for each worker that gave one, in the form of `expected`."""
         ...

@@ -26,10 +26,10 @@ from megatron_tempo.rollout.answer_checks import differing
 from megatron_tempo.rollout.embedded import end_tokens
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.fleet import Fleet
-from megatron_tempo.rollout.replica import Answered, Event, Failed, Job, Starter
+from megatron_tempo.rollout.replica import Answered, Event, Failed, GenerationJob, Starter
 from megatron_tempo.rollout.server import Server, own_address
-from megatron_tempo.rollout.server_adapter import Dialect
-from megatron_tempo.rollout.supervisor import FoundServers, Keeper, Keepers, private_store
+from megatron_tempo.rollout.server_adapter import ServerAdapter
+from megatron_tempo.rollout.supervisor import ExternalServers, ServerSupervisor, SupervisedServers, private_store
 from megatron_tempo.rollout.transfer import Senders
 from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
 
@@ -44,7 +44,7 @@ class ServersEngine:
 
     def __init__(
         self,
-        dialect: Dialect,
+        adapter: ServerAdapter,
         config: ServersConfig,
         model: Path,
         work: Path,
@@ -52,15 +52,15 @@ class ServersEngine:
         device: torch.device,
         vocab: int,
         timeout: timedelta,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
-        """Collective. Servers are started below `work`; `tell` hears on the first rank of those that fail. `timeout` is
+        """Collective. Servers are started below `work`; `log` hears on the first rank of those that fail. `timeout` is
         how long a rank waits for the first one, which may be waiting for servers.
 
         Raises InputError if one does not come up, or cannot be reached from where the trainer runs.
         """
         self.counted = TokenCount()
-        self._dialect, self._config = dialect, config
+        self._adapter, self._config = adapter, config
         self._control = dist.new_group(backend="gloo", timeout=timeout)
         self._weights: Weights | None = None
         self._version = -1
@@ -69,17 +69,17 @@ class ServersEngine:
         nodes = self._nodes()
         self.replicas = config.replicas * len(nodes) if config.addresses is None else len(config.addresses)
         key = self._agree(self._key)
-        self._senders = Senders(dialect, config, key, "gloo" if device.type == "cpu" else "nccl")
+        self._senders = Senders(adapter, config, key, "gloo" if device.type == "cpu" else "nccl")
         self._closing.callback(self._senders.close)
 
         def make(index: int) -> Server:
-            return Server(dialect, config, model, work / str(index), key, precision, self._devices(index, device))
+            return Server(adapter, config, model, work / str(index), key, precision, self._devices(index, device))
 
         self._fleet: Fleet | None = None
-        self._keeper: Keeper | None = None
-        starter = self._found(key) if config.addresses is not None else self._kept(nodes, make)
+        self._supervisor: ServerSupervisor | None = None
+        starter = self._external(key) if config.addresses is not None else self._supervised(nodes, make)
         if starter is not None:
-            self._fleet = Fleet(dialect, config, starter, self.replicas, key, end_tokens(model), vocab, tell)
+            self._fleet = Fleet(adapter, config, starter, self.replicas, key, end_tokens(model), vocab, log)
             self._closing.callback(self._fleet.close)
         try:
             self._agree(lambda: self._first.open())
@@ -100,13 +100,13 @@ class ServersEngine:
         self._feed(empty_only=False, compare=compare)
 
     def differences(self, weights: Weights) -> list[tuple[str, float]] | None:
-        if self._dialect.proof() is None:
+        if self._adapter.checksums() is None:
             return None
         expected: dict[str, tuple[str, float]] = {}
         for bucket in weights.from_stages(shared=False):
-            expected |= self._dialect.expected(bucket)
+            expected |= self._adapter.expected(bucket)
         expected = self._joined(expected)
-        held = self._agree(lambda: self._first.proofs())
+        held = self._agree(lambda: self._first.checksums())
         return max((differing(expected, worker) for worker in held), key=len, default=[])
 
     def health(self) -> list[EngineHealth]:
@@ -166,20 +166,22 @@ class ServersEngine:
             return Path(self._config.key_file).read_text().strip()
         return secrets.token_hex(24)  # of letters that no command line takes for an option, as it does a leading "-"
 
-    def _found(self, key: str) -> Starter | None:
+    def _external(self, key: str) -> Starter | None:
         assert self._config.addresses is not None
         first = dist.get_rank() == 0
-        return FoundServers(self._dialect, self._config.addresses, key, self._config.start_seconds) if first else None
+        return (
+            ExternalServers(self._adapter, self._config.addresses, key, self._config.start_seconds) if first else None
+        )
 
-    def _kept(self, nodes: list[int], make: Callable[[int], Server]) -> Starter | None:
-        """A keeper on the first rank of each node, and on the first of all what gives them orders."""
+    def _supervised(self, nodes: list[int], make: Callable[[int], Server]) -> Starter | None:
+        """A supervisor on the first rank of each node, and on the first of all what gives them orders."""
         rank = dist.get_rank()
         store = private_store(own_address(self._config.host), timedelta(days=365)) if rank == 0 else None
         host, port = self._agree(lambda: (store.host, store.port) if store is not None else ("", 0))
         if rank in nodes:
-            self._keeper = Keeper((host, port), nodes.index(rank), make)
-            self._closing.callback(self._keeper.close)
-        return None if store is None else Keepers(store, self._config.replicas)
+            self._supervisor = ServerSupervisor((host, port), nodes.index(rank), make)
+            self._closing.callback(self._supervisor.close)
+        return None if store is None else SupervisedServers(store, self._config.replicas)
 
     def _devices(self, index: int, device: torch.device) -> str | None:
         """CUDA_VISIBLE_DEVICES of a server; None: as it is here."""
@@ -197,7 +199,7 @@ class ServersEngine:
 
     # Answers
 
-    def _answers(self, job: Job | None) -> Iterator[tuple[int, list[Completion]]]:
+    def _answers(self, job: GenerationJob | None) -> Iterator[tuple[int, list[Completion]]]:
         while True:
             event: Any = None
             if job is not None:
@@ -221,7 +223,7 @@ class ServersEngine:
     def _feed(self, *, empty_only: bool, compare: bool) -> None:
         """Send the weights to the servers, or to those alone that have none."""
         assert self._weights is not None
-        compare = compare and self._dialect.proof() is not None
+        compare = compare and self._adapter.checksums() is not None
         targets = self._agree(lambda: self._first.begin_update(empty_only=empty_only))
         failed: dict[int, str] = {}
         expected: dict[str, tuple[str, float]] = {}
@@ -232,4 +234,4 @@ class ServersEngine:
         if wrong is not None:
             raise EngineError(wrong)
         if self._agree(lambda: self._first.none_is_left()):
-            raise EngineError(f"no {self._dialect.name} server is left")
+            raise EngineError(f"no {self._adapter.name} server is left")

@@ -1,4 +1,4 @@
-"""SGLang's dialect.
+"""SGLang's adapter.
 
 SGLang answers an update that misses a tensor, or names one wrongly, with success. On a CPU its checksum of a tensor is
 that of its bytes, so that every tensor can be compared. On a GPU it is another function.
@@ -29,8 +29,8 @@ from megatron_tempo.rollout.server_adapter import (
     Answer,
     Call,
     Launch,
-    Meeting,
     Start,
+    WeightGroupInfo,
     described,
 )
 from megatron_tempo.rollout.transfer import joined_bytes
@@ -62,12 +62,12 @@ _FUSED = {
 
 
 class Sglang:
-    """A `Dialect`, for SGLang 0.5.23. The seeds of requests are not used: it draws its own numbers."""
+    """A `ServerAdapter`, for SGLang 0.5.23. The seeds of requests are not used: it draws its own numbers."""
 
     name = "SGLang"
     health = Call("/health")
     # Answers when the scheduler has done anything since it was asked, or else a token of a request of its own.
-    pulse = Call("/health_generate")
+    progress = Call("/health_generate")
 
     def __init__(self, *, cpu: bool, tensor: int) -> None:
         self._cpu, self._tensor = cpu, tensor
@@ -91,7 +91,7 @@ class Sglang:
             ["-m", "sglang.launch_server", "--config", str(private), *cpu, *start.config.arguments], environment
         )
 
-    def beat(self, answer: str) -> None:
+    def progress_of(self, answer: str) -> None:
         return None
 
     def generate(self, request: Request, sampling: Sampling, end_tokens: Sequence[int]) -> Call:
@@ -116,14 +116,14 @@ class Sglang:
             for one in answer
         ]
 
-    def meet(self, meeting: Meeting) -> Call:
+    def join_group(self, group_info: WeightGroupInfo) -> Call:
         body = {
-            "master_address": meeting.host,
-            "master_port": meeting.port,
+            "master_address": group_info.host,
+            "master_port": group_info.port,
             "rank_offset": 1,
-            "world_size": meeting.world,
-            "group_name": meeting.group,
-            "backend": meeting.backend,
+            "world_size": group_info.world,
+            "group_name": group_info.group,
+            "backend": group_info.backend,
         }
         return Call("/init_weights_update_group", body)
 
@@ -145,13 +145,13 @@ class Sglang:
     def resume(self) -> list[Call]:
         return [Call("/continue_generation", {})]
 
-    def proof(self) -> Call | None:
+    def checksums(self) -> Call | None:
         return Call("/weights_checker", {"action": "checksum"}) if self._cpu and self._tensor == 1 else None
 
     def expected(self, bucket: Bucket) -> dict[str, tuple[str, float]]:
         return {name: (checksum, math.nan) for name, checksum in _checksums(bucket)}
 
-    def proven(self, answer: Any) -> list[dict[str, tuple[str, float]]]:
+    def parse_checksums(self, answer: Any) -> list[dict[str, tuple[str, float]]]:
         held = answer["ranks"][0]["checksums"]
         if held.get("lm_head.weight") == held["model.embed_tokens.weight"]:  # tied: it is sent by one name
             del held["lm_head.weight"]

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout.server import Server
-from megatron_tempo.rollout.server_adapter import Dialect, authorised
+from megatron_tempo.rollout.server_adapter import ServerAdapter, authorised
 from megatron_tempo.runtime import progress_marker
 
 _FOREVER = timedelta(days=365)
@@ -38,7 +38,7 @@ def private_store(host: str, timeout: timedelta) -> dist.TCPStore:
     )
 
 
-class Keeper:
+class ServerSupervisor:
     """Starts and ends the servers of this node, as it is ordered to."""
 
     def __init__(self, store: tuple[str, int], node: int, make: Callable[[int], Server]) -> None:
@@ -47,7 +47,7 @@ class Keeper:
         self._servers: dict[int, Server] = {}
         self._closing = False
         # Servers end with the thread that started them, so this one stays for as long as they are wanted.
-        self._thread = threading.Thread(target=self._serve, name="keeper", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="supervisor", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -85,8 +85,8 @@ class Keeper:
         dist.TCPStore(*self._store, is_master=False).set(reply, json.dumps(answer))
 
 
-class Keepers:
-    """A `Starter`, on the first rank: it orders the keeper of the node that a server is on."""
+class SupervisedServers:
+    """A `Starter`, on the first rank: it orders the supervisor of the node that a server is on."""
 
     def __init__(self, store: dist.TCPStore, per_node: int) -> None:
         """Server i is on node i // `per_node`."""
@@ -109,25 +109,25 @@ class Keepers:
         return answer["url"]
 
 
-class FoundServers:
+class ExternalServers:
     """A `Starter` of servers that somebody else starts: to start one is to wait until it answers."""
 
-    def __init__(self, dialect: Dialect, addresses: Sequence[str], key: str, seconds: float) -> None:
-        self._dialect, self._addresses, self._key, self._seconds = dialect, addresses, key, seconds
+    def __init__(self, adapter: ServerAdapter, addresses: Sequence[str], key: str, seconds: float) -> None:
+        self._adapter, self._addresses, self._key, self._seconds = adapter, addresses, key, seconds
 
     async def start(self, index: int) -> str:
         url, deadline, last = self._addresses[index], time.monotonic() + self._seconds, "it does not answer"
         async with httpx.AsyncClient(base_url=url, headers=authorised(self._key), timeout=5.0) as client:
             while time.monotonic() < deadline:
-                progress_marker.beat()
+                progress_marker.mark()
                 try:
-                    response = await client.get(self._dialect.health.path)
+                    response = await client.get(self._adapter.health.path)
                     if response.status_code == 200:
                         return url
-                    last = f"{self._dialect.health.path} is answered with {response.status_code}"
+                    last = f"{self._adapter.health.path} is answered with {response.status_code}"
                     if response.status_code in (401, 403):
                         raise EngineError(f"{url} does not take the key of rollout.servers.key_file")
                 except httpx.HTTPError as error:
                     last = f"{type(error).__name__} {error}".rstrip()
                 await asyncio.sleep(0.5)
-        raise EngineError(f"no {self._dialect.name} server at {url} ({last}): start it, or mend the address")
+        raise EngineError(f"no {self._adapter.name} server at {url} ({last}): start it, or mend the address")

@@ -26,7 +26,7 @@ from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout.answer_checks import checked
 from megatron_tempo.rollout.replica import LIMITS, Target
 from megatron_tempo.rollout.server import own_address
-from megatron_tempo.rollout.server_adapter import Call, Dialect, Meeting, authorised
+from megatron_tempo.rollout.server_adapter import Call, ServerAdapter, WeightGroupInfo, authorised
 from megatron_tempo.rollout.supervisor import private_store
 from megatron_tempo.types import Bucket, Weights
 
@@ -34,8 +34,8 @@ from megatron_tempo.types import Bucket, Weights
 class Senders:
     """What a rank that sends weights needs: a link to each server."""
 
-    def __init__(self, dialect: Dialect, config: ServersConfig, key: str, backend: str) -> None:
-        self._dialect, self._config, self._key, self._backend = dialect, config, key, backend
+    def __init__(self, adapter: ServerAdapter, config: ServersConfig, key: str, backend: str) -> None:
+        self._adapter, self._config, self._key, self._backend = adapter, config, key, backend
         self._links: dict[Target, _Link] = {}
         self._pool = ThreadPoolExecutor(thread_name_prefix="sender")
 
@@ -54,8 +54,8 @@ class Senders:
         loading: dict[Target, Future[httpx.Response]] = {}
         for bucket in weights.from_stages(shared=shared):
             if compare:
-                expected |= self._dialect.expected(bucket)
-            _settle(loading, failed)
+                expected |= self._adapter.expected(bucket)
+            _collect_failures(loading, failed)
             left = [target for target in targets if target.index not in failed]
             sent = {target: self._pool.submit(self._links[target].send, bucket, version, compare) for target in left}
             loading = {}
@@ -65,7 +65,7 @@ class Senders:
                 except (httpx.HTTPError, EngineError, RuntimeError) as error:
                     failed[target.index] = _words(error)
             del bucket  # before the next one is made
-        _settle(loading, failed)
+        _collect_failures(loading, failed)
         if shared and torch.cuda.is_available():
             torch.cuda.ipc_collect()  # what servers have let go of
         return failed, expected
@@ -82,17 +82,17 @@ class Senders:
             if any(target.index == new.index for new in targets):
                 self._links.pop(target).close()
         news = [target for target in targets if target not in self._links]
-        made = {target: self._pool.submit(_Link, self._dialect, self._config, self._key, target) for target in news}
+        made = {target: self._pool.submit(_Link, self._adapter, self._config, self._key, target) for target in news}
         for target, future in made.items():
             self._links[target] = link = future.result()
             if self._config.transport is Transport.group:
                 try:
-                    link.meet(self._backend)
+                    link.join_group(self._backend)
                 except (httpx.HTTPError, EngineError, RuntimeError) as error:
                     failed[target.index] = _words(error)
 
 
-def _settle(loading: dict[Target, Future[httpx.Response]], failed: dict[int, str]) -> None:
+def _collect_failures(loading: dict[Target, Future[httpx.Response]], failed: dict[int, str]) -> None:
     for target, future in loading.items():
         try:
             future.result()
@@ -108,15 +108,15 @@ def _words(error: Exception) -> str:
 class _Link:
     """One sender's way to one server."""
 
-    def __init__(self, dialect: Dialect, config: ServersConfig, key: str, target: Target) -> None:
-        self._dialect, self._config = dialect, config
+    def __init__(self, adapter: ServerAdapter, config: ServersConfig, key: str, target: Target) -> None:
+        self._adapter, self._config = adapter, config
         timeout = config.update_seconds
         self._client = httpx.Client(base_url=target.url, headers=authorised(key), timeout=timeout, limits=LIMITS)
         self._posting = ThreadPoolExecutor(1, thread_name_prefix="link")
         self._name = f"megatron_tempo_{secrets.token_hex(4)}"
         self._group: dist.ProcessGroup | None = None
 
-    def meet(self, backend: str) -> None:
+    def join_group(self, backend: str) -> None:
         """Open a process group with the server's workers, of which this is rank 0.
 
         torch has no public way to make a group apart from the default one; vLLM and SGLang do the same on their side.
@@ -125,7 +125,7 @@ class _Link:
         timeout = timedelta(seconds=seconds)
         host = own_address(self._config.host)
         self._store = private_store(host, timeout)
-        call = self._dialect.meet(Meeting(host, self._store.port, self._name, world, backend, seconds))
+        call = self._adapter.join_group(WeightGroupInfo(host, self._store.port, self._name, world, backend, seconds))
         joined = self._post(call)
         store = dist.PrefixStore(self._name, self._store)
         self._group, _ = _new_process_group_helper(
@@ -137,7 +137,7 @@ class _Link:
     def send(self, bucket: Bucket, version: int, compare: bool) -> Future[httpx.Response]:
         """Send a bucket; what comes back ends when the server has loaded it."""
         in_group = self._group is not None
-        call = self._dialect.update(bucket, self._name if in_group else None, version, compare=compare)
+        call = self._adapter.update(bucket, self._name if in_group else None, version, compare=compare)
         answer = self._post(call)
         if in_group:
             work = dist.broadcast(

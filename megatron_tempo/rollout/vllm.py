@@ -1,4 +1,4 @@
-"""vLLM's dialect. What of it runs in the server's processes is in `vllm_worker.py`.
+"""vLLM's adapter. What of it runs in the server's processes is in `vllm_worker.py`.
 
 Its own checksums are of its weights as its kernels have packed them. So its workers tell the checksum of each tensor
 that came, and which of the model's parameters nothing was loaded into.
@@ -24,8 +24,8 @@ from megatron_tempo.rollout.server_adapter import (
     Answer,
     Call,
     Launch,
-    Meeting,
     Start,
+    WeightGroupInfo,
     described,
 )
 from megatron_tempo.types import Bucket
@@ -36,11 +36,11 @@ _COUNTERS = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:i
 
 
 class Vllm:
-    """A `Dialect`, for vLLM 0.32. The seeds of requests are not used: it draws its own numbers."""
+    """A `ServerAdapter`, for vLLM 0.32. The seeds of requests are not used: it draws its own numbers."""
 
     name = "vLLM"
     health = Call("/health")
-    pulse = Call("/metrics")
+    progress = Call("/metrics")
 
     def __init__(self, *, cpu: bool, tensor: int) -> None:
         self._cpu, self._tensor = cpu, tensor
@@ -79,7 +79,7 @@ class Vllm:
         command = ["-m", "vllm.entrypoints.openai.api_server", *words, *flags, *start.config.arguments]
         return Launch(command, environment)
 
-    def beat(self, answer: str) -> str:
+    def progress_of(self, answer: str) -> str:
         return "\n".join(line for line in answer.splitlines() if line.startswith(_COUNTERS))
 
     def generate(self, request: Request, sampling: Sampling, end_tokens: Sequence[int]) -> Call:
@@ -105,14 +105,14 @@ class Vllm:
             for one in answer["choices"]
         ]
 
-    def meet(self, meeting: Meeting) -> Call:
+    def join_group(self, group_info: WeightGroupInfo) -> Call:
         info = {
-            "group": meeting.group,
-            "host": meeting.host,
-            "port": meeting.port,
-            "world": meeting.world,
-            "backend": meeting.backend,
-            "seconds": meeting.seconds,
+            "group": group_info.group,
+            "host": group_info.host,
+            "port": group_info.port,
+            "world": group_info.world,
+            "backend": group_info.backend,
+            "seconds": group_info.seconds,
         }
         return Call("/init_weight_transfer_engine", {"init_info": info})
 
@@ -139,13 +139,13 @@ class Vllm:
     def resume(self) -> list[Call]:
         return [Call("/resume", {})]
 
-    def proof(self) -> Call:
-        return Call("/collective_rpc", {"method": "proof"})
+    def checksums(self) -> Call:
+        return Call("/collective_rpc", {"method": "checksums"})
 
     def expected(self, bucket: Bucket) -> dict[str, tuple[str, float]]:
         return {name: (checksum(tensor), root_mean_square(tensor)) for name, tensor in bucket}
 
-    def proven(self, answer: Any) -> list[dict[str, tuple[str, float]]]:
+    def parse_checksums(self, answer: Any) -> list[dict[str, tuple[str, float]]]:
         """A parameter that nothing was loaded into is named with no checksum."""
         return [
             {name: (total, float(size)) for name, (total, size) in worker["tensors"].items()}

@@ -73,7 +73,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
         return [math.prod(shape) * _dtype(name).itemsize for name, shape in zip(self.dtypes, self.shapes, strict=True)]
 
 
-class Engine(WeightTransferEngine[InitInfo, UpdateInfo]):
+class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     """Weights of one worker. A session is start_weight_update, any number of update_weights, finish_weight_update."""
 
     init_info_cls = InitInfo
@@ -125,7 +125,7 @@ class Engine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._missing = self._missing | self._incomplete()
         finalize_layerwise_reload(self.model, self.model_config)
 
-    def proof(self) -> dict[str, Any]:
+    def checksums(self) -> dict[str, Any]:
         return {"tensors": self._received, "missing": sorted(self._missing)}
 
     def shutdown(self) -> None:
@@ -163,12 +163,12 @@ class Engine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def _incomplete(self) -> set[str]:
         """Parameters of layers that got a part of what they consist of. A vocabulary's may have rows to fill up."""
-        found = set()
+        names = set()
         for name, layer in self.model.named_modules():
             info = get_layerwise_info(layer)
             if 0 < info.load_numel < (info.load_numel_total or 0) and not isinstance(layer, VocabParallelEmbedding):
-                found |= {f"{name}.{parameter}" for parameter, _ in layer.named_parameters(recurse=False)}
-        return found
+                names |= {f"{name}.{parameter}" for parameter, _ in layer.named_parameters(recurse=False)}
+        return names
 
     def _drop_unfinished(self) -> None:
         """Put the older tensors back where a session was broken off: else the next would mix them with its own."""
@@ -183,15 +183,15 @@ class Engine(WeightTransferEngine[InitInfo, UpdateInfo]):
 class WorkerExtension:
     """Added to vLLM's worker class: what collective_rpc can call."""
 
-    weight_transfer_engine: Engine
+    weight_transfer_engine: WeightReceiver
 
-    def proof(self) -> dict[str, Any]:
+    def checksums(self) -> dict[str, Any]:
         """What came in the last session.
 
         "tensors": checksum and root mean square (as text, for JSON has no NaN) of each tensor that came with checksums
         asked for; "missing": parameters that nothing, or not all of what they consist of, was loaded into.
         """
-        return self.weight_transfer_engine.proof()
+        return self.weight_transfer_engine.checksums()
 
     def abandon(self) -> None:
         """Forget a session that an earlier trainer left open."""
@@ -271,4 +271,4 @@ def root_mean_square(tensor: Tensor) -> float:
     return (float(total) / max(tensor.numel(), 1)) ** 0.5
 
 
-WeightTransferEngineFactory.register_engine("megatron_tempo", Engine)
+WeightTransferEngineFactory.register_engine("megatron_tempo", WeightReceiver)

@@ -1,4 +1,4 @@
-"""What one rank alone does, such as to write a file, and may fail at while the others go on."""
+"""Run a rank-local action, such as writing a file. If it fails on any rank, raise on all of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _T = TypeVar("_T")
 _FIX = "make room there, or the folder writable"
 
 
-def together(act: Callable[[], _T], group: dist.ProcessGroup | None = None) -> _T:
+def raise_on_all_ranks(act: Callable[[], _T], group: dist.ProcessGroup | None = None) -> _T:
     """`act()`, in which there is nothing collective. Collective, over `group`, which holds all ranks.
 
     Where it fails on a rank, all ranks raise: UnwrittenError for its OSError, InputError for its InputError. Without

@@ -1,8 +1,8 @@
-"""What this process is doing, and when it last got something done: by this a hang is told from long work (watchdog.py).
+"""What this process is doing and when it last made progress. The watchdog tells a hang from long work by it.
 
-Whatever may take minutes says `beat()` for each part that is done, from any thread: a micro-batch, a token of the
-embedded engine, an answer or a verdict, a bucket of weights, a file. A wait that has a limit of its own, such as that
-for a server to start, may say it while it waits. It costs one reading of the clock.
+Whatever may take minutes calls `mark()` for each part that is done, from any thread: a micro-batch, a token of the
+embedded engine, a response or a verdict, a bucket of weights, a file. A wait that has a limit of its own, such as that
+for a server to start, may call it while it waits. A call costs one reading of the clock.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 
 @dataclass(slots=True)
-class Pulse:
+class ProgressMarker:
     """`last`: of this process's monotonic clock. `step`: the iterations that are done."""
 
     last: float
@@ -22,22 +22,22 @@ class Pulse:
     step: int = 0
 
 
-PULSE = Pulse(time.monotonic())
+MARKER = ProgressMarker(time.monotonic())
 
 
-def beat() -> None:
-    """Something is done."""
-    PULSE.last = time.monotonic()
+def mark() -> None:
+    """Note that this process has made progress."""
+    MARKER.last = time.monotonic()
 
 
 @contextmanager
 def phase(name: str, step: int) -> Iterator[None]:
-    """Names what is done inside, behind so many iterations."""
-    outer = PULSE.phase
-    PULSE.phase, PULSE.step = name, step
-    beat()
+    """Names what is done inside. `step` iterations are done."""
+    outer = MARKER.phase
+    MARKER.phase, MARKER.step = name, step
+    mark()
     try:
         yield
     finally:
-        PULSE.phase = outer
-        beat()
+        MARKER.phase = outer
+        mark()

@@ -1,7 +1,7 @@
-"""How a run is told to stop, and stops: by USR1 or TERM to any of its processes, or by a file in its folder.
+"""Requests to stop a run: USR1 or TERM to any of its processes, or a file in its folder.
 
-It stops where all ranks stand between two phases of an iteration, with a checkpoint, so the same command goes on from
-there to the same end. A signal reaches some processes and not others, so the ranks ask one another.
+A run stops where all ranks stand between two phases of an iteration, with a checkpoint, so that the same command
+resumes it. A signal may reach only some processes, so the ranks ask one another.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ STOPPED = "stopped.json"  # below run.dir: the last one that did, at which step 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
-class Stops:
+class StopRequests:
     """While it is open the signals are taken note of. A second TERM ends the process at once.
 
-    with Stops(run_dir, grace_seconds=600.0) as stops:
-        why = stops.asked(is_writer=rank == 0)  # "USR1", "TERM", "file" or None: the same on all ranks
+    with StopRequests(run_dir, grace_seconds=600.0) as stop_requests:
+        why = stop_requests.requested(is_writer=rank == 0)  # "USR1", "TERM", "file" or None: the same on all ranks
     """
 
     def __init__(self, folder: Path, grace_seconds: float | None) -> None:
@@ -38,7 +38,7 @@ class Stops:
         self._last: float | None = None  # of the calls of `late`
         self._warned = False
 
-    def __enter__(self) -> Stops:
+    def __enter__(self) -> StopRequests:
         for number in _SIGNALS:
             self._before[number] = signal.signal(number, self._note)
             signal.siginterrupt(number, False)  # libraries' calls go on as if nothing had come
@@ -50,12 +50,12 @@ class Stops:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def asked(self, *, is_writer: bool) -> str | None:
+    def requested(self, *, is_writer: bool) -> str | None:
         """Who asks for a stop, if anybody does. Collective. The writer alone looks for the file."""
-        told = 1 if is_writer and (self._folder / STOP).exists() else 0
-        found = torch.tensor(max(self._seen, told))
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        number = int(found)
+        by_file = 1 if is_writer and (self._folder / STOP).exists() else 0
+        highest = torch.tensor(max(self._seen, by_file))
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        number = int(highest)
         if number <= 1:
             return "file" if number else None
         return signal.Signals(number).name.removeprefix("SIG")
@@ -73,7 +73,7 @@ class Stops:
             f"on from the checkpoint before; raise it"
         )
 
-    def leave(self, step: int, why: str) -> None:
+    def acknowledge(self, step: int, why: str) -> None:
         """Say in the folder that the run has stopped, and that the wish is fulfilled; a full disk is warned of."""
         record = {"step": step, "why": why, "time": round(time.time(), 3)}
         try:

@@ -1,16 +1,16 @@
-"""That every rank lives and the run gets on; and where one does not, an end of all, with a word.
+"""Detects dead or hung ranks and aborts the job with one diagnostic.
 
-In collectives ranks wait for one another, and one that is gone or stuck would keep the others waiting. So each rank has
-a thread that signs in the run's store every `BEAT` seconds, and one that judges what the others signed. A run ends, on
-all ranks and with exit status 1, where one of them
+In a collective, ranks wait for one another: one that is dead or stuck keeps the others waiting. So each rank has a
+thread that writes a heartbeat to the run's store every `BEAT` seconds, and one that checks the others' heartbeats. The
+run ends, on all ranks and with exit status 1, if a rank
 
-- has died: its process is gone, as others on its machine see, or it has given no sign for `SILENT` seconds, as when it
-  is frozen or its machine is lost;
+- has died: its process is gone, as others on its machine see, or it has sent no heartbeat for `SILENT` seconds, as when
+  it is frozen or its machine is lost;
 - has ended with an error, and `ENDED` seconds later the others have not;
-- hangs: none has got anything done for `run.hang_minutes` (progress_marker.py says what counts).
+- hangs: no rank has made progress for `run.hang_minutes` (progress_marker.py says what counts).
 
-The first that sees it says so, once: which rank, where, since when. Only durations by the judge's own clock count,
-since clocks of machines differ; and a judge that was itself asleep, as all are on a machine that was suspended, counts
+The first rank that finds it reports it, once: which rank, where, since when. Only durations by the detector's own clock
+count, since clocks of machines differ. A detector that was itself suspended, as all are on a suspended machine, counts
 anew.
 """
 
@@ -35,9 +35,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from megatron_tempo.errors import Stopped
-from megatron_tempo.observability.heartbeat import leave_word
-from megatron_tempo.runtime import diagnosis, progress_marker
-from megatron_tempo.runtime.diagnosis import DONE, Judge, Sign, Verdict
+from megatron_tempo.observability.heartbeat import write_final_heartbeat
+from megatron_tempo.runtime import failure_detector, progress_marker
+from megatron_tempo.runtime.failure_detector import DONE, Diagnosis, FailureDetector, RankHeartbeat
 
 _PATIENCE = 10.0  # seconds for what is done at once unless a disk, a pipe or the store is stuck
 _PACKAGE = str(Path(__file__).parents[1])
@@ -49,15 +49,15 @@ _WAITING = (
     ("/megatron/core/distributed/param_and_grad_buffer.py", "finish_param_sync"),
     (f"{_PACKAGE}/weights/stream.py", "_wait"),
 )
-_VERDICT = "verdict"
+_DIAGNOSIS = "diagnosis"
 
 _T = TypeVar("_T")
 
 
-class Liveness:
-    """While it is open this rank signs, and judges the others. It ends the process where the run is lost.
+class Watchdog:
+    """Sends this rank's heartbeats and checks the others' while it is open. Ends the process if the run is lost.
 
-    with Liveness(run_dir, hang_minutes=30.0):  # inside the default process group
+    with Watchdog(run_dir, hang_minutes=30.0):  # inside the default process group
         ...
     """
 
@@ -67,38 +67,38 @@ class Liveness:
         # Under torchrun the launcher's process holds the store, else the first rank's.
         launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self._host = None if launched else 0
-        self._judge = Judge(
+        self._detector = FailureDetector(
             self._rank, self._world, self._host, hang_minutes and hang_minutes * 60, now=time.monotonic()
         )
         self._needed = self._world > 1 or hang_minutes is not None
-        self._beat, self._silent = diagnosis.BEAT, diagnosis.SILENT
-        self._own = Sign(0, socket.gethostname(), os.getpid(), _machine(), "", 0, "", False, 0.0, 0.0)
+        self._beat, self._silent = failure_detector.BEAT, failure_detector.SILENT
+        self._own = RankHeartbeat(0, socket.gethostname(), os.getpid(), _machine(), "", 0, "", False, 0.0, 0.0)
         self._ended: str | None = None
-        self._signs: dict[int, Sign] = {}
-        self._read: set[int] = set()  # ranks whose signs have been read in the store
+        self._heartbeats: dict[int, RankHeartbeat] = {}
+        self._read: set[int] = set()  # ranks whose heartbeats have been read in the store
         self._store: dist.Store | None = None
         self._prefix = ""
-        self._found: Verdict | None = None  # another rank's
-        self._bereft = False
+        self._received: Diagnosis | None = None  # another rank's
+        self._collective_failed = False
         self._rounds = 0
         self._wake, self._over = threading.Event(), threading.Event()
         self._main: int | None = None
         self._threads: list[threading.Thread] = []
 
-    def __enter__(self) -> Liveness:
+    def __enter__(self) -> Watchdog:
         """Collective."""
-        progress_marker.beat()
+        progress_marker.mark()
         self._main = threading.get_ident()
         if not self._needed:
             return self
         if self._world > 1:
-            # Who they are is known from the first. A launcher's store may hold an earlier start's signs.
+            # Who they are is known from the first. A launcher's store may hold an earlier start's heartbeats.
             shares: list[Any] = [None] * self._world
             dist.all_gather_object(shares, (secrets.token_hex(8), self._own))
-            self._signs = {rank: sign for rank, (_, sign) in enumerate(shares)}
-            self._prefix = f"liveness/{shares[0][0]}"
+            self._heartbeats = {rank: heartbeat for rank, (_, heartbeat) in enumerate(shares)}
+            self._prefix = f"watchdog/{shares[0][0]}"
             self._store = self._connected()
-        for name, run in (("signs", self._sign_on), ("judge", self._judge_on)):
+        for name, run in (("heartbeats", self._run_heartbeats), ("failure detector", self._run_detector)):
             self._threads.append(threading.Thread(target=run, name=name, daemon=True))
             self._threads[-1].start()
         return self
@@ -109,15 +109,15 @@ class Liveness:
         if not self._needed:
             return
         if error is None or isinstance(error, Stopped):
-            self._sign_off(DONE)
+            self._finish(DONE)
             return
         if self._world > 1 and of_a_collective(error):
-            # Most likely another rank is gone. The judge will know it within this time, and end this process.
-            self._bereft = True
+            # Most likely another rank is gone. The detector finds it within this time and ends this process.
+            self._collective_failed = True
             self._over.wait(self._silent + 4 * self._beat)
-        self._sign_off(f"{type(error).__name__}: {error}".split("\n", 1)[0])
+        self._finish(f"{type(error).__name__}: {error}".split("\n", 1)[0])
 
-    # Signing
+    # Heartbeats
 
     def _connected(self) -> dist.Store:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -125,17 +125,17 @@ class Liveness:
         store = dist.TCPStore(address, port, is_master=False, timeout=seconds, wait_for_workers=False)
         return dist.PrefixStore(self._prefix, store)
 
-    def _sign_on(self) -> None:
+    def _run_heartbeats(self) -> None:
         while not self._over.is_set():
             self._wake.clear()
-            self._sign()
+            self._beat_once()
             self._wake.wait(self._beat)
 
-    def _sign(self) -> None:
-        """Sign, and read the others' signs. A store that does not answer holds this thread up, and no other."""
+    def _beat_once(self) -> None:
+        """Send a heartbeat and read the others'. A store that does not answer holds this thread up, and no other."""
         own = self._own = self._now()
         if self._world == 1:
-            self._signs = {0: own}
+            self._heartbeats = {0: own}
         else:
             try:
                 if self._store is None:
@@ -146,16 +146,16 @@ class Liveness:
                 self._store = None
         self._rounds += 1
 
-    def _exchange(self, store: dist.Store, own: Sign) -> None:
+    def _exchange(self, store: dist.Store, own: RankHeartbeat) -> None:
         store.set(f"{self._rank}", json.dumps(asdict(own)))
         # To read what is not there would be to wait for it.
         self._read |= {rank for rank in range(self._world) if rank not in self._read and store.check([f"{rank}"])}
         ranks = sorted(self._read)
         read = store.multi_get([f"{rank}" for rank in ranks])
-        signs = {rank: Sign(**json.loads(text)) for rank, text in zip(ranks, read, strict=True)}
-        self._signs = self._signs | signs  # a new one: the judge may be reading the old one
-        if store.check([_VERDICT]):
-            self._found = _verdict(store.get(_VERDICT))
+        heartbeats = {rank: RankHeartbeat(**json.loads(text)) for rank, text in zip(ranks, read, strict=True)}
+        self._heartbeats = self._heartbeats | heartbeats  # a new one: the detector may be reading the old one
+        if store.check([_DIAGNOSIS]):
+            self._received = _diagnosis_of(store.get(_DIAGNOSIS))
 
     def _again(self) -> dist.Store | None:
         """A new connection, if anybody listens; torch's own tries write pages to the error output."""
@@ -165,23 +165,23 @@ class Liveness:
             return self._connected()
         return None
 
-    def _now(self) -> Sign:
-        stands, waits = _stands(self._main)
-        state = progress_marker.PULSE
+    def _now(self) -> RankHeartbeat:
+        location, is_waiting = _location_of(self._main)
+        state = progress_marker.MARKER
         return replace(
             self._own,
-            beats=self._own.beats + 1,
+            count=self._own.count + 1,
             phase=state.phase,
             step=state.step,
-            stands=stands,
-            waits=waits,
+            location=location,
+            is_waiting=is_waiting,
             progress=state.last,
-            quiet=time.monotonic() - state.last,
+            idle_seconds=time.monotonic() - state.last,
             ended=self._ended,
         )
 
-    def _sign_off(self, word: str) -> None:
-        """The last sign. Who holds the store stays until the others have read it, or have ended too."""
+    def _finish(self, word: str) -> None:
+        """The last heartbeat. Who holds the store stays until the others have read it, or have ended too."""
         self._ended = word
         before = self._rounds + 1  # the round under way may have begun without it
         deadline = time.monotonic() + _PATIENCE
@@ -189,9 +189,9 @@ class Liveness:
             self._wake.set()
             time.sleep(0.01)
         if self._host == self._rank:
-            told = {rank: sign.beats for rank, sign in self._signs.items()}
+            counts_seen = {rank: heartbeat.count for rank, heartbeat in self._heartbeats.items()}
             deadline = time.monotonic() + (self._silent if word == DONE else 4 * self._beat)
-            while not self._all_know(told, done=word == DONE) and time.monotonic() < deadline:
+            while not self._all_know(counts_seen, done=word == DONE) and time.monotonic() < deadline:
                 self._wake.set()
                 time.sleep(0.02)
         self._over.set()
@@ -200,49 +200,55 @@ class Liveness:
             thread.join(_PATIENCE)
         self._store = None
 
-    def _all_know(self, told: dict[int, int], *, done: bool) -> bool:
-        others = [(rank, sign) for rank, sign in self._signs.items() if rank != self._rank]
+    def _all_know(self, counts_seen: dict[int, int], *, done: bool) -> bool:
+        others = [(rank, heartbeat) for rank, heartbeat in self._heartbeats.items() if rank != self._rank]
         return all(
-            sign.ended is not None or _is_gone(self._own, sign) or (not done and sign.beats >= told.get(rank, 0) + 2)
-            for rank, sign in others
+            heartbeat.ended is not None
+            or _is_gone(self._own, heartbeat)
+            or (not done and heartbeat.count >= counts_seen.get(rank, 0) + 2)
+            for rank, heartbeat in others
         )
 
-    # Judging
+    # Failure detection
 
-    def _judge_on(self) -> None:
+    def _run_detector(self) -> None:
         while not self._over.wait(self._beat) and self._ended is None:
-            verdict = self._found or self._judge.look(time.monotonic(), self._signs, self._gone, bereft=self._bereft)
-            if verdict is not None and self._ended is None:
-                self._end(verdict)
+            diagnosis = self._received or self._detector.check(
+                time.monotonic(), self._heartbeats, self._gone, collective_failed=self._collective_failed
+            )
+            if diagnosis is not None and self._ended is None:
+                self._end(diagnosis)
 
-    def _gone(self, sign: Sign) -> bool:
-        return _is_gone(self._own, sign)
+    def _gone(self, heartbeat: RankHeartbeat) -> bool:
+        return _is_gone(self._own, heartbeat)
 
-    def _end(self, verdict: Verdict) -> None:
+    def _end(self, diagnosis: Diagnosis) -> None:
         """Say what there is to say, and end this process. What says it may itself be stuck, so it has its time."""
-        first = _within(_PATIENCE, lambda: self._claim(verdict)) if self._store is not None else None
+        first = _within(_PATIENCE, lambda: self._claim(diagnosis)) if self._store is not None else None
         if first is None:
-            tells = self._judge.tells()
+            should_report = self._detector.should_report()
         else:
-            tells, verdict = first.by == self._rank, first
+            should_report, diagnosis = first.by == self._rank, first
         again = _again_from(self._folder)
-        _within(_PATIENCE, lambda: self._tell(verdict, again, tells))
+        _within(_PATIENCE, lambda: self._report(diagnosis, again, should_report))
         if self._host == self._rank and self._world > 1:
             time.sleep(2 * self._beat)  # until the others have read it in the store
-        if tells or self._rank == 0:
+        if should_report or self._rank == 0:
             # At the very end: the first rank's own thread may still write the file, or its main one what it made of it.
-            _within(_PATIENCE, lambda: leave_word(self._folder, verdict.reason + again))
+            _within(_PATIENCE, lambda: write_final_heartbeat(self._folder, diagnosis.reason + again))
         os._exit(1)
 
-    def _claim(self, verdict: Verdict) -> Verdict:
-        """The verdict of whoever was first."""
+    def _claim(self, diagnosis: Diagnosis) -> Diagnosis:
+        """The diagnosis of whoever was first."""
         assert self._store is not None
-        return _verdict(self._store.compare_set(_VERDICT, "", json.dumps(asdict(replace(verdict, by=self._rank)))))
+        return _diagnosis_of(
+            self._store.compare_set(_DIAGNOSIS, "", json.dumps(asdict(replace(diagnosis, by=self._rank))))
+        )
 
-    def _tell(self, verdict: Verdict, again: str, tells: bool) -> None:
-        if tells:
-            os.write(2, f"\nerror: {verdict.text}{again}\n".encode())
-        if self._rank in verdict.dump:
+    def _report(self, diagnosis: Diagnosis, again: str, should_report: bool) -> None:
+        if should_report:
+            os.write(2, f"\nerror: {diagnosis.text}{again}\n".encode())
+        if self._rank in diagnosis.dump:
             os.write(2, f"the stacks of rank {self._rank}, process {os.getpid()}:\n".encode())
             faulthandler.dump_traceback(file=2, all_threads=True)
         sys.stdout.flush()
@@ -258,14 +264,14 @@ def of_a_collective(error: BaseException | None) -> bool:
     return False
 
 
-def _verdict(text: bytes) -> Verdict:
-    found = json.loads(text)
-    return Verdict(found["reason"], found["text"], tuple(found["dump"]), found["by"])
+def _diagnosis_of(text: bytes) -> Diagnosis:
+    fields = json.loads(text)
+    return Diagnosis(fields["reason"], fields["text"], tuple(fields["dump"]), fields["by"])
 
 
 def _again_from(run: Path) -> str:
-    found = sorted(path for path in (run / "checkpoints").glob("step_*") if not path.suffix)
-    return f"; the same command goes on from {found[-1]}" if found else ""
+    saved = sorted(path for path in (run / "checkpoints").glob("step_*") if not path.suffix)
+    return f"; the same command goes on from {saved[-1]}" if saved else ""
 
 
 def _within(seconds: float, make: Callable[[], _T]) -> _T | None:
@@ -282,33 +288,33 @@ def _within(seconds: float, make: Callable[[], _T]) -> _T | None:
     return made[0] if made else None
 
 
-def _stands(thread: int | None) -> tuple[str, bool]:
+def _location_of(thread: int | None) -> tuple[str, bool]:
     """The innermost line of this package in which a thread is, and whether it waits for other ranks from there."""
-    frame, waits = sys._current_frames().get(thread or 0), False
+    frame, is_waiting = sys._current_frames().get(thread or 0), False
     while frame is not None:
         file, function = frame.f_code.co_filename, frame.f_code.co_name
-        waits = waits or any(file.endswith(path) and name in ("", function) for path, name in _WAITING)
+        is_waiting = is_waiting or any(file.endswith(path) and name in ("", function) for path, name in _WAITING)
         # Neither comprehensions nor what torch calls for each of its functions (models/device.py).
         if file.startswith(_PACKAGE) and not function.startswith(("<", "__torch")):
-            return f"{file.removeprefix(_PACKAGE).lstrip('/')}:{frame.f_lineno} in {function}", waits
+            return f"{file.removeprefix(_PACKAGE).lstrip('/')}:{frame.f_lineno} in {function}", is_waiting
         frame = frame.f_back
-    return "", waits
+    return "", is_waiting
 
 
 def _machine() -> str:
-    """Equal for processes that see one another below /proc; empty where that tells nothing."""
+    """Equal for processes that see one another below /proc; empty where they cannot."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     return ""
 
 
-def _is_gone(own: Sign, sign: Sign) -> bool:
+def _is_gone(own: RankHeartbeat, heartbeat: RankHeartbeat) -> bool:
     """Whether it is known that a rank's process is no more."""
-    if not own.machine or own.machine != sign.machine:
+    if not own.machine or own.machine != heartbeat.machine:
         return False
     try:
-        state = Path(f"/proc/{sign.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        state = Path(f"/proc/{heartbeat.pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return True
     return state in "ZX"

@@ -17,7 +17,7 @@ def preview(job: Job, repository: Path) -> str:
     return render(job, repository / "launch", snapshot.next_folder(job.run), Path.cwd())
 
 
-def submit(job: Job, repository: Path, chain: int, tell: Callable[[str], None]) -> list[str]:
+def submit(job: Job, repository: Path, chain: int, log: Callable[[str], None]) -> list[str]:
     """Take the snapshot and submit it. Returns SLURM's numbers of the jobs.
 
     Raises InputError if jobs of the same run wait or run already, or if sbatch refuses; the snapshot is then removed.
@@ -29,7 +29,7 @@ def submit(job: Job, repository: Path, chain: int, tell: Callable[[str], None]) 
             f"scancel {' '.join(busy)}, or give another run.dir"
         )
     if before and (changes := list(snapshot.changes(before[-1], repository, job.config))):
-        tell("\n  ".join([f"otherwise than in {before[-1]}:", *changes]))
+        log("\n  ".join([f"otherwise than in {before[-1]}:", *changes]))
     folder, name = snapshot.next_folder(job.run), f"{job.kind.name}.sbatch"
     text = render(job, repository / "launch", folder, Path.cwd())
     try:
@@ -41,5 +41,5 @@ def submit(job: Job, repository: Path, chain: int, tell: Callable[[str], None]) 
     except InputError:
         shutil.rmtree(folder)
         raise
-    tell(f"submitted job {' -> '.join(ids)} from {folder}; it tells what it does in {folder}/{ids[0]}.out")
+    log(f"submitted job {' -> '.join(ids)} from {folder}; it tells what it does in {folder}/{ids[0]}.out")
     return ids

@@ -17,19 +17,19 @@ from megatron_tempo.config.rules.precision import Machine, check_machine
 from megatron_tempo.config.schema import Config
 from megatron_tempo.models.device import select_device
 from megatron_tempo.models.machine import machine_of
-from megatron_tempo.models.offload import Residence
+from megatron_tempo.models.offload import ModelOffloader
 from megatron_tempo.models.parallel import Layouts, parallel_groups
-from megatron_tempo.runtime.watchdog import Liveness
+from megatron_tempo.runtime.watchdog import Watchdog
 
 
 @dataclass(frozen=True, slots=True)
-class Workplace:
+class RunContext:
     """Where a run computes: its config, this rank's places in actor and critic, its device and who is on it."""
 
     config: Config
     layouts: Layouts
     device: torch.device
-    residence: Residence
+    offloader: ModelOffloader
     machine: Machine
 
     @property
@@ -39,7 +39,7 @@ class Workplace:
 
 
 @contextmanager
-def open_workplace(config: Config) -> Iterator[Workplace]:
+def open_context(config: Config) -> Iterator[RunContext]:
     """The device and the process groups, for the time of a job, which ends where a rank is lost or hangs."""
     device = select_device(config.run.device, int(os.environ.get("LOCAL_RANK", "0")))
     machine = machine_of(device)
@@ -52,9 +52,9 @@ def open_workplace(config: Config) -> Iterator[Workplace]:
     transformers.utils.logging.disable_progress_bar()
     with (
         parallel_groups(config.parallel, device, config.run.seed, collective_timeout(config)) as layouts,
-        Liveness(Path(config.run.dir), config.run.hang_minutes),
+        Watchdog(Path(config.run.dir), config.run.hang_minutes),
     ):
-        yield Workplace(config, layouts, device, Residence(one_at_a_time=config.parallel.offload), machine)
+        yield RunContext(config, layouts, device, ModelOffloader(one_at_a_time=config.parallel.offload), machine)
 
 
 def collective_timeout(config: Config) -> timedelta:

@@ -21,11 +21,11 @@ from megatron_tempo.evaluation.results import response_records, result
 from megatron_tempo.observability.metrics import Metrics
 from megatron_tempo.observability.records import EVALUATIONS, RESPONSES, Record, extend
 from megatron_tempo.report import results as report
-from megatron_tempo.runtime.collective_call import together
-from megatron_tempo.runtime.stop_request import Stops
-from megatron_tempo.training.context import open_workplace
+from megatron_tempo.runtime.collective_call import raise_on_all_ranks
+from megatron_tempo.runtime.stop_request import StopRequests
+from megatron_tempo.training.context import open_context
 from megatron_tempo.training.setup import build_critic, build_engine, build_evaluator, build_verifiers, folder_weights
-from megatron_tempo.training.trainer import Run, judged
+from megatron_tempo.training.trainer import Trainer, judge_counts
 from megatron_tempo.weights.export import targets_of
 
 
@@ -37,20 +37,24 @@ def train(config: Config) -> None:
     Stopped where it was told to stop; a checkpoint is then written first.
     """
     grace = config.cluster.slurm.grace_seconds if config.cluster is not None else None
-    with Stops(Path(config.run.dir), grace) as stops, open_workplace(config) as place, Run.open(place) as run:
-        done = run.resume()
-        with run.rescued():
-            run.evaluate_if_due()
+    with (
+        StopRequests(Path(config.run.dir), grace) as stop_requests,
+        open_context(config) as context,
+        Trainer.open(context) as trainer,
+    ):
+        done = trainer.resume()
+        with trainer.rescued():
+            trainer.evaluate_if_due()
             for stage_name, stage, iteration in remaining(config, done):
-                run.stop_if_asked(stops)
-                with run.profiler.iteration(run.step + 1):
-                    figures = run.iterate(stage_name, stage, iteration)
-                    together(partial(run.metrics.step, figures))
-                    run.sync_engine()
-                run.stop_if_asked(stops)
-                run.evaluate_if_due()
-                run.checkpoint_if_due()
-            run.finish()
+                trainer.stop_if_requested(stop_requests)
+                with trainer.profiler.iteration(trainer.step + 1):
+                    record = trainer.iterate(stage_name, stage, iteration)
+                    raise_on_all_ranks(partial(trainer.metrics.step, record))
+                    trainer.sync_engine()
+                trainer.stop_if_requested(stop_requests)
+                trainer.evaluate_if_due()
+                trainer.checkpoint_if_due()
+            trainer.finish()
 
 
 def evaluate(config: Config) -> None:
@@ -70,39 +74,39 @@ def evaluate(config: Config) -> None:
 
 def _evaluate(config: Config, out: Path) -> None:
     with (
-        open_workplace(config) as place,
+        open_context(config) as context,
         build_verifiers(config) as verifiers,
-        together(lambda: Metrics(out, config.metrics, place.is_writer)) as metrics,
+        raise_on_all_ranks(lambda: Metrics(out, config.metrics, context.is_writer)) as metrics,
         ExitStack() as stack,
     ):
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
         sets = evaluation_sets(config, tokenizer, verifiers)
-        engine = stack.enter_context(closing(build_engine(place, metrics.warn)))
+        engine = stack.enter_context(closing(build_engine(context, metrics.warn)))
         metrics.watch(engine.health)
-        engine.load_weights(folder_weights(place), version=0)
+        engine.load_weights(folder_weights(context), version=0)
         critic_path = config.model.critic_path
-        critic = build_critic(place) if critic_path else None
+        critic = build_critic(context) if critic_path else None
         targets = targets_of(Path(critic_path)) if critic_path else CriticTargets.zero_one
         evaluator = build_evaluator(config, engine, verifiers, tokenizer, sets, critic)
         where = {"stage": "stage1", "iteration": 0, "step": 0, "point": "alone"}
-        together(lambda: save_config(config, out / "config.json") if place.is_writer else None)
+        raise_on_all_ranks(lambda: save_config(config, out / "config.json") if context.is_writer else None)
         keys, results = QuestionKeys.evaluated(config), _about(config)
         for name in sets:
             answered = evaluator.answer(name)
             scores, samples = evaluator.measure(name, answered, targets, show=True)
             seen = seen_of(Path(config.model.path), keys[name].values())
-            counts = judged(verifiers, metrics)
-            together(partial(metrics.evaluation, where | scores | {"seen": seen} | counts))
+            counts = judge_counts(verifiers, metrics)
+            raise_on_all_ranks(partial(metrics.evaluation, where | scores | {"seen": seen} | counts))
             metrics.samples({**where, "set": name, **sample} for sample in samples)
             results["sets"][name] = result(answered) | {
                 "seen": seen,
                 **counts,
                 **_file(config.evaluation.sets[name].path),
             }
-            responses = response_records(name, answered, keys[name], tokenizer) if place.is_writer else ()
-            together(partial(extend, out / RESPONSES, responses))
-        together(lambda: report.write(out / report.RESULTS, results) if place.is_writer else None)
-        if place.is_writer:
+            responses = response_records(name, answered, keys[name], tokenizer) if context.is_writer else ()
+            raise_on_all_ranks(partial(extend, out / RESPONSES, responses))
+        raise_on_all_ranks(lambda: report.write(out / report.RESULTS, results) if context.is_writer else None)
+        if context.is_writer:
             metrics.message(f"{report.results_table(results, config.evaluation.pass_k)}\n\nwritten to {out}")
 
 

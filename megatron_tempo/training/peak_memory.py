@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tempo.config.schema import ClusterConfig, Config
-from megatron_tempo.plan.memory import GB, Phase, memory
+from megatron_tempo.plan.memory import GB, MemoryPhase, memory
 from megatron_tempo.plan.shapes import shape_of
 
 _PROCESS = Path("/proc/self")
@@ -28,7 +28,7 @@ class PeakMemory:
     `planned`: bytes of a process by phase, as `megatron-tempo plan` reckons them.
     """
 
-    def __init__(self, device: torch.device, planned: dict[Phase, float]) -> None:
+    def __init__(self, device: torch.device, planned: dict[MemoryPhase, float]) -> None:
         self._device = device
         self._planned = planned
         self._before = _resident()
@@ -37,12 +37,12 @@ class PeakMemory:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        self._settle()
+        self._record_peak()
         self._open.append(name)
         try:
             yield
         finally:
-            self._settle()
+            self._record_peak()
             self._open.pop()
 
     def take(self) -> dict[str, float]:
@@ -53,7 +53,7 @@ class PeakMemory:
         dist.all_reduce(peaks, dist.ReduceOp.MAX)
         return {f"memory_gb/{name}": peak / GB for name, peak in zip(names, peaks.tolist(), strict=True) if peak}
 
-    def _settle(self) -> None:
+    def _record_peak(self) -> None:
         """Credit the peak so far to the phases that are running, and begin anew."""
         peak = self._peak()
         for name in self._open:
@@ -88,14 +88,14 @@ class PeakMemory:
         return f"memory of a process, planned / peak, GB: {', '.join(words)}"
 
 
-def planned(config: Config, world_size: int, device: torch.device) -> dict[Phase, float]:
+def planned(config: Config, world_size: int, device: torch.device) -> dict[MemoryPhase, float]:
     """Bytes of a trainer's process by phase, as `megatron-tempo plan` reckons them, for `world_size` processes."""
     shape, problems = shape_of(config)
     assert shape is not None, problems  # the check has read the same file
     cluster = config.cluster or _machines(world_size, device)
     here = replace(config, cluster=cluster, parallel=replace(config.parallel, world_size=world_size))
-    found = memory(here, shape)
-    return {phase: found.total(phase) for phase in found.phases if phase is not Phase.serve}
+    needed = memory(here, shape)
+    return {phase: needed.total(phase) for phase in needed.phases if phase is not MemoryPhase.serve}
 
 
 def _resident() -> float:

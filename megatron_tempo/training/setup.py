@@ -22,48 +22,48 @@ from megatron_tempo.models.nonfinite_guard import NonFiniteGuard
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.models.trained import Model, TrainedModel
 from megatron_tempo.rewards.verifiers import Verifiers
-from megatron_tempo.rollout.build import dialect_of, engine_precision
+from megatron_tempo.rollout.build import engine_precision, server_adapter_of
 from megatron_tempo.rollout.embedded import EmbeddedEngine
 from megatron_tempo.rollout.engine import Engine
-from megatron_tempo.training.context import Workplace, collective_timeout
+from megatron_tempo.training.context import RunContext, collective_timeout
 from megatron_tempo.types import LabelledPrompt, Weights
 from megatron_tempo.weights import folder
-from megatron_tempo.weights.export import slots_of, weights_of
+from megatron_tempo.weights.export import mappings_of, weights_of
 from megatron_tempo.weights.precision import Quantised
 
 
-def build_actor(place: Workplace) -> Actor:
+def build_actor(context: RunContext) -> Actor:
     """The actor with the weights of `model.path`, to be trained. Collective."""
-    return Actor(_trained(place, _language_model(place), place.layouts.actor), _guard(place, "actor"))
+    return Actor(_trained(context, _language_model(context), context.layouts.actor), _guard(context, "actor"))
 
 
-def build_reference(place: Workplace) -> Actor:
+def build_reference(context: RunContext) -> Actor:
     """The policy that the KL term holds to: `model.path` as it is. Collective."""
-    config, net = place.config, _language_model(place)
+    config, net = context.config, _language_model(context)
     tokens = config.parallel.micro_batch_tokens
-    return Actor(Model.frozen(net, place.layouts.actor, place.device, tokens, place.residence))
+    return Actor(Model.frozen(net, context.layouts.actor, context.device, tokens, context.offloader))
 
 
-def build_critic(place: Workplace) -> Critic:
+def build_critic(context: RunContext) -> Critic:
     """The critic with the weights of `model.critic_path`, or the actor's decoder and a zero head. Collective."""
-    path = Path(place.config.model.critic_path or place.config.model.path)
-    layout = place.layouts.critic
+    path = Path(context.config.model.critic_path or context.config.model.path)
+    layout = context.layouts.critic
     with layout.groups.current():
-        return Critic(_trained(place, _network(place, ValueModel, path, layout), layout), _guard(place, "critic"))
+        return Critic(_trained(context, _network(context, ValueModel, path, layout), layout), _guard(context, "critic"))
 
 
-def build_engine(place: Workplace, tell: Callable[[str], None]) -> Engine:
-    """The engine of `rollout.engine`, without weights yet. `tell` hears of servers that fail. Collective."""
-    config = place.config
+def build_engine(context: RunContext, log: Callable[[str], None]) -> Engine:
+    """The engine of `rollout.engine`, without weights yet. `log` hears of servers that fail. Collective."""
+    config = context.config
     kind, model = config.rollout.engine, Path(config.model.path)
     if kind is EngineKind.embedded:
-        return EmbeddedEngine(model, place.device, DTYPES[config.run.precision], config.rollout.batch_rows)
+        return EmbeddedEngine(model, context.device, DTYPES[config.run.precision], config.rollout.batch_rows)
     from megatron_tempo.rollout.servers import ServersEngine  # an HTTP client, for these engines only
 
-    servers, dialect = config.rollout.servers, dialect_of(config, cpu=place.device.type == "cpu")
+    servers, adapter = config.rollout.servers, server_adapter_of(config, cpu=context.device.type == "cpu")
     work, vocab = Path(config.run.dir) / "engine", read_shape(model).vocab
     precision, timeout = engine_precision(config), collective_timeout(config)
-    return ServersEngine(dialect, servers, model, work, precision, place.device, vocab, timeout, tell)
+    return ServersEngine(adapter, servers, model, work, precision, context.device, vocab, timeout, log)
 
 
 def build_verifiers(config: Config) -> Verifiers:
@@ -90,52 +90,57 @@ def build_evaluator(
     return Evaluator(engine, verifiers, tokenizer, sets, config.evaluation, length, config.run.seed, values)
 
 
-def engine_weights(actor: Actor, place: Workplace) -> Weights:
+def engine_weights(actor: Actor, context: RunContext) -> Weights:
     """The actor's weights in the engine's precision."""
-    return _in_engine_precision(place, partial(weights_of, actor.model, place.config))
+    return _in_engine_precision(context, partial(weights_of, actor.model, context.config))
 
 
-def folder_weights(place: Workplace) -> Weights:
+def folder_weights(context: RunContext) -> Weights:
     """The weights of `model.path` as they are in the folder, in the engine's precision."""
     return _in_engine_precision(
-        place, partial(folder.FolderWeights, Path(place.config.model.path), place.layouts.actor)
+        context, partial(folder.FolderWeights, Path(context.config.model.path), context.layouts.actor)
     )
 
 
-def _in_engine_precision(place: Workplace, weights: Callable[..., Weights]) -> Weights:
-    precision = engine_precision(place.config)
+def _in_engine_precision(context: RunContext, weights: Callable[..., Weights]) -> Weights:
+    precision = engine_precision(context.config)
     if precision is EnginePrecision.fp8:
         return Quantised(weights(dtype=torch.bfloat16))
     return weights(dtype=DTYPES[Precision[precision.name]])
 
 
-def _language_model(place: Workplace) -> PackedGPT:
+def _language_model(context: RunContext) -> PackedGPT:
     """The actor's network, with the weights of `model.path`."""
-    config = place.config
+    config = context.config
     kind = partial(LanguageModel, logits=config.model.logits, temperature=config.rollout.temperature)
-    return _network(place, kind, Path(config.model.path), place.layouts.actor)
+    return _network(context, kind, Path(config.model.path), context.layouts.actor)
 
 
-def _network(place: Workplace, kind: Callable[..., PackedGPT], path: Path, layout: Layout) -> PackedGPT:
-    place.residence.clear()
+def _network(context: RunContext, kind: Callable[..., PackedGPT], path: Path, layout: Layout) -> PackedGPT:
+    context.offloader.offload_all()
     shape = read_shape(path)
-    given = place.config
+    given = context.config
     config = transformer_config(
         shape,
         layout,
         given.run.precision,
         given.parallel.recompute,
-        chosen_layers(given, place.machine),
-        given.model.bf16_ends,
+        chosen_layers(given, context.machine),
+        given.model.num_bf16_layers_at_ends,
     )
-    net = kind(config, shape, layout, kernels_for(place.device))
-    folder.load(net, layout, slots_of(net, layout), path)
+    net = kind(config, shape, layout, kernels_for(context.device))
+    folder.load(net, layout, mappings_of(net, layout), path)
     return net
 
 
-def _trained(place: Workplace, net: PackedGPT, layout: Layout) -> TrainedModel:
-    return TrainedModel.wrap(net, layout, place.device, place.config.parallel.micro_batch_tokens, place.residence)
+def _trained(context: RunContext, net: PackedGPT, layout: Layout) -> TrainedModel:
+    return TrainedModel.wrap(net, layout, context.device, context.config.parallel.micro_batch_tokens, context.offloader)
 
 
-def _guard(place: Workplace, model: str) -> NonFiniteGuard:
-    return NonFiniteGuard(model, Path(place.config.run.dir) / "skipped", place.config.run.max_skipped, place.is_writer)
+def _guard(context: RunContext, model: str) -> NonFiniteGuard:
+    return NonFiniteGuard(
+        model,
+        Path(context.config.run.dir) / "skipped",
+        context.config.run.max_consecutive_nonfinite_steps,
+        context.is_writer,
+    )

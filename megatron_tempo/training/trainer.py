@@ -43,9 +43,9 @@ from megatron_tempo.rollout import dump
 from megatron_tempo.rollout.batches import Asked, ask, batch_of, collect, summed_counts
 from megatron_tempo.rollout.engine import Engine, Sampling
 from megatron_tempo.runtime import progress_marker
-from megatron_tempo.runtime.collective_call import together
-from megatron_tempo.runtime.stop_request import Stops
-from megatron_tempo.training.context import Workplace, collective_timeout
+from megatron_tempo.runtime.collective_call import raise_on_all_ranks
+from megatron_tempo.runtime.stop_request import StopRequests
+from megatron_tempo.training.context import RunContext, collective_timeout
 from megatron_tempo.training.peak_memory import PeakMemory, planned
 from megatron_tempo.training.setup import (
     build_actor,
@@ -77,7 +77,7 @@ class _Questions:
 
 
 @dataclass(slots=True)
-class Run:
+class Trainer:
     """Everything that a run works with. `step` counts its iterations over both stages.
 
     `questions` are those of iterations that are not done: of the one under way and, with `rollout.max_staleness`, of
@@ -85,7 +85,7 @@ class Run:
     """
 
     config: Config
-    place: Workplace
+    context: RunContext
     tokenizer: transformers.PreTrainedTokenizerBase
     verifiers: Verifiers
     labelled: PromptStream[LabelledPrompt] | None
@@ -108,30 +108,30 @@ class Run:
 
     @classmethod
     @contextmanager
-    def open(cls, place: Workplace) -> Iterator[Run]:
+    def open(cls, context: RunContext) -> Iterator[Trainer]:
         """Read the data, build the models, open the run's files. The data comes first: it is the quickest to fail."""
-        config = place.config
+        config = context.config
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
         with ExitStack() as stack:
             verifiers = stack.enter_context(build_verifiers(config))
             metrics = stack.enter_context(
-                together(lambda: Metrics(Path(config.run.dir), config.metrics, place.is_writer))
+                raise_on_all_ranks(lambda: Metrics(Path(config.run.dir), config.metrics, context.is_writer))
             )
             keys = QuestionKeys.read(config)
             labelled, unlabelled = prompt_streams(config, tokenizer, verifiers, keys, metrics.message)
             sets = evaluation_sets(config, tokenizer, verifiers)
-            peaks = PeakMemory(place.device, planned(config, dist.get_world_size(), place.device))
-            metrics.message(described(config, place.machine))
+            peaks = PeakMemory(context.device, planned(config, dist.get_world_size(), context.device))
+            metrics.message(described(config, context.machine))
             metrics.message(peaks.plan())
-            actor, critic = build_actor(place), build_critic(place) if config.has_critic else None
-            engine = build_engine(place, metrics.warn)
+            actor, critic = build_actor(context), build_critic(context) if config.has_critic else None
+            engine = build_engine(context, metrics.warn)
             stack.callback(engine.close)
             metrics.watch(engine.health)
             below = Path(config.run.dir)
             checkpoints = Checkpoints(
                 below / "checkpoints",
                 config.checkpoint.keep,
-                place.layouts.actor,
+                context.layouts.actor,
                 metrics.message,
                 asynchronous=config.checkpoint.asynchronous,
                 timeout=collective_timeout(config),
@@ -139,7 +139,7 @@ class Run:
             stack.callback(checkpoints.close)
             yield cls(
                 config=config,
-                place=place,
+                context=context,
                 tokenizer=tokenizer,
                 verifiers=verifiers,
                 labelled=labelled,
@@ -147,14 +147,14 @@ class Run:
                 actor=actor,
                 critic=critic,
                 engine=engine,
-                weights=engine_weights(actor, place),
+                weights=engine_weights(actor, context),
                 evaluator=build_evaluator(config, engine, verifiers, tokenizer, sets, critic),
                 metrics=metrics,
                 peaks=peaks,
                 checkpoints=checkpoints,
                 keys=keys,
-                seen=Seen(below, keys.labelled, keys.unlabelled, place.is_writer),
-                profiler=Profiler(config.profile.steps, below / "profile", place.device, dist.get_rank()),
+                seen=Seen(below, keys.labelled, keys.unlabelled, context.is_writer),
+                profiler=Profiler(config.profile.steps, below / "profile", context.device, dist.get_rank()),
             )
 
     # One iteration
@@ -165,7 +165,7 @@ class Run:
         self._begin(self.step + 1)
         self._padding()  # of evaluations and of the engine's check, which a resumed run makes elsewhere
         rollouts = self.rollouts(stage_name, stage, iteration)
-        together(lambda: self.seen.add(self.step + 1, _ids(rollouts.labelled), _ids(rollouts.unlabelled)))
+        raise_on_all_ranks(lambda: self.seen.add(self.step + 1, _ids(rollouts.labelled), _ids(rollouts.unlabelled)))
         learner = Learner(
             self.actor,
             self.critic,
@@ -173,8 +173,8 @@ class Run:
             self.phase,
             seed=f"{self.config.run.seed}/{stage_name}/{iteration}",
         )
-        figures = METHODS[stage.method](learner, rollouts, stage, iteration)
-        figures |= _rollout_figures(rollouts, self.step, time.monotonic() - started)
+        metrics = METHODS[stage.method](learner, rollouts, stage, iteration)
+        metrics |= _rollout_metrics(rollouts, self.step, time.monotonic() - started)
         peaks = self.peaks.take()
         if iteration == stage.critic.warmup_iterations:  # the first with all its phases
             self.metrics.message(self.peaks.comparison(peaks))
@@ -186,8 +186,8 @@ class Run:
             "method": stage.method.name,
             "iteration": iteration + 1,
             "step": self.step,
-            **figures,
-            **judged(self.verifiers, self.metrics),
+            **metrics,
+            **judge_counts(self.verifiers, self.metrics),
             **self._padding(),
             **peaks,
         }
@@ -217,7 +217,7 @@ class Run:
             batch_of(labelled, completions[:n], verdicts[:n]) if labelled else None,
             batch_of(unlabelled, completions[n:], None, classes[n:] if classed else None) if unlabelled else None,
         )
-        if config.dump and self.place.is_writer:
+        if config.dump and self.context.is_writer:
             path = dump.path_of(Path(self.config.run.dir) / "rollouts", stage_name, iteration + 1)
             with self.metrics.spare("rollouts/"):
                 dump.write(path, rollouts.labelled, rollouts.unlabelled, self.tokenizer)
@@ -255,7 +255,7 @@ class Run:
     def reference_logprobs(self, batch: Batch) -> Tensor:
         """Log-probabilities of the policy that the run began with, which is loaded at the first need."""
         if self.reference is None:
-            self.reference = build_reference(self.place)
+            self.reference = build_reference(self.context)
         return self.reference.logprobs(batch)
 
     def sync_engine(self) -> None:
@@ -290,7 +290,7 @@ class Run:
             self.metrics.message(f"resumed from {path}, {self.step} iterations done")
         if self.step < schedule.total(self.config):
             self.checkpoints.check_room(self._models())
-        together(self._go_on)
+        raise_on_all_ranks(self._go_on)
         self.sync_engine()
         self.check_engine()
         return self.step
@@ -336,8 +336,8 @@ class Run:
             with self.phase("evaluate"):
                 scores, samples = self.evaluator.evaluate(name, targets, show=point != "during")
             seen = self.seen.count(self.keys.evaluation[name].values())
-            record = where | scores | {"seen": seen} | judged(self.verifiers, self.metrics)
-            together(partial(self.metrics.evaluation, record))
+            record = where | scores | {"seen": seen} | judge_counts(self.verifiers, self.metrics)
+            raise_on_all_ranks(partial(self.metrics.evaluation, record))
             self.metrics.samples({**where, "set": name, **sample} for sample in samples)
 
     def checkpoint_if_due(self) -> None:
@@ -372,16 +372,16 @@ class Run:
         except EngineError as error:
             raise EngineError(f"{error}{self._saved()}") from error
 
-    def stop_if_asked(self, stops: Stops) -> None:
+    def stop_if_requested(self, stop_requests: StopRequests) -> None:
         """Where somebody wants the run to stop, save it as it stands and raise Stopped. Collective."""
-        if warning := stops.late():
+        if warning := stop_requests.late():
             self.metrics.message(warning)
-        why = stops.asked(is_writer=self.place.is_writer)
+        why = stop_requests.requested(is_writer=self.context.is_writer)
         if why is None:
             return
         where = self._saved()
-        if self.place.is_writer:
-            stops.leave(self.step, why)
+        if self.context.is_writer:
+            stop_requests.acknowledge(self.step, why)
         raise Stopped(f"stopped after {self.step} iterations, as told by {why}{where}")
 
     def _saved(self) -> str:
@@ -404,16 +404,16 @@ class Run:
         exported = out / f"hf_step_{self.step:08d}"
         if self.config.checkpoint.export_hf:
             export_hf(self.config, self.actor, self.critic, exported, self.seen.path)
-        if self.place.is_writer:
-            told = [f"checkpoints: {self.checkpoints.folder}"]
+        if self.context.is_writer:
+            lines = [f"checkpoints: {self.checkpoints.folder}"]
             if self.config.checkpoint.export_hf:
-                told.append(f"Hugging Face: {exported}")
+                lines.append(f"Hugging Face: {exported}")
             if self.config.metrics.report:
                 from megatron_tempo.report.html import write_report  # matplotlib: for this rank and moment only
 
                 with self.metrics.spare("report.html"):
-                    told.append(f"report: {write_report(out)}")
-            self.metrics.message("\n".join([summary_table(out), "", *told]))
+                    lines.append(f"report: {write_report(out)}")
+            self.metrics.message("\n".join([summary_table(out), "", *lines]))
 
     def _models(self) -> dict[str, TrainedModel]:
         models = {"actor": self.actor.model, "critic": None if self.critic is None else self.critic.model}
@@ -442,7 +442,7 @@ class Run:
     def _remember_config(self) -> None:
         """Keep the config beside the run. Where it differs from the last start's, say so and keep that one too."""
         path = Path(self.config.run.dir) / "config.json"
-        if not self.place.is_writer:
+        if not self.context.is_writer:
             return
         if path.exists():
             changes = differences(load_config(path), self.config)
@@ -463,11 +463,11 @@ class Run:
         return {"padding": sum(c.padding for c in counts) / max(sum(c.tokens for c in counts), 1)}
 
 
-def judged(verifiers: Verifiers, metrics: Metrics) -> dict[str, int]:
+def judge_counts(verifiers: Verifiers, metrics: Metrics) -> dict[str, int]:
     """What a judge was asked since the last call; responses that got no verdict are told of. Collective."""
     counts = summed_counts(verifiers)
-    if told := unreadable(counts):
-        metrics.message(told)
+    if message := unreadable(counts):
+        metrics.message(message)
     return counts
 
 
@@ -491,12 +491,12 @@ def _blame(differences: list[tuple[str, float]] | None) -> str:
     return f"{len(differences)} of its tensors are not the actor's, the worst {name}{size}"
 
 
-def _rollout_figures(rollouts: Rollouts, step: int, seconds: float) -> dict[str, float]:
+def _rollout_metrics(rollouts: Rollouts, step: int, seconds: float) -> dict[str, float]:
     batches = [batch for batch in (rollouts.labelled, rollouts.unlabelled) if batch is not None]
     lengths = torch.cat([batch.response_lengths for batch in batches]).float()
     stopped = torch.cat([batch.stopped for batch in batches]).float()
     staleness = step - torch.cat([batch.versions for batch in batches]).double()
-    figures = {
+    metrics = {
         "response_length/mean": float(lengths.mean()),
         "truncated": 1.0 - float(stopped.mean()),
         "engine/staleness_mean": float(staleness.mean()),
@@ -504,5 +504,5 @@ def _rollout_figures(rollouts: Rollouts, step: int, seconds: float) -> dict[str,
         "tokens_per_second": sum(int(batch.lengths.sum()) for batch in batches) / seconds,
     }
     if rollouts.labelled is not None and rollouts.labelled.correct is not None:
-        figures["reward/labelled"] = float(rollouts.labelled.correct.mean())
-    return figures
+        metrics["reward/labelled"] = float(rollouts.labelled.correct.mean())
+    return metrics

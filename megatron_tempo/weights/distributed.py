@@ -7,9 +7,10 @@ What `dist_checkpointing.save({"model": net.sharded_state_dict()}, folder)` writ
     common.pt       what is not sharded: nothing here
     metadata.json   the format's name and version
 
-A key holds a whole tensor. Layers are stacked: `decoder.layers.mlp.linear_fc2.weight` is [layers, hidden, ffn]. What a
-tensor rank holds is a part of a later dimension, as `Cut.cut` gives it, so that the whole is `cut(sources, 0, 1)`. The
-vocabulary is filled up with zero rows, how many is of no account: Megatron reads what there is, and zeros behind it.
+A key holds a whole tensor. Layers are stacked: `decoder.layers.mlp.linear_fc2.weight` is [layers, hidden, ffn]. The
+shard of a tensor rank, from `TPSharding.shard`, is a part of a later dimension, so the whole tensor is
+`shard(sources, 0, 1)`. The vocabulary is padded with zero rows. Their number does not matter: Megatron reads what there
+is, and zeros behind it.
 """
 
 from __future__ import annotations
@@ -47,25 +48,25 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.errors import InputError
 from megatron_tempo.weights.files import DTYPES, Entry, atomic
-from megatron_tempo.weights.param_mapping import Slot, Vocabulary
+from megatron_tempo.weights.param_mapping import ParamMapping, ShardedVocab
 
 BACKEND = CheckpointingConfig("torch_dist", 1)
-# A vocabulary matrix is written in chunks of at most so many bytes; all else is a chunk a slot and layer.
+# A vocabulary matrix is written in chunks of at most so many bytes; all else is one chunk for each mapping and layer.
 CHUNK_BYTES = 256 << 20
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
-class Home:
-    """Where a slot's tensor is in a distributed checkpoint.
+class CheckpointLocation:
+    """Where a mapping's tensor is in a distributed checkpoint.
 
-    >>> Home("decoder.layers.mlp.linear_fc2.weight", layer=18, layers=36, shape=(4096, 12288))
+    >>> CheckpointLocation("decoder.layers.mlp.linear_fc2.weight", layer=18, layers=36, shape=(4096, 12288))
     """
 
     key: str
     layer: int | None
     layers: int
-    shape: tuple[int, ...]  # of the slot's whole tensor
+    shape: tuple[int, ...]  # of the mapping's whole tensor
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -73,7 +74,7 @@ class Home:
         return self.shape if self.layer is None else (self.layers, *self.shape)
 
     def chunk(self, rows: tuple[int, int] | None = None) -> ChunkStorageMetadata:
-        """The part of the key that is the slot's, or these rows of it."""
+        """The part of the key that is the mapping's, or these rows of it."""
         if self.layer is not None:
             offsets, sizes = (self.layer, *(0 for _ in self.shape)), (1, *self.shape)
         else:
@@ -82,16 +83,18 @@ class Home:
         return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
 
 
-def homes(slots: list[Slot]) -> dict[Slot, Home]:
-    """Where each slot of a table without pipeline parallelism is."""
-    keys = {slot: _LAYER.sub("decoder.layers.", slot.megatron) for slot in slots}
+def locations(mappings: list[ParamMapping]) -> dict[ParamMapping, CheckpointLocation]:
+    """Where each mapping of a table without pipeline parallelism is."""
+    keys = {mapping: _LAYER.sub("decoder.layers.", mapping.megatron) for mapping in mappings}
     counts = Counter(keys.values())
-    found = {}
-    for slot, key in keys.items():
-        layer = _LAYER.match(slot.megatron)
-        whole = slot.cut.cut([torch.empty(shape, device="meta") for shape in slot.shapes], 0, 1)
-        found[slot] = Home(key, int(layer.group(1)) if layer else None, counts[key], tuple(whole.shape))
-    return found
+    locations = {}
+    for mapping, key in keys.items():
+        layer = _LAYER.match(mapping.megatron)
+        whole = mapping.sharding.shard([torch.empty(shape, device="meta") for shape in mapping.shapes], 0, 1)
+        locations[mapping] = CheckpointLocation(
+            key, int(layer.group(1)) if layer else None, counts[key], tuple(whole.shape)
+        )
+    return locations
 
 
 # Hugging Face -> Megatron
@@ -99,91 +102,95 @@ def homes(slots: list[Slot]) -> dict[Slot, Home]:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A chunk to be written: a slot's whole tensor, or some rows of a vocabulary matrix, those behind its end zero."""
+    """A chunk to write: a mapping's whole tensor, or rows of a vocabulary matrix, zero where they are padding."""
 
-    slot: Slot
-    home: Home
+    mapping: ParamMapping
+    location: CheckpointLocation
     rows: tuple[int, int] | None
     dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
-        return prod(self.home.chunk(self.rows).sizes) * self.dtype.itemsize
+        return prod(self.location.chunk(self.rows).sizes) * self.dtype.itemsize
 
     @property
     def index(self) -> MetadataIndex:
-        return MetadataIndex(self.home.key, self.home.chunk(self.rows).offsets)
+        return MetadataIndex(self.location.key, self.location.chunk(self.rows).offsets)
 
     def read(self, files: dict[str, Path]) -> Tensor:
-        """The data, from the files that hold the slot's tensors. Where there are none, a head that starts at zero.
+        """The data, from the files that hold the mapping's tensors. Where there are none, a head that starts at zero.
 
         A file is mapped into memory, and let go of with the tensor.
         """
-        if self.slot.names[0] not in files:
-            return torch.zeros(self.home.chunk(self.rows).sizes, dtype=self.dtype)
+        if self.mapping.names[0] not in files:
+            return torch.zeros(self.location.chunk(self.rows).sizes, dtype=self.dtype)
         sources = []
-        for name in self.slot.names:
+        for name in self.mapping.names:
             with safe_open(files[name], "pt") as file:
                 sources.append(file.get_slice(name))
-        data = self.slot.cut.cut(sources, 0, 1) if self.rows is None else _rows(self.slot, sources[0], self.rows)
-        return data.view(self.home.chunk(self.rows).sizes)
+        data = (
+            self.mapping.sharding.shard(sources, 0, 1)
+            if self.rows is None
+            else _rows(self.mapping, sources[0], self.rows)
+        )
+        return data.view(self.location.chunk(self.rows).sizes)
 
 
-def _rows(slot: Slot, source: Any, rows: tuple[int, int]) -> Tensor:
+def _rows(mapping: ParamMapping, source: Any, rows: tuple[int, int]) -> Tensor:
     start, end = rows
-    vocab = slot.shapes[0][0]
+    vocab = mapping.shapes[0][0]
     there = source[min(start, vocab) : min(end, vocab)]
     return there if end <= vocab else torch.cat([there, there.new_zeros(end - start - len(there), *there.shape[1:])])
 
 
-def parts(slots: list[Slot], files: dict[str, Path], part_bytes: int) -> list[list[Chunk]]:
+def parts(mappings: list[ParamMapping], files: dict[str, Path], part_bytes: int) -> list[list[Chunk]]:
     """The chunks of a checkpoint, in parts of about `part_bytes`, each a file. The same list for the same arguments.
 
     Raises InputError for types that cannot be kept.
     """
-    dtypes = _dtypes(slots, files)
-    found: list[list[Chunk]] = [[]]
+    dtypes = _dtypes(mappings, files)
+    parts: list[list[Chunk]] = [[]]
     room = part_bytes
-    for slot, home in homes(slots).items():
-        for rows in _windows(slot, home, dtypes[slot]):
-            chunk = Chunk(slot, home, rows, dtypes[slot])
-            if found[-1] and chunk.nbytes > room:
-                found.append([])
+    for mapping, location in locations(mappings).items():
+        for rows in _windows(mapping, location, dtypes[mapping]):
+            chunk = Chunk(mapping, location, rows, dtypes[mapping])
+            if parts[-1] and chunk.nbytes > room:
+                parts.append([])
                 room = part_bytes
-            found[-1].append(chunk)
+            parts[-1].append(chunk)
             room -= chunk.nbytes
-    return found
+    return parts
 
 
-def _windows(slot: Slot, home: Home, dtype: torch.dtype) -> list[tuple[int, int] | None]:
-    if not isinstance(slot.cut, Vocabulary):
+def _windows(mapping: ParamMapping, location: CheckpointLocation, dtype: torch.dtype) -> list[tuple[int, int] | None]:
+    if not isinstance(mapping.sharding, ShardedVocab):
         return [None]
-    rows, width = home.shape
-    assert rows == padded_vocab(slot.cut.vocab, 1)
+    rows, width = location.shape
+    assert rows == padded_vocab(mapping.sharding.vocab, 1)
     step = max(1, CHUNK_BYTES // (width * dtype.itemsize))
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _dtypes(slots: list[Slot], files: dict[str, Path]) -> dict[Slot, torch.dtype]:
-    """Each slot's type in the files. A head that is not there gets the first slot's."""
+def _dtypes(mappings: list[ParamMapping], files: dict[str, Path]) -> dict[ParamMapping, torch.dtype]:
+    """Each mapping's type in the files. A head that is not there gets the first mapping's."""
     names: dict[str, str] = {}
     for path in set(files.values()):
         with safe_open(path, "pt") as file:
             names |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118, no dict
     by_key: dict[str, set[str]] = {}
-    keys = {slot: home.key for slot, home in homes(slots).items()}
-    for slot in slots:
-        kinds = {names[name] for name in slot.names if name in names} or {names[slots[0].names[0]]}
-        by_key.setdefault(keys[slot], set()).update(kinds)
+    keys = {mapping: location.key for mapping, location in locations(mappings).items()}
+    for mapping in mappings:
+        kinds = {names[name] for name in mapping.names if name in names} or {names[mappings[0].names[0]]}
+        by_key.setdefault(keys[mapping], set()).update(kinds)
     problems = [
-        f"{', '.join(slot.names)} make {key}, of {', '.join(sorted(kinds))}"
-        for slot, key in keys.items()
+        f"{', '.join(mapping.names)} make {key}, of {', '.join(sorted(kinds))}"
+        for mapping, key in keys.items()
         if len(kinds := by_key[key]) > 1 or not kinds <= DTYPES.keys()
     ]
     if problems:
         shown = "\n  ".join(problems)
         raise InputError(f"a key has one type, {' or '.join(DTYPES)} ({len(problems)} problems):\n  {shown}")
-    return {slot: DTYPES[next(iter(by_key[key]))] for slot, key in keys.items()}
+    return {mapping: DTYPES[next(iter(by_key[key]))] for mapping, key in keys.items()}
 
 
 def write_part(path: Path, part: list[Chunk], files: dict[str, Path]) -> list[tuple[int, int]]:
@@ -218,14 +225,14 @@ def write_metadata(
     results = []
     for name, chunks in written.items():
         for chunk, (start, length) in zip(chunks, places[name], strict=True):
-            key, properties = chunk.home.key, TensorProperties(chunk.dtype)
-            entry = state.setdefault(key, TensorStorageMetadata(properties, torch.Size(chunk.home.size), []))
-            entry.chunks.append(chunk.home.chunk(chunk.rows))
+            key, properties = chunk.location.key, TensorProperties(chunk.dtype)
+            entry = state.setdefault(key, TensorStorageMetadata(properties, torch.Size(chunk.location.size), []))
+            entry.chunks.append(chunk.location.chunk(chunk.rows))
             results.append(WriteResult(chunk.index, length, _StorageInfo(name, start, length)))
     none = io.BytesIO()
     torch.save([None], none)
     with atomic(folder / objects) as file:
-        for key in _extra_states([chunk.home for chunks in written.values() for chunk in chunks]):
+        for key in _extra_states([chunk.location for chunks in written.values() for chunk in chunks]):
             state[key] = BytesStorageMetadata()
             storage = _StorageInfo(objects, file.tell(), len(none.getbuffer()))
             results.append(WriteResult(MetadataIndex(key), storage.length, storage))
@@ -236,11 +243,11 @@ def write_metadata(
     save_config(BACKEND, str(folder))
 
 
-def _extra_states(found: list[Home]) -> Iterator[str]:
-    for home in found:
-        module, _, _ = home.key.rpartition(".")
-        if home.layer is not None and module.rpartition(".")[2].startswith("linear_"):
-            yield ShardedObject(f"{module}._extra_state", None, (home.layers,), (home.layer,)).unique_key
+def _extra_states(locations: list[CheckpointLocation]) -> Iterator[str]:
+    for location in locations:
+        module, _, _ = location.key.rpartition(".")
+        if location.layer is not None and module.rpartition(".")[2].startswith("linear_"):
+            yield ShardedObject(f"{module}._extra_state", None, (location.layers,), (location.layer,)).unique_key
 
 
 # Megatron -> Hugging Face
@@ -249,9 +256,9 @@ def _extra_states(found: list[Home]) -> Iterator[str]:
 class StoredWeights:
     """The weights in a distributed checkpoint, whatever layout wrote it. What else it holds is left alone."""
 
-    def __init__(self, folder: Path, slots: list[Slot]) -> None:
-        """Raises InputError if it is not a whole distributed checkpoint of exactly these slots."""
-        self._folder, self._homes = folder, homes(slots)
+    def __init__(self, folder: Path, mappings: list[ParamMapping]) -> None:
+        """Raises InputError if it is not a whole distributed checkpoint of exactly these mappings."""
+        self._folder, self._locations = folder, locations(mappings)
         self._reader = FileSystemReader(folder)
         self._metadata = _read_metadata(folder, self._reader)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
@@ -265,53 +272,53 @@ class StoredWeights:
     @property
     def files(self) -> set[str]:
         """The names of the files that the weights are in."""
-        keys = {home.key for home in self._homes.values()}
+        keys = {location.key for location in self._locations.values()}
         return {place.relative_path for index, place in self._metadata.storage_data.items() if index.fqn in keys}
 
-    def entries(self, slot: Slot, dtype: torch.dtype | None) -> list[Entry]:
-        """The slot's Hugging Face tensors. `dtype`: none is as stored."""
-        dtype = dtype or self._stored(slot).properties.dtype
-        return [(name, dtype, shape) for name, shape in zip(slot.names, slot.shapes, strict=True)]
+    def entries(self, mapping: ParamMapping, dtype: torch.dtype | None) -> list[Entry]:
+        """The mapping's Hugging Face tensors. `dtype`: none is as stored."""
+        dtype = dtype or self._stored(mapping).properties.dtype
+        return [(name, dtype, shape) for name, shape in zip(mapping.names, mapping.shapes, strict=True)]
 
-    def read(self, slot: Slot, dtype: torch.dtype | None) -> Iterator[Tensor]:
-        """The data of the slot's Hugging Face tensors, in order; a vocabulary matrix in the pieces it was saved in.
+    def read(self, mapping: ParamMapping, dtype: torch.dtype | None) -> Iterator[Tensor]:
+        """The data of the mapping's Hugging Face tensors, in order; a vocabulary matrix in the pieces it was saved in.
 
-        Beside what it yields, it holds a saved chunk and the slot's tensor in Megatron's form.
+        Beside what it yields, it holds a saved chunk and the mapping's tensor in Megatron's form.
         """
-        home, stored = self._homes[slot], self._stored(slot)
+        location, stored = self._locations[mapping], self._stored(mapping)
         dtype = dtype or stored.properties.dtype
-        if isinstance(slot.cut, Vocabulary):
-            vocab = slot.cut.vocab
+        if isinstance(mapping.sharding, ShardedVocab):
+            vocab = mapping.sharding.vocab
             bounds = sorted({min(chunk.offsets[0], vocab) for chunk in stored.chunks} | {vocab})
             for start, end in pairwise(bounds):
-                yield self._read(home, home.chunk((start, end))).to(dtype)
+                yield self._read(location, location.chunk((start, end))).to(dtype)
             return
-        wholes = [torch.empty(shape, dtype=dtype) for shape in slot.shapes]
-        slot.cut.place(self._read(home, home.chunk()).view(home.shape), wholes, 0, 1)
+        wholes = [torch.empty(shape, dtype=dtype) for shape in mapping.shapes]
+        mapping.sharding.scatter(self._read(location, location.chunk()).view(location.shape), wholes, 0, 1)
         yield from wholes
 
-    def _stored(self, slot: Slot) -> TensorStorageMetadata:
-        return self._tensors[self._homes[slot].key]
+    def _stored(self, mapping: ParamMapping) -> TensorStorageMetadata:
+        return self._tensors[self._locations[mapping].key]
 
-    def _read(self, home: Home, chunk: ChunkStorageMetadata) -> Tensor:
-        stored = self._tensors[home.key]
+    def _read(self, location: CheckpointLocation, chunk: ChunkStorageMetadata) -> Tensor:
+        stored = self._tensors[location.key]
         target = torch.empty(chunk.sizes, dtype=stored.properties.dtype)
-        plan = LoadPlan(create_read_items_for_chunk_list(home.key, stored, [chunk]))
+        plan = LoadPlan(create_read_items_for_chunk_list(location.key, stored, [chunk]))
         try:
             self._reader.read_data(plan, _Into(target)).wait()
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{self._folder} is damaged: {home.key} cannot be read ({reason})") from error
+            raise InputError(f"{self._folder} is damaged: {location.key} cannot be read ({reason})") from error
         return target
 
     def _check(self) -> None:
-        wanted = {home.key: (slot, home) for slot, home in self._homes.items()}
+        wanted = {location.key: (mapping, location) for mapping, location in self._locations.items()}
         problems = [f"missing: {key}" for key in wanted if key not in self._tensors]
         problems += [f"unexpected: {key}" for key in self._tensors if key not in wanted]
         problems += [
             problem
-            for key, (slot, home) in wanted.items()
-            if key in self._tensors and (problem := _misfit(slot, home, self._tensors[key]))
+            for key, (mapping, location) in wanted.items()
+            if key in self._tensors and (problem := _misfit(mapping, location, self._tensors[key]))
         ]
         if problems:
             shown = "\n  ".join(problems)
@@ -320,17 +327,17 @@ class StoredWeights:
             raise InputError(f"{self._folder}: files are missing: {', '.join(gone)}")
 
 
-def _misfit(slot: Slot, home: Home, stored: TensorStorageMetadata) -> str | None:
-    size, wanted = tuple(stored.size), home.size
-    if isinstance(slot.cut, Vocabulary):  # filled up as the tensor parallelism wanted that wrote it
-        size = (min(size[0], slot.cut.vocab), *size[1:])
-        wanted = (slot.cut.vocab, *wanted[1:])
+def _misfit(mapping: ParamMapping, location: CheckpointLocation, stored: TensorStorageMetadata) -> str | None:
+    size, wanted = tuple(stored.size), location.size
+    if isinstance(mapping.sharding, ShardedVocab):  # filled up as the tensor parallelism wanted that wrote it
+        size = (min(size[0], mapping.sharding.vocab), *size[1:])
+        wanted = (mapping.sharding.vocab, *wanted[1:])
     if size != wanted:
-        return f"misshapen: {home.key} is {list(stored.size)}, the config.json says {list(wanted)}"
+        return f"misshapen: {location.key} is {list(stored.size)}, the config.json says {list(wanted)}"
     if stored.properties.dtype not in DTYPES.values():
-        return f"of a type that is not supported: {home.key} is {stored.properties.dtype}"
+        return f"of a type that is not supported: {location.key} is {stored.properties.dtype}"
     if sum(prod(chunk.sizes) for chunk in stored.chunks) != prod(stored.size):
-        return f"incomplete: {home.key}"
+        return f"incomplete: {location.key}"
     return None
 
 
@@ -356,10 +363,10 @@ class _Into(DefaultLoadPlanner):
         self._target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        found = self._target
+        view = self._target
         for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            found = found.narrow(dim, start, length)
-        return found
+            view = view.narrow(dim, start, length)
+        return view
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """It is where it belongs."""

@@ -19,9 +19,9 @@ from megatron_tempo.models.gpt import PackedGPT, ValueModel
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.models.shape import Shape
 from megatron_tempo.models.trained import Model
-from megatron_tempo.runtime.collective_call import together
+from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.weights import folder, tables
-from megatron_tempo.weights.param_mapping import Slot
+from megatron_tempo.weights.param_mapping import ParamMapping
 from megatron_tempo.weights.stream import WeightStream
 
 # Entry of an exported critic's config.json: the targets it was trained on, which say what its values mean.
@@ -37,7 +37,9 @@ def targets_of(critic: Path) -> CriticTargets:
 def weights_of(model: Model, config: Config, dtype: torch.dtype | None = None) -> WeightStream:
     """All weights of a model, by their Hugging Face names, as they are and will be. `dtype`: none is the model's."""
     net, layout, bucket_bytes = model.net, model.layout, config.parallel.bucket_mb << 20
-    return WeightStream(net, layout, slots_of(net, layout), bucket_bytes, dtype, partial(model.residence.bring, model))
+    return WeightStream(
+        net, layout, mappings_of(net, layout), bucket_bytes, dtype, partial(model.offloader.load, model)
+    )
 
 
 def export_hf(config: Config, actor: Actor, critic: Critic | None, out: Path, seen: Path | None = None) -> None:
@@ -58,7 +60,7 @@ def export_hf(config: Config, actor: Actor, critic: Critic | None, out: Path, se
             dtype = str(trained.net.config.params_dtype).removeprefix("torch.")
             buckets = weights_of(trained, config).everywhere()
             described = {**changes, "dtype": dtype}
-            together(partial(folder.save, buckets, out / name, Path(like), trained.layout, described, seen))
+            raise_on_all_ranks(partial(folder.save, buckets, out / name, Path(like), trained.layout, described, seen))
 
 
 def critic_changes(shape: Shape, targets: CriticTargets | None) -> dict[str, Any]:
@@ -76,5 +78,5 @@ def last_targets(config: Config) -> CriticTargets:
     return config.critic_targets(list(config.stages())[-1])
 
 
-def slots_of(net: PackedGPT, layout: Layout) -> list[Slot]:
-    return tables.slots(net.shape, layout.pipeline, critic=isinstance(net, ValueModel))
+def mappings_of(net: PackedGPT, layout: Layout) -> list[ParamMapping]:
+    return tables.mappings(net.shape, layout.pipeline, critic=isinstance(net, ValueModel))

@@ -21,7 +21,7 @@ from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import Bucket
-from megatron_tempo.weights.param_mapping import Slot
+from megatron_tempo.weights.param_mapping import ParamMapping
 from megatron_tempo.weights.shared_memory import in_shared_memory
 
 INDEX = "model.safetensors.index.json"
@@ -93,7 +93,7 @@ class FolderWeights:
         with ExitStack() as stack:
             opened = {path: stack.enter_context(safe_open(path, "pt")) for path in set(self._files.values())}
             for names in by_layer.values():
-                progress_marker.beat()
+                progress_marker.mark()
                 yield [(name, opened[self._files[name]].get_tensor(name).to(self._dtype)) for name in names]
 
     def from_stages(self, *, shared: bool = False) -> Iterator[Bucket]:
@@ -102,42 +102,42 @@ class FolderWeights:
             yield from map(in_shared_memory, self.everywhere()) if shared else self.everywhere()
 
 
-def load(net: PackedGPT, layout: Layout, slots: list[Slot], folder: Path) -> None:
+def load(net: PackedGPT, layout: Layout, mappings: list[ParamMapping], folder: Path) -> None:
     """Fill this rank's shards from a folder, reading only what the rank holds.
 
-    Tensors of the folder that no slot names are refused, but for a head that this model does not have (an actor's
+    Tensors of the folder that no mapping names are refused, but for a head that this model does not have (an actor's
     folder serves to start a critic, whose own head stays as it is, and a tied folder may repeat its output matrix).
 
     Raises InputError listing every missing, misshapen and unexpected tensor.
     """
     files = tensor_files(folder)
-    check(files, slots, folder)
+    check(files, mappings, folder)
     parameters = net.weights()
     with ExitStack() as stack, torch.no_grad():
         opened: dict[Path, Any] = {}
-        for slot in slots:
-            progress_marker.beat()
-            if slot.stage != layout.pipeline_rank or slot.names[0] not in files:
+        for mapping in mappings:
+            progress_marker.mark()
+            if mapping.stage != layout.pipeline_rank or mapping.names[0] not in files:
                 continue
             sources = []
-            for name in slot.names:
+            for name in mapping.names:
                 path = files[name]
                 if path not in opened:
                     opened[path] = stack.enter_context(safe_open(path, "pt"))
                 sources.append(opened[path].get_slice(name))
-            parameters[slot.megatron].copy_(slot.cut.cut(sources, layout.tensor_rank, layout.tensor))
-        _load_tied_copy(net, layout, slots, opened, files, stack)
+            parameters[mapping.megatron].copy_(mapping.sharding.shard(sources, layout.tensor_rank, layout.tensor))
+        _load_tied_copy(net, layout, mappings, opened, files, stack)
 
 
 _HEADS = ("lm_head.weight", "score.weight", "score.bias")
 
 
-def check(files: dict[str, Path], slots: list[Slot], folder: Path) -> None:
+def check(files: dict[str, Path], mappings: list[ParamMapping], folder: Path) -> None:
     """Raises InputError listing every tensor of a folder that is missing, unexpected or misshapen.
 
     A head that the table does not have may be there, and a critic's may be absent.
     """
-    wanted = {name: shape for slot in slots for name, shape in zip(slot.names, slot.shapes, strict=True)}
+    wanted = {name: shape for mapping in mappings for name, shape in zip(mapping.names, mapping.shapes, strict=True)}
     critic = "score.weight" in wanted
     optional = {"score.weight", "score.bias"} if critic and "score.weight" not in files else set()
     problems = [f"missing: {name}" for name in wanted if name not in files and name not in optional]
@@ -146,25 +146,30 @@ def check(files: dict[str, Path], slots: list[Slot], folder: Path) -> None:
         handles = {path: stack.enter_context(safe_open(path, "pt")) for path in set(files.values())}
         for name, shape in wanted.items():
             if name in files:
-                found = tuple(handles[files[name]].get_slice(name).get_shape())
-                if found != shape:
-                    problems.append(f"misshapen: {name} is {list(found)}, the config.json says {list(shape)}")
+                stored = tuple(handles[files[name]].get_slice(name).get_shape())
+                if stored != shape:
+                    problems.append(f"misshapen: {name} is {list(stored)}, the config.json says {list(shape)}")
     if problems:
         shown = "\n  ".join(problems)
         raise InputError(f"{folder} does not fit its config.json ({len(problems)} problems):\n  {shown}")
 
 
 def _load_tied_copy(
-    net: PackedGPT, layout: Layout, slots: list[Slot], opened: dict[Path, Any], files: dict[str, Path], stack: ExitStack
+    net: PackedGPT,
+    layout: Layout,
+    mappings: list[ParamMapping],
+    opened: dict[Path, Any],
+    files: dict[str, Path],
+    stack: ExitStack,
 ) -> None:
     """The last stage of a tied model has its own copy of the embedding where the pipeline parts the two ends."""
     if not net.share_embeddings_and_output_weights or net.pre_process or not net.post_process:
         return
-    slot = slots[0]
-    path = files[slot.names[0]]
+    mapping = mappings[0]
+    path = files[mapping.names[0]]
     source = opened.get(path) or stack.enter_context(safe_open(path, "pt"))
-    cut = slot.cut.cut([source.get_slice(slot.names[0])], layout.tensor_rank, layout.tensor)
-    net.shared_embedding_or_output_weight().copy_(cut)
+    shard = mapping.sharding.shard([source.get_slice(mapping.names[0])], layout.tensor_rank, layout.tensor)
+    net.shared_embedding_or_output_weight().copy_(shard)
 
 
 def save(

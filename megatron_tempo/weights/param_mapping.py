@@ -1,8 +1,8 @@
-"""How a Megatron parameter is made of Hugging Face tensors: one class a way of cutting, each with both directions.
+"""Maps Megatron parameters to Hugging Face tensors, with one class for each kind of tensor-parallel sharding.
 
-`cut` takes what this tensor-parallel rank holds from whole Hugging Face tensors (or slices of a file: only the needed
-part is read); `place` writes a rank's shard to where it belongs in whole Hugging Face tensors. The tensors are complete
-when the shards of all tensor ranks are placed.
+`shard` takes this tensor-parallel rank's shard from whole Hugging Face tensors, or from slices of a file, of which only
+the needed part is read. `scatter` writes a rank's shard to its place in whole Hugging Face tensors. The tensors are
+complete when the shards of all tensor ranks are scattered.
 """
 
 from __future__ import annotations
@@ -17,103 +17,103 @@ from torch import Tensor
 from megatron_tempo.config.sizes import padded_vocab
 
 
-class Cut(Protocol):
-    """A way of cutting. `sources` are whole tensors or file slices that index like them.
+class TPSharding(Protocol):
+    """A kind of tensor-parallel sharding. `sources` are whole tensors or file slices that index like them.
 
-    The tensors that `place` writes to may be of another type and on another device than the shard.
+    The tensors that `scatter` writes to may be of another type and on another device than the shard.
     """
 
-    def cut(self, sources: Sequence[Any], rank: int, size: int) -> Tensor: ...
+    def shard(self, sources: Sequence[Any], rank: int, size: int) -> Tensor: ...
 
-    def place(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None: ...
+    def scatter(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
+class Replicated:
     """The same on every tensor rank: norms, the value head."""
 
-    def cut(self, sources: Sequence[Any], rank: int, size: int) -> Tensor:
+    def shard(self, sources: Sequence[Any], rank: int, size: int) -> Tensor:
         return sources[0][:]
 
-    def place(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None:
+    def scatter(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None:
         wholes[0].copy_(shard)
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Cut by the first dimension: a norm over all heads."""
+class ShardedDim0:
+    """Sharded by the first dimension: a norm over all heads."""
 
     height: int
 
-    def cut(self, sources: Sequence[Any], rank: int, size: int) -> Tensor:
+    def shard(self, sources: Sequence[Any], rank: int, size: int) -> Tensor:
         part = self.height // size
         return sources[0][rank * part : (rank + 1) * part]
 
-    def place(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None:
+    def scatter(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None:
         part = self.height // size
         wholes[0][rank * part : (rank + 1) * part].copy_(shard)
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
-    """Cut by the second dimension: the inputs of row-parallel layers."""
+class ShardedDim1:
+    """Sharded by the second dimension: the inputs of row-parallel layers."""
 
     width: int
 
-    def cut(self, sources: Sequence[Any], rank: int, size: int) -> Tensor:
+    def shard(self, sources: Sequence[Any], rank: int, size: int) -> Tensor:
         part = self.width // size
         return sources[0][:, rank * part : (rank + 1) * part]
 
-    def place(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None:
+    def scatter(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None:
         part = self.width // size
         wholes[0][:, rank * part : (rank + 1) * part].copy_(shard)
 
 
 @dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """Cut by rows, with zero rows behind the vocabulary so that every rank has as many."""
+class ShardedVocab:
+    """Sharded by rows, with zero rows behind the vocabulary so that every rank has as many."""
 
     vocab: int
 
-    def cut(self, sources: Sequence[Any], rank: int, size: int) -> Tensor:
+    def shard(self, sources: Sequence[Any], rank: int, size: int) -> Tensor:
         part = padded_vocab(self.vocab, size) // size
         rows = sources[0][min(rank * part, self.vocab) : min((rank + 1) * part, self.vocab)]
         return torch.cat([rows, rows.new_zeros(part - rows.shape[0], *rows.shape[1:])])
 
-    def place(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None:
+    def scatter(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None:
         part = padded_vocab(self.vocab, size) // size
         rows = wholes[0][rank * part : (rank + 1) * part]
         rows.copy_(shard[: len(rows)])
 
 
 @dataclass(frozen=True, slots=True)
-class GateUp:
+class ShardedGateUp:
     """Gate and up projection; each rank holds its rows of the gate, then its rows of the up projection."""
 
     ffn: int
 
-    def cut(self, sources: Sequence[Any], rank: int, size: int) -> Tensor:
+    def shard(self, sources: Sequence[Any], rank: int, size: int) -> Tensor:
         part = self.ffn // size
         return torch.cat([source[rank * part : (rank + 1) * part] for source in sources])
 
-    def place(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None:
+    def scatter(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None:
         part = self.ffn // size
         for whole, half in zip(wholes, shard.chunk(2), strict=True):
             whole[rank * part : (rank + 1) * part].copy_(half)
 
 
 @dataclass(frozen=True, slots=True)
-class QueryKeyValue:
+class ShardedQKV:
     """Query, key and value projection, interleaved by group: the group's query heads, its key head, its value head."""
 
     heads: int
     groups: int
     head_dim: int
 
-    def cut(self, sources: Sequence[Any], rank: int, size: int) -> Tensor:
+    def shard(self, sources: Sequence[Any], rank: int, size: int) -> Tensor:
         return torch.cat(self._by_group(sources, rank, size), dim=1).flatten(0, 1)
 
-    def place(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None:
+    def scatter(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None:
         targets = self._by_group(wholes, rank, size)
         parts = shard.unflatten(0, (self.groups // size, -1)).split([target.shape[1] for target in targets], dim=1)
         for target, part in zip(targets, parts, strict=True):
@@ -122,25 +122,25 @@ class QueryKeyValue:
     def _by_group(self, sources: Sequence[Any], rank: int, size: int) -> list[Tensor]:
         """This rank's rows of query, key and value, each [groups of the rank, rows of a group, hidden]."""
         part = self.groups // size
-        found = []
+        parts = []
         for source, heads_per_group in zip(sources, (self.heads // self.groups, 1, 1), strict=True):
             span = part * heads_per_group * self.head_dim
-            found.append(source[rank * span : (rank + 1) * span].unflatten(0, (part, -1)))
-        return found
+            parts.append(source[rank * span : (rank + 1) * span].unflatten(0, (part, -1)))
+        return parts
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class ParamMapping:
     """One Megatron parameter, the Hugging Face tensors it is made of with their shapes, and the stage that has it.
 
-    >>> Slot("decoder.layers.0.mlp.linear_fc2.weight", ("model.layers.18.mlp.down_proj.weight",), ((4096, 12288),),
-    ...      Columns(12288), stage=1)
+    >>> ParamMapping("decoder.layers.0.mlp.linear_fc2.weight", ("model.layers.18.mlp.down_proj.weight",),
+    ...      ((4096, 12288),), ShardedDim1(12288), stage=1)
     """
 
     megatron: str  # the name on its pipeline stage, where layers count from 0
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    cut: Cut
+    sharding: TPSharding
     stage: int
 
     @property
@@ -153,10 +153,10 @@ class Slot:
 class Norm:
     """A norm of a layer, by its names in the layer.
 
-    >>> Norm("pre_mlp_layernorm", "post_attention_layernorm", 4096, Whole())
+    >>> Norm("pre_mlp_layernorm", "post_attention_layernorm", 4096, Replicated())
     """
 
     megatron: str
     name: str
     size: int
-    cut: Cut
+    sharding: TPSharding

@@ -44,14 +44,14 @@ def quantised(buckets: Iterable[Bucket]) -> Iterator[Bucket]:
 
 
 def _quantised(bucket: Bucket) -> Bucket:
-    found: Bucket = []
+    quantised: Bucket = []
     for name, tensor in bucket:
         if name.endswith("_proj.weight"):
             weight, scales = _blockwise(tensor)
-            found += [(name, weight), (f"{name}_scale_inv", scales)]
+            quantised += [(name, weight), (f"{name}_scale_inv", scales)]
         else:
-            found.append((name, tensor))
-    return found
+            quantised.append((name, tensor))
+    return quantised
 
 
 @torch.no_grad()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from megatron_tempo.models.shape import Shape
-from megatron_tempo.weights.param_mapping import Norm, Whole
+from megatron_tempo.weights.param_mapping import Norm, Replicated
 
 
 def norms(shape: Shape) -> list[Norm]:
     """The norms of a layer, in Hugging Face's order."""
     return [
-        Norm("self_attention.q_layernorm", "self_attn.q_norm", shape.head_dim, Whole()),
-        Norm("self_attention.k_layernorm", "self_attn.k_norm", shape.head_dim, Whole()),
-        Norm("input_layernorm", "input_layernorm", shape.hidden, Whole()),
-        Norm("pre_mlp_layernorm", "post_attention_layernorm", shape.hidden, Whole()),
+        Norm("self_attention.q_layernorm", "self_attn.q_norm", shape.head_dim, Replicated()),
+        Norm("self_attention.k_layernorm", "self_attn.k_norm", shape.head_dim, Replicated()),
+        Norm("input_layernorm", "input_layernorm", shape.hidden, Replicated()),
+        Norm("pre_mlp_layernorm", "post_attention_layernorm", shape.hidden, Replicated()),
     ]

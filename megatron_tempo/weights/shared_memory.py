@@ -23,9 +23,9 @@ def shared_buffers(count: int, nbytes: int, group: dist.ProcessGroup) -> list[to
     first = dist.get_rank(group) == 0
     problem = _too_little_room(count, nbytes) if first else None
     buffers = [torch.UntypedStorage._new_using_filename_cpu(nbytes) for _ in range(count) if first and not problem]
-    told: list[Any] = [problem, [buffer._share_filename_cpu_() for buffer in buffers]]
-    dist.broadcast_object_list(told, group=group, group_src=0)
-    problem, handles = told
+    message: list[Any] = [problem, [buffer._share_filename_cpu_() for buffer in buffers]]
+    dist.broadcast_object_list(message, group=group, group_src=0)
+    problem, handles = message
     if problem:
         raise InputError(problem)
     return buffers or [torch.UntypedStorage._new_shared_filename_cpu(*handle) for handle in handles]

@@ -1,9 +1,9 @@
 """Weights out of a Megatron model: streams of buckets of (Hugging Face name, tensor).
 
-The plan is made from the model's shape and the layout alone, so it is the same on every rank without a word. A bucket
-holds slots of one pipeline stage, and its tensors are views of one flat tensor. While it is made, a rank holds at most
-as much again in parts on their way: no more than two buckets beyond its own shards. A bucket that the consumer keeps
-comes on top, and the variable of a `for` keeps one until the next is there.
+The plan is made from the model's shape and the layout alone, so all ranks make the same one without communication. A
+bucket holds the tensors of some mappings of one pipeline stage, as views of one flat tensor. While it is made, a rank
+holds at most as much again in shards on their way: no more than two buckets beyond its own shards. A bucket that the
+consumer keeps comes on top, and the variable of a `for` keeps one until the next is there.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import Bucket
-from megatron_tempo.weights.param_mapping import Slot, Whole
+from megatron_tempo.weights.param_mapping import ParamMapping, Replicated
 from megatron_tempo.weights.shared_memory import shared_buffers
 
-# Each slot's Hugging Face tensors.
-Wholes = dict[Slot, list[Tensor]]
+# Each mapping's Hugging Face tensors.
+Wholes = dict[ParamMapping, list[Tensor]]
 
 
-def plan(slots: list[Slot], bucket_bytes: int, element_size: int) -> list[list[Slot]]:
-    """Slots in order, in groups of one stage and at most `bucket_bytes`; a larger slot is a group alone."""
-    groups: list[list[Slot]] = []
+def plan(mappings: list[ParamMapping], bucket_bytes: int, element_size: int) -> list[list[ParamMapping]]:
+    """Mappings in order, in groups of one stage and at most `bucket_bytes`; a larger mapping is a group alone."""
+    groups: list[list[ParamMapping]] = []
     room = 0
-    for slot in slots:
-        size = slot.numel * element_size
-        if not groups or size > room or groups[-1][-1].stage != slot.stage:
+    for mapping in mappings:
+        size = mapping.numel * element_size
+        if not groups or size > room or groups[-1][-1].stage != mapping.stage:
             groups.append([])
             room = bucket_bytes
-        groups[-1].append(slot)
+        groups[-1].append(mapping)
         room -= size
     return groups
 
@@ -51,18 +51,18 @@ class WeightStream:
         self,
         net: PackedGPT,
         layout: Layout,
-        slots: list[Slot],
+        mappings: list[ParamMapping],
         bucket_bytes: int,
         dtype: torch.dtype | None = None,
-        bring: Callable[[], None] = lambda: None,
+        load: Callable[[], None] = lambda: None,
     ) -> None:
-        """`dtype`: what the tensors travel and arrive in; none: the model's. `bring` has the model on its device."""
+        """`dtype`: what the tensors travel and arrive in; none: the model's. `load` has the model on its device."""
         self._parameters = net.weights()
         self._device = next(net.parameters()).device
         self._dtype = dtype or net.config.params_dtype
         self._layout = layout
-        self._groups = plan(slots, bucket_bytes, self._dtype.itemsize)
-        self._bring = bring
+        self._groups = plan(mappings, bucket_bytes, self._dtype.itemsize)
+        self._load_model = load
         with layout.groups.current():
             self._tensor_ranks = parallel_state.get_tensor_model_parallel_group()
             self._stages = parallel_state.get_pipeline_model_parallel_group()
@@ -75,7 +75,7 @@ class WeightStream:
 
     def everywhere(self) -> Iterator[Bucket]:
         """The whole model on every rank, on the model's device."""
-        self._bring()
+        self._load_model()
         for group in self._groups:
             yield self._everywhere(group)
 
@@ -89,20 +89,20 @@ class WeightStream:
         in turn: when you ask for the next bucket, all but the last one you got may be overwritten, and when you start
         again, all. Raises InputError if /dev/shm has too little room for them.
         """
-        self._bring()
+        self._load_model()
         if self._layout.is_first_copy:
             groups = [group for group in self._groups if group[0].stage == self._layout.pipeline_rank]
             mapped = shared and self._device.type == "cpu"
             yield from self._from_shared_memory(groups) if mapped else self._from_messages(groups)
 
-    def _from_messages(self, groups: list[list[Slot]]) -> Iterator[Bucket]:
+    def _from_messages(self, groups: list[list[ParamMapping]]) -> Iterator[Bucket]:
         for group in groups:
             if self.sends:
                 yield self._gathered(group)
             else:
                 self._send(group)
 
-    def _from_shared_memory(self, groups: list[list[Slot]]) -> Iterator[Bucket]:
+    def _from_shared_memory(self, groups: list[list[ParamMapping]]) -> Iterator[Bucket]:
         if not self._buffers:
             size = max(_numel(group) for group in groups)
             storages = shared_buffers(2, size * self._dtype.itemsize, self._tensor_ranks)
@@ -110,18 +110,18 @@ class WeightStream:
         for number, group in enumerate(groups):
             wholes = _wholes(group, self._buffers[number % 2])
             dist.barrier(self._tensor_ranks)  # the consumer is done with what the buffer held
-            self._place_own(group if self.sends else self._divided(group), wholes)
+            self._scatter_own(group if self.sends else self._divided(group), wholes)
             dist.barrier(self._tensor_ranks)  # every rank's parts are there
             if self.sends:
                 yield _bucket(wholes)
 
     @torch.no_grad()
-    def _everywhere(self, group: list[Slot]) -> Bucket:
+    def _everywhere(self, group: list[ParamMapping]) -> Bucket:
         """A bucket on every rank: exchanged by its stage's tensor ranks, then sent to the other stages."""
         layout, flat = self._layout, self._empty(_numel(group))
         wholes = _wholes(group, flat)
         if layout.pipeline_rank == group[0].stage:
-            self._place_own(group, wholes)
+            self._scatter_own(group, wholes)
             if divided := self._divided(group):
                 for rank in range(layout.tensor):
                     self._exchange(divided, wholes, rank)
@@ -129,88 +129,90 @@ class WeightStream:
             dist.broadcast(flat, group=self._stages, group_src=group[0].stage)
         return _bucket(wholes)
 
-    def _exchange(self, divided: list[Slot], wholes: Wholes, rank: int) -> None:
+    def _exchange(self, divided: list[ParamMapping], wholes: Wholes, rank: int) -> None:
         """Give tensor rank `rank`'s shards to the other tensor ranks."""
         mine = rank == self._layout.tensor_rank
         packed = self._packed(divided) if mine else self._empty(self._packed_size(divided))
         dist.broadcast(packed, group=self._tensor_ranks, group_src=rank)
         if not mine:
-            self._place_packed(packed, divided, wholes, rank)
+            self._scatter_packed(packed, divided, wholes, rank)
 
     @torch.no_grad()
-    def _gathered(self, group: list[Slot]) -> Bucket:
+    def _gathered(self, group: list[ParamMapping]) -> Bucket:
         """A bucket on the sender: its own shards, and a message from each of the other tensor ranks."""
         wholes = _wholes(group, self._empty(_numel(group)))
         divided = self._divided(group)
         others = range(1, self._layout.tensor) if divided else ()
         packed = {rank: self._empty(self._packed_size(divided)) for rank in others}
         works = _messages(dist.irecv, packed, self._tensor_ranks)
-        self._place_own(group, wholes)  # while they come
+        self._scatter_own(group, wholes)  # while they come
         _wait(works)
         for rank in others:
-            self._place_packed(packed[rank], divided, wholes, rank)
+            self._scatter_packed(packed[rank], divided, wholes, rank)
         return _bucket(wholes)
 
     @torch.no_grad()
-    def _send(self, group: list[Slot]) -> None:
+    def _send(self, group: list[ParamMapping]) -> None:
         """This rank's shards of a bucket, to the sender."""
         if divided := self._divided(group):
             _wait(_messages(dist.isend, {0: self._packed(divided)}, self._tensor_ranks))
 
-    def _divided(self, group: list[Slot]) -> list[Slot]:
-        """The slots of which other tensor ranks hold other parts."""
-        return [slot for slot in group if self._layout.tensor > 1 and not isinstance(slot.cut, Whole)]
+    def _divided(self, group: list[ParamMapping]) -> list[ParamMapping]:
+        """The mappings of which other tensor ranks hold other parts."""
+        return [
+            mapping for mapping in group if self._layout.tensor > 1 and not isinstance(mapping.sharding, Replicated)
+        ]
 
     @torch.no_grad()
-    def _place_own(self, slots: list[Slot], wholes: Wholes) -> None:
-        for slot in slots:
-            shard = self._parameters[slot.megatron]
-            slot.cut.place(shard, wholes[slot], self._layout.tensor_rank, self._layout.tensor)
+    def _scatter_own(self, mappings: list[ParamMapping], wholes: Wholes) -> None:
+        for mapping in mappings:
+            shard = self._parameters[mapping.megatron]
+            mapping.sharding.scatter(shard, wholes[mapping], self._layout.tensor_rank, self._layout.tensor)
 
-    def _place_packed(self, packed: Tensor, slots: list[Slot], wholes: Wholes, rank: int) -> None:
-        for slot, shard in zip(slots, self._unpacked(packed, slots), strict=True):
-            slot.cut.place(shard, wholes[slot], rank, self._layout.tensor)
+    def _scatter_packed(self, packed: Tensor, mappings: list[ParamMapping], wholes: Wholes, rank: int) -> None:
+        for mapping, shard in zip(mappings, self._unpacked(packed, mappings), strict=True):
+            mapping.sharding.scatter(shard, wholes[mapping], rank, self._layout.tensor)
 
-    def _packed(self, slots: list[Slot]) -> Tensor:
+    def _packed(self, mappings: list[ParamMapping]) -> Tensor:
         """This rank's shards, one behind the other: [sum of their sizes]."""
-        packed = self._empty(self._packed_size(slots))
-        for slot, shard in zip(slots, self._unpacked(packed, slots), strict=True):
-            shard.copy_(self._parameters[slot.megatron])
+        packed = self._empty(self._packed_size(mappings))
+        for mapping, shard in zip(mappings, self._unpacked(packed, mappings), strict=True):
+            shard.copy_(self._parameters[mapping.megatron])
         return packed
 
-    def _unpacked(self, packed: Tensor, slots: list[Slot]) -> list[Tensor]:
-        """The shards in such a tensor; a slot's shards have the same shape on every rank."""
-        shapes = [self._parameters[slot.megatron].shape for slot in slots]
+    def _unpacked(self, packed: Tensor, mappings: list[ParamMapping]) -> list[Tensor]:
+        """The shards in such a tensor; a mapping's shards have the same shape on every rank."""
+        shapes = [self._parameters[mapping.megatron].shape for mapping in mappings]
         parts = packed.split([shape.numel() for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    def _packed_size(self, slots: list[Slot]) -> int:
-        return sum(self._parameters[slot.megatron].numel() for slot in slots)
+    def _packed_size(self, mappings: list[ParamMapping]) -> int:
+        return sum(self._parameters[mapping.megatron].numel() for mapping in mappings)
 
     def _empty(self, size: int) -> Tensor:
         return torch.empty(size, dtype=self._dtype, device=self._device)
 
 
-def _numel(group: list[Slot]) -> int:
-    return sum(slot.numel for slot in group)
+def _numel(group: list[ParamMapping]) -> int:
+    return sum(mapping.numel for mapping in group)
 
 
-def _wholes(group: list[Slot], flat: Tensor) -> Wholes:
+def _wholes(group: list[ParamMapping], flat: Tensor) -> Wholes:
     """The tensors of a group as views of a flat tensor that has room for them, one behind the other."""
-    progress_marker.beat()
+    progress_marker.mark()
     wholes: Wholes = {}
     at = 0
-    for slot in group:
-        wholes[slot] = []
-        for shape in slot.shapes:
+    for mapping in group:
+        wholes[mapping] = []
+        for shape in mapping.shapes:
             size = torch.Size(shape).numel()
-            wholes[slot].append(flat[at : at + size].view(shape))
+            wholes[mapping].append(flat[at : at + size].view(shape))
             at += size
     return wholes
 
 
 def _bucket(wholes: Wholes) -> Bucket:
-    return [pair for slot, tensors in wholes.items() for pair in zip(slot.names, tensors, strict=True)]
+    return [pair for mapping, tensors in wholes.items() for pair in zip(mapping.names, tensors, strict=True)]
 
 
 def _messages(kind: Callable[..., Any], tensors: dict[int, Tensor], group: dist.ProcessGroup) -> list[dist.Work]:

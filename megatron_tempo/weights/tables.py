@@ -6,83 +6,97 @@ from collections.abc import Callable
 
 from megatron_tempo.models.shape import Shape
 from megatron_tempo.weights import olmo3, qwen3
-from megatron_tempo.weights.param_mapping import Columns, GateUp, Norm, QueryKeyValue, Slot, Vocabulary, Whole
+from megatron_tempo.weights.param_mapping import (
+    Norm,
+    ParamMapping,
+    Replicated,
+    ShardedDim1,
+    ShardedGateUp,
+    ShardedQKV,
+    ShardedVocab,
+)
 
 NORMS: dict[str, Callable[[Shape], list[Norm]]] = {"olmo3": olmo3.norms, "qwen3": qwen3.norms}
 
 
-def slots(shape: Shape, pipeline: int, *, critic: bool) -> list[Slot]:
+def mappings(shape: Shape, pipeline: int, *, critic: bool) -> list[ParamMapping]:
     """Every parameter of the model, layer by layer. The same list on every rank.
 
     The critic's Hugging Face form is the family's token classifier with one label. A tied output matrix is not listed:
     it is the input embedding.
     """
     hidden = shape.hidden
-    embedding = Slot(
+    embedding = ParamMapping(
         "embedding.word_embeddings.weight",
         ("model.embed_tokens.weight",),
         ((shape.vocab, hidden),),
-        Vocabulary(shape.vocab),
+        ShardedVocab(shape.vocab),
         0,
     )
     per_stage = shape.layers // pipeline
     layers = [
-        slot
+        mapping
         for layer in range(shape.layers)
-        for slot in _layer(shape, layer, layer % per_stage, stage=layer // per_stage)
+        for mapping in _layer(shape, layer, layer % per_stage, stage=layer // per_stage)
     ]
     last = pipeline - 1
-    norm = Slot("decoder.final_layernorm.weight", ("model.norm.weight",), ((hidden,),), Whole(), last)
+    norm = ParamMapping("decoder.final_layernorm.weight", ("model.norm.weight",), ((hidden,),), Replicated(), last)
     return [embedding, *layers, norm, *_head(shape, last, critic=critic)]
 
 
-def _head(shape: Shape, stage: int, *, critic: bool) -> list[Slot]:
+def _head(shape: Shape, stage: int, *, critic: bool) -> list[ParamMapping]:
     if critic:
         return [
-            Slot("output_layer.weight", ("score.weight",), ((1, shape.hidden),), Whole(), stage),
-            Slot("output_layer.bias", ("score.bias",), ((1,),), Whole(), stage),
+            ParamMapping("output_layer.weight", ("score.weight",), ((1, shape.hidden),), Replicated(), stage),
+            ParamMapping("output_layer.bias", ("score.bias",), ((1,),), Replicated(), stage),
         ]
     if shape.tied:
         return []
     head = ((shape.vocab, shape.hidden),)
-    return [Slot("output_layer.weight", ("lm_head.weight",), head, Vocabulary(shape.vocab), stage)]
+    return [ParamMapping("output_layer.weight", ("lm_head.weight",), head, ShardedVocab(shape.vocab), stage)]
 
 
-def _layer(shape: Shape, layer: int, local: int, stage: int) -> list[Slot]:
+def _layer(shape: Shape, layer: int, local: int, stage: int) -> list[ParamMapping]:
     theirs, ours = f"model.layers.{layer}", f"decoder.layers.{local}"
     hidden, dim, ffn = shape.hidden, shape.head_dim, shape.ffn
     queries, keys = shape.queries, shape.keys
     return [
-        Slot(
+        ParamMapping(
             f"{ours}.self_attention.linear_qkv.weight",
             tuple(f"{theirs}.self_attn.{name}_proj.weight" for name in "qkv"),
             ((queries, hidden), (keys, hidden), (keys, hidden)),
-            QueryKeyValue(shape.heads, shape.groups, dim),
+            ShardedQKV(shape.heads, shape.groups, dim),
             stage,
         ),
-        Slot(
+        ParamMapping(
             f"{ours}.self_attention.linear_proj.weight",
             (f"{theirs}.self_attn.o_proj.weight",),
             ((hidden, queries),),
-            Columns(queries),
+            ShardedDim1(queries),
             stage,
         ),
-        Slot(
+        ParamMapping(
             f"{ours}.mlp.linear_fc1.weight",
             tuple(f"{theirs}.mlp.{name}_proj.weight" for name in ("gate", "up")),
             ((ffn, hidden), (ffn, hidden)),
-            GateUp(ffn),
+            ShardedGateUp(ffn),
             stage,
         ),
-        Slot(
+        ParamMapping(
             f"{ours}.mlp.linear_fc2.weight",
             (f"{theirs}.mlp.down_proj.weight",),
             ((hidden, ffn),),
-            Columns(ffn),
+            ShardedDim1(ffn),
             stage,
         ),
         *(
-            Slot(f"{ours}.{norm.megatron}.weight", (f"{theirs}.{norm.name}.weight",), ((norm.size,),), norm.cut, stage)
+            ParamMapping(
+                f"{ours}.{norm.megatron}.weight",
+                (f"{theirs}.{norm.name}.weight",),
+                ((norm.size,),),
+                norm.sharding,
+                stage,
+            )
             for norm in NORMS[shape.family](shape)
         ),
     ]

@@ -15,7 +15,7 @@ from megatron_tempo.checkpoint.convert import to_hugging_face, to_megatron
 from megatron_tempo.config.schema import Config
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.gpt import PackedGPT
-from megatron_tempo.training.context import open_workplace
+from megatron_tempo.training.context import open_context
 from megatron_tempo.training.jobs import train
 from megatron_tempo.training.setup import build_actor, build_critic
 from tests.support.project import RANDOM, config_of, from_nothing, write_project
@@ -59,11 +59,11 @@ def compare(models: dict[str, Path], checkpoints: dict[str, Path], tensor: int, 
     config = Config()
     config.parallel.tensor, config.parallel.pipeline = tensor, pipeline
     config.model.path = str(next(iter(models.values())))
-    with open_workplace(config) as place:
+    with open_context(config) as context:
         for kind, model in models.items():
             config.model.path = str(model)
             for name, build in (("actor", build_actor), ("critic", build_critic)):
-                found[f"{kind} {name}"] = differing(build(place).model.net, checkpoints[f"{kind} {name}"])
+                found[f"{kind} {name}"] = differing(build(context).model.net, checkpoints[f"{kind} {name}"])
     return found
 
 

@@ -56,9 +56,11 @@ def write_large(folder: Path, layers: int = 32, vocab: int = 151936) -> dict[str
             yield piece.view(torch.bfloat16)
 
     weight_map: dict[str, str] = {}
-    for number, group in enumerate(plan(tables.slots(read_shape(folder), 1, critic=False), SHARD, 2)):
+    for number, group in enumerate(plan(tables.mappings(read_shape(folder), 1, critic=False), SHARD, 2)):
         entries = [
-            (name, torch.bfloat16, shape) for slot in group for name, shape in zip(slot.names, slot.shapes, strict=True)
+            (name, torch.bfloat16, shape)
+            for mapping in group
+            for name, shape in zip(mapping.names, mapping.shapes, strict=True)
         ]
         file = f"model-{number:05d}.safetensors"
         with (folder / file).open("wb") as opened:

@@ -20,7 +20,7 @@ from megatron_tempo.config.recipes import RECIPES
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import CriticUpdateConfig
 from megatron_tempo.models.machine import described
-from megatron_tempo.training.context import open_workplace
+from megatron_tempo.training.context import open_context
 from megatron_tempo.training.setup import build_actor, build_critic
 from tests.support.fork_server import TE_FORK_SERVER
 from tests.support.ranks import run_ranks
@@ -42,18 +42,22 @@ def tried(model: Path, precision: Precision, tensor: int, ends: int, recompute: 
     A CPU's precision is fp32 by the rules; the other one is put in behind them.
     """
     config = Config()
-    config.model.path, config.model.layers, config.model.bf16_ends = str(model), Layers.transformer_engine, ends
+    config.model.path, config.model.layers, config.model.num_bf16_layers_at_ends = (
+        str(model),
+        Layers.transformer_engine,
+        ends,
+    )
     config.parallel.tensor, config.parallel.sequence, config.parallel.recompute = tensor, tensor > 1, recompute
     config.parallel.micro_batch_tokens = 64
     record = importlib.import_module("transformer_engine.pytorch.record")
     state = importlib.import_module("transformer_engine.pytorch.fp8").FP8GlobalStateManager
     batch = ragged_batch(8)
     assert batch.correct is not None
-    with open_workplace(config) as place:
+    with open_context(config) as context:
         config.run.precision = precision
-        critic = build_critic(place)
+        critic = build_critic(context)
         head = critic.model.net.output_layer.weight
-        found: dict[str, Any] = {"said": described(config, place.machine), "head": head.dtype}
+        found: dict[str, Any] = {"said": described(config, context.machine), "head": head.dtype}
         del record.calls[:], record.packed[:]
         updates = state.updates
         found["before"] = critic.values(batch)
@@ -143,9 +147,9 @@ def test_the_log_names_layers_precision_and_optimizer(bf16: dict[str, Any]) -> N
 def actor_logprobs(model: Path) -> Tensor:
     config = Config()
     config.model.path = str(model)
-    with open_workplace(config) as place:
+    with open_context(config) as context:
         config.run.precision, config.model.layers = Precision.fp8_blockwise, Layers.transformer_engine
-        return build_actor(place).logprobs(ragged_batch(2))
+        return build_actor(context).logprobs(ragged_batch(2))
 
 
 def test_the_stand_in_refuses_what_transformer_engine_refuses(tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
 import torch, torch.distributed as dist
-from megatron_tempo.runtime import diagnosis, watchdog
+from megatron_tempo.runtime import failure_detector, watchdog
 
-diagnosis.BEAT, diagnosis.SILENT, diagnosis.ENDED = 0.1, 2.0, 1.0
+failure_detector.BEAT, failure_detector.SILENT, failure_detector.ENDED = 0.1, 2.0, 1.0
 kind, folder = sys.argv[1], Path(sys.argv[2])
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-with watchdog.Liveness(folder, None):
+with watchdog.Watchdog(folder, None):
     dist.barrier()
     if kind == "killed" and rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -15,7 +15,7 @@ from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import Method, StageConfig
 from megatron_tempo.methods import METHODS
 from megatron_tempo.methods.learner import Learner, Rollouts
-from megatron_tempo.training.context import open_workplace
+from megatron_tempo.training.context import open_context
 from megatron_tempo.training.setup import build_actor
 from megatron_tempo.types import Batch
 from megatron_tempo.weights.export import weights_of
@@ -55,14 +55,14 @@ def updated(model: Path) -> dict[Method, dict[str, Tensor]]:
     config.parallel.micro_batch_tokens = 50
     found = {}
     batch = rollouts()
-    with open_workplace(config) as place:
+    with open_context(config) as context:
         for method in ADVANTAGES:
-            actor = build_actor(place)
+            actor = build_actor(context)
             learner = Learner(actor, None, actor.logprobs, lambda name: nullcontext(), seed="0")
             labelled = replace(batch, answer_class=None) if method is Method.grpo else None
             unlabelled = None if method is Method.grpo else replace(batch, correct=None)
             METHODS[method](learner, Rollouts(labelled, unlabelled), stage_of(method), 0)
-            weights = weights_of(actor.model, place.config).everywhere()
+            weights = weights_of(actor.model, context.config).everywhere()
             found[method] = {key: value.clone() for bucket in weights for key, value in bucket}
     return found
 

@@ -14,7 +14,7 @@ from megatron_tempo.config.choices import Layers, Logits
 from megatron_tempo.config.schema import Config
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.packing import MicroBatch, micro_batches
-from megatron_tempo.training.context import Workplace, open_workplace
+from megatron_tempo.training.context import RunContext, open_context
 from megatron_tempo.training.setup import build_actor, build_critic
 from megatron_tempo.types import Batch
 from megatron_tempo.weights.export import export_hf, weights_of
@@ -75,17 +75,17 @@ def gather_logits(actor: Actor, batch: Batch, monkeypatch: pytest.MonkeyPatch) -
     return torch.cat([rows[i] for i in range(len(batch))]) if model.layout.is_last_stage else None
 
 
-def measure(place: Workplace, model: Path, out: Path) -> dict[str, object]:
+def measure(context: RunContext, model: Path, out: Path) -> dict[str, object]:
     """Logits, log-probabilities and exported weights of one model in one layout."""
     batch = ragged_batch(6)
-    place.config.model.path = str(model)
-    actor = build_actor(place)
-    buckets = list(weights_of(actor.model, place.config).everywhere())
+    context.config.model.path = str(model)
+    actor = build_actor(context)
+    buckets = list(weights_of(actor.model, context.config).everywhere())
     found: dict[str, object] = {
-        "tensor_rank": place.layouts.actor.tensor_rank,
+        "tensor_rank": context.layouts.actor.tensor_rank,
         "weights": {name: tensor for bucket in buckets for name, tensor in bucket},
     }
-    export_hf(place.config, actor, build_critic(place), out)
+    export_hf(context.config, actor, build_critic(context), out)
     for budget in (PACKED, UNPACKED):
         actor.model.micro_batch_tokens = budget
         for kind in Logits:
@@ -113,8 +113,8 @@ def measure_all(
     models: dict[str, Path], layout: tuple[int, int, bool, int], out: Path, layers: Layers
 ) -> dict[str, dict[str, object]]:
     """One process group can be opened in a process: the models take turns in it."""
-    with open_workplace(config_of(models["tied"], layout, layers)) as place:
-        return {name: measure(place, model, out / name) for name, model in models.items()}
+    with open_context(config_of(models["tied"], layout, layers)) as context:
+        return {name: measure(context, model, out / name) for name, model in models.items()}
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,11 @@ from megatron_tempo.config.schema import ClusterConfig, CriticLayoutConfig, Para
 from megatron_tempo.config.stages import Baseline, Method, StageConfig
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.models.trained import TrainedModel
-from megatron_tempo.plan.layout import MicroBatch
-from megatron_tempo.plan.memory import Part, Phase, place_memory
+from megatron_tempo.plan.layout import PlannedMicroBatch
+from megatron_tempo.plan.memory import MemoryPhase, Part, place_memory
 from megatron_tempo.plan.parameters import Role
 from megatron_tempo.plan.shapes import shape_of
-from megatron_tempo.training.context import open_workplace
+from megatron_tempo.training.context import open_context
 from megatron_tempo.training.setup import build_actor, build_critic
 from megatron_tempo.types import Batch
 from tests.support.ranks import run_ranks
@@ -52,7 +52,7 @@ MODELS = {
 }
 PROMPT, RESPONSE, BUDGET, ROWS = 16, 112, 256, 8  # two rows a micro-batch
 TOLERANCE = 0.1
-MOMENTS = {Phase.logprobs, Phase.values, Phase.actor, Phase.critic}
+MOMENTS = {MemoryPhase.logprobs, MemoryPhase.values, MemoryPhase.actor, MemoryPhase.critic}
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +116,8 @@ def measure(config: Config) -> dict[str, Any]:
     vocab = json.loads((Path(config.model.path) / "config.json").read_text())["vocab_size"]
     batch, order, stage = batch_of_rows(vocab), [torch.arange(ROWS)], config.stage1
     assert batch.correct is not None
-    with open_workplace(config) as place, Storages() as storages:
-        actor, critic = build_actor(place), build_critic(place)
+    with open_context(config) as context, Storages() as storages:
+        actor, critic = build_actor(context), build_critic(context)
 
         def parts() -> dict[Part, int]:
             """Of the models that are there."""
@@ -126,10 +126,10 @@ def measure(config: Config) -> dict[str, Any]:
 
         def there(bytes_: int) -> int:
             """Without the memory in which models wait: on a CPU that counts too."""
-            return bytes_ - sum(map(len, place.residence._hosts.values()))
+            return bytes_ - sum(map(len, context.offloader._hosts.values()))
 
-        def phase(name: Phase, model: TrainedModel, run: Any) -> Any:
-            place.residence.bring(model)
+        def phase(name: MemoryPhase, model: TrainedModel, run: Any) -> Any:
+            context.offloader.load(model)
             gc.collect()
             storages.restart()
             result = run()
@@ -139,16 +139,19 @@ def measure(config: Config) -> dict[str, Any]:
 
         gc.collect()
         found: dict[str, Any] = {
-            "place": {Role.actor: place.layouts.actor.pipeline_rank, Role.critic: place.layouts.critic.pipeline_rank},
+            "place": {
+                Role.actor: context.layouts.actor.pipeline_rank,
+                Role.critic: context.layouts.critic.pipeline_rank,
+            },
             "parts": parts(),
             "resident": there(storages.now()),
         }
-        values = phase(Phase.values, critic.model, lambda: critic.values(batch))
-        old = phase(Phase.logprobs, actor.model, lambda: actor.logprobs(batch))
+        values = phase(MemoryPhase.values, critic.model, lambda: critic.values(batch))
+        old = phase(MemoryPhase.logprobs, actor.model, lambda: actor.logprobs(batch))
         given = Experience(old, values, torch.ones(ROWS))
-        phase(Phase.critic, critic.model, lambda: critic.update(batch, batch.correct, stage.critic, order))
+        phase(MemoryPhase.critic, critic.model, lambda: critic.update(batch, batch.correct, stage.critic, order))
         update = partial(actor.update, batch, given, Baseline.before_token, stage.actor, order)
-        phase(Phase.actor, actor.model, update)
+        phase(MemoryPhase.actor, actor.model, update)
     return found
 
 
@@ -162,12 +165,12 @@ def test_the_plan_is_what_is_measured(models: dict[str, Path], kind: str, name: 
     assert shape is not None
     assert problems == []
     count = ROWS * (PROMPT + RESPONSE) // BUDGET // (world // config.parallel.ranks_of_a_replica)
-    micro = MicroBatch(BUDGET, BUDGET * RESPONSE // (PROMPT + RESPONSE), BUDGET, count)
+    micro = PlannedMicroBatch(BUDGET, BUDGET * RESPONSE // (PROMPT + RESPONSE), BUDGET, count)
     lines = []
     for rank, found in enumerate(run_ranks(measure, world, tmp_path / "ranks", config)):
         planned = place_memory(config, shape, found["place"], micro)
         # The critic, which was built last, or with it the actor.
-        held = {part: planned[Phase.values][part] for part in found["parts"]}
+        held = {part: planned[MemoryPhase.values][part] for part in found["parts"]}
         rows = [(part.value, size, held[part]) for part, size in found["parts"].items()]
         rows.append(("resident", found["resident"], sum(held.values())))
         for phase in MOMENTS:

@@ -15,7 +15,7 @@ from megatron.core import dist_checkpointing
 from megatron_tempo.checkpoint import saving
 from megatron_tempo.config.schema import Config
 from megatron_tempo.training.jobs import train
-from megatron_tempo.training.trainer import Run
+from megatron_tempo.training.trainer import Trainer
 from tests.support.project import config_of, write_project
 from tests.support.ranks import run_ranks
 
@@ -35,24 +35,24 @@ def run_config(project: Path, run: Path, pipeline: int = 2) -> Config:
 
 def held_up(config: Config) -> None:
     """Train, with the first checkpoint's files held up until one more iteration is done."""
-    write, iterate, go = saving._write_file, Run.iterate, threading.Event()
+    write, iterate, go = saving._write_file, Trainer.iterate, threading.Event()
 
     def held(*args: object, **kwargs: object) -> None:
         assert go.wait(100)
         write(*args, **kwargs)
 
-    def iterated(run: Run, *args: object) -> object:
-        figures = iterate(run, *args)
+    def iterated(run: Trainer, *args: object) -> object:
+        metrics = iterate(run, *args)
         if run.step == 3:
             assert run.checkpoints.saved is None
             go.set()
-        return figures
+        return metrics
 
-    saving._write_file, Run.iterate = held, iterated
+    saving._write_file, Trainer.iterate = held, iterated
     try:
         train(config)
     finally:
-        saving._write_file, Run.iterate = write, iterate
+        saving._write_file, Trainer.iterate = write, iterate
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -89,21 +89,21 @@ def test_training_goes_on_and_does_not_change_what_is_written(tmp_path: Path, wo
 
 def cramped(config: Config, rank: int) -> str:
     """Train where one rank may not write files beyond 100 kB from its second iteration on: what it says."""
-    limits, iterate = resource.getrlimit(resource.RLIMIT_FSIZE), Run.iterate
+    limits, iterate = resource.getrlimit(resource.RLIMIT_FSIZE), Trainer.iterate
 
-    def iterated(run: Run, *args: object) -> object:
+    def iterated(run: Trainer, *args: object) -> object:
         run.checkpoints.wait()
         if run.step == 2 and dist.get_rank() == rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         return iterate(run, *args)
 
-    Run.iterate = iterated
+    Trainer.iterate = iterated
     try:
         train(config)
     except OSError as error:
         return str(error)
     finally:
-        Run.iterate = iterate
+        Trainer.iterate = iterate
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return "no error"
 
@@ -126,25 +126,25 @@ def test_a_file_that_cannot_be_written_ends_the_run_on_every_rank(tmp_path: Path
 
 def goes_down(config: Config) -> str:
     """Train, with an error in the iteration that follows the first checkpoint, whose files take their time."""
-    write, iterate = saving._write_file, Run.iterate
+    write, iterate = saving._write_file, Trainer.iterate
 
     def slow(*args: object, **kwargs: object) -> None:
         time.sleep(0.5)
         write(*args, **kwargs)
 
-    def iterated(run: Run, *args: object) -> object:
+    def iterated(run: Trainer, *args: object) -> object:
         if run.step == 2:
             assert run.checkpoints.saved is None
             raise ZeroDivisionError
         return iterate(run, *args)
 
-    saving._write_file, Run.iterate = slow, iterated
+    saving._write_file, Trainer.iterate = slow, iterated
     try:
         train(config)
     except ZeroDivisionError:
         return "down"
     finally:
-        saving._write_file, Run.iterate = write, iterate
+        saving._write_file, Trainer.iterate = write, iterate
     return "up"
 
 

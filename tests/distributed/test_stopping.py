@@ -14,9 +14,9 @@ import torch.distributed as dist
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import load, save
 from megatron_tempo.errors import Stopped
-from megatron_tempo.runtime.stop_request import Stops
+from megatron_tempo.runtime.stop_request import StopRequests
 from megatron_tempo.training.jobs import train
-from megatron_tempo.training.trainer import Run
+from megatron_tempo.training.trainer import Trainer
 from tests.support.project import config_of, write_project
 from tests.support.ranks import run_ranks
 
@@ -26,19 +26,19 @@ def heard(folder: Path) -> list[str | None]:
     dist.init_process_group("gloo")
     rank, told = dist.get_rank(), []
     before = signal.getsignal(signal.SIGUSR1)
-    with Stops(folder, grace_seconds=None) as stops:
-        told.append(stops.asked(is_writer=rank == 0))
+    with StopRequests(folder, grace_seconds=None) as stop_requests:
+        told.append(stop_requests.requested(is_writer=rank == 0))
         if rank == 1:
             (folder / "stop").touch()
         dist.barrier()
-        told.append(stops.asked(is_writer=rank == 0))
+        told.append(stop_requests.requested(is_writer=rank == 0))
         if rank == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-        told.append(stops.asked(is_writer=rank == 0))
+        told.append(stop_requests.requested(is_writer=rank == 0))
         if rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "a second one ends the process"
-        told.append(stops.asked(is_writer=rank == 0))
+        told.append(stop_requests.requested(is_writer=rank == 0))
     assert signal.getsignal(signal.SIGUSR1) is before
     dist.destroy_process_group()
     return told
@@ -50,29 +50,29 @@ def test_ranks_hear_of_what_reached_one_of_them(tmp_path: Path) -> None:
 
 
 def test_a_long_wait_is_warned_of_once(tmp_path: Path) -> None:
-    stops = Stops(tmp_path, grace_seconds=0.05)
-    assert stops.late() is None, "until the first call nothing could be lost"
-    assert stops.late() is None
+    stop_requests = StopRequests(tmp_path, grace_seconds=0.05)
+    assert stop_requests.late() is None, "until the first call nothing could be lost"
+    assert stop_requests.late() is None
     time.sleep(0.1)
-    warning = stops.late()
+    warning = stop_requests.late()
     assert warning is not None
     assert "cluster.slurm.grace_seconds=0.05" in warning
     time.sleep(0.1)
-    assert stops.late() is None
-    assert Stops(tmp_path, grace_seconds=None).late() is None
+    assert stop_requests.late() is None
+    assert StopRequests(tmp_path, grace_seconds=None).late() is None
 
 
 def stopped_at(config: Config, rank: int, step: int, number: int) -> str:
     """What a run says that gets a signal on one rank, in the iteration behind `step`; nothing if it ends."""
-    iterate = Run.iterate
+    iterate = Trainer.iterate
 
-    def signalled(self: Run, *stage: object) -> dict:
-        if self.step == step and self.place.layouts.actor.rank == rank:
+    def signalled(self: Trainer, *stage: object) -> dict:
+        if self.step == step and self.context.layouts.actor.rank == rank:
             os.kill(os.getpid(), number)
         return iterate(self, *stage)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(Run, "iterate", signalled)
+        monkeypatch.setattr(Trainer, "iterate", signalled)
         try:
             train(config)
         except Stopped as stopped:

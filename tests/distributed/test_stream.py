@@ -32,7 +32,7 @@ from megatron_tempo.models.gpt import LanguageModel, PackedGPT
 from megatron_tempo.models.parallel import Layout, parallel_groups
 from megatron_tempo.types import Bucket
 from megatron_tempo.weights import folder, tables
-from megatron_tempo.weights.param_mapping import Cut, Slot, Whole
+from megatron_tempo.weights.param_mapping import ParamMapping, Replicated, TPSharding
 from megatron_tempo.weights.stream import WeightStream, plan
 from tests.support.ranks import ROOT, run_ranks
 from tests.support.storages import Storages
@@ -40,7 +40,7 @@ from tests.support.tiny import write_model
 
 # name: tensor, pipeline, processes
 LAYOUTS = {"tp2-pp2": (2, 2, 4), "dp2-tp2": (2, 1, 4), "tp2": (2, 1, 2), "dp2": (1, 1, 2), "pp2": (1, 2, 2)}
-LIMIT = 20_000  # bytes: several slots in some buckets, and the larger slots alone
+LIMIT = 20_000  # bytes: several mappings in some buckets, and the larger mappings alone
 WAYS: dict[str, Callable[[WeightStream], Iterator[Bucket]]] = {
     "everywhere": lambda weights: weights.everywhere(),
     "messages": lambda weights: weights.from_stages(),
@@ -49,16 +49,16 @@ WAYS: dict[str, Callable[[WeightStream], Iterator[Bucket]]] = {
 
 
 @contextmanager
-def opened(model: Path, tensor: int, pipeline: int) -> Iterator[tuple[PackedGPT, Layout, list[Slot]]]:
+def opened(model: Path, tensor: int, pipeline: int) -> Iterator[tuple[PackedGPT, Layout, list[ParamMapping]]]:
     """Process groups, and the model of a folder in them."""
     install_cpu_backend()
     with parallel_groups(ParallelConfig(tensor=tensor, pipeline=pipeline), torch.device("cpu"), 0) as layouts:
         shape, layout = read_shape(model), layouts.actor
         config = transformer_config(shape, layout, Precision.fp32)
         net = LanguageModel(config, shape, layout, REFERENCE, Logits.recomputed, temperature=1.0)
-        slots = tables.slots(shape, pipeline, critic=False)
-        folder.load(net, layout, slots, model)
-        yield net, layout, slots
+        mappings = tables.mappings(shape, pipeline, critic=False)
+        folder.load(net, layout, mappings, model)
+        yield net, layout, mappings
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +76,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def stream(model: Path, tensor: int, pipeline: int) -> dict[str, Any]:
     """What this rank gets: three times from one stream, of weights doubled in between, and once in bfloat16."""
-    with opened(model, tensor, pipeline) as (net, layout, slots):
-        weights = WeightStream(net, layout, slots, LIMIT)
+    with opened(model, tensor, pipeline) as (net, layout, mappings):
+        weights = WeightStream(net, layout, mappings, LIMIT)
         found: dict[str, Any] = {"sends": weights.sends, "place": (layout.tensor_rank, layout.data_rank)}
-        half = WeightStream(net, layout, slots, LIMIT, torch.bfloat16)
+        half = WeightStream(net, layout, mappings, LIMIT, torch.bfloat16)
         found["bfloat16"] = {way: copies(start(half)) for way, start in WAYS.items()}
         for repeat in range(3):
             found[f"float32/{repeat}"] = {way: copies(start(weights)) for way, start in WAYS.items()}
@@ -127,16 +127,16 @@ def assert_same(found: list[tuple[str, Tensor]], wanted: dict[str, Tensor]) -> N
 
 @dataclasses.dataclass(frozen=True)
 class Slow:
-    """A cut that is placed after a while."""
+    """A sharding that scatters after a while."""
 
-    of: Cut
+    of: TPSharding
 
-    def cut(self, sources: Sequence[Any], rank: int, size: int) -> Tensor:
-        return self.of.cut(sources, rank, size)
+    def shard(self, sources: Sequence[Any], rank: int, size: int) -> Tensor:
+        return self.of.shard(sources, rank, size)
 
-    def place(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None:
+    def scatter(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None:
         time.sleep(0.02)
-        self.of.place(shard, wholes, rank, size)
+        self.of.scatter(shard, wholes, rank, size)
 
 
 def watch(model: Path, tensor: int, pipeline: int) -> dict[str, Any]:
@@ -145,10 +145,13 @@ def watch(model: Path, tensor: int, pipeline: int) -> dict[str, Any]:
     With it the buffers' addresses, and the files of this process while the stream is there and after.
     """
     original = load_file(model / "model.safetensors")
-    with opened(model, tensor, pipeline) as (net, layout, slots):
+    with opened(model, tensor, pipeline) as (net, layout, mappings):
         if layout.tensor_rank:
-            slots = [s if isinstance(s.cut, Whole) else dataclasses.replace(s, cut=Slow(s.cut)) for s in slots]
-        weights = WeightStream(net, layout, slots, LIMIT)
+            mappings = [
+                s if isinstance(s.sharding, Replicated) else dataclasses.replace(s, sharding=Slow(s.sharding))
+                for s in mappings
+            ]
+        weights = WeightStream(net, layout, mappings, LIMIT)
         good, addresses, last = [], [], []
         for _ in range(2):
             last = []
@@ -187,13 +190,13 @@ def test_the_last_two_buckets_stay_until_the_next_is_asked_for(
 
 
 def stream_without_room(model: Path) -> str:
-    with opened(model, 2, 1) as (net, layout, slots), pytest.MonkeyPatch.context() as monkeypatch:
+    with opened(model, 2, 1) as (net, layout, mappings), pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=3, f_frsize=2**20))
-        weights = WeightStream(net, layout, slots, LIMIT, torch.float32)
+        weights = WeightStream(net, layout, mappings, LIMIT, torch.float32)
         list(weights.from_stages(shared=True))  # 3 MB are enough
         monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=10_000))
         with pytest.raises(InputError) as error:
-            list(WeightStream(net, layout, slots, LIMIT).from_stages(shared=True))
+            list(WeightStream(net, layout, mappings, LIMIT).from_stages(shared=True))
         return str(error.value)
 
 
@@ -234,13 +237,13 @@ def test_a_killed_process_leaves_no_files_behind() -> None:
 
 def measure(model: Path, tensor: int, pipeline: int) -> dict[str, Any]:
     """The peak of each way, in largest buckets of this rank's streams, for a consumer that keeps none."""
-    with opened(model, tensor, pipeline) as (net, layout, slots):
+    with opened(model, tensor, pipeline) as (net, layout, mappings):
         limit = 50_000  # by turns 43 and 49 KB: a bucket that is kept too long is seen
-        groups = plan(slots, limit, 4)
+        groups = plan(mappings, limit, 4)
         found: dict[str, Any] = {"sends": layout.tensor_rank == 0, "buckets": len(groups)}
-        largest = 4 * max(sum(slot.numel for slot in group) for group in groups)
+        largest = 4 * max(sum(mapping.numel for mapping in group) for group in groups)
         for way, start in WAYS.items():
-            weights = WeightStream(net, layout, slots, limit)
+            weights = WeightStream(net, layout, mappings, limit)
             with Storages(net.parameters(), settled=0.0) as storages:
                 for bucket in start(weights):
                     del bucket

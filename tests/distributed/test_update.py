@@ -14,7 +14,7 @@ from megatron_tempo.config.schema import Config, CriticLayoutConfig, ParallelCon
 from megatron_tempo.config.stages import ActorUpdateConfig, Baseline, CriticUpdateConfig
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.models.packing import MicroBatch
-from megatron_tempo.training.context import open_workplace
+from megatron_tempo.training.context import open_context
 from megatron_tempo.training.setup import build_actor, build_critic
 from megatron_tempo.types import Batch
 from megatron_tempo.weights.export import weights_of
@@ -102,8 +102,8 @@ def updated(model: Path, kind: str, layout: str, layers: Layers) -> dict[str, di
     config.parallel.micro_batch_tokens = 50
     batch = ragged_batch(8)
     assert batch.correct is not None
-    with open_workplace(config) as place:
-        actor, critic = build_actor(place), build_critic(place)
+    with open_context(config) as context:
+        actor, critic = build_actor(context), build_critic(context)
         # Where the rewards are 0, the values before the tokens are the negative advantages.
         parts = advantages_of(batch).split(batch.response_lengths.tolist())
         values = torch.cat([x for part in parts for x in (-part, torch.zeros(1))])
@@ -116,7 +116,7 @@ def updated(model: Path, kind: str, layout: str, layers: Layers) -> dict[str, di
         return {
             name: {
                 key: value.clone()
-                for bucket in weights_of(one.model, place.config).everywhere()
+                for bucket in weights_of(one.model, context.config).everywhere()
                 for key, value in bucket
             }
             for name, one in (("actor", actor), ("critic", critic))
@@ -218,8 +218,8 @@ def kept(model: Path, recompute: Recompute) -> int:
     config.model.path, config.parallel.recompute = str(model), recompute
     batch = ragged_batch(8)
     assert batch.correct is not None
-    with open_workplace(config) as place, pytest.MonkeyPatch.context() as monkeypatch:
-        critic = build_critic(place)
+    with open_context(config) as context, pytest.MonkeyPatch.context() as monkeypatch:
+        critic = build_critic(context)
         net = critic.model.net
         weights = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
         found: dict[int, Tensor] = {}  # the tensors too, so that no place in memory is used twice

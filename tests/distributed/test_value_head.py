@@ -12,7 +12,7 @@ from megatron_tempo.checkpoint.checkpoints import Checkpoints
 from megatron_tempo.config.choices import Precision
 from megatron_tempo.config.schema import Config, ParallelConfig
 from megatron_tempo.config.stages import CriticUpdateConfig, OptimizerConfig
-from megatron_tempo.training.context import open_workplace
+from megatron_tempo.training.context import open_context
 from megatron_tempo.training.setup import build_critic
 from megatron_tempo.weights.export import weights_of
 from tests.support.ranks import run_ranks
@@ -27,10 +27,10 @@ def steps(model: Path, parallel: ParallelConfig, folder: Path, first: int, last:
     config.model.path, config.parallel = str(model), parallel
     batch = ragged_batch(8)
     assert batch.correct is not None
-    with open_workplace(config) as place:
+    with open_context(config) as context:
         config.run.precision = Precision.bf16  # not on a CPU by the rules, but it runs
-        critic = build_critic(place)
-        checkpoints = Checkpoints(folder, 9, place.layouts.critic, print)
+        critic = build_critic(context)
+        checkpoints = Checkpoints(folder, 9, context.layouts.critic, print)
         if first > 0:
             checkpoints.load(checkpoints.path(first - 1), {"critic": critic.model})
         for step in range(first, last + 1):
@@ -38,8 +38,8 @@ def steps(model: Path, parallel: ParallelConfig, folder: Path, first: int, last:
             checkpoints.save(step, {"critic": critic.model}, {})
         checkpoints.wait()
         wide = {name for name, p in critic.model.net.named_parameters() if p.dtype != torch.bfloat16}
-        assert wide == ({"output_layer.weight", "output_layer.bias"} if place.layouts.critic.is_last_stage else set())
-        stream = weights_of(critic.model, place.config, torch.float32)
+        assert wide == ({"output_layer.weight", "output_layer.bias"} if context.layouts.critic.is_last_stage else set())
+        stream = weights_of(critic.model, context.config, torch.float32)
         whole = {name: x for bucket in stream.everywhere() for name, x in bucket}
         return {name: tensor.clone() for name, tensor in whole.items()}
 

@@ -26,7 +26,7 @@ from megatron_tempo.observability.records import read, read_evaluations, read_me
 from megatron_tempo.report.status import status
 from megatron_tempo.rewards import countdown
 from megatron_tempo.rewards.verifiers import Verifiers
-from megatron_tempo.training.context import open_workplace
+from megatron_tempo.training.context import open_context
 from megatron_tempo.training.jobs import evaluate, train
 from megatron_tempo.training.setup import build_actor, build_critic
 from megatron_tempo.types import Batch
@@ -152,8 +152,8 @@ def test_held_out_questions_are_not_trained_on(tmp_path: Path) -> None:
 def export_with_shorter_critic(project: Path, critic: Path, out: Path) -> None:
     config = config_of(project, out / "run")
     config.model.path, config.model.critic_path = str(project / "model"), str(critic)
-    with open_workplace(config) as place:
-        export_hf(place.config, build_actor(place), build_critic(place), out)
+    with open_context(config) as context:
+        export_hf(context.config, build_actor(context), build_critic(context), out)
 
 
 def test_a_critic_of_another_shape_is_exported_as_it_is(tmp_path: Path) -> None:
@@ -177,8 +177,8 @@ def updated(model: Path, out: Path, wrong: list[str]) -> tuple[dict[str, float],
     for name, rows in zip(wrong, order, strict=False):
         if name == "loss":
             targets[rows[0]] = torch.nan  # a row that one of two ranks has
-    with open_workplace(config) as place:
-        critic = build_critic(place)
+    with open_context(config) as context:
+        critic = build_critic(context)
         step, count = TrainedModel.step, 0
 
         def steep(
@@ -190,18 +190,18 @@ def updated(model: Path, out: Path, wrong: list[str]) -> tuple[dict[str, float],
             kind = wrong[count - 1] if count <= len(wrong) else ""
 
             def changed(micro: MicroBatch, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-                by_row, figures = loss(micro, values)
-                return by_row + (values.mean() - values.mean().detach()).sqrt(), figures
+                by_row, metrics = loss(micro, values)
+                return by_row + (values.mean() - values.mean().detach()).sqrt(), metrics
 
             return step(self, batch, rows, changed if kind == "gradient" else loss, metrics, config)
 
-        figures, error = {}, ""
+        metrics, error = {}, ""
         try:
             with unittest.mock.patch.object(TrainedModel, "step", steep):
-                figures = critic.update(batch, targets, CriticUpdateConfig(), [*order[: len(wrong)], order[-1]])
+                metrics = critic.update(batch, targets, CriticUpdateConfig(), [*order[: len(wrong)], order[-1]])
         except NotFiniteError as caught:
             error = str(caught)
-        return figures, [parameter.detach().clone() for parameter in critic.model.net.parameters()], error
+        return metrics, [parameter.detach().clone() for parameter in critic.model.net.parameters()], error
 
 
 @pytest.fixture(scope="module")
@@ -214,11 +214,11 @@ def test_what_is_not_finite_is_skipped_and_the_next_step_trains(tmp_path: Path, 
     two = run_ranks(updated, 2, tmp_path / "ranks", model, tmp_path / "run", wrong)
     expected = run_ranks(updated, 2, tmp_path / "alone", model, tmp_path / "none", [])
     start = run_ranks(weights_at_the_start, 1, tmp_path / "start", model)[0]
-    for (figures, weights, error), (alone, untouched, _) in zip(two, expected, strict=True):
+    for (metrics, weights, error), (alone, untouched, _) in zip(two, expected, strict=True):
         assert not all(torch.equal(a, b) for a, b in zip(weights, start, strict=True))
         assert error == ""
-        assert figures["critic/skipped"] == len(wrong)
-        assert figures["critic/loss"] == alone["critic/loss"]  # of the good mini-batch alone
+        assert metrics["critic/skipped"] == len(wrong)
+        assert metrics["critic/loss"] == alone["critic/loss"]  # of the good mini-batch alone
         # As if the skipped ones had never been: neither weights nor Adam's moments know of them.
         assert all(torch.equal(a, b) for a, b in zip(weights, untouched, strict=True))
     names = [f"step_00000000_critic_{number + 1}.safetensors" for number in range(len(wrong))]
@@ -236,15 +236,15 @@ def test_what_is_not_finite_is_skipped_and_the_next_step_trains(tmp_path: Path, 
 def weights_at_the_start(model: Path) -> list[torch.Tensor]:
     config = Config()
     config.model.path = str(model)
-    with open_workplace(config) as place:
-        return [parameter.detach().clone() for parameter in build_critic(place).model.net.parameters()]
+    with open_context(config) as context:
+        return [parameter.detach().clone() for parameter in build_critic(context).model.net.parameters()]
 
 
 def test_too_many_in_a_row_stop_the_run_with_the_weights_as_they_were(tmp_path: Path, model: Path) -> None:
     stopped = run_ranks(updated, 2, tmp_path / "ranks", model, tmp_path / "run", ["loss"] * 3)
     start = run_ranks(weights_at_the_start, 1, tmp_path / "start", model)[0]
-    for figures, weights, error in stopped:
-        assert figures == {}
+    for metrics, weights, error in stopped:
+        assert metrics == {}
         assert "the critic's loss or gradient was not finite at 3 optimizer steps in a row" in error
         assert Path(error.split("mini-batch is in ")[1].split(";")[0]).exists()
         assert all(torch.equal(a, b) for a, b in zip(weights, start, strict=True))

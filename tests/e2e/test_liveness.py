@@ -35,14 +35,14 @@ SCRIPT = f"""
 import os, signal, sys, threading
 from contextlib import contextmanager
 from pathlib import Path
-from megatron_tempo.runtime import diagnosis
-diagnosis.BEAT, diagnosis.SILENT, diagnosis.ENDED = {BEAT}, {SILENT}, {ENDED}
+from megatron_tempo.runtime import failure_detector
+failure_detector.BEAT, failure_detector.SILENT, failure_detector.ENDED = {BEAT}, {SILENT}, {ENDED}
 from megatron_tempo.config.tree import load
 from megatron_tempo.rewards.verifiers import Verifiers
-from megatron_tempo.training.trainer import Run
+from megatron_tempo.training.trainer import Trainer
 from megatron_tempo.training.jobs import train
 
-phase, score = Run.phase, Verifiers.score
+phase, score = Trainer.phase, Verifiers.score
 kind, rank, step, config, mark = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), load(sys.argv[4]), Path(sys.argv[5])
 
 
@@ -59,7 +59,7 @@ def fault():
 @contextmanager
 def faulty(self, name):
     with phase(self, name):
-        if name == "actor" and self.step == step and self.place.layouts.actor.rank == rank:
+        if name == "actor" and self.step == step and self.context.layouts.actor.rank == rank:
             fault()
         yield
 
@@ -71,7 +71,7 @@ def endless(self, items):
     return score(self, items)
 
 
-Run.phase, Verifiers.score = faulty, endless
+Trainer.phase, Verifiers.score = faulty, endless
 if __name__ == "__main__":
     train(config)
 """
@@ -154,14 +154,14 @@ def assert_status_tells(run: Path, what: str) -> None:
 def outcome(run: Path) -> tuple[list[dict], dict[str, bytes]]:
     """Figures and weights at the end, times apart."""
     timing = ("time", "seconds", "tokens_per_second")
-    figures = [
+    metrics = [
         {k: v for k, v in r.items() if k not in timing and not k.startswith(("time/", "memory_gb/"))}
         for r in read_metrics(run)
     ]
     weights = {str(path.relative_to(run)): path.read_bytes() for path in run.glob("hf_step_*/*/*.safetensors")}
-    assert len(figures) == ITERATIONS
+    assert len(metrics) == ITERATIONS
     assert weights
-    return figures, weights
+    return metrics, weights
 
 
 @pytest.mark.slow

@@ -45,17 +45,17 @@ def config_for(project: Path, out: Path, method: Method, iterations: int = 2) ->
 
 def failing_after_one(config: Config) -> None:
     """The same run, stopped behind its first iteration and its checkpoint."""
-    from megatron_tempo.training.trainer import Run
+    from megatron_tempo.training.trainer import Trainer
 
-    iterate = Run.iterate
+    iterate = Trainer.iterate
 
-    def once(self: Run, stage_name: str, stage: object, iteration: int) -> object:
+    def once(self: Trainer, stage_name: str, stage: object, iteration: int) -> object:
         if iteration == 1:
             raise KeyboardInterrupt
         return iterate(self, stage_name, stage, iteration)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(Run, "iterate", once)
+        monkeypatch.setattr(Trainer, "iterate", once)
         with pytest.raises(KeyboardInterrupt):
             train(config)
 

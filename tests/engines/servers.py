@@ -15,7 +15,7 @@ from megatron_tempo.config.choices import EngineKind
 from megatron_tempo.config.schema import Config
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.servers import ServersEngine
-from megatron_tempo.training.context import Workplace, open_workplace
+from megatron_tempo.training.context import RunContext, open_context
 from megatron_tempo.training.setup import build_engine
 from megatron_tempo.types import Completion
 from tests.support import tiny
@@ -66,13 +66,13 @@ def use_servers(config: Config, kind: EngineKind) -> None:
 
 
 @contextmanager
-def opened(config: Config, told: list[str]) -> Iterator[tuple[Workplace, ServersEngine]]:
+def opened(config: Config, told: list[str]) -> Iterator[tuple[RunContext, ServersEngine]]:
     """The engine of a config, in this rank's process groups; `told` gets what it tells of its servers."""
-    with open_workplace(config) as place:
-        engine = build_engine(place, told.append)
+    with open_context(config) as context:
+        engine = build_engine(context, told.append)
         assert isinstance(engine, ServersEngine)
         try:
-            yield place, engine
+            yield context, engine
         finally:
             engine.close()
 

@@ -17,7 +17,7 @@ from megatron_tempo.config.choices import EngineKind
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.replica import State, Target
 from megatron_tempo.rollout.servers import ServersEngine
-from megatron_tempo.training.context import Workplace
+from megatron_tempo.training.context import RunContext
 from megatron_tempo.training.setup import build_actor, engine_weights
 from megatron_tempo.types import Bucket, Weights
 from megatron_tempo.weights.export import weights_of
@@ -68,7 +68,7 @@ class Disturbed:
 
 def processes_of(engine: ServersEngine, index: int) -> int:
     """The process group of a server."""
-    return engine._keeper._servers[index].process.pid  # type: ignore[union-attr]
+    return engine._supervisor._servers[index].process.pid  # type: ignore[union-attr]
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> float:
@@ -121,9 +121,9 @@ def scenario(kind: EngineKind, model: Path, run: Path) -> dict[str, object]:
     config.rollout.servers.hang_seconds, config.rollout.servers.restarts = HANG_SECONDS, 4
     told: list[str] = []
     found: dict[str, object] = {}
-    with opened(config, told) as (place, engine):
-        actor = build_actor(place)
-        weights = engine_weights(actor, place)
+    with opened(config, told) as (context, engine):
+        actor = build_actor(context)
+        weights = engine_weights(actor, context)
         engine.load_weights(weights, 0)
 
         def kill(number: int) -> Callable[[], None]:
@@ -131,10 +131,10 @@ def scenario(kind: EngineKind, model: Path, run: Path) -> dict[str, object]:
 
         found["killed"] = while_generating(engine, weights, told, kill(signal.SIGKILL))
         found["hung"] = while_generating(engine, weights, told, kill(signal.SIGSTOP))
-        found["nonsense"] = while_generating(engine, weights, told, lambda: spoil(engine, place, actor))
+        found["nonsense"] = while_generating(engine, weights, told, lambda: spoil(engine, context, actor))
 
         told.clear()
-        small = weights_of(actor.model, place.config)
+        small = weights_of(actor.model, context.config)
         small._groups = [[slot] for group in small._groups for slot in group]
         begun = time.monotonic()
         engine.load_weights(Disturbed(small, kill(signal.SIGKILL)), 1)
@@ -148,15 +148,15 @@ def scenario(kind: EngineKind, model: Path, run: Path) -> dict[str, object]:
     return found
 
 
-def spoil(engine: ServersEngine, place: Workplace, actor: object) -> None:
+def spoil(engine: ServersEngine, context: RunContext, actor: object) -> None:
     """Put NaN into a server's weights behind the engine's back."""
     replica = engine._first._replicas[0]
     link = engine._senders._links[Target(replica.index, replica.life, replica.url)]
     bucket = [("model.norm.weight", torch.full((32,), torch.nan))]
-    for call in engine._dialect.before_update():
+    for call in engine._adapter.before_update():
         link._client.post(call.path, json=call.body)
     link.send(bucket, engine._version, False).result()
-    for call in [*engine._dialect.after_update(engine._version), *engine._dialect.resume()]:
+    for call in [*engine._adapter.after_update(engine._version), *engine._adapter.resume()]:
         link._client.post(call.path, json=call.body)
 
 

@@ -50,8 +50,8 @@ def spoilt(kind: EngineKind, model: Path, run: Path) -> dict[str, Any]:
     config.rollout.servers.restarts = 0
     told: list[str] = []
     found: dict[str, Any] = {}
-    with opened(config, told) as (place, engine):
-        right = engine_weights(build_actor(place), place)
+    with opened(config, told) as (context, engine):
+        right = engine_weights(build_actor(context), context)
         bucket: Bucket = [pair for part in right.everywhere() for pair in part]
         engine.load_weights(right, 0)
         found["right"] = engine.differences(right)
@@ -91,8 +91,8 @@ def test_no_server_outlives_a_trainer_that_is_killed(tmp_path: Path, kind: Engin
         "from megatron_tempo.config.schema import EngineKind\n"
         "from tests.engines.servers import config_of, opened\n"
         f"kind = EngineKind.{kind.name}\n"
-        "with opened(config_of(kind, Path(sys.argv[1]), Path(sys.argv[2])), []) as (place, engine):\n"
-        "    print(engine._keeper._servers[0].process.pid, flush=True)\n"
+        "with opened(config_of(kind, Path(sys.argv[1]), Path(sys.argv[2])), []) as (context, engine):\n"
+        "    print(engine._supervisor._servers[0].process.pid, flush=True)\n"
         "    time.sleep(600)\n"
     )
     command = [sys.executable, "-W", "ignore", "-c", code, str(model), str(tmp_path / "run")]
@@ -130,15 +130,15 @@ def on_found_servers(kind: EngineKind, model: Path, run: Path) -> list[Any]:
     servers = config.rollout.servers
     key = run.with_suffix(".key")
     key.write_text("a key of theirs\n")
-    dialect = (Sglang if kind is EngineKind.sglang else Vllm)(cpu=True, tensor=1)
-    theirs = Server(dialect, servers, model, run / "theirs", "a key of theirs", EnginePrecision.fp32, "")
+    adapter = (Sglang if kind is EngineKind.sglang else Vllm)(cpu=True, tensor=1)
+    theirs = Server(adapter, servers, model, run / "theirs", "a key of theirs", EnginePrecision.fp32, "")
     try:
         theirs.wait()
         servers.addresses, servers.key_file = [theirs.url], str(key)
         said: list[Any] = []
         for version in (3, 7):
-            with opened(config, []) as (place, engine):
-                engine.load_weights(engine_weights(build_actor(place), place), version)
+            with opened(config, []) as (context, engine):
+                engine.load_weights(engine_weights(build_actor(context), context), version)
                 said.append(answers(engine, REQUESTS, Sampling(0.7, 8)))
         servers.addresses, servers.start_seconds = [theirs.url.replace("127.0.0.1", "127.0.0.2")], 2.0
         try:
@@ -166,9 +166,9 @@ def on_each_node(model: Path, run: Path) -> list[Any]:
     config = config_of(EngineKind.sglang, model, run)
     config.rollout.servers.each_node = True
     config.parallel.pipeline = 2
-    with opened(config, []) as (place, engine):
-        engine.load_weights(engine_weights(build_actor(place), place), 0)
-        started = sorted(engine._keeper._servers) if engine._keeper is not None else []
+    with opened(config, []) as (context, engine):
+        engine.load_weights(engine_weights(build_actor(context), context), 0)
+        started = sorted(engine._supervisor._servers) if engine._supervisor is not None else []
         return [engine.replicas, started, answers(engine, REQUESTS, Sampling(0.7, 8))]
 
 

@@ -25,10 +25,10 @@ def after_syncs(
     config.parallel.tensor = config.parallel.pipeline = 2
     config.rollout.servers.transport, config.rollout.servers.tensor = transport, tensor
     said, told = [], []
-    with opened(config, told) as (place, engine):
+    with opened(config, told) as (context, engine):
         for version, model in enumerate(models):
             config.model.path = str(model)
-            weights = engine_weights(build_actor(place), place)
+            weights = engine_weights(build_actor(context), context)
             engine.load_weights(weights, version)
             said.append(answers(engine, REQUESTS, Sampling(temperature, max_tokens=8)))
     assert told == []
@@ -67,11 +67,11 @@ def many_syncs(kind: EngineKind, model: Path, run: Path, transport: Transport) -
     config.rollout.servers.transport = transport
     told: list[str] = []
     resident: list[tuple[int, int]] = []
-    with opened(config, told) as (place, engine):
-        actor = build_actor(place)
-        weights = engine_weights(actor, place)
-        assert engine._keeper is not None
-        server = psutil.Process(engine._keeper._servers[0].process.pid)
+    with opened(config, told) as (context, engine):
+        actor = build_actor(context)
+        weights = engine_weights(actor, context)
+        assert engine._supervisor is not None
+        server = psutil.Process(engine._supervisor._servers[0].process.pid)
         for version in range(241):
             engine.load_weights(weights, version)
             for parameter in actor.model.net.parameters():

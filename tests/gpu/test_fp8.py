@@ -19,7 +19,7 @@ from megatron_tempo.config.rules.precision import check_machine
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import CriticUpdateConfig, OptimizerConfig
 from megatron_tempo.models.machine import machine_of
-from megatron_tempo.training.context import open_workplace
+from megatron_tempo.training.context import open_context
 from megatron_tempo.training.setup import build_actor, build_critic
 from tests.support.ranks import run_ranks
 from tests.support.tiny import ragged_batch, write_model
@@ -54,8 +54,8 @@ def training(model: Path, precision: Precision) -> tuple[list[float], float]:
     assert batch.correct is not None
     update = CriticUpdateConfig(OptimizerConfig(lr=1e-4))
     losses, seconds = [], []
-    with open_workplace(config_of(model, precision, Layers.transformer_engine)) as place:
-        critic = build_critic(place)
+    with open_context(config_of(model, precision, Layers.transformer_engine)) as context:
+        critic = build_critic(context)
         for _ in range(STEPS):
             torch.cuda.synchronize()
             started = time.perf_counter()
@@ -103,8 +103,8 @@ def test_a_recipe_trains_as_bf16_does(
 
 
 def logprobs(model: Path, precision: Precision, layers: Layers) -> Tensor:
-    with open_workplace(config_of(model, precision, layers)) as place:
-        return build_actor(place).logprobs(ragged_batch(64))
+    with open_context(config_of(model, precision, layers)) as context:
+        return build_actor(context).logprobs(ragged_batch(64))
 
 
 @pytest.mark.parametrize("family", ["qwen3", "olmo3"])

@@ -176,8 +176,8 @@ def loop(
     baseline: Baseline,
     moments: tuple[float, float] | None,
 ) -> tuple[Tensor, list[dict[str, float]]]:
-    """The loss by cases, row by row and token by token, and the rows' figures."""
-    losses, figures = [], []
+    """The loss by cases, row by row and token by token, and the rows' metrics."""
+    losses, row_metrics = [], []
     at = 0
     for i, length in enumerate(lengths):
         old = given.old_logprobs[at : at + length]
@@ -216,9 +216,9 @@ def loop(
         of_row["ratio"] = of_row["ratio"] if length else 1.0
         of_row["loss"] = total.item()
         losses.append(total)
-        figures.append(of_row)
+        row_metrics.append(of_row)
         at += length
-    return torch.stack(losses), figures
+    return torch.stack(losses), row_metrics
 
 
 def held_at(ratio: float, advantage: float, config: ActorUpdateConfig) -> float | None:
@@ -290,7 +290,7 @@ def assert_as_the_loop(
         wide = torch.tensor(raw, dtype=torch.float64)
         moments = wide.mean().item(), wide.std().item()
     inputs = case["logprobs"].clone().requires_grad_(), case["entropy"].clone().requires_grad_()
-    expected, figures = loop(lengths, config, *inputs, case["experience"], baseline, moments)
+    expected, row_metrics = loop(lengths, config, *inputs, case["experience"], baseline, moments)
     (expected * weights_of(lengths)).sum().backward()
     loss, metrics, grad_logprobs, grad_entropy = loss_of(
         implementation, lengths, config, case["logprobs"], case["entropy"], experience, baseline
@@ -302,8 +302,8 @@ def assert_as_the_loop(
         assert grad_entropy is not None
         assert inputs[1].grad is not None
         implementation.close(grad_entropy, inputs[1].grad)
-    implementation.close(metrics, [[row[name] for name in ROW_METRICS] for row in figures])
-    return figures
+    implementation.close(metrics, [[row[name] for name in ROW_METRICS] for row in row_metrics])
+    return row_metrics
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
@@ -315,8 +315,8 @@ def test_loss_gradients_and_metrics_are_those_of_a_loop(
     lengths = [3, 0, 1, 7, 0, 12, 5, 1, 9]
     spread = 0.5 if config.clip_low > 0.01 else 3e-3
     case = random_case(lengths, 5, spread, config)
-    figures = assert_as_the_loop(implementation, lengths, config, case, baseline, whitened=whitened)
-    held = sum((row["clip_high"] + row["clip_low"]) * n for row, n in zip(figures, lengths, strict=True))
+    row_metrics = assert_as_the_loop(implementation, lengths, config, case, baseline, whitened=whitened)
+    held = sum((row["clip_high"] + row["clip_low"]) * n for row, n in zip(row_metrics, lengths, strict=True))
     assert 0 < held < sum(lengths), "the case has tokens on both sides of the clip"
 
 

@@ -61,11 +61,11 @@ def test_clip_by_hand(implementation: Implementation) -> None:
 
 
 def loop(lengths: list[int], values: Tensor, targets: Tensor, clip: float | None, old: Tensor) -> tuple[Tensor, list]:
-    losses, figures = [], []
+    losses, row_metrics = [], []
     for row, before, target in zip(values.split(lengths), old.split(lengths), targets, strict=True):
         if not len(row):
             losses.append(torch.zeros((), dtype=torch.float64))
-            figures.append([0.0, 0.0, 0.0])
+            row_metrics.append([0.0, 0.0, 0.0])
             continue
         shift, clipped = torch.zeros((), dtype=torch.float64), 0.0
         if clip is not None:
@@ -77,8 +77,8 @@ def loop(lengths: list[int], values: Tensor, targets: Tensor, clip: float | None
             plain, held = (value - target) ** 2, (value + shift - target) ** 2
             terms.append(held if held.item() > plain.item() else plain)
         losses.append(torch.stack(terms).mean())
-        figures.append([losses[-1].item(), row.mean().item(), clipped])
-    return torch.stack(losses), figures
+        row_metrics.append([losses[-1].item(), row.mean().item(), clipped])
+    return torch.stack(losses), row_metrics
 
 
 def assert_as_the_loop(implementation: Implementation, lengths: list[int], seed: int, clip: float | None) -> list:
@@ -86,14 +86,14 @@ def assert_as_the_loop(implementation: Implementation, lengths: list[int], seed:
     values = torch.randn(sum(lengths), generator=generator).double().requires_grad_()
     old = (values.detach() + 0.3 * torch.randn(sum(lengths), generator=generator)).float().double()
     targets = torch.randint(0, 2, (len(lengths),), generator=generator).double()
-    expected, figures = loop(lengths, values, targets, clip, old)
+    expected, row_metrics = loop(lengths, values, targets, clip, old)
     (expected * weights_of(lengths)).sum().backward()
     loss, metrics, grad = loss_of(implementation, lengths, values, targets, clip, old)
     implementation.close(loss, expected.detach())
-    implementation.close(metrics, figures)
+    implementation.close(metrics, row_metrics)
     assert values.grad is not None
     implementation.close(grad, values.grad)
-    return figures
+    return row_metrics
 
 
 @pytest.mark.parametrize("clip", [None, 0.05, 0.2, 100.0])
@@ -120,6 +120,6 @@ def test_a_row_has_the_same_loss_in_any_company(
     assert metrics.shape == (len(lengths), len(VALUE_METRICS))
     for i in torch.randperm(len(lengths), generator=generator).tolist():
         one = [x.split(lengths)[i] for x in (values, old)]
-        alone, figures, _ = loss_of(implementation, [lengths[i]], one[0], targets[i : i + 1], clip, one[1])
+        alone, row_metrics, _ = loss_of(implementation, [lengths[i]], one[0], targets[i : i + 1], clip, one[1])
         implementation.close(alone, loss[i : i + 1].detach())
-        implementation.close(figures, metrics[i : i + 1])
+        implementation.close(row_metrics, metrics[i : i + 1])

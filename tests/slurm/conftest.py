@@ -46,14 +46,14 @@ import pathlib, sys, time
 from megatron_tempo import cli
 from megatron_tempo.training import trainer
 
-iterate = trainer.Run.iterate
+iterate = trainer.Trainer.iterate
 
 
 def planted(self, *stage):
     if self.step == 2:
         hung = pathlib.Path(self.config.run.dir) / "hung"
         if not hung.exists():
-            self.place.is_writer and hung.touch()
+            self.context.is_writer and hung.touch()
             time.sleep(600)
         time.sleep(1)
         raise RuntimeError("planted")
@@ -61,6 +61,6 @@ def planted(self, *stage):
 
 
 if __name__ == "__main__":
-    trainer.Run.iterate = planted
+    trainer.Trainer.iterate = planted
     sys.exit(cli.main(sys.argv[3:]))
 """

@@ -85,7 +85,12 @@ ONE_FIELD = [
     ("stage2.iterations=-1", "stage2.iterations", "0 or more", "iterations=0"),
     ("evaluation.every=-1", "evaluation.every", "0 or more", "every=0"),
     ("evaluation.temperature=-1", "evaluation.temperature", "above 0", "temperature=1"),
-    ("run.max_skipped=0", "run.max_skipped", "1 or more", "max_skipped=1"),
+    (
+        "run.max_consecutive_nonfinite_steps=0",
+        "run.max_consecutive_nonfinite_steps",
+        "1 or more",
+        "max_consecutive_nonfinite_steps=1",
+    ),
     ("run.hang_minutes=0", "run.hang_minutes", "above 0", "hang_minutes=1"),
     ("checkpoint.keep=0", "checkpoint.keep", "1 or more", "keep=1"),
     ("checkpoint.every=-1", "checkpoint.every", "0 or more", "every=0"),

@@ -12,7 +12,7 @@ from megatron_tempo.config import Config, ConfigErrors, load, save
 from megatron_tempo.config.choices import Device
 from megatron_tempo.config.schema import to_plain
 from megatron_tempo.config.stages import Method, StageConfig
-from megatron_tempo.config.tree import field_paths, read, walk
+from megatron_tempo.config.tree import RENAMED, field_paths, read, walk
 from tests.unit.config_files import configure
 
 
@@ -121,3 +121,12 @@ def test_every_leaf_has_a_path() -> None:
         for name in node.__dataclass_fields__:
             leaf = re.sub(r"sets\.\w+", "sets.NAME", f"{path}.{name}")
             assert leaf in known or any(other.startswith(f"{leaf.lstrip('.')}.") for other in known)
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_renamed_field_is_refused_with_its_new_name(old: str, new: str) -> None:
+    group, _, name = old.partition(".")
+    _, (problem,) = read({group: {name: 2}})
+    assert str(problem) == f"{old}=2: is now {new}; fix: {new}=2"
+    assert new in field_paths()
+    assert old not in field_paths()

@@ -1,4 +1,4 @@
-"""How context ranks share tokens, and the attention of a share, against an attention over all tokens."""
+"""How context ranks shard tokens, and the attention of a shard, against an attention over all tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_tempo.models.attention import _ends_together
-from megatron_tempo.models.context import Outputs, Share
+from megatron_tempo.models.context import ContextShard, Outputs
 
 CPU = torch.device("cpu")
 
@@ -15,16 +15,16 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_every_token_has_one_place(ranks: int) -> None:
     total = 12 * ranks
-    shares = [Share.of(total, rank, ranks) for rank in range(ranks)]
-    assert sorted(t for share in shares for t in share.tokens.tolist()) == list(range(total))
-    assert len({len(share.tokens) for share in shares}) == 1
-    owners, places = shares[0].places(torch.arange(total))
+    shards = [ContextShard.of(total, rank, ranks) for rank in range(ranks)]
+    assert sorted(t for shard in shards for t in shard.tokens.tolist()) == list(range(total))
+    assert len({len(shard.tokens) for shard in shards}) == 1
+    owners, places = shards[0].places(torch.arange(total))
     for token, (owner, place) in enumerate(zip(owners.tolist(), places.tolist(), strict=True)):
-        assert shares[owner].tokens[place] == token
+        assert shards[owner].tokens[place] == token
 
 
 def test_the_shares_of_causal_work_are_equal() -> None:
-    work = [int((share.tokens + 1).sum()) for share in (Share.of(64, rank, 4) for rank in range(4))]
+    work = [int((shard.tokens + 1).sum()) for shard in (ContextShard.of(64, rank, 4) for rank in range(4))]
     assert len(set(work)) == 1
 
 
@@ -32,11 +32,11 @@ def test_the_shares_of_causal_work_are_equal() -> None:
 def test_pieces_are_a_ranks_tokens_with_all_before_them(lengths: list[int]) -> None:
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     for rank in range(2):
-        share = Share.of(16, rank, 2)
-        pieces = share.pieces(lengths)
+        shard = ContextShard.of(16, rank, 2)
+        pieces = shard.pieces(lengths)
         assert [i for piece in pieces for i in range(16)[piece.queries]] == list(range(8))
         for piece in pieces:
-            tokens = share.tokens[piece.queries].tolist()
+            tokens = shard.tokens[piece.queries].tolist()
             keys = list(range(16)[piece.keys])
             assert keys[0] in starts
             assert keys[-len(tokens) :] == tokens
@@ -46,9 +46,9 @@ def test_pieces_are_a_ranks_tokens_with_all_before_them(lengths: list[int]) -> N
 def test_outputs_come_back_in_their_order() -> None:
     """Four tokens on two ranks, three of them on one; the ranks' outputs are their tokens."""
     tokens, targets = torch.tensor([0, 1, 5, 14]), torch.tensor([10, 11, 12, 13])
-    shares = [Share.of(16, rank, 2) for rank in range(2)]
-    outputs = [Outputs.of(share, tokens, targets, CPU) for share in shares]
-    found = torch.cat([share.tokens[one.mine] for share, one in zip(shares, outputs, strict=True)])
+    shards = [ContextShard.of(16, rank, 2) for rank in range(2)]
+    outputs = [Outputs.of(shard, tokens, targets, CPU) for shard in shards]
+    found = torch.cat([shard.tokens[one.mine] for shard, one in zip(shards, outputs, strict=True)])
     assert all(one.order is not None and found[one.order].tolist() == tokens.tolist() for one in outputs)
     wanted = torch.cat([one.targets for one in outputs])
     assert wanted[outputs[0].order].tolist() == targets.tolist()

@@ -425,7 +425,7 @@ def test_killed_before_the_last_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise Stop
 
     with monkeypatch.context() as patched:
-        patched.setattr(convert.Unfinished, "finish", stop)
+        patched.setattr(convert.ResumableFolder, "finish", stop)
         with pytest.raises(Stop):
             to_megatron(folder, tmp_path / "out", "actor", PART, quiet)
     told: list[str] = []

@@ -31,9 +31,9 @@ from megatron_tempo.models.trained import Model, TrainedModel
 from megatron_tempo.observability.records import read_evaluations, read_metrics
 from megatron_tempo.rollout.batches import batch_of
 from megatron_tempo.training import trainer
-from megatron_tempo.training.context import open_workplace
+from megatron_tempo.training.context import open_context
 from megatron_tempo.training.jobs import train
-from megatron_tempo.training.trainer import Run
+from megatron_tempo.training.trainer import Trainer
 from megatron_tempo.types import Batch, UnlabelledPrompt
 from tests.support.project import config_of, write_project
 from tests.support.tiny import WORDS
@@ -156,7 +156,7 @@ def traces_of_an_iteration(
     """
     found = {"stream": 0, "rollouts": 0, "steps": 0, "evaluation": 0}
     seen: list[int] = []
-    step, rollouts = TrainedModel.step, Run.rollouts
+    step, rollouts = TrainedModel.step, Trainer.rollouts
 
     def verdicts(batch: Batch) -> int:
         return batch.correct is not None and any(name.startswith("unlabelled:") for name in batch.prompt_ids)
@@ -166,7 +166,7 @@ def traces_of_an_iteration(
         seen.append(len(list(reachable(*args))))
         return step(self, *args)
 
-    def watched_rollouts(self: Run, *args: Any) -> Any:
+    def watched_rollouts(self: Trainer, *args: Any) -> Any:
         answer = rollouts(self, *args)
         assert (answer.labelled is not None) == (method is Method.tempo)
         assert answer.unlabelled is not None
@@ -175,9 +175,9 @@ def traces_of_an_iteration(
         return answer
 
     monkeypatch.setattr(TrainedModel, "step", watched_step)
-    monkeypatch.setattr(Run, "rollouts", watched_rollouts)
+    monkeypatch.setattr(Trainer, "rollouts", watched_rollouts)
     config = config_for(project, out, method)
-    with open_workplace(config) as place, Run.open(place) as run:
+    with open_context(config) as context, Trainer.open(context) as run:
         run.sync_engine()
         found["stream"] = len(traces(run.unlabelled))
         found["evaluation"] = len(traces(run.evaluator.sets))
@@ -228,7 +228,7 @@ def test_a_verdict_that_leaks_is_found(sentinel_project: Path, tmp_path: Path, m
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     weights: dict[str, Tensor]
-    figures: dict[str, float]  # of the iteration
+    metrics: dict[str, float]  # of the iteration
     rollouts: str
     scores: list[float]
 
@@ -241,9 +241,9 @@ def outcome(project: Path, out: Path, method: Method) -> Outcome:
         for name, tensor in load_file(out / f"hf_step_00000001/{model}/model-00001.safetensors").items()
     }
     (line,) = read_metrics(out)
-    figures = {name: line[name] for name in line if name.startswith(("actor/", "critic/", "reward/", "advantage/"))}
+    metrics = {name: line[name] for name in line if name.startswith(("actor/", "critic/", "reward/", "advantage/"))}
     (dump,) = (out / "rollouts").iterdir()
-    return Outcome(weights, figures, dump.read_text(), [line["avg"] for line in read_evaluations(out)])
+    return Outcome(weights, metrics, dump.read_text(), [line["avg"] for line in read_evaluations(out)])
 
 
 def both(tmp_path: Path, method: Method = Method.tempo) -> tuple[Outcome, Outcome]:
@@ -263,9 +263,9 @@ def unequal(right: Outcome, wrong: Outcome) -> list[str]:
 def test_answers_of_the_unlabelled_set_change_scores_and_no_weight(tmp_path: Path, method: Method) -> None:
     right, wrong = both(tmp_path, method)
     assert unequal(right, wrong) == []
-    assert right.figures == wrong.figures
-    assert right.figures["actor/grad_norm"] > 0
-    assert (right.figures.get("critic/grad_norm", 0.0) > 0) == (method is Method.tempo)
+    assert right.metrics == wrong.metrics
+    assert right.metrics["actor/grad_norm"] > 0
+    assert (right.metrics.get("critic/grad_norm", 0.0) > 0) == (method is Method.tempo)
     assert right.rollouts == wrong.rollouts
     # The evaluation does read the answers, before and after.
     assert len(right.scores) == len(wrong.scores) == 2

@@ -64,9 +64,9 @@ CASES = [(groups, scale, None, 1.0) for groups in (6, 3, 2, 1) for scale in (Non
 CASES += [(3, None, window, 1.0) for window in (1, 2, 5, 8, 10, 11, 12, 21, 22, 100)] + [(2, 0.21, 4, 1.7)]
 
 
-@pytest.mark.parametrize(("groups", "scale", "window", "sharpness"), CASES)
+@pytest.mark.parametrize(("groups", "scale", "window", "softmax_scale_multiplier"), CASES)
 def test_packed_attention_is_the_attention_of_each_sequence(
-    micro: MicroBatch, groups: int, scale: float | None, window: int | None, sharpness: float
+    micro: MicroBatch, groups: int, scale: float | None, window: int | None, softmax_scale_multiplier: float
 ) -> None:
     sequences = [int((row >= 0).sum()) for row in micro.packing.grid]
     assert max(sequences) == 22
@@ -77,14 +77,16 @@ def test_packed_attention_is_the_attention_of_each_sequence(
     back = torch.randn(size, HEADS * DIM, generator=generator, dtype=torch.float64)
 
     mine = [x.clone().requires_grad_() for x in inputs]
-    attention = PackedAttention(config(), softmax_scale=scale, window=window, sharpness=sharpness)
+    attention = PackedAttention(
+        config(), softmax_scale=scale, window=window, softmax_scale_multiplier=softmax_scale_multiplier
+    )
     out = attention(*mine, None, packed_seq_params=micro.packing)
     assert out.shape == (size, 1, HEADS * DIM)
     (out[:, 0] * back).sum().backward()
 
     theirs = [x.clone().requires_grad_() for x in inputs]
     query, key, value = (x[:, 0] for x in theirs)
-    wanted = naive_attention(query, key, value, sequences, (scale or DIM**-0.5) * sharpness, window)
+    wanted = naive_attention(query, key, value, sequences, (scale or DIM**-0.5) * softmax_scale_multiplier, window)
     (wanted * back).sum().backward()
     torch.testing.assert_close(out[:, 0], wanted, rtol=1e-10, atol=1e-12)
     for found, expected in zip(mine, theirs, strict=True):

@@ -154,7 +154,7 @@ def expected(batch: Batch, rewards: list[float] | None, fits: int) -> list[float
 
 def test_ppo_reads_the_values_before_the_critic_sees_the_rollouts(fakes: Fakes) -> None:
     rollouts, stage = rollouts_of(unlabelled=False), stage_of(Method.ppo)
-    figures = METHODS[Method.ppo](fakes.learner(), rollouts, stage, 0)
+    metrics = METHODS[Method.ppo](fakes.learner(), rollouts, stage, 0)
     assert fakes.calls == ["values", "fit", "logprobs", "improve"]
     batch = rollouts.labelled
     assert batch is not None
@@ -166,8 +166,8 @@ def test_ppo_reads_the_values_before_the_critic_sees_the_rollouts(fakes: Fakes) 
     assert improve["reference"] is None
     assert torch.equal(improve["old"], batch.engine_logprobs - 0.25)
     assert (fit["config"], improve["config"]) == (stage.critic, stage.actor)
-    assert figures["engine/logprob_gap_mean"] == pytest.approx(0.25)
-    assert {"critic/loss", "actor/loss", "critic/rows"} <= figures.keys()
+    assert metrics["engine/logprob_gap_mean"] == pytest.approx(0.25)
+    assert {"critic/loss", "actor/loss", "critic/rows"} <= metrics.keys()
     # Actor and critic see the rows in orders of their own.
     assert [rows.tolist() for rows in fit["order"]] != [rows.tolist() for rows in improve["order"]]
 
@@ -187,7 +187,7 @@ def test_tempo_fits_on_labelled_and_improves_on_unlabelled(fakes: Fakes, timing:
     assert rollouts.labelled is not None
     assert rollouts.unlabelled is not None
     assert rollouts.labelled.correct is not None
-    figures = METHODS[Method.tempo](fakes.learner(), rollouts, stage_of(Method.tempo, value_timing=timing), 0)
+    metrics = METHODS[Method.tempo](fakes.learner(), rollouts, stage_of(Method.tempo, value_timing=timing), 0)
     early = timing is ValueTiming.before_estep
     estep = ["values", "fit"] if early else ["fit", "values"]
     assert fakes.calls == [*estep, "logprobs", "improve"]
@@ -198,7 +198,7 @@ def test_tempo_fits_on_labelled_and_improves_on_unlabelled(fakes: Fakes, timing:
     fits = 0 if early else 1
     assert improve["advantages"].tolist() == pytest.approx(expected(rollouts.unlabelled, None, fits), abs=1e-5)
     rewards = [10 * fits + 0.1 * length for length in rollouts.unlabelled.response_lengths.tolist()]
-    assert figures["reward/unlabelled_value"] == pytest.approx(sum(rewards) / len(rewards))
+    assert metrics["reward/unlabelled_value"] == pytest.approx(sum(rewards) / len(rewards))
 
 
 def test_tempo_with_a_frozen_critic_and_between_esteps(fakes: Fakes) -> None:
@@ -232,7 +232,7 @@ def test_labelled_rows_in_the_actors_batch_carry_verified_rewards(
     assert rollouts.labelled.correct is not None
     stage = stage_of(Method.tempo, actor_on_labelled=True, value_timing=timing)
     stage.critic.targets = targets
-    figures = METHODS[Method.tempo](fakes.learner(), rollouts, stage, 0)
+    metrics = METHODS[Method.tempo](fakes.learner(), rollouts, stage, 0)
     fits = 0 if timing is ValueTiming.before_estep else 1  # of all rows that the actor learns from
     verified = [2 * c - 1 if targets is CriticTargets.plus_minus_one else c for c in rollouts.labelled.correct.tolist()]
     improve = fakes.given["improve"]
@@ -244,7 +244,7 @@ def test_labelled_rows_in_the_actors_batch_carry_verified_rewards(
     assert batch.correct is None
     assert fakes.given["fit"]["targets"].tolist() == verified
     rewards = [10 * fits + 0.1 * length for length in rollouts.unlabelled.response_lengths.tolist()]
-    assert figures["reward/unlabelled_value"] == pytest.approx(sum(rewards) / len(rewards)), "of unlabelled rows alone"
+    assert metrics["reward/unlabelled_value"] == pytest.approx(sum(rewards) / len(rewards)), "of unlabelled rows alone"
 
 
 @pytest.mark.parametrize("baseline", list(Baseline))
@@ -265,12 +265,12 @@ def test_uniform_groups_are_dropped_when_asked(fakes: Fakes) -> None:
     labelled.correct[:] = torch.tensor([1.0, 0, 1, 1, 0, 0, 0, 1])
     stage = stage_of(Method.tempo)
     stage.critic.drop_uniform_groups = True
-    figures = METHODS[Method.tempo](fakes.learner(), Rollouts(labelled, rollouts_of().unlabelled), stage, 0)
+    metrics = METHODS[Method.tempo](fakes.learner(), Rollouts(labelled, rollouts_of().unlabelled), stage, 0)
     fit = fakes.given["fit"]
     assert fit["batch"].prompt_ids == ("p0", "p0", "p3", "p3")
     assert fit["targets"].tolist() == [1.0, 0.0, 0.0, 1.0]
     assert sorted(torch.cat(fit["order"]).tolist()) == [0, 1, 2, 3]
-    assert figures["critic/rows"] == 4.0
+    assert metrics["critic/rows"] == 4.0
     whole = list(labelled.rows())
     for row, i in zip(fit["batch"].rows(), (0, 1, 6, 7), strict=True):
         assert row.tolist() == whole[i].tolist()
@@ -282,9 +282,9 @@ def test_where_all_groups_are_uniform_the_critic_stays_as_it_is(fakes: Fakes) ->
     labelled.correct[:] = 1.0
     stage = stage_of(Method.ppo)
     stage.critic.drop_uniform_groups = True
-    figures = METHODS[Method.ppo](fakes.learner(), Rollouts(labelled, None), stage, 0)
+    metrics = METHODS[Method.ppo](fakes.learner(), Rollouts(labelled, None), stage, 0)
     assert fakes.calls == ["values", "logprobs", "improve"]
-    assert figures["critic/rows"] == 0.0
+    assert metrics["critic/rows"] == 0.0
 
 
 def test_the_reference_when_asked_and_the_engines_word(fakes: Fakes) -> None:
@@ -320,14 +320,14 @@ HALF = 0.5 / (math.sqrt(1 / 3) + 1e-6)  # of rewards 1 1 0 0: the mean is 1/2, t
 def test_grpo_by_hand(fakes: Fakes, divide: bool) -> None:
     batch = replace(ragged_batch(8, per_prompt=4), correct=torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 1]))
     stage = stage_of(Method.grpo, group_std=divide)
-    figures = METHODS[Method.grpo](fakes.learner(critic=False), Rollouts(batch, None), stage, 0)
+    metrics = METHODS[Method.grpo](fakes.learner(critic=False), Rollouts(batch, None), stage, 0)
     assert fakes.calls == ["logprobs", "improve"]
     improve = fakes.given["improve"]
     assert improve["batch"] is batch
     half = HALF if divide else 0.5
     wanted = spread(batch, [half, -half, -half, half, 0, 0, 0, 0])
     assert improve["advantages"].tolist() == pytest.approx(wanted, abs=1e-6)
-    assert figures["actor/loss"] == 0.25
+    assert metrics["actor/loss"] == 0.25
 
 
 def test_ttrl_by_hand(fakes: Fakes) -> None:
@@ -336,7 +336,7 @@ def test_ttrl_by_hand(fakes: Fakes) -> None:
     polled = classed(0, 1, 0, -1, 2, 0, 0, 1, 0, 2, 1, 1, per_prompt=6)
     stage = stage_of(Method.ttrl, responses_per_prompt=4, vote_responses=6)
     assert stage.samples == 6
-    figures = METHODS[Method.ttrl](fakes.learner(critic=False), Rollouts(None, polled), stage, 0)
+    metrics = METHODS[Method.ttrl](fakes.learner(critic=False), Rollouts(None, polled), stage, 0)
     assert fakes.calls == ["logprobs", "improve"]
     improve = fakes.given["improve"]
     batch, rows = improve["batch"], [0, 1, 2, 3, 6, 7, 8, 9]
@@ -345,9 +345,9 @@ def test_ttrl_by_hand(fakes: Fakes) -> None:
     one = 0.25 / (0.5 + 1e-6)
     wanted = spread(batch, [HALF, -HALF, HALF, -HALF, -one, 3 * one, -one, -one])
     assert improve["advantages"].tolist() == pytest.approx(wanted, abs=1e-6)
-    assert figures["reward/unlabelled"] == pytest.approx(3 / 8)
-    assert figures["vote/agreement"] == pytest.approx(0.5)
-    assert figures["vote/answered"] == pytest.approx(11 / 12)
+    assert metrics["reward/unlabelled"] == pytest.approx(3 / 8)
+    assert metrics["vote/agreement"] == pytest.approx(0.5)
+    assert metrics["vote/answered"] == pytest.approx(11 / 12)
 
 
 def test_empo_by_hand(fakes: Fakes) -> None:
@@ -355,12 +355,12 @@ def test_empo_by_hand(fakes: Fakes) -> None:
     batch = classed(0, 0, 1, -1, 0, 0, 0, 0, 0, 1, 2, 3, per_prompt=4)
     away = 0.125 / (math.sqrt(1 / 48) + 1e-6)
     wanted = [away, away, -away, -away] + [0.0] * 8
-    figures = METHODS[Method.empo](fakes.learner(critic=False), Rollouts(None, batch), stage_of(Method.empo), 0)
+    metrics = METHODS[Method.empo](fakes.learner(critic=False), Rollouts(None, batch), stage_of(Method.empo), 0)
     assert fakes.calls == ["logprobs", "improve"]
     assert fakes.given["improve"]["advantages"].tolist() == pytest.approx(spread(batch, wanted), abs=1e-6)
-    assert figures["reward/unlabelled"] == pytest.approx((1.5 + 4 + 1) / 12)
-    assert figures["answers/entropy"] == pytest.approx((1.5 + 0 + 2) * math.log(2) / 3)
-    assert figures["answers/rows"] == 12.0
+    assert metrics["reward/unlabelled"] == pytest.approx((1.5 + 4 + 1) / 12)
+    assert metrics["answers/entropy"] == pytest.approx((1.5 + 0 + 2) * math.log(2) / 3)
+    assert metrics["answers/rows"] == 12.0
 
 
 @pytest.mark.parametrize(
@@ -372,8 +372,8 @@ def test_empo_leaves_out_prompts_by_their_entropy(
 ) -> None:
     batch = classed(0, 0, 1, -1, 0, 0, 0, 0, 0, 1, 2, 3, per_prompt=4)
     stage = stage_of(Method.empo, entropy_low=low, entropy_high=high)
-    figures = METHODS[Method.empo](fakes.learner(critic=False), Rollouts(None, batch), stage, 0)
-    assert figures["answers/rows"] == 4 * len(prompts)
+    metrics = METHODS[Method.empo](fakes.learner(critic=False), Rollouts(None, batch), stage, 0)
+    assert metrics["answers/rows"] == 4 * len(prompts)
     if not prompts:
         assert fakes.calls == []
         return

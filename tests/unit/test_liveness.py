@@ -1,4 +1,4 @@
-"""Who is judged dead, failed or hanging by the signs of ranks, with a clock by hand."""
+"""Which ranks count as dead, failed or hung, from their heartbeats and a clock set by hand."""
 
 from __future__ import annotations
 
@@ -15,47 +15,55 @@ import pytest
 import torch.distributed as dist
 
 from megatron_tempo.errors import Stopped
-from megatron_tempo.observability.heartbeat import Heartbeat, leave_word, read_heartbeat
-from megatron_tempo.runtime import diagnosis, progress_marker, watchdog
-from megatron_tempo.runtime.diagnosis import BEAT, DONE, ENDED, SILENT, Judge, Sign, Verdict
-from megatron_tempo.runtime.watchdog import Liveness, of_a_collective
+from megatron_tempo.observability.heartbeat import Heartbeat, read_heartbeat, write_final_heartbeat
+from megatron_tempo.runtime import failure_detector, progress_marker, watchdog
+from megatron_tempo.runtime.failure_detector import BEAT, DONE, ENDED, SILENT, Diagnosis, FailureDetector, RankHeartbeat
+from megatron_tempo.runtime.watchdog import Watchdog, of_a_collective
 
 HANG = 1800.0
 WORLD = 3
 
 
 class World:
-    """Ranks that sign, and the judge of one of them. What each does can be set between two looks."""
+    """Ranks that heartbeat, and the failure detector of one of them. What each does can be set between two checks."""
 
     def __init__(self, rank: int = 1, host: int | None = 0, hang: float | None = HANG) -> None:
         self.now = 1000.0
-        self.judge = Judge(rank, WORLD, host, hang, self.now)
-        self.signs = {
-            i: Sign(1, f"node{i}", 40 + i, f"machine{i}", "generate", 11, f"run.py:{i} in iterate", i != 2, 0.0, 0.0)
+        self.detector = FailureDetector(rank, WORLD, host, hang, self.now)
+        self.heartbeats = {
+            i: RankHeartbeat(
+                1, f"node{i}", 40 + i, f"machine{i}", "generate", 11, f"run.py:{i} in iterate", i != 2, 0.0, 0.0
+            )
             for i in range(WORLD)
         }
-        self.read = True  # the judge's rank reaches the store
+        self.read = True  # the detector's rank reaches the store
         self.silent: set[int] = set()
         self.idle: set[int] = set()
         self.gone: set[int] = set()
-        self.bereft = False
+        self.collective_failed = False
 
-    def step(self, seconds: float = BEAT) -> Verdict | None:
+    def step(self, seconds: float = BEAT) -> Diagnosis | None:
         self.now += seconds
-        for rank, sign in self.signs.items():
+        for rank, heartbeat in self.heartbeats.items():
             if self.read and rank not in self.silent:
                 idle = rank in self.idle
-                progress, quiet = (sign.progress, sign.quiet + seconds) if idle else (sign.progress + 1, 0.0)
-                self.signs[rank] = replace(sign, beats=sign.beats + 1, progress=progress, quiet=quiet)
-        return self.judge.look(self.now, self.signs, lambda s: s.pid - 40 in self.gone, bereft=self.bereft)
+                progress, idle_seconds = (
+                    (heartbeat.progress, heartbeat.idle_seconds + seconds) if idle else (heartbeat.progress + 1, 0.0)
+                )
+                self.heartbeats[rank] = replace(
+                    heartbeat, count=heartbeat.count + 1, progress=progress, idle_seconds=idle_seconds
+                )
+        return self.detector.check(
+            self.now, self.heartbeats, lambda s: s.pid - 40 in self.gone, collective_failed=self.collective_failed
+        )
 
-    def until_verdict(self, limit: float) -> tuple[Verdict, float]:
-        """The verdict, and the seconds until it came."""
+    def until_diagnosis(self, limit: float) -> tuple[Diagnosis, float]:
+        """The diagnosis, and the seconds until it came."""
         since = self.now
         while self.now - since < limit:
-            if verdict := self.step():
-                return verdict, self.now - since
-        raise AssertionError("no verdict")
+            if diagnosis := self.step():
+                return diagnosis, self.now - since
+        raise AssertionError("no diagnosis")
 
 
 def quiet_for(world: World, seconds: float) -> None:
@@ -72,20 +80,20 @@ def test_a_silent_rank_is_named_within_the_stated_time() -> None:
     world = World()
     quiet_for(world, 100)
     world.silent = {2}
-    verdict, seconds = world.until_verdict(2 * SILENT)
+    diagnosis, seconds = world.until_diagnosis(2 * SILENT)
     assert SILENT < seconds <= SILENT + 2 * BEAT
-    assert verdict.reason.startswith(
+    assert diagnosis.reason.startswith(
         "rank 2 (node2, process 42) has given no sign for 65 s: it is dead or frozen; its "
     )
-    assert verdict.reason.endswith(", was in generate, 11 iterations done, at run.py:2 in iterate")
-    assert time.strftime("%H:", time.localtime(time.time() - seconds)) in verdict.reason
+    assert diagnosis.reason.endswith(", was in generate, 11 iterations done, at run.py:2 in iterate")
+    assert time.strftime("%H:", time.localtime(time.time() - seconds)) in diagnosis.reason
 
 
-def test_a_rank_that_never_signs() -> None:
+def test_a_rank_that_never_sends_a_heartbeat() -> None:
     world = World()
-    del world.signs[2]
+    del world.heartbeats[2]
     assert (
-        "rank 2 has given no sign for 65 s: it is dead or frozen; it never signed" in world.until_verdict(100)[0].text
+        "rank 2 has given no sign for 65 s: it is dead or frozen; it never signed" in world.until_diagnosis(100)[0].text
     )
 
 
@@ -93,36 +101,36 @@ def test_a_store_that_does_not_answer_is_its_holder_s_silence() -> None:
     world = World()
     quiet_for(world, 20)
     world.read = False
-    verdict, seconds = world.until_verdict(100)
+    diagnosis, seconds = world.until_diagnosis(100)
     assert seconds <= SILENT + 2 * BEAT
-    assert verdict.reason.startswith("rank 0 (node0, process 40) has given no sign for")
+    assert diagnosis.reason.startswith("rank 0 (node0, process 40) has given no sign for")
     world = World(host=None)
     world.read = False
-    assert "the launcher's store has not answered for" in world.until_verdict(100)[0].reason
+    assert "the launcher's store has not answered for" in world.until_diagnosis(100)[0].reason
 
 
 def test_a_process_that_is_gone_is_seen_at_once() -> None:
     world = World()
     quiet_for(world, 20)
     world.silent = world.gone = {0}
-    verdict, seconds = world.until_verdict(100)
+    diagnosis, seconds = world.until_diagnosis(100)
     assert seconds <= 4 * BEAT
-    assert verdict.reason.startswith("rank 0 (node0, process 40) has died; its last sign, at ")
+    assert diagnosis.reason.startswith("rank 0 (node0, process 40) has died; its last sign, at ")
 
 
-def test_one_that_signed_off_just_before_has_not_died() -> None:
+def test_one_that_ended_just_before_has_not_died() -> None:
     world = World()
     quiet_for(world, 20)
     world.gone = {2}
     assert world.step() is None
-    world.signs[2] = replace(world.signs[2], ended=DONE)  # which was on its way
+    world.heartbeats[2] = replace(world.heartbeats[2], ended=DONE)  # which was on its way
     world.silent = {2}
     quiet_for(world, 10 * SILENT)
 
 
 def test_when_the_holder_of_the_store_is_done_the_last_rank_may_take_its_time() -> None:
     world = World()
-    world.signs[0] = replace(world.signs[0], ended=DONE)
+    world.heartbeats[0] = replace(world.heartbeats[0], ended=DONE)
     quiet_for(world, 20)
     world.read, world.gone = False, {0, 2}
     quiet_for(world, 10 * SILENT)
@@ -131,40 +139,40 @@ def test_when_the_holder_of_the_store_is_done_the_last_rank_may_take_its_time() 
 def test_a_rank_that_failed() -> None:
     """The others may be about to end with the same error."""
     world = World()
-    world.signs[2] = replace(world.signs[2], ended="OSError: [Errno 28] No space left on device")
+    world.heartbeats[2] = replace(world.heartbeats[2], ended="OSError: [Errno 28] No space left on device")
     world.silent = {2}
-    verdict, seconds = world.until_verdict(100)
+    diagnosis, seconds = world.until_diagnosis(100)
     assert ENDED < seconds <= ENDED + 2 * BEAT
-    assert "rank 2 (node2, process 42) ended: OSError: [Errno 28] No space left on device; " in verdict.text
+    assert "rank 2 (node2, process 42) ended: OSError: [Errno 28] No space left on device; " in diagnosis.text
     world = World()
-    world.signs[2] = replace(world.signs[2], ended="OSError: x")
-    world.bereft = True
+    world.heartbeats[2] = replace(world.heartbeats[2], ended="OSError: x")
+    world.collective_failed = True
     assert world.step() is not None
 
 
 def test_a_hang_names_who_does_not_wait_for_others() -> None:
     world = World()
     world.idle = {0, 1, 2}
-    verdict, seconds = world.until_verdict(2 * HANG)
+    diagnosis, seconds = world.until_diagnosis(2 * HANG)
     assert HANG <= seconds <= HANG + 2 * BEAT
-    assert verdict.reason == (
+    assert diagnosis.reason == (
         "nothing was done for run.hang_minutes=30; not waiting for others, so at fault: "
         "rank 2 (node2, process 42), in generate, 11 iterations done, at run.py:2 in iterate"
     )
-    first, *others = verdict.text.splitlines()[1:]
+    first, *others = diagnosis.text.splitlines()[1:]
     assert first.startswith("  rank 2 (node2, process 42): hangs, in generate, ")
     assert first.endswith(", 30:05 ago")
     assert all("waits for others" in line for line in others)
-    assert verdict.dump == (2,)
+    assert diagnosis.dump == (2,)
 
 
 def test_a_hang_in_which_all_wait_for_one_another() -> None:
     world = World()
     world.idle = {0, 1, 2}
-    world.signs[2] = replace(world.signs[2], waits=True)
-    verdict, _ = world.until_verdict(2 * HANG)
-    assert verdict.reason == "nothing was done for run.hang_minutes=30; all ranks wait for one another"
-    assert set(verdict.dump) == {0, 1, 2}
+    world.heartbeats[2] = replace(world.heartbeats[2], is_waiting=True)
+    diagnosis, _ = world.until_diagnosis(2 * HANG)
+    assert diagnosis.reason == "nothing was done for run.hang_minutes=30; all ranks wait for one another"
+    assert set(diagnosis.dump) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("rank", range(WORLD))
@@ -180,7 +188,7 @@ def test_without_a_limit_nothing_hangs() -> None:
     quiet_for(world, 10 * HANG)
 
 
-def test_a_judge_that_was_asleep_counts_anew() -> None:
+def test_a_detector_that_was_suspended_counts_anew() -> None:
     world = World()
     world.idle = {0, 1, 2}
     quiet_for(world, HANG - 60)
@@ -190,8 +198,8 @@ def test_a_judge_that_was_asleep_counts_anew() -> None:
     world.silent = set()
     quiet_for(world, 2 * BEAT)
     world.silent = {2}
-    verdict, _ = world.until_verdict(100)
-    assert "(this process stood still for 18000 s, so that rank may have given it up)" in verdict.text
+    diagnosis, _ = world.until_diagnosis(100)
+    assert "(this process stood still for 18000 s, so that rank may have given it up)" in diagnosis.text
 
 
 @pytest.mark.parametrize("rank", range(WORLD))
@@ -200,13 +208,13 @@ def test_without_the_store_the_first_on_each_machine_speaks(
     rank: int, machines: str, gone: set[int], speak: set[int]
 ) -> None:
     world = World(rank)
-    world.signs = {i: replace(sign, machine=machines[i]) for i, sign in world.signs.items()}
+    world.heartbeats = {i: replace(heartbeat, machine=machines[i]) for i, heartbeat in world.heartbeats.items()}
     quiet_for(world, 20)
     world.read, world.gone = False, gone
     assert world.step() is None
     world.gone = set(range(WORLD)) - {rank}  # who spoke has ended meanwhile
-    world.until_verdict(100)
-    assert rank in gone or world.judge.tells() == (rank in speak)
+    world.until_diagnosis(100)
+    assert rank in gone or world.detector.should_report() == (rank in speak)
 
 
 def caught(make: type[Exception], cause: Exception | None = None) -> Exception:
@@ -238,25 +246,25 @@ def alone() -> Iterator[None]:
 def test_a_process_alone_signs_for_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
 ) -> None:
-    monkeypatch.setattr(diagnosis, "BEAT", 0.02)
+    monkeypatch.setattr(failure_detector, "BEAT", 0.02)
     before = set(threading.enumerate())
-    with pytest.raises(type(error)) if error else open(os.devnull), Liveness(tmp_path, 30.0) as watch:
+    with pytest.raises(type(error)) if error else open(os.devnull), Watchdog(tmp_path, 30.0) as watch:
         with progress_marker.phase("generate", 11):
             deadline = time.monotonic() + 20
-            while watch._signs.get(0) is None or watch._signs[0].phase != "generate":
+            while watch._heartbeats.get(0) is None or watch._heartbeats[0].phase != "generate":
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
-            assert (watch._signs[0].step, watch._signs[0].pid) == (11, os.getpid())
+            assert (watch._heartbeats[0].step, watch._heartbeats[0].pid) == (11, os.getpid())
         if error:
             raise error
     assert set(threading.enumerate()) == before
-    assert progress_marker.PULSE.phase == ""
+    assert progress_marker.MARKER.phase == ""
 
 
 @pytest.mark.usefixtures("alone")
 def test_without_a_limit_a_process_alone_has_nothing_to_look_for(tmp_path: Path) -> None:
     before = set(threading.enumerate())
-    with Liveness(tmp_path, None):
+    with Watchdog(tmp_path, None):
         assert set(threading.enumerate()) == before
 
 
@@ -266,39 +274,39 @@ def test_where_a_thread_stands() -> None:
     thread = threading.Thread(target=beat, args=(holder,), daemon=True)
     thread.start()
     deadline = time.monotonic() + 20
-    while not (found := watchdog._stands(thread.ident))[0]:
+    while not (found := watchdog._location_of(thread.ident))[0]:
         assert time.monotonic() < deadline
     assert found[0].startswith("observability/heartbeat.py:")
     assert found[0].endswith(" in _beat")
     assert not found[1]
     holder._closed.set()
     thread.join()
-    assert watchdog._stands(thread.ident) == ("", False)
+    assert watchdog._location_of(thread.ident) == ("", False)
 
 
 def test_processes_that_are_gone() -> None:
-    own = Sign(1, "node", os.getpid(), watchdog._machine(), "", 0, "", False, 0.0, 0.0)
+    own = RankHeartbeat(1, "node", os.getpid(), watchdog._machine(), "", 0, "", False, 0.0, 0.0)
     assert not watchdog._is_gone(own, own)
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    sign = replace(own, pid=process.pid)
-    assert not watchdog._is_gone(own, sign)
+    heartbeat = replace(own, pid=process.pid)
+    assert not watchdog._is_gone(own, heartbeat)
     process.kill()
     deadline = time.monotonic() + 20
-    while not watchdog._is_gone(own, sign):  # before anybody has asked for its exit status
+    while not watchdog._is_gone(own, heartbeat):  # before anybody has asked for its exit status
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.communicate()
-    assert watchdog._is_gone(own, sign)
-    assert not watchdog._is_gone(own, replace(sign, machine="another")), "it cannot be seen from here"
-    assert not watchdog._is_gone(replace(own, machine=""), replace(sign, machine=""))
+    assert watchdog._is_gone(own, heartbeat)
+    assert not watchdog._is_gone(own, replace(heartbeat, machine="another")), "it cannot be seen from here"
+    assert not watchdog._is_gone(replace(own, machine=""), replace(heartbeat, machine=""))
 
 
-def test_a_word_in_the_last_sign(tmp_path: Path) -> None:
-    leave_word(tmp_path, "rank 1 has died")
-    assert not list(tmp_path.iterdir()), "nobody has signed"
+def test_the_reason_in_the_final_heartbeat(tmp_path: Path) -> None:
+    write_final_heartbeat(tmp_path, "rank 1 has died")
+    assert not list(tmp_path.iterdir()), "nobody has sent a heartbeat"
     beat = Heartbeat(tmp_path)
     beat.phase("generate")
-    leave_word(tmp_path, "rank 1 has died")
+    write_final_heartbeat(tmp_path, "rank 1 has died")
     record = read_heartbeat(tmp_path)
     beat.end(DONE)
     assert record is not None

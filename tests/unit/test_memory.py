@@ -10,7 +10,7 @@ import torch
 from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.models.device import install_cpu_backend
 from megatron_tempo.models.parallel import parallel_groups
-from megatron_tempo.plan.memory import Phase
+from megatron_tempo.plan.memory import MemoryPhase
 from megatron_tempo.training.peak_memory import PeakMemory
 
 MEGABYTES = 200
@@ -20,7 +20,7 @@ MEGABYTES = 200
 def peaks() -> Iterator[PeakMemory]:
     install_cpu_backend()
     with parallel_groups(ParallelConfig(), torch.device("cpu"), 0):
-        yield PeakMemory(torch.device("cpu"), {Phase.actor: 3e9, Phase.sync: 1.5e6})
+        yield PeakMemory(torch.device("cpu"), {MemoryPhase.actor: 3e9, MemoryPhase.sync: 1.5e6})
 
 
 def use_memory() -> None:

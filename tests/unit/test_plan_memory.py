@@ -9,19 +9,19 @@ from megatron_tempo.config.schema import Config
 from megatron_tempo.kernels import linear_logprobs
 from megatron_tempo.models import packing
 from megatron_tempo.plan import activations, engine, head, layout
-from megatron_tempo.plan.layout import Layout, Machine, MicroBatch, micro_batch_of
-from megatron_tempo.plan.memory import Part, Phase, memory, place_memory
+from megatron_tempo.plan.layout import PlannedLayout, PlannedMachine, PlannedMicroBatch, micro_batch_of
+from megatron_tempo.plan.memory import MemoryPhase, Part, memory, place_memory
 from megatron_tempo.plan.parameters import Role
-from megatron_tempo.plan.shapes import PUBLISHED, Shape, shape_of
+from megatron_tempo.plan.shapes import PUBLISHED, PlannedShape, shape_of
 from megatron_tempo.plan.split import Split, problems, split_of
 from megatron_tempo.plan.times import row_operations, times
 from megatron_tempo.rollout.build import engine_precision
 from tests.unit.config_files import configure
 
-TINY = Shape(layers=2, hidden=8, heads=4, groups=2, head_dim=2, ffn=16, vocab=32, max_positions=64)
+TINY = PlannedShape(layers=2, hidden=8, heads=4, groups=2, head_dim=2, ffn=16, vocab=32, max_positions=64)
 FIRST = {Role.actor: 0, Role.critic: 0}  # on the first stage of both
-MICRO = MicroBatch(tokens=100, responses=80, grid=120, count=4)
-BF16, FP32 = Machine(2), Machine(4, cuda=False)
+MICRO = PlannedMicroBatch(tokens=100, responses=80, grid=120, count=4)
+BF16, FP32 = PlannedMachine(2), PlannedMachine(4, cuda=False)
 CLUSTER = ["cluster.memory_gb=80", "cluster.bf16_tflops=1000", "cluster.memory_tbs=3", "cluster.nvlink_gbs=450",
            "cluster.network_gbs=50"]  # fmt: skip
 
@@ -56,30 +56,34 @@ def test_a_layer_by_hand() -> None:
     # bf16, bytes a token. Norms: 2 (4 x 8 + 2 x 8 + 4) = 104. Feed-forward: 5 x 2 x 16 = 160. Attention: queries and
     # keys in fp32 4 (8 + 4) = 48, roots 4 (4 + 2) = 24, cosines and sines 4 x 2 x 2 = 16, output 16; a cell of the
     # grid: 4 x 2 x 8 + 16 + 8.
-    assert activations.layer(TINY, Layout(), BF16, MICRO) == (104 + 160 + 48 + 24 + 16 + 16) * 100 + 88 * 120
+    assert activations.layer(TINY, PlannedLayout(), BF16, MICRO) == (104 + 160 + 48 + 24 + 16 + 16) * 100 + 88 * 120
     # fp32 on a CPU. Norms: 2 (12 x 8 + 4) = 200. Feed-forward: 320. Attention: joint 4 x 16, queries' copy and both
     # normed 4 x (8 + 12), roots 24, cosines and sines 32, output 32; a cell: 4 x 4 x 8 + 16 + 8.
-    assert activations.layer(TINY, Layout(), FP32, MICRO) == (200 + 320 + 64 + 80 + 24 + 32 + 32) * 100 + 152 * 120
+    assert (
+        activations.layer(TINY, PlannedLayout(), FP32, MICRO) == (200 + 320 + 64 + 80 + 24 + 32 + 32) * 100 + 152 * 120
+    )
 
 
 def test_tensor_ranks_divide_a_layer_and_sequence_parallelism_the_rest() -> None:
-    whole = activations.layer(TINY, Layout(), BF16, MICRO)
-    half = activations.layer(TINY, Layout(tensor=2), BF16, MICRO)
-    less = activations.layer(TINY, Layout(tensor=2, sequence=True), BF16, MICRO)
+    whole = activations.layer(TINY, PlannedLayout(), BF16, MICRO)
+    half = activations.layer(TINY, PlannedLayout(tensor=2), BF16, MICRO)
+    less = activations.layer(TINY, PlannedLayout(tensor=2, sequence=True), BF16, MICRO)
     undivided = (104 + 16) * 100 + 8 * 120  # norms, cosines and sines, the grid
     assert half == (whole - undivided) / 2 + undivided
     assert half - less == 48 * 100  # half of the norms but for their roots
 
 
 def test_recomputation_keeps_the_inputs_alone() -> None:
-    full = Layout(recompute=Recompute.layers)
+    full = PlannedLayout(recompute=Recompute.layers)
     assert activations.kept(TINY, full, BF16, MICRO, 0) == 3 * 2 * 8 * 100
-    grown = activations.backward(TINY, full, BF16, MICRO, 0) - activations.backward(TINY, Layout(), BF16, MICRO, 0)
+    grown = activations.backward(TINY, full, BF16, MICRO, 0) - activations.backward(
+        TINY, PlannedLayout(), BF16, MICRO, 0
+    )
     assert grown > 0
 
 
 def test_the_first_stage_holds_as_many_micro_batches_as_there_are_stages() -> None:
-    four = Layout(pipeline=4)
+    four = PlannedLayout(pipeline=4)
     assert [activations.in_flight(four, stage, 8) for stage in range(4)] == [4, 3, 2, 1]
     assert activations.in_flight(four, 0, 2) == 2
 
@@ -87,26 +91,29 @@ def test_the_first_stage_holds_as_many_micro_batches_as_there_are_stages() -> No
 def test_the_head_by_hand() -> None:
     # 80 response tokens, 32 rows of the matrix of 8: hidden states and their gradient, the matrix's gradient, and on
     # CUDA the kernel's own; on a CPU seven pieces of fp32.
-    assert head.update(TINY, Layout(), BF16, MICRO, Logits.recomputed, Role.actor) == (
+    assert head.update(TINY, PlannedLayout(), BF16, MICRO, Logits.recomputed, Role.actor) == (
         2 * 2 * 80 * 8 + 2 * 32 * 8 + 4 * 8 * 80 + 2**29
     )
-    assert head.update(TINY, Layout(), FP32, MICRO, Logits.recomputed, Role.actor) == (
+    assert head.update(TINY, PlannedLayout(), FP32, MICRO, Logits.recomputed, Role.actor) == (
         2 * 4 * 80 * 8 + 4 * 32 * 8 + 28 * 32 * 80
     )
-    stored = head.update(TINY, Layout(), BF16, MICRO, Logits.stored, Role.actor)
+    stored = head.update(TINY, PlannedLayout(), BF16, MICRO, Logits.stored, Role.actor)
     assert stored == 2 * 2 * 80 * 8 + 2 * 32 * 8 + 2 * 80 * 32
-    assert head.reading(TINY, Layout(), BF16, MICRO, Logits.recomputed, Role.actor) == 4 * 800 + 2 * 640 + 16 * 80 * 17
+    assert (
+        head.reading(TINY, PlannedLayout(), BF16, MICRO, Logits.recomputed, Role.actor)
+        == 4 * 800 + 2 * 640 + 16 * 80 * 17
+    )
 
 
 def test_context_parallelism_divides_the_tokens() -> None:
     config = planned()
-    micro = micro_batch_of(config, Layout(context=4), 512)
+    micro = micro_batch_of(config, PlannedLayout(context=4), 512)
     assert (micro.tokens, micro.responses, micro.grid) == (4608, 4608, 5760)
-    assert micro_batch_of(config, Layout(), 512).count == 512
+    assert micro_batch_of(config, PlannedLayout(), 512).count == 512
 
 
 def test_a_short_budget_still_takes_a_whole_row() -> None:
-    micro = micro_batch_of(planned("parallel.micro_batch_tokens=1000"), Layout(data=2), 100)
+    micro = micro_batch_of(planned("parallel.micro_batch_tokens=1000"), PlannedLayout(data=2), 100)
     assert (micro.tokens, micro.grid, micro.count) == (18432, 18432, 50)
 
 
@@ -149,15 +156,17 @@ def test_models_stay_and_a_reference_joins_them() -> None:
     shape, _ = shape_of(config)
     assert shape is not None
     phases = place_memory(config, shape, FIRST)
-    weights = phases[Phase.generate][Part.weights]
+    weights = phases[MemoryPhase.generate][Part.weights]
     for parts in phases.values():
         assert parts[Part.weights] == weights
         assert parts[Part.reference] == pytest.approx(2 * 8.19e9 / 4, rel=1e-3)
     found = memory(config, shape)
-    assert found.phases[Phase.sync][Part.buffers] == 2 * 2 * 151936 * 4096  # the embedding is larger than a bucket
-    assert Part.cache in found.phases[Phase.generate]
-    assert Part.cache not in found.phases[Phase.actor]
-    assert found.phases[Phase.actor][Part.engine] == pytest.approx(2 * 8.19e9, rel=1e-3)
+    assert (
+        found.phases[MemoryPhase.sync][Part.buffers] == 2 * 2 * 151936 * 4096
+    )  # the embedding is larger than a bucket
+    assert Part.cache in found.phases[MemoryPhase.generate]
+    assert Part.cache not in found.phases[MemoryPhase.actor]
+    assert found.phases[MemoryPhase.actor][Part.engine] == pytest.approx(2 * 8.19e9, rel=1e-3)
 
 
 def test_a_stage_without_a_critic_needs_none() -> None:
@@ -166,13 +175,13 @@ def test_a_stage_without_a_critic_needs_none() -> None:
     assert shape is not None
     assert problems(grpo) == []
     alone, both = (place_memory(one, shape, FIRST) for one in (grpo, ppo))
-    assert both.keys() - alone.keys() == {Phase.values, Phase.critic}
+    assert both.keys() - alone.keys() == {MemoryPhase.values, MemoryPhase.critic}
     for phase, parts in alone.items():
         for part in (Part.weights, Part.gradients, Part.optimizer):
             # The critic is the actor less its output layer.
-            if part in parts and phase is not Phase.actor:
+            if part in parts and phase is not MemoryPhase.actor:
                 assert 1.8 < both[phase][part] / parts[part] < 2
-    assert times(grpo, shape, memory(grpo, shape)).keys() == alone.keys() - {Phase.checkpoint}
+    assert times(grpo, shape, memory(grpo, shape)).keys() == alone.keys() - {MemoryPhase.checkpoint}
     # After a stage that has one it stays.
     later = ["stage2.method=ttrl", "stage2.iterations=1", "stage2.labelled_prompts=0", "data.unlabelled.path=y.jsonl",
              "data.unlabelled.verifier=math"]  # fmt: skip
@@ -180,8 +189,8 @@ def test_a_stage_without_a_critic_needs_none() -> None:
     assert problems(mixed) == []
     assert place_memory(mixed, shape, FIRST).keys() == both.keys()
     found = times(mixed, shape, memory(mixed, shape))
-    assert Phase.values not in found, "in the last stage no value is read"
-    assert Phase.critic not in found
+    assert MemoryPhase.values not in found, "in the last stage no value is read"
+    assert MemoryPhase.critic not in found
 
 
 def test_responses_that_only_vote_are_generated_and_not_learnt_from() -> None:
@@ -192,11 +201,11 @@ def test_responses_that_only_vote_are_generated_and_not_learnt_from() -> None:
     assert shape is not None
     assert problems(many) == []
     one, two = (memory(config, shape).phases for config in (few, many))
-    assert two[Phase.actor] == one[Phase.actor]
-    assert two[Phase.generate][Part.cache] == pytest.approx(2 * one[Phase.generate][Part.cache])
+    assert two[MemoryPhase.actor] == one[MemoryPhase.actor]
+    assert two[MemoryPhase.generate][Part.cache] == pytest.approx(2 * one[MemoryPhase.generate][Part.cache])
     first, second = (times(config, shape, memory(config, shape)) for config in (few, many))
-    assert second[Phase.actor] == first[Phase.actor]
-    assert second[Phase.generate] > 1.5 * first[Phase.generate]
+    assert second[MemoryPhase.actor] == first[MemoryPhase.actor]
+    assert second[MemoryPhase.generate] > 1.5 * first[MemoryPhase.generate]
 
 
 @pytest.mark.parametrize("precision", [Precision.fp8_delayed, Precision.fp8_blockwise])
@@ -204,19 +213,19 @@ def test_fp8_adds_its_copies_of_the_matrices(precision: Precision) -> None:
     config = planned("parallel.tensor=4", "parallel.pipeline=2", "stage1.actor.kl_coef=0.1")
     shape = PUBLISHED[Published.qwen3_8b]
     places = [dict.fromkeys(Role, stage) for stage in (0, 1)]
-    bf16 = [place_memory(config, shape, place)[Phase.generate] for place in places]
+    bf16 = [place_memory(config, shape, place)[MemoryPhase.generate] for place in places]
     config.run.precision = precision
     if precision is Precision.fp8_blockwise:
-        config.model.bf16_ends = 2
+        config.model.num_bf16_layers_at_ends = 2
     # A layer of Qwen3-8B: (2 x 4096 + 2 x 1024 + 3 x 12288) x 4096 numbers, over 4 tensor ranks; 18 layers a stage.
-    numbers = (18 - config.model.bf16_ends) * 192_937_984 / 4
-    fp8 = [place_memory(config, shape, place)[Phase.generate] for place in places]
+    numbers = (18 - config.model.num_bf16_layers_at_ends) * 192_937_984 / 4
+    fp8 = [place_memory(config, shape, place)[MemoryPhase.generate] for place in places]
     for before, after in zip(bf16, fp8, strict=True):
         assert after.pop(Part.fp8) == 2 * 2 * numbers
         assert after.pop(Part.reference) == before.pop(Part.reference) + numbers
         assert after == before
     config.parallel.offload = True
-    offloaded = place_memory(config, shape, places[0])[Phase.generate]
+    offloaded = place_memory(config, shape, places[0])[MemoryPhase.generate]
     assert offloaded[Part.fp8] == 2 * 2 * numbers, "they stay when their model leaves"
     assert engine.precision_of(config) is engine_precision(config) is EnginePrecision.bf16
 
@@ -226,7 +235,7 @@ def test_a_server_beside_the_trainer_stays_too() -> None:
     shape, _ = shape_of(config)
     assert shape is not None
     found = memory(config, shape)
-    assert Phase.serve not in found.phases
+    assert MemoryPhase.serve not in found.phases
     for parts in found.phases.values():
         assert parts[Part.engine] + parts[Part.cache] == pytest.approx(72e9)
 
@@ -237,5 +246,5 @@ def test_operations_of_a_row() -> None:
     assert layers == 2 * 30 * matrices + 2 * 4 * 8 * 30**2 / 2
     assert ending == 2 * 20 * 8 * 32
     assert row_operations(TINY, 10, 20, Role.critic)[1] == 0
-    windowed = Shape(2, 8, 4, 2, 2, 16, 32, 64, window=10, windowed=1)
+    windowed = PlannedShape(2, 8, 4, 2, 2, 16, 32, 64, window=10, windowed=1)
     assert row_operations(windowed, 10, 20, Role.actor)[0] == 2 * 30 * matrices + 4 * 8 * (450 + 30 * 10 - 50)

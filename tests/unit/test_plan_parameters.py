@@ -9,9 +9,9 @@ import torch
 import transformers
 
 from megatron_tempo.config.choices import Published
-from megatron_tempo.plan.layout import Layout, Machine
+from megatron_tempo.plan.layout import PlannedLayout, PlannedMachine
 from megatron_tempo.plan.parameters import Role, parameters, resident, total_parameters
-from megatron_tempo.plan.shapes import PUBLISHED, Shape, shape_of
+from megatron_tempo.plan.shapes import PUBLISHED, PlannedShape, shape_of
 from tests.unit.config_files import configure
 
 
@@ -63,27 +63,27 @@ def test_a_folder_that_cannot_be_read(text: str | None, wrong: str, tmp_path: Pa
 
 
 # Two layers of 8 numbers: attention 8 (2 x 8 + 2 x 4) = 192, feed-forward 3 x 8 x 16 = 384, norms 2 x 8 + 2 x 2 = 20.
-TINY = Shape(layers=2, hidden=8, heads=4, groups=2, head_dim=2, ffn=16, vocab=32, max_positions=64)
+TINY = PlannedShape(layers=2, hidden=8, heads=4, groups=2, head_dim=2, ffn=16, vocab=32, max_positions=64)
 
 
 def test_shards_by_hand() -> None:
     assert total_parameters(TINY) == 2 * 596 + 2 * 256 + 8
     assert total_parameters(TINY, Role.critic) == 2 * 596 + 256 + 8 + 9
     half = 96 + 192 + 20
-    stages = [parameters(TINY, Layout(tensor=2, pipeline=2), Role.actor, stage) for stage in (0, 1)]
+    stages = [parameters(TINY, PlannedLayout(tensor=2, pipeline=2), Role.actor, stage) for stage in (0, 1)]
     assert stages == [half + 128, half + 128 + 8]
-    assert parameters(TINY, Layout(tensor=2, pipeline=2), Role.critic, 1) == half + 8 + 9
+    assert parameters(TINY, PlannedLayout(tensor=2, pipeline=2), Role.critic, 1) == half + 8 + 9
 
 
 def test_a_tied_matrix_is_there_twice_under_pipeline_parallelism() -> None:
-    tied = Shape(2, 8, 4, 2, 2, 16, 32, 64, tied=True)
-    assert parameters(tied, Layout(), Role.actor, 0) == total_parameters(tied)
-    stages = sum(parameters(tied, Layout(pipeline=2), Role.actor, stage) for stage in (0, 1))
+    tied = PlannedShape(2, 8, 4, 2, 2, 16, 32, 64, tied=True)
+    assert parameters(tied, PlannedLayout(), Role.actor, 0) == total_parameters(tied)
+    stages = sum(parameters(tied, PlannedLayout(pipeline=2), Role.actor, stage) for stage in (0, 1))
     assert stages == total_parameters(tied) + 256
 
 
 def test_bytes_of_a_parameter() -> None:
-    count = parameters(TINY, Layout(data=2), Role.actor, 0)
-    bf16, fp32 = (resident(TINY, Layout(data=2), Machine(size), Role.actor, 0) for size in (2, 4))
+    count = parameters(TINY, PlannedLayout(data=2), Role.actor, 0)
+    bf16, fp32 = (resident(TINY, PlannedLayout(data=2), PlannedMachine(size), Role.actor, 0) for size in (2, 4))
     assert (bf16.weights, bf16.gradients, bf16.optimizer) == (2 * count, 4 * count, 12 * count / 2)
     assert (fp32.weights, fp32.gradients, fp32.optimizer) == (4 * count, 4 * count, 8 * count / 2)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tempo.models import offload as residence
-from megatron_tempo.models.offload import Residence
+from megatron_tempo.models import offload
+from megatron_tempo.models.offload import ModelOffloader
 
 CPU = torch.device("cpu")
 
@@ -29,10 +29,10 @@ class Model:
         self.weights, self.moment = torch.randn(self.size), torch.randn(self.size, dtype=torch.float64)
         self.gradients = torch.randn(self.size)
 
-    def kept(self) -> Iterable[Tensor]:
+    def persistent_tensors(self) -> Iterable[Tensor]:
         return [*self.weights.chunk(2), self.weights[1:3], self.moment]
 
-    def scratch(self) -> Iterable[Tensor]:
+    def transient_tensors(self) -> Iterable[Tensor]:
         return [self.gradients]
 
     def there(self) -> int:
@@ -42,61 +42,61 @@ class Model:
 
 def test_one_at_a_time_and_each_comes_back_as_it_left() -> None:
     first = Model(100)
-    one_at_a_time = Residence(one_at_a_time=True)
-    one_at_a_time.bring(first)
+    one_at_a_time = ModelOffloader(one_at_a_time=True)
+    one_at_a_time.load(first)
     half = first.weights.chunk(2)[1]  # a view that somebody keeps
-    before = [tensor.clone() for tensor in first.kept()]
-    one_at_a_time.clear()
+    before = [tensor.clone() for tensor in first.persistent_tensors()]
+    one_at_a_time.offload_all()
     assert first.there() == 0
     second = Model(60)
-    one_at_a_time.bring(second)
+    one_at_a_time.load(second)
     for _ in range(3):
-        one_at_a_time.bring(first)
+        one_at_a_time.load(first)
         assert (first.there(), second.there()) == (1600, 0)
-        assert all(map(torch.equal, first.kept(), before))
+        assert all(map(torch.equal, first.persistent_tensors(), before))
         half += 1.0
         first.moment *= 2.0
-        before = [tensor.clone() for tensor in first.kept()]
-        one_at_a_time.bring(second)
+        before = [tensor.clone() for tensor in first.persistent_tensors()]
+        one_at_a_time.load(second)
         assert (first.there(), second.there()) == (0, 960)
-    one_at_a_time.bring(first)
+    one_at_a_time.load(first)
     assert torch.equal(half, before[1])
 
 
-def test_a_tensor_that_took_anothers_place_while_there_is_what_comes_back() -> None:
+def test_a_tensor_that_took_anothers_place_while_loaded_is_what_comes_back() -> None:
     """As an optimizer's state does when a checkpoint is loaded."""
-    one, other, places = Model(10), Model(10), Residence(one_at_a_time=True)
-    places.bring(other)
-    places.bring(one)
-    places.bring(other)
-    places.bring(one)
+    one, other, offloader = Model(10), Model(10), ModelOffloader(one_at_a_time=True)
+    offloader.load(other)
+    offloader.load(one)
+    offloader.load(other)
+    offloader.load(one)
     one.moment = torch.arange(10.0, dtype=torch.float64)
-    places.bring(other)
-    places.bring(one)
+    offloader.load(other)
+    offloader.load(one)
     assert torch.equal(one.moment, torch.arange(10.0, dtype=torch.float64))
 
 
 def test_what_arrives_takes_only_the_room_that_was_left(monkeypatch: pytest.MonkeyPatch) -> None:
     leaving, arriving = Model(100), Model(80)
-    places = Residence(one_at_a_time=True)
-    places.bring(arriving)
-    places.bring(leaving)
+    offloader = ModelOffloader(one_at_a_time=True)
+    offloader.load(arriving)
+    offloader.load(leaving)
     peaks: list[int] = []
-    back = residence._Copies.back
+    back = offload._Copies.back
 
-    def watched(self: residence._Copies, one: residence._Waiting) -> None:
+    def watched(self: offload._Copies, one: offload._OffloadedStorage) -> None:
         back(self, one)
         peaks.append(leaving.there() + arriving.there())
 
-    monkeypatch.setattr(residence._Copies, "back", watched)
-    places.bring(arriving)
+    monkeypatch.setattr(offload._Copies, "back", watched)
+    offloader.load(arriving)
     assert len(peaks) == 3
     assert max(peaks) <= 1600
 
 
 def test_without_it_nobody_moves() -> None:
-    first, second, all_there = Model(10), Model(10), Residence(one_at_a_time=False)
-    all_there.bring(first)
-    all_there.clear()
-    all_there.bring(second)
+    first, second, all_there = Model(10), Model(10), ModelOffloader(one_at_a_time=False)
+    all_there.load(first)
+    all_there.offload_all()
+    all_there.load(second)
     assert first.there() == second.there() == 160

@@ -16,7 +16,7 @@ from megatron_tempo import cli
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import save
 from megatron_tempo.errors import InputError
-from megatron_tempo.evaluation.evaluator import Judged
+from megatron_tempo.evaluation.evaluator import ScoredResponses
 from megatron_tempo.evaluation.results import result
 from megatron_tempo.observability.records import extend
 from megatron_tempo.report.results import differences_of, results_table, write
@@ -26,7 +26,7 @@ from megatron_tempo.types import Completion, LabelledPrompt
 RIGHT = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
 
 
-def judged(correct: np.ndarray) -> Judged:
+def scored(correct: np.ndarray) -> ScoredResponses:
     prompts = [LabelledPrompt(f"q:{i}", "Find it.", (1,), "2", "math") for i in range(len(correct))]
     completions = [
         [
@@ -35,11 +35,13 @@ def judged(correct: np.ndarray) -> Judged:
         ]
         for row in correct
     ]
-    return Judged(prompts, batch_of(prompts, completions, correct.astype(float).tolist()), correct.astype(float))
+    return ScoredResponses(
+        prompts, batch_of(prompts, completions, correct.astype(float).tolist()), correct.astype(float)
+    )
 
 
 def test_a_sets_results_by_hand() -> None:
-    found = result(judged(RIGHT))
+    found = result(scored(RIGHT))
     by_question = [1 / 4, 1 / 2, 1.0]
     low, high = stats.t.interval(0.95, 2, np.mean(by_question), stats.sem(by_question))
     assert low < 0 < 1 < high, "so both ends are cut"
@@ -51,21 +53,21 @@ def test_a_sets_results_by_hand() -> None:
     assert (found["questions"], found["samples"], found["verifiers"]) == (3, 4, ["math"])
     assert found["response_length"] == {"mean": 2.5, "max": 4}
     assert found["truncated"] == pytest.approx(1 / 4)
-    alone = result(judged(RIGHT[:1]))["avg"]
+    alone = result(scored(RIGHT[:1]))["avg"]
     assert (alone["se"], alone["low"], alone["high"]) == (None, None, None)
 
 
 def test_the_interval_is_that_of_questions_not_of_responses() -> None:
     correct = np.repeat([[1], [0]] * 15, 16, axis=1)  # every question always or never right: 30 observations, not 480
-    avg = result(judged(correct))["avg"]
+    avg = result(scored(correct))["avg"]
     shares = correct.mean(axis=1)
     assert (avg["low"], avg["high"]) == pytest.approx(stats.t.interval(0.95, 29, 0.5, stats.sem(shares)))
 
 
 def test_the_table_has_intervals_and_what_was_trained_on() -> None:
     sets = {
-        "a\x1b": result(judged(RIGHT)) | {"seen": None},
-        "b": result(judged(RIGHT[:1])) | {"seen": {"with_answers": 0, "without_answers": 1}},
+        "a\x1b": result(scored(RIGHT)) | {"seen": None},
+        "b": result(scored(RIGHT[:1])) | {"seen": {"with_answers": 0, "without_answers": 1}},
     }
     table = results_table({"sets": sets}, [4, 2]).splitlines()
     assert table[0].split("  ")[0] == "set"
@@ -160,5 +162,5 @@ def test_folders_without_results_are_refused(tmp_path: Path) -> None:
 
 
 def test_verdicts_are_floats_on_the_way() -> None:
-    assert judged(RIGHT).batch.correct is not None
-    assert torch.equal(judged(RIGHT).batch.correct, torch.tensor(RIGHT.flatten(), dtype=torch.float32))
+    assert scored(RIGHT).batch.correct is not None
+    assert torch.equal(scored(RIGHT).batch.correct, torch.tensor(RIGHT.flatten(), dtype=torch.float32))

@@ -63,7 +63,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Server]]:
         return servers[-1]
 
     monkeypatch.setattr(serve, "Server", note)
-    monkeypatch.setattr(serve, "dialect_of", lambda config, cpu: Files())
+    monkeypatch.setattr(serve, "server_adapter_of", lambda config, cpu: Files())
     yield servers
     for server in servers:
         server.close()

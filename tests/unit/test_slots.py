@@ -25,19 +25,28 @@ from megatron_tempo.models.gpt import LanguageModel, PackedGPT, ValueModel
 from megatron_tempo.models.parallel import Layout, parallel_groups
 from megatron_tempo.models.shape import LayerAttention, Rope, Shape
 from megatron_tempo.weights import folder, tables
-from megatron_tempo.weights.param_mapping import Columns, Cut, GateUp, QueryKeyValue, Rows, Slot, Vocabulary, Whole
+from megatron_tempo.weights.param_mapping import (
+    ParamMapping,
+    Replicated,
+    ShardedDim0,
+    ShardedDim1,
+    ShardedGateUp,
+    ShardedQKV,
+    ShardedVocab,
+    TPSharding,
+)
 from megatron_tempo.weights.stream import WeightStream, plan
 from tests.support.tiny import VOCAB, write_model
 
 # Cuts
 
 
-def roundtrip(cut: Cut, sources: list[Tensor], size: int) -> list[Tensor]:
-    shards = [cut.cut(sources, rank, size) for rank in range(size)]
+def roundtrip(sharding: TPSharding, sources: list[Tensor], size: int) -> list[Tensor]:
+    shards = [sharding.shard(sources, rank, size) for rank in range(size)]
     assert len({shard.shape for shard in shards}) == 1
     wholes = [torch.full_like(source, -1) for source in sources]
     for rank, shard in enumerate(shards):
-        cut.place(shard, wholes, rank, size)
+        sharding.scatter(shard, wholes, rank, size)
     for found, source in zip(wholes, sources, strict=True):
         assert torch.equal(found, source)
     return shards
@@ -54,10 +63,10 @@ lengths = st.integers(1, 5)
 @given(sizes, lengths, lengths)
 @settings(deadline=None)
 def test_placing_every_ranks_cut_gives_the_tensors_back(size: int, part: int, other: int) -> None:
-    roundtrip(Whole(), [numbers(part, other)], size)
-    roundtrip(Rows(size * part), [numbers(size * part, other)], size)
-    roundtrip(Columns(size * part), [numbers(other, size * part)], size)
-    roundtrip(GateUp(size * part), [numbers(size * part, other), numbers(size * part, other, start=1000)], size)
+    roundtrip(Replicated(), [numbers(part, other)], size)
+    roundtrip(ShardedDim0(size * part), [numbers(size * part, other)], size)
+    roundtrip(ShardedDim1(size * part), [numbers(other, size * part)], size)
+    roundtrip(ShardedGateUp(size * part), [numbers(size * part, other), numbers(size * part, other, start=1000)], size)
 
 
 @given(sizes, lengths, lengths, lengths, lengths)
@@ -68,13 +77,13 @@ def test_queries_keys_and_values_are_placed_back(
     groups = size * part
     heads = groups * queries_per_group
     qkv = [numbers(count * head_dim, hidden, start=i * 10**6) for i, count in enumerate((heads, groups, groups))]
-    roundtrip(QueryKeyValue(heads, groups, head_dim), qkv, size)
+    roundtrip(ShardedQKV(heads, groups, head_dim), qkv, size)
 
 
 def test_a_rank_places_only_what_it_holds_in_the_type_that_is_wanted() -> None:
     wholes = [torch.zeros(4, 1, dtype=torch.bfloat16) for _ in range(2)]
     third = torch.tensor([1 / 3])
-    GateUp(4).place(torch.stack([torch.ones(1), third, -third, -torch.ones(1)]), wholes, 1, 2)
+    ShardedGateUp(4).scatter(torch.stack([torch.ones(1), third, -third, -torch.ones(1)]), wholes, 1, 2)
     rounded = third.bfloat16().item()
     assert rounded != third.item()
     assert [whole.flatten().tolist() for whole in wholes] == [[0, 0, 1, rounded], [0, 0, -rounded, -1]]
@@ -83,7 +92,7 @@ def test_a_rank_places_only_what_it_holds_in_the_type_that_is_wanted() -> None:
 @given(st.integers(1, 40), st.integers(1, 9))
 @settings(deadline=None)
 def test_vocabularies_of_any_size_are_cut_evenly(vocab: int, size: int) -> None:
-    shards = roundtrip(Vocabulary(vocab), [numbers(vocab, 2, start=1)], size)
+    shards = roundtrip(ShardedVocab(vocab), [numbers(vocab, 2, start=1)], size)
     padded = torch.cat(shards)
     assert len(padded) == padded_vocab(vocab, size) >= vocab  # the size that the model is built with
     assert all(len(shard) % 16 == 0 for shard in shards)
@@ -94,22 +103,22 @@ def test_vocabularies_are_cut_from_files_too(tmp_path: Path) -> None:
     """A file's slices refuse bounds that a tensor takes; 5 rows over 4 ranks leave the others none."""
     save_file({"x": numbers(5, 2, start=1)}, tmp_path / "x.safetensors")
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
-        shards = [Vocabulary(5).cut([file.get_slice("x")], rank, 4) for rank in range(4)]
+        shards = [ShardedVocab(5).shard([file.get_slice("x")], rank, 4) for rank in range(4)]
     assert torch.equal(torch.cat(shards)[:5], numbers(5, 2, start=1))
     assert [len(shard) for shard in shards] == [16, 16, 16, 16]
 
 
 def test_gate_and_up_by_hand() -> None:
     gate, up = numbers(4, 1), numbers(4, 1, start=10)
-    assert GateUp(4).cut([gate, up], 1, 2).flatten().tolist() == [2, 3, 12, 13]
+    assert ShardedGateUp(4).shard([gate, up], 1, 2).flatten().tolist() == [2, 3, 12, 13]
 
 
 def test_query_key_value_by_hand() -> None:
     """Four query heads in two groups: Megatron holds q0 q1 k0 v0 q2 q3 k1 v1, a group to each of two ranks."""
     query, key, value = numbers(4, 1), numbers(2, 1, start=10), numbers(2, 1, start=20)
-    cut = QueryKeyValue(heads=4, groups=2, head_dim=1)
-    assert cut.cut([query, key, value], 0, 1).flatten().tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
-    assert cut.cut([query, key, value], 1, 2).flatten().tolist() == [2, 3, 11, 21]
+    sharding = ShardedQKV(heads=4, groups=2, head_dim=1)
+    assert sharding.shard([query, key, value], 0, 1).flatten().tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+    assert sharding.shard([query, key, value], 1, 2).flatten().tolist() == [2, 3, 11, 21]
 
 
 # The table
@@ -132,17 +141,17 @@ def test_the_table_lists_transformers_own_tensors(family: str, tied: bool, tmp_p
     for model, is_critic in ((actor, False), (critic, True)):
         theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         for pipeline in (1, 2, 4):
-            slots = tables.slots(shape, pipeline, critic=is_critic)
-            ours = [pair for slot in slots for pair in zip(slot.names, slot.shapes, strict=True)]
+            mappings = tables.mappings(shape, pipeline, critic=is_critic)
+            ours = [pair for mapping in mappings for pair in zip(mapping.names, mapping.shapes, strict=True)]
             assert len(ours) == len(theirs)
             assert dict(ours) == theirs
-            assert len({(slot.stage, slot.megatron) for slot in slots}) == len(slots)
-            assert {slot.stage for slot in slots} == set(range(pipeline))
+            assert len({(mapping.stage, mapping.megatron) for mapping in mappings}) == len(mappings)
+            assert {mapping.stage for mapping in mappings} == set(range(pipeline))
 
 
 def test_stages_count_their_layers_from_zero() -> None:
-    slots = {slot.names[0]: slot for slot in tables.slots(SHAPE, 2, critic=False)}
-    place = {name: (slot.stage, slot.megatron) for name, slot in slots.items()}
+    mappings = {mapping.names[0]: mapping for mapping in tables.mappings(SHAPE, 2, critic=False)}
+    place = {name: (mapping.stage, mapping.megatron) for name, mapping in mappings.items()}
     assert place["model.embed_tokens.weight"][0] == 0
     assert place["model.layers.1.mlp.down_proj.weight"] == (0, "decoder.layers.1.mlp.linear_fc2.weight")
     assert place["model.layers.2.mlp.down_proj.weight"] == (1, "decoder.layers.0.mlp.linear_fc2.weight")
@@ -156,18 +165,18 @@ def test_stages_count_their_layers_from_zero() -> None:
 @pytest.mark.parametrize("limit", [1, 10_000, 40_000, 10**9])
 @pytest.mark.parametrize("pipeline", [1, 2])
 def test_buckets_keep_order_stage_and_size(limit: int, pipeline: int) -> None:
-    slots = tables.slots(SHAPE, pipeline, critic=False)
-    groups = plan(slots, limit, 4)
-    assert [slot for group in groups for slot in group] == slots
+    mappings = tables.mappings(SHAPE, pipeline, critic=False)
+    groups = plan(mappings, limit, 4)
+    assert [mapping for group in groups for mapping in group] == mappings
     for group in groups:
-        assert len({slot.stage for slot in group}) == 1
-        assert len(group) == 1 or 4 * sum(slot.numel for slot in group) <= limit
+        assert len({mapping.stage for mapping in group}) == 1
+        assert len(group) == 1 or 4 * sum(mapping.numel for mapping in group) <= limit
     if limit == 10**9:
         assert len(groups) == pipeline
 
 
 def test_a_slot_counts_all_its_tensors() -> None:
-    assert Slot("x", ("a", "b"), ((3, 4), (5,)), Whole(), 0).numel == 17
+    assert ParamMapping("x", ("a", "b"), ((3, 4), (5,)), Replicated(), 0).numel == 17
 
 
 # Folders
@@ -197,7 +206,7 @@ def load(path: Path, layout: Layout, *, critic: bool = False) -> PackedGPT:
     shape = read_shape(path)
     common = transformer_config(shape, layout, Precision.fp32), shape, layout, REFERENCE
     net = ValueModel(*common) if critic else LanguageModel(*common, Logits.recomputed, temperature=1.0)
-    folder.load(net, layout, tables.slots(shape, 1, critic=critic), path)
+    folder.load(net, layout, tables.mappings(shape, 1, critic=critic), path)
     return net
 
 
@@ -210,8 +219,8 @@ def rewrite(path: Path, **changes: Tensor | None) -> None:
 
 
 def saved(net: PackedGPT, layout: Layout, out: Path, like: Path, limit: int = 5000) -> None:
-    slots = tables.slots(net.shape, 1, critic=isinstance(net, ValueModel))
-    buckets = WeightStream(net, layout, slots, limit).everywhere()
+    mappings = tables.mappings(net.shape, 1, critic=isinstance(net, ValueModel))
+    buckets = WeightStream(net, layout, mappings, limit).everywhere()
     folder.save(buckets, out, like, layout, {"comment": "changed"})
 
 

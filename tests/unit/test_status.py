@@ -24,7 +24,7 @@ from megatron_tempo.observability.metrics import Metrics
 from megatron_tempo.observability.records import append
 from megatron_tempo.report.status import status
 from megatron_tempo.rollout.fleet import Fleet
-from megatron_tempo.rollout.server_adapter import Dialect
+from megatron_tempo.rollout.server_adapter import ServerAdapter
 from megatron_tempo.types import EngineHealth
 
 NOW = 1_764_000_000.0
@@ -239,7 +239,7 @@ class OneComes:
 
 
 def test_the_health_of_servers() -> None:
-    named = cast(Dialect, SimpleNamespace(name="vllm"))
+    named = cast(ServerAdapter, SimpleNamespace(name="vllm"))
     fleet = Fleet(named, ServersConfig(), OneComes(), 2, "key", [0], 10, print)
     try:
         assert fleet.health() == [EngineHealth(f"vllm server {i}", "starting") for i in (0, 1)]

@@ -51,15 +51,15 @@ def check(config: Config, shapes: dict[str, ModelShape], world_size: int | None)
     if world_size is not None and parallel.world_size is not None and world_size != parallel.world_size:
         wrong = f"{world_size} processes were launched"
         yield Problem("parallel.world_size", parallel.world_size, wrong, f"parallel.world_size={world_size} or null")
-    found: list[Problem] = []
+    problems: list[Problem] = []
     for role, folder in folders_of(config).items():
         laid = laid_of(config, role)
-        found += _processes(laid, world_size)
-        found += _sequence(laid)
+        problems += _processes(laid, world_size)
+        problems += _sequence(laid)
         if folder in shapes:
-            found += _tensor(laid, folder, shapes[folder])
-            found += _pipeline(laid, folder, shapes[folder])
-    yield from dict.fromkeys(found)  # where the critic is laid out as the actor, both say the same
+            problems += _tensor(laid, folder, shapes[folder])
+            problems += _pipeline(laid, folder, shapes[folder])
+    yield from dict.fromkeys(problems)  # where the critic is laid out as the actor, both say the same
     for folder, shape in shapes.items():
         yield from _lengths(config, folder, shape)
 

@@ -88,8 +88,8 @@ def _with_head_dim(plain: dict[str, Any]) -> dict[str, Any]:
 def _weights(field: str, folder: Path) -> list[Problem]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        found = any(folder.glob("*.safetensors"))
-        return [] if found else [Problem(field, str(folder), "has no safetensors files", _AS_SAVED)]
+        is_present = any(folder.glob("*.safetensors"))
+        return [] if is_present else [Problem(field, str(folder), "has no safetensors files", _AS_SAVED)]
     try:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -30,8 +30,12 @@ _SHARE = _Bound("above 0 and at most 1", "0.5", lambda x: 0 < x <= 1)
 _DUAL_CLIP = _Bound("above 1", "3", lambda x: x > 1)
 
 _BOUNDS: dict[type, dict[str, _Bound]] = {
-    schema.RunConfig: {"seed": _ZERO_OR_MORE, "max_skipped": _ONE_OR_MORE, "hang_minutes": _ABOVE_ZERO},
-    schema.ModelConfig: {"bf16_ends": _ZERO_OR_MORE},
+    schema.RunConfig: {
+        "seed": _ZERO_OR_MORE,
+        "max_consecutive_nonfinite_steps": _ONE_OR_MORE,
+        "hang_minutes": _ABOVE_ZERO,
+    },
+    schema.ModelConfig: {"num_bf16_layers_at_ends": _ZERO_OR_MORE},
     schema.ParallelConfig: {
         "tensor": _ONE_OR_MORE,
         "pipeline": _ONE_OR_MORE,

@@ -50,13 +50,13 @@ def check(config: Config, shapes: dict[str, ModelShape]) -> Iterator[Problem]:
         wrong = "Transformer Engine's fast attentions are for bf16"
         yield Problem("model.layers", config.model.layers, wrong, "run.precision=bf16, or model.layers=auto")
     yield from _ends(config)
-    found: list[Problem] = []
+    problems: list[Problem] = []
     for role, folder in folders_of(config).items():
         if recipe is not None and folder in shapes:
             laid = laid_of(config, role)
-            found += _ends_of(config, laid, folder, shapes[folder])
-            found += _sizes(config, recipe, laid, folder, shapes[folder])
-    yield from dict.fromkeys(found)  # a critic of the actor's folder and layout says the same
+            problems += _ends_of(config, laid, folder, shapes[folder])
+            problems += _sizes(config, recipe, laid, folder, shapes[folder])
+    yield from dict.fromkeys(problems)  # a critic of the actor's folder and layout says the same
     if config.cluster is not None and config.cluster.gpu in GPUS:
         yield from _gpu(precision, config.cluster.gpu, GPUS[config.cluster.gpu])
 
@@ -87,21 +87,28 @@ def check_machine(config: Config, machine: Machine) -> Iterator[Problem]:
 
 
 def _ends(config: Config) -> Iterator[Problem]:
-    ends, precision = config.model.bf16_ends, config.run.precision
+    ends, precision = config.model.num_bf16_layers_at_ends, config.run.precision
     if ends > 0 and precision not in RECIPES:
         wrong = f"with run.precision={precision.name} there is no FP8 to keep layers from"
-        yield Problem("model.bf16_ends", ends, wrong, "model.bf16_ends=0, or an FP8 run.precision")
+        yield Problem(
+            "model.num_bf16_layers_at_ends", ends, wrong, "model.num_bf16_layers_at_ends=0, or an FP8 run.precision"
+        )
     if ends > 0 and precision is Precision.fp8_delayed:
         wrong = "delayed scaling follows the whole model's magnitudes: Megatron-Core cannot leave layers out of it"
-        yield Problem("model.bf16_ends", ends, wrong, "model.bf16_ends=0, or run.precision=fp8_tensorwise")
+        yield Problem(
+            "model.num_bf16_layers_at_ends",
+            ends,
+            wrong,
+            "model.num_bf16_layers_at_ends=0, or run.precision=fp8_tensorwise",
+        )
 
 
 def _ends_of(config: Config, laid: Laid, folder: str, shape: ModelShape) -> Iterator[Problem]:
-    layers, ends = shape.num_hidden_layers, config.model.bf16_ends
+    layers, ends = shape.num_hidden_layers, config.model.num_bf16_layers_at_ends
     most = min((layers - 1) // 2, layers // max(1, laid.parallel.pipeline))
     if ends > most:
         wrong = f"{folder} has {layers} layers: one must be left for FP8, and either end lies in one pipeline stage"
-        yield Problem("model.bf16_ends", ends, wrong, f"model.bf16_ends={most} or less")
+        yield Problem("model.num_bf16_layers_at_ends", ends, wrong, f"model.num_bf16_layers_at_ends={most} or less")
 
 
 def _sizes(config: Config, recipe: Recipe, laid: Laid, folder: str, shape: ModelShape) -> Iterator[Problem]:

@@ -1,0 +1,195 @@
+"""Decides from the ranks' heartbeats and the time which ranks are dead, have failed or hang."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from megatron_tempo.observability.progress import clock
+
+BEAT = 5.0  # seconds from one heartbeat to the next
+SILENT = 60.0  # seconds without a heartbeat after which a rank counts as dead
+ENDED = 20.0  # seconds that the others have to end by themselves when one has ended with an error
+DONE = "done"
+
+
+@dataclass(frozen=True, slots=True)
+class RankHeartbeat:
+    """The state of a rank. `progress` changes from one heartbeat to the next when the rank makes progress.
+
+    >>> RankHeartbeat(count=12, host="node7", pid=4242, machine="5f0e pid:[4026531836]", phase="generate", step=11,
+    ...      location="rollout/batches.py:77 in collect", is_waiting=True, progress=1764.2, idle_seconds=3.1)
+    """
+
+    count: int  # of this rank's heartbeats so far
+    host: str
+    pid: int
+    machine: str  # equal where one process can see the other
+    phase: str
+    step: int  # iterations that are done
+    location: str  # the main thread's innermost line in this package
+    is_waiting: bool  # for other ranks, inside that line
+    progress: float
+    idle_seconds: float  # seconds since it last got something done
+    ended: str | None = None  # `DONE`, or the error that it ended with
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """The end of a run. `reason` is for heartbeat.json, `text` for the error output."""
+
+    reason: str
+    text: str
+    dump: tuple[int, ...] = ()  # ranks that are to show their stacks
+    by: int = -1  # the rank that says it
+
+
+class FailureDetector:
+    """Uses heartbeats alone: no clock, no store. `now` is the time of any monotonic clock, in seconds."""
+
+    def __init__(self, rank: int, world: int, host: int | None, hang: float | None, now: float) -> None:
+        """`host`: the rank whose process holds the store; none: the launcher's does. `hang`: in seconds, if any."""
+        self._rank, self._host, self._hang = rank, host, hang
+        self._beat, self._silent, self._ended = BEAT, SILENT, ENDED
+        self._checked_at = now
+        self._slept = 0.0  # the longest that this process was suspended
+        self._heartbeats: dict[int, RankHeartbeat] = {}
+        self._moved = dict.fromkeys(range(world), now)  # when each last sent one
+        self._progress = now  # when any rank last got something done
+        self._failed: dict[int, float] = {}  # since when ranks are known to have ended with an error
+        self._gone: dict[int, tuple[float, int]] = {}  # since when processes are gone, and our heartbeats by then
+        self._absent: set[int] | None = None  # ranks whose processes were gone when the store ceased to answer
+
+    def check(
+        self,
+        now: float,
+        heartbeats: Mapping[int, RankHeartbeat],
+        gone: Callable[[RankHeartbeat], bool],
+        *,
+        collective_failed: bool,
+    ) -> Diagnosis | None:
+        """`heartbeats` as last read from the store, ours among them: so it is seen whether the store still answers.
+
+        `gone` says whether the process of a heartbeat has exited. `collective_failed`: a collective has failed here, as
+        happens when another rank is gone.
+        """
+        if now - self._checked_at > self._silent / 3:
+            self._slept = max(self._slept, now - self._checked_at)
+            self._moved, self._progress = dict.fromkeys(self._moved, now), now
+        self._checked_at = now
+        for rank, heartbeat in heartbeats.items():
+            old = self._heartbeats.get(rank)
+            if old is None or heartbeat.count != old.count:
+                self._moved[rank] = now
+            if old is None or heartbeat.progress != old.progress:
+                self._progress = now
+            if heartbeat.ended is not None and heartbeat.ended != DONE:
+                self._failed.setdefault(rank, now)
+            self._heartbeats[rank] = heartbeat
+        self._note_absent(now, gone)
+        if diagnosis := self._one_failed(now, collective_failed):
+            return diagnosis
+        host = self._heartbeats.get(self._host) if self._host is not None else None
+        if host is not None and host.ended is not None and now - self._moved[self._rank] > 3 * self._beat:
+            return None  # with it went the store: what the others do is not known, and there is little left to do
+        return self._one_gone(now, gone) or self._one_silent(now) or self._hung(now)
+
+    def should_report(self) -> bool:
+        """Whether this rank speaks where the store cannot say who does: the first on its machine."""
+        mine = self._heartbeats.get(self._rank)
+        if mine is None:
+            return True
+        beside = [
+            rank
+            for rank, heartbeat in self._heartbeats.items()
+            if heartbeat.machine == mine.machine and heartbeat.ended is None
+        ]
+        absent = (self._absent or set()) | {self._host}
+        return self._rank == min(rank for rank in beside if rank == self._rank or rank not in absent)
+
+    def _note_absent(self, now: float, gone: Callable[[RankHeartbeat], bool]) -> None:
+        """Early: who is gone later may have spoken before."""
+        host = self._heartbeats.get(self._host) if self._host is not None else None
+        idle_seconds = now - self._moved[self._rank]
+        if idle_seconds == 0:
+            self._absent = None
+        elif self._absent is None and (idle_seconds > 2 * self._beat or (host is not None and gone(host))):
+            self._absent = {rank for rank, heartbeat in self._heartbeats.items() if gone(heartbeat)}
+
+    def _one_failed(self, now: float, collective_failed: bool) -> Diagnosis | None:
+        for rank, since in self._failed.items():
+            if collective_failed or now - since > self._ended:
+                return self._lost(rank, now, f"ended: {self._heartbeats[rank].ended}")
+        return None
+
+    def _one_gone(self, now: float, gone: Callable[[RankHeartbeat], bool]) -> Diagnosis | None:
+        """A process that has exited may have sent a last heartbeat just before, which is to be read first."""
+        ours = self._heartbeats[self._rank].count if self._rank in self._heartbeats else 0
+        for rank, heartbeat in self._heartbeats.items():
+            if heartbeat.ended is None and rank != self._rank and gone(heartbeat):
+                since, count = self._gone.setdefault(rank, (now, ours))
+                if ours >= count + 2 or now - since > 2 * self._beat:
+                    return self._lost(rank, now, "has died")
+        return None
+
+    def _one_silent(self, now: float) -> Diagnosis | None:
+        if now - self._moved[self._rank] > self._silent:  # the store does not answer
+            if self._host is None:
+                words = f"the launcher's store has not answered for {now - self._moved[self._rank]:.0f} s"
+                return Diagnosis(words, words)
+            return self._lost(self._host, now, self._silent_for(now - self._moved[self._host]))
+        if now - self._moved[self._rank] > 3 * self._beat:
+            return None  # the others' heartbeats are unknown too
+        for rank, moved in self._moved.items():
+            ended = rank in self._heartbeats and self._heartbeats[rank].ended is not None
+            if not ended and now - moved > self._silent:
+                return self._lost(rank, now, self._silent_for(now - moved))
+        return None
+
+    @staticmethod
+    def _silent_for(seconds: float) -> str:
+        return f"has given no sign for {seconds:.0f} s: it is dead or frozen"
+
+    def _lost(self, rank: int, now: float, what: str) -> Diagnosis:
+        heartbeat = self._heartbeats.get(rank)
+        if heartbeat is None:
+            words = f"rank {rank} {what}; it never signed"
+        else:
+            last = f"its last sign, at {_at(now - self._moved[rank])}, was {_place(heartbeat)}"
+            words = f"{_name(rank, heartbeat)} {what}; {last}"
+        if self._slept > self._silent:
+            words += f" (this process stood still for {self._slept:.0f} s, so that rank may have given it up)"
+        return Diagnosis(words, words)
+
+    def _hung(self, now: float) -> Diagnosis | None:
+        if self._hang is None or now - self._progress < self._hang:
+            return None
+        at_work = {rank: heartbeat for rank, heartbeat in self._heartbeats.items() if heartbeat.ended is None}
+        order = sorted(at_work.items(), key=lambda item: (item[1].is_waiting, -item[1].idle_seconds, item[0]))
+        stuck = [rank for rank, heartbeat in order if not heartbeat.is_waiting]
+        who = ", ".join(f"{_name(rank, at_work[rank])}, {_place(at_work[rank])}" for rank in stuck)
+        reason = f"nothing was done for run.hang_minutes={self._hang / 60:g}; " + (
+            f"not waiting for others, so at fault: {who}" if stuck else "all ranks wait for one another"
+        )
+        lines = [
+            f"  {_name(rank, heartbeat)}: {'waits for others' if heartbeat.is_waiting else 'hangs'}, "
+            f"{_place(heartbeat)}, since {_at(heartbeat.idle_seconds)}, {clock(heartbeat.idle_seconds)} ago"
+            for rank, heartbeat in order
+        ]
+        return Diagnosis(reason, "\n".join([reason, *lines]), tuple(stuck or at_work))
+
+
+def _at(ago: float) -> str:
+    """The time of day so many seconds ago, by this machine's clock."""
+    return time.strftime("%H:%M:%S", time.localtime(time.time() - ago))
+
+
+def _name(rank: int, heartbeat: RankHeartbeat) -> str:
+    return f"rank {rank} ({heartbeat.host}, process {heartbeat.pid})"
+
+
+def _place(heartbeat: RankHeartbeat) -> str:
+    phase = f"in {heartbeat.phase}" if heartbeat.phase else "between phases"
+    location = f", at {heartbeat.location}" if heartbeat.location else ""
+    return f"{phase}, {heartbeat.step} iterations done{location}"
