@@ -74,7 +74,7 @@ ARG GROUP_ID=1000
 RUN groupadd --non-unique --gid "${GROUP_ID}" tempo \
     && useradd --non-unique --uid "${USER_ID}" --gid tempo --create-home tempo
 WORKDIR /opt/megatron-tempo
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY configs configs
 COPY examples examples
 COPY tools tools

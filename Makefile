@@ -2,27 +2,40 @@
 PYTHON ?= python3
 PROCESSES ?= 2
 BIN := .venv/bin
+# The paths whose prose keeps to the word list (tools/check_words.py).
+WORDS_PATHS := docs README.md CONTRIBUTING.md CHANGELOG.md
 
-.PHONY: quickstart test test-slow test-engines test-slurm test-gpu plan-tables configuration-page study docker-cpu lint clean
+# Tests run on as many workers as there are cores, a file at a time, in the order of the folders: the long files first.
+WORKERS ?= logical
+PYTEST = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(BIN)/python -m pytest \
+	--numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+.PHONY: quickstart test test-quick test-slow test-engines test-slurm test-gpu engines plan-tables configuration-page study \
+	docker-cpu lint clean
 
 quickstart: .venv/installed  ## the main job: train on countdown, from a small pretrained model to a report
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) \
 		-m megatron_tempo train experiment=quickstart $(ARGS)
 
 test: .venv/installed-test  ## unit and distributed tests
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not engine and not slurm" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu and not engine and not slurm" $(ARGS)
+
+test-quick: .venv/installed-test  ## the inner loop: the unit tests that take no processes and little time
+	$(PYTEST) -m "not long and not slow and not gpu" tests/unit $(ARGS)
 
 test-slow: .venv/installed-test  ## what .ci/run runs beyond that
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+	$(PYTEST) -m "slow and not gpu" $(ARGS)
 
-test-engines: .venv/installed-test .venv-sglang/installed .venv-vllm/installed  ## against real inference servers, each in its own environment
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engine $(ARGS)
+test-engines: .venv/installed-test engines  ## against real inference servers, each in its own environment
+	$(PYTEST) -m engine $(ARGS)
 
 test-slurm: .venv/installed-test .venv-sglang/installed  ## the job scripts on a SLURM of two nodes, which it starts here; wants root on Debian
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.slurm $(BIN)/python -m pytest -m slurm $(ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(BIN)/python -m tests.support.slurm $(BIN)/python -m pytest -m slurm $(ARGS)
 
 test-gpu: .venv/installed-test  ## what only a machine with a GPU shows
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+engines: .venv-sglang/installed .venv-vllm/installed  ## the environments of the inference servers, for the tests
 
 plan-tables: .venv/installed  ## the table of docs/planning.md
 	$(BIN)/python tools/plan_tables.py
@@ -43,6 +56,7 @@ lint: .venv/installed-test
 	$(BIN)/mypy
 	$(BIN)/shellcheck --external-sources launch/* docker/*.sh .ci/run
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/python tools/check_words.py $(WORDS_PATHS)
 
 .venv/installed: pyproject.toml | .venv
 	$(BIN)/pip install --quiet --editable .

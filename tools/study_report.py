@@ -103,13 +103,13 @@ def table(runs: Runs, arms: list[Arm]) -> Iterator[str]:
     """The ends of the arms: means over seeds with intervals, and what lies between an arm and TEMPO."""
     cells = [(name, score) for name in SETS for score in ("avg@16", "pass@16")]
     heads = [f"{name}, {score}" for name, score in cells]
-    yield f"| stage 2 | seeds | {' | '.join(heads)} | less TEMPO: unlabelled | held-out |\n"
+    yield f"| stage 2 | seeds | {' | '.join(heads)} | minus TEMPO: unlabelled | held-out |\n"
     yield f"|{' --- |' * (len(heads) + 4)}\n"
     tempo = next(arm for arm in ARMS if arm.name == "tempo")
     start = [curve(runs, tempo, *cell) for cell in cells]
     if start[0] is not None:
         words = [told(one.first) for one in start if one is not None]
-        yield f"| none: the end of stage 1 | {len(start[0].seeds)} | {' | '.join(words)} | | |\n"
+        yield f"| no stage 2 (end of stage 1) | {len(start[0].seeds)} | {' | '.join(words)} | | |\n"
     for arm in arms:
         ends = [curve(runs, arm, *cell) for cell in cells]
         words = [told(one.last) if one is not None else "" for one in ends]
@@ -129,7 +129,7 @@ def _apart(runs: Runs, arm: Arm, tempo: Arm, name: str) -> str:
 
 
 def critics(runs: Runs, arms: list[Arm]) -> Iterator[str]:
-    yield "| stage 2 | AUROC, end of stage 1 | least | end | ECE, end of stage 1 | most | end |\n"
+    yield "| stage 2 | AUROC, end of stage 1 | lowest | end | ECE, end of stage 1 | highest | end |\n"
     yield "| --- | --- | --- | --- | --- | --- | --- |\n"
     for arm in arms:
         right, honest = curve(runs, arm, "heldout", "auroc"), curve(runs, arm, "heldout", "ece")
@@ -166,7 +166,7 @@ def draw(runs: Runs, path: Path, arms: list[Arm], panels: list[Panel]) -> None:
 def times(runs: Runs) -> str:
     """Wall times of the runs, of one core each: with what else the machine did, and pauses."""
     seconds = sorted(run["seconds"] for run in runs.values())
-    return f"{len(seconds)} runs; one took {seconds[0]} to {seconds[-1]} s, {np.median(seconds):.0f} in the middle.\n"
+    return f"{len(seconds)} runs, each {seconds[0]} to {seconds[-1]} s, median {np.median(seconds):.0f} s.\n"
 
 
 @dataclass(frozen=True, slots=True)

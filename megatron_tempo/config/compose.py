@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def compose_tree(
     search = [] if config_dir is None else [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"]
     with initialize_config_dir(str(folder), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        presets = {group: loader.get_group_options(group, overrides=search) for group in _GROUPS}
+        # Hydra searches its sources anew for each group: 0.1 s each, so only the groups that are named.
+        presets = cache(lambda group: loader.get_group_options(group, overrides=search))
         # An eval writes beside no training run and no other eval unless told to. Only one process writes, so that it
         # does no harm where the clocks of several differ.
         folders = {Purpose.eval: EVAL_DIR, Purpose.convert: CONVERT_DIR}
@@ -119,7 +121,7 @@ def _benchmarks(text: str) -> list[str]:
     return re.findall(r"\w+", value) if key.lstrip("+") == "benchmark" else []
 
 
-def _translate(text: str, presets: dict[str, list[str]], purpose: Purpose, benchmarks: list[str]) -> list[str]:
+def _translate(text: str, presets: Callable[[str], list[str]], purpose: Purpose, benchmarks: list[str]) -> list[str]:
     """One override of the user as Hydra is to see it. Raises ConfigErrors."""
     try:
         override = OverridesParser.create().parse_override(text)
@@ -132,7 +134,7 @@ def _translate(text: str, presets: dict[str, list[str]], purpose: Purpose, bench
     if key.startswith("hydra"):
         raise _refused(text, "Hydra's own settings play no part here", "for presets of your own use --config-dir")
     if key in _GROUPS and override.package is None:
-        return _preset(override, text, presets[key], purpose, benchmarks)
+        return _preset(override, text, presets(key), purpose, benchmarks)
     if override.is_delete():
         return [text]
     if group := meant_group(key):

@@ -44,6 +44,11 @@ class MemoryPhase(Enum):
 
 
 class Part(Enum):
+    """What the memory is used for. A search looks parts up millions of times: they hash by identity, which Enum's own
+    hash, a Python function, does not."""
+
+    __hash__ = object.__hash__
+
     weights = "weights"
     fp8 = "FP8 weights"
     gradients = "gradients"
@@ -57,6 +62,7 @@ class Part(Enum):
     buffers = "buffers"
 
 
+_PARTS = tuple(Part)
 Parts = dict[Part, float]
 
 
@@ -192,8 +198,11 @@ def _starved(config: Config, shape: PlannedShape, phase: MemoryPhase) -> Over | 
 
 
 def _joined(*parts: Parts) -> Parts:
-    sums = {part: sum(one.get(part, 0.0) for one in parts) for part in Part}
-    return {part: size for part, size in sums.items() if size}
+    sums: Parts = {}
+    for one in parts:
+        for part, size in one.items():
+            sums[part] = sums.get(part, 0.0) + size
+    return {part: sums[part] for part in _PARTS if sums.get(part)}
 
 
 def least_rows(config: Config) -> int:

@@ -9,9 +9,10 @@ with it. No trainer shares its GPUs with servers: that is not made to work yet (
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import deepcopy
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from megatron_tempo.config.choices import EngineKind, Recompute
 from megatron_tempo.config.problem import show
@@ -161,13 +162,21 @@ def _engines(config: Config, shape: PlannedShape) -> Iterator[dict[str, object]]
 
 
 def _changed(config: Config, changes: dict[str, object]) -> tuple[Config, tuple[str, ...]]:
-    """A copy with these fields, and the words for those that are not so yet."""
-    changed, words = deepcopy(config), []
+    """A copy with these fields, and the words for those that are not so yet.
+
+    Only the groups that change are copied: a search makes hundreds of configurations, and none of them is written to.
+    """
+    changed, words = copy(config), []
+    copied: dict[tuple[str, ...], Any] = {(): changed}
     for path, value in changes.items():
         *groups, name = path.split(".")
         node = changed
-        for group in groups:
-            node = getattr(node, group)
+        for depth, group in enumerate(groups, start=1):
+            key = tuple(groups[:depth])
+            if key not in copied:
+                copied[key] = copy(getattr(node, group))
+                setattr(node, group, copied[key])
+            node = copied[key]
         if getattr(node, name) != value:
             setattr(node, name, value)
             words.append(_word(path, value))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +43,7 @@ def train(config: Config) -> None:
         StopRequests(Path(config.run.dir), grace) as stop_requests,
         open_context(config) as context,
         Trainer.open(context) as trainer,
+        _short_garbage_collections(),
     ):
         done = trainer.resume()
         with trainer.rescued():
@@ -55,6 +58,21 @@ def train(config: Config) -> None:
                 trainer.evaluate_if_due()
                 trainer.checkpoint_if_due()
             trainer.finish()
+
+
+@contextmanager
+def _short_garbage_collections() -> Iterator[None]:
+    """Exempt all objects that exist now, half a million from the imports alone, from garbage collection.
+
+    Megatron-Core collects garbage while it prepares each model's part of a checkpoint: 0.25 to 0.5 s on one CPU core,
+    milliseconds with this.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def evaluate(config: Config) -> None:

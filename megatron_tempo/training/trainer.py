@@ -405,12 +405,12 @@ class Trainer:
         if self.config.checkpoint.export_hf:
             export_hf(self.config, self.actor, self.critic, exported, self.seen.path)
         if self.context.is_writer:
-            from megatron_tempo.report.html import write_report  # matplotlib: for this rank and moment only
-
             lines = [f"checkpoints: {self.checkpoints.folder}"]
             if self.config.checkpoint.export_hf:
                 lines.append(f"Hugging Face: {exported}")
             if self.config.metrics.report:
+                from megatron_tempo.report.html import write_report  # matplotlib: for this rank and moment only
+
                 with self.metrics.spare("report.html"):
                     lines.append(f"report: {write_report(out)}")
             self.metrics.message("\n".join([summary_table(out), "", *lines]))

@@ -12,8 +12,9 @@ from megatron_tempo.config.choices import Layers
 from megatron_tempo.config.schema import Config
 from megatron_tempo.observability.records import read_metrics
 from megatron_tempo.training.jobs import train
+from tests.support.fork_server import FORK_SERVER, TE_FORK_SERVER, ForkServer
 from tests.support.project import RANDOM, config_of, from_nothing, write_project
-from tests.support.ranks import POOL, WITH_TE, Pool, run_ranks
+from tests.support.ranks import run_ranks
 from tests.support.weights import tensors
 
 ITERATIONS = 3  # the first of them the critic's warm-up: the actor's optimizer has then no state yet
@@ -43,11 +44,11 @@ def run_config(project: Path, run: Path, iterations: int) -> Config:
     return config
 
 
-def launch(config: Config, layout: tuple[int, int, int, int], out: Path, pool: Pool = POOL) -> None:
-    """`pool`: with Transformer Engine's stand-in, its layers and its optimizer are used."""
+def launch(config: Config, layout: tuple[int, int, int, int], out: Path, server: ForkServer = FORK_SERVER) -> None:
+    """`server`: with Transformer Engine's stand-in, its layers and its optimizer are used."""
     config.parallel.tensor, config.parallel.pipeline, config.parallel.context, world = layout
-    config.model.layers = Layers.transformer_engine if pool is WITH_TE else Layers.local
-    run_ranks(train, world, out, config, pool=pool)
+    config.model.layers = Layers.transformer_engine if server is TE_FORK_SERVER else Layers.local
+    run_ranks(train, world, out, config, server=server)
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +95,10 @@ def test_resumed_in_another_layout(
 
 # Who trains until the checkpoint, and who then: optimizers change with the layers.
 HANDS = {
-    "transformer engine": ("untied", (TP2, WITH_TE), (ONE, WITH_TE), 2),
-    "transformer engine, in the warm-up": ("untied", (ONE, WITH_TE), (ONE, WITH_TE), 1),
-    "local to transformer engine": ("olmo3", (ONE, POOL), (TP2, WITH_TE), 2),
-    "transformer engine to local": ("untied", (TP2, WITH_TE), (ONE, POOL), 2),
+    "transformer engine": ("untied", (TP2, TE_FORK_SERVER), (ONE, TE_FORK_SERVER), 2),
+    "transformer engine, in the warm-up": ("untied", (ONE, TE_FORK_SERVER), (ONE, TE_FORK_SERVER), 1),
+    "local to transformer engine": ("olmo3", (ONE, FORK_SERVER), (TP2, TE_FORK_SERVER), 2),
+    "transformer engine to local": ("untied", (TP2, TE_FORK_SERVER), (ONE, FORK_SERVER), 2),
 }
 
 
@@ -107,12 +108,12 @@ def test_resumed_with_other_layers(
 ) -> None:
     kind, first, then, until = HANDS[name]
     run = tmp_path / "run"
-    for (layout, pool), iterations in ((first, until), (then, ITERATIONS)):
+    for (layout, server), iterations in ((first, until), (then, ITERATIONS)):
         config = run_config(projects[kind], run, iterations)
         config.rollout.replay = str(unchanged[kind] / "rollouts")
-        launch(config, layout, tmp_path / f"ranks{iterations}", pool)
+        launch(config, layout, tmp_path / f"ranks{iterations}", server)
         names = ("Transformer Engine 2.11.0", "Transformer Engine's FusedAdam")
-        layers, optimizer = names if pool is WITH_TE else ("Megatron-Core and torch", "torch.optim.AdamW")
+        layers, optimizer = names if server is TE_FORK_SERVER else ("Megatron-Core and torch", "torch.optim.AdamW")
         said = f"device: CPU; layers: {layers}, fp32; optimizer: {optimizer}"
         assert said in (tmp_path / f"ranks{iterations}/rank0.log").read_text()
     assert_resumed(unchanged[kind], run, until, tmp_path)

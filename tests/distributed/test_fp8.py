@@ -22,7 +22,8 @@ from megatron_tempo.config.stages import CriticUpdateConfig
 from megatron_tempo.models.machine import described
 from megatron_tempo.training.context import open_context
 from megatron_tempo.training.setup import build_actor, build_critic
-from tests.support.ranks import WITH_TE, run_ranks
+from tests.support.fork_server import TE_FORK_SERVER
+from tests.support.ranks import run_ranks
 from tests.support.tiny import ragged_batch, write_model
 
 LAYERS = 4
@@ -83,7 +84,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bf16(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     given = model, Precision.bf16, 1, 0, Recompute.none
-    return run_ranks(tried, 1, tmp_path_factory.mktemp("bf16"), *given, pool=WITH_TE)[0]
+    return run_ranks(tried, 1, tmp_path_factory.mktemp("bf16"), *given, server=TE_FORK_SERVER)[0]
 
 
 # The scales of delayed scaling need a pass of one micro-batch with gradient before the first reading.
@@ -106,7 +107,7 @@ def test_what_is_in_fp8(
     recompute: Recompute,
 ) -> None:
     given = model, precision, tensor, ends, recompute
-    for found in run_ranks(tried, tensor, tmp_path / "ranks", *given, pool=WITH_TE):
+    for found in run_ranks(tried, tensor, tmp_path / "ranks", *given, server=TE_FORK_SERVER):
         delayed = precision is Precision.fp8_delayed
         reading, recipe = found["reading"], CLASSES[precision]
         assert len(reading) == 4 * LAYERS * (found["micro"] + delayed)
@@ -155,4 +156,4 @@ def test_the_stand_in_refuses_what_transformer_engine_refuses(tmp_path: Path) ->
     """Or else the test above could not fail."""
     odd = write_model(tmp_path / "model", hidden=24, head_dim=12, ffn=48)
     with pytest.raises(AssertionError, match="FP8 execution requires"):
-        run_ranks(actor_logprobs, 1, tmp_path / "ranks", odd, pool=WITH_TE)
+        run_ranks(actor_logprobs, 1, tmp_path / "ranks", odd, server=TE_FORK_SERVER)

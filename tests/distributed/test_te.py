@@ -12,7 +12,8 @@ import pytest
 
 from megatron_tempo.config.choices import Layers
 from tests.distributed import test_parity, test_update
-from tests.support.ranks import WITH_TE, run_ranks
+from tests.support.fork_server import TE_FORK_SERVER
+from tests.support.ranks import run_ranks
 from tests.support.tiny import write_model
 
 TE = Layers.transformer_engine
@@ -28,7 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_logits_weights_and_export_agree_with_transformers(models: dict[str, Path], name: str, tmp_path: Path) -> None:
     layout = test_parity.LAYOUTS[name]
     given = models, layout, tmp_path, TE
-    by_rank = run_ranks(test_parity.measure_all, layout[3], tmp_path / "ranks", *given, pool=WITH_TE)
+    by_rank = run_ranks(test_parity.measure_all, layout[3], tmp_path / "ranks", *given, server=TE_FORK_SERVER)
     for kind, model in models.items():
         ranks = [found[kind] for found in by_rank]
         test_parity.assert_logits(model, ranks)
@@ -50,5 +51,5 @@ def test_steps_agree_with_plain_torch(tmp_path: Path, model: str, layout: str) -
     path = write_model(tmp_path / "model", **test_update.MODELS[model])
     given = path, "plain", layout, TE
     world = test_update.LAYOUTS[layout][0]
-    found = run_ranks(test_update.updated, world, tmp_path / "ranks", *given, pool=WITH_TE)[0]
+    found = run_ranks(test_update.updated, world, tmp_path / "ranks", *given, server=TE_FORK_SERVER)[0]
     test_update.assert_steps(path, "plain", found)

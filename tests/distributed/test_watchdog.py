@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.fork_server import FORK_SERVER
+from tests.support.ranks import rank_environments
 
 # The ranks are plain processes, and rank 0 holds the store. `KIND` is what rank 1 does, or rank 0 where it says so.
 SCRIPT = """
@@ -46,26 +46,17 @@ def run(folder: Path, kind: str) -> tuple[list[int], list[str]]:
     """The exit codes of two ranks, and what each said."""
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    place |= {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    logs = [folder / f"rank{rank}.log" for rank in range(2)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), kind, str(folder)],
-            env=os.environ | place | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
+        FORK_SERVER.script(script, kind, folder, environment=environment, log=log)
+        for environment, log in zip(rank_environments(2), logs, strict=True)
     ]
     try:
-        said = [process.communicate(timeout=120)[0] for process in processes]
+        codes = [process.wait(timeout=120) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [process.returncode for process in processes], said
+    return codes, [log.read_text() for log in logs]
 
 
 @pytest.mark.parametrize("kind", ["well", "slow"])

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +13,9 @@ from megatron.core import dist_checkpointing
 
 from megatron_tempo.config.tree import save
 from megatron_tempo.observability.records import read_evaluations, read_metrics
+from tests.support.fork_server import FORK_SERVER, Forked
 from tests.support.project import config_of, write_project
+from tests.support.ranks import rank_environments
 
 ITERATIONS = 3  # of each stage
 LAST = 2 * ITERATIONS
@@ -80,29 +78,28 @@ def write_config(project: Path, run: Path) -> Path:
     return path
 
 
-def start(config: Path, log: Path, world: int = 1) -> subprocess.Popen[bytes]:
-    """The run as a process group of its own, so that a kill takes all of it."""
+def start(config: Path, log: Path, world: int = 1) -> list[Forked]:
+    """The run's processes, which append to `log`."""
     script = config.with_suffix(".py")
     script.write_text(SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
-    command = [sys.executable, *launcher, str(script), str(config)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    with log.open("ab") as output:
-        return subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, env=environment)
+    return [FORK_SERVER.script(script, config, environment=one, log=log) for one in rank_environments(world)]
 
 
 def finish(config: Path, log: Path, world: int = 1) -> None:
-    assert start(config, log, world).wait(timeout=280) == 0, log.read_text()[-3000:]
+    processes = start(config, log, world)
+    assert [process.wait(timeout=280) for process in processes] == [0] * world, log.read_text()[-3000:]
 
 
-def kill_when(process: subprocess.Popen[bytes], moment: Callable[[], bool]) -> None:
+def kill_when(processes: list[Forked], moment: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 280
     while not moment():
-        assert process.poll() is None, "the run ended before the moment came"
+        assert all(process.poll() is None for process in processes), "the run ended before the moment came"
         assert time.monotonic() < deadline, "the moment never came"
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait()
 
 
 def final_tensors(run: Path) -> dict[str, torch.Tensor]:

@@ -9,8 +9,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,11 +20,14 @@ from megatron_tempo.config.tree import save
 from megatron_tempo.observability.heartbeat import read_heartbeat
 from megatron_tempo.observability.records import read_metrics
 from megatron_tempo.report.status import status
+from tests.support.fork_server import FORK_SERVER
 from tests.support.project import config_of, write_project
+from tests.support.ranks import rank_environments
 
 # In seconds: short, and yet longer than a busy machine lets a process wait.
 BEAT, SILENT, ENDED = 0.25, 5.0, 2.5
-AT_ONCE = 15.0  # of a fault that is seen at once: a few beats, and what a busy machine takes
+# Of a fault that is seen at once: a few beats, and what a busy machine takes. Without the watchdog it is half an hour.
+AT_ONCE = 90.0
 ITERATIONS = 4
 
 # A fault on one rank, in a phase of the iteration behind so many.
@@ -83,20 +84,12 @@ class Ranks:
         script = log.with_suffix(".py")
         script.write_text(SCRIPT)
         self.mark = log.with_suffix(".mark")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.getcwd()}
-        command = [sys.executable, str(script), kind, str(rank), str(step), str(config), str(self.mark)]
+        arguments = (kind, rank, step, config, self.mark)
         self.logs = [log.with_suffix(f".rank{i}") for i in range(world)]
-        self.processes = []
-        for i in range(world):
-            own = {"RANK": str(i), "LOCAL_RANK": str(i)}
-            with self.logs[i].open("wb") as output:
-                self.processes.append(
-                    subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | place | quiet | own)
-                )
+        self.processes = [
+            FORK_SERVER.script(script, *arguments, environment=environment, log=output)
+            for environment, output in zip(rank_environments(world), self.logs, strict=True)
+        ]
 
     def said(self) -> str:
         return "\n".join(log.read_text(errors="replace") for log in self.logs)

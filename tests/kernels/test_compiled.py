@@ -5,10 +5,12 @@ They are compiled ahead of time, in a process without Triton's interpreter; no G
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -33,14 +35,27 @@ REGISTERS = {
 }
 SHARED = 227 * 1024  # bytes that a program may have
 
+ROOT = Path(__file__).parents[2]
+# What the machine code depends on besides the kernels and Triton.
+COMPILERS = ("megatron_tempo/config/stages.py", "tests/support/compile_kernels.py", "tests/support/hopper.py")
+
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Compiled]]:
-    out = tmp_path_factory.mktemp("compiled") / "kernels.pkl"
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "tests.support.compile_kernels", str(out)]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+def compiled() -> dict[str, list[Compiled]]:
+    """Compiled in a minute, and kept in .cache/ under the hash of everything that it is made of."""
+    sources = [*(ROOT / "megatron_tempo/kernels").glob("*.py"), *map(ROOT.joinpath, COMPILERS)]
+    digest = hashlib.sha256(version("triton").encode())
+    for path in sorted(sources):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    out = ROOT / ".cache/kernels" / f"{digest.hexdigest()}.pkl"
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_suffix(f".{os.getpid()}")
+        environment = os.environ | {"TRITON_INTERPRET": "0"}
+        command = [sys.executable, "-m", "tests.support.compile_kernels", str(partial)]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        partial.rename(out)
     return pickle.loads(out.read_bytes())
 
 

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +94,22 @@ def launches() -> Iterator[list[Compiled]]:
 
 
 def _read(name: str, kernel: Any) -> Compiled:
+    registers, stack, sass = _machine_code(kernel.asm["cubin"])
+    return Compiled(name, registers, stack, kernel.metadata.shared, sass)
+
+
+@cache  # several calls launch the same kernel, and reading one takes a second
+def _machine_code(cubin: bytes) -> tuple[int, int, str]:
+    """Registers and bytes of stack a thread, and the instructions."""
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
 
         def tool(*args: str) -> str:
-            command = [str(TOOLS / "cuobjdump"), *args, str(cubin)]
+            command = [str(TOOLS / "cuobjdump"), *args, str(path)]
             return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
         usage = re.search(r"REG:(\d+) STACK:(\d+)", tool("--dump-resource-usage"))
         assert usage is not None
         registers, stack = map(int, usage.groups())
-        return Compiled(name, registers, stack, kernel.metadata.shared, tool("--dump-sass"))
+        return registers, stack, tool("--dump-sass")

@@ -122,6 +122,7 @@ def over_ranks(folder: Path) -> dict[str, Any]:
             "same": with_classes[:2] == (completions, verdicts)}  # fmt: skip
 
 
+@pytest.mark.long
 def test_any_number_of_ranks_collects_the_same(tmp_path: Path) -> None:
     """Two ranks share five prompts; each rank gets everything, in the prompts' order."""
     folder = write_model(tmp_path / "model", tied=True, layers=1)
@@ -177,6 +178,7 @@ class FailingVerifiers(EchoVerifiers):
         return [1.0 for _ in items]
 
 
+@pytest.mark.long
 def with_a_failure(folder: Path) -> tuple[str, list[int]]:
     dist.init_process_group("gloo")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

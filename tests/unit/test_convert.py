@@ -376,6 +376,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["convert_hf_to_megatron", "convert_megatron_to_hf"])
 def test_killed_it_goes_on_behind_what_is_done(converted: tuple[Path, Path], tmp_path: Path, name: str) -> None:
     folder, checkpoint = converted

@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 
 def targets(page: Path) -> set[Path]:
@@ -16,7 +17,9 @@ def targets(page: Path) -> set[Path]:
 
 
 def test_every_link_between_the_pages_leads_somewhere() -> None:
-    broken = [f"{page.relative_to(ROOT)}: {path}" for page in PAGES for path in targets(page) if not path.exists()]
+    broken = [
+        f"{page.relative_to(ROOT)}: {path}" for page in PAGES + OTHERS for path in targets(page) if not path.exists()
+    ]
     assert broken == []
 
 

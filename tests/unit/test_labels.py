@@ -258,6 +258,7 @@ def unequal(right: Outcome, wrong: Outcome) -> list[str]:
     return [name for name in right.weights if not torch.equal(right.weights[name], wrong.weights[name])]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", UNLABELLED)
 def test_answers_of_the_unlabelled_set_change_scores_and_no_weight(tmp_path: Path, method: Method) -> None:
     right, wrong = both(tmp_path, method)
@@ -271,6 +272,7 @@ def test_answers_of_the_unlabelled_set_change_scores_and_no_weight(tmp_path: Pat
     assert all(good > bad for good, bad in zip(right.scores, wrong.scores, strict=True))
 
 
+@pytest.mark.long
 def test_a_leak_changes_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sets, "load_unlabelled", leaking("tokens"))
     right, wrong = both(tmp_path)

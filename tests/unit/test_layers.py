@@ -158,6 +158,7 @@ def of_a_rank(x: Tensor, weight: Tensor, back: Tensor, tensor: int) -> tuple[Ten
         return out.detach(), part.grad, norm.weight.grad.view(heads, DIM)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_the_norm_over_all_heads_and_its_gradient_by_formula(tmp_path: Path, tensor: int) -> None:
     """On each tensor rank its heads' part of the whole."""

@@ -39,6 +39,7 @@ def test_there_are_clusters_of_both_gpus() -> None:
         assert config.cluster.memory_gb == {"h100": 80, "h200": 141}[name[:4]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cluster", ["h100x8", "h100x64", "h200x16"])
 @pytest.mark.parametrize("experiment", PAPER)
 def test_what_is_suggested_fits(experiment: str, cluster: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.long
 def test_the_table_of_the_documentation_is_current() -> None:
     command = [sys.executable, "-c", "import runpy, sys; sys.path.append('tools'); "
                "sys.argv = ['plan_tables', '--check']; "

@@ -293,6 +293,7 @@ def run(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -
     return int(tool.main())
 
 
+@pytest.mark.long
 def test_the_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """prepare_data.py on AGIEval's two kinds and a row without a label; check_answers.py on what it wrote."""
     kinds = [row for form, (_, row, _) in FORMS.items() if form in ("AGIEval", "AGIEval, blanks", "AGIEval, a blank")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -168,6 +169,7 @@ def test_questions_whose_answers_cannot_be_read_are_named() -> None:
         assert children_started_by(fresh) == 0
 
 
+@pytest.mark.long
 def test_a_hostile_answer_spoils_no_other() -> None:
     """It is no answer, wherever it comes, and the others are what they were."""
     sound = [r"\boxed{1}", r"\boxed{2}", r"\boxed{1.0}"]
@@ -258,11 +260,8 @@ def run_hostile(names: Iterable[str], seconds: float) -> None:
     def watch() -> None:
         nonlocal peak
         while not done.is_set():
-            for worker in psutil.Process().children(recursive=True):
-                try:
-                    peak = max(peak, worker.memory_info().rss)
-                except psutil.NoSuchProcess:
-                    continue
+            with contextlib.suppress(psutil.NoSuchProcess):
+                peak = max([peak, *(worker.memory_info().rss for worker in children())])
             time.sleep(0.02)
 
     watcher = threading.Thread(target=watch)
@@ -285,6 +284,7 @@ def test_every_hostile_text() -> None:
     run_hostile(HOSTILE, seconds=5)
 
 
+@pytest.mark.long
 def test_hostile_text() -> None:
     endless = {"tower in a box", "factorials", "big factorial", "sum", "power of a sum", "parentheses in a box"}
     run_hostile([name for name in HOSTILE if name not in endless], seconds=2.5)
@@ -316,15 +316,18 @@ def test_bare_worker_judges() -> None:
     assert ask_worker(5, r"\boxed{1+x^2}") == ({"correct": True, "exhausted": False, "retire": False}, 0)
 
 
+@pytest.mark.long
 def test_memory_of_a_worker_is_limited() -> None:
     reply, _ = ask_worker(300, HOSTILE["power of a sum"], room=64 * 2**20)
     assert reply is None or reply["exhausted"] or reply["correct"] is False
 
 
+@pytest.mark.long
 def test_worker_whose_trainer_keeps_no_time_ends_by_itself() -> None:
     assert ask_worker(1, ENDLESS) == (None, -signal.SIGXCPU)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_killed_in_the_middle_of_an_item(workers: int) -> None:
     """The worker that has the endless item is killed from outside, and once more; all others are judged right."""

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import os, sys, threading, time
 from pathlib import Path
@@ -42,6 +44,7 @@ threading.Event().wait()
 """
 
 
+@pytest.mark.long
 def test_no_server_is_left(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

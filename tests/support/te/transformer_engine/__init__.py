@@ -3,7 +3,7 @@
 It has the names and signatures of TE 2.11 that megatron.core.extensions.transformer_engine touches, in plain torch,
 with the checks that TE makes of its arguments and shapes. Nothing is computed in FP8: `fp8_autocast` says that it is
 on, the layers check what TE would check then, and `pytorch.record` has what they were called with. Only the processes
-of `tests.support.ranks.WITH_TE` have it on their path.
+of `tests.support.fork_server.TE_FORK_SERVER` have it on their path.
 """
 
 from transformer_engine import common, pytorch

@@ -1,0 +1,29 @@
+"""What a test session says at its start: what it leaves out and how long it takes."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# By the Makefile's target: minutes on two cores with nothing else running, and what is left out.
+ABOUT = {
+    "test-quick": ("1.5", "what needs several processes or more than two seconds (make test)"),
+    "test": ("6", "slow tests, engines, SLURM and GPUs (make test-slow, test-engines, test-slurm, test-gpu)"),
+    "test-slow": ("8", "all but the slow tests"),
+    "test-engines": ("8", "all but the tests against real inference servers"),
+    "test-slurm": ("6", "all but the tests on a real SLURM"),
+}
+
+
+def pytest_report_header() -> list[str]:
+    target = os.environ.get("MAKE_TARGET", "")
+    if target not in ABOUT:
+        return []
+    minutes, left_out = ABOUT[target]
+    return [f"make {target}: about {minutes} minutes on two cores; left out: {left_out}"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers of pytest-xdist share the cores: one thread each."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,0 +1,36 @@
+"""Ports that nothing else takes between the moment when a test chooses one and the moment when it listens there."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import tempfile
+from pathlib import Path
+from typing import IO
+
+# Below the ports that Linux gives to outgoing connections and to whoever binds port 0 (32768 and up).
+PORTS = range(20000, 30000)
+_LOCKS = Path(tempfile.gettempdir()) / "megatron-tempo-test-ports"
+_held: list[IO[str]] = []
+_next = os.getpid() % len(PORTS)
+
+
+def reserve_port() -> int:
+    """A port that nobody listens on. No other test gets it while this process lives: a locked file stands for it."""
+    global _next
+    _LOCKS.mkdir(exist_ok=True)
+    for _ in PORTS:
+        port, _next = PORTS[_next], (_next + 1) % len(PORTS)
+        lock = (_LOCKS / str(port)).open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            lock.close()
+            continue
+        _held.append(lock)
+        return port
+    raise OSError(f"no free port in {PORTS}")
