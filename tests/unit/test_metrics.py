@@ -105,9 +105,13 @@ def test_a_terminal_gets_a_bar_that_says_what_it_is_doing(tmp_path: Path, monkey
             m.plan(STAGES, evaluations=1)
             m.step(step_record(1))
             with m.phase("generate"):
-                time.sleep(0.6)  # the bar is drawn every quarter of a second
+                shown, deadline = "", time.monotonic() + 120
+                while "generate" not in shown:  # the bar is drawn every quarter of a second
+                    assert time.monotonic() < deadline, shown
+                    terminal.flush()
+                    shown += os.read(leader, 100_000).decode()
         terminal.flush()
-        shown = os.read(leader, 100_000).decode()
+        shown += os.read(leader, 100_000).decode()
     assert "stage 1/2 PPO, iteration 2/2, generate" in shown
     assert "about 0:00 left" in shown
 
