@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.errors import InputError
+from megatron_tempo.models.gloo_devices import shared_gloo_devices
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # where none is given
 
@@ -112,22 +113,23 @@ def parallel_groups(
     Under torchrun its rendezvous is used; without it, the run is a single process. On CUDA, CPU tensors still travel
     by gloo: the replicated `Batch` never touches the GPU's links.
     """
-    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        actor = initialize_model_parallel(config, seed, timeout)
-        critic = actor
-        if config.of_critic() != config:
-            parallel_state.destroy_model_parallel()  # forgets the groups, which live on in `actor`
-            critic = initialize_model_parallel(config.of_critic(), seed, timeout)
-        with actor.groups.current():
-            yield Layouts(actor, critic)
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    with shared_gloo_devices():
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            actor = initialize_model_parallel(config, seed, timeout)
+            critic = actor
+            if config.of_critic() != config:
+                parallel_state.destroy_model_parallel()  # forgets the groups, which live on in `actor`
+                critic = initialize_model_parallel(config.of_critic(), seed, timeout)
+            with actor.groups.current():
+                yield Layouts(actor, critic)
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
 
 
 def initialize_model_parallel(config: ParallelConfig, seed: int, timeout: timedelta) -> Layout:
