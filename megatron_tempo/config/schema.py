@@ -96,7 +96,8 @@ class ParallelConfig:
 class DatasetConfig:
     """A file of questions."""
 
-    path: str = "???"  # JSONL or Parquet
+    path: str = "???"  # JSONL or Parquet, or what `reader` reads
+    reader: Extension | None = None  # who reads the rows (docs/extending.md); none: by the name of the file
     prompt_field: str = "prompt"  # column of the question: text, or a list of `{role, content}` messages
     answer_field: str | None = None  # column of the answer; none: answers, if the file has any, are never read
     verifier: Verifier | Extension | None = None

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from megatron_tempo.config import check
-from megatron_tempo.config.extensions import Extension, ExtensionError, load, load_verifier
+from megatron_tempo.config.extensions import Extension, ExtensionError, load, load_reader, load_verifier
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.rules import Purpose
 from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.stages import Method, Needs, Prompts, StageConfig, load_method
 from megatron_tempo.config.tree import differences, read, save
 from megatron_tempo.config.tree import load as load_config
+from megatron_tempo.data.rows import read_rows
 from megatron_tempo.errors import InputError
 from megatron_tempo.methods import METHODS, iterate_of
 from megatron_tempo.methods.learner import Rollouts
@@ -43,7 +44,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in set(sys.modules) - before:
         if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
-    for cached in (load, load_verifier, load_method):
+    for cached in (load, load_verifier, load_reader, load_method):
         cached.cache_clear()
 
 
@@ -378,6 +379,59 @@ def test_the_metrics_of_a_method_are_returned(modules: Path) -> None:
     assert iterate_of(Method.ppo) is METHODS[Method.ppo]
 
 
+# Readers
+
+READERS_OF = {
+    "not callable": ("x = 3", "x is 3 (int), which cannot be called", "define a function x(path)"),
+    "too many parameters": ("def x(path, names): ...", "missing a required argument: 'names'", "def x(path)"),
+    "a class": ("class x: ...", "x is a class", "x = x()"),
+}
+
+
+@pytest.mark.parametrize("case", list(READERS_OF))
+def test_a_reader_of_another_form_is_a_problem(files: Path, modules: Path, case: str) -> None:
+    text, wrong, fix = READERS_OF[case]
+    write(modules, text)
+    for group in (LABELLED, UNLABELLED, HELDOUT):
+        (problem,) = problems(files, f"{group}.reader=import:mine:x")
+        assert (problem.field, problem.value) == (f"{group}.reader", "import:mine:x")
+        assert wrong in problem.wrong
+        assert fix in problem.fix
+
+
+def test_a_reader_is_named_as_an_import() -> None:
+    _, (problem,) = read({"data": {"labelled": {"reader": "csv"}}})
+    assert problem.field == "data.labelled.reader"
+    assert "does not have the form import:package.module:name" in problem.wrong
+
+
+READ = {
+    "None": "import:mine:x returned None; fix: return the rows: an iterable of dicts",
+    "'text'": "import:mine:x returned 'text' (str); fix: return the rows: an iterable of dicts",
+    "[{'prompt': 'a'}, 3]": "import:mine:x returned 3 (int); fix: return a dict as row 1",
+    "open(path / 'nowhere')": "import:mine:x raised FileNotFoundError: ",
+}
+
+
+@pytest.mark.parametrize("returned", list(READ))
+def test_what_a_reader_returns_is_checked(modules: Path, returned: str) -> None:
+    write(modules, f"def x(path): return {returned}")
+    with pytest.raises(InputError) as caught:
+        list(read_rows(modules, ["prompt"], named("x")))
+    assert str(caught.value).startswith(READ[returned])
+
+
+def test_a_reader_gives_rows_with_the_fields_asked_for(files: Path, modules: Path) -> None:
+    write(modules, "def x(path): return [{'prompt': str(path), 'answer': 1}, {'question': 'b'}]")
+    first, second = read_rows(Path("table:1"), ["prompt"], named("x"))
+    assert (first.number, first.fields, first.problem) == (0, {"prompt": "table:1"}, None)
+    assert (second.place, second.fields) == ("row 1", {})
+    assert second.problem is not None
+    assert "field 'prompt' is missing" in second.problem
+    # What the path means is the reader's affair.
+    assert problems(files, "data.labelled.path=table:1", "data.labelled.reader=import:mine:x") == []
+
+
 # The examples
 
 RIGHT = "5 * 1 = 5 + 3 = 8 * 3 = 24 y $"
@@ -393,6 +447,12 @@ def test_the_example_verifier_by_hand(modules: Path) -> None:
         assert verifiers.classes(name, prompt, responses) == [0, None, 1, None, None]
         with pytest.raises(ValueError, match="is not a question such as"):
             verifiers.score([Item(name, "5 1", "", "*")])
+
+
+def test_the_example_reader_by_hand(modules: Path, tmp_path: Path) -> None:
+    (tmp_path / "questions.csv").write_text('prompt,answer\n"1, 2",3\n4,5\n')
+    rows = read_rows(tmp_path / "questions.csv", ["prompt", "answer"], Extension.parse("import:csv_reader:read"))
+    assert [row.fields for row in rows] == [{"prompt": "1, 2", "answer": "3"}, {"prompt": "4", "answer": "5"}]
 
 
 def test_the_example_method_by_hand(modules: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
-from megatron_tempo.config.extensions import Extension, ExtensionError, load_verifier
+from megatron_tempo.config.extensions import Extension, ExtensionError, load_reader, load_verifier
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.schema import Config, DatasetConfig
 from megatron_tempo.config.stages import Prompts, load_method
@@ -15,6 +16,8 @@ def check(config: Config, *, training: bool) -> Iterator[Problem]:
     """`training`: the sets of training count too."""
     for group, dataset in _sets(config, training):
         yield from _verifier(config, group, dataset)
+        if dataset.reader is not None:
+            yield from _problem(f"{group}.reader", dataset.reader, load_reader)
 
 
 def check_methods(config: Config) -> Iterator[Problem]:
@@ -26,7 +29,8 @@ def check_methods(config: Config) -> Iterator[Problem]:
 def without_methods(config: Config, problems: list[Problem]) -> Config:
     """The configuration without the stages whose methods these problems reject: what they need is not known."""
     refused = [problem.field.partition(".")[0] for problem in problems]
-    return replace(config, **{name: replace(config.stages()[name], iterations=0) for name in refused})
+    stages: dict[str, Any] = {name: replace(config.stages()[name], iterations=0) for name in refused}
+    return replace(config, **stages)
 
 
 def imported_verifiers(config: Config) -> list[Extension]:
