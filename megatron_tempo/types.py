@@ -103,7 +103,7 @@ class Batch:
     engine_logprobs: Tensor  # float32 [T]: as the engine saw them
     stopped: Tensor  # bool [n]: the response ended by itself
     versions: Tensor  # int32 [T]: the weights that made the token, by the run's iteration; -1: not known
-    correct: Tensor | None = None  # float32 [n] in {0, 1}: the verifier's verdict; None for unlabelled prompts
+    correct: Tensor | None = None  # float32 [n] in [0, 1]: the verifier's verdict; None for unlabelled prompts
     answer_class: Tensor | None = (
         None  # int64 [n]: equal numbers, equal answers to a prompt; -1: no answer; None: unread
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from megatron_tempo.config.extensions import short_name
 from megatron_tempo.config.schema import MetricsConfig
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.observability.alerts import Watch
@@ -268,7 +269,7 @@ class Metrics:
     def _step_line(self, line: Record) -> str:
         total = self._forecast.stages[line["stage"]].iterations if self._forecast is not None else None
         count = f"{line['iteration']}/{total}" if total else str(line["iteration"])
-        cells = [f"{line['stage']} {line['method']:<5} {count:>7}"]
+        cells = [f"{line['stage']} {short_name(line['method']):<5} {count:>7}"]
         cells += [form.format(line[name]) for form, name in COLUMNS if _is_number(line.get(name))]
         if self._forecast is not None:
             cells.append(f"{clock(self._forecast.left())} left")

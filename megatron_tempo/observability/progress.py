@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from megatron_tempo.config.extensions import short_name
 from megatron_tempo.config.stages import StageConfig
 
 RECENT = 20  # iterations whose mean time stands for the ones to come
@@ -54,7 +55,7 @@ class Forecast:
         for number, (name, stage) in enumerate(self.stages.items(), start=1):
             if self._done[name] < stage.iterations:
                 iteration = f"iteration {self._done[name] + 1}/{stage.iterations}"
-                return f"stage {number}/{len(self.stages)} {stage.method.name.upper()}, {iteration}"
+                return f"stage {number}/{len(self.stages)} {short_name(stage.method.name).upper()}, {iteration}"
         return "training done"
 
 

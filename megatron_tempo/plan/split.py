@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_tempo.config.choices import EngineKind
 from megatron_tempo.config.problem import Problem
-from megatron_tempo.config.rules import cluster, layout, numbers, precision, rollout, stages
+from megatron_tempo.config.rules import cluster, extensions, layout, numbers, precision, rollout, stages
 from megatron_tempo.config.schema import Config
 from megatron_tempo.plan.shapes import PlannedShape, shape_of
 
@@ -59,7 +59,7 @@ def split_of(config: Config) -> Split:
 def problems(config: Config) -> list[Problem]:
     """What keeps a configuration from being planned for. Sets of questions and this machine's programs play no part."""
     shape, wrong = shape_of(config)
-    wrong += [*numbers.check(config), *_cluster(config)]
+    wrong += [*numbers.check(config), *_cluster(config), *extensions.check_methods(config)]
     if wrong or shape is None:
         return wrong
     return [*laid_out(config, shape), *(p for p in stages.check(config) if not p.field.startswith(_ELSEWHERE))]

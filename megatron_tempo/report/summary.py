@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import hypot
 from pathlib import Path
 
+from megatron_tempo.config.extensions import short_name
 from megatron_tempo.errors import InputError
 from megatron_tempo.observability.alerts import Alert, alerts
 from megatron_tempo.observability.records import Record, read_evaluations, read_metrics, read_samples, read_warnings
@@ -95,7 +96,7 @@ class Run:
         return [
             Stage(
                 name,
-                f"{_words(name).capitalize()} · {records[0]['method'].upper()}",
+                f"{_words(name).capitalize()} · {short_name(records[0]['method']).upper()}",
                 min(record["step"] for record in records),
                 max(record["step"] for record in records),
             )

@@ -145,5 +145,7 @@ def _about(config: Config) -> Record:
 
 
 def _file(path: str) -> Record:
+    if not Path(path).is_file():  # what a user's own reader reads
+        return {"path": path, "sha256": None}
     with open(path, "rb") as file:
         return {"path": path, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

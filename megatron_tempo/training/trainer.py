@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_tempo.checkpoint.checkpoints import Checkpoints
 from megatron_tempo.config import schedule
 from megatron_tempo.config.schema import Config, to_plain
-from megatron_tempo.config.stages import NEEDS, Prompts, StageConfig
+from megatron_tempo.config.stages import Prompts, StageConfig
 from megatron_tempo.config.tree import differences
 from megatron_tempo.config.tree import load as load_config
 from megatron_tempo.config.tree import save as save_config
@@ -29,7 +29,7 @@ from megatron_tempo.data.sets import QuestionKeys, evaluation_sets, prompt_strea
 from megatron_tempo.data.stream import PromptStream
 from megatron_tempo.errors import EngineError, InputError, Stopped, UnwrittenError
 from megatron_tempo.evaluation.evaluator import Evaluator
-from megatron_tempo.methods import METHODS
+from megatron_tempo.methods import iterate_of
 from megatron_tempo.methods.learner import Learner, Rollouts
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
@@ -173,7 +173,7 @@ class Trainer:
             self.phase,
             seed=f"{self.config.run.seed}/{stage_name}/{iteration}",
         )
-        metrics = METHODS[stage.method](learner, rollouts, stage, iteration)
+        metrics = iterate_of(stage.method)(learner, rollouts, stage, iteration)
         metrics |= _rollout_metrics(rollouts, self.step, time.monotonic() - started)
         peaks = self.peaks.take()
         if iteration == stage.critic.warmup_iterations:  # the first with all its phases
@@ -245,7 +245,7 @@ class Trainer:
 
     def _classes_by(self, stage: StageConfig) -> str | None:
         """The verifier that tells which answers to an unlabelled prompt are equal; none: the method does not ask."""
-        if not NEEDS[stage.method].classes:
+        if not stage.needs.classes:
             return None
         dataset = self.config.data.unlabelled
         assert dataset is not None
