@@ -44,7 +44,7 @@ def held_up(config: Config) -> None:
     def iterated(run: Trainer, *args: object) -> object:
         metrics = iterate(run, *args)
         if run.step == 3:
-            assert run.checkpoints.saved is None
+            assert run.state.checkpoints.saved is None
             go.set()
         return metrics
 
@@ -92,7 +92,7 @@ def cramped(config: Config, rank: int) -> str:
     limits, iterate = resource.getrlimit(resource.RLIMIT_FSIZE), Trainer.iterate
 
     def iterated(run: Trainer, *args: object) -> object:
-        run.checkpoints.wait()
+        run.state.checkpoints.wait()
         if run.step == 2 and dist.get_rank() == rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         return iterate(run, *args)
@@ -134,7 +134,7 @@ def goes_down(config: Config) -> str:
 
     def iterated(run: Trainer, *args: object) -> object:
         if run.step == 2:
-            assert run.checkpoints.saved is None
+            assert run.state.checkpoints.saved is None
             raise ZeroDivisionError
         return iterate(run, *args)
 
