@@ -19,10 +19,10 @@ from torch.distributed import Store, distributed_c10d
 @contextmanager
 def shared_gloo_devices() -> Iterator[None]:
     """Let all gloo groups that are opened in this block use the same devices."""
-    usual = distributed_c10d.ProcessGroupGloo
+    usual: Any = distributed_c10d.ProcessGroupGloo
     first: list[Any] = []
 
-    class SharedDevices(usual):  # type: ignore[misc, valid-type]
+    class SharedDevices(usual):  # type: ignore[misc]
         """What torch makes of a gloo group's arguments, with the first group's devices."""
 
         def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
