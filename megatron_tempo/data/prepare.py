@@ -40,20 +40,20 @@ class Order:
     name: str  # of config.benchmarks, or CUSTOM
     sources: Sequence[Path]
     out: Path
-    pattern: str | None = None  # the files of a folder; none: the benchmark's
+    pattern: str | None = None  # glob of the folder's files; None: the benchmark's
     unlabelled: bool = False  # questions alone
     heldout: int = 0  # questions that go to a file of their own
     seed: int = 0  # of the held-out questions and of shuffled options
     prompt_field: str | None = None
     answer_field: str | None = None
     id_field: str | None = None
-    verifier: Verifier | None = None  # none: the benchmark's
-    force: bool = False  # replace files that are there
+    verifier: Verifier | None = None  # None: the benchmark's
+    force: bool = False  # replace existing files
 
 
 @dataclass(slots=True)
 class Report:
-    """What became of the rows."""
+    """The result for each row: kept, or why not."""
 
     rows: int = 0
     kept: int = 0
@@ -267,7 +267,7 @@ def stated(verifier: Verifier, answer: str) -> str:
 
 
 def _held_out(questions: list[Question], count: int, seed: int) -> set[str]:
-    """So many questions by their keys, drawn by the seed and each question's text alone."""
+    """The keys of `count` questions, drawn by the seed and each question's text only."""
 
     def draw(key: str) -> bytes:
         return hashlib.sha256(json.dumps([seed, key]).encode()).digest()

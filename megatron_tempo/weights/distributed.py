@@ -51,7 +51,7 @@ from megatron_tempo.weights.files import DTYPES, Entry, atomic
 from megatron_tempo.weights.param_mapping import ParamMapping, ShardedVocab
 
 BACKEND = CheckpointingConfig("torch_dist", 1)
-# A vocabulary matrix is written in chunks of at most so many bytes; all else is one chunk for each mapping and layer.
+# Largest chunk of a vocabulary matrix, in bytes; everything else is one chunk per mapping and layer.
 CHUNK_BYTES = 256 << 20
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
@@ -283,7 +283,7 @@ class StoredWeights:
     def read(self, mapping: ParamMapping, dtype: torch.dtype | None) -> Iterator[Tensor]:
         """The data of the mapping's Hugging Face tensors, in order; a vocabulary matrix in the pieces it was saved in.
 
-        Beside what it yields, it holds a saved chunk and the mapping's tensor in Megatron's form.
+        In addition to what it yields, it holds a saved chunk and the mapping's tensor in Megatron's format.
         """
         location, stored = self._locations[mapping], self._stored(mapping)
         dtype = dtype or stored.properties.dtype
@@ -324,7 +324,7 @@ class StoredWeights:
             shown = "\n  ".join(problems)
             raise InputError(f"{self._folder} does not fit the model ({len(problems)} problems):\n  {shown}")
         if gone := sorted(name for name in self.files if not (self._folder / name).is_file()):
-            raise InputError(f"{self._folder}: files are missing: {', '.join(gone)}")
+            raise InputError(f"{self._folder}: files are missing: {', '.join(gone)}; copy the checkpoint again")
 
 
 def _misfit(mapping: ParamMapping, location: CheckpointLocation, stored: TensorStorageMetadata) -> str | None:
