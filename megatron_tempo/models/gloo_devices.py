@@ -22,7 +22,7 @@ def shared_gloo_devices() -> Iterator[None]:
     usual: Any = distributed_c10d.ProcessGroupGloo
     first: list[Any] = []
 
-    class SharedDevices(usual):  # type: ignore[misc]
+    class SharedDevices(usual):
         """What torch makes of a gloo group's arguments, with the first group's devices."""
 
         def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
