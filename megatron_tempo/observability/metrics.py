@@ -104,11 +104,8 @@ class Metrics:
             self._wandb = _wandb(run_dir, config.wandb_project, self.warn)
 
     def plan(self, stages: Mapping[str, StageConfig], evaluations: int, step: int = 0) -> None:
-        """Set what remains, for the estimate of the time left, and start the progress bar.
-
-        `stages`: all stages of the run. `evaluations`: evaluation records still to be written. `step`: iterations that
-        a resumed run has completed.
-        """
+        """Set what remains, for the time left, and start the progress bar. `stages`: all stages. `evaluations`:
+        records still to be written. `step`: completed iterations of a resumed run."""
         if not self._is_writer:
             return
         self._watch, self._resumed = Watch(), step

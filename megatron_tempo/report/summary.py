@@ -105,7 +105,7 @@ class Run:
         ]
 
     def milestones(self) -> list[Milestone]:
-        """In the order of the run. A stage without iterations adds none: it has the step of the stage before."""
+        """In the order of the run. A stage without iterations adds no milestone: it has the previous stage's step."""
         milestones: dict[int, Milestone] = {}
         for record in self.evaluations:
             if record["point"] == "during":
