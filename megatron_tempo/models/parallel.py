@@ -22,7 +22,8 @@ from torch import Tensor
 
 from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.errors import InputError
-from megatron_tempo.models.gloo_devices import shared_gloo_devices
+from megatron_tempo.models.megatron_compat.gloo_devices import shared_gloo_devices
+from megatron_tempo.models.megatron_compat.group_globals import read_group_globals, write_group_globals
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # where none is given
 
@@ -36,17 +37,17 @@ class Groups:
     @classmethod
     def now(cls) -> Groups:
         """Those that are in place."""
-        return cls({name: value for name, value in vars(parallel_state).items() if name.isupper()})
+        return cls(read_group_globals())
 
     @contextmanager
     def current(self) -> Iterator[None]:
         """In place for Megatron, until the end of the block."""
         before = Groups.now()
-        vars(parallel_state).update(self._globals)
+        write_group_globals(self._globals)
         try:
             yield
         finally:
-            vars(parallel_state).update(before._globals)
+            write_group_globals(before._globals)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,13 @@ import resource
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_tempo.checkpoint import saving
 from megatron_tempo.config.schema import Config
@@ -35,11 +37,11 @@ def run_config(project: Path, run: Path, pipeline: int = 2) -> Config:
 
 def held_up(config: Config) -> None:
     """Train, with the first checkpoint's files held up until one more iteration is done."""
-    write, iterate, go = saving._write_file, Trainer.iterate, threading.Event()
+    write, iterate, go = saving.write_bucket, Trainer.iterate, threading.Event()
 
-    def held(*args: object, **kwargs: object) -> None:
+    def held(*args: Any, **kwargs: Any) -> list[WriteResult]:
         assert go.wait(100)
-        write(*args, **kwargs)
+        return write(*args, **kwargs)
 
     def iterated(run: Trainer, *args: object) -> object:
         metrics = iterate(run, *args)
@@ -48,11 +50,11 @@ def held_up(config: Config) -> None:
             go.set()
         return metrics
 
-    saving._write_file, Trainer.iterate = held, iterated
+    saving.write_bucket, Trainer.iterate = held, iterated
     try:
         train(config)
     finally:
-        saving._write_file, Trainer.iterate = write, iterate
+        saving.write_bucket, Trainer.iterate = write, iterate
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -126,11 +128,11 @@ def test_a_file_that_cannot_be_written_ends_the_run_on_every_rank(tmp_path: Path
 
 def goes_down(config: Config) -> str:
     """Train, with an error in the iteration that follows the first checkpoint, whose files take their time."""
-    write, iterate = saving._write_file, Trainer.iterate
+    write, iterate = saving.write_bucket, Trainer.iterate
 
-    def slow(*args: object, **kwargs: object) -> None:
+    def slow(*args: Any, **kwargs: Any) -> list[WriteResult]:
         time.sleep(0.5)
-        write(*args, **kwargs)
+        return write(*args, **kwargs)
 
     def iterated(run: Trainer, *args: object) -> object:
         if run.step == 2:
@@ -138,13 +140,13 @@ def goes_down(config: Config) -> str:
             raise ZeroDivisionError
         return iterate(run, *args)
 
-    saving._write_file, Trainer.iterate = slow, iterated
+    saving.write_bucket, Trainer.iterate = slow, iterated
     try:
         train(config)
     except ZeroDivisionError:
         return "down"
     finally:
-        saving._write_file, Trainer.iterate = write, iterate
+        saving.write_bucket, Trainer.iterate = write, iterate
     return "up"
 
 
