@@ -3,6 +3,7 @@
     optimizer.py           the distributed optimizer's groups, Adam state and checkpoint layout
     cpu_backend.py         Megatron-Core's CUDA calls on a machine without CUDA
     checkpoint_writer.py   Megatron's checkpoint writer without its processes
+    gloo_devices.py        one gloo device for all process groups of a rank
     group_globals.py       Megatron's process groups, which are module globals
     torch_private.py       torch's process groups apart from the default one, checkpoint records, shared GPU memory
 
