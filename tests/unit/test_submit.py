@@ -275,7 +275,7 @@ def test_a_chain_is_submitted_with_its_snapshot(
     # Before any of them has ended nothing else may write there.
     (queue.folder / "active").write_text("7\n102\n103\n")
     assert cli.main(["submit", *good]) == 2
-    assert "job 102, 103 of run.dir=" in capsys.readouterr().err
+    assert "job 102, 103 of this run waits or runs" in capsys.readouterr().err
     assert [path.name for path in snapshot.jobs(tmp_path / "run")] == ["0001"]
 
 
@@ -283,7 +283,7 @@ def test_the_next_submission_says_what_is_otherwise(
     good: list[str], queue: Queue, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["submit", *good]) == 0
-    assert "otherwise" not in capsys.readouterr().out
+    assert "differences from" not in capsys.readouterr().out
     (tmp_path / "run/jobs/0001/code/megatron_tempo/training/trainer.py").write_text("")
     assert cli.main(["submit", *good, "run.seed=7"]) == 0
     out = capsys.readouterr().out
