@@ -291,7 +291,9 @@ def test_other_inputs_than_what_it_was_begun_with_are_refused(tmp_path: Path) ->
         ((folder, out, "critic", PART), "model was actor, is critic"),
         ((folder, out, "actor", PART + 1), f"part was {PART}, is {PART + 1}"),
     ):
-        with pytest.raises(InputError, match=rf"out.partial was begun with other inputs \({why}\): remove it to begin"):
+        with pytest.raises(
+            InputError, match=rf"out.partial was begun with other inputs \({why}\): remove it to start over"
+        ):
             to_megatron(*args, quiet)
     os.utime(folder / "model.safetensors", (1, 1))
     with pytest.raises(InputError, match=r"files: model.safetensors changed"):
