@@ -56,7 +56,7 @@ def range_problems(project: str, found: str, requirements: list[str]) -> list[st
     if not ranges:
         return [f"megatron-core says nothing of {project}"]
     return [
-        f"{project} is {found}, and megatron-core wants {specifier}"
+        f"{project} is {found}, but megatron-core requires {specifier}"
         for specifier in ranges
         if not specifier.contains(found, prereleases=True)
     ]

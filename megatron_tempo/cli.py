@@ -1,4 +1,4 @@
-"""The commands."""
+"""The command line: parses the arguments, builds the configuration, runs a command, returns its exit status."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from megatron_tempo.report.status import status
 from megatron_tempo.submit import job as jobs
 from megatron_tempo.submit.submission import preview, submit
 
-STOPPED = 75  # exit status of a run that was told to stop: the same command goes on (EX_TEMPFAIL of sysexits.h)
+STOPPED = 75  # exit status of a run that stopped on request: rerun the same command (EX_TEMPFAIL of sysexits.h)
 
 _DESCRIPTION = "TEMPO: test-time training of reasoning models by EM, on Megatron-Core."
 _EPILOG = """\
-overrides, in Hydra's grammar:
+overrides, in Hydra's syntax:
   experiment=quickstart            a preset: configs/experiment/*.yaml
-  algorithm=reference              the published code where it departs from the paper
-  parallel.tensor=2                one field; docs/configuration.md has the groups
+  algorithm=reference              follow the published code where it differs from the paper
+  parallel.tensor=2                set one field; docs/configuration.md lists all fields
   model=FOLDER                     short for model.path=FOLDER
 
 examples:
@@ -43,30 +43,33 @@ examples:
   megatron-tempo eval  model=FOLDER data=questions.jsonl
   megatron-tempo submit experiment=qwen3_8b_aime cluster=mysite ... --dry-run
 
-eval: data=FILE (.jsonl or .parquet) becomes the evaluation set evaluation.sets.STEM, STEM being the file's name without
-its ending. Its fields are prompt_field=prompt, answer_field=answer and verifier=math unless given, as in
-evaluation.sets.questions.verifier=countdown. It may be given several times. Of a benchmark=NAME (or [NAME,NAME]) with
-the file's name these fields and the suffix are the benchmark's: docs/data.md."""
+eval: data=FILE (.jsonl or .parquet) adds the evaluation set evaluation.sets.STEM, where STEM is the file's name without
+its suffix. The defaults are prompt_field=prompt, answer_field=answer and verifier=math. Override them, for example, by
+evaluation.sets.questions.verifier=countdown. You can give data= several times. With benchmark=NAME (or [NAME,NAME]), a
+file of that name uses the benchmark's fields, verifier and prompt suffix: docs/data.md."""
 
 _COMMANDS = {
     "train": "check the configuration, then train",
     "check": "report every problem of a configuration, without torch",
-    "plan": "tell the memory and the time that a configuration will need, and which layouts fit, without torch",
+    "plan": "predict memory and time of a configuration, and list the layouts that fit, without torch",
     "eval": "measure avg@k and pass@k of a model",
     "submit": "check the configuration, print its plan, and submit it to SLURM (docs/cluster.md)",
-    "serve": "rollout servers on a node of their own; what submit starts there",
+    "serve": "run rollout servers on this node; submit starts this command on each engine node",
 }
-# Commands that read folders of runs: what they are for, and how many folders they take.
+# Commands that read run folders: their help, and how many folders they take.
 _READERS: dict[str, tuple[str, int | str]] = {
-    "status": ("tell what a run is doing, from its folder", 1),
+    "status": ("show what a run is doing, from its folder", 1),
     "report": ("write a run's report.html, or a page that compares several runs", "+"),
     "compare": ("compare two evaluations of the same questions, question by question", 2),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 2 where the user has something to mend, 1 where an engine or a disk failed, which may
-    be over when the same command is given again, or a plan does not fit, or STOPPED."""
+    """Returns the exit status.
+
+    0: success. 1: an engine or a disk failed (a rerun may succeed), the loss was not finite, a plan does not fit, or a
+    run needs attention (`status`). 2: the user's input is wrong. STOPPED: the run was asked to stop.
+    """
     arguments = _arguments(argv)
     if arguments.command in _READERS:
         return _read(arguments)
@@ -91,12 +94,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _run(arguments.command, config)
     except InputError as error:
-        # One report a node: what is wrong, such as a file that is not there, may be wrong on one node alone.
+        # One report per node: a problem, such as a missing file, may exist on one node only.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             host = "" if os.environ.get("RANK", "0") == "0" else f"{socket.gethostname()}: "
             print(f"{host}{'' if isinstance(error, ConfigErrors) else 'error: '}{error}", file=sys.stderr)
         return 2
-    except EngineError as error:  # on the rank that saw it
+    except EngineError as error:  # on the rank where it occurred
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Stopped as stopped:
@@ -111,8 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _quiet() -> None:
-    """What Megatron-Core and torch's distributed layer warn of (missing Apex, their own deprecations) is not the
-    user's."""
+    """Hide warnings of Megatron-Core and torch's distributed layer (missing Apex, their own deprecations): the user
+    cannot act on them."""
     warnings.filterwarnings("ignore", module=r"megatron(\.|_tempo\.models\.device)|torch\.(distributed|jit)")
 
 
@@ -132,7 +135,7 @@ def _run(command: str, config: Config) -> None:
 
 
 def _read(arguments: argparse.Namespace) -> int:
-    """The commands that read the folders of runs."""
+    """Run one of the commands in `_READERS`."""
     runs = [Path(run) for run in arguments.runs]
     try:
         if arguments.command == "status":
@@ -140,11 +143,11 @@ def _read(arguments: argparse.Namespace) -> int:
             print(state.text)
             return 0 if state.well else 1
         if arguments.command == "compare":
-            from megatron_tempo.report.results import compare  # numpy and scipy: for this alone
+            from megatron_tempo.report.results import compare  # slow imports: numpy and scipy
 
             print(compare(*runs))
             return 0
-        from megatron_tempo.report.comparison import write_comparison  # matplotlib: for this alone
+        from megatron_tempo.report.comparison import write_comparison  # slow import: matplotlib
         from megatron_tempo.report.html import write_report
 
         alone = len(runs) == 1 and arguments.out is None
@@ -161,7 +164,7 @@ def _plan(config: Config, picture: str | None) -> int:
     own, plans = plan_of(config, shape), search(config, shape)
     print(report(config, shape, own, plans))
     if picture is not None:
-        from megatron_tempo.plan.picture import draw  # matplotlib: for this alone
+        from megatron_tempo.plan.picture import draw  # slow import: matplotlib
 
         try:
             draw(own, Path(picture))
@@ -189,7 +192,7 @@ def _submit(config: Config, kind: jobs.Kind, arguments: argparse.Namespace) -> i
 
 
 def _planned(config: Config) -> str:
-    """The plan, or why there is none."""
+    """The plan as text, or the reason why there is none."""
     if problems := plan_problems(config):
         return f"no plan: {problems[0]}"
     shape = shape_of(config)[0]
@@ -206,11 +209,11 @@ def build(
     whole: str | None = None,
     submitted: jobs.Kind | None = None,
 ) -> Config:
-    """The checked configuration. Raises ConfigErrors with everything that is wrong with it.
+    """Build and check the configuration. Raises ConfigErrors with every problem in it.
 
-    `whole` is a config.json that the overrides go over, in place of the tree's defaults. Where it is to be `submitted`
-    the cluster is checked too, and `world_size` is as many as the job will start. Where a preset is unknown the rules
-    are not checked: most of what they would say follows from its absence.
+    `whole`: a config.json that replaces the default tree; the overrides apply on top of it. `submitted`: the kind of a
+    job to submit; the cluster is checked too, and `world_size` is the number of processes that the job will start. If a
+    preset is unknown, the rules are not checked: most of their problems would follow from the missing preset.
     """
     plain, problems = compose_tree(overrides, purpose, config_dir, whole)
     config, unread = read(plain)
@@ -236,25 +239,27 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join([*_COMMANDS, *_READERS]))
     for name, text in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, epilog=_EPILOG, formatter_class=raw)
-        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the configuration")
-        command.add_argument("--config-dir", metavar="DIR", help="a folder of your own presets, searched as well")
-        command.add_argument("--config", metavar="FILE", help="a config.json that the changes go over")
+        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the configuration")
+        command.add_argument("--config-dir", metavar="DIR", help="a folder with presets of your own, searched too")
+        command.add_argument("--config", metavar="FILE", help="start from this config.json instead of the defaults")
         if name == "plan":
-            command.add_argument("--picture", metavar="FILE", help="draw the memory by phase, as a .png, .svg or .pdf")
+            command.add_argument(
+                "--picture", metavar="FILE", help="plot the memory of each phase, as .png, .svg or .pdf"
+            )
         elif name == "submit":
             _submit_options(command)
         elif name == "serve":
-            command.add_argument("--folder", metavar="DIR", required=True, help="holds the key; gets the addresses")
+            command.add_argument(
+                "--folder", metavar="DIR", required=True, help="contains the key; receives the addresses"
+            )
     for name, (text, count) in _READERS.items():
         reader = commands.add_parser(name, help=text, description=text)
-        reader.add_argument("runs", nargs=count, metavar="RUN", help="folder of a run: its run.dir")
+        reader.add_argument("runs", nargs=count, metavar="RUN", help="folder of a run (its run.dir)")
         if name == "report":
-            reader.add_argument(
-                "--out", metavar="FILE", help="where to write a comparison; comparison.html unless given"
-            )
+            reader.add_argument("--out", metavar="FILE", help="output of a comparison (default: comparison.html)")
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if "--" in words else len(words)
-    arguments, rest = parser.parse_known_args(words[:end])  # argparse leaves overrides behind an option over
+    arguments, rest = parser.parse_known_args(words[:end])  # argparse does not consume overrides after an option
     if unknown := [word for word in rest if word.startswith("-")]:
         parser.error(f"unknown option {unknown[0]}")
     if arguments.command in _READERS:
@@ -265,11 +270,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments.words = words[end + 1 :]
     converts = arguments.command == "submit" and arguments.job == "convert"
     if converts and (not arguments.words or arguments.words[0] not in _CONVERTERS):
-        parser.error(f"--job convert wants -- {' or '.join(_CONVERTERS)} and its arguments at the end")
+        parser.error(f"--job convert: end the command with -- {' or '.join(_CONVERTERS)} and its arguments")
     if arguments.command == "submit" and arguments.chain > 1 and arguments.job != "train":
-        parser.error("--chain is for training: nothing else is done in parts")
+        parser.error(f"--chain={arguments.chain}: only training can be split into several jobs; use --job train")
     if arguments.words and not converts:
-        parser.error("what stands behind -- is for submit --job convert")
+        parser.error("arguments after -- require submit --job convert")
     return arguments
 
 
@@ -278,8 +283,13 @@ _CONVERTERS = ("convert_hf_to_megatron", "convert_megatron_to_hf")
 
 def _submit_options(command: argparse.ArgumentParser) -> None:
     kinds = tuple(jobs.Kind.__members__)
-    command.add_argument("--job", choices=kinds, default="train", help="what to do (default: train)")
-    command.add_argument("--dry-run", action="store_true", help="print the plan and the script, submit nothing")
+    command.add_argument("--job", choices=kinds, default="train", help="kind of job (default: train)")
+    command.add_argument("--dry-run", action="store_true", help="print the plan and the script; submit nothing")
     command.add_argument(
-        "--chain", type=int, choices=range(1, 100), default=1, metavar="N", help="so many jobs, one behind another"
+        "--chain",
+        type=int,
+        choices=range(1, 100),
+        default=1,
+        metavar="N",
+        help="N jobs; each resumes the one before",
     )

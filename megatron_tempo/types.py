@@ -7,7 +7,7 @@ made from `UnlabelledPrompt` alone, which has no field an answer could sit in.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -72,11 +72,17 @@ class TokenCount:
         self.tokens += tokens
         self.padding += padding
 
-    def take(self) -> TokenCount:
-        """The count so far, which starts again from zero."""
-        taken = TokenCount(self.tokens, self.padding)
-        self.tokens = self.padding = 0
-        return taken
+    def padding_since(self, earlier: TokenCount) -> float:
+        """The share of padding among the tokens that were counted after `earlier`."""
+        return (self.padding - earlier.padding) / max(self.tokens - earlier.tokens, 1)
+
+    @staticmethod
+    def total(counts: Iterable[TokenCount]) -> TokenCount:
+        """The sum of the counts, which does not change when they do."""
+        total = TokenCount()
+        for count in counts:
+            total.add(count.tokens, count.padding)
+        return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +109,7 @@ class Batch:
     engine_logprobs: Tensor  # float32 [T]: as the engine saw them
     stopped: Tensor  # bool [n]: the response ended by itself
     versions: Tensor  # int32 [T]: the weights that made the token, by the run's iteration; -1: not known
-    correct: Tensor | None = None  # float32 [n] in {0, 1}: the verifier's verdict; None for unlabelled prompts
+    correct: Tensor | None = None  # float32 [n] in [0, 1]: the verifier's verdict; None for unlabelled prompts
     answer_class: Tensor | None = (
         None  # int64 [n]: equal numbers, equal answers to a prompt; -1: no answer; None: unread
     )

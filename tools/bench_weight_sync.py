@@ -397,7 +397,7 @@ def main() -> None:
     parser.add_argument("--pipeline", type=int, default=1)
     parser.add_argument("--engine-tensor", type=int, default=1)
     parser.add_argument("--bucket-mb", type=int, default=512, help="parallel.bucket_mb")
-    parser.add_argument("--rounds", type=int, default=5, help="beside round 0")
+    parser.add_argument("--rounds", type=int, default=5, help="in addition to round 0")
     parser.add_argument("--work", type=Path, metavar="DIR", help="where the folder is written, on the disk to measure")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE too")
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)  # of a trainer rank

@@ -26,8 +26,9 @@ import yaml
 from made_parts import write_or_check
 
 from megatron_tempo.config.benchmarks import BENCHMARKS
+from megatron_tempo.config.extensions import Extension
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.tree import MISSING, strip_optional
+from megatron_tempo.config.tree import MISSING, is_optional, strip_optional, takes_extension
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "configuration.md"
@@ -42,7 +43,7 @@ PRESETS = {
     "cluster": "the machines that `plan` plans for ([planning.md](planning.md)), and how a site takes jobs "
     "([cluster.md](cluster.md))",
 }
-TYPES = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+TYPES = {bool: "true or false", int: "whole number", float: "number", str: "text", Extension: "`import:MODULE:NAME`"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +74,11 @@ class Group:
             if is_dataclass(inner) and inner is hint:
                 continue
             default = told({place: getattr(node, name) for place, node in self.places.items()})
-            optional = inner is not hint and default != "none"
-            kind = f"{type_of(inner)}{' or none' if optional else ''}"
+            kind = type_of(inner)
+            if inner is not Extension and takes_extension(hint):
+                kind += f" or {TYPES[Extension]}"
+            if is_optional(hint) and default != "none":
+                kind += " or none"
             yield f"`{start}.{name}`", kind, default, meaning(comments[name], inner)
 
 

@@ -28,7 +28,7 @@ def run(convert: Callable[[], int], out: Path) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped: the same command goes on from here", file=sys.stderr)
+        print("stopped: rerun the same command to resume from here", file=sys.stderr)
         return 130
     seconds = time.monotonic() - start
     print(f"{out}: {size} bytes in {seconds:.1f} s, peak memory {peak_bytes() / 2**20:.0f} MiB", flush=True)

@@ -2,8 +2,8 @@
 
     python tools/convert_hf_to_megatron.py /models/Qwen3-8B /checkpoints/qwen3-8b
 
-One process, no GPU, memory for the largest matrix of a layer. When it is stopped or killed, the same command goes on
-behind the parts that are done, which are in OUT.partial until all are there.
+One process, no GPU, memory for the largest matrix of a layer. If it is stopped or killed, rerun the same command to
+resume after the complete parts, which are in OUT.partial until all are complete.
 """
 
 from __future__ import annotations

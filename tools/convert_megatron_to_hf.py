@@ -4,8 +4,8 @@
     python tools/convert_megatron_to_hf.py /checkpoints/qwen3-8b /models/copy --like /models/Qwen3-8B
 
 Whatever layout wrote the checkpoint; the state of its optimizer is left out. One process, no GPU, memory for the
-largest saved chunk and twice the largest matrix of a layer. When it is stopped or killed, the same command goes on
-behind the files that are done, which are in OUT.partial until all are there.
+largest saved chunk and twice the largest matrix of a layer. If it is stopped or killed, rerun the same command to
+resume after the complete files, which are in OUT.partial until all are complete.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What the methods reckon with beside the losses: pure functions of tensors. The losses are in `kernels`."""
+"""Rewards, advantages and other quantities of the methods, as pure functions of tensors. Losses are in `kernels`."""

@@ -1,4 +1,4 @@
-"""A prompt's responses held against one another: votes, shares of equal answers, and advantages without a critic.
+"""Functions of a prompt group: votes, shares of equal answers, and advantages without a critic.
 
 `classes` [n] says which responses of a prompt have equal answers: the numbers count within a prompt, from 0 in the
 order of first appearance, -1 is a response without an answer. `group` [n] says which rows answer the same prompt.

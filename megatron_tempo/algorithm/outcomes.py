@@ -25,13 +25,13 @@ def final_values(values: Tensor, lengths: Tensor, baseline: Baseline) -> Tensor:
 
 
 def value_targets(correct: Tensor, kind: CriticTargets) -> Tensor:
-    """The number a response's values are drawn to: I in {0, 1}, or the published code's {-1, 1}. [n] -> [n]."""
+    """The number a response's values are fitted to: I in [0, 1], or the published code's 2 I - 1. [n] -> [n]."""
     return correct if kind is CriticTargets.zero_one else 2 * correct - 1
 
 
 def mixed_groups(correct: Tensor, group: Tensor) -> Tensor:
-    """Rows whose prompt has right and wrong responses both: int64, the row numbers. `correct`, `group`: [n]."""
+    """Rows whose prompt has responses with different verdicts: int64, the row numbers. `correct`, `group`: [n]."""
     size = int(group.max()) + 1 if len(group) else 0
-    right = torch.zeros(size).index_add(0, group, correct)
-    count = torch.zeros(size).index_add(0, group, torch.ones_like(correct))
-    return ((right > 0) & (right < count))[group].nonzero().flatten()
+    lowest = torch.ones(size).scatter_reduce(0, group, correct, "amin")
+    highest = torch.zeros(size).scatter_reduce(0, group, correct, "amax")
+    return (lowest < highest)[group].nonzero().flatten()

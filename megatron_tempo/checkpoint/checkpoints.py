@@ -1,12 +1,12 @@
-"""Checkpoints: actor, critic, optimizers and the run's state, whole or not at all.
+"""Checkpoints: actor, critic, optimizers and the run's state, written completely or not at all.
 
     RUN/checkpoints/step_00000040/
         actor/  critic/    Megatron distributed checkpoints: weights and optimizer, loadable in any layout
         run.json           step, streams, optimizer step counts, config
         MANIFEST.json      size and CRC-32 of every file; a folder whose files differ from it is damaged
 
-A folder appears under its name only when it is complete. There is no random-number state to keep: every draw of a run
-comes from a generator seeded by the run's seed and the draw's own name (`types.seed_of`).
+A folder appears under its name only when it is complete. There is no random-number state to save: every draw of a run
+comes from a generator that is seeded by the run's seed and the draw's own name (`types.seed_of`).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from megatron_tempo.models.parallel import COLLECTIVE_TIMEOUT, Layout
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 
-# A checkpoint's bytes for each parameter beside its weights: Adam's main weight and two moments, in fp32.
+# A checkpoint's bytes per parameter in addition to its weights: Adam's main weight and two moments, in fp32.
 OPTIMIZER_BYTES = 12
 
 
 class Checkpoints:
-    """The checkpoints of one run, the newest of which may be on its way to the disk. All methods are collective."""
+    """The checkpoints of one run. The latest may still be being written. All methods are collective."""
 
     def __init__(
         self,
@@ -48,34 +48,35 @@ class Checkpoints:
         asynchronous: bool = True,
         timeout: timedelta = COLLECTIVE_TIMEOUT,
     ) -> None:
-        """`keep`: how many whole ones. `asynchronous`: `save` returns when they can be written without the models.
-        `timeout`: how long a rank that has written its files waits for the others."""
+        """`keep`: number of complete checkpoints to keep. `asynchronous`: `save` returns as soon as the state is copied
+        and the models may change. `timeout`: how long a rank that has written its files waits for the others."""
         self.folder, self._keep, self._layout, self._log = folder, keep, layout, log
         self._asynchronous = asynchronous
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._saving: Saving | None = None
-        self.saved: int | None = None  # the step of the newest that was whole when it was written or read
+        self.saved: int | None = None  # step of the latest checkpoint that was complete when written or read
 
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
 
     def check_room(self, models: dict[str, TrainedModel]) -> None:
-        """Raises InputError where the disk has no room for one checkpoint; tells where it has none for `keep`."""
+        """Raises InputError if the disk has no space for one checkpoint; warns if it has none for `keep` of them."""
         size, (free, kept) = _size(models), self._agreed(lambda: [self._free(), len(self._names())])
-        place = f"{self.folder}: a checkpoint takes {_gb(size)}, and the disk has {_gb(free)} free"
+        space = f"{self.folder}: a checkpoint takes {_gb(size)}, and the disk has {_gb(free)} free"
         if free < size:
-            raise InputError(f"{place}; make room, or give a run.dir on another disk")
+            raise InputError(f"{space}; free disk space, or give a run.dir on another disk")
         wanted = self._keep + 1 - kept  # one is written before one is removed
         if free < wanted * size:
             self._log(
-                f"warning: {place}, and checkpoint.keep={self._keep} wants {wanted} more; make room, or keep fewer"
+                f"warning: {space}, but checkpoint.keep={self._keep} needs space for {wanted} more; free disk space, "
+                f"or keep fewer"
             )
 
     def save(self, step: int, models: dict[str, TrainedModel], state: dict[str, Any]) -> None:
-        """Begin to write a checkpoint; once it is whole, those older than the last `keep` go. `state` is JSON-able.
+        """Begin to write a checkpoint. When it is complete, all but the last `keep` are removed. `state`: JSON data.
 
-        It waits for the one before, if that is still being written. Raises UnwrittenError, on every rank, where either
-        cannot be written; those that were whole stay.
+        Waits for the previous checkpoint if that is still being written. Raises UnwrittenError, on every rank, if
+        either cannot be written; complete checkpoints stay.
         """
         self.wait()
         path = self.path(step)
@@ -104,7 +105,7 @@ class Checkpoints:
             self.wait()
 
     def check(self) -> None:
-        """Note whether the one on its way is whole. Raises UnwrittenError, on every rank, if it has failed on any."""
+        """Note whether the current save is complete. Raises UnwrittenError, on every rank, if it failed on any."""
         if self._saving is None:
             return
         ended = self._saving.has_ended
@@ -115,7 +116,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Until what was begun is whole. Raises UnwrittenError, on every rank, where it cannot be written."""
+        """Wait until the current save is complete. Raises UnwrittenError, on every rank, if it cannot be written."""
         saving, self._saving = self._saving, None
         if saving is None:
             return
@@ -125,12 +126,12 @@ class Checkpoints:
         self.saved = int(saving.path.name.removeprefix("step_"))
 
     def close(self) -> None:
-        """Let what was begun come to its end. Not collective: a rank that goes down with an error does it too."""
+        """Let the current save end. Not collective: a rank that ends with an error calls it too."""
         if self._saving is not None:
             self._saving.wait()
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint. Damaged ones before it are named and set aside as `NAME.damaged`."""
+        """The latest complete checkpoint. Later ones that are damaged are logged and renamed to `NAME.damaged`."""
         while True:
             names = self._agreed(self._names)
             if not names:
@@ -140,21 +141,22 @@ class Checkpoints:
             if problem is None:
                 return path
             aside = path.with_name(path.name + ".damaged")
-            self._log(f"checkpoint {path} is damaged ({problem}): set aside as {aside.name}, trying the one before")
+            self._log(f"checkpoint {path} is damaged ({problem}): renamed to {aside.name}, trying the previous one")
             if self._layout.is_writer:
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(path, aside)
             dist.barrier()
 
     def load(self, path: Path, models: dict[str, TrainedModel]) -> dict[str, Any]:
-        """Fill models and optimizers from a checkpoint, whatever layout wrote it. Returns its state.
+        """Load models and optimizers from a checkpoint of any layout. Returns its state.
 
-        Raises InputError where it lacks one of the models; one that it has beside them stays where it is.
+        Raises InputError if the checkpoint lacks one of the models. Other models in it are ignored.
         """
         state = json.loads((path / manifest.STATE).read_text())
         for name in models.keys() - state["optimizer_steps"].keys():
             raise InputError(
-                f"{path} has no {name}: no stage's method had one so far; set the methods back, or give another run.dir"
+                f"{path} has no {name}: no stage's method has used one so far; restore the methods, or give another "
+                f"run.dir"
             )
         for name, model in models.items():
             with model.at_work():
@@ -181,7 +183,7 @@ class Checkpoints:
         return manifest.difference(wanted, {name: digest for of_rank in digests for name, digest in of_rank.items()})
 
     def _prune(self) -> None:
-        """Remove the checkpoints that are too many, and what was left of a save that was killed."""
+        """Remove checkpoints beyond `keep`, and the remains of killed saves."""
         for old in self._names()[: -self._keep]:
             shutil.rmtree(self.folder / old)
         for abandoned in self.folder.glob("step_*.partial"):
@@ -192,7 +194,7 @@ class Checkpoints:
         return shutil.disk_usage(there).free
 
     def _agreed(self, find: Callable[[], Any]) -> Any:
-        """What the first rank finds, on every rank."""
+        """The result of `find` on the first rank, on every rank."""
         message = [find() if self._layout.is_writer else None]
         dist.broadcast_object_list(message, src=0, group=self._group)
         return message[0]

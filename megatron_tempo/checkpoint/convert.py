@@ -1,8 +1,8 @@
-"""Hugging Face folders made Megatron distributed checkpoints and back, in memory that does not grow with the model.
+"""Converts Hugging Face folders to Megatron distributed checkpoints and back. Memory does not grow with the model.
 
-Both ways the output is a list of files that the inputs alone determine, written one after another
-(`resumable_folder`).
-A call that is killed goes on, with the same arguments, behind the files that are done.
+In both directions the inputs alone determine the list of output files, which are written one after another
+(`resumable_folder`). If a conversion is killed, rerun it with the same arguments to continue after the last complete
+file.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ Log = Callable[[str], None]
 def to_megatron(source: Path, out: Path, model: str, part_bytes: int, log: Log) -> int:
     """Write the Hugging Face folder `source` as the distributed checkpoint `out`, in files of about `part_bytes`.
 
-    `model`: actor or critic. A critic made of a folder without a value head gets a head of zeros. Returns the bytes.
-    Raises InputError, before it writes, for what cannot be converted; OSError where reading or writing fails.
+    `model`: actor or critic. A critic from a folder without a value head gets a head of zeros. Returns the bytes.
+    Raises InputError, before it writes, for what cannot be converted; OSError if reading or writing fails.
     """
     _, mappings = _read(source, model)
     files = folder.tensor_files(source)
@@ -69,9 +69,9 @@ def to_hugging_face(
     """Write a model of a checkpoint as the Hugging Face folder `out`, in files of at most `shard_bytes`.
 
     `source`: a step of a run (RUN/checkpoints/step_N), checked against its manifest first, or a distributed checkpoint.
-    `like`: the folder with the config and the tokenizer; none is the one that the run was started from. `dtype`: none
-    is as stored. Returns the bytes. Raises InputError, before it writes, for what cannot be converted or is damaged;
-    OSError where reading or writing fails.
+    `like`: the folder with the config and the tokenizer; None: the one that the run was started from. `dtype`: None: as
+    stored. Returns the bytes. Raises InputError, before it writes, for what cannot be converted or is damaged; OSError
+    if reading or writing fails.
     """
     saved = _saved(source, model)
     like = like or saved.like
@@ -88,7 +88,7 @@ def to_hugging_face(
         "shard": shard_bytes,
     }
     work = ResumableFolder(out, inputs)
-    if saved.step is not None and not work.resumes:  # what it was begun with has been checked, and is as it was
+    if saved.step is not None and not work.resumes:  # else it was checked before and has not changed
         log(f"checking {saved.step} against its {manifest.MANIFEST}")
         if problem := manifest.damage(saved.step, model):
             raise InputError(f"{saved.step} is damaged: {problem}")
@@ -138,7 +138,7 @@ def _write_shards(
 def _read(hugging_face: Path, model: str) -> tuple[Shape, list[ParamMapping]]:
     """The shape of the model in a Hugging Face folder, and its table without pipeline parallelism."""
     if not (hugging_face / "config.json").is_file():
-        raise InputError(f"{hugging_face} is not a Hugging Face folder: it has no config.json")
+        raise InputError(f"{hugging_face} is not a Hugging Face folder: it has no config.json; give a folder with one")
     shape = read_shape(hugging_face)
     return shape, tables.mappings(shape, 1, critic=model == "critic")
 
@@ -159,13 +159,13 @@ class _Saved:
 
     @property
     def like(self) -> Path:
-        """The folder that the model was started from. Raises InputError if it is not known, or gone."""
+        """The folder that the model was started from. Raises InputError if it is unknown or missing."""
         if self.config is None:
-            raise InputError(f"{self.weights} does not say which model it is of: give its Hugging Face folder, --like")
+            raise InputError(f"{self.weights} does not record its model: give its Hugging Face folder with --like")
         model = self.config.model
         path = Path((self.model == "critic" and model.critic_path) or model.path)
         if not (path / "config.json").is_file():
-            raise InputError(f"the run was started from {path}, which is not here: give such a folder, --like")
+            raise InputError(f"the run was started from {path}, which does not exist here: give the folder with --like")
         return path
 
 
@@ -182,18 +182,18 @@ def _saved(source: Path, model: str) -> _Saved:
         raise InputError(f"{source / manifest.STATE} cannot be read ({error})") from error
     config = (
         read_config(state["config"])[0] if "config" in state else None
-    )  # fields unknown to this version play no part
+    )  # fields unknown to this version are ignored
     return _Saved(source / model, source, config, model)
 
 
 def _stamps(files: dict[str, Path]) -> dict[str, list[int]]:
-    """Size and time of change of the files that are there: whether they are what they were."""
+    """Size and modification time of the files that exist, to detect changes."""
     stamps = {name: path.stat() for name, path in files.items() if path.exists()}
     return {name: [stamp.st_size, stamp.st_mtime_ns] for name, stamp in sorted(stamps.items())}
 
 
 class _Progress:
-    """A line for each file that is done."""
+    """Logs a line for each completed file."""
 
     def __init__(self, what: str, sizes: list[int], log: Log) -> None:
         self._what, self._sizes, self._log = what, sizes, log
@@ -203,5 +203,5 @@ class _Progress:
         self._new += self._sizes[number] if new else 0
         done, total = sum(self._sizes[: number + 1]) / 2**30, sum(self._sizes) / 2**30
         speed = self._new / 2**20 / max(time.monotonic() - self._start, 1e-9)
-        how = f"{speed:.0f} MiB/s" if new else "was there"
+        how = f"{speed:.0f} MiB/s" if new else "already done"
         self._log(f"{self._what} {number + 1} of {len(self._sizes)}: {name}, {done:.2f} of {total:.2f} GiB, {how}")

@@ -19,24 +19,24 @@ Digests = dict[str, str]
 
 
 def files(checkpoint: Path) -> list[str]:
-    """The files of a checkpoint that a manifest tells of, by name."""
+    """The names of a checkpoint's files, except the manifest."""
     paths = (path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
     return sorted(str(path.relative_to(checkpoint)) for path in paths)
 
 
 def digests(checkpoint: Path, names: Iterable[str]) -> Digests:
-    """Of these files, which are read whole. Raises OSError."""
+    """The digests of these files, which are read completely. Raises OSError."""
     return {name: _digest(checkpoint / name) for name in names}
 
 
 def digests_or_errors(checkpoint: Path, names: Iterable[str]) -> Digests:
-    """The digests of files that were written. For one that cannot be read, the reason instead."""
+    """The digests of these files. For one that cannot be read, the reason instead."""
     digests = {}
     for name in names:
         try:
             digests[name] = _digest(checkpoint / name)
         except OSError as error:
-            digests[name] = f"not to be read ({error.strerror})"
+            digests[name] = f"not readable ({error.strerror})"
     return digests
 
 
@@ -45,7 +45,7 @@ def write(checkpoint: Path, written: Digests) -> None:
 
 
 def read(checkpoint: Path) -> Digests | str:
-    """The manifest; a string: what is wrong with it."""
+    """The manifest, or a string that says what is wrong with it."""
     try:
         manifest: Digests = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -54,7 +54,7 @@ def read(checkpoint: Path) -> Digests | str:
 
 
 def difference(wanted: Digests, now: Digests) -> str | None:
-    """The first file that is not as it was written, in words."""
+    """The first file that differs from what was written, as a message."""
     for name, digest in wanted.items():
         if name not in now:
             return f"{name} is missing"
@@ -66,7 +66,7 @@ def difference(wanted: Digests, now: Digests) -> str | None:
 def damage(checkpoint: Path, model: str) -> str | None:
     """What is wrong with the files of one model of a checkpoint, or with its state; None if they are as written.
 
-    In a process of its own, without process groups. It reads the whole of the files.
+    Reads the files completely, in a single process without process groups.
     """
     manifest = read(checkpoint)
     if isinstance(manifest, str):

@@ -1,10 +1,10 @@
-"""A folder that is made in parts, by a program that may be killed at any moment and goes on where it was.
+"""A folder that is written in parts. The program may be killed at any moment; a rerun resumes after the last part.
 
 OUT.partial/
-    inputs.json    what it is made of
-    whole/         the folder as far as it is made
-    done/NAME      a note for each part that is whole, with its bytes
-OUT                appears when all parts are there; OUT.partial is then gone
+    inputs.json    what the content depends on
+    whole/         the parts that are written
+    done/NAME      a note for each complete part, with its bytes
+OUT                appears when all parts are complete; OUT.partial is then removed
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _INPUTS = "inputs.json"
 
 
 class ResumableFolder:
-    """A folder in the making. Nothing is written before `begin`."""
+    """A folder that is being written. Nothing is written before `begin`."""
 
     def __init__(self, out: Path, inputs: dict[str, Any]) -> None:
-        """`inputs`, JSON-able: all that the folder's content depends on.
+        """`inputs`: all that the folder's content depends on, as JSON data.
 
-        Raises InputError if the folder exists, or if what is there of it was made of something else.
+        Raises InputError if the folder exists, or if its existing parts were made from other inputs.
         """
         self._out, self._partial = out, out.with_name(out.name + ".partial")
         self._inputs = json.loads(json.dumps(inputs))
@@ -39,29 +39,31 @@ class ResumableFolder:
 
     @property
     def resumes(self) -> bool:
-        """Whether an earlier call began it."""
+        """Whether an earlier call has begun it."""
         return self._partial.exists() and any(path.suffix != TEMPORARY for path in self._partial.iterdir())
 
     def _compare(self) -> None:
         try:
             before = json.loads((self._partial / _INPUTS).read_text())
         except (OSError, ValueError) as error:
-            raise InputError(f"{self._partial} is not of this program ({error}): remove it, or move it away") from error
+            raise InputError(
+                f"{self._partial} was not written by this program ({error}): remove it, or move it away"
+            ) from error
         if other := [name for name, now in self._inputs.items() if before.get(name) != now]:
             raise InputError(
-                f"{self._partial} was begun with another input ({_changed(other[0], before, self._inputs)}): "
-                "remove it to begin anew, or give the inputs that it was begun with"
+                f"{self._partial} was begun with other inputs ({_changed(other[0], before, self._inputs)}): "
+                "remove it to start over, or give the inputs that it was begun with"
             )
 
     def begin(self, nbytes: int) -> None:
-        """Begin or go on. `nbytes`: what the folder will hold. Raises InputError if the disk has too little room."""
+        """Begin or resume. `nbytes`: the folder's final size. Raises InputError if there is too little disk space."""
         written = sum(path.stat().st_size for path in self.whole.glob("*")) if self.whole.exists() else 0
         there = next(path for path in self._out.absolute().parents if path.exists())
         free = shutil.disk_usage(there).free
         if free < nbytes - written:
             raise InputError(
                 f"{there} has {free / 2**30:.2f} GiB free, and {self._out} needs {(nbytes - written) / 2**30:.2f} GiB: "
-                "make room, or choose another place"
+                "free disk space, or choose another folder"
             )
         if not self.resumes:
             self._partial.mkdir(parents=True, exist_ok=True)
@@ -73,7 +75,7 @@ class ResumableFolder:
                 abandoned.unlink()
 
     def note(self, name: str) -> dict[str, Any] | None:
-        """The note of a file below `whole` that is done; none if it is to be written."""
+        """The note of a complete file in `whole`; None if the file has yet to be written."""
         path = self.whole / name
         try:
             note: dict[str, Any] = json.loads((self._done / name).read_text())
@@ -82,12 +84,12 @@ class ResumableFolder:
             return None
 
     def mark(self, name: str, **note: Any) -> None:
-        """Note that a file below `whole` is done; `note` comes back from `note`."""
+        """Record that a file in `whole` is complete, with `note`, which `self.note` returns."""
         with atomic(self._done / name) as file:
             file.write(json.dumps(note | {"bytes": (self.whole / name).stat().st_size}).encode())
 
     def finish(self) -> int:
-        """The folder under its name. Returns its bytes."""
+        """Rename the folder to its final name. Returns its bytes."""
         sync(self.whole)
         size = sum(path.stat().st_size for path in self.whole.iterdir())
         os.replace(self.whole, self._out)

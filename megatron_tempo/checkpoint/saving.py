@@ -7,10 +7,8 @@ holds CUDA, threads of gloo and sockets of an engine is not safe, and the fork o
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
-import queue
 import shutil
 import threading
 from collections.abc import Callable
@@ -19,83 +17,40 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from torch.distributed.checkpoint.metadata import Metadata
+from megatron.core.dist_checkpointing.core import save_config
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_tempo.checkpoint import manifest
+from megatron_tempo.models.megatron_compat.checkpoint_writer import WritePlan, plan_writes, write_bucket
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.weights.files import sync, sync_folder
-
-# Without Megatron's decorator, which turns off the collection of garbage while it writes: in its forked process that is
-# right, here it would be the trainer's.
-_write_file = inspect.unwrap(FileSystemWriterAsync.write_preloaded_data)
-
-
-class _Planning(TorchDistSaveShardedStrategy):
-    """Megatron's way to save, as far as the plan of who writes what: `writer` and, on the first rank, `metadata`."""
-
-    writer: FileSystemWriterAsync
-    metadata: Metadata | None
-
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
-
-    def _get_save_and_finalize_callbacks(self, writer: FileSystemWriterAsync, save_state_dict_ret: Any) -> AsyncRequest:
-        self.writer, self.metadata = writer, save_state_dict_ret[1]
-        return AsyncRequest(None, (), [])
 
 
 @dataclass(slots=True)
 class ShardWriter:
     """What this rank writes of one model: its files' contents in host memory."""
 
-    writer: FileSystemWriterAsync
-    metadata: Metadata | None
-    config: CheckpointingConfig
-    files: list[Any]  # Megatron's write buckets
+    plan: WritePlan
 
     @classmethod
     def of(cls, sharded: dict[str, Any], folder: Path) -> ShardWriter:
         """Copy this rank's share of a sharded state to host memory, to be written to `folder`. Collective."""
-        # Megatron's writer would start a process for the results, which outlives a trainer that is killed.
-        filesystem_async._results_queue = queue.SimpleQueue()
-        planning = _Planning()
-        dist_checkpointing.save(sharded, str(folder), sharded_strategy=planning, async_sharded_save=True)
-        files = [
-            # `copy`: on a CPU the tensors are those that are trained on.
-            (path, key, (data, [(item, tensor.to("cpu", copy=True)) for item, tensor in tensors]))
-            for path, key, (data, tensors) in planning.writer.write_buckets or []
-        ]
-        planning.writer.write_buckets = None  # holds the tensors on the device
-        return cls(planning.writer, planning.metadata, CheckpointingConfig(planning.backend, planning.version), files)
+        return cls(plan_writes(sharded, folder))
 
     def write(self) -> list[WriteResult]:
         """Write this rank's files to the disk, and let go of their contents. Raises OSError."""
-        transforms = [self.writer.transforms] if hasattr(self.writer, "transforms") else []
         results: list[WriteResult] = []
-        while self.files:
-            answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-            running: queue.Queue[int] = queue.Queue()
-            running.put(0)
-            path, *content = self.files.pop(0)
-            _write_file(transforms, 0, (path, *content), answers, running, use_fsync=True)
-            outcome = answers.get()[1]
-            if isinstance(outcome, Exception):
-                # torch's writer trips over what an OSError has left of its file, and raises that.
-                cause = outcome.__context__ if isinstance(outcome.__context__, OSError) else outcome
-                if isinstance(cause, OSError):
-                    raise OSError(cause.errno, cause.strerror, str(path)) from outcome
-                raise outcome
-            results += outcome
+        while self.plan.files:
+            results += write_bucket(self.plan.writer, self.plan.files.pop(0))
             progress_marker.mark()
         return results
+
+    def describe(self, results: list[list[WriteResult]], folder: Path) -> None:
+        """Write the metadata of all ranks' files. On the first rank."""
+        assert self.plan.metadata is not None
+        self.plan.writer.finish(self.plan.metadata, results)
+        save_config(self.plan.config, str(folder))
 
 
 class Saving:
@@ -154,9 +109,7 @@ class Saving:
         if not self._is_writer:
             return
         for name, writer in self._writers.items():
-            assert writer.metadata is not None
-            writer.writer.finish(writer.metadata, [of_rank[name] for of_rank in results])
-            save_config(writer.config, str(self._partial / name))
+            writer.describe([of_rank[name] for of_rank in results], self._partial / name)
         (self._partial / manifest.STATE).write_text(json.dumps(self._state, indent=1) + "\n")
 
     def _read_back(self) -> manifest.Digests:

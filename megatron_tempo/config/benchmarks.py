@@ -1,4 +1,4 @@
-r"""The benchmarks and training sets that we know by name: where they come from, how they are asked, who judges them.
+r"""The benchmarks and training sets known by name: their sources, prompt suffixes and verifiers.
 
 `tools/prepare_data.py NAME` makes our JSONL of the public form (`megatron_tempo/data/questions.py` reads its fields);
 `benchmark=NAME` on the command line makes the evaluation set `evaluation.sets.NAME` of a benchmark.
@@ -31,10 +31,10 @@ class Benchmark:
     """A public set of questions."""
 
     source: str  # Hugging Face name, or GitHub repository, of the public form
-    files: str  # the files of it that hold the set, a pattern below its folder
-    questions: int | None  # as published; none: it depends on the tasks that are given
-    verifier: Verifier | None  # none: every row names its own, or (Dolci) none can read the answers
-    suffix: str = ""  # what a question is followed by; none for sets to train on, whose data preset has it
+    files: str  # glob pattern of the set's files, below its folder
+    questions: int | None  # as published; None if it depends on the given tasks
+    verifier: Verifier | None  # None if every row names its own, or (Dolci) no verifier can read the answers
+    suffix: str = ""  # appended to a question; empty for training sets, whose data preset has it
     training: bool = False
 
 
@@ -56,7 +56,7 @@ BENCHMARKS = {
 
 
 def preset(name: str) -> dict[str, Any]:
-    """What `benchmark=name` puts into the tree: the set's fields, but for its path."""
+    """What `benchmark=name` adds to the tree: the set's fields, except its path."""
     benchmark = BENCHMARKS[name]
     verifier = {"verifier_field": "verifier"} if benchmark.verifier is None else {"verifier": benchmark.verifier.name}
     fields = {"path": MISSING, "answer_field": "answer", **verifier, "id_field": "id", "suffix": benchmark.suffix}

@@ -1,7 +1,7 @@
 """Hydra composes the YAML files and the overrides; everything after it is the typed configuration.
 
-Hydra gets the tree as plain data and is asked to accept every field, so that unknown fields and wrong types are found
-by `config.tree.read`, all of them at once and wherever they stand.
+Hydra gets the tree as plain data and accepts every field, so that `config.tree.read` reports all unknown fields and
+wrong types at once, wherever they are.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ EVAL_DIR, CONVERT_DIR = "runs/eval", "runs/convert"
 def compose_tree(
     overrides: Sequence[str], purpose: Purpose, config_dir: str | None, whole: str | None
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """The tree as plain data, without the overrides that cannot be applied, and what is wrong with those."""
+    """The tree as plain data, without the overrides that cannot be applied, and the problems of those."""
     folder = REPOSITORY / "configs"
     if not (folder / "config.yaml").is_file():
         fix = "install from a checkout of the repository with pip install -e"
-        raise ConfigErrors([Problem("configs", folder, "holds no config.yaml", fix)])
+        raise ConfigErrors([Problem("configs", folder, "has no config.yaml", fix)])
     if config_dir is not None and not Path(config_dir).is_dir():
         raise ConfigErrors([Problem("--config-dir", config_dir, "is not a folder", "give the folder of your presets")])
     store = ConfigStore.instance()
@@ -58,8 +58,8 @@ def compose_tree(
         loader = GlobalHydra.instance().config_loader()
         # Hydra searches its sources anew for each group: 0.1 s each, so only the groups that are named.
         presets = cache(lambda group: loader.get_group_options(group, overrides=search))
-        # An eval writes beside no training run and no other eval unless told to. Only one process writes, so that it
-        # does no harm where the clocks of several differ.
+        # By default, an eval gets a folder of its own. Only one process writes, so it does not matter if the clocks of
+        # several differ.
         folders = {Purpose.eval: EVAL_DIR, Purpose.convert: CONVERT_DIR}
         folder_of = folders.get(purpose) if whole is None else None
         words = [] if folder_of is None else [f"++run.dir={folder_of}/{time.strftime('%Y%m%d-%H%M%S')}"]
@@ -85,7 +85,7 @@ def _whole(file: str) -> dict[str, Any]:
             [Problem("--config", file, f"cannot be read ({error})", "give a run's config.json")]
         ) from error
     if not isinstance(plain, dict):
-        raise ConfigErrors([Problem("--config", file, "does not hold an object", "give a run's config.json")])
+        raise ConfigErrors([Problem("--config", file, "is not a JSON object", "give a run's config.json")])
     return plain
 
 
@@ -107,7 +107,9 @@ def _sift(accepted: list[str], words: list[str], problems: list[Problem]) -> lis
         if len(words) == 1:
             key, _, value = words[0].partition("=")
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            problems.append(Problem(key.lstrip("+"), value, "; ".join(lines[:3]), "mend it, or the file that it names"))
+            problems.append(
+                Problem(key.lstrip("+"), value, "; ".join(lines[:3]), "correct it, or the file that it names")
+            )
             return accepted
         if not words:  # the files of configs/ themselves
             raise
@@ -129,10 +131,10 @@ def _translate(text: str, presets: Callable[[str], list[str]], purpose: Purpose,
         fix = "write KEY=VALUE; quote a value with special characters: 'KEY=\"VALUE\"'"
         raise _refused(text, "cannot be read", fix) from error
     if override.is_sweep_override():
-        raise _refused(text, "several values are a sweep, which this is not", "give one value, or a list as [a,b]")
+        raise _refused(text, "sweeps over several values are not supported", "give one value, or a list as [a,b]")
     key = override.key_or_group
     if key.startswith("hydra"):
-        raise _refused(text, "Hydra's own settings play no part here", "for presets of your own use --config-dir")
+        raise _refused(text, "Hydra's own settings are not used", "for your own presets use --config-dir")
     if key in _GROUPS and override.package is None:
         return _preset(override, text, presets(key), purpose, benchmarks)
     if override.is_delete():
@@ -157,7 +159,7 @@ def _preset(override: Override, text: str, names: list[str], purpose: Purpose, b
         return [f"++model.path={given}"]
     if group == "data" and path.suffix in SUFFIXES:
         if purpose is not Purpose.eval:
-            raise _refused(text, "is for eval", f"data.labelled.path={given} or data.unlabelled.path={given}")
+            raise _refused(text, "is only for eval", f"data.labelled.path={given} or data.unlabelled.path={given}")
         name = re.sub(r"\W", "_", path.stem)
         fields = {"path": given}
         if name not in benchmarks:

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, told to its user."""
+"""Problems of a configuration, as messages for the user."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Problem:
     "parallel.tensor=3: does not divide the model's 8 heads; fix: parallel.tensor=2 or 4"
     """
 
-    field: str  # path in the tree, as one writes it in an override
+    field: str  # path in the tree, as in an override
     value: Any
     wrong: str
     fix: str
@@ -29,7 +29,7 @@ class Problem:
 
 
 class ConfigErrors(InputError):
-    """A configuration that breaks rules: all of them, one a line."""
+    """A configuration with problems: all of them, one per line."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = list(problems)
@@ -38,7 +38,7 @@ class ConfigErrors(InputError):
 
 
 def show(value: Any) -> str:
-    """A value as one writes it in YAML, on one line."""
+    """A value in YAML syntax, on one line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -53,7 +53,7 @@ def show(value: Any) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The known words close to `word`, or else all of them."""
+    """A suggestion: the known words close to `word`, else all of them."""
     known = list(known)
     close = get_close_matches(word, known, n=3)
     return f"did you mean {' or '.join(close)}?" if close else f"one of {', '.join(known) or '(there are none)'}"

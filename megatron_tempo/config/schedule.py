@@ -1,4 +1,4 @@
-"""What is due after which iteration."""
+"""Which iterations and evaluations a run consists of."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def total(config: Config) -> int:
 
 
 def remaining(config: Config, done: int) -> Iterator[tuple[str, StageConfig, int]]:
-    """(stage name, stage, iteration from 0) of every iteration behind the first `done` of the run."""
+    """(stage name, stage, iteration from 0) of every iteration after the first `done` of the run."""
     steps = [(name, stage, i) for name, stage in config.stages().items() for i in range(stage.iterations)]
     yield from steps[done:]
 
 
 def position(config: Config, step: int) -> dict[str, int]:
-    """How many iterations of each stage are behind a run after `step` of them."""
+    """Completed iterations of each stage after `step` iterations of the run."""
     done = {}
     for name, stage in config.stages().items():
         done[name] = min(step, stage.iterations)
@@ -29,7 +29,7 @@ def position(config: Config, step: int) -> dict[str, int]:
 
 
 def place(config: Config, step: int) -> tuple[str, int]:
-    """The stage that the last of `step` iterations was of, and how many of it are done; before the first: its stage."""
+    """The stage of the last of `step` iterations, and its completed iterations; for step 0 the first stage, and 0."""
     done = position(config, step)
     begun = [name for name, count in done.items() if count]
     first = next((name for name, stage in config.stages().items() if stage.iterations), "stage1")
@@ -55,7 +55,7 @@ def evaluation_point(config: Config, step: int) -> str | None:
 
 
 def evaluations_left(config: Config, done: int) -> int:
-    """Lines still to be written to evaluations.jsonl by a run that has `done` iterations behind it."""
+    """Records that a run with `done` completed iterations has still to write to evaluations.jsonl."""
     first = done + 1 if done else 0
     points = sum(evaluation_point(config, step) is not None for step in range(first, total(config) + 1))
     return points * len(config.evaluation.sets)

@@ -24,7 +24,8 @@ from megatron_tempo.config.choices import (
     Transport,
     Verifier,
 )
-from megatron_tempo.config.stages import NEEDS, CriticTargets, Method, StageConfig
+from megatron_tempo.config.extensions import Extension
+from megatron_tempo.config.stages import CriticTargets, Method, StageConfig
 
 
 @dataclass(slots=True)
@@ -95,10 +96,11 @@ class ParallelConfig:
 class DatasetConfig:
     """A file of questions."""
 
-    path: str = "???"  # JSONL or Parquet
+    path: str = "???"  # JSONL or Parquet, or what `reader` reads
+    reader: Extension | None = None  # who reads the rows (docs/extending.md); none: by the name of the file
     prompt_field: str = "prompt"  # column of the question: text, or a list of `{role, content}` messages
     answer_field: str | None = None  # column of the answer; none: answers, if the file has any, are never read
-    verifier: Verifier | None = None
+    verifier: Verifier | Extension | None = None
     verifier_field: str | None = None  # column that names the verifier of each row, where rows differ in it
     id_field: str | None = None  # column of the question's name; none: the row's number, from 0
     chat_template: bool = True  # text prompts become one user message; messages always go through the template
@@ -302,7 +304,7 @@ class Config:
     @property
     def compares_answers(self) -> bool:
         """Whether a stage's rewards come from which answers to an unlabelled question are equal."""
-        return any(NEEDS[stage.method].classes for stage in self.stages().values() if stage.iterations > 0)
+        return any(stage.needs.classes for stage in self.stages().values() if stage.iterations > 0)
 
     def critic_targets(self, stage_name: str) -> CriticTargets:
         """What the critic's values mean in or after a stage: the targets of the last that trained it, up to this one.
@@ -320,7 +322,7 @@ class Config:
 
 def to_plain(value: Any) -> Any:
     """A config or part of it as dicts, lists and scalars, enums by name: what is written to JSON."""
-    if isinstance(value, Enum):
+    if isinstance(value, Enum | Extension):
         return value.name
     if hasattr(value, "__dataclass_fields__"):
         return {name: to_plain(getattr(value, name)) for name in value.__dataclass_fields__}

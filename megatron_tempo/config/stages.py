@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
+from typing import Any, NamedTuple
+
+from megatron_tempo.config import extensions
+from megatron_tempo.config.extensions import Extension, ExtensionError
 
 
 class Method(Enum):
@@ -31,6 +36,7 @@ class Needs:
     actor: Prompts
     critic: Prompts | None  # none: a method without a critic
     classes: bool = False  # rewards come from which of a prompt's responses have equal answers
+    graded: bool = True  # verdicts may lie between 0 and 1; False: only 0 and 1
 
     @property
     def estep(self) -> bool:
@@ -44,6 +50,31 @@ NEEDS = {
     Method.empo: Needs(actor=Prompts.unlabelled, critic=None, classes=True),
     Method.grpo: Needs(actor=Prompts.labelled, critic=None),
 }
+
+
+class LoadedMethod(NamedTuple):
+    """A method of the user's own. `iterate` is called as `methods.Iterate`."""
+
+    needs: Needs
+    iterate: Any
+
+
+@cache
+def load_method(extension: Extension) -> LoadedMethod:
+    """An object with `needs` and `iterate(learner, rollouts, stage, iteration)`. Raises ExtensionError."""
+    target = extensions.load(extension)
+    iterate = extensions.method(target, "iterate", ("learner", "rollouts", "stage", "iteration"))
+    needs = getattr(target, "needs", None)
+    if not isinstance(needs, Needs):
+        wrong = f"its attribute needs is {extensions.shown(needs)}"
+        raise ExtensionError(
+            wrong, "needs = Needs(actor=Prompts.labelled, critic=None), from megatron_tempo.config.stages"
+        )
+    if not isinstance(needs.actor, Prompts) or not isinstance(needs.critic, Prompts | None):
+        raise ExtensionError(
+            f"its attribute needs is {needs}", "give actor a member of Prompts, and critic one or None"
+        )
+    return LoadedMethod(needs, iterate)
 
 
 class Baseline(Enum):
@@ -125,7 +156,7 @@ class CriticUpdateConfig:
 class StageConfig:
     """One stage of training by one method."""
 
-    method: Method = Method.tempo
+    method: Method | Extension = Method.tempo
     iterations: int = 0  # length of the stage; 0: no such stage
     labelled_prompts: int = 256  # labelled prompts of an iteration
     unlabelled_prompts: int = 0  # unlabelled prompts of an iteration
@@ -143,12 +174,17 @@ class StageConfig:
     entropy_high: float | None = None  # `empo`: leave out prompts whose answers have more entropy, nats; none: no bound
 
     @property
+    def needs(self) -> Needs:
+        """What the method trains on. Raises ExtensionError if it is the user's and cannot be loaded."""
+        return load_method(self.method).needs if isinstance(self.method, Extension) else NEEDS[self.method]
+
+    @property
     def has_critic(self) -> bool:
-        return NEEDS[self.method].critic is not None
+        return self.needs.critic is not None
 
     @property
     def trains_critic(self) -> bool:
-        return self.has_critic and not (NEEDS[self.method].estep and self.estep_every == 0)
+        return self.has_critic and not (self.needs.estep and self.estep_every == 0)
 
     @property
     def samples(self) -> int:
@@ -163,7 +199,7 @@ class StageConfig:
         """Whether the iteration, from 0, updates the critic."""
         if not self.trains_critic:
             return False
-        return not NEEDS[self.method].estep or self.warms_up(iteration) or iteration % self.estep_every == 0
+        return not self.needs.estep or self.warms_up(iteration) or iteration % self.estep_every == 0
 
     def prompts_at(self, iteration: int) -> set[Prompts]:
         """The prompts that the iteration, from 0, needs answered."""
@@ -173,11 +209,11 @@ class StageConfig:
     def actor_prompts(self) -> set[Prompts]:
         """The prompts whose responses the actor learns from."""
         extra = {Prompts.labelled} if self.actor_on_labelled else set()
-        return {NEEDS[self.method].actor} | extra
+        return {self.needs.actor} | extra
 
     def critic_prompts(self) -> set[Prompts]:
         """The prompts whose responses the critic learns from: none where it is frozen or absent."""
-        critic = NEEDS[self.method].critic
+        critic = self.needs.critic
         return {critic} if critic is not None and self.trains_critic else set()
 
     def prompts(self) -> set[Prompts]:

@@ -1,4 +1,4 @@
-"""What a configuration amounts to, in a few lines."""
+"""A summary of a configuration in a few lines."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _layout(config: Config, role: str) -> str:
 
 
 def layout_words(own: ParallelConfig, replicas: int | None) -> str:
-    """A layout; `replicas` of the model, none where the number of processes is not known."""
+    """A layout as text. `replicas` of the model: None if the number of processes is unknown."""
     data = f"data {replicas}" if replicas else "data by the number of processes"
     sequence = ", sequence parallel" if own.sequence else ""
     context = f"context {own.context} x " if own.context > 1 else ""

@@ -15,6 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_tempo.config.extensions import PREFIX, Extension, ExtensionError
 from megatron_tempo.config.problem import ConfigErrors, Problem, did_you_mean
 from megatron_tempo.config.schema import Config, to_plain
 
@@ -118,7 +119,7 @@ def _fill(default: _Node, plain: Any, path: str, problems: list[Problem]) -> _No
 
 def _value(hint: Any, value: Any, path: str, default: Any, problems: list[Problem]) -> Any:
     inner = strip_optional(hint)
-    if value is None and inner is not hint:
+    if value is None and is_optional(hint):
         return None
     if is_dataclass(inner):
         return _fill(default if default is not None else typing.cast(type, inner)(), value, path, problems)
@@ -133,9 +134,18 @@ def _value(hint: Any, value: Any, path: str, default: Any, problems: list[Proble
         if not isinstance(value, list):
             raise _BadValue(Problem(path, value, "must be a list", f"{path}=[{value}]"))
         return [_value(args[0], item, f"{path}[{i}]", None, problems) for i, item in enumerate(value)]
+    if takes_extension(hint) and (inner is Extension or (isinstance(value, str) and value.startswith(PREFIX))):
+        return _extension(value, path)
     if issubclass(inner, Enum):
         return _member(inner, value, path)
     return _scalar(inner, value, path)
+
+
+def _extension(value: Any, path: str) -> Extension:
+    try:
+        return Extension.parse(str(value))
+    except ExtensionError as error:
+        raise _BadValue(Problem(path, value, error.wrong, f"{path}={error.fix}")) from error
 
 
 def _member(kind: type[Enum], value: Any, path: str) -> Enum:
@@ -184,10 +194,22 @@ def _meant(path: str, key: str, siblings: list[str]) -> str:
 
 
 def strip_optional(hint: Any) -> Any:
-    """The type that a field has where it is not none."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return next(arg for arg in typing.get_args(hint) if arg is not type(None))
-    return hint
+    """The type that a field has if it is not None: the built-in choices of a field that takes extensions too."""
+    return next(arg for arg in _alternatives(hint) if arg is not type(None))
+
+
+def is_optional(hint: Any) -> bool:
+    """Whether a field may be None."""
+    return type(None) in _alternatives(hint)
+
+
+def takes_extension(hint: Any) -> bool:
+    """Whether a field may be `import:package.module:name`."""
+    return Extension in _alternatives(hint)
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _join(path: str, name: str) -> str:

@@ -112,7 +112,7 @@ def _load(config: DatasetConfig, names: Sequence[str], build: Callable[[Row], P]
     prompts: list[P] = []
     problems: list[str] = []
     places: dict[str, str] = {}
-    for row in islice(read_rows(path, tuple(dict.fromkeys(names))), config.limit):
+    for row in islice(read_rows(path, tuple(dict.fromkeys(names)), config.reader), config.limit):
         progress_marker.mark()
         try:
             if row.problem is not None:

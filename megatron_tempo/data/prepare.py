@@ -40,20 +40,20 @@ class Order:
     name: str  # of config.benchmarks, or CUSTOM
     sources: Sequence[Path]
     out: Path
-    pattern: str | None = None  # the files of a folder; none: the benchmark's
+    pattern: str | None = None  # glob of the folder's files; None: the benchmark's
     unlabelled: bool = False  # questions alone
     heldout: int = 0  # questions that go to a file of their own
     seed: int = 0  # of the held-out questions and of shuffled options
     prompt_field: str | None = None
     answer_field: str | None = None
     id_field: str | None = None
-    verifier: Verifier | None = None  # none: the benchmark's
-    force: bool = False  # replace files that are there
+    verifier: Verifier | None = None  # None: the benchmark's
+    force: bool = False  # replace existing files
 
 
 @dataclass(slots=True)
 class Report:
-    """What became of the rows."""
+    """The result for each row: kept, or why not."""
 
     rows: int = 0
     kept: int = 0
@@ -121,20 +121,20 @@ def verifier_of(order: Order, question: Question | None) -> Verifier | None:
 
 def _check(order: Order) -> None:
     if order.out.suffix != ".jsonl":
-        raise InputError(f"{order.out}: the name of what is written must end in .jsonl")
+        raise InputError(f"{order.out}: the name of the output must end in .jsonl")
     if order.unlabelled and (order.answer_field or order.verifier):
-        raise InputError("an unlabelled set holds no answers: leave --answer-field and --verifier away")
+        raise InputError("--unlabelled: an unlabelled set has no answers; omit --answer-field and --verifier")
     if order.name == CUSTOM and not order.unlabelled and not (order.answer_field and order.verifier):
-        raise InputError("a set of your own needs --answer-field and --verifier, or --unlabelled")
+        raise InputError("a custom set requires --answer-field and --verifier, or --unlabelled")
     if order.name == CUSTOM and not order.prompt_field:
-        raise InputError("a set of your own needs --prompt-field")
+        raise InputError("a custom set requires --prompt-field")
     for path in [order.out, *([heldout_path(order.out)] if order.heldout else [])]:
         if not path.exists():
             continue
         if not order.force:
-            raise InputError(f"{path} is there already; --force replaces it")
+            raise InputError(f"{path} exists already; --force replaces it")
         if not order.unlabelled and _is_unlabelled(path):
-            raise InputError(f"{path} is an unlabelled set, into which no answers are written; give another name")
+            raise InputError(f"{path} is an unlabelled set and must not contain answers; give another name")
 
 
 def _is_unlabelled(path: Path) -> bool:
@@ -267,7 +267,7 @@ def stated(verifier: Verifier, answer: str) -> str:
 
 
 def _held_out(questions: list[Question], count: int, seed: int) -> set[str]:
-    """So many questions by their keys, drawn by the seed and each question's text alone."""
+    """The keys of `count` questions, drawn by the seed and each question's text only."""
 
     def draw(key: str) -> bytes:
         return hashlib.sha256(json.dumps([seed, key]).encode()).digest()

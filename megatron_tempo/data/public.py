@@ -25,7 +25,7 @@ ABOUT = (
     "dataset_infos.json",
     "dataset_dict.json",
     "state.json",
-)  # what `datasets` writes beside data
+)  # files of `datasets` that are not data
 CSV_FIELD_CHARS = 2**27  # Python's own limit of 128 KiB is less than some solutions have
 
 Fields = dict[str, Any]

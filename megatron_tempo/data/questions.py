@@ -117,7 +117,7 @@ def dapo(row: PublicRow, names: Mapping, seed: int) -> Question:
 
 
 def dolci(row: PublicRow, names: Mapping, seed: int) -> Question:
-    """Dolci-RL-Zero-General: a question after `user:`, and a response to refer to, which wants a judge."""
+    """Dolci-RL-Zero-General: a question after `user:`, and a reference response, which needs a judge."""
     return _reworded(simple(row, names, seed), lambda text: text.strip().removeprefix("user:").strip())
 
 

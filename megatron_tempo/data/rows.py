@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_tempo.config.extensions import Extension, call_failed, load_reader, wrong_result
 from megatron_tempo.errors import InputError
 
 BATCH_ROWS = 1024
@@ -56,11 +57,13 @@ class Row:
     problem: str | None = None
 
 
-def read_rows(path: Path, names: Sequence[str]) -> Iterator[Row]:
-    """The rows of `path` in their order, each with the fields `names` alone.
+def read_rows(path: Path, names: Sequence[str], reader: Extension | None = None) -> Iterator[Row]:
+    """The rows of `path` in their order, each with the fields `names` alone; by the user's own reader if there is one.
 
     DataError where the file as a whole cannot be read.
     """
+    if reader is not None:
+        return _read_imported(path, names, reader)
     if not path.is_file():
         raise DataError(path, ["there is no such file; check the dataset's `path`"])
     if path.suffix == ".parquet":
@@ -74,6 +77,23 @@ def read_rows(path: Path, names: Sequence[str]) -> Iterator[Row]:
             "(`jq -c '.[]' a.json > a.jsonl` makes one from a JSON array)"
         ],
     )
+
+
+def _read_imported(path: Path, names: Sequence[str], reader: Extension) -> Iterator[Row]:
+    try:
+        rows: Any = load_reader(reader)(path)
+        if not isinstance(rows, Iterable) or isinstance(rows, str | Mapping):
+            raise wrong_result(reader, rows, "the rows: an iterable of dicts")
+        for number, row in enumerate(rows):
+            if not isinstance(row, Mapping):
+                raise wrong_result(reader, row, f"a dict as row {number}")
+            absent = [missing(name, [str(key) for key in row]) for name in names if name not in row]
+            fields = {} if absent else {name: row[name] for name in names}
+            yield Row(number, f"row {number}", fields, absent[0] if absent else None)
+    except InputError:
+        raise
+    except Exception as error:
+        raise call_failed(reader, error) from error
 
 
 def missing(name: str, present: Sequence[str]) -> str:

@@ -21,9 +21,9 @@ P = TypeVar("P", bound="DataclassInstance")
 class PromptStream(Generic[P]):
     """Epoch after epoch of `prompts`, each in an order of its own, the same on every rank.
 
-    The order of an epoch follows from (seed, name, epoch) alone. Where an epoch ends inside a `take`, the next one goes
-    on; of its prompts, those that this take already has are put off to the start of the following take. So a take of no
-    more than `len(prompts)` has no prompt twice, and every prompt comes once in an epoch.
+    The order of an epoch depends only on (seed, name, epoch). If an epoch ends inside a `take`, the take continues with
+    the next epoch; prompts of that epoch that the take already has move to the start of the following take. So a take
+    of at most `len(prompts)` has no prompt twice, and every prompt occurs once per epoch.
     """
 
     def __init__(self, prompts: Sequence[P], seed: int, name: str) -> None:
@@ -60,7 +60,7 @@ class PromptStream(Generic[P]):
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken. ValueError where it is of another seed or of other prompts."""
+        """Resume where `state` was taken. Raises ValueError if it is of another seed or of other prompts."""
         if state["seed"] != self._seed:
             raise InputError(
                 f"the {self._name} stream was saved with run.seed={state['seed']}, now it is {self._seed}; "

@@ -1,4 +1,4 @@
-"""One evaluation: a set's questions answered by the engine, judged, scored, and held against the critic's values."""
+"""An evaluation: the engine answers a set's questions; verdicts give scores, and calibrate the critic's values."""
 
 from __future__ import annotations
 

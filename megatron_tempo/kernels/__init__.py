@@ -1,5 +1,8 @@
-"""The losses and log-probabilities: each a plain PyTorch function with its derivation, and beside it, in
-NAME_triton.py, the fused Triton kernels that compute the same on CUDA. `kernels_for` is the one place that chooses."""
+"""The losses and log-probabilities.
+
+Each is a plain PyTorch function with its derivation. NAME_triton.py has the fused Triton kernels that compute the same
+on CUDA. Only `kernels_for` chooses between them.
+"""
 
 from __future__ import annotations
 

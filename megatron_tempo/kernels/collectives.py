@@ -12,7 +12,7 @@ from torch import Tensor
 def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The sum over the group's ranks; without a group, `tensor` itself.
 
-    Its gradient goes through unchanged: every rank holds the same loss, and wants its own entries' share in it.
+    The gradient passes through unchanged: every rank has the same loss, and needs its own entries' share of it.
     """
     return tensor if group is None else _Sum.apply(tensor, group)
 

@@ -10,7 +10,7 @@ in the type of the hidden states, a block of rows and columns at a time, and mul
 are summed into the gradient of the hidden states in fp32; its rows are all the rows, up to _BLOCK_ROWS, so that as a
 rule the gradient of the weights is one product, rounded once.
 
-Peak memory beside inputs and results: 16 T (shares + 1) bytes forward, 4 h min(T, _BLOCK_ROWS) + _BLOCK_BYTES backward,
+Peak memory, less inputs and results: 16 T (shares + 1) bytes forward, 4 h min(T, _BLOCK_ROWS) + _BLOCK_BYTES backward,
 and with several blocks of rows 4 V h more for the gradient of the weights.
 """
 

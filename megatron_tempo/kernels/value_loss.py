@@ -36,7 +36,7 @@ def value_loss(
         values: [M].
         targets: [n].
         rows: n rows of M values in all.
-        clip: c above, > 0; none: no clip, and `old_values` is not looked at.
+        clip: c above, > 0; None: no clip, and `old_values` is not used.
         old_values: [M], the values before the update.
 
     Returns: loss [n] with gradient, metrics [n, len(VALUE_METRICS)] without. An empty row has the loss 0.

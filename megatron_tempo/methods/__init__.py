@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from megatron_tempo.config.stages import Method, StageConfig
+from megatron_tempo.config.extensions import Extension, wrong_result
+from megatron_tempo.config.stages import Method, StageConfig, load_method
 from megatron_tempo.methods import empo, grpo, ppo, tempo, ttrl
 from megatron_tempo.methods.learner import Learner, Rollouts
 
@@ -24,3 +25,23 @@ METHODS: dict[Method, Iterate] = {
     Method.empo: empo.iterate,
     Method.grpo: grpo.iterate,
 }
+
+
+def iterate_of(method: Method | Extension) -> Iterate:
+    """The iteration of a built-in method, or of a user's own. An error of a user's own names it."""
+    return imported(method) if isinstance(method, Extension) else METHODS[method]
+
+
+def imported(extension: Extension) -> Iterate:
+    """A user's method, whose metrics are checked. What it raises passes unchanged, with its traceback."""
+
+    def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration: int) -> dict[str, float]:
+        metrics: object = load_method(extension).iterate(learner, rollouts, stage, iteration)
+        if not isinstance(metrics, dict):
+            raise wrong_result(extension, metrics, "a dict of metrics: {name: number}")
+        for name, value in metrics.items():
+            if not isinstance(name, str) or not isinstance(value, int | float):
+                raise wrong_result(extension, {name: value}, "a dict of metrics: {name: number}; float(x) of a tensor")
+        return metrics
+
+    return iterate

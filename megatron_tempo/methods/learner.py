@@ -28,13 +28,14 @@ class Rollouts:
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """Actor and critic, and the updates that a method asks for. `seed` names the run and the iteration."""
+    """Actor and critic, and the updates that a method asks for. `seed` names the run, the stage and its iteration."""
 
     actor: Actor
     critic: Critic | None  # none: no stage of the run has one
     reference_logprobs: Callable[[Batch], Tensor]  # of the policy that the KL term holds to
     phase: Callable[[str], AbstractContextManager[None]]  # times what is done inside
     seed: str
+    iteration: int  # of the run, from 1 over all stages
 
     def fit_critic(self, labelled: Batch, stage: StageConfig) -> dict[str, float]:
         """Draw the critic's values to the verified outcomes (E-step, Eq. 6)."""
@@ -49,7 +50,8 @@ class Learner:
         assert batch.correct is not None
         order = mini_batches(batch, config.mini_batch_prompts, config.epochs, f"{self.seed}/critic")
         with self.phase("critic"):
-            metrics = self.critic.update(batch, value_targets(batch.correct, config.targets), config, order)
+            targets = value_targets(batch.correct, config.targets)
+            metrics = self.critic.update(batch, targets, config, order, self.iteration)
         return metrics | {"critic/rows": float(len(batch))}
 
     def values(self, batch: Batch) -> Tensor:
@@ -78,7 +80,7 @@ class Learner:
         )
         order = mini_batches(batch, config.mini_batch_prompts, config.epochs, f"{self.seed}/actor")
         with self.phase("actor"):
-            metrics = self.actor.update(batch, experience, stage.baseline, config, order)
+            metrics = self.actor.update(batch, experience, stage.baseline, config, order, self.iteration)
         gap = (old - batch.engine_logprobs).abs()
         return metrics | {"engine/logprob_gap_mean": float(gap.mean()), "engine/logprob_gap_max": float(gap.max())}
 

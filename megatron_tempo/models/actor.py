@@ -38,12 +38,18 @@ class Actor:
         return self.model.read(batch, int(batch.response_lengths.sum()), reading)
 
     def update(
-        self, batch: Batch, experience: Experience, baseline: Baseline, config: ActorUpdateConfig, order: list[Tensor]
+        self,
+        batch: Batch,
+        experience: Experience,
+        baseline: Baseline,
+        config: ActorUpdateConfig,
+        order: list[Tensor],
+        iteration: int = 0,
     ) -> dict[str, float]:
         """One optimizer step for each mini-batch of rows in `order` (int64 each), by `policy_loss`.
 
-        `experience` is that of the whole batch, on the CPU. Returns metrics over all steps that were made. Raises
-        NotFiniteError.
+        `experience` is that of the whole batch, on the CPU. `iteration` is the run's, from 1; 0 outside a run. Returns
+        metrics over all steps that were made. Raises NotFiniteError.
         """
         assert isinstance(self.model, TrainedModel)
         assert self.guard is not None
@@ -61,7 +67,9 @@ class Actor:
         def given(rows: Tensor) -> dict[str, Tensor]:
             return _seen(batch, experience, baseline, rows)
 
-        steps = step_through(self.model, self.guard, batch, order, loss, len(ROW_METRICS), config.optimizer, given)
+        steps = step_through(
+            self.model, self.guard, batch, order, loss, len(ROW_METRICS), config.optimizer, given, iteration
+        )
         metrics = _summary(steps, batch.response_lengths[steps.rows]) if len(steps.rows) else {}
         return metrics | {"actor/skipped": float(steps.skipped)}
 

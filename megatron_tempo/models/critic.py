@@ -31,11 +31,12 @@ class Critic:
         return self.model.read(batch, int(batch.response_lengths.sum()) + len(batch), reading)
 
     def update(
-        self, batch: Batch, targets: Tensor, config: CriticUpdateConfig, order: list[Tensor]
+        self, batch: Batch, targets: Tensor, config: CriticUpdateConfig, order: list[Tensor], iteration: int = 0
     ) -> dict[str, float]:
         """One optimizer step for each mini-batch of rows in `order` (int64 each), by `value_loss`.
 
-        `targets` is float32 [n]. Returns metrics over all steps that were made. Raises NotFiniteError.
+        `targets` is float32 [n]. `iteration` is the run's, from 1; 0 outside a run. Returns metrics over all steps that
+        were made. Raises NotFiniteError.
         """
         old = self.values(batch) if config.clip is not None else None
 
@@ -47,7 +48,9 @@ class Critic:
         def given(rows: Tensor) -> dict[str, Tensor]:
             return {"targets": targets[rows]}
 
-        steps = step_through(self.model, self.guard, batch, order, loss, len(VALUE_METRICS), config.optimizer, given)
+        steps = step_through(
+            self.model, self.guard, batch, order, loss, len(VALUE_METRICS), config.optimizer, given, iteration
+        )
         metrics = {"critic/skipped": float(steps.skipped)}
         if len(steps.rows):
             means = steps.metrics.mean(0).tolist()

@@ -1,28 +1,12 @@
-"""The device that Megatron-Core runs on.
-
-Megatron-Core is written for CUDA: it names the device "cuda" in many calls and asserts on CUDA's type names. On a
-machine without CUDA this module answers those calls with the CPU, so that the very same Megatron code runs there.
-It is the only place that knows of the difference, and it refuses to be switched on where CUDA is available.
-"""
+"""The device of a process. On a machine without CUDA, Megatron-Core is prepared to run on the CPU."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from megatron_tempo.config.choices import Device
 from megatron_tempo.errors import InputError
-
-_CUDA_TYPE_NAMES = {
-    torch.float32: "torch.cuda.FloatTensor",
-    torch.float16: "torch.cuda.HalfTensor",
-    torch.bfloat16: "torch.cuda.BFloat16Tensor",
-}
+from megatron_tempo.models.megatron_compat.cpu_backend import install_cpu_backend
 
 
 def select_device(wanted: Device, local_rank: int) -> torch.device:
@@ -45,56 +29,3 @@ def select_device(wanted: Device, local_rank: int) -> torch.device:
         return device
     install_cpu_backend()
     return torch.device("cpu")
-
-
-def install_cpu_backend() -> None:
-    """Let Megatron-Core's CUDA calls in this process answer with the CPU. Calling it again does nothing."""
-    if torch.cuda.is_available():
-        raise RuntimeError("the CPU backend of Megatron-Core must not be installed where CUDA is available")
-    if isinstance(getattr(torch.cuda, "current_device", None), _Answer):
-        return
-    for name, answer in _CUDA_ANSWERS.items():
-        setattr(torch.cuda, name, _Answer(answer))
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
-    torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
-
-    from megatron.core.tensor_parallel import random as megatron_random
-
-    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    _CudaNamesOnCpu().__enter__()
-
-
-class _Answer:
-    """A replaced function of torch.cuda, recognisable as ours."""
-
-    def __init__(self, answer: Callable[..., Any]) -> None:
-        self.answer = answer
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.answer(*args, **kwargs)
-
-
-_CUDA_ANSWERS: dict[str, Callable[..., Any]] = {
-    "current_device": lambda: "cpu",
-    "synchronize": lambda *_: None,
-    "empty_cache": lambda: None,
-    "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
-    "get_rng_state": lambda *_: torch.get_rng_state(),
-    "set_rng_state": lambda state, *_: torch.set_rng_state(state),
-    "current_stream": lambda *_: None,
-    "stream": lambda *_: contextlib.nullcontext(),
-}
-
-
-class _CudaNamesOnCpu(TorchFunctionMode):
-    """Rewrites device="cuda" to the CPU, and names tensor types as on CUDA (Megatron's optimizers assert on them)."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if kwargs and "cuda" in str(kwargs.get("device", "")):
-            kwargs = {**kwargs, "device": "cpu"}
-        if func is Tensor.type and len(args) == 1 and not kwargs and args[0].dtype in _CUDA_TYPE_NAMES:
-            return _CUDA_TYPE_NAMES[args[0].dtype]
-        if func is Tensor.to and len(args) > 1 and "cuda" in str(args[1]):
-            args = (args[0], "cpu", *args[2:])
-        return func(*args, **(kwargs or {}))

@@ -25,7 +25,7 @@ LossInputs = Callable[[Tensor], dict[str, Tensor]]
 
 @dataclass(slots=True)
 class NonFiniteGuard:
-    """Counts consecutive skipped steps of a model. `iteration` is the run's, from 1.
+    """Counts consecutive skipped steps of a model.
 
     Each skipped step is written to `folder`/step_ITERATION_MODEL_K.safetensors, K being the number of the mini-batch
     in the update.
@@ -35,20 +35,19 @@ class NonFiniteGuard:
     folder: Path
     limit: int  # maximum consecutive skipped steps
     is_writer: bool
-    iteration: int = 0
     consecutive: int = field(default=0, init=False)
 
     def made(self) -> None:
         """Note a step that was made."""
         self.consecutive = 0
 
-    def skipped(self, number: int, batch: Batch, rows: Tensor, step: Step, inputs: LossInputs) -> None:
-        """Note a skipped step: mini-batch `number` of the update, of `rows`.
+    def skipped(self, iteration: int, number: int, batch: Batch, rows: Tensor, step: Step, inputs: LossInputs) -> None:
+        """Note a skipped step: mini-batch `number`, of `rows`, in the update of the run's `iteration` (from 1).
 
         Raises NotFiniteError, on every rank, after `limit` consecutive skipped steps.
         """
         self.consecutive += 1
-        path = self.folder / f"step_{self.iteration:08d}_{self.model}_{number}.safetensors"
+        path = self.folder / f"step_{iteration:08d}_{self.model}_{number}.safetensors"
         if self.is_writer:
             try:
                 _write(path, batch.select(rows), rows, step, inputs(rows))
@@ -57,7 +56,7 @@ class NonFiniteGuard:
         if self.consecutive >= self.limit:
             raise NotFiniteError(
                 f"the {self.model}'s loss or gradient was not finite at {self.consecutive} optimizer steps in a row, "
-                f"the last in iteration {self.iteration}; none of them was made. The last mini-batch is in {path}; "
+                f"the last in iteration {iteration}; none of them was made. The last mini-batch is in {path}; "
                 "docs/monitoring.md says how to read it (run.max_consecutive_nonfinite_steps)"
             )
 

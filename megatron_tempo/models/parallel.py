@@ -22,6 +22,8 @@ from torch import Tensor
 
 from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.errors import InputError
+from megatron_tempo.models.megatron_compat.gloo_devices import shared_gloo_devices
+from megatron_tempo.models.megatron_compat.group_globals import read_group_globals, write_group_globals
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # where none is given
 
@@ -35,17 +37,17 @@ class Groups:
     @classmethod
     def now(cls) -> Groups:
         """Those that are in place."""
-        return cls({name: value for name, value in vars(parallel_state).items() if name.isupper()})
+        return cls(read_group_globals())
 
     @contextmanager
     def current(self) -> Iterator[None]:
         """In place for Megatron, until the end of the block."""
         before = Groups.now()
-        vars(parallel_state).update(self._globals)
+        write_group_globals(self._globals)
         try:
             yield
         finally:
-            vars(parallel_state).update(before._globals)
+            write_group_globals(before._globals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,22 +114,23 @@ def parallel_groups(
     Under torchrun its rendezvous is used; without it, the run is a single process. On CUDA, CPU tensors still travel
     by gloo: the replicated `Batch` never touches the GPU's links.
     """
-    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        actor = initialize_model_parallel(config, seed, timeout)
-        critic = actor
-        if config.of_critic() != config:
-            parallel_state.destroy_model_parallel()  # forgets the groups, which live on in `actor`
-            critic = initialize_model_parallel(config.of_critic(), seed, timeout)
-        with actor.groups.current():
-            yield Layouts(actor, critic)
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    with shared_gloo_devices():
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            actor = initialize_model_parallel(config, seed, timeout)
+            critic = actor
+            if config.of_critic() != config:
+                parallel_state.destroy_model_parallel()  # forgets the groups, which live on in `actor`
+                critic = initialize_model_parallel(config.of_critic(), seed, timeout)
+            with actor.groups.current():
+                yield Layouts(actor, critic)
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
 
 
 def initialize_model_parallel(config: ParallelConfig, seed: int, timeout: timedelta) -> Layout:

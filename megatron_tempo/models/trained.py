@@ -19,6 +19,13 @@ from torch import Tensor
 
 from megatron_tempo.config.stages import OptimizerConfig
 from megatron_tempo.models.gpt import PackedGPT
+from megatron_tempo.models.megatron_compat.optimizer import (
+    init_adam_state,
+    load_optimizer_state,
+    note_param_order,
+    optimizer_parts,
+    without_bucket_padding,
+)
 from megatron_tempo.models.offload import ModelOffloader
 from megatron_tempo.models.packing import MicroBatch, micro_batches
 from megatron_tempo.models.parallel import Layout, sum_over_ranks
@@ -173,8 +180,8 @@ class TrainedModel(Model):
             [ddp],
             use_gloo_process_groups=False,
         )
-        _mend_places(optimizer)
-        _begin_adam(optimizer)
+        note_param_order(optimizer)
+        init_adam_state(optimizer)
         config.finalize_model_grads_func = finalize_model_grads
         model = cls(net, layout, device, micro_batch_tokens, ddp, offloader, optimizer=optimizer)
         offloader.load(model)
@@ -183,7 +190,7 @@ class TrainedModel(Model):
     def persistent_tensors(self) -> Iterable[Tensor]:
         """The weights, the optimizer's main weights and its moments."""
         yield from self.net.parameters()
-        for inner in (part.optimizer for part in _parts(self.optimizer)):
+        for inner in (part.optimizer for part in optimizer_parts(self.optimizer)):
             for group in inner.param_groups:
                 yield from group["params"]
             for state in inner.state.values():
@@ -242,30 +249,17 @@ class TrainedModel(Model):
         self, weights: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool
     ) -> dict[str, Any]:
         """The optimizer's part of a checkpoint, for the sharded `weights` of the same model. Collective."""
-        with _without_bucket_padding(self.optimizer):
+        with without_bucket_padding(self.optimizer):
             return self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
         """Take a state that `optimizer.sharded_state_dict` described and a checkpoint filled."""
-        if not _torch_optimizers(self.optimizer):
-            self.optimizer.load_state_dict(state)
-            _complete_groups(self.optimizer)
-            return
-        # With torch's Adam, Megatron 0.16 trips over the step counters while it loads the moments, and gives all
-        # parameters one and the same counter: each would then count it up. So the counters step aside.
-        moments = state.pop("param_state")
-        self.optimizer.load_state_dict(state)
-        (part,) = _parts(self.optimizer)
-        states = list(part.optimizer.state.values())
-        counters = [one.pop("step").clone() for one in states]
-        part.load_parameter_state_from_fully_reshardable(moments)
-        for one, counter in zip(states, counters, strict=True):
-            one["step"] = counter
+        load_optimizer_state(self.optimizer, state)
 
     def _set_hyperparameters(self, config: OptimizerConfig) -> None:
         """Stages may differ in these, so they are set before each step. The learning rate warms up linearly."""
         warm = min(1.0, (self.step_count + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-        for optimizer in _parts(self.optimizer):
+        for optimizer in optimizer_parts(self.optimizer):
             optimizer.config.clip_grad = config.clip_grad
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * warm
@@ -277,68 +271,3 @@ class TrainedModel(Model):
 def _on_device(net: PackedGPT, device: torch.device) -> Any:
     module = net.cuda(device) if device.type == "cuda" else net
     return Float16Module(net.config, module) if net.config.bf16 else module
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[Any]:
-    return getattr(optimizer, "chained_optimizers", [optimizer])
-
-
-def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    """The inner optimizers that are torch's own: where neither Transformer Engine nor Apex brings a fused one."""
-    inner = [part.optimizer for part in _parts(optimizer)]
-    return [one for one in inner if isinstance(one, torch.optim.Adam | torch.optim.AdamW)]
-
-
-def _mend_places(optimizer: MegatronOptimizer) -> None:
-    """Note each parameter's place in its group as it is: fp32 ones, such as a value head's, first, then bf16 ones.
-
-    Megatron 0.16 notes them in the model's order, and would take one parameter's state for another's in a checkpoint.
-    """
-    for part in _parts(optimizer):
-        pairs = zip(part.model_fp32_groups, part.model_float16_groups, strict=True)
-        for group, (wide, narrow) in enumerate(pairs):
-            for place, parameter in enumerate([*wide, *narrow]):
-                part.model_param_group_index_map[parameter] = (group, place)
-
-
-def _complete_groups(optimizer: MegatronOptimizer) -> None:
-    """Give a fused Adam's groups what a checkpoint of torch's Adam lacks, and its count of steps as a whole number."""
-    for inner in (part.optimizer for part in _parts(optimizer)):
-        for group in inner.param_groups:
-            group.update({name: value for name, value in inner.defaults.items() if name not in group})
-            if "step" in group:
-                group["step"] = int(group["step"])
-
-
-def _begin_adam(optimizer: MegatronOptimizer) -> None:
-    """Give Adam its zero moments at once: Megatron wants them in a checkpoint, which may come before a first step."""
-    counted = _torch_optimizers(optimizer)
-    for inner in (part.optimizer for part in _parts(optimizer)):
-        for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
-            inner.state[parameter] = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-            if inner in counted:
-                inner.state[parameter]["step"] = torch.tensor(0.0)
-
-
-@contextmanager
-def _without_bucket_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Let parameters be looked up where they lie once the padding between gradient buckets is gone.
-
-    Megatron 0.16 gathers a buffer for a checkpoint without the padding behind each bucket, and then cuts it by offsets
-    that count the padding: behind a padded bucket every parameter would be written shifted. There is such a bucket
-    where a tied embedding has one of its own, under pipeline parallelism.
-    """
-    buffers = [buffer for part in _parts(optimizer) for buffer in part.buffers]
-    padded = [buffer.param_index_map for buffer in buffers]
-    for buffer in buffers:
-        gaps = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
-        before = [sum(gaps[:i]) for i in range(len(gaps))]
-        buffer.param_index_map = {
-            parameter: (start - before[bucket], end - before[bucket], bucket)
-            for parameter, (start, end, bucket) in buffer.param_index_map.items()
-        }
-    try:
-        yield
-    finally:
-        for buffer, index_map in zip(buffers, padded, strict=True):
-            buffer.param_index_map = index_map

@@ -33,11 +33,13 @@ def step_through(
     num_metrics: int,
     config: OptimizerConfig,
     inputs: LossInputs,
+    iteration: int,
 ) -> Steps:
     """One step for each mini-batch of rows in `order` (int64 each); see `TrainedModel.step`. Collective.
 
-    Steps whose loss or gradient is not finite are skipped. Where `guard` reaches its limit, raises NotFiniteError on
-    every rank, with the weights as they were before the first of the consecutive skipped steps.
+    Steps whose loss or gradient is not finite are skipped; `guard` counts them and names what it writes of them by
+    `iteration`, the run's, from 1. Where it reaches its limit, raises NotFiniteError on every rank, with the weights
+    as they were before the first of the consecutive skipped steps.
     """
     made: list[tuple[Tensor, Step]] = []
     for number, rows in enumerate(order, start=1):
@@ -46,7 +48,7 @@ def step_through(
             guard.made()
             made.append((rows, step))
         else:
-            guard.skipped(number, batch, rows, step, inputs)
+            guard.skipped(iteration, number, batch, rows, step, inputs)
     return Steps(
         torch.cat([rows for rows, _ in made]) if made else torch.empty(0, dtype=torch.int64),
         torch.cat([step.metrics for _, step in made]) if made else torch.empty(0, num_metrics),

@@ -1,1 +1,1 @@
-"""What a run reports while it runs: metrics, records, alerts, progress, heartbeat, traces."""
+"""What a run reports: metrics, records, alerts, progress, heartbeat, traces."""

@@ -1,8 +1,8 @@
-"""What is worth waking up for: the rules, each of which looks at a run's records one after another.
+"""Alerts: rules that read a run's records one after another and fire when training looks wrong.
 
-The console tells of an alert once, when it first fires; `megatron-tempo status` and the report tell of all. The
-thresholds are choices of ours: on ten runs of the quickstart's size they tell of truncated responses, which do rise
-there, of a few spikes of the gradient's norm, and of iterations that slow down where the machine is shared.
+The console prints an alert once, when it first fires. `megatron-tempo status` and the report show all alerts. We chose
+the thresholds. On ten runs of the quickstart's size they fire for truncated responses, which do rise there, for a few
+spikes of the gradient norm, and for iterations that slow down on a shared machine.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from statistics import fmean, median
 
 from megatron_tempo.observability.records import Record
 
-RECENT = 5  # records whose mean or median stands for now; as many at a stage's start stand for what was
+RECENT = 5  # records that are averaged for the current value, and for the value at the stage's start
 AUROC_FALL = 0.05  # below the best so far
 GAP_GROWTH, GAP_FLOOR = 2.0, 0.02  # times the stage's start; nats below which no gap matters
-ENTROPY_LEFT = 0.2  # of that at the stage's start
-CLIP_HIGH = 0.5  # of the tokens: the larger part of a batch teaches nothing
-CLIP_NEVER, CLIP_ONCE = 20, 1e-3  # so many iterations without any clipping, in a stage that once clipped so much
+ENTROPY_LEFT = 0.2  # fraction of the entropy at the stage's start
+CLIP_HIGH = 0.5  # fraction of the tokens: most of a batch contributes no gradient
+CLIP_NEVER, CLIP_ONCE = 20, 1e-3  # iterations without any clipping, in a stage that once clipped this fraction
 TRUNCATED_RISE = 0.15  # above the share at the run's start
 SLOWER = 2.0  # times the stage's start
-SPIKE, SPIKE_WINDOW, SPIKE_KNOWN = 10.0, 20, 5  # times the median of so many records before, if so many are known
+SPIKE, SPIKE_WINDOW, SPIKE_KNOWN = 10.0, 20, 5  # times the median of the last 20 records, if at least 5 are known
 
-# Looks at the next record: what is seen where the rule holds at it, from the records up to it; none where it does not.
-# What a look remembers has a bound, so that the thousandth record costs no more than the first.
+# Called with each record in turn. Returns what is wrong as of this record; None if the rule does not fire. Its memory
+# is bounded, so the thousandth record costs no more than the first.
 Look = Callable[[Record], str | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`begin` gives a look at the records of one file, in their order."""
+    """`begin` returns a `Look` for the records of one file, in their order."""
 
     name: str
-    reads: str  # the numbers of records that it looks at, by name
+    reads: str  # names of the numbers in a record that it reads
     of_evaluations: bool
     advice: str
     begin: Callable[[], Look]
@@ -46,23 +46,23 @@ class Alert:
 
     name: str
     advice: str
-    first: int  # the step at which it fired first
+    first: int  # the step at which it first fired
     last: int
-    count: int  # records at which it fired
-    seen: str  # at `last`
-    active: bool  # it fires at the newest record that it could fire at
+    count: int  # number of records at which it fired
+    seen: str  # what was wrong at `last`
+    active: bool  # it fires at the newest record that it reads
 
     def message(self) -> str:
         since = f"step {self.first}" if self.first == self.last else f"steps {self.first} to {self.last}"
         return f"{self.name}, {since}{'' if self.active else ' (over)'}: {self.seen}"
 
     def line(self) -> str:
-        """With what to do about it."""
+        """The message and what to do about it."""
         return f"{self.message()}; {self.advice}"
 
 
 class Watch:
-    """All rules over a run's records as they come. What it keeps does not grow with them."""
+    """Applies all rules to a run's records as they arrive. Its memory does not grow with their number."""
 
     def __init__(self) -> None:
         self._looks = [(rule, rule.begin()) for rule in RULES]
@@ -79,7 +79,7 @@ class Watch:
             self._look(record, of_evaluations=True)
 
     def alerts(self) -> list[Alert]:
-        """All rules that have fired, in the order of their first firing."""
+        """All alerts so far, by the step at which they first fired."""
         known = [
             replace(self._fired[rule.name], active=self._fired[rule.name].last == self._newest[rule.of_evaluations])
             for rule in RULES
@@ -98,7 +98,7 @@ class Watch:
 
 
 def alerts(metrics: Sequence[Record], evaluations: Sequence[Record]) -> list[Alert]:
-    """All rules that have fired, in the order of their first firing."""
+    """All alerts of these records, by the step at which they first fired."""
     watch = Watch()
     for record in metrics:
         watch.metrics(record)
@@ -131,7 +131,7 @@ def _auroc_falls() -> Look:
 
 @dataclass(slots=True)
 class _Numbers:
-    """One number of the records of a stage, or of all: how often it was there, its first and its last values."""
+    """Values of one number, in the records of a stage or of all stages: how many, the first and the last ones."""
 
     count: int = 0
     first: list[float] = field(default_factory=list)  # RECENT + 1
@@ -149,8 +149,8 @@ class _Numbers:
         return list(self.last)[-count:]
 
 
-def _each(name: str, say: Callable[[_Numbers], str | None], *, by_stage: bool = True) -> Callable[[], Look]:
-    """A rule on one number: what `say` says of it, where a record has it."""
+def _each(name: str, judge: Callable[[_Numbers], str | None], *, by_stage: bool = True) -> Callable[[], Look]:
+    """A rule on one number: `judge` returns what is wrong with it. Records without the number are skipped."""
 
     def begin() -> Look:
         known: dict[str, _Numbers] = {}
@@ -160,7 +160,7 @@ def _each(name: str, say: Callable[[_Numbers], str | None], *, by_stage: bool = 
                 return None
             numbers = known.setdefault(record["stage"] if by_stage else "", _Numbers())
             numbers.add(record[name])
-            return say(numbers)
+            return judge(numbers)
 
         return look
 
@@ -187,29 +187,29 @@ def _clips_much(fractions: _Numbers) -> str | None:
 def _clips_no_more(fractions: _Numbers) -> str | None:
     once = fractions.highest
     if once >= CLIP_ONCE and fractions.count > CLIP_NEVER and max(fractions.recent(CLIP_NEVER)) == 0:
-        return f"no token was clipped in {CLIP_NEVER} iterations, up to {once:.2%} were before"
+        return f"no token was clipped in the last {CLIP_NEVER} iterations, up to {once:.2%} before"
     return None
 
 
 def _truncated_rises(shares: _Numbers) -> str | None:
     early, now = fmean(shares.first[:RECENT]), fmean(shares.recent())
     risen = shares.count >= 2 * RECENT and now > early + TRUNCATED_RISE
-    return f"{now:.0%} of the responses do not end, were {early:.0%}" if risen else None
+    return f"{now:.0%} of the responses are truncated, was {early:.0%}" if risen else None
 
 
 def _slows_down(seconds: _Numbers) -> str | None:
     if seconds.count <= 2 * RECENT:
         return None
     early, now = median(seconds.first[1:]), median(seconds.recent())  # the first compiles and warms up
-    return f"{now:.3g} s an iteration, was {early:.3g} s" if now > SLOWER * early else None
+    return f"{now:.3g} s per iteration, was {early:.3g} s" if now > SLOWER * early else None
 
 
 def _spikes(norms: _Numbers) -> str | None:
     *before, now = norms.last
     if len(before) < SPIKE_KNOWN:
         return None
-    usual = median(before)  # 0 where no response was better than another
-    return f"{now:.3g}, {now / usual:.0f} times the usual" if usual and now > SPIKE * usual else None
+    usual = median(before)  # 0 if all advantages were 0
+    return f"{now:.3g}, {now / usual:.0f} times the median" if usual and now > SPIKE * usual else None
 
 
 def _gradient_spikes() -> Look:
@@ -228,7 +228,7 @@ def _skips() -> Look:
 
 def _skipped(record: Record) -> str | None:
     skipped = {model: record.get(f"{model}/skipped") or 0 for model in ("actor", "critic")}
-    words = [f"{count:.0f} of the {model}'s" for model, count in skipped.items() if count]
+    words = [f"{count:.0f} of the {model}'s steps" for model, count in skipped.items() if count]
     return f"{' and '.join(words)} were not finite" if words else None
 
 
@@ -237,42 +237,43 @@ RULES = (
         "critic's AUROC falls",
         "calibration.last.auroc",
         True,
-        "the actor's rewards are worth less: more labelled prompts or a higher critic rate, stage2.estep_every=1",
+        "the actor's rewards become less reliable: use more labelled prompts, a higher critic learning rate or "
+        "stage2.estep_every=1",
         _auroc_falls,
     ),
     Rule(
         "engine and trainer drift apart",
         "engine/logprob_gap_mean",
         False,
-        "compare the weights (rollout.servers.checksums_every=1); weigh tokens by stage2.actor.importance_cap",
+        "compare the weights (rollout.servers.checksums_every=1), or set stage2.actor.importance_cap",
         _each("engine/logprob_gap_mean", _gap_grows),
     ),
     Rule(
         "entropy collapses",
         "actor/entropy",
         False,
-        "a smaller actor rate, or stage2.actor.entropy_coef",
+        "lower the actor's learning rate, or set stage2.actor.entropy_coef",
         _each("actor/entropy", _entropy_collapses),
     ),
     Rule(
         "clipping takes over",
         "actor/clip_fraction",
         False,
-        "a smaller actor rate, fewer epochs or larger mini-batches",
+        "use a lower actor learning rate, fewer epochs or larger mini-batches",
         _each("actor/clip_fraction", _clips_much),
     ),
     Rule(
         "clipping has ceased",
         "actor/clip_fraction",
         False,
-        "the actor hardly moves: look at its rate and at advantage/std",
+        "the actor hardly changes: check its learning rate and advantage/std",
         _each("actor/clip_fraction", _clips_no_more),
     ),
     Rule(
         "truncated responses rise",
         "truncated",
         False,
-        "they count as wrong: read samples.jsonl, raise rollout.max_response_tokens",
+        "they count as wrong: read samples.jsonl, or raise rollout.max_response_tokens",
         _each("truncated", _truncated_rises, by_stage=False),
     ),
     Rule(
@@ -286,14 +287,14 @@ RULES = (
         "iterations slow down",
         "seconds",
         False,
-        "time/PHASE in metrics.jsonl says where; longer responses are one reason",
+        "see time/PHASE in metrics.jsonl; longer responses are one possible reason",
         _each("seconds", _slows_down),
     ),
     Rule(
         "gradient norm spikes",
         "actor/grad_norm, critic/grad_norm",
         False,
-        "one is clipped and harmless; many ask for a smaller rate",
+        "a single spike is clipped and harmless; if there are many, lower the learning rate",
         _gradient_spikes,
     ),
 )

@@ -1,7 +1,7 @@
-"""A sign of life: heartbeat.json in the run's folder, what the first rank is doing and since when.
+"""heartbeat.json in the run's folder: what the first rank is doing and since when.
 
-A phase may take hours and write nothing, so a thread says every few seconds that the process is there. That it gets on
-it does not say: `status` holds the time in a phase against what the phase usually takes.
+A phase may take hours and write nothing, so a thread writes the file every few seconds. It shows that the process
+exists, not that it makes progress: `status` compares the time in a phase with what the phase usually takes.
 
     {"time": 1764.0, "host": "node7", "pid": 4242, "started": 1700.0, "phase": "generate", "since": 1750.0,
      "ended": null, "engines": [{"name": "vllm server 0", "state": "serving", "requests": 12, "restarts": 0,
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HEARTBEAT = "heartbeat.json"
-BEAT = 15.0  # seconds from one sign to the next
-SILENT = 120.0  # seconds without a sign after which a run looks dead; clocks of two machines may differ a little
+BEAT = 15.0  # seconds from one heartbeat to the next
+SILENT = 120.0  # seconds without a heartbeat after which a run looks dead; clocks of two machines may differ a little
 DONE = "done"
 
 
 class Heartbeat:
-    """Writes the file at each change of phase and every `BEAT` seconds. A disk that is full is warned of once.
+    """Writes the file at each change of phase and every `BEAT` seconds. Warns once if the disk is full.
 
-    `started` and `since` are written as so many seconds of a steady clock before `time`: a clock that is set
-    puts all three right at the next sign.
+    `started` and `since` are `time` less seconds of a monotonic clock. So if the system clock is set, all three are
+    right again at the next heartbeat.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -61,20 +61,20 @@ class Heartbeat:
         self._thread.start()
 
     def watch(self, engines: Callable[[], list[EngineHealth]]) -> None:
-        """Tell of these engines too. `engines` is called from any thread."""
+        """Include these engines. `engines` is called from any thread."""
         self._engines = engines
 
     def phase(self, name: str) -> None:
-        """What is being done from now on; empty: what stands between phases."""
+        """The phase that begins now; empty between phases."""
         self._since = time.monotonic()
         self._write(phase=name)
 
     def end(self, why: str) -> None:
-        """The last sign: `DONE`, or the error that ended the run."""
+        """Write the last heartbeat. `why`: `DONE`, or the error that ended the run."""
         if not self._closed.is_set():
             self._closed.set()
             self._thread.join()
-            self._engines = list  # their servers are being closed, or are gone
+            self._engines = list  # their servers are closing or gone
             self._since = time.monotonic()
             self._write(phase="", ended=why)
 
@@ -98,12 +98,12 @@ class Heartbeat:
                 os.replace(new, self._path)
             except OSError as error:
                 if not self._warned:
-                    log.warning("%s cannot be written (%s): status will take this run for dead", self._path, error)
+                    log.warning("%s cannot be written (%s): status will show this run as dead", self._path, error)
                 self._warned = True
 
 
 def write_final_heartbeat(folder: Path, why: str) -> None:
-    """Say in the last sign, from whichever process, why the run has ended. Raises OSError."""
+    """Write into the last heartbeat why the run has ended. Any process may call it. Raises OSError."""
     record = read_heartbeat(folder)
     if record is not None:
         now = time.time()
@@ -113,7 +113,7 @@ def write_final_heartbeat(folder: Path, why: str) -> None:
 
 
 def read_heartbeat(folder: Path) -> dict[str, Any] | None:
-    """The last sign; none: there is none yet, or the file is not ours."""
+    """The last heartbeat; None if there is none yet or the file is not a heartbeat."""
     try:
         record = json.loads((folder / HEARTBEAT).read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: the console, JSONL files, and TensorBoard and Weights & Biases when asked."""
+"""Output of a run: the console, JSONL files, and TensorBoard and Weights & Biases if configured."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from megatron_tempo.config.extensions import short_name
 from megatron_tempo.config.schema import MetricsConfig
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.observability.alerts import Watch
@@ -38,7 +39,7 @@ from megatron_tempo.types import EngineHealth
 
 log = logging.getLogger(__name__)
 
-# The console's columns: what to show of which number; a column is left out where the record lacks it.
+# Columns of the console: format and name of a number. A column is left out if the record lacks its number.
 COLUMNS = (
     ("reward {:6.3f}", "reward/labelled"),
     ("value {:6.3f}", "reward/unlabelled_value"),
@@ -52,7 +53,7 @@ COLUMNS = (
     ("{:5.1f} s", "seconds"),
 )
 
-UPLOAD_SECONDS = 120.0  # that Weights & Biases has at a run's end
+UPLOAD_SECONDS = 120.0  # time limit of Weights & Biases at a run's end
 
 
 class Metrics:
@@ -64,27 +65,27 @@ class Metrics:
                 ...
             metrics.step({"stage": "stage1", "method": "ppo", "iteration": 1, "step": 1, "actor/loss": 0.2})
 
-    Raises ValueError where a tracker is asked for and not installed, OSError naming the file where metrics.jsonl or
-    evaluations.jsonl cannot be written. Of other files that cannot be written it warns once each, and goes on. A
-    tracker that fails later is warned about once and left out from then on.
+    Raises ValueError if a configured tracker is not installed, and OSError that names the file if metrics.jsonl or
+    evaluations.jsonl cannot be written. If another file cannot be written, it warns once per file and continues. If a
+    tracker fails later, it warns once and stops using the tracker.
     """
 
     def __init__(self, run_dir: Path, config: MetricsConfig, is_writer: bool) -> None:
         self._dir = run_dir
         self._config = config
         self._is_writer = is_writer
-        self._open: list[tuple[str, float]] = []  # the phases that are running, outermost first, and since when
+        self._open: list[tuple[str, float]] = []  # phases that are running, outermost first, and their starts
         self._times: dict[str, float] = {}  # seconds by phase since the last record
-        self._mark = time.monotonic()  # of the last record
+        self._mark = time.monotonic()  # time of the last record
         self._purge_step: int | None = None
         self._forecast: Forecast | None = None
         self._bar: ProgressBar | None = None
         self._console: Console | None = None
         self._heartbeat: Heartbeat | None = None
         self._watch = Watch()
-        self._told: set[str] = set()  # alerts
-        self._unwritten: set[str] = set()  # what was warned of that cannot be written
-        self._resumed: int | None = None  # behind this step no evaluation is written yet
+        self._printed: set[str] = set()  # names of alerts
+        self._unwritten: set[str] = set()  # what has been reported as not writable
+        self._resumed: int | None = None  # no evaluation after this step is written yet
         self._tensorboard: Any = None
         self._wandb: Any = None
         if not is_writer:
@@ -103,8 +104,8 @@ class Metrics:
             self._wandb = _wandb(run_dir, config.wandb_project, self.warn)
 
     def plan(self, stages: Mapping[str, StageConfig], evaluations: int, step: int = 0) -> None:
-        """What is to come, for the time left: all the run's stages, the evaluation records still to be written, and
-        the iterations that a resumed run has behind it. Starts the progress bar."""
+        """Set what remains, for the time left, and start the progress bar. `stages`: all stages. `evaluations`:
+        records still to be written. `step`: completed iterations of a resumed run."""
         if not self._is_writer:
             return
         self._watch, self._resumed = Watch(), step
@@ -112,7 +113,7 @@ class Metrics:
             self._watch.metrics(line)
         for line in read_evaluations(self._dir):
             self._watch.evaluation(line)
-        self._told = {alert.name for alert in self._watch.alerts()}  # by the start that is gone on with
+        self._printed = {alert.name for alert in self._watch.alerts()}  # before the run was resumed
         self._forecast = Forecast(stages, evaluations, step)
         self._mark = time.monotonic()
         if self._console is not None and self._config.progress:
@@ -120,10 +121,10 @@ class Metrics:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Times a phase: `time/<name>` seconds of the next record; one phase inside another is `time/<outer>/<name>`.
+        """Times a phase: `time/<name>` seconds of the next record; a phase inside another is `time/<outer>/<name>`.
 
-        Wall time: work that a GPU has queued and not done counts where it is waited for. A phase that runs across a
-        record is split between that record and the next.
+        Wall time: queued GPU work counts in the phase that waits for it. A phase that is open when a record is written
+        is split between that record and the next.
         """
         if not self._is_writer:
             yield
@@ -139,7 +140,7 @@ class Metrics:
             self._show()
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """Writes one iteration: stage, method, iteration, step and numbers by name (see records.py)."""
+        """Writes the record of an iteration: stage, method, iteration, step and numbers by name (see records.py)."""
         if not self._is_writer:
             return
         line = self._complete(record)
@@ -153,7 +154,7 @@ class Metrics:
         self._show()
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """Writes the scores of one set at one point, in place of those of the same set, step and point, if any."""
+        """Writes the scores of one set at one point. Replaces those of the same set, step and point, if any."""
         if not self._is_writer:
             return
         line = self._complete(record)
@@ -170,7 +171,7 @@ class Metrics:
         self._show()
 
     def samples(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Writes responses for the report, in place of those of the same set, step and point, if any."""
+        """Writes responses for the report. Replaces those of the same set, step and point, if any."""
         if not self._is_writer:
             return
         lines = [finite(dict(record))[0] for record in records]
@@ -180,7 +181,7 @@ class Metrics:
             self._replace(SAMPLES, lines)
 
     def rewind(self, step: int) -> None:
-        """Forgets what was written after `step`: the lines of a killed run that is gone on with from there."""
+        """Deletes the records after `step`: a killed run may have written some, and is resumed from `step`."""
         if not self._is_writer:
             return
         for name in (METRICS, EVALUATIONS):
@@ -192,17 +193,17 @@ class Metrics:
             self._open_tensorboard(purge_step=step + 1)
 
     def watch(self, engines: Callable[[], list[EngineHealth]]) -> None:
-        """Tell of these engines in the heartbeat. `engines` is called from any thread."""
+        """Include these engines in the heartbeat. `engines` is called from any thread."""
         if self._heartbeat is not None:
             self._heartbeat.watch(engines)
 
     def message(self, text: str) -> None:
-        """A line on the console."""
+        """Print a line on the console."""
         if self._is_writer:
             self._print(text)
 
     def warn(self, text: str) -> None:
-        """A line on the console that status and report tell too. From any thread."""
+        """Print a line on the console that status and report show too. Any thread may call it."""
         if self._is_writer:
             self._print(text)
             with self.spare(WARNINGS):
@@ -210,13 +211,13 @@ class Metrics:
 
     @contextmanager
     def spare(self, what: str) -> Iterator[None]:
-        """What is written inside the run can go on without: an OSError is warned of, the first time for each `what`."""
+        """For output that the run can do without: warn of an OSError inside, once for each `what`, and continue."""
         try:
             yield
         except OSError as error:
             if what not in self._unwritten:
                 self._unwritten.add(what)
-                self.warn(f"{what} cannot be written ({error.strerror or error}): the run goes on, and leaves it out")
+                self.warn(f"{what} cannot be written ({error.strerror or error}): the run continues without it")
 
     def close(self, ended: str = DONE) -> None:
         if self._bar is not None:
@@ -237,22 +238,22 @@ class Metrics:
         self.close(DONE if error is None else f"{type(error).__name__}: {error}")
 
     def _replace(self, name: str, lines: list[Record]) -> None:
-        """Adds lines in place of those of the same set, step and point. Behind the step that was resumed from there are
-        none yet, and the file, which grows, is not read."""
+        """Adds lines and removes those of the same set, step and point. After the step that the run was resumed from
+        there are none to remove, and the growing file is not read."""
         keys = {(line["set"], line["step"], line["point"]) for line in lines}
         if self._resumed is None or any(line["step"] <= self._resumed for line in lines):
             drop(self._dir / name, lambda old: (old["set"], old["step"], old["point"]) in keys)
         extend(self._dir / name, lines)
 
     def _alert(self) -> None:
-        """Tell of what has become worth waking up for."""
+        """Print the alerts that have fired for the first time."""
         for alert in self._watch.alerts():
-            if alert.name not in self._told:
-                self._told.add(alert.name)
+            if alert.name not in self._printed:
+                self._printed.add(alert.name)
                 self._print(f"alert: {alert.line()}")
 
     def _complete(self, record: Mapping[str, Any]) -> Record:
-        """The record with time, seconds since the last one, and phases; numbers that are not finite become None."""
+        """The record with its time, the seconds since the last record, and the phases. NaN and infinity become None."""
         now = time.monotonic()
         for i, (path, since) in enumerate(self._open):
             self._times[path] = self._times.get(path, 0.0) + now - since
@@ -260,7 +261,7 @@ class Metrics:
         times = {f"time/{path}": round(seconds, 4) for path, seconds in sorted(self._times.items())}
         line, bad = finite({"time": round(time.time(), 3), **record, "seconds": round(now - self._mark, 4), **times})
         if bad:
-            log.warning("step %s: NaN or infinite, written as null: %s", line.get("step"), ", ".join(bad))
+            log.warning("step %s: NaN or infinity, written as null: %s", line.get("step"), ", ".join(bad))
         self._times.clear()
         self._mark = now
         return line
@@ -268,14 +269,14 @@ class Metrics:
     def _step_line(self, line: Record) -> str:
         total = self._forecast.stages[line["stage"]].iterations if self._forecast is not None else None
         count = f"{line['iteration']}/{total}" if total else str(line["iteration"])
-        cells = [f"{line['stage']} {line['method']:<5} {count:>7}"]
+        cells = [f"{line['stage']} {short_name(line['method']):<5} {count:>7}"]
         cells += [form.format(line[name]) for form, name in COLUMNS if _is_number(line.get(name))]
         if self._forecast is not None:
             cells.append(f"{clock(self._forecast.left())} left")
         return "  ".join(cells)
 
     def _print(self, text: str) -> None:
-        with suppress(OSError):  # a log on a full disk, a terminal that is gone
+        with suppress(OSError):  # a log on a full disk, or a closed terminal
             if self._console is not None:
                 self._console.print(text)
             else:
@@ -308,11 +309,11 @@ class Metrics:
 
     @contextmanager
     def _tensorboard_or_none(self) -> Iterator[None]:
-        """Where it fails inside, it is left out from then on."""
+        """Stop using TensorBoard if the code inside raises OSError."""
         try:
             yield
         except OSError as error:
-            self.warn(f"TensorBoard failed ({error}); training goes on, without it: {METRICS} has everything")
+            self.warn(f"TensorBoard failed ({error}); training continues without it; {METRICS} has all metrics")
             self._tensorboard = None
 
 
@@ -341,7 +342,7 @@ def _tensorboard(run_dir: Path, purge_step: int | None = None) -> Any:
         tensorboard = importlib.import_module("torch.utils.tensorboard")
     except ImportError as error:
         raise ValueError(
-            "metrics.tensorboard=true needs the tensorboard package: "
+            "metrics.tensorboard=true requires the tensorboard package, which is not installed: "
             "pip install 'megatron-tempo[track]', or set it to false"
         ) from error
     return tensorboard.SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
@@ -352,19 +353,19 @@ def _wandb(run_dir: Path, project: str, warn: Callable[[str], None]) -> _Wandb:
         module = importlib.import_module("wandb")
     except ImportError as error:
         raise ValueError(
-            f"metrics.wandb_project={project} needs the wandb package: "
+            f"metrics.wandb_project={project} requires the wandb package, which is not installed: "
             f"pip install 'megatron-tempo[track]', or set it to null"
         ) from error
     return _Wandb(module, run_dir, project, warn)
 
 
 class _Wandb:
-    """A Weights & Biases run that may fail without taking the training with it."""
+    """A Weights & Biases run. Its failure does not end the training."""
 
     def __init__(self, module: Any, run_dir: Path, project: str, warn: Callable[[str], None]) -> None:
         self._errors = (module.errors.Error, OSError)
         self._warn = warn
-        id_file = run_dir / "wandb_id"  # a resumed job goes on with the same W&B run
+        id_file = run_dir / "wandb_id"  # a resumed job continues the same W&B run
         self._run: Any = None
         try:
             if not id_file.exists():
@@ -375,7 +376,7 @@ class _Wandb:
                 dir=str(run_dir),
                 id=id_file.read_text(),
                 resume="allow",
-                # Without these a run whose connection is lost would wait at its end until the job's time is up.
+                # Without these a run that has lost its connection would wait at its end until the job's time limit.
                 settings={"finish_timeout": UPLOAD_SECONDS, "finish_timeout_raises": True},
             )
         except self._errors as error:
@@ -396,5 +397,5 @@ class _Wandb:
                 self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        self._warn(f"Weights & Biases failed ({error}); training goes on, without it: {METRICS} has everything")
+        self._warn(f"Weights & Biases failed ({error}); training continues without it; {METRICS} has all metrics")
         self._run = None

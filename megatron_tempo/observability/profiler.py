@@ -1,6 +1,6 @@
-"""Where an iteration's time goes inside: torch profiler traces of chosen iterations, and NVTX ranges on a GPU.
+"""torch profiler traces of chosen iterations, and NVTX ranges on a GPU.
 
-A trace is DIR/profile/step_N/rank_R.json.gz, for chrome://tracing or Perfetto. The run's phases stand in it by name. On
+A trace is DIR/profile/step_N/rank_R.json.gz, for chrome://tracing or Perfetto. It contains the run's phases by name. On
 a GPU the phases are NVTX ranges in every iteration, for Nsight.
 """
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Profiler:
-    """Traces the iterations `steps`, from 1 over both stages."""
+    """Traces the iterations `steps`, which count from 1 over both stages."""
 
     def __init__(self, steps: Sequence[int], folder: Path, device: torch.device, rank: int) -> None:
         self._steps, self._folder, self._rank = frozenset(steps), folder, rank
@@ -31,7 +31,7 @@ class Profiler:
 
     @contextmanager
     def iteration(self, step: int) -> Iterator[None]:
-        """Trace what is done inside, if the iteration is one of `steps`."""
+        """Trace the code inside if the iteration is one of `steps`."""
         if not self.chosen(step):
             yield
             return
@@ -41,7 +41,7 @@ class Profiler:
             try:
                 yield
                 if self._cuda:
-                    torch.cuda.synchronize()  # what is queued belongs to this iteration
+                    torch.cuda.synchronize()  # queued work belongs to this iteration
             finally:
                 self._tracing = False
         folder = self._folder / f"step_{step}"
@@ -51,11 +51,11 @@ class Profiler:
             trace.export_chrome_trace(str(partial))
             os.replace(partial, folder / f"rank_{self._rank}.json.gz")
         except OSError as error:
-            log.warning("no trace in %s (%s): the run goes on", folder, error)
+            log.warning("the trace in %s cannot be written (%s): the run continues without it", folder, error)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Name what is done inside, in the trace and for Nsight."""
+        """Name the code inside, in the trace and for Nsight."""
         if self._cuda:
             torch.cuda.nvtx.range_push(name)
         try:

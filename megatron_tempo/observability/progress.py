@@ -1,4 +1,4 @@
-"""How far a job is and how long it will take: an estimate, and a bar on a terminal."""
+"""Progress of a job: an estimate of the time left, and a bar on a terminal."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from megatron_tempo.config.extensions import short_name
 from megatron_tempo.config.stages import StageConfig
 
-RECENT = 20  # iterations whose mean time stands for the ones to come
+RECENT = 20  # iterations whose mean time predicts the remaining ones
 
 
 class Forecast:
-    """The seconds left of a job: iterations and evaluations still to come, each at the recent pace of its kind."""
+    """Estimates the seconds left: the remaining iterations and evaluations, each at the recent pace of its kind."""
 
     def __init__(self, stages: Mapping[str, StageConfig], evaluations: int, step: int = 0) -> None:
-        """`stages` of the whole run, `evaluations` still to come, `step`: iterations of the run already behind it."""
+        """`stages`: of the whole run. `evaluations`: the remaining ones. `step`: completed iterations."""
         self.stages = {name: stage for name, stage in stages.items() if stage.iterations}
         self._done = dict.fromkeys(self.stages, 0)
         for name, stage in self.stages.items():
@@ -38,7 +39,8 @@ class Forecast:
         self._evaluation_pace.append(seconds)
 
     def left(self) -> float | None:
-        """Seconds; None before the first iteration. A stage not yet seen is taken to go like the others."""
+        """Seconds; None before the first iteration. A stage that has not begun is assumed to take as long per iteration
+        as the others."""
         measured = [seconds for pace in self._paces.values() for seconds in pace]
         total = self._evaluations * _mean(self._evaluation_pace or [0.0])
         for name, stage in self.stages.items():
@@ -50,16 +52,16 @@ class Forecast:
         return total
 
     def where(self) -> str:
-        """The iteration that is being worked on: 'stage 1/2 PPO, iteration 12/100'."""
+        """The current iteration: 'stage 1/2 PPO, iteration 12/100'."""
         for number, (name, stage) in enumerate(self.stages.items(), start=1):
             if self._done[name] < stage.iterations:
                 iteration = f"iteration {self._done[name] + 1}/{stage.iterations}"
-                return f"stage {number}/{len(self.stages)} {stage.method.name.upper()}, {iteration}"
+                return f"stage {number}/{len(self.stages)} {short_name(stage.method.name).upper()}, {iteration}"
         return "training done"
 
 
 class ProgressBar:
-    """One line at the foot of a terminal: where the job is, what it is doing, elapsed and left."""
+    """One line at the foot of a terminal: the current iteration, the phase, time elapsed and time left."""
 
     def __init__(self, forecast: Forecast, console: Console) -> None:
         self._forecast = forecast
@@ -79,7 +81,7 @@ class ProgressBar:
         self._progress.start()
 
     def update(self, activity: str) -> None:
-        """`activity` is the phase the job is in, empty between phases."""
+        """`activity`: the current phase; empty between phases."""
         left = self._forecast.left()
         elapsed = time.monotonic() - self._started
         self._left.set(left)
@@ -95,7 +97,7 @@ class ProgressBar:
 
 
 class _Left(ProgressColumn):
-    """Time left; it counts down between two estimates."""
+    """Time left. It counts down between two estimates."""
 
     def __init__(self) -> None:
         super().__init__()

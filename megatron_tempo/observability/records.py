@@ -1,17 +1,17 @@
-"""The JSONL files of a run: one flat record a line, appended while it runs, read back by the report.
+"""The JSONL files of a run: one flat record per line. The run appends to them; the report reads them.
 
-metrics.jsonl      one line an iteration: time (unix), stage, method, iteration (from 1 in the stage), step (from 1 in
+metrics.jsonl      one line per iteration: time (unix), stage, method, iteration (from 1 in the stage), step (from 1 in
                    the run), seconds, numbers by name: reward/labelled, actor/loss, critic/grad_norm, time/generate, ...
-evaluations.jsonl  one line a set and point: time, stage, iteration, step, set, avg, avg_se, avg_k, pass and pass_se by
-                   k, questions, response_length, truncated, seen (how many questions were trained on; null where nobody
-                   knows), calibration, point (before, between, after, during; of the eval command: alone)
-samples.jsonl      one line a response: point, stage, step, set, prompt, tokens, values (one more than tokens), correct,
-                   answer
-responses.jsonl    of the eval command, one line a response: set, id and question (the question's key), sample (from 0),
-                   text (as the verifier read it), correct, tokens, finish (stop, length)
-warnings.jsonl     one line a fault that the run went on after, such as a server that was started anew: time, text
+evaluations.jsonl  one line per set and point: time, stage, iteration, step, set, avg, avg_se, avg_k, pass and pass_se
+                   by k, questions, response_length, truncated, seen (how many questions were trained on; null if
+                   unknown), calibration, point (before, between, after, during; of the eval command: alone)
+samples.jsonl      one line per response: point, stage, step, set, prompt, tokens, values (one more than tokens),
+                   correct, answer
+responses.jsonl    of the eval command, one line per response: set, id and question (the question's key), sample (from
+                   0), text (as the verifier read it), correct, tokens, finish (stop, length)
+warnings.jsonl     one line per fault that the run continued after, such as a restarted server: time, text
 
-Beside them `data/seen.py` keeps seen.jsonl. A number that is NaN or infinite stands as null.
+`data/seen.py` writes seen.jsonl next to them. NaN and infinity are written as null.
 """
 
 from __future__ import annotations
@@ -52,26 +52,27 @@ def read_warnings(run_dir: Path) -> list[Record]:
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a file, none where there is no file.
+    """The records of a file; an empty list if there is no file.
 
-    A last line without its newline is a write that was cut short, and is left out. ValueError names any other bad line.
+    A last line without a newline was cut short while it was written, and is skipped. InputError names any other bad
+    line.
     """
     records = []
     for number, line in enumerate(_whole_lines(path), start=1):
         try:
             records.append(json.loads(line))
         except ValueError as error:
-            raise InputError(f"{path}:{number}: not a JSON record ({error}); delete this line to go on") from error
+            raise InputError(f"{path}:{number}: not a JSON record ({error}); delete this line") from error
     return records
 
 
 def append(path: Path, record: Record) -> None:
-    """Adds a line. OSError names the path where it cannot be written; ValueError for NaN (see `finite`)."""
+    """Adds a line. Raises OSError with the path if it cannot be written, ValueError for NaN (see `finite`)."""
     extend(path, [record])
 
 
 def extend(path: Path, records: Iterable[Record]) -> None:
-    """Adds lines, all or none. Errors as those of `append`."""
+    """Adds lines, all or none. Raises the same errors as `append`."""
     lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     if not lines:
         return
@@ -81,14 +82,14 @@ def extend(path: Path, records: Iterable[Record]) -> None:
             file.write(lines.encode())
     except OSError as error:
         with suppress(OSError):
-            os.truncate(path, size)  # a disk that fills up takes the beginning, to which the next line would be joined
+            os.truncate(path, size)  # a full disk may have taken a part, and the next line would be joined to it
         raise OSError(error.errno, f"cannot write a record: {error.strerror}", str(path)) from error
 
 
 def drop(path: Path, unwanted: Callable[[Record], bool]) -> None:
-    """Takes the unwanted records, and a last line that was cut short, from the file, all or nothing.
+    """Removes the unwanted records, and a last line that was cut short, from the file, all or nothing.
 
-    Where that is its end, the disk need have no room.
+    If they are at its end, this needs no free disk space.
     """
     if not path.exists():
         return
@@ -109,7 +110,7 @@ def drop(path: Path, unwanted: Callable[[Record], bool]) -> None:
 
 
 def write_whole(path: Path, text: str) -> Path:
-    """Writes a file in place of an earlier one, all or nothing. Returns its path."""
+    """Writes a file and replaces an earlier one, all or nothing. Returns its path."""
     new = path.with_name(path.name + ".new")
     new.write_text(text, encoding="utf-8")
     new.replace(path)
@@ -117,9 +118,9 @@ def write_whole(path: Path, text: str) -> Path:
 
 
 def finite(record: Record) -> tuple[Record, list[str]]:
-    """The record in JSON's types, and the names of the entries in which a number was not finite and became null.
+    """The record with JSON types, and the names of the entries in which NaN or infinity became null.
 
-    Scalars of numpy and torch, and whatever else has `item()`, become Python's.
+    Scalars of numpy and torch, and other objects with `item()`, become Python numbers.
     """
     plain, bad = {}, []
     for name, value in record.items():

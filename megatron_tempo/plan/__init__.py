@@ -1,5 +1,5 @@
-"""What a configuration will need: memory of a GPU and time by phase, and the layouts that fit. Nothing is run.
+"""Planner: predicts memory per GPU and time by phase, and finds the layouts that fit. Nothing is run.
 
-Neither torch nor Megatron is loaded: `megatron-tempo plan` answers on a login node in about a second. Memory is in
-bytes, GB are 10^9 of them.
+It imports neither torch nor Megatron, so `megatron-tempo plan` answers on a login node in about a second. Memory is in
+bytes; a GB is 10^9 bytes.
 """

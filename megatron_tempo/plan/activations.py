@@ -1,10 +1,10 @@
-"""Bytes of activations: what autograd keeps of a layer, and what stands beside it at the worst moment.
+"""Bytes of activations: what autograd saves per layer, and what is allocated on top of it at the peak.
 
-The accounting is that of Korthikanti et al. 2022 (arXiv 2205.05198), section 4, done anew for our layers: packed rows,
+The accounting follows Korthikanti et al. 2022 (arXiv 2205.05198), section 4, redone for our layers: packed rows,
 grouped queries, SwiGLU, norms in fp32, rotary embeddings without fusion, no dropout. Notation: S tokens of a
 micro-batch, g cells of its attention grid, h hidden size, q and k widths of the query and the key projection, d head
-size, f feed-forward width, t tensor-parallel ranks, a bytes of a number. q, k and f are a rank's, divided by t;
-h stands for h / t under sequence parallelism wherever a tensor lies between the matrix products.
+size, f feed-forward width, t tensor-parallel ranks, a bytes per number. q, k and f are those of one rank, divided by t;
+h means h / t under sequence parallelism for each tensor between the matrix products.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_tempo.plan.shapes import PlannedShape
 
 @dataclass(frozen=True, slots=True)
 class Widths:
-    """A rank's share of the layer's widths, in numbers a token, and the context they are used in."""
+    """A rank's share of the layer's widths, in numbers per token."""
 
     h: float  # between matrix products, divided under sequence parallelism
     full: float  # the whole hidden size
@@ -47,22 +47,22 @@ class Widths:
 
 
 def norm(w: Widths, machine: PlannedMachine) -> float:
-    """What one norm of the hidden states and the product behind it keep, bytes a token.
+    """What one norm of the hidden states and the matrix product after it save, in bytes per token.
 
-    The input in fp32 (in fp32 the residual stream itself, else a copy), 4 h; the reciprocal root, 4; the output, which
-    the matrix product keeps, a h. On a CPU torch's rms_norm is made of single operations and keeps the normed input,
-    4 h more.
+    The input in fp32 (the residual stream itself if it is fp32, else a copy), 4 h; the reciprocal root, 4; the output,
+    which the matrix product saves, a h. On a CPU, torch's rms_norm consists of single operations and also saves the
+    normed input, 4 h.
     """
     return (4 + machine.size + (0 if machine.cuda else 4)) * w.h + 4
 
 
 def attention(w: Widths, machine: PlannedMachine, micro: PlannedMicroBatch) -> float:
-    """What the attention keeps between its norm and its output, bytes.
+    """What the attention saves between its norm and its output, in bytes.
 
-    Norms of queries and keys: in bf16 fp32 copies, 4 (q + k). In fp32 the joint projection q + 2 k, of which the keys
-    are a view, and the queries' copy out of it, q, where the rank has several groups (without, they are a view too);
-    on a CPU also both normed. Reciprocal roots: 4 a head and group. Rotary: a cosine and a sine of each position, for
-    queries and for keys, 4 a d. The output by token, which the projection keeps: a q.
+    Norms of queries and keys: in bf16, fp32 copies, 4 (q + k). In fp32, the joint projection q + 2 k, of which the keys
+    are a view, and a copy of its queries, q, if the rank has several groups (with one group they are a view too); on a
+    CPU also both after their norms. Reciprocal roots: 4 per head and group. Rotary: a cosine and a sine per position,
+    for queries and for keys, 4 a d. The output by token, which the projection saves: a q.
     """
     a = machine.size
     if machine.mixed:
@@ -73,11 +73,11 @@ def attention(w: Widths, machine: PlannedMachine, micro: PlannedMicroBatch) -> f
 
 
 def on_grid(w: Widths, machine: PlannedMachine, layout: PlannedLayout, micro: PlannedMicroBatch) -> float:
-    """What the attention keeps inside: on the grid, where keys and values are repeated to as many heads as there are
-    queries, q, k, v and the output, 4 a q, log-sum-exps, 4 a head, and the grid's int64 numbers, 8.
+    """What the attention kernel saves, in bytes.
 
-    Over c context ranks there is no grid: a rank's queries and outputs by token, 2 a q, and keys and values of all
-    ranks' tokens, once as they were gathered, 2 a k, and repeated, 2 a q.
+    On the grid, keys and values are repeated to the number of query heads: q, k, v and the output, 4 a q; log-sum-exps,
+    4 per head; the grid's int64 indices, 8. Over c context ranks there is no grid: a rank's queries and outputs by
+    token, 2 a q, and keys and values of all ranks' tokens, once as gathered, 2 a k, and once repeated, 2 a q.
     """
     a, S = machine.size, micro.tokens
     if layout.context > 1:
@@ -86,14 +86,14 @@ def on_grid(w: Widths, machine: PlannedMachine, layout: PlannedLayout, micro: Pl
 
 
 def feed_forward(w: Widths, machine: PlannedMachine) -> float:
-    """What the feed-forward part keeps, bytes a token: both halves of the first product, 2 f, silu of the gate, f, the
-    other half again (Megatron adds an offset of 0), f, and the second product's input, f."""
+    """What the feed-forward part saves, in bytes per token: both halves of the first product, 2 f, silu of the gate, f,
+    the other half again (Megatron adds an offset of 0), f, and the input of the second product, f."""
     return 5 * machine.size * w.f
 
 
 def layer(shape: PlannedShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch) -> float:
-    """All that one layer keeps for its backward pass, bytes. With `Recompute.attention` what the attention is given,
-    q + 2 k, instead of what it keeps inside."""
+    """All that one layer saves for its backward pass, in bytes. With `Recompute.attention`, the inputs of the attention
+    kernel, q + 2 k, instead of what the kernel saves."""
     w = Widths.of(shape, layout)
     given = machine.size * (w.q + 2 * w.k) * micro.tokens
     inside = given if layout.recompute is Recompute.attention else on_grid(w, machine, layout, micro)
@@ -102,18 +102,19 @@ def layer(shape: PlannedShape, layout: PlannedLayout, machine: PlannedMachine, m
 
 
 def whole_layer(shape: PlannedShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch) -> float:
-    """What a layer keeps once it is computed again, bytes."""
+    """What a layer saves when it is recomputed, in bytes."""
     return layer(shape, replace(layout, recompute=Recompute.none), machine, micro)
 
 
 def kept(
     shape: PlannedShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch, stage: int
 ) -> float:
-    """What one micro-batch keeps in a stage's layers between its forward and its backward pass, bytes.
+    """What the layers of a stage save for one micro-batch between its forward and its backward pass, in bytes.
 
-    With `Recompute.layers` the layers' inputs alone, a h each. Beside them what a stage is given and gives, a h each:
-    in fp32 the given one is the first norm's input already, and the last layer's output is the closing norm's. In bf16
-    the norms have copies; a stage before or behind another keeps what came or went.
+    With `Recompute.layers` only the layers' inputs, a h each. In addition the stage's input and output, a h each: in
+    fp32 the input is the first norm's input, which is counted already, and the last layer's output is the input of the
+    final norm. In bf16 the norms save copies; a stage keeps what it received from the previous stage and what it sent
+    to the next one.
     """
     w, layers, last = Widths.of(shape, layout), shape.layers // layout.pipeline, layout.pipeline - 1
     states = machine.size * w.h * micro.tokens
@@ -124,8 +125,8 @@ def kept(
 
 
 def in_flight(layout: PlannedLayout, stage: int, count: int) -> int:
-    """Micro-batches between their forward and backward pass under 1F1B (Narayanan et al. 2021, section 2.2): the first
-    stage holds as many as there are stages, the last one."""
+    """Micro-batches between their forward and backward pass under 1F1B (Narayanan et al. 2021, section 2.2): one per
+    stage on the first stage, a single one on the last stage."""
     return min(layout.pipeline - stage, count)
 
 
@@ -134,9 +135,9 @@ def held(
 ) -> float:
     """Bytes on a stage when a backward pass begins.
 
-    All that is in flight. On the last stage what the norm behind its layers keeps: in bf16 its input in fp32, on a CPU
-    the normed input. Under sequence parallelism Megatron's one buffer for gathered states, a S h, for the whole run.
-    Behind another stage, the gradient that went back to it, a h, until the next one does.
+    All micro-batches in flight. On the last stage, what the final norm saves: in bf16 its input in fp32, on a CPU the
+    normed input. Under sequence parallelism, Megatron's one buffer for gathered states, a S h, for the whole run. On
+    all stages but the first, the gradient that was sent to the previous stage, a h, until the next one is sent.
     """
     w = Widths.of(shape, layout)
     total = in_flight(layout, stage, micro.count) * kept(shape, layout, machine, micro, stage)
@@ -150,23 +151,23 @@ def held(
 def left_behind(
     shape: PlannedShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch, stage: int
 ) -> float:
-    """Bytes that the other model keeps of its last pass: Megatron hands a stage's input over by an attribute of the
-    model, which holds it until the next."""
+    """Bytes that the other model keeps from its last pass: Megatron stores a stage's input in an attribute of the
+    model until the next pass."""
     return machine.size * Widths.of(shape, layout).h * micro.tokens if stage > 0 else 0.0
 
 
 def backward(
     shape: PlannedShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch, stage: int
 ) -> float:
-    """Bytes that the layers' backward pass needs beyond `held` at its worst moment, which is near its beginning:
+    """Bytes that the layers' backward pass needs beyond `held` at its peak, which is near its beginning:
 
-    - in the norm behind the last layer, on the last stage: four gradients in fp32 on a CPU, where it is made of single
-      operations, 16 h; on CUDA one in and one out, and one in the weights' type;
-    - in the last layer's feed-forward part: the gradient of the residual stream, a h, and of SwiGLU's product and of
-      one of its halves, 2 a f; or instead of the latter the gradient of the second weight, a f h, under sequence
-      parallelism with the gathered gradient of the states. What the norm held is gone by then.
+    - in the final norm, on the last stage: four gradients in fp32 on a CPU, where it consists of single operations,
+      16 h; on CUDA one in, one out, and one in the type of the weights;
+    - in the last layer's feed-forward part: the gradients of the residual stream, a h, and of SwiGLU's product and one
+      of its halves, 2 a f; or instead of the latter the gradient of the second weight, a f h, under sequence
+      parallelism with the gathered gradient of the states. What the norm saved is freed by then.
 
-    With `Recompute.layers` one layer's activations come on top.
+    With `Recompute.layers` the activations of one layer are added.
     """
     w, a, S, last = Widths.of(shape, layout), machine.size, micro.tokens, stage == layout.pipeline - 1
     second_weight = a * (w.f * S + w.f * w.full + (w.full * S if w.sequence else 0))
@@ -186,8 +187,8 @@ def reading(
     """Peak bytes of a stage's layers in a pass without gradient.
 
     The stage's input, the layer's input and the angles, d in fp32, which their callers hold; on all stages but the last
-    the output that went to the next; under sequence parallelism the buffer of gathered states; and the greatest of
-    three moments of a layer:
+    the output that was sent to the next stage; under sequence parallelism the buffer of gathered states; and the
+    largest of three moments of a layer:
 
     - attention: the normed input h, the joint projection, normed and rotated queries and keys, four of the queries'
       width on the grid, and log-sum-exps;

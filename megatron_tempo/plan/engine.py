@@ -1,8 +1,8 @@
-"""Memory of what generates: a server's GPU, or the transformers model in a trainer process.
+"""Memory of the engine: of a server's GPU, or of the transformers model in a trainer process.
 
-A token's keys and values are 2 layers k / t numbers a GPU: k is the width of the key projection, t the server's tensor
-parallelism, which repeats key-value heads where it has more ranks than there are of them. Windowed layers are counted
-as if they kept everything.
+Keys and values take 2 layers k / t numbers per token and GPU: k is the width of the key projection, t the server's
+tensor parallelism. If t exceeds the number of key-value heads, heads are repeated. Windowed layers are counted as if
+they cached all tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_tempo.plan.parameters import layer_parameters, total_parameters
 from megatron_tempo.plan.shapes import PlannedShape
 from megatron_tempo.plan.split import Split
 
-# Share of a GPU's memory that a server takes unless its arguments say another: vLLM's default, about SGLang's.
+# Share of a GPU's memory that a server takes unless its arguments set one: vLLM's default, and about SGLang's.
 FRACTION = 0.9
 FRACTION_OPTIONS = ("--gpu-memory-utilization", "--mem-fraction-static")
 
@@ -27,9 +27,9 @@ class EngineMemory:
 
     weights: float
     cache: float
-    sampling: float  # beside the cache, while tokens are drawn
-    rows: float  # rows of full length that it has room for at a time: of the whole engine, one server, one process
-    sequence: float  # what one such row takes
+    sampling: float  # in addition to the cache, while tokens are sampled
+    rows: float  # rows of full length that fit at a time: in the whole engine, one server, one process
+    sequence: float  # of one such row
 
     @property
     def total(self) -> float:
@@ -37,14 +37,14 @@ class EngineMemory:
 
 
 def precision_of(config: Config) -> EnginePrecision:
-    """Of the engine's weights: rollout.build.engine_precision, which loads torch; a test compares the two."""
+    """Precision of the engine's weights, as rollout.build.engine_precision, which imports torch (a test compares)."""
     servers = config.rollout.servers if config.rollout.engine is not EngineKind.embedded else None
     return (servers and servers.precision) or EnginePrecision[config.run.precision.numbers.name]
 
 
 def weight_bytes(config: Config, shape: PlannedShape) -> float:
-    """Of the whole model in the engine's precision. In fp8 the layers' matrices are a byte a number, with a scale of
-    four bytes for a block of 128 x 128; the rest is bf16."""
+    """Bytes of the whole model in the engine's precision. In fp8 the layers' matrices take a byte per number and a
+    scale of four bytes per block of 128 x 128; the rest is bf16."""
     precision, total = precision_of(config), total_parameters(shape)
     if precision is EnginePrecision.fp8:
         matrices = shape.layers * (layer_parameters(shape) - 2 * shape.hidden)
@@ -53,13 +53,13 @@ def weight_bytes(config: Config, shape: PlannedShape) -> float:
 
 
 def token_bytes(config: Config, shape: PlannedShape, tensor: int = 1) -> float:
-    """Keys and values of one token on a GPU; the cache of an FP8 engine is bf16."""
+    """Bytes of keys and values of one token on a GPU. The cache of an FP8 engine is bf16."""
     size = 4 if precision_of(config) is EnginePrecision.fp32 else 2
     return 2.0 * size * shape.layers * shape.head_dim * max(1.0, shape.groups / tensor)
 
 
 def fraction_of(config: Config) -> float:
-    """The share of a GPU's memory that a server is told to take."""
+    """The share of a GPU's memory that a server is configured to take."""
     words = [word for text in config.rollout.servers.arguments for word in text.replace("=", " ").split()]
     for option in FRACTION_OPTIONS:
         if option in words[:-1]:
@@ -68,7 +68,7 @@ def fraction_of(config: Config) -> float:
 
 
 def server(config: Config, shape: PlannedShape) -> EngineMemory:
-    """A server's GPU: what it takes of it is weights, and cache in the rest."""
+    """A server's GPU: its share of the memory contains the weights, and the cache takes the rest."""
     assert config.cluster is not None
     tensor = config.rollout.servers.tensor
     weights = weight_bytes(config, shape) / tensor
@@ -80,10 +80,10 @@ def server(config: Config, shape: PlannedShape) -> EngineMemory:
 def embedded(config: Config, shape: PlannedShape, rows: int, least: int, split: Split) -> EngineMemory:
     """The whole model in every process (rollout/embedded.py), for `rows` rows over all processes.
 
-    It decodes `rollout.batch_rows` of them together, no more than the process has, and `least` anyhow. Over the cache:
-    while a token is added, one layer's keys or values are copied, and both are repeated to as many heads as there are
-    queries. While it is drawn, a row has its logits as fp32 twice and as float64 three times: 32 bytes a token of the
-    vocabulary.
+    A process decodes `rollout.batch_rows` rows together, or all its rows if there are fewer, but at least `least`. On
+    top of the cache: when a token is appended, the keys or values of one layer are copied, and both are repeated to the
+    number of query heads. While it is sampled, a row has its logits in fp32 twice and in float64 three times: 32 bytes
+    per token of the vocabulary.
     """
     rows = max(least, min(config.rollout.batch_rows, -(-rows // split.trainers)))
     sequence = token_bytes(config, shape) * row_tokens(config)

@@ -1,6 +1,6 @@
 """Bytes of the heads: the actor's output layer on R tokens, the critic's values.
 
-Notation as in activations.py; v is the rank's rows of the output matrix, padding included.
+Notation as in activations.py; v is the rank's rows of the output matrix, including padding.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from megatron_tempo.plan.layout import PlannedLayout, PlannedMachine, PlannedMic
 from megatron_tempo.plan.parameters import Role
 from megatron_tempo.plan.shapes import PlannedShape
 
-# Of kernels/linear_logprobs.py and linear_logprobs_triton.py, which load torch; a test compares them.
+# Constants of kernels/linear_logprobs.py and linear_logprobs_triton.py, which import torch; a test compares them.
 PIECE = 1 << 24
 BLOCK_ROWS = 1 << 16
 BLOCK_BYTES = 1 << 29
@@ -26,15 +26,16 @@ def update(
     logits: Logits,
     role: Role,
 ) -> float:
-    """Peak bytes of the head in an optimizer step, when its gradient is made.
+    """Peak bytes of the head in an optimizer step, when its gradient is computed.
 
     Hidden states of R tokens and their gradient, 2 a R h, the gradient of the output matrix, a v h; and
 
-    - recomputed, on CUDA: 4 h min(R, 65536) + 2^29, and with more rows the weight's gradient in fp32 (the kernel's own
-      account); plain: of a piece of 2^24 logits seven tensors in fp32;
-    - stored: the logits, a R v, over which the kernel writes the gradient; plain: six tensors in fp32 more.
+    - recomputed, on CUDA: 4 h min(R, 65536) + 2^29, and with more rows the weight's gradient in fp32 (as the kernel
+      documents); in plain torch: seven tensors in fp32 of a piece of 2^24 logits;
+    - stored: the logits, a R v, which the kernel overwrites with the gradient; in plain torch: six more tensors in
+      fp32.
 
-    The critic's head is one number a token: a few bytes of R.
+    The critic's head has one number per token: a few bytes per response token.
     """
     if role is Role.critic:
         return 16.0 * micro.responses
@@ -46,7 +47,7 @@ def update(
             return inputs + 4 * h * min(R, BLOCK_ROWS) + BLOCK_BYTES + many
         return inputs + 7 * 4 * v * min(R, max(1, PIECE // v))
     inputs = a * R * h
-    products = a * R * h + a * v * h  # when the gradient of the logits goes on, and its other tensors are gone
+    products = a * R * h + a * v * h  # backward through the product; the other tensors are freed
     return inputs + a * R * v + (products if machine.cuda else max(products + 4 * R * v, 6 * 4 * R * v))
 
 
@@ -58,13 +59,14 @@ def reading(
     logits: Logits,
     role: Role,
 ) -> float:
-    """Peak bytes of the head in a pass without gradient, when the layers' are gone but for the hidden states.
+    """Peak bytes of the head in a pass without gradient, when of the layers only the hidden states remain.
 
-    On CUDA, recomputed, 16 R (shares + 1) bytes of sums; plain: of a piece of logits, or of all, five in fp32.
+    On CUDA, recomputed: 16 R (shares + 1) bytes of sums. In plain torch: five tensors in fp32 of a piece of the logits,
+    or of all.
     """
     S, a, h = micro.tokens, machine.size, shape.hidden
     sequence = layout.sequence and layout.tensor > 1
-    # The stage's input and the hidden states, and the buffer of gathered ones.
+    # The stage's input, the hidden states, and the buffer of gathered states.
     states = 2 * a * S * h / (layout.tensor if sequence else 1) + (a * S * h if sequence else 0)
     if role is Role.critic:
         return states + (4 * S * h if machine.mixed else 0) + 16.0 * micro.responses

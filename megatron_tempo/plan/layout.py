@@ -1,4 +1,4 @@
-"""How a model is laid out over the GPUs, and how its micro-batches look, as far as memory and time depend on it."""
+"""The layout of a model over the GPUs and the shape of its micro-batches, as far as memory and time depend on them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_tempo.config.sizes import GRID_SLACK
 
 @dataclass(frozen=True, slots=True)
 class PlannedLayout:
-    """The model over tensor x pipeline x context GPUs, `data` times.
+    """`data` replicas of the model, each on tensor x pipeline x context GPUs.
 
     >>> PlannedLayout(tensor=4, pipeline=2, data=1).world
     8
@@ -29,36 +29,36 @@ class PlannedLayout:
         return self.tensor * self.pipeline * self.context * self.data
 
     def stage_of(self, rank: int) -> int:
-        """The pipeline stage of a process: Megatron counts stages last."""
+        """The pipeline stage of a process: the stage is Megatron's outermost dimension of ranks."""
         return rank * self.pipeline // self.world
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedMachine:
-    """What the bytes and the kernels depend on: the type of weights and activations, and the device."""
+    """The type of weights and activations, and the device: bytes and kernels depend on them."""
 
-    size: int = 2  # bytes of a number: 2 in bf16, 4 in fp32
+    size: int = 2  # bytes per number: 2 in bf16, 4 in fp32
     cuda: bool = True
 
     @property
     def mixed(self) -> bool:
-        """Whether the optimizer keeps fp32 main weights beside the model's."""
+        """Whether the optimizer keeps fp32 main weights in addition to the model's."""
         return self.size != 4
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedMicroBatch:
-    """The largest micro-batch that a rank sees, and the tokens of all that one pass has on the device.
+    """The largest micro-batch of a rank, and the number of micro-batches that one pass has on the device.
 
-    One row of 16 + 112 tokens, of a share of 4 rows:
+    Micro-batches of one row of 16 + 112 tokens, for a rank with 4 rows:
 
     >>> PlannedMicroBatch(tokens=128, responses=112, grid=128, count=4)
     """
 
     tokens: int  # S, on this rank
-    responses: int  # R: those of them that predict a response token
-    grid: int  # cells of the attention's grid, rows times longest
-    count: int  # micro-batches of an optimizer step
+    responses: int  # R: tokens among them that predict a response token
+    grid: int  # cells of the attention grid: rows times the longest row
+    count: int  # micro-batches per optimizer step
 
 
 def machine_of(config: Config) -> PlannedMachine:
@@ -66,7 +66,7 @@ def machine_of(config: Config) -> PlannedMachine:
 
 
 def layout_of(own: ParallelConfig, world: int) -> PlannedLayout:
-    """The layout over `world` processes. It has passed the rules."""
+    """The layout over `world` processes. The configuration has passed the rules."""
     data = world // own.ranks_of_a_replica
     return PlannedLayout(own.tensor, own.pipeline, data, own.sequence, own.context, own.recompute)
 
@@ -78,10 +78,10 @@ def row_tokens(config: Config) -> int:
 
 
 def micro_batch_of(config: Config, layout: PlannedLayout, rows: int) -> PlannedMicroBatch:
-    """The largest micro-batch where `rows` rows of full length are learnt from or read at a time, over all replicas.
+    """The largest micro-batch when a pass has `rows` rows of full length, over all replicas.
 
     A micro-batch has `parallel.micro_batch_tokens` tokens, or one longer row. Its attention grid may be GRID_SLACK
-    times that where it holds several rows. Nearly all of its tokens may predict response tokens, if prompts are short.
+    times that if it contains several rows. If prompts are short, nearly all of its tokens predict response tokens.
     """
     longest, budget = row_tokens(config), config.parallel.micro_batch_tokens
     tokens = max(longest, budget)

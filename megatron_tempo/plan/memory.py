@@ -1,9 +1,9 @@
-"""Memory of the trainer's GPUs by phase, in parts, and of a GPU that only serves.
+"""Memory of the trainer's GPUs by phase and part, and of a GPU that only serves.
 
-Both models and their optimizers stay on the trainer's GPUs all the time, as does the reference model once it is needed,
-the embedded engine's weights, and a server that shares them; with `parallel.offload` the one model that a phase works
-with. Of the GPUs the one that needs most is told, in each phase: they differ by the pipeline stages that they have in
-the two models. Building the models needs less than using them, so the start is no phase.
+Both models and their optimizers stay on the trainer's GPUs all the time. So do the reference model once it is needed,
+the weights of the embedded engine, and a colocated server. With `parallel.offload`, only the model that a phase uses is
+on the GPU. GPUs differ in the pipeline stages that they have of the two models; for each phase, the GPU that needs most
+is reported. Building the models needs less memory than using them, so the start is not a phase.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GB = 1e9
 
 
 class MemoryPhase(Enum):
-    """In the order of an iteration, as metrics.jsonl names them; `serve` is a GPU that only serves."""
+    """Phases in the order of an iteration, named as in metrics.jsonl; `serve`: a GPU that only serves."""
 
     serve = "serve"
     generate = "generate"
@@ -44,8 +44,8 @@ class MemoryPhase(Enum):
 
 
 class Part(Enum):
-    """What the memory is used for. A search looks parts up millions of times: they hash by identity, which Enum's own
-    hash, a Python function, does not."""
+    """What the memory is used for. Members hash by identity: a search looks them up millions of times, and Enum's own
+    hash is a slow Python function."""
 
     __hash__ = object.__hash__
 
@@ -75,28 +75,28 @@ class Over:
     bytes: float
 
     def __str__(self) -> str:
-        return f"{self.phase.value}: the {self.part.value} {self.bytes / GB:.1f} GB over"
+        return f"{self.phase.value}: the {self.part.value} {self.bytes / GB:.1f} GB over the limit"
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes by phase and part. `room`: rows of full length that a server, or a process's engine, holds at a time."""
+    """Bytes by phase and part. `room`: rows of full length that fit in a server or a process's engine at a time."""
 
     phases: dict[MemoryPhase, Parts]
     room: float
-    limit: float  # of a GPU, less the cluster's reserve
-    starved: Over | None = None  # a server that has no room for a single row in the share that it takes of a GPU
+    limit: float  # of a GPU, minus the cluster's reserve
+    starved: Over | None = None  # set if not even one row fits in a server's share of the GPU
 
     def total(self, phase: MemoryPhase) -> float:
         return sum(self.phases[phase].values())
 
     @property
     def largest(self) -> MemoryPhase:
-        """The phase that needs most of a trainer's GPU."""
+        """The phase that needs most memory of a trainer's GPU."""
         return max((phase for phase in self.phases if phase is not MemoryPhase.serve), key=self.total)
 
     def over(self) -> Over | None:
-        """The first phase that does not fit, and the part with which it goes over the limit."""
+        """The first phase that does not fit, and the part that crosses the limit."""
         if self.starved is not None:
             return self.starved
         for phase, parts in self.phases.items():
@@ -115,7 +115,7 @@ def memory(config: Config, shape: PlannedShape) -> Memory:
     stages = [stage for stage in config.stages().values() if stage.iterations > 0]
     kept, answering, room = _engine(config, shape, stages, split)
     phases: dict[MemoryPhase, Parts] = {}
-    if split.serving and not split.beside:
+    if split.serving and not split.shared:
         served = engine.server(config, shape)
         phases[MemoryPhase.serve] = {Part.engine: served.weights, Part.cache: served.cache}
         room = served.rows
@@ -126,23 +126,23 @@ def memory(config: Config, shape: PlannedShape) -> Memory:
         ]
         phases[phase] = max(candidates, key=_total)
     starved = (
-        _starved(config, shape, MemoryPhase.generate if split.beside else MemoryPhase.serve) if split.servers else None
+        _starved(config, shape, MemoryPhase.generate if split.shared else MemoryPhase.serve) if split.servers else None
     )
     return Memory(phases, room, (config.cluster.memory_gb - config.cluster.reserve_gb) * GB, starved)
 
 
-Place = dict[Role, int]  # a GPU's pipeline stage in each model
+Place = dict[Role, int]  # the pipeline stage of a GPU in each model
 
 
 def places_of(config: Config, world: int) -> list[Place]:
-    """The different places that GPUs of the trainer have."""
+    """The distinct pairs of pipeline stages that the trainer's GPUs have."""
     layouts = layouts_of(config, world)
     pairs = dict.fromkeys(tuple(layouts[role].stage_of(rank) for role in Role) for rank in range(world))
     return [dict(zip(Role, pair, strict=True)) for pair in pairs]
 
 
 def layouts_of(config: Config, world: int) -> dict[Role, PlannedLayout]:
-    """Actor's and critic's, over `world` processes."""
+    """The layouts of actor and critic over `world` processes."""
     own = {Role.actor: config.parallel, Role.critic: config.parallel.of_critic()}
     return {role: layout_of(parallel, world) for role, parallel in own.items()}
 
@@ -150,8 +150,8 @@ def layouts_of(config: Config, world: int) -> dict[Role, PlannedLayout]:
 def place_memory(
     config: Config, shape: PlannedShape, place: Place, micro: PlannedMicroBatch | None = None
 ) -> dict[MemoryPhase, Parts]:
-    """Bytes of actor, critic and reference on a GPU in `place`. `micro`: the micro-batch of every pass, for a
-    comparison with a measurement; none: the largest that there can be."""
+    """Bytes of actor, critic and reference on a GPU with the stages `place`. `micro`: the micro-batch of every pass, to
+    compare with a measurement; None: the largest possible one."""
     stages = [one for one in config.stages().values() if one.iterations > 0]
     layouts = layouts_of(config, split_of(config).trainers)
     phases = _Phases(config, shape, layouts, place, machine_of(config), stages, micro)
@@ -159,8 +159,8 @@ def place_memory(
 
 
 def host_bytes(config: Config, shape: PlannedShape, place: Place) -> float:
-    """Page-locked host memory of a process in `place`: with `parallel.offload` each model has its own for good, unless
-    it is the only one."""
+    """Page-locked host memory of a process with the stages `place`: with `parallel.offload` each model has its own
+    buffers for the whole run, unless it is the only model."""
     layouts, machine = layouts_of(config, split_of(config).trainers), machine_of(config)
     held = [resident(shape, layouts[role], machine, role, place[role]) for role in _roles(config)]
     reference = [held[0].weights] if _has_reference(config) else []
@@ -169,15 +169,15 @@ def host_bytes(config: Config, shape: PlannedShape, place: Place) -> float:
 
 
 def saved_bytes(config: Config, shape: PlannedShape, place: Place) -> float:
-    """Host memory of a process in `place` while its share of a checkpoint waits to be written: the weights, and the
-    optimizer's main weights and moments in fp32, of all models. Of processes with the same weights one has it."""
+    """Host memory of a process with the stages `place` while its share of a checkpoint waits to be written: weights,
+    fp32 main weights and moments of all models. Of the processes with the same weights, only one needs it."""
     layouts = layouts_of(config, split_of(config).trainers)
     width = 4 if config.run.precision is Precision.fp32 else 2
     return sum((width + 12.0) * parameters(shape, layouts[role], role, place[role]) for role in _roles(config))
 
 
 def _roles(config: Config) -> list[Role]:
-    """The models that are trained: without a method that has a critic there is none."""
+    """The trained models: no critic if no method needs one."""
     return list(Role) if config.has_critic else [Role.actor]
 
 
@@ -206,21 +206,21 @@ def _joined(*parts: Parts) -> Parts:
 
 
 def least_rows(config: Config) -> int:
-    """Rows that the embedded engine decodes together whatever its bound: one prompt's, of training or evaluation."""
+    """Rows that the embedded engine always decodes together: those of one prompt, of training or evaluation."""
     samples = [stage.samples for stage in config.stages().values() if stage.iterations > 0]
     return max(*samples, config.evaluation.samples if config.evaluation.sets else 0)
 
 
 def _engine(config: Config, shape: PlannedShape, stages: list[StageConfig], split: Split) -> tuple[Parts, Parts, float]:
-    """What an engine holds on the trainer's GPUs all the time, and while it answers; the rows that it has room for."""
+    """Parts that an engine holds on the trainer's GPUs all the time, and only while it generates; the rows that fit."""
     if config.rollout.engine is EngineKind.embedded:
         rows = max(stage.count(stage.prompts()) * stage.samples for stage in stages)
         one = engine.embedded(config, shape, rows, least_rows(config), split)
         return {Part.engine: one.weights}, {Part.cache: one.cache, Part.head: one.sampling}, one.rows
-    if not split.beside:
+    if not split.shared:
         return {}, {}, 0.0
     one = engine.server(config, shape)
-    return {Part.engine: one.weights * split.beside, Part.cache: one.cache * split.beside}, {}, one.rows
+    return {Part.engine: one.weights * split.shared, Part.cache: one.cache * split.shared}, {}, one.rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,20 +244,20 @@ class _Phases:
         return [phase for phase in MemoryPhase if phase not in skipped]
 
     def of(self, phase: MemoryPhase) -> Parts:
-        """What is resident, and beyond it what the phase needs at its worst."""
-        if phase is MemoryPhase.checkpoint:  # one model after the other
+        """What is resident, plus the peak of the phase beyond it."""
+        if phase is MemoryPhase.checkpoint:  # models are saved one after the other
             return max(
                 (_joined(self._residents(role), self._gathered(role)) for role in _roles(self.config)), key=_total
             )
-        # The actor is there while prompts are answered, since it was the last to learn and to be sent.
+        # During generation the actor is on the GPU: it was the last model to be trained and sent.
         role = Role.critic if phase in (MemoryPhase.values, MemoryPhase.critic) else Role.actor
         return _joined(self._residents(role), self._moment(phase, role))
 
     def _residents(self, working: Role) -> Parts:
-        """Of the models that are there while one is at work, and of the reference where there is a KL term. A reference
-        that waits in host memory needs less than the actor when its turn comes."""
-        there = [working] if self.config.parallel.offload else _roles(self.config)
-        models = [resident(self.shape, self.layouts[role], self.machine, role, self.place[role]) for role in there]
+        """Bytes of the models on the GPU while `working` is in use, and of the reference model if there is a KL term.
+        An offloaded reference model needs less than the actor when it is loaded."""
+        loaded = [working] if self.config.parallel.offload else _roles(self.config)
+        models = [resident(self.shape, self.layouts[role], self.machine, role, self.place[role]) for role in loaded]
         parts = {
             Part.weights: sum(model.weights for model in models),
             Part.gradients: sum(model.gradients for model in models),
@@ -268,7 +268,7 @@ class _Phases:
             weights = resident(self.shape, self.layouts[role], self.machine, role, self.place[role]).weights
             parts[Part.reference] = weights + self._fp8(role, trained=False)
         if fp8 := sum(self._fp8(role, trained=True) for role in _roles(self.config)):
-            parts[Part.fp8] = fp8  # those of a model that waits stay: Transformer Engine holds them
+            parts[Part.fp8] = fp8  # also of an offloaded model: Transformer Engine keeps them
         return parts
 
     def _fp8(self, role: Role, *, trained: bool) -> float:
@@ -284,8 +284,8 @@ class _Phases:
         return {}
 
     def _left_behind(self, role: Role, micro: PlannedMicroBatch) -> float:
-        """Of the other model's last pass: its stage's input, and where its process groups are others, and with them
-        Megatron's one buffer for gathered states, that buffer."""
+        """Bytes that remain from the other model's last pass: its stage's input and, if its process groups and so
+        Megatron's buffer for gathered states are its own, that buffer."""
         other = Role.critic if role is Role.actor else Role.actor
         if other not in _roles(self.config):
             return 0.0
@@ -297,7 +297,7 @@ class _Phases:
         return left + (self.machine.size * self.shape.hidden * micro.tokens if apart else 0)
 
     def _reading(self, role: Role) -> Parts:
-        """All rows that the actor learns from are read in one pass; the critic may read its own as well."""
+        """A pass without gradient reads all rows that the actor is trained on; the critic may also read its own."""
         kinds = (StageConfig.actor_prompts, StageConfig.critic_prompts)[: 1 if role is Role.actor else 2]
         stages = [one for one in self.stages if role is Role.actor or one.has_critic]
         rows = max(one.responses_per_prompt * one.count(kind(one)) for one in stages for kind in kinds)
@@ -313,13 +313,13 @@ class _Phases:
         return batch | {Part.activations: left + layers}
 
     def _update(self, role: Role) -> Parts:
-        """A mini-batch is one optimizer step. Its worst moment is in the head's backward pass or in the layers', or in
-        the step itself, when the activations are gone: torch's Adam on CUDA then makes one fp32 tensor a parameter."""
+        """A mini-batch is one optimizer step. Its peak is in the backward pass of the head or of the layers, or in the
+        step itself, after the activations are freed: torch's Adam on CUDA then allocates an fp32 tensor a parameter."""
         if role is Role.actor:
             rows = max(one.actor.mini_batch_prompts * one.responses_per_prompt for one in self.stages)
         else:
-            taught = [one for one in self.stages if one.trains_critic]
-            rows = max(one.critic.mini_batch_prompts * one.responses_per_prompt for one in taught)
+            training = [one for one in self.stages if one.trains_critic]
+            rows = max(one.critic.mini_batch_prompts * one.responses_per_prompt for one in training)
         layout, stage = self.layouts[role], self.place[role]
         micro = self.micro or micro_batch_of(self.config, layout, rows)
         batch = {Part.batch: batch_bytes(micro, self.machine)}
@@ -336,8 +336,9 @@ class _Phases:
         return batch | {Part.activations: held + layers}
 
     def _buckets(self, stage: int) -> float:
-        """Two buckets (weights/stream.py): of `parallel.bucket_mb`, or of the largest slot where that is more, as the
-        embedding often is. The embedded engine gets every bucket on every rank. FP8 is made beside its bf16 bucket."""
+        """Two buckets (weights/stream.py) of `parallel.bucket_mb`, or of the largest mapping if that is more, as the
+        embedding often is. The embedded engine receives every bucket on every rank. An FP8 bucket is built next to its
+        bf16 bucket."""
         config, shape = self.config, self.shape
         precision = engine.precision_of(config)
         size = 4 if precision is EnginePrecision.fp32 else 2
@@ -350,8 +351,9 @@ class _Phases:
         )
 
     def _gathered(self, role: Role) -> Parts:
-        """Megatron's fully reshardable form gathers a model's fp32 main weights and moments over the data-parallel
-        ranks, one of the three at a time, on every rank's GPU, beside its own share; then they go to host memory."""
+        """Megatron's fully reshardable format gathers a model's fp32 main weights and moments over the data-parallel
+        ranks, one of the three at a time, on every rank's GPU, in addition to its own share. They then move to host
+        memory."""
         layout = self.layouts[role]
         count = parameters(self.shape, layout, role, self.place[role])
         return {Part.buffers: 4.0 * count * (1 + 1 / (layout.data * layout.context))}
@@ -366,8 +368,8 @@ def update_moments(
     role: Role,
     stage: int,
 ) -> tuple[float, float, float]:
-    """Bytes in an optimizer step: what is held when a backward pass begins, and on top of it what the layers' backward
-    pass and what the head's needs."""
+    """Bytes in an optimizer step: what is held when a backward pass begins, and beyond it the needs of the layers'
+    backward pass and of the head's."""
     held = activations.held(shape, layout, machine, micro, stage)
     layers = activations.backward(shape, layout, machine, micro, stage)
     last = stage == layout.pipeline - 1
@@ -376,7 +378,9 @@ def update_moments(
 
 
 def batch_bytes(micro: PlannedMicroBatch, machine: PlannedMachine) -> float:
-    """All micro-batches of a pass are on the device from its beginning (models/packing.py). A token: its id, position,
-    cell and grid, int64; a response token: where it is predicted, what it is, where its value is read. On a CPU also
-    its places in the batch, which stay there."""
+    """Bytes of all micro-batches of a pass, which are on the device from its beginning (models/packing.py).
+
+    Per token: its id, position, cell and grid index, int64. Per response token: where it is predicted, its id, and
+    where its value is read; on a CPU also its indices in the batch.
+    """
     return micro.count * (32.0 * micro.tokens + (24 if machine.cuda else 40) * micro.responses)

@@ -1,4 +1,4 @@
-"""How many parameters a rank holds, and what stays with them from step to step."""
+"""The number of parameters on a rank, and the bytes of weights, gradients and optimizer state."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ModelBytes:
-    """Bytes that a model holds on a GPU whatever is being done."""
+    """Bytes that a model holds on a GPU in all phases."""
 
     weights: float
     gradients: float
@@ -27,7 +27,7 @@ class ModelBytes:
 
 
 def layer_parameters(shape: PlannedShape, tensor: int = 1) -> int:
-    """One layer's, on one tensor rank: matrices are divided, norms are not.
+    """Parameters of one layer on one tensor rank: matrices are divided, norms are not.
 
     (queries + 2 keys + queries) hidden of the attention, 3 ffn hidden of the gated feed-forward part, two norms of the
     hidden size, and one on queries and keys.
@@ -38,10 +38,11 @@ def layer_parameters(shape: PlannedShape, tensor: int = 1) -> int:
 
 
 def fp8_copies(config: Config, shape: PlannedShape, layout: PlannedLayout, stage: int, *, trained: bool) -> float:
-    """Bytes of the FP8 forms of a model's matrices, which Transformer Engine makes of the bf16 ones and keeps.
+    """Bytes of the FP8 copies of a model's matrices, which Transformer Engine makes from the bf16 ones and keeps.
 
-    A byte a number, and in a model that is trained another one for the backward pass, which wants them transposed (on
-    Blackwell a scale a tensor does without: too much is told there). Scales, up to a 32nd of it, are left out.
+    A byte per number, and another one in a model that is trained, because the backward pass needs them transposed. (On
+    Blackwell, per-tensor scaling needs no transposed copy; the estimate is too high there.) Scales, up to a 32nd of the
+    copies, are not counted.
     """
     if config.run.precision not in RECIPES:
         return 0.0
@@ -53,9 +54,10 @@ def fp8_copies(config: Config, shape: PlannedShape, layout: PlannedLayout, stage
 
 
 def parameters(shape: PlannedShape, layout: PlannedLayout, role: Role, stage: int) -> int:
-    """Parameters on a rank of pipeline stage `stage`, padding of the vocabulary included.
+    """Parameters on a rank of pipeline stage `stage`, including the padding of the vocabulary.
 
-    A tied output matrix is the embedding where both are on one stage; else Megatron keeps a second copy on the last.
+    A tied output matrix is the embedding itself if both are on one stage. Otherwise Megatron keeps a second copy on the
+    last stage.
     """
     tensor, last = layout.tensor, layout.pipeline - 1
     table = padded_vocab(shape.vocab, tensor) // tensor * shape.hidden
@@ -72,7 +74,7 @@ def parameters(shape: PlannedShape, layout: PlannedLayout, role: Role, stage: in
 
 
 def total_parameters(shape: PlannedShape, role: Role = Role.actor) -> int:
-    """Of the whole model, as its Hugging Face folder holds it, without padding."""
+    """Parameters of the whole model as in its Hugging Face folder, without padding."""
     head = shape.hidden + 1 if role is Role.critic else 0 if shape.tied else shape.vocab * shape.hidden
     return shape.vocab * shape.hidden + shape.layers * layer_parameters(shape) + shape.hidden + head
 
@@ -80,10 +82,10 @@ def total_parameters(shape: PlannedShape, role: Role = Role.actor) -> int:
 def resident(shape: PlannedShape, layout: PlannedLayout, machine: PlannedMachine, role: Role, stage: int) -> ModelBytes:
     """Bytes of a trained model (models/trained.py).
 
-    Weights in the run's precision; Megatron's DDP keeps a gradient of each in fp32 (`grad_reduce_in_fp32`), for the
-    whole run. The distributed optimizer (Rajbhandari et al. 2020, ZeRO-1) divides its state over the data-parallel
-    ranks: two moments in fp32, 8 bytes, and beside bf16 weights fp32 main weights, 4 more. In fp32 the main weights are
-    views of the model's.
+    Weights are in the run's precision. Megatron's DDP keeps a gradient of each weight in fp32 (`grad_reduce_in_fp32`)
+    for the whole run. The distributed optimizer (Rajbhandari et al. 2020, ZeRO-1) divides its state over the
+    data-parallel ranks: two moments in fp32, 8 bytes, and for bf16 weights fp32 main weights, 4 more. For fp32 weights
+    the main weights are views of the model's.
     """
     count = parameters(shape, layout, role, stage)
     state = 12 if machine.mixed else 8

@@ -1,4 +1,4 @@
-"""The memory of a plan by phase, stacked by part, against the GPU's."""
+"""Plots the memory of a plan by phase, stacked by part, next to the GPU's memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _COLOURS = {
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """Writes a picture (PNG, or what the path ends in)."""
+    """Writes the plot. The path's suffix sets the format."""
     cluster = plan.config.cluster
     assert cluster is not None
     phases = list(plan.memory.phases)
@@ -43,13 +43,13 @@ def draw(plan: Plan, path: Path) -> None:
             if any(sizes):
                 axes.bar(range(len(phases)), sizes, 0.7, below, color=_COLOURS[part], label=part.value)
                 below = [low + size for low, size in zip(below, sizes, strict=True)]
-        limits = ((cluster.memory_gb, "the GPU's memory", "-"), (plan.memory.limit / GB, "less the reserve", "--"))
+        limits = ((cluster.memory_gb, "GPU memory", "-"), (plan.memory.limit / GB, "GPU memory minus reserve", "--"))
         for height, label, style in limits:
             axes.axhline(height, color=INK, linewidth=1, linestyle=style, label=label)
-        # A cache that is far too large would leave nothing to see of the rest.
+        # A cache that is far too large would hide the rest.
         axes.set_ylim(0, min(max(*below, cluster.memory_gb) * 1.05, 2.5 * cluster.memory_gb))
         axes.set_xticks(range(len(phases)), [phase.value for phase in phases])
         axes.grid(visible=False, axis="x")
-        axes.set(title=layout_words(plan), ylabel="GB of a GPU, at the worst moment")
+        axes.set(title=layout_words(plan), ylabel="peak GB per GPU")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
         figure.savefig(path, dpi=160)

@@ -1,9 +1,9 @@
-"""The layouts of a cluster that keep to the configuration's rules: which fit, how fast they are, which is the nearest.
+"""Searches the layouts of a cluster that satisfy the rules: which fit, how fast they are, which needs fewest changes.
 
-What is varied: tensor and pipeline parallelism (data parallelism is the rest), how many GPUs of each node serve and in
-what tensor parallelism, and, where that saves memory, the token budget, recomputation and the embedded engine's rows.
-Context parallelism stays as it is given. A group of tensor ranks stays inside a node, and sequence parallelism goes
-with it. No trainer shares its GPUs with servers: that is not made to work yet (docs/status.md).
+The search varies tensor and pipeline parallelism (data parallelism follows), how many GPUs of each node serve and with
+which tensor parallelism, and, if that saves memory, the token budget, recomputation, offload and the embedded engine's
+rows. Context parallelism stays as configured. A tensor-parallel group stays inside a node, and sequence parallelism
+follows tensor parallelism. Colocated servers are not searched, because they do not work yet (docs/status.md).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from megatron_tempo.plan.shapes import PlannedShape
 from megatron_tempo.plan.split import Split, laid_out, split_of
 from megatron_tempo.plan.times import iteration, times
 
-SERVERS = EngineKind.vllm  # what stands for servers where the configuration has the embedded engine
+SERVERS = EngineKind.vllm  # the served engine that is tried if the configuration has the embedded one
 
-# What is tried where nothing fits: times as many nodes, parts of the responses' length.
+# Tried if nothing fits: multiples of the number of nodes, fractions of the response length.
 MORE, SHORTER = (2, 4, 8), (2, 4, 8, 16)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A configuration on its cluster. `words`: the overrides that make it of the one that was given."""
+    """A configuration on its cluster. `words`: the overrides that turn the given configuration into it."""
 
     words: tuple[str, ...]
     config: Config
@@ -44,7 +44,7 @@ class Plan:
 
     @property
     def layout(self) -> PlannedLayout:
-        """The actor's."""
+        """The actor's layout."""
         return self.layouts[Role.actor]
 
     @property
@@ -84,12 +84,12 @@ def best_of_each(plans: list[Plan]) -> list[Plan]:
 
 
 def nearest(plans: list[Plan]) -> Plan | None:
-    """The plan with the fewest changes; of equals the fastest."""
+    """The plan with the fewest changes; among equals the fastest."""
     return min(plans, key=lambda plan: (len(plan.words), plan.iteration), default=None)
 
 
 def relief(config: Config, shape: PlannedShape) -> Iterator[Plan]:
-    """Where no layout of the cluster fits: the nearest one on more nodes, and the nearest one for shorter responses."""
+    """If no layout of the cluster fits: the nearest plan on more nodes, and the nearest one with shorter responses."""
     assert config.cluster is not None
     nodes = [config.cluster.nodes * times for times in MORE]
     lengths = [config.rollout.max_response_tokens // share for share in SHORTER]
@@ -102,7 +102,7 @@ def relief(config: Config, shape: PlannedShape) -> Iterator[Plan]:
 
 
 def _changes(config: Config, shape: PlannedShape) -> Iterator[dict[str, object]]:
-    """Fields by path, with what they are to be."""
+    """Changes to try: new values of fields, by path."""
     for engine in _engines(config, shape):
         trainers = split_of(_changed(config, engine)[0]).trainers
         for training in _training(config, shape, trainers):
@@ -114,11 +114,11 @@ def _training(config: Config, shape: PlannedShape, trainers: int) -> Iterator[di
     nodes = config.cluster.training_nodes
     inside = trainers // nodes if trainers % nodes == 0 else trainers
     budgets = {config.parallel.micro_batch_tokens, min(config.parallel.micro_batch_tokens, row_tokens(config))}
-    kinds = dict.fromkeys([config.parallel.recompute, Recompute.layers])  # in this order, whatever the hashes
+    kinds = dict.fromkeys([config.parallel.recompute, Recompute.layers])  # in this order, independent of hashes
     turns = dict.fromkeys([config.parallel.offload, True])
     for tensor in (n for n in divisors(shape.heads) if inside % n == 0):
         for pipeline in (n for n in divisors(shape.layers) if trainers % (tensor * n) == 0):
-            # The configuration's own choice stays where it can: a word less.
+            # Keep the configuration's own choice where possible: one override less.
             sequence = tensor > 1 and (config.parallel.sequence or tensor != config.parallel.tensor)
             for sequenced in {sequence, tensor > 1}:
                 for budget, recompute, offload in product(budgets, kinds, turns):
@@ -144,7 +144,7 @@ def _engines(config: Config, shape: PlannedShape) -> Iterator[dict[str, object]]
         while rows < rollout.batch_rows:
             yield {"rollout.batch_rows": rows}
             rows *= 2
-    if cluster.rollout_nodes:  # all servers are there
+    if cluster.rollout_nodes:  # all servers are on those nodes
         return
     kind = SERVERS if rollout.engine is EngineKind.embedded else rollout.engine
     node = cluster.gpus_per_node
@@ -162,9 +162,9 @@ def _engines(config: Config, shape: PlannedShape) -> Iterator[dict[str, object]]
 
 
 def _changed(config: Config, changes: dict[str, object]) -> tuple[Config, tuple[str, ...]]:
-    """A copy with these fields, and the words for those that are not so yet.
+    """A copy with these values, and the overrides for those that differ from the configuration.
 
-    Only the groups that change are copied: a search makes hundreds of configurations, and none of them is written to.
+    Only the groups that change are copied: a search makes hundreds of configurations, and none of them is modified.
     """
     changed, words = copy(config), []
     copied: dict[tuple[str, ...], Any] = {(): changed}
@@ -184,6 +184,6 @@ def _changed(config: Config, changes: dict[str, object]) -> tuple[Config, tuple[
 
 
 def _word(path: str, value: object) -> str:
-    """An override as it can be pasted: a shell leaves no list alone."""
+    """An override that can be pasted into a shell: lists are quoted."""
     word = f"{path}={show(value).replace(', ', ',')}"
     return f"'{word}'" if isinstance(value, list) else word

@@ -1,4 +1,4 @@
-"""The shape of a model: as its config.json says, or as it was published."""
+"""The shape of a model: from its config.json, or as published."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_tempo.config.tree import MISSING
 
 @dataclass(frozen=True, slots=True)
 class PlannedShape(Sizes):
-    """The sizes, and what else memory and time depend on.
+    """The sizes, and what else determines memory and time.
 
     >>> PUBLISHED[Published.qwen3_8b].groups
     8
@@ -28,13 +28,13 @@ class PlannedShape(Sizes):
     windowed: int = 0  # layers of that kind
 
     def of_rules(self) -> ModelShape:
-        """What the rules of the layout ask for."""
+        """The sizes that the layout rules need."""
         return ModelShape(
             self.heads, self.groups, self.ffn, self.layers, self.max_positions, self.vocab, self.hidden, self.head_dim
         )
 
 
-# From the models' own config.json; tests/unit/test_plan_parameters.py builds transformers' models of them.
+# From the models' own config.json; tests/unit/test_plan_parameters.py builds the transformers models from them.
 PUBLISHED = {
     Published.qwen3_8b: PlannedShape(36, 4096, 32, 8, 128, 12288, 151936, 40960),
     Published.qwen3_14b: PlannedShape(40, 5120, 40, 8, 128, 17408, 151936, 40960),
@@ -45,22 +45,22 @@ PUBLISHED = {
 
 
 def shape_of(config: Config) -> tuple[PlannedShape | None, list[Problem]]:
-    """The actor's shape: of `model.path` where that is given, else of `model.shape`; and why there is none.
+    """The actor's shape, from `model.path` if it is set, else from `model.shape`; and the problems if there is none.
 
-    A critic of `model.critic_path` has the actor's decoder: another one is not planned for.
+    A critic of `model.critic_path` is assumed to have the actor's decoder.
     """
     path = config.model.path
     if path != MISSING:
         return _read(Path(path))
     if config.model.shape is None:
         fix = f"model.path=FOLDER, or model.shape=one of {', '.join(Published.__members__)}"
-        return None, [Problem("model.path", path, "nothing says which model to plan for", fix)]
+        return None, [Problem("model.path", path, "it is not set, so the model to plan for is unknown", fix)]
     return PUBLISHED[config.model.shape], []
 
 
 def _read(folder: Path) -> tuple[PlannedShape | None, list[Problem]]:
     file = folder / "config.json"
-    fix = "give a folder with the config.json of a Qwen3 or OLMo3, or leave model.path away and give model.shape"
+    fix = "give a folder with the config.json of a Qwen3 or OLMo3 model, or set model.shape instead of model.path"
     try:
         return _shape(json.loads(file.read_text(encoding="utf-8"))), []
     except OSError:

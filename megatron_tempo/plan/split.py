@@ -1,4 +1,4 @@
-"""Which GPUs of the cluster train and which generate, and whether a configuration can be planned for at all."""
+"""Which GPUs of the cluster train and which generate, and whether a configuration can be planned at all."""
 
 from __future__ import annotations
 
@@ -7,33 +7,35 @@ from dataclasses import dataclass
 
 from megatron_tempo.config.choices import EngineKind
 from megatron_tempo.config.problem import Problem
-from megatron_tempo.config.rules import cluster, layout, numbers, precision, rollout, stages
+from megatron_tempo.config.rules import cluster, extensions, layout, numbers, precision, rollout, stages
 from megatron_tempo.config.schema import Config
 from megatron_tempo.plan.shapes import PlannedShape, shape_of
 
-# What must be known of the machines: 0 where nobody said it.
+# Properties of the machines that the planner needs; 0 if not set.
 _FACTS = ("memory_gb", "bf16_tflops", "memory_tbs", "nvlink_gbs", "network_gbs")
-# Rules that ask this machine for what only the training machines have.
+# Fields whose rules look for files that only the training machines have.
 _ELSEWHERE = ("rollout.servers.python", "rollout.servers.key_file", "rollout.servers.addresses", "data")
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The trainer's processes, and the servers (0: embedded in the trainer, or found by addresses).
+    """The trainer's processes, and the servers (0 if the engine is embedded or configured by addresses).
 
-    >>> Split(trainers=4, servers=4, serving=4, beside=0)  # a node: four GPUs train, four serve on their own
+    >>> Split(trainers=4, servers=4, serving=4, shared=0)  # disaggregated on a node: four GPUs train, four serve
     """
 
     trainers: int
     servers: int
     serving: int  # GPUs that serve
-    beside: int  # servers on the GPU that has most of them and a trainer process too
+    shared: int  # servers on the GPU that has most of them and a trainer process too
 
 
 def split_of(config: Config) -> Split:
-    """As docs/engines.md has it: servers take their `devices` of each node that they are started on, the trainer the
-    node's other GPUs. Where `parallel.world_size` is given, its processes take each node's first GPUs. Without
-    `devices` all servers see a node's GPUs and begin with the first. On `cluster.rollout_nodes` nobody trains.
+    """Divide the GPUs as docs/engines.md describes.
+
+    Servers take their `devices` of each node that they are started on, the trainer the node's other GPUs. If
+    `parallel.world_size` is set, its processes take each node's first GPUs. Without `devices` all servers see all GPUs
+    of a node and start with the first. `cluster.rollout_nodes` do not train.
     """
     machines, servers = config.cluster, config.rollout.servers
     assert machines is not None
@@ -57,16 +59,16 @@ def split_of(config: Config) -> Split:
 
 
 def problems(config: Config) -> list[Problem]:
-    """What keeps a configuration from being planned for. Sets of questions and this machine's programs play no part."""
+    """Why a configuration cannot be planned. Data sets and this machine's programs are not checked."""
     shape, wrong = shape_of(config)
-    wrong += [*numbers.check(config), *_cluster(config)]
+    wrong += [*numbers.check(config), *_cluster(config), *extensions.check_methods(config)]
     if wrong or shape is None:
         return wrong
     return [*laid_out(config, shape), *(p for p in stages.check(config) if not p.field.startswith(_ELSEWHERE))]
 
 
 def laid_out(config: Config, shape: PlannedShape) -> list[Problem]:
-    """The rules that a layout can break, on the trainer's processes as `split_of` counts them."""
+    """The problems of a layout, for the number of trainer processes that `split_of` returns."""
     world = split_of(config).trainers
     fields = ["model.path"] + (["model.critic_path"] if config.model.critic_path is not None else [])
     shapes = dict.fromkeys(fields, shape.of_rules())
@@ -78,12 +80,15 @@ def laid_out(config: Config, shape: PlannedShape) -> list[Problem]:
 def _cluster(config: Config) -> Iterator[Problem]:
     if config.cluster is None:
         yield Problem(
-            "cluster", None, "nothing says which machines to plan for", "cluster=h100x8, or cluster.FIELD=..."
+            "cluster",
+            None,
+            "it is not set, so the machines to plan for are unknown",
+            "cluster=h100x8, or cluster.FIELD=...",
         )
         return
     for name in _FACTS:
         if not getattr(config.cluster, name):
-            fix = f"the machines' own, or a cluster file that has it; for example cluster.{name}=1"
+            fix = f"set the machines' value, or a cluster preset that has it; for example cluster.{name}=1"
             yield Problem(f"cluster.{name}", getattr(config.cluster, name), "must be above 0", fix)
     yield from cluster.rollout_nodes(config)
 

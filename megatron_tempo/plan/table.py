@@ -1,4 +1,4 @@
-"""A plan in words: what `megatron-tempo plan` prints."""
+"""The text that `megatron-tempo plan` prints."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def _head(config: Config, shape: PlannedShape, own: Plan) -> Iterator[str]:
     assert cluster is not None
     yield (
         f"{total_parameters(shape) / GB:.2f} billion parameters, {shape.layers} layers, on {cluster.gpus} x "
-        f"{cluster.gpu or 'GPU'} of {cluster.memory_gb:g} GB, {cluster.reserve_gb:g} of them kept in reserve"
+        f"{cluster.gpu or 'GPU'} of {cluster.memory_gb:g} GB, of which {cluster.reserve_gb:g} GB are reserved"
     )
     engine = config.rollout.engine.name
     if config.rollout.engine is EngineKind.embedded:
         engine += " in the trainer's processes"
     elif not split.servers:
-        engine += " servers that run elsewhere"
+        engine += " servers outside this cluster"
     else:
-        where = "on the trainer's GPUs" if split.beside else f"on {split.serving} GPUs of their own"
-        engine += f", {split.servers} servers of tensor {config.rollout.servers.tensor} {where}"
+        where = "colocated on the trainer's GPUs" if split.shared else f"disaggregated on {split.serving} GPUs"
+        engine += f", {split.servers} servers with tensor {config.rollout.servers.tensor}, {where}"
     yield f"trainer: {split.trainers} GPUs, {layout_words(own)}; engine: {engine}"
 
 
 def layout_words(plan: Plan) -> str:
-    """The layouts as `check` tells them."""
+    """The layouts, in the words of `check`."""
     own = {Role.actor: plan.config.parallel, Role.critic: plan.config.parallel.of_critic()}
     actor, critic = (config_words(own[role], plan.layouts[role].data) for role in Role)
     turns = ", one model at a time" if plan.config.parallel.offload else ""
@@ -57,19 +57,19 @@ def layout_words(plan: Plan) -> str:
 
 def _memory(own: Plan) -> list[str]:
     parts = [part for part in Part if any(part in of for of in own.memory.phases.values())]
-    rows = [["GB of a GPU", *(part.value for part in parts), "total", "left"]]
+    rows = [["GB per GPU", *(part.value for part in parts), "total", "free"]]
     for phase, of in own.memory.phases.items():
         total = own.memory.total(phase)
         cells = [f"{of[part] / GB:.1f}" if part in of else "" for part in parts]
         rows.append([phase.value, *cells, f"{total / GB:.1f}", f"{(own.memory.limit - total) / GB:.1f}"])
     lines = aligned(rows)
     if own.memory.room:
-        lines.append(f"room for {own.memory.room:.0f} rows of full length at a time in each server or process")
+        lines.append(f"{own.memory.room:.0f} rows of full length fit in each server or process at a time")
     return lines
 
 
 def _models(shape: PlannedShape, own: Plan) -> list[str]:
-    """What each model holds on the first and the last pipeline stage."""
+    """Bytes of each model on the first and the last pipeline stage."""
     machine = machine_of(own.config)
     rows = [["GB resident", "weights", "gradients", "optimizer"]]
     for role in Role:
@@ -82,19 +82,19 @@ def _models(shape: PlannedShape, own: Plan) -> list[str]:
 
 
 def _host(shape: PlannedShape, own: Plan) -> Iterator[str]:
-    """The host memory that waiting models take, and a checkpoint on its way to the disk."""
+    """The host memory of offloaded models, and of a checkpoint that is being written."""
     cluster, config = own.config.cluster, own.config
     assert cluster is not None
     places, count = places_of(config, own.split.trainers), -(-own.split.trainers // cluster.nodes)
     if config.parallel.offload:
         most = max(host_bytes(config, shape, place) for place in places)
-        yield f"page-locked host memory of a node: {count} processes x {most / GB:.1f} = {count * most / GB:.0f} GB"
+        yield f"page-locked host memory per node: {count} processes x {most / GB:.1f} = {count * most / GB:.0f} GB"
     if config.checkpoint.asynchronous:
         most = max(saved_bytes(config, shape, place) for place in places)
         layout = own.layouts[Role.actor]
         count = min(count, layout.tensor * layout.pipeline)
         size = f"{count} processes x {most / GB:.1f} = {count * most / GB:.0f} GB"
-        yield f"host memory of a node while a checkpoint is written: {size}"
+        yield f"host memory per node while a checkpoint is written: {size}"
 
 
 def _times(own: Plan) -> list[str]:
@@ -119,16 +119,16 @@ def _verdict(shape: PlannedShape, own: Plan, plans: list[Plan]) -> Iterator[str]
     if change is not None:
         yield f"smallest change that fits: {' '.join(change.words)}"
         return
-    yield "no layout of these GPUs fits"
+    yield "no layout on these GPUs fits"
     others = list(relief(own.config, shape))
-    yield from (f"what would: {' '.join(other.words)}" for other in others)
+    yield from (f"change that fits: {' '.join(other.words)}" for other in others)
     if not others:
-        yield f"nor do {MORE[-1]} times as many, nor responses of a {SHORTER[-1]}th of the length"
+        yield f"not even with {MORE[-1]} times as many nodes, or with 1/{SHORTER[-1]} of the response length"
 
 
 def _layouts(own: Plan, plans: list[Plan]) -> list[str]:
     shown = best_of_each(plans)
-    rows = [["", "tensor", "pipeline", "data", "trainer GPUs", "engine", "most GB", "in phase", "rows", "seconds"]]
+    rows = [["", "tensor", "pipeline", "data", "trainer GPUs", "engine", "peak GB", "in phase", "rows", "seconds"]]
     mine = own if own.over is None else None
     listed = shown[:ROWS]
     if mine is not None:
@@ -139,8 +139,8 @@ def _layouts(own: Plan, plans: list[Plan]) -> list[str]:
         listed = [*listed, own]
     for plan in listed:
         rows.append(["*" if plan is own else "", *layout_row(plan)])
-    lines = ["layouts that fit, best first (* as given)" if own.over is None else
-             "layouts that fit, best first; last, with *, the given one, which does not"]  # fmt: skip
+    lines = ["layouts that fit, fastest first (* the given one)" if own.over is None else
+             "layouts that fit, fastest first; the last row (*) is the given one, which does not fit"]  # fmt: skip
     return [*lines, *aligned(rows), *_pasted(shown[:1])]
 
 
@@ -148,7 +148,7 @@ def layout_row(plan: Plan) -> list[str]:
     """Cells of the table of layouts."""
     servers, split, layout = plan.config.rollout.servers, plan.split, plan.layout
     engine = f"{split.serving} GPUs, tensor {servers.tensor}" if split.serving else "embedded"
-    if split.beside:
+    if split.shared:
         engine = f"shared, tensor {servers.tensor}"
     elif plan.config.rollout.engine is not EngineKind.embedded and not split.servers:
         engine = "elsewhere"
@@ -166,11 +166,11 @@ def layout_row(plan: Plan) -> list[str]:
 def _pasted(best: Sequence[Plan]) -> Iterator[str]:
     for plan in best:
         if plan.words:
-            yield f"the best: {' '.join(plan.words)}"
+            yield f"fastest: {' '.join(plan.words)}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of text: the first to the left, the others to the right."""
+    """Columns of text: the first aligned left, the others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()

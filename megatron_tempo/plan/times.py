@@ -1,8 +1,8 @@
-"""Seconds of each phase, from the cluster's stated rates. They are to compare layouts with, not to promise dates.
+"""Seconds of each phase, from the cluster's configured rates. Use them to compare layouts, not to predict a run's time.
 
-All responses are taken at their full length. Training passes are bound by arithmetic, `compute_share` of the peak, plus
-the exchange between tensor ranks and between replicas; decoding by memory, `memory_share` of its bandwidth; weights by
-links, at `link_share`.
+All responses are assumed to have their full length. Training passes are bound by arithmetic, at `compute_share` of the
+peak, plus communication between tensor ranks and between replicas; decoding by memory, at `memory_share` of the
+bandwidth; weight sync by the links, at `link_share`.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from megatron_tempo.plan.split import Split, split_of
 
 
 def times(config: Config, shape: PlannedShape, memory: Memory) -> dict[MemoryPhase, float]:
-    """Seconds of the phases of one iteration of the last stage. Checkpoints, which are rare, are left out."""
+    """Seconds of the phases of one iteration of the last stage, without checkpoints, which are rare."""
     assert config.cluster is not None
     split = split_of(config)
     stage = [stage for stage in config.stages().values() if stage.iterations > 0][-1]
     layouts = layouts_of(config, split.trainers)
     actor, critic = (_Passes(config, shape, config.cluster, layouts[role], stage) for role in Role)
     rows = stage.responses_per_prompt
-    learnt, judged = rows * stage.count(stage.actor_prompts()), rows * stage.count(stage.critic_prompts())
+    actor_rows, critic_rows = rows * stage.count(stage.actor_prompts()), rows * stage.count(stage.critic_prompts())
     seconds_of = {
         MemoryPhase.generate: _generate(config, shape, config.cluster, split, stage, memory.room),
-        MemoryPhase.values: critic.read(learnt if stage.has_critic else 0, Role.critic),
-        MemoryPhase.critic: critic.update(judged, Role.critic) * stage.critic.epochs,
-        MemoryPhase.logprobs: actor.read(learnt, Role.actor) * (2 if stage.actor.kl_coef > 0 else 1),
-        MemoryPhase.actor: actor.update(learnt, Role.actor) * stage.actor.epochs,
+        MemoryPhase.values: critic.read(actor_rows if stage.has_critic else 0, Role.critic),
+        MemoryPhase.critic: critic.update(critic_rows, Role.critic) * stage.critic.epochs,
+        MemoryPhase.logprobs: actor.read(actor_rows, Role.actor) * (2 if stage.actor.kl_coef > 0 else 1),
+        MemoryPhase.actor: actor.update(actor_rows, Role.actor) * stage.actor.epochs,
         MemoryPhase.sync: _sync(config, shape, config.cluster, split),
     }
     if config.parallel.offload:
-        # To the critic and back to the actor; to the reference and back.
+        # Swap to the critic and back to the actor; to the reference model and back.
         seconds_of[MemoryPhase.values] += _turn(config, shape, split) * stage.has_critic
         seconds_of[MemoryPhase.logprobs] += _turn(config, shape, split) * (
             stage.has_critic + 2 * (stage.actor.kl_coef > 0)
@@ -45,24 +45,24 @@ def times(config: Config, shape: PlannedShape, memory: Memory) -> dict[MemoryPha
 
 
 def _turn(config: Config, shape: PlannedShape, split: Split) -> float:
-    """One model comes to the GPU while another leaves it, both at the host's link's rate."""
+    """Seconds to load one model onto the GPU while another is offloaded, both at the host link's rate."""
     assert config.cluster is not None
     most = max(host_bytes(config, shape, place) / 2 for place in places_of(config, split.trainers))
     return most / (config.cluster.host_gbs * 1e9 * config.cluster.link_share)
 
 
 def iteration(config: Config, seconds: dict[MemoryPhase, float]) -> float:
-    """All phases one after another; with `rollout.max_staleness` generating goes on beside the others."""
+    """All phases in sequence; with `rollout.max_staleness`, generation runs in parallel with the others."""
     generate = seconds[MemoryPhase.generate]
     rest = sum(seconds.values()) - generate
     return max(generate, rest) if config.rollout.max_staleness else generate + rest
 
 
 def row_operations(shape: PlannedShape, prompt: int, response: int, role: Role) -> tuple[float, float]:
-    """Floating-point operations of a forward pass over one row: of the layers, and of the actor's output layer.
+    """Floating-point operations of a forward pass over one row: in the layers, and in the actor's output layer.
 
-    Two for each parameter of a matrix and token (the 2 N D of Kaplan et al. 2020, 6 N D with the backward pass), and of
-    causal attention two products of 2 q for each pair of tokens: n^2 / 2 pairs, or n w - w^2 / 2 in a window of w.
+    Two per matrix parameter and token (the 2 N D of Kaplan et al. 2020; 6 N D with the backward pass). Causal attention
+    has two products of 2 q per pair of tokens: n^2 / 2 pairs, or n w - w^2 / 2 in a window of w.
     """
     n = prompt + response
     matrices = (2 * shape.queries + 2 * shape.keys + 3 * shape.ffn) * shape.hidden
@@ -87,7 +87,7 @@ class _Passes:
         return self._pass(rows, layers + ending, exchanges=2, steps=1) if rows else 0.0
 
     def update(self, rows: int, role: Role) -> float:
-        """A backward pass is two forward ones. A recomputed head costs one more of its own, recomputed layers too."""
+        """A backward pass costs two forward passes. A recomputed head, and recomputed layers, cost one more each."""
         if not rows:
             return 0.0
         layers, ending = row_operations(self.shape, *self.lengths, role)
@@ -98,8 +98,8 @@ class _Passes:
         return self._pass(rows, operations, exchanges=6 if again else 4, steps=steps) + steps * self._reduce(role)
 
     def _pass(self, rows: int, operations: float, exchanges: int, steps: int) -> float:
-        """Arithmetic, and in each layer `exchanges` all-reduces of the hidden states over the tensor ranks (Shoeybi et
-        al. 2019): 2 (t - 1) / t times their bytes. The pipeline idles for (stages - 1) / micro-batches of it."""
+        """Seconds of arithmetic, and of `exchanges` all-reduces of the hidden states per layer over the tensor ranks
+        (Shoeybi et al. 2019): 2 (t - 1) / t times their bytes. The pipeline idles for (stages - 1) / micro-batches."""
         layout, cluster, shape = self.layout, self.cluster, self.shape
         rate = layout.world * cluster.bf16_tflops * 1e12 * cluster.compute_share
         states = self.size * row_tokens(self.config) * shape.hidden
@@ -111,7 +111,7 @@ class _Passes:
         return busy * (1 + (layout.pipeline - 1) / micro.count)
 
     def _reduce(self, role: Role) -> float:
-        """Once a step: gradients in fp32 to the rank that owns them, and weights back; a ring over the replicas."""
+        """Seconds per optimizer step to reduce-scatter fp32 gradients and all-gather weights: a ring over replicas."""
         layout, cluster = self.layout, self.cluster
         count = max(parameters(self.shape, layout, role, stage) for stage in (0, layout.pipeline - 1))
         link = cluster.nvlink_gbs if layout.world <= cluster.gpus_per_node else cluster.network_gbs
@@ -121,16 +121,18 @@ class _Passes:
 def _generate(
     config: Config, shape: PlannedShape, cluster: ClusterConfig, split: Split, stage: StageConfig, room: float
 ) -> float:
-    """Each step reads the weights, and the keys and values of the rows that are under way, at half a response's length
-    on average; or takes as long as its arithmetic. Rows that have no room wait. Before it, the prompts are read.
+    """Seconds of prefill and decoding.
 
-    The embedded engine handles its cache more than once a step: it is copied to grow by a token (read and written), and
-    repeated to as many heads as there are queries (read, written, and read as often).
+    Each decoding step reads the weights, and the keys and values of the running rows, at half the response length on
+    average; or it takes as long as its arithmetic, if that is longer. Rows that do not fit wait.
+
+    The embedded engine accesses its cache more than once per step: it copies the cache to append a token (read and
+    written), and repeats it to the number of query heads (read, written, and read as often).
     """
     servers = config.rollout.servers
     alone = config.rollout.engine is EngineKind.embedded
     engines = split.trainers if alone else split.servers
-    if not engines:  # servers that run elsewhere
+    if not engines:  # servers outside this cluster
         return 0.0
     tensor = 1 if alone else servers.tensor
     requests, samples = stage.count(stage.prompts()), stage.samples
@@ -150,8 +152,8 @@ def _generate(
 
 
 def _sync(config: Config, shape: PlannedShape, cluster: ClusterConfig, split: Split) -> float:
-    """Each pipeline stage gathers its own weights over its tensor ranks, and its link carries them once for each server
-    (rollout/transfer.py); to the embedded engine they go over all ranks twice."""
+    """Seconds of a weight sync. Each pipeline stage gathers its weights over its tensor ranks and sends them once to
+    each server (rollout/transfer.py). For the embedded engine, they pass over all ranks twice."""
     size = engine.weight_bytes(config, shape)
     gathered = size / config.parallel.pipeline if config.parallel.tensor > 1 else 0.0
     inside, between = (gbs * 1e9 * cluster.link_share for gbs in (cluster.nvlink_gbs, cluster.network_gbs))

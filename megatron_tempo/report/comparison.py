@@ -23,7 +23,7 @@ _OWN = ("run.dir",)  # fields in which every run differs
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A score, with what it was at the run's first evaluation behind it; `best`: the highest of its row."""
+    """A score; `small`: the score of the run's first evaluation; `best`: the highest of its row."""
 
     text: str
     small: str
@@ -31,12 +31,12 @@ class Cell:
 
 
 def write_comparison(folders: Sequence[Path], out: Path) -> Path:
-    """Writes a page on these runs to `out`, in place of an earlier one.
+    """Writes a page about these runs to `out` and replaces an earlier one.
 
     Raises InputError for a folder that is given twice, that is missing, or whose files are broken.
     """
     if twice := [folder for i, folder in enumerate(folders) if folder.resolve() in [f.resolve() for f in folders[:i]]]:
-        raise InputError(f"{twice[0]} is given twice")
+        raise InputError(f"{twice[0]} is given twice: give each folder once")
     runs = labelled(list(zip(names(folders), [Run.read(folder) for folder in folders], strict=True)))
     sets = list(dict.fromkeys(name for one in runs for name in one.run.sets()))
     bars = overlays.phases(runs)
@@ -48,7 +48,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         scores=[picture(figure, title) for name in sets for title, figure in overlays.scores(runs, name)],
         calibration=[picture(figure, title) for title, figure in overlays.calibration(runs)],
         training=[picture(figure, title) for title, figure in overlays.training(runs)],
-        phases=picture(bars, "Seconds an iteration by phase") if bars is not None else None,
+        phases=picture(bars, "Seconds per iteration by phase") if bars is not None else None,
         phase_rows=_rows([overlays.phase_means(one.run) for one in runs]),
         memory_rows=_rows([memory_peaks(one.run.metrics) for one in runs]),
         differences=_differences(runs),
@@ -62,7 +62,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
 
 
 def names(folders: Sequence[Path]) -> list[str]:
-    """The ends of the folders' paths, as long as it takes to tell them apart."""
+    """The shortest ends of the folders' paths that differ."""
     parts = [folder.resolve().parts for folder in folders]
     for count in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(part[-count:]) for part in parts]
@@ -90,7 +90,7 @@ def _about(one: Labelled, folder: Path, out: Path) -> dict[str, Any]:
 
 
 def _score_rows(runs: Sequence[Labelled], name: str) -> list[tuple[str, str, list[Cell]]]:
-    """Set, score, a cell a run: of the last evaluation of each."""
+    """Set, kind of score, and one cell per run with its last evaluation."""
     of_run = [[record for record in one.run.evaluations if record["set"] == name] for one in runs]
     k = next(records[0]["avg_k"] for records in of_run if records)
     rows = [(name, f"avg@{k}", [_cell(records, k, None) for records in of_run])]
@@ -100,7 +100,7 @@ def _score_rows(runs: Sequence[Labelled], name: str) -> list[tuple[str, str, lis
 
 
 def _cell(records: Sequence[Record], avg_k: int | None, k: str | None) -> tuple[float | None, str, str]:
-    """The last score, as a number and in words, and the first in words. avg@k of another k is told as such."""
+    """The last score, as a number and as text, and the first one as text, which names k if it is not `avg_k`."""
 
     def of(record: Record) -> tuple[float | None, float | None]:
         if k is None:
@@ -121,14 +121,14 @@ def _with_best(cells: Sequence[tuple[float | None, str, str]]) -> list[Cell]:
 
 
 def _rows(numbers: Sequence[dict[str, float]]) -> list[tuple[str, list[str]]]:
-    """A row a name, the largest first, a cell a run."""
+    """One row per name, the largest first, with one cell per run."""
     names = {name for of_run in numbers for name in of_run}
     ranked = sorted(names, key=lambda name: -max(of_run.get(name, 0.0) for of_run in numbers))
     return [(name, [f"{of_run[name]:.3g}" if name in of_run else "-" for of_run in numbers]) for name in ranked]
 
 
 def _differences(runs: Sequence[Labelled]) -> list[tuple[str, list[str]]]:
-    """The fields of the config in which the runs differ, and their values; "-" where a run has none."""
+    """The configuration fields in which the runs differ, and their values; "-" if a run has none."""
     configs = [dict(leaves(one.run.config)) for one in runs]
     fields = dict.fromkeys(field for config in configs for field in config if field not in _OWN)
     rows = [(field, [_value(config, field) for config in configs]) for field in fields]
@@ -142,5 +142,5 @@ def _value(config: Record, field: str) -> str:
 
 
 def _last(run: Run) -> list[Sample]:
-    """A few responses of the run's last milestone that has any."""
+    """A few responses of the run's last milestone with responses."""
     return next((chosen for m in reversed(run.milestones()) if (chosen := samples(run, m))), [])

@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: no scripts, no network."""
+"""The report as one self-contained HTML file: no scripts, no network."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from megatron_tempo.report.summary import (
 RIGHT_AND_WRONG = 2  # responses of each kind shown at a milestone
 WARNED = 5  # warnings shown, the latest
 HEAD, TAIL = 400, 200  # tokens shown of a long response
-# From wrong over undecided to right: told apart by colour-blind readers, light enough for dark text.
+# From wrong over undecided to right. Colour-blind readers can distinguish them; they are light enough for dark text.
 SCALE = ((236, 150, 80), (247, 246, 242), (92, 165, 218))
 PREFIX_SCORES = (
     ("auroc", "AUROC", "AUROC (1 is best)"),
@@ -53,7 +53,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A response, ready to be shown. `curve` holds the points of its values in a box of 100 by 20."""
+    """A response, ready to render. `curve`: the points of its values in a box of 100 by 20."""
 
     set: str
     prompt: str
@@ -75,7 +75,7 @@ class Phase:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes RUN_DIR/report.html from the run's records, in place of an earlier one. InputError for broken files."""
+    """Writes RUN_DIR/report.html from the run's records, over an earlier one. Raises InputError for broken files."""
     run = Run.read(run_dir)
     calibrated = [(m, r) for m in run.milestones() for r in m.scores.values() if r.get("calibration")]
     header, rows = score_rows(run)
@@ -104,7 +104,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def template(name: str) -> Template:
-    """A page of this folder, which may include others of it."""
+    """A template of this folder. It may include other templates of the folder."""
     folder = files("megatron_tempo.report")
     loader = FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8"))
     environment = Environment(
@@ -135,13 +135,13 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _memory(run: Run) -> list[tuple[str, float, float]]:
-    """Phase, its highest peak in 10^9 bytes, and that as a share of the highest of all."""
+    """Phase, its highest peak in 10^9 bytes, and that peak as a fraction of the highest of all phases."""
     peaks = memory_peaks(run.metrics)
     return [(phase, peak, peak / max(peaks.values())) for phase, peak in peaks.items()]
 
 
 def _phases(run: Run) -> list[Phase]:
-    """Seconds of each outermost phase over the run, the longest first, and the rest that no phase covers."""
+    """Seconds of each outermost phase in the run, the longest first, then the time that no phase covers."""
     totals = phase_totals(run.metrics + run.evaluations)
     whole = max(sum(record.get("seconds", 0.0) for record in run.metrics + run.evaluations), sum(totals.values()))
     if not whole:
@@ -208,7 +208,7 @@ def _curve(values: list[float | None], value_range: tuple[float, float]) -> str:
 
 
 def value_range_of(run: Run) -> tuple[float, float]:
-    """What a value says for certainly wrong and certainly right."""
+    """The values that mean certainly wrong and certainly right."""
     targets = {stage["critic"]["targets"] for stage in (run.config.get("stage1"), run.config.get("stage2")) if stage}
     return (-1.0, 1.0) if "plus_minus_one" in targets else (0.0, 1.0)
 

@@ -1,4 +1,4 @@
-"""The figures of a comparison: one curve a run, in the run's colour and dashes."""
+"""The figures of a comparison: one curve per run, in the run's colour and dashes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from megatron_tempo.observability.records import Record
 from megatron_tempo.report.plots import CURVES, NARROW, SCIENTIFIC, WIDE, draw_smoothed, floats, panel
 from megatron_tempo.report.summary import Run, phase_totals, printable
 
-# Okabe and Ito's, without those too light for lines on white; then the same again, dashed and dotted.
+# Okabe and Ito's colours, without those too light for lines on white; then the same again, dashed and dotted.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#24292f")
-_DASHES = (("-", ""), ("--", "6 3"), (":", "1.5 2.5"))  # matplotlib's, and SVG's for the key
-_CALIBRATION = (("auroc", "Critic's AUROC", "1 is best"), ("ece", "Calibration error", "ECE, 0 is best"))
+_DASHES = (("-", ""), ("--", "6 3"), (":", "1.5 2.5"))  # of matplotlib, and of SVG for the legend
+_CALIBRATION = (("auroc", "Critic AUROC", "1 is best"), ("ece", "Calibration error", "ECE, 0 is best"))
 
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A run under the name that tells it from the others, and how it is drawn."""
+    """A run with a unique name and its line style."""
 
     label: str
     run: Run
@@ -37,7 +37,7 @@ def labelled(runs: Sequence[tuple[str, Run]]) -> list[Labelled]:
 
 
 def scores(runs: Sequence[Labelled], name: str) -> Iterator[tuple[str, Figure]]:
-    """avg@k of a set over the iterations, and pass@k of the largest k that all runs with the set have."""
+    """avg@k of a set over the iterations, and pass@k for the largest k that all runs with the set have."""
     of_run = [[record for record in one.run.evaluations if record["set"] == name] for one in runs]
     known = [records for records in of_run if records]
     averages = sorted({record["avg_k"] for records in known for record in records})
@@ -61,7 +61,7 @@ def scores(runs: Sequence[Labelled], name: str) -> Iterator[tuple[str, Figure]]:
 def calibration(runs: Sequence[Labelled]) -> Iterator[tuple[str, Figure]]:
     """AUROC and calibration error of the value after the last token, over the iterations."""
     for score, title, unit in (
-        ("auroc", "Critic's AUROC", "1 is best"),
+        ("auroc", "Critic AUROC", "1 is best"),
         ("ece", "Calibration error", "ECE, 0 is best"),
     ):
 
@@ -81,7 +81,7 @@ def calibration(runs: Sequence[Labelled]) -> Iterator[tuple[str, Figure]]:
 
 
 def training(runs: Sequence[Labelled]) -> Iterator[tuple[str, Figure]]:
-    """Each training curve of which two runs, or the only one, have numbers."""
+    """Each training curve for which a run has numbers."""
     for group, unit, curves, logarithmic in CURVES:
         for name, label in curves:
             having = [one for one in runs if any(record.get(name) is not None for record in one.run.metrics)]
@@ -105,12 +105,12 @@ def training(runs: Sequence[Labelled]) -> Iterator[tuple[str, Figure]]:
 
 
 def phases(runs: Sequence[Labelled]) -> Figure | None:
-    """Seconds of an iteration by phase, evaluations apart: a bar a run."""
+    """Seconds per iteration by phase, without evaluations: one bar per run."""
     means = [phase_means(one.run) for one in runs]
     names = sorted({name for mean in means for name in mean}, key=lambda name: -max(m.get(name, 0.0) for m in means))
     if not names:
         return None
-    lines = (len(names) + 2) // 3  # of the key
+    lines = (len(names) + 2) // 3  # of the legend
     bars, below = 0.34 * len(runs), 0.55 + 0.2 * lines  # inches
     height = bars + below + 0.1
     with panel((WIDE[0], height)) as (figure, axes):
@@ -124,19 +124,19 @@ def phases(runs: Sequence[Labelled]) -> Figure | None:
             ends += widths
         axes.set_yticks(places, [_short(one.label) for one in runs])
         axes.set_ylim(-0.5, len(runs) - 0.5)
-        axes.set_xlabel("seconds an iteration")
+        axes.set_xlabel("seconds per iteration")
         axes.grid(visible=False, axis="y")
         figure.legend(loc="lower center", ncols=3, fontsize=8)
     return figure
 
 
 def phase_means(run: Run) -> dict[str, float]:
-    """Mean seconds of each outermost phase in an iteration."""
+    """Mean seconds per iteration of each outermost phase."""
     return {name: total / len(run.metrics) for name, total in phase_totals(run.metrics).items() if run.metrics}
 
 
 def _draw_evaluations(axes: Axes, one: Labelled, name: str, read: Callable[[Record], float | None]) -> None:
-    # Two evaluations at one step (between stages) are one point.
+    # Two evaluations at the same step (between stages) are one point.
     records = {record["step"]: record for record in one.run.evaluations if record["set"] == name}
     points = [(step, value) for step, record in records.items() if (value := read(record)) is not None]
     if points:

@@ -1,4 +1,4 @@
-"""The report's figures. Colours are those of Okabe and Ito, told apart by colour-blind readers too."""
+"""The report's figures. The colours are those of Okabe and Ito, which colour-blind readers can distinguish."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from megatron_tempo.report.summary import Milestone, Run, Stage, printable
 BLUE, ORANGE, GREEN, INK, MUTED = "#0072B2", "#D55E00", "#009E73", "#24292f", "#6b7280"
 COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7")
 SHADES = ("#eef1f4", "#dfeaf4")  # of the stages, in turn
-WIDE, NARROW = (4.3, 3.0), (3.6, 2.7)  # inches: one of two and of three columns; the whole width of a phone
-SCIENTIFIC = (-3, 5)  # orders of ten beyond which tick labels would not fit beside the axis's name
-POINTS = 800  # a longer curve is thinned out to about so many points
+WIDE, NARROW = (4.3, 3.0), (3.6, 2.7)  # inches: one of two and of three columns; the full width of a phone
+SCIENTIFIC = (-3, 5)  # powers of ten beyond which tick labels would not fit next to the axis label
+POINTS = 800  # longer curves are thinned out to about this number of points
 
 STYLE: Any = {
     "font.size": 9.5,
@@ -61,7 +61,7 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...], bool], ...] = (
         ),
         False,
     ),
-    ("Entropy", "nats a token", (("actor/entropy", "actor"),), False),
+    ("Entropy", "nats per token", (("actor/entropy", "actor"),), False),
     ("Clipping", "fraction of tokens clipped", (("actor/clip_fraction", "actor"),), False),
     (
         "Policy ratio",
@@ -69,12 +69,12 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...], bool], ...] = (
         (("actor/ratio_max", "largest"), ("actor/ratio_min", "smallest")),
         False,
     ),
-    ("KL to the old policy", "nats a token", (("actor/approx_kl", "actor"),), False),
+    ("KL to the old policy", "nats per token", (("actor/approx_kl", "actor"),), False),
     ("Gradient norm", "2-norm before clipping", (("actor/grad_norm", "actor"), ("critic/grad_norm", "critic")), True),
     ("Critic loss", "mean squared error", (("critic/loss", "critic"),), False),
     ("Response length", "tokens", (("response_length/mean", "mean"),), False),
     ("Truncated responses", "fraction of responses", (("truncated", "truncated"),), False),
-    ("Throughput", "tokens a second", (("tokens_per_second", "tokens"),), False),
+    ("Throughput", "tokens per second", (("tokens_per_second", "tokens"),), False),
 )
 
 
@@ -86,11 +86,11 @@ def score_panel(run: Run, name: str) -> Figure:
 
 
 def plot_curves(run_dir: Path, path: Path) -> None:
-    """Writes a picture (PNG, or what the path ends in): the scores of each set over the iterations, side by side."""
+    """Writes the scores of each set over the iterations, side by side. The path's suffix sets the format (PNG, ...)."""
     run = Run.read(run_dir)
     sets = run.sets()
     if not sets:
-        raise ValueError(f"{run_dir} has no evaluations to plot")
+        raise ValueError(f"{run_dir} has no evaluations to plot: give a run that has evaluated a set")
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.0 * len(sets), 3.6), layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
@@ -100,7 +100,7 @@ def plot_curves(run_dir: Path, path: Path) -> None:
 
 
 def reliability(milestone: Milestone, record: Record) -> Figure:
-    """Fraction right against the mean value of each bin, for the value after the last token."""
+    """Fraction of correct responses over the mean value of each bin, for the value after the last token."""
     rows = record["calibration"]["last"]["bins"]
     with panel(WIDE) as (figure, axes):
         axes.plot([0, 1], [0, 1], color=MUTED, linestyle="--", linewidth=1, label="perfectly calibrated")
@@ -121,7 +121,7 @@ def reliability(milestone: Milestone, record: Record) -> Figure:
 
 
 def by_prefix(milestones: Sequence[tuple[Milestone, Record]], score: str, title: str, label: str) -> Figure:
-    """One of auroc, brier, ece against the part of the response that the critic has read."""
+    """One of auroc, brier, ece over the fraction of the response that the critic has read."""
     with panel(NARROW) as (figure, axes):
         for colour, (milestone, record) in zip(COLOURS, milestones, strict=False):
             prefixes = {float(fraction): scores for fraction, scores in record["calibration"]["by_prefix"].items()}
@@ -139,7 +139,7 @@ def by_prefix(milestones: Sequence[tuple[Milestone, Record]], score: str, title:
 
 
 def training_panels(run: Run) -> Iterator[tuple[str, Figure]]:
-    """Title and figure of each group of training curves of which the run has numbers."""
+    """Title and figure of each group of training curves for which the run has numbers."""
     for title, unit, curves, logarithmic in CURVES:
         drawn = [(name, label) for name, label in curves if any(record.get(name) is not None for record in run.metrics)]
         if not drawn:
@@ -165,11 +165,11 @@ def training_panels(run: Run) -> Iterator[tuple[str, Figure]]:
 
 
 def svg(figure: Figure) -> str:
-    """The figure as SVG text, its labels in the reader's own sans-serif font."""
+    """The figure as SVG text. The reader's sans-serif font is used for labels."""
     with matplotlib.rc_context(STYLE):
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    # Laid out in DejaVu Sans, which is wider than what stands in for it: nothing can overlap.
+    # The layout is made with DejaVu Sans, which is wider than its replacements, so no labels overlap.
     return buffer.getvalue().replace("'DejaVu Sans'", "system-ui, 'Segoe UI', Roboto, Helvetica, Arial")
 
 
@@ -177,14 +177,14 @@ def svg(figure: Figure) -> str:
 def panel(size: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size)
-        # Fixed margins: the panels of a page line up, and are drawn in half the time of a computed layout.
-        # On the left as many inches in all: tick labels are as wide in a narrow panel.
+        # With fixed margins the panels of a page are aligned, and drawing takes half the time of a computed layout.
+        # The left margin is the same in inches for all panels: tick labels are as wide in a narrow one.
         left = 0.75 / size[0]
         yield figure, figure.subplots(gridspec_kw={"left": left, "right": 0.965, "bottom": 0.16, "top": 0.85})
 
 
 def _draw_scores(axes: Axes, run: Run, name: str) -> None:
-    # Two evaluations at one step (between stages) are one point.
+    # Two evaluations at the same step (between stages) are one point.
     records = list({record["step"]: record for record in run.evaluations if record["set"] == name}.values())
     steps = [record["step"] for record in records]
     curves = [(f"avg@{records[0]['avg_k']}", floats(r["avg"] for r in records), floats(r["avg_se"] for r in records))]
@@ -226,7 +226,7 @@ def _draw_stages(axes: Axes, stages: Sequence[Stage]) -> None:
 
 
 def draw_smoothed(axes: Axes, steps: list[int], values: np.ndarray, colour: str, label: str, line: str = "-") -> None:
-    """The numbers, faint, and their running mean over a twentieth of the run; short runs as they are."""
+    """Draw the numbers, faint, and their running mean over a twentieth of the run. Short runs are not smoothed."""
     window = len(values) // 20
     every = max(len(values) // POINTS, 1)
     if window < 2:
@@ -243,5 +243,5 @@ def draw_smoothed(axes: Axes, steps: list[int], values: np.ndarray, colour: str,
 
 
 def floats(values: Iterator[float | None] | Sequence[float | None]) -> np.ndarray:
-    """With NaN, a gap in a curve, for None."""
+    """As an array, with NaN (a gap in a curve) for None."""
     return np.array([np.nan if value is None else value for value in values], dtype=float)

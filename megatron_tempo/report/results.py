@@ -1,4 +1,4 @@
-"""results.json of the eval command: its table, and the comparison of two such runs."""
+"""results.json of the eval command: its table, and the comparison of two of them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from megatron_tempo.observability.records import RESPONSES, Record, read, write_
 from megatron_tempo.report.summary import plain_table, printable, seen_words
 
 RESULTS = "results.json"
-NAMED = 10  # questions that a refusal names
-PERMUTATIONS = 9999  # changes of sign that are drawn where there are more than that many
+NAMED = 10  # questions that an error names, at most
+PERMUTATIONS = 9999  # sign changes that are sampled if there are more than that
 
-# How a model is asked and judged: where two runs differ in it, that may be what makes their scores differ.
+# Settings of generation and verification. If two runs differ in them, that may explain a difference of their scores.
 _ASKED = ("run.seed", "run.precision", "rollout.", "evaluation.", "rewards.judge.model")
 _NO_MATTER = ("rollout.servers.", "rollout.batch_rows", "rollout.dump", "rollout.replay", "rollout.max_staleness")
 
 
 def results_table(results: Record, pass_k: Sequence[int]) -> str:
-    """The scores of every set with their 95% intervals, pass@k for the given k alone, and what was trained on."""
+    """The scores of every set with 95% intervals, pass@k only for the given k, and the questions trained on."""
     rows = []
     for name, result in results["sets"].items():
         scores = {f"avg@{result['samples']}": result["avg"]}
@@ -37,7 +37,7 @@ def results_table(results: Record, pass_k: Sequence[int]) -> str:
     for name, result in results["sets"].items():
         length = result["response_length"]
         lines.append(
-            f"{name}: {length['mean']:.0f} tokens a response, {result['truncated']:.1%} cut off; "
+            f"{name}: {length['mean']:.0f} tokens per response, {result['truncated']:.1%} truncated; "
             + seen_words(result["seen"], result["questions"])
         )
     return printable("\n".join(lines))
@@ -50,24 +50,24 @@ def _cells(score: dict[str, float | None]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How two runs differ on a set, a mean over its questions of the difference of their shares of right responses.
+    """Difference of two runs on a set: the mean over its questions of the difference in the share of correct responses.
 
-    `interval` is its 95% interval from the questions' own differences (the paired analysis of Miller 2024, arXiv
-    2411.00640: the spread that both runs share falls out). `p`: how often a mean as far from 0 comes about where each
-    question's difference is as likely to have the other sign (a paired permutation test, two-sided).
+    `interval`: its 95% confidence interval, from the questions' differences (the paired analysis of Miller 2024, arXiv
+    2411.00640: the variance that both runs share cancels). `p`: p-value of a two-sided paired permutation test, in
+    which each question's difference is equally likely to have either sign.
     """
 
     set: str
     questions: int
     first: tuple[float, int]  # avg@k and k
     second: tuple[float, int]
-    difference: float  # second less first
-    interval: tuple[float, float] | None  # none: a single question
+    difference: float  # second minus first
+    interval: tuple[float, float] | None  # None for a single question
     p: float | None
 
 
 def compare(first: Path, second: Path) -> str:
-    """The comparison of two folders of the eval command as a table. InputError where they cannot be compared."""
+    """A table that compares two folders of the eval command. Raises InputError if they cannot be compared."""
     differences = differences_of(first, second)
     rows = [
         [
@@ -84,26 +84,31 @@ def compare(first: Path, second: Path) -> str:
     lines = [f"A  {first}", f"B  {second}", ""]
     lines += plain_table(["set", "questions", "avg@k of A", "of B", "B - A", "95% interval", "p"], rows)
     if settings := _other_settings(first, second):
-        lines += ["asked or judged otherwise (A -> B):", *(f"  {line}" for line in settings)]
+        lines += ["settings that differ (A -> B):", *(f"  {line}" for line in settings)]
     return printable("\n".join(lines).rstrip())
 
 
 def differences_of(first: Path, second: Path) -> list[Difference]:
-    """One entry for each set that both runs have. InputError where there is none, or where the questions differ."""
+    """One entry per set that both runs have. Raises InputError if there is none, or if the questions differ."""
     a, b = _Answers.read(first), _Answers.read(second)
     names = [name for name in a.correct if name in b.correct]
     if not names:
-        raise InputError(f"{first} has {_listed(a.correct)}, {second} has {_listed(b.correct)}: no set in common")
+        raise InputError(
+            f"{first} has {_listed(a.correct)}, {second} has {_listed(b.correct)}: no set in common. "
+            f"Evaluate both models on the same set"
+        )
     problems = [line for name in names for line in _unlike(name, a, b, first, second)]
     if problems:
         more = [f"... and {len(problems) - NAMED} more"] if len(problems) > NAMED else []
-        raise InputError("\n  ".join(["the questions differ:", *problems[:NAMED], *more]))
+        raise InputError(
+            "\n  ".join(["the two folders cannot be compared: their questions differ:", *problems[:NAMED], *more])
+        )
     return [_difference(name, a.correct[name], b.correct[name]) for name in names]
 
 
 @dataclass(frozen=True, slots=True)
 class _Answers:
-    """A run's verdicts, one a response, and its questions' keys, both by set and by question's id."""
+    """A run's verdicts, one per response, and its questions' keys, both by set and by the question's id."""
 
     correct: dict[str, dict[str, list[int]]]
     keys: dict[str, dict[str, str]]
@@ -111,7 +116,7 @@ class _Answers:
     @classmethod
     def read(cls, run_dir: Path) -> _Answers:
         if not (run_dir / RESULTS).is_file() or not (run_dir / RESPONSES).is_file():
-            raise InputError(f"{run_dir} has no {RESULTS} and {RESPONSES}: give two folders that eval has written to")
+            raise InputError(f"{run_dir} lacks {RESULTS} or {RESPONSES}: give two folders that eval has written to")
         responses = cls({}, {})
         for record in read(run_dir / RESPONSES):
             name, question = record["set"], record["id"]
@@ -124,14 +129,14 @@ def _unlike(name: str, a: _Answers, b: _Answers, first: Path, second: Path) -> l
     """The questions of a set that are not the same in both runs."""
     of_a, of_b = a.keys[name], b.keys[name]
     return [
-        *(f"{name}: {question} is in {first} alone" for question in of_a if question not in of_b),
-        *(f"{name}: {question} is in {second} alone" for question in of_b if question not in of_a),
-        *(f"{name}: {q} has another text in each" for q in of_a if q in of_b and of_a[q] != of_b[q]),
+        *(f"{name}: {question} is only in {first}" for question in of_a if question not in of_b),
+        *(f"{name}: {question} is only in {second}" for question in of_b if question not in of_a),
+        *(f"{name}: {q} has different texts" for q in of_a if q in of_b and of_a[q] != of_b[q]),
     ]
 
 
 def _difference(name: str, a: dict[str, list[int]], b: dict[str, list[int]]) -> Difference:
-    from scipy.stats import permutation_test  # takes a second to load: not at every start
+    from scipy.stats import permutation_test  # takes a second to import
 
     first = np.array([np.mean(a[question]) for question in a])
     second = np.array([np.mean(b[question]) for question in a])
@@ -148,7 +153,7 @@ def _difference(name: str, a: dict[str, list[int]], b: dict[str, list[int]]) -> 
 
 
 def _other_settings(first: Path, second: Path) -> list[str]:
-    """Settings that could make the scores differ, the model apart."""
+    """Settings, except the model, that could make the scores differ."""
     configs = [load_config(folder / "config.json") for folder in (first, second)]
     return [line for line in differences(*configs) if line.startswith(_ASKED) and not line.startswith(_NO_MATTER)]
 

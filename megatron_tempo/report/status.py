@@ -1,4 +1,4 @@
-"""What a run is doing, from the files in its folder, for a terminal. Needs no torch and disturbs nothing."""
+"""`megatron-tempo status`: what a run is doing, read from its folder. Needs no torch and writes nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_tempo.observability.records import Record, read_evaluations, read_
 from megatron_tempo.report.summary import memory_peaks, printable, score
 
 SHOWN = 5  # warnings, the latest
-OVERDUE, OVERDUE_SECONDS = 5.0, 300.0  # a phase so many times longer than usual, and by so much, is told of
+OVERDUE, OVERDUE_SECONDS = 5.0, 300.0  # a phase is reported if it takes this many times the usual, and this much more
 _LABEL = 12
 _WIDTH = 118
 
@@ -34,15 +34,17 @@ class Status:
 
 
 def status(run_dir: Path, now: float | None = None) -> Status:
-    """`now`: unix time; none: the clock's. Raises InputError where the folder is none of a run."""
+    """`now`: unix time; None: the system clock's. Raises InputError if the folder is not that of a run."""
     if not run_dir.is_dir():
         raise InputError(f"{run_dir} is not a folder: give the run.dir of a run")
     config = _config(run_dir / "config.json")
     metrics, evaluations, heartbeat = read_metrics(run_dir), read_evaluations(run_dir), read_heartbeat(run_dir)
     if config is None and heartbeat is None and not metrics and not evaluations:
-        raise InputError(f"{run_dir} is not the folder of a run: it has neither config.json nor heartbeat.json")
+        raise InputError(
+            f"{run_dir} is not the folder of a run: no config.json, no heartbeat.json; give the run.dir of a run"
+        )
     now = time.time() if now is None else now
-    # An evaluation by itself has no iterations to come.
+    # The eval command has no iterations.
     trains = config is not None and not any(record["point"] == "alone" for record in evaluations)
     forecast = _forecast(config, metrics, evaluations) if config is not None and trains else None
     step = metrics[-1]["step"] if metrics else 0
@@ -67,20 +69,20 @@ def status(run_dir: Path, now: float | None = None) -> Status:
 
 
 def _config(path: Path) -> Config | None:
-    """The config; of another version, what of it this one knows."""
+    """The configuration; of one from another version, the fields that this version knows."""
     if not path.exists():
         return None
     try:
         return read(json.loads(path.read_text(encoding="utf-8")))[0]
     except ValueError as error:
-        raise InputError(f"{path} is not the configuration of a run: {error}") from error
+        raise InputError(f"{path} cannot be read as the configuration of a run: {error}") from error
 
 
 def _state(heartbeat: Record | None, step: int, total: int, now: float) -> tuple[str, bool]:
     if heartbeat is None and total and step >= total:
         return "all iterations are done; there is no heartbeat.json", True
     if heartbeat is None:
-        return "not known: there is no heartbeat.json, so no job has begun here, or one of an older version", False
+        return "unknown: there is no heartbeat.json; no job has started here, or it is of an older version", False
     where = f"{heartbeat['host']}, process {heartbeat['pid']}"
     ended, age = heartbeat["ended"], now - heartbeat["time"]
     if ended is not None and ended != DONE:
@@ -90,11 +92,11 @@ def _state(heartbeat: Record | None, step: int, total: int, now: float) -> tuple
         return (finished, True) if step >= total else (f"{finished}, after {step} of {total} iterations", True)
     if age < -SILENT:
         ahead = f"its last heartbeat is {clock(-age)} ahead of this clock"
-        return f"not known: {ahead}; one of them was set, so look again in {BEAT:.0f} s", False
+        return f"unknown: {ahead}; one of the clocks was set, so try again in {BEAT:.0f} s", False
     if age > SILENT:
         doing, silent = heartbeat["phase"] or "between phases", f"{_date(heartbeat['time'])}, {clock(age)} ago"
-        again = "the same command goes on from the newest checkpoint"
-        return f"looks dead: no heartbeat since {silent}; it was in {doing} on {where}; {again}", False
+        again = "rerun the same command to resume from the latest checkpoint"
+        return f"looks dead: no heartbeat since {silent}; its last phase was {doing}, on {where}; {again}", False
     return f"running on {where}, for {clock(now - heartbeat['started'])}", True
 
 
@@ -126,7 +128,7 @@ def _doing(heartbeat: Record, records: Sequence[Record], now: float) -> str:
     usual = fmean(known) if known else None
     words = f"{phase} for {clock(lasts)}" + (f", usually {clock(usual)}" if usual is not None else "")
     if usual is not None and lasts > OVERDUE * usual and lasts > usual + OVERDUE_SECONDS:
-        words += f": {lasts / max(usual, 1.0):.0f} times as long as usual, it may hang"
+        words += f"; {lasts / max(usual, 1.0):.0f} times as long as usual, so it may hang"
     return words
 
 
@@ -136,11 +138,11 @@ def _rate(metrics: Sequence[Record]) -> str:
         return ""
     seconds = fmean(record["seconds"] for record in recent)
     tokens = [record["tokens_per_second"] for record in recent if record.get("tokens_per_second")]
-    words = f"{3600 / max(seconds, 1e-9):.3g} iterations an hour, {seconds:.3g} s each"
-    return words + (f", {fmean(tokens):,.0f} tokens a second" if tokens else "")
+    words = f"{3600 / max(seconds, 1e-9):.3g} iterations/hour, {seconds:.3g} s each"
+    return words + (f", {fmean(tokens):,.0f} tokens/s" if tokens else "")
 
 
-# What of the last iteration is shown, where the record has it.
+# Numbers of the last iteration that are shown if the record has them.
 _STEP_METRICS = (
     ("reward, verified", "reward/labelled"),
     ("value", "reward/unlabelled_value"),
@@ -148,8 +150,8 @@ _STEP_METRICS = (
     ("entropy", "actor/entropy"),
     ("clipped", "actor/clip_fraction"),
     ("truncated", "truncated"),
-    ("critic's loss", "critic/loss"),
-    ("engine's gap", "engine/logprob_gap_mean"),
+    ("critic loss", "critic/loss"),
+    ("engine log-probability gap", "engine/logprob_gap_mean"),
 )
 
 
@@ -159,7 +161,7 @@ def _step_metrics(metrics: Sequence[Record]) -> str:
 
 
 def _evaluations(evaluations: Sequence[Record]) -> Iterator[str]:
-    """The last of each set, and what it was at the start."""
+    """The last scores of each set, and its first score."""
     first: dict[str, Record] = {}
     last: dict[str, Record] = {}
     for record in sorted(evaluations, key=lambda record: record["step"]):
@@ -170,7 +172,7 @@ def _evaluations(evaluations: Sequence[Record]) -> Iterator[str]:
         words += [f"pass@{k} {score(value, record['pass_se'].get(k))}" for k, value in record["pass"].items()]
         if record.get("calibration"):
             calibration = record["calibration"]["last"]
-            words.append(f"critic's AUROC {score(calibration['auroc'], None)}, ECE {score(calibration['ece'], None)}")
+            words.append(f"critic AUROC {score(calibration['auroc'], None)}, ECE {score(calibration['ece'], None)}")
         begun = first[name]
         was = f"; avg@{begun['avg_k']} was {score(begun['avg'], None)} at step {begun['step']}"
         since = "" if begun is record else was
@@ -190,7 +192,7 @@ def _engines(engines: Sequence[dict[str, Any]], *, running: bool) -> Iterator[st
             words = [engine["state"]]
             if engine["address"]:
                 words += [
-                    f"{engine['requests']} requests under way",
+                    f"{engine['requests']} running requests",
                     f"{engine['restarts']} restarts",
                     engine["address"],
                 ]
@@ -199,7 +201,7 @@ def _engines(engines: Sequence[dict[str, Any]], *, running: bool) -> Iterator[st
 
 def _warnings(warnings: Sequence[Record]) -> Iterator[str]:
     if len(warnings) > SHOWN:
-        yield f"the last {SHOWN} of {len(warnings)}"
+        yield f"last {SHOWN} of {len(warnings)}"
     yield from (f"{_date(record['time'])}  {record['text']}" for record in warnings[-SHOWN:])
 
 
@@ -210,7 +212,7 @@ def _many(label: str, lines: Iterator[str] | Sequence[str]) -> list[tuple[str, s
 def _line(label: str, text: str) -> str:
     margin = " " * _LABEL
     text = printable(text.replace("\n", " "))
-    # Paths stay whole, so that they can be copied.
+    # Paths are not broken, so that they can be copied.
     wrapped = textwrap.wrap(text, _WIDTH - _LABEL, break_long_words=False, break_on_hyphens=False)
     return f"{label:<{_LABEL}}{f'{chr(10)}{margin}'.join(wrapped)}".rstrip()
 

@@ -1,4 +1,4 @@
-"""A run read back from its folder, and its outcome in words and as a table."""
+"""Reads a run from its folder and summarizes its outcome in sentences and as a table."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from dataclasses import dataclass
 from math import hypot
 from pathlib import Path
 
+from megatron_tempo.config.extensions import short_name
 from megatron_tempo.errors import InputError
 from megatron_tempo.observability.alerts import Alert, alerts
 from megatron_tempo.observability.records import Record, read_evaluations, read_metrics, read_samples, read_warnings
 
-# Control characters but newline and tab as Unicode's pictures of them; surrogates, which UTF-8 cannot carry, as U+FFFD.
+# Control characters except newline and tab become Unicode's pictures of them; surrogates, which UTF-8 cannot encode,
+# become U+FFFD.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 _VISIBLE |= {127: 0x2421} | dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
 
 
 def printable(text: str) -> str:
-    """The text with its control characters made visible: fit for HTML, SVG and a terminal."""
+    """The text with visible control characters, safe for HTML, SVG and a terminal."""
     return text.translate(_VISIBLE)
 
 
-# Points at which no stage has run: of a training run, and of the eval command, which knows no stages.
+# Points at which no stage has run: of a training run, and of the eval command, which has no stages.
 UNTRAINED = {"before": "before training", "alone": "as given"}
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage as far as it has run: it covers the steps first..last."""
+    """The steps first..last of a stage that have run."""
 
     name: str
     label: str  # Stage 2 · TEMPO
@@ -39,7 +41,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Milestone:
-    """The evaluation before the training or after a stage."""
+    """The evaluation before training or after a stage."""
 
     label: str  # before training, after stage 1, ...
     stage: str  # the stage that has ended; empty before training
@@ -50,13 +52,13 @@ class Milestone:
 @dataclass(frozen=True, slots=True)
 class Finding:
     scores: str
-    verdict: str = ""  # whether the last stage paid
+    verdict: str = ""  # whether the last stage improved the score
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     name: str
-    config: Record  # the config as dicts; empty where config.json is missing
+    config: Record  # the configuration as dicts; empty if config.json is missing
     metrics: list[Record]
     evaluations: list[Record]
     samples: list[Record]
@@ -64,14 +66,14 @@ class Run:
 
     @classmethod
     def read(cls, run_dir: Path) -> Run:
-        """InputError where the folder is missing or a file in it is broken."""
+        """Raises InputError if the folder is missing or a file in it is broken."""
         if not run_dir.is_dir():
-            raise InputError(f"no run folder at {run_dir}")
+            raise InputError(f"{run_dir} is not a folder: give the run.dir of a run")
         path = run_dir / "config.json"
         try:
             config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         except ValueError as error:
-            raise InputError(f"{path} is not the configuration of a run: {error}") from error
+            raise InputError(f"{path} cannot be read as the configuration of a run: {error}") from error
         return cls(
             name=run_dir.resolve().name,
             config=config,
@@ -85,7 +87,7 @@ class Run:
         return alerts(self.metrics, self.evaluations)
 
     def sets(self) -> list[str]:
-        """The evaluated sets, in the order in which they were first evaluated."""
+        """The evaluated sets, in the order of their first evaluation."""
         return list(dict.fromkeys(record["set"] for record in self.evaluations))
 
     def stages(self) -> list[Stage]:
@@ -95,7 +97,7 @@ class Run:
         return [
             Stage(
                 name,
-                f"{_words(name).capitalize()} · {records[0]['method'].upper()}",
+                f"{_words(name).capitalize()} · {short_name(records[0]['method']).upper()}",
                 min(record["step"] for record in records),
                 max(record["step"] for record in records),
             )
@@ -103,7 +105,7 @@ class Run:
         ]
 
     def milestones(self) -> list[Milestone]:
-        """In the order of the run. A stage without iterations adds none: its step is that of the one before."""
+        """In the order of the run. A stage without iterations adds no milestone: it has the previous stage's step."""
         milestones: dict[int, Milestone] = {}
         for record in self.evaluations:
             if record["point"] == "during":
@@ -121,7 +123,7 @@ class Run:
 
 
 def outcome(run: Run) -> list[Finding]:
-    """What was measured, in sentences: first how far the run is if it is not done, then one finding for each set."""
+    """What was measured, in sentences: first the progress of an unfinished run, then one finding per set."""
     findings = []
     done, planned = run.iterations()
     if done < planned:
@@ -149,7 +151,7 @@ def outcome(run: Run) -> list[Finding]:
 
 
 def summary_table(run_dir: Path) -> str:
-    """Scores of each set before, between and after, with standard errors, and the outcome: plain text."""
+    """Plain text: scores of each set before, between and after the stages, with standard errors, and the outcome."""
     run = Run.read(run_dir)
     table = plain_table(*score_rows(run))
     findings = [line for finding in outcome(run) for line in (finding.scores, finding.verdict) if line]
@@ -157,7 +159,7 @@ def summary_table(run_dir: Path) -> str:
 
 
 def plain_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """The lines of a table for a terminal, an empty one at its end; without rows none."""
+    """The lines of a table for a terminal, and an empty line; no lines if there are no rows."""
     if not rows:
         return []
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
@@ -169,25 +171,25 @@ def plain_table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def seen_words(seen: dict[str, int] | None, questions: int) -> str:
-    """How many of a set's questions the model was trained on. `seen`: as of `seen.count`; none: nobody knows."""
+    """How many of a set's questions the model was trained on. `seen`: as from `seen.count`; None if unknown."""
     if seen is None:
-        return "what the model was trained on is not known"
+        return "it is unknown which questions the model was trained on"
     if not any(seen.values()):
-        return f"none of the {questions} questions was trained on"
-    known, alone = seen["with_answers"], seen["without_answers"]
-    return f"of the {questions} questions {known} were trained on with their answers, {alone} without"
+        return f"the model was trained on none of the {questions} questions"
+    labelled, unlabelled = seen["with_answers"], seen["without_answers"]
+    return f"of the {questions} questions, the model was trained on {labelled} with answers and {unlabelled} without"
 
 
 def unreadable(counts: dict[str, int]) -> str | None:
-    """What to say of responses on which the judge gave no verdict that could be read (`Verifiers.take_counts`)."""
+    """A warning about responses for which the judge returned no readable verdict (`Verifiers.take_counts`), or None."""
     missing = counts.get("judge/unreadable", 0)
     if not missing:
         return None
-    return f"warning: the judge gave no readable verdict on {missing} responses, which count as wrong"
+    return f"warning: the judge returned no readable verdict for {missing} responses; they count as wrong"
 
 
 def score_rows(run: Run) -> tuple[list[str], list[list[str]]]:
-    """The table's header and rows: one row for avg@k and each pass@k of each set, one column for each milestone."""
+    """The table's header and rows: one row per set for avg@k and for each pass@k, one column per milestone."""
     milestones = run.milestones()
     rows = []
     for name in run.sets():
@@ -203,7 +205,7 @@ def score_rows(run: Run) -> tuple[list[str], list[list[str]]]:
 
 
 def memory_peaks(metrics: Sequence[Record]) -> dict[str, float]:
-    """The highest peak of each phase over a run, in 10^9 bytes, the largest first."""
+    """The highest peak of each phase in a run, in 10^9 bytes, the largest first."""
     peaks: dict[str, float] = {}
     for record in metrics:
         for name, value in record.items():
@@ -224,18 +226,21 @@ def phase_totals(records: Sequence[Record]) -> dict[str, float]:
 
 
 def _verdict(first: Milestone, old: Record, last: Milestone, new: Record) -> str:
-    """Whether a stage paid. The two standard errors are joined as if the questions differed: they are the same, so the
-    error of the difference is, if anything, smaller."""
+    """Whether a stage improved the score.
+
+    The two standard errors are combined as if the questions were independent. They are the same questions, so the true
+    error of the difference is, if anything, smaller.
+    """
     stage = _words(last.stage).capitalize()
     other = _words(first.stage) or "the start"
     gain = new["avg"] - old["avg"]
     error = hypot(old["avg_se"] or 0.0, new["avg_se"] or 0.0)
-    figure = f"{gain:+.3f} ± {error:.3f}"
+    difference = f"{gain:+.3f} ± {error:.3f}"
     if gain <= 0:
-        return f"{stage} did not beat {other}: {figure}."
+        return f"{stage} did not beat {other}: {difference}."
     if gain < 2 * error:
-        return f"{stage} scored above {other}, by less than two standard errors: {figure}."
-    return f"{stage} beat {other}: {figure}."
+        return f"{stage} scored above {other}, by less than two standard errors: {difference}."
+    return f"{stage} beat {other}: {difference}."
 
 
 def score(value: float | None, error: float | None) -> str:
@@ -245,5 +250,5 @@ def score(value: float | None, error: float | None) -> str:
 
 
 def _words(stage: str) -> str:
-    """stage2 as it is said: stage 2."""
+    """The name of a stage in prose: stage 2 for stage2."""
     return re.sub(r"(?<=\D)(?=\d)", " ", stage)

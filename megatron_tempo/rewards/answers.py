@@ -24,7 +24,7 @@ _ESCAPED = re.compile(r"\\([&%_#{}])")
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last complete \boxed{...}, or None. Linear in the length of `text`.
+    r"""The content of the last complete \boxed{...}, or None. Linear in the length of `text`.
 
     >>> last_boxed(r"\boxed{1}, no: \boxed{\frac{1}{2}} \boxed{")
     '\\frac{1}{2}'

@@ -180,7 +180,7 @@ class JudgeScorer:
         raise self._failed(f"gave no answer in {self._config.retries + 1} tries, the last one {trouble}")
 
     def _post(self, body: dict[str, Any]) -> tuple[int, bytes, float]:
-        """Status, content, and the seconds that the server wants to be left alone for."""
+        """Status, content, and the server's Retry-After in seconds."""
         deadline, content = time.monotonic() + self._config.timeout_seconds, b""
         with self._client.stream("POST", self._url, json=body) as response:
             for piece in response.iter_bytes():

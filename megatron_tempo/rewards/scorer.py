@@ -9,7 +9,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One response to judge. `verifier` is a name of `config.choices.Verifier`.
+    """One response to judge. `verifier` is a name of `config.choices.Verifier` or that of an extension.
 
     >>> Item(verifier="math", prompt="Find 1+1.", response="It is \\\\boxed{2}.", answer="2")
     """
@@ -21,7 +21,7 @@ class Item:
 
 
 class Scorer(Protocol):
-    """A verifier. Its verdicts are 1.0 (right) and 0.0, in the order of the items."""
+    """A verifier. Its verdicts are 1.0 (right) and 0.0, in the order of the items; a graded one's lie between too."""
 
     def check(self, prompt: str, answer: str) -> None:
         """ValueError where no response to `prompt` could be judged by `answer`."""

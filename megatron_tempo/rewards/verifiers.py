@@ -9,8 +9,10 @@ from contextlib import nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from megatron_tempo.config.extensions import Extension
 from megatron_tempo.errors import InputError
 from megatron_tempo.rewards import choice, countdown, grid, text
+from megatron_tempo.rewards.imported import ImportedScorer
 from megatron_tempo.rewards.math import MathScorer
 from megatron_tempo.rewards.reading import ReadingScorer, numbered
 from megatron_tempo.rewards.scorer import Item, Scorer
@@ -71,13 +73,19 @@ class Verifiers:
     """All verifiers by name. `close` ends the worker processes of those that have any; they start at the first need.
 
     `workers` is the number of math processes, `seconds` the wall time that one item may take there. `judge` is the
-    language model that judges, if any. `threads` threads may call `score` at a time with profit: of all verifiers only
-    the judge works on several calls at once.
+    language model that judges, if any; `imported` are the user's own. `threads` threads may call `score` at a time with
+    profit: of all verifiers only the judge works on several calls at once.
     """
 
     threads = 1
 
-    def __init__(self, workers: int = 2, seconds: float = 5.0, judge: JudgeScorer | None = None) -> None:
+    def __init__(
+        self,
+        workers: int = 2,
+        seconds: float = 5.0,
+        judge: JudgeScorer | None = None,
+        imported: Iterable[Extension] = (),
+    ) -> None:
         self._judge = judge
         self._one_at_a_time = threading.Lock()
         if judge is not None:
@@ -89,6 +97,7 @@ class Verifiers:
             "text": ReadingScorer(text.read, text.gold),
             "grid": ReadingScorer(grid.read, grid.gold),
             "judge": _NoJudge() if judge is None else judge,
+            **{extension.name: ImportedScorer(extension) for extension in imported},
         }
 
     @property
@@ -112,7 +121,10 @@ class Verifiers:
         _report(prompts, check)
 
     def score(self, items: Sequence[Item]) -> list[float]:
-        """The verdict on each item, 1.0 or 0.0. ValueError, before any is judged, as in `check`."""
+        """The verdict on each item: 1.0 or 0.0, of a graded verifier a number between.
+
+        ValueError, before any is judged, as in `check`.
+        """
         places: dict[str, list[int]] = defaultdict(list)
         for place, item in enumerate(items):
             self._check(item.verifier, item.prompt, item.answer)

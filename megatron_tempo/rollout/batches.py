@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from megatron_tempo.errors import EngineError
+from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rewards.scorer import Item
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.engine import Engine, Request, Sampling
@@ -76,7 +76,7 @@ def collect(
         try:
             verdicts = {i: future.result() for i, future in judged.items()}
             classes = {i: future.result() for i, future in classed.items()}
-        except EngineError as error:
+        except (EngineError, InputError) as error:  # InputError: of a user's own verifier
             failure = str(error)
     shares: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shares, (mine, verdicts, classes, failure))

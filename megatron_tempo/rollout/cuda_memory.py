@@ -15,13 +15,15 @@ import torch.multiprocessing  # registers how tensors are pickled
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
+from megatron_tempo.models.megatron_compat.torch_private import share_cuda_storage
+
 # Where the GPU stands among the arguments of torch's `rebuild_cuda_tensor`.
 _DEVICE = 6
 
 
 def handle(storage: torch.UntypedStorage) -> list[Any]:
     """For one reader: the GPU's UUID and what `UntypedStorage._new_shared_cuda` takes behind it, bytes as base64."""
-    device, *rest = storage._share_cuda_()
+    device, *rest = share_cuda_storage(storage)
     return [_uuid(device), *(base64.b64encode(x).decode() if isinstance(x, bytes) else x for x in rest)]
 
 

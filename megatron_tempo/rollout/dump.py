@@ -120,6 +120,6 @@ def _response(where: str, text: str, prompt: LabelledPrompt | UnlabelledPrompt) 
     completion = Completion(tokens, logprobs, reason, versions)
     if isinstance(prompt, UnlabelledPrompt):
         return completion, 0.0
-    if correct not in (0, 1):
-        raise InputError(f"rollout.replay: {where} has the verdict {correct!r}; of a labelled prompt it is 0.0 or 1.0")
+    if not isinstance(correct, int | float) or not 0 <= correct <= 1:
+        raise InputError(f"rollout.replay: {where} has the verdict {correct!r}; a labelled prompt's is from 0.0 to 1.0")
     return completion, float(correct)

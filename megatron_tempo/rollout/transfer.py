@@ -18,11 +18,11 @@ import httpx
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import GroupName, _new_process_group_helper, _world
 
 from megatron_tempo.config.choices import Transport
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.errors import EngineError
+from megatron_tempo.models.megatron_compat.torch_private import join_separate_group
 from megatron_tempo.rollout.answer_checks import checked
 from megatron_tempo.rollout.replica import LIMITS, Target
 from megatron_tempo.rollout.server import own_address
@@ -117,10 +117,7 @@ class _Link:
         self._group: dist.ProcessGroup | None = None
 
     def join_group(self, backend: str) -> None:
-        """Open a process group with the server's workers, of which this is rank 0.
-
-        torch has no public way to make a group apart from the default one; vLLM and SGLang do the same on their side.
-        """
+        """Open a process group with the server's workers, of which this is rank 0."""
         world, seconds = 1 + self._config.tensor, self._config.update_seconds
         timeout = timedelta(seconds=seconds)
         host = own_address(self._config.host)
@@ -128,10 +125,7 @@ class _Link:
         call = self._adapter.join_group(WeightGroupInfo(host, self._store.port, self._name, world, backend, seconds))
         joined = self._post(call)
         store = dist.PrefixStore(self._name, self._store)
-        self._group, _ = _new_process_group_helper(
-            world, 0, [], dist.Backend(backend), store, group_name=GroupName(self._name), timeout=timeout
-        )
-        _world.pg_group_ranks[self._group] = {rank: rank for rank in range(world)}
+        self._group = join_separate_group(store, self._name, 0, world, backend, timeout)
         joined.result()
 
     def send(self, bucket: Bucket, version: int, compare: bool) -> Future[httpx.Response]:

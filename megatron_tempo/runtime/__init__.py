@@ -1,1 +1,1 @@
-"""Keeps distributed jobs sound: watchdog, stop requests, actions that raise on all ranks."""
+"""Reliability of distributed jobs: watchdog, stop requests, actions that raise on all ranks."""

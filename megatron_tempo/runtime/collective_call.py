@@ -11,14 +11,14 @@ import torch.distributed as dist
 from megatron_tempo.errors import InputError, UnwrittenError
 
 _T = TypeVar("_T")
-_FIX = "make room there, or the folder writable"
+_FIX = "free disk space, or make the directory writable"
 
 
 def raise_on_all_ranks(act: Callable[[], _T], group: dist.ProcessGroup | None = None) -> _T:
-    """`act()`, in which there is nothing collective. Collective, over `group`, which holds all ranks.
+    """Run `act()`, which must contain no collective call. Collective, over `group`, which contains all ranks.
 
-    Where it fails on a rank, all ranks raise: UnwrittenError for its OSError, InputError for its InputError. Without
-    that the others would wait for this one until the timeout of their next collective call.
+    If it fails on one rank, all ranks raise: UnwrittenError for its OSError, InputError for its InputError. Otherwise
+    the other ranks would wait for the failed one until their next collective call times out.
     """
     failure: tuple[bool, str] | None = None
     try:

@@ -10,7 +10,7 @@ from megatron_tempo.observability.progress import clock
 
 BEAT = 5.0  # seconds from one heartbeat to the next
 SILENT = 60.0  # seconds without a heartbeat after which a rank counts as dead
-ENDED = 20.0  # seconds that the others have to end by themselves when one has ended with an error
+ENDED = 20.0  # seconds that the other ranks have to end by themselves after one has ended with an error
 DONE = "done"
 
 
@@ -22,44 +22,45 @@ class RankHeartbeat:
     ...      location="rollout/batches.py:77 in collect", is_waiting=True, progress=1764.2, idle_seconds=3.1)
     """
 
-    count: int  # of this rank's heartbeats so far
+    count: int  # heartbeats of this rank so far
     host: str
     pid: int
-    machine: str  # equal where one process can see the other
+    machine: str  # equal for processes that can see each other
     phase: str
-    step: int  # iterations that are done
+    step: int  # completed iterations
     location: str  # the main thread's innermost line in this package
-    is_waiting: bool  # for other ranks, inside that line
+    is_waiting: bool  # waits for other ranks, inside that line
     progress: float
-    idle_seconds: float  # seconds since it last got something done
-    ended: str | None = None  # `DONE`, or the error that it ended with
+    idle_seconds: float  # seconds since its last progress
+    ended: str | None = None  # `DONE`, or the error that ended it
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """The end of a run. `reason` is for heartbeat.json, `text` for the error output."""
+    """Why a run is aborted. `reason` is written to heartbeat.json, `text` to stderr."""
 
     reason: str
     text: str
-    dump: tuple[int, ...] = ()  # ranks that are to show their stacks
-    by: int = -1  # the rank that says it
+    dump: tuple[int, ...] = ()  # ranks that print their stacks
+    by: int = -1  # the rank that reports it
 
 
 class FailureDetector:
-    """Uses heartbeats alone: no clock, no store. `now` is the time of any monotonic clock, in seconds."""
+    """Uses only heartbeats: no clock, no store. `now` is the time of any monotonic clock, in seconds."""
 
     def __init__(self, rank: int, world: int, host: int | None, hang: float | None, now: float) -> None:
-        """`host`: the rank whose process holds the store; none: the launcher's does. `hang`: in seconds, if any."""
+        """`host`: the rank whose process holds the store, None if the launcher's process does. `hang`: seconds without
+        progress that count as a hang, None to detect no hangs."""
         self._rank, self._host, self._hang = rank, host, hang
         self._beat, self._silent, self._ended = BEAT, SILENT, ENDED
         self._checked_at = now
-        self._slept = 0.0  # the longest that this process was suspended
+        self._slept = 0.0  # longest suspension of this process, in seconds
         self._heartbeats: dict[int, RankHeartbeat] = {}
-        self._moved = dict.fromkeys(range(world), now)  # when each last sent one
-        self._progress = now  # when any rank last got something done
-        self._failed: dict[int, float] = {}  # since when ranks are known to have ended with an error
-        self._gone: dict[int, tuple[float, int]] = {}  # since when processes are gone, and our heartbeats by then
-        self._absent: set[int] | None = None  # ranks whose processes were gone when the store ceased to answer
+        self._moved = dict.fromkeys(range(world), now)  # when each rank last sent a heartbeat
+        self._progress = now  # when any rank last made progress
+        self._failed: dict[int, float] = {}  # when ranks were first known to have ended with an error
+        self._gone: dict[int, tuple[float, int]] = {}  # when processes were first gone, and our heartbeat count then
+        self._absent: set[int] | None = None  # ranks whose processes were gone when the store stopped answering
 
     def check(
         self,
@@ -69,10 +70,11 @@ class FailureDetector:
         *,
         collective_failed: bool,
     ) -> Diagnosis | None:
-        """`heartbeats` as last read from the store, ours among them: so it is seen whether the store still answers.
+        """The diagnosis, None while the run is sound.
 
-        `gone` says whether the process of a heartbeat has exited. `collective_failed`: a collective has failed here, as
-        happens when another rank is gone.
+        `heartbeats`: as last read from the store. Our own is among them and shows whether the store still answers.
+        `gone`: whether the process of a heartbeat has exited. `collective_failed`: a collective has failed on this
+        rank, as happens when another rank is gone.
         """
         if now - self._checked_at > self._silent / 3:
             self._slept = max(self._slept, now - self._checked_at)
@@ -92,24 +94,24 @@ class FailureDetector:
             return diagnosis
         host = self._heartbeats.get(self._host) if self._host is not None else None
         if host is not None and host.ended is not None and now - self._moved[self._rank] > 3 * self._beat:
-            return None  # with it went the store: what the others do is not known, and there is little left to do
+            return None  # the store went with it: the state of the others is unknown, and little work is left
         return self._one_gone(now, gone) or self._one_silent(now) or self._hung(now)
 
     def should_report(self) -> bool:
-        """Whether this rank speaks where the store cannot say who does: the first on its machine."""
+        """Whether this rank reports when the store cannot decide who does: the first rank of each machine does."""
         mine = self._heartbeats.get(self._rank)
         if mine is None:
             return True
-        beside = [
+        neighbours = [
             rank
             for rank, heartbeat in self._heartbeats.items()
             if heartbeat.machine == mine.machine and heartbeat.ended is None
         ]
         absent = (self._absent or set()) | {self._host}
-        return self._rank == min(rank for rank in beside if rank == self._rank or rank not in absent)
+        return self._rank == min(rank for rank in neighbours if rank == self._rank or rank not in absent)
 
     def _note_absent(self, now: float, gone: Callable[[RankHeartbeat], bool]) -> None:
-        """Early: who is gone later may have spoken before."""
+        """Note early which processes are gone: one that goes later may have reported before."""
         host = self._heartbeats.get(self._host) if self._host is not None else None
         idle_seconds = now - self._moved[self._rank]
         if idle_seconds == 0:
@@ -124,7 +126,7 @@ class FailureDetector:
         return None
 
     def _one_gone(self, now: float, gone: Callable[[RankHeartbeat], bool]) -> Diagnosis | None:
-        """A process that has exited may have sent a last heartbeat just before, which is to be read first."""
+        """A process may have sent a last heartbeat just before it exited. Wait until that would have been read."""
         ours = self._heartbeats[self._rank].count if self._rank in self._heartbeats else 0
         for rank, heartbeat in self._heartbeats.items():
             if heartbeat.ended is None and rank != self._rank and gone(heartbeat):
@@ -149,17 +151,19 @@ class FailureDetector:
 
     @staticmethod
     def _silent_for(seconds: float) -> str:
-        return f"has given no sign for {seconds:.0f} s: it is dead or frozen"
+        return f"has sent no heartbeat for {seconds:.0f} s: it is dead or frozen"
 
     def _lost(self, rank: int, now: float, what: str) -> Diagnosis:
         heartbeat = self._heartbeats.get(rank)
         if heartbeat is None:
-            words = f"rank {rank} {what}; it never signed"
+            words = f"rank {rank} {what}; it never sent a heartbeat"
         else:
-            last = f"its last sign, at {_at(now - self._moved[rank])}, was {_place(heartbeat)}"
+            last = f"last heartbeat at {_at(now - self._moved[rank])}, {_activity(heartbeat)}"
             words = f"{_name(rank, heartbeat)} {what}; {last}"
         if self._slept > self._silent:
-            words += f" (this process stood still for {self._slept:.0f} s, so that rank may have given it up)"
+            words += (
+                f" (this process was suspended for {self._slept:.0f} s, so that rank may have aborted because of it)"
+            )
         return Diagnosis(words, words)
 
     def _hung(self, now: float) -> Diagnosis | None:
@@ -168,20 +172,22 @@ class FailureDetector:
         at_work = {rank: heartbeat for rank, heartbeat in self._heartbeats.items() if heartbeat.ended is None}
         order = sorted(at_work.items(), key=lambda item: (item[1].is_waiting, -item[1].idle_seconds, item[0]))
         stuck = [rank for rank, heartbeat in order if not heartbeat.is_waiting]
-        who = ", ".join(f"{_name(rank, at_work[rank])}, {_place(at_work[rank])}" for rank in stuck)
-        reason = f"nothing was done for run.hang_minutes={self._hang / 60:g}; " + (
-            f"not waiting for others, so at fault: {who}" if stuck else "all ranks wait for one another"
+        who = ", ".join(f"{_name(rank, at_work[rank])}, {_activity(at_work[rank])}" for rank in stuck)
+        reason = f"no rank made progress for run.hang_minutes={self._hang / 60:g}; " + (
+            f"likely cause, since it does not wait for other ranks: {who}"
+            if stuck
+            else "all ranks wait for one another"
         )
         lines = [
             f"  {_name(rank, heartbeat)}: {'waits for others' if heartbeat.is_waiting else 'hangs'}, "
-            f"{_place(heartbeat)}, since {_at(heartbeat.idle_seconds)}, {clock(heartbeat.idle_seconds)} ago"
+            f"{_activity(heartbeat)}, since {_at(heartbeat.idle_seconds)}, {clock(heartbeat.idle_seconds)} ago"
             for rank, heartbeat in order
         ]
         return Diagnosis(reason, "\n".join([reason, *lines]), tuple(stuck or at_work))
 
 
 def _at(ago: float) -> str:
-    """The time of day so many seconds ago, by this machine's clock."""
+    """The time of day `ago` seconds before now, by this machine's clock."""
     return time.strftime("%H:%M:%S", time.localtime(time.time() - ago))
 
 
@@ -189,7 +195,7 @@ def _name(rank: int, heartbeat: RankHeartbeat) -> str:
     return f"rank {rank} ({heartbeat.host}, process {heartbeat.pid})"
 
 
-def _place(heartbeat: RankHeartbeat) -> str:
+def _activity(heartbeat: RankHeartbeat) -> str:
     phase = f"in {heartbeat.phase}" if heartbeat.phase else "between phases"
     location = f", at {heartbeat.location}" if heartbeat.location else ""
     return f"{phase}, {heartbeat.step} iterations done{location}"

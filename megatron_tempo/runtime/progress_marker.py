@@ -1,8 +1,8 @@
-"""What this process is doing and when it last made progress. The watchdog tells a hang from long work by it.
+"""What this process is doing and when it last made progress. The watchdog uses it to tell a hang from long work.
 
-Whatever may take minutes calls `mark()` for each part that is done, from any thread: a micro-batch, a token of the
-embedded engine, a response or a verdict, a bucket of weights, a file. A wait that has a limit of its own, such as that
-for a server to start, may call it while it waits. A call costs one reading of the clock.
+Code that may take minutes calls `mark()` after each completed part, from any thread: a micro-batch, a token of the
+embedded engine, a response or a verdict, a bucket of weights, a file. A wait with a time limit of its own, such as for
+a server to start, may call it while it waits. A call costs one reading of the clock.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class ProgressMarker:
-    """`last`: of this process's monotonic clock. `step`: the iterations that are done."""
+    """`last`: time of the last progress, by this process's monotonic clock. `step`: completed iterations."""
 
     last: float
     phase: str = ""
@@ -32,7 +32,7 @@ def mark() -> None:
 
 @contextmanager
 def phase(name: str, step: int) -> Iterator[None]:
-    """Names what is done inside. `step` iterations are done."""
+    """Name the phase that runs inside. `step`: completed iterations."""
     outer = MARKER.phase
     MARKER.phase, MARKER.step = name, step
     mark()

@@ -11,7 +11,7 @@ run ends, on all ranks and with exit status 1, if a rank
 
 The first rank that finds it reports it, once: which rank, where, since when. Only durations by the detector's own clock
 count, since clocks of machines differ. A detector that was itself suspended, as all are on a suspended machine, counts
-anew.
+from zero.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from megatron_tempo.observability.heartbeat import write_final_heartbeat
 from megatron_tempo.runtime import failure_detector, progress_marker
 from megatron_tempo.runtime.failure_detector import DONE, Diagnosis, FailureDetector, RankHeartbeat
 
-_PATIENCE = 10.0  # seconds for what is done at once unless a disk, a pipe or the store is stuck
+_PATIENCE = 10.0  # seconds for an action that takes no time unless a disk, a pipe or the store is stuck
 _PACKAGE = str(Path(__file__).parents[1])
-# Where a process waits for others: the file, and the function if not all of it.
+# Code that waits for other processes: the file, and the function unless it is the whole file.
 _WAITING = (
     ("/torch/distributed/distributed_c10d.py", ""),
     ("/megatron/core/pipeline_parallel/p2p_communication.py", ""),
@@ -62,7 +62,7 @@ class Watchdog:
     """
 
     def __init__(self, folder: Path, hang_minutes: float | None) -> None:
-        """`folder` is the run's. `hang_minutes`: none: a hang is not looked for."""
+        """`folder` is the run's. `hang_minutes`: None: hangs are not detected."""
         self._folder, self._rank, self._world = folder, dist.get_rank(), dist.get_world_size()
         # Under torchrun the launcher's process holds the store, else the first rank's.
         launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -78,7 +78,7 @@ class Watchdog:
         self._read: set[int] = set()  # ranks whose heartbeats have been read in the store
         self._store: dist.Store | None = None
         self._prefix = ""
-        self._received: Diagnosis | None = None  # another rank's
+        self._received: Diagnosis | None = None  # of another rank
         self._collective_failed = False
         self._rounds = 0
         self._wake, self._over = threading.Event(), threading.Event()
@@ -92,7 +92,7 @@ class Watchdog:
         if not self._needed:
             return self
         if self._world > 1:
-            # Who they are is known from the first. A launcher's store may hold an earlier start's heartbeats.
+            # All ranks are known from the start. A launcher's store may contain heartbeats of an earlier start.
             shares: list[Any] = [None] * self._world
             dist.all_gather_object(shares, (secrets.token_hex(8), self._own))
             self._heartbeats = {rank: heartbeat for rank, (_, heartbeat) in enumerate(shares)}
@@ -132,33 +132,33 @@ class Watchdog:
             self._wake.wait(self._beat)
 
     def _beat_once(self) -> None:
-        """Send a heartbeat and read the others'. A store that does not answer holds this thread up, and no other."""
+        """Send a heartbeat and read the others'. A store that does not answer blocks this thread only."""
         own = self._own = self._now()
         if self._world == 1:
             self._heartbeats = {0: own}
         else:
             try:
                 if self._store is None:
-                    self._store = self._again()
+                    self._store = self._reconnected()
                 if self._store is not None:
                     self._exchange(self._store, own)
-            except RuntimeError:  # torch's, for a connection that is lost
+            except RuntimeError:  # of torch, for a lost connection
                 self._store = None
         self._rounds += 1
 
     def _exchange(self, store: dist.Store, own: RankHeartbeat) -> None:
         store.set(f"{self._rank}", json.dumps(asdict(own)))
-        # To read what is not there would be to wait for it.
+        # Reading a missing key would block until it is set.
         self._read |= {rank for rank in range(self._world) if rank not in self._read and store.check([f"{rank}"])}
         ranks = sorted(self._read)
         read = store.multi_get([f"{rank}" for rank in ranks])
         heartbeats = {rank: RankHeartbeat(**json.loads(text)) for rank, text in zip(ranks, read, strict=True)}
-        self._heartbeats = self._heartbeats | heartbeats  # a new one: the detector may be reading the old one
+        self._heartbeats = self._heartbeats | heartbeats  # a new dict: the detector may be reading the old one
         if store.check([_DIAGNOSIS]):
             self._received = _diagnosis_of(store.get(_DIAGNOSIS))
 
-    def _again(self) -> dist.Store | None:
-        """A new connection, if anybody listens; torch's own tries write pages to the error output."""
+    def _reconnected(self) -> dist.Store | None:
+        """A new connection, None if nobody listens. torch's own attempts would write pages to stderr."""
         with suppress(OSError):
             address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
             socket.create_connection(address, timeout=self._beat).close()
@@ -181,9 +181,9 @@ class Watchdog:
         )
 
     def _finish(self, word: str) -> None:
-        """The last heartbeat. Who holds the store stays until the others have read it, or have ended too."""
+        """Send the last heartbeat. The rank that holds the store stays until the others have read it or have ended."""
         self._ended = word
-        before = self._rounds + 1  # the round under way may have begun without it
+        before = self._rounds + 1  # the current round may have begun without it
         deadline = time.monotonic() + _PATIENCE
         while self._rounds <= before and time.monotonic() < deadline:
             self._wake.set()
@@ -223,40 +223,40 @@ class Watchdog:
         return _is_gone(self._own, heartbeat)
 
     def _end(self, diagnosis: Diagnosis) -> None:
-        """Say what there is to say, and end this process. What says it may itself be stuck, so it has its time."""
+        """Report the diagnosis and end this process. Each report has a time limit, since its output may be stuck."""
         first = _within(_PATIENCE, lambda: self._claim(diagnosis)) if self._store is not None else None
         if first is None:
             should_report = self._detector.should_report()
         else:
             should_report, diagnosis = first.by == self._rank, first
-        again = _again_from(self._folder)
-        _within(_PATIENCE, lambda: self._report(diagnosis, again, should_report))
+        hint = _resume_hint(self._folder)
+        _within(_PATIENCE, lambda: self._report(diagnosis, hint, should_report))
         if self._host == self._rank and self._world > 1:
             time.sleep(2 * self._beat)  # until the others have read it in the store
         if should_report or self._rank == 0:
-            # At the very end: the first rank's own thread may still write the file, or its main one what it made of it.
-            _within(_PATIENCE, lambda: write_final_heartbeat(self._folder, diagnosis.reason + again))
+            # Last: until here, other threads of the first rank may still write the file.
+            _within(_PATIENCE, lambda: write_final_heartbeat(self._folder, diagnosis.reason + hint))
         os._exit(1)
 
     def _claim(self, diagnosis: Diagnosis) -> Diagnosis:
-        """The diagnosis of whoever was first."""
+        """The diagnosis of the rank that was first."""
         assert self._store is not None
         return _diagnosis_of(
             self._store.compare_set(_DIAGNOSIS, "", json.dumps(asdict(replace(diagnosis, by=self._rank))))
         )
 
-    def _report(self, diagnosis: Diagnosis, again: str, should_report: bool) -> None:
+    def _report(self, diagnosis: Diagnosis, hint: str, should_report: bool) -> None:
         if should_report:
-            os.write(2, f"\nerror: {diagnosis.text}{again}\n".encode())
+            os.write(2, f"\nerror: {diagnosis.text}{hint}\n".encode())
         if self._rank in diagnosis.dump:
-            os.write(2, f"the stacks of rank {self._rank}, process {os.getpid()}:\n".encode())
+            os.write(2, f"stacks of rank {self._rank}, process {os.getpid()}:\n".encode())
             faulthandler.dump_traceback(file=2, all_threads=True)
         sys.stdout.flush()
         sys.stderr.flush()
 
 
 def of_a_collective(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, is what torch raises where another rank is gone."""
+    """Whether an error, or one of its causes, is what torch raises when another rank is gone."""
     while error is not None:
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             return True
@@ -269,13 +269,13 @@ def _diagnosis_of(text: bytes) -> Diagnosis:
     return Diagnosis(fields["reason"], fields["text"], tuple(fields["dump"]), fields["by"])
 
 
-def _again_from(run: Path) -> str:
+def _resume_hint(run: Path) -> str:
     saved = sorted(path for path in (run / "checkpoints").glob("step_*") if not path.suffix)
-    return f"; the same command goes on from {saved[-1]}" if saved else ""
+    return f"; rerun the same command to resume from {saved[-1]}" if saved else ""
 
 
 def _within(seconds: float, make: Callable[[], _T]) -> _T | None:
-    """What a function makes; None where it fails or takes longer."""
+    """The result of `make`; None if it fails or takes longer."""
     made: list[_T] = []
 
     def run() -> None:
@@ -289,12 +289,12 @@ def _within(seconds: float, make: Callable[[], _T]) -> _T | None:
 
 
 def _location_of(thread: int | None) -> tuple[str, bool]:
-    """The innermost line of this package in which a thread is, and whether it waits for other ranks from there."""
+    """The innermost line of this package that a thread executes, and whether it waits for other ranks there."""
     frame, is_waiting = sys._current_frames().get(thread or 0), False
     while frame is not None:
         file, function = frame.f_code.co_filename, frame.f_code.co_name
         is_waiting = is_waiting or any(file.endswith(path) and name in ("", function) for path, name in _WAITING)
-        # Neither comprehensions nor what torch calls for each of its functions (models/device.py).
+        # Skip comprehensions and the hook that torch calls for each of its functions (models/device.py).
         if file.startswith(_PACKAGE) and not function.startswith(("<", "__torch")):
             return f"{file.removeprefix(_PACKAGE).lstrip('/')}:{frame.f_lineno} in {function}", is_waiting
         frame = frame.f_back
@@ -302,7 +302,7 @@ def _location_of(thread: int | None) -> tuple[str, bool]:
 
 
 def _machine() -> str:
-    """Equal for processes that see one another below /proc; empty where they cannot."""
+    """Equal for processes that see each other in /proc; empty if they cannot."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -310,7 +310,7 @@ def _machine() -> str:
 
 
 def _is_gone(own: RankHeartbeat, heartbeat: RankHeartbeat) -> bool:
-    """Whether it is known that a rank's process is no more."""
+    """Whether a rank's process is known to have exited."""
     if not own.machine or own.machine != heartbeat.machine:
         return False
     try:

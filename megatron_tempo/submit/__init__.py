@@ -1,1 +1,1 @@
-"""Jobs for SLURM: what is to be started where, the script that does it, the snapshot that it runs from."""
+"""SLURM jobs: their processes and nodes, the sbatch script, and the snapshot that a job runs from."""

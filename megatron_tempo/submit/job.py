@@ -1,4 +1,4 @@
-"""What a job starts: how many processes on how many nodes, and what keeps a configuration from being submitted."""
+"""A job: its processes and nodes, and the problems that prevent a configuration from being submitted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_tempo.plan.split import split_of
 
 
 class Kind(Enum):
-    """The jobs; each is launch/NAME.sbatch."""
+    """Kinds of jobs. Each has a template, launch/NAME.sbatch."""
 
     train = "train"
     eval = "eval"
@@ -30,7 +30,7 @@ class Job:
 
     kind: Kind
     config: Config
-    arguments: tuple[str, ...]  # of a converter, its name first
+    arguments: tuple[str, ...]  # of a converter, with its name first
 
     @property
     def cluster(self) -> ClusterConfig:
@@ -48,17 +48,17 @@ class Job:
 
     @property
     def processes(self) -> int:
-        """Of the trainer, on each of its nodes."""
+        """Trainer processes on each of the trainer's nodes."""
         return processes(self.config) // self.cluster.training_nodes
 
 
 def processes(config: Config) -> int:
-    """Of the trainer, on all nodes: the GPUs that no server has, as `plan` counts them."""
+    """Trainer processes on all nodes: one per GPU that no server uses, as `plan` counts them."""
     return split_of(config).trainers
 
 
 def problems(config: Config, kind: Kind) -> Iterator[Problem]:
-    """What is wrong with the cluster, and with how the job is to be laid out on it."""
+    """Problems of the cluster's configuration, and of the job's layout on it."""
     yield from cluster.site(config)
     if config.cluster is None or kind is Kind.convert:
         return
@@ -69,6 +69,6 @@ def problems(config: Config, kind: Kind) -> Iterator[Problem]:
 
 
 def elsewhere(config: Config, problem: Problem) -> bool:
-    """Whether a rule asks this machine for what only the job's container has."""
+    """Whether a problem is about a file that exists only in the job's container."""
     contained = config.cluster is not None and config.cluster.slurm.container is not None
     return contained and problem.field == "rollout.servers.python"

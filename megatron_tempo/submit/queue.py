@@ -1,4 +1,4 @@
-"""SLURM's queue: what goes in, what is in it."""
+"""SLURM's queue: submit jobs, and list those that wait or run."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 from megatron_tempo.errors import InputError
 
-IDS = "ids"  # below a job's folder
+IDS = "ids"  # file in a job's folder
 
 
 def active(folders: list[Path]) -> list[str]:
-    """The jobs of these folders that wait or run."""
+    """The ids of the jobs of these folders that wait or run."""
     submitted = {word for folder in folders if (folder / IDS).exists() for word in (folder / IDS).read_text().split()}
     if not submitted:
         return []
@@ -23,16 +23,16 @@ def active(folders: list[Path]) -> list[str]:
 
 
 def put(script: Path, chain: int) -> list[str]:
-    """Submit a script, or `chain` of it, each to start when the one before has ended however it did. Their numbers.
+    """Submit a script `chain` times; each job starts when the one before has ended, with any status. Returns their ids.
 
-    Raises InputError with what sbatch says where it refuses; what went in before that is taken out again.
+    If sbatch fails, raises InputError with its message, after cancelling the jobs that were submitted before.
     """
     ids: list[str] = []
     for left in reversed(range(chain)):
-        behind = [f"--dependency=afterany:{ids[-1]}"] if ids else []
-        words = [str(left)] if chain > 1 else []  # the script is told how many follow it
+        dependency = [f"--dependency=afterany:{ids[-1]}"] if ids else []
+        arguments = [str(left)] if chain > 1 else []  # the number of jobs that follow
         try:
-            ids.append(_call(["sbatch", "--parsable", *behind, str(script), *words]).strip().partition(";")[0])
+            ids.append(_call(["sbatch", "--parsable", *dependency, str(script), *arguments]).strip().partition(";")[0])
         except InputError:
             if ids:
                 _call(["scancel", *ids])
@@ -44,8 +44,10 @@ def put(script: Path, chain: int) -> list[str]:
 
 def _call(words: list[str]) -> str:
     if shutil.which(words[0]) is None:
-        raise InputError(f"there is no {words[0]} here: submit from a login node of the cluster, or use --dry-run")
+        raise InputError(
+            f"{words[0]} is not installed on this machine: submit from a login node of the cluster, or use --dry-run"
+        )
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise InputError(f"{words[0]} refused: {(done.stderr or done.stdout).strip()}")
+        raise InputError(f"{words[0]} failed: {(done.stderr or done.stdout).strip()}")
     return done.stdout

@@ -1,4 +1,4 @@
-"""The script of a job: a file of launch/, whose block between two marks is written from the configuration."""
+"""The sbatch script of a job: a template of launch/, with the block between two marks set from the configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BEGIN, END = "# >>> megatron-tempo submit writes this block", "# <<<"
 
 
 def render(job: Job, launch: Path, folder: Path, work: Path) -> str:
-    """The script. `launch` holds the templates, `folder` the job's snapshot; relative paths start at `work`."""
+    """The script. `launch`: folder of the templates. `folder`: the job's snapshot. `work`: base of relative paths."""
     text = (launch / f"{job.kind.name}.sbatch").read_text(encoding="utf-8")
     before, rest = text.split(BEGIN, 1)
     mark, rest = rest.split("\n", 1)
@@ -48,31 +48,31 @@ def _variables(job: Job, folder: Path, work: Path) -> Iterator[str]:
     config, cluster, slurm = job.config, job.cluster, job.cluster.slurm
     servers = config.rollout.servers
     python = slurm.python or ("python3" if slurm.container else sys.executable)
-    yield _set("JOB", folder, "this job's folder: its script, the snapshot, what it leaves")
+    yield _set("JOB", folder, "this job's folder: its script, snapshot and output")
     yield _set("RUN", job.run, "run.dir")
-    yield _set("WORK", work, "where relative paths of the configuration start")
+    yield _set("WORK", work, "base of relative paths in the configuration")
     yield _set("CODE", folder / "code")
     yield _set("PYTHON", python)
     yield _set("GRES", _gres(job) or "")
     yield _set("CPUS", (slurm.cpus_per_task or 0) * (1 if job.kind is Kind.convert else cluster.gpus_per_node),
-               "of a node; 0: as SLURM gives them")  # fmt: skip
-    yield _set("INTERFACE", slurm.interface or "", "of the network, for sockets")
+               "per node; 0: SLURM's default")  # fmt: skip
+    yield _set("INTERFACE", slurm.interface or "", "network interface for sockets")
     yield _array("MODULES", slurm.modules)
     yield _array("ENVIRONMENT", [f"{name}={value}" for name, value in slurm.environment.items()])
-    yield _set("CONTAINER", slurm.container or "", "image")
+    yield _set("CONTAINER", slurm.container or "", "container image")
     yield _array("MOUNTS", _mounts(job, work))
     if job.kind is Kind.convert:
         yield _array("COMMAND", job.arguments)
         return
     yield _set("CONFIG", folder / "config.json")
     yield _set("TRAIN_NODES", cluster.training_nodes)
-    yield _set("PROCESSES", job.processes, "of the trainer, on each of its nodes")
-    yield _set("ROLLOUT_NODES", cluster.rollout_nodes, "the nodes behind them")
+    yield _set("PROCESSES", job.processes, "trainer processes on each trainer node")
+    yield _set("ROLLOUT_NODES", cluster.rollout_nodes, "the nodes after those of the trainer")
     away = cluster.rollout_nodes and config.rollout.engine is not EngineKind.embedded
-    yield _set("SERVERS", servers.replicas if away else 0, "on each of those")
-    yield _set("START_SECONDS", round(servers.start_seconds), "until a server must be ready")
+    yield _set("SERVERS", servers.replicas if away else 0, "servers on each of those nodes")
+    yield _set("START_SECONDS", round(servers.start_seconds), "time limit for a server to start")
     if job.kind is Kind.train:
-        yield _set("GRACE", slurm.grace_seconds, "seconds from the signal to the end")
+        yield _set("GRACE", slurm.grace_seconds, "seconds from the signal to the time limit")
 
 
 def _gres(job: Job) -> str | None:
@@ -96,5 +96,5 @@ def _array(name: str, values: list[str] | tuple[str, ...]) -> str:
 
 
 def _quoted(word: str) -> str:
-    """As sbatch reads it, which takes what stands in double quotes as one word."""
+    """An option as sbatch parses it: a value with blanks is in double quotes."""
     return f'"{word}"' if " " in word else word

@@ -1,13 +1,13 @@
-"""The code and the configuration that a job runs, kept beside the run: RUN/jobs/0001, 0002, ...
+"""Snapshots of the code and the configuration that a job runs, in the run's folder: RUN/jobs/0001, 0002, ...
 
     config.json      the composed configuration
     code/            megatron_tempo, configs, launch, tools
-    revision.txt     of the git checkout, if it is one, and changes.diff, what differs from it
+    revision.txt     revision of the git checkout, if it is one; changes.diff: uncommitted changes
     train.sbatch     the script (or eval.sbatch, convert.sbatch)
-    ids              SLURM's numbers of the jobs, one a line
+    ids              SLURM's ids of the jobs, one per line
 
-A job that waits in the queue for a day runs what was submitted, whatever has become of the checkout by then. No folder
-is ever written over: each submission gets the next number.
+A job that waits in the queue for a day runs what was submitted, even if the checkout has changed since. No folder is
+ever overwritten: each submission gets the next number.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def jobs(run: Path) -> list[Path]:
 
 
 def next_folder(run: Path) -> Path:
-    """The folder that the next job of a run will have."""
+    """The folder of a run's next job."""
     before = jobs(run)
     return run / "jobs" / f"{int(before[-1].name) + 1 if before else 1:04d}"
 
 
 def take(folder: Path, repository: Path, config: Config, script: tuple[str, str]) -> None:
-    """Fill `folder`, which appears when it is whole. `script` is its name and its text.
+    """Write the snapshot to a temporary folder and rename it to `folder` when it is complete. `script`: name and text.
 
-    Raises FileExistsError if somebody else has taken the folder meanwhile, OSError for what cannot be written.
+    Raises FileExistsError if another submission has created the folder meanwhile, OSError if a file cannot be written.
     """
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     partial.mkdir(parents=True)
@@ -55,7 +55,7 @@ def take(folder: Path, repository: Path, config: Config, script: tuple[str, str]
             (partial / "revision.txt").write_text(revision)
             (partial / "changes.diff").write_text(_git(repository, "diff", "HEAD", "--", *CODE))
         if folder.exists():
-            raise FileExistsError(f"{folder} has just been made by another submit: try again")
+            raise FileExistsError(f"{folder} has just been created by another submission: try again")
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -63,7 +63,7 @@ def take(folder: Path, repository: Path, config: Config, script: tuple[str, str]
 
 
 def changes(folder: Path, repository: Path, config: Config) -> Iterator[str]:
-    """What is otherwise now than in an older job's folder, a line each."""
+    """What differs now from an older job's folder, one line each."""
     try:
         yield from differences(load(folder / "config.json"), config)
     except (OSError, ConfigErrors, ValueError) as error:
@@ -83,7 +83,7 @@ def _unequal(before: Path, now: Path, name: str) -> Iterator[str]:
 
 
 def _git(repository: Path, *words: str) -> str:
-    """What git says of the repository; nothing where there is no git, or no checkout."""
+    """The output of git in the repository; empty without git or a checkout."""
     try:
         done = subprocess.run(["git", "-C", str(repository), *words], capture_output=True, text=True, check=False)
     except OSError:

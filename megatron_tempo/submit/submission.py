@@ -1,4 +1,4 @@
-"""A submission from the checked configuration to the numbers of its jobs."""
+"""Submits a checked configuration: takes the snapshot and puts the jobs into SLURM's queue."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ def preview(job: Job, repository: Path) -> str:
 
 
 def submit(job: Job, repository: Path, chain: int, log: Callable[[str], None]) -> list[str]:
-    """Take the snapshot and submit it. Returns SLURM's numbers of the jobs.
+    """Take the snapshot and submit it. Returns SLURM's ids of the jobs.
 
-    Raises InputError if jobs of the same run wait or run already, or if sbatch refuses; the snapshot is then removed.
+    Raises InputError if jobs of the same run already wait or run, or if sbatch fails; the snapshot is then removed.
     """
     before = snapshot.jobs(job.run)
     if busy := queue.active(before):
         raise InputError(
-            f"job {', '.join(busy)} of run.dir={job.config.run.dir} waits or runs: two would write over one another; "
-            f"scancel {' '.join(busy)}, or give another run.dir"
+            f"run.dir={job.config.run.dir}: job {', '.join(busy)} of this run waits or runs; two would overwrite each "
+            f"other's files; scancel {' '.join(busy)}, or give another run.dir"
         )
     if before and (changes := list(snapshot.changes(before[-1], repository, job.config))):
-        log("\n  ".join([f"otherwise than in {before[-1]}:", *changes]))
+        log("\n  ".join([f"differences from {before[-1]}:", *changes]))
     folder, name = snapshot.next_folder(job.run), f"{job.kind.name}.sbatch"
     text = render(job, repository / "launch", folder, Path.cwd())
     try:
         snapshot.take(folder, repository, job.config, (name, text))
     except OSError as error:
-        raise InputError(f"no snapshot could be taken: {error}") from error
+        raise InputError(f"the snapshot cannot be written: {error}") from error
     try:
         ids = queue.put(folder / name, chain)
     except InputError:
         shutil.rmtree(folder)
         raise
-    log(f"submitted job {' -> '.join(ids)} from {folder}; it tells what it does in {folder}/{ids[0]}.out")
+    log(f"submitted job {' -> '.join(ids)} from {folder}; its output is in {folder}/{ids[0]}.out")
     return ids

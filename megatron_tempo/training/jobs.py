@@ -45,18 +45,19 @@ def train(config: Config) -> None:
         Trainer.open(context) as trainer,
         _short_garbage_collections(),
     ):
-        done = trainer.resume()
-        with trainer.rescued():
+        state = trainer.state
+        trainer.resume()
+        with state.rescued():
             trainer.evaluate_if_due()
-            for stage_name, stage, iteration in remaining(config, done):
-                trainer.stop_if_requested(stop_requests)
-                with trainer.profiler.iteration(trainer.step + 1):
+            for stage_name, stage, iteration in remaining(config, state.step):
+                state.stop_if_requested(stop_requests)
+                with trainer.timer.profiler.iteration(state.step + 1):
                     record = trainer.iterate(stage_name, stage, iteration)
                     raise_on_all_ranks(partial(trainer.metrics.step, record))
                     trainer.sync_engine()
-                trainer.stop_if_requested(stop_requests)
+                state.stop_if_requested(stop_requests)
                 trainer.evaluate_if_due()
-                trainer.checkpoint_if_due()
+                state.checkpoint_if_due()
             trainer.finish()
 
 
@@ -145,5 +146,7 @@ def _about(config: Config) -> Record:
 
 
 def _file(path: str) -> Record:
+    if not Path(path).is_file():  # what a user's own reader reads
+        return {"path": path, "sha256": None}
     with open(path, "rb") as file:
         return {"path": path, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tempo.config.choices import EngineKind, EnginePrecision, Precision
+from megatron_tempo.config.rules.extensions import imported_verifiers
 from megatron_tempo.config.schema import Config
 from megatron_tempo.evaluation.evaluator import Evaluator
 from megatron_tempo.kernels import kernels_for
@@ -67,13 +68,14 @@ def build_engine(context: RunContext, log: Callable[[str], None]) -> Engine:
 
 
 def build_verifiers(config: Config) -> Verifiers:
-    """All verifiers, with the judge of `rewards.judge` where the config has one."""
-    judge = config.rewards.judge
+    """All verifiers, the user's own included, with the judge of `rewards.judge` if the config has one."""
+    judge, imported = config.rewards.judge, imported_verifiers(config)
     if judge.url is None or judge.model is None:
-        return Verifiers()
+        return Verifiers(imported=imported)
     from megatron_tempo.rewards.judge import JudgeScorer  # an HTTP client: for this one only
 
-    return Verifiers(judge=JudgeScorer(judge, Path(judge.cache or f"{config.run.dir}/judge")))
+    scorer = JudgeScorer(judge, Path(judge.cache or f"{config.run.dir}/judge"))
+    return Verifiers(judge=scorer, imported=imported)
 
 
 def build_evaluator(

@@ -32,7 +32,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -43,15 +42,15 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.errors import InputError
+from megatron_tempo.models.megatron_compat.torch_private import write_result
 from megatron_tempo.weights.files import DTYPES, Entry, atomic
 from megatron_tempo.weights.param_mapping import ParamMapping, ShardedVocab
 
 BACKEND = CheckpointingConfig("torch_dist", 1)
-# A vocabulary matrix is written in chunks of at most so many bytes; all else is one chunk for each mapping and layer.
+# Largest chunk of a vocabulary matrix, in bytes; everything else is one chunk per mapping and layer.
 CHUNK_BYTES = 256 << 20
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
@@ -228,14 +227,13 @@ def write_metadata(
             key, properties = chunk.location.key, TensorProperties(chunk.dtype)
             entry = state.setdefault(key, TensorStorageMetadata(properties, torch.Size(chunk.location.size), []))
             entry.chunks.append(chunk.location.chunk(chunk.rows))
-            results.append(WriteResult(chunk.index, length, _StorageInfo(name, start, length)))
+            results.append(write_result(chunk.index, name, start, length))
     none = io.BytesIO()
     torch.save([None], none)
     with atomic(folder / objects) as file:
         for key in _extra_states([chunk.location for chunks in written.values() for chunk in chunks]):
             state[key] = BytesStorageMetadata()
-            storage = _StorageInfo(objects, file.tell(), len(none.getbuffer()))
-            results.append(WriteResult(MetadataIndex(key), storage.length, storage))
+            results.append(write_result(MetadataIndex(key), objects, file.tell(), len(none.getbuffer())))
             file.write(none.getbuffer())
     with atomic(folder / "common.pt") as file:
         torch.save({}, file)
@@ -283,7 +281,7 @@ class StoredWeights:
     def read(self, mapping: ParamMapping, dtype: torch.dtype | None) -> Iterator[Tensor]:
         """The data of the mapping's Hugging Face tensors, in order; a vocabulary matrix in the pieces it was saved in.
 
-        Beside what it yields, it holds a saved chunk and the mapping's tensor in Megatron's form.
+        In addition to what it yields, it holds a saved chunk and the mapping's tensor in Megatron's format.
         """
         location, stored = self._locations[mapping], self._stored(mapping)
         dtype = dtype or stored.properties.dtype
@@ -324,7 +322,7 @@ class StoredWeights:
             shown = "\n  ".join(problems)
             raise InputError(f"{self._folder} does not fit the model ({len(problems)} problems):\n  {shown}")
         if gone := sorted(name for name in self.files if not (self._folder / name).is_file()):
-            raise InputError(f"{self._folder}: files are missing: {', '.join(gone)}")
+            raise InputError(f"{self._folder}: files are missing: {', '.join(gone)}; copy the checkpoint again")
 
 
 def _misfit(mapping: ParamMapping, location: CheckpointLocation, stored: TensorStorageMetadata) -> str | None:

@@ -61,7 +61,7 @@ def write_safetensors(file: BinaryIO, entries: list[Entry], pieces: Iterable[Ten
     """Write a safetensors file of which only one piece is in memory at a time. Returns its bytes.
 
     `pieces` are the entries' data, in order, cut anywhere: a tensor may come in several. safetensors' own `save_file`
-    wants all of them at once. The format: https://github.com/huggingface/safetensors#format.
+    needs all of them at once. The format: https://github.com/huggingface/safetensors#format.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -219,7 +219,7 @@ def save(
 
 
 def describe(folder: Path, weight_map: dict[str, str], size: int, like: Path, config_changes: dict[str, Any]) -> None:
-    """Write what a folder needs beside its tensors, of `size` bytes: the index, and the config and tokenizer of `like`.
+    """Write a folder's index, and the config and tokenizer of `like`. `size`: bytes of its tensors.
 
     A config.json with the type under its older name too, torch_dtype, says there what it says of `dtype`.
     """

@@ -56,7 +56,7 @@ class WeightStream:
         dtype: torch.dtype | None = None,
         load: Callable[[], None] = lambda: None,
     ) -> None:
-        """`dtype`: what the tensors travel and arrive in; none: the model's. `load` has the model on its device."""
+        """`dtype`: what the tensors travel and arrive in; None: the model's. `load` has the model on its device."""
         self._parameters = net.weights()
         self._device = next(net.parameters()).device
         self._dtype = dtype or net.config.params_dtype

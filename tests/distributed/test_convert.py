@@ -179,7 +179,7 @@ def test_a_run_whose_model_is_gone_needs_another(runs: dict[str, Path], tmp_path
     state["config"]["model"]["path"] = str(tmp_path / "gone")
     (step / "run.json").unlink()
     (step / "run.json").write_text(json.dumps(state))
-    with pytest.raises(InputError, match=r"the run was started from .*gone, which is not here: give .* --like"):
+    with pytest.raises(InputError, match=r"the run was started from .*gone, which does not exist here: give .* --like"):
         to_hugging_face(step, tmp_path / "out", "actor", None, None, PART, quiet)
     (step / "critic").unlink()
     with pytest.raises(InputError, match=r"step has no critic: the run did not train one"):

@@ -6,11 +6,13 @@ import resource
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_tempo.checkpoint import saving
 from megatron_tempo.config.schema import Config
@@ -35,24 +37,24 @@ def run_config(project: Path, run: Path, pipeline: int = 2) -> Config:
 
 def held_up(config: Config) -> None:
     """Train, with the first checkpoint's files held up until one more iteration is done."""
-    write, iterate, go = saving._write_file, Trainer.iterate, threading.Event()
+    write, iterate, go = saving.write_bucket, Trainer.iterate, threading.Event()
 
-    def held(*args: object, **kwargs: object) -> None:
+    def held(*args: Any, **kwargs: Any) -> list[WriteResult]:
         assert go.wait(100)
-        write(*args, **kwargs)
+        return write(*args, **kwargs)
 
     def iterated(run: Trainer, *args: object) -> object:
         metrics = iterate(run, *args)
         if run.step == 3:
-            assert run.checkpoints.saved is None
+            assert run.state.checkpoints.saved is None
             go.set()
         return metrics
 
-    saving._write_file, Trainer.iterate = held, iterated
+    saving.write_bucket, Trainer.iterate = held, iterated
     try:
         train(config)
     finally:
-        saving._write_file, Trainer.iterate = write, iterate
+        saving.write_bucket, Trainer.iterate = write, iterate
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -92,7 +94,7 @@ def cramped(config: Config, rank: int) -> str:
     limits, iterate = resource.getrlimit(resource.RLIMIT_FSIZE), Trainer.iterate
 
     def iterated(run: Trainer, *args: object) -> object:
-        run.checkpoints.wait()
+        run.state.checkpoints.wait()
         if run.step == 2 and dist.get_rank() == rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         return iterate(run, *args)
@@ -115,7 +117,7 @@ def test_a_file_that_cannot_be_written_ends_the_run_on_every_rank(tmp_path: Path
     assert told[0] == told[1]
     below = tmp_path / "run/checkpoints"
     assert told[0].startswith(f"{below}/step_00000004.partial/")
-    assert ".distcp: File too large; make room there" in told[0]
+    assert ".distcp: File too large; free disk space" in told[0]
     assert f"; the same command goes on from {below}/step_00000002" in told[0]
     assert [path.name for path in below.iterdir()] == ["step_00000002"], "what was begun of the other makes room again"
     run_ranks(train, 2, tmp_path / "again", config)
@@ -126,25 +128,25 @@ def test_a_file_that_cannot_be_written_ends_the_run_on_every_rank(tmp_path: Path
 
 def goes_down(config: Config) -> str:
     """Train, with an error in the iteration that follows the first checkpoint, whose files take their time."""
-    write, iterate = saving._write_file, Trainer.iterate
+    write, iterate = saving.write_bucket, Trainer.iterate
 
-    def slow(*args: object, **kwargs: object) -> None:
+    def slow(*args: Any, **kwargs: Any) -> list[WriteResult]:
         time.sleep(0.5)
-        write(*args, **kwargs)
+        return write(*args, **kwargs)
 
     def iterated(run: Trainer, *args: object) -> object:
         if run.step == 2:
-            assert run.checkpoints.saved is None
+            assert run.state.checkpoints.saved is None
             raise ZeroDivisionError
         return iterate(run, *args)
 
-    saving._write_file, Trainer.iterate = slow, iterated
+    saving.write_bucket, Trainer.iterate = slow, iterated
     try:
         train(config)
     except ZeroDivisionError:
         return "down"
     finally:
-        saving._write_file, Trainer.iterate = write, iterate
+        saving.write_bucket, Trainer.iterate = write, iterate
     return "up"
 
 

@@ -73,7 +73,7 @@ def test_one_is_killed(tmp_path: Path, kind: str, lost: int) -> None:
     assert codes[lost] == -signal.SIGKILL
     assert codes[1 - lost] == 1
     assert f"\nerror: rank {lost} ({socket.gethostname()}, process " in said[1 - lost]
-    assert " has died; its last sign, at " in said[1 - lost]
+    assert " has died; last heartbeat at " in said[1 - lost]
     assert "Traceback" not in said[1 - lost]
 
 

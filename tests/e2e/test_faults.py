@@ -181,7 +181,7 @@ def test_a_full_disk_under_an_evaluation(undisturbed: Path, tmp_path: Path) -> N
     (run / "responses.jsonl").symlink_to("/dev/full")
     told = run_ranks(unevaluated, 2, tmp_path / "ranks", config_for(undisturbed.parent / "project", run))
     assert told[0] == told[1]
-    assert f"{run}/responses.jsonl: cannot write a record: No space left on device; make room there" in told[0]
+    assert f"{run}/responses.jsonl: cannot write a record: No space left on device; free disk space" in told[0]
     assert told[0].endswith(f"; an evaluation begins anew, so remove {run} first")
 
 
@@ -242,7 +242,7 @@ def test_a_small_disk_fills_up(undisturbed: Path, tmp_path: Path) -> None:
     told = done.stdout + done.stderr
     assert done.returncode == 0, told[-3000:]
     # Which record is the first that finds no room in the page where its file ends, is of no matter.
-    reason = f"cannot write a record: {os.strerror(errno.ENOSPC)}; make room there"
+    reason = f"cannot write a record: {os.strerror(errno.ENOSPC)}; free disk space"
     assert re.search(rf"error: {run}/(metrics|evaluations).jsonl: {reason}", told), told[-900:]
     assert "exit status 1" in told
     assert f"resumed from {run}/checkpoints/step_{4:08d}, 4 iterations done" in told

@@ -11,7 +11,7 @@ import pytest
 from megatron_tempo.config.schema import Config
 from megatron_tempo.observability.records import read_evaluations, read_metrics
 from megatron_tempo.training.jobs import train
-from megatron_tempo.training.trainer import Trainer
+from megatron_tempo.training.run_state import RunState
 from tests.support.growth import Trace, growth, windows
 from tests.support.project import config_of, write_project
 from tests.support.ranks import run_ranks
@@ -37,13 +37,13 @@ def config_for(project: Path, run: Path) -> Config:
 
 def soaked(config: Config) -> dict[str, list[float]]:
     """Train; what this process held at the end of each iteration."""
-    trace, due = Trace(), Trainer.checkpoint_if_due
+    trace, due = Trace(), RunState.checkpoint_if_due
 
-    def sampled(run: Trainer) -> None:
+    def sampled(run: RunState) -> None:
         due(run)
         trace.sample()
 
-    with patch.object(Trainer, "checkpoint_if_due", sampled):
+    with patch.object(RunState, "checkpoint_if_due", sampled):
         train(config)
     return trace.series
 

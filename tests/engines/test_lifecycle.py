@@ -102,7 +102,7 @@ def test_no_server_outlives_a_trainer_that_is_killed(tmp_path: Path, kind: Engin
     group = os.getpgid(server)
     trainer.kill()
     trainer.wait()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and alive(group):
         time.sleep(0.2)
     assert not alive(group)

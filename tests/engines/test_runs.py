@@ -16,7 +16,7 @@ from megatron_tempo.config.schema import Config
 from megatron_tempo.errors import EngineError
 from megatron_tempo.observability.records import read_evaluations, read_metrics
 from megatron_tempo.training.jobs import train
-from megatron_tempo.training.trainer import Trainer
+from megatron_tempo.training.rollout_requests import RolloutRequests
 from tests.engines.servers import ENGINES, use_servers
 from tests.support.project import config_of, write_project
 from tests.support.ranks import run_ranks
@@ -69,17 +69,17 @@ def test_the_next_batch_is_generated_while_this_one_trains(tmp_path: Path, kind:
 def losing_its_server(config: Config, iteration: int) -> tuple[str, float]:
     """The run whose server dies in the generation of an iteration: what it says, and how long after."""
     died: list[float] = []
-    ask = Trainer._ask
+    request = RolloutRequests.request
 
-    def asking(self: Trainer, stage_name: str, stage: object, number: int) -> None:
-        ask(self, stage_name, stage, number)  # type: ignore[arg-type]
+    def requesting(self: RolloutRequests, stage_name: str, stage: object, number: int) -> None:
+        request(self, stage_name, stage, number)  # type: ignore[arg-type]
         if number == iteration and not died:
             died.append(time.monotonic())
             group = self.engine._supervisor._servers[0].process.pid  # type: ignore[attr-defined]
             threading.Timer(0.02, os.killpg, (group, signal.SIGKILL)).start()
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(Trainer, "_ask", asking)
+        monkeypatch.setattr(RolloutRequests, "request", requesting)
         message = trained(config)
     return message, time.monotonic() - died[0]
 
@@ -91,7 +91,7 @@ def test_a_run_that_loses_its_last_server_stops_with_a_checkpoint(tmp_path: Path
     ((message, seconds),) = run_ranks(losing_its_server, 1, tmp_path / "ranks", config, 2, timeout=500)
     assert "server is left; the same command goes on from" in message
     assert "step_00000002" in message
-    assert seconds < 30
+    assert seconds < 90  # a checkpoint included, on a busy machine
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
     assert run_ranks(trained, 1, tmp_path / "ranks", config, timeout=500) == [""]
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]

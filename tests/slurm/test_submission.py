@@ -61,6 +61,6 @@ def test_a_bad_configuration_is_refused_before_sbatch(site: Site) -> None:
 def test_what_sbatch_refuses_leaves_nothing(site: Site) -> None:
     done = site.submit("refused", "cluster.slurm.partition=none")
     assert done.returncode == 2
-    assert "error: sbatch refused: " in done.stderr
+    assert "error: sbatch failed: " in done.stderr
     assert "invalid partition specified: none" in done.stderr
     assert list((site.folder / "refused/jobs").iterdir()) == []

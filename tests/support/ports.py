@@ -9,8 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-# Below the ports that Linux gives to outgoing connections and to whoever binds port 0 (32768 and up).
-PORTS = range(20000, 30000)
+# Below the ports that Linux gives to outgoing connections and to whoever binds port 0 (32768 and up), and below those
+# that rollout servers choose from (20000 and up).
+PORTS = range(10000, 16000)
 _LOCKS = Path(tempfile.gettempdir()) / "megatron-tempo-test-ports"
 _held: list[IO[str]] = []
 _next = os.getpid() % len(PORTS)

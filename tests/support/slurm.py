@@ -123,7 +123,7 @@ def _inside(folder: Path, command: list[str]) -> int:
     _run("slurmctld", "-c")
     for node in [*NODES, *LARGE]:
         _run("unshare", "--uts", "sh", "-c", f"hostname {node} && exec slurmd -N {node}")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while _idle() < len(NODES) + len(LARGE):
         if time.monotonic() > deadline:
             print((folder / "log/slurmctld.log").read_text()[-3000:], file=sys.stderr)

@@ -268,12 +268,16 @@ def test_selected_and_joined_rows_are_the_rows() -> None:
     assert rows_of(Batch.join(empty, other)) == [(*row[:-2], None, None) for row in rows_of(other)]
 
 
-def test_token_counts_start_again_when_taken() -> None:
-    count = TokenCount()
+def test_padding_is_measured_from_an_earlier_count() -> None:
+    count, other = TokenCount(), TokenCount(7, 2)
+    earlier = TokenCount.total([count, other])
     count.add(10, 3)
     count.add(5, 0)
-    assert count.take() == TokenCount(15, 3)
-    assert count == TokenCount(0, 0)
+    assert count == TokenCount(15, 3)
+    assert earlier == TokenCount(7, 2)
+    assert TokenCount.total([count, other]) == TokenCount(22, 5)
+    assert TokenCount.total([count, other]).padding_since(earlier) == 3 / 15
+    assert count.padding_since(count) == 0.0
 
 
 # The record

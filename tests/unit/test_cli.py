@@ -78,20 +78,20 @@ TYPOS = {
     "expriment=quickstart": "expriment=quickstart: there is no such group of presets; fix: experiment=quickstart",
     "model=qwen": "model=qwen: there is no preset of this name in configs/model; fix: did you mean qwen3_8b or "
     "qwen3_14b?",
-    "data=a.jsonl": "data=a.jsonl: is for eval; fix: data.labelled.path=a.jsonl or data.unlabelled.path=a.jsonl",
-    "run.seed=1,2": "run.seed=1,2: several values are a sweep, which this is not; fix: give one value, or a list "
+    "data=a.jsonl": "data=a.jsonl: is only for eval; fix: data.labelled.path=a.jsonl or data.unlabelled.path=a.jsonl",
+    "run.seed=1,2": "run.seed=1,2: sweeps over several values are not supported; fix: give one value, or a list "
     "as [a,b]",
     "run.seed": "run.seed=: cannot be read; fix: write KEY=VALUE; quote a value with special characters: "
     "'KEY=\"VALUE\"'",
-    "hydra.verbose=true": "hydra.verbose=true: Hydra's own settings play no part here; fix: for presets of your own "
+    "hydra.verbose=true": "hydra.verbose=true: Hydra's own settings are not used; fix: for your own presets "
     "use --config-dir",
-    "~run.sed": "~run.sed=: Could not delete from config. 'run.sed' does not exist.; fix: mend it, or the file that "
+    "~run.sed": "~run.sed=: Could not delete from config. 'run.sed' does not exist.; fix: correct it, or the file that "
     "it names",
-    "evaluation.pass_k.x=3": "evaluation.pass_k.x=3: invalid literal for int() with base 10: 'x'; fix: mend it, or the "
-    "file that it names",
+    "evaluation.pass_k.x=3": "evaluation.pass_k.x=3: invalid literal for int() with base 10: 'x'; fix: correct it, "
+    "or the file that it names",
     "run.dir={x: 3}": "run.dir={x: 3}: must be text; fix: for example run.dir=NAME",
     "run.dir=${run.folder}": "run.dir=${run.folder}: Interpolation key 'run.folder' not found; full_key: run.dir; "
-    "object_type=dict; fix: mend it, or the file that it names",
+    "object_type=dict; fix: correct it, or the file that it names",
 }
 
 

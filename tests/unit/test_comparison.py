@@ -75,7 +75,7 @@ def test_in_what_they_differ(page: Text) -> None:
 
 
 def test_alerts_samples_and_links(page: Text) -> None:
-    assert "b/run: steps are skipped, step 81: 1 of the critic's were not finite" in page.text
+    assert "b/run: steps are skipped, step 81: 1 of the critic's steps were not finite" in page.text
     assert len(page.titles) == 2 * 4 * 15  # the last milestone of each, two right and two wrong, fifteen tokens each
     assert [link for link in page.links if not link.startswith("data:")] == ["a/run/report.html"]
     assert {"script", "link", "iframe", "object"}.isdisjoint(page.tags)
@@ -121,6 +121,6 @@ def test_the_command(tmp_path: Path, runs: tuple[Path, Path], capsys: pytest.Cap
     assert cli.main(["report", str(runs[1])]) == 0
     assert capsys.readouterr().out == f"{runs[1] / 'report.html'}\n"
     assert cli.main(["report", str(runs[0]), str(tmp_path / "none")]) == 2
-    assert "no run folder at" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err
     with pytest.raises(InputError, match="is given twice"):
         write_comparison([runs[0], runs[0]], out)

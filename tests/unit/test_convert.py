@@ -228,7 +228,7 @@ def test_what_is_no_model_is_refused(converted: tuple[Path, Path], tmp_path: Pat
         to_megatron(checkpoint, tmp_path / "out", "actor", PART, quiet)
     with pytest.raises(InputError, match=r"neither a step of a run .* nor a distributed checkpoint"):
         to_hugging_face(folder, tmp_path / "out", "actor", folder, None, PART, quiet)
-    with pytest.raises(InputError, match=r"does not say which model it is of: give .* --like"):
+    with pytest.raises(InputError, match=r"does not record its model: give .* --like"):
         to_hugging_face(checkpoint, tmp_path / "out", "actor", None, None, PART, quiet)
     (checkpoint / "__1_0.distcp").unlink()
     with pytest.raises(InputError, match=r"files are missing: __1_0.distcp"):
@@ -291,15 +291,13 @@ def test_other_inputs_than_what_it_was_begun_with_are_refused(tmp_path: Path) ->
         ((folder, out, "critic", PART), "model was actor, is critic"),
         ((folder, out, "actor", PART + 1), f"part was {PART}, is {PART + 1}"),
     ):
-        with pytest.raises(
-            InputError, match=rf"out.partial was begun with another input \({why}\): remove it to begin"
-        ):
+        with pytest.raises(InputError, match=rf"out.partial was begun with other inputs \({why}\): remove it to begin"):
             to_megatron(*args, quiet)
     os.utime(folder / "model.safetensors", (1, 1))
     with pytest.raises(InputError, match=r"files: model.safetensors changed"):
         to_megatron(folder, out, "actor", PART, quiet)
     (out.with_name("out.partial") / "inputs.json").unlink()
-    with pytest.raises(InputError, match="is not of this program"):
+    with pytest.raises(InputError, match="was not written by this program"):
         to_megatron(folder, out, "actor", PART, quiet)
 
 
@@ -311,7 +309,7 @@ def test_a_part_that_is_gone_is_made_again(tmp_path: Path) -> None:
     os.truncate(tmp_path / "out.partial/whole/__1_0.distcp", 10)
     told: list[str] = []
     to_megatron(folder, tmp_path / "out", "actor", PART, told.append)
-    assert ["was there" in line for line in told] == [False, False, True, *(False for _ in told[3:])]
+    assert ["already done" in line for line in told] == [False, False, True, *(False for _ in told[3:])]
     to_hugging_face(tmp_path / "out", tmp_path / "back", "actor", folder, None, PART, quiet)
     assert equal(read(tmp_path / "back"), read(folder))
 
@@ -405,9 +403,9 @@ def test_killed_it_goes_on_behind_what_is_done(converted: tuple[Path, Path], tmp
     done = subprocess.run(
         [sys.executable, *words], env=environment, capture_output=True, text=True, check=True, timeout=120
     )
-    assert done.stdout.count("was there") in (len(before), len(before) - 1)  # killed before the note of the last
+    assert done.stdout.count("already done") in (len(before), len(before) - 1)  # killed before the note of the last
     kept = [name for name, time in before.items() if (out / name).stat().st_mtime_ns == time]
-    assert len(kept) == done.stdout.count("was there")
+    assert len(kept) == done.stdout.count("already done")
     assert not out.with_name("out.partial").exists()
     if name == "convert_hf_to_megatron":
         to_hugging_face(out, tmp_path / "back", "actor", folder, None, PART, quiet)
@@ -430,6 +428,6 @@ def test_killed_before_the_last_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
             to_megatron(folder, tmp_path / "out", "actor", PART, quiet)
     told: list[str] = []
     to_megatron(folder, tmp_path / "out", "actor", PART, told.append)
-    assert all("was there" in line for line in told)
+    assert all("already done" in line for line in told)
     to_hugging_face(tmp_path / "out", tmp_path / "back", "actor", folder, None, PART, quiet)
     assert equal(read(tmp_path / "back"), read(folder))

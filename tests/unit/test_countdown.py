@@ -2,6 +2,7 @@ import itertools
 import json
 import operator
 import time
+import timeit
 from pathlib import Path
 
 import pytest
@@ -99,9 +100,10 @@ def test_results_stay_between_0_and_49() -> None:
     ["9" * 10**7, "9 ** 9 ** 9 ** 9 $", "2 * " * 10**6, "(" * 10**6, " " * 10**7, "2 * 4 = 8" + "\ud800" * 10**6],
 )
 def test_hostile_text_costs_no_time(response: str) -> None:
-    start = time.process_time()
     assert score(PROMPT, response, "*+-") == 0.0
-    assert time.process_time() - start < 0.01
+    # The least of several: a garbage collection may fall into one of them.
+    seconds = timeit.repeat(lambda: score(PROMPT, response, "*+-"), timer=time.process_time, number=1, repeat=5)
+    assert min(seconds) < 0.01
 
 
 @pytest.mark.parametrize(

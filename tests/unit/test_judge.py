@@ -64,7 +64,7 @@ def test_verdicts_come_in_order_and_the_key_is_sent(tmp_path: Path) -> None:
 
 
 def test_no_more_requests_than_allowed_are_under_way(tmp_path: Path) -> None:
-    together = threading.Barrier(3, timeout=10)
+    together = threading.Barrier(3, timeout=120)
 
     def slow(judge: Judge, body: dict[str, Any]) -> Reply:
         together.wait()  # passes only where three are there at once
@@ -175,27 +175,27 @@ def test_what_may_pass_is_asked_again(reply: Reply, tmp_path: Path) -> None:
         assert found.take_counts() == {"judge/asked": 3, "judge/retried": 2, "judge/cached": 0, "judge/unreadable": 0}
 
 
-def test_the_server_says_how_long_to_wait(tmp_path: Path) -> None:
-    with judge_server(failing(1, Reply("", 429, {"Retry-After": "1"}))) as judge, scorer(judge, tmp_path) as found:
-        started = time.monotonic()
+def test_the_server_says_how_long_to_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    with judge_server(failing(1, Reply("", 429, {"Retry-After": "20"}))) as judge, scorer(judge, tmp_path) as found:
+        monkeypatch.setattr(found._over, "wait", waits.append)
         assert found.score([item("Paris")]) == [1.0]
-        assert 0.5 <= time.monotonic() - started < 5.0
+    (seconds,) = waits
+    assert 10 <= seconds <= 20
 
 
 def test_a_judge_that_hangs_is_given_up_and_so_are_all_items(tmp_path: Path) -> None:
     release = threading.Event()
 
     def hang(judge: Judge, body: dict[str, Any]) -> Reply:
-        release.wait(20)
+        release.wait(120)
         return honest(judge, body)
 
     with judge_server(hang) as judge, scorer(judge, tmp_path, timeout_seconds=0.2, concurrency=2) as found:
-        started = time.monotonic()
         with pytest.raises(EngineError, match=r"the judge m at http://.*/v1 gave no answer in 3 tries, .*ReadTimeout"):
             found.score(numbered(50))
         with pytest.raises(EngineError, match="gave no answer"):
             found.score([item("Paris")])
-        assert time.monotonic() - started < 10
         assert len(judge.asked) <= 6, "two at a time, three times each"
         release.set()
 

@@ -30,7 +30,7 @@ from megatron_tempo.data.dataset import load_unlabelled
 from megatron_tempo.models.trained import Model, TrainedModel
 from megatron_tempo.observability.records import read_evaluations, read_metrics
 from megatron_tempo.rollout.batches import batch_of
-from megatron_tempo.training import trainer
+from megatron_tempo.training import rollout_requests
 from megatron_tempo.training.context import open_context
 from megatron_tempo.training.jobs import train
 from megatron_tempo.training.trainer import Trainer
@@ -179,7 +179,7 @@ def traces_of_an_iteration(
     config = config_for(project, out, method)
     with open_context(config) as context, Trainer.open(context) as run:
         run.sync_engine()
-        found["stream"] = len(traces(run.unlabelled))
+        found["stream"] = len(traces(run.requests.unlabelled))
         found["evaluation"] = len(traces(run.evaluator.sets))
         for stage_name, stage, iteration in remaining(config, 0):
             run.iterate(stage_name, stage, iteration)
@@ -216,7 +216,7 @@ def test_a_verdict_that_leaks_is_found(sentinel_project: Path, tmp_path: Path, m
     def judging(prompts: Any, completions: Any, verdicts: Any, classes: Any = None) -> Batch:
         return batch_of(prompts, completions, verdicts or [[0.0] * len(row) for row in completions])
 
-    monkeypatch.setattr(trainer, "batch_of", judging)
+    monkeypatch.setattr(rollout_requests, "batch_of", judging)
     found = traces_of_an_iteration(sentinel_project, tmp_path, monkeypatch)
     assert found["rollouts"] > 0
     assert found["steps"] > 0

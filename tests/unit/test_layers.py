@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.models.attention import PackedAttention
-from megatron_tempo.models.device import install_cpu_backend
+from megatron_tempo.models.megatron_compat.cpu_backend import install_cpu_backend
 from megatron_tempo.models.norms import ProjectionNorm, RMSNorm
 from megatron_tempo.models.packing import MicroBatch, micro_batches
 from megatron_tempo.models.parallel import Layout, parallel_groups

@@ -98,7 +98,10 @@ class Fakes:
         class Critic:
             values = staticmethod(fakes.values)
 
-            def update(self, batch: Batch, targets: Tensor, config: Any, order: list[Tensor]) -> dict[str, float]:
+            def update(
+                self, batch: Batch, targets: Tensor, config: Any, order: list[Tensor], iteration: int
+            ) -> dict[str, float]:
+                assert iteration == 5
                 fakes.calls.append("fit")
                 fakes.fits += 1
                 fakes.given["fit"] = {"batch": batch, "targets": targets, "config": config, "order": order}
@@ -108,8 +111,15 @@ class Fakes:
             logprobs = staticmethod(fakes.logprobs)
 
             def update(
-                self, batch: Batch, experience: Experience, baseline: Baseline, config: Any, order: list[Tensor]
+                self,
+                batch: Batch,
+                experience: Experience,
+                baseline: Baseline,
+                config: Any,
+                order: list[Tensor],
+                iteration: int,
             ) -> dict[str, float]:
+                assert iteration == 5
                 fakes.calls.append("improve")
                 rows = Rows.of(batch.response_lengths)
                 fakes.given["improve"] = {
@@ -120,7 +130,14 @@ class Fakes:
                 return {"actor/loss": 0.25}
 
         judge = Critic() if critic else None
-        return Learner(Actor(), judge, self.reference, self.phase, seed="7/stage2/3")  # type: ignore[arg-type]
+        return Learner(
+            Actor(),  # type: ignore[arg-type]
+            judge,  # type: ignore[arg-type]
+            self.reference,
+            self.phase,
+            seed="7/stage2/3",
+            iteration=5,
+        )
 
 
 @pytest.fixture

@@ -105,9 +105,13 @@ def test_a_terminal_gets_a_bar_that_says_what_it_is_doing(tmp_path: Path, monkey
             m.plan(STAGES, evaluations=1)
             m.step(step_record(1))
             with m.phase("generate"):
-                time.sleep(0.6)  # the bar is drawn every quarter of a second
+                shown, deadline = "", time.monotonic() + 120
+                while "generate" not in shown:  # the bar is drawn every quarter of a second
+                    assert time.monotonic() < deadline, shown
+                    terminal.flush()
+                    shown += os.read(leader, 100_000).decode()
         terminal.flush()
-        shown = os.read(leader, 100_000).decode()
+        shown += os.read(leader, 100_000).decode()
     assert "stage 1/2 PPO, iteration 2/2, generate" in shown
     assert "about 0:00 left" in shown
 
@@ -155,7 +159,7 @@ def test_nan_is_null_and_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixt
     line = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert (line["actor/loss"], line["critic/loss"], line["actor/entropy"]) == (None, None, 0.5)
     assert read_evaluations(tmp_path)[0]["avg"] is None
-    assert "step 1: NaN or infinite, written as null: actor/loss, critic/loss" in caplog.text
+    assert "step 1: NaN or infinity, written as null: actor/loss, critic/loss" in caplog.text
 
 
 def test_rewind_drops_what_a_killed_run_wrote_later(tmp_path: Path) -> None:
@@ -228,8 +232,7 @@ def test_what_can_be_done_without_is_warned_of_once(tmp_path: Path, capsys: pyte
         m.samples([sample])  # there is room again
     (line,) = read_warnings(tmp_path)
     assert line["text"] == (
-        "samples.jsonl cannot be written (cannot write a record: No space left on device): the run goes on, and leaves "
-        "it out"
+        "samples.jsonl cannot be written (cannot write a record: No space left on device): the run continues without it"
     )
     assert capsys.readouterr().out.count("samples.jsonl cannot be written") == 1
     assert len(read_samples(tmp_path)) == 1
@@ -338,7 +341,7 @@ def test_a_lost_wandb_connection_is_warned_about_once(
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"metrics\.wandb_project=p needs .*megatron-tempo\[track\]"):
+    with pytest.raises(ValueError, match=r"metrics\.wandb_project=p requires .*megatron-tempo\[track\]"):
         metrics(tmp_path, wandb_project="p")
 
 
@@ -353,7 +356,7 @@ def test_an_alert_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str
         m.step(step_record(3) | {"actor/skipped": 1.0, "seconds": 1.0})
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("alert: ")]
     assert [line.partition(";")[0] for line in lines] == [
-        "alert: steps are skipped, step 1: 1 of the actor's were not finite"
+        "alert: steps are skipped, step 1: 1 of the actor's steps were not finite"
     ]
 
 

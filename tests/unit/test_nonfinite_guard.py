@@ -25,9 +25,9 @@ def test_a_dump_that_cannot_be_written_is_warned_of_and_the_run_goes_on(
     step = Step(torch.empty(0, 1), torch.full((2,), torch.nan), float("nan"), made=False)
     trained: Any = SimpleNamespace(step=lambda *_: step)
     loss: Any = None
-    guard = NonFiniteGuard("actor", tmp_path / "skipped", limit=2, is_writer=True, iteration=3)
-    found = step_through(trained, guard, batch, [rows], loss, 1, OptimizerConfig(), lambda rows: {})
+    guard = NonFiniteGuard("actor", tmp_path / "skipped", limit=2, is_writer=True)
+    found = step_through(trained, guard, batch, [rows], loss, 1, OptimizerConfig(), lambda rows: {}, 3)
     assert found.skipped == 1
     assert "step_00000003_actor_1.safetensors cannot be written (" in caplog.text
     with pytest.raises(NotFiniteError, match="2 optimizer steps in a row"):
-        step_through(trained, guard, batch, [rows], loss, 1, OptimizerConfig(), lambda rows: {})
+        step_through(trained, guard, batch, [rows], loss, 1, OptimizerConfig(), lambda rows: {}, 3)

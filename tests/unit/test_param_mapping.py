@@ -19,9 +19,9 @@ from megatron_tempo.config.choices import Logits, Precision
 from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.kernels import REFERENCE
-from megatron_tempo.models.device import install_cpu_backend
 from megatron_tempo.models.families import read_shape, transformer_config
 from megatron_tempo.models.gpt import LanguageModel, PackedGPT, ValueModel
+from megatron_tempo.models.megatron_compat.cpu_backend import install_cpu_backend
 from megatron_tempo.models.parallel import Layout, parallel_groups
 from megatron_tempo.models.shape import LayerAttention, Rope, Shape
 from megatron_tempo.weights import folder, tables

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_tempo.config.schema import ParallelConfig
-from megatron_tempo.models.device import install_cpu_backend
+from megatron_tempo.models.megatron_compat.cpu_backend import install_cpu_backend
 from megatron_tempo.models.parallel import parallel_groups
 from megatron_tempo.plan.memory import MemoryPhase
 from megatron_tempo.training.peak_memory import PeakMemory

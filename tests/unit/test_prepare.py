@@ -255,11 +255,11 @@ def test_no_label_goes_into_an_unlabelled_set(tmp_path: Path) -> None:
     made, _ = make(tmp_path, "math500", questions(3), unlabelled=True, out=out)
     assert all(set(row) == {"id", "prompt"} for row in made)
     before = out.read_text()
-    with pytest.raises(InputError, match=r"u\.jsonl is an unlabelled set, into which no answers are written"):
+    with pytest.raises(InputError, match=r"u\.jsonl is an unlabelled set and must not contain answers"):
         make(tmp_path, "math500", questions(3), out=out, force=True)
     assert out.read_text() == before
     for given in ({"answer_field": "answer"}, {"verifier": Verifier.math}):
-        with pytest.raises(InputError, match="an unlabelled set holds no answers: leave"):
+        with pytest.raises(InputError, match="an unlabelled set has no answers; omit"):
             make(tmp_path, "math500", questions(3), unlabelled=True, **given)
     # Questions that nobody has answered yet are what such a set is for.
     rows = [{"problem": "Who knows?"}]
@@ -270,10 +270,10 @@ def test_nothing_is_replaced_or_left_half_written(tmp_path: Path, monkeypatch: p
     out = tmp_path / "out.jsonl"
     make(tmp_path, "math500", questions(4))
     before = out.read_text()
-    with pytest.raises(InputError, match=r"out\.jsonl is there already; --force replaces it"):
+    with pytest.raises(InputError, match=r"out\.jsonl exists already; --force replaces it"):
         make(tmp_path, "math500", questions(5))
     heldout_path(tmp_path / "new.jsonl").write_text("mine\n")
-    with pytest.raises(InputError, match=r"new_heldout\.jsonl is there already"):
+    with pytest.raises(InputError, match=r"new_heldout\.jsonl exists already"):
         make(tmp_path, "math500", questions(5), out=tmp_path / "new.jsonl", heldout=1)
     monkeypatch.setattr("megatron_tempo.data.prepare.os.fsync", fail)
     with pytest.raises(OSError, match="no space"):
@@ -306,7 +306,7 @@ def test_the_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "1 dropped: has no answer (sat-math:3)" in told
     assert f"{out}: 3 questions" in told
     assert run(prepare_data, monkeypatch, "agieval", source, "--out", out) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert run(prepare_data, monkeypatch, "agieval", tmp_path / "none", "--out", out, "--force") == 2
     assert "does not exist" in capsys.readouterr().err
 

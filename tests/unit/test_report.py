@@ -221,7 +221,7 @@ def test_alerts_and_warnings_are_told(tmp_path: Path) -> None:
     append(run_dir / "metrics.jsonl", record)
     append(run_dir / "warnings.jsonl", {"time": 1.7e9, "text": f"vllm server 1 {HOSTILE}"})
     page = report(run_dir)
-    assert "steps are skipped, step 101: 2 of the actor's were not finite" in page.text
+    assert "steps are skipped, step 101: 2 of the actor's steps were not finite" in page.text
     assert 'vllm server 1 <script>alert("x")</script>' in page.text
     assert "script" not in page.tags
 
@@ -306,7 +306,7 @@ def test_an_empty_folder_and_none(tmp_path: Path) -> None:
     assert summary_table(tmp_path) == "Nothing has been evaluated yet."
     with pytest.raises(ValueError, match="no evaluations to plot"):
         plot_curves(tmp_path, tmp_path / "curves.png")
-    with pytest.raises(ValueError, match="no run folder at"):
+    with pytest.raises(ValueError, match="is not a folder"):
         write_report(tmp_path / "nowhere")
 
 

@@ -75,8 +75,8 @@ def test_the_table_has_intervals_and_what_was_trained_on() -> None:
     assert "0.583  0.000 to 1.000" in table[2]
     assert table[5].endswith("0.250  -")
     assert "\x1b" not in "".join(table)
-    assert table[-2].endswith("25.0% cut off; what the model was trained on is not known")
-    assert table[-1].endswith("of the 1 questions 0 were trained on with their answers, 1 without")
+    assert table[-2].endswith("25.0% truncated; it is unknown which questions the model was trained on")
+    assert table[-1].endswith("of the 1 questions, the model was trained on 0 with answers and 1 without")
 
 
 def eval_folder(folder: Path, correct: Sequence[Sequence[int]], ids: Sequence[str] = (), **keys: str) -> Path:
@@ -134,7 +134,7 @@ def test_compare_tells_settings_that_differ(tmp_path: Path, capsys: pytest.Captu
     assert cli.main(["compare", str(first), str(second)]) == 0
     out = capsys.readouterr().out
     assert "aime  3          0.583 @4    0.583 @4  +0.000  +0.000 to +0.000  1.0000" in out
-    assert out.splitlines()[-2:] == ["asked or judged otherwise (A -> B):", "  evaluation.temperature: 1.0 -> 0.6"]
+    assert out.splitlines()[-2:] == ["settings that differ (A -> B):", "  evaluation.temperature: 1.0 -> 0.6"]
 
 
 def test_other_questions_are_refused_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,17 +142,17 @@ def test_other_questions_are_refused_and_named(tmp_path: Path, capsys: pytest.Ca
     second = eval_folder(tmp_path / "b", RIGHT.tolist(), ["p:0", "r:1", "q:2"], q="another text")
     assert cli.main(["compare", str(first), str(second)]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "error: the questions differ:",
-        f"  aime: p:1 is in {first} alone",
-        f"  aime: r:1 is in {second} alone",
-        "  aime: q:2 has another text in each",
+        "error: the two folders cannot be compared: their questions differ:",
+        f"  aime: p:1 is only in {first}",
+        f"  aime: r:1 is only in {second}",
+        "  aime: q:2 has different texts",
     ]
 
 
 def test_folders_without_results_are_refused(tmp_path: Path) -> None:
     first = eval_folder(tmp_path / "a", RIGHT.tolist())
     (tmp_path / "b").mkdir()
-    with pytest.raises(InputError, match=r"b has no results\.json and responses\.jsonl"):
+    with pytest.raises(InputError, match=r"b lacks results\.json or responses\.jsonl"):
         differences_of(first, tmp_path / "b")
     other = eval_folder(tmp_path / "c", RIGHT.tolist())
     text = (other / "responses.jsonl").read_text()

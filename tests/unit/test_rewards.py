@@ -336,7 +336,7 @@ def test_worker_killed_in_the_middle_of_an_item(workers: int) -> None:
     killed: list[int] = []
 
     def kill() -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while len(killed) < 2 and time.monotonic() < deadline:
             for worker in children():
                 try:

@@ -78,11 +78,11 @@ def test_a_run_under_way(tmp_path: Path) -> None:
     assert told["state"] == "running on node7, process 42, for 1:01:40"
     assert told["step"] == "30 of 100, 30%; stage 1/2 PPO, iteration 31/40"
     assert told["doing"] == "generate for 0:30, usually 1:00"
-    assert told["rate"] == "36 iterations an hour, 100 s each, 2,000 tokens a second"
+    assert told["rate"] == "36 iterations/hour, 100 s each, 2,000 tokens/s"
     assert told["left"] == "about 1:56:40"  # 70 iterations of 100 s
     assert told["evaluation"] == ("aime at step 20: avg@16 0.500 ± 0.020, pass@8 0.700; avg@16 was 0.250 at step 0")
     assert told["memory"] == "peak of a process, GB: actor 80"
-    assert told["engines"] == "vllm server 1: serving, 12 requests under way, 1 restarts, http://n2:30001"
+    assert told["engines"] == "vllm server 1: serving, 12 running requests, 1 restarts, http://n2:30001"
     assert told["alerts"] == "none"
 
 
@@ -94,9 +94,9 @@ def test_alerts_and_the_last_warnings(tmp_path: Path) -> None:
     for number in range(7):
         append(run / "warnings.jsonl", {"time": NOW, "text": f"vllm server {number} did not answer\x1b[31m"})
     told = rows(run)
-    assert "steps are skipped, step 33 (over): 1 of the critic's were not finite" in told["alerts"]
-    assert "truncated responses rise, steps 32 to 36: 50% of the responses do not end, were 0%" in told["alerts"]
-    assert told["warnings"].startswith("the last 5 of 7")
+    assert "steps are skipped, step 33 (over): 1 of the critic's steps were not finite" in told["alerts"]
+    assert "truncated responses rise, steps 32 to 36: 50% of the responses are truncated, was 0%" in told["alerts"]
+    assert told["warnings"].startswith("last 5 of 7")
     assert "server 6" in told["warnings"]
     assert "server 1 " not in told["warnings"]
     assert "\x1b" not in told["warnings"]
@@ -106,7 +106,7 @@ STATES: dict[str, tuple[int, dict[str, Any], str, bool]] = {
     "silent": (30, {"time": NOW - 600}, "looks dead: no heartbeat since", False),
     "silent for a moment": (30, {"time": NOW - 100}, "running on node7", True),
     "failed": (30, {"ended": "NotFiniteError: the loss"}, "stopped at", False),
-    "its clock was set back": (30, {"time": NOW + 18_000}, "not known: its last heartbeat is 5:00:00 ahead", False),
+    "its clock was set back": (30, {"time": NOW + 18_000}, "unknown: its last heartbeat is 5:00:00 ahead", False),
     "done": (100, {"ended": "done"}, "finished at", True),
     "stopped early": (30, {"ended": "done"}, "after 30 of 100 iterations", True),
 }
@@ -121,20 +121,20 @@ def test_states(tmp_path: Path, state: str) -> None:
     if "ended" in beat and not well:
         assert rows(run)["state"].endswith(", on node7, process 42: NotFiniteError: the loss")
     if words.startswith("looks dead"):
-        assert "10:00 ago; it was in generate on node7, process 42" in rows(run)["state"]
+        assert "10:00 ago; its last phase was generate, on node7, process 42" in rows(run)["state"]
     assert ("left" in rows(run)) is ("running" in words)  # nothing is promised for a run that is not there
     assert ("engines" in rows(run)) is ("running" in words)
 
 
 def test_a_path_stays_whole(tmp_path: Path) -> None:
     path = "/runs/of-a-long-name/" + "-".join(["part"] * 30) + "/checkpoints/step_00000010"
-    run = write_run(tmp_path / "run", ended=f"rank 1 has died; the same command goes on from {path}")
+    run = write_run(tmp_path / "run", ended=f"rank 1 has died; rerun the same command to resume from {path}")
     assert path in status(run, NOW).text
 
 
 def test_a_phase_that_hangs(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", since=NOW - 3600)
-    assert rows(run)["doing"] == "generate for 1:00:00, usually 1:00: 60 times as long as usual, it may hang"
+    assert rows(run)["doing"] == "generate for 1:00:00, usually 1:00; 60 times as long as usual, so it may hang"
 
 
 def test_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +144,7 @@ def test_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "is not a folder" in capsys.readouterr().err
     (tmp_path / "config.json").write_text("{")
     assert cli.main(["status", str(tmp_path)]) == 2
-    assert "is not the configuration of a run" in capsys.readouterr().err
+    assert "cannot be read as the configuration of a run" in capsys.readouterr().err
 
 
 def test_a_run_whose_files_are_half_there(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_the_heartbeat_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             first = read_heartbeat(tmp_path)
             assert first is not None
             assert first["phase"] == "generate/sync"
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 120
             while (later := read_heartbeat(tmp_path)) is None or later["time"] == first["time"]:
                 assert time.monotonic() < deadline, "a phase that lasts gives no sign of life"
                 time.sleep(0.02)
@@ -189,7 +189,7 @@ def test_a_clock_that_is_set_is_right_at_the_next_sign(
         monkeypatch.setattr(time, "time", lambda: real() + jump)
         append(tmp_path / "metrics.jsonl", {"step": 1, "stage": "stage1", "seconds": 1.0, "time/generate": 1.0})
         before = rows(tmp_path, None)["state"]
-        assert before.startswith("looks dead" if jump > 0 else "not known: its last heartbeat is 5:00:00 ahead")
+        assert before.startswith("looks dead" if jump > 0 else "unknown: its last heartbeat is 5:00:00 ahead")
         with metrics.phase("sync"):
             found = rows(tmp_path, None)
             assert re.fullmatch(r"running on .*, for 0:0\d", found["state"])

@@ -287,7 +287,7 @@ def test_the_next_submission_says_what_is_otherwise(
     (tmp_path / "run/jobs/0001/code/megatron_tempo/training/trainer.py").write_text("")
     assert cli.main(["submit", *good, "run.seed=7"]) == 0
     out = capsys.readouterr().out
-    assert "otherwise than in" in out
+    assert "differences from" in out
     assert "run.seed: 0 -> 7" in out
     assert "code: megatron_tempo/training/trainer.py" in out
     assert json.loads((tmp_path / "run/jobs/0001/config.json").read_text())["run"]["seed"] == 0
@@ -300,7 +300,7 @@ def test_what_sbatch_refuses_leaves_nothing(
 ) -> None:
     (queue.folder / "refuse").write_text(str(refused))
     assert cli.main(["submit", *good, "--chain", "2"]) == 2
-    assert "error: sbatch refused: no such partition" in capsys.readouterr().err
+    assert "error: sbatch failed: no such partition" in capsys.readouterr().err
     assert list((tmp_path / "run/jobs").iterdir()) == []
     assert queue.calls()[refused:] == (["scancel 101"] if refused == 2 else [])
 
@@ -312,7 +312,7 @@ def test_without_slurm_it_says_so(
     (tmp_path / "empty/sh").symlink_to("/bin/sh")
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     assert cli.main(["submit", *good]) == 2
-    assert "error: there is no sbatch here" in capsys.readouterr().err
+    assert "error: sbatch is not installed on this machine" in capsys.readouterr().err
 
 
 def test_a_whole_configuration_and_changes_to_it(

@@ -83,9 +83,9 @@ def test_a_silent_rank_is_named_within_the_stated_time() -> None:
     diagnosis, seconds = world.until_diagnosis(2 * SILENT)
     assert SILENT < seconds <= SILENT + 2 * BEAT
     assert diagnosis.reason.startswith(
-        "rank 2 (node2, process 42) has given no sign for 65 s: it is dead or frozen; its "
+        "rank 2 (node2, process 42) has sent no heartbeat for 65 s: it is dead or frozen; last "
     )
-    assert diagnosis.reason.endswith(", was in generate, 11 iterations done, at run.py:2 in iterate")
+    assert diagnosis.reason.endswith(", in generate, 11 iterations done, at run.py:2 in iterate")
     assert time.strftime("%H:", time.localtime(time.time() - seconds)) in diagnosis.reason
 
 
@@ -93,7 +93,8 @@ def test_a_rank_that_never_sends_a_heartbeat() -> None:
     world = World()
     del world.heartbeats[2]
     assert (
-        "rank 2 has given no sign for 65 s: it is dead or frozen; it never signed" in world.until_diagnosis(100)[0].text
+        "rank 2 has sent no heartbeat for 65 s: it is dead or frozen; it never sent a heartbeat"
+        in world.until_diagnosis(100)[0].text
     )
 
 
@@ -103,7 +104,7 @@ def test_a_store_that_does_not_answer_is_its_holder_s_silence() -> None:
     world.read = False
     diagnosis, seconds = world.until_diagnosis(100)
     assert seconds <= SILENT + 2 * BEAT
-    assert diagnosis.reason.startswith("rank 0 (node0, process 40) has given no sign for")
+    assert diagnosis.reason.startswith("rank 0 (node0, process 40) has sent no heartbeat for")
     world = World(host=None)
     world.read = False
     assert "the launcher's store has not answered for" in world.until_diagnosis(100)[0].reason
@@ -115,7 +116,7 @@ def test_a_process_that_is_gone_is_seen_at_once() -> None:
     world.silent = world.gone = {0}
     diagnosis, seconds = world.until_diagnosis(100)
     assert seconds <= 4 * BEAT
-    assert diagnosis.reason.startswith("rank 0 (node0, process 40) has died; its last sign, at ")
+    assert diagnosis.reason.startswith("rank 0 (node0, process 40) has died; last heartbeat at ")
 
 
 def test_one_that_ended_just_before_has_not_died() -> None:
@@ -156,7 +157,7 @@ def test_a_hang_names_who_does_not_wait_for_others() -> None:
     diagnosis, seconds = world.until_diagnosis(2 * HANG)
     assert HANG <= seconds <= HANG + 2 * BEAT
     assert diagnosis.reason == (
-        "nothing was done for run.hang_minutes=30; not waiting for others, so at fault: "
+        "no rank made progress for run.hang_minutes=30; likely cause, since it does not wait for other ranks: "
         "rank 2 (node2, process 42), in generate, 11 iterations done, at run.py:2 in iterate"
     )
     first, *others = diagnosis.text.splitlines()[1:]
@@ -171,7 +172,7 @@ def test_a_hang_in_which_all_wait_for_one_another() -> None:
     world.idle = {0, 1, 2}
     world.heartbeats[2] = replace(world.heartbeats[2], is_waiting=True)
     diagnosis, _ = world.until_diagnosis(2 * HANG)
-    assert diagnosis.reason == "nothing was done for run.hang_minutes=30; all ranks wait for one another"
+    assert diagnosis.reason == "no rank made progress for run.hang_minutes=30; all ranks wait for one another"
     assert set(diagnosis.dump) == {0, 1, 2}
 
 
@@ -199,7 +200,7 @@ def test_a_detector_that_was_suspended_counts_anew() -> None:
     quiet_for(world, 2 * BEAT)
     world.silent = {2}
     diagnosis, _ = world.until_diagnosis(100)
-    assert "(this process stood still for 18000 s, so that rank may have given it up)" in diagnosis.text
+    assert "(this process was suspended for 18000 s, so that rank may have aborted because of it)" in diagnosis.text
 
 
 @pytest.mark.parametrize("rank", range(WORLD))
@@ -250,7 +251,7 @@ def test_a_process_alone_signs_for_itself(
     before = set(threading.enumerate())
     with pytest.raises(type(error)) if error else open(os.devnull), Watchdog(tmp_path, 30.0) as watch:
         with progress_marker.phase("generate", 11):
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 120
             while watch._heartbeats.get(0) is None or watch._heartbeats[0].phase != "generate":
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
@@ -273,7 +274,7 @@ def test_where_a_thread_stands() -> None:
     holder = type("Holder", (), {"_closed": threading.Event()})()
     thread = threading.Thread(target=beat, args=(holder,), daemon=True)
     thread.start()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not (found := watchdog._location_of(thread.ident))[0]:
         assert time.monotonic() < deadline
     assert found[0].startswith("observability/heartbeat.py:")
@@ -291,7 +292,7 @@ def test_processes_that_are_gone() -> None:
     heartbeat = replace(own, pid=process.pid)
     assert not watchdog._is_gone(own, heartbeat)
     process.kill()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not watchdog._is_gone(own, heartbeat):  # before anybody has asked for its exit status
         assert time.monotonic() < deadline
         time.sleep(0.01)

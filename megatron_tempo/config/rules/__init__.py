@@ -10,7 +10,18 @@ from collections.abc import Iterator
 from enum import Enum
 
 from megatron_tempo.config.problem import Problem
-from megatron_tempo.config.rules import data, evaluation, layout, numbers, precision, rewards, rollout, run, stages
+from megatron_tempo.config.rules import (
+    data,
+    evaluation,
+    extensions,
+    layout,
+    numbers,
+    precision,
+    rewards,
+    rollout,
+    run,
+    stages,
+)
 from megatron_tempo.config.rules.model import read_models
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import MISSING, walk
@@ -33,17 +44,22 @@ def check(config: Config, *, world_size: int | None, purpose: Purpose = Purpose.
     if purpose in (Purpose.serve, Purpose.convert):
         return list(rollout.check(config) if purpose is Purpose.serve else numbers.check(config))
     shapes, problems = read_models(config)
-    problems += _missing(config, purpose)
     problems += numbers.check(config)
     problems += run.check(config, training=purpose is Purpose.train)
+    refused = list(extensions.check_methods(config))
+    config = extensions.without_methods(config, refused)
+    problems += _missing(config, purpose)
     problems += layout.check(config, shapes, world_size)
     problems += precision.check(config, shapes)
     problems += rollout.check(config)
     problems += rewards.check(config, training=purpose is Purpose.train)
     problems += evaluation.check(config, required=purpose is Purpose.eval)
+    problems += extensions.check(config, training=purpose is Purpose.train)
     if purpose is Purpose.train:
+        problems += refused
         problems += data.check(config)
-        problems += stages.check(config)
+        if not refused or any(stage.iterations > 0 for stage in config.stages().values()):
+            problems += stages.check(config)
         problems += stages.check_data_parallel(config, world_size)
     order = [path for path, _ in walk(config)]
     return sorted(problems, key=lambda problem: order.index(_group(problem.field, order)))

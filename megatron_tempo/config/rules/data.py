@@ -36,7 +36,7 @@ def check(config: Config) -> Iterator[Problem]:
 def check_file(field: str, dataset: DatasetConfig) -> Iterator[Problem]:
     path = Path(dataset.path)
     name = f"{field}.path"
-    if dataset.path == MISSING:
+    if dataset.path == MISSING or dataset.reader is not None:
         return
     if path.suffix not in SUFFIXES:
         yield Problem(name, dataset.path, f"must end in {' or '.join(SUFFIXES)}", "convert it to JSONL or Parquet")

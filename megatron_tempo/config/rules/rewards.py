@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_tempo.config.choices import Verifier
+from megatron_tempo.config.extensions import Extension
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.schema import Config
 
@@ -40,7 +41,7 @@ def check(config: Config, *, training: bool) -> Iterator[Problem]:
         yield Problem("data.unlabelled.verifier", Verifier.judge, wrong, f"data.unlabelled.verifier=one of {known}")
 
 
-def _verifiers(config: Config, training: bool) -> Iterator[tuple[str, Verifier | None]]:
+def _verifiers(config: Config, training: bool) -> Iterator[tuple[str, Verifier | Extension | None]]:
     """Whoever compares responses with answers, by the set that they do it for."""
     if training and config.data.labelled is not None:
         yield "data.labelled", config.data.labelled.verifier

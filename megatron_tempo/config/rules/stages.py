@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_tempo.config.choices import Verifier
+from megatron_tempo.config.extensions import Extension
 from megatron_tempo.config.problem import Problem, show
 from megatron_tempo.config.rules.layout import divisors, laid_of
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import NEEDS, Method, Prompts, StageConfig
+from megatron_tempo.config.stages import Method, Prompts, StageConfig
 
 
 def check(config: Config) -> Iterator[Problem]:
@@ -64,7 +65,7 @@ def _sets(config: Config, active: dict[str, StageConfig]) -> Iterator[Problem]:
     unlabelled = config.data.unlabelled
     if unlabelled is not None and unlabelled.verifier is None:
         for name, stage in active.items():
-            if NEEDS[stage.method].classes:
+            if stage.needs.classes:
                 wrong = f"{name}.method={stage.method.name} compares a question's responses, and nothing says how"
                 fix = f"data.unlabelled.verifier=one of {', '.join(Verifier.__members__)}"
                 yield Problem("data.unlabelled.verifier", None, wrong, fix)
@@ -105,8 +106,10 @@ def _unused(name: str, stage: StageConfig) -> Iterator[Problem]:
 
 
 def _without_meaning(stage: StageConfig) -> Iterator[str]:
-    """The fields that the stage's method does not look at."""
-    if not NEEDS[stage.method].estep:
+    """The fields that the stage's method does not look at. A user's own method may look at any."""
+    if isinstance(stage.method, Extension):
+        return
+    if not stage.needs.estep:
         yield from ("value_timing", "estep_every", "actor_on_labelled")
     yield "group_std" if stage.has_critic else "baseline"
     if stage.method is not Method.ttrl:
@@ -118,7 +121,7 @@ def _without_meaning(stage: StageConfig) -> Iterator[str]:
 def _groups(name: str, stage: StageConfig) -> Iterator[Problem]:
     """What methods ask for that hold a prompt's responses against one another."""
     responses, vote = stage.responses_per_prompt, stage.vote_responses
-    if not stage.has_critic and responses == 1:
+    if not stage.has_critic and responses == 1 and isinstance(stage.method, Method):
         field, method = f"{name}.responses_per_prompt", stage.method.name
         wrong = f"method {method} holds a prompt's responses against one another: a single one teaches nothing"
         yield Problem(field, responses, wrong, f"{field}=2 or more")
@@ -133,7 +136,7 @@ def _groups(name: str, stage: StageConfig) -> Iterator[Problem]:
 
 
 def _counts(name: str, stage: StageConfig) -> Iterator[Problem]:
-    needs = NEEDS[stage.method]
+    needs = stage.needs
     for kind in Prompts:
         field, count = f"{name}.{kind.name}_prompts", stage.count({kind})
         if kind in stage.prompts() and count == 0:

@@ -1,0 +1,14 @@
+"""Every private name of Megatron-Core and torch that this package touches, and every repair of them.
+
+    optimizer.py           the distributed optimizer's groups, Adam state and checkpoint layout
+    cpu_backend.py         Megatron-Core's CUDA calls on a machine without CUDA
+    checkpoint_writer.py   Megatron's checkpoint writer without its processes
+    gloo_devices.py        one gloo device for all process groups of a rank
+    group_globals.py       Megatron's process groups, which are module globals
+    torch_private.py       torch's process groups apart from the default one, checkpoint records, shared GPU memory
+
+Each function says which version it is for, where the cause is in that version's source, and what breaks without it.
+After an upgrade of Megatron-Core (0.16.1) or torch (2.10 to 2.13), check these files first. Paths are below
+`megatron/core/` or `torch/`. `rollout/vllm_worker.py` has its own copy of the calls that it needs: it runs in vLLM's
+environment, without this package.
+"""

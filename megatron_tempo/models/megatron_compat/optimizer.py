@@ -1,0 +1,111 @@
+"""Megatron-Core's distributed optimizer: its parts, its Adam state, and repairs of what it writes to checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+
+
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """The optimizers behind Megatron's, each with its own torch optimizer.
+
+    Megatron-Core 0.16.1 (optimizer/__init__.py, `get_megatron_optimizer`) returns one optimizer or, for several sets of
+    gradient buffers, a `ChainedOptimizer`. Its `param_groups` are joined, but not its states.
+    """
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    """The inner optimizers that are torch's own: where neither Transformer Engine nor Apex brings a fused one."""
+    inner = [part.optimizer for part in optimizer_parts(optimizer)]
+    return [one for one in inner if isinstance(one, torch.optim.Adam | torch.optim.AdamW)]
+
+
+def note_param_order(optimizer: MegatronOptimizer) -> None:
+    """Note each parameter's place in its group as it is: fp32 ones, such as a value head's, first, then bf16 ones.
+
+    Megatron-Core 0.16.1 (optimizer/distrib_optimizer.py, `model_param_group_index_map`) notes them in the model's
+    order. Without this, a checkpoint holds one parameter's state under another's name.
+    """
+    for part in optimizer_parts(optimizer):
+        pairs = zip(part.model_fp32_groups, part.model_float16_groups, strict=True)
+        for group, (wide, narrow) in enumerate(pairs):
+            for place, parameter in enumerate([*wide, *narrow]):
+                part.model_param_group_index_map[parameter] = (group, place)
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Take a state that `optimizer.sharded_state_dict` described and a checkpoint filled.
+
+    Megatron-Core 0.16.1 (optimizer/distrib_optimizer.py, `load_parameter_state_from_fully_reshardable`) with torch's
+    Adam fails on the step counters while it loads the moments, and gives all parameters one and the same counter, which
+    each would then count up. So the counters are taken out while the moments are loaded.
+    """
+    if not torch_optimizers(optimizer):
+        optimizer.load_state_dict(state)
+        complete_groups(optimizer)
+        return
+    moments = state.pop("param_state")
+    optimizer.load_state_dict(state)
+    (part,) = optimizer_parts(optimizer)
+    states = list(part.optimizer.state.values())
+    counters = [one.pop("step").clone() for one in states]
+    part.load_parameter_state_from_fully_reshardable(moments)
+    for one, counter in zip(states, counters, strict=True):
+        one["step"] = counter
+
+
+def complete_groups(optimizer: MegatronOptimizer) -> None:
+    """Give a fused Adam's groups what a checkpoint of torch's Adam lacks, and its count of steps as a whole number.
+
+    Megatron-Core 0.16.1 with Transformer Engine's or Apex's FusedAdam, which counts steps in the group
+    (optimizer/distrib_optimizer.py, `load_state_dict`). Without this, a checkpoint that torch's Adam wrote lacks
+    settings that a fused Adam reads from its groups.
+    """
+    for inner in (part.optimizer for part in optimizer_parts(optimizer)):
+        for group in inner.param_groups:
+            group.update({name: value for name, value in inner.defaults.items() if name not in group})
+            if "step" in group:
+                group["step"] = int(group["step"])
+
+
+def init_adam_state(optimizer: MegatronOptimizer) -> None:
+    """Give Adam its zero moments at once.
+
+    Megatron-Core 0.16.1 (optimizer/distrib_optimizer.py, `sharded_state_dict`) requires them in a checkpoint. Without
+    this, no checkpoint can be saved or loaded before the first step.
+    """
+    counted = torch_optimizers(optimizer)
+    for inner in (part.optimizer for part in optimizer_parts(optimizer)):
+        for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
+            inner.state[parameter] = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+            if inner in counted:
+                inner.state[parameter]["step"] = torch.tensor(0.0)
+
+
+@contextmanager
+def without_bucket_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Let parameters be looked up where they lie once the padding between gradient buckets is gone.
+
+    Megatron-Core 0.16.1 (optimizer/distrib_optimizer.py, `numel_unpadded`) gathers a buffer for a checkpoint without
+    the padding after each bucket, and then cuts it by offsets that count the padding. Without this, every parameter
+    after a padded bucket is written shifted. A tied embedding has such a bucket of its own under pipeline parallelism.
+    """
+    buffers = [buffer for part in optimizer_parts(optimizer) for buffer in part.buffers]
+    padded = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        gaps = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+        before = [sum(gaps[:i]) for i in range(len(gaps))]
+        buffer.param_index_map = {
+            parameter: (start - before[bucket], end - before[bucket], bucket)
+            for parameter, (start, end, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, index_map in zip(buffers, padded, strict=True):
+            buffer.param_index_map = index_map

@@ -1,0 +1,52 @@
+"""Private names of torch: process groups apart from the default one, checkpoint records, shared GPU memory.
+
+This file imports torch only, so that the rollout engines can use it without Megatron-Core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.distributed_c10d import GroupName, _new_process_group_helper, _world
+
+
+def join_separate_group(
+    store: dist.Store, name: str, rank: int, world: int, backend: str, timeout: timedelta
+) -> dist.ProcessGroup:
+    """Join a process group whose members need not be in the default group.
+
+    torch 2.10 to 2.13 (distributed/distributed_c10d.py, `_new_process_group_helper`). `dist.new_group` makes groups of
+    ranks of the default group only, and an engine's workers are not in the trainer's. vLLM and SGLang do the same on
+    their side. Without the entry in `_world.pg_group_ranks`, `dist.broadcast` refuses the group as not registered.
+    """
+    group, _ = _new_process_group_helper(
+        world, rank, [], dist.Backend(backend), store, group_name=GroupName(name), timeout=timeout
+    )
+    _world.pg_group_ranks[group] = {member: member for member in range(world)}
+    return group
+
+
+def write_result(index: MetadataIndex, file: str, offset: int, length: int) -> WriteResult:
+    """What `FileSystemWriter.finish` is told of a chunk that was written by other code than its own.
+
+    torch 2.10 to 2.13 (distributed/checkpoint/filesystem.py, `_StorageInfo`): .metadata holds these records by their
+    class, so a `FileSystemReader` cannot find the chunks of a checkpoint that has none.
+    """
+    return WriteResult(index, length, _StorageInfo(file, offset, length))
+
+
+def share_cuda_storage(storage: torch.UntypedStorage) -> Sequence[Any]:
+    """CUDA's handle for one reader in another process: the arguments of `UntypedStorage._new_shared_cuda`.
+
+    torch 2.10 to 2.13 (multiprocessing/reductions.py, `reduce_storage`). Each call counts one more reader. torch has
+    no public way to get a handle except to pickle the tensor for a Python process of its own.
+    """
+    handle: Sequence[Any] = storage._share_cuda_()
+    return handle

@@ -1,0 +1,180 @@
+"""How far a run has come: its step, its checkpoints, and how it resumes and stops."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tempo.checkpoint.checkpoints import Checkpoints
+from megatron_tempo.config import schedule
+from megatron_tempo.config.schema import Config, to_plain
+from megatron_tempo.config.tree import differences
+from megatron_tempo.config.tree import load as load_config
+from megatron_tempo.config.tree import save as save_config
+from megatron_tempo.data.seen import Seen
+from megatron_tempo.errors import EngineError, InputError, Stopped, UnwrittenError
+from megatron_tempo.models.trained import TrainedModel
+from megatron_tempo.runtime.collective_call import raise_on_all_ranks
+from megatron_tempo.runtime.stop_request import StopRequests
+from megatron_tempo.training.phases import PhaseTimer
+from megatron_tempo.training.rollout_requests import RolloutRequests
+
+
+@dataclass(slots=True)
+class RunState:
+    """A run's position, in memory and on disk. `step` counts its iterations over both stages."""
+
+    config: Config
+    is_writer: bool
+    models: dict[str, TrainedModel]  # those that a checkpoint holds
+    requests: RolloutRequests
+    checkpoints: Checkpoints
+    seen: Seen
+    timer: PhaseTimer
+    step: int = 0
+    evaluated: bool = True  # the evaluations due at `step` are written
+
+    # Position
+
+    def advance(self) -> None:
+        """Count an iteration that is done."""
+        self.step += 1
+        self.requests.discard_oldest()
+        self.evaluated = False
+
+    def due_evaluation(self) -> tuple[str, str, int] | None:
+        """The evaluation that is due: its point (`schedule.evaluation_point`), stage and iteration. None if none is."""
+        point = schedule.evaluation_point(self.config, self.step)
+        return None if point is None or self.evaluated else (point, *schedule.place(self.config, self.step))
+
+    def mark_evaluated(self) -> None:
+        """Note that the evaluations due at this step are written."""
+        self.evaluated = True
+
+    # Resuming
+
+    def resume(self) -> None:
+        """Load the newest complete checkpoint, if there is one, and cut the run's files back to its step. Collective.
+
+        Raises InputError where the schedule does not fit the checkpoint.
+        """
+        path = self.checkpoints.newest()
+        state: dict[str, Any] = {} if path is None else self.checkpoints.load(path, self.models)
+        self.step = state.get("step", 0)
+        self.evaluated = state.get("evaluated", self.step > 0)
+        self._check_position(path, state)
+        self.requests.restore(state.get("streams", {}))
+        if path is not None:
+            self.timer.metrics.message(f"resumed from {path}, {self.step} iterations done")
+        if self.step < schedule.total(self.config):
+            self.checkpoints.check_room(self.models)
+        raise_on_all_ranks(self._restore_files)
+
+    def _restore_files(self) -> None:
+        metrics = self.timer.metrics
+        metrics.rewind(self.step)
+        self.seen.resume(self.step, Path(self.config.model.path))
+        self._record_config()
+        metrics.plan(self.config.stages(), schedule.evaluations_left(self.config, self.step), self.step)
+
+    def _check_position(self, path: Path | None, state: dict[str, Any]) -> None:
+        """Raises InputError where other stage lengths than the checkpoint's would put its step elsewhere."""
+        if path is None:
+            return
+        now = schedule.position(self.config, self.step)
+        for name, done in state["position"].items():
+            if now[name] != done:
+                raise InputError(
+                    f"{name}.iterations={self.config.stages()[name].iterations}: the run in {self.config.run.dir} has "
+                    f"{state['position']} iterations behind it, which this schedule would count as {now}; "
+                    f"give the earlier stages' lengths as they were, or another run.dir"
+                )
+
+    def _record_config(self) -> None:
+        """Write the config to the run's folder. If it differs from the last start's, report that and keep both."""
+        path = Path(self.config.run.dir) / "config.json"
+        if not self.is_writer:
+            return
+        if path.exists():
+            changes = differences(load_config(path), self.config)
+            if not changes:
+                return
+            older = path.with_name(f"config_until_step_{self.step:08d}.json")
+            self.timer.metrics.message(
+                "\n  ".join([f"the config differs from the last start's, kept as {older}:", *changes])
+            )
+            os.replace(path, older)
+        partial = path.with_suffix(".partial")
+        partial.unlink(missing_ok=True)
+        save_config(self.config, partial)
+        os.replace(partial, path)
+
+    # Saving
+
+    def checkpoint_if_due(self) -> None:
+        """Raise the error of an earlier checkpoint that could not be written; save one if it is due. Collective."""
+        self.checkpoints.check()
+        every, total = self.config.checkpoint.every, schedule.total(self.config)
+        if self.step == total or (every and self.step % every == 0):
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Save the run as it is between two iterations. A resumed run asks for pending rollouts again. Collective."""
+        with self.timer.phase("checkpoint", self.step):
+            state = {
+                "streams": self.requests.resume_point(),
+                "position": schedule.position(self.config, self.step),
+                "evaluated": self.evaluated,
+                "config": to_plain(self.config),
+            }
+            self.checkpoints.save(self.step, self.models, state)
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until the last checkpoint is on disk. Raises the error if it could not be written."""
+        with self.timer.phase("checkpoint", self.step):
+            self.checkpoints.wait()
+
+    # Stopping
+
+    @contextmanager
+    def rescued(self) -> Iterator[None]:
+        """Where the engine is lost inside, save what was trained since the last checkpoint before the run ends.
+
+        Where a record or a checkpoint cannot be written, the error names the checkpoint to resume from.
+        """
+        try:
+            yield
+        except UnwrittenError as error:
+            with suppress(UnwrittenError):
+                self.checkpoints.wait()
+            raise UnwrittenError(f"{error}{self._resume_hint()}") from error
+        except EngineError as error:
+            raise EngineError(f"{error}{self._save_progress()}") from error
+
+    def stop_if_requested(self, stop_requests: StopRequests) -> None:
+        """Where a stop is requested, save the run as it is and raise Stopped. Collective."""
+        if warning := stop_requests.late():
+            self.timer.metrics.message(warning)
+        why = stop_requests.requested(is_writer=self.is_writer)
+        if why is None:
+            return
+        hint = self._save_progress()
+        if self.is_writer:
+            stop_requests.acknowledge(self.step, why)
+        raise Stopped(f"stopped after {self.step} iterations, as told by {why}{hint}")
+
+    def _save_progress(self) -> str:
+        """Save what was trained since the last checkpoint. Returns where the run will resume, in words."""
+        self.checkpoints.wait()
+        if self.step and self.checkpoints.saved != self.step:
+            self.checkpoint()
+            self.checkpoints.wait()
+        return self._resume_hint()
+
+    def _resume_hint(self) -> str:
+        saved = self.checkpoints.saved
+        return "" if saved is None else f"; the same command goes on from {self.checkpoints.path(saved)}"

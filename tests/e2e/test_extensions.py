@@ -1,0 +1,72 @@
+"""A run with a verifier, a method and a dataset reader from outside the package: those of examples/extensions."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_tempo.config import check
+from megatron_tempo.config.extensions import Extension
+from megatron_tempo.config.schema import Config
+from megatron_tempo.observability.records import read_metrics
+from megatron_tempo.training.jobs import train
+from tests.support.project import ROOT, config_of, write_project
+from tests.support.ranks import run_ranks
+
+NAMES = {
+    "data.labelled.verifier": "import:countdown_verifier:verifier",
+    "data.labelled.reader": "import:csv_reader:read",
+    "stage2.method": "import:leave_one_out:method",
+}
+
+
+def train_with_examples(config: Config) -> None:
+    """As with examples/extensions on PYTHONPATH."""
+    sys.path.insert(0, str(ROOT / "examples/extensions"))
+    assert check(config, world_size=2) == []
+    train(config)
+
+
+def config_for(project: Path, out: Path) -> Config:
+    config = config_of(project, out)
+    rows = [json.loads(line) for line in (project / "labelled.jsonl").read_text().splitlines()]
+    with (project / "labelled.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert config.data.labelled is not None
+    config.data.labelled = replace(
+        config.data.labelled,
+        path=str(project / "labelled.csv"),
+        reader=Extension.parse(NAMES["data.labelled.reader"]),
+        verifier=Extension.parse(NAMES["data.labelled.verifier"]),
+    )
+    config.data.unlabelled = None
+    config.stage2.method = Extension.parse(NAMES["stage2.method"])
+    config.stage2.unlabelled_prompts = 0
+    config.evaluation.calibration_set = None
+    config.rollout.dump = True
+    return config
+
+
+def test_a_run_with_extensions_resumes(tmp_path: Path) -> None:
+    project, out = write_project(tmp_path / "project"), tmp_path / "run"
+    config = config_for(project, out)
+    run_ranks(train_with_examples, 2, tmp_path / "ranks", config)
+    (line,) = read_metrics(out)
+    assert line["method"] == NAMES["stage2.method"]
+    assert line["actor/grad_norm"] > 0
+    assert 0 < line["rloo/advantage_max"] <= 1
+    responses = [json.loads(text) for text in (out / "rollouts/stage2-000001.jsonl").read_text().splitlines()]
+    assert any(0 < response["correct"] < 1 for response in responses), "graded verdicts"
+    assert [path.name for path in (out / "hf_step_00000001").iterdir()] == ["actor"], "the method needs no critic"
+    recorded = json.loads((out / "config.json").read_text())
+    assert recorded["data"]["labelled"]["verifier"] == NAMES["data.labelled.verifier"]
+    assert recorded["data"]["labelled"]["reader"] == NAMES["data.labelled.reader"]
+    assert recorded["stage2"]["method"] == NAMES["stage2.method"]
+    config.stage2.iterations = 2
+    run_ranks(train_with_examples, 2, tmp_path / "again", config)
+    assert [line["step"] for line in read_metrics(out)] == [1, 2]
