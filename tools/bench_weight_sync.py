@@ -203,19 +203,19 @@ def measured(job: BenchmarkJob, context: RunContext, actor: Actor) -> dict[str, 
     mappings = tables.mappings(actor.model.net.shape, parallel.pipeline, critic=False)
     groups = plan(mappings, parallel.bucket_mb << 20, dtype.itemsize)
     buckets = [sum(mapping.numel for mapping in group) * dtype.itemsize for group in groups]
-    versions, figures = itertools.count(), {}
+    versions, timings = itertools.count(), {}
     with ExitStack() as engines:
         contenders = contend(job, context, actor, engines) + limits(context, sum(buckets))
         for number in range(job.rounds + 1):
             shift = number % len(contenders)
             for contender in contenders[shift:] + contenders[:shift]:
                 turn = once(contender, next(versions), job, context, None if number else actor)
-                figures[number, contender.name] = turn
+                timings[number, contender.name] = turn
             if context.is_writer:
                 print(f"round {number} of {job.rounds}", file=sys.stderr, flush=True)
     rows = []
     for name in [contender.name for contender in contenders]:
-        seconds, trainer, engine = zip(*(figures[number, name] for number in range(job.rounds + 1)), strict=True)
+        seconds, trainer, engine = zip(*(timings[number, name] for number in range(job.rounds + 1)), strict=True)
         rows.append({"name": name, "median_seconds": statistics.median(seconds[1:]), "times": seconds[1:]})
         rows[-1] |= {"trainer_bytes": max(trainer), "engine_bytes": max(engine)}
     ours = min(row["median_seconds"] for row in rows[: len(Transport)])
@@ -382,8 +382,8 @@ def printed(result: dict[str, Any]) -> Iterator[str]:
     for row in result["rows"]:
         times = f"{min(row['times']):.3f}-{max(row['times']):.3f}"
         memory = [f"{row[key] / mb:.0f}, {row[key] / bucket:.2f}" for key in ("trainer_bytes", "engine_bytes")]
-        figures = f"{row['median_seconds']:.3f}", times, f"{row['to_ours']:.2f}", f"{row['gb_per_second']:.2f}"
-        yield LAYOUT.format(row["name"], *figures, *memory)
+        columns = f"{row['median_seconds']:.3f}", times, f"{row['to_ours']:.2f}", f"{row['gb_per_second']:.2f}"
+        yield LAYOUT.format(row["name"], *columns, *memory)
 
 
 def main() -> None:

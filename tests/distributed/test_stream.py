@@ -34,7 +34,8 @@ from megatron_tempo.types import Bucket
 from megatron_tempo.weights import folder, tables
 from megatron_tempo.weights.param_mapping import ParamMapping, Replicated, TPSharding
 from megatron_tempo.weights.stream import WeightStream, plan
-from tests.support.ranks import ROOT, run_ranks
+from tests.support.fork_server import ROOT
+from tests.support.ranks import run_ranks
 from tests.support.storages import Storages
 from tests.support.tiny import write_model
 
