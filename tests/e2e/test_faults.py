@@ -27,8 +27,9 @@ from megatron_tempo.observability.metrics import Metrics
 from megatron_tempo.observability.records import Record, read_evaluations, read_metrics, read_samples, read_warnings
 from megatron_tempo.training.jobs import evaluate, train
 from megatron_tempo.weights import folder as hf_folder
+from tests.support.fork_server import ROOT
 from tests.support.project import config_of, write_project
-from tests.support.ranks import ROOT, run_ranks
+from tests.support.ranks import run_ranks
 
 LAST = 6
 
