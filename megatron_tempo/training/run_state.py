@@ -177,4 +177,4 @@ class RunState:
 
     def _resume_hint(self) -> str:
         saved = self.checkpoints.saved
-        return "" if saved is None else f"; the same command goes on from {self.checkpoints.path(saved)}"
+        return "" if saved is None else f"; rerun the same command to resume from {self.checkpoints.path(saved)}"

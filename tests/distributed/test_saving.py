@@ -118,7 +118,7 @@ def test_a_file_that_cannot_be_written_ends_the_run_on_every_rank(tmp_path: Path
     below = tmp_path / "run/checkpoints"
     assert told[0].startswith(f"{below}/step_00000004.partial/")
     assert ".distcp: File too large; free disk space" in told[0]
-    assert f"; the same command goes on from {below}/step_00000002" in told[0]
+    assert f"; rerun the same command to resume from {below}/step_00000002" in told[0]
     assert [path.name for path in below.iterdir()] == ["step_00000002"], "what was begun of the other makes room again"
     run_ranks(train, 2, tmp_path / "again", config)
     undisturbed = run_config(tmp_path / "project", tmp_path / "undisturbed")

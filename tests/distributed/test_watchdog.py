@@ -82,7 +82,7 @@ def test_one_fails(tmp_path: Path) -> None:
     assert codes == [1, 1]
     assert "Traceback" in second
     assert second.rstrip().endswith("RuntimeError: mat1 and mat2 shapes cannot be multiplied")
-    assert "ended: RuntimeError: mat1 and mat2 shapes cannot be multiplied; its last sign" in first
+    assert "ended: RuntimeError: mat1 and mat2 shapes cannot be multiplied; last heartbeat" in first
     assert "Traceback" not in first
 
 

@@ -122,7 +122,7 @@ def test_a_full_disk_under_a_record(undisturbed: Path, tmp_path: Path, file: str
     assert time.monotonic() - began < 100, "no rank waits for another"
     assert told[0] == told[1]
     assert f"{file}: cannot write a record: No space left on device" in told[0]
-    assert told[0].endswith(f"; the same command goes on from {run}/checkpoints/step_{4:08d}")
+    assert told[0].endswith(f"; rerun the same command to resume from {run}/checkpoints/step_{4:08d}")
     run_ranks(train, 2, tmp_path / "second", config)
     assert_same_end(run, undisturbed)
 

@@ -289,7 +289,7 @@ def test_a_run_tells_of_a_skipped_step_and_goes_on(mended: Path) -> None:
     assert seen["advantages"].isnan().sum() == seen["response_lengths"][seen["rows"] == 0].sum() > 0
     assert seen["old_logprobs"].shape == seen["advantages"].shape == seen["engine_logprobs"].shape
     log = (mended.parent / "ranks/rank0.log").read_text()
-    assert log.count("alert: steps are skipped, step 1: 1 of the actor's were not finite") == 1
+    assert log.count("alert: steps are skipped, step 1: 1 of the actor's steps were not finite") == 1
     told = status(mended)
     assert told.well
     assert "finished at" in told.text

@@ -89,7 +89,7 @@ def test_a_run_that_loses_its_last_server_stops_with_a_checkpoint(tmp_path: Path
     config.rollout.servers.restarts = 0
     config.checkpoint.every = 0
     ((message, seconds),) = run_ranks(losing_its_server, 1, tmp_path / "ranks", config, 2, timeout=500)
-    assert "server is left; the same command goes on from" in message
+    assert "server is left; rerun the same command to resume from" in message
     assert "step_00000002" in message
     assert seconds < 90  # a checkpoint included, on a busy machine
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
