@@ -8,11 +8,11 @@ import pytest
 
 # By the Makefile's target: minutes on two cores with nothing else running, and what is left out.
 ABOUT = {
-    "test-quick": ("1.5", "what needs several processes or more than two seconds (make test)"),
-    "test": ("6", "slow tests, engines, SLURM and GPUs (make test-slow, test-engines, test-slurm, test-gpu)"),
-    "test-slow": ("8", "all but the slow tests"),
-    "test-engines": ("8", "all but the tests against real inference servers"),
-    "test-slurm": ("6", "all but the tests on a real SLURM"),
+    "test-quick": ("2", "what needs several processes or more than two seconds (make test)"),
+    "test": ("15", "slow tests, engines, SLURM and GPUs (make test-slow, test-engines, test-slurm, test-gpu)"),
+    "test-slow": ("10", "all but the slow tests"),
+    "test-engines": ("10", "all but the tests against real inference servers"),
+    "test-slurm": ("8", "all but the tests on a real SLURM"),
 }
 
 
