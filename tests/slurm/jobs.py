@@ -76,14 +76,14 @@ class Submitted:
         text = command("scontrol", "show", "job", "--oneliner", self.ids[link])
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
-    def ended(self, seconds: float = 150) -> dict[str, str]:
+    def ended(self, seconds: float = 400) -> dict[str, str]:
         """SLURM's facts of the last job of the submission, when it has ended for good."""
         last = len(self.ids) - 1
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         self.until(lambda: self.facts(last)["JobState"] in over, seconds)
         return self.facts(last)
 
-    def until(self, moment: Callable[[], bool], seconds: float = 150) -> None:
+    def until(self, moment: Callable[[], bool], seconds: float = 400) -> None:
         deadline = time.monotonic() + seconds
         while not moment():
             assert time.monotonic() < deadline, f"the moment never came; {self.facts()}\n{self.log()[-4000:]}"

@@ -11,7 +11,7 @@ from tests.slurm.conftest import script
 from tests.slurm.jobs import LAST, Site, Submitted, command, numbers, weights
 from tests.support.slurm import ROOT
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 
 
 def test_a_run_over_two_nodes(undisturbed: Submitted) -> None:
@@ -106,14 +106,14 @@ def test_servers_that_do_not_start_are_told_of(site: Site) -> None:
     assert {key.stat().st_mode & 0o777 for key in keys} == {0o600}
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_servers_on_the_second_node(site: Site) -> None:
     """A real engine: its weights come from the trainer, on the other node, and the trainer checks what it says."""
     words = ["rollout.engine=sglang", f"rollout.servers.python={ROOT}/.venv-sglang/bin/python"]
     limits = "rollout.servers.arguments=['--max-total-tokens=4096','--max-running-requests=32']"
     more = ["rollout.servers.host=hostname", limits, "parallel.pipeline=1", "evaluation.every=0"]
     job = site.started("served", *words, *more, "cluster.rollout_nodes=1")
-    facts = job.ended(400)
+    facts = job.ended(900)
     assert facts["JobState"] == "COMPLETED", job.log()[-4000:]
     assert "1 rollout servers are ready: 'http://127.0.0.1:" in job.log()
     (served,) = (job.folder / "servers").iterdir()

@@ -52,7 +52,8 @@ class Trace:
                 _LIBC.malloc_trim(0)  # what is free and not given back is no growth
             numbers["rss_mb"] = process.memory_info().rss / 2**20
             found = gc.get_objects()
-            numbers["objects"] = len(found)
+            # gc.get_objects leaves out what is frozen, which training does with all that is there when it begins.
+            numbers["objects"] = len(found) + gc.get_freeze_count()
             numbers["tensors"] = sum(issubclass(type(thing), torch.Tensor) for thing in found)
         for name, number in numbers.items():
             self.series.setdefault(name, []).append(number)
