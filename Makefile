@@ -30,8 +30,9 @@ test-quick: .venv/installed-test  ## the inner loop: the unit tests that take no
 test-slow: .venv/installed-test  ## what .ci/run runs beyond that
 	$(PYTEST) -m "slow and not gpu" $(ARGS)
 
+# One test at a time: a server that waits for a core looks like one that hangs.
 test-engines: .venv/installed-test engines  ## against real inference servers, each in its own environment
-	$(PYTEST) -m engine $(ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(BIN)/python -m pytest -m engine $(ARGS)
 
 test-slurm: .venv/installed-test .venv-sglang/installed  ## the job scripts on a SLURM of two nodes, which it starts here; wants root on Debian
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(BIN)/python -m tests.support.slurm $(BIN)/python -m pytest -m slurm $(ARGS)

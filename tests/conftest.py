@@ -11,7 +11,7 @@ ABOUT = {
     "test-quick": ("2", "what needs several processes or more than two seconds (make test)"),
     "test": ("15", "slow tests, engines, SLURM and GPUs (make test-slow, test-engines, test-slurm, test-gpu)"),
     "test-slow": ("10", "all but the slow tests"),
-    "test-engines": ("10", "all but the tests against real inference servers"),
+    "test-engines": ("18", "all but the tests against real inference servers"),
     "test-slurm": ("8", "all but the tests on a real SLURM"),
 }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 
 def test_every_row_has_its_time(tmp_path: Path) -> None:
@@ -19,7 +19,7 @@ def test_every_row_has_its_time(tmp_path: Path) -> None:
     tool = [sys.executable, ROOT / "tools/bench_weight_sync.py", "--size=tiny", "--rounds=1"]
     command = [*tool, "--engine=sglang", f"--work={tmp_path}", f"--json={out}"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=850, check=False)
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
     ours = ["ours, group", "ours, shared", "ours, group + checksums", "ours, shared + checksums"]
