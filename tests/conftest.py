@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-# By the Makefile's target: minutes on two cores with nothing else running, and what is left out.
+# By the Makefile's target: minutes on two cores with nothing else running (estimates: not yet timed so), and what is
+# left out.
 ABOUT = {
     "test-quick": ("2", "what needs several processes or more than two seconds (make test)"),
     "test": ("15", "slow tests, engines, SLURM and GPUs (make test-slow, test-engines, test-slurm, test-gpu)"),

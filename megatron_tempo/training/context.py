@@ -47,7 +47,7 @@ def open_context(config: Config) -> Iterator[RunContext]:
         raise ConfigErrors(problems)
     # On CUDA some operations have no deterministic form; there torch warns instead of stopping.
     torch.use_deterministic_algorithms(config.run.deterministic, warn_only=device.type == "cuda")
-    # Beside it, torch fills all memory that is asked for unfilled: a launch more for each of a kernel's results.
+    # In deterministic mode torch also fills uninitialised memory: one more launch for each of a kernel's results.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     transformers.utils.logging.disable_progress_bar()
     with (

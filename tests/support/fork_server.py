@@ -72,15 +72,6 @@ class ForkServer:
             self._codes[message["pid"]] = message["code"]
         return self._codes[pid]
 
-    def close(self) -> None:
-        """End the server, and with it every process that it has forked."""
-        if self._process is not None:
-            assert self._channel is not None
-            self._channel.close()
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
     def _start(self, work: dict[str, Any], environment: Mapping[str, str], log: Path, *, new_session: bool) -> Forked:
         if self._process is None:
             self._open()
