@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import torch
@@ -16,9 +17,14 @@ from tests.support.ranks import run_ranks
 
 
 def device_threads() -> int:
-    """The threads of gloo's devices, by the name that gloo gives them."""
-    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    return names.count("gloo_tcp_loop")
+    """The threads of gloo's devices, by their name. A thread names itself, so its name can come after its device."""
+    deadline = time.monotonic() + 60
+    while True:
+        names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+        count = names.count("gloo_tcp_loop")
+        if count or time.monotonic() > deadline:
+            return count
+        time.sleep(0.01)
 
 
 def opened() -> tuple[int, int, list[float]]:
