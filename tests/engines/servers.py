@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from megatron_tempo.rollout.servers import ServersEngine
 from megatron_tempo.training.context import RunContext, open_context
 from megatron_tempo.training.setup import build_engine
 from megatron_tempo.types import Completion
+from tests.engines.warm import server_group
 from tests.support import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +33,27 @@ ARGUMENTS = {
     EngineKind.sglang: ["--max-total-tokens=4096", "--max-running-requests=32"],
     EngineKind.vllm: ["--max-num-seqs=32", f"--kv-cache-memory-bytes={64 << 20}"],
 }
-
+WARM = "WARM_ENGINES"  # the variable that names the folder of the warm engines
+# What a server's processes import.
+MODULES = {
+    EngineKind.sglang: [
+        "sglang.launch_server",
+        "sglang.srt.entrypoints.http_server",
+        "sglang.srt.layers.attention.torch_native_backend",
+        "sglang.srt.managers.detokenizer_manager",
+        "sglang.srt.managers.scheduler",
+        "sglang.srt.models.olmo2",  # olmo3 as well
+        "sglang.srt.models.qwen3",
+    ],
+    EngineKind.vllm: [
+        "vllm.entrypoints.openai.api_server",
+        "vllm.model_executor.models.transformers",  # which serves olmo3
+        "vllm.model_executor.models.qwen3",
+        "vllm.v1.engine.core",
+        "vllm.v1.executor.multiproc_executor",
+        "vllm.v1.worker.cpu_worker",
+    ],
+}
 
 MODELS: dict[str, dict[str, Any]] = {
     "untied": {},
@@ -60,9 +82,26 @@ def use_servers(config: Config, kind: EngineKind) -> None:
     config.parallel.bucket_mb = 1
     config.rollout.engine = kind
     servers = config.rollout.servers
-    servers.python = str(ROOT / f".venv-{kind.name}/bin/python")
+    servers.python = str(warm_python(kind))
     servers.arguments = ARGUMENTS[kind]
     servers.start_seconds, servers.update_seconds, servers.hang_seconds = 240.0, 30.0, 20.0
+
+
+def warm_python(kind: EngineKind) -> Path:
+    """The program that starts servers of an engine that is imported already."""
+    return Path(os.environ[WARM]) / kind.name / "python"
+
+
+def interpreter_of(kind: EngineKind) -> Path:
+    """The Python of an engine's environment."""
+    return ROOT / f".venv-{kind.name}/bin/python"
+
+
+def group_of(engine: ServersEngine, index: int) -> int:
+    """The process group of a server, which is also the process that its others are children of."""
+    assert engine._supervisor is not None
+    group = engine._supervisor._servers[index].process.pid
+    return server_group(group, [warm_python(kind).parent for kind in ENGINES])
 
 
 @contextmanager

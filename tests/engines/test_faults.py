@@ -27,6 +27,7 @@ from tests.engines.servers import (
     answers,
     assert_said_by,
     config_of,
+    group_of,
     opened,
     write_model,
 )
@@ -67,11 +68,6 @@ class Disturbed:
             if number == 1:
                 self._disturb()
             yield bucket
-
-
-def processes_of(engine: ServersEngine, index: int) -> int:
-    """The process group of a server."""
-    return engine._supervisor._servers[index].process.pid  # type: ignore[union-attr]
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> float:
@@ -130,7 +126,7 @@ def scenario(kind: EngineKind, model: Path, run: Path) -> dict[str, object]:
         engine.load_weights(weights, 0)
 
         def kill(number: int) -> Callable[[], None]:
-            return lambda: os.killpg(processes_of(engine, 0), number)
+            return lambda: os.killpg(group_of(engine, 0), number)
 
         found["killed"] = while_generating(engine, weights, told, kill(signal.SIGKILL))
         found["hung"] = while_generating(engine, weights, told, kill(signal.SIGSTOP))

@@ -84,14 +84,17 @@ def test_wrong_weights_are_named_and_strangers_are_not_answered(tmp_path: Path, 
 
 @pytest.mark.parametrize("kind", ENGINES)
 def test_no_server_outlives_a_trainer_that_is_killed(tmp_path: Path, kind: EngineKind) -> None:
+    """A server that starts as it does for a user: cold, with processes of its own."""
     model = write_model(tmp_path / "model")
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
         "from megatron_tempo.config.schema import EngineKind\n"
-        "from tests.engines.servers import config_of, opened\n"
+        "from tests.engines.servers import config_of, interpreter_of, opened\n"
         f"kind = EngineKind.{kind.name}\n"
-        "with opened(config_of(kind, Path(sys.argv[1]), Path(sys.argv[2])), []) as (context, engine):\n"
+        "config = config_of(kind, Path(sys.argv[1]), Path(sys.argv[2]))\n"
+        "config.rollout.servers.python = str(interpreter_of(kind))\n"
+        "with opened(config, []) as (context, engine):\n"
         "    print(engine._supervisor._servers[0].process.pid, flush=True)\n"
         "    time.sleep(600)\n"
     )

@@ -17,7 +17,7 @@ from megatron_tempo.errors import EngineError
 from megatron_tempo.observability.records import read_evaluations, read_metrics
 from megatron_tempo.training.jobs import train
 from megatron_tempo.training.rollout_requests import RolloutRequests
-from tests.engines.servers import ENGINES, use_servers
+from tests.engines.servers import ENGINES, group_of, use_servers
 from tests.support.project import config_of, write_project
 from tests.support.ranks import run_ranks
 
@@ -75,8 +75,7 @@ def losing_its_server(config: Config, iteration: int) -> tuple[str, float]:
         request(self, stage_name, stage, number)  # type: ignore[arg-type]
         if number == iteration and not died:
             died.append(time.monotonic())
-            group = self.engine._supervisor._servers[0].process.pid  # type: ignore[attr-defined]
-            threading.Timer(0.02, os.killpg, (group, signal.SIGKILL)).start()
+            threading.Timer(0.02, os.killpg, (group_of(self.engine, 0), signal.SIGKILL)).start()  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(RolloutRequests, "request", requesting)

@@ -11,7 +11,7 @@ import pytest
 from megatron_tempo.config.choices import EngineKind, Transport
 from megatron_tempo.rollout.engine import Sampling
 from megatron_tempo.training.setup import build_actor, engine_weights
-from tests.engines.servers import PROMPTS, REQUESTS, answers, assert_said_by, config_of, opened, write_model
+from tests.engines.servers import PROMPTS, REQUESTS, answers, assert_said_by, config_of, group_of, opened, write_model
 from tests.support.ranks import run_ranks
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -70,8 +70,7 @@ def many_syncs(kind: EngineKind, model: Path, run: Path, transport: Transport) -
     with opened(config, told) as (context, engine):
         actor = build_actor(context)
         weights = engine_weights(actor, context)
-        assert engine._supervisor is not None
-        server = psutil.Process(engine._supervisor._servers[0].process.pid)
+        server = psutil.Process(group_of(engine, 0))
         for version in range(241):
             engine.load_weights(weights, version)
             for parameter in actor.model.net.parameters():

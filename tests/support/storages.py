@@ -27,24 +27,33 @@ class Storages(TorchDispatchMode):
         self._before = {StorageWeakRef(tensor.untyped_storage()) for tensor in before}
         self._settled = settled
         self._there: set[StorageWeakRef] = set()
+        self._most = 0  # bytes that can be there: those of the last count, and what was made since
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor):
-                self._there.add(StorageWeakRef(leaf.untyped_storage()))
-        if self.now() > (1 + self._settled) * self.peak:
-            time.sleep(0.05)  # gloo's thread lets go of a message's tensor a moment after it is waited for
-        self.peak = max(self.peak, self.now())
+                self._add(leaf.untyped_storage())
+        if self._most > self.peak:  # a count looks at every storage, so it is made only where it can matter
+            if self.now() > (1 + self._settled) * self.peak:
+                time.sleep(0.05)  # gloo's thread lets go of a message's tensor a moment after it is waited for
+            self.peak = max(self.peak, self.now())
         return found
+
+    def _add(self, storage: UntypedStorage) -> None:
+        ref = StorageWeakRef(storage)
+        if ref not in self._there:
+            self._there.add(ref)
+            self._most += storage.nbytes()
 
     def now(self) -> int:
         """Bytes that are there."""
         self._there -= self._before
         sizes = {ref: _bytes(ref) for ref in self._there}
         self._there = {ref for ref, size in sizes.items() if size is not None}
-        return sum(size for size in sizes.values() if size is not None)
+        self._most = sum(size for size in sizes.values() if size is not None)
+        return self._most
 
     def restart(self) -> int:
         """Begin to look for a peak anew; bytes that are there."""
