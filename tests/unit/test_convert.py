@@ -181,7 +181,7 @@ def test_a_folder_that_does_not_fit_is_refused_with_all_that_is_wrong(tmp_path: 
         to_megatron(folder, tmp_path / "out", "actor", PART, quiet)
     lines = {line.strip() for line in str(error.value).splitlines()[1:]}
     assert lines == {f"missing: {name}" for name in names} | {
-        "misshapen: model.norm.weight is [31], the config.json says [32]",
+        "wrong shape: model.norm.weight is [31], the config.json says [32]",
         "unexpected: model.layers.4.input_layernorm.weight",
     }
     assert {path.name for path in tmp_path.iterdir()} == {"folder"}
@@ -193,7 +193,9 @@ def test_types_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
         return weights | {name: weights[name].bfloat16(), "model.norm.weight": torch.ones(32, dtype=torch.float64)}
 
     folder = rewrite(write_model(tmp_path / "folder", tied=False), mix)
-    with pytest.raises(InputError, match=r"linear_qkv.weight, of BF16, F32(.|\n)*norm.weight, of F64"):
+    with pytest.raises(
+        InputError, match=r"linear_qkv.weight have the types BF16, F32(.|\n)*norm.weight have the types F64"
+    ):
         to_megatron(folder, tmp_path / "out", "actor", PART, quiet)
 
 
@@ -212,7 +214,7 @@ def test_a_checkpoint_that_is_of_another_model_is_refused(converted: tuple[Path,
         (
             folder,
             "critic",
-            ["missing: output_layer.bias", "misshapen: output_layer.weight is [80, 32], the config.json"],
+            ["missing: output_layer.bias", "wrong shape: output_layer.weight is [80, 32], the config.json"],
         ),
         (small, "actor", ["unexpected: output_layer.weight", "linear_fc2.weight is [4, 32, 48]", "says [2, 32, 64]"]),
     ):

@@ -256,7 +256,7 @@ def test_all_problems_of_a_folder_are_told_at_once(model: Path, layout: Layout) 
     assert str(model) in message
     assert "missing: model.norm.weight" in message
     assert "unexpected: model.layers.2.mlp.up_proj.weight" in message
-    assert "misshapen: model.layers.1.mlp.up_proj.weight is [48, 31], the config.json says [48, 32]" in message
+    assert "wrong shape: model.layers.1.mlp.up_proj.weight is [48, 31], the config.json says [48, 32]" in message
 
 
 def test_an_actor_wants_its_output_matrix(model: Path, layout: Layout) -> None:
@@ -285,7 +285,7 @@ def test_a_critics_folder_gives_its_head(model: Path, layout: Layout, tmp_path: 
     assert torch.equal(again.output_layer.weight, torch.full((1, 32), 0.5))
     assert again.output_layer.bias.tolist() == [0.25]
     rewrite(model, score__weight=torch.ones(2, 32))
-    with pytest.raises(ValueError, match=r"misshapen: score.weight is \[2, 32\]"):
+    with pytest.raises(ValueError, match=r"wrong shape: score.weight is \[2, 32\]"):
         load(model, layout, critic=True)
 
 
