@@ -57,7 +57,7 @@ class Plan:
 
 
 def plan_of(config: Config, shape: PlannedShape, words: tuple[str, ...] = ()) -> Plan:
-    """The configuration has passed `split.problems`."""
+    """The plan of a configuration, which has passed `split.problems`."""
     split = split_of(config)
     needed = memory(config, shape)
     return Plan(words, config, layouts_of(config, split.trainers), split, needed, times(config, shape, needed))
