@@ -23,7 +23,7 @@ def test_a_run_over_two_nodes(undisturbed: Submitted) -> None:
     written = {path.name for path in (undisturbed.run / f"checkpoints/step_{LAST:08d}/actor").glob("*.distcp")}
     assert {name.split("_")[2] for name in written} == {"0", "1"}
     assert second["JobState"] == "COMPLETED"
-    assert "nothing is left to do" in undisturbed.log(1)
+    assert "the run is finished: nothing to do" in undisturbed.log(1)
 
 
 def as_before_the_limit(job: Submitted) -> None:
@@ -47,7 +47,7 @@ def test_told_to_stop_it_ends_as_if_it_had_not_been(
     facts = job.ended()
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1")
     told = job.log()
-    assert f"told to stop by {signal}" in told or f"as told by {signal}" in told
+    assert f"asked to stop by {signal}" in told or f"as told by {signal}" in told
     assert "resumed from" in told
     (stopped,) = (line for line in told.splitlines() if line.startswith("stopped after "))
     assert 2 <= int(stopped.split()[2]) < LAST, "it was stopped in the middle of the run"
@@ -97,7 +97,7 @@ def test_servers_that_do_not_start_are_told_of(site: Site) -> None:
     facts = job.ended()
     assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "1")
     told = job.log()
-    assert "0 of 1 rollout servers are ready, so there is no training" in told
+    assert "only 0 of 1 rollout servers are ready: training does not start" in told
     assert "SGLang ended with exit code 3" in told
     assert "RuntimeError: no GPU here" in told
     assert "failed twice after step 0" in told
