@@ -1,4 +1,4 @@
-"""What the two converters have in common as commands."""
+"""The common part of the two conversion commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def gibibytes(text: str) -> int:
 
 
 def run(convert: Callable[[], int], out: Path) -> int:
-    """Convert and tell what it took; the exit code. Errors of the user's are a line."""
+    """Convert, and print size, time and peak memory. A user's error is printed in one line. Returns the exit code."""
     from megatron_tempo.errors import InputError
 
     start = time.monotonic()
@@ -36,9 +36,9 @@ def run(convert: Callable[[], int], out: Path) -> int:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had at a time, resident, mapped files included."""
+    """Peak resident memory of this process, including mapped files."""
     status = Path("/proc/self/status")
-    if status.exists():  # there, ru_maxrss counts what the process that started this one had before
+    if status.exists():  # on Linux, ru_maxrss includes the peak of the process that started this one
         kib = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(kib) << 10
     import resource

@@ -2,8 +2,8 @@
 
     python tools/convert_hf_to_megatron.py /models/Qwen3-8B /checkpoints/qwen3-8b
 
-One process, no GPU, memory for the largest matrix of a layer. If it is stopped or killed, rerun the same command to
-resume after the complete parts, which are in OUT.partial until all are complete.
+It runs in one process without a GPU, and needs memory for the largest matrix of a layer. If it is stopped or killed,
+rerun the same command to resume after the complete parts. These are in OUT.partial until all are complete.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> int:
         "--model",
         choices=("actor", "critic"),
         default="actor",
-        help="what to make of it; a critic of a folder without a value head gets one of zeros (default: actor)",
+        help="the model to write; a critic gets a value head of zeros if the folder has none (default: actor)",
     )
     parser.add_argument("--part-gb", type=gibibytes, default="1", help="size of a file, in GiB (default: 1)")
     args = parser.parse_args()

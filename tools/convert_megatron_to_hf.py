@@ -3,9 +3,9 @@
     python tools/convert_megatron_to_hf.py /runs/one/checkpoints/step_00000040 /models/one-40
     python tools/convert_megatron_to_hf.py /checkpoints/qwen3-8b /models/copy --like /models/Qwen3-8B
 
-Whatever layout wrote the checkpoint; the state of its optimizer is left out. One process, no GPU, memory for the
-largest saved chunk and twice the largest matrix of a layer. If it is stopped or killed, rerun the same command to
-resume after the complete files, which are in OUT.partial until all are complete.
+Any layout may have written the checkpoint. Its optimizer state is not converted. The conversion runs in one process
+without a GPU, and needs memory for the largest saved chunk and twice the largest matrix of a layer. If it is stopped or
+killed, rerun the same command to resume after the complete files. These are in OUT.partial until all are complete.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from conversion_command import gibibytes, run
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "source", type=Path, metavar="CHECKPOINT", help="RUN/checkpoints/step_N, or a folder of Megatron's"
+        "source", type=Path, metavar="CHECKPOINT", help="RUN/checkpoints/step_N, or a folder that Megatron wrote"
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist")
     parser.add_argument(
-        "--model", choices=("actor", "critic"), default="actor", help="which, or what it is (default: actor)"
+        "--model", choices=("actor", "critic"), default="actor", help="the model to convert (default: actor)"
     )
     parser.add_argument(
         "--like",
         type=Path,
         metavar="HF_FOLDER",
-        help="where config and tokenizer are (default: the folder that the run was started from)",
+        help="folder with the config and the tokenizer (default: the folder that the run was started from)",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="type to write (default: as stored)")
     parser.add_argument(
         "--shard-gb",
         type=gibibytes,
         default="4",
-        help="size of a file at most, in GiB; a matrix that is larger is alone in one (default: 4)",
+        help="maximum size of a file, in GiB; a larger matrix gets a file of its own (default: 4)",
     )
     args = parser.parse_args()
 

@@ -1,8 +1,8 @@
-"""Make a file that a run reads of a public data set: python tools/prepare_data.py math500 MATH-500/ --out math500.jsonl
+"""Convert a public data set to a file for runs: python tools/prepare_data.py math500 MATH-500/ --out math500.jsonl
 
-SET is a benchmark or a training set of megatron_tempo/config/benchmarks.py, whose columns are known, or `custom`, whose
-columns are to be named. SOURCE is a file (JSON, JSONL, Parquet, CSV, Arrow) or a folder from Hugging Face; several are
-put together. Rows that cannot be used are dropped and counted with the reason. docs/data.md has a line for each set.
+SET is a benchmark or a training set of megatron_tempo/config/benchmarks.py, whose columns are known, or `custom`, for
+which you name the columns. SOURCE is a file (JSON, JSONL, Parquet, CSV, Arrow) or a folder from Hugging Face. Several
+sources are concatenated. Rows that cannot be used are dropped, and counted by reason. docs/data.md describes each set.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", choices=[*BENCHMARKS, CUSTOM], metavar="SET", help=", ".join([*BENCHMARKS, CUSTOM]))
     parser.add_argument("sources", type=Path, nargs="+", metavar="SOURCE", help="a file or a folder")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="what to write")
-    parser.add_argument("--force", action="store_true", help="replace a file that is there")
-    parser.add_argument("--unlabelled", action="store_true", help="write the questions alone")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="file to write")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    parser.add_argument("--unlabelled", action="store_true", help="write the questions without answers")
     parser.add_argument(
         "--split-heldout", type=int, default=0, metavar="N", help="put N questions into FILE_heldout.jsonl"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the held-out questions and of GPQA's options")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="selects the held-out questions, and the order of GPQA's options"
+    )
     parser.add_argument("--files", metavar="PATTERN", help="which files of a folder, such as 'data/test-*'")
-    parser.add_argument("--prompt-field", metavar="COLUMN", help="the column of the questions; a.b is b inside of a")
+    parser.add_argument("--prompt-field", metavar="COLUMN", help="the column of the questions; a.b means field b of a")
     parser.add_argument("--answer-field", metavar="COLUMN", help="the column of the answers")
     parser.add_argument("--id-field", metavar="COLUMN", help="the column of the ids")
-    parser.add_argument("--verifier", choices=list(Verifier.__members__), help="who is to judge the answers")
+    parser.add_argument("--verifier", choices=list(Verifier.__members__), help="verifier of the answers")
     args = parser.parse_args()
 
     order = Order(
