@@ -71,9 +71,9 @@ ARMS = (
     # The labelled set
     ours("labelled_512", "512 labelled questions", "labels", "data.labelled.limit=512"),
     ours("labelled_64", "64 labelled questions", "labels", "data.labelled.limit=64"),
-    ours("labelled_near", "labelled questions of the unlabelled ones' kind alone", "labels",
+    ours("labelled_near", "only labelled questions of the unlabelled ones' kind", "labels",
          "data.labelled.path={data}/misleading.jsonl"),
-    ours("labelled_far", "labelled questions of the other kinds alone", "labels",
+    ours("labelled_far", "only labelled questions of the other kinds", "labels",
          "data.labelled.path={data}/other.jsonl"),
     # Retention and transfer
     ours("more_unlabelled", "four times as many unlabelled questions", "transfer",
