@@ -1,4 +1,4 @@
-"""The scripts of launch/ on two nodes: whole runs, interrupted runs, runs that cannot go on."""
+"""The scripts of launch/ on two nodes: complete runs, interrupted runs, runs that cannot continue."""
 
 from __future__ import annotations
 

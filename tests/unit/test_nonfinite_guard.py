@@ -17,7 +17,7 @@ from megatron_tempo.models.update import run_mini_batches
 from tests.support.tiny import ragged_batch
 
 
-def test_a_dump_that_cannot_be_written_is_warned_of_and_the_run_goes_on(
+def test_if_a_dump_cannot_be_written_the_run_warns_and_continues(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "skipped").touch()  # a file, where a folder is wanted

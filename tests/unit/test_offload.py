@@ -63,7 +63,7 @@ def test_one_at_a_time_and_each_comes_back_as_it_left() -> None:
     assert torch.equal(half, before[1])
 
 
-def test_a_tensor_that_took_anothers_place_while_loaded_is_what_comes_back() -> None:
+def test_a_tensor_replaced_while_loaded_is_restored() -> None:
     """As an optimizer's state does when a checkpoint is loaded."""
     one, other, offloader = Model(10), Model(10), ModelOffloader(one_at_a_time=True)
     offloader.load(other)
@@ -94,7 +94,7 @@ def test_loading_uses_only_the_memory_that_offloading_has_freed(monkeypatch: pyt
     assert max(peaks) <= 1600
 
 
-def test_without_it_nobody_moves() -> None:
+def test_without_offload_no_model_moves() -> None:
     first, second, all_there = Model(10), Model(10), ModelOffloader(one_at_a_time=False)
     all_there.load(first)
     all_there.offload_all()
