@@ -4,7 +4,7 @@ PROCESSES ?= 2
 BIN := .venv/bin
 # The paths whose prose keeps to the word list (tools/check_words.py).
 WORDS_PATHS := docs README.md CONTRIBUTING.md CHANGELOG.md docker \
-	$(addprefix megatron_tempo/,cli.py kernels algorithm evaluation runtime observability report plan submit) \
+	$(addprefix megatron_tempo/,cli.py commands kernels algorithm evaluation runtime observability report plan submit) \
 	$(addprefix megatron_tempo/checkpoint/,convert.py manifest.py resumable_folder.py checkpoints.py) \
 	$(addprefix megatron_tempo/config/,schedule.py summary.py recipes.py benchmarks.py problem.py compose.py) \
 	$(addprefix megatron_tempo/data/,prepare.py public.py questions.py rows.py seen.py stream.py) megatron_tempo/rewards

@@ -43,5 +43,5 @@ def _trackers(config: Config) -> Iterator[Problem]:
     for package, (asked, field, off) in wanted.items():
         if asked and find_spec(package) is None:
             value = getattr(config.metrics, field.rpartition(".")[2])
-            fix = f"pip install 'megatron-tempo[track]', or {field}={off}"
+            fix = f"pip install {package}, or {field}={off}"
             yield Problem(field, value, f"the package {package} is not installed", fix)
