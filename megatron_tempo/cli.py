@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import socket
 import sys
 import warnings
@@ -195,6 +196,10 @@ def _planned(config: Config) -> str:
     return report(config, shape, plan_of(config, shape), search(config, shape))
 
 
+# The problems, as patterns of fields, that follow in an evaluation if model=NAME or data=NAME names nothing.
+_FOLLOWING = {"model": r"model\..*", "data": r"evaluation\.sets"}
+
+
 def build(
     overrides: Sequence[str],
     *,
@@ -208,13 +213,16 @@ def build(
 
     `whole`: a config.json that replaces the default tree; the overrides apply on top of it. `submitted`: the kind of a
     job to submit; the cluster is checked too, and `world_size` is the number of processes that the job will start. If a
-    preset is unknown, the rules are not checked: most of their problems would follow from the missing preset.
+    preset is unknown, the rules are not checked: most of their problems would follow from the missing preset. Those of
+    an evaluation are, but for what follows from its missing model or data.
     """
     plain, problems = compose_tree(overrides, purpose, config_dir, whole)
     config, unread = read(plain)
     problems += unread
     reported = {problem.field for problem in problems}
-    if not any(meant_group(field) for field in reported):
+    unknown = {group for field in reported if (group := meant_group(field))}
+    if not unknown or (purpose is Purpose.eval and unknown <= set(_FOLLOWING)):
+        following = "|".join(_FOLLOWING[group] for group in unknown)
         violations = list(jobs.problems(config, submitted)) if submitted is not None else []
         if submitted is not None and not violations and purpose is not Purpose.convert:
             world_size = jobs.processes(config)
@@ -222,7 +230,8 @@ def build(
         violations += plan_problems(config) if planned else check(config, world_size=world_size, purpose=purpose)
         if submitted is not None:
             violations = [problem for problem in violations if not jobs.elsewhere(config, problem)]
-        problems += [problem for problem in violations if problem.field not in reported]
+        violations = [problem for problem in violations if problem.field not in reported]
+        problems += [problem for problem in violations if not re.fullmatch(following, problem.field)]
     if problems:
         raise ConfigErrors(problems)
     return config

@@ -165,7 +165,14 @@ def _preset(override: Override, text: str, names: list[str], purpose: Purpose, b
         if name not in benchmarks:
             fields |= {"answer_field": "answer", "verifier": Verifier.math.name}
         return [f"++evaluation.sets.{name}.{field}={value}" for field, value in fields.items()]
-    raise _refused(text, f"there is no preset of this name in configs/{group}", did_you_mean(str(choice), names))
+    if purpose is Purpose.eval and group == "data" and path.suffix:
+        fix = "convert it: megatron-tempo prepare custom FILE --out FILE.jsonl ..."
+        raise _refused(text, f"must end in {' or '.join(SUFFIXES)}", fix)
+    fix = did_you_mean(str(choice), names)
+    if purpose is Purpose.eval and group in ("model", "data"):
+        form = "an existing folder" if group == "model" else f"a file that ends in {' or '.join(SUFFIXES)}"
+        raise _refused(text, "names neither a preset nor a file", f"{form}; of the presets: {fix}")
+    raise _refused(text, f"there is no preset of this name in configs/{group}", fix)
 
 
 def meant_group(key: str) -> str | None:

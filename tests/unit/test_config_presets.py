@@ -182,7 +182,7 @@ def test_a_command_of_the_readme_passes(command: str, tmp_path: Path, monkeypatc
         key, _, value = word.partition("=")
         moved = str(tmp_path / value[1:]) if value.startswith("/") else value
         if value.endswith(".jsonl"):
-            write_rows(Path(moved))
+            Path(moved).write_text('{"id": "1", "prompt": "1+1", "answer": "2"}\n')
         elif key in ("model", "model.path", "model.critic_path"):
             write_model(Path(moved), **shape(experiment))
         overrides.append(f"{key}={sys.executable if key == 'rollout.servers.python' else moved}")
