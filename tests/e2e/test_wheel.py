@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 import megatron_tempo
-from tests.support.wheel import Installed, build_wheel
+from tests.support.wheel import Installed
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = [
     *("stage1.iterations=1", "stage1.critic.warmup_iterations=0", "stage2.iterations=1"),
     *("stage2.critic.warmup_iterations=0", "evaluation.every=0", "evaluation.samples=4", "evaluation.pass_k=[2]"),
+    *("evaluation.sets.unlabelled.limit=32", "evaluation.sets.heldout.limit=32"),
 ]
 LENGTHS = ["rollout.max_prompt_tokens=40", "rollout.max_response_tokens=24", "evaluation.samples=2"]
 
@@ -106,8 +107,8 @@ def test_a_job_is_submitted_with_the_code_of_the_wheel(installed: Installed) -> 
 
 
 @pytest.mark.slow
-def test_the_wheel_has_what_the_package_reads_and_nothing_else(tmp_path: Path) -> None:
-    with zipfile.ZipFile(build_wheel(tmp_path)) as wheel:
+def test_the_wheel_has_what_the_package_reads_and_nothing_else(installed: Installed) -> None:
+    with zipfile.ZipFile(installed.wheel) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert all(name.startswith("megatron_tempo/") for name in names)
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_tempo").rglob("*") if path.is_file()}

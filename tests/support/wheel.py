@@ -35,13 +35,14 @@ def build_wheel(folder: Path) -> Path:
 class Installed:
     """An environment that has the wheel, and a folder from which its commands are run."""
 
+    wheel: Path
     environment: Path
     work: Path
 
     @classmethod
     def make(cls, folder: Path) -> Installed:
         """The dependencies come from the environment of the tests, whose own megatron_tempo is not on the path."""
-        environment, work = folder / "environment", folder / "work"
+        wheel, environment, work = build_wheel(folder), folder / "environment", folder / "work"
         venv.create(environment, with_pip=False)
         python = environment / "bin/python"
         command = [
@@ -55,12 +56,12 @@ class Installed:
             "--no-deps",
             "--no-index",
         ]
-        subprocess.run([*command, str(build_wheel(folder))], check=True, capture_output=True, text=True)
+        subprocess.run([*command, str(wheel)], check=True, capture_output=True, text=True)
         own = sysconfig.get_path("purelib", vars={"base": str(environment), "platbase": str(environment)})
         paths = dict.fromkeys([sysconfig.get_path("purelib"), *site.getsitepackages()])
         (Path(own) / "dependencies.pth").write_text("".join(f"{path}\n" for path in paths))
         work.mkdir()
-        return cls(environment, work)
+        return cls(wheel, environment, work)
 
     def run(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """`megatron-tempo WORDS`, run in `work` without anything of the checkout in the environment."""
