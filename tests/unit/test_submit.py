@@ -155,9 +155,9 @@ def test_the_other_jobs(good: list[str], tmp_path: Path, capsys: pytest.CaptureF
     words = ["hf-to-megatron", "A B", "OUT", "--model", "critic"]
     script = dry(capsys, "--job", "convert", "cluster=example_site", "--", *words)
     assert values(script)["COMMAND"] == words
-    assert values(
-        dry(capsys, "--job", "convert", "cluster=example_site", "--", "convert_hf_to_megatron", *words[1:])
-    ) == (values(script))  # by the name of the program in tools/
+    # By the name of the program in tools/.
+    older = dry(capsys, "--job", "convert", "cluster=example_site", "--", "convert_hf_to_megatron", *words[1:])
+    assert values(older)["COMMAND"] == words
     assert options(script)[1:4] == ["--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=12"]
     assert not any("gres" in option for option in options(script))
 
