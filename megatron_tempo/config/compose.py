@@ -31,9 +31,9 @@ from megatron_tempo.config.problem import ConfigErrors, Problem, did_you_mean
 from megatron_tempo.config.rules import Purpose
 from megatron_tempo.config.rules.data import SUFFIXES
 from megatron_tempo.config.schema import Config, to_plain
+from megatron_tempo.config.shipped import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-_GROUPS = ("model", "data", "benchmark", "engine", "algorithm", "experiment", "cluster")
+GROUPS = ("model", "data", "benchmark", "engine", "algorithm", "experiment", "cluster")
 # A job of these kinds whose command line names no run.dir gets a folder of its own below these.
 EVAL_DIR, CONVERT_DIR = "runs/eval", "runs/convert"
 
@@ -44,7 +44,7 @@ def compose_tree(
     """The tree as plain data, without the overrides that cannot be applied, and the problems of those."""
     folder = REPOSITORY / "configs"
     if not (folder / "config.yaml").is_file():
-        fix = "install from a checkout of the repository with pip install -e"
+        fix = "run `pip install .` in a checkout of the repository"
         raise ConfigErrors([Problem("configs", folder, "has no config.yaml", fix)])
     if config_dir is not None and not Path(config_dir).is_dir():
         raise ConfigErrors([Problem("--config-dir", config_dir, "is not a folder", "give the folder of your presets")])
@@ -135,7 +135,7 @@ def _translate(text: str, presets: Callable[[str], list[str]], purpose: Purpose,
     key = override.key_or_group
     if key.startswith("hydra"):
         raise _refused(text, "Hydra's own settings are not used", "for your own presets use --config-dir")
-    if key in _GROUPS and override.package is None:
+    if key in GROUPS and override.package is None:
         return _preset(override, text, presets(key), purpose, benchmarks)
     if override.is_delete():
         return [text]
@@ -165,12 +165,19 @@ def _preset(override: Override, text: str, names: list[str], purpose: Purpose, b
         if name not in benchmarks:
             fields |= {"answer_field": "answer", "verifier": Verifier.math.name}
         return [f"++evaluation.sets.{name}.{field}={value}" for field, value in fields.items()]
-    raise _refused(text, f"there is no preset of this name in configs/{group}", did_you_mean(str(choice), names))
+    if purpose is Purpose.eval and group == "data" and path.suffix:
+        fix = "convert it: megatron-tempo prepare custom FILE --out FILE.jsonl ..."
+        raise _refused(text, f"must end in {' or '.join(SUFFIXES)}", fix)
+    fix = did_you_mean(str(choice), names)
+    if purpose is Purpose.eval and group in ("model", "data"):
+        form = "an existing folder" if group == "model" else f"a file that ends in {' or '.join(SUFFIXES)}"
+        raise _refused(text, "names neither a preset nor a file", f"{form}; of the presets: {fix}")
+    raise _refused(text, f"there is no preset of this name in configs/{group}", fix)
 
 
 def meant_group(key: str) -> str | None:
     """The group of presets that `key` names, perhaps misspelt."""
-    close = [] if "." in key else get_close_matches(key, _GROUPS, n=1)
+    close = [] if "." in key else get_close_matches(key, GROUPS, n=1)
     return close[0] if close else None
 
 

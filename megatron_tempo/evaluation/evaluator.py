@@ -15,6 +15,7 @@ from megatron_tempo.config.schema import EvaluationConfig
 from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.evaluation.calibration import calibration_record
 from megatron_tempo.evaluation.scores import avg_at_k, avg_at_k_se, pass_at_k, pass_at_k_se
+from megatron_tempo.evaluation.token_texts import token_texts
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.batches import ask, batch_of, collect
 from megatron_tempo.rollout.engine import Engine, Sampling
@@ -108,7 +109,7 @@ def shown(
     return [
         {
             "prompt": prompt.text,
-            "tokens": [tokenizer.decode([token]) for token in response.tolist()],
+            "tokens": token_texts(tokenizer, response.tolist()),
             "values": None if by_row is None else by_row[i].tolist(),
             "correct": int(scored.correct[i, 0]),
             "answer": prompt.answer,

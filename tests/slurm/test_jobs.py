@@ -126,7 +126,7 @@ def test_eval_and_conversion(site: Site, undisturbed: Submitted) -> None:
     exported = undisturbed.exported
     score = site.started("scores", "--job", "eval", f"model={exported}/actor")
     checkpoint, out = undisturbed.run / f"checkpoints/step_{LAST:08d}", site.folder / "converted"
-    tool = ["--", "convert_megatron_to_hf", str(checkpoint), str(out), "--model", "critic"]
+    tool = ["--", "megatron-to-hf", str(checkpoint), str(out), "--model", "critic"]
     convert = site.started("conversion", "--job", "convert", *tool)
     assert score.ended()["JobState"] == "COMPLETED", score.log()
     assert convert.ended()["JobState"] == "COMPLETED", convert.log()
