@@ -109,6 +109,7 @@ class Worker:
             process.kill()
             process.wait()
         process.stdout.close()
+        self._kill_child()  # it is still there if only the worker was killed
         self._forget_child()
 
     def _ensure(self) -> None:

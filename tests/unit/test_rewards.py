@@ -460,6 +460,7 @@ def test_idle_worker_killed_between_items(verifiers: Verifiers) -> None:
     for of in (children, lambda: workers_of(psutil.Process())):
         (worker,) = of()
         worker.kill()
+        worker.wait(timeout=20)
         assert verifiers.score([item("1", r"\boxed{1}"), item("2", r"\boxed{1}")]) == [1.0, 0.0]
         (successor,) = of()
         assert successor.pid != worker.pid
