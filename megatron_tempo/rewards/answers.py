@@ -85,7 +85,7 @@ def last_sign(text: str) -> tuple[int, str] | None:
 
 
 def sentences(text: str) -> list[str]:
-    """What follows each `the answer is`, the last first.
+    r"""What follows each `the answer is`, the last first.
 
     >>> sentences("The answer is A. No: the answer is B.\nThat is all.")
     ['B', 'A']
