@@ -6,7 +6,9 @@ wrong types at once, wherever they are.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -62,7 +64,7 @@ def compose_tree(
         # several differ.
         folders = {Purpose.eval: EVAL_DIR, Purpose.convert: CONVERT_DIR}
         folder_of = folders.get(purpose) if whole is None else None
-        words = [] if folder_of is None else [f"++run.dir={folder_of}/{time.strftime('%Y%m%d-%H%M%S')}"]
+        words = [] if folder_of is None else [f"++run.dir={folder_of}/{_own_name()}"]
         problems: list[Problem] = []
         chosen = [name for text in overrides for name in _benchmarks(text)]
         # A set made by data=FILE comes first, so that its fields can be given in any order.
@@ -77,10 +79,16 @@ def compose_tree(
             return _plain(_sift(search, words, problems)), problems
 
 
+def _own_name() -> str:
+    """The name of a folder that no other job has: the time, and what tells jobs of the same second apart."""
+    job = os.getppid() if "RANK" in os.environ else os.getpid()  # the processes of a node have their launcher in common
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{job}"
+
+
 def _whole(file: str) -> dict[str, Any]:
     try:
         plain = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigErrors(
             [Problem("--config", file, f"cannot be read ({error})", "give a run's config.json")]
         ) from error
@@ -89,8 +97,9 @@ def _whole(file: str) -> dict[str, Any]:
     return plain
 
 
-# ValueError and IndexError: OmegaConf's, for a position in a list that is none (evaluation.pass_k.x=1).
-_COMPOSING = (HydraException, OmegaConfBaseException, YAMLError, ValueError, IndexError)
+# ValueError and IndexError: OmegaConf's, for a position in a list that is none (evaluation.pass_k.x=1); ValueError also
+# Python's, for a whole number of more than 4300 digits. OSError: a preset that cannot be read.
+_COMPOSING = (HydraException, OmegaConfBaseException, YAMLError, ValueError, IndexError, RecursionError, OSError)
 
 
 def _plain(words: list[str]) -> dict[str, Any]:
@@ -123,16 +132,36 @@ def _benchmarks(text: str) -> list[str]:
     return re.findall(r"\w+", value) if key.lstrip("+") == "benchmark" else []
 
 
+def _parsed(text: str) -> tuple[str, Override]:
+    """An override, and its text as Hydra's grammar has it: what would have to stand in quotes is put into quotes.
+
+    So data=数学.jsonl and 'run.dir=runs/a (b)' are what they look like.
+    """
+    key, equals, value = text.partition("=")
+    quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+    tried = [text] if not value or value[0] in "[{'\"" or not equals else [text, f'{key}="{quoted}"']
+    for words in tried:
+        try:
+            return words, OverridesParser.create().parse_override(words)
+        except (HydraException, ValueError, RecursionError):
+            continue
+    if key and not _KEY.fullmatch(key) and equals:
+        fix = "a field is named with letters, digits, _ and dots, as in docs/configuration.md"
+        raise _refused(text, "is no name of a field", fix)
+    raise _refused(text, "cannot be read", "write KEY=VALUE; quote a value with special characters: 'KEY=\"VALUE\"'")
+
+
+_KEY = re.compile(r"[+~]{0,2}[A-Za-z_][\w@:/.-]*", re.ASCII)
+
+
 def _translate(text: str, presets: Callable[[str], list[str]], purpose: Purpose, benchmarks: list[str]) -> list[str]:
     """One override of the user as Hydra is to see it. Raises ConfigErrors."""
-    try:
-        override = OverridesParser.create().parse_override(text)
-    except HydraException as error:
-        fix = "write KEY=VALUE; quote a value with special characters: 'KEY=\"VALUE\"'"
-        raise _refused(text, "cannot be read", fix) from error
-    if override.is_sweep_override():
-        raise _refused(text, "sweeps over several values are not supported", "give one value, or a list as [a,b]")
+    text, override = _parsed(text)
     key = override.key_or_group
+    if override.is_sweep_override():
+        value = text.partition("=")[2]
+        fix = f"give one value, a list as {key}=[{value}], or text with a comma in quotes: '{key}=\"{value}\"'"
+        raise _refused(text, "sweeps over several values are not supported", fix)
     if key.startswith("hydra"):
         raise _refused(text, "Hydra's own settings are not used", "for your own presets use --config-dir")
     if key in GROUPS and override.package is None:
@@ -160,7 +189,7 @@ def _preset(override: Override, text: str, names: list[str], purpose: Purpose, b
     if group == "data" and path.suffix in SUFFIXES:
         if purpose is not Purpose.eval:
             raise _refused(text, "is only for eval", f"data.labelled.path={given} or data.unlabelled.path={given}")
-        name = re.sub(r"\W", "_", path.stem)
+        name = set_name(path)
         fields = {"path": given}
         if name not in benchmarks:
             fields |= {"answer_field": "answer", "verifier": Verifier.math.name}
@@ -173,6 +202,18 @@ def _preset(override: Override, text: str, names: list[str], purpose: Purpose, b
         form = "an existing folder" if group == "model" else f"a file that ends in {' or '.join(SUFFIXES)}"
         raise _refused(text, "names neither a preset nor a file", f"{form}; of the presets: {fix}")
     raise _refused(text, f"there is no preset of this name in configs/{group}", fix)
+
+
+def set_name(path: Path) -> str:
+    """The name of the evaluation set that data=FILE adds: one that can stand in an override.
+
+    >>> [set_name(Path(name)) for name in ("gsm8k-test.jsonl", "24game.jsonl", "数学.jsonl")]
+    ['gsm8k_test', 'set_24game', 'set_872c1f']
+    """
+    name = re.sub(r"\W", "_", path.stem, flags=re.ASCII)
+    if not re.search(r"[A-Za-z0-9]", name):
+        return f"set_{hashlib.sha256(path.stem.encode(errors='surrogateescape')).hexdigest()[:6]}"
+    return name if re.match(r"[A-Za-z_]", name) else f"set_{name}"
 
 
 def meant_group(key: str) -> str | None:

@@ -6,6 +6,7 @@ Reading goes through the whole tree and collects every unknown field and every v
 from __future__ import annotations
 
 import json
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 from megatron_tempo.config.extensions import PREFIX, Extension, ExtensionError
 from megatron_tempo.config.problem import ConfigErrors, Problem, did_you_mean
 from megatron_tempo.config.schema import Config, to_plain
+from megatron_tempo.errors import hidden
 
 MISSING = "???"  # Hydra's mark of a value that the user must give
 
@@ -129,6 +131,8 @@ def _value(hint: Any, value: Any, path: str, default: Any, problems: list[Proble
     if origin is dict:
         if not isinstance(value, Mapping):
             raise _BadValue(Problem(path, value, "is a group of named entries, not a value", f"set {path}.NAME fields"))
+        if bad := [str(key) for key in value if hidden(str(key)) or "\n" in str(key) or "\t" in str(key)]:
+            raise _BadValue(Problem(path, bad[0], "a name has invisible characters", f"rename {path}.{bad[0]}"))
         return {str(key): _value(args[1], item, _join(path, str(key)), None, problems) for key, item in value.items()}
     if origin is list:
         if not isinstance(value, list):
@@ -157,12 +161,43 @@ def _member(kind: type[Enum], value: Any, path: str) -> Enum:
 
 def _scalar(kind: type, value: Any, path: str) -> Any:
     if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is kind:
-        return value
-    quote = kind is str and isinstance(value, int | float)
-    fix = f"quote it: '{path}=\"{value}\"'" if quote else f"for example {path}={_EXAMPLE[kind]}"
-    raise _BadValue(Problem(path, value, f"must be {_EXPECTED[kind]}", fix))
+        value = float(value) if value.bit_length() < 1024 else math.copysign(math.inf, value)
+    if type(value) is not kind:
+        raise _BadValue(Problem(path, value, f"must be {_EXPECTED[kind]}", _scalar_fix(kind, value, path)))
+    if kind is str:
+        _check_text(value, path)
+    return value
+
+
+def _scalar_fix(kind: type, value: Any, path: str) -> str:
+    if kind is not str or not isinstance(value, int | float) or isinstance(value, bool):
+        return f"for example {path}={_EXAMPLE[kind]}"
+    quoted = f"'{path}=\"{value}\"'"
+    if path != "cluster.slurm.time_limit" or not isinstance(value, int) or value < 60:
+        return f"quote it: {quoted} (without quotes YAML reads 010, 1e3 or 12:00 as a number)"
+    hours, seconds = divmod(value, 3600)
+    time = f"{hours}:{seconds // 60:02}:{seconds % 60:02}"
+    return (
+        f"quote it: '{path}=\"{time}\"' if you wrote {time} (YAML reads that as {value} without quotes), "
+        f"or {quoted} for {value} minutes"
+    )
+
+
+# Texts that a model reads: they may have several lines, and marks that a terminal would not show.
+_PROSE = ("suffix", "system")
+
+
+def _check_text(value: str, path: str) -> None:
+    """Raises _BadValue for characters that would run as a command, end a path or not be seen in a message."""
+    is_prose = path.rpartition(".")[2] in _PROSE
+    for character in value:
+        code = ord(character)
+        if 0xD800 <= code < 0xE000:
+            fix = f"give {path} in UTF-8; rename a file whose name is not"
+            raise _BadValue(Problem(path, value, "is not UTF-8", fix))
+        if (hidden(character) and (code < 0x80 or not is_prose)) or (character in "\n\t" and not is_prose):
+            fix = f"type {path} anew, without it"
+            raise _BadValue(Problem(path, value, f"has the invisible character U+{code:04X}", fix))
 
 
 def _unknown(path: str, key: str, value: Any, siblings: list[str]) -> Iterator[Problem]:

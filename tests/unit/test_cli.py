@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import socket
@@ -82,8 +83,8 @@ TYPOS = {
     "model=qwen": "model=qwen: there is no preset of this name in configs/model; fix: did you mean qwen3_8b or "
     "qwen3_14b?",
     "data=a.jsonl": "data=a.jsonl: is only for eval; fix: data.labelled.path=a.jsonl or data.unlabelled.path=a.jsonl",
-    "run.seed=1,2": "run.seed=1,2: sweeps over several values are not supported; fix: give one value, or a list "
-    "as [a,b]",
+    "run.seed=1,2": "run.seed=1,2: sweeps over several values are not supported; fix: give one value, a list "
+    "as run.seed=[1,2], or text with a comma in quotes: 'run.seed=\"1,2\"'",
     "run.seed": "run.seed=: cannot be read; fix: write KEY=VALUE; quote a value with special characters: "
     "'KEY=\"VALUE\"'",
     "hydra.verbose=true": "hydra.verbose=true: Hydra's own settings are not used; fix: for your own presets "
@@ -113,7 +114,10 @@ def test_typos_and_broken_rules_come_in_one_report(good: list[str], capsys: pyte
 
 def test_an_unreadable_value_is_told_once(good: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     lines = report(capsys, "check", *good, "run.dir=7")
-    assert lines[1:] == ["run.dir=7: must be text; fix: quote it: 'run.dir=\"7\"'"]
+    assert lines[1:] == [
+        "run.dir=7: must be text; fix: quote it: 'run.dir=\"7\"' "
+        "(without quotes YAML reads 010, 1e3 or 12:00 as a number)"
+    ]
 
 
 def test_presets_of_ones_own(good: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,7 +217,7 @@ def test_eval_takes_a_folder_and_files(good: list[str], tmp_path: Path, called: 
         "my_held_out": (str(files[1]), "prompt", "answer"),
     }
     assert [s.verifier.name for s in sets.values() if s.verifier] == ["countdown", "math"]
-    assert re.fullmatch(EVAL_DIR + r"/\d{8}-\d{6}", config.run.dir)
+    assert re.fullmatch(EVAL_DIR + r"/\d{8}-\d{6}-\d+", config.run.dir)
 
 
 def test_eval_on_benchmarks(good: list[str], tmp_path: Path, called: list[tuple[str, Config]]) -> None:
@@ -258,7 +262,7 @@ def test_eval_writes_into_no_other_run(
     assert cli.main(arguments) == 0
     assert cli.main(arguments) == 0
     assert cli.main([*arguments, "run.dir=elsewhere"]) == 0
-    fresh = ["runs/eval/20260102-030405", "runs/eval/20260102-030406"]
+    fresh = [f"runs/eval/20260102-03040{second}-{os.getpid()}" for second in (5, 6)]
     assert [config.run.dir for _, config in called] == [*fresh, "elsewhere"]
 
 

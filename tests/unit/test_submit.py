@@ -149,7 +149,7 @@ def test_servers_take_gpus_of_each_node_or_nodes_of_their_own(
 
 def test_the_other_jobs(good: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = dry(capsys, "--job", "eval", "cluster=h100x8", f"model={tmp_path}/model", f"data={tmp_path}/heldout.jsonl")
-    assert re.search(r"/runs/eval/\d{8}-\d{6}$", values(script)["RUN"][0])
+    assert re.search(r"/runs/eval/\d{8}-\d{6}-\d+$", values(script)["RUN"][0])
     assert "--no-requeue" in options(script)
     assert not any("signal" in option for option in options(script))
     words = ["hf-to-megatron", "A B", "OUT", "--model", "critic"]

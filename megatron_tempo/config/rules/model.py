@@ -13,6 +13,7 @@ from megatron_tempo.config.tree import MISSING, walk
 
 FAMILIES = ("olmo3", "qwen3")  # model_type of the families that megatron_tempo/models knows
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
+LARGEST = 2**31 - 1  # of the sizes in a config.json
 _AS_SAVED = "give a folder as transformers' save_pretrained writes it"
 
 
@@ -70,9 +71,9 @@ def _shape(folder: Path) -> tuple[ModelShape | None, str]:
     family = plain.get("model_type")
     plain = _with_head_dim(plain)
     names = ModelShape.__dataclass_fields__
-    bad = [name for name in names if type(plain.get(name)) is not int or plain[name] < 1]
+    bad = [name for name in names if type(plain.get(name)) is not int or not 1 <= plain[name] <= LARGEST]
     if family in FAMILIES and bad:
-        return None, f"config.json has no positive whole number under {', '.join(bad)}"
+        return None, f"config.json has no whole number from 1 to {LARGEST:,} under {', '.join(bad)}"
     shape = ModelShape(**{name: 1 if name in bad else plain[name] for name in names})
     return shape, "" if family in FAMILIES else f"model_type {family} is not supported"
 

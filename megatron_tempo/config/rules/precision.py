@@ -22,7 +22,7 @@ from megatron_tempo.config.recipes import (
     runs_on,
     wanted_gpu,
 )
-from megatron_tempo.config.rules.layout import Laid, folders_of, laid_of
+from megatron_tempo.config.rules.layout import Laid, divisors, folders_of, laid_of
 from megatron_tempo.config.rules.model import ModelShape
 from megatron_tempo.config.schema import Config
 
@@ -129,7 +129,7 @@ def _sizes(config: Config, recipe: Recipe, laid: Laid, folder: str, shape: Model
     def even(tensor: int, multiple: int) -> bool:
         return shape.hidden_size % multiple == 0 and all(size % (tensor * multiple) == 0 for size in cut.values())
 
-    smaller = [t for t in range(tensor - 1, 0, -1) if tensor % t == 0 and even(t, recipe.multiple)]
+    smaller = [t for t in reversed(divisors(tensor)[:-1]) if even(t, recipe.multiple)]
     others = [other.name for other, needs in RECIPES.items() if even(tensor, needs.multiple)]
     fixes = [f"{laid.fields['tensor']}={smaller[0]}"] if smaller else []
     wrong = f"multiplies in multiples of {recipe.multiple}, which {' and '.join(uneven)} of {folder} are not"
