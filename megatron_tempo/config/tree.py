@@ -164,7 +164,7 @@ def _scalar(kind: type, value: Any, path: str) -> Any:
         value = float(value) if value.bit_length() < 1024 else math.copysign(math.inf, value)
     if type(value) is not kind:
         raise _BadValue(Problem(path, value, f"must be {_EXPECTED[kind]}", _scalar_fix(kind, value, path)))
-    if kind is str:
+    if isinstance(value, str):
         _check_text(value, path)
     return value
 

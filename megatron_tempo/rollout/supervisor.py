@@ -19,7 +19,7 @@ from datetime import timedelta
 import httpx
 import torch.distributed as dist
 
-from megatron_tempo.errors import EngineError
+from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rollout.server import Server
 from megatron_tempo.rollout.server_adapter import ServerAdapter, authorised
 from megatron_tempo.runtime import progress_marker
@@ -70,7 +70,7 @@ class ServerSupervisor:
                 return None
             try:
                 server = self._servers[order["server"]] = self._make(order["server"])
-            except OSError as error:
+            except (OSError, InputError) as error:
                 orders.set(reply, json.dumps({"error": str(error)}))
             else:
                 threading.Thread(target=self._wait, args=(server, reply), daemon=True).start()
@@ -117,7 +117,8 @@ class ExternalServers:
 
     async def start(self, index: int) -> str:
         url, deadline, last = self._addresses[index], time.monotonic() + self._seconds, "it does not answer"
-        async with httpx.AsyncClient(base_url=url, headers=authorised(self._key), timeout=5.0) as client:
+        headers = authorised(self._key)
+        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=5.0, trust_env=False) as client:
             while time.monotonic() < deadline:
                 progress_marker.mark()
                 try:

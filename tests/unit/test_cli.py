@@ -148,6 +148,13 @@ def test_train_checks_then_trains(
     assert (name, config.run.seed) == ("train", 7)
 
 
+def launch(monkeypatch: pytest.MonkeyPatch, rank: str, local_rank: str, world: str = "6") -> None:
+    """Stands for torchrun."""
+    rendezvous = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {"RANK": rank, "LOCAL_RANK": local_rank, **rendezvous}.items():
+        monkeypatch.setenv(name, value)
+
+
 def test_one_process_a_node_reports(
     good: list[str],
     called: list[tuple[str, Config]],
@@ -155,11 +162,9 @@ def test_one_process_a_node_reports(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def reported(rank: str, local_rank: str) -> list[str]:
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        launch(monkeypatch, rank, local_rank)
         return report(capsys, "train", *good, "parallel.tensor=4")
 
-    monkeypatch.setenv("WORLD_SIZE", "6")
     monkeypatch.setattr(socket, "gethostname", lambda: "node7")
     first = reported("0", "0")
     assert first[0] == "1 problem in the configuration:"
@@ -181,8 +186,7 @@ def test_an_error_of_the_job_names_its_node(
     monkeypatch.setattr(sys.modules["megatron_tempo.training.jobs"], "train", fail)
     monkeypatch.setattr(socket, "gethostname", lambda: "node7")
     assert report(capsys, "train", *good) == ["error: no such row"]
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    launch(monkeypatch, "3", "0", "4")
     assert report(capsys, "train", *good) == ["node7: error: no such row"]
 
 
@@ -198,7 +202,7 @@ def test_a_run_that_was_told_to_stop_has_a_status_of_its_own(
     monkeypatch.setattr(sys.modules["megatron_tempo.training.jobs"], "train", stop)
     assert cli.main(["train", *good]) == cli.STOPPED == 75
     assert capsys.readouterr().out == "stopped after 3 iterations\n"
-    monkeypatch.setenv("RANK", "1")
+    launch(monkeypatch, "1", "1", "2")
     assert cli.main(["train", *good]) == 75
     assert capsys.readouterr().out == ""
 

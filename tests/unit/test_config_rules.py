@@ -151,7 +151,7 @@ ONE_FIELD = [
     ("evaluation.calibration_set=heldot", "evaluation.calibration_set", "not in evaluation.sets", "heldout"),
     ("rewards.judge.retries=-1", "rewards.judge.retries", "0 or more", "retries=0"),
     ("data.held_out=[heldot]", "data.held_out", "heldot is not in evaluation.sets", "heldout"),
-    ("rollout.replay=TMP/none", "rollout.replay", "is not a folder", "rollout.dump=true"),
+    ("rollout.replay=TMP/none", "rollout.replay", "does not exist", "rollout.dump=true"),
 ]
 
 
@@ -587,12 +587,18 @@ FOUND = ["rollout.engine=vllm", "rollout.servers.python=/none"]
     ("overrides", "field", "wrong"),
     [
         (["addresses=[http://127.0.0.1]"], "rollout.servers.addresses", "no address"),
+        (["addresses=[http://127.0.0.1:70000]"], "rollout.servers.addresses", "no address"),
+        (["addresses=[http://127.0.0.1:1]", "host='::1'"], "rollout.servers.host", "IPv6"),
+        (["addresses=[http://127.0.0.1:1]", "host=0.0.0.0"], "rollout.servers.host", "every address"),
+        (["addresses=[http://127.0.0.1:1]", "host='a b'"], "rollout.servers.host", "no host"),
+        (["addresses=[http://10.0.0.5:8000]", "host=127.0.1.1"], "rollout.servers.host", "not reached from another"),
+        (["addresses=[http://10.0.0.5:8000]", "host=localhost"], "rollout.servers.host", "not reached from another"),
         (["addresses=[]"], "rollout.servers.addresses", "is empty"),
         (["addresses=[http://127.0.0.1:1,http://127.0.0.1:1]"], "rollout.servers.addresses", "twice"),
         (["addresses=[http://10.0.0.5:8000]"], "rollout.servers.host", "not reached from another machine"),
         (["addresses=[http://127.0.0.1:1]", "each_node=true"], "rollout.servers.each_node", "none is started"),
         (["addresses=[http://127.0.0.1:1]", "key_file=null"], "rollout.servers.key_file", "without a key"),
-        (["addresses=[http://127.0.0.1:1]", "key_file=/none"], "rollout.servers.key_file", "no file"),
+        (["addresses=[http://127.0.0.1:1]", "key_file=/none"], "rollout.servers.key_file", "does not exist"),
     ],
 )
 def test_servers_that_are_found(files: Path, overrides: list[str], field: str, wrong: str) -> None:
@@ -667,7 +673,7 @@ JUDGES = [
     (JUDGE[1:], ["rewards.judge.url"], "is wanted beside"),
     (("rewards.judge.url=h:1", JUDGE[1]), ["rewards.judge.url"], "is no address"),
     (("rewards.judge.url=http://h:1/v1/chat/completions", JUDGE[1]), ["rewards.judge.url"], "is added to it"),
-    ((*JUDGE, "rewards.judge.key_file=TMP/none"), ["rewards.judge.key_file"], "is no file"),
+    ((*JUDGE, "rewards.judge.key_file=TMP/none"), ["rewards.judge.key_file"], "does not exist"),
     ((*JUDGE, "rewards.judge.key_file=TMP/empty"), ["rewards.judge.key_file"], "is empty"),
     (
         (*JUDGE, "data.unlabelled.verifier=judge", "stage2.method=ttrl", "stage2.labelled_prompts=0"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tempo.config.problem import Problem
+from megatron_tempo.config.rules.files import wrong_with_file, wrong_with_folder
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import MISSING, walk
 
@@ -39,9 +40,8 @@ def read_models(config: Config) -> tuple[dict[str, ModelShape], list[Problem]]:
         if value is None or value == MISSING:
             continue
         folder = Path(value)
-        if not folder.is_dir():
-            wrong = "is not a folder" if folder.exists() else "does not exist"
-            problems.append(Problem(field, value, wrong, _AS_SAVED))
+        if wrong_folder := wrong_with_folder(folder):
+            problems.append(Problem(field, value, wrong_folder, _AS_SAVED))
             continue
         problems += _weights(field, folder)
         if field == "model.path":
@@ -64,7 +64,7 @@ def _shape(folder: Path) -> tuple[ModelShape | None, str]:
         return None, "has no config.json"
     try:
         plain = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         return None, f"config.json is not JSON ({error})"
     if not isinstance(plain, dict):
         return None, "config.json does not hold an object"
@@ -93,9 +93,9 @@ def _weights(field: str, folder: Path) -> list[Problem]:
         return [] if is_present else [Problem(field, str(folder), "has no safetensors files", _AS_SAVED)]
     try:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return [Problem(field, str(folder), f"{index.name} has no readable weight_map", _AS_SAVED)]
-    absent = sorted(str(name) for name in shards if not (folder / str(name)).is_file())
+    absent = sorted(str(name) for name in shards if wrong_with_file(folder / str(name)))
     if not absent:
         return []
     return [Problem(field, str(folder), f"{index.name} names absent files: {', '.join(absent)}", "copy them there too")]
@@ -119,7 +119,7 @@ def _has_chat_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
         return True
     file = folder / "tokenizer_config.json"
-    return file.is_file() and '"chat_template"' in file.read_text(encoding="utf-8")
+    return wrong_with_file(file) is None and '"chat_template"' in file.read_text(encoding="utf-8", errors="replace")
 
 
 def _same_vocabulary(config: Config, shapes: dict[str, ModelShape]) -> list[Problem]:

@@ -72,7 +72,7 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
     schema.RunConfig: {
         "seed": _from(0, SEED),
         "max_consecutive_nonfinite_steps": _ONE_TO_COUNT,
-        "hang_minutes": _above(0, YEAR / 60),
+        "hang_minutes": _above(0, 2 * YEAR / 60),  # more than any wait
     },
     schema.ModelConfig: {"num_bf16_layers_at_ends": _UP_TO_COUNT},
     schema.ParallelConfig: {
