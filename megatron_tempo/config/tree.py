@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass, replace
 from difflib import get_close_matches
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,7 +89,7 @@ def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def field_paths(cls: type = Config, path: str = "") -> Iterator[str]:
     """The paths of all leaves; NAME stands for a key that the user chooses."""
-    for name, hint in typing.get_type_hints(cls).items():
+    for name, hint in _hints(cls).items():
         below = _join(path, name)
         inner = strip_optional(hint)
         if typing.get_origin(inner) is dict:
@@ -99,9 +100,15 @@ def field_paths(cls: type = Config, path: str = "") -> Iterator[str]:
             yield below
 
 
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of a class's fields; Python evaluates their text anew each time."""
+    return typing.get_type_hints(cls)
+
+
 def _fill(default: _Node, plain: Any, path: str, problems: list[Problem]) -> _Node:
     """`default`, a dataclass, with the values of `plain` in it."""
-    hints = typing.get_type_hints(type(default))
+    hints = _hints(type(default))
     if not isinstance(plain, Mapping):
         wrong = "is a group of fields, not a value"
         problems.append(Problem(path, plain, wrong, f"set its fields, such as {path}.{next(iter(hints))}"))
@@ -161,7 +168,7 @@ def _member(kind: type[Enum], value: Any, path: str) -> Enum:
 
 def _scalar(kind: type, value: Any, path: str) -> Any:
     if kind is float and type(value) is int:
-        value = float(value) if value.bit_length() < 1024 else math.copysign(math.inf, value)
+        value = float(value) if value.bit_length() < 1024 else (math.inf if value > 0 else -math.inf)
     if type(value) is not kind:
         raise _BadValue(Problem(path, value, f"must be {_EXPECTED[kind]}", _scalar_fix(kind, value, path)))
     if isinstance(value, str):
@@ -224,7 +231,7 @@ def _meant(path: str, key: str, siblings: list[str]) -> str:
     return (
         f"did you mean {' or '.join(close)}?"
         if close
-        else f"one of {', '.join(siblings or typing.get_type_hints(Config))}"
+        else f"one of {', '.join(siblings or _hints(Config))}"
     )
 
 

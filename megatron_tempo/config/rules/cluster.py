@@ -58,7 +58,7 @@ def site(config: Config) -> Iterator[Problem]:
         return
     slurm, field = config.cluster.slurm, "cluster.slurm"
     if slurm.time_limit is not None and not _TIME.fullmatch(slurm.time_limit):
-        fix = f"{field}.time_limit='\"12:00:00\"', or MINUTES or D-HH:MM:SS"
+        fix = f"{field}.time_limit='\"12:00:00\"'; the forms are MINUTES, HH:MM:SS and D-HH:MM:SS"
         yield Problem(f"{field}.time_limit", slurm.time_limit, "is no time that sbatch reads", fix)
     for option in slurm.options:
         if not _OPTION.fullmatch(option):

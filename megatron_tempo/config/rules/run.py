@@ -47,11 +47,11 @@ def _hang(config: Config) -> Iterator[Problem]:
     if config.rewards.judge.url is not None:
         limits["rewards.judge.timeout_seconds"] = config.rewards.judge.timeout_seconds
     minutes = config.run.hang_minutes
-    for name, seconds in limits.items():
-        if minutes is not None and 0 < minutes * 60 <= seconds:
-            wrong = f"a wait of {name}={seconds:g} would count as a hang"
-            fix = f"run.hang_minutes above {seconds / 60:g}, or run.hang_minutes=null"
-            yield Problem("run.hang_minutes", minutes, wrong, fix)
+    name = max(limits, key=lambda name: limits[name], default=None)
+    if name is not None and minutes is not None and 0 < minutes * 60 <= limits[name]:
+        wrong = f"a wait of {name}={limits[name]:g} would count as a hang"
+        fix = f"run.hang_minutes above {limits[name] / 60:g}, or run.hang_minutes=null"
+        yield Problem("run.hang_minutes", minutes, wrong, fix)
 
 
 def _folder(config: Config, training: bool) -> Iterator[Problem]:
