@@ -26,7 +26,8 @@ class Problem:
     fix: str
 
     def __str__(self) -> str:
-        return printable(f"{_clipped(self.field)}={_clipped(show(self.value))}: {self.wrong}; fix: {self.fix}")
+        text = f"{_clipped(self.field)}={_clipped(show(self.value))}: {self.wrong}; fix: {self.fix}"
+        return printable(" ".join(text.split("\n")))
 
 
 class ConfigErrors(InputError):
