@@ -133,7 +133,7 @@ def _benchmarks(text: str) -> list[str]:
 
 
 def _parsed(text: str) -> tuple[str, Override]:
-    """An override, and its text as Hydra's grammar has it: what would have to stand in quotes is put into quotes.
+    """An override, and its text as Hydra's grammar has it: a value that needs quotes gets them.
 
     So data=数学.jsonl and 'run.dir=runs/a (b)' are what they look like.
     """
@@ -205,7 +205,7 @@ def _preset(override: Override, text: str, names: list[str], purpose: Purpose, b
 
 
 def set_name(path: Path) -> str:
-    """The name of the evaluation set that data=FILE adds: one that can stand in an override.
+    """The name of the evaluation set that data=FILE adds: one that an override can contain.
 
     >>> [set_name(Path(name)) for name in ("gsm8k-test.jsonl", "24game.jsonl", "数学.jsonl")]
     ['gsm8k_test', 'set_24game', 'set_872c1f']

@@ -108,7 +108,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 def _fill(default: _Node, plain: Any, path: str, problems: list[Problem]) -> _Node:
     """`default`, a dataclass, with the values of `plain` in it."""
-    hints = _hints(type(default))
+    hints = _hints(typing.cast("type", type(default)))
     if not isinstance(plain, Mapping):
         wrong = "is a group of fields, not a value"
         problems.append(Problem(path, plain, wrong, f"set its fields, such as {path}.{next(iter(hints))}"))
@@ -228,11 +228,7 @@ def _meant(path: str, key: str, siblings: list[str]) -> str:
     top = path.partition(".")[0]
     same = sorted((other for other in known if other.endswith(f".{key}")), key=lambda other: not other.startswith(top))
     close = beside or get_close_matches(path, known, n=1, cutoff=0.9) or same[:3]
-    return (
-        f"did you mean {' or '.join(close)}?"
-        if close
-        else f"one of {', '.join(siblings or _hints(Config))}"
-    )
+    return f"did you mean {' or '.join(close)}?" if close else f"one of {', '.join(siblings or _hints(Config))}"
 
 
 def strip_optional(hint: Any) -> Any:

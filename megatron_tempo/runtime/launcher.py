@@ -17,8 +17,8 @@ _NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
 def launched_processes(environment: Mapping[str, str] = os.environ) -> int:
     """The number of processes of this run.
 
-    Raises InputError if several were started, but not told of each other (each would be a run, all in one folder), and
-    if what torch.distributed reads is not whole.
+    Raises InputError if several were started that do not know of each other (each would be a run of its own, all in one
+    folder), and if what torch.distributed reads is not whole.
     """
     if "RANK" not in environment:
         for name, launcher in _OTHERS.items():

@@ -59,7 +59,7 @@ def _call(words: list[str]) -> str:
 # Variables that tell SLURM's commands of the site, not of the allocation that they are called in.
 _OF_THE_SITE = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT", "SLURM_DEBUG_FLAGS")
 # What an allocation, a step of one or a launcher says of its own processes: sbatch would hand it on to the job, where
-# SLURM_MEM_PER_CPU, beside the job's own SLURM_MEM_PER_NODE, makes srun fail.
+# SLURM_MEM_PER_CPU makes srun fail if the job has a SLURM_MEM_PER_NODE of its own.
 _OF_A_JOB = (
     "SLURM_",
     "SLURMD_",
