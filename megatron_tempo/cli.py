@@ -185,7 +185,7 @@ def _submit(config: Config, kind: jobs.Kind, arguments: argparse.Namespace) -> i
     if arguments.dry_run:
         print(preview(job, REPOSITORY), end="")
         return 0
-    submit(job, REPOSITORY, arguments.chain, print)
+    submit(job, REPOSITORY, arguments.chain, lambda text: print(printable(text)))
     return 0
 
 

@@ -32,6 +32,8 @@ from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.problem import ConfigErrors, Problem, did_you_mean
 from megatron_tempo.config.rules import Purpose
 from megatron_tempo.config.rules.data import SUFFIXES
+from megatron_tempo.config.rules.evaluation import SET_NAME_BYTES
+from megatron_tempo.config.rules.files import wrong_with_folder
 from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.shipped import REPOSITORY
 
@@ -48,8 +50,8 @@ def compose_tree(
     if not (folder / "config.yaml").is_file():
         fix = "run `pip install .` in a checkout of the repository"
         raise ConfigErrors([Problem("configs", folder, "has no config.yaml", fix)])
-    if config_dir is not None and not Path(config_dir).is_dir():
-        raise ConfigErrors([Problem("--config-dir", config_dir, "is not a folder", "give the folder of your presets")])
+    if config_dir is not None and (wrong := wrong_with_folder(Path(config_dir))):
+        raise ConfigErrors([Problem("--config-dir", config_dir, wrong, "give the folder of your presets")])
     store = ConfigStore.instance()
     store.store(name="defaults", node=to_plain(Config()) if whole is None else _whole(whole))
     for name in (name for name, benchmark in BENCHMARKS.items() if not benchmark.training):
@@ -76,6 +78,8 @@ def compose_tree(
         try:
             return _plain(search + words), problems
         except _COMPOSING:
+            if whole is not None:
+                _check_whole(search, whole)
             return _plain(_sift(search, words, problems)), problems
 
 
@@ -88,13 +92,28 @@ def _own_name() -> str:
 def _whole(file: str) -> dict[str, Any]:
     try:
         plain = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigErrors(
-            [Problem("--config", file, f"cannot be read ({error})", "give a run's config.json")]
-        ) from error
+        OmegaConf.create(plain if isinstance(plain, dict) else {})
+    except _COMPOSING as error:
+        wrong = f"cannot be read ({_in_short(error)})"
+        raise ConfigErrors([Problem("--config", file, wrong, "give a run's config.json")]) from error
     if not isinstance(plain, dict):
         raise ConfigErrors([Problem("--config", file, "is not a JSON object", "give a run's config.json")])
     return plain
+
+
+def _in_short(error: BaseException) -> str:
+    """The first three lines of an error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return "; ".join(line if len(line) <= 300 else f"{line[:300]}..." for line in lines[:3])
+
+
+def _check_whole(search: list[str], file: str) -> None:
+    """Raises ConfigErrors if a whole configuration cannot be composed by itself."""
+    try:
+        _plain(search)
+    except _COMPOSING as error:
+        wrong = f"cannot be read as a configuration ({_in_short(error)})"
+        raise ConfigErrors([Problem("--config", file, wrong, "give a run's config.json")]) from error
 
 
 # ValueError and IndexError: OmegaConf's, for a position in a list that is none (evaluation.pass_k.x=1); ValueError also
@@ -115,10 +134,8 @@ def _sift(accepted: list[str], words: list[str], problems: list[Problem]) -> lis
     except _COMPOSING as error:
         if len(words) == 1:
             key, _, value = words[0].partition("=")
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            problems.append(
-                Problem(key.lstrip("+"), value, "; ".join(lines[:3]), "correct it, or the file that it names")
-            )
+            fix = "correct it, or the file that it names"
+            problems.append(Problem(key.lstrip("+"), value, _in_short(error), fix))
             return accepted
         if not words:  # the files of configs/ themselves
             raise
@@ -184,7 +201,7 @@ def _preset(override: Override, text: str, names: list[str], purpose: Purpose, b
             return [text.lstrip("+")]
         raise _refused(text, f"there is no benchmark {unknown[0]}", did_you_mean(unknown[0], names))
     path = Path(str(choice))
-    if group == "model" and (path.exists() or "/" in str(choice)):
+    if group == "model" and (os.path.exists(path) or "/" in str(choice)):
         return [f"++model.path={given}"]
     if group == "data" and path.suffix in SUFFIXES:
         if purpose is not Purpose.eval:
@@ -211,9 +228,11 @@ def set_name(path: Path) -> str:
     ['gsm8k_test', 'set_24game', 'set_872c1f']
     """
     name = re.sub(r"\W", "_", path.stem, flags=re.ASCII)
+    digest = hashlib.sha256(path.stem.encode(errors="surrogateescape")).hexdigest()[:6]
     if not re.search(r"[A-Za-z0-9]", name):
-        return f"set_{hashlib.sha256(path.stem.encode(errors='surrogateescape')).hexdigest()[:6]}"
-    return name if re.match(r"[A-Za-z_]", name) else f"set_{name}"
+        return f"set_{digest}"
+    name = name if re.match(r"[A-Za-z_]", name) else f"set_{name}"
+    return name if len(name) <= SET_NAME_BYTES else f"{name[: SET_NAME_BYTES - 7]}_{digest}"
 
 
 def meant_group(key: str) -> str | None:

@@ -13,7 +13,7 @@ from megatron_tempo.config.choices import EnginePrecision
 from megatron_tempo.config.schema import JudgeConfig, ServersConfig
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rewards.judge import JudgeScorer
-from megatron_tempo.rollout import addresses
+from megatron_tempo.rollout import addresses, supervisor
 from megatron_tempo.rollout.addresses import chosen_devices, own_address
 from megatron_tempo.rollout.server import Server
 from megatron_tempo.rollout.server_adapter import Call, Launch, Start
@@ -152,3 +152,14 @@ def test_a_judge_on_this_machine_is_asked_without_a_proxy(tmp_path: Path) -> Non
         JudgeScorer(JudgeConfig(url=f"http://{host}:1/v1", model="m"), tmp_path).close()
     with pytest.raises(InputError, match=r"the environment's proxy cannot be used for .*: set NO_PROXY=judge\.example"):
         JudgeScorer(JudgeConfig(url="http://judge.example:1/v1", model="m"), tmp_path)
+
+
+def test_a_host_that_does_not_resolve_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolve(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(supervisor, "UNRESOLVED", 2)
+    servers = ExternalServers(Files(), ["http://nobody.invalid:1"], KEY, 600)  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match=r"http://nobody\.invalid:1: the host does not resolve on"):
+        asyncio.run(servers.start(0))

@@ -135,7 +135,7 @@ def test_presets_of_ones_own(good: list[str], tmp_path: Path, capsys: pytest.Cap
     (line,) = report(capsys, *arguments, "experiment=broken")[1:]
     assert line.startswith("experiment=broken: ")
     assert "broken.yaml" in line
-    assert report(capsys, "check", "--config-dir", "nowhere")[1].startswith("--config-dir=nowhere: is not a folder")
+    assert report(capsys, "check", "--config-dir", "nowhere")[1].startswith("--config-dir=nowhere: does not exist")
 
 
 def test_train_checks_then_trains(

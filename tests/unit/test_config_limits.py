@@ -16,6 +16,7 @@ from megatron_tempo import cli
 from megatron_tempo.config import Config, ConfigErrors, Purpose, check
 from megatron_tempo.config.compose import set_name
 from megatron_tempo.config.rules import numbers
+from megatron_tempo.config.rules.evaluation import SET_NAME_BYTES
 from megatron_tempo.config.rules.layout import divisors
 from megatron_tempo.config.schedule import evaluation_point, evaluations_left, remaining, total
 from megatron_tempo.config.schema import ClusterConfig, to_plain
@@ -261,3 +262,46 @@ def test_a_fix_of_an_override_works(word: str, files: Path) -> None:
     assert (f"{name}={value}" in before) or f"did you mean {name}" in before or f"did you mean {value}" in before
     wrong = before.splitlines()[1].partition(": ")[2].partition(";")[0]
     assert wrong not in told(COMPOSED[word])
+
+
+BROKEN_FILES = {
+    "bytes": b"\xff\xfe\x00",
+    "deep": b'{"a":' * 5000 + b"1" + b"}" * 5000,
+    "less deep": b'{"a":' * 900 + b"1" + b"}" * 900,
+    "a list": b"[]",
+    "a number": b"3",
+    "cut short": b'{"run": {"dir"',
+    "an interpolation": b'{"metrics": {"wandb_project": "${nowhere}"}}',
+    "a long number": b'{"run": {"seed": ' + b"9" * 5000 + b"}}",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_FILES)
+def test_a_whole_configuration_that_is_broken(name: str, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (files / "whole.json").write_bytes(BROKEN_FILES[name])
+    assert cli.main(["check", "--config", str(files / "whole.json"), *good_overrides(files)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()[1:]
+    assert line.strip().startswith(f"--config={files}/whole.json: ")
+    assert len(line) < 1500
+
+
+@pytest.mark.parametrize("preset", [b"\xff\xfe", b"x: " + b"[" * 3000, b"run: {dir: 'a\x1b'}", b"defaults: [it]\n"])
+def test_a_preset_that_is_broken(preset: bytes, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (files / "experiment").mkdir()
+    (files / "experiment/it.yaml").write_bytes(b"# @package _global_\n" + preset)
+    words = ["check", "--config-dir", str(files), *good_overrides(files), "experiment=it"]
+    assert cli.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()[1:]
+    assert line.strip().startswith("experiment=it: ")
+    assert hidden(line) is None
+
+
+def test_long_names_on_the_command_line(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a" * 300
+    for words in (["--config", name], ["--config-dir", name], [f"model={name}"], [f"evaluation.sets.{name}.path=a"]):
+        assert cli.main(["check", *good_overrides(files), *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()[1:]
+        assert name[:50] in line
+    (files / f"{name[:240]}.jsonl").write_text("{}\n")
+    config = cli.build([f"model={files}/model", f"data={files}/{name[:240]}.jsonl"], purpose=Purpose.eval)
+    assert [len(name) for name in config.evaluation.sets] == [SET_NAME_BYTES]

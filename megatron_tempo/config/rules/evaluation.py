@@ -11,6 +11,8 @@ from megatron_tempo.config.rules.data import check_answers, check_columns, check
 from megatron_tempo.config.rules.numbers import COUNT
 from megatron_tempo.config.schema import Config
 
+SET_NAME_BYTES = 100  # of a set's name in UTF-8
+
 
 def check(config: Config, *, required: bool) -> Iterator[Problem]:
     """`required`: there must be something to evaluate."""
@@ -20,9 +22,9 @@ def check(config: Config, *, required: bool) -> Iterator[Problem]:
         yield Problem("evaluation.sets", evaluation.sets, "there is no set to evaluate", fix)
     for name, dataset in evaluation.sets.items():
         field = f"evaluation.sets.{name}"
-        if not re.fullmatch(r"\w+", name):
-            wrong = "a set's name becomes part of file and metric names"
-            plain = re.sub(r"\W", "_", name)
+        if not re.fullmatch(r"\w+", name) or len(name.encode()) > SET_NAME_BYTES:
+            wrong = f"a set's name becomes part of file and metric names, in at most {SET_NAME_BYTES} bytes"
+            plain = re.sub(r"\W", "_", name, flags=re.ASCII)[:20]
             yield Problem("evaluation.sets", name, wrong, f"name it with letters, digits and _ only, such as {plain}")
         yield from check_file(field, dataset)
         if required:

@@ -98,7 +98,8 @@ def _weights(field: str, folder: Path) -> list[Problem]:
     absent = sorted(str(name) for name in shards if wrong_with_file(folder / str(name)))
     if not absent:
         return []
-    return [Problem(field, str(folder), f"{index.name} names absent files: {', '.join(absent)}", "copy them there too")]
+    named = ", ".join(name[:100] for name in absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+    return [Problem(field, str(folder), f"{index.name} names absent files: {named}", "copy them there too")]
 
 
 def _tokenizer(config: Config, folder: Path) -> list[Problem]:
