@@ -204,7 +204,7 @@ OUTSIDE = {
     "config/rules/precision.py": {"check_machine", "_gpu"},
     "config/rules/extensions.py": {"_verifier", "_graded"},
     "config/rules/evaluation.py": {"_trackers"},
-    "config/compose.py": {"compose_tree", "_whole", "_sift", "_refused"},
+    "config/compose.py": {"compose_tree", "_whole", "_check_whole", "_sift", "_refused"},
 }
 FILES = ["config/tree.py", "plan/split.py", "plan/shapes.py", "submit/job.py", "config/compose.py"]
 FILES += [f"config/rules/{path.name}" for path in (REPOSITORY / "megatron_tempo/config/rules").glob("*.py")]
