@@ -26,7 +26,8 @@ class Problem:
     fix: str
 
     def __str__(self) -> str:
-        text = f"{_clipped(self.field)}={_clipped(show(self.value))}: {self.wrong}; fix: {self.fix}"
+        wrong, fix = _clipped(self.wrong, 1500), _clipped(self.fix, 1500)
+        text = f"{_clipped(self.field)}={_clipped(show(self.value))}: {wrong}; fix: {fix}"
         return printable(" ".join(text.split("\n")))
 
 
@@ -60,8 +61,8 @@ _BITS = 1000  # of whole numbers that are shown; Python refuses to write out ver
 _CHARACTERS = 400  # of fields and values that are shown
 
 
-def _clipped(text: str) -> str:
-    return text if len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]}... ({len(text)} characters)"
+def _clipped(text: str, most: int = _CHARACTERS) -> str:
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
