@@ -128,7 +128,7 @@ ONE_FIELD = [
     ("parallel.critic.pipeline=4", "parallel.critic.pipeline", "6 layers", "critic.pipeline=one of 1, 2, 3, 6"),
     ("parallel.critic.sequence=true", "parallel.critic.sequence", "parallel.tensor is 1", "parallel.tensor=2"),
     ("rollout.max_response_tokens=30721", "rollout.max_response_tokens", "32768 positions", "=30720 or less"),
-    ("rollout.max_prompt_tokens=32768", "rollout.max_response_tokens", "32768", "max_prompt_tokens below 32768"),
+    ("rollout.max_prompt_tokens=32768", "rollout.max_response_tokens", "32768", "max_prompt_tokens=16384 or less"),
     ("evaluation.max_response_tokens=40000", "evaluation.max_response_tokens", "32768", "=30720 or less"),
     # stages
     (f"{S1}.mini_batch_prompts=48", f"{S1}.mini_batch_prompts", "the 256 prompts", "one of 4, 8, 16, 32, 64"),
@@ -147,7 +147,7 @@ ONE_FIELD = [
     (f"{S2}.warmup_iterations=1", f"{S2}.warmup_iterations", "in the stage's 1 iterations", "iterations above 1"),
     # evaluation and metrics
     ("evaluation.pass_k=[32]", "evaluation.pass_k", "pass@32", "evaluation.samples=32"),
-    ("evaluation.pass_k=[0]", "evaluation.pass_k", "pass@0", "1 or more"),
+    ("evaluation.pass_k=[0]", "evaluation.pass_k", "pass@0", "evaluation.pass_k=[1]"),
     ("evaluation.calibration_set=heldot", "evaluation.calibration_set", "not in evaluation.sets", "heldout"),
     ("rewards.judge.retries=-1", "rewards.judge.retries", "0 or more", "retries=0"),
     ("data.held_out=[heldot]", "data.held_out", "heldot is not in evaluation.sets", "heldout"),
@@ -219,7 +219,7 @@ SEVERAL_FIELDS = [
         ],
         "stage1.critic.mini_batch_prompts",
         "512 responses cannot be shared evenly by 3",
-        "a multiple of 3",
+        "one of 6, 12, 24, 48, 96",
     ),
     (
         "rows and replicas",
@@ -231,7 +231,7 @@ SEVERAL_FIELDS = [
         ],
         "stage1.actor.mini_batch_prompts",
         "512 responses cannot be shared evenly by 3",
-        "a multiple of 3",
+        "one of 6, 12, 24, 48, 96",
     ),
     (
         "frozen critic that nobody trained",
