@@ -190,9 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, command: _Command
-) -> argparse.ArgumentParser:
+def _add(commands: argparse._SubParsersAction[_Parser], name: str, command: _Command) -> argparse.ArgumentParser:
     return commands.add_parser(
         name, help=command.help, description=command.help, epilog=command.epilog, formatter_class=_RAW
     )

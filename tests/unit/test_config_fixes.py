@@ -47,6 +47,8 @@ JUDGE = ["rewards.judge.url=http://h:1/v1", "rewards.judge.model=m"]
 MORE = [
     ["launched=2", "parallel.world_size=4"],
     ["purpose=eval", "~evaluation.sets.heldout"],
+    ["purpose=eval", "evaluation.sets.heldout.prompt_field=promt"],
+    ["purpose=eval", "run.dir=TMP/evaluated"],
     # tree
     ["stage1=ppo"],
     ["evaluation.sets=5"],
@@ -165,6 +167,7 @@ CASES = [
 BY_HAND: dict[str, list[str] | None] = {
     "give another run.dir": ["run.dir=TMP/elsewhere"],
     "give a run.dir": ["run.dir=TMP/elsewhere"],
+    "give a folder of its own": ["run.dir=TMP/elsewhere"],
     "chown or move what an earlier job left there": ["run.dir=TMP/elsewhere"],
     "as transformers' save_pretrained writes it": ["model.path=TMP/model", "model.critic_path=TMP/critic"],
     "give a folder with the config.json of a Qwen3": ["model.path=TMP/model"],
@@ -265,6 +268,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "made/checkpoints/step_00000020").mkdir(parents=True)
     (folder / "records/metrics.jsonl").mkdir(parents=True)
     (folder / "closed").mkdir()
+    (folder / "evaluated").mkdir()
+    (folder / "evaluated/config.json").write_text("{}")
     (folder / "closed/checkpoints").write_text("a file")
     (folder / "run/rollouts").mkdir(parents=True)
     (folder / "broken").symlink_to(folder / "nowhere")

@@ -22,7 +22,7 @@ from megatron_tempo.config.schedule import evaluation_point, evaluations_left, r
 from megatron_tempo.config.schema import ClusterConfig, to_plain
 from megatron_tempo.config.tree import read, strip_optional
 from megatron_tempo.errors import EngineError, InputError, Stopped, UnwrittenError, hidden, printable
-from tests.unit.config_files import configure, good_overrides, write_all, write_model
+from tests.unit.config_files import configure, good_overrides, write_all, write_model, write_rows
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ def test_files_named_in_any_script(files: Path) -> None:
     named = {"数学": "set_872c1f", "24game": "set_24game", "a (b), c": "a__b___c", "é=1": "__1", "x'\"y": "x__y"}
     for stem, name in named.items():
         path = files / f"{stem}.jsonl"
-        path.write_text("{}\n")
+        write_rows(path)
         assert set_name(path) == name
         quoted = str(path).replace('"', '\\"')
         word = f'data="{quoted}"' if "," in stem else f"data={path}"
@@ -302,6 +302,6 @@ def test_long_names_on_the_command_line(files: Path, capsys: pytest.CaptureFixtu
         assert cli.main(["check", *good_overrides(files), *words]) == 2
         (line,) = capsys.readouterr().err.splitlines()[1:]
         assert name[:50] in line
-    (files / f"{name[:240]}.jsonl").write_text("{}\n")
+    write_rows(files / f"{name[:240]}.jsonl")
     config = cli.build([f"model={files}/model", f"data={files}/{name[:240]}.jsonl"], purpose=Purpose.eval)
     assert [len(name) for name in config.evaluation.sets] == [SET_NAME_BYTES]
