@@ -68,7 +68,8 @@ start_servers() {
     OVERRIDES=()
     if ((!ROLLOUT_NODES || !SERVERS)); then return 0; fi
     local folder=$JOB/servers/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0} found=()
-    mkdir -p "$folder/addresses"
+    mkdir -p "$JOB/servers"
+    (umask 077 && mkdir -p "$folder/addresses") # logs there may tell the key
     (umask 077 && od -An -N24 -tx1 /dev/urandom | tr -d ' \n' >"$folder/key")
     step 1 "${HOSTS[@]:TRAIN_NODES}" -- -m megatron_tempo serve --config "$CONFIG" --folder "$folder" &
     servers=$!
@@ -78,7 +79,7 @@ start_servers() {
         if [[ $asked ]]; then return 0; fi
         if ! kill -0 "$servers" 2>/dev/null || ((SECONDS > deadline)); then
             say "only ${#found[@]} of $((ROLLOUT_NODES * SERVERS)) rollout servers are ready: training does not start; logs: $folder"
-            tail -n 15 "$folder"/*/*/*.log 2>/dev/null || true
+            tail -n 15 "$folder"/*/*/*.log 2>/dev/null | grep -vFf "$folder/key" || true # a log may tell the key
             return 1
         fi
         sleep 1
@@ -87,7 +88,8 @@ start_servers() {
     local addresses
     addresses=$(sed "s/.*/'&'/" "${found[@]}" | paste -sd,)
     say "${#found[@]} rollout servers are ready: $addresses"
-    OVERRIDES=("rollout.servers.addresses=[$addresses]" "rollout.servers.key_file='$folder/key'")
+    local quoted=${folder//\'/\\\'} # as Hydra reads it between single quotes
+    OVERRIDES=("rollout.servers.addresses=[$addresses]" "rollout.servers.key_file='$quoted/key'")
 }
 
 stop_servers() {

@@ -20,13 +20,14 @@ from megatron_tempo.config.rules import Purpose, check
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.summary import summary
 from megatron_tempo.config.tree import read
-from megatron_tempo.errors import EngineError, InputError, NotFiniteError, Stopped, UnwrittenError
+from megatron_tempo.errors import EngineError, InputError, NotFiniteError, Stopped, UnwrittenError, printable
 from megatron_tempo.observability.terminal import standard_streams
 from megatron_tempo.plan.search import plan_of, search
 from megatron_tempo.plan.shapes import shape_of
 from megatron_tempo.plan.split import problems as plan_problems
 from megatron_tempo.plan.table import report
 from megatron_tempo.report.status import status
+from megatron_tempo.runtime.launcher import is_restarted_on_failure, launched_processes
 from megatron_tempo.submit import job as jobs
 from megatron_tempo.submit.submission import preview, submit
 
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status.
 
     0: success. 1: an engine or a disk failed (a rerun may succeed), the loss was not finite, a plan does not fit, or a
-    run needs attention (`status`). 2: the user's input is wrong. STOPPED: the run was asked to stop.
+    run needs attention (`status`). 2: the user's input is wrong. STOPPED: the run was asked to stop; 0 under
+    torchrun --max-restarts.
     """
     _quiet()
     with standard_streams():
@@ -51,8 +53,8 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         return _ALONE[arguments.command](arguments)
     kind = jobs.Kind[arguments.job] if arguments.command == "submit" else None
     purpose = Purpose.__members__.get(kind.name if kind is not None else arguments.command, Purpose.train)
-    launched = int(os.environ.get("WORLD_SIZE", "1")) if arguments.command in ("train", "eval") else None  # torchrun's
     try:
+        launched = launched_processes() if arguments.command in ("train", "eval") else None
         config = build(
             arguments.overrides,
             config_dir=arguments.config_dir,
@@ -71,7 +73,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
             _run(arguments.command, config)
     except InputError as error:
         # One report per node: a problem, such as a missing file, may exist on one node only.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             host = "" if os.environ.get("RANK", "0") == "0" else f"{socket.gethostname()}: "
             print(f"{host}{'' if isinstance(error, ConfigErrors) else 'error: '}{error}", file=sys.stderr)
         return 2
@@ -81,7 +83,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(stopped, flush=True)
-        return STOPPED
+        return 0 if is_restarted_on_failure() else STOPPED  # or torchrun would start a stopped run again
     except (NotFiniteError, UnwrittenError) as error:  # on every rank
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
@@ -132,7 +134,7 @@ def _read(arguments: argparse.Namespace) -> int:
     try:
         text, code = _read_text(arguments)
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     print(text)
     return code
@@ -183,7 +185,7 @@ def _submit(config: Config, kind: jobs.Kind, arguments: argparse.Namespace) -> i
     if arguments.dry_run:
         print(preview(job, REPOSITORY), end="")
         return 0
-    submit(job, REPOSITORY, arguments.chain, print)
+    submit(job, REPOSITORY, arguments.chain, lambda text: print(printable(text)))
     return 0
 
 

@@ -1,21 +1,58 @@
-"""Errors that are shown to the user in one line, without a traceback."""
+"""Errors that are shown to the user in one line, without a traceback, and the text that is safe to show."""
+
+# Invisible characters by which a text could command a terminal or show itself in another order than it is read:
+# control characters (C0, DEL, C1), line separators, marks of direction, invisible operators and tags. Surrogates cannot
+# be written as UTF-8. Newline and tab stay, and so do the joiners that emoji and some scripts are spelled with.
+_HIDDEN = (
+    *(code for code in range(0x20) if chr(code) not in "\n\t"),
+    *range(0x7F, 0xA0),
+    *(0x61C, 0x180E, 0x200B, 0x200E, 0x200F, 0x2028, 0x2029, 0xFEFF),
+    *range(0x202A, 0x202F),
+    *range(0x2060, 0x2070),
+    *range(0xFFF9, 0xFFFC),
+    *range(0xE0000, 0xE0080),
+)
+_VISIBLE: dict[int, str] = {code: chr(0x2400 + code) if code < 0x20 else f"<U+{code:04X}>" for code in _HIDDEN}
+_VISIBLE |= {0x7F: "\u2421"} | dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
 
 
-class InputError(ValueError):
+def printable(text: str) -> str:
+    """The text with its invisible characters made visible: safe for a terminal, HTML and SVG.
+
+    >>> printable("\\x1b[31m\\x9b")
+    '\u241b[31m<U+009B>'
+    """
+    return text.translate(_VISIBLE)
+
+
+def hidden(text: str) -> str | None:
+    """The first character of `text` that `printable` replaces, as U+XXXX, or None. Newline and tab are none."""
+    code = next((ord(character) for character in text if ord(character) in _VISIBLE), None)
+    return None if code is None else f"U+{code:04X}"
+
+
+class _Told:
+    """An error whose text, which may quote a file or a name, is safe to print."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+class InputError(_Told, ValueError):
     """Invalid input: a configuration, a file, a folder or a checkpoint. The message names it and the fix."""
 
 
-class EngineError(RuntimeError):
+class EngineError(_Told, RuntimeError):
     """An engine failed, or returned a response that cannot be trained on."""
 
 
-class Stopped(Exception):
+class Stopped(_Told, Exception):
     """The run was asked to stop and has saved a checkpoint. The message names it."""
 
 
-class NotFiniteError(ArithmeticError):
+class NotFiniteError(_Told, ArithmeticError):
     """Too many consecutive optimizer steps had a loss or gradient that is not finite. The message names the dump."""
 
 
-class UnwrittenError(OSError):
+class UnwrittenError(_Told, OSError):
     """A file that the run requires could not be written. The message names it, the reason and the fix."""

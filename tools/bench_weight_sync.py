@@ -134,7 +134,7 @@ class Folder:
         self._adapter = ADAPTERS[kind](cpu=context.device.type == "cpu", tensor=servers.tensor)
         headers = {"Authorization": f"Bearer {Path(servers.key_file or '').read_text()}"}
         (address,) = servers.addresses or []
-        self._client = httpx.Client(base_url=address, headers=headers, timeout=servers.update_seconds)
+        self._client = httpx.Client(base_url=address, headers=headers, timeout=servers.update_seconds, trust_env=False)
         if kind is EngineKind.vllm:
             # The engine was started with dummy weights, and would load dummy weights again.
             overrides = {"load_config": {"load_format": "auto"}}
@@ -355,7 +355,8 @@ def run(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         with subprocess.Popen([*torchrun, __file__, f"--job={scratch / 'job'}"]) as ranks:
             try:
                 if ranks.wait() != 0:
-                    raise EngineError(f"the trainer's ranks failed; see their output above{last_words(server.log)}")
+                    words = last_words(server.log, key.read_text())
+                    raise EngineError(f"the trainer's ranks failed; see their output above{words}")
             finally:
                 ranks.terminate()
     asking = f"import importlib.metadata as m; print({kind.name!r}, m.version({PACKAGES[kind]!r}))"

@@ -7,10 +7,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn
 
 import megatron_tempo
 from megatron_tempo.commands import convert, prepare
 from megatron_tempo.config.shipped import PACKAGE
+from megatron_tempo.errors import printable
 from megatron_tempo.submit.job import Kind
 
 _DESCRIPTION = "TEMPO: test-time training of reasoning models by EM, on Megatron-Core."
@@ -108,6 +110,13 @@ PRESETS = _Command(
 _RAW = argparse.RawDescriptionHelpFormatter
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors quote arguments, and are safe to print."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments of one command. Exits as argparse does: 0 for --help and --version, 2 for wrong usage."""
     parser = _parser()
@@ -147,14 +156,14 @@ def _conversion(words: list[str], usage: Callable[[str], object]) -> list[str]:
         words = [convert.SCRIPTS.get(words[0], words[0]), *words[1:]]
     if not words or words[0] not in convert.DIRECTIONS:
         usage(f"--job convert: end the command with -- {' or '.join(convert.DIRECTIONS)} and its arguments")
-    parser = argparse.ArgumentParser("megatron-tempo convert")
+    parser = _Parser("megatron-tempo convert")
     convert.add_arguments(parser)
     parser.parse_args(words)
     return words
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("megatron-tempo", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=_RAW)
+    parser = _Parser("megatron-tempo", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=_RAW)
     parser.add_argument("--version", action="version", version=_versions())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for name, command in CONFIGURED.items():
@@ -181,9 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, command: _Command
-) -> argparse.ArgumentParser:
+def _add(commands: argparse._SubParsersAction[_Parser], name: str, command: _Command) -> argparse.ArgumentParser:
     return commands.add_parser(
         name, help=command.help, description=command.help, epilog=command.epilog, formatter_class=_RAW
     )

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_tempo.errors import InputError
+from megatron_tempo.errors import InputError, printable
 from megatron_tempo.observability.terminal import say
 
 DIRECTIONS = ("hf-to-megatron", "megatron-to-hf")
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         size = _conversion(arguments)()
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         print("stopped: rerun the same command to resume from here", file=sys.stderr)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_tempo.config.benchmarks import BENCHMARKS
 from megatron_tempo.config.choices import Verifier
-from megatron_tempo.errors import InputError
+from megatron_tempo.errors import InputError, printable
 
 CUSTOM = "custom"  # a set that is none of our benchmarks; data/prepare.py has the same
 HELP = "make a file of questions for a run from a public data set, or from your own (docs/data.md)"
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         with Verifiers() as verifiers:
             report = prepare(order, verifiers)
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
-    print("\n".join(report.lines(order)))
+    print(printable("\n".join(report.lines(order))))
     return 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Enum
 from typing import Any
 
-from megatron_tempo.errors import InputError
+from megatron_tempo.errors import InputError, printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,9 @@ class Problem:
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.field}={show(self.value)}: {self.wrong}; fix: {self.fix}"
+        wrong, fix = _clipped(self.wrong, 1500), _clipped(self.fix, 1500)
+        text = f"{_clipped(self.field)}={_clipped(show(self.value))}: {wrong}; fix: {fix}"
+        return printable(" ".join(text.split("\n")))
 
 
 class ConfigErrors(InputError):
@@ -45,11 +48,21 @@ def show(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, Enum):
         return value.name
+    if isinstance(value, int) and value.bit_length() > _BITS:
+        return f"(a whole number of {int(value.bit_length() * math.log10(2)) + 1} digits)"
     if isinstance(value, list):
         return "[" + ", ".join(map(show, value)) + "]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {show(item)}" for key, item in value.items()) + "}"
     return " ".join(str(value).split("\n"))
+
+
+_BITS = 1000  # of whole numbers that are shown; Python refuses to write out very long ones
+_CHARACTERS = 400  # of fields and values that are shown
+
+
+def _clipped(text: str, most: int = _CHARACTERS) -> str:
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -15,8 +15,10 @@ def total(config: Config) -> int:
 
 def remaining(config: Config, done: int) -> Iterator[tuple[str, StageConfig, int]]:
     """(stage name, stage, iteration from 0) of every iteration after the first `done` of the run."""
-    steps = [(name, stage, i) for name, stage in config.stages().items() for i in range(stage.iterations)]
-    yield from steps[done:]
+    for name, stage in config.stages().items():
+        for iteration in range(min(done, stage.iterations), stage.iterations):
+            yield name, stage, iteration
+        done = max(0, done - stage.iterations)
 
 
 def position(config: Config, step: int) -> dict[str, int]:
@@ -56,6 +58,12 @@ def evaluation_point(config: Config, step: int) -> str | None:
 
 def evaluations_left(config: Config, done: int) -> int:
     """Records that a run with `done` completed iterations has still to write to evaluations.jsonl."""
-    first = done + 1 if done else 0
-    points = sum(evaluation_point(config, step) is not None for step in range(first, total(config) + 1))
+    points, start = int(done == 0), 0
+    for stage in config.stages().values():
+        end, every = start + stage.iterations, config.evaluation.every
+        if end > max(start, done):
+            points += 1  # at its end
+            if every:  # at multiples of `every` before it, counted from the stage's start
+                points += (stage.iterations - 1) // every - max(0, done - start) // every
+        start = end
     return points * len(config.evaluation.sets)

@@ -129,7 +129,9 @@ class ServersConfig:
     key_file: str | None = None  # file with the key of the servers in `addresses`
     # address at which started servers, and the trainer's senders of weights, listen; `hostname`: each node's own
     host: str = "127.0.0.1"
-    devices: list[int] | None = None  # GPUs of a node, in order, `tensor` of them a server; none: all that are visible
+    # GPUs of a node, in order, `tensor` of them a server, counted from 0 among those that the job sees
+    # (CUDA_VISIBLE_DEVICES); none: all of these
+    devices: list[int] | None = None
     tensor: int = 1  # tensor parallelism of each server
     precision: EnginePrecision | None = None  # number format; none: run.precision, or bf16 where that is FP8
     arguments: list[str] = field(default_factory=list)  # more of their command line: `--mem-fraction-static=0.8`
@@ -241,7 +243,7 @@ class SlurmConfig:
 
     partition: str | None = None  # partition of the jobs
     account: str | None = None  # account that they are charged to
-    time_limit: str | None = None  # limit of a job: `MINUTES`, `HH:MM:SS` or `D-HH:MM:SS`
+    time_limit: str | None = None  # limit of a job: `MINUTES`, `HH:MM:SS` or `D-HH:MM:SS`, in quotes
     grace_seconds: int = 600  # before its limit a job is told to stop: an iteration and a checkpoint must fit
     gres: str | None = "gpu"  # what the site calls a GPU, such as `gpu:h100`; none: GPUs are not asked for
     cpus_per_task: int | None = None  # CPUs that come with each GPU

@@ -6,18 +6,21 @@ Reading goes through the whole tree and collects every unknown field and every v
 from __future__ import annotations
 
 import json
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass, replace
 from difflib import get_close_matches
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_tempo.config.extensions import PREFIX, Extension, ExtensionError
 from megatron_tempo.config.problem import ConfigErrors, Problem, did_you_mean
 from megatron_tempo.config.schema import Config, to_plain
+from megatron_tempo.errors import hidden
 
 MISSING = "???"  # Hydra's mark of a value that the user must give
 
@@ -86,7 +89,7 @@ def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def field_paths(cls: type = Config, path: str = "") -> Iterator[str]:
     """The paths of all leaves; NAME stands for a key that the user chooses."""
-    for name, hint in typing.get_type_hints(cls).items():
+    for name, hint in _hints(cls).items():
         below = _join(path, name)
         inner = strip_optional(hint)
         if typing.get_origin(inner) is dict:
@@ -97,9 +100,15 @@ def field_paths(cls: type = Config, path: str = "") -> Iterator[str]:
             yield below
 
 
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of a class's fields; Python evaluates their text anew each time."""
+    return typing.get_type_hints(cls)
+
+
 def _fill(default: _Node, plain: Any, path: str, problems: list[Problem]) -> _Node:
     """`default`, a dataclass, with the values of `plain` in it."""
-    hints = typing.get_type_hints(type(default))
+    hints = _hints(typing.cast("type", type(default)))
     if not isinstance(plain, Mapping):
         wrong = "is a group of fields, not a value"
         problems.append(Problem(path, plain, wrong, f"set its fields, such as {path}.{next(iter(hints))}"))
@@ -129,6 +138,8 @@ def _value(hint: Any, value: Any, path: str, default: Any, problems: list[Proble
     if origin is dict:
         if not isinstance(value, Mapping):
             raise _BadValue(Problem(path, value, "is a group of named entries, not a value", f"set {path}.NAME fields"))
+        if bad := [str(key) for key in value if hidden(str(key)) or "\n" in str(key) or "\t" in str(key)]:
+            raise _BadValue(Problem(path, bad[0], "a name has invisible characters", f"rename {path}.{bad[0]}"))
         return {str(key): _value(args[1], item, _join(path, str(key)), None, problems) for key, item in value.items()}
     if origin is list:
         if not isinstance(value, list):
@@ -157,12 +168,43 @@ def _member(kind: type[Enum], value: Any, path: str) -> Enum:
 
 def _scalar(kind: type, value: Any, path: str) -> Any:
     if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is kind:
-        return value
-    quote = kind is str and isinstance(value, int | float)
-    fix = f"quote it: '{path}=\"{value}\"'" if quote else f"for example {path}={_EXAMPLE[kind]}"
-    raise _BadValue(Problem(path, value, f"must be {_EXPECTED[kind]}", fix))
+        value = float(value) if value.bit_length() < 1024 else (math.inf if value > 0 else -math.inf)
+    if type(value) is not kind:
+        raise _BadValue(Problem(path, value, f"must be {_EXPECTED[kind]}", _scalar_fix(kind, value, path)))
+    if isinstance(value, str):
+        _check_text(value, path)
+    return value
+
+
+def _scalar_fix(kind: type, value: Any, path: str) -> str:
+    if kind is not str or not isinstance(value, int | float) or isinstance(value, bool):
+        return f"for example {path}={_EXAMPLE[kind]}"
+    quoted = f"'{path}=\"{value}\"'"
+    if path != "cluster.slurm.time_limit" or not isinstance(value, int) or value < 60:
+        return f"quote it: {quoted} (without quotes YAML reads 010, 1e3 or 12:00 as a number)"
+    hours, seconds = divmod(value, 3600)
+    time = f"{hours}:{seconds // 60:02}:{seconds % 60:02}"
+    return (
+        f"quote it: '{path}=\"{time}\"' if you wrote {time} (YAML reads that as {value} without quotes), "
+        f"or {quoted} for {value} minutes"
+    )
+
+
+# Texts that a model reads: they may have several lines, and marks that a terminal would not show.
+_PROSE = ("suffix", "system")
+
+
+def _check_text(value: str, path: str) -> None:
+    """Raises _BadValue for characters that would run as a command, end a path or not be seen in a message."""
+    is_prose = path.rpartition(".")[2] in _PROSE
+    for character in value:
+        code = ord(character)
+        if 0xD800 <= code < 0xE000:
+            fix = f"give {path} in UTF-8; rename a file whose name is not"
+            raise _BadValue(Problem(path, value, "is not UTF-8", fix))
+        if (hidden(character) and (code < 0x80 or not is_prose)) or (character in "\n\t" and not is_prose):
+            fix = f"type {path} anew, without it"
+            raise _BadValue(Problem(path, value, f"has the invisible character U+{code:04X}", fix))
 
 
 def _unknown(path: str, key: str, value: Any, siblings: list[str]) -> Iterator[Problem]:
@@ -186,11 +228,7 @@ def _meant(path: str, key: str, siblings: list[str]) -> str:
     top = path.partition(".")[0]
     same = sorted((other for other in known if other.endswith(f".{key}")), key=lambda other: not other.startswith(top))
     close = beside or get_close_matches(path, known, n=1, cutoff=0.9) or same[:3]
-    return (
-        f"did you mean {' or '.join(close)}?"
-        if close
-        else f"one of {', '.join(siblings or typing.get_type_hints(Config))}"
-    )
+    return f"did you mean {' or '.join(close)}?" if close else f"one of {', '.join(siblings or _hints(Config))}"
 
 
 def strip_optional(hint: Any) -> Any:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from megatron_tempo.config.schema import MetricsConfig
 from megatron_tempo.config.stages import StageConfig
+from megatron_tempo.errors import printable
 from megatron_tempo.observability.alerts import Watch
 from megatron_tempo.observability.console import evaluation_line, is_number, step_line, wrapped
 from megatron_tempo.observability.heartbeat import DONE, Heartbeat
@@ -260,6 +261,7 @@ class Metrics:
         return self._forecast.stages[line["stage"]].iterations, self._forecast.left()
 
     def _print(self, text: str) -> None:
+        text = printable(text)  # it may quote a response, a path or a server
         if self._console is None:
             say(text)
             return

@@ -137,7 +137,9 @@ Place = dict[Role, int]  # the pipeline stage of a GPU in each model
 def places_of(config: Config, world: int) -> list[Place]:
     """The distinct pairs of pipeline stages that the trainer's GPUs have."""
     layouts = layouts_of(config, world)
-    pairs = dict.fromkeys(tuple(layouts[role].stage_of(rank) for role in Role) for rank in range(world))
+    stages = {role: layouts[role].pipeline for role in Role}
+    firsts = {-(-stage * world // stages[role]) for role in Role for stage in range(stages[role])}  # of each stage
+    pairs = dict.fromkeys(tuple(layouts[role].stage_of(rank) for role in Role) for rank in sorted(firsts))
     return [dict(zip(Role, pair, strict=True)) for pair in pairs]
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_tempo.config.choices import Published
 from megatron_tempo.config.problem import Problem
-from megatron_tempo.config.rules.model import ModelShape
+from megatron_tempo.config.rules.model import LARGEST, ModelShape
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.sizes import Sizes
 from megatron_tempo.config.tree import MISSING
@@ -65,15 +65,16 @@ def _read(folder: Path) -> tuple[PlannedShape | None, list[Problem]]:
         return _shape(json.loads(file.read_text(encoding="utf-8"))), []
     except OSError:
         return None, [Problem("model.path", str(folder), "has no config.json", fix)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, ZeroDivisionError) as error:
         return None, [Problem("model.path", str(folder), f"config.json cannot be read ({error!r})", fix)]
 
 
 def _shape(plain: dict[str, Any]) -> PlannedShape:
+    """Raises ValueError, KeyError and others for what is no model's."""
     hidden, heads = int(plain["hidden_size"]), int(plain["num_attention_heads"])
     layers = int(plain["num_hidden_layers"])
     windowed = sum(kind == "sliding_attention" for kind in plain.get("layer_types") or ())
-    return PlannedShape(
+    shape = PlannedShape(
         layers=layers,
         hidden=hidden,
         heads=heads,
@@ -87,3 +88,6 @@ def _shape(plain: dict[str, Any]) -> PlannedShape:
         window=int(plain["sliding_window"]) if windowed else None,
         windowed=windowed,
     )
+    if not all(1 <= size <= LARGEST for size in asdict(shape.of_rules()).values()):
+        raise ValueError(f"its sizes are not all from 1 to {LARGEST:,}")
+    return shape

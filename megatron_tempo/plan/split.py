@@ -47,19 +47,21 @@ def split_of(config: Config) -> Split:
         return Split(world or machines.training_nodes * node, count, count * servers.tensor, 0)
     nodes = machines.nodes if servers.each_node else 1
     devices = servers.devices
-    taken = set(range(servers.tensor)) if devices is None else set(devices)
+    taken = servers.tensor if devices is None else len(set(devices))
     if world is None:
-        trainers = node - len(taken) if devices is not None and len(taken) < node else node
+        trainers = node - taken if devices is not None and taken < node else node
         world = trainers * machines.nodes
     else:
         trainers = -(-world // machines.nodes)
-    free = trainers + len(taken) <= node and devices is not None
+    free = trainers + taken <= node and devices is not None
     crowd = servers.replicas if devices is None else 1
-    return Split(world, servers.replicas * nodes, len(taken) * nodes, 0 if free else crowd)
+    return Split(world, servers.replicas * nodes, taken * nodes, 0 if free else crowd)
 
 
 def problems(config: Config) -> list[Problem]:
     """Why a configuration cannot be planned. Data sets and this machine's programs are not checked."""
+    if not numbers.are_usable(config):
+        return list(numbers.check(config))
     shape, wrong = shape_of(config)
     wrong += [*numbers.check(config), *_cluster(config), *extensions.check_methods(config)]
     if wrong or shape is None:
@@ -96,9 +98,11 @@ def _cluster(config: Config) -> Iterator[Problem]:
 def _devices(config: Config) -> Iterator[Problem]:
     machines, devices = config.cluster, config.rollout.servers.devices
     assert machines is not None
-    if devices is not None and (set(devices) - set(range(machines.gpus_per_node)) or len(set(devices)) < len(devices)):
-        wrong = f"must be different numbers below cluster.gpus_per_node={machines.gpus_per_node}"
-        yield Problem("rollout.servers.devices", devices, wrong, f"for example [{machines.gpus_per_node - 1}]")
+    node = machines.gpus_per_node
+    if devices is not None and (any(d not in range(node) for d in devices) or len(set(devices)) < len(devices)):
+        wrong = f"must be different numbers below cluster.gpus_per_node={node}"
+        fix = f"rollout.servers.devices=[{','.join(map(str, range(node)[-len(devices) :]))}]"
+        yield Problem("rollout.servers.devices", devices, wrong, fix)
     world = config.parallel.world_size
     if world is not None and world > machines.gpus:
         fix = f"parallel.world_size={machines.gpus} or less, or more nodes"

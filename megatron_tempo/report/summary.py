@@ -11,19 +11,9 @@ from pathlib import Path
 
 from megatron_tempo.config.extensions import short_name
 from megatron_tempo.errors import InputError
+from megatron_tempo.errors import printable as printable
 from megatron_tempo.observability.alerts import Alert, alerts
 from megatron_tempo.observability.records import Record, read_evaluations, read_metrics, read_samples, read_warnings
-
-# Control characters except newline and tab become Unicode's pictures of them; surrogates, which UTF-8 cannot encode,
-# become U+FFFD.
-_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-_VISIBLE |= {127: 0x2421} | dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
-
-
-def printable(text: str) -> str:
-    """The text with visible control characters, safe for HTML, SVG and a terminal."""
-    return text.translate(_VISIBLE)
-
 
 # Points at which no stage has run: of a training run, and of the eval command, which has no stages.
 UNTRAINED = {"before": "before training", "alone": "as given"}

@@ -24,6 +24,7 @@ from typing import Any
 
 import httpx
 
+from megatron_tempo.config.hosts import host_of, is_loopback
 from megatron_tempo.config.schema import JudgeConfig
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rewards.answers import tail
@@ -91,11 +92,17 @@ class JudgeScorer:
         self._config, self._first_wait, self.concurrency = config, first_wait, config.concurrency
         self._cache = VerdictCache(cache)
         key = None if config.key_file is None else Path(config.key_file).read_text().strip()
-        self._client = httpx.Client(
-            headers={} if key is None else {"Authorization": f"Bearer {key}"},
-            timeout=config.timeout_seconds,
-            limits=httpx.Limits(max_connections=config.concurrency),
-        )
+        is_here = is_loopback(host_of(config.url) or "")
+        try:
+            self._client = httpx.Client(
+                headers={} if key is None else {"Authorization": f"Bearer {key}"},
+                timeout=config.timeout_seconds,
+                limits=httpx.Limits(max_connections=config.concurrency),
+                trust_env=not is_here,  # no proxy reaches a judge on this machine
+            )
+        except (ImportError, ValueError, httpx.InvalidURL) as error:  # of a SOCKS proxy, or what is no proxy
+            fix = f"set NO_PROXY={host_of(config.url)}, or give a proxy as http://HOST:PORT"
+            raise InputError(f"the environment's proxy cannot be used for {config.url} ({error}): {fix}") from error
         self._url = config.url.rstrip("/") + "/chat/completions"
         self._pool = ThreadPoolExecutor(config.concurrency, thread_name_prefix="judge")
         self._lock = threading.Lock()

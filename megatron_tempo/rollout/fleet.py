@@ -203,6 +203,7 @@ class Fleet:
             headers=authorised(self._key),
             timeout=httpx.Timeout(self._config.answer_seconds, connect=30.0),
             limits=LIMITS,
+            trust_env=False,
         )
 
     def _dispatch(self) -> None:

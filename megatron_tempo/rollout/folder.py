@@ -68,6 +68,13 @@ def _flat_rope(model: Path) -> dict[str, Any]:
     )
 
 
+def private_folder(folder: Path) -> Path:
+    """Make a folder, or take over an existing one, into which this user alone can look."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    return folder
+
+
 def private_file(path: Path, text: str) -> Path:
     """Write a file that this user alone can read."""
     path.unlink(missing_ok=True)

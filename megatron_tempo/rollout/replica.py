@@ -13,6 +13,7 @@ import httpx
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.types import Completion
 
+# Clients of servers are made with `trust_env=False`: a proxy of the login shell does not know a run's own servers.
 # Servers close a connection that was idle for 5 s. One that is used again at that moment breaks, so we let go first.
 LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
 

@@ -18,6 +18,7 @@ import torch
 
 from megatron_tempo.config.schema import Config
 from megatron_tempo.errors import InputError
+from megatron_tempo.rollout.addresses import chosen_devices
 from megatron_tempo.rollout.build import engine_precision, server_adapter_of
 from megatron_tempo.rollout.server import Server
 
@@ -67,7 +68,7 @@ def _start(config: Config, folder: Path, key: str, index: int, port: int | None)
     cpu, servers = not torch.cuda.is_available(), config.rollout.servers
     devices = servers.devices or list(range(servers.replicas * servers.tensor))
     own = devices[index * servers.tensor : (index + 1) * servers.tensor]
-    visible = "" if cpu else ",".join(map(str, own))
+    visible = "" if cpu else ",".join(chosen_devices(own))
     model, precision = Path(config.model.path), engine_precision(config)
     return Server(
         server_adapter_of(config, cpu=cpu), servers, model, folder / str(index), key, precision, visible, port

@@ -1,7 +1,7 @@
 """A server process that this run starts, and ends with it.
 
 It lives in a Python environment of its own: the trainer does not import it. It listens at the address that the config
-names, and answers nobody without the run's key.
+names, and answers nobody without the run's key. Its folder and its log are this user's alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import httpx
 from megatron_tempo.config.choices import EnginePrecision
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.errors import EngineError
+from megatron_tempo.rollout.addresses import own_address
+from megatron_tempo.rollout.folder import private_folder
 from megatron_tempo.rollout.server_adapter import ServerAdapter, Start, authorised
 from megatron_tempo.runtime import progress_marker
 
@@ -42,19 +44,27 @@ class Server:
     ) -> None:
         """Start it, without waiting. It writes below `folder`. `devices` is its CUDA_VISIBLE_DEVICES; none: ours.
         `port`: none: one that is free."""
-        folder.mkdir(parents=True, exist_ok=True)
+        private_folder(folder)
         host = own_address(config.host)
         self.port = port = _free_port(host) if port is None else port
         self.url = f"http://{host}:{port}"
         self._adapter, self._seconds, self._key = adapter, config.start_seconds, key
         self.log = folder / f"{adapter.name.lower()}.log"
         launch = adapter.launch(Start(config, model, folder, host, port, key, precision))
-        environment = {name: value for name, value in os.environ.items() if not _of_torchrun(name)}
+        environment = {name: value for name, value in os.environ.items() if not _is_kept_back(name)}
         environment |= launch.environment | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
         command = [sys.executable, "-c", _WITH_ITS_PARENT, config.python, *launch.command]
-        with self.log.open("ab") as log:
+        # SGLang logs its arguments, and the key is one of them.
+        with os.fdopen(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
+            os.fchmod(log.fileno(), 0o600)
             self.process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                umask=0o077,
             )
 
     def close(self) -> None:
@@ -69,30 +79,29 @@ class Server:
         Raises EngineError with the end of its log if it ends or is not ready within `rollout.servers.start_seconds`.
         """
         name, deadline = self._adapter.name, time.monotonic() + self._seconds
-        with httpx.Client(base_url=self.url, headers=authorised(self._key), timeout=5.0) as client:
+        with httpx.Client(base_url=self.url, headers=authorised(self._key), timeout=5.0, trust_env=False) as client:
             while time.monotonic() < deadline:
                 progress_marker.mark()
                 if self.process.poll() is not None:
                     code = self.process.returncode
-                    raise EngineError(f"{name} ended with exit code {code}" + last_words(self.log))
+                    raise EngineError(f"{name} ended with exit code {code}" + last_words(self.log, self._key))
                 with contextlib.suppress(httpx.HTTPError):  # not listening yet
                     if client.get(self._adapter.health.path).status_code == 200:
                         return
                 time.sleep(0.25)
         raise EngineError(
             f"{name} was not ready within rollout.servers.start_seconds={self._seconds:g}: raise it, or see why"
-            + last_words(self.log)
+            + last_words(self.log, self._key)
         )
 
 
-def own_address(host: str) -> str:
-    """The address that a host stands for on this machine; `hostname` stands for the machine's own name."""
-    return socket.gethostbyname(socket.gethostname() if host == "hostname" else host)
+def last_words(log: Path, key: str) -> str:
+    """The first errors that a log names, which the later ones may follow from, and its end; long lines are cut.
 
-
-def last_words(log: Path) -> str:
-    """The first errors that a log names, which the later ones may follow from, and its end; long lines are cut."""
-    lines = [line if len(line) < 400 else f"{line[:400]} ..." for line in log.read_text(errors="replace").splitlines()]
+    Without the server's key: others may read what is printed.
+    """
+    text = log.read_text(errors="replace").replace(key, "***")
+    lines = [line if len(line) < 400 else f"{line[:400]} ..." for line in text.splitlines()]
     named = re.compile(r"\b\w+(Error|Exception): ")
     errors = [line for line in lines[:-15] if named.search(line) and "WARNING" not in line]
     first = [f"the first errors in {log}:", *errors[:3]] if errors else []
@@ -109,10 +118,14 @@ sys.exit(subprocess.call(sys.argv[1:]))
 """
 
 
-def _of_torchrun(name: str) -> bool:
-    """Whether a variable tells a process of its place among the trainer's: a server that sees them waits for others."""
+def _is_kept_back(name: str) -> bool:
+    """Whether a server must not inherit a variable.
+
+    A server that sees the trainer's ranks waits for others. One that sees a proxy asks it for its own processes, and a
+    server has nothing to fetch from elsewhere.
+    """
     ranks = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
-    return name.startswith(ranks)
+    return name.startswith(ranks) or name.lower() in ("http_proxy", "https_proxy", "all_proxy")
 
 
 def _free_port(host: str) -> int:

@@ -20,14 +20,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_tempo.config.choices import EnginePrecision, Transport
+from megatron_tempo.config.hosts import is_loopback
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.errors import EngineError, InputError
+from megatron_tempo.rollout.addresses import chosen_devices, own_address, visible_devices
 from megatron_tempo.rollout.answer_checks import differing
 from megatron_tempo.rollout.embedded import end_tokens
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.fleet import Fleet
 from megatron_tempo.rollout.replica import Answered, Event, Failed, GenerationJob, Starter
-from megatron_tempo.rollout.server import Server, own_address
+from megatron_tempo.rollout.server import Server
 from megatron_tempo.rollout.server_adapter import ServerAdapter
 from megatron_tempo.rollout.supervisor import ExternalServers, ServerSupervisor, SupervisedServers, private_store
 from megatron_tempo.rollout.transfer import Senders
@@ -148,18 +150,28 @@ class ServersEngine:
 
         Raises InputError if some ranks could not reach them.
         """
+        host = self._config.host
         places: list[Any] = [None] * dist.get_world_size()
-        mine = (socket.gethostname(), int(os.environ.get("LOCAL_RANK", dist.get_rank())))
+        try:
+            address, wrong = own_address(host), ""
+        except InputError as error:
+            address, wrong = "", str(error)
+        mine = (socket.gethostname(), int(os.environ.get("LOCAL_RANK", dist.get_rank())), address, wrong)
         dist.all_gather_object(places, mine, group=self._control)
-        machines = {machine for machine, _ in places}
-        if len(machines) > 1 and own_address(self._config.host).startswith("127."):
+        known: list[tuple[str, int, str, str]] = places
+        if failed := [f"{machine}: {wrong}" for machine, _, _, wrong in known if wrong]:
+            raise InputError(failed[0])
+        machines = {machine for machine, *_ in known}
+        alone = [(machine, address) for machine, _, address, _ in known if is_loopback(address)]
+        if len(machines) > 1 and alone:
+            fix = "give an address that the others reach" if host == "hostname" else "give hostname"
             raise InputError(
-                f"rollout.servers.host={self._config.host} is reached from one machine alone, and this run is on "
-                f"{len(machines)}: give hostname, or an address that the others reach"
+                f"rollout.servers.host={host} is {alone[0][1]} on {alone[0][0]}, which is reached from that machine "
+                f"alone, and this run is on {len(machines)}: {fix}"
             )
         if len(machines) > 1 and self._config.transport is Transport.shared:
             raise InputError("rollout.servers.transport=shared is for runs on one machine: give group")
-        return [rank for rank, (_, local) in enumerate(places) if local == 0] if self._config.each_node else [0]
+        return [rank for rank, (_, local, *_) in enumerate(known) if local == 0] if self._config.each_node else [0]
 
     def _key(self) -> str:
         if self._config.key_file is not None:
@@ -190,11 +202,12 @@ class ServersEngine:
         if self._config.devices is None:
             return None
         first = index % self._config.replicas * self._config.tensor
-        own = [str(device) for device in self._config.devices[first : first + self._config.tensor]]
+        own = chosen_devices(self._config.devices[first : first + self._config.tensor])
         if self._config.transport is Transport.shared:
             # Behind its own the trainer's, whose memory it opens.
-            ours = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
-            own += [device for device in ours.split(",") if device not in own]
+            ours = visible_devices()
+            ours = [str(number) for number in range(torch.cuda.device_count())] if ours is None else ours
+            own += [device for device in ours if device not in own]
         return ",".join(own)
 
     # Answers

@@ -19,7 +19,8 @@ from datetime import timedelta
 import httpx
 import torch.distributed as dist
 
-from megatron_tempo.errors import EngineError
+from megatron_tempo.config.hosts import host_of
+from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rollout.server import Server
 from megatron_tempo.rollout.server_adapter import ServerAdapter, authorised
 from megatron_tempo.runtime import progress_marker
@@ -70,7 +71,7 @@ class ServerSupervisor:
                 return None
             try:
                 server = self._servers[order["server"]] = self._make(order["server"])
-            except OSError as error:
+            except (OSError, InputError) as error:
                 orders.set(reply, json.dumps({"error": str(error)}))
             else:
                 threading.Thread(target=self._wait, args=(server, reply), daemon=True).start()
@@ -109,6 +110,17 @@ class SupervisedServers:
         return answer["url"]
 
 
+UNRESOLVED = 20  # looks at a server, two a second, after which a host that does not resolve is not waited for
+
+
+async def _resolves(url: str) -> bool:
+    try:
+        await asyncio.get_running_loop().getaddrinfo(host_of(url), None)
+    except (OSError, UnicodeError):
+        return False
+    return True
+
+
 class ExternalServers:
     """A `Starter` of servers that somebody else starts: to start one is to wait until it answers."""
 
@@ -117,7 +129,8 @@ class ExternalServers:
 
     async def start(self, index: int) -> str:
         url, deadline, last = self._addresses[index], time.monotonic() + self._seconds, "it does not answer"
-        async with httpx.AsyncClient(base_url=url, headers=authorised(self._key), timeout=5.0) as client:
+        headers, unresolved = authorised(self._key), 0
+        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=5.0, trust_env=False) as client:
             while time.monotonic() < deadline:
                 progress_marker.mark()
                 try:
@@ -129,5 +142,9 @@ class ExternalServers:
                         raise EngineError(f"{url} does not take the key of rollout.servers.key_file")
                 except httpx.HTTPError as error:
                     last = f"{type(error).__name__} {error}".rstrip()
+                    unresolved = 0 if await _resolves(url) else unresolved + 1
+                    if unresolved == UNRESOLVED:
+                        machine = socket.gethostname()
+                        raise EngineError(f"{url}: the host does not resolve on {machine}: mend the address") from error
                 await asyncio.sleep(0.5)
         raise EngineError(f"no {self._adapter.name} server at {url} ({last}): start it, or mend the address")

@@ -23,9 +23,9 @@ from megatron_tempo.config.choices import Transport
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.errors import EngineError
 from megatron_tempo.models.megatron_compat.torch_private import join_separate_group
+from megatron_tempo.rollout.addresses import own_address
 from megatron_tempo.rollout.answer_checks import checked
 from megatron_tempo.rollout.replica import LIMITS, Target
-from megatron_tempo.rollout.server import own_address
 from megatron_tempo.rollout.server_adapter import Call, ServerAdapter, WeightGroupInfo, authorised
 from megatron_tempo.rollout.supervisor import private_store
 from megatron_tempo.types import Bucket, Weights
@@ -111,7 +111,9 @@ class _Link:
     def __init__(self, adapter: ServerAdapter, config: ServersConfig, key: str, target: Target) -> None:
         self._adapter, self._config = adapter, config
         timeout = config.update_seconds
-        self._client = httpx.Client(base_url=target.url, headers=authorised(key), timeout=timeout, limits=LIMITS)
+        self._client = httpx.Client(
+            base_url=target.url, headers=authorised(key), timeout=timeout, limits=LIMITS, trust_env=False
+        )
         self._posting = ThreadPoolExecutor(1, thread_name_prefix="link")
         self._name = f"megatron_tempo_{secrets.token_hex(4)}"
         self._group: dist.ProcessGroup | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_tempo.errors import InputError
@@ -47,7 +48,39 @@ def _call(words: list[str]) -> str:
         raise InputError(
             f"{words[0]} is not installed on this machine: submit from a login node of the cluster, or use --dry-run"
         )
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        words, capture_output=True, text=True, errors="replace", check=False, env=_outside(os.environ)
+    )
     if done.returncode:
         raise InputError(f"{words[0]} failed: {(done.stderr or done.stdout).strip()}")
     return done.stdout
+
+
+# Variables that tell SLURM's commands of the site, not of the allocation that they are called in.
+_OF_THE_SITE = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT", "SLURM_DEBUG_FLAGS")
+# What an allocation, a step of one or a launcher says of its own processes: sbatch would hand it on to the job, where
+# SLURM_MEM_PER_CPU makes srun fail if the job has a SLURM_MEM_PER_NODE of its own.
+_OF_A_JOB = (
+    "SLURM_",
+    "SLURMD_",
+    "SRUN_",
+    "PMI_",
+    "PMIX_",
+    "OMPI_",
+    "TORCHELASTIC_",
+    "MASTER_",
+    "LOCAL_",
+    "GROUP_",
+    "ROLE_",
+)
+_OF_ITS_DEVICES = ("RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
+
+
+def _outside(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what belongs to the allocation, if any, that this command runs in."""
+    inside = any(name in environment for name in ("SLURM_JOB_ID", "SLURM_JOBID", "RANK"))
+    return {
+        name: value
+        for name, value in environment.items()
+        if not inside or name in _OF_THE_SITE or not (name.startswith(_OF_A_JOB) or name in _OF_ITS_DEVICES)
+    }

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_tempo.config.choices import EngineKind
+from megatron_tempo.errors import InputError, hidden
 from megatron_tempo.submit.job import Job, Kind
 
 BEGIN, END = "# >>> megatron-tempo submit writes this block", "# <<<"
 
 
 def render(job: Job, launch: Path, folder: Path, work: Path) -> str:
-    """The script. `launch`: folder of the templates. `folder`: the job's snapshot. `work`: base of relative paths."""
+    """The script. `launch`: folder of the templates. `folder`: the job's snapshot. `work`: base of relative paths.
+
+    Raises InputError for a path or an argument with characters that are not seen: a newline would begin a command. The
+    configuration has none.
+    """
+    for name, words in {"the run's folder": str(folder), "the working folder": str(work), **_arguments(job)}.items():
+        if hidden(words) or "\n" in words or "\t" in words:
+            raise InputError(f"{name} has an invisible character in its name: {words!r}: rename it")
     text = (launch / f"{job.kind.name}.sbatch").read_text(encoding="utf-8")
     before, rest = text.split(BEGIN, 1)
     mark, rest = rest.split("\n", 1)
@@ -36,7 +45,7 @@ def _options(job: Job, folder: Path) -> Iterator[str]:
         "account": slurm.account,
         "time": slurm.time_limit,
         "signal": None if job.kind is Kind.eval else f"B:USR1@{slurm.grace_seconds}",
-        "output": f"{folder}/%j.out",
+        "output": f"{str(folder).replace('%', '%%')}/%j.out",
         "open-mode": "append",
     }
     words = [f"--{name}={value}" for name, value in options.items() if value is not None]
@@ -95,6 +104,13 @@ def _array(name: str, values: list[str] | tuple[str, ...]) -> str:
     return f"{name}=({shlex.join(values)})"
 
 
+_PLAIN = re.compile(r"[\w./:=@,+%^~-]+", re.ASCII)
+
+
 def _quoted(word: str) -> str:
-    """An option as sbatch parses it: a value with blanks is in double quotes."""
-    return f'"{word}"' if " " in word else word
+    """An option as sbatch parses it: in double quotes, where a backslash stands before a quote or a backslash."""
+    return word if _PLAIN.fullmatch(word) else '"' + re.sub(r'(["\\])', r"\\\1", word) + '"'
+
+
+def _arguments(job: Job) -> dict[str, str]:
+    return {f"argument {number} of the converter": word for number, word in enumerate(job.arguments)}

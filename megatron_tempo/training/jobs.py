@@ -88,7 +88,7 @@ def evaluate(config: Config) -> None:
     try:
         _evaluate(config, out)
     except UnwrittenError as error:
-        raise UnwrittenError(f"{error}; an evaluation begins anew, so remove {out} first") from error
+        raise UnwrittenError(f"{error}; an evaluation begins anew: give another run.dir") from error
 
 
 def _evaluate(config: Config, out: Path) -> None:

@@ -183,7 +183,7 @@ def test_a_full_disk_under_an_evaluation(undisturbed: Path, tmp_path: Path) -> N
     told = run_ranks(unevaluated, 2, tmp_path / "ranks", config_for(undisturbed.parent / "project", run))
     assert told[0] == told[1]
     assert f"{run}/responses.jsonl: cannot write a record: No space left on device; free disk space" in told[0]
-    assert told[0].endswith(f"; an evaluation begins anew, so remove {run} first")
+    assert told[0].endswith("; an evaluation begins anew: give another run.dir")
 
 
 DRIVER = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import socket
@@ -82,8 +83,8 @@ TYPOS = {
     "model=qwen": "model=qwen: there is no preset of this name in configs/model; fix: did you mean qwen3_8b or "
     "qwen3_14b?",
     "data=a.jsonl": "data=a.jsonl: is only for eval; fix: data.labelled.path=a.jsonl or data.unlabelled.path=a.jsonl",
-    "run.seed=1,2": "run.seed=1,2: sweeps over several values are not supported; fix: give one value, or a list "
-    "as [a,b]",
+    "run.seed=1,2": "run.seed=1,2: sweeps over several values are not supported; fix: give one value, a list "
+    "as run.seed=[1,2], or text with a comma in quotes: 'run.seed=\"1,2\"'",
     "run.seed": "run.seed=: cannot be read; fix: write KEY=VALUE; quote a value with special characters: "
     "'KEY=\"VALUE\"'",
     "hydra.verbose=true": "hydra.verbose=true: Hydra's own settings are not used; fix: for your own presets "
@@ -113,7 +114,10 @@ def test_typos_and_broken_rules_come_in_one_report(good: list[str], capsys: pyte
 
 def test_an_unreadable_value_is_told_once(good: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     lines = report(capsys, "check", *good, "run.dir=7")
-    assert lines[1:] == ["run.dir=7: must be text; fix: quote it: 'run.dir=\"7\"'"]
+    assert lines[1:] == [
+        "run.dir=7: must be text; fix: quote it: 'run.dir=\"7\"' "
+        "(without quotes YAML reads 010, 1e3 or 12:00 as a number)"
+    ]
 
 
 def test_presets_of_ones_own(good: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,7 +135,7 @@ def test_presets_of_ones_own(good: list[str], tmp_path: Path, capsys: pytest.Cap
     (line,) = report(capsys, *arguments, "experiment=broken")[1:]
     assert line.startswith("experiment=broken: ")
     assert "broken.yaml" in line
-    assert report(capsys, "check", "--config-dir", "nowhere")[1].startswith("--config-dir=nowhere: is not a folder")
+    assert report(capsys, "check", "--config-dir", "nowhere")[1].startswith("--config-dir=nowhere: does not exist")
 
 
 def test_train_checks_then_trains(
@@ -144,6 +148,13 @@ def test_train_checks_then_trains(
     assert (name, config.run.seed) == ("train", 7)
 
 
+def launch(monkeypatch: pytest.MonkeyPatch, rank: str, local_rank: str, world: str = "6") -> None:
+    """Stands for torchrun."""
+    rendezvous = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {"RANK": rank, "LOCAL_RANK": local_rank, **rendezvous}.items():
+        monkeypatch.setenv(name, value)
+
+
 def test_one_process_a_node_reports(
     good: list[str],
     called: list[tuple[str, Config]],
@@ -151,11 +162,9 @@ def test_one_process_a_node_reports(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def reported(rank: str, local_rank: str) -> list[str]:
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        launch(monkeypatch, rank, local_rank)
         return report(capsys, "train", *good, "parallel.tensor=4")
 
-    monkeypatch.setenv("WORLD_SIZE", "6")
     monkeypatch.setattr(socket, "gethostname", lambda: "node7")
     first = reported("0", "0")
     assert first[0] == "1 problem in the configuration:"
@@ -177,8 +186,7 @@ def test_an_error_of_the_job_names_its_node(
     monkeypatch.setattr(sys.modules["megatron_tempo.training.jobs"], "train", fail)
     monkeypatch.setattr(socket, "gethostname", lambda: "node7")
     assert report(capsys, "train", *good) == ["error: no such row"]
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    launch(monkeypatch, "3", "0", "4")
     assert report(capsys, "train", *good) == ["node7: error: no such row"]
 
 
@@ -194,7 +202,7 @@ def test_a_run_that_was_told_to_stop_has_a_status_of_its_own(
     monkeypatch.setattr(sys.modules["megatron_tempo.training.jobs"], "train", stop)
     assert cli.main(["train", *good]) == cli.STOPPED == 75
     assert capsys.readouterr().out == "stopped after 3 iterations\n"
-    monkeypatch.setenv("RANK", "1")
+    launch(monkeypatch, "1", "1", "2")
     assert cli.main(["train", *good]) == 75
     assert capsys.readouterr().out == ""
 
@@ -213,7 +221,7 @@ def test_eval_takes_a_folder_and_files(good: list[str], tmp_path: Path, called: 
         "my_held_out": (str(files[1]), "prompt", "answer"),
     }
     assert [s.verifier.name for s in sets.values() if s.verifier] == ["countdown", "math"]
-    assert re.fullmatch(EVAL_DIR + r"/\d{8}-\d{6}", config.run.dir)
+    assert re.fullmatch(EVAL_DIR + r"/\d{8}-\d{6}-\d+", config.run.dir)
 
 
 def test_eval_on_benchmarks(good: list[str], tmp_path: Path, called: list[tuple[str, Config]]) -> None:
@@ -258,7 +266,7 @@ def test_eval_writes_into_no_other_run(
     assert cli.main(arguments) == 0
     assert cli.main(arguments) == 0
     assert cli.main([*arguments, "run.dir=elsewhere"]) == 0
-    fresh = ["runs/eval/20260102-030405", "runs/eval/20260102-030406"]
+    fresh = [f"runs/eval/20260102-03040{second}-{os.getpid()}" for second in (5, 6)]
     assert [config.run.dir for _, config in called] == [*fresh, "elsewhere"]
 
 

@@ -45,7 +45,18 @@ ALLOWED: dict[str, set[str]] = {
         *("plan", "report", "rewards", "rollout", "runtime", "types", "weights"),
     },
     "commands": {"checkpoint", "config", "data", "errors", "observability", "rewards", "submit"},
-    "cli": {"commands", "config", "errors", "observability", "plan", "report", "rollout", "submit", "training"},
+    "cli": {
+        "commands",
+        "config",
+        "errors",
+        "observability",
+        "plan",
+        "report",
+        "rollout",
+        "runtime.launcher",
+        "submit",
+        "training",
+    },
 }
 # Only these layers, or files, import these packages.
 HOMES = {

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from megatron_tempo import cli
-from megatron_tempo.config import Config, load
+from megatron_tempo.config import Config, ConfigErrors, load
 from megatron_tempo.config.compose import REPOSITORY
 from megatron_tempo.config.schema import ClusterConfig, to_plain
+from megatron_tempo.errors import InputError, hidden
 from megatron_tempo.submit import snapshot
 from megatron_tempo.submit.job import Job, Kind
 from megatron_tempo.submit.script import BEGIN, END, render
@@ -149,7 +150,7 @@ def test_servers_take_gpus_of_each_node_or_nodes_of_their_own(
 
 def test_the_other_jobs(good: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = dry(capsys, "--job", "eval", "cluster=h100x8", f"model={tmp_path}/model", f"data={tmp_path}/heldout.jsonl")
-    assert re.search(r"/runs/eval/\d{8}-\d{6}$", values(script)["RUN"][0])
+    assert re.search(r"/runs/eval/\d{8}-\d{6}-\d+$", values(script)["RUN"][0])
     assert "--no-requeue" in options(script)
     assert not any("signal" in option for option in options(script))
     words = ["hf-to-megatron", "A B", "OUT", "--model", "critic"]
@@ -176,7 +177,12 @@ def test_a_script_by_hand_has_what_submit_writes(kind: Kind, tmp_path: Path) -> 
 REFUSED = {
     "~cluster": "cluster=null: nothing says where to submit to",
     "cluster.slurm.time_limit=12h": "cluster.slurm.time_limit=12h: is no time that sbatch reads",
-    "cluster.slurm.time_limit=720": "cluster.slurm.time_limit=720: must be text; fix: quote it",
+    "cluster.slurm.time_limit=720": "must be text; fix: quote it: 'cluster.slurm.time_limit=\"0:12:00\"' if you wrote",
+    "cluster.slurm.time_limit=43200": "'cluster.slurm.time_limit=\"12:00:00\"' if you wrote 12:00:00 (YAML reads that",
+    "cluster.slurm.options=['-']": "cluster.slurm.options=-: is no option of sbatch",
+    "run.dir=/tmp/a:b": "run.dir=/tmp/a:b: /tmp/a:b has a : in its name",
+    "run.dir='/tmp/a,b' cluster.slurm.container=i": "run.dir=/tmp/a,b: /tmp/a,b has a : or , in its name",
+    "cluster.rollout_nodes=1 ROLLOUT rollout.servers.host=localhost": "localhost: is reached from one machine alone",
     "cluster.slurm.grace_seconds=0": "cluster.slurm.grace_seconds=0: must be 1 or more",
     "cluster.slurm.options=['qos=high']": "cluster.slurm.options=qos=high: is no option of sbatch",
     "cluster.slurm.environment={A-B: c}": "cluster.slurm.environment=A-B: is no name of a variable",
@@ -228,6 +234,72 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
         cli.main(arguments)
     assert caught.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+HOSTILE = "a 'b' \"c\" \\d $(touch gone) `touch gone` #e %j ;&|<>"
+
+
+def test_whatever_a_field_holds_is_one_word(good: list[str], tmp_path: Path) -> None:
+    config = cli.build(good)
+    assert config.cluster is not None
+    slurm = config.cluster.slurm
+    slurm.partition = slurm.account = slurm.interface = slurm.container = slurm.python = HOSTILE
+    slurm.modules, slurm.environment, slurm.options = [HOSTILE], {"NOTE": HOSTILE}, [f"--comment={HOSTILE}"]
+    config.run.dir = str(tmp_path / HOSTILE)
+    script = render(Job(Kind.train, config, ()), LAUNCH, tmp_path / HOSTILE, tmp_path / HOSTILE)
+    found = values(script)
+    assert [found[name] for name in ("INTERFACE", "MODULES", "CONTAINER", "PYTHON")] == [[HOSTILE]] * 4
+    assert found["ENVIRONMENT"] == [f"NOTE={HOSTILE}"]
+    assert found["RUN"] == found["JOB"] == found["WORK"] == [str(tmp_path / HOSTILE)]
+    parsed = [as_sbatch_reads(line) for line in options(script)]
+    assert {f"--partition={HOSTILE}", f"--account={HOSTILE}", f"--comment={HOSTILE}"} <= set(parsed)
+    assert f"--output={tmp_path}/{HOSTILE.replace('%', '%%')}/%j.out" in parsed
+    assert f"--job-name=tempo-train-{HOSTILE}" in parsed
+    assert not list(tmp_path.glob("**/gone"))
+
+
+def as_sbatch_reads(line: str) -> str:
+    """The one argument of a line of options, by the rules of sbatch's own parser (src/sbatch/opt.c)."""
+    argument, quote, is_escaped = "", "", False
+    for position, character in enumerate(line):
+        if is_escaped:
+            argument, is_escaped = argument + character, False
+        elif character == "\\":
+            is_escaped = True
+        elif quote and character == quote:
+            quote = ""
+        elif not quote and character in "\"'":
+            quote = character
+        elif not quote and (character.isspace() or character == "#"):
+            assert not line[position:].strip(), f"a second word: {line[position:]}"
+        else:
+            argument += character
+    assert not quote
+    return argument
+
+
+@pytest.mark.parametrize("character", ["\n", "\r", "\x1b", "\x00", "\u009b", "\u202e", "\t"])
+def test_no_field_begins_a_line(good: list[str], tmp_path: Path, character: str) -> None:
+    """A newline would make a command of what follows; the others deceive who reads the script."""
+    plain = to_plain(cli.build(good))
+    for field in ("partition", "account", "interface", "container", "python", "gres", "time_limit"):
+        plain["cluster"]["slurm"][field] = f"x{character}touch gone"
+    plain["cluster"]["slurm"]["options"] = [f"--qos=x{character}touch gone"]
+    plain["cluster"]["slurm"]["modules"] = [f"x{character}touch gone"]
+    plain["cluster"]["slurm"]["environment"] = {"NAME": f"x{character}touch gone"}
+    plain["run"]["dir"] = f"{tmp_path}/x{character}touch gone"
+    (tmp_path / "whole.json").write_text(json.dumps(plain))
+    with pytest.raises(ConfigErrors) as caught:
+        cli.build([], whole=str(tmp_path / "whole.json"), submitted=Kind.train)
+    assert {problem.field for problem in caught.value.problems} == {
+        "run.dir",
+        *(f"cluster.slurm.{name}" for name in ("partition", "account", "interface", "container", "python", "gres")),
+        *(f"cluster.slurm.{name}" for name in ("time_limit", "options[0]", "modules[0]", "environment.NAME")),
+    }
+    assert hidden(str(caught.value)) is None
+    config = cli.build(good)
+    with pytest.raises(InputError, match="has an invisible character in its name"):
+        render(Job(Kind.train, config, ()), LAUNCH, tmp_path, tmp_path / f"x{character}touch gone")
 
 
 class Queue:
@@ -295,6 +367,26 @@ def test_the_next_submission_says_what_is_otherwise(
     assert "code: megatron_tempo/training/trainer.py" in out
     assert json.loads((tmp_path / "run/jobs/0001/config.json").read_text())["run"]["seed"] == 0
     assert json.loads((tmp_path / "run/jobs/0002/config.json").read_text())["run"]["seed"] == 7
+
+
+def test_from_inside_an_allocation_none_of_it_goes_along(
+    good: list[str], queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_it = ["SLURM_MEM_PER_CPU", "SLURM_NTASKS", "SRUN_CPUS_PER_TASK", "RANK", "CUDA_VISIBLE_DEVICES", "PMIX_RANK"]
+    for name in [*of_it, "SLURM_CONF", "SBATCH_ACCOUNT", "WANDB_API_KEY"]:
+        monkeypatch.setenv(name, "1")
+    queue._program("sbatch", f"env >{queue.folder}/environment; echo 101")
+
+    def told() -> set[str]:
+        assert cli.main(["submit", *good]) == 0
+        return {line.partition("=")[0] for line in (queue.folder / "environment").read_text().splitlines()}
+
+    monkeypatch.delenv("RANK")
+    assert {"SLURM_MEM_PER_CPU", "CUDA_VISIBLE_DEVICES"} <= told(), "a user's own, where there is no allocation"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    inside = told()
+    assert not inside & {*of_it, "SLURM_JOB_ID"}
+    assert {"SLURM_CONF", "SBATCH_ACCOUNT", "WANDB_API_KEY", "PATH"} <= inside
 
 
 @pytest.mark.parametrize("refused", [1, 2])

@@ -1,7 +1,8 @@
 """Every rule that a user can break, checked before anything is allocated. Nothing is read but the file system; whether
 the run's folder can be written is tried by a nameless file.
 
-One file a topic; each yields all it finds. A rule that needs a value which another rule has refused says nothing.
+One file a topic; each yields all it finds. A rule that needs a value which another rule has refused says nothing. If a
+number is above its bound, the bounds alone are reported: other rules would count up to it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Purpose(Enum):
     train = "train"
     eval = "eval"  # stages, training data and checkpoints play no part
     plan = "plan"  # the rules of megatron_tempo/plan/split.py instead
-    serve = "serve"  # those of the engine alone
+    serve = "serve"  # numbers, and the rules of the engine
     convert = "convert"  # numbers alone: a converter reads no configuration
 
 
@@ -41,10 +42,13 @@ def check(config: Config, *, world_size: int | None, purpose: Purpose = Purpose.
     `world_size` is the number of processes launched; none: `parallel.world_size`, and where that is none too, the
     rules on data parallelism are passed over.
     """
-    if purpose in (Purpose.serve, Purpose.convert):
-        return list(rollout.check(config) if purpose is Purpose.serve else numbers.check(config))
+    refused_numbers = list(numbers.check(config))
+    if not numbers.are_usable(config) or purpose is Purpose.convert:
+        return refused_numbers
+    if purpose is Purpose.serve:
+        return [*refused_numbers, *rollout.check(config)]
     shapes, problems = read_models(config)
-    problems += numbers.check(config)
+    problems += refused_numbers
     problems += run.check(config, training=purpose is Purpose.train)
     refused = list(extensions.check_methods(config))
     config = extensions.without_methods(config, refused)

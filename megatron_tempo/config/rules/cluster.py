@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from megatron_tempo.config.choices import EngineKind, Transport
+from megatron_tempo.config.hosts import is_loopback
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.schema import Config
+from megatron_tempo.config.tree import MISSING
 
 # What sbatch reads as a limit: minutes, minutes:seconds, hours:minutes:seconds, and the same behind days.
 _TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}")
-_NAME = re.compile(r"[A-Za-z_]\w*")
+_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_OPTION = re.compile(r"--[A-Za-z][\w-]*(=.*)?|-[A-Za-z]\S*", re.ASCII)
 
 
 def rollout_nodes(config: Config) -> Iterator[Problem]:
@@ -32,14 +36,16 @@ def rollout_nodes(config: Config) -> Iterator[Problem]:
         yield Problem(field, away, "none is started where addresses are given", fix)
     if servers.replicas * servers.tensor > node:
         wrong = f"{servers.replicas} x {servers.tensor} (replicas x tensor) GPUs are more than a node's {node}"
-        yield Problem("rollout.servers.replicas", servers.replicas, wrong, "lower it, or rollout.servers.tensor")
+        fewer = f"rollout.servers.replicas={max(1, node // servers.tensor)}"
+        fix = fewer if servers.tensor <= node else f"{fewer} and rollout.servers.tensor={node}"
+        yield Problem("rollout.servers.replicas", servers.replicas, wrong, fix)
     if servers.each_node:
-        fix = "rollout.servers.each_node=false: they are started on each of cluster.rollout_nodes"
+        fix = "rollout.servers.each_node=false (they are started on each of cluster.rollout_nodes)"
         yield Problem("rollout.servers.each_node", True, "the trainer's nodes start none", fix)
     if servers.transport is Transport.shared:
         wrong = "memory is shared within one node, and the servers are on others"
         yield Problem("rollout.servers.transport", "shared", wrong, "rollout.servers.transport=group")
-    if servers.host.startswith("127."):
+    if is_loopback(servers.host):
         wrong = "is reached from one machine alone, and the servers are on others"
         yield Problem("rollout.servers.host", servers.host, wrong, "rollout.servers.host=hostname")
 
@@ -52,10 +58,10 @@ def site(config: Config) -> Iterator[Problem]:
         return
     slurm, field = config.cluster.slurm, "cluster.slurm"
     if slurm.time_limit is not None and not _TIME.fullmatch(slurm.time_limit):
-        fix = f"{field}.time_limit='\"12:00:00\"', or MINUTES or D-HH:MM:SS"
+        fix = f"{field}.time_limit='\"12:00:00\"'; the forms are MINUTES, HH:MM:SS and D-HH:MM:SS"
         yield Problem(f"{field}.time_limit", slurm.time_limit, "is no time that sbatch reads", fix)
     for option in slurm.options:
-        if not option.startswith("-") or "\n" in option:
+        if not _OPTION.fullmatch(option):
             yield Problem(f"{field}.options", option, "is no option of sbatch", "write it as --NAME=VALUE")
     for name in slurm.environment:
         if not _NAME.fullmatch(name):
@@ -63,22 +69,36 @@ def site(config: Config) -> Iterator[Problem]:
     if slurm.mounts and slurm.container is None:
         wrong = "are of a container, and there is none"
         yield Problem(f"{field}.mounts", slurm.mounts, wrong, f"{field}.container=IMAGE, or {field}.mounts=[]")
+    yield from _folders(config)
     for mount in slurm.mounts:
         if not re.fullmatch(r"/[^:,]*:/[^:,]*(:[^:,]+)?", mount):
             yield Problem(f"{field}.mounts", mount, "is no mount", "write it as /HOST/FOLDER:/CONTAINER/FOLDER[:ro]")
 
 
+def _folders(config: Config) -> Iterator[Problem]:
+    """A job finds its code by PYTHONPATH, and a container its folders by a list: neither can hold every name."""
+    assert config.cluster is not None
+    parts = ":," if config.cluster.slurm.container is not None else ":"
+    names = {"run.dir": Path(config.run.dir).absolute()} if config.run.dir != MISSING else {}
+    if config.cluster.slurm.container is not None:
+        names["cluster.slurm.container"] = Path.cwd()
+    for field, folder in names.items():
+        if any(part in str(folder) for part in parts):
+            wrong = f"{folder} has a {' or '.join(parts)} in its name, which separates folders in a job"
+            fix = "give a run.dir without it" if field == "run.dir" else "submit from a folder without it"
+            value = config.run.dir if field == "run.dir" else config.cluster.slurm.container
+            yield Problem(field, value, wrong, fix)
+
+
 def spread(config: Config, processes: int) -> Iterator[Problem]:
-    """`processes` of the trainer over the nodes that train."""
-    cluster = config.cluster
-    if cluster is None or cluster.training_nodes < 1:
+    """`processes` of the trainer over the nodes that train: one for each GPU, if parallel.world_size does not say."""
+    cluster, field = config.cluster, "parallel.world_size"
+    if cluster is None or cluster.training_nodes < 1 or config.parallel.world_size is None:
         return
     nodes, most = cluster.training_nodes, cluster.gpus_per_node
-    field = "parallel.world_size" if config.parallel.world_size is not None else "cluster.nodes"
-    value = processes if config.parallel.world_size is not None else cluster.nodes
     if processes % nodes:
         wrong = f"{processes} processes cannot be shared evenly by {nodes} nodes"
-        yield Problem(field, value, wrong, f"{field}=a multiple of {nodes}, or change cluster.nodes")
+        yield Problem(field, processes, wrong, f"{field}={nodes * max(1, processes // nodes)}, a multiple of {nodes}")
     elif processes // nodes > most:
         wrong = f"is {processes // nodes} processes a node, and a node has {most} GPUs"
-        yield Problem(field, value, wrong, f"{field}={nodes * most} or less, or more cluster.nodes")
+        yield Problem(field, processes, wrong, f"{field}={nodes * most} or less, or more cluster.nodes")

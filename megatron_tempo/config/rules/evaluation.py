@@ -8,7 +8,10 @@ from importlib.util import find_spec
 
 from megatron_tempo.config.problem import Problem, did_you_mean
 from megatron_tempo.config.rules.data import check_answers, check_columns, check_file
+from megatron_tempo.config.rules.numbers import COUNT
 from megatron_tempo.config.schema import Config
+
+SET_NAME_BYTES = 100  # of a set's name in UTF-8
 
 
 def check(config: Config, *, required: bool) -> Iterator[Problem]:
@@ -19,9 +22,10 @@ def check(config: Config, *, required: bool) -> Iterator[Problem]:
         yield Problem("evaluation.sets", evaluation.sets, "there is no set to evaluate", fix)
     for name, dataset in evaluation.sets.items():
         field = f"evaluation.sets.{name}"
-        if not re.fullmatch(r"\w+", name):
-            wrong = "a set's name becomes part of file and metric names"
-            yield Problem("evaluation.sets", name, wrong, "name it with letters, digits and _ only")
+        if not re.fullmatch(r"\w+", name) or len(name.encode()) > SET_NAME_BYTES:
+            wrong = f"a set's name becomes part of file and metric names, in at most {SET_NAME_BYTES} bytes"
+            plain = re.sub(r"\W", "_", name, flags=re.ASCII)[:20]
+            yield Problem("evaluation.sets", name, wrong, f"name it with letters, digits and _ only, such as {plain}")
         yield from check_file(field, dataset)
         if required:
             yield from check_columns(field, dataset)
@@ -29,10 +33,13 @@ def check(config: Config, *, required: bool) -> Iterator[Problem]:
     for k in evaluation.pass_k:
         if not 1 <= k <= evaluation.samples:
             wrong = f"pass@{k} needs a k from 1 to evaluation.samples={evaluation.samples}"
-            fix = f"evaluation.samples={k}, or a smaller k" if k > 0 else "a k of 1 or more"
+            kept = [k for k in evaluation.pass_k if 1 <= k <= evaluation.samples] or [1]
+            fewer = f"evaluation.pass_k=[{','.join(map(str, kept))}]"
+            fix = f"evaluation.samples={k} or more, or {fewer}" if 0 < k <= COUNT else fewer
             yield Problem("evaluation.pass_k", evaluation.pass_k, wrong, fix)
+            break
     if evaluation.calibration_set is not None and evaluation.calibration_set not in evaluation.sets:
-        fix = did_you_mean(evaluation.calibration_set, evaluation.sets)
+        fix = f"{did_you_mean(evaluation.calibration_set, evaluation.sets)} Or evaluation.calibration_set=null"
         yield Problem("evaluation.calibration_set", evaluation.calibration_set, "is not in evaluation.sets", fix)
     yield from _trackers(config)
 

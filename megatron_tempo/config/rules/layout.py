@@ -12,7 +12,9 @@ from megatron_tempo.config.schema import Config, CriticLayoutConfig, ParallelCon
 
 
 def divisors(number: int) -> list[int]:
-    return [i for i in range(1, number + 1) if number % i == 0]
+    """Ascending. Takes the square root of `number` as many steps."""
+    low = [i for i in range(1, math.isqrt(max(0, number)) + 1) if number % i == 0]
+    return low + [number // i for i in reversed(low) if i * i != number]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ def _processes(laid: Laid, launched: int | None) -> Iterator[Problem]:
     if world is not None and min(parallel.tensor, parallel.pipeline, parallel.context) > 0 and world % model:
         tensor, pipeline, context = (laid.fields[name] for name in ("tensor", "pipeline", "context"))
         wrong = f"is not a multiple of {tensor} * {pipeline} * {context} = {model}"
-        fix = f"launch {model} processes or a multiple, or lower {tensor}, {pipeline} or {context}"
+        fix = f"launch {model} processes or a multiple (parallel.world_size={model * max(1, world // model)})"
         yield Problem("parallel.world_size", world, wrong, fix)
 
 
@@ -115,5 +117,8 @@ def _lengths(config: Config, field: str, shape: ModelShape) -> Iterator[Problem]
     for name, response in responses.items():
         if response is not None and prompt + response > most:
             wrong = f"with rollout.max_prompt_tokens={prompt} it exceeds the {most} positions of {field}"
-            fix = f"{name}={most - prompt} or less" if prompt < most else f"rollout.max_prompt_tokens below {most}"
-            yield Problem(name, response, wrong, fix)
+            fixes = [f"{name}={most - prompt} or less"] if prompt < most else []
+            fixes += [f"rollout.max_prompt_tokens={most - response} or less"] if response < most else []
+            half = max(1, most // 2)
+            both = f"rollout.max_prompt_tokens={half} and {name}={half}, or less"
+            yield Problem(name, response, wrong, ", or ".join(fixes) or both)

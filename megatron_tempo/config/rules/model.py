@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tempo.config.problem import Problem
+from megatron_tempo.config.rules.files import wrong_with_file, wrong_with_folder
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import MISSING, walk
 
 FAMILIES = ("olmo3", "qwen3")  # model_type of the families that megatron_tempo/models knows
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
+LARGEST = 2**31 - 1  # of the sizes in a config.json
 _AS_SAVED = "give a folder as transformers' save_pretrained writes it"
 
 
@@ -38,9 +40,8 @@ def read_models(config: Config) -> tuple[dict[str, ModelShape], list[Problem]]:
         if value is None or value == MISSING:
             continue
         folder = Path(value)
-        if not folder.is_dir():
-            wrong = "is not a folder" if folder.exists() else "does not exist"
-            problems.append(Problem(field, value, wrong, _AS_SAVED))
+        if wrong_folder := wrong_with_folder(folder):
+            problems.append(Problem(field, value, wrong_folder, _AS_SAVED))
             continue
         problems += _weights(field, folder)
         if field == "model.path":
@@ -63,16 +64,16 @@ def _shape(folder: Path) -> tuple[ModelShape | None, str]:
         return None, "has no config.json"
     try:
         plain = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         return None, f"config.json is not JSON ({error})"
     if not isinstance(plain, dict):
         return None, "config.json does not hold an object"
     family = plain.get("model_type")
     plain = _with_head_dim(plain)
     names = ModelShape.__dataclass_fields__
-    bad = [name for name in names if type(plain.get(name)) is not int or plain[name] < 1]
+    bad = [name for name in names if type(plain.get(name)) is not int or not 1 <= plain[name] <= LARGEST]
     if family in FAMILIES and bad:
-        return None, f"config.json has no positive whole number under {', '.join(bad)}"
+        return None, f"config.json has no whole number from 1 to {LARGEST:,} under {', '.join(bad)}"
     shape = ModelShape(**{name: 1 if name in bad else plain[name] for name in names})
     return shape, "" if family in FAMILIES else f"model_type {family} is not supported"
 
@@ -92,12 +93,13 @@ def _weights(field: str, folder: Path) -> list[Problem]:
         return [] if is_present else [Problem(field, str(folder), "has no safetensors files", _AS_SAVED)]
     try:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return [Problem(field, str(folder), f"{index.name} has no readable weight_map", _AS_SAVED)]
-    absent = sorted(str(name) for name in shards if not (folder / str(name)).is_file())
+    absent = sorted(str(name) for name in shards if wrong_with_file(folder / str(name)))
     if not absent:
         return []
-    return [Problem(field, str(folder), f"{index.name} names absent files: {', '.join(absent)}", "copy them there too")]
+    named = ", ".join(name[:100] for name in absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+    return [Problem(field, str(folder), f"{index.name} names absent files: {named}", "copy them there too")]
 
 
 def _tokenizer(config: Config, folder: Path) -> list[Problem]:
@@ -118,7 +120,7 @@ def _has_chat_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
         return True
     file = folder / "tokenizer_config.json"
-    return file.is_file() and '"chat_template"' in file.read_text(encoding="utf-8")
+    return wrong_with_file(file) is None and '"chat_template"' in file.read_text(encoding="utf-8", errors="replace")
 
 
 def _same_vocabulary(config: Config, shapes: dict[str, ModelShape]) -> list[Problem]:

@@ -1,9 +1,13 @@
-"""Rules on single numbers."""
+"""Rules on single numbers: every one has a least and a greatest value.
+
+The greatest is far above what a run can use. It keeps a number of a few keystrokes from costing hours or gigabytes
+before anything is refused (a list as long as the number, a time that no clock has).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_tempo.config import schema, stages
@@ -12,133 +16,189 @@ from megatron_tempo.config.tree import walk
 
 
 @dataclass(frozen=True, slots=True)
-class _Bound:
+class Bound:
+    """A range of numbers.
+
+    >>> Bound("above 0 and below 1", "3e-4", 0, 1, low_open=True, high_open=True).holds(0)
+    False
+    """
+
     words: str
     example: str
-    holds: Callable[[float], bool]
+    low: float
+    high: float
+    low_open: bool = False
+    high_open: bool = False
+    states_high: bool = False  # `words` tell of the greatest value too
+
+    def holds(self, value: float) -> bool:
+        above = value > self.low if self.low_open else value >= self.low
+        return above and (value < self.high if self.high_open else value <= self.high)
+
+    def wrong(self, value: float) -> str:
+        """What is wrong with a value that does not hold."""
+        too_large = not self.states_high and value > self.high
+        return f"must be {self.words}" + (f", and at most {self.high:,.16g}" if too_large else "")
+
+    def fix(self, value: float) -> str:
+        """A value that holds, as it is written in an override."""
+        return f"{self.high:.16g}" if not self.states_high and self.high < value < math.inf else self.example
 
 
-_ONE_OR_MORE = _Bound("1 or more", "1", lambda x: x >= 1)
-_ZERO_OR_MORE = _Bound("0 or more", "0", lambda x: x >= 0)
-_ZERO_OR_ONE = _Bound("0 or 1", "1", lambda x: x in (0, 1))
-_ABOVE_ZERO = _Bound("above 0", "1", lambda x: x > 0)
-_SMALL = _Bound("above 0", "1e-6", lambda x: x > 0)
-_DECAY = _Bound("at least 0 and below 1", "0.9", lambda x: 0 <= x < 1)
-_CLIP_LOW = _Bound("above 0 and below 1", "3e-4", lambda x: 0 < x < 1)
-_CLIP_HIGH = _Bound("above 0", "5e-4", lambda x: x > 0)
-_SHARE = _Bound("above 0 and at most 1", "0.5", lambda x: 0 < x <= 1)
-_DUAL_CLIP = _Bound("above 1", "3", lambda x: x > 1)
-_PROCESSES = _Bound("1 to 1024", "2", lambda x: 1 <= x <= 1024)
-_ANSWER_SECONDS = _Bound("above 0 and at most 3600", "5", lambda x: 0 < x <= 3600)
+def _from(low: int, high: float) -> Bound:
+    """At least `low`, and no more than `high`."""
+    return Bound(f"{low} or more", f"{low}", low, high)
 
-_BOUNDS: dict[type, dict[str, _Bound]] = {
+
+def _above(low: float, high: float, example: str = "1") -> Bound:
+    """More than `low`, and no more than `high`."""
+    return Bound(f"above {low:g}", example, low, high, low_open=True)
+
+
+# Counts of things, of tokens, of GPUs in a node; seeds; seconds of a year; rates and sizes of hardware; factors.
+COUNT, TOKENS, NODES, DEVICES, THREADS = 1_000_000, 100_000_000, 100_000, 256, 4096
+YEAR = 31_536_000
+SEED, HARDWARE, FACTOR = 2**63 - 1, 1e6, 1e6
+
+_SHARE = Bound("above 0 and at most 1", "0.5", 0, 1, low_open=True, states_high=True)
+_DECAY = Bound("at least 0 and below 1", "0.9", 0, 1, high_open=True, states_high=True)
+_SECONDS = _above(0, YEAR)
+_ONE_TO_COUNT, _UP_TO_COUNT = _from(1, COUNT), _from(0, COUNT)
+_ONE_TO_TOKENS = _from(1, TOKENS)
+_RANKS = _from(1, NODES * DEVICES)
+_RATE = _from(0, HARDWARE)
+
+_BOUNDS: dict[type, dict[str, Bound]] = {
     schema.RunConfig: {
-        "seed": _ZERO_OR_MORE,
-        "max_consecutive_nonfinite_steps": _ONE_OR_MORE,
-        "hang_minutes": _ABOVE_ZERO,
+        "seed": _from(0, SEED),
+        "max_consecutive_nonfinite_steps": _ONE_TO_COUNT,
+        "hang_minutes": _above(0, 2 * YEAR / 60),  # more than any wait
     },
-    schema.ModelConfig: {"num_bf16_layers_at_ends": _ZERO_OR_MORE},
+    schema.ModelConfig: {"num_bf16_layers_at_ends": _UP_TO_COUNT},
     schema.ParallelConfig: {
-        "tensor": _ONE_OR_MORE,
-        "pipeline": _ONE_OR_MORE,
-        "context": _ONE_OR_MORE,
-        "world_size": _ONE_OR_MORE,
-        "micro_batch_tokens": _ONE_OR_MORE,
-        "bucket_mb": _ONE_OR_MORE,
+        "tensor": _RANKS,
+        "pipeline": _RANKS,
+        "context": _RANKS,
+        "world_size": _RANKS,
+        "micro_batch_tokens": _ONE_TO_TOKENS,
+        "bucket_mb": _ONE_TO_COUNT,
     },
-    schema.CriticLayoutConfig: {"tensor": _ONE_OR_MORE, "pipeline": _ONE_OR_MORE, "context": _ONE_OR_MORE},
-    schema.DatasetConfig: {"limit": _ONE_OR_MORE},
+    schema.CriticLayoutConfig: {"tensor": _RANKS, "pipeline": _RANKS, "context": _RANKS},
+    schema.DatasetConfig: {"limit": _from(1, 10_000_000_000)},
     schema.RolloutConfig: {
-        "max_prompt_tokens": _ONE_OR_MORE,
-        "max_response_tokens": _ONE_OR_MORE,
-        "temperature": _ABOVE_ZERO,
-        "batch_rows": _ONE_OR_MORE,
-        "parity_tolerance": _SMALL,
-        "max_staleness": _ZERO_OR_ONE,
+        "max_prompt_tokens": _ONE_TO_TOKENS,
+        "max_response_tokens": _ONE_TO_TOKENS,
+        "temperature": _above(0, 1000),
+        "batch_rows": _ONE_TO_COUNT,
+        "parity_tolerance": _above(0, 1000, "1e-6"),
+        "max_staleness": Bound("0 or 1", "1", 0, 1, states_high=True),
     },
-    schema.MathConfig: {"workers": _PROCESSES, "seconds": _ANSWER_SECONDS},
+    schema.MathConfig: {"workers": _from(1, 1024), "seconds": _above(0, 3600, "5")},
     schema.ServersConfig: {
-        "replicas": _ONE_OR_MORE,
-        "tensor": _ONE_OR_MORE,
-        "concurrency": _ONE_OR_MORE,
-        "checksums_every": _ZERO_OR_MORE,
-        "restarts": _ZERO_OR_MORE,
-        "start_seconds": _ABOVE_ZERO,
-        "update_seconds": _ABOVE_ZERO,
-        "answer_seconds": _ABOVE_ZERO,
-        "hang_seconds": _ABOVE_ZERO,
+        "replicas": _from(1, THREADS),
+        "devices": _from(0, DEVICES - 1),
+        "tensor": _from(1, DEVICES),
+        "concurrency": _from(1, THREADS),
+        "checksums_every": _UP_TO_COUNT,
+        "restarts": _UP_TO_COUNT,
+        "start_seconds": _SECONDS,
+        "update_seconds": _SECONDS,
+        "answer_seconds": _SECONDS,
+        "hang_seconds": _SECONDS,
     },
     schema.JudgeConfig: {
-        "concurrency": _ONE_OR_MORE,
-        "retries": _ZERO_OR_MORE,
-        "timeout_seconds": _ABOVE_ZERO,
-        "max_tokens": _ONE_OR_MORE,
+        "concurrency": _from(1, THREADS),
+        "retries": _from(0, 1000),
+        "timeout_seconds": _SECONDS,
+        "max_tokens": _ONE_TO_TOKENS,
     },
     stages.OptimizerConfig: {
-        "lr": _SMALL,
-        "warmup_steps": _ZERO_OR_MORE,
-        "weight_decay": _ZERO_OR_MORE,
+        "lr": _above(0, 1000, "1e-6"),
+        "warmup_steps": _UP_TO_COUNT,
+        "weight_decay": _from(0, 1000),
         "beta1": _DECAY,
         "beta2": _DECAY,
-        "eps": _SMALL,
-        "clip_grad": _ABOVE_ZERO,
+        "eps": _above(0, 1, "1e-6"),
+        "clip_grad": _above(0, 1e12),
     },
     stages.ActorUpdateConfig: {
-        "mini_batch_prompts": _ONE_OR_MORE,
-        "epochs": _ONE_OR_MORE,
-        "clip_low": _CLIP_LOW,
-        "clip_high": _CLIP_HIGH,
-        "dual_clip": _DUAL_CLIP,
-        "importance_cap": _ABOVE_ZERO,
-        "entropy_coef": _ZERO_OR_MORE,
-        "kl_coef": _ZERO_OR_MORE,
+        "mini_batch_prompts": _ONE_TO_COUNT,
+        "epochs": _from(1, 1000),
+        "clip_low": Bound("above 0 and below 1", "3e-4", 0, 1, low_open=True, high_open=True, states_high=True),
+        "clip_high": _above(0, FACTOR, "5e-4"),
+        "dual_clip": _above(1, FACTOR, "3"),
+        "importance_cap": _above(0, FACTOR),
+        "entropy_coef": _from(0, FACTOR),
+        "kl_coef": _from(0, FACTOR),
     },
     stages.CriticUpdateConfig: {
-        "mini_batch_prompts": _ONE_OR_MORE,
-        "epochs": _ONE_OR_MORE,
-        "warmup_iterations": _ZERO_OR_MORE,
-        "clip": _ABOVE_ZERO,
+        "mini_batch_prompts": _ONE_TO_COUNT,
+        "epochs": _from(1, 1000),
+        "warmup_iterations": _UP_TO_COUNT,
+        "clip": _above(0, 1e12),
     },
     stages.StageConfig: {
-        "iterations": _ZERO_OR_MORE,
-        "labelled_prompts": _ZERO_OR_MORE,
-        "unlabelled_prompts": _ZERO_OR_MORE,
-        "responses_per_prompt": _ONE_OR_MORE,
-        "estep_every": _ZERO_OR_MORE,
-        "vote_responses": _ONE_OR_MORE,
-        "entropy_low": _ZERO_OR_MORE,
-        "entropy_high": _ABOVE_ZERO,
+        "iterations": _UP_TO_COUNT,
+        "labelled_prompts": _UP_TO_COUNT,
+        "unlabelled_prompts": _UP_TO_COUNT,
+        "responses_per_prompt": _ONE_TO_COUNT,
+        "estep_every": _UP_TO_COUNT,
+        "vote_responses": _ONE_TO_COUNT,
+        "entropy_low": _from(0, FACTOR),
+        "entropy_high": _above(0, FACTOR),
     },
     schema.EvaluationConfig: {
-        "every": _ZERO_OR_MORE,
-        "samples": _ONE_OR_MORE,
-        "temperature": _ABOVE_ZERO,
-        "max_response_tokens": _ONE_OR_MORE,
+        "every": _UP_TO_COUNT,
+        "samples": _ONE_TO_COUNT,
+        "temperature": _above(0, 1000),
+        "max_response_tokens": _ONE_TO_TOKENS,
     },
-    schema.CheckpointConfig: {"every": _ZERO_OR_MORE, "keep": _ONE_OR_MORE},
+    schema.CheckpointConfig: {"every": _UP_TO_COUNT, "keep": _ONE_TO_COUNT},
     schema.ClusterConfig: {
-        "nodes": _ONE_OR_MORE,
-        "rollout_nodes": _ZERO_OR_MORE,
-        "gpus_per_node": _ONE_OR_MORE,
-        "memory_gb": _ZERO_OR_MORE,
-        "reserve_gb": _ZERO_OR_MORE,
-        "bf16_tflops": _ZERO_OR_MORE,
-        "memory_tbs": _ZERO_OR_MORE,
-        "nvlink_gbs": _ZERO_OR_MORE,
-        "network_gbs": _ZERO_OR_MORE,
-        "host_gbs": _ABOVE_ZERO,
+        "nodes": _from(1, NODES),
+        "rollout_nodes": _from(0, NODES),
+        "gpus_per_node": _from(1, DEVICES),
+        "memory_gb": _RATE,
+        "reserve_gb": _RATE,
+        "bf16_tflops": _RATE,
+        "memory_tbs": _RATE,
+        "nvlink_gbs": _RATE,
+        "network_gbs": _RATE,
+        "host_gbs": _above(0, HARDWARE),
         "compute_share": _SHARE,
         "memory_share": _SHARE,
         "link_share": _SHARE,
     },
-    schema.SlurmConfig: {"grace_seconds": _ONE_OR_MORE, "cpus_per_task": _ONE_OR_MORE},
+    schema.SlurmConfig: {"grace_seconds": _from(1, YEAR), "cpus_per_task": _from(1, COUNT)},
 }
 
 
+# Lists of numbers whose rules are elsewhere: evaluation.pass_k by evaluation.samples, profile.steps by the iterations.
+ELSEWHERE = {(schema.EvaluationConfig, "pass_k"), (schema.ProfileConfig, "steps")}
+
+
+def bound_of(group: type, name: str) -> Bound | None:
+    """The bound of a field, by the class of its group. None for what is no number, and for `ELSEWHERE`."""
+    return _BOUNDS.get(group, {}).get(name)
+
+
 def check(config: schema.Config) -> Iterator[Problem]:
+    for field, value, bound, number in _refused(config):
+        example = f"[{bound.fix(number)}]" if isinstance(value, list) else bound.fix(number)
+        yield Problem(field, value, bound.wrong(number), f"for example {field}={example}")
+
+
+def are_usable(config: schema.Config) -> bool:
+    """Whether no number is above its bound: rules that count up to one, or convert it, may then look at them."""
+    return not any(number > bound.high for _, _, bound, number in _refused(config))
+
+
+def _refused(config: schema.Config) -> Iterator[tuple[str, object, Bound, float]]:
+    """(field, its value, its bound, the number) of every field with a number that is out of its bound."""
     for path, node in walk(config):
         for name, bound in _BOUNDS.get(type(node), {}).items():
             value = getattr(node, name)
-            if value is not None and not (math.isfinite(value) and bound.holds(value)):
-                field = f"{path}.{name}"
-                yield Problem(field, value, f"must be {bound.words}", f"for example {field}={bound.example}")
+            for number in value if isinstance(value, list) else [value]:
+                if number is not None and not bound.holds(number):
+                    yield f"{path}.{name}", value, bound, number
+                    break

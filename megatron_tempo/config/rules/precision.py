@@ -22,7 +22,7 @@ from megatron_tempo.config.recipes import (
     runs_on,
     wanted_gpu,
 )
-from megatron_tempo.config.rules.layout import Laid, folders_of, laid_of
+from megatron_tempo.config.rules.layout import Laid, divisors, folders_of, laid_of
 from megatron_tempo.config.rules.model import ModelShape
 from megatron_tempo.config.schema import Config
 
@@ -91,7 +91,10 @@ def _ends(config: Config) -> Iterator[Problem]:
     if ends > 0 and precision not in RECIPES:
         wrong = f"with run.precision={precision.name} there is no FP8 to keep layers from"
         yield Problem(
-            "model.num_bf16_layers_at_ends", ends, wrong, "model.num_bf16_layers_at_ends=0, or an FP8 run.precision"
+            "model.num_bf16_layers_at_ends",
+            ends,
+            wrong,
+            "model.num_bf16_layers_at_ends=0, or run.precision=fp8_tensorwise",
         )
     if ends > 0 and precision is Precision.fp8_delayed:
         wrong = "delayed scaling follows the whole model's magnitudes: Megatron-Core cannot leave layers out of it"
@@ -129,7 +132,7 @@ def _sizes(config: Config, recipe: Recipe, laid: Laid, folder: str, shape: Model
     def even(tensor: int, multiple: int) -> bool:
         return shape.hidden_size % multiple == 0 and all(size % (tensor * multiple) == 0 for size in cut.values())
 
-    smaller = [t for t in range(tensor - 1, 0, -1) if tensor % t == 0 and even(t, recipe.multiple)]
+    smaller = [t for t in reversed(divisors(tensor)[:-1]) if even(t, recipe.multiple)]
     others = [other.name for other, needs in RECIPES.items() if even(tensor, needs.multiple)]
     fixes = [f"{laid.fields['tensor']}={smaller[0]}"] if smaller else []
     wrong = f"multiplies in multiples of {recipe.multiple}, which {' and '.join(uneven)} of {folder} are not"
@@ -142,7 +145,8 @@ def _gpu(precision: Precision, gpu: str, capability: Version) -> Iterator[Proble
     if recipe is not None and not runs_on(recipe, capability):
         wrong = f"wants a GPU of {wanted_gpu(recipe)}, and {gpu} has {dotted(capability)}"
         possible = [other.name for other, needs in RECIPES.items() if runs_on(needs, capability)]
-        yield Problem("run.precision", precision, wrong, f"run.precision={' or '.join(['bf16', *possible])}")
+        plain = "bf16" if capability >= BF16_CAPABILITY else "fp32"
+        yield Problem("run.precision", precision, wrong, f"run.precision={' or '.join([plain, *possible])}")
     if precision is not Precision.fp32 and recipe is None and capability < BF16_CAPABILITY:
         wrong = f"wants compute capability {dotted(BF16_CAPABILITY)} or more, and {gpu} has {dotted(capability)}"
         yield Problem("run.precision", precision, wrong, "run.precision=fp32")

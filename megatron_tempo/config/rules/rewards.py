@@ -8,7 +8,9 @@ from pathlib import Path
 
 from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.extensions import Extension
+from megatron_tempo.config.hosts import host_of
 from megatron_tempo.config.problem import Problem
+from megatron_tempo.config.rules.files import wrong_with_key
 from megatron_tempo.config.schema import Config
 
 _URL = re.compile(r"https?://[^/\s?#]+(/[^\s?#]*)?")
@@ -18,17 +20,16 @@ _CALL = "/chat/completions"
 def check(config: Config, *, training: bool) -> Iterator[Problem]:
     """`training`: the sets of training count too."""
     judge = config.rewards.judge
-    if judge.url is not None and not _URL.fullmatch(judge.url):
+    if judge.url is not None and (not _URL.fullmatch(judge.url) or host_of(judge.url) is None):
         yield Problem("rewards.judge.url", judge.url, "is no address", "give it as http://HOST:PORT/v1")
     elif judge.url is not None and judge.url.rstrip("/").endswith(_CALL):
         fix = f"rewards.judge.url={judge.url.rstrip('/').removesuffix(_CALL)}"
         yield Problem("rewards.judge.url", judge.url, f"{_CALL} is added to it", fix)
-    if judge.key_file is not None and not Path(judge.key_file).is_file():
-        yield Problem("rewards.judge.key_file", judge.key_file, "is no file", "give the file with the judge's key")
-    elif judge.key_file is not None and not Path(judge.key_file).read_text().strip():
-        yield Problem("rewards.judge.key_file", judge.key_file, "is empty", "write the judge's key into it")
+    if judge.key_file is not None and (wrong_key := wrong_with_key(Path(judge.key_file))):
+        fix = "write the judge's key into it, or give the file with the key"
+        yield Problem("rewards.judge.key_file", judge.key_file, wrong_key, fix)
     users = [name for name, verifier in _verifiers(config, training) if verifier is Verifier.judge]
-    for field, example in (("url", "http://HOST:PORT/v1"), ("model", "its name on that server")):
+    for field, example in (("url", "http://HOST:PORT/v1"), ("model", "NAME, as that server calls it")):
         if getattr(judge, field) is None and (users or judge.url or judge.model):
             wrong = (
                 f"{users[0]}.verifier=judge asks a judge" if users else "is wanted beside the other of url and model"

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_tempo.config.choices import EngineKind, EnginePrecision, Transport
+from megatron_tempo.config.hosts import host_of, ip_of, is_loopback
 from megatron_tempo.config.problem import Problem
+from megatron_tempo.config.rules.files import wrong_with_key
+from megatron_tempo.config.rules.numbers import DEVICES
 from megatron_tempo.config.schema import Config, ServersConfig
 
-_ADDRESS = re.compile(r"https?://[^/\s:]+:\d+")
-
-_LOOPBACK = re.compile(r"https?://(127\.|localhost)")
+_ADDRESS = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[^/\s:@\[\]]+):\d+")
 
 
 def check(config: Config) -> Iterator[Problem]:
@@ -23,6 +24,7 @@ def check(config: Config) -> Iterator[Problem]:
     if rollout.engine is EngineKind.embedded:
         return
     servers = rollout.servers
+    yield from _host(servers)
     yield from _started(rollout.engine, servers) if servers.addresses is None else _found(servers)
     if servers.transport is Transport.shared:
         yield from _shared(servers)
@@ -36,13 +38,25 @@ def _ahead(config: Config) -> Iterator[Problem]:
         yield Problem("rollout.max_staleness", 1, "a replay generates nothing", "rollout.max_staleness=0")
 
 
+def _host(servers: ServersConfig) -> Iterator[Problem]:
+    field, host = "rollout.servers.host", servers.host
+    address = ip_of(host)
+    if address is not None and address.version == 6:
+        wrong = "is an IPv6 address, which the engines' stores do not use"
+        yield Problem(field, host, wrong, f"{field}={'127.0.0.1' if address.is_loopback else 'hostname'}")
+    elif address is not None and address.is_unspecified:
+        yield Problem(field, host, "stands for every address of a machine, not for one", f"{field}=hostname")
+    elif address is None and not re.fullmatch(r"[A-Za-z0-9_][\w.-]{0,252}", host, re.ASCII):
+        yield Problem(field, host, "is no host", f"{field}=hostname, or an IPv4 address")
+
+
 def _started(engine: EngineKind, servers: ServersConfig) -> Iterator[Problem]:
     if shutil.which(servers.python) is None:
         fix = f"give rollout.servers.python=ENVIRONMENT/bin/python, of the environment that has {engine.name}"
         yield Problem("rollout.servers.python", servers.python, "is no program that can be run", fix)
     wanted = servers.replicas * servers.tensor
     if servers.devices is not None and len(servers.devices) != wanted:
-        fix = f"give {wanted} of them, or change rollout.servers.replicas or rollout.servers.tensor"
+        fix = f"give {wanted} of them: rollout.servers.devices=[{','.join(map(str, range(min(wanted, DEVICES))))}]"
         wrong = f"are {len(servers.devices)} devices for {servers.replicas} x {servers.tensor} (replicas x tensor)"
         yield Problem("rollout.servers.devices", servers.devices, wrong, fix)
     if servers.key_file is not None:
@@ -53,22 +67,21 @@ def _started(engine: EngineKind, servers: ServersConfig) -> Iterator[Problem]:
 def _found(servers: ServersConfig) -> Iterator[Problem]:
     assert servers.addresses is not None
     for address in servers.addresses:
-        if not _ADDRESS.fullmatch(address):
+        if not _ADDRESS.fullmatch(address) or host_of(address) is None:
             yield Problem("rollout.servers.addresses", address, "is no address", "give it as http://HOST:PORT")
     if len(set(servers.addresses)) < len(servers.addresses) or not servers.addresses:
         wrong = "is empty" if not servers.addresses else "names a server twice"
         yield Problem("rollout.servers.addresses", servers.addresses, wrong, "give each server's address once")
-    away = [address for address in servers.addresses if not _LOOPBACK.match(address)]
-    if away and servers.host.startswith("127."):
+    away = [address for address in servers.addresses if not is_loopback(host_of(address) or "localhost")]
+    if away and is_loopback(servers.host):
         wrong = f"is where {away[0]} is to fetch weights from, and not reached from another machine"
         yield Problem("rollout.servers.host", servers.host, wrong, "rollout.servers.host=hostname")
     if servers.key_file is None:
         fix = "give the file that the servers have their key from"
         yield Problem("rollout.servers.key_file", None, "servers without a key are not used", fix)
-    elif not Path(servers.key_file).is_file():
-        yield Problem("rollout.servers.key_file", servers.key_file, "is no file", "give the file with the key")
-    elif not Path(servers.key_file).read_text().strip():
-        yield Problem("rollout.servers.key_file", servers.key_file, "is empty", "write the servers' key into it")
+    elif wrong_key := wrong_with_key(Path(servers.key_file)):
+        fix = "write the servers' key into it, or give the file with the key"
+        yield Problem("rollout.servers.key_file", servers.key_file, wrong_key, fix)
     if servers.each_node:
         fix = "rollout.servers.each_node=false: all servers are found by their addresses"
         yield Problem("rollout.servers.each_node", True, "none is started where addresses are given", fix)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_tempo.config.choices import Device, EngineKind, Precision
 from megatron_tempo.config.problem import Problem
+from megatron_tempo.config.rules.files import wrong_with_folder
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import MISSING
 
@@ -32,7 +33,8 @@ def _profile(config: Config) -> Iterator[Problem]:
     if any(step < 1 for step in steps):
         yield Problem("profile.steps", steps, "iterations count from 1", "profile.steps=[1]")
     elif total and any(step > total for step in steps):
-        yield Problem("profile.steps", steps, f"the run has {total} iterations", f"steps of 1 to {total}")
+        fix = f"profile.steps={[step for step in steps if step <= total]}".replace(" ", "")
+        yield Problem("profile.steps", steps, f"the run has {total} iterations", fix)
 
 
 def _hang(config: Config) -> Iterator[Problem]:
@@ -45,20 +47,26 @@ def _hang(config: Config) -> Iterator[Problem]:
     if config.rewards.judge.url is not None:
         limits["rewards.judge.timeout_seconds"] = config.rewards.judge.timeout_seconds
     minutes = config.run.hang_minutes
-    for name, seconds in limits.items():
-        if minutes is not None and 0 < minutes * 60 <= seconds:
-            wrong = f"a wait of {name}={seconds:g} would count as a hang"
-            yield Problem("run.hang_minutes", minutes, wrong, f"more than {seconds / 60:g}, or null")
+    name = max(limits, key=lambda name: limits[name], default=None)
+    if name is not None and minutes is not None and 0 < minutes * 60 <= limits[name]:
+        wrong = f"a wait of {name}={limits[name]:g} would count as a hang"
+        fix = f"run.hang_minutes above {limits[name] / 60:g}, or run.hang_minutes=null"
+        yield Problem("run.hang_minutes", minutes, wrong, fix)
 
 
 def _folder(config: Config, training: bool) -> Iterator[Problem]:
     folder = Path(config.run.dir)
     nearest = folder.absolute()
-    while not nearest.exists():
+    while (wrong := wrong_with_folder(nearest)) == "does not exist":
+        if nearest.is_symlink():
+            wrong = "is a link to what does not exist"
+            break
         nearest = nearest.parent
-    if not nearest.is_dir():
-        yield Problem("run.dir", config.run.dir, f"{nearest} is a file, not a folder", "give another run.dir")
-    elif reason := _unwritable(nearest):
+    if wrong:
+        told = "is a file, not a folder" if wrong == "is not a folder" else wrong
+        yield Problem("run.dir", config.run.dir, f"{nearest} {told}", "give another run.dir")
+        return
+    if reason := _unwritable(nearest):
         fix = "give a run.dir that can be, or mend it"
         yield Problem("run.dir", config.run.dir, f"{nearest} cannot be written: {reason}", fix)
     else:
@@ -106,10 +114,10 @@ def _unwritable(folder: Path) -> str | None:
 
 
 def _replay(config: Config, replay: str) -> Iterator[Problem]:
-    if replay != MISSING and not Path(replay).is_dir():
-        fix = "give the rollouts/ folder that a run with rollout.dump=true wrote, or null"
-        yield Problem("rollout.replay", replay, "is not a folder", fix)
+    if replay != MISSING and (wrong := wrong_with_folder(Path(replay))):
+        fix = "give the rollouts/ folder that a run with rollout.dump=true wrote, or rollout.replay=null"
+        yield Problem("rollout.replay", replay, wrong, fix)
     dumped = Path(config.run.dir) / "rollouts"
-    if config.rollout.dump and Path(replay).resolve() == dumped.resolve():
+    if config.rollout.dump and os.path.realpath(replay) == os.path.realpath(dumped):
         wrong = "rollout.dump would write into the folder that is replayed"
         yield Problem("rollout.replay", replay, wrong, "rollout.dump=false, or another run.dir")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from megatron_tempo.config.choices import Verifier
@@ -15,7 +16,7 @@ from megatron_tempo.config.stages import Method, Prompts, StageConfig
 def check(config: Config) -> Iterator[Problem]:
     active = {name: stage for name, stage in config.stages().items() if stage.iterations > 0}
     if not active:
-        fix = "stage1.iterations or stage2.iterations=1 or more; to evaluate only, use eval"
+        fix = "stage1.iterations=1 or more, or stage2.iterations=1 or more; to evaluate only, use eval"
         yield Problem("stage2.iterations", config.stage2.iterations, "no stage has iterations to train", fix)
     yield from _sets(config, active)
     yield from _critic(config, active)
@@ -34,16 +35,25 @@ def check(config: Config) -> Iterator[Problem]:
 def check_data_parallel(config: Config, world_size: int | None) -> Iterator[Problem]:
     """The rows of every mini-batch are shared evenly among the replicas of its model."""
     for name, stage in config.stages().items():
-        for update, batch, _ in _updates(stage) if stage.iterations > 0 else ():
-            laid = laid_of(config, update)
-            replicas = laid.replicas(world_size)
+        for update, batch, prompts in _updates(stage) if stage.iterations > 0 else ():
+            replicas = laid_of(config, update).replicas(world_size)
             rows = batch * stage.responses_per_prompt
             if replicas is not None and rows % replicas:
                 wrong = f"its {rows} responses cannot be shared evenly by {replicas} data-parallel replicas"
                 field = f"{name}.{update}.mini_batch_prompts"
-                raised = laid.fields["tensor"]
-                fix = f"make {field} * {name}.responses_per_prompt a multiple of {replicas}, or raise {raised}"
+                fix = _shared_evenly(
+                    field, batch, stage.count(prompts), f"{name}.responses_per_prompt", stage, replicas
+                )
                 yield Problem(field, batch, wrong, fix)
+
+
+def _shared_evenly(field: str, batch: int, total: int, each: str, stage: StageConfig, replicas: int) -> str:
+    """Mini-batches whose responses are a multiple of the replicas, or how many responses would make `batch` one."""
+    responses = stage.responses_per_prompt
+    sizes = [size for size in divisors(total) if size * responses % replicas == 0]
+    step = replicas // math.gcd(max(1, batch), replicas)
+    fixes = [f"{field}=one of {_near(sizes, batch)}"] if sizes else []
+    return f"{each}={-(-responses // step) * step}" + "".join(f", or {fix}" for fix in fixes)
 
 
 def _updates(stage: StageConfig) -> Iterator[tuple[str, int, set[Prompts]]]:
@@ -60,7 +70,9 @@ def _sets(config: Config, active: dict[str, StageConfig]) -> Iterator[Problem]:
         if users and dataset is None:
             field = f"data.{kind.name}"
             wrong = f"{users[0]}.method={active[users[0]].method.name} needs {kind.name} questions"
-            fix = f"{field}.path=FILE (.jsonl or .parquet), or {users[0]}.iterations=0"
+            fix = f"{field}.path=FILE (.jsonl or .parquet)"
+            if len(users) < len(active):  # or nothing would be left to train
+                fix += f", or {' and '.join(f'{name}.iterations=0' for name in users)}"
             yield Problem(field, None, wrong, fix)
     unlabelled = config.data.unlabelled
     if unlabelled is not None and unlabelled.verifier is None:
@@ -78,7 +90,8 @@ def _critic(config: Config, active: dict[str, StageConfig]) -> Iterator[Problem]
         trained = trained or stage.trains_critic
         if stage.has_critic and not trained:
             wrong = f"{name} never trains its critic (estep_every=0), no stage before it does, and none is loaded"
-            fix = f"model.critic_path=FOLDER, stage1.iterations=1 or more, or {name}.estep_every=1"
+            earlier = "stage1.iterations=1 or more, or " if name != "stage1" and config.stage1.trains_critic else ""
+            fix = f"model.critic_path=FOLDER, or {earlier}{name}.estep_every=1"
             yield Problem("model.critic_path", None, wrong, fix)
         yield from _warmup(name, stage)
 
@@ -132,7 +145,8 @@ def _groups(name: str, stage: StageConfig) -> Iterator[Problem]:
     low, high = stage.entropy_low, stage.entropy_high
     if low is not None and high is not None and low >= high:
         field = f"{name}.entropy_high"
-        yield Problem(field, high, f"no entropy lies between {name}.entropy_low={low} and it", f"{field} above {low}")
+        fix = f"{field} above {low}, or {name}.entropy_low=null"
+        yield Problem(field, high, f"no entropy lies between {name}.entropy_low={low} and it", fix)
 
 
 def _counts(name: str, stage: StageConfig) -> Iterator[Problem]:
