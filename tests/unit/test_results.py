@@ -57,6 +57,13 @@ def test_a_sets_results_by_hand() -> None:
     assert (alone["se"], alone["low"], alone["high"]) == (None, None, None)
 
 
+def test_all_wrong_or_all_right_is_not_certainty() -> None:
+    none, every = (result(scored(np.full((30, 4), verdict)))["avg"] for verdict in (0, 1))
+    reach = stats.binomtest(0, 30).proportion_ci(0.95, method="exact").high
+    assert (none["low"], none["high"]) == (0.0, pytest.approx(reach))
+    assert (every["low"], every["high"]) == (pytest.approx(1 - reach), 1.0)
+
+
 def test_the_interval_is_that_of_questions_not_of_responses() -> None:
     correct = np.repeat([[1], [0]] * 15, 16, axis=1)  # every question always or never right: 30 observations, not 480
     avg = result(scored(correct))["avg"]
@@ -108,22 +115,22 @@ def test_differences_are_paired(tmp_path: Path) -> None:
     (found,) = differences_of(first, second)
     shares = a.mean(axis=1), b.mean(axis=1)
     reference = stats.ttest_rel(shares[1], shares[0])
-    assert found.difference == pytest.approx(b.mean() - a.mean())
-    assert found.interval == pytest.approx(tuple(reference.confidence_interval(0.95)))
+    assert found.paired.difference == pytest.approx(b.mean() - a.mean())
+    assert found.paired.interval == pytest.approx(tuple(reference.confidence_interval(0.95)))
     assert (found.first, found.second) == ((pytest.approx(a.mean()), 8), (pytest.approx(b.mean()), 4))
     # all 2^12 signs, counted here one by one
     change = shares[1] - shares[0]
     means = [np.dot(signs, change) / 12 for signs in itertools.product((-1, 1), repeat=12)]
     tail = np.mean(np.array(means) >= abs(change.mean()) - 1e-12)
-    assert found.p == pytest.approx(2 * tail)
+    assert found.paired.p == pytest.approx(2 * tail)
 
 
 def test_equal_runs_do_not_differ(tmp_path: Path) -> None:
     first, second = (eval_folder(tmp_path / name, RIGHT.tolist()) for name in "ab")
     (found,) = differences_of(first, second)
-    assert (found.difference, found.interval, found.p) == (0.0, (0.0, 0.0), 1.0)
+    assert (found.paired.difference, found.paired.interval, found.paired.p) == (0.0, (0.0, 0.0), 1.0)
     (alone,) = differences_of(*(eval_folder(tmp_path / name, [[1, 0]]) for name in "cd"))
-    assert (alone.interval, alone.p) == (None, None)
+    assert (alone.paired.interval, alone.paired.p) == (None, None)
 
 
 def test_compare_tells_settings_that_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
