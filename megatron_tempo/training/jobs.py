@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from megatron_tempo.config.schedule import remaining
+from megatron_tempo.config.schedule import remaining, total
 from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.config.trained_with import defaults_for, read_trained_with
@@ -53,7 +53,8 @@ def train(config: Config) -> None:
     ):
         state = trainer.state
         trainer.resume()
-        _record_start(context, trainer.metrics, state.step)
+        if state.step < total(config):
+            _record_start(context, trainer.metrics, state.step)
         with state.rescued():
             trainer.evaluate_if_due()
             for stage_name, stage, iteration in remaining(config, state.step):

@@ -210,7 +210,7 @@ class Trainer:
         out = Path(self.config.run.dir)
         exported = out / f"hf_step_{self.step:08d}"
         if self.config.checkpoint.export_hf:
-            export_hf(self.config, self.actor, self.critic, exported, self.seen)
+            export_hf(self.config, self.actor, self.critic, exported, self.seen.path, self.seen.summary())
         if self.context.is_writer:
             lines = [f"checkpoints: {self.state.checkpoints.folder}"]
             if self.config.checkpoint.export_hf:

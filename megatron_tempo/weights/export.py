@@ -13,7 +13,6 @@ import torch.distributed as dist
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.config.trained_with import ENTRY, trained_with
-from megatron_tempo.data.seen import Seen
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
 from megatron_tempo.models.families import FAMILIES
@@ -44,14 +43,21 @@ def weights_of(model: Model, config: Config, dtype: torch.dtype | None = None) -
     )
 
 
-def export_hf(config: Config, actor: Actor, critic: Critic | None, out: Path, seen: Seen | None = None) -> None:
+def export_hf(
+    config: Config,
+    actor: Actor,
+    critic: Critic | None,
+    out: Path,
+    seen: Path | None = None,
+    seen_summary: dict[str, Any] | None = None,
+) -> None:
     """Write the Hugging Face folders `out`/actor and, of a critic, `out`/critic, with the tokenizer. Collective.
 
-    `seen`, the record of what they were trained on, goes into both.
+    `seen`, the file that says what they were trained on, goes into both, and its summary into both config.json.
     A folder that is there already stays as it is: it appeared whole. UnwrittenError where one cannot be written.
     """
-    model, beside = config.model, None if seen is None else seen.path
-    about = {ENTRY: trained_with(config) | ({} if seen is None else {"seen": seen.summary()})}
+    model = config.model
+    about = {ENTRY: trained_with(config) | ({} if seen_summary is None else {"seen": seen_summary})}
     models: list[tuple[str, Model, str, dict[str, Any]]] = [("actor", actor.model, model.path, about)]
     if critic is not None:
         changes = critic_changes(critic.model.net.shape, last_targets(config)) | about
@@ -63,7 +69,7 @@ def export_hf(config: Config, actor: Actor, critic: Critic | None, out: Path, se
             dtype = str(trained.net.config.params_dtype).removeprefix("torch.")
             buckets = weights_of(trained, config).everywhere()
             described = {**changes, "dtype": dtype}
-            raise_on_all_ranks(partial(folder.save, buckets, out / name, Path(like), trained.layout, described, beside))
+            raise_on_all_ranks(partial(folder.save, buckets, out / name, Path(like), trained.layout, described, seen))
 
 
 def critic_changes(shape: Shape, targets: CriticTargets | None) -> dict[str, Any]:

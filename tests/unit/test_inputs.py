@@ -13,6 +13,7 @@ from megatron_tempo.config import Config
 from megatron_tempo.config.schema import DatasetConfig
 from megatron_tempo.data.sets import unchanged_files
 from megatron_tempo.errors import InputError
+from megatron_tempo.training.context import open_context
 from megatron_tempo.training.inputs import check, fingerprints
 from megatron_tempo.types import LabelledPrompt
 from tests.support.ranks import run_ranks
@@ -28,6 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def of(model: Path, *, kl: float = 0.0) -> Config:
     config = Config()
+    config.run.dir = str(model.parent / "run")
     config.model.path = str(model)
     config.stage2.actor.kl_coef, config.stage2.iterations = kl, 1
     return config
@@ -65,7 +67,8 @@ def test_the_models_description_is_compared_by_what_it_says(model: Path, tmp_pat
 
 
 def of_ranks(config: Config) -> dict[str, str]:
-    return fingerprints(config, {})
+    with open_context(config):
+        return fingerprints(config, {})
 
 
 @pytest.mark.long
