@@ -44,9 +44,9 @@ examples:
   megatron-tempo submit experiment=qwen3_8b_aime cluster=mysite ... --dry-run
 
 eval: data=FILE (.jsonl or .parquet) adds the evaluation set evaluation.sets.STEM, where STEM is the file's name without
-its suffix. The defaults are prompt_field=prompt, answer_field=answer and verifier=math. Override them, for example, by
-evaluation.sets.questions.verifier=countdown. You can give data= several times. With benchmark=NAME (or [NAME,NAME]), a
-file of that name uses the benchmark's fields, verifier and prompt suffix: docs/data.md."""
+its suffix. The defaults are prompt_field=prompt, answer_field=answer, and what an exported model was trained with, else
+verifier=math. Override them, for example, by evaluation.sets.questions.verifier=countdown. You can give data= several
+times. With benchmark=NAME (or [NAME,NAME]), a file of that name uses the benchmark's fields: docs/data.md."""
 
 _COMMANDS = {
     "train": "check the configuration, then train",
@@ -147,7 +147,7 @@ def _read(arguments: argparse.Namespace) -> int:
 
             print(compare(*runs))
             return 0
-        from megatron_tempo.report.comparison import write_comparison  # slow import: matplotlib
+        from megatron_tempo.report.comparison import write_comparison  # slow imports: numpy and jinja2
         from megatron_tempo.report.html import write_report
 
         alone = len(runs) == 1 and arguments.out is None

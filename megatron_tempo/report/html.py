@@ -153,9 +153,17 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _memory(run: Run) -> list[tuple[str, float, float]]:
-    """Phase, its highest peak in 10^9 bytes, and that peak as a fraction of the highest of all phases."""
-    peaks = memory_peaks(run.metrics)
-    return [(phase, peak, peak / max(peaks.values())) for phase, peak in peaks.items()]
+    """Phases, their highest peak in 10^9 bytes, and that peak as a fraction of the highest of all.
+
+    Phases whose peaks differ by less than 1% share a row.
+    """
+    rows: list[tuple[list[str], float]] = []
+    for phase, peak in memory_peaks(run.metrics).items():  # the highest first
+        if rows and peak >= 0.99 * rows[-1][1]:
+            rows[-1][0].append(phase)
+        else:
+            rows.append(([phase], peak))
+    return [(", ".join(phases), peak, peak / max(rows[0][1], 1e-9)) for phases, peak in rows]
 
 
 def _memory_note(run: Run) -> str:

@@ -216,7 +216,7 @@ class Trainer:
             if self.config.checkpoint.export_hf:
                 lines.append(f"Hugging Face: {exported}")
             if self.config.metrics.report:
-                from megatron_tempo.report.html import write_report  # matplotlib: for this rank and moment only
+                from megatron_tempo.report.html import write_report  # jinja2: for this rank and moment only
 
                 with self.metrics.spare("report.html"):
                     lines.append(f"report: {write_report(out)}")

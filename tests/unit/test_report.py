@@ -268,6 +268,7 @@ def test_phases_with_the_same_memory_share_a_curve_and_are_said_to(tmp_path: Pat
         append(run_dir / "metrics.jsonl", record | {"memory_gb/generate": 3.5, "memory_gb/mstep": 3.5 + 0.01 * step})
     page = report(run_dir)
     assert [line["label"] for line in page.charts[-1]["lines"]] == ["generate, mstep"]
+    assert "phase GB mstep, generate 3.53" in page.text
     assert "All phases reach the same peak within 5%: no phase stands out." in page.text
 
 
