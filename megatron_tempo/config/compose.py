@@ -251,7 +251,7 @@ def _preset(
 
 
 def set_name(path: Path) -> str:
-    """The name of the evaluation set that data=FILE adds: one that can stand in an override.
+    """The name of the evaluation set that data=FILE adds: one that may be part of an override.
 
     >>> [set_name(Path(name)) for name in ("gsm8k-test.jsonl", "24game.jsonl", "数学.jsonl")]
     ['gsm8k_test', 'set_24game', 'set_872c1f']

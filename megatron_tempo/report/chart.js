@@ -134,6 +134,30 @@
     return min !== low || max !== high;
   };
 
+  /* On a phone: one finger tells the numbers, two fingers zoom in along x. */
+  const onTouch = plot => {
+    let held = null;  // the values under two fingers
+    const places = event => {
+      const left = plot.over.getBoundingClientRect().left;
+      return [...event.touches].map(touch => touch.clientX - left);
+    };
+    const begin = event => {
+      const at = places(event);
+      held = at.length === 2 ? at.map(place => plot.posToVal(place, "x")) : null;
+      if (!held) plot.setCursor({left: at[0], top: plot.over.clientHeight / 2});
+    };
+    const move = event => {
+      const at = places(event);
+      if (!held || at.length !== 2) return begin(event);
+      const unit = (held[1] - held[0]) / (at[1] - at[0]);
+      const whole = xRange({xRange: null})(plot, plot.data[0][0], plot.data[0].at(-1));
+      const min = Math.max(held[0] - at[0] * unit, whole[0]), max = Math.min(min + plot.over.clientWidth * unit, whole[1]);
+      if (unit > 0 && max > min) plot.setScale("x", {min, max});
+    };
+    plot.over.addEventListener("touchstart", begin, {passive: true});
+    plot.over.addEventListener("touchmove", move, {passive: true});
+  };
+
   const draw = figure => {
     const spec = JSON.parse(figure.dataset.chart), parts = columns(spec);
     const box = figure.querySelector(".plot"), key = figure.querySelector(".key-list");
@@ -169,6 +193,7 @@
       });
     };
     plot = new uPlot(options(spec, parts, Math.max(box.clientWidth, 200), legend), parts.data, box);
+    onTouch(plot);
     figure.querySelector(".reset").onclick = () => plot.setData(parts.data, true);
     figure.classList.remove("zoomed");
     figure.plot = plot;

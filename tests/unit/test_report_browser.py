@@ -117,6 +117,29 @@ def test_hover_tells_numbers_and_a_drag_zooms(browser: Browser, pages: dict[str,
     assert browser.value(reset) == "none"
 
 
+def touch(browser: Browser, kind: str, *points: tuple[float, float]) -> None:
+    places = [{"x": x, "y": y, "id": i} for i, (x, y) in enumerate(points)]
+    browser.call("Input.dispatchTouchEvent", type=f"touch{kind}", touchPoints=places)
+
+
+def test_a_finger_tells_numbers_and_two_fingers_zoom(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["report"], PHONE)
+    browser.call("Emulation.setTouchEmulationEnabled", enabled=True, maxTouchPoints=2)
+    try:
+        touch(browser, "Start", place(browser, 0.99))
+        key = browser.value("document.querySelector('figure .key-list').innerText")
+        assert "".join(key.split()) == "iteration100avg@160.690pass@80.890"
+        touch(browser, "End")
+        touch(browser, "Start", place(browser, 0.4), place(browser, 0.6))
+        touch(browser, "Move", place(browser, 0.3), place(browser, 0.7))
+        touch(browser, "End")
+        browser.value("new Promise(done => setTimeout(done, 50))")
+        low, high = browser.value("(s => [s.min, s.max])(document.querySelector('figure').plot.scales.x)")
+        assert (low, high) == (pytest.approx(25, abs=4), pytest.approx(75, abs=4))  # twice as large, around 50
+    finally:
+        browser.call("Emulation.setTouchEmulationEnabled", enabled=False)
+
+
 def test_a_click_on_a_name_hides_its_curve_with_its_band(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["report"], DESK)
     shown = "document.querySelector('figure').plot.series.slice(1).map(s => s.show)"

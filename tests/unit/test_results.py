@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from megatron_tempo import cli
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import save
 from megatron_tempo.errors import InputError
-from megatron_tempo.evaluation.evaluator import ScoredResponses
+from megatron_tempo.evaluation.evaluator import ScoredResponses, by_question
+from megatron_tempo.evaluation.paired import paired
 from megatron_tempo.evaluation.results import result
 from megatron_tempo.observability.records import extend
 from megatron_tempo.report.results import differences_of, results_table, write
@@ -84,6 +86,31 @@ def test_the_table_has_intervals_and_what_was_trained_on() -> None:
     assert "\x1b" not in "".join(table)
     assert table[-2].endswith("25.0% truncated; it is unknown which questions the model was trained on")
     assert table[-1].endswith("of the 1 questions, the model was trained on 0 with answers and 1 without")
+
+
+def test_questions_are_paired_by_what_they_are_not_by_their_place() -> None:
+    keys = {"q:0": "b", "q:1": "a", "q:2": "c"}
+    whole = scored(RIGHT)
+    found = by_question(whole, keys)
+    assert found["right"] == [2, 1, 4], "in the order of the keys"
+    turned = ScoredResponses(whole.prompts[::-1], whole.batch, whole.correct[::-1])
+    assert by_question(turned, keys) == found
+    for change in ({"answer": "3"}, {"verifier": "choice"}):
+        prompts = [replace(whole.prompts[0], **change), *whole.prompts[1:]]
+        other = by_question(ScoredResponses(prompts, whole.batch, whole.correct), keys)
+        assert other["questions_hash"] != found["questions_hash"]
+    assert by_question(whole, keys | {"q:0": "d"})["questions_hash"] != found["questions_hash"]
+
+
+def test_a_paired_test_of_many_questions_is_that_of_scipy() -> None:
+    rng = np.random.default_rng(0)
+    first, gain = rng.random(3000), rng.normal(0.01, 0.3, 3000)
+    found = paired(first, first + gain)
+    reference = stats.ttest_rel(first + gain, first)
+    assert found.p == pytest.approx(reference.pvalue, abs=0.02)
+    assert found.interval == pytest.approx(tuple(reference.confidence_interval(0.95)))
+    with pytest.raises(ValueError, match="paired scores need"):
+        paired(first, gain[:-1])
 
 
 def eval_folder(folder: Path, correct: Sequence[Sequence[int]], ids: Sequence[str] = (), **keys: str) -> Path:
