@@ -124,7 +124,8 @@
     if (value !== 0 && size < 1e-3) return value.toExponential(0);
     return String(Math.round(value * 1e6) / 1e6);
   };
-  const isWhole = (plot, low, high) => low === plot.data[0][0] && high === plot.data[0].at(-1);
+  const isWhole = (plot, low, high) =>
+    plot.data[0].length < 2 || (low === plot.data[0][0] && high === plot.data[0].at(-1));
   /* The whole range is the spec's; a part of it is what the reader has chosen by dragging. */
   const xRange = spec => (plot, low, high) =>
     low == null || isWhole(plot, low, high) ? spec.xRange ?? widened(low ?? 0, high ?? 1) : [low, high];

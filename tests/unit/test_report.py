@@ -18,6 +18,7 @@ from megatron_tempo.evaluation.calibration import calibration_record
 from megatron_tempo.evaluation.scores import pass_at_k
 from megatron_tempo.observability.records import append
 from megatron_tempo.observability.start import command_line, start_record
+from megatron_tempo.report.charts import POINTS
 from megatron_tempo.report.html import write_report
 from megatron_tempo.report.plots import plot_curves
 from megatron_tempo.report.summary import summary_table
@@ -270,6 +271,18 @@ def test_phases_with_the_same_memory_share_a_curve_and_are_said_to(tmp_path: Pat
     assert [line["label"] for line in page.charts[-1]["lines"]] == ["generate, mstep"]
     assert "phase GB mstep, generate 3.53" in page.text
     assert "All phases reach the same peak within 5%: no phase stands out." in page.text
+
+
+def test_a_long_runs_curves_are_thinned_and_its_highest_peak_stays(tmp_path: Path) -> None:
+    run_dir = write_samples(tmp_path / "run")
+    rng = np.random.default_rng(0)
+    lines = [step_record(step, 40, rng) | {"memory_gb/mstep": 9.0 if step == 3333 else 3.5} for step in range(1, 5001)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report(run_dir)
+    assert len(page.page) < 1_500_000
+    assert all(len(line["x"]) <= 2 * POINTS for chart in page.charts for line in chart["lines"])
+    peaks = {line["label"]: max(line["y"]) for line in page.charts[-1]["lines"]}
+    assert peaks == {"generate": 2.0, "mstep": 9.0}
 
 
 def test_alerts_and_warnings_are_told(tmp_path: Path) -> None:
