@@ -148,16 +148,21 @@ def test_a_resumed_run_refuses_other_evaluation_questions_and_knows_that_it_lost
     config.run.dir = str(copy)
     state = json.loads((copy / "checkpoints/step_00000002/run.json").read_text())
     assert state["seen"]["count"] == len(read(copy / "seen.jsonl"))
-    file = tmp_path / "other.jsonl"
-    file.write_text("".join((run.parent / "project/unlabelled.jsonl").read_text().splitlines(keepends=True)[:7]))
-    config.evaluation.sets["unlabelled"].path = str(file)
+    # An answer, which training on these questions does not read, is corrected in the file.
+    file = run.parent / "project/unlabelled.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    whole = file.read_bytes()
     before = {path: path.read_bytes() for path in copy.glob("*.json*")}
-    (told,) = run_ranks(refusal, 1, tmp_path / "refused", train, config)
+    try:
+        file.write_text("".join(json.dumps(row | ({} if i else {"answer": "1"})) + "\n" for i, row in enumerate(rows)))
+        (told,) = run_ranks(refusal, 1, tmp_path / "refused", train, config)
+    finally:
+        file.write_bytes(whole)
+    assert told is not None
     assert "evaluation.sets.unlabelled: the file, its fields, the tokenizer or the chat template changed" in told
     assert {p: p.read_bytes() for p in copy.glob("*.json*") if p.name != "heartbeat.json"} == {
         path: content for path, content in before.items() if path.name != "heartbeat.json"
     }
-    config.evaluation.sets["unlabelled"].path = str(run.parent / "project/unlabelled.jsonl")
     (copy / "seen.jsonl").unlink()
     shutil.rmtree(copy / "hf_step_00000002")
     (told,) = run_ranks(refusal, 1, tmp_path / "lost", train, config)
