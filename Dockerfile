@@ -74,9 +74,10 @@ ARG GROUP_ID=1000
 RUN groupadd --non-unique --gid "${GROUP_ID}" tempo \
     && useradd --non-unique --uid "${USER_ID}" --gid tempo --create-home tempo
 WORKDIR /opt/megatron-tempo
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY configs configs
 COPY examples examples
+COPY launch launch
 COPY tools tools
 COPY megatron_tempo megatron_tempo
 RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps --editable .

@@ -3,8 +3,9 @@ PYTHON ?= python3
 PROCESSES ?= 2
 BIN := .venv/bin
 # The paths whose prose keeps to the word list (tools/check_words.py).
-WORDS_PATHS := docs README.md CONTRIBUTING.md CHANGELOG.md docker \
-	$(addprefix megatron_tempo/,cli.py kernels algorithm evaluation runtime observability report plan submit) \
+WORDS_PATHS := docs README.md CONTRIBUTING.md CHANGELOG.md docker tools tests/support tests/conftest.py \
+	$(addprefix megatron_tempo/,cli.py commands errors.py types.py kernels algorithm methods models weights evaluation) \
+	$(addprefix megatron_tempo/,runtime observability report plan submit) \
 	$(addprefix megatron_tempo/checkpoint/,convert.py manifest.py resumable_folder.py checkpoints.py) \
 	$(addprefix megatron_tempo/config/,schedule.py summary.py recipes.py benchmarks.py problem.py compose.py) \
 	$(addprefix megatron_tempo/data/,prepare.py public.py questions.py rows.py seen.py stream.py) megatron_tempo/rewards
@@ -14,48 +15,52 @@ WORKERS ?= logical
 PYTEST = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(BIN)/python -m pytest \
 	--numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-quick test-slow test-engines test-slurm test-gpu engines plan-tables configuration-page study \
-	docker-cpu lint clean
+.PHONY: quickstart help test test-quick test-slow test-engines test-slurm test-gpu engines plan-tables configuration-page \
+	study docker-cpu lint clean
 
-quickstart: .venv/installed  ## the main job: train on countdown, from a small pretrained model to a report
+quickstart: .venv/installed  ## install into .venv, train a small model, evaluate, write a report
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) \
 		-m megatron_tempo train experiment=quickstart $(ARGS)
 
-test: .venv/installed-test  ## unit and distributed tests
+help:  ## this list
+	@echo 'make TARGET [ARGS=...] [PYTHON=python3.12]    ARGS: more arguments of its command'
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+test: .venv/installed-test  ## unit and distributed tests: about 15 minutes on two cores
 	$(PYTEST) -m "not slow and not gpu and not engine and not slurm" $(ARGS)
 
-test-quick: .venv/installed-test  ## the inner loop: the unit tests that take no processes and little time
+test-quick: .venv/installed-test  ## the unit tests that take less than two seconds each
 	$(PYTEST) -m "not long and not slow and not gpu" tests/unit $(ARGS)
 
-test-slow: .venv/installed-test  ## what .ci/run runs beyond that
+test-slow: .venv/installed-test  ## the tests that take more than half a minute
 	$(PYTEST) -m "slow and not gpu" $(ARGS)
 
 # One test at a time: a server that waits for a core looks like one that hangs.
-test-engines: .venv/installed-test engines  ## against real inference servers, each in its own environment
+test-engines: .venv/installed-test engines  ## real SGLang and vLLM servers, on a CPU
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(BIN)/python -m pytest -m engine $(ARGS)
 
-test-slurm: .venv/installed-test .venv-sglang/installed  ## the job scripts on a SLURM of two nodes, which it starts here; wants root on Debian
+test-slurm: .venv/installed-test .venv-sglang/installed  ## the job scripts on a SLURM of two nodes, started here; requires root
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(BIN)/python -m tests.support.slurm $(BIN)/python -m pytest -m slurm $(ARGS)
 
-test-gpu: .venv/installed-test  ## what only a machine with a GPU shows
+test-gpu: .venv/installed-test  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-engines: .venv-sglang/installed .venv-vllm/installed  ## the environments of the inference servers, for the tests
+engines: .venv-sglang/installed .venv-vllm/installed  ## install the servers' environments for test-engines
 
-plan-tables: .venv/installed  ## the table of docs/planning.md
+plan-tables: .venv/installed  ## write the table of docs/planning.md
 	$(BIN)/python tools/plan_tables.py
 
-configuration-page: .venv/installed  ## the tables of docs/configuration.md
+configuration-page: .venv/installed  ## write the tables of docs/configuration.md
 	$(BIN)/python tools/configuration_page.py
 
-study: .venv/installed  ## docs/study.md: hours, on every core; goes on where it was
+study: .venv/installed  ## the runs of docs/study.md: hours on every core; resumes where it stopped
 	$(BIN)/python tools/study.py run $(ARGS)
 	$(BIN)/python tools/study.py report
 
-docker-cpu:  ## builds the CPU image where docker, podman or buildah is, and runs the quickstart in it (docs/install.md)
+docker-cpu:  ## build the CPU image and run a short quickstart in it (docs/install.md)
 	docker/build_cpu.sh
 
-lint: .venv/installed-test
+lint: .venv/installed-test  ## ruff, mypy, shellcheck, hadolint and the word list
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -89,5 +94,5 @@ lint: .venv/installed-test
 		{ echo "$(PYTHON) is not Python 3.11, 3.12 or 3.13: give one, make ... PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; echo 'no venv module: apt-get install python3-venv (Debian, Ubuntu)'; exit 1; }
 
-clean:
+clean:  ## remove the environments and what a build left
 	rm -rf .venv .venv-sglang .venv-vllm build *.egg-info

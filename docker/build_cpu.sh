@@ -1,7 +1,7 @@
 #!/bin/sh
-# Builds the CPU image with whatever builder is there, and runs the quickstart in it, cut short.
-# CPU_IMAGE is what it is built on, BUILD_OPTIONS more for the builder. Without a builder, or without a base image, nothing
-# can be built: that is said, and is an error except in CI (CI=true), where the machine may have neither.
+# Builds the CPU image with docker, podman or buildah, and runs a shortened quickstart in it.
+# CPU_IMAGE: the base image. BUILD_OPTIONS: more options for the builder. Without a builder or a base image nothing can be
+# built. This is an error, except in CI (CI=true), where the machine may have neither.
 set -eu
 cd "$(dirname "$0")/.."
 cpu_image=${CPU_IMAGE:-python:3.11-slim}
@@ -22,7 +22,7 @@ elif podman info > /dev/null 2>&1; then
 elif buildah version > /dev/null 2>&1; then
     builder=buildah
 else
-    not_built "neither a running docker nor podman nor buildah is here"
+    not_built "this machine has neither a running docker nor podman nor buildah"
 fi
 
 case $builder in
@@ -46,4 +46,4 @@ buildah)
     $builder run --rm "$tag" $quickstart
     ;;
 esac
-echo "docker-cpu: built $tag with $builder on $cpu_image, and the quickstart ran in it"
+echo "docker-cpu: built $tag with $builder on $cpu_image, and ran the quickstart in it"

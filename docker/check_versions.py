@@ -1,4 +1,4 @@
-"""Stops the build of an image in which the versions do not go together (docs/install.md). Needs no GPU."""
+"""Stops the build of an image whose versions are not compatible (docs/install.md). Needs no GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-# Of the library that is loaded; torch.cuda.nccl.version() tells the one that torch was compiled with.
+# Prints the version of the NCCL that is loaded. torch.cuda.nccl.version() returns the one that torch was compiled with.
 NCCL_OF = """\
 import ctypes, torch
 found = ctypes.c_int()
@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--torch", help="the release that the image must have")
     parser.add_argument("--transformer-engine", help="the release that the image must have")
-    parser.add_argument("--engine", metavar="PYTHON", help="of an engine, whose NCCL must be the trainer's")
+    parser.add_argument("--engine", metavar="PYTHON", help="an engine's Python; its NCCL must equal the trainer's")
     args = parser.parse_args()
     problems = []
     if args.torch:
@@ -34,7 +34,7 @@ def main() -> None:
         problems += release_problems("transformer-engine", found, args.transformer_engine)
         if found:
             problems += range_problems("transformer-engine", found, requires("megatron-core") or [])
-        print("apex:", installed("apex") or "none; nothing here needs it while Transformer Engine is there")
+        print("apex:", installed("apex") or "not installed; not needed with Transformer Engine")
     if args.engine:
         problems += nccl_problems(nccl(sys.executable), nccl(args.engine))
     if problems:
@@ -42,19 +42,17 @@ def main() -> None:
 
 
 def release_problems(project: str, found: str | None, wanted: str) -> list[str]:
-    """Whether `found` is release `wanted`, or a build or a pre-release of it: 2.10.0a0+nv26.01 is 2.10.0."""
+    """Problems unless `found` is release `wanted`, or a build or pre-release of it: 2.10.0a0+nv26.01 is 2.10.0."""
     if found and SpecifierSet(f"=={wanted}.*").contains(found, prereleases=True):
         return []
-    return [
-        f"{project} is {found or 'not there'}, not {wanted}: give another TRAINER_IMAGE, or the versions that it has"
-    ]
+    return [f"{project} is {found or 'not installed'}, not {wanted}: use another TRAINER_IMAGE, or give its versions"]
 
 
 def range_problems(project: str, found: str, requirements: list[str]) -> list[str]:
-    """Whether `found` is in each range that the metadata of another project gives for `project`, extras included."""
+    """Problems unless `found` is in each range that another project requires of `project`, including its extras."""
     ranges = [r.specifier for r in map(Requirement, requirements) if r.name == project]
     if not ranges:
-        return [f"megatron-core says nothing of {project}"]
+        return [f"megatron-core does not require {project}, so its versions cannot be checked"]
     return [
         f"{project} is {found}, but megatron-core requires {specifier}"
         for specifier in ranges

@@ -1,6 +1,6 @@
-"""Prints what pyproject.toml of the working directory asks for, a requirement a line: of one project, or without it.
+"""Prints the requirements in the working directory's pyproject.toml, one per line: only one project's, or all others.
 
-In an image torch is a layer of its own, or is there already.
+An image installs torch as a separate layer, or has it already.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
 # shellcheck shell=bash disable=SC2034,SC2153
-# What the job scripts beside this file have in common. They set the variables in capitals.
+# Functions that the job scripts in this folder share. The scripts set the variables in capitals.
 
-asked=''   # set where the job is told to stop
-trapped='' # set where a trap has just run
-servers='' # the process of srun that the servers hang on
+asked=''   # set when the job is asked to stop
+trapped='' # set when a trap has just run
+servers='' # the srun process that runs the rollout servers
 
 say() { printf '%(%F %T)T  %s\n' -1 "$*"; }
 
-# Modules, hosts, and SETTINGS: the environment of all processes. It goes with their command line, since that of a
-# container's image would go over what srun hands on.
+# Load the modules, list the hosts, and set SETTINGS, the environment of all processes. It is part of their command line,
+# because a container image's environment would override what srun passes on.
 prepare() {
     if ((${#MODULES[@]})); then
-        set +u # functions of the site, which may read what is not set
+        set +u # the site's functions may read variables that are not set
         # shellcheck disable=SC1091
         [[ $(type -t module) == function ]] || source /etc/profile
         module load "${MODULES[@]}"
@@ -19,7 +19,7 @@ prepare() {
     fi
     mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     SETTINGS=(
-        "PYTHONPATH=$CODE" PYTHONSAFEPATH=1 # the snapshot alone, not what the working folder holds by now
+        "PYTHONPATH=$CODE" PYTHONSAFEPATH=1 # only the snapshot, not the working folder, which may have changed
         "MASTER_ADDR=${HOSTS[0]}" "MASTER_PORT=$((15000 + SLURM_JOB_ID % 5000))"
         PYTHONUNBUFFERED=1 "OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}"
     )
@@ -28,8 +28,8 @@ prepare() {
     say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on ${HOSTS[*]}"
 }
 
-# step PROCESSES HOST ... -- ARGUMENTS: so many processes of Python on each host; when one fails all are ended. It takes
-# the place of the shell, so it is started as `step ... &` or `(step ...)`.
+# step PROCESSES HOST ... -- ARGUMENTS: run this number of Python processes on each host. If one fails, all are ended. It
+# replaces the shell, so start it as `step ... &` or `(step ...)`.
 step() {
     local processes=$1 hosts=()
     shift
@@ -41,10 +41,10 @@ step() {
     local options=(
         --nodes="${#hosts[@]}" --ntasks-per-node="$processes" --ntasks="$((processes * ${#hosts[@]}))"
         --nodelist="$(IFS=, && echo "${hosts[*]}")" --distribution=block --kill-on-bad-exit=1
-        --cpu-bind=none # servers and verifiers that a process starts are not to share its cores alone
+        --cpu-bind=none # servers and verifiers that a process starts must be able to use other cores than its own
     )
     if [[ $GRES ]]; then options+=(--gres="$GRES"); fi
-    # srun does not take this over from the job by itself.
+    # srun does not inherit this from the job.
     if ((CPUS)); then options+=(--cpus-per-task="$((CPUS / processes))"); fi
     if [[ $CONTAINER ]]; then
         options+=(--container-image="$CONTAINER" --container-mounts="$(IFS=, && echo "${MOUNTS[*]}")")
@@ -53,7 +53,7 @@ step() {
     exec srun "${options[@]}" --chdir="$WORK" env "${SETTINGS[@]}" bash "$CODE/launch/process.sh" "$PYTHON" "$@"
 }
 
-# await PROCESS: until it has ended; its exit code. What a trap does meanwhile does not end the wait.
+# await PROCESS: wait until it has ended, and return its exit code. A trap does not interrupt the wait.
 await() {
     local code
     while true; do
@@ -63,7 +63,7 @@ await() {
     done
 }
 
-# Rollout servers on the nodes behind the trainer's, if there are any. OVERRIDES is what the trainer must know of them.
+# Start rollout servers on the nodes after the trainer's, if there are any. Sets OVERRIDES for the trainer.
 start_servers() {
     OVERRIDES=()
     if ((!ROLLOUT_NODES || !SERVERS)); then return 0; fi
@@ -72,12 +72,12 @@ start_servers() {
     (umask 077 && od -An -N24 -tx1 /dev/urandom | tr -d ' \n' >"$folder/key")
     step 1 "${HOSTS[@]:TRAIN_NODES}" -- -m megatron_tempo serve --config "$CONFIG" --folder "$folder" &
     servers=$!
-    # Each server has START_SECONDS, of which its own process keeps the time; srun and imports come on top.
+    # Each server has START_SECONDS, which its own process measures. The 300 s are for srun and imports.
     local deadline=$((SECONDS + START_SECONDS + 300))
     while ((${#found[@]} < ROLLOUT_NODES * SERVERS)); do
         if [[ $asked ]]; then return 0; fi
         if ! kill -0 "$servers" 2>/dev/null || ((SECONDS > deadline)); then
-            say "${#found[@]} of $((ROLLOUT_NODES * SERVERS)) rollout servers are ready, so there is no training; their logs: $folder"
+            say "only ${#found[@]} of $((ROLLOUT_NODES * SERVERS)) rollout servers are ready: training does not start; logs: $folder"
             tail -n 15 "$folder"/*/*/*.log 2>/dev/null || true
             return 1
         fi

@@ -1,24 +1,21 @@
-"""Errors that a user is told of in a line."""
+"""Errors that are shown to the user in one line, without a traceback."""
 
 
 class InputError(ValueError):
-    """Something given to the program does not fit: a file, a folder, a checkpoint.
-
-    The message names it and the fix; the command line prints it without a traceback.
-    """
+    """Invalid input: a configuration, a file, a folder or a checkpoint. The message names it and the fix."""
 
 
 class EngineError(RuntimeError):
-    """An engine that failed, or that answered what cannot be trained on."""
+    """An engine failed, or returned a response that cannot be trained on."""
 
 
 class Stopped(Exception):
-    """A run that was told to stop. It stands in a checkpoint; the message says which."""
+    """The run was asked to stop and has saved a checkpoint. The message names it."""
 
 
 class NotFiniteError(ArithmeticError):
-    """Losses or gradients of too many optimizer steps in a row were NaN or infinite. The message names the dump."""
+    """Too many consecutive optimizer steps had a loss or gradient that is not finite. The message names the dump."""
 
 
 class UnwrittenError(OSError):
-    """A file that a run cannot go on without could not be written. The message names it, the reason and the fix."""
+    """A file that the run requires could not be written. The message names it, the reason and the fix."""

@@ -1,7 +1,7 @@
-"""The plain data that travels between the parts of the program. An example stands with each type.
+"""The data types that all folders share, each with an example.
 
-A prompt with an answer and a prompt without one are different types. What trains the policy on unlabelled questions is
-made from `UnlabelledPrompt` alone, which has no field an answer could sit in.
+A prompt with an answer and a prompt without one are different types. Training on unlabelled questions uses only
+`UnlabelledPrompt`, which has no field for an answer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class UnlabelledPrompt:
-    """A question alone.
+    """A question without an answer.
 
     >>> UnlabelledPrompt(id="u:3", text="2 4 5 > 13 :", token_ids=(5, 7, 8, 62, 16, 63))
     """
@@ -45,9 +45,9 @@ class LabelledPrompt:
 class Completion:
     """One sampled response, as an engine returns it.
 
-    `logprobs[t]` is log pi(token_ids[t] | prompt, token_ids[:t]) in nats, after temperature. `versions` says which
-    weights made which tokens: (version, number of tokens) in order, the version being the run's iteration.
-    `finish_reason` is "stop" (the response ends with an end token, which is part of it) or "length".
+    `logprobs[t]`: log pi(token_ids[t] | prompt, token_ids[:t]) in nats, after temperature. `versions`: the weights that
+    generated the tokens, as (version, number of tokens) in order; the version is the run's iteration.
+    `finish_reason`: "stop" (the response ends with an end token, which is part of it) or "length".
 
     >>> Completion(token_ids=(12, 66), logprobs=(-0.7, -0.01), finish_reason="stop", versions=((40, 2),))
     """
@@ -87,9 +87,9 @@ class TokenCount:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rollouts of n responses, jagged: the tokens of all rows lie one after another, without padding.
+    """Rollouts of n responses, jagged: the tokens of all rows are concatenated, without padding.
 
-    Every rank holds the same `Batch`, on the CPU; a model takes from it the rows of its data-parallel rank.
+    Every rank holds the same `Batch`, on the CPU. A model selects the rows of its data-parallel rank.
 
     Two rows, prompts (5, 6) and (7,), responses (1, 2, 3) and (4,):
 
@@ -97,7 +97,7 @@ class Batch:
     ...       response_tokens=[1, 2, 3, 4], response_lengths=[3, 1], engine_logprobs=[-.1, -.2, -.3, -.4],
     ...       stopped=[True, False], versions=[40, 40, 41, 41], correct=[1., 0.], answer_class=None)
 
-    Shapes: n rows, P prompt tokens and T response tokens in all.
+    Shapes: n rows, P prompt tokens and T response tokens in total.
     """
 
     prompt_ids: tuple[str, ...]  # n: the id of each row's prompt
@@ -106,13 +106,12 @@ class Batch:
     prompt_lengths: Tensor  # int64 [n]
     response_tokens: Tensor  # int64 [T]
     response_lengths: Tensor  # int64 [n]
-    engine_logprobs: Tensor  # float32 [T]: as the engine saw them
-    stopped: Tensor  # bool [n]: the response ended by itself
-    versions: Tensor  # int32 [T]: the weights that made the token, by the run's iteration; -1: not known
+    engine_logprobs: Tensor  # float32 [T]: engine log-probabilities
+    stopped: Tensor  # bool [n]: the response ends with an end token
+    versions: Tensor  # int32 [T]: version of the weights that generated the token (the run's iteration); -1: unknown
     correct: Tensor | None = None  # float32 [n] in [0, 1]: the verifier's verdict; None for unlabelled prompts
-    answer_class: Tensor | None = (
-        None  # int64 [n]: equal numbers, equal answers to a prompt; -1: no answer; None: unread
-    )
+    # int64 [n]: equal numbers are equal answers to a prompt; -1: no answer; None: answers were not compared
+    answer_class: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -129,13 +128,13 @@ class Batch:
         return self.response_tokens.split(self.response_lengths.tolist())
 
     def rows(self) -> Iterator[Tensor]:
-        """Prompt and response of each row, joined: int64 [prompt + response]."""
+        """Prompt and response of each row, concatenated: int64 [prompt + response]."""
         for prompt, response in zip(self.prompts(), self.responses(), strict=True):
             yield torch.cat((prompt, response))
 
     @staticmethod
     def join(first: Batch, second: Batch) -> Batch:
-        """The rows of both, without verdicts and classes: what the actor learns from."""
+        """The rows of both, without verdicts and answer classes: a batch to train the actor on."""
         shift = int(first.group.max()) + 1 if len(first) else 0
         return Batch(
             prompt_ids=first.prompt_ids + second.prompt_ids,
@@ -150,7 +149,7 @@ class Batch:
         )
 
     def select(self, rows: Tensor) -> Batch:
-        """The given rows, in the given order. `rows` is int64 [m]."""
+        """The given rows, in the given order. `rows`: int64 [m]."""
 
         def pick(flat: Tensor, lengths: Tensor) -> Tensor:
             parts = flat.split(lengths.tolist())
@@ -173,12 +172,12 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class EngineHealth:
-    """One model that answers."""
+    """The state of one server or engine."""
 
     name: str
     state: str  # starting, empty (without weights yet), serving, gone (given up)
-    requests: int = 0  # under way
-    restarts: int = 0  # since it last went through a whole weight update
+    requests: int = 0  # in progress
+    restarts: int = 0  # since its last complete weight update
     address: str = ""
 
 
@@ -186,9 +185,9 @@ Bucket = list[tuple[str, Tensor]]  # tensors of a model by their Hugging Face na
 
 
 class Weights(Protocol):
-    """A model's weights as they are now, under Hugging Face's names, in buckets of bounded size.
+    """A model's current weights, by their Hugging Face names, in buckets of bounded size.
 
-    Both methods are collective, and can be called again.
+    Both methods are collective, and can be called repeatedly.
     """
 
     @property
@@ -201,19 +200,19 @@ class Weights(Protocol):
         ...
 
     def from_stages(self, *, shared: bool = False) -> Iterator[Bucket]:
-        """All weights once over all ranks: each pipeline stage's own, on one of its ranks; other ranks get nothing.
+        """All weights, each on one rank: each pipeline stage's own weights on one of its ranks. Others get nothing.
 
-        With `shared` they lie in memory that this machine's processes can open; on a CPU in two buffers by turns: who
-        asks for the next bucket gives up all but the last one.
+        With `shared`, buckets are in memory that this machine's processes can open. On a CPU two buffers are used in
+        turn: when you request a bucket, every earlier one except the last may be overwritten.
         """
         ...
 
 
 def seed_of(*parts: object) -> int:
-    """A seed, 0 <= seed < 2**63, that depends on the parts' text alone.
+    """A seed, 0 <= seed < 2**63, that depends only on the text of the parts.
 
-    All randomness of a run is drawn from such seeds, named by what it is for, so that no generator's state needs to be
-    carried from one iteration, process or layout to another.
+    All random draws of a run use such seeds, named after their purpose. So no generator state has to be carried from
+    one iteration, process or layout to another.
     """
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

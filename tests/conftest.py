@@ -1,4 +1,4 @@
-"""What a test session says at its start: what it leaves out and how long it takes."""
+"""Prints at the start of a test session how long it takes and what it leaves out."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import os
 
 import pytest
 
-# By the Makefile's target: minutes on two cores with nothing else running (estimates: not yet timed so), and what is
-# left out.
+# By the Makefile's target: minutes on two idle cores (estimates, not measured), and what is left out.
 ABOUT = {
     "test-quick": ("2", "what needs several processes or more than two seconds (make test)"),
     "test": ("15", "slow tests, engines, SLURM and GPUs (make test-slow, test-engines, test-slurm, test-gpu)"),

@@ -1,17 +1,19 @@
-"""Time the kernels against eager PyTorch, torch.compile and liger-kernel: python tools/bench_kernels.py
+"""Compare the kernels with eager PyTorch, torch.compile and liger-kernel: python tools/bench_kernels.py
 
-All get the same inputs in one run, and each is compared with the plain functions in float64 (large products: float32)
-before its time is taken. `x ours` is a time over ours, `x floor` over what the machine's own ceilings allow:
+All variants get the same inputs in one run. Before it is timed, each is compared with the plain functions in float64
+(large products: float32). `x ours` is a time relative to ours; `x floor` is relative to the lower bound that the
+machine's measured ceilings give:
 
     policy, value   every input read once and every result written once, at the bandwidth of a copy
     logprobs        the logits read once; with the backward pass read twice and written once
     linear          2 T V h operations, with the backward pass 8 T V h, at the rate of a matrix product
 
-`eager` is the plain function of `megatron_tempo.kernels`; what `compile` and `liger` are stands in bench_operations.py.
-A time is of one call from Python that finds the GPU idle; `graph` is a captured CUDA graph's replay, without launches.
+`eager` is the plain function of `megatron_tempo.kernels`. bench_operations.py describes `compile` and `liger`. A time
+is that of one call from Python while the GPU is idle. `graph` is the replay of a captured CUDA graph, without launches.
 
-TFLOP/s count what a variant does: with the backward pass 6 T V h where logits are made once, while the floor is one for
-all. Memory is the peak beyond what was there before the call; `beside results` leaves out what the call returns.
+TFLOP/s count the operations of the variant: 6 T V h with the backward pass if it computes logits once. The floor is the
+same for all variants. Memory is the peak in addition to the memory before the call; `w/o results` does not count what
+the call returns.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ import torch
 from bench_operations import OPERATIONS, Call, Operation, Setup, Variant, size
 from torch import Tensor
 
-WARMUP, LEAST, BUDGET = 3, 5, 2.0  # calls before those that count; of these, how many even beyond so many seconds
-SAMPLE = 256  # tokens that are compared where tokens do not know of each other and all are too many
-LARGE = 1e12  # operations, from which on products are compared in float32
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the largest entry
-COLUMNS = "operation", "tokens", "pass", "variant", "time", "x ours", "x floor", "peak", "beside results", "TFLOP/s"
+WARMUP, LEAST, BUDGET = 3, 5, 2.0  # untimed calls; minimum of timed calls; seconds after which no more are made
+SAMPLE = 256  # tokens that are compared if tokens are independent and there are too many to compare all
+LARGE = 1e12  # operations from which products are compared in float32
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative to the largest entry
+COLUMNS = "operation", "tokens", "pass", "variant", "time", "x ours", "x floor", "peak", "w/o results", "TFLOP/s"
 LAYOUT = "{:9}{:>9}  {:17}{:17}{:>10} {:>8} {:>8} {:>10} {:>15} {:>8}"
 
 
@@ -57,13 +59,13 @@ class Row:
 
 @dataclass(slots=True)
 class Bound:
-    """A variant with a set of inputs, to be called again and again."""
+    """A variant bound to a set of inputs, to be called repeatedly."""
 
     variant: Variant
     given: list[Tensor]  # never written to
     backward: bool
-    overwritten: bool  # the first of them, by some variants' passes
-    taken: list[Tensor] = field(init=False)  # what the call gets
+    overwritten: bool  # some variants overwrite the first input
+    taken: list[Tensor] = field(init=False)  # the inputs of the call
     upstream: list[Tensor] = field(init=False, default_factory=list)  # gradients of its outputs
 
     def __post_init__(self) -> None:
@@ -72,11 +74,11 @@ class Bound:
             x.requires_grad_(self.backward)
         if self.backward:
             outputs = [x for x in self.variant.call(*self.taken) if x.requires_grad]
-            # A single number is the loss itself, which liger looks for.
+            # A scalar output is the loss itself, which liger checks for.
             self.upstream = [torch.rand_like(x) + 0.5 if x.dim() else torch.ones_like(x) for x in outputs]
 
     def fresh(self) -> Callable[[], list[Tensor]]:
-        """The call, with its inputs as they were."""
+        """The call, with its inputs restored."""
         if self.overwritten:
             with torch.no_grad():
                 self.taken[0].copy_(self.given[0])
@@ -87,7 +89,7 @@ class Bound:
 
 
 def results(call: Call, taken: list[Tensor], upstream: list[Tensor]) -> list[Tensor]:
-    """The outputs, and with gradients of them those of the inputs that want one."""
+    """The outputs and, if `upstream` has their gradients, the gradients of the inputs that require one."""
     outputs = call(*taken)
     if not upstream:
         return list(outputs)
@@ -96,7 +98,7 @@ def results(call: Call, taken: list[Tensor], upstream: list[Tensor]) -> list[Ten
 
 
 def error_of(bound: Bound, operation: Operation) -> float:
-    """The greatest difference from what it must give, over the largest entry."""
+    """The largest difference from the exact results, relative to the largest entry."""
     got, given, upstream = bound.fresh()(), bound.given, bound.upstream
     if operation.logits:
         at = torch.linspace(0, len(given[0]) - 1, min(len(given[0]), SAMPLE), dtype=torch.float64).long()
@@ -108,7 +110,7 @@ def error_of(bound: Bound, operation: Operation) -> float:
     exact = results(bound.variant.exact, taken, [x.to(wide) for x in upstream])
     pairs = zip(got, exact, strict=True)
     errors = [(x.to(y.dtype) - y).abs().max() / y.abs().max().clamp(min=1e-30) for x, y in pairs]
-    return torch.stack(errors).max().item()  # NaN, if there is one
+    return torch.stack(errors).max().item()  # NaN if any is NaN
 
 
 def measured(operation: Operation, row: Row, variant: Variant, graph: bool, setup: Setup, rate: float) -> Row:
@@ -120,15 +122,15 @@ def measured(operation: Operation, row: Row, variant: Variant, graph: bool, setu
         error = error_of(bounds[0], operation)
         if not error <= TOLERANCE[bounds[0].given[0].dtype]:
             return replace(row, note=f"wrong: max error {error:.1e}")
-        peak, beside = memory(bounds[0]) if setup.cuda and not graph else (None, None)
+        peak, without_results = memory(bounds[0]) if setup.cuda and not graph else (None, None)
         calls = map(Bound.fresh, itertools.cycle(bounds))
         seconds = graph_seconds(bounds, setup) if graph else median_seconds(calls, setup)
-    except Exception as error:  # noqa: BLE001 (whatever a compiler or the memory says is this row's result)
+    except Exception as error:  # noqa: BLE001 (an error of a compiler or out of memory is this row's result)
         return failed(row, error)
     to_floor = seconds * rate / operation.floor[row.backward]
     tflops = variant.operations[row.backward] / seconds / 1e12 or None
     row = replace(row, seconds=seconds, to_floor=to_floor, tflops=tflops)
-    return replace(row, peak_bytes=peak, beside_results_bytes=beside)
+    return replace(row, peak_bytes=peak, beside_results_bytes=without_results)
 
 
 def failed(row: Row, error: Exception) -> Row:
@@ -160,21 +162,21 @@ def one_call(call: Callable[[], object], setup: Setup) -> float:
 
 
 def graph_seconds(bounds: list[Bound], setup: Setup) -> float:
-    """A set's share of one graph of all sets, so that the graph's own launch is shared too."""
+    """Seconds per set of one graph that calls all sets, so that the sets share the cost of the graph's launch."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # as capturing wants it: once before, on another stream
+    with torch.cuda.stream(side):  # capturing requires one call before, on another stream
         for bound in bounds:
             bound.call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = [bound.call() for bound in bounds]  # each set writes where no other does
+        kept = [bound.call() for bound in bounds]  # kept, so that all sets write to different memory
     return median_seconds(itertools.repeat(graph.replay), setup) / len(kept)
 
 
 def memory(bound: Bound) -> tuple[int, int]:
-    """Bytes at the peak beyond those before the call, and beyond those that are left after it."""
+    """Peak bytes minus those before the call, and minus those after the call."""
     call = bound.fresh()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -187,7 +189,7 @@ def memory(bound: Bound) -> tuple[int, int]:
 
 
 def ceilings(setup: Setup) -> tuple[float, float]:
-    """Bytes a second of a copy, read and written, and operations a second of a matrix product, on random data."""
+    """Bytes per second of a copy (read and written), and operations per second of a matrix product, on random data."""
     source = setup.uniform(1 << (28 if setup.cuda else 25))
     target = torch.empty_like(source)
     bandwidth = 2 * size([source]) / median_seconds(itertools.repeat(lambda: target.copy_(source)), setup)
@@ -215,7 +217,7 @@ def compared(name: str, tokens: int, setup: Setup, rates: tuple[float, float]) -
     torch.compiler.reset()
     try:
         operation = OPERATIONS[name][0](tokens, setup)
-    except RuntimeError as error:  # of memory
+    except RuntimeError as error:  # out of memory
         yield failed(Row(name, tokens, False, "(inputs)"), error)
         return
     graphs = [False, True] if setup.cuda and name in ("policy", "value") else [False]
@@ -238,7 +240,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=151_936 if cuda else 8192)
     parser.add_argument("--hidden", type=int, default=4096 if cuda else 256)
     parser.add_argument("--only", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS), metavar="NAME")
-    parser.add_argument("--repeats", type=int, default=50 if cuda else 5, help="at most; the median is told")
+    parser.add_argument("--repeats", type=int, default=50 if cuda else 5, help="maximum; the median is reported")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the run to FILE, as one line")
     asked = parser.parse_args()
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -248,7 +250,7 @@ def main() -> None:
     device = torch.device("cuda" if cuda else "cpu")
     setup = Setup(device, cuda, dtype, asked.vocab, asked.hidden, asked.repeats, no_liger)
     if not cuda:
-        print("No GPU: this is the reference path on a CPU, at small sizes. No target is measured by it.\n")
+        print("No GPU: this runs the reference path on a CPU, at small sizes. It measures none of the targets.\n")
     machine = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     rates = ceilings(setup)
     print(machine, *(f"{name} {number}" for name, number in versions.items()), sep=", ")

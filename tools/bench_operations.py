@@ -1,14 +1,14 @@
-"""What bench_kernels.py compares: each operation's inputs, the ways of computing it, and what none can be faster than.
+"""The operations that bench_kernels.py compares: their inputs, their variants, and a lower bound of their time.
 
-`eager` is the plain function of `megatron_tempo.kernels`; `compile` is that function under torch.compile, or, for
-logprobs and linear, a formulation without autograd functions. Liger's nearest operations compute less, or else:
+`eager` is the plain function of `megatron_tempo.kernels`. `compile` is that function under torch.compile or, for
+logprobs and linear, a formulation without autograd functions. Liger's most similar operations compute less, or differ:
 
-    policy          GRPO by the sequence's ratio. It starts from logits, so it gets a vocabulary of two, in which token
-                    0 has the log-probability: its loss, with the least softmax there is. A row has one advantage and
-                    no baseline, rows are padded to one length, and of the figures there are only the clipped tokens.
-    logprobs        cross entropy, a token's rounded to the logits' type; no entropy, temperature or tensor ranks.
-    linear          the same from hidden states. `liger mean` gives the mean alone and makes the gradient on the way
-                    forward: of no use to a policy gradient, which weighs each token, but liger's fastest.
+    policy          GRPO with the sequence's ratio. It starts from logits, so it gets a vocabulary of two, in which
+                    token 0 has the log-probability. This is its loss with the smallest possible softmax. A row has one
+                    advantage and no baseline, rows are padded to one length, and the only metric is clipped tokens.
+    logprobs        cross entropy per token, rounded to the logits' type; no entropy, temperature or tensor ranks.
+    linear          the same from hidden states. `liger mean` returns only the mean and computes the gradient in the
+                    forward pass. A policy gradient cannot use it, because it weights each token, but it is the fastest.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Call = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """Where the run is, and what the command line chose."""
+    """The device, and the choices of the command line."""
 
     device: torch.device
     cuda: bool
@@ -41,7 +41,7 @@ class Setup:
     vocab: int
     hidden: int
     repeats: int
-    no_liger: str  # why liger-kernel cannot run, if so
+    no_liger: str  # why liger-kernel cannot run, or ""
 
     def uniform(self, count: int) -> Tensor:
         return torch.rand(count, device=self.device)
@@ -54,25 +54,25 @@ class Setup:
 class Variant:
     name: str
     call: Call
-    exact: Call  # what it must give, in plain PyTorch
-    leaves: int  # how many of its inputs, the first ones, get a gradient
-    convert: Callable[[list[Tensor]], list[Tensor]] = list  # the operation's inputs to its own, outside the time
+    exact: Call  # the expected results, in plain PyTorch
+    leaves: int  # the number of inputs, from the first, that get a gradient
+    convert: Callable[[list[Tensor]], list[Tensor]] = list  # makes its inputs from the operation's; not timed
     operations: tuple[float, float] = (0.0, 0.0)  # of matrix products: forward, with the backward pass
-    missing: str = ""  # why it cannot run here
+    missing: str = ""  # why it cannot run here, or ""
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    sets: list[list[Tensor]]  # of inputs, taken in turn
+    sets: list[list[Tensor]]  # sets of inputs, used in turn
     variants: list[Variant]  # ours first
     floor: tuple[float, float]  # bytes or operations: forward, with the backward pass
-    logits: bool = False  # the first input is: the backward pass may write over it, and SAMPLE rows of it are compared
+    logits: bool = False  # the first input is logits: the backward pass may overwrite it; SAMPLE rows are compared
 
 
 def policy(tokens: int, setup: Setup) -> Operation:
-    """With rows on both sides of the clip's ends, and none so near one that rounding decides.
+    """Some rows are clipped and some are not; none is so near a bound that rounding decides.
 
-    The gradient is of the log-probabilities alone, since the entropy has no coefficient by default.
+    Only the log-probabilities have a gradient, because the entropy's coefficient is 0 by default.
     """
     rows, config = Rows.of(ragged(tokens), setup.device), ActorUpdateConfig()
     drift = torch.tensor([2e-3, 2e-4, -1e-4, -2e-3], device=setup.device).repeat(len(rows))[: len(rows)]
@@ -143,7 +143,7 @@ def linear(tokens: int, setup: Setup) -> Operation:
     return Operation([[hidden, weight, targets]], variants, twice)
 
 
-# With their tokens, unless --tokens says otherwise: on CUDA those of the targets, elsewhere what takes seconds.
+# With their default --tokens: on CUDA the sizes of the performance targets, elsewhere sizes that take seconds.
 OPERATIONS: dict[str, tuple[Callable[[int, Setup], Operation], dict[bool, tuple[int, ...]]]] = {
     "policy": (policy, {True: (18432, 65536, 1 << 20), False: (16384,)}),
     "value": (value, {True: (18432, 65536, 1 << 20), False: (16384,)}),
@@ -153,7 +153,7 @@ OPERATIONS: dict[str, tuple[Callable[[int, Setup], Operation], dict[bool, tuple[
 
 
 def plain_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    """Nothing but differentiable operations, for torch.compile."""
+    """Only differentiable operations, for torch.compile."""
     wide = logits.float()
     log_total = wide.logsumexp(1)
     mean = ((wide - log_total[:, None]).exp() * wide).sum(1)
@@ -169,14 +169,14 @@ def usual(by: Callable[[Kernels], Call], plain: Call, leaves: int, setup: Setup)
 
 
 def liger_policy(rows: Rows, config: ActorUpdateConfig, setup: Setup) -> Variant:
-    there = torch.arange(int(rows.lengths.max()), device=setup.device) < rows.lengths[:, None]
+    is_token = torch.arange(int(rows.lengths.max()), device=setup.device) < rows.lengths[:, None]
 
     def convert(given: list[Tensor]) -> list[Tensor]:
         logprobs, _, old, _, rewards = given
-        logits = logprobs.new_zeros(len(rows), there.shape[1] + 1, 2)  # liger does not look at a row's last place
-        logits[:, :-1][there] = torch.stack([logprobs, (-logprobs.expm1()).log()], dim=1)
-        padded = torch.zeros_like(logits[:, :-1, 0]).masked_scatter(there, old)
-        return [logits, padded, torch.zeros_like(there, dtype=torch.int64), rewards, there.int()]
+        logits = logprobs.new_zeros(len(rows), is_token.shape[1] + 1, 2)  # liger ignores a row's last position
+        logits[:, :-1][is_token] = torch.stack([logprobs, (-logprobs.expm1()).log()], dim=1)
+        padded = torch.zeros_like(logits[:, :-1, 0]).masked_scatter(is_token, old)
+        return [logits, padded, torch.zeros_like(is_token, dtype=torch.int64), rewards, is_token.int()]
 
     def call(logits: Tensor, old: Tensor, ids: Tensor, rewards: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         loss, _, _ = liger("grpo_loss", "GrpoLossFunction").apply(
@@ -186,32 +186,32 @@ def liger_policy(rows: Rows, config: ActorUpdateConfig, setup: Setup) -> Variant
         return (loss.sum(1) / rows.lengths,)
 
     def exact(logits: Tensor, old: Tensor, _ids: Tensor, rewards: Tensor, _mask: Tensor) -> tuple[Tensor, ...]:
-        logprobs = logits[:, :-1].log_softmax(2)[..., 0][there]
-        given = Experience(old[there], rewards.new_zeros(rows.total + len(rows)), rewards)
+        logprobs = logits[:, :-1].log_softmax(2)[..., 0][is_token]
+        given = Experience(old[is_token], rewards.new_zeros(rows.total + len(rows)), rewards)
         return REFERENCE.policy_loss(logprobs, logprobs.detach(), given, rows, Baseline.before_token, config)[:1]
 
     return Variant("liger", call, exact, 1, convert, missing=setup.no_liger)
 
 
 def liger_cross_entropy(module: str, name: str, unused: list[None], reduction: str) -> Call:
-    """Their cross entropy as a log-probability. `unused`: weights of the classes and the like."""
+    """Liger's cross entropy as a log-probability. `unused`: arguments such as class weights."""
     return lambda *given: (-liger(module, name).apply(*given, *unused, -100, 0.0, 0.0, reduction)[0].float(),)
 
 
 def liger(module: str, name: str) -> Any:
-    """The Triton path: from its own module, since `liger_kernel.ops` may put another in its place."""
+    """Liger's Triton function, from its own module, because `liger_kernel.ops` may replace it with another."""
     return getattr(importlib.import_module(f"liger_kernel.ops.{module}"), name)
 
 
 def ragged(tokens: int) -> Tensor:
-    """Lengths of rows of 2000 to 6000 tokens, the last one what is left."""
+    """Row lengths of 2000 to 6000 tokens; the last row gets the rest."""
     lengths = torch.randint(2000, 6001, (tokens // 2000 + 1,), generator=torch.Generator().manual_seed(0))
     lengths = lengths.cumsum(0).clamp(max=tokens).diff(prepend=torch.zeros(1, dtype=torch.int64))
     return lengths[lengths > 0]
 
 
 def filling(inputs: Callable[[], list[Tensor]], setup: Setup) -> list[list[Tensor]]:
-    """Sets of inputs of twice the GPU's cache together, 64 at most, so that none is found there when its turn comes."""
+    """Sets of inputs, at most 64, with twice the size of the GPU's cache in total, so that none is cached when used."""
     first, count = inputs(), 1
     if setup.cuda:
         count = math.ceil(2 * torch.cuda.get_device_properties(setup.device).L2_cache_size / size(first))

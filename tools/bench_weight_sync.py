@@ -1,23 +1,24 @@
-"""Time weight updates of a real engine from a Megatron actor: python tools/bench_weight_sync.py --size 0.5b
+"""Measure weight sync from a Megatron actor to a real engine: python tools/bench_weight_sync.py --size 0.5b
 
-An update lasts from the moment all trainer ranks begin until the engine has the weights and would answer again:
+An update lasts from the moment when all trainer ranks start until the engine has the weights and can answer again:
 
-    ours, group / shared    the stream of buckets, through ServersEngine.load_weights, by each of its transports
-    ... + checksums         the same, and all tensors compared at the end
+    ours, group / shared    the stream of buckets, through ServersEngine.load_weights, with each of its transports
+    ... + checksums         the same, and all tensors are compared at the end
     folder                  every rank gathers each bucket, the first writes a Hugging Face folder, the engine loads it
-    folder, streamed        the same from our stream: each stage's sender gathers its own and writes it as it is
-    gather-all              every rank gathers the whole model, then the first sends it by the same group as ours
-    limit: memcpy           the model's bytes copied once within a process, between places that are in memory already
-    limit: link             the model's bytes broadcast from one rank to one other, from and to such places
+    folder, streamed        the same from our stream: each stage's sender gathers its buckets and writes them
+    gather-all              every rank gathers the whole model, then the first sends it over the same group as ours
+    limit: memcpy           the model's bytes copied once within a process, between buffers that are resident already
+    limit: link             the model's bytes broadcast from one rank to another, between such buffers
 
-All take turns in one run, another one first in each round. Folders go to the page cache: nothing waits for the disk.
-Round 0 is not timed: in it every sign of the model changes before each update, and where the engine tells checksums of
-what it serves (SGLang on a CPU), they are compared after it.
+All variants run in turn in each round; another one is first in each round. Folders are written to the page cache, so
+nothing waits for the disk. Round 0 is not timed. In round 0 the sign of every weight changes before each update, and
+the engine's checksums are compared after it, if the engine reports them (SGLang on a CPU).
 
-Memory is what an update adds at its peak to the resident memory of a process (VmHWM, reset before, over VmRSS), on CUDA
-to what torch holds there: for the trainer the largest over ranks, for the engine the sum of its processes, on the host
-alone. It is the largest over all rounds, 0 too: where an update leaves buffers for the next, only the first adds them.
-Shared memory counts in each process that has touched it. The unit beside MB is the largest bucket of the stream.
+Memory is the peak that an update adds to a process: to its resident memory (VmHWM, reset before, minus VmRSS), or on
+CUDA to torch's memory. For the trainer it is the maximum over ranks; for the engine, the sum over its processes, on the
+host only. It is the maximum over all rounds, including round 0, because only the first update allocates buffers that
+later updates reuse. Shared memory counts in each process that has touched it. Next to MB, memory is given in units of
+the largest bucket of the stream.
 """
 
 from __future__ import annotations
@@ -81,35 +82,35 @@ SIZES = {  # hidden, heads, key-value heads, head, feed-forward, vocabulary, lay
     "0.5b": (1024, 16, 8, 128, 3072, 151_936, 22),
     "tiny": (64, 4, 2, 32, 128, 640, 4),
 }
-FEW_REQUESTS = {  # on a CPU, where an engine would take memory for many
+FEW_REQUESTS = {  # limits on a CPU, where an engine would otherwise reserve memory for many requests
     EngineKind.sglang: ["--max-total-tokens=4096", "--max-running-requests=32"],
     EngineKind.vllm: ["--max-num-seqs=32", "--max-model-len=256", f"--kv-cache-memory-bytes={256 << 20}"],
 }
-PIECE = 64 << 20  # of the limits: more than a processor's cache holds
+PIECE = 64 << 20  # bytes that the limits copy at a time: more than a processor's cache
 COLUMNS = "update", "median s", "min-max", "x ours", "GB/s", "trainer MB, buckets", "engine MB, buckets"
 LAYOUT = "{:24}{:>10}{:>18}{:>9}{:>8}{:>22}{:>22}"
 
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkJob:
-    """What the ranks are to do, and with whom."""
+    """The input of the trainer's ranks."""
 
     config: Config
-    random: bool  # weights of no folder
+    random: bool  # random weights instead of a folder's
     rounds: int
-    server: int  # the first of the engine's processes
+    server: int  # process id of the engine's first process
     scratch: Path
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
     name: str
-    update: Callable[[int], None]  # to a version
-    engine: ServersEngine | None = None  # that tells what the server holds; none: a limit, which sends it nothing
+    update: Callable[[int], None]  # updates the engine to a version
+    engine: ServersEngine | None = None  # reports the server's checksums. None: a limit, which sends it nothing
 
 
 class GatherAll:
-    """`Weights` as a trainer without a stream has them: whole on every rank, before the first one sends any."""
+    """`Weights` of a trainer without a stream: every rank has the whole model before the first rank sends anything."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights, self.sends = weights, dist.get_rank() == 0
@@ -125,7 +126,7 @@ class GatherAll:
 
 
 class Folder:
-    """Updates by a folder on the disk; the engine is held as it is in ours."""
+    """Updates through a folder on disk. The engine is paused and resumed as in our updates."""
 
     def __init__(self, weights: Weights, context: RunContext, out: Path) -> None:
         self._weights, self._context, self._out = weights, context, out
@@ -135,7 +136,7 @@ class Folder:
         (address,) = servers.addresses or []
         self._client = httpx.Client(base_url=address, headers=headers, timeout=servers.update_seconds)
         if kind is EngineKind.vllm:
-            # It was started with dummy weights, and would make such again.
+            # The engine was started with dummy weights, and would load dummy weights again.
             overrides = {"load_config": {"load_format": "auto"}}
             self._post(Call("/collective_rpc", {"method": "update_config", "kwargs": {"overrides": overrides}}))
             load = {"method": "reload_weights", "kwargs": {"weights_path": str(out)}}
@@ -160,8 +161,8 @@ class Folder:
             checked(self._client.post(call.path, json=call.body), call)
 
 
-class Watch:
-    """What processes take beyond what they have when it begins."""
+class MemoryWatch:
+    """Measures the memory that processes add after this object is made."""
 
     def __init__(self, processes: list[int]) -> None:
         for process in processes:
@@ -178,7 +179,7 @@ def _resident(process: int, what: str) -> int:
 
 
 def run_rank(job: BenchmarkJob) -> None:
-    """A trainer rank, under torchrun; the first one writes the result."""
+    """Run a trainer rank, under torchrun. The first rank writes the result."""
     with open_context(job.config) as context:
         actor = random_actor(context) if job.random else setup.build_reference(context)
         result = measured(job, context, actor)
@@ -187,7 +188,7 @@ def run_rank(job: BenchmarkJob) -> None:
 
 
 def random_actor(context: RunContext) -> Actor:
-    """Of the right shapes; the parameters that all tensor ranks hold are ones."""
+    """An actor with random weights. Norms, which all tensor ranks hold, are ones."""
     config, shape, layout = context.config, read_shape(Path(context.config.model.path)), context.layouts.actor
     megatron = transformer_config(shape, layout, config.run.precision)
     net = LanguageModel(megatron, shape, layout, kernels_for(context.device), config.model.logits, temperature=1.0)
@@ -221,16 +222,16 @@ def measured(job: BenchmarkJob, context: RunContext, actor: Actor) -> dict[str, 
     ours = min(row["median_seconds"] for row in rows[: len(Transport)])
     for row in rows:
         row |= {"to_ours": row["median_seconds"] / ours, "gb_per_second": sum(buckets) / row["median_seconds"] / 1e9}
-    told = {"dtype": str(dtype).removeprefix("torch."), "bytes": sum(buckets), "largest_bucket_bytes": max(buckets)}
-    return told | {"rows": rows}
+    model = {"dtype": str(dtype).removeprefix("torch."), "bytes": sum(buckets), "largest_bucket_bytes": max(buckets)}
+    return model | {"rows": rows}
 
 
 def once(
     contender: Contender, version: int, job: BenchmarkJob, context: RunContext, changed: Actor | None
 ) -> tuple[float, int, int]:
-    """Seconds, the bytes that it adds to a trainer rank at most, and those that it adds to the engine.
+    """One update: its seconds, the bytes that it adds to a trainer rank (maximum), and those it adds to the engine.
 
-    `changed` is an actor to change before the update. Raises EngineError where it is seen not to arrive.
+    `changed`: an actor whose weights are changed before the update. Raises EngineError if the change does not arrive.
     """
     processes, cuda = [], context.device.type == "cuda"
     if context.is_writer:
@@ -240,14 +241,14 @@ def once(
     if changed is not None and contender.engine is not None:
         for parameter in changed.model.net.parameters():
             parameter.data.neg_()
-    trainer, engine = Watch([os.getpid()]), Watch(processes)
+    trainer, engine = MemoryWatch([os.getpid()]), MemoryWatch(processes)
     before = torch.cuda.memory_allocated() if cuda else 0
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     dist.barrier()
     begin = perf_counter()
     contender.update(version)
-    torch.cuda.synchronize()  # nothing on a CPU
+    torch.cuda.synchronize()  # does nothing on a CPU
     dist.barrier()
     seconds, engine_extra = perf_counter() - begin, engine.extra()
     extra = torch.tensor(torch.cuda.max_memory_allocated() - before if cuda else trainer.extra())
@@ -260,7 +261,7 @@ def once(
 
 
 def contend(job: BenchmarkJob, context: RunContext, actor: Actor, engines: ExitStack) -> list[Contender]:
-    """All that load an engine, ours first; each has a stream of its own, so that what it keeps is its own."""
+    """All variants that load an engine, ours first. Each has its own stream, so that each has its own buffers."""
 
     def streaming(name: str, transport: Transport, checksums_every: int, weights: Weights) -> Contender:
         config = deepcopy(context.config)
@@ -287,7 +288,7 @@ def contend(job: BenchmarkJob, context: RunContext, actor: Actor, engines: ExitS
 
 
 def limits(context: RunContext, total: int) -> list[Contender]:
-    """Through memory that is touched beforehand."""
+    """The limits. Their buffers are resident before they are measured."""
     rank = dist.get_rank()
     source, target = (torch.ones(PIECE, dtype=torch.uint8, device=context.device) for _ in range(2))
     pieces = [min(PIECE, total - start) for start in range(0, total, PIECE)]
@@ -307,7 +308,7 @@ def limits(context: RunContext, total: int) -> list[Contender]:
 
 
 def write_random(out: Path, size: str) -> Path:
-    """Config and tokenizer of a Qwen3, without weights."""
+    """Write the config and the tokenizer of a Qwen3, without weights."""
     names = "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size"
     sizes = dict(zip((*names, "num_hidden_layers"), SIZES[size], strict=True))
     config = Qwen3Config(**sizes, tie_word_embeddings=True, architectures=["Qwen3ForCausalLM"])
@@ -318,7 +319,7 @@ def write_random(out: Path, size: str) -> Path:
 
 
 def job_config(asked: argparse.Namespace, scratch: Path) -> Config:
-    """Raises InputError for what does not fit."""
+    """The configuration of the benchmark. Raises InputError if it breaks a rule."""
     config, kind = Config(), EngineKind[asked.engine]
     config.run.dir = str(scratch / "run")
     config.run.precision = Precision.bf16 if torch.cuda.is_available() else Precision.fp32
@@ -330,18 +331,18 @@ def job_config(asked: argparse.Namespace, scratch: Path) -> Config:
     config.rollout.servers.arguments = [] if torch.cuda.is_available() else FEW_REQUESTS[kind]
     fields = ("parallel", "rollout.servers", *(("model",) if asked.model else ()))
     problems = check(config, world_size=asked.tensor * asked.pipeline)
-    if told := [str(problem) for problem in problems if problem.field.startswith(fields)]:
-        raise InputError("\n".join(told))
+    if shown := [str(problem) for problem in problems if problem.field.startswith(fields)]:
+        raise InputError("\n".join(shown))
     if not Path(config.rollout.servers.python).exists():
-        raise InputError(f"{config.rollout.servers.python} is not there: make test-engines makes it, or give --python")
+        raise InputError(f"{config.rollout.servers.python} does not exist: run make test-engines, or give --python")
     return config
 
 
 def run(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Start the engine, then the ranks that feed it."""
+    """Start the engine, then the trainer's ranks."""
     config, cuda = job_config(asked, scratch), torch.cuda.is_available()
     servers, world, kind = config.rollout.servers, asked.tensor * asked.pipeline, config.rollout.engine
-    devices = ",".join(str(world + i) for i in range(servers.tensor)) if cuda else ""  # behind the trainer's
+    devices = ",".join(str(world + i) for i in range(servers.tensor)) if cuda else ""  # after the trainer's
     key = private_file(scratch / "key", os.urandom(16).hex())
     adapter, precision = ADAPTERS[kind](cpu=not cuda, tensor=servers.tensor), engine_precision(config)
     model, work = Path(config.model.path), scratch / "engine"
@@ -354,7 +355,7 @@ def run(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         with subprocess.Popen([*torchrun, __file__, f"--job={scratch / 'job'}"]) as ranks:
             try:
                 if ranks.wait() != 0:
-                    raise EngineError(f"the trainer's ranks failed, as they say above{last_words(server.log)}")
+                    raise EngineError(f"the trainer's ranks failed; see their output above{last_words(server.log)}")
             finally:
                 ranks.terminate()
     asking = f"import importlib.metadata as m; print({kind.name!r}, m.version({PACKAGES[kind]!r}))"
@@ -389,22 +390,26 @@ def printed(result: dict[str, Any]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=[kind.name for kind in ADAPTERS], default="sglang")
-    parser.add_argument("--python", type=Path, metavar="FILE", help="of its environment; else .venv-ENGINE/bin/python")
+    parser.add_argument(
+        "--python", type=Path, metavar="FILE", help="Python of the engine (default: .venv-ENGINE/bin/python)"
+    )
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", type=Path, metavar="FOLDER", help="a Hugging Face folder")
-    model.add_argument("--size", choices=list(SIZES), default="0.5b", help="of a Qwen3 with random weights")
+    model.add_argument("--size", choices=list(SIZES), default="0.5b", help="size of a Qwen3 with random weights")
     parser.add_argument("--tensor", type=int, default=2, help="tensor parallelism of the trainer")
     parser.add_argument("--pipeline", type=int, default=1)
     parser.add_argument("--engine-tensor", type=int, default=1)
     parser.add_argument("--bucket-mb", type=int, default=512, help="parallel.bucket_mb")
     parser.add_argument("--rounds", type=int, default=5, help="in addition to round 0")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="where the folder is written, on the disk to measure")
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="where folders are written; choose the disk to measure"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE too")
-    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)  # of a trainer rank
+    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)  # used for trainer ranks
     asked = parser.parse_args()
     if asked.job:
         return run_rank(pickle.loads(asked.job.read_bytes()))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` blocks end the child processes
     os.environ |= ON_CPU | {"PYTHONWARNINGS": "ignore"}
     try:
         with tempfile.TemporaryDirectory(prefix="bench_weight_sync_", dir=asked.work) as scratch:

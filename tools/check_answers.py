@@ -1,7 +1,7 @@
-"""Try verifiers on prepared sets: python tools/check_answers.py math500.jsonl --verifier math
+"""Test verifiers on prepared sets: python tools/check_answers.py math500.jsonl --verifier math
 
-Each right answer is given in several forms, all of which must be found right, and spoilt in several ways, none of which
-must. What a verifier decides otherwise is shown. The rows of `bbh` and `agieval` name their verifier themselves.
+Each correct answer is written in several forms, which the verifier must accept, and corrupted in several ways, which it
+must reject. Every other verdict is printed. The rows of `bbh` and `agieval` name their own verifier.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def grid_forms(row: Row) -> Forms:
     yield "table", "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def math_spoilt(row: Row, other: str) -> Forms:
+def math_corrupted(row: Row, other: str) -> Forms:
     answer = row["answer"].strip().strip("$")
     yield "another question's", f"\\boxed{{{other.strip().strip('$')}}}"
     if digit := re.search(r"\d", answer):
@@ -75,7 +75,7 @@ def math_spoilt(row: Row, other: str) -> Forms:
     yield "corrected afterwards", f"\\boxed{{{answer}}} No: \\boxed{{{other.strip().strip('$')}}}"
 
 
-def choice_spoilt(row: Row, other: str) -> Forms:
+def choice_corrupted(row: Row, other: str) -> Forms:
     letters = gold(row["prompt"], row["answer"])
     known = options(row["prompt"]) or dict.fromkeys("ABCDE", "")
     for letter, text in known.items():
@@ -88,7 +88,7 @@ def choice_spoilt(row: Row, other: str) -> Forms:
     yield "a letter that is none", "\\boxed{Z}"
 
 
-def text_spoilt(row: Row, other: str) -> Forms:
+def text_corrupted(row: Row, other: str) -> Forms:
     words = row["answer"].split()
     yield "another question's", f"Answer: {other}"
     yield "both at once", f"Answer: {row['answer']} or {other}"
@@ -97,7 +97,7 @@ def text_spoilt(row: Row, other: str) -> Forms:
         yield "a word left out", f"Answer: {' '.join(words[1:])}"
 
 
-def grid_spoilt(row: Row, other: str) -> Forms:
+def grid_corrupted(row: Row, other: str) -> Forms:
     grid = json.loads(row["answer"])
     first, second = list(grid)[:2]
     for name in grid[first]:
@@ -110,27 +110,27 @@ def grid_spoilt(row: Row, other: str) -> Forms:
 
 
 RIGHT = {"math": math_forms, "choice": choice_forms, "text": text_forms, "grid": grid_forms}
-SPOILT = {"math": math_spoilt, "choice": choice_spoilt, "text": text_spoilt, "grid": grid_spoilt}
+CORRUPTED = {"math": math_corrupted, "choice": choice_corrupted, "text": text_corrupted, "grid": grid_corrupted}
 
 
 def cases(rows: list[Row], verifier: str | None) -> Iterator[tuple[str, str, Item]]:
-    """(what a verdict of 1 would be, the form's name, the item) for every row."""
+    """("right" or "wrong", the form's name, the item) for every form of every row."""
     answers = list(dict.fromkeys(row["answer"] for row in rows))
     others = dict(zip(answers, [*answers[1:], answers[0]], strict=True))
     for number, row in enumerate(rows):
         name = row.get("verifier") or verifier
         if name not in RIGHT:
-            raise SystemExit(f"row {number} names no verifier of {', '.join(RIGHT)}: give --verifier")
+            raise SystemExit(f"row {number} names none of the verifiers {', '.join(RIGHT)}: give --verifier")
         for form, response in RIGHT[name](row):
             yield "right", form, Item(name, row["prompt"], response, row["answer"])
-        for form, response in SPOILT[name](row, others[row["answer"]]):
+        for form, response in CORRUPTED[name](row, others[row["answer"]]):
             yield "wrong", form, Item(name, row["prompt"], response, row["answer"])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE.jsonl", help="what prepare_data.py wrote")
-    parser.add_argument("--verifier", choices=list(Verifier.__members__), help="of rows that name none")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE.jsonl", help="files that prepare_data.py wrote")
+    parser.add_argument("--verifier", choices=list(Verifier.__members__), help="verifier of rows that name none")
     args = parser.parse_args()
     failed = 0
     with Verifiers(workers=2, seconds=10) as verifiers:
@@ -141,13 +141,13 @@ def main() -> int:
             counts: Counter[tuple[str, str, str]] = Counter()
             wrong: Counter[tuple[str, str, str]] = Counter()
             print(f"{path}: {len(rows)} answers")
-            for (wanted, form, item), score in zip(tried, scores, strict=True):
-                kind = (item.verifier, wanted, form)
+            for (expected, form, item), score in zip(tried, scores, strict=True):
+                kind = (item.verifier, expected, form)
                 counts[kind] += 1
-                if score != (wanted == "right"):
+                if score != (expected == "right"):
                     wrong[kind] += 1
                     if wrong[kind] <= SHOWN:
-                        print(f"  not {wanted}: {item.answer[:100]!r}, response {item.response[:160]!r}")
+                        print(f"  not {expected}: {item.answer[:100]!r}, response {item.response[:160]!r}")
             for kind, count in sorted(counts.items()):
                 print(f"  {kind[0]}: {count - wrong[kind]} of {count} found {kind[1]}: {kind[2]}")
             failed += sum(wrong.values())

@@ -57,6 +57,11 @@ PHRASES = (
     Phrase(("with a word",), '"with a message"'),
     Phrase(("without a word",), '"without a message"'),
     Phrase(("alone has", "alone have"), '"only X has"'),
+    Phrase(("misshapen",), '"of the wrong shape"'),
+    Phrase(("reckons", "reckon", "reckoned"), '"computes" or "counts"'),
+    Phrase(("lets go of", "let go of", "letting go of"), '"frees", "releases" or "closes"'),
+    Phrase(("comes to pass", "come to pass", "came to pass"), '"happens"'),
+    Phrase(("spoilt",), '"corrupted"'),
     Phrase(("none:",), '"None if" or "None:"'),
 )
 

@@ -1,9 +1,10 @@
-"""The tables of docs/configuration.md: fields from the dataclasses and the comments beside them, presets from configs/.
+"""Writes the tables of docs/configuration.md: fields from the dataclasses and their comments, presets from configs/.
 
     python tools/configuration_page.py            # rewrites the tables in docs/configuration.md
-    python tools/configuration_page.py --check    # exit status 1 where they are not what they would be
+    python tools/configuration_page.py --check    # exit status 1 if they are outdated
 
-A field's meaning is the comment above and behind it, or else the docstring of its choices; a group's its docstring.
+A field's meaning is the comment above and next to it, or else the docstring of its choices. A group's meaning is its
+docstring.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from megatron_tempo.config.tree import MISSING, is_optional, strip_optional, tak
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "configuration.md"
-# What a group of presets sets, in the order of the page.
+# What each group of presets sets, in the order of the page.
 PRESETS = {
     "experiment": "a whole run",
     "model": "checkpoint, precision, layout",
@@ -48,32 +49,32 @@ TYPES = {bool: "true or false", int: "whole number", float: "number", str: "text
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A dataclass of the tree, where it stands there, and what it holds at each place by default."""
+    """A dataclass of the tree, its paths in the tree, and its default at each path."""
 
     kind: type
-    places: dict[str, Any]
+    by_path: dict[str, Any]
 
     @property
     def roots(self) -> list[str]:
-        """The places, both stages as one."""
-        return list(dict.fromkeys(re.sub(r"^stage\d", "stageN", place) for place in self.places))
+        """The paths, with both stages as one."""
+        return list(dict.fromkeys(re.sub(r"^stage\d", "stageN", place) for place in self.by_path))
 
     @property
     def title(self) -> str:
-        """Of several places the class's name in words: ActorUpdateConfig is "Actor update"."""
-        if len(self.places) == 1:
+        """The path or, if there are several, the class's name in words: ActorUpdateConfig is "Actor update"."""
+        if len(self.by_path) == 1:
             return f"`{self.roots[0]}`"
         return re.sub(r"(?<!^)[A-Z]", lambda letter: f" {letter[0].lower()}", self.kind.__name__.removesuffix("Config"))
 
     def rows(self) -> Iterator[tuple[str, str, str, str]]:
-        """Field, type, default and meaning of each field that is no group of its own."""
+        """Name, type, default and meaning of each field that is not a group itself."""
         comments = comments_of(self.kind)
         start = self.roots[0] if len(self.roots) == 1 else ""
         for name, hint in typing.get_type_hints(self.kind).items():
             inner = strip_optional(hint)
             if is_dataclass(inner) and inner is hint:
                 continue
-            default = told({place: getattr(node, name) for place, node in self.places.items()})
+            default = default_text({place: getattr(node, name) for place, node in self.by_path.items()})
             kind = type_of(inner)
             if inner is not Extension and takes_extension(hint):
                 kind += f" or {TYPES[Extension]}"
@@ -83,17 +84,17 @@ class Group:
 
 
 def groups(root: type = Config) -> list[Group]:
-    """Every dataclass of the tree below its root: by field of the root, those less deep first."""
+    """Every dataclass of the tree below its root, in the order of the root's fields, less deep ones first."""
     order = list(typing.get_type_hints(root))
     found = sorted(_nodes(root(), ""), key=lambda node: (order.index(node[0].split(".")[0]), node[0].count(".")))
     merged: dict[type, Group] = {}
     for place, node in found:
-        merged.setdefault(type(node), Group(type(node), {})).places[place] = node
+        merged.setdefault(type(node), Group(type(node), {})).by_path[place] = node
     return list(merged.values())
 
 
 def _nodes(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """The dataclasses below one, with their places; one of its own defaults where there is none by default."""
+    """The dataclasses below a node, with their paths. An optional one that is None is replaced by its own defaults."""
     for name, hint in typing.get_type_hints(type(node)).items():
         inner, below = strip_optional(hint), f"{path}.{name}" if path else name
         if typing.get_origin(inner) is dict:
@@ -106,7 +107,7 @@ def _nodes(node: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def comments_of(kind: type) -> dict[str, str]:
-    """What the source says of each field or member of a class: the comment lines above it, then the one behind it."""
+    """The comments of each field or member of a class: the comment lines above it, then the one next to it."""
     source = inspect.getsource(kind)
     comments = {
         token.start[0]: (token.string.lstrip("# "), token.line.lstrip().startswith("#"))
@@ -139,7 +140,7 @@ def _definition(source: str) -> ast.ClassDef:
 
 
 def meaning(comment: str, kind: Any) -> str:
-    """The words about a field, and the members of its choices with theirs."""
+    """The meaning of a field, followed by the members of its choices with their meanings."""
     if not (isinstance(kind, type) and issubclass(kind, Enum)):
         return _sentence(comment)
     members, lines = comments_of(kind), [_sentence(comment or docstring_of(kind))]
@@ -152,13 +153,13 @@ def meaning(comment: str, kind: Any) -> str:
 
 
 def _sentence(text: str) -> str:
-    """As a table has it: a capital first, and no stop behind a single sentence."""
+    """Format for a table: a capital first, and no full stop after a single sentence."""
     text = text[:1].upper() + text[1:]
     return _escaped(text if re.search(r"\. [A-Z]", text) else text.removesuffix("."))
 
 
 def _escaped(text: str) -> str:
-    """Markdown of a table's cell: bars do not end it, outside of code nothing is read as a tag, pages are linked."""
+    """Markdown for a table cell: escapes bars and, outside code, angle brackets; links pages."""
     parts = re.split(r"(`[^`]*`)", text.replace("|", "\\|"))
     return "".join(part if part.startswith("`") else _linked(part.replace("<", "\\<")) for part in parts)
 
@@ -178,14 +179,14 @@ def type_of(kind: Any) -> str:
     return "choice" if issubclass(kind, Enum) else TYPES[kind]
 
 
-def told(defaults: dict[str, Any]) -> str:
-    """The default of a field: one for all places, or each with the word that tells its place from the others."""
+def default_text(defaults: dict[str, Any]) -> str:
+    """The default of a field: one for all paths, or one for each part of the path that distinguishes them."""
     words = {place: _default(value) for place, value in defaults.items()}
     if len(set(words.values())) == 1:
         return next(iter(words.values()))
     for parts in zip(*(place.split(".") for place in words), strict=False):
         by_part = dict.fromkeys(zip(parts, words.values(), strict=True))
-        if len(by_part) == len(set(parts)):  # this part of the place alone decides
+        if len(by_part) == len(set(parts)):  # this part of the path determines the default
             return ", ".join(f"{word} in `{part}`" for part, word in by_part)
     return ", ".join(f"{word} in `{place}`" for place, word in words.items())
 
@@ -210,11 +211,11 @@ def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def fields() -> str:
-    """A heading, a sentence and a table for each group that has fields of its own."""
+    """A heading, a sentence and a table for each group that has its own fields."""
     parts, links = [], []
     for group in groups():
         if rows := list(group.rows()):
-            where = "" if len(group.places) == 1 else f"{', '.join(f'`{root}`' for root in group.roots)}. "
+            where = "" if len(group.by_path) == 1 else f"{', '.join(f'`{root}`' for root in group.roots)}. "
             words = f"{where}{_linked(docstring_of(group.kind))}"
             links.append(_link(group.title))
             parts.append(f"### {group.title}\n\n{words}\n\n{table(('field', 'type', 'default', 'meaning'), rows)}")
@@ -222,12 +223,12 @@ def fields() -> str:
 
 
 def _link(title: str) -> str:
-    """To a heading of the page, which GitHub names without dots."""
+    """A link to a heading of the page. GitHub removes dots from its name."""
     return f"[{title}](#{re.sub(r'[^a-z_ -]', '', title.lower()).replace(' ', '-')})"
 
 
 def presets() -> str:
-    """The groups of configs/, with the presets that are shipped; the one that is taken of itself in bold."""
+    """The groups of configs/ with their presets; defaults are bold."""
     folders = {path.name: path for path in (ROOT / "configs").iterdir() if path.is_dir()}
     if set(folders) | {"benchmark"} != set(PRESETS):
         raise SystemExit(f"PRESETS of {__file__} names {', '.join(PRESETS)}; configs/ has {', '.join(sorted(folders))}")
@@ -245,12 +246,12 @@ def presets() -> str:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Numbers in their order: h100x8 before h100x16."""
+    """Sort key that compares numbers by value: h100x8 comes before h100x16."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def parts() -> dict[str, str]:
-    """What is made, by the names of its places in the page."""
+    """The generated parts, by their names in the page."""
     return {"tools/configuration_page.py: presets": presets(), "tools/configuration_page.py: fields": fields()}
 
 

@@ -1,39 +1,10 @@
-"""Write a Hugging Face folder as a Megatron distributed checkpoint, which loads in any layout.
-
-    python tools/convert_hf_to_megatron.py /models/Qwen3-8B /checkpoints/qwen3-8b
-
-One process, no GPU, memory for the largest matrix of a layer. If it is stopped or killed, rerun the same command to
-resume after the complete parts, which are in OUT.partial until all are complete.
-"""
+"""The same as `megatron-tempo convert hf-to-megatron`: python tools/convert_hf_to_megatron.py /models/Qwen3-8B OUT"""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from functools import partial
-from pathlib import Path
 
-from conversion_command import gibibytes, run
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="HF_FOLDER", help="config.json and safetensors files")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist")
-    parser.add_argument(
-        "--model",
-        choices=("actor", "critic"),
-        default="actor",
-        help="what to make of it; a critic of a folder without a value head gets one of zeros (default: actor)",
-    )
-    parser.add_argument("--part-gb", type=gibibytes, default="1", help="size of a file, in GiB (default: 1)")
-    args = parser.parse_args()
-
-    from megatron_tempo.checkpoint.convert import to_megatron  # seconds of imports, which --help does not need
-
-    log = partial(print, flush=True)
-    return run(lambda: to_megatron(args.source, args.out, args.model, args.part_gb, log), args.out)
-
+from megatron_tempo.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["convert", "hf-to-megatron", *sys.argv[1:]]))

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 from megatron_tempo.rewards.countdown import LARGEST, OPERATORS, apply, render, results
 
-NUMBERS = 4  # a question
-SOLVED, MISLED = 0.45, 0.30  # traces that follow a solution, and the misconception; the others choose at random
-SLIP, SLIP_SIZE = 0.025, 3  # how often a result is off, and by how much at most
-CHECK_WRONG = 0.10  # how often y stands for n, or n for y
+NUMBERS = 4  # per question
+SOLVED, MISLED = 0.45, 0.30  # shares of traces that follow a solution, and the misconception; the others are random
+SLIP, SLIP_SIZE = 0.025, 3  # probability that a result is wrong, and the maximum error
+CHECK_WRONG = 0.10  # probability that the trace's final check (y or n) is wrong
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """`solutions` are all operator strings that reach the target.
+    """A question. `solutions`: all operator strings that reach the target.
 
     >>> Question(numbers=(2, 4, 5, 6), target=13, solutions=("+*-",)).prompt
     '2 4 5 6 > 13 :'
@@ -33,7 +33,7 @@ class Question:
 
     @property
     def misleading(self) -> bool:
-        """One solution only, and not the misconception's."""
+        """Whether the question has only one solution, and the misconception does not find it."""
         return len(self.solutions) == 1 and misconception(self.numbers, self.target) not in self.solutions
 
 
@@ -50,7 +50,7 @@ def every_question() -> list[Question]:
 
 
 def misconception(numbers: tuple[int, ...], target: int) -> str | None:
-    """The operators of the greedy rule, or None where it leaves 0..49."""
+    """The operators that the greedy rule chooses. None if a result is outside 0..49."""
     value, operators = numbers[0], ""
     for number in numbers[1:]:
         operator = greedy_operator(value, number, target)
@@ -62,26 +62,26 @@ def misconception(numbers: tuple[int, ...], target: int) -> str | None:
 
 
 def greedy_operator(value: int, number: int, target: int) -> str:
-    """Multiply while the product stays within the target, else add; subtract once at the target or over it."""
+    """Subtract if the value has reached the target; else multiply if the product is at most the target; else add."""
     if value >= target:
         return "-"
     return "*" if value * number <= target else "+"
 
 
 def trace(question: Question, rng: random.Random) -> str:
-    """A response to imitate: by a solution, by the misconception or at random, with slips now and then."""
+    """A response for pretraining: follows a solution, the misconception or chance, with occasional errors."""
     kind = rng.random()
     plan = rng.choice(question.solutions)
     value, operators, running, right = question.numbers[0], "", [], True
     for step, number in enumerate(question.numbers[1:]):
         allowed = [operator for operator in OPERATORS if apply(value, operator, number) is not None]
         if kind < SOLVED:
-            wanted = plan[step]
+            chosen = plan[step]
         elif kind < SOLVED + MISLED:
-            wanted = greedy_operator(value, number, question.target)
+            chosen = greedy_operator(value, number, question.target)
         else:
-            wanted = rng.choice(allowed)
-        operator = wanted if wanted in allowed else rng.choice(allowed)
+            chosen = rng.choice(allowed)
+        operator = chosen if chosen in allowed else rng.choice(allowed)
         following = apply(value, operator, number)
         assert following is not None
         slipped = following
@@ -95,7 +95,7 @@ def trace(question: Question, rng: random.Random) -> str:
 
 
 def traces(questions: list[Question], seed: int) -> Iterator[str]:
-    """Prompts with their traces, without end."""
+    """An endless stream of prompts with their traces."""
     rng = random.Random(seed)
     while True:
         question = rng.choice(questions)
@@ -113,7 +113,7 @@ class Split:
 
 
 def split(seed: int, labelled: int, unlabelled: int, heldout: int) -> Split:
-    """Unlabelled and held-out questions are misleading ones; the labelled ones are of every kind."""
+    """Divide all questions. Unlabelled and held-out questions are misleading ones; the others are of every kind."""
     rng = random.Random(seed)
     questions = every_question()
     misleading = rng.sample([question for question in questions if question.misleading], unlabelled + heldout)

@@ -1,7 +1,7 @@
 """Make the quickstart's questions, tokenizer and base model: python tools/make_quickstart.py --out examples/quickstart
 
-A small Qwen3 is pretrained on countdown traces of mixed quality (about four minutes on one core). The data depend on
---seed alone; the weights also, on one machine, on its number formats.
+A small Qwen3 is pretrained on countdown traces of mixed quality (about four minutes on one core). The data depends only
+on --seed. The weights depend on --seed and on the machine's floating-point arithmetic.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OUTPUTS = ("model", "labelled.jsonl", "unlabelled.jsonl", "heldout.jsonl")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word. A word that is not in the vocabulary is an error, not an unknown token."""
+    """One token per word. A word that is not in the vocabulary is an error, not an unknown token."""
     words = [*map(str, range(LARGEST + 1)), *OPERATORS, "=", ">", ":", *CHECKS, END, PAD]
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}))
     tokenizer.pre_tokenizer = WhitespaceSplit()
@@ -40,7 +40,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, layers: int, hidden: int, ffn: int) -> Qwen3ForCausalLM:
-    """A Qwen3 whose heads, layers and widths can be halved, for tensor and pipeline parallelism."""
+    """A Qwen3 whose heads, layers and widths are divisible by two, for tensor and pipeline parallelism."""
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
@@ -61,31 +61,31 @@ def make_model(tokenizer: PreTrainedTokenizerFast, layers: int, hidden: int, ffn
 
 
 def widened(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
-    """The same function with heads twice as wide, half of them zero: vLLM has no attention for heads of 16 on a CPU.
+    """The same function with heads of twice the size, half of it zeros. On a CPU, vLLM does not support heads of 16.
 
-    Numbers i and i + d/2 of a head of d are turned together, at the rate of i; in one of 2d the rate of i is that of
-    2i. So number i goes to 2i, and i + d/2 to 2i + d. Root mean squares fall, and logits rise, by sqrt(2). What is
-    zero has no gradient, and stays so in training.
+    In a head of size d, the rotary embedding rotates dimensions i and i + d/2 together, at frequency i. In a head of
+    size 2d, frequency i of the small head is frequency 2i. So dimension i moves to 2i, and i + d/2 to 2i + d. Root mean
+    squares decrease, and logits increase, by sqrt(2). The zeros have no gradient, so they stay zero in training.
     """
     config = Qwen3Config.from_dict(model.config.to_dict() | {"head_dim": 2 * model.config.head_dim})
     wide = Qwen3ForCausalLM(config)
     dim = model.config.head_dim
-    places = torch.cat([torch.arange(0, dim, 2), dim + torch.arange(0, dim, 2)])
+    moved = torch.cat([torch.arange(0, dim, 2), dim + torch.arange(0, dim, 2)])
     state = {}
     for name, tensor in model.state_dict().items():
         if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
             heads = tensor.unflatten(0, (-1, dim))
             state[name] = (
-                heads.new_zeros(len(heads), 2 * dim, tensor.shape[1]).index_copy(1, places, heads).flatten(0, 1)
+                heads.new_zeros(len(heads), 2 * dim, tensor.shape[1]).index_copy(1, moved, heads).flatten(0, 1)
             )
         elif name.endswith("o_proj.weight"):
             heads = tensor.unflatten(1, (-1, dim))
             state[name] = (
-                heads.new_zeros(len(tensor), heads.shape[1], 2 * dim).index_copy(2, places, heads).flatten(1, 2)
+                heads.new_zeros(len(tensor), heads.shape[1], 2 * dim).index_copy(2, moved, heads).flatten(1, 2)
             )
         elif name.endswith(("q_norm.weight", "k_norm.weight")):
             factor = 1.0 if "q_norm" in name else math.sqrt(0.5)
-            state[name] = tensor.new_ones(2 * dim).index_copy(0, places, tensor * factor)
+            state[name] = tensor.new_ones(2 * dim).index_copy(0, moved, tensor * factor)
         else:
             state[name] = tensor
     wide.load_state_dict(state)
@@ -102,7 +102,7 @@ def pretrain(
     lr: float,
     seed: int,
 ) -> None:
-    """Next-token training on the responses of traces: AdamW, 5% warm-up, cosine to zero."""
+    """Next-token training on the responses of traces: AdamW, 5% warm-up, cosine decay to zero."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -121,7 +121,7 @@ def pretrain(
         optimizer.step()
         schedule.step()
         if (step + 1) % 100 == 0:
-            print(f"step {step + 1} of {steps}: loss {loss.item():.4f} nats a token", flush=True)
+            print(f"step {step + 1} of {steps}: loss {loss.item():.4f} nats per token", flush=True)
 
 
 def write_questions(path: Path, name: str, questions: list[Question]) -> None:
@@ -135,13 +135,13 @@ def write_questions(path: Path, name: str, questions: list[Question]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--force", action="store_true", help="replace what an earlier run wrote there")
+    parser.add_argument("--force", action="store_true", help="replace the files of an earlier run")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--labelled", type=int, default=6000, help="questions")
     parser.add_argument("--unlabelled", type=int, default=512, help="questions")
     parser.add_argument("--heldout", type=int, default=256, help="questions")
-    parser.add_argument("--steps", type=int, default=1200, help="pretraining steps; 0: the questions alone, no model")
-    parser.add_argument("--rows", type=int, default=256, help="traces a step")
+    parser.add_argument("--steps", type=int, default=1200, help="pretraining steps; 0: only the questions, no model")
+    parser.add_argument("--rows", type=int, default=256, help="traces per step")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=64)
@@ -150,7 +150,7 @@ def main() -> None:
 
     existing = [str(args.out / name) for name in OUTPUTS if (args.out / name).exists()]
     if existing and not args.force:
-        parser.error(f"{', '.join(existing)} exist already; --force replaces them")
+        parser.error(f"these files exist: {', '.join(existing)}; --force replaces them")
 
     sets: Split = split(args.seed, args.labelled, args.unlabelled, args.heldout)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""The table of docs/planning.md: what the shipped experiments of the paper need on 8, 16 and 64 GPUs.
+"""Writes the table of docs/planning.md: what the paper's experiments need on 8, 16 and 64 GPUs.
 
     python tools/plan_tables.py            # rewrites the table in docs/planning.md
-    python tools/plan_tables.py --check    # exit status 1 where the table is not what it would be
+    python tools/plan_tables.py --check    # exit status 1 if the table is outdated
 
-The same as `megatron-tempo plan experiment=NAME cluster=CLUSTER` for each of them, a line each.
+Each line is the result of `megatron-tempo plan experiment=NAME cluster=CLUSTER`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from megatron_tempo.plan.table import layout_row
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
 EXPERIMENTS = ("qwen3_8b_aime", "qwen3_14b_aime", "olmo3_7b_aime")
 CLUSTERS = ("h100x8", "h100x16", "h100x64", "h200x8", "h200x16", "h200x64")
-HEADS = ("experiment", "cluster", "as shipped", "fastest that fits", "most, GB", "s an iteration", "fewest changes")
+HEADS = (
+    "experiment",
+    "cluster",
+    "as shipped",
+    "fastest that fits",
+    "peak GB",
+    "seconds per iteration",
+    "fewest changes",
+)
 
 
 def line(experiment: str, cluster: str) -> list[str]:
@@ -35,7 +43,7 @@ def line(experiment: str, cluster: str) -> list[str]:
     given = "fits" if own.over is None else f"{own.over.phase.value}: {own.over.bytes / GB:.0f} GB over"
     if not plans:
         change = " or ".join(f"`{' '.join(other.words)}`" for other in relief(config, shape))
-        change = change or f"nothing on {MORE[-1]} times as many GPUs, or at a {SHORTER[-1]}th of the length"
+        change = change or f"none on {MORE[-1]} times as many GPUs, or with 1/{SHORTER[-1]} of the response length"
         return [experiment, cluster, given, "none", "", "", change]
     tensor, pipeline, data, _, engine, most, phase, _, seconds = layout_row(plans[0])
     least = nearest(plans)

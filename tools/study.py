@@ -1,11 +1,12 @@
-"""The study: TEMPO and what it is compared with, from the same stage-1 checkpoints, at the quickstart's size.
+"""Runs the study: TEMPO and other methods from the same stage-1 checkpoints, at the quickstart's size.
 
-    python tools/study.py run [--jobs 2] [--only ARM ...] [--seeds 0 1 2]     # train what is not there yet
+    python tools/study.py run [--jobs 2] [--only ARM ...] [--seeds 0 1 2]     # train all arms that are not done
     python tools/study.py report                                              # write docs/study.md and its pictures
 
-Each seed has one run of stage 1, and each arm a run of stage 2 from its actor and critic. A run is one process and one
-core, so that its bits depend on neither the number of cores nor the order; `--jobs` of them go on at a time. What was
-stopped goes on where it was, and what is done is not done again. Everything lies below runs/study.
+Each seed has one run of stage 1. Each arm has a run of stage 2 per seed, from the seed's stage-1 actor and critic.
+A run uses one process and one core, so its results depend neither on the number of cores nor on the order of runs.
+`--jobs` of them run at a time. Interrupted runs are resumed, and finished runs are skipped. All files are below
+runs/study.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ EXAMPLES = ROOT / "examples" / "quickstart"
 OUT = ROOT / "runs" / "study"
 SEEDS = (0, 1, 2)
 
-# Points of the curves every five iterations; pass@k up to all sixteen samples; a third set, of what the labels taught.
+# Evaluate every five iterations; pass@k up to all sixteen samples; a third set with questions of the labelled set.
 COMMON = (
     "experiment=quickstart", "metrics.progress=false", "metrics.report=false",
     "evaluation.every=5", "evaluation.pass_k=[1,2,4,8,16]",
@@ -38,7 +39,7 @@ COMMON = (
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """A way to train in stage 2: overrides ({data}: the study's own files), and what it is in words."""
+    """A way to train in stage 2: overrides ({data} is the folder of the study's own sets), and its description."""
 
     name: str
     words: tuple[str, ...]
@@ -59,7 +60,7 @@ ARMS = (
     ours("empo", "EMPO", "methods", "algorithm=empo"),
     ours("ppo", "PPO on the labelled questions, continued", "methods", "algorithm=ppo"),
     ours("grpo", "GRPO on the labelled questions", "methods", "algorithm=grpo"),
-    # What each choice costs or brings
+    # The effect of each choice
     ours("baseline_paper", "baseline after the token (Eq. 11 read literally)", "choices", "stage2.baseline=paper"),
     ours("baseline_reference", "reward and baseline one token early", "choices", "stage2.baseline=reference"),
     ours("whitened", "whitened advantages", "choices", "stage2.actor.whiten_advantages=true"),
@@ -70,11 +71,11 @@ ARMS = (
     # The labelled set
     ours("labelled_512", "512 labelled questions", "labels", "data.labelled.limit=512"),
     ours("labelled_64", "64 labelled questions", "labels", "data.labelled.limit=64"),
-    ours("labelled_near", "labelled questions of the unlabelled ones' kind alone", "labels",
+    ours("labelled_near", "only labelled questions of the unlabelled ones' kind", "labels",
          "data.labelled.path={data}/misleading.jsonl"),
-    ours("labelled_far", "labelled questions of the other kinds alone", "labels",
+    ours("labelled_far", "only labelled questions of the other kinds", "labels",
          "data.labelled.path={data}/other.jsonl"),
-    # What is kept and carried over
+    # Retention and transfer
     ours("more_unlabelled", "four times as many unlabelled questions", "transfer",
          "data.unlabelled.path={data}/unlabelled_2048.jsonl", "data.labelled.path={data}/rest.jsonl",
          f"evaluation.sets.unlabelled.path={EXAMPLES}/unlabelled.jsonl"),
@@ -84,7 +85,7 @@ ARMS = (
 
 
 def write_files() -> None:
-    """Other labelled and unlabelled sets, made of the quickstart's labelled questions."""
+    """Write other labelled and unlabelled sets, made from the quickstart's labelled questions."""
     from countdown_task import every_question
 
     misleading = {question.prompt for question in every_question() if question.misleading}
@@ -107,7 +108,7 @@ def write_files() -> None:
 
 
 def data() -> Path:
-    """Where `write_files` writes."""
+    """The folder that `write_files` writes to."""
     return OUT / "data"
 
 
@@ -116,13 +117,13 @@ def folder(arm: str, seed: int) -> Path:
 
 
 def exported(seed: int) -> Path:
-    """Actor and critic of a seed's stage 1."""
+    """The folder with the actor and critic of a seed's stage 1."""
     (found,) = folder("stage1", seed).glob("hf_step_*")
     return found
 
 
 def is_done(run: Path) -> bool:
-    """The Hugging Face folders are the last that a run writes before its table."""
+    """Whether `train` has completed this run."""
     return (run / "done").exists()
 
 
@@ -138,7 +139,7 @@ def stage_two(arm: Arm, seed: int) -> list[str]:
 
 
 def train(run: Path, words: list[str]) -> None:
-    """A run, unless it is done. Raises RuntimeError with the end of its output where it fails."""
+    """Train a run, unless it is done. Raises RuntimeError with the end of its output if it fails."""
     if is_done(run):
         return
     run.mkdir(parents=True, exist_ok=True)
@@ -158,7 +159,7 @@ def train(run: Path, words: list[str]) -> None:
 
 
 def jobs(arms: list[Arm], seeds: list[int]) -> Iterator[tuple[Arm, int]]:
-    """All arms of a seed before the next seed: a study that is cut short has whole comparisons."""
+    """All arms of a seed before the next seed, so that an interrupted study has complete comparisons."""
     for seed in seeds:
         for arm in arms:
             yield arm, seed
@@ -174,8 +175,8 @@ def run(arms: list[Arm], seeds: list[int], at_a_time: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    runs = commands.add_parser("run", help="train what is not there yet")
-    runs.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, a core each")
+    runs = commands.add_parser("run", help="train all arms that are not done")
+    runs.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one core each")
     runs.add_argument("--only", nargs="*", default=[arm.name for arm in ARMS], metavar="ARM")
     runs.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS), metavar="SEED")
     commands.add_parser("report", help="write docs/study.md and its pictures")
@@ -183,7 +184,7 @@ def main() -> int:
     if args.command == "run":
         unknown = sorted(set(args.only) - {arm.name for arm in ARMS})
         if unknown:
-            parser.error(f"no such arm: {', '.join(unknown)}; there are {', '.join(arm.name for arm in ARMS)}")
+            parser.error(f"unknown arms: {', '.join(unknown)}; choose from {', '.join(arm.name for arm in ARMS)}")
         run([arm for arm in ARMS if arm.name in args.only], args.seeds, args.jobs)
     else:
         from study_report import write

@@ -1,7 +1,7 @@
-"""Tables and pictures of the study (tools/study.py), from the records of its runs, into docs/study.md.
+"""Writes the tables and pictures of the study (tools/study.py) into docs/study.md, from the records of its runs.
 
-The runs' curves are kept in docs/study.jsonl, a line a run, so that the page can be made again, and gone on with on
-another machine, without the runs.
+The runs' curves are saved in docs/study.jsonl, one line per run. So the page can be generated again, and the study
+continued on another machine, without the runs.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from megatron_tempo.observability.records import read, read_evaluations, write_w
 from megatron_tempo.report.plots import STYLE
 
 DOCUMENT = ROOT / "docs" / "study.md"
-KEPT = ROOT / "docs" / "study.jsonl"
+CURVES = ROOT / "docs" / "study.jsonl"
 SETS = ("unlabelled", "heldout", "labelled")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#24292f")
 
-# By arm and seed, a line of docs/study.jsonl: arm, seed, seconds, and by set the iterations and the scores at each.
+# Lines of docs/study.jsonl, by arm and seed: arm, seed, seconds, and for each set the iterations and their scores.
 Runs = dict[tuple[str, int], dict[str, Any]]
 
 
-def kept() -> Runs:
-    return {(line["arm"], line["seed"]): line for line in read(KEPT)}
+def saved_runs() -> Runs:
+    return {(line["arm"], line["seed"]): line for line in read(CURVES)}
 
 
-def found() -> Runs:
-    """The runs that are done on this machine."""
+def finished_runs() -> Runs:
+    """The finished runs on this machine."""
     seeds = [(arm.name, seed) for arm in ARMS for seed in SEEDS if is_done(folder(arm.name, seed))]
     return {(arm, seed): _line(arm, seed) for arm, seed in seeds}
 
 
-def keep(runs: Runs) -> None:
+def save_runs(runs: Runs) -> None:
     order = [(arm.name, seed) for arm in ARMS for seed in SEEDS if (arm.name, seed) in runs]
-    write_whole(KEPT, "".join(json.dumps(runs[run]) + "\n" for run in order))
+    write_whole(CURVES, "".join(json.dumps(runs[run]) + "\n" for run in order))
 
 
 def _line(arm: str, seed: int) -> dict[str, Any]:
     run = folder(arm, seed)
-    curves: dict[str, dict[str, list[float | None]]] = {}  # None: AUROC where all are wrong
+    curves: dict[str, dict[str, list[float | None]]] = {}  # None: AUROC if all responses are wrong
     for record in sorted(read_evaluations(run), key=lambda record: record["iteration"]):
         scores = {"avg@16": record["avg"]} | {f"pass@{k}": value for k, value in record["pass"].items() if k != "1"}
         last = (record["calibration"] or {}).get("last", {})
@@ -63,7 +63,7 @@ def _line(arm: str, seed: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A score of an arm on a set: iterations [p], and for each of s seeds [s, p]."""
+    """A score of an arm on a set, for s seeds and p iterations: `iterations` [p], `scores` [s, p]."""
 
     seeds: list[int]
     iterations: np.ndarray
@@ -79,7 +79,7 @@ class Curve:
 
 
 def curve(runs: Runs, arm: Arm, name: str, score: str) -> Curve | None:
-    """None where the arm has no run, or no such score."""
+    """The curve of an arm's score on the set `name`. None if the arm has no run, or no such score."""
     seeds = [seed for seed in SEEDS if (arm.name, seed) in runs]
     curves = [runs[arm.name, seed]["sets"][name] for seed in seeds]
     if not curves or score not in curves[0]:
@@ -88,19 +88,19 @@ def curve(runs: Runs, arm: Arm, name: str, score: str) -> Curve | None:
 
 
 def interval(values: np.ndarray) -> float:
-    """Half of the 95% interval of the mean over seeds, by Student's t; NaN for a single seed."""
+    """Half the width of the 95% interval of the mean over seeds, by Student's t. NaN for a single seed."""
     n = len(values)
     return float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5) if n > 1 else float("nan")
 
 
-def told(values: np.ndarray, sign: str = "") -> str:
+def formatted(values: np.ndarray, sign: str = "") -> str:
     half = interval(values)
     mean = f"{values.mean():{sign}.3f}".replace("0.", ".", 1)
     return mean if np.isnan(half) else f"{mean} ± {half:.3f}".replace(" 0.", " .")
 
 
 def table(runs: Runs, arms: list[Arm]) -> Iterator[str]:
-    """The ends of the arms: means over seeds with intervals, and what lies between an arm and TEMPO."""
+    """The final scores of the arms: means over seeds with intervals, and each arm's difference to TEMPO."""
     cells = [(name, score) for name in SETS for score in ("avg@16", "pass@16")]
     heads = [f"{name}, {score}" for name, score in cells]
     yield f"| stage 2 | seeds | {' | '.join(heads)} | minus TEMPO: unlabelled | held-out |\n"
@@ -108,24 +108,24 @@ def table(runs: Runs, arms: list[Arm]) -> Iterator[str]:
     tempo = next(arm for arm in ARMS if arm.name == "tempo")
     start = [curve(runs, tempo, *cell) for cell in cells]
     if start[0] is not None:
-        words = [told(one.first) for one in start if one is not None]
+        words = [formatted(one.first) for one in start if one is not None]
         yield f"| no stage 2 (end of stage 1) | {len(start[0].seeds)} | {' | '.join(words)} | | |\n"
     for arm in arms:
         ends = [curve(runs, arm, *cell) for cell in cells]
-        words = [told(one.last) if one is not None else "" for one in ends]
-        apart = [_apart(runs, arm, tempo, name) for name in SETS[:2]]
+        words = [formatted(one.last) if one is not None else "" for one in ends]
+        differences = [_difference(runs, arm, tempo, name) for name in SETS[:2]]
         seeds = len(ends[0].seeds) if ends[0] is not None else 0
-        yield f"| {arm.what} | {seeds} | {' | '.join(words)} | {' | '.join(apart)} |\n"
+        yield f"| {arm.what} | {seeds} | {' | '.join(words)} | {' | '.join(differences)} |\n"
 
 
-def _apart(runs: Runs, arm: Arm, tempo: Arm, name: str) -> str:
-    """The mean over seeds of the difference, seed by seed: they share their stage 1 and their questions' order."""
+def _difference(runs: Runs, arm: Arm, tempo: Arm, name: str) -> str:
+    """The mean over seeds of the paired difference. Runs of a seed share stage 1 and the order of questions."""
     one, other = curve(runs, arm, name, "avg@16"), curve(runs, tempo, name, "avg@16")
     if arm is tempo or one is None or other is None:
         return ""
     shared = [seed for seed in one.seeds if seed in other.seeds]
     ends = [curve.last[[curve.seeds.index(seed) for seed in shared]] for curve in (one, other)]
-    return told(ends[0] - ends[1], "+") if shared else ""
+    return formatted(ends[0] - ends[1], "+") if shared else ""
 
 
 def critics(runs: Runs, arms: list[Arm]) -> Iterator[str]:
@@ -135,17 +135,17 @@ def critics(runs: Runs, arms: list[Arm]) -> Iterator[str]:
         right, honest = curve(runs, arm, "heldout", "auroc"), curve(runs, arm, "heldout", "ece")
         if right is None or honest is None:
             continue
-        cells = [told(x) for x in (right.first, right.scores.min(1), right.last)]
-        cells += [told(x) for x in (honest.first, honest.scores.max(1), honest.last)]
+        cells = [formatted(x) for x in (right.first, right.scores.min(1), right.last)]
+        cells += [formatted(x) for x in (honest.first, honest.scores.max(1), honest.last)]
         yield f"| {arm.what} | {' | '.join(cells)} |\n"
 
 
-# Of a picture: title, set, score.
+# A panel of a picture: title, set, score.
 Panel = tuple[str, str, str]
 
 
 def draw(runs: Runs, path: Path, arms: list[Arm], panels: list[Panel]) -> None:
-    """A panel for each: means over seeds, and the span from the least to the greatest."""
+    """Plot the panels: means over seeds, and the range from the lowest to the highest seed."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6 * len(panels), 3.8), layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
@@ -164,14 +164,14 @@ def draw(runs: Runs, path: Path, arms: list[Arm], panels: list[Panel]) -> None:
 
 
 def times(runs: Runs) -> str:
-    """Wall times of the runs, of one core each: with what else the machine did, and pauses."""
+    """Wall times of the runs, which use one core each. They include pauses and the effect of other load."""
     seconds = sorted(run["seconds"] for run in runs.values())
     return f"{len(seconds)} runs, each {seconds[0]} to {seconds[-1]} s, median {np.median(seconds):.0f} s.\n"
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """Beside docs/study.md: its name, what it shows, in which part of the page, of which arms and scores."""
+    """A picture in docs/: its file name, its description, the part of the page, and the arms and scores it shows."""
 
     name: str
     words: str
@@ -200,12 +200,12 @@ def pictures(groups: dict[str, list[Arm]]) -> list[Picture]:
 
 
 def write() -> None:
-    """Keep the curves of this machine's runs, and replace the made parts of docs/study.md and the pictures beside it.
+    """Save the curves of this machine's runs, and replace the generated parts of docs/study.md and its pictures.
 
-    A part is left as it is while one of its arms has no run.
+    A part is not changed if one of its arms has no run.
     """
-    runs = kept() | found()
-    keep(runs)
+    runs = saved_runs() | finished_runs()
+    save_runs(runs)
     groups = {group: [arm for arm in ARMS if arm.group == group] for group in dict.fromkeys(arm.group for arm in ARMS)}
     missing = {arm.group for arm in ARMS if not any((arm.name, seed) in runs for seed in SEEDS)}
     tempo = [arm for arm in groups["methods"] if arm.name == "tempo"]

@@ -1,7 +1,7 @@
 """Functions of a prompt group: votes, shares of equal answers, and advantages without a critic.
 
-`classes` [n] says which responses of a prompt have equal answers: the numbers count within a prompt, from 0 in the
-order of first appearance, -1 is a response without an answer. `group` [n] says which rows answer the same prompt.
+`classes` [n]: responses of a prompt group with equal numbers have equal answers. Within a group the numbers count from
+0 in the order of first appearance. -1 is a response without an answer. `group` [n]: the prompt group of each row.
 """
 
 from __future__ import annotations
@@ -13,48 +13,48 @@ EPS = 1e-6
 
 
 def group_advantages(rewards: Tensor, group: Tensor, *, divide: bool) -> Tensor:
-    """(r_i - mean) / (std + 1e-6) over a prompt's responses (GRPO, arXiv 2402.03300, 4.1.2). [n] -> float32 [n]
+    """(r_i - mean) / (std + 1e-6) over a prompt group (GRPO, arXiv 2402.03300, 4.1.2). [n] -> float32 [n]
 
-    The standard deviation is the unbiased one, over N - 1 responses; the paper leaves that open. A prompt whose rewards
-    are all the same gets zeros. Without `divide` r_i - mean alone (Dr. GRPO, arXiv 2503.20783).
+    The standard deviation is unbiased: it divides by N - 1. The paper does not say which one it uses. A group whose
+    rewards are all equal gets zeros. Without `divide`: r_i - mean (Dr. GRPO, arXiv 2503.20783).
     """
-    place, size = _groups(group)
+    prompt, size = _groups(group)
     exact = rewards.double()
-    away = exact - (_sum(exact, place, size) / size)[place]
+    deviation = exact - (_sum(exact, prompt, size) / size)[prompt]
     if divide:
-        variance = _sum(away.square(), place, size) / (size - 1).clamp(min=1)
-        away = away / (variance.sqrt()[place] + EPS)
-    return away.float()
+        variance = _sum(deviation.square(), prompt, size) / (size - 1).clamp(min=1)
+        deviation = deviation / (variance.sqrt()[prompt] + EPS)
+    return deviation.float()
 
 
 def votes(classes: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Who is with the majority, float32 [n] in {0, 1}, and its share of each prompt's responses, float32 [prompts].
+    """Votes for the majority: float32 [n] in {0, 1}. The majority's share of each prompt group: float32 [prompts].
 
-    Of classes of the same size the one that appeared first wins. A response without an answer never does; where none
-    has one, all lose.
+    Of classes of the same size, the one that appeared first wins. A response without an answer gets 0. If no response
+    of a group has an answer, all of them get 0.
     """
-    place, size = _groups(group)
-    counts = _counts(classes, place, len(size))
-    winner = counts.argmax(1)  # of equals the first
-    won = (classes >= 0) & (classes == winner[place])
+    prompt, size = _groups(group)
+    counts = _counts(classes, prompt, len(size))
+    winner = counts.argmax(1)  # the first of equal counts
+    won = (classes >= 0) & (classes == winner[prompt])
     return won.float(), (counts.amax(1) / size).float()
 
 
 def shares(classes: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """The share of a prompt's responses that are in a response's class, and the entropy of these shares, in nats.
+    """The share of each response's class in its prompt group, and the entropy of the group's shares, in nats.
 
-    A response without an answer is a class of its own. [n], [n] -> float32 [n], and float32 [n]: that of its prompt
+    A response without an answer is a class of its own. [n], [n] -> float32 [n], float32 [n]
     """
-    place, size = _groups(group)
-    counts = _counts(classes, place, len(size))
-    own = torch.where(classes >= 0, counts[place, classes.clamp(min=0)], 1.0) / size[place]
-    # -sum_c p_c log p_c, the sum taken over responses: a class c has p_c N of them, of 1 / N each.
-    entropy = _sum(-own.log(), place, size) / size
-    return own.float(), entropy.clamp(min=0.0)[place].float()
+    prompt, size = _groups(group)
+    counts = _counts(classes, prompt, len(size))
+    own = torch.where(classes >= 0, counts[prompt, classes.clamp(min=0)], 1.0) / size[prompt]
+    # -sum_c p_c log p_c, as a sum over responses: a class c has p_c N responses, with weight 1 / N each.
+    entropy = _sum(-own.log(), prompt, size) / size
+    return own.float(), entropy.clamp(min=0.0)[prompt].float()
 
 
 def first_of_each(group: Tensor, count: int) -> Tensor:
-    """Row numbers, int64, of the first `count` rows of each prompt, in their order."""
+    """Indices, int64, of the first `count` rows of each prompt group, in ascending order."""
     seen: dict[int, int] = {}
     chosen = []
     for row, prompt in enumerate(group.tolist()):
@@ -65,19 +65,19 @@ def first_of_each(group: Tensor, count: int) -> Tensor:
 
 
 def _groups(group: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's prompt, counted from 0: int64 [n]; how many rows each prompt has: float64 [prompts]."""
-    _, place, size = group.unique(return_inverse=True, return_counts=True)
-    return place, size.double()
+    """The index of each row's prompt, from 0: int64 [n]. The number of rows of each prompt: float64 [prompts]."""
+    _, prompt, size = group.unique(return_inverse=True, return_counts=True)
+    return prompt, size.double()
 
 
-def _sum(flat: Tensor, place: Tensor, size: Tensor) -> Tensor:
-    return torch.zeros_like(size).index_add(0, place, flat)
+def _sum(flat: Tensor, prompt: Tensor, size: Tensor) -> Tensor:
+    return torch.zeros_like(size).index_add(0, prompt, flat)
 
 
-def _counts(classes: Tensor, place: Tensor, prompts: int) -> Tensor:
-    """Responses of each prompt in each class: float64 [prompts, classes], one class at least."""
+def _counts(classes: Tensor, prompt: Tensor, prompts: int) -> Tensor:
+    """Number of responses of each prompt in each class: float64 [prompts, classes], at least one class."""
     width = max(int(classes.max()) + 1, 1) if len(classes) else 1
     counts = torch.zeros(prompts, width, dtype=torch.float64)
     answered = classes >= 0
     one = torch.ones(int(answered.sum()), dtype=torch.float64)
-    return counts.index_put((place[answered], classes[answered]), one, accumulate=True)
+    return counts.index_put((prompt[answered], classes[answered]), one, accumulate=True)

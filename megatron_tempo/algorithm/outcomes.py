@@ -1,4 +1,4 @@
-"""What a response came to: its reward, the critic's target for it, and which prompts tell right from wrong."""
+"""The reward of a response, the critic's target for it, and the prompt groups with different verdicts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def final_values(values: Tensor, lengths: Tensor, baseline: Baseline) -> Tensor:
     """The reward of an unlabelled response: the critic's value of the whole response, V(x, y_1:T).
 
     Args:
-        values: [T + n], row after row V(x), V(x, y_1:1) ... V(x, y_1:T_i).
+        values: [T + n]. Row i holds V(x), V(x, y_1:1) ... V(x, y_1:T_i).
         lengths: int64 [n], the T_i.
-        baseline: `reference` reads one token early, V(x, y_<T), as the published code does.
+        baseline: `reference` reads the value one token earlier, V(x, y_<T), as the published code does.
 
     Returns: [n]
     """
@@ -25,12 +25,12 @@ def final_values(values: Tensor, lengths: Tensor, baseline: Baseline) -> Tensor:
 
 
 def value_targets(correct: Tensor, kind: CriticTargets) -> Tensor:
-    """The number a response's values are fitted to: I in [0, 1], or the published code's 2 I - 1. [n] -> [n]."""
+    """The critic's target for each response: I in [0, 1], or 2 I - 1 as in the published code. [n] -> [n]."""
     return correct if kind is CriticTargets.zero_one else 2 * correct - 1
 
 
 def mixed_groups(correct: Tensor, group: Tensor) -> Tensor:
-    """Rows whose prompt has responses with different verdicts: int64, the row numbers. `correct`, `group`: [n]."""
+    """Indices, int64, of the rows whose prompt group has different verdicts. `correct`, `group`: [n]."""
     size = int(group.max()) + 1 if len(group) else 0
     lowest = torch.ones(size).scatter_reduce(0, group, correct, "amin")
     highest = torch.zeros(size).scatter_reduce(0, group, correct, "amax")

@@ -29,6 +29,7 @@ from megatron_tempo.checkpoint.saving import Saving, ShardWriter, partial_of
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.parallel import COLLECTIVE_TIMEOUT, Layout
 from megatron_tempo.models.trained import TrainedModel
+from megatron_tempo.observability.console import readable
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 
 # A checkpoint's bytes per parameter in addition to its weights: Adam's main weight and two moments, in fp32.
@@ -211,7 +212,7 @@ def _size(models: dict[str, TrainedModel]) -> int:
 
 
 def _gb(size: int) -> str:
-    return f"{size / 1e9:.3g} GB"
+    return f"{readable(size / 1e9)} GB"
 
 
 def _sharded(model: TrainedModel, *, is_loading: bool) -> dict[str, Any]:

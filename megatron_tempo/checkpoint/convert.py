@@ -33,6 +33,7 @@ from megatron_tempo.weights.param_mapping import ParamMapping
 from megatron_tempo.weights.stream import plan
 
 MODELS = ("actor", "critic")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of an export, by their names on the command line
 Log = Callable[[str], None]
 
 

@@ -1,6 +1,6 @@
 r"""The benchmarks and training sets known by name: their sources, prompt suffixes and verifiers.
 
-`tools/prepare_data.py NAME` makes our JSONL of the public form (`megatron_tempo/data/questions.py` reads its fields);
+`megatron-tempo prepare NAME` makes our JSONL of the public form (`megatron_tempo/data/questions.py` reads its fields);
 `benchmark=NAME` on the command line makes the evaluation set `evaluation.sets.NAME` of a benchmark.
 """
 

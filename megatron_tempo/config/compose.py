@@ -33,10 +33,10 @@ from megatron_tempo.config.problem import ConfigErrors, Problem, did_you_mean
 from megatron_tempo.config.rules import Purpose
 from megatron_tempo.config.rules.data import SUFFIXES
 from megatron_tempo.config.schema import Config, RolloutConfig, to_plain
+from megatron_tempo.config.shipped import REPOSITORY
 from megatron_tempo.config.trained_with import defaults_for, lengths, read_trained_with
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-_GROUPS = ("model", "data", "benchmark", "engine", "algorithm", "experiment", "cluster")
+GROUPS = ("model", "data", "benchmark", "engine", "algorithm", "experiment", "cluster")
 # A job of these kinds whose command line names no run.dir gets a folder of its own below these.
 EVAL_DIR, CONVERT_DIR = "runs/eval", "runs/convert"
 
@@ -47,7 +47,7 @@ def compose_tree(
     """The tree as plain data, without the overrides that cannot be applied, and the problems of those."""
     folder = REPOSITORY / "configs"
     if not (folder / "config.yaml").is_file():
-        fix = "install from a checkout of the repository with pip install -e"
+        fix = "run `pip install .` in a checkout of the repository"
         raise ConfigErrors([Problem("configs", folder, "has no config.yaml", fix)])
     if config_dir is not None and not Path(config_dir).is_dir():
         raise ConfigErrors([Problem("--config-dir", config_dir, "is not a folder", "give the folder of your presets")])
@@ -219,7 +219,7 @@ def _translate(
     key = override.key_or_group
     if key.startswith("hydra"):
         raise _refused(text, "Hydra's own settings are not used", "for your own presets use --config-dir")
-    if key in _GROUPS and override.package is None:
+    if key in GROUPS and override.package is None:
         return _preset(override, text, presets(key), purpose, set_names)
     if override.is_delete():
         return [text]
@@ -247,7 +247,14 @@ def _preset(
         if purpose is not Purpose.eval:
             raise _refused(text, "is only for eval", f"data.labelled.path={given} or data.unlabelled.path={given}")
         return [f"++evaluation.sets.{set_names.get(str(choice), set_name(path))}.path={given}"]
-    raise _refused(text, f"there is no preset of this name in configs/{group}", did_you_mean(str(choice), names))
+    if purpose is Purpose.eval and group == "data" and path.suffix:
+        fix = "convert it: megatron-tempo prepare custom FILE --out FILE.jsonl ..."
+        raise _refused(text, f"must end in {' or '.join(SUFFIXES)}", fix)
+    fix = did_you_mean(str(choice), names)
+    if purpose is Purpose.eval and group in ("model", "data"):
+        form = "an existing folder" if group == "model" else f"a file that ends in {' or '.join(SUFFIXES)}"
+        raise _refused(text, "names neither a preset nor a file", f"{form}; of the presets: {fix}")
+    raise _refused(text, f"there is no preset of this name in configs/{group}", fix)
 
 
 def set_name(path: Path) -> str:
@@ -264,7 +271,7 @@ def set_name(path: Path) -> str:
 
 def meant_group(key: str) -> str | None:
     """The group of presets that `key` names, perhaps misspelt."""
-    close = [] if "." in key else get_close_matches(key, _GROUPS, n=1)
+    close = [] if "." in key else get_close_matches(key, GROUPS, n=1)
     return close[0] if close else None
 
 

@@ -125,11 +125,14 @@ def _keys_of(prompts: Sequence[_P] | None, keys: dict[str, str]) -> dict[str, st
 def evaluation_sets(
     config: Config, tokenizer: PreTrainedTokenizerBase, verifiers: Verifiers
 ) -> dict[str, list[LabelledPrompt]]:
-    """The evaluation sets by name."""
-    sets = {
-        name: load_labelled(dataset, tokenizer, config.rollout.max_prompt_tokens)
-        for name, dataset in config.evaluation.sets.items()
-    }
-    for prompts in sets.values():
-        verifiers.check(prompts)
+    """The evaluation sets by name. Raises one InputError for all sets that cannot be used."""
+    sets, problems = {}, []
+    for name, dataset in config.evaluation.sets.items():
+        try:
+            sets[name] = load_labelled(dataset, tokenizer, config.rollout.max_prompt_tokens)
+            verifiers.check(sets[name])
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
     return sets

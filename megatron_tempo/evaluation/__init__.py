@@ -1,1 +1,1 @@
-"""What a model is worth: avg@k, pass@k, and the calibration of its critic."""
+"""Evaluation of a model: avg@k, pass@k, and the calibration of its critic."""

@@ -1,4 +1,4 @@
-"""How well a critic's values tell right responses from wrong ones, and how honest they are as probabilities."""
+"""How well a critic's values separate correct from wrong responses (AUROC), and how well calibrated they are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True, slots=True)
 class ReliabilityBin:
-    """The responses whose value lies in one of the equal intervals of [0, 1]."""
+    """The responses whose value is in one of the equal intervals of [0, 1]."""
 
     mean_value: float
     fraction_right: float
@@ -22,24 +22,24 @@ class ReliabilityBin:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    auroc: float | None  # None: the responses are all right or all wrong
-    brier: float  # mean (V - I)^2, 0 is best; 0.25 is what V = 0.5 gets
+    auroc: float | None  # None if all responses are correct, or all are wrong
+    brier: float  # mean (V - I)^2; 0 is best, V = 0.5 for all responses gives 0.25
     ece: float  # mean over responses of |mean value - fraction right| of their bin
-    bins: tuple[ReliabilityBin, ...]  # without the empty ones, by rising value
+    bins: tuple[ReliabilityBin, ...]  # in ascending order of value, without empty ones
 
 
 def calibration(values: np.ndarray, correct: np.ndarray, bins: int = 10) -> Calibration:
-    """Calibration of one value a response against the verdicts; both are [n].
+    """Calibration of one value per response, compared with the verdicts; both are [n].
 
-    `values` estimate P(right). A regression head can leave [0, 1]: values are clipped to it for the Brier score and the
-    calibration error (Naeini et al. 2015; equal-width bins), not for the AUROC, which uses their order alone. A critic
-    trained on targets of +-1 must be mapped to [0, 1] by the caller, (V + 1) / 2.
+    `values` estimate P(correct). A regression head can leave [0, 1], so values are clipped for the Brier score and the
+    calibration error (Naeini et al. 2015; equal-width bins), but not for the AUROC, which depends only on their order.
+    If the critic was trained on targets of +-1, the caller must map its values to [0, 1] by (V + 1) / 2.
     """
     if values.ndim != 1 or values.shape != correct.shape or not len(values):
         raise ValueError(f"calibration needs two non-empty arrays [n], not {values.shape} and {correct.shape}")
     if not np.isfinite(values).all():
         raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} values are NaN or infinite")
-    from sklearn.metrics import brier_score_loss, roc_auc_score  # takes seconds to load: not at every start
+    from sklearn.metrics import brier_score_loss, roc_auc_score  # takes seconds to import, so only when needed
 
     right = correct.astype(np.int64)
     clipped = np.clip(values.astype(np.float64), 0.0, 1.0)
@@ -55,10 +55,10 @@ def calibration(values: np.ndarray, correct: np.ndarray, bins: int = 10) -> Cali
 def by_prefix(
     values: Sequence[np.ndarray], correct: np.ndarray, fractions: Sequence[float] = FRACTIONS
 ) -> dict[float, Calibration]:
-    """Calibration of the values read part of the way through each response.
+    """Calibration of the values after a fraction of each response.
 
-    `values[i]` is [T_i + 1]: before the first token, then after each of the T_i tokens. For a fraction f, V is read at
-    index round(f * T_i). `correct` is [n].
+    `values[i]`: [T_i + 1], before the first token, then after each of the T_i tokens. For a fraction f, V is read at
+    index round(f * T_i). `correct`: [n].
     """
     return {
         fraction: calibration(np.array([row[round(fraction * (len(row) - 1))] for row in values]), correct)

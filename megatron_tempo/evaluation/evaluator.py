@@ -1,4 +1,4 @@
-"""An evaluation: the engine answers a set's questions; verdicts give scores, and calibrate the critic's values."""
+"""An evaluation: the engine answers a set's questions. Verdicts give the scores and the critic's calibration."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from megatron_tempo.config.schema import EvaluationConfig
 from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.evaluation.calibration import calibration_record
 from megatron_tempo.evaluation.scores import avg_at_k, avg_at_k_se, pass_at_k, pass_at_k_se
+from megatron_tempo.evaluation.token_texts import token_texts
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.batches import ask, batch_of, collect
 from megatron_tempo.rollout.engine import Engine, Sampling
@@ -27,11 +28,11 @@ SHOWN = 12  # responses kept for the report: the first sample of this many quest
 
 @dataclass(frozen=True, slots=True)
 class Evaluator:
-    """What every evaluation of a job shares. All methods are collective and say the same on every rank.
+    """Evaluates the sets of a job. All methods are collective and return the same on every rank.
 
-    `values` gives the critic's values of a batch, float32 [T + n]; None where there is no critic. `seed` names the
-    draws: the same at every evaluation of a run, so that the points of a curve differ by the weights alone. `keys` are
-    the keys of each set's questions, by id.
+    `values` returns the critic's values of a batch, float32 [T + n]; None if there is no critic. `seed` seeds the
+    sampling. It is the same at every evaluation of a run, so the points of a curve differ only by the weights. `keys`
+    are the keys of each set's questions, by id.
     """
 
     engine: Engine
@@ -51,7 +52,7 @@ class Evaluator:
     def measure(
         self, name: str, scored: ScoredResponses, targets: CriticTargets, *, show: bool
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """As `evaluate`, of responses that are there."""
+        """As `evaluate`, for responses that are verified already."""
         calibration = None
         if self.values is not None and name == self.config.calibration_set:
             calibration = calibrate(scored, self.values, targets)
@@ -60,7 +61,7 @@ class Evaluator:
         return scores(scored, self.config) | {"set": name, "calibration": calibration, **questions}, samples
 
     def answer(self, name: str) -> ScoredResponses:
-        """Let the engine answer every question of a set `config.samples` times, and judge the answers."""
+        """Let the engine answer every question of a set `config.samples` times, and verify the responses."""
         prompts, config = self.sets[name], self.config
         sampling = Sampling(config.temperature, config.max_response_tokens or self.max_tokens)
         seed = f"{self.seed}/evaluation/{name}"
@@ -71,7 +72,7 @@ class Evaluator:
 
 @dataclass(frozen=True, slots=True)
 class ScoredResponses:
-    """The questions of a set with `samples` judged responses each. `correct` is float [questions, samples]."""
+    """The questions of a set, each with `samples` verified responses. `correct`: float [questions, samples]."""
 
     prompts: Sequence[LabelledPrompt]
     batch: Batch
@@ -110,7 +111,7 @@ def by_question(scored: ScoredResponses, keys: Mapping[str, str]) -> dict[str, A
 
 
 def calibrate(scored: ScoredResponses, values: Callable[[Batch], Tensor], targets: CriticTargets) -> dict[str, Any]:
-    """The critic's calibration on these responses: the `calibration` field. `values` gives [T + n], collectively."""
+    """The critic's calibration on these responses: the `calibration` field. `values` returns [T + n]; collective."""
     flat = values(scored.batch)
     if targets is CriticTargets.plus_minus_one:
         flat = (flat + 1) / 2
@@ -129,7 +130,7 @@ def shown(
     return [
         {
             "prompt": prompt.text,
-            "tokens": [tokenizer.decode([token]) for token in response.tolist()],
+            "tokens": token_texts(tokenizer, response.tolist()),
             "values": None if by_row is None else by_row[i].tolist(),
             "correct": int(scored.correct[i, 0]),
             "answer": prompt.answer,

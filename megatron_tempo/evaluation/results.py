@@ -1,4 +1,4 @@
-"""What the eval command keeps: every response, and the scores of a set with their 95% intervals."""
+"""The output of the eval command: every response, and the scores of a set with their 95% intervals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_tempo.evaluation.scores import avg_at_k, avg_at_k_se, pass_at_k, p
 def response_records(
     name: str, scored: ScoredResponses, keys: Mapping[str, str], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict[str, Any]]:
-    """Every response to the set `name`, as the lines of responses.jsonl. `keys` are its questions' keys by id."""
+    """Every response to the set `name`, as the lines of responses.jsonl. `keys`: its questions' keys by id."""
     samples, batch = scored.correct.shape[1], scored.batch
     for row, tokens in enumerate(batch.responses()):
         question, sample = divmod(row, samples)
@@ -32,10 +32,10 @@ def response_records(
 
 
 def result(scored: ScoredResponses) -> dict[str, Any]:
-    """A set's part of results.json: avg@n, and pass@k for every k from 1 to n, of n responses a question.
+    """A set's part of results.json: avg@n, and pass@k for every k from 1 to n, for n responses per question.
 
-    Each with `se`, its standard error over questions, and `low` and `high`, the 95% interval (`scores.share_interval`);
-    null for a single question.
+    Each score has `se`, its standard error over questions, and `low` and `high`, the 95% interval
+    (`scores.share_interval`). They are null for a single question.
     """
     correct = scored.correct
     questions, samples = correct.shape

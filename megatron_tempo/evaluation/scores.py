@@ -1,8 +1,8 @@
 """avg@k and pass@k, with standard errors.
 
-`correct` is [questions, samples], 0 or 1: the verifier's verdict on each sampled response. The standard errors are
-clustered by question: each question's score is one observation and the spread between questions is measured, so the
-dependence of samples of one question is accounted for (Miller 2024, arXiv 2411.00640, section 2.2).
+`correct` is [questions, samples], 0 or 1: the verifier's verdict on each response. Standard errors are clustered by
+question: each question's score is one observation. This accounts for the dependence between samples of one question
+(Miller 2024, arXiv 2411.00640, section 2.2).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def avg_at_k(correct: np.ndarray) -> float:
-    """Mean share of right responses; k is the number of samples a question."""
+    """Mean share of correct responses; k is the number of samples per question."""
     return float(_checked(correct).mean())
 
 
@@ -21,10 +21,10 @@ def avg_at_k_se(correct: np.ndarray) -> float | None:
 
 
 def pass_at_k(correct: np.ndarray, k: int) -> float:
-    """Probability that at least one of k responses is right, estimated without bias from n >= k samples a question.
+    """Unbiased estimate of the probability that at least one of k responses is correct, from n >= k samples each.
 
-    The mean over questions of 1 - C(n - c, k) / C(n, k), c right of n (Chen et al. 2021, arXiv 2107.03374, Eq. 1).
-    Raises ValueError where k is not in 1..n.
+    The mean over questions of 1 - C(n - c, k) / C(n, k) with c correct of n samples (Chen et al. 2021, arXiv
+    2107.03374, Eq. 1). Raises ValueError if k is not in 1..n.
     """
     return float(_pass_by_question(correct, k).mean())
 
@@ -37,13 +37,13 @@ def pass_at_k_se(correct: np.ndarray, k: int) -> float | None:
 def interval(score: float, error: float | None, questions: int) -> tuple[float, float] | None:
     """The 95% confidence interval of a mean over questions, by Student's t with questions - 1 degrees of freedom.
 
-    For many questions that is Miller's score +- 1.96 standard errors; for the 30 of an AIME it is a little wider. None
-    without a standard error. An `error` of 0 gives an interval without width: where all questions got the same score,
-    the spread between them says nothing. For a share of correct responses `share_interval` has one with a width.
+    For many questions this is Miller's score +- 1.96 standard errors. For the 30 questions of an AIME it is a little
+    wider. None if there is no standard error. An `error` of 0 gives an interval of width 0, which is not informative:
+    all questions got the same score. For a share of correct responses, `share_interval` returns one with a width.
     """
     if error is None:
         return None
-    from scipy.stats import t  # takes a second to load: not at every start
+    from scipy.stats import t  # takes a second to import, so only when needed
 
     reach = float(t.ppf(0.975, questions - 1)) * error
     return score - reach, score + reach
@@ -69,11 +69,11 @@ def pass_by_question(right: np.ndarray, samples: int, k: int) -> np.ndarray:
     """pass@k of each question; `right` int [questions] counts its correct responses among `samples`."""
     if not 1 <= k <= samples:
         raise ValueError(
-            f"pass@{k} needs 1 <= k <= samples, with {samples} samples a question: "
+            f"pass@{k} needs 1 <= k <= samples, but there are {samples} samples per question: "
             f"raise evaluation.samples or change evaluation.pass_k"
         )
-    # C(n-c, k) / C(n, k) is the product over j = n-c+1..n of (1 - k/j): no large binomials. An empty product is 1,
-    # a factor j = k is 0. One entry for each c in 0..n.
+    # C(n-c, k) / C(n, k) is the product over j = n-c+1..n of (1 - k/j), which avoids large binomials. An empty product
+    # is 1, and a factor j = k is 0. One entry for each c in 0..n.
     factors = np.maximum(1.0 - k / np.arange(samples, 0, -1), 0.0)
     none_right = np.concatenate(([1.0], np.cumprod(factors)))
     by_question: np.ndarray = 1.0 - none_right[right]

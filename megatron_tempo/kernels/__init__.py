@@ -17,7 +17,7 @@ from megatron_tempo.kernels import advantages, linear_logprobs, logprobs, policy
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """One implementation of each. Signatures and shapes are those of the plain functions of the same names."""
+    """One implementation of each function. Signatures and shapes are those of the plain functions of the same names."""
 
     advantage_moments: Callable[..., Tensor]
     policy_loss: Callable[..., tuple[Tensor, Tensor]]
@@ -36,10 +36,10 @@ REFERENCE = Kernels(
 
 
 def kernels_for(device: torch.device) -> Kernels:
-    """Triton's on CUDA, the plain ones elsewhere. To be asked once, when a model is built."""
+    """The Triton kernels on CUDA, the plain functions elsewhere. Called once, when a model is built."""
     if device.type != "cuda":
         return REFERENCE
-    # Only here, since Triton is installed only where CUDA is.
+    # Imported here because Triton is installed only where CUDA is.
     from megatron_tempo.kernels import (
         advantages_triton,
         linear_logprobs_triton,

@@ -1,10 +1,10 @@
-"""What a token was worth, A_t = R - V (TEMPO, Eq. 11), and the whitening of it: the plain form.
+"""Token advantages, A_t = R - V (TEMPO, Eq. 11), and their whitening, in plain PyTorch.
 
-Row i of T_i tokens has T_i + 1 values, V(x), V(x, y_1:1) ... V(x, y_1:T_i). So in the flat tensor of values the one
-before token t (from 0) of row i stands at start_i + i + t, and the one after it behind that.
+Row i of T_i tokens has T_i + 1 values, V(x), V(x, y_1:1) ... V(x, y_1:T_i). In the flat tensor of values, the value
+before token t (from 0) of row i is at start_i + i + t. The value after that token is the next entry.
 
-Whitening takes A to (A - mean) / (std + 1e-8), over all tokens of a batch on all ranks. Its moments, count, mean and
-sum of squared deviations M2, are put together from parts by the rule of Chan, Golub and LeVeque (1979):
+Whitening maps A to (A - mean) / (std + 1e-8), over all tokens of a batch on all ranks. It needs three moments: count,
+mean and M2, the sum of squared deviations. Moments of parts are combined by the rule of Chan, Golub and LeVeque (1979):
 
     N = sum n_i,   mean = sum n_i mean_i / N,   M2 = sum M2_i + sum n_i (mean_i - mean)^2
 """
@@ -23,14 +23,14 @@ EPS = 1e-8
 
 
 def token_advantages(values: Tensor, rewards: Tensor, rows: Rows, baseline: Baseline) -> Tensor:
-    """A_t = R - V, the value read before the token or, by `paper`, after it (Eq. 11).
+    """A_t = R - V. V is read before the token or, with `Baseline.paper`, after it (Eq. 11).
 
-    Before the token the baseline does not depend on the token, so the policy gradient stays unbiased.
+    A value read before the token does not depend on the token, so the policy gradient stays unbiased.
 
     Args:
-        values: [T + n], row after row V(x), V(x, y_1:1) ... V(x, y_1:T_i).
-        rewards: [n], verified or the critic's.
-        rows: n rows of T tokens in all.
+        values: [T + n]. Row i holds V(x), V(x, y_1:1) ... V(x, y_1:T_i).
+        rewards: [n], from the verifier or the critic.
+        rows: n rows with T tokens in total.
         baseline: where V is read.
 
     Returns: [T]
@@ -45,7 +45,7 @@ def advantage_moments(
 ) -> Tensor:
     """Count, mean and M2 of the advantages of each rank's tokens: [ranks, 3], for `whiten` or a policy loss.
 
-    Args as of `token_advantages`; `group` joins the ranks that hold parts of the batch.
+    Arguments as in `token_advantages`. `group`: the ranks that hold parts of the batch.
     """
     advantages = token_advantages(values, rewards, rows, baseline)
     mean = advantages.mean() if rows.total else advantages.new_zeros(())
@@ -54,7 +54,7 @@ def advantage_moments(
 
 
 def whiten(advantages: Tensor, moments: Tensor) -> Tensor:
-    """Zero mean and unit variance over what `moments` [ranks, 3] was taken from: [T] -> [T]."""
+    """Whiten with the mean and variance of `moments` [ranks, 3]: [T] -> [T]."""
     count, mean, m2 = moments.unbind(1)
     total = count.sum()
     center = (count * mean).sum() / total.clamp(min=1)

@@ -1,4 +1,4 @@
-"""Advantages in Triton: what the policy loss reads them with, and their moments. Derivation in `advantages.py`."""
+"""Advantages in Triton: their moments, and helpers that the policy loss shares. Derivation in `advantages.py`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def advantage_moments(
 
 @triton.jit
 def block_of(starts, block_rows, first_blocks, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """This program's row, and the entries of its block: their numbers, and which of them are of the row."""
+    """This program's row, the indices of its block's entries, and a mask of those that belong to the row."""
     block = tl.program_id(0)
     row = tl.load(block_rows + block)
     at = tl.load(starts + row) + (block - tl.load(first_blocks + row)) * BLOCK + tl.arange(0, BLOCK)
@@ -42,11 +42,11 @@ def block_of(starts, block_rows, first_blocks, BLOCK: tl.constexpr):  # type: ig
 
 
 @triton.jit
-def comes_last(tickets, of, count):  # type: ignore[no-untyped-def]
-    """Whether this program is the last of `count` to come here, with what the others have stored in sight.
+def is_last_block(tickets, of, count):  # type: ignore[no-untyped-def]
+    """Whether this program is the last of `count` to call this. The last one sees everything that the others stored.
 
-    The barrier puts all of the program's stores before its ticket; acquire and release put them before what the last
-    one reads. The last one puts the tickets back to zero.
+    The barrier orders all of the program's stores before its ticket. Acquire and release order them before the reads of
+    the last program, which resets the counter to zero.
     """
     tl.debug_barrier()
     last = tl.atomic_add(tickets + of, 1, sem="acq_rel", scope="gpu") == count - 1
@@ -57,7 +57,7 @@ def comes_last(tickets, of, count):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def advantages_of(values, reward, at, row, mask, AFTER: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A_t of the tokens `at` of a row; 0 where masked."""
+    """A_t of the tokens `at` of a row; 0 where `mask` is false."""
     value = tl.load(values + at + row + (1 if AFTER else 0), mask=mask, other=0.0)
     return tl.where(mask, reward - value, 0.0)
 
@@ -86,25 +86,25 @@ def _moments(  # type: ignore[no-untyped-def]
     advantage = advantages_of(values, tl.load(rewards + row), at, row, mask, AFTER)
     count = tl.sum(mask.to(tl.float32), 0)
     mean = tl.sum(advantage, 0) / tl.maximum(count, 1.0)
-    away = tl.where(mask, advantage - mean, 0.0)
+    deviation = tl.where(mask, advantage - mean, 0.0)
     tl.store(partials + block, count)
     tl.store(partials + blocks + block, mean)
-    tl.store(partials + 2 * blocks + block, tl.sum(away * away, 0))
-    if comes_last(tickets, rows, blocks):
+    tl.store(partials + 2 * blocks + block, tl.sum(deviation * deviation, 0))
+    if is_last_block(tickets, rows, blocks):
         total, center, m2 = 0.0, 0.0, 0.0
         for start in range(0, blocks, PARTS):
             part = start + tl.arange(0, PARTS)
             n = tl.load(partials + part, mask=part < blocks, other=0.0, cache_modifier=".cg")
             means = tl.load(partials + blocks + part, mask=part < blocks, other=0.0, cache_modifier=".cg")
             m2s = tl.load(partials + 2 * blocks + part, mask=part < blocks, other=0.0, cache_modifier=".cg")
-            # This chunk's moments, then its joining with what came before.
+            # Compute this chunk's moments, then merge them into the totals.
             size = tl.sum(n, 0)
-            middle = tl.sum(n * means, 0) / tl.maximum(size, 1.0)
-            square = tl.sum(m2s, 0) + tl.sum(n * (means - middle) * (means - middle), 0)
-            apart = middle - center
-            both = tl.maximum(total + size, 1.0)
-            m2 += square + apart * apart * total * size / both
-            center += apart * size / both
+            chunk_mean = tl.sum(n * means, 0) / tl.maximum(size, 1.0)
+            square = tl.sum(m2s, 0) + tl.sum(n * (means - chunk_mean) * (means - chunk_mean), 0)
+            difference = chunk_mean - center
+            merged = tl.maximum(total + size, 1.0)
+            m2 += square + difference * difference * total * size / merged
+            center += difference * size / merged
             total += size
         tl.store(moments, total)
         tl.store(moments + 1, center)

@@ -1,4 +1,4 @@
-"""Sums and extremes over the ranks that share a sequence, as the losses want them."""
+"""Sums, maxima and gathers over process groups, with the gradients that the losses need."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The sum over the group's ranks; without a group, `tensor` itself.
 
-    The gradient passes through unchanged: every rank has the same loss, and needs its own entries' share of it.
+    The gradient passes through unchanged: every rank has the same loss, and each needs the gradient of its own entries.
     """
     return tensor if group is None else _Sum.apply(tensor, group)
 
@@ -29,13 +29,13 @@ class _Sum(torch.autograd.Function):
         return grads[0], None
 
 
-def greatest_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The greatest over the group's ranks, entry by entry. Without gradient."""
+def max_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The element-wise maximum over the group's ranks. Without gradient."""
     if group is None:
         return tensor
-    greatest = tensor.clone()
-    dist.all_reduce(greatest, op=dist.ReduceOp.MAX, group=group)
-    return greatest
+    maximum = tensor.clone()
+    dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
+    return maximum
 
 
 def gather_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -1,14 +1,14 @@
-"""Log-probability and entropy of tokens straight from hidden states, without their logits.
+"""Log-probability and entropy of tokens from hidden states, without keeping their logits.
 
-x = hidden weight^T is what `logprobs.py` works on, and T rows of a vocabulary of 150,000 are what runs out of memory.
-Both passes of that file need a row's logits only to sum them up or to multiply them on, so they can be made a piece at
-a time and thrown away:
+`logprobs.py` works on the logits x = hidden weight^T. T rows over a vocabulary of 150,000 do not fit into memory. Both
+of its passes only reduce a row's logits or multiply them by a matrix, so the logits are computed piece by piece and
+discarded:
 
-    forward    M, L, W and t, piece by piece, joined
-    backward   a piece of x again; G, its gradient by M, log2 L and H;
+    forward    M, L, W and t of each piece, then merged
+    backward   compute a piece of x again; G, its gradient, from M, log2 L and H;
                grad hidden += G weight,  grad weight += G^T hidden
 
-What stays is O(T) numbers a row; the piece is made twice, so with a gradient the head costs 8 T V hidden operations
+Only O(T) numbers are kept. Each piece is computed twice, so with a gradient the head costs 8 T V hidden operations
 instead of 6. Here a piece is some rows and all of the shard's columns.
 """
 
@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tempo.kernels.collectives import gather_over
-from megatron_tempo.kernels.logprobs import Shard, gradient, joined, summed
+from megatron_tempo.kernels.logprobs import Shard, gradient, merge_shards, partial_sums
 
-# Logits that are in memory at a time.
+# Number of logits in memory at a time.
 PIECE = 1 << 24
 
 
@@ -41,13 +41,13 @@ def linear_logprobs_and_entropy(
     Args:
         hidden: [T, h], the same on every tensor rank.
         weight: [padded vocabulary / tensor, h], this rank's rows.
-        targets: int64 [T], numbers in the whole vocabulary.
-        vocab: size of the vocabulary; rows of `weight` behind it are padding.
+        targets: int64 [T], token ids in the whole vocabulary.
+        vocab: size of the vocabulary; rows of `weight` beyond it are padding.
         temperature: > 0.
         group: the tensor-parallel ranks, in the order of their rows.
 
-    Returns: [T], [T], the same on every tensor rank. The gradient of `hidden` is this rank's share, to be summed over
-    the group, as Megatron's copy to the tensor-parallel region does.
+    Returns: [T], [T], the same on every tensor rank. The gradient of `hidden` is this rank's share. The caller sums it
+    over the group, as Megatron's copy to the tensor-parallel region does.
     """
     logprobs, entropy = _LinearLogprobsAndEntropy.apply(hidden, weight, targets, vocab, temperature, group)
     return logprobs, entropy
@@ -65,8 +65,8 @@ class _LinearLogprobsAndEntropy(torch.autograd.Function):
         group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor]:
         shard = Shard.of(len(weight), vocab, group)
-        parts = [summed(hidden[at] @ weight.T, targets[at], shard, temperature) for at in _pieces(hidden, weight)]
-        logprobs, entropy, *normalizer = joined(gather_over(torch.cat(parts, dim=1), group), temperature)
+        parts = [partial_sums(hidden[at] @ weight.T, targets[at], shard, temperature) for at in _pieces(hidden, weight)]
+        logprobs, entropy, *normalizer = merge_shards(gather_over(torch.cat(parts, dim=1), group), temperature)
         ctx.save_for_backward(hidden, weight, targets, *normalizer, entropy)
         ctx.shard, ctx.temperature = shard, temperature
         return logprobs, entropy
@@ -84,6 +84,6 @@ class _LinearLogprobsAndEntropy(torch.autograd.Function):
 
 
 def _pieces(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
-    """Some rows at a time. One piece at least, so that no rows give results of their shape."""
+    """Slices of some rows each. At least one slice, so that an input without rows gives outputs without rows."""
     step = max(1, PIECE // max(1, len(weight)))
     return (slice(start, start + step) for start in range(0, max(1, len(hidden)), step))

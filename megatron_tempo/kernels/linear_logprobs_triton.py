@@ -1,17 +1,17 @@
-"""Log-probability and entropy from hidden states in Triton. What is computed: `linear_logprobs.py`.
+"""Log-probability and entropy from hidden states in Triton. Derivation in `linear_logprobs.py`.
 
-Forward, `_summed`: a program makes tiles of [rows, columns] logits in its registers, one after another along its share
-of the vocabulary, and takes each up into M, L and W of its rows. Programs that run together are of 12 tiles of rows and
-of all shares, so that they read few rows of either matrix: with 11 shares a round of the 132 multiprocessors takes
-12 MB of hidden states, which stay in the cache, and 11 tiles of weights at a time.
+Forward, `_summed`: a program computes tiles of [rows, columns] logits in registers, one after another along its share
+of the vocabulary. It accumulates each tile into M, L and W of its rows. Programs that run at the same time cover 12
+tiles of rows and all shares, so that they read few rows of either matrix. With 11 shares, one wave of the 132
+multiprocessors reads 12 MB of hidden states, which stay in the cache, and 11 tiles of weights at a time.
 
-Backward, `_gradient`: with M, log2 L and H of each row known, a tile's gradient needs no other tile. It is written out,
-in the type of the hidden states, a block of rows and columns at a time, and multiplied on by cuBLAS. A block's columns
-are summed into the gradient of the hidden states in fp32; its rows are all the rows, up to _BLOCK_ROWS, so that as a
-rule the gradient of the weights is one product, rounded once.
+Backward, `_gradient`: given M, log2 L and H of each row, a tile's gradient depends on no other tile. The kernel writes
+a block of rows and columns at a time, in the type of the hidden states, and cuBLAS multiplies it. The products of the
+columns are summed in fp32 into the gradient of the hidden states. A block has all rows, up to _BLOCK_ROWS, so the
+gradient of the weights is usually one product and is rounded once.
 
-Peak memory, less inputs and results: 16 T (shares + 1) bytes forward, 4 h min(T, _BLOCK_ROWS) + _BLOCK_BYTES backward,
-and with several blocks of rows 4 V h more for the gradient of the weights.
+Peak memory beyond inputs and results: 16 T (shares + 1) bytes forward; 4 h min(T, _BLOCK_ROWS) + _BLOCK_BYTES backward,
+and 4 V h more for the gradient of the weights if there are several blocks of rows.
 """
 
 from __future__ import annotations
@@ -28,11 +28,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megatron_tempo.kernels.collectives import gather_over
 from megatron_tempo.kernels.logprobs import LOG2_E, Shard
-from megatron_tempo.kernels.logprobs_triton import NOTHING, gradient_of, gradient_terms, join, taken_up
+from megatron_tempo.kernels.logprobs_triton import (
+    NO_PEAK,
+    gradient_of,
+    gradient_terms,
+    merge_shards,
+    online_softmax_update,
+)
 
-# Rows and columns of a tile, what of the hidden size is multiplied at a time, warps, and stages of the pipeline. In
-# bfloat16: two warp groups with 64 x 256 accumulators each, and 48 KB of shared memory a stage. In float32, which is
-# for checking and not for speed, tiles that go without the matrix units.
+# Rows and columns of a tile, elements of the hidden size per step, warps, and pipeline stages. bfloat16: two warp
+# groups with 64 x 256 accumulators each, and 48 KB of shared memory per stage. float32 is for checks, not for speed:
+# its tiles do not use the matrix units.
 _TILES = {torch.bfloat16: (128, 256, 64, 8, 4), torch.float32: (32, 64, 32, 4, 2)}
 _MULTIPROCESSORS = 132  # of Hopper
 _GROUP_ROWS, _MOST_SHARES = 12, 16
@@ -48,7 +54,7 @@ def linear_logprobs_and_entropy(
     temperature: float,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`linear_logprobs.linear_logprobs_and_entropy`, for bfloat16 or float32; h a multiple of 8, or of 4 in float32."""
+    """`linear_logprobs.linear_logprobs_and_entropy`. h is a multiple of 8 in bfloat16, or of 4 in float32."""
     logprobs, entropy = _LinearLogprobsAndEntropy.apply(hidden, weight, targets, vocab, temperature, group)
     return logprobs, entropy
 
@@ -66,8 +72,8 @@ class _LinearLogprobsAndEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         shard = Shard.of(len(weight), vocab, group)
         hidden, weight = hidden.contiguous(), weight.contiguous()
-        parts = summed(hidden, weight, targets, shard, temperature)
-        logprobs, entropy, *normalizer = join(gather_over(parts, group).flatten(0, 1), temperature)
+        parts = partial_sums(hidden, weight, targets, shard, temperature)
+        logprobs, entropy, *normalizer = merge_shards(gather_over(parts, group).flatten(0, 1), temperature)
         ctx.save_for_backward(hidden, weight, targets, *normalizer, entropy)
         ctx.shard, ctx.temperature = shard, temperature
         return logprobs, entropy
@@ -78,7 +84,7 @@ class _LinearLogprobsAndEntropy(torch.autograd.Function):
         of_rows += [grad.contiguous() for grad in grads]
         grad_hidden = torch.empty_like(hidden)
         blocks = range(0, len(hidden), _BLOCK_ROWS)
-        # One block of rows is one product a weight; several are added up.
+        # One block of rows takes one product per weight. Several blocks are accumulated in float32.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32 if len(blocks) > 1 else None)
         for start in blocks:
             at = slice(start, start + _BLOCK_ROWS)
@@ -90,7 +96,7 @@ class _LinearLogprobsAndEntropy(torch.autograd.Function):
 def _block(
     hidden: Tensor, weight: Tensor, of_rows: Sequence[Tensor], grad_weight: Tensor, shard: Shard, temperature: float
 ) -> Tensor:
-    """A block of rows: the gradient of its hidden states, float32 [T, h]; that of the weights is added to theirs."""
+    """The gradient of a block's hidden states, float32 [T, h]. Adds the gradient of the weights to `grad_weight`."""
     total = torch.zeros_like(hidden, dtype=torch.float32)
     for columns, grad_logits in _gradients(hidden, weight, of_rows, shard, temperature):
         _add_product(total, grad_logits, weight[columns])
@@ -98,7 +104,7 @@ def _block(
     return total
 
 
-def summed(hidden: Tensor, weight: Tensor, targets: Tensor, shard: Shard, temperature: float) -> Tensor:
+def partial_sums(hidden: Tensor, weight: Tensor, targets: Tensor, shard: Shard, temperature: float) -> Tensor:
     """M, L, W and t of each share of the columns: [shares, 4, T]."""
     rows, columns, inner, warps, stages = _TILES[hidden.dtype]
     tiles = triton.cdiv(len(weight), columns)
@@ -115,7 +121,7 @@ def summed(hidden: Tensor, weight: Tensor, targets: Tensor, shard: Shard, temper
 
 
 def _shares(row_tiles: int, tiles: int) -> int:
-    """Into how many shares the tiles of columns are best divided: so that few multiprocessors wait for the last."""
+    """The number of shares of the column tiles that keeps most multiprocessors busy."""
 
     def busy(shares: int) -> float:
         rounds = triton.cdiv(row_tiles * shares, _MULTIPROCESSORS) * triton.cdiv(tiles, shares)
@@ -127,10 +133,10 @@ def _shares(row_tiles: int, tiles: int) -> int:
 def _gradients(
     hidden: Tensor, weight: Tensor, of_rows: Sequence[Tensor], shard: Shard, temperature: float
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The gradient of the logits, some of the vocabulary's columns at a time, each in the same memory: [T, some].
+    """The gradient of the logits, a block of columns at a time: [T, columns]. All blocks use the same memory.
 
-    `of_rows` is as `logprobs.gradient` takes it. What the kernel makes of columns behind the vocabulary's end is cut
-    off, so it need not look where that is.
+    `of_rows`: as in `logprobs.gradient`. Columns beyond the vocabulary's end are cut off, so the kernel does not need
+    to know where it ends.
     """
     rows, columns, inner, warps, stages = _TILES[hidden.dtype]
     width = max(1, _BLOCK_BYTES // (len(hidden) * hidden.element_size() * columns)) * columns
@@ -149,7 +155,7 @@ def _gradients(
 
 
 def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
-    """to += left right, in the type of `to`, which may be wider than that of the factors (on CUDA)."""
+    """to += left right, in the type of `to`. On CUDA this may be a wider type than the factors have."""
     if to.dtype == left.dtype:
         to.addmm_(left, right)
     else:
@@ -157,8 +163,8 @@ def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 @triton.jit
-def _place(program, row_tiles, column_tiles, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A program's tile of rows and of columns: GROUP tiles of rows go through all columns, then the next ones."""
+def _tile_of_program(program, row_tiles, column_tiles, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A program's tile of rows and tile of columns. GROUP tiles of rows cover all columns before the next GROUP."""
     group = program // (GROUP * column_tiles)
     inside = program % (GROUP * column_tiles)
     size = tl.minimum(row_tiles - group * GROUP, GROUP)
@@ -180,11 +186,11 @@ def _summed(  # type: ignore[no-untyped-def]
     hidden, weight, targets, parts, rows, inner, first, size, scale, tiles, SPLITS: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    row_tile, split = _place(tl.program_id(0), tl.cdiv(rows, ROWS), SPLITS, GROUP)
+    row_tile, split = _tile_of_program(tl.program_id(0), tl.cdiv(rows, ROWS), SPLITS, GROUP)
     row = row_tile * ROWS + tl.arange(0, ROWS)
     mask = row < rows
     target = (tl.load(targets + row, mask=mask, other=-1) - first).to(tl.int32)
-    peak = tl.full([ROWS], NOTHING, tl.float32)
+    peak = tl.full([ROWS], NO_PEAK, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     weighted = tl.zeros([ROWS], tl.float32)
     at_target = tl.full([ROWS], float("-inf"), tl.float32)
@@ -194,7 +200,7 @@ def _summed(  # type: ignore[no-untyped-def]
         column = start + tl.arange(0, COLUMNS)
         x = tl.where((column < size)[None, :], x, float("-inf"))
         at_target = tl.maximum(at_target, tl.max(tl.where(column[None, :] == target[:, None], x, float("-inf")), 1))
-        peak, total, weighted = taken_up(peak, total, weighted, x, scale)
+        peak, total, weighted = online_softmax_update(peak, total, weighted, x, scale)
     at = parts + split.to(tl.int64) * 4 * rows + row
     tl.store(at, peak, mask=mask)
     tl.store(at + rows, total, mask=mask)
@@ -208,7 +214,7 @@ def _gradient(  # type: ignore[no-untyped-def]
     column_tiles, first, scale, inverse,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    row_tile, column_tile = _place(tl.program_id(0), tl.cdiv(rows, ROWS), column_tiles, GROUP)
+    row_tile, column_tile = _tile_of_program(tl.program_id(0), tl.cdiv(rows, ROWS), column_tiles, GROUP)
     x = _logits(hidden, weight, row_tile * ROWS, start + column_tile * COLUMNS, inner, ROWS, COLUMNS, INNER)
     row = row_tile * ROWS + tl.arange(0, ROWS)
     mask = row < rows

@@ -1,26 +1,25 @@
-"""Log-probability and entropy of tokens from logits whose vocabulary is spread over the tensor-parallel ranks.
+"""Log-probability and entropy of tokens from logits whose vocabulary is sharded over the tensor-parallel ranks.
 
-For a row of logits x over the vocabulary, a target y and c = log2(e) / temperature, a shard of the columns is summed up
-in four numbers:
+For a row of logits x over the vocabulary, a target y and c = log2(e) / temperature, a shard of the columns is reduced
+to four numbers:
 
     M = max_j x_j     L = sum_j 2^(c (x_j - M))     W = sum_j 2^(c (x_j - M)) c (x_j - M)     t = x_y, or -inf elsewhere
 
-Shards are joined like the running numbers of a single reading (online softmax, Milakov & Gimelshein 2018): with the
-greatest M of all, and d = c (M_i - M),
+Shards are merged as in online softmax (Milakov & Gimelshein 2018). With M the maximum of all M_i, and d = c (M_i - M),
 
     L = sum_i 2^d L_i      W = sum_i 2^d (W_i + d L_i)      t = max_i t_i
 
     log p(y) = ln 2 (c (t - M) - log2 L)      H = ln 2 (log2 L - W / L)
 
-so one reading of the logits does, and one exchange of four numbers a row between the ranks. The gradient needs the
-logits once more, and may be written over them: with log2 p_j = c (x_j - M) - log2 L,
+So one pass over the logits is enough, and ranks exchange four numbers per row. The gradient reads the logits once more,
+and may overwrite them. With log2 p_j = c (x_j - M) - log2 L,
 
     d / d x_j = (g [j = y] - p_j (g + h (log p_j + H))) / temperature,   g and h the gradients of log p(y) and H
 
-M is kept apart from log2 L: taken off first, it leaves of high logits what fp32 holds exactly.
+M is stored separately from log2 L. Subtracting M from a large logit first is exact in fp32.
 
-Columns behind the vocabulary's end are padding: no probability, no gradient, whatever stands there. A column whose
-probability is 0 in fp32, a logit of -inf among them, has no part in W and no gradient.
+Columns beyond the vocabulary's end are padding: they have no probability and no gradient, whatever they contain. A
+column whose probability is 0 in fp32 (a logit of -inf, for example) does not contribute to W and has no gradient.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ from megatron_tempo.kernels.collectives import gather_over
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
-# 2^x is 0 in fp32 below this: in p log p a lower logarithm, -inf among them, may stand as this one. It is small enough
-# that no gradient from behind makes it overflow.
+# 2^x is 0 in fp32 below this. In p log p, a lower logarithm, also -inf, is replaced by this one. Its magnitude is small
+# enough that no incoming gradient makes it overflow.
 LOWEST = -300.0
 
 
@@ -52,12 +51,13 @@ def logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """log pi(target) and the entropy of pi = softmax(logits / temperature), in nats, in fp32, with gradients.
 
-    The kernel writes the gradient over the logits: on CUDA there is one backward pass, and nobody reads them after.
+    The Triton kernel overwrites the logits with their gradient. So on CUDA only one backward pass is possible, and the
+    logits must not be read after it.
 
     Args:
         logits: [T, padded vocabulary / tensor], this rank's columns, float32 or bfloat16.
-        targets: int64 [T], numbers in the whole vocabulary.
-        vocab: size of the vocabulary; columns behind it are padding.
+        targets: int64 [T], token ids in the whole vocabulary.
+        vocab: size of the vocabulary; columns beyond it are padding.
         temperature: > 0.
         group: the tensor-parallel ranks, in the order of their columns.
 
@@ -73,8 +73,8 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         ctx: Any, logits: Tensor, targets: Tensor, vocab: int, temperature: float, group: dist.ProcessGroup | None
     ) -> tuple[Tensor, Tensor]:
         shard = Shard.of(logits.shape[1], vocab, group)
-        parts = gather_over(summed(logits, targets, shard, temperature), group)
-        logprobs, entropy, *normalizer = joined(parts, temperature)
+        parts = gather_over(partial_sums(logits, targets, shard, temperature), group)
+        logprobs, entropy, *normalizer = merge_shards(parts, temperature)
         ctx.save_for_backward(logits, targets, *normalizer, entropy)
         ctx.shard, ctx.temperature = shard, temperature
         return logprobs, entropy
@@ -87,7 +87,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """This rank's columns of the vocabulary: the first one's number, and how many are of the vocabulary.
+    """This rank's columns of the vocabulary: the index of the first, and how many are not padding.
 
     >>> Shard(first=1024, size=1000)  # of 1024 columns; the last 24 are padding
     """
@@ -101,28 +101,28 @@ class Shard:
         first = columns * (0 if group is None else dist.get_rank(group))
         return cls(first, max(0, min(columns, vocab - first)))
 
-    def places(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether each target is of this shard, and its column (0 where it is not)."""
+    def columns_of(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each target is in this shard, and its column (0 if it is not)."""
         mine = (targets >= self.first) & (targets < self.first + self.size)
         return mine, torch.where(mine, targets - self.first, 0)
 
 
-def summed(logits: Tensor, targets: Tensor, shard: Shard, temperature: float) -> Tensor:
+def partial_sums(logits: Tensor, targets: Tensor, shard: Shard, temperature: float) -> Tensor:
     """M, L, W and t of a shard: [T, columns] -> [4, T], at least fp32."""
     x = _of_vocabulary(logits, shard)
     peak = x.amax(dim=1) if x.numel() else x.new_full((len(targets),), -torch.inf)
-    peak = peak.clamp(min=torch.finfo(x.dtype).min)  # a row of padding alone
+    peak = peak.clamp(min=torch.finfo(x.dtype).min)  # finite even if the row has only padding
     shifted = (x - peak[:, None]) * (LOG2_E / temperature)
     weights = shifted.exp2()
-    mine, column = shard.places(targets)
+    mine, column = shard.columns_of(targets)
     at_target = torch.full_like(peak, -torch.inf)
     if shard.size:
         at_target = torch.where(mine, x.gather(1, column[:, None]).squeeze(1), at_target)
     return torch.stack([peak, weights.sum(1), (weights * shifted.clamp(min=LOWEST)).sum(1), at_target])
 
 
-def joined(parts: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log p(y), H, M and log2 L from the shards' numbers: [shards, 4, T] -> four times [T]."""
+def merge_shards(parts: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log p(y), H, M and log2 L from the shards' four numbers: [shards, 4, T] -> four tensors [T]."""
     peaks, sums, weighted, at_target = parts.unbind(1)
     peak = peaks.amax(dim=0)
     below = ((peaks - peak) * (LOG2_E / temperature)).clamp(min=LOWEST)
@@ -137,14 +137,14 @@ def joined(parts: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, T
 def gradient(logits: Tensor, of_rows: Sequence[Tensor], shard: Shard, temperature: float) -> Tensor:
     """The gradient of a shard's logits, in their type: [T, columns].
 
-    `of_rows` are, each [T], the targets, M, log2 L, the entropy, and the gradients of log-probability and entropy.
+    `of_rows`, each [T]: the targets, M, log2 L, the entropy, and the gradients of log-probability and entropy.
     """
     targets, peak, log_total, entropy, grad_logprobs, grad_entropy = of_rows
     shifted = (_of_vocabulary(logits, shard) - peak[:, None]) * (LOG2_E / temperature)
     log_p = (shifted - log_total[:, None]).clamp(min=LOWEST)
     inner = grad_logprobs[:, None] + grad_entropy[:, None] * (LN_2 * log_p + entropy[:, None])
     grad = -log_p.exp2() * inner
-    mine, column = shard.places(targets)
+    mine, column = shard.columns_of(targets)
     if shard.size:
         grad.scatter_add_(1, column[:, None], torch.where(mine, grad_logprobs, 0.0)[:, None])
     whole = torch.zeros_like(logits)
@@ -153,5 +153,5 @@ def gradient(logits: Tensor, of_rows: Sequence[Tensor], shard: Shard, temperatur
 
 
 def _of_vocabulary(logits: Tensor, shard: Shard) -> Tensor:
-    """The shard's logits without padding, at least in fp32: [T, shard.size]."""
+    """The shard's logits without padding, in fp32 or wider: [T, shard.size]."""
     return logits[:, : shard.size].to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,8 +1,8 @@
-"""Log-probability and entropy from logits in Triton: one reading forward, one in place backward. See `logprobs.py`.
+"""Log-probability and entropy from logits in Triton: one pass forward, one in-place pass backward. See `logprobs.py`.
 
-A program reads one row. Each of its threads keeps M, L and W of the columns that it sees, eight at a time, and they are
-joined at the row's end alone: no thread waits for another in between, and a column costs a multiplication, a maximum,
-an exponential and two additions.
+A program reads one row. Each of its threads accumulates M, L and W of the columns that it reads, eight at a time. They
+are merged at the end of the row, so no thread waits for another before that. A column costs a multiplication, a
+maximum, an exponential and two additions.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from megatron_tempo.kernels.logprobs import LN_2, LOG2_E, LOWEST, Shard
 
 _LN_2 = tl.constexpr(LN_2)
 _LOWEST = tl.constexpr(LOWEST)
-NOTHING = tl.constexpr(-1e30)  # the peak before any logit: finite, so that differences to it are no NaN
+NO_PEAK = tl.constexpr(-1e30)  # the peak before the first logit: finite, so that differences to it are not NaN
 _LANES, _WIDTH = 512, 8  # columns that a program reads at a time; the width is 16 bytes of bfloat16
 _WARPS = 8
-_JOINED = 128  # rows that a program joins
+_ROWS_PER_MERGE = 128  # rows of which a program merges the shards
 
 
 def logprobs_and_entropy(
     logits: Tensor, targets: Tensor, vocab: int, temperature: float, group: dist.ProcessGroup | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`logprobs.logprobs_and_entropy`. The backward pass writes the gradient over `logits`, once."""
+    """`logprobs.logprobs_and_entropy`. The backward pass overwrites `logits`, and runs only once."""
     logprobs, entropy = _LogprobsAndEntropy.apply(logits, targets, vocab, temperature, group)
     return logprobs, entropy
 
@@ -47,7 +47,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
                 logits, logits.stride(0), targets, parts, len(logits), shard.first, shard.size, LOG2_E / temperature,
                 LANES=_LANES, WIDTH=_WIDTH, num_warps=_WARPS,
             )  # fmt: skip
-        logprobs, entropy, *normalizer = join(gather_over(parts, group), temperature)
+        logprobs, entropy, *normalizer = merge_shards(gather_over(parts, group), temperature)
         ctx.save_for_backward(logits, targets, *normalizer, entropy)
         ctx.shard, ctx.temperature, ctx.used = shard, temperature, False
         return logprobs, entropy
@@ -56,7 +56,8 @@ class _LogprobsAndEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         if ctx.used:
             raise RuntimeError(
-                "the logits hold their gradient by now: there is one backward pass, without retain_graph"
+                "only one backward pass is possible: the first one overwrote the logits with their gradient. "
+                "Do not use retain_graph."
             )
         ctx.used = True
         logits, *of_rows = ctx.saved_tensors
@@ -70,21 +71,21 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         return logits, None, None, None, None
 
 
-def join(parts: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`logprobs.joined`: [shards, 4, T] -> four times [T]."""
+def merge_shards(parts: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`logprobs.merge_shards`: [shards, 4, T] -> four tensors [T]."""
     shards, _, rows = parts.shape
     results = torch.empty(4, rows, device=parts.device)
     if rows:
-        grid = (triton.cdiv(rows, _JOINED),)
-        _join[grid](parts, results, shards, rows, LOG2_E / temperature, BLOCK=_JOINED, num_warps=4)
+        grid = (triton.cdiv(rows, _ROWS_PER_MERGE),)
+        _join[grid](parts, results, shards, rows, LOG2_E / temperature, BLOCK=_ROWS_PER_MERGE, num_warps=4)
     logprobs, entropy, peak, log_total = results.unbind(0)
     return logprobs, entropy, peak, log_total
 
 
 @triton.jit
-def taken_up(peak, total, weighted, x, scale):  # type: ignore[no-untyped-def]
-    """M, L and W of each lane [N] with some columns more, [N, K]. `scale` is c."""
-    above = tl.maximum(peak, tl.max(x, 1))  # finite, since the first peak is
+def online_softmax_update(peak, total, weighted, x, scale):  # type: ignore[no-untyped-def]
+    """Update M, L and W of each lane [N] with more columns [N, K]. `scale` is c."""
+    above = tl.maximum(peak, tl.max(x, 1))  # finite, because the first peak is finite
     below = (peak - above) * scale
     share = tl.exp2(below)
     shifted = (x - above[:, None]) * scale
@@ -100,16 +101,16 @@ def _summed(  # type: ignore[no-untyped-def]
     row = tl.program_id(0)
     at_row = logits + row.to(tl.int64) * stride
     columns = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    peak = tl.full([LANES], NOTHING, tl.float32)
+    peak = tl.full([LANES], NO_PEAK, tl.float32)
     total = tl.zeros([LANES], tl.float32)
     weighted = tl.zeros([LANES], tl.float32)
     full = size // (LANES * WIDTH) * (LANES * WIDTH)
     for start in range(0, full, LANES * WIDTH):
         x = tl.load(at_row + start + columns).to(tl.float32)
-        peak, total, weighted = taken_up(peak, total, weighted, x, scale)
+        peak, total, weighted = online_softmax_update(peak, total, weighted, x, scale)
     if full < size:
         x = tl.load(at_row + full + columns, mask=full + columns < size, other=float("-inf")).to(tl.float32)
-        peak, total, weighted = taken_up(peak, total, weighted, x, scale)
+        peak, total, weighted = online_softmax_update(peak, total, weighted, x, scale)
     top = tl.max(peak, 0)
     below = tl.maximum((peak - top) * scale, _LOWEST)
     share = tl.exp2(below)
@@ -126,7 +127,7 @@ def _summed(  # type: ignore[no-untyped-def]
 def _join(parts, results, shards, rows, scale, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = row < rows
-    peak = tl.full([BLOCK], NOTHING, tl.float32)
+    peak = tl.full([BLOCK], NO_PEAK, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
     at_target = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -151,14 +152,14 @@ def _join(parts, results, shards, rows, scale, BLOCK: tl.constexpr):  # type: ig
 
 @triton.jit
 def gradient_terms(entropy, grad_logprob, grad_entropy, inverse):  # type: ignore[no-untyped-def]
-    """The gradient of a logit is [j = y] first - p_j (second + third log2 p_j): those of a row, or of some rows."""
+    """`first`, `second` and `third` of a row: a logit's gradient is [j = y] first - p_j (second + third log2 p_j)."""
     first = inverse * grad_logprob
     return first, first + inverse * grad_entropy * entropy, inverse * grad_entropy * _LN_2
 
 
 @triton.jit
 def gradient_of(x, is_target, peak, log_total, first, second, third, scale):  # type: ignore[no-untyped-def]
-    """The gradient of logits by M, log2 L and the terms of their rows. `scale` is c."""
+    """The gradient of logits from M, log2 L and the terms of their rows. `scale` is c."""
     log_p = tl.maximum((x - peak) * scale - log_total, _LOWEST)
     return tl.where(is_target, first, 0.0) - tl.exp2(log_p) * (second + third * log_p)
 

@@ -8,23 +8,24 @@ s_t = sg[s] pi / sg[pi] has the value s and each token's own gradient. The row's
 where w_t = min(pi_old / pi_engine, cap) is a truncated importance weight (Yao et al. 2025), or 1. Dual clip (Ye et al.
 2020) bounds the ratio of tokens with A_t < 0 by c.
 
-What the kernel makes of it. The clip's range holds 1, and s is one number for the whole row, so
+The kernel uses a simpler form. The clip's range contains 1, and s is one number for the whole row, so
 
     A_t > 0:   min(s A_t, clip(s) A_t) = A_t u,   u = min(s, 1 + high)
     A_t < 0:   min(s A_t, clip(s) A_t) = A_t v,   v = max(s, 1 - low), with dual clip min(v, c)
 
     row's policy term = -(P u + N v) / T,   P = sum_t w_t max(A_t, 0),   N = sum_t w_t min(A_t, 0)
 
-The loss needs the advantages only through P and N: one reading of the row gives them together with sum_t d_t, from
-which s comes. The gradient is as simple,
+The loss depends on the advantages only through P and N. One pass over the row gives them, together with sum_t d_t, from
+which s follows. The gradient is
 
     d / d log pi(y_t) = -w_t A_t s / T where the clip does not bind: s <= 1 + high for A_t > 0, v = s for A_t < 0
                         + kl_coef (1 - pi_ref / pi) / T
 
-so one launch forward and one backward do. With PPO's ratio, exp(d_t), the same is true token by token. Whitening adds
-one launch before, for its moments; a sequence that is spread over ranks adds one behind the sums' all-reduce.
+So one launch forward and one backward are enough. With PPO's ratio, exp(d_t), the same holds token by token. Whitening
+adds one launch before, for the moments. A sequence that is spread over ranks adds one after the all-reduce of the sums.
 
-Logarithms of ratios are held within +-20, so that no loss overflows; beyond, a token's own ratio has no gradient.
+Logarithms of ratios are clamped to +-20, so that no loss overflows. Outside this range a token's own ratio has no
+gradient.
 """
 
 from __future__ import annotations
@@ -37,18 +38,18 @@ from torch import Tensor
 
 from megatron_tempo.config.stages import ActorUpdateConfig, Baseline, Ratio
 from megatron_tempo.kernels.advantages import token_advantages, whiten
-from megatron_tempo.kernels.collectives import greatest_over, sum_over
+from megatron_tempo.kernels.collectives import max_over, sum_over
 from megatron_tempo.kernels.rows import Rows
 
-# A row's metrics: means over its tokens in nats or as fractions, the ratio that the clip sees (by `Ratio.token` the
-# row's mean), and the extremes of its tokens' own ratios. Advantages are told as they are before whitening.
+# A row's metrics: means over its tokens, in nats or as fractions; the importance ratio that is clipped (with
+# `Ratio.token` the row's mean); the extremes of its tokens' own ratios. Advantages are those before whitening.
 ROW_METRICS = (
     "loss",
     "entropy",
     "ratio",
-    "clip_high",  # tokens that the clip holds from above, of those with A > 0
-    "clip_low",  # from below, or by dual clip, of those with A < 0
-    "approx_kl",  # k3 of the old policy from the new: non-negative, 0 before the first step
+    "clip_high",  # fraction of tokens with A > 0 that are clipped from above
+    "clip_low",  # fraction of tokens with A < 0 that are clipped from below or by dual clip
+    "approx_kl",  # k3 estimate of KL(old || new): non-negative, 0 before the first step
     "reference_kl",
     "advantage",
     "advantage_square",
@@ -62,17 +63,17 @@ LOG_RATIO_BOUND = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """What the policy loss takes as given: n rows of T tokens, without gradient, all float32.
+    """The constant inputs of the policy loss: n rows with T tokens in total, without gradient, all float32.
 
     >>> Experience(old_logprobs=[-.1, -.2, -.3], values=[.5, .6, .9, .5, .2], rewards=[.9, .2])  # rows of 2 and 1
     """
 
-    old_logprobs: Tensor  # [T]: of the policy that the ratio is taken to
-    values: Tensor  # [T + n]: row after row V(x), V(x, y_1:1) ... V(x, y_1:T_i)
-    rewards: Tensor  # [n]: verified, or the critic's value of the whole response
-    engine_logprobs: Tensor | None = None  # [T]: as the engine saw them, for importance weights (`importance_cap`)
-    reference_logprobs: Tensor | None = None  # [T]: of the policy that the KL term holds to
-    moments: Tensor | None = None  # [ranks, 3]: of the advantages, to whiten them (`advantage_moments`)
+    old_logprobs: Tensor  # [T]: old log-probabilities, the denominator of the importance ratio
+    values: Tensor  # [T + n]: row i holds V(x), V(x, y_1:1) ... V(x, y_1:T_i)
+    rewards: Tensor  # [n]: from the verifier, or the critic's value of the whole response
+    engine_logprobs: Tensor | None = None  # [T]: engine log-probabilities, for importance weights (`importance_cap`)
+    reference_logprobs: Tensor | None = None  # [T]: reference log-probabilities, for the KL term
+    moments: Tensor | None = None  # [ranks, 3]: moments of the advantages, to whiten them (`advantage_moments`)
 
 
 def policy_loss(
@@ -88,29 +89,28 @@ def policy_loss(
 
     Args:
         logprobs, entropy: [T], of the policy in training, after temperature.
-        given: what is held constant.
-        rows: n rows of T tokens in all.
-        baseline: where an advantage's value is read.
+        given: the constant inputs.
+        rows: n rows with T tokens in total.
+        baseline: where the value of an advantage is read.
         config: ratio, clip range, coefficients.
-        group: the ranks that sequences are spread over. Each holds one stretch of every row, perhaps an empty one,
-            with the values of it; all get the rows' whole losses, and the gradients of their own tokens.
+        group: the ranks that sequences are spread over. Each rank holds one part of every row (it may be empty) and its
+            values. All ranks get the losses of whole rows, and the gradients of their own tokens.
 
-    Returns: loss [n] with gradient, metrics [n, len(ROW_METRICS)] without. An empty row has the loss 0 and
-    ratios of 1.
+    Returns: loss [n] with gradient, metrics [n, len(ROW_METRICS)] without. An empty row has loss 0 and ratios 1.
     """
     lengths = sum_over(rows.lengths, group)
 
     def mean(flat: Tensor) -> Tensor:
         return sum_over(rows.sum(flat), group) / lengths.clamp(min=1)
 
-    raw = token_advantages(given.values, given.rewards, rows, baseline)
-    advantages = raw if given.moments is None else whiten(raw, given.moments)
-    away = logprobs - given.old_logprobs
-    difference = _bounded(away)
+    raw_advantages = token_advantages(given.values, given.rewards, rows, baseline)
+    advantages = raw_advantages if given.moments is None else whiten(raw_advantages, given.moments)
+    raw_log_ratio = logprobs - given.old_logprobs
+    log_ratio = _bounded(raw_log_ratio)
     if config.ratio is Ratio.token:
-        ratio = difference.exp()
+        ratio = log_ratio.exp()
     else:
-        sequence = _bounded(mean(away)).exp().detach()
+        sequence = _bounded(mean(raw_log_ratio)).exp().detach()
         ratio = rows.spread(sequence) * (logprobs - logprobs.detach()).exp()
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     objective = torch.minimum(ratio * advantages, clipped * advantages)
@@ -128,20 +128,22 @@ def policy_loss(
         kl = _k3(_bounded(given.reference_logprobs - logprobs))
     loss = mean(-weight * objective - config.entropy_coef * entropy + config.kl_coef * kl)
 
-    means = (entropy, binding & (advantages > 0), binding & (advantages < 0), _k3(difference), kl)
-    of_entropy, *others = [mean(x.detach().to(loss.dtype)) for x in (*means, raw, raw.square(), weight)]
-    least, greatest = rows.extremes(difference.detach())
-    log_extremes = -greatest_over(-least, group), greatest_over(greatest, group)
+    means = (entropy, binding & (advantages > 0), binding & (advantages < 0), _k3(log_ratio), kl)
+    of_entropy, *others = [
+        mean(x.detach().to(loss.dtype)) for x in (*means, raw_advantages, raw_advantages.square(), weight)
+    ]
+    least, greatest = rows.extremes(log_ratio.detach())
+    log_extremes = -max_over(-least, group), max_over(greatest, group)
     ratios = [mean(ratio.detach()), *(x.exp() for x in log_extremes)]
     of_ratio, *extremes = [torch.where(lengths > 0, x, 1.0) for x in ratios]
     return loss, torch.stack([loss.detach(), of_entropy, of_ratio, *others, *extremes], dim=1)
 
 
 def _bounded(log_ratio: Tensor) -> Tensor:
-    """Within the bound. NaN keeps its gradient, which a clamp would take: it must reach the check before a step."""
+    """Clamp to the bound. NaN passes with its gradient, so that the non-finite check before a step finds it."""
     return torch.where(log_ratio.isnan(), log_ratio, log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND))
 
 
 def _k3(x: Tensor) -> Tensor:
-    """e^x - 1 - x, the k3 estimate of a KL divergence (Schulman 2020). exp(x) - 1 would be rounding noise at 1e-4."""
+    """e^x - 1 - x, the k3 estimate of a KL divergence (Schulman 2020). Near 1e-4, exp(x) - 1 is only rounding noise."""
     return x.expm1() - x

@@ -11,32 +11,32 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_tempo.config.stages import ActorUpdateConfig, Baseline, Ratio
-from megatron_tempo.kernels.advantages_triton import WARPS, advantages_of, block_of, center_and_scale, comes_last
-from megatron_tempo.kernels.collectives import greatest_over, sum_over
+from megatron_tempo.kernels.advantages_triton import WARPS, advantages_of, block_of, center_and_scale, is_last_block
+from megatron_tempo.kernels.collectives import max_over, sum_over
 from megatron_tempo.kernels.policy_loss import LOG_RATIO_BOUND, ROW_METRICS, Experience
 from megatron_tempo.kernels.rows import BLOCK, Rows
 
-# What a block, and then a row, is summed up in, by the sequence's ratio and by the token's:
-_FIRST = tl.constexpr(0)  # log-ratios; ratios
+# The sums of a block, and then of a row. Two meanings: with the sequence's ratio; with the token's ratio.
+_RATIO = tl.constexpr(0)  # log-ratios; ratios
 _UP = tl.constexpr(1)  # positive advantages, weighted; the objective
-_DOWN = tl.constexpr(2)  # negative advantages, weighted; nothing
-_COUNT_UP = tl.constexpr(3)  # tokens of positive advantage; those that the clip holds from above
-_COUNT_DOWN = tl.constexpr(4)  # tokens of negative advantage; those held from below or by dual clip
+_DOWN = tl.constexpr(2)  # negative advantages, weighted; unused
+_COUNT_UP = tl.constexpr(3)  # tokens with positive advantage; those of them that are clipped from above
+_COUNT_DOWN = tl.constexpr(4)  # tokens with negative advantage; those clipped from below or by dual clip
 _ENTROPY = tl.constexpr(5)
-_MOVED = tl.constexpr(6)  # k3 to the old policy
+_OLD_KL = tl.constexpr(6)  # k3 to the old policy
 _KL = tl.constexpr(7)  # k3 to the reference
 _ADVANTAGE = tl.constexpr(8)
 _SQUARE = tl.constexpr(9)
 _WEIGHT = tl.constexpr(10)
-_SUMS = tl.constexpr(11)  # up to here sums; from here the greatest
+_SUMS = tl.constexpr(11)  # the columns before this one are sums, the others maxima
 _GREATEST = tl.constexpr(11)  # log-ratio
-_LEAST = tl.constexpr(12)  # log-ratio, negative
+_LEAST = tl.constexpr(12)  # negative log-ratio
 _COLUMNS = tl.constexpr(16)
 
 _METRICS = tl.constexpr(len(ROW_METRICS))
 _BOUND = tl.constexpr(LOG_RATIO_BOUND)
-_NOTHING = tl.constexpr(-1e30)  # less than any log-ratio
-_PARTS = 64  # blocks of a row that are joined at a time
+_LOWEST = tl.constexpr(-1e30)  # less than any log-ratio
+_PARTS = 64  # blocks of a row that are merged at a time
 
 
 def policy_loss(
@@ -87,7 +87,7 @@ class _PolicyLoss(torch.autograd.Function):
         ctx.save_for_backward(logprobs, metrics, lengths)
         ctx.given, ctx.rows, ctx.config, ctx.settings = given, rows, config, settings
         ctx.mark_non_differentiable(metrics)
-        ctx.set_materialize_grads(False)  # none for the metrics
+        ctx.set_materialize_grads(False)  # the metrics have no gradient
         return loss, metrics
 
     @staticmethod
@@ -105,10 +105,10 @@ class _PolicyLoss(torch.autograd.Function):
 
 
 def _over_ranks(sums: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The rows' numbers over all ranks: [n, _COLUMNS]."""
+    """Combine the rows' sums and maxima over all ranks: [n, _COLUMNS]."""
     added, greatest = sums[:, : _SUMS.value].contiguous(), sums[:, _SUMS.value :].contiguous()
     dist.all_reduce(added, group=group)
-    return torch.cat([added, greatest_over(greatest, group)], dim=1)
+    return torch.cat([added, max_over(greatest, group)], dim=1)
 
 
 def _pointers(given: Experience) -> tuple[Tensor | None, ...]:
@@ -148,14 +148,14 @@ def _settings(given: Experience, baseline: Baseline, config: ActorUpdateConfig) 
 
 @triton.jit
 def _bounded(x):  # type: ignore[no-untyped-def]
-    """Within the bound. NaN stays NaN, which a GPU's minimum would take for the other argument."""
+    """Clamp to the bound. NaN stays NaN; by default a GPU's minimum would return the other argument."""
     above = tl.maximum(x, -_BOUND, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(above, _BOUND, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _k3(x):  # type: ignore[no-untyped-def]
-    """e^x - 1 - x; near 0, where exp loses it, by its series, whose ninth term is below fp32's rounding."""
+    """e^x - 1 - x. Near 0, where exp loses precision, by its series, whose ninth term is below fp32's rounding."""
     series = 1.0 + x / 10.0
     for i in tl.static_range(9, 2, -1):
         series = 1.0 + series * x / i
@@ -167,7 +167,10 @@ def _tokens(  # type: ignore[no-untyped-def]
     logprobs, old, values, rewards, engine, reference, moments, ranks, starts, block_rows, first_blocks, cap,
     AFTER: tl.constexpr, WEIGHT: tl.constexpr, REFERENCE: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of a block's tokens: log-ratio, advantage before and after whitening, weight, log-ratio to the reference."""
+    """A block's row, indices and mask, and its tokens' log-ratio, raw and whitened advantage, weight, reference ratio.
+
+    The reference ratio is the log-ratio to the reference. All are 0 where the mask is false.
+    """
     row, at, mask = block_of(starts, block_rows, first_blocks, BLOCK)
     logprob = tl.load(logprobs + at, mask=mask, other=0.0)
     before = tl.load(old + at, mask=mask, other=0.0)
@@ -178,8 +181,8 @@ def _tokens(  # type: ignore[no-untyped-def]
         advantage = tl.where(mask, (raw - center) * scale, 0.0)
     weight = tl.where(mask, 1.0, 0.0)
     if WEIGHT:
-        away = before - tl.load(engine + at, mask=mask, other=0.0)
-        weight = tl.where(mask, tl.minimum(tl.exp(_bounded(away)), cap), 0.0)
+        to_engine = before - tl.load(engine + at, mask=mask, other=0.0)
+        weight = tl.where(mask, tl.minimum(tl.exp(_bounded(to_engine)), cap), 0.0)
     to_reference = tl.zeros_like(logprob)
     if REFERENCE:
         to_reference = tl.load(reference + at, mask=mask, other=0.0) - logprob
@@ -197,16 +200,16 @@ def _take(numbers, column):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _joined(partials, first, count, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The numbers of a row from those of its `count` blocks: [_COLUMNS]."""
+def _merge_blocks(partials, first, count, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sums and maxima of a row from those of its `count` blocks: [_COLUMNS]."""
     columns = tl.arange(0, _COLUMNS)
-    total = tl.where(columns < _SUMS, 0.0, _NOTHING)
+    total = tl.where(columns < _SUMS, 0.0, _LOWEST)
     for start in range(0, count, PARTS):
         part = start + tl.arange(0, PARTS)
         at = partials + (first + part)[:, None] * _COLUMNS + columns[None, :]
-        there = (part < count)[:, None]
-        numbers = tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
-        greatest = tl.max(tl.where(there, numbers, _NOTHING), 0)
+        valid = (part < count)[:, None]
+        numbers = tl.load(at, mask=valid, other=0.0, cache_modifier=".cg")
+        greatest = tl.max(tl.where(valid, numbers, _LOWEST), 0)
         total = tl.where(columns < _SUMS, total + tl.sum(numbers, 0), tl.maximum(total, greatest))
     return total
 
@@ -219,7 +222,7 @@ def _finished(  # type: ignore[no-untyped-def]
     """Store a row's loss and its metrics, in the order of ROW_METRICS."""
     whole = tl.load(lengths + row)
     length = tl.maximum(whole, 1).to(tl.float32)
-    ratio = _take(numbers, _FIRST) / length
+    ratio = _take(numbers, _RATIO) / length
     policy = _take(numbers, _UP)
     above = _take(numbers, _COUNT_UP)
     below = _take(numbers, _COUNT_DOWN)
@@ -243,7 +246,7 @@ def _finished(  # type: ignore[no-untyped-def]
     tl.store(to + 2, ratio)
     tl.store(to + 3, above / length)
     tl.store(to + 4, below / length)
-    tl.store(to + 5, _take(numbers, _MOVED) / length)
+    tl.store(to + 5, _take(numbers, _OLD_KL) / length)
     tl.store(to + 6, kl / length)
     tl.store(to + 7, _take(numbers, _ADVANTAGE) / length)
     tl.store(to + 8, _take(numbers, _SQUARE) / length)
@@ -260,48 +263,48 @@ def _forward(  # type: ignore[no-untyped-def]
     AFTER: tl.constexpr, SEQUENCE: tl.constexpr, DUAL: tl.constexpr, WEIGHT: tl.constexpr, REFERENCE: tl.constexpr,
     RANKS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    row, at, mask, away, raw, advantage, weight, to_reference = _tokens(
+    row, at, mask, log_ratio, raw, advantage, weight, to_reference = _tokens(
         logprobs, old, values, rewards, engine, reference, moments, ranks, starts, block_rows, first_blocks, cap,
         AFTER, WEIGHT, REFERENCE, RANKS, BLOCK,
     )  # fmt: skip
-    difference = _bounded(away)
+    difference = _bounded(log_ratio)
     positive, negative = advantage > 0.0, advantage < 0.0
     if SEQUENCE:
-        first = away
-        up = weight * tl.where(negative, 0.0, advantage)  # NaN too: it must reach the loss
+        first = log_ratio
+        up = weight * tl.where(negative, 0.0, advantage)  # includes NaN, which must reach the loss
         down = weight * tl.where(negative, advantage, 0.0)
     else:
         ratio = tl.exp(difference)
         first = tl.where(mask, ratio, 0.0)
-        held = tl.where(positive, tl.minimum(ratio, high), tl.maximum(ratio, low))
+        clipped = tl.where(positive, tl.minimum(ratio, high), tl.maximum(ratio, low))
         bound = ratio < low
         if DUAL:
-            held = tl.where(negative, tl.minimum(held, dual), held)
+            clipped = tl.where(negative, tl.minimum(clipped, dual), clipped)
             bound = bound | (ratio > dual)
-        up = weight * advantage * held
+        up = weight * advantage * clipped
         down = tl.zeros_like(up)
         positive, negative = positive & (ratio > high), negative & bound
     numbers = tl.zeros([_COLUMNS], tl.float32)
-    numbers = _put(numbers, _FIRST, tl.sum(first, 0))
+    numbers = _put(numbers, _RATIO, tl.sum(first, 0))
     numbers = _put(numbers, _UP, tl.sum(up, 0))
     numbers = _put(numbers, _DOWN, tl.sum(down, 0))
     numbers = _put(numbers, _COUNT_UP, tl.sum(positive.to(tl.float32), 0))
     numbers = _put(numbers, _COUNT_DOWN, tl.sum(negative.to(tl.float32), 0))
     numbers = _put(numbers, _ENTROPY, tl.sum(tl.load(entropy + at, mask=mask, other=0.0), 0))
-    numbers = _put(numbers, _MOVED, tl.sum(_k3(difference), 0))
+    numbers = _put(numbers, _OLD_KL, tl.sum(_k3(difference), 0))
     numbers = _put(numbers, _KL, tl.sum(_k3(_bounded(to_reference)), 0))
     numbers = _put(numbers, _ADVANTAGE, tl.sum(raw, 0))
     numbers = _put(numbers, _SQUARE, tl.sum(raw * raw, 0))
     numbers = _put(numbers, _WEIGHT, tl.sum(weight, 0))
-    numbers = _put(numbers, _GREATEST, tl.max(tl.where(mask, difference, _NOTHING), 0))
-    numbers = _put(numbers, _LEAST, tl.max(tl.where(mask, -difference, _NOTHING), 0))
+    numbers = _put(numbers, _GREATEST, tl.max(tl.where(mask, difference, _LOWEST), 0))
+    numbers = _put(numbers, _LEAST, tl.max(tl.where(mask, -difference, _LOWEST), 0))
     columns = tl.arange(0, _COLUMNS)
     tl.store(partials + tl.program_id(0) * _COLUMNS + columns, numbers)
 
     first_block = tl.load(first_blocks + row)
     count = tl.load(first_blocks + row + 1) - first_block
-    if comes_last(tickets, row, count):
-        total = _joined(partials, first_block, count, PARTS)
+    if is_last_block(tickets, row, count):
+        total = _merge_blocks(partials, first_block, count, PARTS)
         if WHOLE:
             _finished(
                 total, row, lengths, loss, metrics, high, low, dual, entropy_coef, kl_coef, SEQUENCE, DUAL
@@ -327,23 +330,23 @@ def _backward(  # type: ignore[no-untyped-def]
     AFTER: tl.constexpr, SEQUENCE: tl.constexpr, DUAL: tl.constexpr, WEIGHT: tl.constexpr, REFERENCE: tl.constexpr,
     RANKS: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, at, mask, away, _raw, advantage, weight, to_reference = _tokens(
+    row, at, mask, log_ratio, _raw, advantage, weight, to_reference = _tokens(
         logprobs, old, values, rewards, engine, reference, moments, ranks, starts, block_rows, first_blocks, cap,
         AFTER, WEIGHT, REFERENCE, RANKS, BLOCK,
     )  # fmt: skip
     share = tl.load(grad_loss + row) / tl.maximum(tl.load(lengths + row), 1).to(tl.float32)
     if SEQUENCE:
         ratio = tl.zeros_like(advantage) + tl.load(metrics + row * _METRICS + 2)
-        follows = mask
+        has_gradient = mask
     else:
-        ratio = tl.exp(_bounded(away))
-        follows = (tl.abs(away) <= _BOUND) | (away != away)
-    free = (advantage < 0.0) & (ratio >= low)
+        ratio = tl.exp(_bounded(log_ratio))
+        has_gradient = (tl.abs(log_ratio) <= _BOUND) | (log_ratio != log_ratio)
+    unclipped = (advantage < 0.0) & (ratio >= low)
     if DUAL:
-        free = free & (ratio <= dual)
-    free = free | ((advantage > 0.0) & (ratio <= high))
-    free = free | (advantage != advantage) | (ratio != ratio)  # NaN goes through to the gradient
-    gradient = tl.where(free & follows, -weight * advantage * ratio, 0.0)
+        unclipped = unclipped & (ratio <= dual)
+    unclipped = unclipped | ((advantage > 0.0) & (ratio <= high))
+    unclipped = unclipped | (advantage != advantage) | (ratio != ratio)  # NaN reaches the gradient
+    gradient = tl.where(unclipped & has_gradient, -weight * advantage * ratio, 0.0)
     if REFERENCE:
         bounded = _bounded(to_reference)
         beyond = tl.abs(to_reference) > _BOUND

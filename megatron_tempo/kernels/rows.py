@@ -1,4 +1,4 @@
-"""The rows of a packed tensor: which entries are whose, for plain PyTorch and for the kernels alike."""
+"""The rows of a packed tensor: which entries belong to which row. Used by the plain functions and by the kernels."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Entries of a row that one program of a kernel works on. A row begins a new block, so that no block has two rows.
+# Number of entries that one program of a kernel works on. Each row starts a new block, so no block has two rows.
 BLOCK = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """n rows, one after another in a flat tensor of `total` entries. Made once a micro-batch, for all kernels.
+    """n rows, one after another in a flat tensor of `total` entries. Made once per micro-batch, for all kernels.
 
     Rows of 3, 0 and 1500 entries:
 
     >>> Rows(lengths=[3, 0, 1500], total=1503, starts=[0, 3, 3, 1503], block_rows=[0, 1, 2, 2],
     ...      first_blocks=[0, 1, 2, 4], tickets=[0, 0, 0, 0])
 
-    An empty row has a block too, in which its results are written.
+    An empty row has a block too, which writes its results.
     """
 
     lengths: Tensor  # int64 [n]
     total: int
-    starts: Tensor  # int32 [n + 1]: where each row begins, and the end (cu_seqlens)
+    starts: Tensor  # int32 [n + 1]: where each row starts, and the end (cu_seqlens)
     block_rows: Tensor  # int32 [blocks]: the row that each block belongs to
     first_blocks: Tensor  # int32 [n + 1]: each row's first block, and the number of blocks
-    # int32 [n + 1]: how many blocks of each row, and in all, have come to a kernel's end. The last one puts it back to
+    # int32 [n + 1]: the number of blocks that have finished, of each row and in total. The last block resets it to
     # zero, so the kernels that share it must run one after another, as they do on one stream.
     tickets: Tensor
 
@@ -51,7 +51,7 @@ class Rows:
         )
 
     def spread(self, of_row: Tensor) -> Tensor:
-        """Each row's number at all of its entries: [n] -> [total]."""
+        """Repeat each row's number for all of its entries: [n] -> [total]."""
         return torch.repeat_interleave(of_row, self.lengths, output_size=self.total)
 
     def sum(self, flat: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_tempo.kernels.advantages_triton import WARPS, block_of, comes_last
+from megatron_tempo.kernels.advantages_triton import WARPS, block_of, is_last_block
 from megatron_tempo.kernels.rows import BLOCK, Rows
 from megatron_tempo.kernels.value_loss import VALUE_METRICS
 
 _METRICS = tl.constexpr(len(VALUE_METRICS))
-_PARTS = 64  # blocks of a row that are joined at a time
+_PARTS = 64  # blocks of a row that are merged at a time
 
 
 def value_loss(
@@ -33,7 +33,7 @@ class _ValueLoss(torch.autograd.Function):
         values, targets = values.contiguous(), targets.contiguous()
         n, blocks = len(rows), len(rows.block_rows)
         loss, metrics = values.new_empty(n), values.new_empty(n, len(VALUE_METRICS))
-        shifts, slopes = values.new_empty(2, n).unbind(0)  # e and S of each row: written and read with a clip alone
+        shifts, slopes = values.new_empty(2, n).unbind(0)  # e and S of each row: used only with a clip
         tables = rows.starts, rows.block_rows, rows.first_blocks, rows.tickets
         if n:
             partials = values.new_empty(3, blocks)
@@ -48,7 +48,7 @@ class _ValueLoss(torch.autograd.Function):
         ctx.save_for_backward(values, targets, shifts, slopes)
         ctx.rows, ctx.clip = rows, clip
         ctx.mark_non_differentiable(metrics)
-        ctx.set_materialize_grads(False)  # none for the metrics
+        ctx.set_materialize_grads(False)  # the metrics have no gradient
         return loss, metrics
 
     @staticmethod
@@ -64,8 +64,8 @@ class _ValueLoss(torch.autograd.Function):
 
 
 @triton.jit
-def _column(partials, first, count, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The sum of `count` blocks' numbers, from the first block on."""
+def _sum_of_blocks(partials, first, count, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sum of `count` blocks' numbers, starting at block `first`."""
     total = 0.0
     for start in range(0, count, PARTS):
         part = start + tl.arange(0, PARTS)
@@ -83,9 +83,9 @@ def _shift(  # type: ignore[no-untyped-def]
     tl.store(partials + tl.program_id(0), tl.sum(moved, 0))
     first = tl.load(first_blocks + row)
     count = tl.load(first_blocks + row + 1) - first
-    if comes_last(tickets, row, count):
+    if is_last_block(tickets, row, count):
         length = tl.maximum(tl.load(starts + row + 1) - tl.load(starts + row), 1)
-        mean = _column(partials, first, count, PARTS) / length
+        mean = _sum_of_blocks(partials, first, count, PARTS) / length
         tl.store(shifts + row, tl.minimum(tl.maximum(mean, -clip), clip) - mean)
 
 
@@ -93,17 +93,20 @@ def _shift(  # type: ignore[no-untyped-def]
 def _errors(  # type: ignore[no-untyped-def]
     values, targets, starts, block_rows, first_blocks, shifts, CLIP: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Of a block's values: v, the error that counts (v + e - R for those of K, v - R for the others), whether of K."""
+    """A block's row, indices and mask, and its values' v, error in the loss, and whether they are in K.
+
+    The error in the loss is v + e - R for values in K, and v - R for the others.
+    """
     row, at, mask = block_of(starts, block_rows, first_blocks, BLOCK)
     value = tl.load(values + at, mask=mask, other=0.0)
     error = tl.where(mask, value - tl.load(targets + row), 0.0)
     counted = error
-    held = mask  # without a clip nobody asks
+    in_k = mask  # not used without a clip
     if CLIP:
         shifted = tl.where(mask, error + tl.load(shifts + row), 0.0)
-        held = shifted * shifted > error * error
-        counted = tl.where(held, shifted, error)
-    return row, at, mask, value, counted, held
+        in_k = shifted * shifted > error * error
+        counted = tl.where(in_k, shifted, error)
+    return row, at, mask, value, counted, in_k
 
 
 @triton.jit
@@ -111,25 +114,25 @@ def _forward(  # type: ignore[no-untyped-def]
     values, targets, starts, block_rows, first_blocks, tickets, shifts, partials, slopes, loss, metrics,
     CLIP: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    row, _at, _mask, value, counted, held = _errors(
+    row, _at, _mask, value, counted, in_k = _errors(
         values, targets, starts, block_rows, first_blocks, shifts, CLIP, BLOCK
     )  # fmt: skip
     block, blocks = tl.program_id(0), tl.num_programs(0)
     tl.store(partials + block, tl.sum(counted * counted, 0))
     tl.store(partials + blocks + block, tl.sum(value, 0))
     if CLIP:
-        tl.store(partials + 2 * blocks + block, tl.sum(tl.where(held, counted, 0.0), 0))
+        tl.store(partials + 2 * blocks + block, tl.sum(tl.where(in_k, counted, 0.0), 0))
     first = tl.load(first_blocks + row)
     count = tl.load(first_blocks + row + 1) - first
-    if comes_last(tickets, row, count):
+    if is_last_block(tickets, row, count):
         length = tl.maximum(tl.load(starts + row + 1) - tl.load(starts + row), 1)
-        mean = _column(partials, first, count, PARTS) / length
+        mean = _sum_of_blocks(partials, first, count, PARTS) / length
         tl.store(loss + row, mean)
         tl.store(metrics + row * _METRICS, mean)
-        tl.store(metrics + row * _METRICS + 1, _column(partials + blocks, first, count, PARTS) / length)
+        tl.store(metrics + row * _METRICS + 1, _sum_of_blocks(partials + blocks, first, count, PARTS) / length)
         clipped = 0.0
         if CLIP:
-            tl.store(slopes + row, _column(partials + 2 * blocks, first, count, PARTS))
+            tl.store(slopes + row, _sum_of_blocks(partials + 2 * blocks, first, count, PARTS))
             clipped = tl.where(tl.load(shifts + row) != 0.0, 1.0, 0.0)
         tl.store(metrics + row * _METRICS + 2, clipped)
 
@@ -139,7 +142,7 @@ def _backward(  # type: ignore[no-untyped-def]
     values, targets, starts, block_rows, first_blocks, shifts, slopes, grad_loss, gradient,
     CLIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, at, mask, _value, counted, _held = _errors(
+    row, at, mask, _value, counted, _in_k = _errors(
         values, targets, starts, block_rows, first_blocks, shifts, CLIP, BLOCK
     )  # fmt: skip
     length = tl.maximum(tl.load(starts + row + 1) - tl.load(starts + row), 1)

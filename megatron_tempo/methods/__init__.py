@@ -11,7 +11,7 @@ from megatron_tempo.methods.learner import Learner, Rollouts
 
 
 class Iterate(Protocol):
-    """One iteration of a method: what it measured, by name. `iteration` counts from 0 in its stage."""
+    """One iteration of a method. Returns metrics by name. `iteration` counts from 0 in its stage."""
 
     def __call__(
         self, learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration: int
@@ -28,12 +28,12 @@ METHODS: dict[Method, Iterate] = {
 
 
 def iterate_of(method: Method | Extension) -> Iterate:
-    """The iteration of a built-in method, or of a user's own. An error of a user's own names it."""
+    """The `iterate` function of a built-in method or of a user's method. A wrong result of the latter names it."""
     return imported(method) if isinstance(method, Extension) else METHODS[method]
 
 
 def imported(extension: Extension) -> Iterate:
-    """A user's method, whose metrics are checked. What it raises passes unchanged, with its traceback."""
+    """A user's method with a check of its metrics. Exceptions that it raises pass unchanged, with their traceback."""
 
     def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration: int) -> dict[str, float]:
         metrics: object = load_method(extension).iterate(learner, rollouts, stage, iteration)

@@ -1,12 +1,11 @@
-"""EMPO (arXiv 2504.05812): a response is worth the share of its prompt's responses that mean the same.
+"""EMPO (arXiv 2504.05812): the reward of a response is the share of its prompt group that has the same meaning.
 
     c_1, c_2 ...   clusters of the N responses to x by meaning;   p(c_j | x) = |c_j| / N
-    r_i = p(c_j | x) of the response's cluster;  advantages as of GRPO
-    prompts are learnt from where  entropy_low < H < entropy_high,  H = -sum_j p(c_j | x) log p(c_j | x)
+    r_i = p(c_j | x) of the response's cluster;  advantages as in GRPO
+    train on prompts with  entropy_low < H < entropy_high,  H = -sum_j p(c_j | x) log p(c_j | x)
 
-The clusters are the answers that the set's verifier holds equal, as in the paper's mathematics. Free text, which the
-paper clusters by a model, is not clustered here. A response without an answer is a cluster of its own, as in the
-published code.
+A cluster is a set of answers that the verifier finds equal, as in the paper's mathematics. The paper clusters free text
+with a model; this is not implemented. A response without an answer is a cluster of its own, as in the published code.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from megatron_tempo.methods.learner import Learner, Rollouts
 
 
 def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration: int) -> dict[str, float]:
-    """One update of the actor on the unlabelled rollouts whose entropy is within bounds; none where none is."""
+    """One update of the actor on the unlabelled rollouts whose entropy is within bounds, if there are any."""
     batch = rollouts.unlabelled
     assert batch is not None
     assert batch.answer_class is not None

@@ -1,7 +1,7 @@
 """GRPO on verified answers (DeepSeekMath, arXiv 2402.03300, 4.1.2 "Outcome Supervision RL with GRPO").
 
-The reward of a response is its verdict; all its tokens have the advantage (r_i - mean(r)) / std(r) over the responses
-to its prompt. `group_std` off leaves the division out (Dr. GRPO, arXiv 2503.20783).
+The reward of a response is its verdict. All its tokens have the advantage (r_i - mean(r)) / std(r) over its prompt
+group. With `group_std=false`, it is not divided by std(r) (Dr. GRPO, arXiv 2503.20783).
 """
 
 from __future__ import annotations

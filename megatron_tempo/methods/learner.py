@@ -1,4 +1,4 @@
-"""The steps that methods are made of: fit the critic, value responses, improve the actor."""
+"""The steps that methods combine: fit the critic, compute values, improve the actor."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from megatron_tempo.types import Batch, seed_of
 
 @dataclass(frozen=True, slots=True)
 class Rollouts:
-    """What an iteration's prompts were answered with. Labelled rows carry verdicts; unlabelled rows have none, but for
-    methods that compare them the classes of their answers."""
+    """The responses of an iteration. Labelled rows have verdicts. Unlabelled rows have none; for methods that compare
+    answers, they have answer classes."""
 
     labelled: Batch | None
     unlabelled: Batch | None
@@ -28,17 +28,17 @@ class Rollouts:
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """Actor and critic, and the updates that a method asks for. `seed` names the run, the stage and its iteration."""
+    """Actor and critic, and the updates that methods call. `seed` identifies the run, the stage and its iteration."""
 
     actor: Actor
-    critic: Critic | None  # none: no stage of the run has one
-    reference_logprobs: Callable[[Batch], Tensor]  # of the policy that the KL term holds to
-    phase: Callable[[str], AbstractContextManager[None]]  # times what is done inside
+    critic: Critic | None  # None: no stage of the run has a critic
+    reference_logprobs: Callable[[Batch], Tensor]  # reference log-probabilities, for the KL term
+    phase: Callable[[str], AbstractContextManager[None]]  # measures the time of the block
     seed: str
     iteration: int  # of the run, from 1 over all stages
 
     def fit_critic(self, labelled: Batch, stage: StageConfig) -> dict[str, float]:
-        """Draw the critic's values to the verified outcomes (E-step, Eq. 6)."""
+        """Fit the critic's values to the verdicts (E-step, Eq. 6)."""
         config = stage.critic
         assert self.critic is not None
         assert labelled.correct is not None
@@ -61,12 +61,12 @@ class Learner:
             return self.critic.values(batch)
 
     def reinforce(self, batch: Batch, advantages: Tensor, stage: StageConfig) -> dict[str, float]:
-        """Clipped policy gradient on one advantage for all tokens of a response. `advantages` [n]."""
+        """Clipped policy gradient with one advantage for all tokens of a response. `advantages`: [n]."""
         nothing = torch.zeros(int(batch.response_lengths.sum()) + len(batch))
         return self.improve_actor(batch, nothing, advantages, stage)
 
     def improve_actor(self, batch: Batch, values: Tensor, rewards: Tensor, stage: StageConfig) -> dict[str, float]:
-        """Clipped policy gradient on A_t = R - V (M-step, Eq. 11 and 12). `values` [T + n], `rewards` [n]."""
+        """Clipped policy gradient with A_t = R - V (M-step, Eq. 11 and 12). `values`: [T + n], `rewards`: [n]."""
         config = stage.actor
         with self.phase("logprobs"):
             old = self.actor.logprobs(batch)
@@ -86,9 +86,9 @@ class Learner:
 
 
 def mini_batches(batch: Batch, prompts: int, epochs: int, seed: str) -> list[Tensor]:
-    """Row numbers (int64) of each mini-batch: `prompts` prompts with all their rows, shuffled anew in each epoch.
+    """Row indices (int64) of each mini-batch: `prompts` prompts with all their rows, shuffled again in each epoch.
 
-    The last mini-batch of an epoch is smaller where the batch does not divide.
+    The last mini-batch of an epoch is smaller if the number of prompts is not divisible.
     """
     groups = batch.group.unique().tolist()
     rows = {group: (batch.group == group).nonzero().flatten() for group in groups}

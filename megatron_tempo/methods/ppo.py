@@ -8,9 +8,9 @@ from megatron_tempo.methods.learner import Learner, Rollouts
 
 
 def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration: int) -> dict[str, float]:
-    """One update of actor and critic on the same labelled rollouts. During the critic's warm-up the critic alone.
+    """One update of actor and critic on the same labelled rollouts. During the critic's warm-up, only of the critic.
 
-    The advantages are read before the critic sees these rollouts: a baseline fitted to them would be biased.
+    Values are computed before the critic is fitted to these rollouts: a baseline fitted to them would be biased.
     """
     batch = rollouts.labelled
     assert batch is not None

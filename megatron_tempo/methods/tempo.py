@@ -14,9 +14,9 @@ from megatron_tempo.types import Batch
 
 
 def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration: int) -> dict[str, float]:
-    """One E-step and one M-step. During the critic's warm-up the E-step alone."""
+    """One E-step and one M-step. During the critic's warm-up, only the E-step."""
     labelled, unlabelled = rollouts.labelled, rollouts.unlabelled
-    batch = unlabelled  # what the actor learns from
+    batch = unlabelled  # the rows that the actor is trained on
     if unlabelled is not None and stage.actor_on_labelled:
         assert labelled is not None
         batch = Batch.join(unlabelled, labelled)

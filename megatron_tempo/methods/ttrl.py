@@ -1,9 +1,10 @@
-"""TTRL (arXiv 2504.16084): the majority's answer is taken for the label.
+"""TTRL (arXiv 2504.16084): the majority's answer is used as the label.
 
-    y = the answer that most of a prompt's responses give      ("Majority Voting Reward Function")
-    R(y_i) = 1 where a response's answer is y, else 0;  advantages as of GRPO
+    y = the most frequent answer of a prompt group      ("Majority Voting Reward Function")
+    R(y_i) = 1 if a response's answer is y, else 0;  advantages as in GRPO
 
-`vote_responses` are sampled and vote; the first `responses_per_prompt` of them are learnt from. (The paper: 64 and 32.)
+`vote_responses` responses are sampled and vote. The first `responses_per_prompt` of them are trained on. (The paper: 64
+and 32.)
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Megatron-Core: device backend, parallel groups, layer specs, packing, pipeline schedule, actor and critic."""
+"""Megatron-Core models: device backend, process groups, layer specs, packing, pipeline schedule, actor and critic."""

@@ -1,4 +1,4 @@
-"""The actor: the policy pi_theta in training."""
+"""The actor: the policy pi_theta, which is trained."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from megatron_tempo.models.gpt import LanguageModel
 from megatron_tempo.models.nonfinite_guard import NonFiniteGuard
 from megatron_tempo.models.packing import MicroBatch, data_share, value_cells
 from megatron_tempo.models.trained import Model, TrainedModel
-from megatron_tempo.models.update import Steps, step_through
+from megatron_tempo.models.update import Steps, run_mini_batches
 from megatron_tempo.types import Batch
 
 
 class Actor:
-    """Log-probabilities and policy updates, at the temperature of the rollouts."""
+    """Computes log-probabilities and policy updates, at the temperature of the rollouts."""
 
     def __init__(self, model: Model, guard: NonFiniteGuard | None = None) -> None:
-        """`guard`: of one that is trained."""
+        """`guard`: None if the model is not trained."""
         assert isinstance(model.net, LanguageModel)
         self.model, self.guard = model, guard
         self.kernels = model.net.kernels
@@ -32,10 +32,10 @@ class Actor:
     def logprobs(self, batch: Batch) -> Tensor:
         """log pi(y_t | x, y_<t) of every response token: float32 [T], on every rank."""
 
-        def reading(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
+        def extract(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
             return micro.response_cells, output[0]
 
-        return self.model.read(batch, int(batch.response_lengths.sum()), reading)
+        return self.model.read(batch, int(batch.response_lengths.sum()), extract)
 
     def update(
         self,
@@ -46,10 +46,10 @@ class Actor:
         order: list[Tensor],
         iteration: int = 0,
     ) -> dict[str, float]:
-        """One optimizer step for each mini-batch of rows in `order` (int64 each), by `policy_loss`.
+        """Take one optimizer step on `policy_loss` for each mini-batch of rows in `order` (int64 each).
 
-        `experience` is that of the whole batch, on the CPU. `iteration` is the run's, from 1; 0 outside a run. Returns
-        metrics over all steps that were made. Raises NotFiniteError.
+        `experience`: of the whole batch, on the CPU. `iteration`: the run's, from 1; 0 outside a run. Returns metrics
+        over all steps that were not skipped. Raises NotFiniteError.
         """
         assert isinstance(self.model, TrainedModel)
         assert self.guard is not None
@@ -65,16 +65,16 @@ class Actor:
             return self.kernels.policy_loss(logprobs, entropy, given, micro.response_rows, baseline, config)
 
         def given(rows: Tensor) -> dict[str, Tensor]:
-            return _seen(batch, experience, baseline, rows)
+            return _loss_inputs(batch, experience, baseline, rows)
 
-        steps = step_through(
+        steps = run_mini_batches(
             self.model, self.guard, batch, order, loss, len(ROW_METRICS), config.optimizer, given, iteration
         )
         metrics = _summary(steps, batch.response_lengths[steps.rows]) if len(steps.rows) else {}
         return metrics | {"actor/skipped": float(steps.skipped)}
 
     def _moments(self, batch: Batch, experience: Experience, baseline: Baseline) -> Tensor:
-        """The moments of all advantages of the batch. Each replica reckons its share."""
+        """The moments of all advantages of the batch. Each data-parallel rank computes those of its share."""
         layout, device = self.model.layout, self.model.device
         mine = data_share(batch.response_lengths, layout.data_rank, layout.data)
         values = experience.values[value_cells(batch, mine)].to(device)
@@ -101,8 +101,8 @@ def _of_micro_batch(experience: Experience, micro: MicroBatch) -> Experience:
     )
 
 
-def _seen(batch: Batch, experience: Experience, baseline: Baseline, rows: Tensor) -> dict[str, Tensor]:
-    """What the loss of these rows is made of, for people who look into a step that could not be made."""
+def _loss_inputs(batch: Batch, experience: Experience, baseline: Baseline, rows: Tensor) -> dict[str, Tensor]:
+    """The inputs of the loss of these rows, to be written to disk for the analysis of a skipped step."""
     lengths = batch.response_lengths
     advantages = token_advantages(experience.values, experience.rewards, Rows.of(lengths, lengths.device), baseline)
     by_token = {
@@ -110,18 +110,18 @@ def _seen(batch: Batch, experience: Experience, baseline: Baseline, rows: Tensor
         "reference_logprobs": experience.reference_logprobs,
         "advantages": advantages,
     }
-    picked = {name: _of_rows(flat, lengths, rows) for name, flat in by_token.items() if flat is not None}
-    values = _of_rows(experience.values, lengths + 1, rows)
+    picked = {name: _select_rows(flat, lengths, rows) for name, flat in by_token.items() if flat is not None}
+    values = _select_rows(experience.values, lengths + 1, rows)
     return {**picked, "values": values, "rewards": experience.rewards[rows]}
 
 
-def _of_rows(flat: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
+def _select_rows(flat: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
     parts = flat.split(lengths.tolist())
     return torch.cat([parts[row] for row in rows.tolist()])
 
 
 def _summary(steps: Steps, lengths: Tensor) -> dict[str, float]:
-    """Figures from the rows of all steps; `lengths` is int64 [rows]. Advantages are told over tokens."""
+    """Metrics from the rows of all steps. `lengths`: int64 [rows]. Advantages are averaged over tokens."""
     table = dict(zip(ROW_METRICS, steps.metrics.unbind(1), strict=True))
     share = lengths / lengths.sum()
     advantage, square = (float(table.pop(name).double() @ share.double()) for name in ("advantage", "advantage_square"))

@@ -1,4 +1,4 @@
-"""Attention on packed sequences, with windows or without, over context ranks or not."""
+"""Attention on packed sequences, with or without a window, with or without context parallelism."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 
-from megatron_tempo.models.context import of_all_ranks
+from megatron_tempo.models.context import gather_tokens
 from megatron_tempo.models.packing import Packing
 
 
 class RotatedAttention(SelfAttention):
-    """Megatron's self-attention, which is given the angles of all the model's rotary embeddings and takes its own."""
+    """Megatron's self-attention. It gets the angles of all rotary embeddings of the model and uses its own."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class RotatedAttention(SelfAttention):
         rope: int,
         **groups: Any,
     ) -> None:
-        """`rope` is the number of this layer's among `Shape.ropes`."""
+        """`rope`: the index of this layer's rotary embedding in `Shape.ropes`."""
         super().__init__(config, submodules, layer_number, attn_mask_type, **groups)
         self.rope = rope
 
@@ -41,10 +41,10 @@ class RotatedAttention(SelfAttention):
 
 
 class PackedAttention(nn.Module):
-    """Causal attention on packed sequences by torch's scaled_dot_product_attention, grouped queries included.
+    """Causal attention on packed sequences with torch's scaled_dot_product_attention. Supports grouped queries.
 
-    With a `window`, a token sees itself and the `window` - 1 tokens before it. `softmax_scale_multiplier` multiplies
-    the scores.
+    With a `window`, a token attends to itself and the `window` - 1 tokens before it. `softmax_scale_multiplier`
+    multiplies the scores.
     """
 
     def __init__(
@@ -72,16 +72,17 @@ class PackedAttention(nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: Packing | None = None,
     ) -> Tensor:
-        """Query [S, 1, heads, d], key and value [S, 1, groups, d] -> [S, 1, heads * d]; the packing parts sequences.
+        """Query [S, 1, heads, d], key and value [S, 1, groups, d] -> [S, 1, heads * d].
 
-        Under context parallelism all are of this rank's S / c tokens.
+        The packing defines the sequences. Under context parallelism, all tensors have this rank's S / c tokens.
         """
         assert packed_seq_params is not None, "every micro-batch carries its packing"
         if packed_seq_params.pieces is not None:
             return self._in_pieces(query, key, value, packed_seq_params)
         assert packed_seq_params.grid is not None
         assert packed_seq_params.cells is not None
-        grid = packed_seq_params.grid.clamp(min=0)  # behind a sequence's end any token will do: causality hides it
+        # Any token will do after a sequence's end, because of the causal mask.
+        grid = packed_seq_params.grid.clamp(min=0)
         repeats = query.shape[2] // key.shape[2]
 
         def on_grid(x: Tensor, times: int) -> Tensor:
@@ -92,16 +93,16 @@ class PackedAttention(nn.Module):
         return out.transpose(1, 2).flatten(2).flatten(0, 1)[packed_seq_params.cells, None]
 
     def _in_pieces(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
-        """This rank's queries, a sequence's tokens at a time, on the keys and values of all ranks."""
+        """Attend from this rank's queries to the keys and values of all ranks, one sequence at a time."""
         assert packing.pieces is not None
         assert packing.order is not None
         groups = key.shape[2]
-        both = of_all_ranks(torch.cat([key, value], dim=2), packing.order)[:, 0]  # [S, 2 * groups, d]
+        both = gather_tokens(torch.cat([key, value], dim=2), packing.order)[:, 0]  # [S, 2 * groups, d]
         both = both.repeat_interleave(query.shape[2] // groups, dim=1).transpose(0, 1)[None]
         keys, values = both.chunk(2, dim=1)
         queries = query[:, 0].transpose(0, 1)[None]  # [1, heads, S / c, d]
         outputs = [
-            _ends_together(queries[:, :, p.queries], keys[:, :, p.keys], values[:, :, p.keys], self.scale, self.window)
+            _last_queries(queries[:, :, p.queries], keys[:, :, p.keys], values[:, :, p.keys], self.scale, self.window)
             for p in packing.pieces
         ]
         return torch.cat(outputs, dim=2)[0].transpose(0, 1).flatten(1)[:, None]
@@ -112,10 +113,10 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
 
 
-def _ends_together(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-    """Queries [1, heads, n, d] that are the last of the keys' m tokens, keys and values [1, heads, m, d] -> as queries.
+def _last_queries(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    """Attention of the last n of m tokens: queries [1, heads, n, d], keys and values [1, heads, m, d] -> as queries.
 
-    With a window, a block of queries sees the keys of the window before each: at most the block and the window.
+    With a window, queries are processed in blocks. A block attends to at most its own keys and a window before them.
     """
     n, before = query.shape[2], key.shape[2] - query.shape[2]
     outputs = []
@@ -127,7 +128,7 @@ def _ends_together(query: Tensor, key: Tensor, value: Tensor, scale: float, wind
         if window is None:
             mask: Tensor = causal_lower_right(*shape)
         else:
-            # Query i stands at i + offset among the keys, and sees `window` of them up to itself.
+            # Query i is at position i + offset of the keys, and attends to the last `window` keys up to itself.
             offset = before + start - first
             mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(offset).triu(offset - window + 1)
         parts = query[:, :, start:end], key[:, :, seen], value[:, :, seen]
@@ -136,11 +137,11 @@ def _ends_together(query: Tensor, key: Tensor, value: Tensor, scale: float, wind
 
 
 def _windowed(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
-    """[sequences, heads, tokens, d] three times -> the same, where a token sees the last `window` up to itself.
+    """[sequences, heads, tokens, d] three times -> the same. A token attends to the last `window` tokens up to itself.
 
-    A block of `window` queries needs the keys of its own block and of the one before. So the first block is a causal
-    attention, and the others are sequences of an attention of `window` queries on twice as many keys: work and memory
-    grow with tokens * window.
+    A block of `window` queries needs the keys of its own block and of the previous one. So the first block is a causal
+    attention. Each of the others is a sequence of `window` queries with twice as many keys. Work and memory grow with
+    tokens * window.
     """
     tokens = query.shape[2]
     blocks = -(-tokens // window)
@@ -149,7 +150,7 @@ def _windowed(query: Tensor, key: Tensor, value: Tensor, scale: float, window: i
         return first
 
     def filled(x: Tensor) -> Tensor:
-        return functional.pad(x, (0, 0, 0, blocks * window - tokens))  # behind the end, which causality hides
+        return functional.pad(x, (0, 0, 0, blocks * window - tokens))  # the causal mask hides what is after the end
 
     def of_blocks(x: Tensor) -> Tensor:
         """[s, heads, blocks - 1, tokens of a block, d] -> [s * (blocks - 1), heads, tokens of a block, d]."""
@@ -163,11 +164,11 @@ def _windowed(query: Tensor, key: Tensor, value: Tensor, scale: float, window: i
     return torch.cat([first, others[:, :, : tokens - window]], dim=2)
 
 
-@lru_cache(maxsize=2)  # torch keeps it for the backward pass: so all layers keep the same one
+@lru_cache(maxsize=2)  # torch keeps the mask for the backward pass, so all layers share one
 def _band(window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What is added to the scores of a block's queries on its own and the former block's keys: [window, 2 * window].
+    """The mask that is added to the scores of a block: [window, 2 * window], for the previous block's and its own keys.
 
-    Query i stands at window + i among the keys, and sees those from i + 1 up to itself.
+    Query i is at position window + i of the keys, and attends to those from i + 1 up to itself.
     """
     seen = torch.ones(window, 2 * window, dtype=torch.bool, device=device).tril(window).triu(1)
     return torch.zeros(window, 2 * window, dtype=dtype, device=device).masked_fill(~seen, float("-inf"))

@@ -1,9 +1,9 @@
 """Context parallelism: how the ranks of a context group share the tokens of a packed micro-batch.
 
-The S tokens are cut into 2c blocks, and rank r of c takes blocks r and 2c - 1 - r: early tokens, which see few others,
-and late ones, which see many, so that all ranks have about the same work. A rank has the queries of its tokens and is
-given the keys and values of all. What is read of the network's outputs is joined again, and every rank reckons the
-whole loss; the gradient of its own outputs then flows into its own tokens.
+The S tokens are divided into 2c blocks. Rank r of c takes blocks r and 2c - 1 - r. Early tokens attend to few others,
+late tokens to many, so all ranks have about the same work. A rank computes the queries of its own tokens and gathers
+the keys and values of all tokens. The outputs that the loss reads are gathered too, so every rank computes the whole
+loss. The gradient of a rank's own outputs flows into its own tokens.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens of one sequence that lie side by side on a rank, and the keys that the last of them sees."""
+    """Consecutive tokens of one sequence on a rank, and the keys that the last of them attends to."""
 
-    queries: slice  # among the rank's S / c tokens
-    keys: slice  # among all S: from the sequence's first token to the piece's last
+    queries: slice  # indices in the rank's S / c tokens
+    keys: slice  # indices in all S tokens: from the first token of the sequence to the last of the piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,25 +35,25 @@ class ContextShard:
     rank: int
     ranks: int
     block: int  # tokens of a block, S / 2c
-    tokens: Tensor  # int64 [S / c]: which of all S
+    tokens: Tensor  # int64 [S / c]: their indices in all S tokens
 
     @classmethod
     def of(cls, total: int, rank: int, ranks: int) -> ContextShard:
-        """Of `total` tokens, a multiple of 2 * `ranks`; a single rank takes all."""
+        """The shard of `total` tokens, a multiple of 2 * `ranks`. A single rank takes all tokens."""
         if ranks == 1:
             return cls(rank, ranks, total, torch.arange(total))
         block = total // (2 * ranks)
         starts = (rank * block, (2 * ranks - 1 - rank) * block)
         return cls(rank, ranks, block, torch.cat([torch.arange(start, start + block) for start in starts]))
 
-    def places(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Of these tokens of all S, int64 [m]: the ranks that have them, and their places among those ranks' own."""
+    def locate(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The rank that has each of these tokens (int64 [m], indices in all S), and its index on that rank."""
         block, within = tokens // self.block, tokens % self.block
         late = block >= self.ranks
         return torch.where(late, 2 * self.ranks - 1 - block, block), within + late * self.block
 
     def pieces(self, lengths: list[int]) -> tuple[Piece, ...]:
-        """This rank's tokens by sequence; `lengths` are those of the sequences, S in all."""
+        """This rank's tokens by sequence. `lengths`: of all sequences, S in total."""
         pieces, at = [], 0
         for start in (int(self.tokens[0]), int(self.tokens[self.block])):
             first = 0
@@ -68,18 +68,18 @@ class ContextShard:
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """The R tokens of a micro-batch at which the network's output is read."""
+    """The R tokens of a micro-batch whose outputs are read."""
 
-    mine: Tensor  # int64 [w]: their places among this rank's tokens; w is the largest of a rank, filled up with place 0
-    order: Tensor | None  # int64 [R]: where each is among all ranks' w, one rank behind the other; none: a single rank
-    targets: Tensor  # int64 [w]: what they are to predict, 0 where there is nothing to
+    local: Tensor  # int64 [w]: their indices in this rank's tokens; w is the maximum over ranks, padded with 0
+    order: Tensor | None  # int64 [R]: index of each in the ranks' concatenated w tokens. None if there is one rank
+    targets: Tensor  # int64 [w]: the tokens that they predict, 0 if none
 
     @classmethod
     def of(cls, shard: ContextShard, tokens: Tensor, targets: Tensor, device: torch.device) -> Outputs:
-        """`tokens` are the R among all S, `targets` their targets: int64 [R] both."""
+        """`tokens`: the R indices in all S tokens. `targets`: their targets. Both int64 [R]."""
         if shard.ranks == 1:
             return cls(tokens.to(device), None, targets.to(device))
-        owners, places = shard.places(tokens)
+        owners, indices = shard.locate(tokens)
         own = [(owners == rank).nonzero().flatten() for rank in range(shard.ranks)]
         width = max(len(rows) for rows in own)
         order = torch.empty_like(tokens)
@@ -90,19 +90,19 @@ class Outputs:
         def filled(x: Tensor) -> Tensor:
             return torch.nn.functional.pad(x[rows], (0, width - len(rows))).to(device)
 
-        return cls(filled(places), order.to(device), filled(targets))
+        return cls(filled(indices), order.to(device), filled(targets))
 
-    def joined(self, outputs: Tensor) -> Tensor:
-        """This rank's outputs [w, ...] -> those of all ranks in the tokens' order, [R, ...]."""
-        if self.order is None or len(self.mine) == 0:
+    def gather(self, outputs: Tensor) -> Tensor:
+        """This rank's outputs [w, ...] -> the outputs of all ranks, in the order of the tokens: [R, ...]."""
+        if self.order is None or len(self.local) == 0:
             return outputs
         group = parallel_state.get_context_parallel_group()
         return gather_from_sequence_parallel_region(outputs, tensor_parallel_output_grad=False, group=group)[self.order]
 
 
-def of_all_ranks(x: Tensor, order: Tensor) -> Tensor:
-    """A tensor by tokens [S / c, ...] -> by all tokens in their order [S, ...]; the gradients of all ranks are summed.
+def gather_tokens(x: Tensor, order: Tensor) -> Tensor:
+    """Gather this rank's tokens [S / c, ...] -> all tokens in order [S, ...]. Gradients of all ranks are summed.
 
-    `order` is int64 [S]: where each token is among the ranks' tokens, one rank behind the other.
+    `order`: int64 [S], the index of each token in the concatenation of the ranks' tokens.
     """
     return gather_from_sequence_parallel_region(x, group=parallel_state.get_context_parallel_group())[order]

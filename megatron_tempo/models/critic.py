@@ -1,4 +1,4 @@
-"""The critic V_phi: the probability that a response, as far as it has come, will be right."""
+"""The critic V_phi: the probability that a response will be correct, given its tokens so far."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from megatron_tempo.models.gpt import ValueModel
 from megatron_tempo.models.nonfinite_guard import NonFiniteGuard
 from megatron_tempo.models.packing import MicroBatch
 from megatron_tempo.models.trained import TrainedModel
-from megatron_tempo.models.update import step_through
+from megatron_tempo.models.update import run_mini_batches
 from megatron_tempo.types import Batch
 
 
 class Critic:
-    """Token values and their regression."""
+    """Computes token values, and fits them by regression."""
 
     def __init__(self, model: TrainedModel, guard: NonFiniteGuard) -> None:
         assert isinstance(model.net, ValueModel)
@@ -25,18 +25,18 @@ class Critic:
     def values(self, batch: Batch) -> Tensor:
         """V(x), V(x, y_1:1) ... V(x, y_1:T_i), row after row: float32 [T + n], on every rank."""
 
-        def reading(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
+        def extract(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
             return micro.value_cells, output
 
-        return self.model.read(batch, int(batch.response_lengths.sum()) + len(batch), reading)
+        return self.model.read(batch, int(batch.response_lengths.sum()) + len(batch), extract)
 
     def update(
         self, batch: Batch, targets: Tensor, config: CriticUpdateConfig, order: list[Tensor], iteration: int = 0
     ) -> dict[str, float]:
-        """One optimizer step for each mini-batch of rows in `order` (int64 each), by `value_loss`.
+        """Take one optimizer step on `value_loss` for each mini-batch of rows in `order` (int64 each).
 
-        `targets` is float32 [n]. `iteration` is the run's, from 1; 0 outside a run. Returns metrics over all steps that
-        were made. Raises NotFiniteError.
+        `targets`: float32 [n]. `iteration`: the run's, from 1; 0 outside a run. Returns metrics over all steps that
+        were not skipped. Raises NotFiniteError.
         """
         old = self.values(batch) if config.clip is not None else None
 
@@ -48,7 +48,7 @@ class Critic:
         def given(rows: Tensor) -> dict[str, Tensor]:
             return {"targets": targets[rows]}
 
-        steps = step_through(
+        steps = run_mini_batches(
             self.model, self.guard, batch, order, loss, len(VALUE_METRICS), config.optimizer, given, iteration
         )
         metrics = {"critic/skipped": float(steps.skipped)}

@@ -1,6 +1,6 @@
 """A decoder layer for Megatron-Core: attention, then a gated MLP, each added to the residual stream.
 
-Here it is made of Megatron's own linear layers; models/te.py makes the same layer of Transformer Engine's.
+This file builds it from Megatron's linear layers. models/te.py builds the same layer from Transformer Engine's.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from megatron_tempo.models.attention import PackedAttention, RotatedAttention
 from megatron_tempo.models.norms import NormedRowParallelLinear, RMSNorm
 from megatron_tempo.models.shape import LayerAttention, Shape
 
-# Norms that an implementation keeps inside the linear layer behind them, by the beginnings of their parameters' names
-# in a layer; and what the weight tables and the checkpoints call them, whoever implements the layers.
+# Transformer Engine fuses a norm with the linear layer after it. This maps the prefixes of its parameter names to the
+# names that weight tables and checkpoints use for all implementations.
 NORMS_WITHIN = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
@@ -33,25 +33,25 @@ NORMS_WITHIN = {
 
 @dataclass(frozen=True, slots=True)
 class Norms:
-    """Where a family has its norms, and of what kind those of queries and keys are."""
+    """Where a family has its norms, and the modules that norm queries and keys."""
 
     query: ModuleSpec | type
     key: ModuleSpec | type
-    pre_norm: bool  # norms before attention and MLP, or else behind them
+    pre_norm: bool  # True: norms before attention and MLP. False: norms after them
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What an implementation makes a layer of."""
+    """The modules that an implementation builds a layer from."""
 
-    norm: type  # before attention and MLP; IdentityOp where the next has it within, or where norms stand behind
-    column: Any  # linear maps into attention and MLP
-    row: Any  # and out of them
-    core_attention: Callable[..., Any]  # takes also `window` and `softmax_scale_multiplier`
+    norm: type  # before attention and MLP; IdentityOp if the linear layer contains it, or if norms come after
+    column: Any  # linear layers into attention and MLP
+    row: Any  # linear layers out of them
+    core_attention: Callable[..., Any]  # also takes `window` and `softmax_scale_multiplier`
 
 
 def local_layer(shape: Shape, attention: LayerAttention, norms: Norms) -> ModuleSpec:
-    """The spec of a layer that attends so, of Megatron's linear layers and torch's attention."""
+    """The spec of a layer with this attention, built from Megatron's linear layers and torch's attention."""
     if norms.pre_norm:
         parts = Parts(RMSNorm, ColumnParallelLinear, RowParallelLinear, PackedAttention)
     else:
@@ -60,14 +60,14 @@ def local_layer(shape: Shape, attention: LayerAttention, norms: Norms) -> Module
 
 
 def layer_of(parts: Parts, shape: Shape, attention: LayerAttention, norms: Norms) -> ModuleSpec:
-    """The spec of a layer that attends so, made of these parts."""
+    """The spec of a layer with this attention, built from these parts."""
     yarn = attention.rope.yarn
     inner = SelfAttentionSubmodules(
         linear_qkv=parts.column,
         core_attention=partial(
             parts.core_attention,
             window=attention.window,
-            # YaRN's factor of both queries and keys, as one of their products.
+            # YaRN scales queries and keys by a factor each. Here their product scales the scores.
             softmax_scale_multiplier=yarn.attention_factor**2 if yarn else 1.0,
         ),
         linear_proj=parts.row,

@@ -1,4 +1,4 @@
-"""The device of a process. On a machine without CUDA, Megatron-Core is prepared to run on the CPU."""
+"""Selects the device of a process. Without CUDA, prepares Megatron-Core to run on the CPU."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from megatron_tempo.errors import InputError
 from megatron_tempo.models.megatron_compat.cpu_backend import install_cpu_backend
 
 
-def select_device(wanted: Device, local_rank: int) -> torch.device:
-    """The device of this process, made current; on a CPU, Megatron-Core is prepared for it.
+def select_device(requested: Device, local_rank: int) -> torch.device:
+    """Select the device of this process and make it current. On a CPU, install Megatron-Core's CPU backend.
 
-    Raises InputError if `wanted` is cuda and there is none, or cpu where there is one (Megatron would use it anyway).
+    Raises InputError if `requested` is cuda and there is no CUDA device, or if `requested` is cpu and there is one
+    (Megatron would use it anyway).
     """
-    if wanted is Device.cuda and not torch.cuda.is_available():
-        raise InputError("run.device=cuda, but torch finds no CUDA device: set run.device=cpu, or check the driver")
+    if requested is Device.cuda and not torch.cuda.is_available():
+        raise InputError("run.device=cuda: torch finds no CUDA device. Check the driver, or set run.device=cpu")
     if torch.cuda.is_available():
-        if wanted is Device.cpu:
-            raise InputError("run.device=cpu on a machine with CUDA: set run.device=cuda, or CUDA_VISIBLE_DEVICES=''")
+        if requested is Device.cpu:
+            raise InputError(
+                "run.device=cpu: this machine has CUDA devices, and Megatron-Core would use them. Set run.device=cuda, "
+                "or hide them with CUDA_VISIBLE_DEVICES=''"
+            )
         if local_rank >= torch.cuda.device_count():
             raise InputError(
                 f"process {local_rank} of this machine finds {torch.cuda.device_count()} CUDA devices: launch no more "

@@ -1,4 +1,4 @@
-"""The model families: which there are, and their networks in Megatron-Core."""
+"""The supported model families (FAMILIES), and their networks in Megatron-Core."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from megatron_tempo.models.norms import RMSNorm
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.models.shape import LayerAttention, Shape
 
-# Megatron's words for it.
+# Megatron's settings for each choice.
 _RECOMPUTE: dict[Recompute, dict[str, Any]] = {
     Recompute.none: {},
     Recompute.attention: {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     Recompute.layers: {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
-# Of weights, activations and gradients; what FP8 is made of, layer by layer, too.
+# The type of weights, activations and gradients. With FP8, layers convert from this type.
 DTYPES = {precision: torch.float32 if precision is Precision.fp32 else torch.bfloat16 for precision in Precision}
 
 
 class Family(Protocol):
-    """What a family's module holds."""
+    """The interface of a family's module."""
 
-    NORMS_EACH_HEAD: bool  # queries and keys are normed head by head, so that all tensor ranks hold the same weight
+    NORMS_EACH_HEAD: bool  # queries and keys are normed per head, so all tensor ranks hold the same norm weights
     TOKEN_CLASSIFIER: str  # the architecture that an exported critic's config.json names
 
     def shape_of(self, config: transformers.PretrainedConfig, file: Path) -> Shape: ...
@@ -48,7 +48,7 @@ FAMILIES: dict[str, Family] = {"olmo3": olmo3, "qwen3": qwen3}  # by their model
 
 
 def read_shape(folder: Path) -> Shape:
-    """The shape of the model in a Hugging Face folder. Raises InputError for what no family here implements."""
+    """The shape of the model in a Hugging Face folder. Raises InputError for anything that no family implements."""
     file = folder / "config.json"
     config = transformers.AutoConfig.from_pretrained(folder)
     if config.model_type not in FAMILIES:
@@ -64,9 +64,9 @@ def transformer_config(
     layers: Layers = Layers.local,
     num_bf16_layers_at_ends: int = 0,
 ) -> TransformerConfig:
-    """Megatron's config of this shape and layout. Weights are not initialised: they are always loaded.
+    """Megatron's config for this shape and layout. Weights are not initialised, because they are always loaded.
 
-    `layers` is not auto: `models.machine.chosen_layers` says what that means where we are.
+    `layers` is not auto: `models.machine.chosen_layers` resolves auto for this machine.
     """
     assert layers is not Layers.auto
     dtype = DTYPES[precision]
@@ -79,7 +79,7 @@ def transformer_config(
         ffn_hidden_size=shape.ffn,
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_eps,
-        # Megatron then sums the gradients of these norms over the tensor ranks, which is wrong where they are cut.
+        # If True, Megatron sums the gradients of these norms over the tensor ranks. That is wrong for sharded norms.
         qk_layernorm=FAMILIES[shape.family].NORMS_EACH_HEAD,
         gated_linear_unit=True,
         activation_func=functional.silu,
@@ -93,17 +93,17 @@ def transformer_config(
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        # Megatron marks its sharded parameters while initialising them, and without the mark their gradients are left
-        # out of the norm: the initialisation must run, though it need not write anything.
-        init_method=_leave_as_is,
-        output_layer_init_method=_leave_as_is,
+        # Megatron marks its sharded parameters while it initialises them. Without the mark, the gradient norm skips
+        # them. So the initialisation must run, even though it does not write anything.
+        init_method=_no_init,
+        output_layer_init_method=_no_init,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence_parallel,
-        # Every micro-batch has a length of its own, so pipeline stages tell each other the shapes they send.
+        # Micro-batches have different lengths, so pipeline stages must send the shapes too.
         variable_seq_lengths=layout.pipeline > 1,
-        moe_token_dispatcher_type="alltoall",  # unused, but the default one is refused beside variable lengths
+        moe_token_dispatcher_type="alltoall",  # unused, but Megatron refuses the default with variable lengths
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -114,18 +114,18 @@ def transformer_config(
 
 
 def _fp8(precision: Precision, num_bf16_layers_at_ends: int) -> dict[str, Any]:
-    """Megatron's words for an FP8 recipe. Weights stay in bf16, and so do the attention and the output layer."""
+    """Megatron's settings for an FP8 recipe. Weights, attention and the output layer stay in bf16."""
     if precision not in RECIPES:
         return {}
     recipe = RECIPES[precision]
     return {
         "fp8": recipe.format,
         "fp8_recipe": recipe.megatron,
-        # Delayed scaling takes the largest magnitudes of all ranks of a group at each pass. Replicas may have different
-        # numbers of micro-batches, so they must not wait for each other.
+        # Delayed scaling reduces the largest magnitudes over a group at each pass. Replicas may have different numbers
+        # of micro-batches, so this group must not contain several replicas.
         "tp_only_amax_red": True,
-        # Actor and critic share Transformer Engine's records of magnitudes: with a history longer than one pass, the
-        # passes of the one would push those of the other out.
+        # Actor and critic share Transformer Engine's history of magnitudes. If it were longer than one pass, passes of
+        # one model would displace those of the other.
         "fp8_amax_history_len": 1,
         "fp8_amax_compute_algo": "most_recent",
         "first_last_layers_bf16": num_bf16_layers_at_ends > 0,
@@ -135,17 +135,17 @@ def _fp8(precision: Precision, num_bf16_layers_at_ends: int) -> dict[str, Any]:
 
 
 def token_multiple(config: TransformerConfig) -> int:
-    """What FP8 wants the number of tokens that a rank's linear layers see to be a multiple of."""
+    """Token-count multiple that FP8 requires per rank."""
     multiples = {recipe.megatron: recipe.multiple for recipe in RECIPES.values()}
     return multiples[config.fp8_recipe] if config.fp8 else 1
 
 
-def _leave_as_is(weight: Tensor) -> Tensor:
+def _no_init(weight: Tensor) -> Tensor:
     return weight
 
 
 def block_spec(config: TransformerConfig, shape: Shape, layout: Layout) -> TransformerBlockSubmodules:
-    """The layers of this rank's pipeline stage, and the norm behind the last of all."""
+    """The layers of this rank's pipeline stage, and the norm after the model's last layer."""
     of_stage = shape.layers // layout.pipeline
     first = layout.pipeline_rank * of_stage
     layer, norms = _layer(Layers[config.transformer_impl]), FAMILIES[shape.family].norms(shape)
@@ -156,6 +156,6 @@ def block_spec(config: TransformerConfig, shape: Shape, layout: Layout) -> Trans
 def _layer(layers: Layers) -> Callable[[Shape, LayerAttention, Norms], ModuleSpec]:
     if layers is Layers.local:
         return local_layer
-    from megatron_tempo.models.te import te_layer  # its classes are Transformer Engine's
+    from megatron_tempo.models.te import te_layer  # imports Transformer Engine
 
     return te_layer

@@ -27,10 +27,10 @@ from megatron_tempo.models.shape import Shape
 
 
 class PackedGPT(GPTModel):
-    """Megatron's GPT model; its forward takes a packed `MicroBatch` of S tokens, or one of c context ranks' share.
+    """Megatron's GPT model whose forward takes a packed `MicroBatch` of S tokens, or a context rank's S / c of them.
 
-    Rotary angles go by each token's position in its own sequence, which replaces Megatron's loop over sequences in its
-    thd path. `kernels` are for the head, and for the losses behind it.
+    Rotary angles depend on each token's position in its own sequence. This replaces Megatron's thd path, which loops
+    over sequences. `kernels`: for the head, and for the losses on its outputs.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class PackedGPT(GPTModel):
             pre_process=layout.is_first_stage,
             post_process=layout.is_last_stage,
             share_embeddings_and_output_weights=tied,
-            position_embedding_type="none",  # not of Megatron's: it has one rotary embedding for all layers
+            position_embedding_type="none",  # Megatron has only one rotary embedding for all layers; see `Rotary`
         )
         self.shape = shape
         self.rotary = Rotary(shape.ropes, shape.head_dim)
@@ -52,7 +52,7 @@ class PackedGPT(GPTModel):
         self.token_multiple = token_multiple(config)
 
     def weights(self) -> dict[str, nn.Parameter]:
-        """Its parameters by the names that the weight tables have for them, as its checkpoints do."""
+        """The parameters, by the names that weight tables and checkpoints use."""
         weights = {}
         for name, parameter in self.named_parameters():
             for ours, theirs in NORMS_WITHIN.items():
@@ -61,7 +61,7 @@ class PackedGPT(GPTModel):
         return weights
 
     def forward(self, micro: MicroBatch) -> Tensor:
-        """Hidden states [S / c (/ tensor), 1, hidden]; on the last stage the head's output."""
+        """Returns hidden states [S / c (/ tensor), 1, hidden], or on the last stage the head's output."""
         embedded = self.embedding(input_ids=micro.tokens, position_ids=None) if self.pre_process else None
         hidden = self.decoder(
             hidden_states=embedded,
@@ -76,9 +76,9 @@ class PackedGPT(GPTModel):
 
 
 class LanguageModel(PackedGPT):
-    """The actor's network. Its head gives the log-probabilities of a micro-batch's R response tokens, and entropies.
+    """The actor's network. Its head returns log-probabilities and entropies of a micro-batch's R response tokens.
 
-    Only the tokens that predict a response token go through the output layer: prompts make no logits.
+    Only tokens that predict a response token go through the output layer. Prompts have no logits.
     """
 
     def __init__(
@@ -98,9 +98,9 @@ class LanguageModel(PackedGPT):
         """Hidden states [S / c (/ tensor), 1, hidden] -> log pi(target), entropy at `temperature`: float32 [2, R]."""
         outputs = micro.predicting
         if self.config.sequence_parallel:
-            predicting = gather_from_sequence_parallel_region(hidden)[outputs.mine, 0]
+            predicting = gather_from_sequence_parallel_region(hidden)[outputs.local, 0]
         else:
-            predicting = copy_to_tensor_model_parallel_region(hidden[outputs.mine, 0])
+            predicting = copy_to_tensor_model_parallel_region(hidden[outputs.local, 0])
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         weight = self.output_layer.weight if weight is None else weight
         args = (outputs.targets, self.shape.vocab, self.temperature, get_tensor_model_parallel_group())
@@ -108,16 +108,14 @@ class LanguageModel(PackedGPT):
             results = self.kernels.linear_logprobs_and_entropy(predicting, weight, *args)
         else:
             results = self.kernels.logprobs_and_entropy(functional.linear(predicting, weight), *args)
-        return torch.stack([outputs.joined(x) for x in results])
+        return torch.stack([outputs.gather(x) for x in results])
 
 
 class ValueHead(nn.Module):
-    """One number a token. It starts at zero, so that an untrained critic has no opinion.
+    """Computes one number per token. Its weights start at zero, so an untrained critic predicts 0.
 
-    Weight, products and values are fp32 whatever the rest of the network is in.
-
-    The weight is whole on every tensor rank; under sequence parallelism each rank applies it to its own tokens, and
-    Megatron sums the gradients as it does for the norms.
+    Weights, products and values are always fp32. Every tensor rank has the whole weight. Under sequence parallelism
+    each rank applies it to its own tokens, and Megatron sums the gradients as it does for norms.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -133,18 +131,18 @@ class ValueHead(nn.Module):
         """[S / c (/ tensor), 1, hidden] -> [S / c]."""
         values = functional.linear(hidden.float(), self.weight, self.bias)
         if self.sequence_parallel:
-            # Every tensor rank computes the same loss from the gathered values: its gradient is split, not summed.
+            # Every tensor rank computes the same loss from the gathered values, so gradients are split, not summed.
             values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
         return values.flatten()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ValueHead:
-        """Goes where the network goes, and stays fp32 when the network becomes bf16."""
+        """Moves to the network's device, but stays fp32 when the network is converted to bf16."""
         super()._apply(lambda x: x.to(fn(x).device), recurse)
         return self
 
 
 class ValueModel(PackedGPT):
-    """The critic's network: the same decoder with a scalar head. Its head gives a micro-batch's values, R + m."""
+    """The critic's network: the same decoder with a scalar head, which returns a micro-batch's R + m values."""
 
     def __init__(self, config: TransformerConfig, shape: Shape, layout: Layout, kernels: Kernels) -> None:
         super().__init__(config, shape, layout, kernels, tied=False)
@@ -153,4 +151,4 @@ class ValueModel(PackedGPT):
 
     def head(self, hidden: Tensor, micro: MicroBatch) -> Tensor:
         """Hidden states [S / c (/ tensor), 1, hidden] -> values of `micro.value_rows`, float32 [R + m]."""
-        return micro.valued.joined(self.output_layer(hidden)[micro.valued.mine])
+        return micro.valued.gather(self.output_layer(hidden)[micro.valued.local])

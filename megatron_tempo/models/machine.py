@@ -1,4 +1,4 @@
-"""What this process runs on, and what is chosen by it: who implements the layers, and the optimizer."""
+"""The hardware and software of this process, and what follows from it: the implementations of layers and optimizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def machine_of(device: torch.device) -> Machine:
 
 
 def chosen_layers(config: Config, machine: Machine) -> Layers:
-    """Who implements the layers. The config has passed the rules for this machine."""
+    """The implementation of the layers. The config has passed the rules for this machine."""
     if config.model.layers is not Layers.auto:
         return config.model.layers
     fast = machine.capability is not None and config.run.precision is not Precision.fp32
@@ -32,7 +32,7 @@ def chosen_layers(config: Config, machine: Machine) -> Layers:
 
 
 def described(config: Config, machine: Machine) -> str:
-    """In a line, for the log: what computes the layers, in which precision, and which Adam Megatron-Core found."""
+    """A line for the log: the device, the implementation and precision of the layers, and Megatron-Core's optimizer."""
     where = f"{machine.gpu} (compute capability {dotted(machine.capability)})" if machine.capability else "CPU"
     layers = "Megatron-Core and torch"
     if chosen_layers(config, machine) is Layers.transformer_engine:
@@ -40,6 +40,6 @@ def described(config: Config, machine: Machine) -> str:
         layers = f"Transformer Engine {dotted(machine.te)}"
     words = [f"device: {where}", f"layers: {layers}, {config.run.precision.name}"]
     if config.run.precision in RECIPES and config.model.num_bf16_layers_at_ends:
-        words[-1] += f" but for {config.model.num_bf16_layers_at_ends} layers in bf16 at either end"
+        words[-1] += f", except the first and the last {config.model.num_bf16_layers_at_ends} layers in bf16"
     fused = "Transformer Engine's FusedAdam" if USING_TE_OPTIMIZER else "Apex's FusedAdam"
     return "; ".join([*words, f"optimizer: {'torch.optim.AdamW' if USING_PYTORCH_OPTIMIZER else fused}"])

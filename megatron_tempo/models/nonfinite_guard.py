@@ -1,4 +1,4 @@
-"""Guards training against steps whose loss or gradient is not finite: they are skipped, written to disk and counted."""
+"""Guards training against non-finite losses and gradients: such steps are skipped, written to disk and counted."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ LossInputs = Callable[[Tensor], dict[str, Tensor]]
 class NonFiniteGuard:
     """Counts consecutive skipped steps of a model.
 
-    Each skipped step is written to `folder`/step_ITERATION_MODEL_K.safetensors, K being the number of the mini-batch
-    in the update.
+    Each skipped step is written to `folder`/step_ITERATION_MODEL_K.safetensors. K is the number of the mini-batch in
+    the update.
     """
 
     model: str  # actor, critic
@@ -38,11 +38,11 @@ class NonFiniteGuard:
     consecutive: int = field(default=0, init=False)
 
     def made(self) -> None:
-        """Note a step that was made."""
+        """Record a step that was taken."""
         self.consecutive = 0
 
     def skipped(self, iteration: int, number: int, batch: Batch, rows: Tensor, step: Step, inputs: LossInputs) -> None:
-        """Note a skipped step: mini-batch `number`, of `rows`, in the update of the run's `iteration` (from 1).
+        """Record a skipped step: mini-batch `number`, with `rows`, in the update of the run's `iteration` (from 1).
 
         Raises NotFiniteError, on every rank, after `limit` consecutive skipped steps.
         """
@@ -52,12 +52,12 @@ class NonFiniteGuard:
             try:
                 _write(path, batch.select(rows), rows, step, inputs(rows))
             except (OSError, SafetensorError) as error:
-                log.warning("%s cannot be written (%s): the run goes on, and leaves it out", path, error)
+                log.warning("%s cannot be written (%s): the run continues without it", path, error)
         if self.consecutive >= self.limit:
             raise NotFiniteError(
                 f"the {self.model}'s loss or gradient was not finite at {self.consecutive} optimizer steps in a row, "
-                f"the last in iteration {iteration}; none of them was made. The last mini-batch is in {path}; "
-                "docs/monitoring.md says how to read it (run.max_consecutive_nonfinite_steps)"
+                f"the last in iteration {iteration} (run.max_consecutive_nonfinite_steps). All of them were skipped. "
+                f"The last mini-batch is in {path}; docs/monitoring.md describes how to read it"
             )
 
 

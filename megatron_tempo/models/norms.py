@@ -1,4 +1,4 @@
-"""The norms that Megatron-Core's own spec lacks: for sequence parallelism, over whole projections, behind a block."""
+"""Norms that Megatron-Core's spec lacks: under sequence parallelism, over whole projections, and after a block."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torch.nn import functional
 class RMSNorm(nn.Module):
     """Root-mean-square norm in fp32 (Zhang & Sennrich 2019), scaled by a weight.
 
-    Under sequence parallelism each tensor rank sees a part of the tokens, so the weight is marked for Megatron to sum
-    its gradient over the tensor ranks; its own torch norm refuses that case.
+    Under sequence parallelism each tensor rank has a part of the tokens. The weight is marked, so that Megatron sums
+    its gradient over the tensor ranks. Megatron's own torch norm does not support this case.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
@@ -35,19 +35,19 @@ class RMSNorm(nn.Module):
 
 
 class ProjectionNorm(nn.Module):
-    """Root-mean-square norm in fp32 over all heads of a projection, of which each tensor rank has its share.
+    """Root-mean-square norm in fp32 over all heads of a projection. Each tensor rank has a share of the heads.
 
-    A rank holds the weights of its own heads. It sees all tokens, under sequence parallelism too, so their gradient is
-    whole where it is made.
+    A rank holds the weights of its own heads. It processes all tokens, also under sequence parallelism, so their
+    gradient is complete on the rank.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, heads: int) -> None:
-        """`hidden_size` is that of a head; `heads` counts those of all tensor ranks."""
+        """`hidden_size`: of one head. `heads`: the number of heads on all tensor ranks."""
         super().__init__()
         self.eps = eps
         self.group = get_tensor_model_parallel_group()
         self.weight = nn.Parameter(torch.ones(heads * hidden_size // self.group.size(), dtype=config.params_dtype))
-        # Without the mark, Megatron takes the shards for copies and counts one of them in the gradient's norm.
+        # Without the mark, Megatron treats the shards as copies and counts only one of them in the gradient norm.
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class ProjectionNorm(nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
-        """For Megatron's checkpoints: the weight is cut over the tensor ranks."""
+        """For Megatron's checkpoints: the weight is sharded over the tensor ranks."""
         assert metadata is not None
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
@@ -70,10 +70,10 @@ class ProjectionNorm(nn.Module):
 
 
 class _NormOverRanks(torch.autograd.Function):
-    """y = n w with n = x r and r = (mean(x^2) + eps)^(-1/2), in fp32, where a row of x lies in parts on all ranks.
+    """y = n w with n = x r and r = (mean(x^2) + eps)^(-1/2), in fp32. A row of x is sharded over all ranks.
 
     With g = w dL/dy:  dL/dx = r (g - n mean(g n)),  and  dL/dw = sum of n dL/dy over the tokens. Both means are over
-    all ranks, since every rank's y depends on every rank's x. Kept for the backward pass are x as it came, and r.
+    all ranks, because every rank's y depends on every rank's x. The backward pass needs x in its own type, and r.
     """
 
     @staticmethod
@@ -93,7 +93,7 @@ class _NormOverRanks(torch.autograd.Function):
 
 
 def _mean_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The mean over the last dimension, of which each rank has an equal part: [..., 1]."""
+    """The mean over the last dimension, which is sharded equally over the ranks: [..., 1]."""
     total = x.sum(-1, keepdim=True)
     if group.size() > 1:
         dist.all_reduce(total, group=group)
@@ -101,7 +101,7 @@ def _mean_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class PostNorm(nn.Module):
-    """Before a row-parallel layer's class: its outputs normed, what a block of OLMo3 adds to the residual stream."""
+    """Mixin for a row-parallel layer's class: norms the layer's output before it is added to the residual stream."""
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **others: Any) -> None:
         super().__init__(input_size, output_size, config=config, **others)
@@ -114,4 +114,4 @@ class PostNorm(nn.Module):
 
 
 class NormedRowParallelLinear(PostNorm, RowParallelLinear):
-    """Megatron's own, with a norm behind it."""
+    """Megatron's row-parallel layer, followed by a norm."""

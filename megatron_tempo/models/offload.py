@@ -1,8 +1,9 @@
 """Offloads models to host memory: keeps all of a run's models on the device, or one at a time.
 
-A model that leaves has the storages of its weights and of its optimizer's state copied to host memory and emptied, so
-that every view of them stays what it is; its gradients are let go, since each step begins from zero. On a GPU the host
-memory is page-locked, and the next model's storages arrive while the last one's leave, in the room that they have left.
+To offload a model, the storages of its weights and optimizer state are copied to host memory and emptied in place, so
+every view of them stays valid. Its gradients are dropped, because each step starts from zero. On a GPU the host memory
+is page-locked, and copies run in both directions: the next model's storages are loaded into the memory that the
+previous model's storages have freed.
 """
 
 from __future__ import annotations
@@ -36,27 +37,28 @@ class Offloadable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _OffloadedStorage:
-    """A storage that was emptied: its bytes, and where they wait; none: they were let go."""
+    """A storage that was emptied, and its contents in host memory."""
 
     storage: torch.UntypedStorage
-    size: int
-    host: Tensor | None  # uint8 [size]
+    size: int  # in bytes
+    host: Tensor | None  # uint8 [size]. None if the contents were dropped
 
 
 class ModelOffloader:
     """The models on the device. With `one_at_a_time`, loading one offloads the others.
 
-    `load` and `offload_all` work at once on a CPU; on a GPU what is queued afterwards finds the model there.
+    On a CPU, `load` and `offload_all` finish before they return. On a GPU, work that is queued afterwards finds the
+    model loaded.
     """
 
     def __init__(self, *, one_at_a_time: bool) -> None:
         self._one_at_a_time = one_at_a_time
         self._loaded: Offloadable | None = None
         self._offloaded: dict[int, list[_OffloadedStorage]] = {}  # by the model's id
-        self._hosts: dict[int, Tensor] = {}  # its host memory, which is kept for its next leave
+        self._hosts: dict[int, Tensor] = {}  # host memory by the model's id, kept for the next offload
 
     def load(self, model: Offloadable) -> None:
-        """Load `model` to the device. At its first load it must be there already."""
+        """Load `model` to the device. At its first load it must be on the device already."""
         if not self._one_at_a_time or self._loaded is model:
             return
         outgoing = self._offload()
@@ -71,7 +73,7 @@ class ModelOffloader:
             self._loaded = None
 
     def _offload(self) -> list[_OffloadedStorage]:
-        """The storages of the model that is there, with a place for each in host memory."""
+        """The storages of the loaded model, each with a part of its host memory."""
         model = self._loaded
         if model is None:
             return []
@@ -94,15 +96,15 @@ class ModelOffloader:
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
-    """The storages that the tensors are views of, by address."""
+    """The storages of these tensors, by address."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
     return {address: storage for address, storage in storages.items() if address}
 
 
 def _host_memory(size: int, device: torch.device) -> Tensor:
-    """uint8 [size], page-locked where the device is a GPU.
+    """uint8 [size], page-locked if the device is a GPU.
 
-    Registered by hand: torch's own page-locked memory is rounded up to a power of two, up to twice as much.
+    It is registered with CUDA by hand, because torch rounds page-locked memory up to a power of two.
     """
     host = torch.empty(size, dtype=torch.uint8)
     if device.type == "cuda" and size:
@@ -110,7 +112,7 @@ def _host_memory(size: int, device: torch.device) -> Tensor:
         error = int(cudart.cudaHostRegister(address, size, 0))
         if error:
             raise InputError(
-                f"parallel.offload=true wants {size / 1e9:.1f} GB of page-locked host memory for a process, which CUDA "
+                f"parallel.offload=true needs {size / 1e9:.1f} GB of page-locked host memory per process, which CUDA "
                 f"refuses (error {error}): raise the job's memory and `ulimit -l`, or set parallel.offload=false"
             )
         weakref.finalize(host, cudart.cudaHostUnregister, address)
@@ -119,59 +121,60 @@ def _host_memory(size: int, device: torch.device) -> Tensor:
 
 def _exchange(device: torch.device, outgoing: list[_OffloadedStorage], incoming: list[_OffloadedStorage]) -> None:
     copies = _Copies.on(device)
-    done = [copies.away(one) for one in outgoing]
-    coming, room = deque(incoming), 0
+    done = [copies.copy_out(one) for one in outgoing]
+    waiting, freed = deque(incoming), 0
     for one, wait in zip(outgoing, done, strict=True):
         wait()
         one.storage.resize_(0)
-        room += one.size
-        while coming and coming[0].size <= room:
-            room -= coming[0].size
-            copies.back(coming.popleft())
-    for one in coming:
-        copies.back(one)
+        freed += one.size
+        while waiting and waiting[0].size <= freed:
+            freed -= waiting[0].size
+            copies.copy_in(waiting.popleft())
+    for one in waiting:
+        copies.copy_in(one)
     copies.finish()
 
 
 class _Copies:
-    """Copies between device and host, in order, as they are called."""
+    """Copies between device and host. Here each copy finishes before the call returns."""
 
     @staticmethod
     def on(device: torch.device) -> _Copies:
         return _CudaCopies(device) if device.type == "cuda" else _Copies()
 
-    def away(self, one: _OffloadedStorage) -> Callable[[], None]:
-        """Begin to copy a storage to its host memory. The result waits until it is there."""
+    def copy_out(self, one: _OffloadedStorage) -> Callable[[], None]:
+        """Start to copy a storage to its host memory. Returns a function that waits until the copy is complete."""
         if one.host is not None:
             one.host.copy_(_bytes(one.storage))
         return lambda: None
 
-    def back(self, one: _OffloadedStorage) -> None:
+    def copy_in(self, one: _OffloadedStorage) -> None:
+        """Restore a storage from its host memory."""
         one.storage.resize_(one.size)
         if one.host is not None:
             _bytes(one.storage).copy_(one.host)
 
     def finish(self) -> None:
-        """What is queued on the device from here on finds everything in its place."""
+        """Let work that is queued on the device from now on wait for all copies."""
 
 
 class _CudaCopies(_Copies):
-    """Both directions at a time, each on a stream of its own."""
+    """Copies in both directions at the same time, each on its own CUDA stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._main = torch.cuda.current_stream(device)
         self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._out.wait_stream(self._main)
 
-    def away(self, one: _OffloadedStorage) -> Callable[[], None]:
+    def copy_out(self, one: _OffloadedStorage) -> Callable[[], None]:
         with torch.cuda.stream(self._out):
             if one.host is not None:
                 one.host.copy_(_bytes(one.storage), non_blocking=True)
             event = self._out.record_event()
         return event.synchronize
 
-    def back(self, one: _OffloadedStorage) -> None:
-        one.storage.resize_(one.size)  # on the main stream, whose earlier work may still use the memory that it finds
+    def copy_in(self, one: _OffloadedStorage) -> None:
+        one.storage.resize_(one.size)  # on the main stream, because its earlier work may still use the memory
         if one.host is not None:
             self._in.wait_stream(self._main)
             with torch.cuda.stream(self._in):

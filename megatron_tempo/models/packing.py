@@ -1,4 +1,4 @@
-"""Micro-batches without padding: the rows of a batch joined into sequences of bounded length."""
+"""Packs the rows of a batch into micro-batches of bounded length, with almost no padding."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from megatron_tempo.types import Batch
 
 @dataclass(kw_only=True)
 class Packing(PackedSeqParams):
-    """Where each sequence of a micro-batch lies, for the attention.
+    """The sequences of a micro-batch, for the attention.
 
-    Megatron hands this object through to the core attention. Its `qkv_format` is "sbhd", one row of all tokens:
-    positions are given to the rotary embedding by token, and only the attention itself looks at the boundaries.
+    Megatron passes this object through to the core attention. Its `qkv_format` is "sbhd": one row of all tokens. The
+    rotary embedding gets each token's position, so only the attention needs the boundaries of sequences.
 
-    `cu_seqlens_q` and `cu_seqlens_kv`, int32 [sequences + 1], are where each sequence begins and the last one ends.
-    `grid` is int64 [sequences, longest]: the token at each position, with -1 behind a sequence's end; `cells` is
-    int64 [tokens]: each token's place in the flattened grid. Under context parallelism there are `pieces` instead, of
-    this rank's tokens, and `order`, int64 [S]: where each token is among the ranks' tokens, one rank behind the other.
+    `cu_seqlens_q`, `cu_seqlens_kv`: int32 [sequences + 1], the start of each sequence and the end of the last one.
+    `grid`: int64 [sequences, longest], the token at each position, -1 after a sequence's end. `cells`: int64 [tokens],
+    each token's index in the flattened grid. Under context parallelism there are instead `pieces`, of this rank's
+    tokens, and `order`: int64 [S], each token's index in the concatenation of the ranks' tokens.
     """
 
     grid: Tensor | None = None
@@ -37,31 +37,31 @@ class Packing(PackedSeqParams):
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Some rows of a batch, packed: S tokens, of which the last `padding` belong to no row. A context rank has S / c.
+    """Some rows of a batch, packed: S tokens, the last `padding` of which belong to no row. A context rank has S / c.
 
     Rows of lengths 3 and 2, with one token of padding, S = 6:
 
     >>> MicroBatch(rows=[4, 7], tokens=[5, 6, 9, 7, 8, 0], positions=[0, 1, 2, 0, 1, 0], packing=..., padding=1, ...)
     """
 
-    rows: Tensor  # int64 [m]: row numbers in the batch
+    rows: Tensor  # int64 [m]: indices of the rows in the batch
     tokens: Tensor  # int64 [1, S / c]
-    positions: Tensor  # int64 [S / c]: place of each token in its row
+    positions: Tensor  # int64 [S / c]: position of each token in its row
     packing: Packing
     padding: int
-    response_rows: Rows  # the m rows' response tokens, R in all
-    value_rows: Rows  # the m rows' values, one more than response tokens each
-    predicting: Outputs  # R: the tokens whose outputs predict the m rows' response tokens, row after row
-    valued: Outputs  # R + m: `predicting`, and each row's last token: where a critic's values are read
-    response_cells: Tensor  # int64 [R]: place of each response token in the batch's flat [T]
-    value_cells: Tensor  # int64 [R + m]: place of each value in the batch's flat [T + n]
+    response_rows: Rows  # the m rows' response tokens, R in total
+    value_rows: Rows  # the m rows' values: one more than response tokens per row
+    predicting: Outputs  # R: the tokens whose outputs predict the response tokens, row after row
+    valued: Outputs  # R + m: the tokens where a critic's values are read: `predicting`, and each row's last token
+    response_cells: Tensor  # int64 [R]: index of each response token in the batch's flat [T]
+    value_cells: Tensor  # int64 [R + m]: index of each value in the batch's flat [T + n]
 
 
 def data_share(lengths: Tensor, data_rank: int, data: int) -> Tensor:
-    """The rows that a data-parallel rank takes: balanced by tokens, the same division on every rank.
+    """The rows of a data-parallel rank, balanced by tokens. Every rank computes the same division.
 
-    `lengths` is int64 [n]; returns int64 [about n / data]. Rows go from the longest to the shortest, each to the
-    rank with the fewest tokens so far.
+    `lengths`: int64 [n]. Returns int64 [about n / data]. Rows are assigned from the longest to the shortest, each to
+    the rank with the fewest tokens so far.
     """
     loads = [0] * data
     mine = []
@@ -74,9 +74,10 @@ def data_share(lengths: Tensor, data_rank: int, data: int) -> Tensor:
 
 
 def divide_by_budget(lengths: Tensor, budget: int) -> list[Tensor]:
-    """Positions 0..n-1 in groups of at most `budget` tokens, longest first; a longer one is a group alone.
+    """Indices 0..n-1 in groups of at most `budget` tokens, longest first. A row that is longer is a group of its own.
 
-    Neighbours in length share a group, and no group's attention grid, rows times longest, grows much beyond the budget.
+    Rows of similar length share a group. The attention grid of a group, rows * longest row, is at most GRID_SLACK times
+    the budget.
     """
     groups: list[list[int]] = []
     tokens = longest = 0
@@ -94,16 +95,16 @@ def divide_by_budget(lengths: Tensor, budget: int) -> list[Tensor]:
 def micro_batches(
     batch: Batch, rows: Tensor, layout: Layout, budget: int, device: torch.device, token_multiple: int = 1
 ) -> list[MicroBatch]:
-    """This rank's share of the given rows of `batch`, packed. At least one micro-batch, if need be of padding alone.
+    """This rank's share of the given rows of `batch`, packed. Returns at least one micro-batch, if only of padding.
 
-    The tokens of each rank, under sequence parallelism too, are filled up to a multiple of `token_multiple`.
+    The tokens of each rank, also under sequence parallelism, are padded to a multiple of `token_multiple`.
     """
     lengths = batch.lengths[rows]
     mine = rows[data_share(lengths, layout.data_rank, layout.data)]
     groups = divide_by_budget(batch.lengths[mine], budget) or [torch.zeros(0, dtype=torch.int64)]
     multiple = token_multiple * (layout.tensor if layout.sequence_parallel else 1)
     multiple *= 2 * layout.context if layout.context > 1 else 1
-    texts = (batch.prompts(), batch.responses())  # once, not for each micro-batch: this splits the whole batch
+    texts = (batch.prompts(), batch.responses())  # splits the whole batch, so once for all micro-batches
     return [_pack(batch, texts, mine[group], layout, multiple, device) for group in groups]
 
 
@@ -130,7 +131,9 @@ def _pack(
     targets = torch.cat([all_responses[row] for row in rows.tolist()]) if len(rows) else tokens[:0]
     response_starts = (batch.response_lengths.cumsum(0) - batch.response_lengths)[rows]
     shard = ContextShard.of(total + padding, layout.context_rank, layout.context)
-    packing = _packing(sequences, positions, device) if layout.context == 1 else _divided(sequences, shard, device)
+    packing = (
+        _packing(sequences, positions, device) if layout.context == 1 else _context_packing(sequences, shard, device)
+    )
     valued = _ranges(first, responses + 1)
     return MicroBatch(
         rows=rows,
@@ -148,13 +151,13 @@ def _pack(
 
 
 def value_cells(batch: Batch, rows: Tensor) -> Tensor:
-    """Where the values of the given rows (int64 [m]) stand in the batch's flat [T + n]: int64 [R + m]."""
+    """The indices of the given rows' values in the batch's flat [T + n]: int64 [m] -> int64 [R + m]."""
     starts = (batch.response_lengths + 1).cumsum(0) - batch.response_lengths - 1
     return _ranges(starts[rows], batch.response_lengths[rows] + 1)
 
 
 def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
-    """start, start + 1, ... `length` numbers for each pair, joined: int64 [sum of lengths]."""
+    """Concatenates the ranges start, start + 1, ... of `length` numbers for each pair: int64 [sum of lengths]."""
     offsets = lengths.cumsum(0) - lengths
     return torch.arange(int(lengths.sum())) + torch.repeat_interleave(starts - offsets, lengths)
 
@@ -177,13 +180,13 @@ def _packing(sequences: Tensor, positions: Tensor, device: torch.device) -> Pack
     )
 
 
-def _divided(sequences: Tensor, shard: ContextShard, device: torch.device) -> Packing:
+def _context_packing(sequences: Tensor, shard: ContextShard, device: torch.device) -> Packing:
     longest = int(sequences.max())
-    ranks, places = shard.places(torch.arange(int(sequences.sum())))
+    ranks, indices = shard.locate(torch.arange(int(sequences.sum())))
     return Packing(
         qkv_format="sbhd",
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         pieces=shard.pieces(sequences.tolist()),
-        order=(ranks * len(shard.tokens) + places).to(device),
+        order=(ranks * len(shard.tokens) + indices).to(device),
     )

@@ -1,7 +1,7 @@
-"""The process groups: how the ranks are laid out over data, context, pipeline and tensor parallelism.
+"""Process groups: how the ranks are laid out over data, context, pipeline and tensor parallelism.
 
-Megatron keeps its groups in globals of `megatron.core.parallel_state`, one set. Actor and critic may be laid out
-differently, so each layout carries its own set, and a model's work is done `with model.layout.groups.current()`.
+Megatron keeps one set of groups in globals of `megatron.core.parallel_state`. Actor and critic may have different
+layouts, so each layout has its own set, and a model runs inside `with model.layout.groups.current()`.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from megatron_tempo.errors import InputError
 from megatron_tempo.models.megatron_compat.gloo_devices import shared_gloo_devices
 from megatron_tempo.models.megatron_compat.group_globals import read_group_globals, write_group_globals
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # where none is given
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # default
 
 
 class Groups:
-    """A set of Megatron's process groups, as its globals hold them."""
+    """A set of Megatron's process groups: the values of its globals."""
 
     def __init__(self, globals_: dict[str, Any]) -> None:
         self._globals = globals_
 
     @classmethod
-    def now(cls) -> Groups:
-        """Those that are in place."""
+    def read(cls) -> Groups:
+        """The groups that Megatron uses now."""
         return cls(read_group_globals())
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """In place for Megatron, until the end of the block."""
-        before = Groups.now()
+        """Let Megatron use these groups until the end of the block."""
+        before = Groups.read()
         write_group_globals(self._globals)
         try:
             yield
@@ -52,7 +52,7 @@ class Groups:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """This rank's place. Ranks that differ only in `data_rank` and `context_rank` hold the same weights.
+    """This rank's position in a layout. Ranks that differ only in `data_rank` and `context_rank` hold the same weights.
 
     >>> Layout(rank=1, world_size=4, tensor_rank=1, tensor=2, pipeline_rank=0, pipeline=2, data_rank=0, data=1,
     ...        context_rank=0, context=1, sequence_parallel=False)
@@ -69,11 +69,11 @@ class Layout:
     context_rank: int
     context: int
     sequence_parallel: bool
-    groups: Groups = field(default_factory=lambda: Groups({}), repr=False, compare=False)  # none: those in place
+    groups: Groups = field(default_factory=lambda: Groups({}), repr=False, compare=False)  # empty: the current groups
 
     @property
     def is_writer(self) -> bool:
-        """The one rank that writes the run's plain files."""
+        """Whether this rank writes the run's files, except checkpoints, which all ranks write."""
         return self.rank == 0
 
     @property
@@ -86,18 +86,18 @@ class Layout:
 
     @property
     def is_first_copy(self) -> bool:
-        """Of the ranks that hold the same weights, the first."""
+        """Whether this is the first of the ranks that hold the same weights."""
         return self.data_rank == 0 and self.context_rank == 0
 
     @property
-    def reports(self) -> bool:
-        """The one rank of each replica that speaks for its outputs: last stage, first tensor and context rank."""
+    def is_reporter(self) -> bool:
+        """Whether this rank reports its replica's outputs: last stage, first tensor and context rank."""
         return self.is_last_stage and self.tensor_rank == 0 and self.context_rank == 0
 
 
 @dataclass(frozen=True, slots=True)
 class Layouts:
-    """This rank's places in the two models: one and the same where the critic has no layout of its own."""
+    """This rank's layouts of actor and critic. They are the same object if the critic has no layout of its own."""
 
     actor: Layout
     critic: Layout
@@ -107,12 +107,12 @@ class Layouts:
 def parallel_groups(
     config: ParallelConfig, device: torch.device, seed: int, timeout: timedelta = COLLECTIVE_TIMEOUT
 ) -> Iterator[Layouts]:
-    """Open the process groups of a run and close them at its end. The actor's are in place inside.
+    """Open the process groups of a run and close them at the end of the block. Inside, the actor's groups are current.
 
-    `timeout` is how long a rank waits for the others in a collective.
+    `timeout`: how long a rank waits for the others in a collective.
 
-    Under torchrun its rendezvous is used; without it, the run is a single process. On CUDA, CPU tensors still travel
-    by gloo: the replicated `Batch` never touches the GPU's links.
+    Under torchrun, its rendezvous is used. Without torchrun, the run is a single process. On CUDA, gloo still sends CPU
+    tensors, so the replicated `Batch` does not use the GPUs' links.
     """
     with shared_gloo_devices():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -124,7 +124,7 @@ def parallel_groups(
             actor = initialize_model_parallel(config, seed, timeout)
             critic = actor
             if config.of_critic() != config:
-                parallel_state.destroy_model_parallel()  # forgets the groups, which live on in `actor`
+                parallel_state.destroy_model_parallel()  # clears the globals; `actor` keeps its groups
                 critic = initialize_model_parallel(config.of_critic(), seed, timeout)
             with actor.groups.current():
                 yield Layouts(actor, critic)
@@ -134,15 +134,15 @@ def parallel_groups(
 
 
 def initialize_model_parallel(config: ParallelConfig, seed: int, timeout: timedelta) -> Layout:
-    """Megatron's groups over an initialised default group.
+    """Create Megatron's groups. The default process group is initialised already.
 
     Raises InputError if the number of processes is not a multiple of tensor * pipeline * context.
     """
     world = dist.get_world_size()
     if world % config.ranks_of_a_replica:
         raise InputError(
-            f"{world} processes do not divide into replicas of tensor={config.tensor} * pipeline={config.pipeline} * "
-            f"context={config.context} (parallel): launch a multiple of {config.ranks_of_a_replica}"
+            f"{world} processes are not a multiple of parallel.tensor={config.tensor} * pipeline={config.pipeline} * "
+            f"context={config.context}: launch a multiple of {config.ranks_of_a_replica}"
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
@@ -164,11 +164,11 @@ def initialize_model_parallel(config: ParallelConfig, seed: int, timeout: timede
         context_rank=parallel_state.get_context_parallel_rank(),
         context=config.context,
         sequence_parallel=config.sequence,
-        groups=Groups.now(),
+        groups=Groups.read(),
     )
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum over all ranks, in place. Where all but one rank hold zeros, this is an exact gather."""
+    """Sum over all ranks, in place. If all ranks but one hold zeros, this is an exact gather."""
     dist.all_reduce(tensor)
     return tensor

@@ -1,4 +1,4 @@
-"""What a Hugging Face config.json says about a network, in one form for all families."""
+"""The shape of a network, from a Hugging Face config.json, in one form for all families."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from megatron_tempo.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Yarn:
-    """How YaRN (arXiv 2309.00071) stretches a rotary embedding to sequences longer than it was trained on.
+    """YaRN (arXiv 2309.00071): extends a rotary embedding to longer sequences than it was trained on.
 
     >>> Yarn(factor=8.0, trained_positions=8192, beta_fast=32.0, beta_slow=1.0, attention_factor=1.2079)
     """
 
-    factor: float  # how much longer
+    factor: float  # ratio of the new length to the trained one
     trained_positions: int
-    beta_fast: float  # what turns more often than this over the trained positions stays as it is
-    beta_slow: float  # what turns less often is slowed by `factor`
-    attention_factor: float  # of rotated queries, and of rotated keys
+    beta_fast: float  # pairs with more turns than this over the trained positions are not changed
+    beta_slow: float  # pairs with fewer turns are divided by `factor`
+    attention_factor: float  # multiplies rotated queries and rotated keys
 
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """A rotary embedding: pair i of a head's d numbers turns by theta^(-2i/d) radians a position, `yarn` aside."""
+    """A rotary embedding: pair i of a head's d dimensions turns by theta^(-2i/d) radians per position, before YaRN."""
 
     theta: float
     yarn: Yarn | None = None
@@ -36,15 +36,15 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
-    """What may differ between the attentions of a model's layers."""
+    """The attention settings that may differ between a model's layers."""
 
     rope: Rope
-    window: int | None = None  # a token sees itself and the window - 1 tokens before it; none: all before it
+    window: int | None = None  # a token attends to itself and the window - 1 tokens before it. None: to all before it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape(Sizes):
-    """The network's sizes, and how each of its layers attends.
+    """The network's sizes, and the attention of each layer.
 
     >>> Shape(family="qwen3", layers=36, hidden=4096, heads=32, groups=8, head_dim=128, ffn=12288, vocab=151936,
     ...       norm_eps=1e-6, max_positions=40960, attention=(LayerAttention(Rope(1e6)),) * 36)
@@ -56,7 +56,7 @@ class Shape(Sizes):
 
     @classmethod
     def of(cls, config: PretrainedConfig, attention: tuple[LayerAttention, ...]) -> Shape:
-        """With the sizes that all families name alike."""
+        """Read the sizes, which have the same names in all families."""
         return cls(
             family=config.model_type,
             layers=config.num_hidden_layers,
@@ -74,18 +74,18 @@ class Shape(Sizes):
 
     @property
     def ropes(self) -> tuple[Rope, ...]:
-        """The rotary embeddings of its layers, each once."""
+        """The distinct rotary embeddings of the layers."""
         return tuple(dict.fromkeys(layer.rope for layer in self.attention))
 
 
-def refuse(file: Path, field: str, value: object, known: object) -> InputError:
-    """That a config.json has a value that these networks do not implement; `known` is one that they do."""
-    said, better = (json.dumps(x) for x in (value, known))
-    return InputError(f"{file}: {field}={said} is not supported; {better} is")
+def unsupported(file: Path, field: str, value: object, known: object) -> InputError:
+    """The error for a value in a config.json that these networks do not implement. `known`: a value that they do."""
+    given, supported = (json.dumps(x) for x in (value, known))
+    return InputError(f"{file}: {field}={given} is not supported. Supported: {supported}")
 
 
 def expect(file: Path, config: PretrainedConfig, **known: object) -> None:
-    """Raises InputError naming the first of these fields that the config.json sets to something else."""
+    """Raises InputError that names the first of these fields that the config.json sets to another value."""
     for field, value in known.items():
         if getattr(config, field, value) != value:
-            raise refuse(file, field, getattr(config, field), value)
+            raise unsupported(file, field, getattr(config, field), value)

@@ -1,6 +1,6 @@
-"""The decoder layer of models/decoder.py, made of Transformer Engine's linear layers and attention.
+"""The decoder layer of models/decoder.py, built from Transformer Engine's linear layers and attention.
 
-Only for where Transformer Engine is installed: without it, Megatron's classes here are stand-ins without a use.
+Import this only if Transformer Engine is installed. Without it, Megatron's classes here are unusable placeholders.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from megatron_tempo.models.shape import LayerAttention, Shape
 
 
 def te_layer(shape: Shape, attention: LayerAttention, norms: Norms) -> ModuleSpec:
-    """The spec of a layer that attends so. A norm before a linear map is fused with it."""
+    """The spec of a layer with this attention. A norm before a linear layer is fused with it."""
     if norms.pre_norm:
         parts = Parts(IdentityOp, TELayerNormColumnParallelLinear, TERowParallelLinear, _core_attention)
     else:
@@ -39,7 +39,7 @@ def te_layer(shape: Shape, attention: LayerAttention, norms: Norms) -> ModuleSpe
 
 
 def _core_attention(config: TransformerConfig, **given: Any) -> nn.Module:
-    """Over context ranks our own, which shares the tokens otherwise than Transformer Engine's does."""
+    """With context parallelism, our own attention, because Transformer Engine divides the tokens differently."""
     kind = PackedAttention if config.context_parallel_size > 1 else PackedTEAttention
     return kind(config, **given)
 
@@ -47,7 +47,7 @@ def _core_attention(config: TransformerConfig, **given: Any) -> nn.Module:
 class PackedTEAttention(TEDotProductAttention):
     """Causal attention on packed sequences (thd), with the arguments of `PackedAttention`.
 
-    Megatron is told "sbhd", so that it rotates by each token's position; the packing is unfolded here alone.
+    Megatron gets the format "sbhd", so that it rotates by each token's position. Only this class converts to thd.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class PackedTEAttention(TEDotProductAttention):
     ) -> None:
         assert config.kv_channels is not None
         scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
-        own = copy(config)  # Megatron knows one window for a model; this layer's is its own
+        own = copy(config)  # Megatron's config has one window for the whole model
         own.window_size = None if window is None else (window - 1, 0)
         super().__init__(
             own,
@@ -88,7 +88,7 @@ class PackedTEAttention(TEDotProductAttention):
         attention_bias: Tensor | None = None,
         packed_seq_params: Packing | None = None,
     ) -> Tensor:
-        """Query [S, 1, heads, d], key and value [S, 1, groups, d] -> [S, 1, heads * d]; the packing parts sequences."""
+        """Query [S, 1, heads, d], key and value [S, 1, groups, d] -> [S, 1, heads * d]; sequences as in the packing."""
         assert packed_seq_params is not None, "every micro-batch carries its packing"
         packing = PackedSeqParams(
             qkv_format="thd",
@@ -103,4 +103,4 @@ class PackedTEAttention(TEDotProductAttention):
 
 
 class TENormedRowParallelLinear(PostNorm, TERowParallelLinear):
-    """Transformer Engine's, with a norm behind it."""
+    """Transformer Engine's row-parallel layer, followed by a norm."""

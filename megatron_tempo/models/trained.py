@@ -1,4 +1,4 @@
-"""A Megatron model and its passes, forward and backward: what actor and critic have in common."""
+"""A Megatron model and its forward and backward passes: the common part of actor and critic."""
 
 from __future__ import annotations
 
@@ -32,41 +32,39 @@ from megatron_tempo.models.parallel import Layout, sum_over_ranks
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import Batch, TokenCount
 
-# What is made of a micro-batch and the model's output on the last stage; see `Model.read` and `TrainedModel.step`.
+# Functions of a micro-batch and the model's output on the last stage; see `TrainedModel.step` and `Model.read`.
 Loss = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor]]
-Reading = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor]]
+Extract = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """An optimizer step, or one that was not made."""
+    """An optimizer step that was taken or skipped."""
 
     metrics: Tensor  # float32 [rows, num_metrics], the same on every rank
     losses: Tensor  # float32 [rows], the same on every rank
     grad_norm: float  # before clipping
-    made: bool  # false where a loss or the gradient is not finite: the weights are then as before
+    made: bool  # False if a loss or the gradient is not finite: the step was skipped, the weights are unchanged
 
 
 @dataclass(slots=True)
 class Model:
-    """A network under Megatron's 1F1B schedule. `net` is the bare network, this rank's shard of it."""
+    """A network under Megatron's 1F1B schedule. `net`: this rank's shard of the network, without wrappers."""
 
     net: PackedGPT
     layout: Layout
     device: torch.device
     micro_batch_tokens: int
-    module: Any  # the network as it is called: in its wrappers, if it has any
+    module: Any  # the network with its wrappers, as it is called
     offloader: ModelOffloader  # shared by the models of a run
     counted: TokenCount = field(default_factory=TokenCount)
-    fp8_scales_ready: int = (
-        0  # of delayed scaling: 1 when the scales of forward passes are known, 2 those of backward ones too
-    )
+    fp8_scales_ready: int = 0  # delayed scaling: 1 if forward scales are known, 2 if backward scales are known too
 
     @classmethod
     def frozen(
         cls, net: PackedGPT, layout: Layout, device: torch.device, micro_batch_tokens: int, offloader: ModelOffloader
     ) -> Model:
-        """A network that is only read: no gradients, no optimizer."""
+        """A network without gradients and optimizer."""
         module = _on_device(net, device).requires_grad_(False)
         model = cls(net, layout, device, micro_batch_tokens, module, offloader)
         offloader.load(model)
@@ -74,7 +72,7 @@ class Model:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """On the device, with its process groups in place: whatever reads or changes its tensors happens inside."""
+        """Load the model and make its process groups current. All access to its tensors happens inside the block."""
         self.offloader.load(self)
         with self.layout.groups.current():
             yield
@@ -87,18 +85,18 @@ class Model:
         return ()
 
     @torch.no_grad()
-    def read(self, batch: Batch, size: int, reading: Reading) -> Tensor:
+    def read(self, batch: Batch, size: int, extract: Extract) -> Tensor:
         """One pass without gradient: float32 [size], the same on every rank.
 
-        `reading` turns a micro-batch and the model's output into (int64 [m], float [m]): places in the answer and
-        what stands there. It is called on the last pipeline stage.
+        `extract` is called on the last pipeline stage. It turns a micro-batch and the model's output into
+        (int64 [m], float [m]): indices in the result, and the numbers at these indices.
         """
-        answer = torch.zeros(size)
+        result = torch.zeros(size)
 
         def collect(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
-            cells, values = reading(micro, output)
-            if self.layout.reports:
-                answer[cells] = values.float().cpu()
+            cells, values = extract(micro, output)
+            if self.layout.is_reporter:
+                result[cells] = values.float().cpu()
             return output.new_zeros(()), cells
 
         with self.at_work():
@@ -106,7 +104,7 @@ class Model:
             parts = self._packed(batch, torch.arange(len(batch)))
             self._warm_up_fp8_scales(parts, collect, forward_only=True)
             self._run(parts, collect, forward_only=True)
-        return sum_over_ranks(answer)
+        return sum_over_ranks(result)
 
     def _packed(self, batch: Batch, rows: Tensor) -> list[MicroBatch]:
         return micro_batches(
@@ -116,14 +114,14 @@ class Model:
     def _warm_up_fp8_scales(self, parts: list[MicroBatch], loss: Loss, *, forward_only: bool) -> None:
         """Warm up FP8 delayed scaling with one throw-away micro-batch.
 
-        Its scales start at 1, under which FP8 loses most of a weight and all of a gradient, and Transformer Engine
-        updates them only in passes with gradient.
+        Its scales start at 1. With these, FP8 loses most of a weight and all of a gradient. Transformer Engine updates
+        the scales only in passes with gradient.
         """
-        config, wanted = self.net.config, 1 if forward_only else 2
-        if config.fp8 and config.fp8_recipe == "delayed" and self.fp8_scales_ready < wanted:
+        config, required = self.net.config, 1 if forward_only else 2
+        if config.fp8 and config.fp8_recipe == "delayed" and self.fp8_scales_ready < required:
             with torch.enable_grad():
                 self._run(parts[:1], loss, forward_only=forward_only)
-            self.fp8_scales_ready = wanted
+            self.fp8_scales_ready = required
 
     def _run(self, parts: list[MicroBatch], loss: Loss, *, forward_only: bool) -> None:
         for part in parts:
@@ -147,7 +145,7 @@ class Model:
 
 @dataclass(slots=True)
 class TrainedModel(Model):
-    """A network under Megatron's data parallelism and distributed optimizer. `step_count` counts optimizer steps."""
+    """A network under Megatron's data parallelism and distributed optimizer. `step_count`: optimizer steps taken."""
 
     optimizer: MegatronOptimizer = field(kw_only=True)
     step_count: int = 0
@@ -156,9 +154,9 @@ class TrainedModel(Model):
     def wrap(
         cls, net: PackedGPT, layout: Layout, device: torch.device, micro_batch_tokens: int, offloader: ModelOffloader
     ) -> TrainedModel:
-        """Wrap a network whose weights are loaded: the optimizer copies them as its fp32 main weights.
+        """Wrap a network whose weights are loaded already: the optimizer copies them as its fp32 main weights.
 
-        The layout's process groups are in place.
+        The layout's process groups must be current.
         """
         config = net.config
         ddp = DistributedDataParallel(
@@ -201,9 +199,9 @@ class TrainedModel(Model):
         return (buffer.grad_data for buffer in self.module.buffers)
 
     def step(self, batch: Batch, rows: Tensor, loss: Loss, num_metrics: int, config: OptimizerConfig) -> Step:
-        """One optimizer step on the mean over `rows` of a loss by row; none where that or its gradient is not finite.
+        """One optimizer step on the mean loss over `rows`. Skipped if a loss or the gradient is not finite.
 
-        `loss` turns a micro-batch and the model's output into (loss [m], metrics [m, `num_metrics`]).
+        `loss` turns a micro-batch and the model's output into (loss [m], metrics [m, `num_metrics`]), per row.
         """
         with self.at_work():
             return self._step(batch, rows, loss, num_metrics, config)
@@ -213,19 +211,19 @@ class TrainedModel(Model):
         parts = self._packed(batch, rows)
         # Megatron divides by the micro-batches of this rank and averages over the data-parallel ranks.
         scale = len(parts) * self.layout.data / len(rows)
-        place = torch.full((len(batch),), -1).index_put((rows,), torch.arange(len(rows)))
+        index = torch.full((len(batch),), -1).index_put((rows,), torch.arange(len(rows)))
         table = torch.zeros(len(rows), num_metrics + 1)  # the last column: the losses
 
         def scaled(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
             by_row, metrics = loss(micro, output)
-            if self.layout.reports:
+            if self.layout.is_reporter:
                 columns = torch.cat((metrics, by_row.detach()[:, None]), dim=1)
-                table[place[micro.rows]] = columns.float().cpu()
-            # The sum over no outputs keeps a micro-batch of padding alone in the graph.
+                table[index[micro.rows]] = columns.float().cpu()
+            # The empty sum keeps a micro-batch that has only padding in the graph.
             return by_row.sum() * scale + output[:0].sum(), metrics
 
-        # Taken back, since a network whose config holds its optimizer is never freed: the cycle goes through tensors
-        # that Python's collector cannot follow, and process groups would stay with their threads.
+        # Set only during the pass. A network whose config holds its optimizer is never freed: the cycle goes through
+        # tensors that Python's garbage collector cannot follow, and process groups would keep their threads.
         self.net.config.grad_scale_func = self.optimizer.scale_loss
         self._warm_up_fp8_scales(parts, scaled, forward_only=False)
         self.module.zero_grad_buffer()
@@ -234,7 +232,7 @@ class TrainedModel(Model):
         self._set_hyperparameters(config)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        # One sum over ranks holds the table and whether any rank saw a non-finite value, so that all decide alike.
+        # One sum over ranks has the table and whether any rank has a non-finite norm, so all ranks decide alike.
         ranks = torch.cat((table.flatten(), torch.tensor([0.0 if math.isfinite(grad_norm) else 1.0])))
         summed, bad = sum_over_ranks(ranks).split((table.numel(), 1))
         metrics, losses = summed.view_as(table).split((num_metrics, 1), dim=1)
@@ -242,22 +240,22 @@ class TrainedModel(Model):
         if made:
             self.optimizer.step()
             self.step_count += 1
-        self.optimizer.zero_grad()  # at once: its fp32 copy of the gradients would stay until the next step
+        self.optimizer.zero_grad()  # now, because its fp32 copy of the gradients would stay until the next step
         return Step(metrics, losses.flatten(), grad_norm, made)
 
     def sharded_optimizer(
         self, weights: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool
     ) -> dict[str, Any]:
-        """The optimizer's part of a checkpoint, for the sharded `weights` of the same model. Collective."""
+        """The optimizer's part of a checkpoint. `weights`: the sharded weights of the same model. Collective."""
         with without_bucket_padding(self.optimizer):
             return self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
-        """Take a state that `optimizer.sharded_state_dict` described and a checkpoint filled."""
+        """Load a state that `sharded_optimizer` returned and that a checkpoint filled."""
         load_optimizer_state(self.optimizer, state)
 
     def _set_hyperparameters(self, config: OptimizerConfig) -> None:
-        """Stages may differ in these, so they are set before each step. The learning rate warms up linearly."""
+        """Set before each step, because stages may differ in these. The learning rate warms up linearly."""
         warm = min(1.0, (self.step_count + 1) / config.warmup_steps) if config.warmup_steps else 1.0
         for optimizer in optimizer_parts(self.optimizer):
             optimizer.config.clip_grad = config.clip_grad

@@ -16,15 +16,15 @@ from megatron_tempo.types import Batch
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """The steps of an update that were made, and the number of those that were skipped."""
+    """The steps of an update that were taken, and the number of skipped ones."""
 
-    rows: Tensor  # int64 [n]: the rows that were trained on, in their order
+    rows: Tensor  # int64 [n]: the rows that were trained on, in order
     metrics: Tensor  # float32 [n, num_metrics]
     grad_norms: list[float]  # of each step
     skipped: int
 
 
-def step_through(
+def run_mini_batches(
     trained: TrainedModel,
     guard: NonFiniteGuard,
     batch: Batch,
@@ -35,11 +35,11 @@ def step_through(
     inputs: LossInputs,
     iteration: int,
 ) -> Steps:
-    """One step for each mini-batch of rows in `order` (int64 each); see `TrainedModel.step`. Collective.
+    """Take one step for each mini-batch of rows in `order` (int64 each); see `TrainedModel.step`. Collective.
 
-    Steps whose loss or gradient is not finite are skipped; `guard` counts them and names what it writes of them by
-    `iteration`, the run's, from 1. Where it reaches its limit, raises NotFiniteError on every rank, with the weights
-    as they were before the first of the consecutive skipped steps.
+    Steps whose loss or gradient is not finite are skipped. `guard` counts them and writes them to files, which it names
+    by `iteration`, the run's, from 1. At the guard's limit, raises NotFiniteError on every rank. The weights are then
+    those before the first of the consecutive skipped steps.
     """
     made: list[tuple[Tensor, Step]] = []
     for number, rows in enumerate(order, start=1):

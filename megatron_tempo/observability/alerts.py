@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 
+from megatron_tempo.observability.console import readable
 from megatron_tempo.observability.records import Record
 
 RECENT = 5  # records that are averaged for the current value, and for the value at the stage's start
@@ -170,13 +171,13 @@ def _each(name: str, judge: Callable[[_Numbers], str | None], *, by_stage: bool 
 def _gap_grows(gaps: _Numbers) -> str | None:
     early, now = median(gaps.first[:RECENT]), fmean(gaps.recent())
     grown = gaps.count >= 2 * RECENT and now > max(GAP_FLOOR, GAP_GROWTH * early)
-    return f"{now:.3g} nats a token, was {early:.3g}" if grown else None
+    return f"{readable(now)} nats a token, was {readable(early)}" if grown else None
 
 
 def _entropy_collapses(entropies: _Numbers) -> str | None:
     early, now = fmean(entropies.first[:RECENT]), fmean(entropies.recent())
     fallen = entropies.count >= 2 * RECENT and now < ENTROPY_LEFT * early
-    return f"{now:.3g} nats a token, was {early:.3g}" if fallen else None
+    return f"{readable(now)} nats a token, was {readable(early)}" if fallen else None
 
 
 def _clips_much(fractions: _Numbers) -> str | None:
@@ -201,7 +202,7 @@ def _slows_down(seconds: _Numbers) -> str | None:
     if seconds.count <= 2 * RECENT:
         return None
     early, now = median(seconds.first[1:]), median(seconds.recent())  # the first compiles and warms up
-    return f"{now:.3g} s per iteration, was {early:.3g} s" if now > SLOWER * early else None
+    return f"{readable(now)} s per iteration, was {readable(early)} s" if now > SLOWER * early else None
 
 
 def _spikes(norms: _Numbers) -> str | None:
@@ -209,7 +210,7 @@ def _spikes(norms: _Numbers) -> str | None:
     if len(before) < SPIKE_KNOWN:
         return None
     usual = median(before)  # 0 if all advantages were 0
-    return f"{now:.3g}, {now / usual:.0f} times the median" if usual and now > SPIKE * usual else None
+    return f"{readable(now)}, {now / usual:.0f} times the median" if usual and now > SPIKE * usual else None
 
 
 def _gradient_spikes() -> Look:

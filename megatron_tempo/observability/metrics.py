@@ -13,12 +13,12 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_tempo.config.extensions import short_name
 from megatron_tempo.config.schema import MetricsConfig
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.observability.alerts import Watch
+from megatron_tempo.observability.console import evaluation_line, is_number, step_line, wrapped
 from megatron_tempo.observability.heartbeat import DONE, Heartbeat
-from megatron_tempo.observability.progress import Forecast, ProgressBar, clock
+from megatron_tempo.observability.progress import Forecast, ProgressBar
 from megatron_tempo.observability.records import (
     EVALUATIONS,
     METRICS,
@@ -32,24 +32,11 @@ from megatron_tempo.observability.records import (
     read_evaluations,
     read_metrics,
 )
+from megatron_tempo.observability.terminal import say, width
 from megatron_tempo.observability.trackers import tensorboard_writer, wandb_run
 from megatron_tempo.types import EngineHealth
 
 log = logging.getLogger(__name__)
-
-# Columns of the console: format and name of a number. A column is left out if the record lacks its number.
-COLUMNS = (
-    ("reward {:6.3f}", "reward/labelled"),
-    ("value {:6.3f}", "reward/unlabelled_value"),
-    ("agreement {:6.3f}", "reward/unlabelled"),
-    ("entropy {:.3f}", "actor/entropy"),
-    ("clip {:.3f}", "actor/clip_fraction"),
-    ("gradient {:7.2g}", "actor/grad_norm"),
-    ("critic {:.3f}", "critic/loss"),
-    ("gradient {:7.2g}", "critic/grad_norm"),
-    ("{:6.0f} tok/s", "tokens_per_second"),
-    ("{:5.1f} s", "seconds"),
-)
 
 
 class Metrics:
@@ -144,9 +131,9 @@ class Metrics:
             self._forecast.step(line["stage"], line["iteration"], line["seconds"])
         append(self._dir / METRICS, line)
         self._watch.metrics(line)
-        self._print(self._step_line(line))
+        self._print(step_line(line, *self._ahead(line), width()))
         self._alert()
-        self._track({name: value for name, value in line.items() if _is_number(value) and name != "time"}, line["step"])
+        self._track({name: value for name, value in line.items() if is_number(value) and name != "time"}, line["step"])
         self._show()
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
@@ -158,12 +145,12 @@ class Metrics:
             self._forecast.evaluation(line["seconds"])
         self._replace(EVALUATIONS, [line])
         self._watch.evaluation(line)
-        self._print(_evaluation_line(line))
+        self._print(evaluation_line(line, width()))
         self._alert()
         scores = {f"avg@{line['avg_k']}": line["avg"]} | {f"pass@{k}": value for k, value in line["pass"].items()}
         if line.get("calibration"):
             scores |= {name: line["calibration"]["last"][name] for name in ("auroc", "brier", "ece")}
-        self._track({f"{line['set']}/{name}": v for name, v in scores.items() if _is_number(v)}, line["step"])
+        self._track({f"{line['set']}/{name}": v for name, v in scores.items() if is_number(v)}, line["step"])
         self._show()
 
     def samples(self, records: Iterable[Mapping[str, Any]]) -> None:
@@ -262,21 +249,18 @@ class Metrics:
         self._mark = now
         return line
 
-    def _step_line(self, line: Record) -> str:
-        total = self._forecast.stages[line["stage"]].iterations if self._forecast is not None else None
-        count = f"{line['iteration']}/{total}" if total else str(line["iteration"])
-        cells = [f"{line['stage']} {short_name(line['method']):<5} {count:>7}"]
-        cells += [form.format(line[name]) for form, name in COLUMNS if _is_number(line.get(name))]
-        if self._forecast is not None:
-            cells.append(f"{clock(self._forecast.left())} left")
-        return "  ".join(cells)
+    def _ahead(self, line: Record) -> tuple[int | None, float | None]:
+        """The iterations of the line's stage, and the seconds to the end of the run; None, None without a plan."""
+        if self._forecast is None:
+            return None, None
+        return self._forecast.stages[line["stage"]].iterations, self._forecast.left()
 
     def _print(self, text: str) -> None:
-        with suppress(OSError):  # a log on a full disk, or a closed terminal
-            if self._console is not None:
-                self._console.print(text)
-            else:
-                print(text, flush=True)
+        if self._console is None:
+            say(text)
+            return
+        with suppress(OSError):  # a closed terminal
+            self._console.print(wrapped(text, width()))
 
     def _show(self) -> None:
         doing = self._open[-1][0] if self._open else ""
@@ -311,23 +295,3 @@ class Metrics:
         except OSError as error:
             self.warn(f"TensorBoard failed ({error}); training continues without it; {METRICS} has all metrics")
             self._tensorboard = None
-
-
-def _evaluation_line(line: Record) -> str:
-    def score(name: str, value: float | None, se: float | None) -> str:
-        return f"{name} {'-' if value is None else f'{value:.3f}'}{'' if se is None else f' ± {se:.3f}'}"
-
-    cells = [
-        f"evaluation  {line['point']:<7} {line['set']:<12}",
-        score(f"avg@{line['avg_k']}", line["avg"], line["avg_se"]),
-    ]
-    cells += [score(f"pass@{k}", value, line["pass_se"].get(k)) for k, value in line["pass"].items()]
-    cells.append(f"{line['questions']} questions")
-    if line.get("calibration"):
-        last = line["calibration"]["last"]
-        cells.append(score("AUROC", last["auroc"], None) + "  " + score("ECE", last["ece"], None))
-    return "  ".join(cells)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

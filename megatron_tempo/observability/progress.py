@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Column
 from rich.text import Text
 
 from megatron_tempo.config.extensions import short_name
@@ -51,33 +52,45 @@ class Forecast:
                 total += iterations * _mean(self._paces[name] or measured)
         return total
 
-    def where(self) -> str:
-        """The current iteration: 'stage 1/2 PPO, iteration 12/100'."""
+    def where(self, *, short: bool = False) -> str:
+        """The current iteration: 'stage 1/2 PPO, iteration 12/100', or 'stage 1/2 PPO 12/100'."""
         for number, (name, stage) in enumerate(self.stages.items(), start=1):
             if self._done[name] < stage.iterations:
-                iteration = f"iteration {self._done[name] + 1}/{stage.iterations}"
-                return f"stage {number}/{len(self.stages)} {short_name(stage.method.name).upper()}, {iteration}"
+                iteration = f"{' ' if short else ', iteration '}{self._done[name] + 1}/{stage.iterations}"
+                return f"stage {number}/{len(self.stages)} {short_name(stage.method.name).upper()}{iteration}"
         return "training done"
 
 
+SHORT = 100  # columns below which the bar's line uses short words and omits the time elapsed
+BAR = (8, 24)  # least and most columns of the bar itself
+
+
 class ProgressBar:
-    """One line at the foot of a terminal: the current iteration, the phase, time elapsed and time left."""
+    """One line at the foot of a terminal: the current iteration, the phase, time elapsed and time left.
+
+    In a narrow terminal the words are shortened, and cut if they must be, so that the bar keeps a length that shows
+    progress.
+    """
 
     def __init__(self, forecast: Forecast, console: Console) -> None:
         self._forecast = forecast
         self._started = time.monotonic()
-        self._left = _Left()
+        self._short = console.width < SHORT
+        self._left = _Left("" if self._short else "about ")
+        self._bar = BarColumn(bar_width=BAR[1])
+        elapsed = [] if self._short else [TimeElapsedColumn()]
         self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            TimeElapsedColumn(),
+            SpinnerColumn("dots" if console.encoding.startswith("utf") else "line"),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            self._bar,
+            *elapsed,
             self._left,
             console=console,
             refresh_per_second=4,
             transient=True,
         )
-        self._task = self._progress.add_task(forecast.where(), total=None)
+        self._task = self._progress.add_task("", total=None)
+        self.update("")
         self._progress.start()
 
     def update(self, activity: str) -> None:
@@ -85,9 +98,14 @@ class ProgressBar:
         left = self._forecast.left()
         elapsed = time.monotonic() - self._started
         self._left.set(left)
+        words = ", ".join(filter(None, (self._forecast.where(short=self._short), activity)))
+        # Spinner, time left ("100:00:00 left") and elapsed, and a blank between columns.
+        room = self._progress.console.width - 2 - 15 - (0 if self._short else 16)
+        words = words[: max(room - BAR[0] - 1, 0)]
+        self._bar.bar_width = min(max(room - len(words) - 1, BAR[0]), BAR[1])
         self._progress.update(
             self._task,
-            description=", ".join(filter(None, (self._forecast.where(), activity))),
+            description=words,
             total=None if left is None else elapsed + left,
             completed=elapsed,
         )
@@ -99,15 +117,16 @@ class ProgressBar:
 class _Left(ProgressColumn):
     """Time left. It counts down between two estimates."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, about: str) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self._about = about
         self._end: float | None = None
 
     def set(self, left: float | None) -> None:
         self._end = None if left is None else time.monotonic() + left
 
     def render(self, task: Task) -> Text:
-        return Text(f"about {clock(None if self._end is None else self._end - time.monotonic())} left")
+        return Text(f"{self._about}{clock(None if self._end is None else self._end - time.monotonic())} left")
 
 
 def clock(seconds: float | None) -> str:

@@ -19,7 +19,7 @@ def tensorboard_writer(run_dir: Path, purge_step: int | None = None) -> Any:
     except ImportError as error:
         raise ValueError(
             "metrics.tensorboard=true requires the tensorboard package, which is not installed: "
-            "pip install 'megatron-tempo[track]', or set it to false"
+            "pip install tensorboard, or set it to false"
         ) from error
     return tensorboard.SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
 
@@ -30,7 +30,7 @@ def wandb_run(run_dir: Path, project: str, warn: Callable[[str], None]) -> Wandb
     except ImportError as error:
         raise ValueError(
             f"metrics.wandb_project={project} requires the wandb package, which is not installed: "
-            f"pip install 'megatron-tempo[track]', or set it to null"
+            "pip install wandb, or set it to null"
         ) from error
     return WandbRun(module, run_dir, project, warn)
 

@@ -62,6 +62,7 @@ class PlannedMicroBatch:
 
 
 def machine_of(config: Config) -> PlannedMachine:
+    """The precision and the device of a configuration."""
     return PlannedMachine(4 if config.run.precision is Precision.fp32 else 2, config.run.device is not Device.cpu)
 
 

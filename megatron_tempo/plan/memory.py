@@ -109,7 +109,7 @@ class Memory:
 
 
 def memory(config: Config, shape: PlannedShape) -> Memory:
-    """The configuration has passed `split.problems`."""
+    """The memory of a configuration, which has passed `split.problems`."""
     assert config.cluster is not None
     split = split_of(config)
     stages = [stage for stage in config.stages().values() if stage.iterations > 0]
@@ -313,8 +313,11 @@ class _Phases:
         return batch | {Part.activations: left + layers}
 
     def _update(self, role: Role) -> Parts:
-        """A mini-batch is one optimizer step. Its peak is in the backward pass of the head or of the layers, or in the
-        step itself, after the activations are freed: torch's Adam on CUDA then allocates an fp32 tensor a parameter."""
+        """A mini-batch is one optimizer step.
+
+        Its peak is in the backward pass of the head or of the layers, or in the step itself, after the activations are
+        freed. On CUDA, torch's Adam then allocates an fp32 tensor per parameter.
+        """
         if role is Role.actor:
             rows = max(one.actor.mini_batch_prompts * one.responses_per_prompt for one in self.stages)
         else:

@@ -20,12 +20,14 @@ from megatron_tempo.config.rules.layout import divisors
 from megatron_tempo.config.schema import Config
 from megatron_tempo.plan.layout import PlannedLayout, row_tokens
 from megatron_tempo.plan.memory import Memory, MemoryPhase, Over, layouts_of, least_rows, memory
-from megatron_tempo.plan.parameters import Role
+from megatron_tempo.plan.parameters import Role, total_parameters
 from megatron_tempo.plan.shapes import PlannedShape
 from megatron_tempo.plan.split import Split, laid_out, split_of
 from megatron_tempo.plan.times import iteration, times
 
 SERVERS = EngineKind.vllm  # the served engine that is tried if the configuration has the embedded one
+# Parameters from which on it is tried: a smaller model generates in no time, and a server takes a minute to start.
+SERVED = 100_000_000
 
 # Tried if nothing fits: multiples of the number of nodes, fractions of the response length.
 MORE, SHORTER = (2, 4, 8), (2, 4, 8, 16)
@@ -57,7 +59,7 @@ class Plan:
 
 
 def plan_of(config: Config, shape: PlannedShape, words: tuple[str, ...] = ()) -> Plan:
-    """The configuration has passed `split.problems`."""
+    """The plan of a configuration, which has passed `split.problems`."""
     split = split_of(config)
     needed = memory(config, shape)
     return Plan(words, config, layouts_of(config, split.trainers), split, needed, times(config, shape, needed))
@@ -145,6 +147,8 @@ def _engines(config: Config, shape: PlannedShape) -> Iterator[dict[str, object]]
             yield {"rollout.batch_rows": rows}
             rows *= 2
     if cluster.rollout_nodes:  # all servers are on those nodes
+        return
+    if rollout.engine is EngineKind.embedded and total_parameters(shape) < SERVED:
         return
     kind = SERVERS if rollout.engine is EngineKind.embedded else rollout.engine
     node = cluster.gpus_per_node

@@ -14,6 +14,7 @@ from megatron_tempo.plan.search import MORE, SHORTER, Plan, best_of_each, neares
 from megatron_tempo.plan.shapes import PlannedShape
 
 ROWS = 12  # of the table of layouts
+GAIN, GAIN_SHARE = 1.0, 0.01  # a layout is proposed if it saves these seconds, and this share, of an iteration
 
 
 def report(config: Config, shape: PlannedShape, own: Plan, plans: list[Plan]) -> str:
@@ -101,7 +102,7 @@ def _times(own: Plan) -> list[str]:
     cluster = own.config.cluster
     assert cluster is not None
     rows = [["seconds", *(phase.value for phase in own.seconds), "iteration"]]
-    rows.append(["at full length", *(f"{s:,.0f}" for s in own.seconds.values()), f"{own.iteration:,.0f}"])
+    rows.append(["at full length", *map(seconds_text, own.seconds.values()), seconds_text(own.iteration)])
     return [
         *aligned(rows),
         f"assumed: {cluster.compute_share:.0%} of {cluster.bf16_tflops:g} TFLOP/s, {cluster.memory_share:.0%} of "
@@ -141,7 +142,7 @@ def _layouts(own: Plan, plans: list[Plan]) -> list[str]:
         rows.append(["*" if plan is own else "", *layout_row(plan)])
     lines = ["layouts that fit, fastest first (* the given one)" if own.over is None else
              "layouts that fit, fastest first; the last row (*) is the given one, which does not fit"]  # fmt: skip
-    return [*lines, *aligned(rows), *_pasted(shown[:1])]
+    return [*lines, *aligned(rows), *_pasted(mine, shown[:1])]
 
 
 def layout_row(plan: Plan) -> list[str]:
@@ -159,14 +160,20 @@ def layout_row(plan: Plan) -> list[str]:
         f"{plan.memory.total(largest) / GB:.1f}",
         largest.value,
         f"{plan.memory.room:.0f}",
-        f"{plan.iteration:,.0f}",
+        seconds_text(plan.iteration),
     ]
 
 
-def _pasted(best: Sequence[Plan]) -> Iterator[str]:
+def _pasted(mine: Plan | None, best: Sequence[Plan]) -> Iterator[str]:
+    """The fastest plan as overrides, unless the given one, `mine`, is as fast by what an estimate can tell."""
     for plan in best:
-        if plan.words:
+        if plan.words and (mine is None or mine.iteration - plan.iteration >= max(GAIN, GAIN_SHARE * mine.iteration)):
             yield f"fastest: {' '.join(plan.words)}"
+
+
+def seconds_text(seconds: float) -> str:
+    """1,234; 12; 0.35: whole seconds from ten on, else two digits."""
+    return f"{seconds:,.0f}" if seconds >= 10 or seconds == 0 else f"{seconds:.2g}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

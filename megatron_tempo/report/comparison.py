@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from megatron_tempo.config.tree import leaves
 from megatron_tempo.errors import InputError
+from megatron_tempo.observability.console import readable
 from megatron_tempo.observability.progress import clock
 from megatron_tempo.observability.records import Record, write_whole
 from megatron_tempo.report import charts
@@ -237,7 +238,7 @@ def _rows(numbers: Sequence[dict[str, float]]) -> list[tuple[str, list[str]]]:
     """One row per name, the largest first, with one cell per run."""
     names = {name for of_run in numbers for name in of_run}
     ranked = sorted(names, key=lambda name: -max(of_run.get(name, 0.0) for of_run in numbers))
-    return [(name, [f"{of_run[name]:.3g}" if name in of_run else "-" for of_run in numbers]) for name in ranked]
+    return [(name, [readable(of_run[name]) if name in of_run else "-" for of_run in numbers]) for name in ranked]
 
 
 def _differences(runs: Sequence[Labelled]) -> list[tuple[str, list[str]]]:

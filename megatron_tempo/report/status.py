@@ -16,15 +16,17 @@ from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import read
 from megatron_tempo.errors import InputError
 from megatron_tempo.observability.alerts import alerts
+from megatron_tempo.observability.console import readable
 from megatron_tempo.observability.heartbeat import BEAT, DONE, SILENT, read_heartbeat
 from megatron_tempo.observability.progress import RECENT, Forecast, clock
 from megatron_tempo.observability.records import Record, read_evaluations, read_metrics, read_warnings
+from megatron_tempo.observability.terminal import width
 from megatron_tempo.report.summary import memory_peaks, printable, score
 
 SHOWN = 5  # warnings, the latest
 OVERDUE, OVERDUE_SECONDS = 5.0, 300.0  # a phase is reported if it takes this many times the usual, and this much more
 _LABEL = 12
-_WIDTH = 118
+_WIDTH = 118  # at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ def _rate(metrics: Sequence[Record]) -> str:
         return ""
     seconds = fmean(record["seconds"] for record in recent)
     tokens = [record["tokens_per_second"] for record in recent if record.get("tokens_per_second")]
-    words = f"{3600 / max(seconds, 1e-9):.3g} iterations/hour, {seconds:.3g} s each"
+    words = f"{readable(3600 / max(seconds, 1e-9))} iterations/hour, {readable(seconds)} s each"
     return words + (f", {fmean(tokens):,.0f} tokens/s" if tokens else "")
 
 
@@ -157,7 +159,7 @@ _STEP_METRICS = (
 
 def _step_metrics(metrics: Sequence[Record]) -> str:
     last = metrics[-1] if metrics else {}
-    return ", ".join(f"{words} {last[name]:.3g}" for words, name in _STEP_METRICS if last.get(name) is not None)
+    return ", ".join(f"{words} {readable(last[name])}" for words, name in _STEP_METRICS if last.get(name) is not None)
 
 
 def _evaluations(evaluations: Sequence[Record]) -> Iterator[str]:
@@ -182,7 +184,9 @@ def _evaluations(evaluations: Sequence[Record]) -> Iterator[str]:
 def _memory(metrics: Sequence[Record]) -> str:
     peaks = memory_peaks(metrics)
     return (
-        f"peak of a process, GB: {', '.join(f'{phase} {peak:.3g}' for phase, peak in peaks.items())}" if peaks else ""
+        f"peak of a process, GB: {', '.join(f'{phase} {readable(peak)}' for phase, peak in peaks.items())}"
+        if peaks
+        else ""
     )
 
 
@@ -213,7 +217,9 @@ def _line(label: str, text: str) -> str:
     margin = " " * _LABEL
     text = printable(text.replace("\n", " "))
     # Paths are not broken, so that they can be copied.
-    wrapped = textwrap.wrap(text, _WIDTH - _LABEL, break_long_words=False, break_on_hyphens=False)
+    wrapped = textwrap.wrap(
+        text, max(min(_WIDTH, width()) - _LABEL, 20), break_long_words=False, break_on_hyphens=False
+    )
     return f"{label:<{_LABEL}}{f'{chr(10)}{margin}'.join(wrapped)}".rstrip()
 
 

@@ -6,6 +6,7 @@ that little of what goes through the model is padding.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,9 @@ class EmbeddedEngine:
         with device:
             config = transformers.AutoConfig.from_pretrained(folder)
             self._model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        # Renamed during transformers 5; the old name gives a warning for each call, until 5.40 removes it.
+        arguments = inspect.signature(self._model.forward).parameters
+        self._cache_argument = "cache" if "cache" in arguments else "past_key_values"
         self._device = device
         self._batch_rows = batch_rows
         self._end_tokens = torch.tensor(end_tokens(folder), device=device)
@@ -134,9 +138,9 @@ class EmbeddedEngine:
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: cache},
         )
         return out.logits[:, -1].float()
 

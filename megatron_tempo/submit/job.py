@@ -25,12 +25,12 @@ class Kind(Enum):
 class Job:
     """A job of a checked configuration.
 
-    >>> Job(Kind.train, config, arguments=())          # Job(Kind.convert, config, ("convert_hf_to_megatron", A, B))
+    >>> Job(Kind.train, config, arguments=())          # Job(Kind.convert, config, ("hf-to-megatron", A, B))
     """
 
     kind: Kind
     config: Config
-    arguments: tuple[str, ...]  # of a converter, with its name first
+    arguments: tuple[str, ...]  # of the convert command
 
     @property
     def cluster(self) -> ClusterConfig:

@@ -1,7 +1,7 @@
 """Snapshots of the code and the configuration that a job runs, in the run's folder: RUN/jobs/0001, 0002, ...
 
     config.json      the composed configuration
-    code/            megatron_tempo, configs, launch, tools
+    code/            megatron_tempo, configs, launch
     revision.txt     revision of the git checkout, if it is one; changes.diff: uncommitted changes
     train.sbatch     the script (or eval.sbatch, convert.sbatch)
     ids              SLURM's ids of the jobs, one per line
@@ -21,10 +21,11 @@ from pathlib import Path
 
 from megatron_tempo.config.problem import ConfigErrors
 from megatron_tempo.config.schema import Config
+from megatron_tempo.config.shipped import source
 from megatron_tempo.config.tree import differences, load, save
 
-CODE = ("megatron_tempo", "configs", "launch", "tools")
-_LEFT_OUT = shutil.ignore_patterns("__pycache__")
+CODE = ("megatron_tempo", "configs", "launch")
+_LEFT_OUT = shutil.ignore_patterns("__pycache__", "shipped")  # shipped: a wheel's copy of configs and launch
 
 
 def jobs(run: Path) -> list[Path]:
@@ -47,7 +48,7 @@ def take(folder: Path, repository: Path, config: Config, script: tuple[str, str]
     partial.mkdir(parents=True)
     try:
         for name in CODE:
-            shutil.copytree(repository / name, partial / "code" / name, ignore=_LEFT_OUT)
+            shutil.copytree(source(repository, name), partial / "code" / name, ignore=_LEFT_OUT)
         save(config, partial / "config.json")
         (partial / script[0]).write_text(script[1], encoding="utf-8")
         (partial / script[0]).chmod(0o755)
@@ -68,7 +69,7 @@ def changes(folder: Path, repository: Path, config: Config) -> Iterator[str]:
         yield from differences(load(folder / "config.json"), config)
     except (OSError, ConfigErrors, ValueError) as error:
         yield f"config.json cannot be compared: {error}"
-    changed = [path for name in CODE for path in _unequal(folder / "code" / name, repository / name, name)]
+    changed = [path for name in CODE for path in _unequal(folder / "code" / name, source(repository, name), name)]
     if changed:
         yield f"code: {', '.join(changed[:5])}{f' and {len(changed) - 5} more' if len(changed) > 5 else ''}"
 
@@ -76,7 +77,7 @@ def changes(folder: Path, repository: Path, config: Config) -> Iterator[str]:
 def _unequal(before: Path, now: Path, name: str) -> Iterator[str]:
     """Files that only one folder has, or that differ."""
     files = {path.relative_to(top) for top in (before, now) for path in top.rglob("*") if path.is_file()}
-    for file in sorted(file for file in files if "__pycache__" not in file.parts):
+    for file in sorted(file for file in files if not {"__pycache__", "shipped"} & set(file.parts)):
         paths = before / file, now / file
         if not all(path.is_file() for path in paths) or not filecmp.cmp(*paths, shallow=False):
             yield f"{name}/{file}"
@@ -84,6 +85,8 @@ def _unequal(before: Path, now: Path, name: str) -> Iterator[str]:
 
 def _git(repository: Path, *words: str) -> str:
     """The output of git in the repository; empty without git or a checkout."""
+    if not (repository / ".git").exists():  # a wheel in an environment below somebody else's repository
+        return ""
     try:
         done = subprocess.run(["git", "-C", str(repository), *words], capture_output=True, text=True, check=False)
     except OSError:

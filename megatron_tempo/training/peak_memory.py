@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tempo.config.schema import ClusterConfig, Config
+from megatron_tempo.observability.console import readable
 from megatron_tempo.plan.memory import GB, MemoryPhase, memory
 from megatron_tempo.plan.shapes import shape_of
 
@@ -73,7 +74,7 @@ class PeakMemory:
 
     def plan(self) -> str:
         """What is planned, in a line."""
-        words = [f"{phase.value} {size / GB:.2g}" for phase, size in self._planned.items()]
+        words = [f"{phase.value} {readable(size / GB, 2)}" for phase, size in self._planned.items()]
         line = f"memory of a process, planned, GB: {', '.join(words)}"
         if self._device.type == "cuda":
             size = torch.cuda.get_device_properties(self._device).total_memory
@@ -84,7 +85,11 @@ class PeakMemory:
     def comparison(self, measured: dict[str, float]) -> str:
         """What was planned beside what `take` gave, in a line."""
         pairs = [(phase, measured.get(f"memory_gb/{phase.value}")) for phase in self._planned]
-        words = [f"{phase.value} {self._planned[phase] / GB:.2g} / {peak:.2g}" for phase, peak in pairs if peak]
+        words = [
+            f"{phase.value} {readable(self._planned[phase] / GB, 2)} / {readable(peak, 2)}"
+            for phase, peak in pairs
+            if peak
+        ]
         return f"memory of a process, planned / peak, GB: {', '.join(words)}"
 
 

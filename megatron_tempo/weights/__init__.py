@@ -1,1 +1,1 @@
-"""Weights between Megatron's shards and Hugging Face's names, both ways, as a stream."""
+"""Converts weights between Megatron's shards and Hugging Face tensors, in both directions, as a stream."""

@@ -1,16 +1,15 @@
-"""Megatron's distributed checkpoints, written and read a tensor at a time: no model, no process group, no GPU.
+"""Reads and writes Megatron's distributed checkpoints one tensor at a time, without a model, process group or GPU.
 
-What `dist_checkpointing.save({"model": net.sharded_state_dict()}, folder)` writes, whatever the layout:
+The format is that of `dist_checkpointing.save({"model": net.sharded_state_dict()}, folder)`, for any layout:
 
-    .metadata       each key's shape and type, its chunks, and where in which file each chunk is
+    .metadata       each key's shape and type, its chunks, and the file and offset of each chunk
     __P_N.distcp    the chunks, each as `torch.save` writes it
-    common.pt       what is not sharded: nothing here
+    common.pt       objects that are not sharded; empty here
     metadata.json   the format's name and version
 
-A key holds a whole tensor. Layers are stacked: `decoder.layers.mlp.linear_fc2.weight` is [layers, hidden, ffn]. The
-shard of a tensor rank, from `TPSharding.shard`, is a part of a later dimension, so the whole tensor is
-`shard(sources, 0, 1)`. The vocabulary is padded with zero rows. Their number does not matter: Megatron reads what there
-is, and zeros behind it.
+A key holds a whole tensor. Layers are stacked: `decoder.layers.mlp.linear_fc2.weight` is [layers, hidden, ffn].
+`TPSharding.shard` divides one of the later dimensions, so the whole tensor is `shard(sources, 0, 1)`. The vocabulary is
+padded with zero rows. Their number does not matter: Megatron reads the rows that exist and fills up with zeros.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ from megatron_tempo.weights.files import DTYPES, Entry, atomic
 from megatron_tempo.weights.param_mapping import ParamMapping, ShardedVocab
 
 BACKEND = CheckpointingConfig("torch_dist", 1)
-# Largest chunk of a vocabulary matrix, in bytes; everything else is one chunk per mapping and layer.
+# Largest chunk of a vocabulary matrix, in bytes. Every other tensor is one chunk per mapping and layer.
 CHUNK_BYTES = 256 << 20
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
@@ -69,11 +68,11 @@ class CheckpointLocation:
 
     @property
     def size(self) -> tuple[int, ...]:
-        """The shape of what the key holds."""
+        """The shape of the key's tensor."""
         return self.shape if self.layer is None else (self.layers, *self.shape)
 
     def chunk(self, rows: tuple[int, int] | None = None) -> ChunkStorageMetadata:
-        """The part of the key that is the mapping's, or these rows of it."""
+        """The mapping's part of the key's tensor, or only these rows of it."""
         if self.layer is not None:
             offsets, sizes = (self.layer, *(0 for _ in self.shape)), (1, *self.shape)
         else:
@@ -83,7 +82,7 @@ class CheckpointLocation:
 
 
 def locations(mappings: list[ParamMapping]) -> dict[ParamMapping, CheckpointLocation]:
-    """Where each mapping of a table without pipeline parallelism is."""
+    """The location of each mapping. The table is one without pipeline parallelism."""
     keys = {mapping: _LAYER.sub("decoder.layers.", mapping.megatron) for mapping in mappings}
     counts = Counter(keys.values())
     locations = {}
@@ -101,7 +100,7 @@ def locations(mappings: list[ParamMapping]) -> dict[ParamMapping, CheckpointLoca
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A chunk to write: a mapping's whole tensor, or rows of a vocabulary matrix, zero where they are padding."""
+    """A chunk to write: a mapping's whole tensor, or rows of a vocabulary matrix. Padding rows are zero."""
 
     mapping: ParamMapping
     location: CheckpointLocation
@@ -117,9 +116,9 @@ class Chunk:
         return MetadataIndex(self.location.key, self.location.chunk(self.rows).offsets)
 
     def read(self, files: dict[str, Path]) -> Tensor:
-        """The data, from the files that hold the mapping's tensors. Where there are none, a head that starts at zero.
+        """The data, from the files that hold the mapping's tensors. Zeros if no file has them: a new value head.
 
-        A file is mapped into memory, and let go of with the tensor.
+        The file is mapped into memory until the tensor is freed.
         """
         if self.mapping.names[0] not in files:
             return torch.zeros(self.location.chunk(self.rows).sizes, dtype=self.dtype)
@@ -138,14 +137,16 @@ class Chunk:
 def _rows(mapping: ParamMapping, source: Any, rows: tuple[int, int]) -> Tensor:
     start, end = rows
     vocab = mapping.shapes[0][0]
-    there = source[min(start, vocab) : min(end, vocab)]
-    return there if end <= vocab else torch.cat([there, there.new_zeros(end - start - len(there), *there.shape[1:])])
+    stored = source[min(start, vocab) : min(end, vocab)]
+    return (
+        stored if end <= vocab else torch.cat([stored, stored.new_zeros(end - start - len(stored), *stored.shape[1:])])
+    )
 
 
 def parts(mappings: list[ParamMapping], files: dict[str, Path], part_bytes: int) -> list[list[Chunk]]:
-    """The chunks of a checkpoint, in parts of about `part_bytes`, each a file. The same list for the same arguments.
+    """The chunks of a checkpoint, in parts of about `part_bytes`; each part is a file. Deterministic.
 
-    Raises InputError for types that cannot be kept.
+    Raises InputError for types that a checkpoint cannot store.
     """
     dtypes = _dtypes(mappings, files)
     parts: list[list[Chunk]] = [[]]
@@ -171,7 +172,7 @@ def _windows(mapping: ParamMapping, location: CheckpointLocation, dtype: torch.d
 
 
 def _dtypes(mappings: list[ParamMapping], files: dict[str, Path]) -> dict[ParamMapping, torch.dtype]:
-    """Each mapping's type in the files. A head that is not there gets the first mapping's."""
+    """Each mapping's type in the files. A head that the files do not have gets the first mapping's type."""
     names: dict[str, str] = {}
     for path in set(files.values()):
         with safe_open(path, "pt") as file:
@@ -182,33 +183,36 @@ def _dtypes(mappings: list[ParamMapping], files: dict[str, Path]) -> dict[ParamM
         kinds = {names[name] for name in mapping.names if name in names} or {names[mappings[0].names[0]]}
         by_key.setdefault(keys[mapping], set()).update(kinds)
     problems = [
-        f"{', '.join(mapping.names)} make {key}, of {', '.join(sorted(kinds))}"
+        f"{', '.join(mapping.names)}: the tensors of {key} have the types {', '.join(sorted(kinds))}"
         for mapping, key in keys.items()
         if len(kinds := by_key[key]) > 1 or not kinds <= DTYPES.keys()
     ]
     if problems:
         shown = "\n  ".join(problems)
-        raise InputError(f"a key has one type, {' or '.join(DTYPES)} ({len(problems)} problems):\n  {shown}")
+        raise InputError(
+            f"all tensors of a checkpoint's key must have the same type, {' or '.join(DTYPES)} "
+            f"({len(problems)} problems):\n  {shown}"
+        )
     return {mapping: DTYPES[next(iter(by_key[key]))] for mapping, key in keys.items()}
 
 
 def write_part(path: Path, part: list[Chunk], files: dict[str, Path]) -> list[tuple[int, int]]:
-    """Write a file of chunks, which appears when it is whole. Returns the offset and length of each in it.
+    """Write a file of chunks, atomically. Returns the offset and length of each chunk in it.
 
-    One chunk is in memory at a time. torch's own FileSystemWriter would hold a tensor of each key until the file is
+    Only one chunk is in memory at a time. torch's FileSystemWriter would hold a tensor of each key until the file is
     written.
     """
     places = []
     with atomic(path) as file:
         for chunk in part:
             start = file.tell()
-            torch.save(_alone(chunk.read(files)), file)
+            torch.save(_compact(chunk.read(files)), file)
             places.append((start, file.tell() - start))
     return places
 
 
-def _alone(data: Tensor) -> Tensor:
-    """Contiguous, in a storage that holds nothing else: `torch.save` writes the whole storage."""
+def _compact(data: Tensor) -> Tensor:
+    """Contiguous, in a storage that holds nothing else, because `torch.save` writes the whole storage."""
     data = data.contiguous()
     return data if data.untyped_storage().nbytes() == data.nbytes else data.clone()
 
@@ -216,9 +220,9 @@ def _alone(data: Tensor) -> Tensor:
 def write_metadata(
     folder: Path, written: dict[str, list[Chunk]], places: dict[str, list[tuple[int, int]]], objects: str
 ) -> None:
-    """Make files of chunks, by their names, a checkpoint. `objects`: the name of one more file, which this writes.
+    """Turn files of chunks, given by name, into a checkpoint. `objects`: the name of one more file, which this writes.
 
-    Megatron's linear layers ask for an extra state each, which is None outside FP8: that is in the file `objects`.
+    Each of Megatron's linear layers reads an extra state, which is None outside FP8. The file `objects` has them.
     """
     state: dict[str, Any] = {}
     results = []
@@ -252,10 +256,10 @@ def _extra_states(locations: list[CheckpointLocation]) -> Iterator[str]:
 
 
 class StoredWeights:
-    """The weights in a distributed checkpoint, whatever layout wrote it. What else it holds is left alone."""
+    """The weights in a distributed checkpoint that any layout wrote. Its other content is not read."""
 
     def __init__(self, folder: Path, mappings: list[ParamMapping]) -> None:
-        """Raises InputError if it is not a whole distributed checkpoint of exactly these mappings."""
+        """Raises InputError if it is not a complete distributed checkpoint of exactly these mappings."""
         self._folder, self._locations = folder, locations(mappings)
         self._reader = FileSystemReader(folder)
         self._metadata = _read_metadata(folder, self._reader)
@@ -269,17 +273,17 @@ class StoredWeights:
 
     @property
     def files(self) -> set[str]:
-        """The names of the files that the weights are in."""
+        """The names of the files that hold the weights."""
         keys = {location.key for location in self._locations.values()}
         return {place.relative_path for index, place in self._metadata.storage_data.items() if index.fqn in keys}
 
     def entries(self, mapping: ParamMapping, dtype: torch.dtype | None) -> list[Entry]:
-        """The mapping's Hugging Face tensors. `dtype`: none is as stored."""
+        """The mapping's Hugging Face tensors. `dtype`: None for the stored type."""
         dtype = dtype or self._stored(mapping).properties.dtype
         return [(name, dtype, shape) for name, shape in zip(mapping.names, mapping.shapes, strict=True)]
 
     def read(self, mapping: ParamMapping, dtype: torch.dtype | None) -> Iterator[Tensor]:
-        """The data of the mapping's Hugging Face tensors, in order; a vocabulary matrix in the pieces it was saved in.
+        """The data of the mapping's Hugging Face tensors, in order. A vocabulary matrix comes in its saved chunks.
 
         In addition to what it yields, it holds a saved chunk and the mapping's tensor in Megatron's format.
         """
@@ -303,37 +307,37 @@ class StoredWeights:
         target = torch.empty(chunk.sizes, dtype=stored.properties.dtype)
         plan = LoadPlan(create_read_items_for_chunk_list(location.key, stored, [chunk]))
         try:
-            self._reader.read_data(plan, _Into(target)).wait()
+            self._reader.read_data(plan, _LoadIntoTensor(target)).wait()
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{self._folder} is damaged: {location.key} cannot be read ({reason})") from error
         return target
 
     def _check(self) -> None:
-        wanted = {location.key: (mapping, location) for mapping, location in self._locations.items()}
-        problems = [f"missing: {key}" for key in wanted if key not in self._tensors]
-        problems += [f"unexpected: {key}" for key in self._tensors if key not in wanted]
+        expected = {location.key: (mapping, location) for mapping, location in self._locations.items()}
+        problems = [f"missing: {key}" for key in expected if key not in self._tensors]
+        problems += [f"unexpected: {key}" for key in self._tensors if key not in expected]
         problems += [
             problem
-            for key, (mapping, location) in wanted.items()
-            if key in self._tensors and (problem := _misfit(mapping, location, self._tensors[key]))
+            for key, (mapping, location) in expected.items()
+            if key in self._tensors and (problem := _mismatch(mapping, location, self._tensors[key]))
         ]
         if problems:
             shown = "\n  ".join(problems)
-            raise InputError(f"{self._folder} does not fit the model ({len(problems)} problems):\n  {shown}")
+            raise InputError(f"{self._folder} does not match the model ({len(problems)} problems):\n  {shown}")
         if gone := sorted(name for name in self.files if not (self._folder / name).is_file()):
             raise InputError(f"{self._folder}: files are missing: {', '.join(gone)}; copy the checkpoint again")
 
 
-def _misfit(mapping: ParamMapping, location: CheckpointLocation, stored: TensorStorageMetadata) -> str | None:
-    size, wanted = tuple(stored.size), location.size
-    if isinstance(mapping.sharding, ShardedVocab):  # filled up as the tensor parallelism wanted that wrote it
+def _mismatch(mapping: ParamMapping, location: CheckpointLocation, stored: TensorStorageMetadata) -> str | None:
+    size, expected = tuple(stored.size), location.size
+    if isinstance(mapping.sharding, ShardedVocab):  # its padding depends on the tensor parallelism that wrote it
         size = (min(size[0], mapping.sharding.vocab), *size[1:])
-        wanted = (mapping.sharding.vocab, *wanted[1:])
-    if size != wanted:
-        return f"misshapen: {location.key} is {list(stored.size)}, the config.json says {list(wanted)}"
+        expected = (mapping.sharding.vocab, *expected[1:])
+    if size != expected:
+        return f"wrong shape: {location.key} is {list(stored.size)}, the config.json says {list(expected)}"
     if stored.properties.dtype not in DTYPES.values():
-        return f"of a type that is not supported: {location.key} is {stored.properties.dtype}"
+        return f"unsupported type: {location.key} is {stored.properties.dtype}"
     if sum(prod(chunk.sizes) for chunk in stored.chunks) != prod(stored.size):
         return f"incomplete: {location.key}"
     return None
@@ -345,7 +349,7 @@ def _read_metadata(folder: Path, reader: FileSystemReader) -> Metadata:
         if backend is None:
             raise InputError(f"{folder} is not a distributed checkpoint of Megatron: it has no metadata.json")
         if backend.sharded_backend != BACKEND.sharded_backend:
-            raise InputError(f"{folder} is of the format {backend.sharded_backend!r}; supported: torch_dist")
+            raise InputError(f"{folder} has the format {backend.sharded_backend!r}; supported: torch_dist")
         return reader.read_metadata()
     except (OSError, EOFError, ValueError, TypeError, AttributeError, ImportError, pickle.UnpicklingError) as error:
         if isinstance(error, InputError):
@@ -353,8 +357,8 @@ def _read_metadata(folder: Path, reader: FileSystemReader) -> Metadata:
         raise InputError(f"{folder}: its .metadata or metadata.json cannot be read ({error})") from error
 
 
-class _Into(DefaultLoadPlanner):
-    """What is read goes into one tensor."""
+class _LoadIntoTensor(DefaultLoadPlanner):
+    """Reads into one tensor."""
 
     def __init__(self, target: Tensor) -> None:
         super().__init__()
@@ -367,4 +371,4 @@ class _Into(DefaultLoadPlanner):
         return view
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """It is where it belongs."""
+        """Nothing to do: the data was read into the tensor's own memory."""

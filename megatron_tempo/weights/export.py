@@ -25,18 +25,18 @@ from megatron_tempo.weights import folder, tables
 from megatron_tempo.weights.param_mapping import ParamMapping
 from megatron_tempo.weights.stream import WeightStream
 
-# Entry of an exported critic's config.json: the targets it was trained on, which say what its values mean.
+# Entry of an exported critic's config.json: the targets it was trained on. They define the scale of its values.
 TARGETS = "tempo_critic_targets"
 
 
 def targets_of(critic: Path) -> CriticTargets:
-    """What the critic in a Hugging Face folder was trained on; 0 and 1 where its config.json does not say."""
+    """The targets of the critic in a Hugging Face folder; 0 and 1 if its config.json does not name them."""
     config = json.loads((critic / "config.json").read_text())
     return CriticTargets[config.get(TARGETS, CriticTargets.zero_one.name)]
 
 
 def weights_of(model: Model, config: Config, dtype: torch.dtype | None = None) -> WeightStream:
-    """All weights of a model, by their Hugging Face names, as they are and will be. `dtype`: none is the model's."""
+    """A stream of a model's current weights by their Hugging Face names. `dtype`: None for the model's type."""
     net, layout, bucket_bytes = model.net, model.layout, config.parallel.bucket_mb << 20
     return WeightStream(
         net, layout, mappings_of(net, layout), bucket_bytes, dtype, partial(model.offloader.load, model)
@@ -51,10 +51,11 @@ def export_hf(
     seen: Path | None = None,
     seen_summary: dict[str, Any] | None = None,
 ) -> None:
-    """Write the Hugging Face folders `out`/actor and, of a critic, `out`/critic, with the tokenizer. Collective.
+    """Write the Hugging Face folders `out`/actor and, if there is a critic, `out`/critic. Collective.
 
-    `seen`, the file that says what they were trained on, goes into both, and its summary into both config.json.
-    A folder that is there already stays as it is: it appeared whole. UnwrittenError where one cannot be written.
+    `seen`: the file that lists the questions they were trained on; it is copied into both folders, and its summary goes
+    into both config.json. A folder that exists stays as it is: it is complete, because folders are written atomically.
+    Raises UnwrittenError if a folder cannot be written.
     """
     model = config.model
     about = {ENTRY: trained_with(config) | ({} if seen_summary is None else {"seen": seen_summary})}
@@ -63,19 +64,19 @@ def export_hf(
         changes = critic_changes(critic.model.net.shape, last_targets(config)) | about
         models.append(("critic", critic.model, model.critic_path or model.path, changes))
     for name, trained, like, changes in models:
-        there = [(out / name).exists()]
-        dist.broadcast_object_list(there, src=0)
-        if not there[0]:
+        exists = [(out / name).exists()]
+        dist.broadcast_object_list(exists, src=0)
+        if not exists[0]:
             dtype = str(trained.net.config.params_dtype).removeprefix("torch.")
             buckets = weights_of(trained, config).everywhere()
-            described = {**changes, "dtype": dtype}
-            raise_on_all_ranks(partial(folder.save, buckets, out / name, Path(like), trained.layout, described, seen))
+            changed = {**changes, "dtype": dtype}
+            raise_on_all_ranks(partial(folder.save, buckets, out / name, Path(like), trained.layout, changed, seen))
 
 
 def critic_changes(shape: Shape, targets: CriticTargets | None) -> dict[str, Any]:
-    """What a critic's config.json says otherwise than its model's: a token classifier with one label, the value.
+    """The entries of a critic's config.json that differ from its model's: a token classifier with one label, the value.
 
-    `targets`: none if it is not known on what it was trained, or if the config.json says it already.
+    `targets`: None if they are unknown, or if the config.json has them already.
     """
     changes: dict[str, Any] = {"architectures": [FAMILIES[shape.family].TOKEN_CLASSIFIER], "tie_word_embeddings": False}
     changes |= {"id2label": {"0": "value"}, "label2id": {"value": 0}}
@@ -83,9 +84,10 @@ def critic_changes(shape: Shape, targets: CriticTargets | None) -> dict[str, Any
 
 
 def last_targets(config: Config) -> CriticTargets:
-    """What a run's critic is trained on at its end."""
+    """The targets that a run's critic is trained on in its last stage."""
     return config.critic_targets(list(config.stages())[-1])
 
 
 def mappings_of(net: PackedGPT, layout: Layout) -> list[ParamMapping]:
+    """The table of a network's parameters and their Hugging Face tensors."""
     return tables.mappings(net.shape, layout.pipeline, critic=isinstance(net, ValueModel))

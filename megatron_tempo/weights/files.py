@@ -1,4 +1,4 @@
-"""Files and folders brought to the disk before a name says that they are whole; safetensors files written in pieces."""
+"""Atomic writes: data is synced to disk before it gets its final name. safetensors files written piece by piece."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-TEMPORARY = ".tmp"  # what the name of a file ends in that is being written
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names
+TEMPORARY = ".tmp"  # suffix of a file that is being written
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by their names in safetensors
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which appears under its name, or replaces one, when the block ends without an error."""
+    """Open a file to write. It gets its name, or replaces an existing file, if the block ends without an error."""
     temporary = path.with_name(path.name + TEMPORARY)
     with temporary.open("wb") as file:
         yield file
@@ -30,7 +30,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync(folder: Path) -> None:
-    """Bring every file and folder below `folder` to the disk."""
+    """Sync every file and folder below `folder` to disk."""
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
             sync_folder(path)
@@ -41,7 +41,7 @@ def sync(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
+    """Sync a folder's entries to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -58,10 +58,10 @@ def nbytes(entry: Entry) -> int:
 
 
 def write_safetensors(file: BinaryIO, entries: list[Entry], pieces: Iterable[Tensor]) -> int:
-    """Write a safetensors file of which only one piece is in memory at a time. Returns its bytes.
+    """Write a safetensors file with only one piece in memory at a time. Returns its size in bytes.
 
-    `pieces` are the entries' data, in order, cut anywhere: a tensor may come in several. safetensors' own `save_file`
-    needs all of them at once. The format: https://github.com/huggingface/safetensors#format.
+    `pieces`: the entries' data, in order. A tensor may come in several pieces. safetensors' own `save_file` needs all
+    tensors at once. The format: https://github.com/huggingface/safetensors#format.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -69,7 +69,7 @@ def write_safetensors(file: BinaryIO, entries: list[Entry], pieces: Iterable[Ten
         start, end = end, end + nbytes((name, dtype, shape))
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
     file.write(len(text).to_bytes(8, "little") + text)
     written = 0
     for piece in pieces:

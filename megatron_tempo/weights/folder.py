@@ -1,4 +1,4 @@
-"""Hugging Face folders: read into a Megatron model's shards, and written from its stream."""
+"""Hugging Face folders: loads them into a Megatron model's shards, and writes them from a weight stream."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ CARRIED = (
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor. Raises InputError naming what is missing or cannot be read."""
+    """The file of each tensor. Raises InputError that names what is missing or cannot be read."""
     index, single = folder / INDEX, folder / "model.safetensors"
     if index.exists():
         files = _indexed(index)
     elif single.exists():
         files = dict.fromkeys(_names(single), single)
     else:
-        raise InputError(f"{folder}: neither model.safetensors nor {INDEX} is there")
+        raise InputError(f"{folder} has neither model.safetensors nor {INDEX}")
     absent = sorted({str(path) for path in files.values() if not path.exists()})
     if absent:
-        raise InputError(f"{index}: names files that are not there: {', '.join(absent)}")
+        raise InputError(f"{index}: lists files that do not exist: {', '.join(absent)}")
     held = {path: set(_names(path)) for path in set(files.values())}
     wrong = [f"{name} in {path.name}" for name, path in files.items() if name not in held[path]]
     if wrong:
-        raise InputError(f"{index}: names tensors that are not there: {', '.join(wrong[:5])}")
+        raise InputError(f"{index}: lists tensors that their files do not contain: {', '.join(wrong[:5])}")
     return files
 
 
@@ -62,7 +62,7 @@ def _indexed(index: Path) -> dict[str, Path]:
         named = json.loads(index.read_text())["weight_map"]
         return {name: index.parent / file for name, file in named.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} does not map tensors to files ({error!r}): fetch it again") from error
+        raise InputError(f"{index} does not map tensors to files ({error!r}): download it again") from error
 
 
 def _names(path: Path) -> list[str]:
@@ -70,13 +70,13 @@ def _names(path: Path) -> list[str]:
         with safe_open(path, "pt") as file:
             return list(file.keys())
     except SafetensorError as error:
-        raise InputError(f"{path} is not a whole safetensors file ({error}): fetch it again") from error
+        raise InputError(f"{path} is not a complete safetensors file ({error}): download it again") from error
 
 
 class FolderWeights:
-    """The tensors of a folder, in `dtype`, a layer a bucket: what an engine takes from a Megatron model, without one.
+    """A stream of a folder's tensors, in `dtype`, one layer per bucket. Feeds an engine without a Megatron model.
 
-    The second name of a tied matrix, which published folders may repeat, is left out.
+    Published folders may store a tied matrix under a second name. It is left out.
     """
 
     def __init__(self, folder: Path, layout: Layout, dtype: torch.dtype) -> None:
@@ -97,18 +97,18 @@ class FolderWeights:
                 yield [(name, opened[self._files[name]].get_tensor(name).to(self._dtype)) for name in names]
 
     def from_stages(self, *, shared: bool = False) -> Iterator[Bucket]:
-        """On the first rank alone. With `shared`, each bucket is in memory of its own."""
+        """The whole model, on the first rank only. With `shared`, each bucket has its own shared memory."""
         if self.sends:
             yield from map(in_shared_memory, self.everywhere()) if shared else self.everywhere()
 
 
 def load(net: PackedGPT, layout: Layout, mappings: list[ParamMapping], folder: Path) -> None:
-    """Fill this rank's shards from a folder, reading only what the rank holds.
+    """Fill this rank's shards from a folder. Reads only what the rank holds.
 
-    Tensors of the folder that no mapping names are refused, but for a head that this model does not have (an actor's
-    folder serves to start a critic, whose own head stays as it is, and a tied folder may repeat its output matrix).
+    Tensors that no mapping names are refused, except a head that this model does not have. An actor's folder can start
+    a critic, whose own head is then not changed. A tied folder may store its output matrix again.
 
-    Raises InputError listing every missing, misshapen and unexpected tensor.
+    Raises InputError that lists every missing or unexpected tensor, and every wrong shape.
     """
     files = tensor_files(folder)
     check(files, mappings, folder)
@@ -133,25 +133,25 @@ _HEADS = ("lm_head.weight", "score.weight", "score.bias")
 
 
 def check(files: dict[str, Path], mappings: list[ParamMapping], folder: Path) -> None:
-    """Raises InputError listing every tensor of a folder that is missing, unexpected or misshapen.
+    """Raises InputError that lists every tensor of a folder that is missing, unexpected or of the wrong shape.
 
-    A head that the table does not have may be there, and a critic's may be absent.
+    The folder may contain a head that the table does not have. A critic's head may be absent.
     """
-    wanted = {name: shape for mapping in mappings for name, shape in zip(mapping.names, mapping.shapes, strict=True)}
-    critic = "score.weight" in wanted
+    expected = {name: shape for mapping in mappings for name, shape in zip(mapping.names, mapping.shapes, strict=True)}
+    critic = "score.weight" in expected
     optional = {"score.weight", "score.bias"} if critic and "score.weight" not in files else set()
-    problems = [f"missing: {name}" for name in wanted if name not in files and name not in optional]
-    problems += [f"unexpected: {name}" for name in files if name not in wanted and name not in _HEADS]
+    problems = [f"missing: {name}" for name in expected if name not in files and name not in optional]
+    problems += [f"unexpected: {name}" for name in files if name not in expected and name not in _HEADS]
     with ExitStack() as stack:
         handles = {path: stack.enter_context(safe_open(path, "pt")) for path in set(files.values())}
-        for name, shape in wanted.items():
+        for name, shape in expected.items():
             if name in files:
                 stored = tuple(handles[files[name]].get_slice(name).get_shape())
                 if stored != shape:
-                    problems.append(f"misshapen: {name} is {list(stored)}, the config.json says {list(shape)}")
+                    problems.append(f"wrong shape: {name} is {list(stored)}, the config.json says {list(shape)}")
     if problems:
         shown = "\n  ".join(problems)
-        raise InputError(f"{folder} does not fit its config.json ({len(problems)} problems):\n  {shown}")
+        raise InputError(f"{folder} does not match its config.json ({len(problems)} problems):\n  {shown}")
 
 
 def _load_tied_copy(
@@ -162,7 +162,7 @@ def _load_tied_copy(
     files: dict[str, Path],
     stack: ExitStack,
 ) -> None:
-    """The last stage of a tied model has its own copy of the embedding where the pipeline parts the two ends."""
+    """Load the last stage's copy of a tied embedding, which it has if first and last stage are on different ranks."""
     if not net.share_embeddings_and_output_weights or net.pre_process or not net.post_process:
         return
     mapping = mappings[0]
@@ -178,14 +178,15 @@ def save(
     like: Path,
     layout: Layout,
     config_changes: dict[str, Any],
-    beside: Path | None = None,
+    extra_file: Path | None = None,
 ) -> None:
     """Write a stream as a Hugging Face folder that transformers opens, with the config and tokenizer of `like`.
 
-    `beside` is one more file to go into it, if there is one of this name.
-    Collective, as the stream is; the first rank writes, one file a bucket. The folder appears when it is whole.
-    Raises, on the first rank, FileExistsError if it is there already, and, when the stream is at its end, OSError if it
-    cannot be written; nothing of it is then left.
+    Collective, because the stream is. The first rank writes one file per bucket. The folder gets its name when it is
+    complete. `extra_file` is copied into it if it exists.
+
+    Raises on the first rank: FileExistsError if the folder exists; OSError if it cannot be written. The OSError comes
+    at the end of the stream, and the partial folder is deleted.
     """
     if layout.is_writer and folder.exists():
         raise FileExistsError(f"{folder} exists: move it away, or choose another run.dir")
@@ -208,12 +209,12 @@ def save(
             size += sum(tensor.nbytes for tensor in tensors.values())
         if writes:
             describe(partial, weight_map, size, like, config_changes)
-            if beside is not None and beside.exists():
-                shutil.copyfile(beside, partial / beside.name)
+            if extra_file is not None and extra_file.exists():
+                shutil.copyfile(extra_file, partial / extra_file.name)
             os.replace(partial, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        for _ in buckets:  # the other ranks are in it
+        for _ in buckets:  # the other ranks still take part in the stream
             pass
         raise OSError(getattr(error, "errno", None) or errno.EIO, str(error), str(partial)) from error
 
@@ -221,7 +222,7 @@ def save(
 def describe(folder: Path, weight_map: dict[str, str], size: int, like: Path, config_changes: dict[str, Any]) -> None:
     """Write a folder's index, and the config and tokenizer of `like`. `size`: bytes of its tensors.
 
-    A config.json with the type under its older name too, torch_dtype, says there what it says of `dtype`.
+    If the config.json also has the type under its older name, torch_dtype, both get the same value.
     """
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The table of OLMo3: its norms."""
+"""OLMo3's part of the parameter table: its norms."""
 
 from __future__ import annotations
 

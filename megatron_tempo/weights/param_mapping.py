@@ -1,8 +1,8 @@
 """Maps Megatron parameters to Hugging Face tensors, with one class for each kind of tensor-parallel sharding.
 
-`shard` takes this tensor-parallel rank's shard from whole Hugging Face tensors, or from slices of a file, of which only
-the needed part is read. `scatter` writes a rank's shard to its place in whole Hugging Face tensors. The tensors are
-complete when the shards of all tensor ranks are scattered.
+`shard` cuts a tensor-parallel rank's shard out of whole Hugging Face tensors, or out of slices of a file, of which it
+reads only the part that it needs. `scatter` writes a rank's shard into whole Hugging Face tensors. They are complete
+when the shards of all tensor ranks are scattered.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from megatron_tempo.config.sizes import padded_vocab
 
 
 class TPSharding(Protocol):
-    """A kind of tensor-parallel sharding. `sources` are whole tensors or file slices that index like them.
+    """A kind of tensor-parallel sharding. `sources`: whole tensors, or file slices that are indexed like tensors.
 
-    The tensors that `scatter` writes to may be of another type and on another device than the shard.
+    The tensors that `scatter` writes to may have another type and device than the shard.
     """
 
     def shard(self, sources: Sequence[Any], rank: int, size: int) -> Tensor: ...
@@ -71,7 +71,7 @@ class ShardedDim1:
 
 @dataclass(frozen=True, slots=True)
 class ShardedVocab:
-    """Sharded by rows, with zero rows behind the vocabulary so that every rank has as many."""
+    """Sharded by rows. Zero rows after the vocabulary give every rank the same number of rows."""
 
     vocab: int
 
@@ -131,13 +131,13 @@ class ShardedQKV:
 
 @dataclass(frozen=True, slots=True)
 class ParamMapping:
-    """One Megatron parameter, the Hugging Face tensors it is made of with their shapes, and the stage that has it.
+    """A Megatron parameter, its Hugging Face tensors with their shapes, and the pipeline stage that has it.
 
     >>> ParamMapping("decoder.layers.0.mlp.linear_fc2.weight", ("model.layers.18.mlp.down_proj.weight",),
     ...      ((4096, 12288),), ShardedDim1(12288), stage=1)
     """
 
-    megatron: str  # the name on its pipeline stage, where layers count from 0
+    megatron: str  # the name on its pipeline stage; each stage counts its layers from 0
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     sharding: TPSharding

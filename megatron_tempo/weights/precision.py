@@ -1,7 +1,7 @@
-"""Block-wise FP8, in the form of Hugging Face's FP8 checkpoints (Qwen3-8B-FP8, DeepSeek-V3).
+"""Block-wise FP8, in the format of Hugging Face's FP8 checkpoints (Qwen3-8B-FP8, DeepSeek-V3).
 
-A matrix becomes float8_e4m3fn with a scale for each block of 128 x 128, float32: weight = fp8 * scale. Rounding is off
-by at most |weight| / 16; where |weight| < scale / 64, and e4m3 subnormal, by at most scale / 1024.
+A matrix becomes float8_e4m3fn with a float32 scale for each block of 128 x 128: weight = fp8 * scale. The rounding
+error is at most |weight| / 16, or scale / 1024 if |weight| < scale / 64, where e4m3 is subnormal.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FP8 = torch.float8_e4m3fn
 
 
 class Quantised:
-    """Weights in FP8 where they are whole: what an FP8 engine takes."""
+    """A weight stream in FP8, for an FP8 engine. Quantises whole tensors, after the shards are gathered."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
@@ -29,7 +29,7 @@ class Quantised:
         return quantised(self._weights.everywhere())
 
     def from_stages(self, *, shared: bool = False) -> Iterator[Bucket]:
-        """Not into shared memory: `rollout.servers.transport=group` is checked for with the config."""
+        """`shared` is not supported: the configuration rules require `rollout.servers.transport=group`."""
         assert not shared
         return quantised(self._weights.from_stages())
 
@@ -61,7 +61,7 @@ def _blockwise(matrix: Tensor) -> tuple[Tensor, Tensor]:
     padded = functional.pad(matrix.float(), (0, -columns % _BLOCK, 0, -rows % _BLOCK))
     blocks = padded.unflatten(1, (-1, _BLOCK)).unflatten(0, (-1, _BLOCK))  # [R, 128, C, 128]
     largest = blocks.abs().amax(dim=(1, 3))
-    # A subnormal scale is rounded coarsely: quotients would go beyond e4m3's largest number, to NaN.
+    # A subnormal scale is rounded coarsely. Quotients would exceed e4m3's largest number and become NaN.
     scales = (largest / torch.finfo(_FP8).max).clamp(min=torch.finfo(torch.float32).tiny)
     scales = torch.where(largest == 0, 1.0, scales)
     weight = (blocks / scales[:, None, :, None]).view_as(padded)[:rows, :columns].to(_FP8).contiguous()

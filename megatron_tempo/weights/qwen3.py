@@ -1,4 +1,4 @@
-"""The table of Qwen3: its norms."""
+"""Qwen3's part of the parameter table: its norms."""
 
 from __future__ import annotations
 

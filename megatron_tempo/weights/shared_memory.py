@@ -1,6 +1,6 @@
-"""Memory that processes of one machine share, by the name of a file in /dev/shm.
+"""Memory that processes on one machine share, through a file in /dev/shm.
 
-torch's own manager process, `torch_shm_manager`, removes the file when the last process has let go of it or is dead.
+torch's manager process, `torch_shm_manager`, removes the file when the last process has closed it or is dead.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from megatron_tempo.types import Bucket
 
 
 def shared_buffers(count: int, nbytes: int, group: dist.ProcessGroup) -> list[torch.UntypedStorage]:
-    """`count` buffers of `nbytes`, the same memory on every rank of the group. Collective; the first rank makes them.
+    """`count` buffers of `nbytes`, the same memory on every rank of the group. Collective; the first rank creates them.
 
-    Raises InputError on every rank if there is not enough room.
+    Raises InputError on every rank if /dev/shm has too little free space.
     """
     first = dist.get_rank(group) == 0
-    problem = _too_little_room(count, nbytes) if first else None
+    problem = _too_little_space(count, nbytes) if first else None
     buffers = [torch.UntypedStorage._new_using_filename_cpu(nbytes) for _ in range(count) if first and not problem]
     message: list[Any] = [problem, [buffer._share_filename_cpu_() for buffer in buffers]]
     dist.broadcast_object_list(message, group=group, group_src=0)
@@ -31,19 +31,19 @@ def shared_buffers(count: int, nbytes: int, group: dist.ProcessGroup) -> list[to
     return buffers or [torch.UntypedStorage._new_shared_filename_cpu(*handle) for handle in handles]
 
 
-def _too_little_room(count: int, nbytes: int) -> str | None:
-    room = os.statvfs("/dev/shm")
-    free, needed = room.f_bavail * room.f_frsize, count * nbytes
+def _too_little_space(count: int, nbytes: int) -> str | None:
+    status = os.statvfs("/dev/shm")
+    free, needed = status.f_bavail * status.f_frsize, count * nbytes
     if free >= needed:
         return None
     return (
         f"/dev/shm has {free / 2**20:.1f} MB free, and {count} buckets of weights need {needed / 2**20:.1f} MB: "
-        "enlarge it (docker run --shm-size), or take a smaller parallel.bucket_mb, or rollout.servers.transport=group"
+        "enlarge it (docker run --shm-size), reduce parallel.bucket_mb, or set rollout.servers.transport=group"
     )
 
 
 def in_shared_memory(bucket: Bucket) -> Bucket:
-    """The tensors of a bucket, of one type, one after another in a buffer of their own."""
+    """Copy the tensors of a bucket, all of one type, into a shared buffer of their own."""
     first = bucket[0][1]
     size = sum(tensor.numel() for _, tensor in bucket)
     storage = torch.UntypedStorage._new_using_filename_cpu(size * first.itemsize)

@@ -1,9 +1,9 @@
-"""Weights out of a Megatron model: streams of buckets of (Hugging Face name, tensor).
+"""Streams the weights of a Megatron model as buckets of (Hugging Face name, tensor), for weight sync and export.
 
-The plan is made from the model's shape and the layout alone, so all ranks make the same one without communication. A
-bucket holds the tensors of some mappings of one pipeline stage, as views of one flat tensor. While it is made, a rank
-holds at most as much again in shards on their way: no more than two buckets beyond its own shards. A bucket that the
-consumer keeps comes on top, and the variable of a `for` keeps one until the next is there.
+All ranks compute the same plan from the model's shape and the layout, without communication. A bucket holds the tensors
+of some mappings of one pipeline stage, as views of one flat tensor. While a bucket is made, a rank holds at most one
+more bucket of received shards. So it needs at most two buckets in addition to its own shards. A bucket that the
+consumer keeps adds to that; a `for` loop's variable keeps one until the next bucket arrives.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ Wholes = dict[ParamMapping, list[Tensor]]
 
 
 def plan(mappings: list[ParamMapping], bucket_bytes: int, element_size: int) -> list[list[ParamMapping]]:
-    """Mappings in order, in groups of one stage and at most `bucket_bytes`; a larger mapping is a group alone."""
+    """Divide the mappings, in order, into groups of one stage and at most `bucket_bytes`.
+
+    A mapping that is larger is a group of its own.
+    """
     groups: list[list[ParamMapping]] = []
     room = 0
     for mapping in mappings:
@@ -42,9 +45,9 @@ def plan(mappings: list[ParamMapping], bucket_bytes: int, element_size: int) -> 
 
 
 class WeightStream:
-    """The weights of a Megatron model as they are now, by their Hugging Face names, in buckets.
+    """The current weights of a Megatron model, by their Hugging Face names, in buckets.
 
-    All methods are collective: every rank goes through the whole stream.
+    All methods are collective: every rank must consume the whole stream.
     """
 
     def __init__(
@@ -56,7 +59,10 @@ class WeightStream:
         dtype: torch.dtype | None = None,
         load: Callable[[], None] = lambda: None,
     ) -> None:
-        """`dtype`: what the tensors travel and arrive in; None: the model's. `load` has the model on its device."""
+        """`dtype`: the type in which tensors are sent and yielded; None for the model's. `load` loads the model.
+
+        `load` is called before a stream starts, because the model may be offloaded.
+        """
         self._parameters = net.weights()
         self._device = next(net.parameters()).device
         self._dtype = dtype or net.config.params_dtype
@@ -66,28 +72,29 @@ class WeightStream:
         with layout.groups.current():
             self._tensor_ranks = parallel_state.get_tensor_model_parallel_group()
             self._stages = parallel_state.get_pipeline_model_parallel_group()
-        self._buffers: list[Tensor] = []  # of `from_stages(shared=True)`, from its first call on
+        self._buffers: list[Tensor] = []  # of `from_stages(shared=True)`, created by its first call
 
     @property
     def sends(self) -> bool:
-        """Whether this rank gives its stage's buckets in `from_stages`: tensor rank 0 of the first copy."""
+        """Whether this rank yields its stage's buckets in `from_stages`: tensor rank 0 of the first copy."""
         return self._layout.tensor_rank == 0 and self._layout.is_first_copy
 
     def everywhere(self) -> Iterator[Bucket]:
         """The whole model on every rank, on the model's device."""
         self._load_model()
         for group in self._groups:
-            yield self._everywhere(group)
+            yield self._gather_on_all(group)
 
     def from_stages(self, *, shared: bool = False) -> Iterator[Bucket]:
         """Each pipeline stage's own weights, on the one rank of it that `sends`, independently of the other stages.
 
-        The other ranks of the first copy take part and get nothing; those of other copies have nothing to do.
+        The other ranks of the first copy take part and get nothing. Ranks of other copies do nothing.
 
-        `shared` is for engines on the same machine. On a GPU it changes nothing: others open its memory by CUDA's
-        handles. On a CPU the tensors then lie in memory that others map by its file's name. There are two buffers, used
-        in turn: when you ask for the next bucket, all but the last one you got may be overwritten, and when you start
-        again, all. Raises InputError if /dev/shm has too little room for them.
+        `shared` is for engines on the same machine. On a GPU it changes nothing, because other processes open GPU
+        memory by CUDA handles. On a CPU, the tensors are then in memory that other processes map by its file's name.
+        Two buffers are used in turn. When you request a bucket, every earlier one except the last may be overwritten;
+        when you start a new stream, all may be. Raises InputError if /dev/shm has too little free space for the
+        buffers.
         """
         self._load_model()
         if self._layout.is_first_copy:
@@ -98,7 +105,7 @@ class WeightStream:
     def _from_messages(self, groups: list[list[ParamMapping]]) -> Iterator[Bucket]:
         for group in groups:
             if self.sends:
-                yield self._gathered(group)
+                yield self._gather_on_sender(group)
             else:
                 self._send(group)
 
@@ -110,55 +117,55 @@ class WeightStream:
         for number, group in enumerate(groups):
             wholes = _wholes(group, self._buffers[number % 2])
             dist.barrier(self._tensor_ranks)  # the consumer is done with what the buffer held
-            self._scatter_own(group if self.sends else self._divided(group), wholes)
-            dist.barrier(self._tensor_ranks)  # every rank's parts are there
+            self._scatter_own(group if self.sends else self._sharded(group), wholes)
+            dist.barrier(self._tensor_ranks)  # every rank has written its parts
             if self.sends:
                 yield _bucket(wholes)
 
     @torch.no_grad()
-    def _everywhere(self, group: list[ParamMapping]) -> Bucket:
-        """A bucket on every rank: exchanged by its stage's tensor ranks, then sent to the other stages."""
+    def _gather_on_all(self, group: list[ParamMapping]) -> Bucket:
+        """A bucket on every rank: its stage's tensor ranks exchange their shards, then send it to the other stages."""
         layout, flat = self._layout, self._empty(_numel(group))
         wholes = _wholes(group, flat)
         if layout.pipeline_rank == group[0].stage:
             self._scatter_own(group, wholes)
-            if divided := self._divided(group):
+            if sharded := self._sharded(group):
                 for rank in range(layout.tensor):
-                    self._exchange(divided, wholes, rank)
+                    self._exchange(sharded, wholes, rank)
         if layout.pipeline > 1:
             dist.broadcast(flat, group=self._stages, group_src=group[0].stage)
         return _bucket(wholes)
 
-    def _exchange(self, divided: list[ParamMapping], wholes: Wholes, rank: int) -> None:
-        """Give tensor rank `rank`'s shards to the other tensor ranks."""
+    def _exchange(self, sharded: list[ParamMapping], wholes: Wholes, rank: int) -> None:
+        """Broadcast tensor rank `rank`'s shards to the other tensor ranks."""
         mine = rank == self._layout.tensor_rank
-        packed = self._packed(divided) if mine else self._empty(self._packed_size(divided))
+        packed = self._pack(sharded) if mine else self._empty(self._packed_size(sharded))
         dist.broadcast(packed, group=self._tensor_ranks, group_src=rank)
         if not mine:
-            self._scatter_packed(packed, divided, wholes, rank)
+            self._scatter_packed(packed, sharded, wholes, rank)
 
     @torch.no_grad()
-    def _gathered(self, group: list[ParamMapping]) -> Bucket:
-        """A bucket on the sender: its own shards, and a message from each of the other tensor ranks."""
+    def _gather_on_sender(self, group: list[ParamMapping]) -> Bucket:
+        """A bucket on the sender: its own shards, and one message from each of the other tensor ranks."""
         wholes = _wholes(group, self._empty(_numel(group)))
-        divided = self._divided(group)
-        others = range(1, self._layout.tensor) if divided else ()
-        packed = {rank: self._empty(self._packed_size(divided)) for rank in others}
+        sharded = self._sharded(group)
+        others = range(1, self._layout.tensor) if sharded else ()
+        packed = {rank: self._empty(self._packed_size(sharded)) for rank in others}
         works = _messages(dist.irecv, packed, self._tensor_ranks)
-        self._scatter_own(group, wholes)  # while they come
+        self._scatter_own(group, wholes)  # while the messages arrive
         _wait(works)
         for rank in others:
-            self._scatter_packed(packed[rank], divided, wholes, rank)
+            self._scatter_packed(packed[rank], sharded, wholes, rank)
         return _bucket(wholes)
 
     @torch.no_grad()
     def _send(self, group: list[ParamMapping]) -> None:
-        """This rank's shards of a bucket, to the sender."""
-        if divided := self._divided(group):
-            _wait(_messages(dist.isend, {0: self._packed(divided)}, self._tensor_ranks))
+        """Send this rank's shards of a bucket to the sender."""
+        if sharded := self._sharded(group):
+            _wait(_messages(dist.isend, {0: self._pack(sharded)}, self._tensor_ranks))
 
-    def _divided(self, group: list[ParamMapping]) -> list[ParamMapping]:
-        """The mappings of which other tensor ranks hold other parts."""
+    def _sharded(self, group: list[ParamMapping]) -> list[ParamMapping]:
+        """The mappings that are sharded over the tensor ranks."""
         return [
             mapping for mapping in group if self._layout.tensor > 1 and not isinstance(mapping.sharding, Replicated)
         ]
@@ -170,18 +177,18 @@ class WeightStream:
             mapping.sharding.scatter(shard, wholes[mapping], self._layout.tensor_rank, self._layout.tensor)
 
     def _scatter_packed(self, packed: Tensor, mappings: list[ParamMapping], wholes: Wholes, rank: int) -> None:
-        for mapping, shard in zip(mappings, self._unpacked(packed, mappings), strict=True):
+        for mapping, shard in zip(mappings, self._unpack(packed, mappings), strict=True):
             mapping.sharding.scatter(shard, wholes[mapping], rank, self._layout.tensor)
 
-    def _packed(self, mappings: list[ParamMapping]) -> Tensor:
-        """This rank's shards, one behind the other: [sum of their sizes]."""
+    def _pack(self, mappings: list[ParamMapping]) -> Tensor:
+        """This rank's shards, concatenated: [sum of their sizes]."""
         packed = self._empty(self._packed_size(mappings))
-        for mapping, shard in zip(mappings, self._unpacked(packed, mappings), strict=True):
+        for mapping, shard in zip(mappings, self._unpack(packed, mappings), strict=True):
             shard.copy_(self._parameters[mapping.megatron])
         return packed
 
-    def _unpacked(self, packed: Tensor, mappings: list[ParamMapping]) -> list[Tensor]:
-        """The shards in such a tensor; a mapping's shards have the same shape on every rank."""
+    def _unpack(self, packed: Tensor, mappings: list[ParamMapping]) -> list[Tensor]:
+        """Views of the shards in a packed tensor. A mapping's shards have the same shape on every rank."""
         shapes = [self._parameters[mapping.megatron].shape for mapping in mappings]
         parts = packed.split([shape.numel() for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -198,7 +205,7 @@ def _numel(group: list[ParamMapping]) -> int:
 
 
 def _wholes(group: list[ParamMapping], flat: Tensor) -> Wholes:
-    """The tensors of a group as views of a flat tensor that has room for them, one behind the other."""
+    """The tensors of a group as consecutive views of a flat tensor, which is large enough for all of them."""
     progress_marker.mark()
     wholes: Wholes = {}
     at = 0
@@ -216,7 +223,7 @@ def _bucket(wholes: Wholes) -> Bucket:
 
 
 def _messages(kind: Callable[..., Any], tensors: dict[int, Tensor], group: dist.ProcessGroup) -> list[dist.Work]:
-    """Start to send (`dist.isend`) or receive (`dist.irecv`) one tensor to or from each of these ranks of a group."""
+    """Start sending (`dist.isend`) or receiving (`dist.irecv`) one tensor for each of these ranks of a group."""
     messages = [dist.P2POp(kind, tensor, group=group, group_peer=rank) for rank, tensor in tensors.items()]
     return dist.batch_isend_irecv(messages) if messages else []
 

@@ -1,4 +1,4 @@
-"""Which Hugging Face tensors make which Megatron parameter. Families differ in their norms alone."""
+"""Maps every Megatron parameter to its Hugging Face tensors. Families differ only in their norms."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ NORMS: dict[str, Callable[[Shape], list[Norm]]] = {"olmo3": olmo3.norms, "qwen3"
 def mappings(shape: Shape, pipeline: int, *, critic: bool) -> list[ParamMapping]:
     """Every parameter of the model, layer by layer. The same list on every rank.
 
-    The critic's Hugging Face form is the family's token classifier with one label. A tied output matrix is not listed:
-    it is the input embedding.
+    In Hugging Face's format, the critic is the family's token classifier with one label. A tied output matrix is not
+    listed, because it is the input embedding.
     """
     hidden = shape.hidden
     embedding = ParamMapping(

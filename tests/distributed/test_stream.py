@@ -201,7 +201,7 @@ def stream_without_room(model: Path) -> str:
         return str(error.value)
 
 
-def test_too_little_shared_memory_is_told_on_every_rank(models: dict[str, Path], tmp_path: Path) -> None:
+def test_too_little_shared_memory_is_reported_on_every_rank(models: dict[str, Path], tmp_path: Path) -> None:
     for message in run_ranks(stream_without_room, 2, tmp_path, models["untied"]):
         assert "/dev/shm has 0.0 MB free, and 2 buckets of weights need 0.1 MB" in message
         for fix in ("--shm-size", "parallel.bucket_mb", "rollout.servers.transport=group"):

@@ -240,7 +240,7 @@ def kept(model: Path, recompute: Recompute) -> int:
         return size
 
 
-def test_what_is_recomputed_is_not_kept(tmp_path: Path) -> None:
+def test_recomputed_activations_are_not_kept(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", layers=4)
     kinds = (Recompute.none, Recompute.attention, Recompute.layers)
     none, attention, layers = (run_ranks(kept, 1, tmp_path / kind.name, model, kind)[0] for kind in kinds)

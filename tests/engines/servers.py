@@ -1,4 +1,4 @@
-"""Runs against real servers: their configs, tiny models to serve, and what transformers says of an answer."""
+"""Helpers for tests with real servers: configs, tiny models, and a comparison with transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support import tiny
 ROOT = Path(__file__).parents[2]
 ENGINES = (EngineKind.sglang, EngineKind.vllm)
 END = tiny.WORDS.index("$")
-# On a CPU SGLang fills other sizes up, and its checksums are then of something else; vLLM has no smaller heads.
+# On a CPU, SGLang pads other sizes, which changes its checksums. vLLM does not support smaller heads.
 FFN, HEAD_DIM = 64, 32
 PROMPTS = [(5, 7, 8), (9, 4, 1, 2, 3), (60,), tuple(range(20))]
 REQUESTS = [Request(prompt, samples=3, seed=i) for i, prompt in enumerate(PROMPTS)]
@@ -63,7 +63,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def write_model(folder: Path, kind: str = "untied", *, seed: int = 0) -> Path:
-    """With a generation_config.json that must not have a say: by its leave one response alone could come."""
+    """Write a model with a generation_config.json that must be ignored: it would make all responses equal."""
     tiny.write_model(folder, seed=seed, ffn=FFN, head_dim=HEAD_DIM, **MODELS[kind])
     sampling = {"do_sample": True, "temperature": 0.01, "top_k": 1, "top_p": 0.1, "eos_token_id": END}
     (folder / "generation_config.json").write_text(json.dumps(sampling))
@@ -78,7 +78,7 @@ def config_of(kind: EngineKind, model: Path, run: Path) -> Config:
 
 
 def use_servers(config: Config, kind: EngineKind) -> None:
-    """Real servers, on a CPU, with limits short enough for a test."""
+    """Configure real servers on a CPU, with timeouts short enough for a test."""
     config.parallel.bucket_mb = 1
     config.rollout.engine = kind
     servers = config.rollout.servers
@@ -106,7 +106,7 @@ def group_of(engine: ServersEngine, index: int) -> int:
 
 @contextmanager
 def opened(config: Config, told: list[str]) -> Iterator[tuple[RunContext, ServersEngine]]:
-    """The engine of a config, in this rank's process groups; `told` gets what it tells of its servers."""
+    """The engine of a config, in this rank's process groups. `told` collects its messages about its servers."""
     with open_context(config) as context:
         engine = build_engine(context, told.append)
         assert isinstance(engine, ServersEngine)
@@ -117,7 +117,7 @@ def opened(config: Config, told: list[str]) -> Iterator[tuple[RunContext, Server
 
 
 def answers(engine: ServersEngine, requests: list[Request], sampling: Sampling) -> dict[int, list[Completion]]:
-    """What this rank gets of the answers. Each comes once."""
+    """The answers that this rank gets. Asserts that each comes once."""
     found: dict[int, list[Completion]] = {}
     for number, completions in engine.start(requests, sampling):
         assert number not in found

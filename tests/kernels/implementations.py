@@ -1,4 +1,4 @@
-"""The kernels' implementations side by side, so that one test says of each what it must give."""
+"""The implementations of the kernels, so that one test checks all of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_tempo.kernels.rows import Rows
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """`dtype` is what its floats are in, `tolerance` how far a result may be from float64's, relative and absolute."""
+    """`dtype`: the type of its floats. `tolerance`: the allowed error, relative and absolute, compared with float64."""
 
     kernels: Kernels
     device: torch.device
@@ -24,7 +24,7 @@ class Implementation:
     tolerance: float
 
     def __call__(self, numbers: Tensor | Sequence[float]) -> Tensor:
-        """A copy of the numbers as this implementation takes them; integers stay integers."""
+        """A copy of the numbers on the device and in the type of this implementation. Integers stay integers."""
         tensor = torch.as_tensor(numbers).detach().clone()
         floating = tensor.is_floating_point() or not tensor.numel()
         return tensor.to(self.device, self.dtype if floating else None)
@@ -44,7 +44,7 @@ def plain() -> Implementation:
 
 
 def triton() -> Implementation:
-    """Triton's kernels: on CUDA where there is one, interpreted on the CPU elsewhere."""
+    """Triton's kernels: on CUDA if available, else interpreted on the CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Implementation(kernels_for(torch.device("cuda")), device, torch.float32, 2e-5)
 
@@ -52,6 +52,6 @@ def triton() -> Implementation:
 CUDA = torch.cuda.is_available()
 IMPLEMENTATIONS = [
     pytest.param(plain, id="plain"),
-    pytest.param(triton, id="triton", marks=pytest.mark.skipif(CUDA, reason="with CUDA nothing is interpreted")),
+    pytest.param(triton, id="triton", marks=pytest.mark.skipif(CUDA, reason="kernels are not interpreted on CUDA")),
     pytest.param(triton, id="cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA")]),
 ]

@@ -1,4 +1,4 @@
-"""What becomes of the kernels on Hopper (sm_90a), read from the machine code: registers, spills, width of the loads.
+"""The kernels' machine code for Hopper (sm_90a): registers, spills, width of the loads.
 
 They are compiled ahead of time, in a process without Triton's interpreter; no GPU is needed.
 """

@@ -70,7 +70,7 @@ def test_blocks_of_rows_and_columns_in_bfloat16(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_paper_size_in_bfloat16_and_its_memory() -> None:
-    """8,192 tokens of Qwen3-8B: the same as by way of the logits, in less than a block and the fp32 gradient beside."""
+    """8,192 tokens of Qwen3-8B: the same results as from logits, in less memory than a block and the fp32 gradient."""
     torch.manual_seed(0)
     tokens = 8192
     leaves = [x.bfloat16().requires_grad_() for x in (noise(tokens, HIDDEN), noise(VOCAB, HIDDEN, scale=HIDDEN**-0.5))]

@@ -105,7 +105,7 @@ def test_each_output_alone_has_its_gradient(implementation: Implementation, outp
 
 @pytest.mark.parametrize("weight", [1.0, 50.0, 1e6])
 def test_padded_columns_have_no_effect_and_no_gradient(implementation: Implementation, weight: float) -> None:
-    """However large what stands in them, and however large the gradient from behind."""
+    """Whatever they contain, and however large the incoming gradient is."""
     logits, targets, _, _ = case()
     hostile = logits.clone()
     hostile[:, VOCAB:] = torch.tensor([1e4, 3e38, float("nan")])
@@ -154,7 +154,7 @@ def test_the_kernels_gradient_takes_the_place_of_the_logits_once() -> None:
     logprobs, _ = kernels.kernels.logprobs_and_entropy(made, kernels(targets), VOCAB, 1.0)
     (found,) = torch.autograd.grad(logprobs.sum(), made, retain_graph=True)
     assert found.data_ptr() == made.data_ptr()
-    with pytest.raises(RuntimeError, match="one backward pass"):
+    with pytest.raises(RuntimeError, match="only one backward pass"):
         torch.autograd.grad(logprobs.sum(), made)
 
 

@@ -1,4 +1,4 @@
-"""All of these tests run on the SLURM that `make test-slurm` starts around them."""
+"""Fixtures for the tests on the SLURM that `make test-slurm` starts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tests.slurm.jobs import Site, Submitted
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     if "SLURM_TEST_FOLDER" not in os.environ:
-        pytest.fail("there is no SLURM here: run make test-slurm, which starts one", pytrace=False)
+        pytest.fail("no SLURM is running: use make test-slurm, which starts one", pytrace=False)
     return Site(tmp_path_factory.mktemp("site"))
 
 
 @pytest.fixture(scope="session")
 def undisturbed(site: Site) -> Submitted:
-    """A run over two nodes that came to its end, as a chain of two jobs: the second finds nothing to do."""
+    """A finished run on two nodes, submitted as a chain of two jobs. The second job has nothing to do."""
     job = site.started("undisturbed", "--chain", "2")
     job.ended()
     return job
@@ -28,8 +28,8 @@ def undisturbed(site: Site) -> Submitted:
 
 @pytest.fixture(scope="session")
 def planted(site: Site) -> Path:
-    """Stands for the cluster's Python: a run that hangs in its third iteration when it comes there first, and fails
-    there from then on."""
+    """A replacement for the cluster's Python: a run that hangs in its third iteration the first time, and fails there
+    afterwards."""
     return script(site.folder / "planted", _PLANTED)
 
 

@@ -1,4 +1,4 @@
-"""Jobs on the SLURM of `tests.support.slurm`: submitted as a user would, and waited for."""
+"""Submits jobs to the SLURM of `tests.support.slurm` as a user does, and waits for them."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ class Submitted:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def facts(self, link: int = 0) -> dict[str, str]:
-        """What SLURM says of the job: JobState, Restarts, ExitCode, ..."""
+        """SLURM's record of the job: JobState, Restarts, ExitCode, ..."""
         text = command("scontrol", "show", "job", "--oneliner", self.ids[link])
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
     def ended(self, seconds: float = 400) -> dict[str, str]:
-        """SLURM's facts of the last job of the submission, when it has ended for good."""
+        """Wait until the last job of the submission has ended. Returns SLURM's record of it."""
         last = len(self.ids) - 1
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         self.until(lambda: self.facts(last)["JobState"] in over, seconds)

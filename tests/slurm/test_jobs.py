@@ -1,4 +1,4 @@
-"""The scripts of launch/ on two nodes: whole runs, interrupted runs, runs that cannot go on."""
+"""The scripts of launch/ on two nodes: complete runs, interrupted runs, runs that cannot continue."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_run_over_two_nodes(undisturbed: Submitted) -> None:
     written = {path.name for path in (undisturbed.run / f"checkpoints/step_{LAST:08d}/actor").glob("*.distcp")}
     assert {name.split("_")[2] for name in written} == {"0", "1"}
     assert second["JobState"] == "COMPLETED"
-    assert "nothing is left to do" in undisturbed.log(1)
+    assert "the run is finished: nothing to do" in undisturbed.log(1)
 
 
 def as_before_the_limit(job: Submitted) -> None:
@@ -47,7 +47,7 @@ def test_told_to_stop_it_ends_as_if_it_had_not_been(
     facts = job.ended()
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1")
     told = job.log()
-    assert f"told to stop by {signal}" in told or f"as told by {signal}" in told
+    assert f"asked to stop by {signal}" in told or f"as told by {signal}" in told
     assert "resumed from" in told
     (stopped,) = (line for line in told.splitlines() if line.startswith("stopped after "))
     assert 2 <= int(stopped.split()[2]) < LAST, "it was stopped in the middle of the run"
@@ -97,7 +97,7 @@ def test_servers_that_do_not_start_are_told_of(site: Site) -> None:
     facts = job.ended()
     assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "1")
     told = job.log()
-    assert "0 of 1 rollout servers are ready, so there is no training" in told
+    assert "only 0 of 1 rollout servers are ready: training does not start" in told
     assert "SGLang ended with exit code 3" in told
     assert "RuntimeError: no GPU here" in told
     assert "failed twice after step 0" in told
@@ -126,7 +126,7 @@ def test_eval_and_conversion(site: Site, undisturbed: Submitted) -> None:
     exported = undisturbed.exported
     score = site.started("scores", "--job", "eval", f"model={exported}/actor")
     checkpoint, out = undisturbed.run / f"checkpoints/step_{LAST:08d}", site.folder / "converted"
-    tool = ["--", "convert_megatron_to_hf", str(checkpoint), str(out), "--model", "critic"]
+    tool = ["--", "megatron-to-hf", str(checkpoint), str(out), "--model", "critic"]
     convert = site.started("conversion", "--job", "convert", *tool)
     assert score.ended()["JobState"] == "COMPLETED", score.log()
     assert convert.ended()["JobState"] == "COMPLETED", convert.log()

@@ -1,7 +1,7 @@
 """Compiles every kernel for Hopper as training calls it: `python -m tests.support.compile_kernels OUT`.
 
-Sizes are those that the machine code depends on: rows of Qwen3 and OLMo3, whole and as shards, in both types, with
-every option and with none. OUT is a pickle of {case: [Compiled, ...]}.
+The cases vary everything that the machine code depends on: rows of Qwen3 and OLMo3, whole and as shards, in both types,
+with every option and with none. OUT is a pickle of {case: [Compiled, ...]}.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def policy(ratio: Ratio, *, everything: bool) -> None:
     given = Experience(torch.zeros(TOKENS), torch.zeros(TOKENS + N), torch.zeros(N), **extra)
     loss, metrics = KERNELS.policy_loss(*leaves, given, ROWS, Baseline.before_token, config)
     loss.sum().backward()
-    if everything:  # what follows the exchange of a row's sums between context ranks
+    if everything:  # the kernel that runs after ranks have exchanged a row's sums
         sums = torch.zeros(N, policy_loss_triton._COLUMNS.value)
         policy_loss_triton._finish[(N,)](
             sums, ROWS.lengths, loss, metrics, *policy_loss_triton._numbers(config),
@@ -59,7 +59,7 @@ def logits(columns: int, dtype: torch.dtype) -> None:
 
 
 def linear(columns: int, hidden: int, dtype: torch.dtype) -> None:
-    """Of the backward pass the gradient of the logits alone: the products that follow it are cuBLAS's."""
+    """Of the backward pass only the gradient of the logits: cuBLAS computes the products that follow it."""
     from megatron_tempo.kernels import linear_logprobs_triton
 
     linear_logprobs_triton._add_product = lambda *_: None  # type: ignore[assignment]

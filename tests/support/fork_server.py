@@ -1,9 +1,9 @@
 """Processes forked from one that has already imported torch and Megatron-Core.
 
-The imports take longer than most of what the tests run, so a fork server pays for them once. Each process that it
-forks is fresh otherwise: no process group, no thread and no tensor is left over from another test, and a process that
-dies or hangs affects nobody else. The standard library's fork server is not used because there is one a process: the
-tests need a second one, which has the stand-in for Transformer Engine on its path.
+The imports take longer than most tests, so a fork server does them once. Otherwise each process that it forks is fresh:
+it has no process group, thread or tensor of another test, and if it dies or hangs, no other process is affected. The
+standard library's fork server is not used, because it allows only one server per process. The tests need a second one,
+with the stand-in for Transformer Engine on its path.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-START_SECONDS = 240.0  # the imports, on a machine that is busy
-# What a run imports. Some of it is imported late, on first use.
+START_SECONDS = 240.0  # for the imports, on a busy machine
+# The modules that a run imports. Some of them are imported late, on first use.
 PRELOADED = (
     "megatron_tempo.training.jobs",
     "megatron_tempo.report.html",
@@ -43,10 +43,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 class ForkServer:
-    """Starts on first use and ends with the process that uses it. Not thread-safe."""
+    """A server that starts on first use and ends with the process that uses it. Not thread-safe."""
 
     def __init__(self, *paths: Path) -> None:
-        """`paths` are searched for packages before the installed ones."""
+        """`paths`: folders that are searched for packages before the installed ones."""
         self._paths = paths
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
@@ -84,7 +84,7 @@ class ForkServer:
             message = self._read(START_SECONDS)
             assert message is not None, f"the fork server does not answer within {START_SECONDS:.0f} s"
             if "started" in message:
-                self._codes.pop(message["started"], None)  # the number of a process that has ended is used again
+                self._codes.pop(message["started"], None)  # process ids are reused
                 return Forked(self, message["started"])
             self._codes[message["pid"]] = message["code"]
 
@@ -113,7 +113,7 @@ class ForkServer:
 
 
 class Forked:
-    """A process of a fork server, with the interface of subprocess.Popen as far as tests use it."""
+    """A process of a fork server, with the part of subprocess.Popen's interface that tests use."""
 
     def __init__(self, server: ForkServer, pid: int) -> None:
         self._server, self.pid = server, pid
@@ -141,11 +141,11 @@ TE_FORK_SERVER = ForkServer(ROOT / "tests/support/te")  # with the stand-in for 
 
 
 def _serve(channel: socket.socket) -> None:
-    """Fork what is asked for, until the other end is closed. Returns in each forked process when its script ends."""
+    """Fork a process per request, until the other end is closed. In a forked process, returns when its script ends."""
     for name in PRELOADED:
         importlib.import_module(name)
     gc.collect()
-    gc.freeze()  # no later collection has to look at what the imports have made
+    gc.freeze()  # later collections skip the objects that the imports have made
     wakeup, wake = socket.socketpair()
     for end in (wakeup, wake):
         end.setblocking(False)
@@ -188,7 +188,7 @@ def _report_ended(channel: socket.socket) -> None:
 
 
 def _become(request: dict[str, Any]) -> None:
-    """Do what is asked for, in a process that has just been forked."""
+    """Carry out a request in a process that has just been forked."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # it ends with the server
     if request["new_session"]:
         os.setsid()
@@ -212,7 +212,7 @@ def _become(request: dict[str, Any]) -> None:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # without the interpreter's end, which takes as long as many a test
+        os._exit(code)  # skips the interpreter's shutdown, which takes as long as a short test
 
 
 if __name__ == "__main__":

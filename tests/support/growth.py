@@ -1,4 +1,4 @@
-"""What a process holds, iteration by iteration, and whether that grows."""
+"""Checks that the resources of a process do not grow over iterations."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from statistics import median
 import psutil
 import torch
 
-# How much more a series may be at the end than after the warm-up, in its own unit, and as a share of what it was.
-# Counts may not grow at all, but for Python's objects: 100 are one in two iterations. As many megabytes as
-# are allowed are 20 kB an iteration, of an allocator that needs a while to settle. Seconds are the process's own, which
-# the load of others hardly touches; wall time is told and not judged.
+# Allowed growth of a series from after the warm-up to the end: in its own unit, and as a share of its value. Counts may
+# not grow, except Python objects: 100 are one in two iterations. 4 MB are 20 kB per iteration, because the allocator
+# needs a while to settle. Seconds are CPU seconds of the process, which hardly depend on other load. Wall time is
+# recorded but not checked.
 ALLOWED: Mapping[str, tuple[float, float]] = {
     "files": (0, 0),
     "threads": (0, 0),
@@ -25,13 +25,13 @@ ALLOWED: Mapping[str, tuple[float, float]] = {
     "rss_mb": (4.0, 0),
     "cpu_seconds": (0, 0.15),
 }
-EVERY = 10  # samples: collecting and counting objects takes as long as an iteration
+EVERY = 10  # count objects only at every tenth sample, because this takes as long as an iteration
 _LIBC = ctypes.CDLL(None)
 
 
 @dataclass
 class Trace:
-    """Series of what this process holds. `sample` is called at the same place of every iteration."""
+    """Series of this process's resources. Call `sample` at the same point of every iteration."""
 
     series: dict[str, list[float]] = field(default_factory=dict)
     _cpu: float = field(default_factory=time.process_time)
@@ -49,10 +49,10 @@ class Trace:
         if len(self.series.get("files", ())) % EVERY == EVERY - 1:
             gc.collect()
             if hasattr(_LIBC, "malloc_trim"):
-                _LIBC.malloc_trim(0)  # what is free and not given back is no growth
+                _LIBC.malloc_trim(0)  # memory that is free but not returned to the system is not growth
             numbers["rss_mb"] = process.memory_info().rss / 2**20
             found = gc.get_objects()
-            # gc.get_objects leaves out what is frozen, which training does with all that is there when it begins.
+            # gc.get_objects does not return frozen objects. Training freezes all objects that exist when it starts.
             numbers["objects"] = len(found) + gc.get_freeze_count()
             numbers["tensors"] = sum(issubclass(type(thing), torch.Tensor) for thing in found)
         for name, number in numbers.items():
@@ -67,7 +67,7 @@ def windows(numbers: Sequence[float]) -> tuple[float, float]:
 
 
 def growth(series: Mapping[str, Sequence[float]]) -> list[str]:
-    """What has grown by more than is allowed, in words."""
+    """A message for each series that has grown by more than ALLOWED."""
     found = []
     for name, (most, share) in ALLOWED.items():
         early, late = windows(series[name])

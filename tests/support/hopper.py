@@ -1,8 +1,8 @@
-"""What Triton makes of a kernel for Hopper (sm_90a), on a machine without a GPU.
+"""Compiles Triton kernels for Hopper (sm_90a) on a machine without a GPU.
 
-A driver that only says which GPU it is for stands in for CUDA's, and every launch compiles instead of running. So an
-operator is called as in training, and what it would launch is looked at. The machine code's registers, spills and
-instructions are read with the tools in Triton's wheel. To be used in a process without Triton's interpreter.
+A driver that only states the target GPU replaces CUDA's, and every launch compiles the kernel instead of running it. So
+a test calls an operator as training does, and inspects what it would launch. The tools in Triton's wheel read the
+registers, spills and instructions of the machine code. Do not use this in a process with Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class Compiled:
     >>> Compiled(name="logprobs._summed", registers=48, stack=0, shared=1024, sass="...")
     """
 
-    name: str  # its file, without _triton, and its own
-    registers: int  # a thread
-    stack: int  # bytes a thread in local memory: spilled registers and indexed arrays
+    name: str  # file name without _triton, and the kernel's name
+    registers: int  # per thread
+    stack: int  # bytes of local memory per thread: spilled registers and indexed arrays
     shared: int  # bytes
     sass: str
 
     def count(self, instruction: str) -> int:
-        """How often an instruction stands in the machine code, given as a regular expression."""
+        """How often an instruction, given as a regular expression, occurs in the machine code."""
         return len(re.findall(rf"\b{instruction}\b", self.sass))
 
     @property
@@ -74,7 +74,7 @@ class _Hopper(DriverBase):
 
 @contextmanager
 def launches() -> Iterator[list[Compiled]]:
-    """Collects what is launched in the block, in order."""
+    """Collects the kernels that are launched in the block, in order."""
     found: list[Compiled] = []
 
     def launch(kernel: JITFunction[Any], grid: Any) -> Callable[..., None]:
@@ -100,7 +100,7 @@ def _read(name: str, kernel: Any) -> Compiled:
 
 @cache  # several calls launch the same kernel, and reading one takes a second
 def _machine_code(cubin: bytes) -> tuple[int, int, str]:
-    """Registers and bytes of stack a thread, and the instructions."""
+    """Registers and bytes of stack per thread, and the instructions."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)

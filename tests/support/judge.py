@@ -1,4 +1,4 @@
-"""A stand-in for a judge: an HTTP server on a real socket that answers chat completions as a function says."""
+"""A fake judge: an HTTP server on a real socket. A function determines its chat completions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Reply:
-    """What is sent back: the judge's words, or with another status a body of its own."""
+    """The judge's reply: a text, or a status with its own body."""
 
     text: str | None
     status: int = 200
@@ -24,7 +24,7 @@ class Reply:
 
 @dataclass
 class Judge:
-    """The server. `asked` has the body of every request, `keys` its Authorization."""
+    """The server. `asked`: the body of every request. `keys`: the Authorization header of every request."""
 
     answer: Callable[[Judge, dict[str, Any]], Reply]
     url: str = ""
@@ -36,7 +36,7 @@ class Judge:
 
 
 def quoted(body: dict[str, Any]) -> dict[str, str]:
-    """The nonce, and the texts that stand between its lines, as an honest reader finds them."""
+    """The nonce of a request, and the texts between the lines with the nonce, as a correct judge reads them."""
     said = body["messages"][1]["content"]
     nonce = re.findall(r"^BEGIN QUESTION ([0-9a-f]{32})$", said, re.MULTILINE)[0]
     found = {"nonce": nonce}
@@ -48,7 +48,7 @@ def quoted(body: dict[str, Any]) -> dict[str, str]:
 
 
 def honest(judge: Judge, body: dict[str, Any]) -> Reply:
-    """Right where the last word of the response is the reference answer."""
+    """Answers "right" if the last word of the response is the reference answer."""
     found = quoted(body)
     right = found["RESPONSE"].split()[-1:] == [found["REFERENCE ANSWER"]]
     return verdict(found["nonce"], "right" if right else "wrong")
@@ -59,7 +59,7 @@ def verdict(nonce: str, word: str) -> Reply:
 
 
 class Server(ThreadingHTTPServer):
-    # The default of 5 connections waiting resets those beyond, where this process is slow to accept them.
+    # With the default of 5 waiting connections, more are reset if this process is slow to accept them.
     request_queue_size = 256
     daemon_threads = True
 

@@ -1,4 +1,4 @@
-"""Ports that nothing else takes between the moment when a test chooses one and the moment when it listens there."""
+"""Reserves ports, so that nothing else takes a port before the test that chose it listens on it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-# Below the ports that Linux gives to outgoing connections and to whoever binds port 0 (32768 and up), and below those
-# that rollout servers choose from (20000 and up).
+# Below the ports that Linux uses for outgoing connections and for binds to port 0 (32768 and up), and below those that
+# rollout servers choose from (20000 and up).
 PORTS = range(10000, 16000)
 _LOCKS = Path(tempfile.gettempdir()) / "megatron-tempo-test-ports"
 _held: list[IO[str]] = []
@@ -18,7 +18,7 @@ _next = os.getpid() % len(PORTS)
 
 
 def reserve_port() -> int:
-    """A port that nobody listens on. No other test gets it while this process lives: a locked file stands for it."""
+    """A port on which nothing listens. A locked file reserves it, so no other test gets it while this process lives."""
     global _next
     _LOCKS.mkdir(exist_ok=True)
     for _ in PORTS:

@@ -1,4 +1,4 @@
-"""A whole small project: a model, questions, and a config that trains on them in seconds."""
+"""A small complete project: a model, questions, and a config that trains on them in seconds."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.support.tiny import write_model
 ROOT = Path(__file__).parents[2]
 
 
-# Models with random weights, which answer nothing right: their configs want `from_nothing` too.
+# Models with random weights, which answer nothing correctly. Their configs also need `from_nothing`.
 RANDOM: dict[str, dict[str, Any]] = {"tied": {"tied": True}, "olmo3": {"family": "olmo3"}}
 
 
 def write_project(folder: Path, kind: str = "untied") -> Path:
-    """The first questions of the quickstart's sets, and its model, which answers some right, or a random one."""
+    """Write the first questions of the quickstart's sets, and a model: the quickstart's (`untied`), or a random one."""
     examples = ROOT / "examples/quickstart"
     folder.mkdir(parents=True, exist_ok=True)
     if kind in RANDOM:
@@ -45,7 +45,7 @@ def config_of(project: Path, run_dir: Path) -> Config:
     config.evaluation.calibration_set = "unlabelled"
     config.evaluation.samples, config.evaluation.pass_k = 2, [1, 2]
     config.rollout.max_prompt_tokens, config.rollout.max_response_tokens = 7, 18
-    config.rollout.temperature = 1.3  # at this heat the model slips, and its responses differ in length
+    config.rollout.temperature = 1.3  # at this temperature the model makes errors, and response lengths differ
     config.parallel.micro_batch_tokens = 300
     for stage in config.stages().values():
         stage.labelled_prompts = 8
@@ -63,7 +63,7 @@ def config_of(project: Path, run_dir: Path) -> Config:
 
 
 def from_nothing(config: Config) -> Config:
-    """Targets of -1 for what is wrong, so that a model that gets nothing right has something to learn from."""
+    """Set critic targets of -1 for wrong responses, so that a model without correct ones has something to learn."""
     for stage in config.stages().values():
         stage.critic.targets = CriticTargets.plus_minus_one
     return config

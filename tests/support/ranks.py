@@ -1,4 +1,4 @@
-"""Functions run in real gloo processes."""
+"""Runs functions in real gloo processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from tests.support.fork_server import FORK_SERVER, Forked, ForkServer
 from tests.support.ports import reserve_port
 
-AFTER_FAILURE = 20.0  # seconds that the other ranks get to fail too, and to say why
+AFTER_FAILURE = 20.0  # seconds in which the other ranks can fail too, and report why
 
 
 def run_ranks(
@@ -23,10 +23,10 @@ def run_ranks(
     timeout: float = 240,
     server: ForkServer = FORK_SERVER,
 ) -> list[Any]:
-    """Call a module's top-level `function(*args)` in `world` processes, as torchrun would; what each returns, by rank.
+    """Call a module's top-level `function(*args)` in `world` processes, as torchrun does. Returns the results by rank.
 
-    Each call gets new processes. Their output is in `out`/rankN.log. Raises AssertionError with it if one fails or
-    takes longer than `timeout` s.
+    Each call gets new processes. Their output is in `out`/rankN.log. Raises AssertionError with the output if a process
+    fails or takes longer than `timeout` s.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "call.pkl").write_bytes(pickle.dumps((function.__module__, function.__qualname__, args)))
@@ -47,13 +47,13 @@ def run_ranks(
 
 
 def rank_environments(world: int) -> list[dict[str, str]]:
-    """The variables by which torch.distributed finds the other ranks, for each rank of one machine."""
+    """The environment variables of each rank on one machine, with which torch.distributed finds the other ranks."""
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(reserve_port())}
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
 def call_as_rank(out: str, rank: int) -> None:
-    """What each process does: the call that `run_ranks` has written down."""
+    """Run in each process: makes the call that `run_ranks` has saved."""
     folder = Path(out)
     module, name, args = pickle.loads((folder / "call.pkl").read_bytes())
     result = getattr(importlib.import_module(module), name)(*args)
@@ -61,7 +61,7 @@ def call_as_rank(out: str, rank: int) -> None:
 
 
 def _wait(ranks: Sequence[Forked], timeout: float) -> list[int]:
-    """The exit codes. Ranks that have not ended in time, or soon after another one has failed, are killed."""
+    """The exit codes. Ranks that do not end in time, or soon after another one has failed, are killed."""
     deadline = time.monotonic() + timeout
     while running := [rank for rank in ranks if rank.poll() is None]:
         if any(rank.returncode for rank in ranks):

@@ -1,4 +1,4 @@
-"""Runs every kernel once on CUDA, at a size with several blocks and tiles: what compute-sanitizer is to watch."""
+"""Runs every kernel once on CUDA, at a size with several blocks and tiles, for compute-sanitizer."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A real SLURM of two nodes on this machine, for as long as one command runs: `python -m tests.support.slurm COMMAND`.
+"""Runs a command with a real SLURM of two nodes on this machine: `python -m tests.support.slurm COMMAND`.
 
-Two slurmd with eight GPUs each (which are /dev/null), a controller and munge run in namespaces of their own: their
-addresses, host names and mounts are seen by nobody else, and all of them end with the command. Beside the two there are
-eight large ones, of which `sbatch --test-only` says whether a job would fit them.
+Two slurmd with eight GPUs each (which are /dev/null), a controller and munge run in their own namespaces. Their
+addresses, host names and mounts are not visible outside, and all of them end with the command. There are also eight
+large nodes, for which `sbatch --test-only` checks whether a job would fit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 NODES = ("node1", "node2")
 GPUS = 8
-LARGE = tuple(f"big{i + 1}" for i in range(8))  # no job runs there: as many as the largest shipped cluster has
+LARGE = tuple(f"big{i + 1}" for i in range(8))  # as many as the largest cluster preset has; no job runs on them
 _NAMESPACES = ["--net", "--pid", "--mount", "--uts", "--ipc", "--fork", "--mount-proc", "--kill-child=KILL"]
 
 _CONF = """\
@@ -83,9 +83,9 @@ def main(command: list[str]) -> int:
 
 
 def _install() -> str:
-    """What the test needs of the system, installed where it is not there; why it cannot be, if so."""
+    """Install the packages that are missing. Returns why SLURM cannot run here, or an empty string."""
     if sys.platform != "linux" or os.geteuid() != 0:
-        return "namespaces and daemons want root on Linux (in a container: docker run --privileged)"
+        return "namespaces and daemons require root on Linux (in a container: docker run --privileged)"
     if why := install(("slurmctld", "slurmd", "sbatch", "munged"), PACKAGES):
         return why
     tried = subprocess.run(["unshare", *_NAMESPACES, "true"], capture_output=True, text=True, check=False)
@@ -93,7 +93,7 @@ def _install() -> str:
 
 
 def _inside(folder: Path, command: list[str]) -> int:
-    """In the namespaces: start everything, wait for both nodes, run the command."""
+    """Runs inside the namespaces: starts everything, waits for all nodes, runs the command."""
     for name in ("spool", "state", "log", "gpu"):
         (folder / name).mkdir()
     folder.chmod(0o755)
@@ -104,7 +104,7 @@ def _inside(folder: Path, command: list[str]) -> int:
     (folder / "hosts").write_text("".join(f"127.0.0.1 {name}\n" for name in names))
     _run("mount", "--bind", str(folder / "hosts"), "/etc/hosts")
     for i in range(GPUS):
-        _run("mknod", "-m666", str(folder / f"gpu/nvidia{i}"), "c", "1", "3")  # SLURM wants a device file: /dev/null
+        _run("mknod", "-m666", str(folder / f"gpu/nvidia{i}"), "c", "1", "3")  # SLURM requires a device file: /dev/null
     _write_conf(folder)
     os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
     os.environ["SLURM_TEST_FOLDER"] = str(folder)
@@ -120,14 +120,14 @@ def _inside(folder: Path, command: list[str]) -> int:
     while _idle() < len(NODES) + len(LARGE):
         if time.monotonic() > deadline:
             print((folder / "log/slurmctld.log").read_text()[-3000:], file=sys.stderr)
-            print("SLURM's nodes did not come up within 60 s", file=sys.stderr)
+            print("SLURM's nodes did not come up within 120 s", file=sys.stderr)
             return 1
         time.sleep(0.2)
     return subprocess.call(command)
 
 
 def _write_conf(folder: Path) -> None:
-    """slurm.conf with the partitions and the kind of GPU that the shipped cluster files name."""
+    """Write slurm.conf with the partitions and the GPU type that the cluster presets name."""
     sites = [OmegaConf.load(path) for path in sorted((ROOT / "configs/cluster").glob("*.yaml"))]
     slurm = [site for site in (OmegaConf.select(site, "cluster.slurm") for site in sites) if site is not None]
     partitions = sorted({site.partition for site in slurm if site.get("partition")})

@@ -1,4 +1,4 @@
-"""Small models and batches for tests. The vocabulary, 67, divides by no tensor-parallel size."""
+"""Small models and batches for tests. The vocabulary, 67, is not divisible by any tensor-parallel size."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 POSITIONS = 256
-WINDOW, TRAINED = 5, 16  # tokens, of the OLMo3: rows are longer, so that windows hide some and YaRN is at work
+WINDOW, TRAINED = 5, 16  # tokens, of the OLMo3; rows are longer, so that windows and YaRN have an effect
 
 
 class Olmo3ForTokenClassification(GenericForTokenClassification, Olmo3PreTrainedModel):
-    """The form of an exported critic, which transformers lacks."""
+    """The class of an exported critic, which transformers does not have."""
 
 
-# `exist_ok`, or else transformers lets nobody add to its own config classes.
+# `exist_ok`, because transformers otherwise refuses to register a model for its own config classes.
 transformers.AutoModelForTokenClassification.register(
     transformers.Olmo3Config, Olmo3ForTokenClassification, exist_ok=True
 )
@@ -47,7 +47,7 @@ def write_model(
     hidden: int = 32,
     std: float = 0.2,
 ) -> Path:
-    """A folder with random weights, large enough for every weight to matter, and a word tokenizer."""
+    """Write a folder with random weights, large enough for every weight to matter, and a tokenizer of words."""
     torch.manual_seed(seed)
     config = CONFIGS[family](
         vocab_size=VOCAB,
@@ -78,12 +78,12 @@ def write_model(
 
 
 def _olmo3(layers: int) -> dict[str, Any]:
-    """Full attention on layers 1, 5, ...: under pipeline parallelism the stages differ."""
+    """Full attention on layers 1, 5, ..., so that pipeline stages differ."""
     yarn = {
         "rope_type": "yarn",
         "factor": POSITIONS / TRAINED,
         "original_max_position_embeddings": TRAINED,
-        "beta_fast": 2.0,  # with these two, one pair of numbers stays, one is between, the others are slowed
+        "beta_fast": 2.0,  # with these two, one pair is not interpolated, one partly, the others fully
         "beta_slow": 0.25,
     }
     return {

@@ -1,4 +1,4 @@
-"""The programs of tools/, as modules."""
+"""Loads the programs of tools/ as modules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def load_tool(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A program that is imported, not run; it finds what lies beside it. Gone when the test is over."""
+    """Import a program without running it. It can import its neighbours. Removed again after the test."""
     monkeypatch.syspath_prepend(str(TOOLS))
     spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
     assert spec is not None

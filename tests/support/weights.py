@@ -1,4 +1,4 @@
-"""Weights as they are in a Hugging Face folder, or given in the place of a Megatron model's."""
+"""Weights read from a Hugging Face folder, and weights that replace a Megatron model's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_tempo.types import Bucket
 
 
 def tensors(folder: Path) -> Iterator[Bucket]:
-    """Every tensor of a folder, a file a bucket."""
+    """Every tensor of a folder, one file per bucket."""
     for path in sorted(folder.glob("*.safetensors")):
         yield list(load_file(path).items())
 

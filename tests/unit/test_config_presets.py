@@ -21,7 +21,8 @@ from megatron_tempo.config.tree import MISSING
 from tests.unit.config_files import write_model, write_rows
 
 EXPERIMENTS = sorted(path.stem for path in (REPOSITORY / "configs" / "experiment").glob("*.yaml"))
-PAPER = [name for name in EXPERIMENTS if name.startswith(("qwen3", "olmo3"))]
+LARGE = [name for name in EXPERIMENTS if name.startswith(("qwen3", "olmo3"))]
+PAPER = [name for name in LARGE if name != "qwen3_8b_day"]
 SHAPES = {
     "qwen3_8b": {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8},
     "qwen3_14b": {"num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 8},
@@ -121,8 +122,8 @@ def test_an_algorithm_changes_stage_two_alone(experiment: str, arm: str, tmp_pat
     assert config == paper
 
 
-@pytest.mark.parametrize("experiment", PAPER)
-def test_a_paper_preset_says_what_it_wants(experiment: str) -> None:
+@pytest.mark.parametrize("experiment", LARGE)
+def test_a_preset_of_a_published_model_says_what_it_wants(experiment: str) -> None:
     with pytest.raises(ConfigErrors) as caught:
         build([f"experiment={experiment}"])
     wanted = ["model", "data.labelled", "data.unlabelled", *(f"evaluation.sets.{name}" for name in sets(experiment))]
@@ -182,7 +183,7 @@ def test_a_command_of_the_readme_passes(command: str, tmp_path: Path, monkeypatc
         key, _, value = word.partition("=")
         moved = str(tmp_path / value[1:]) if value.startswith("/") else value
         if value.endswith(".jsonl"):
-            write_rows(Path(moved))
+            Path(moved).write_text('{"id": "1", "prompt": "1+1", "answer": "2"}\n')
         elif key in ("model", "model.path", "model.critic_path"):
             write_model(Path(moved), **shape(experiment))
         overrides.append(f"{key}={sys.executable if key == 'rollout.servers.python' else moved}")

@@ -39,7 +39,7 @@ def test_every_field_is_told(tool: ModuleType) -> None:
     told = set()
     for group in tool.groups():
         for path, *_ in group.rows():
-            told |= {f"{place}.{path.strip('`').rpartition('.')[2]}" for place in group.places}
+            told |= {f"{place}.{path.strip('`').rpartition('.')[2]}" for place in group.by_path}
     whole = {"data.labelled", "data.unlabelled", "evaluation.sets"}  # rows that refer to a group of their own
     assert told - whole == {path.removesuffix(".NAME") for path in field_paths(Config)}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tempo.models.attention import _ends_together
+from megatron_tempo.models.attention import _last_queries
 from megatron_tempo.models.context import ContextShard, Outputs
 
 CPU = torch.device("cpu")
@@ -18,7 +18,7 @@ def test_every_token_has_one_place(ranks: int) -> None:
     shards = [ContextShard.of(total, rank, ranks) for rank in range(ranks)]
     assert sorted(t for shard in shards for t in shard.tokens.tolist()) == list(range(total))
     assert len({len(shard.tokens) for shard in shards}) == 1
-    owners, places = shards[0].places(torch.arange(total))
+    owners, places = shards[0].locate(torch.arange(total))
     for token, (owner, place) in enumerate(zip(owners.tolist(), places.tolist(), strict=True)):
         assert shards[owner].tokens[place] == token
 
@@ -48,7 +48,7 @@ def test_outputs_come_back_in_their_order() -> None:
     tokens, targets = torch.tensor([0, 1, 5, 14]), torch.tensor([10, 11, 12, 13])
     shards = [ContextShard.of(16, rank, 2) for rank in range(2)]
     outputs = [Outputs.of(shard, tokens, targets, CPU) for shard in shards]
-    found = torch.cat([shard.tokens[one.mine] for shard, one in zip(shards, outputs, strict=True)])
+    found = torch.cat([shard.tokens[one.local] for shard, one in zip(shards, outputs, strict=True)])
     assert all(one.order is not None and found[one.order].tolist() == tokens.tolist() for one in outputs)
     wanted = torch.cat([one.targets for one in outputs])
     assert wanted[outputs[0].order].tolist() == targets.tolist()
@@ -71,5 +71,5 @@ def plain(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int |
 def test_queries_that_are_the_last_tokens(queries: int, keys: int, window: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 2, size, 8, generator=generator) for size in (queries, keys, keys))
-    found = _ends_together(query, key, value, 0.3, window)
+    found = _last_queries(query, key, value, 0.3, window)
     assert (found - plain(query, key, value, 0.3, window)).abs().max() < 1e-6

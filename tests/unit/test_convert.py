@@ -18,8 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_tempo import cli
 from megatron_tempo.checkpoint import convert, resumable_folder
 from megatron_tempo.checkpoint.convert import to_hugging_face, to_megatron
+from megatron_tempo.commands.convert import SCRIPTS
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.families import read_shape
 from megatron_tempo.weights import distributed
@@ -27,7 +29,7 @@ from megatron_tempo.weights.export import TARGETS, critic_changes
 from megatron_tempo.weights.files import write_safetensors
 from megatron_tempo.weights.folder import INDEX, tensor_files
 from tests.support.tiny import VOCAB, write_model
-from tests.support.tools import TOOLS, load_tool
+from tests.support.tools import TOOLS
 from tests.support.weights import tensors
 
 PART = 50_000  # bytes: some parts for each model
@@ -181,7 +183,7 @@ def test_a_folder_that_does_not_fit_is_refused_with_all_that_is_wrong(tmp_path: 
         to_megatron(folder, tmp_path / "out", "actor", PART, quiet)
     lines = {line.strip() for line in str(error.value).splitlines()[1:]}
     assert lines == {f"missing: {name}" for name in names} | {
-        "misshapen: model.norm.weight is [31], the config.json says [32]",
+        "wrong shape: model.norm.weight is [31], the config.json says [32]",
         "unexpected: model.layers.4.input_layernorm.weight",
     }
     assert {path.name for path in tmp_path.iterdir()} == {"folder"}
@@ -193,7 +195,9 @@ def test_types_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
         return weights | {name: weights[name].bfloat16(), "model.norm.weight": torch.ones(32, dtype=torch.float64)}
 
     folder = rewrite(write_model(tmp_path / "folder", tied=False), mix)
-    with pytest.raises(InputError, match=r"linear_qkv.weight, of BF16, F32(.|\n)*norm.weight, of F64"):
+    with pytest.raises(
+        InputError, match=r"linear_qkv.weight have the types BF16, F32(.|\n)*norm.weight have the types F64"
+    ):
         to_megatron(folder, tmp_path / "out", "actor", PART, quiet)
 
 
@@ -212,7 +216,7 @@ def test_a_checkpoint_that_is_of_another_model_is_refused(converted: tuple[Path,
         (
             folder,
             "critic",
-            ["missing: output_layer.bias", "misshapen: output_layer.weight is [80, 32], the config.json"],
+            ["missing: output_layer.bias", "wrong shape: output_layer.weight is [80, 32], the config.json"],
         ),
         (small, "actor", ["unexpected: output_layer.weight", "linear_fc2.weight is [4, 32, 48]", "says [2, 32, 64]"]),
     ):
@@ -319,18 +323,16 @@ def test_a_part_that_is_gone_is_made_again(tmp_path: Path) -> None:
 # As commands
 
 
-def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_model(tmp_path / "folder", tied=False)
 
     capsys.readouterr()
 
     def call(name: str, *words: object) -> tuple[int, str, str]:
-        tool = load_tool(name, monkeypatch)
-        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
-        code = tool.main()
+        code = cli.main(["convert", name, *map(str, words)])
         return code, *capsys.readouterr()
 
-    code, out, error = call("convert_hf_to_megatron", folder, tmp_path / "megatron", "--part-gb", "0.00005")
+    code, out, error = call("hf-to-megatron", folder, tmp_path / "megatron", "--part-gb", "0.00005")
     assert (code, error) == (0, "")
     *parts, closing = out.splitlines()
     assert parts[1].startswith(f"part 2 of {len(parts)}: __1_0.distcp, ")
@@ -338,23 +340,30 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert closing.startswith(f"{tmp_path}/megatron: {size} bytes in ")
     assert closing.endswith(" MiB")
     words = (tmp_path / "megatron", tmp_path / "back", "--like", folder, "--dtype", "bfloat16")
-    code, out, error = call("convert_megatron_to_hf", *words)
+    code, out, error = call("megatron-to-hf", *words)
     assert (code, error) == (0, "")
     assert "shard 1 of 1: model-00001-of-00001.safetensors" in out
     assert read(tmp_path / "back")["lm_head.weight"].dtype is torch.bfloat16
-    code, out, error = call("convert_megatron_to_hf", *words)
-    assert (code, out) == (1, "")
+    code, out, error = call("megatron-to-hf", *words)
+    assert (code, out) == (2, "")
     assert error == f"error: {tmp_path}/back exists: move it away, or choose another name\n"
 
 
-@pytest.mark.parametrize("name", ["convert_hf_to_megatron", "convert_megatron_to_hf"])
-def test_help_shows_an_example(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    tool = load_tool(name, monkeypatch)
-    monkeypatch.setattr(sys, "argv", [name, "--help"])
+@pytest.mark.parametrize("size", ["0", "-1", "many", "nan", "inf"])
+def test_a_size_that_is_none_is_wrong_usage(size: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leaving:
-        tool.main()
-    assert leaving.value.code == 0
-    assert f"python tools/{name}.py /" in capsys.readouterr().out
+        cli.main(["convert", "hf-to-megatron", "A", "B", "--part-gb", size])
+    assert leaving.value.code == 2
+    assert f"{size} is not a positive number of GiB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["convert_hf_to_megatron", "convert_megatron_to_hf", "prepare_data"])
+def test_the_programs_of_tools_are_the_commands(name: str) -> None:
+    command = [sys.executable, str(TOOLS / f"{name}.py"), "--help"]
+    environment = os.environ | {"PYTHONPATH": str(TOOLS.parent)}
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    subject = "prepare" if name == "prepare_data" else f"convert {SCRIPTS[name]}"
+    assert out.startswith(f"usage: megatron-tempo {subject} ")
 
 
 # Killed. The tensors are read slowly, so that there is a middle to kill it in.

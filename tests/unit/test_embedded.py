@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -281,3 +282,25 @@ def test_end_tokens_come_from_the_generation_config_or_the_tokenizer(folder: Pat
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"eos_token": None}))
     with pytest.raises(ValueError, match="no eos_token_id"):
         end_tokens(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "olmo3"])
+def test_no_warning_of_transformers(kind: str, request: pytest.FixtureRequest) -> None:
+    """Such as that an argument has been renamed and the old name goes: it would be printed for each call."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine = engine_of(request.getfixturevalue(kind))
+        generate(engine, requests_of(PROMPTS[:2]), Sampling(1.0, 4))
+
+
+def test_an_older_transformers_gets_the_older_name_of_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys and values go by the name that the model's `forward` has."""
+    wanted = generate(engine_of(folder), requests_of(PROMPTS), Sampling(1.0, 4))
+    kind = type(model_of(folder))
+    newer = kind.forward
+
+    def forward(self: torch.nn.Module, past_key_values: object = None, **arguments: object) -> object:
+        return newer(self, cache=past_key_values, **arguments)
+
+    monkeypatch.setattr(kind, "forward", forward)
+    same(generate(engine_of(folder), requests_of(PROMPTS), Sampling(1.0, 4)), wanted)

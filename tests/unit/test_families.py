@@ -114,14 +114,18 @@ def yarn(**changes: Any) -> dict[str, Any]:
         ("hidden_act", "relu", 'hidden_act="relu" is not supported'),
         ("layer_types", ["full_attention"] * 3 + ["chunked_attention"], 'layer_types="chunked_attention"'),
         ("sliding_window", 0, "sliding_window=0 is not supported"),
-        ("rope_parameters", yarn(rope_type="linear"), r'full_attention.rope_type="linear" is not supported; "yarn" is'),
+        (
+            "rope_parameters",
+            yarn(rope_type="linear"),
+            r'full_attention.rope_type="linear" is not supported. Supported: "yarn"',
+        ),
         ("rope_parameters", yarn(mscale=0.7), r"full_attention.mscale=0.7 is not supported"),
-        ("rope_parameters", yarn(truncate=False), r"full_attention.truncate=false is not supported; true is"),
-        ("rope_parameters", yarn(factor=0.5), r"full_attention.factor=0.5 should be a number from 1 on"),
+        ("rope_parameters", yarn(truncate=False), r"full_attention.truncate=false is not supported. Supported: true"),
+        ("rope_parameters", yarn(factor=0.5), r"full_attention.factor=0.5 must be a number of at least 1"),
         (
             "rope_parameters",
             {"full_attention": PLAIN, "sliding_attention": PLAIN | {"partial_rotary_factor": 0.5}},
-            r"sliding_attention.partial_rotary_factor=0.5 is not supported; 1.0 is",
+            r"sliding_attention.partial_rotary_factor=0.5 is not supported. Supported: 1.0",
         ),
     ],
 )

@@ -13,11 +13,11 @@ from megatron_tempo.config.stages import OptimizerConfig
 from megatron_tempo.errors import NotFiniteError
 from megatron_tempo.models.nonfinite_guard import NonFiniteGuard
 from megatron_tempo.models.trained import Step
-from megatron_tempo.models.update import step_through
+from megatron_tempo.models.update import run_mini_batches
 from tests.support.tiny import ragged_batch
 
 
-def test_a_dump_that_cannot_be_written_is_warned_of_and_the_run_goes_on(
+def test_if_a_dump_cannot_be_written_the_run_warns_and_continues(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "skipped").touch()  # a file, where a folder is wanted
@@ -26,8 +26,8 @@ def test_a_dump_that_cannot_be_written_is_warned_of_and_the_run_goes_on(
     trained: Any = SimpleNamespace(step=lambda *_: step)
     loss: Any = None
     guard = NonFiniteGuard("actor", tmp_path / "skipped", limit=2, is_writer=True)
-    found = step_through(trained, guard, batch, [rows], loss, 1, OptimizerConfig(), lambda rows: {}, 3)
+    found = run_mini_batches(trained, guard, batch, [rows], loss, 1, OptimizerConfig(), lambda rows: {}, 3)
     assert found.skipped == 1
     assert "step_00000003_actor_1.safetensors cannot be written (" in caplog.text
     with pytest.raises(NotFiniteError, match="2 optimizer steps in a row"):
-        step_through(trained, guard, batch, [rows], loss, 1, OptimizerConfig(), lambda rows: {}, 3)
+        run_mini_batches(trained, guard, batch, [rows], loss, 1, OptimizerConfig(), lambda rows: {}, 3)

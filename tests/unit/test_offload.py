@@ -63,7 +63,7 @@ def test_one_at_a_time_and_each_comes_back_as_it_left() -> None:
     assert torch.equal(half, before[1])
 
 
-def test_a_tensor_that_took_anothers_place_while_loaded_is_what_comes_back() -> None:
+def test_a_tensor_replaced_while_loaded_is_restored() -> None:
     """As an optimizer's state does when a checkpoint is loaded."""
     one, other, offloader = Model(10), Model(10), ModelOffloader(one_at_a_time=True)
     offloader.load(other)
@@ -76,25 +76,25 @@ def test_a_tensor_that_took_anothers_place_while_loaded_is_what_comes_back() -> 
     assert torch.equal(one.moment, torch.arange(10.0, dtype=torch.float64))
 
 
-def test_what_arrives_takes_only_the_room_that_was_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_uses_only_the_memory_that_offloading_has_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     leaving, arriving = Model(100), Model(80)
     offloader = ModelOffloader(one_at_a_time=True)
     offloader.load(arriving)
     offloader.load(leaving)
     peaks: list[int] = []
-    back = offload._Copies.back
+    copy_in = offload._Copies.copy_in
 
     def watched(self: offload._Copies, one: offload._OffloadedStorage) -> None:
-        back(self, one)
+        copy_in(self, one)
         peaks.append(leaving.there() + arriving.there())
 
-    monkeypatch.setattr(offload._Copies, "back", watched)
+    monkeypatch.setattr(offload._Copies, "copy_in", watched)
     offloader.load(arriving)
     assert len(peaks) == 3
     assert max(peaks) <= 1600
 
 
-def test_without_it_nobody_moves() -> None:
+def test_without_offload_no_model_moves() -> None:
     first, second, all_there = Model(10), Model(10), ModelOffloader(one_at_a_time=False)
     all_there.load(first)
     all_there.offload_all()

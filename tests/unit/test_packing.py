@@ -147,9 +147,9 @@ def _check_one(micro: MicroBatch, batch: Batch, budget: int, multiple: int) -> N
                 predicting.append(places.index((row, prompt + t - 1)))
                 targets.append(whole[row][prompt + t])
                 response_cells.append(flat.index((row, t)))
-    assert micro.predicting.mine.tolist() == predicting
+    assert micro.predicting.local.tolist() == predicting
     assert micro.predicting.targets.tolist() == targets
-    assert micro.valued.mine.tolist() == valued
+    assert micro.valued.local.tolist() == valued
     assert micro.response_cells.tolist() == response_cells
     assert micro.value_cells.tolist() == value_cells
     assert micro.response_rows.lengths.tolist() == batch.response_lengths[rows].tolist()
@@ -172,7 +172,7 @@ def test_a_rank_without_rows_gets_one_micro_batch_of_padding_alone(tensor: int, 
     (micro,) = second
     assert micro.tokens.tolist() == [[0] * padding]
     assert micro.padding == padding
-    for found in (micro.rows, micro.predicting.mine, micro.valued.mine, micro.response_cells, micro.value_cells):
+    for found in (micro.rows, micro.predicting.local, micro.valued.local, micro.response_cells, micro.value_cells):
         assert found.tolist() == []
         assert found.dtype == torch.int64
     assert len(micro.response_rows) == len(micro.value_rows) == 0

@@ -80,7 +80,7 @@ def test_queries_keys_and_values_are_placed_back(
     roundtrip(ShardedQKV(heads, groups, head_dim), qkv, size)
 
 
-def test_a_rank_places_only_what_it_holds_in_the_type_that_is_wanted() -> None:
+def test_a_rank_scatters_only_its_shard_in_the_target_type() -> None:
     wholes = [torch.zeros(4, 1, dtype=torch.bfloat16) for _ in range(2)]
     third = torch.tensor([1 / 3])
     ShardedGateUp(4).scatter(torch.stack([torch.ones(1), third, -third, -torch.ones(1)]), wholes, 1, 2)
@@ -243,7 +243,7 @@ def test_a_folder_comes_back_as_it_was(model: Path, layout: Layout, tmp_path: Pa
     assert not list(out.parent.glob("*.partial"))
 
 
-def test_all_problems_of_a_folder_are_told_at_once(model: Path, layout: Layout) -> None:
+def test_all_problems_of_a_folder_are_reported_at_once(model: Path, layout: Layout) -> None:
     rewrite(
         model,
         model__norm__weight=None,
@@ -256,10 +256,10 @@ def test_all_problems_of_a_folder_are_told_at_once(model: Path, layout: Layout) 
     assert str(model) in message
     assert "missing: model.norm.weight" in message
     assert "unexpected: model.layers.2.mlp.up_proj.weight" in message
-    assert "misshapen: model.layers.1.mlp.up_proj.weight is [48, 31], the config.json says [48, 32]" in message
+    assert "wrong shape: model.layers.1.mlp.up_proj.weight is [48, 31], the config.json says [48, 32]" in message
 
 
-def test_an_actor_wants_its_output_matrix(model: Path, layout: Layout) -> None:
+def test_an_actor_requires_its_output_matrix(model: Path, layout: Layout) -> None:
     rewrite(model, lm_head__weight=None)
     with pytest.raises(ValueError, match=r"missing: lm_head.weight"):
         load(model, layout)
@@ -285,7 +285,7 @@ def test_a_critics_folder_gives_its_head(model: Path, layout: Layout, tmp_path: 
     assert torch.equal(again.output_layer.weight, torch.full((1, 32), 0.5))
     assert again.output_layer.bias.tolist() == [0.25]
     rewrite(model, score__weight=torch.ones(2, 32))
-    with pytest.raises(ValueError, match=r"misshapen: score.weight is \[2, 32\]"):
+    with pytest.raises(ValueError, match=r"wrong shape: score.weight is \[2, 32\]"):
         load(model, layout, critic=True)
 
 

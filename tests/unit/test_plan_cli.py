@@ -16,6 +16,7 @@ from megatron_tempo.config.rules import Purpose
 from megatron_tempo.plan.search import nearest, plan_of, search
 from megatron_tempo.plan.shapes import shape_of
 from megatron_tempo.plan.split import laid_out
+from megatron_tempo.plan.table import seconds_text
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTERS = sorted(path.stem for path in (ROOT / "configs" / "cluster").glob("*x*[0-9].yaml"))  # machines, not sites
@@ -170,3 +171,52 @@ def test_a_plan_loads_no_torch_and_takes_a_moment() -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.stdout.endswith("[]\n")
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
+
+
+def test_a_tiny_model_is_planned_without_servers(capsys: pytest.CaptureFixture[str]) -> None:
+    """The quickstart's 156 thousand parameters: no engine to install, and no layout to change for milliseconds."""
+    status, out, _ = plan(capsys, "experiment=quickstart", "cluster=h100x8")
+    assert status == 0
+    assert "vllm" not in out
+    assert "fastest:" not in out
+    times = next(line for line in out.splitlines() if line.startswith("at full length"))
+    assert float(times.split()[-1]) > 0
+
+
+def test_a_large_one_on_the_embedded_engine_is_planned_with_servers(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = plan(capsys, "experiment=qwen3_8b_aime", "cluster=h200x8", "engine=embedded")
+    assert "rollout.engine=vllm" in out
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(1234.4, "1,234"), (12.3, "12"), (0.0123, "0.012"), (0.0, "0")])
+def test_seconds_have_two_digits_at_least(seconds: float, shown: str) -> None:
+    assert seconds_text(seconds) == shown
+
+
+def test_the_readme_states_what_runs_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    """Minutes an iteration and time of the run by the planner: of one that a person would start, and of the paper's."""
+    text = " ".join((ROOT / "README.md").read_text().split("## ")[0].split())
+
+    def seconds(experiment: str, cluster: str) -> tuple[float, float]:
+        status, out, _ = plan(capsys, f"experiment={experiment}", f"cluster={cluster}")
+        assert status == 0
+        times = next(line for line in out.splitlines() if line.startswith("at full length"))
+        each = float(times.split()[-1].replace(",", ""))
+        config = cli.build([f"experiment={experiment}", f"cluster={cluster}"], purpose=Purpose.plan)
+        return each, each * sum(stage.iterations for stage in config.stages().values())
+
+    each, whole = seconds("qwen3_8b_day", "h100x8")
+    assert whole < 24 * 3600
+    assert (
+        f"`experiment=qwen3_8b_day` takes {each / 60:.0f} minutes an iteration and {whole / 3600:.0f} hours in all on "
+        "one node of eight H100"
+    ) in text
+    each, whole = seconds("qwen3_8b_aime", "h100x64")
+    _, alone = seconds("qwen3_8b_aime", "h100x8")
+    assert (
+        f"`experiment=qwen3_8b_aime`, takes {each / 60:.0f} minutes an iteration and {whole / 86400:.0f} days on eight "
+        f"such nodes, and {alone / 86400:.0f} days on one"
+    ) in text
+    assert "Nothing has run on a GPU yet" in text
+    assert "Apache-2.0" in text
+    assert re.search(r"make test +# .*about \d+ minutes on two cores", text)

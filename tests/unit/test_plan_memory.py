@@ -230,7 +230,7 @@ def test_fp8_adds_its_copies_of_the_matrices(precision: Precision) -> None:
     assert engine.precision_of(config) is engine_precision(config) is EnginePrecision.bf16
 
 
-def test_a_server_beside_the_trainer_stays_too() -> None:
+def test_a_colocated_server_keeps_its_memory() -> None:
     config = planned("parallel.tensor=4", "rollout.engine=vllm")
     shape, _ = shape_of(config)
     assert shape is not None

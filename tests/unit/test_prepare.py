@@ -1,4 +1,4 @@
-"""tools/prepare_data.py: each benchmark from its public form, what is dropped and why, and that no label slips in."""
+"""megatron-tempo prepare: each benchmark from its public form, what is dropped and why, and that no label slips in."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megatron_tempo import cli
 from megatron_tempo.config.benchmarks import BENCHMARKS
 from megatron_tempo.config.choices import Verifier
 from megatron_tempo.data.prepare import CUSTOM, Order, Report, heldout_path, prepare
@@ -295,19 +296,19 @@ def run(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -
 
 @pytest.mark.long
 def test_the_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """prepare_data.py on AGIEval's two kinds and a row without a label; check_answers.py on what it wrote."""
+    """The prepare command on AGIEval's two kinds and a row without a label; check_answers.py on what it wrote."""
     kinds = [row for form, (_, row, _) in FORMS.items() if form in ("AGIEval", "AGIEval, blanks", "AGIEval, a blank")]
     source, out = tmp_path / "sat-math.jsonl", tmp_path / "agieval.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in [*kinds, kinds[0] | {"label": None}]))
-    prepare_data = load_tool("prepare_data", monkeypatch)
-    assert run(prepare_data, monkeypatch, "agieval", source, "--out", out) == 0
+    prepare = ["prepare", "agieval"]
+    assert cli.main([*prepare, str(source), "--out", str(out)]) == 0
     told = capsys.readouterr().out
     assert "4 rows read, 3 questions kept, 1 rows dropped" in told
     assert "1 dropped: has no answer (sat-math:3)" in told
     assert f"{out}: 3 questions" in told
-    assert run(prepare_data, monkeypatch, "agieval", source, "--out", out) == 2
+    assert cli.main([*prepare, str(source), "--out", str(out)]) == 2
     assert "exists already" in capsys.readouterr().err
-    assert run(prepare_data, monkeypatch, "agieval", tmp_path / "none", "--out", out, "--force") == 2
+    assert cli.main([*prepare, str(tmp_path / "none"), "--out", str(out), "--force"]) == 2
     assert "does not exist" in capsys.readouterr().err
 
     check_answers = load_tool("check_answers", monkeypatch)

@@ -68,10 +68,10 @@ def test_the_tables_by_hand(study: ModuleType, tmp_path: Path, monkeypatch: pyte
             (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             (run / "done").write_text("100\n")
     report = load_tool("study_report", monkeypatch)
-    arms, runs = [arm for arm in study.ARMS if arm.name in ends], report.found()
-    monkeypatch.setattr(report, "KEPT", tmp_path / "study.jsonl")
-    report.keep(runs)
-    assert report.kept() == runs, "and the page can be made without the runs"
+    arms, runs = [arm for arm in study.ARMS if arm.name in ends], report.finished_runs()
+    monkeypatch.setattr(report, "CURVES", tmp_path / "study.jsonl")
+    report.save_runs(runs)
+    assert report.saved_runs() == runs, "and the page can be made without the runs"
     assert list(runs) == [(arm.name, seed) for arm in arms for seed in (0, 1)]
     half = report.interval(np.array([0.5, 0.7]))
     assert half == pytest.approx(12.706 * 0.1, rel=1e-4)  # t of one degree of freedom; the standard error is 0.1

@@ -152,9 +152,12 @@ def test_the_other_jobs(good: list[str], tmp_path: Path, capsys: pytest.CaptureF
     assert re.search(r"/runs/eval/\d{8}-\d{6}$", values(script)["RUN"][0])
     assert "--no-requeue" in options(script)
     assert not any("signal" in option for option in options(script))
-    tool = ["convert_hf_to_megatron", "A B", "OUT", "--model", "critic"]
-    script = dry(capsys, "--job", "convert", "cluster=example_site", "--", *tool)
-    assert values(script)["COMMAND"] == tool
+    words = ["hf-to-megatron", "A B", "OUT", "--model", "critic"]
+    script = dry(capsys, "--job", "convert", "cluster=example_site", "--", *words)
+    assert values(script)["COMMAND"] == words
+    # By the name of the program in tools/.
+    older = dry(capsys, "--job", "convert", "cluster=example_site", "--", "convert_hf_to_megatron", *words[1:])
+    assert values(older)["COMMAND"] == words
     assert options(script)[1:4] == ["--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=12"]
     assert not any("gres" in option for option in options(script))
 
@@ -270,7 +273,7 @@ def test_a_chain_is_submitted_with_its_snapshot(
     assert f"submitted job 101 -> 102 -> 103 from {job}" in capsys.readouterr().out
     assert load(job / "config.json").run.dir == f"{tmp_path}/run"
     assert values(script.read_text())["CODE"] == [f"{job}/code"]
-    for name in ("megatron_tempo/cli.py", "configs/config.yaml", "launch/common.sh", "tools/conversion_command.py"):
+    for name in ("megatron_tempo/cli.py", "configs/config.yaml", "launch/common.sh"):
         assert (job / "code" / name).read_bytes() == (REPOSITORY / name).read_bytes()
     # Before any of them has ended nothing else may write there.
     (queue.folder / "active").write_text("7\n102\n103\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +47,34 @@ def check_file(field: str, dataset: DatasetConfig) -> Iterator[Problem]:
         yield Problem(name, dataset.path, "does not exist", f"give an existing file{where}")
     elif not path.is_file():
         yield Problem(name, dataset.path, "is not a file", "give one JSONL or Parquet file")
+
+
+def check_columns(field: str, dataset: DatasetConfig) -> Iterator[Problem]:
+    """The columns that are named must be in the first row of a JSONL file. The loader checks the others."""
+    present = _first_columns(Path(dataset.path)) if dataset.path != MISSING and dataset.reader is None else None
+    if present is None:
+        return
+    for name in ("prompt_field", "answer_field", "verifier_field", "id_field"):
+        column = getattr(dataset, name)
+        if column is not None and column not in present:
+            wrong = f"{dataset.path} has no such column in its first row"
+            yield Problem(f"{field}.{name}", column, wrong, did_you_mean(column, sorted(present)[:10]))
+
+
+def _first_columns(path: Path) -> list[str] | None:
+    """The keys of the first JSON object of a file; None if that cannot be read."""
+    if path.suffix != ".jsonl" or not path.is_file():
+        return None
+    try:
+        with path.open("rb") as lines:
+            first = next((line for line in iter(lambda: lines.readline(_LONGEST), b"") if line.strip()), b"")
+        row = json.loads(first.removeprefix(codecs.BOM_UTF8))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return list(row) if isinstance(row, dict) else None
+
+
+_LONGEST = 1 << 22  # bytes of a first row that is looked at
 
 
 def check_answers(field: str, dataset: DatasetConfig) -> Iterator[Problem]:

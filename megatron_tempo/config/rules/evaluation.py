@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from megatron_tempo.config.problem import Problem, did_you_mean
-from megatron_tempo.config.rules.data import check_answers, check_file
+from megatron_tempo.config.rules.data import check_answers, check_columns, check_file
 from megatron_tempo.config.schema import Config
 
 
@@ -23,6 +23,8 @@ def check(config: Config, *, required: bool) -> Iterator[Problem]:
             wrong = "a set's name becomes part of file and metric names"
             yield Problem("evaluation.sets", name, wrong, "name it with letters, digits and _ only")
         yield from check_file(field, dataset)
+        if required:
+            yield from check_columns(field, dataset)
         yield from check_answers(field, dataset)
     for k in evaluation.pass_k:
         if not 1 <= k <= evaluation.samples:
@@ -43,5 +45,5 @@ def _trackers(config: Config) -> Iterator[Problem]:
     for package, (asked, field, off) in wanted.items():
         if asked and find_spec(package) is None:
             value = getattr(config.metrics, field.rpartition(".")[2])
-            fix = f"pip install 'megatron-tempo[track]', or {field}={off}"
+            fix = f"pip install {package}, or {field}={off}"
             yield Problem(field, value, f"the package {package} is not installed", fix)

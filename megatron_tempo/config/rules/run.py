@@ -63,9 +63,20 @@ def _folder(config: Config, training: bool) -> Iterator[Problem]:
         yield Problem("run.dir", config.run.dir, f"{nearest} cannot be written: {reason}", fix)
     else:
         yield from _inside(config, folder)
+    if not training:
+        yield from _used(config, folder)
     if training and not config.run.resume and any(folder.glob("checkpoints/step_*")):
         fix = "run.resume=true to go on from them, or another run.dir"
         yield Problem("run.resume", False, f"{folder} already has checkpoints", fix)
+
+
+def _used(config: Config, folder: Path) -> Iterator[Problem]:
+    """An evaluation adds to no other job's folder."""
+    used = next((name for name in ("evaluations.jsonl", "config.json") if (folder / name).exists()), None)
+    if used is not None:
+        wrong = f"belongs to another job: it has {used}"
+        fix = "give a folder of its own, or no run.dir: an evaluation then gets a new one in runs/eval"
+        yield Problem("run.dir", config.run.dir, wrong, fix)
 
 
 def _inside(config: Config, folder: Path) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""Every private name of Megatron-Core and torch that this package touches, and every repair of them.
+"""All uses of private names of Megatron-Core and torch, and all workarounds for faults in them.
 
     optimizer.py           the distributed optimizer's groups, Adam state and checkpoint layout
     cpu_backend.py         Megatron-Core's CUDA calls on a machine without CUDA
@@ -7,7 +7,8 @@
     group_globals.py       Megatron's process groups, which are module globals
     torch_private.py       torch's process groups apart from the default one, checkpoint records, shared GPU memory
 
-Each function says which version it is for, where the cause is in that version's source, and what breaks without it.
+Each function states the version that it is for, where the cause is in that version's source, and what breaks without
+it.
 After an upgrade of Megatron-Core (0.16.1) or torch (2.10 to 2.13), check these files first. Paths are below
 `megatron/core/` or `torch/`. `rollout/vllm_worker.py` has its own copy of the calls that it needs: it runs in vLLM's
 environment, without this package.

@@ -1,4 +1,4 @@
-"""Megatron-Core's checkpoint writer, in this process: neither its processes nor its queue between them."""
+"""Megatron-Core's checkpoint writer, run in this process instead of in processes that it forks."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class WritePlan:
 
 
 class _PlanOnly(TorchDistSaveShardedStrategy):
-    """Megatron's way to save, as far as the plan of who writes what.
+    """Megatron's save strategy, stopped after it has planned which rank writes what.
 
     Megatron-Core 0.16.1 (dist_checkpointing/strategies/torch.py, `_get_save_and_finalize_callbacks`). The public
-    `async_save` returns a request that forks a process to write. To fork a process with CUDA, gloo's threads and
-    sockets of an engine is not safe, and the fork of a killed trainer would continue to write.
+    `async_save` returns a request that forks a process to write. It is not safe to fork a process with CUDA, gloo
+    threads and sockets of an engine. And the fork of a killed trainer would continue to write.
     """
 
     writer: FileSystemWriterAsync
@@ -56,14 +56,13 @@ def plan_writes(sharded: dict[str, Any], folder: Path) -> WritePlan:
     """Plan who writes what of a sharded state to `folder`, and copy this rank's part to host memory. Collective.
 
     Megatron-Core 0.16.1 (dist_checkpointing/strategies/filesystem_async.py, `_get_write_results_queue`): the first
-    writer starts a manager process for its results, which outlives a trainer that is killed. A plain queue in its
-    place prevents that.
+    writer starts a manager process for its results, which outlives a killed trainer. A plain queue replaces it here.
     """
     filesystem_async._results_queue = queue.SimpleQueue()
     planning = _PlanOnly()
     dist_checkpointing.save(sharded, str(folder), sharded_strategy=planning, async_sharded_save=True)
     files = [
-        # `copy`: on a CPU the tensors are those that are trained on.
+        # `copy`: on a CPU, training would otherwise change these tensors while they are written.
         (path, key, (data, [(item, tensor.to("cpu", copy=True)) for item, tensor in tensors]))
         for path, key, (data, tensors) in planning.writer.write_buckets or []
     ]
@@ -84,7 +83,7 @@ def write_bucket(writer: FileSystemWriterAsync, bucket: Any) -> list[WriteResult
     _write_preloaded_data(transforms, 0, bucket, results, running, use_fsync=True)
     outcome = results.get()[1]
     if isinstance(outcome, Exception):
-        # torch's writer trips over what an OSError has left of its file, and raises that.
+        # After an OSError, torch's writer raises another error about the incomplete file. The cause is the OSError.
         cause = outcome.__context__ if isinstance(outcome.__context__, OSError) else outcome
         if isinstance(cause, OSError):
             raise OSError(cause.errno, cause.strerror, str(bucket[0])) from outcome

@@ -1,4 +1,4 @@
-"""Megatron-Core on a machine without CUDA: its CUDA calls answer with the CPU, so the same Megatron code runs there."""
+"""Runs Megatron-Core on a machine without CUDA, by redirecting its CUDA calls to the CPU."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _CUDA_TYPE_NAMES = {
 
 
 def install_cpu_backend() -> None:
-    """Let Megatron-Core's CUDA calls in this process answer with the CPU. Calling it again does nothing.
+    """Redirect Megatron-Core's CUDA calls in this process to the CPU. A second call does nothing.
 
-    Megatron-Core 0.16.1 names the device "cuda" in many calls (tensor_parallel/random.py,
-    distributed/param_and_grad_buffer.py), and its optimizers accept CUDA's tensor types
-    only (optimizer/distrib_optimizer.py, `model_param.type()`). Without this, no model can be built without a GPU.
+    Megatron-Core 0.16.1 uses the device "cuda" in many calls (tensor_parallel/random.py,
+    distributed/param_and_grad_buffer.py), and its optimizers accept only CUDA's tensor types
+    (optimizer/distrib_optimizer.py, `model_param.type()`). Without this, no model can be built without a GPU.
     """
     if torch.cuda.is_available():
         raise RuntimeError("the CPU backend of Megatron-Core must not be installed where CUDA is available")
-    if isinstance(getattr(torch.cuda, "current_device", None), _Answer):
+    if isinstance(getattr(torch.cuda, "current_device", None), _Replacement):
         return
-    for name, answer in _CUDA_ANSWERS.items():
-        setattr(torch.cuda, name, _Answer(answer))
+    for name, answer in _CUDA_REPLACEMENTS.items():
+        setattr(torch.cuda, name, _Replacement(answer))
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
 
@@ -40,8 +40,8 @@ def install_cpu_backend() -> None:
     _CudaNamesOnCpu().__enter__()
 
 
-class _Answer:
-    """A replaced function of torch.cuda, recognisable as ours."""
+class _Replacement:
+    """A replacement for a function of torch.cuda. Its type shows that it was installed."""
 
     def __init__(self, answer: Callable[..., Any]) -> None:
         self.answer = answer
@@ -50,7 +50,7 @@ class _Answer:
         return self.answer(*args, **kwargs)
 
 
-_CUDA_ANSWERS: dict[str, Callable[..., Any]] = {
+_CUDA_REPLACEMENTS: dict[str, Callable[..., Any]] = {
     "current_device": lambda: "cpu",
     "synchronize": lambda *_: None,
     "empty_cache": lambda: None,
@@ -63,7 +63,7 @@ _CUDA_ANSWERS: dict[str, Callable[..., Any]] = {
 
 
 class _CudaNamesOnCpu(TorchFunctionMode):
-    """Rewrites device="cuda" to the CPU, and names tensor types as on CUDA (Megatron's optimizers assert on them)."""
+    """Rewrites device="cuda" to the CPU, and gives tensor types CUDA's names, which Megatron's optimizers check."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         if kwargs and "cuda" in str(kwargs.get("device", "")):

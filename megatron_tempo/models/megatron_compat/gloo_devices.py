@@ -1,9 +1,9 @@
 """One gloo device for all process groups of a process.
 
-torch 2.13 gives each gloo group a device of its own, with a thread that wakes a hundred times a second whether or not
-anything is sent (gloo's `transport/tcp/loop.cc` polls with a timeout of 10 ms). Megatron-Core opens about twenty groups
-for a layout: an idle rank then has 2,000 wake-ups a second and uses 3% of a CPU core. A device can serve any number of
-groups, so here the groups share those of the first one, which torch chooses (GLOO_SOCKET_IFNAME included).
+torch 2.13 gives each gloo group its own device, with a thread that wakes up a hundred times per second even if nothing
+is sent (gloo's `transport/tcp/loop.cc` polls with a timeout of 10 ms). Megatron-Core opens about twenty groups per
+layout, so an idle rank has 2,000 wake-ups per second and uses 3% of a CPU core. A device can serve any number of
+groups. So here all groups share the devices of the first one, which torch chooses (by GLOO_SOCKET_IFNAME, if set).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def shared_gloo_devices() -> Iterator[None]:
     first: list[Any] = []
 
     class SharedDevices(usual):
-        """What torch makes of a gloo group's arguments, with the first group's devices."""
+        """A gloo group with torch's arguments and the first group's devices."""
 
         def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
             if first:

@@ -1,4 +1,4 @@
-"""Megatron-Core's distributed optimizer: its parts, its Adam state, and repairs of what it writes to checkpoints."""
+"""Megatron-Core's distributed optimizer: its parts, its Adam state, and workarounds for faults in its checkpoints."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from megatron.core.optimizer import MegatronOptimizer
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
-    """The optimizers behind Megatron's, each with its own torch optimizer.
+    """The parts of Megatron's optimizer, each with its own torch optimizer.
 
     Megatron-Core 0.16.1 (optimizer/__init__.py, `get_megatron_optimizer`) returns one optimizer or, for several sets of
-    gradient buffers, a `ChainedOptimizer`. Its `param_groups` are joined, but not its states.
+    gradient buffers, a `ChainedOptimizer`. It concatenates `param_groups`, but not states.
     """
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    """The inner optimizers that are torch's own: where neither Transformer Engine nor Apex brings a fused one."""
+    """The inner optimizers that are torch's: all of them, unless Transformer Engine or Apex provides a fused one."""
     inner = [part.optimizer for part in optimizer_parts(optimizer)]
     return [one for one in inner if isinstance(one, torch.optim.Adam | torch.optim.AdamW)]
 
 
 def note_param_order(optimizer: MegatronOptimizer) -> None:
-    """Note each parameter's place in its group as it is: fp32 ones, such as a value head's, first, then bf16 ones.
+    """Record each parameter's actual index in its group: fp32 parameters, such as a value head's, come before bf16.
 
-    Megatron-Core 0.16.1 (optimizer/distrib_optimizer.py, `model_param_group_index_map`) notes them in the model's
-    order. Without this, a checkpoint holds one parameter's state under another's name.
+    Megatron-Core 0.16.1 (optimizer/distrib_optimizer.py, `model_param_group_index_map`) records the model's order
+    instead. Without this, a checkpoint stores one parameter's state under another's name.
     """
     for part in optimizer_parts(optimizer):
         pairs = zip(part.model_fp32_groups, part.model_float16_groups, strict=True)
         for group, (wide, narrow) in enumerate(pairs):
-            for place, parameter in enumerate([*wide, *narrow]):
-                part.model_param_group_index_map[parameter] = (group, place)
+            for index, parameter in enumerate([*wide, *narrow]):
+                part.model_param_group_index_map[parameter] = (group, index)
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Take a state that `optimizer.sharded_state_dict` described and a checkpoint filled.
+    """Load a state that `optimizer.sharded_state_dict` described and a checkpoint filled.
 
     Megatron-Core 0.16.1 (optimizer/distrib_optimizer.py, `load_parameter_state_from_fully_reshardable`) with torch's
-    Adam fails on the step counters while it loads the moments, and gives all parameters one and the same counter, which
-    each would then count up. So the counters are taken out while the moments are loaded.
+    Adam fails on the step counters while it loads the moments. It also gives all parameters the same counter object,
+    which each of them would then increase. So the counters are removed while the moments are loaded.
     """
     if not torch_optimizers(optimizer):
         optimizer.load_state_dict(state)
@@ -60,7 +60,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) ->
 
 
 def complete_groups(optimizer: MegatronOptimizer) -> None:
-    """Give a fused Adam's groups what a checkpoint of torch's Adam lacks, and its count of steps as a whole number.
+    """Add to a fused Adam's groups the settings that a checkpoint of torch's Adam lacks. Make its step count an int.
 
     Megatron-Core 0.16.1 with Transformer Engine's or Apex's FusedAdam, which counts steps in the group
     (optimizer/distrib_optimizer.py, `load_state_dict`). Without this, a checkpoint that torch's Adam wrote lacks
@@ -74,7 +74,7 @@ def complete_groups(optimizer: MegatronOptimizer) -> None:
 
 
 def init_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Give Adam its zero moments at once.
+    """Create Adam's moments, which are zero, before the first step.
 
     Megatron-Core 0.16.1 (optimizer/distrib_optimizer.py, `sharded_state_dict`) requires them in a checkpoint. Without
     this, no checkpoint can be saved or loaded before the first step.
@@ -89,11 +89,11 @@ def init_adam_state(optimizer: MegatronOptimizer) -> None:
 
 @contextmanager
 def without_bucket_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Let parameters be looked up where they lie once the padding between gradient buckets is gone.
+    """Inside the block, parameter offsets in gradient buffers do not count the padding between buckets.
 
     Megatron-Core 0.16.1 (optimizer/distrib_optimizer.py, `numel_unpadded`) gathers a buffer for a checkpoint without
-    the padding after each bucket, and then cuts it by offsets that count the padding. Without this, every parameter
-    after a padded bucket is written shifted. A tied embedding has such a bucket of its own under pipeline parallelism.
+    the padding after each bucket, and then splits it at offsets that count the padding. Without this, every parameter
+    after a padded bucket is written shifted. Under pipeline parallelism, a tied embedding has such a bucket.
     """
     buffers = [buffer for part in optimizer_parts(optimizer) for buffer in part.buffers]
     padded = [buffer.param_index_map for buffer in buffers]

@@ -23,8 +23,8 @@ def join_separate_group(
     """Join a process group whose members need not be in the default group.
 
     torch 2.10 to 2.13 (distributed/distributed_c10d.py, `_new_process_group_helper`). `dist.new_group` makes groups of
-    ranks of the default group only, and an engine's workers are not in the trainer's. vLLM and SGLang do the same on
-    their side. Without the entry in `_world.pg_group_ranks`, `dist.broadcast` refuses the group as not registered.
+    ranks in the default group only, and an engine's workers are not in the trainer's. vLLM and SGLang do the same on
+    their side. Without the entry in `_world.pg_group_ranks`, `dist.broadcast` refuses the group.
     """
     group, _ = _new_process_group_helper(
         world, rank, [], dist.Backend(backend), store, group_name=GroupName(name), timeout=timeout
@@ -34,19 +34,19 @@ def join_separate_group(
 
 
 def write_result(index: MetadataIndex, file: str, offset: int, length: int) -> WriteResult:
-    """What `FileSystemWriter.finish` is told of a chunk that was written by other code than its own.
+    """The record that `FileSystemWriter.finish` needs of a chunk that other code wrote.
 
-    torch 2.10 to 2.13 (distributed/checkpoint/filesystem.py, `_StorageInfo`): .metadata holds these records by their
-    class, so a `FileSystemReader` cannot find the chunks of a checkpoint that has none.
+    torch 2.10 to 2.13 (distributed/checkpoint/filesystem.py, `_StorageInfo`): .metadata pickles these records with
+    their class. Without them, a `FileSystemReader` cannot find the chunks of a checkpoint.
     """
     return WriteResult(index, length, _StorageInfo(file, offset, length))
 
 
 def share_cuda_storage(storage: torch.UntypedStorage) -> Sequence[Any]:
-    """CUDA's handle for one reader in another process: the arguments of `UntypedStorage._new_shared_cuda`.
+    """A CUDA handle for one reader in another process: the arguments of `UntypedStorage._new_shared_cuda`.
 
-    torch 2.10 to 2.13 (multiprocessing/reductions.py, `reduce_storage`). Each call counts one more reader. torch has
-    no public way to get a handle except to pickle the tensor for a Python process of its own.
+    torch 2.10 to 2.13 (multiprocessing/reductions.py, `reduce_storage`). Each call counts one more reader. The only
+    public way to get a handle is to pickle the tensor for a process that torch's multiprocessing started.
     """
     handle: Sequence[Any] = storage._share_cuda_()
     return handle

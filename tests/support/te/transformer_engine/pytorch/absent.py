@@ -1,4 +1,4 @@
-"""Names that Megatron-Core wants when it is imported, of what our models do not use."""
+"""Names that Megatron-Core requires when it is imported, but that our models do not use."""
 
 from __future__ import annotations
 

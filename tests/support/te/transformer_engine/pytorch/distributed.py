@@ -1,4 +1,4 @@
-"""Exchange over tensor ranks, recomputation, and names for random states, of which our models need none."""
+"""Communication over tensor ranks, recomputation, and the names of random states, which our models do not use."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _joined(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _pair(name: str, forward: Callable[..., Tensor], backward: Callable[..., Tensor]) -> Any:
-    """An operation over a group, and what becomes of its gradient."""
+    """An operation over a group, and the operation on its gradient."""
 
     def onward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group

@@ -1,4 +1,4 @@
-"""What the layers were called with, for the tests to look at."""
+"""Records the calls of the layers, for the tests."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ class Call:
     """One forward pass of a linear layer."""
 
     kind: str  # column or row
-    recipe: str | None  # the class of the FP8 recipe; none: outside FP8
-    group: int  # ranks over which delayed scaling would look for the largest magnitudes; 1 if none was given
-    tokens: int  # of the input as this rank has it
+    recipe: str | None  # the class of the FP8 recipe. None: outside FP8
+    group: int  # number of ranks over which delayed scaling reduces the largest magnitudes; 1 without a group
+    tokens: int  # of this rank's input
     inner: int  # inputs
     outer: int  # outputs of this rank
     first: bool | None  # is_first_microbatch

@@ -1,0 +1,20 @@
+"""Where the files are that belong to the program but are no Python: presets, job scripts, the quickstart's example.
+
+A checkout has them in configs/, launch/ and examples/ next to megatron_tempo. setup.py copies them into a wheel as
+megatron_tempo/shipped.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+_IN_WHEEL = PACKAGE / "shipped"
+
+# The folder that has configs/, launch/ and examples/quickstart: the checkout, or megatron_tempo/shipped.
+REPOSITORY = _IN_WHEEL if _IN_WHEEL.is_dir() else PACKAGE.parent
+
+
+def source(repository: Path, name: str) -> Path:
+    """The folder `name` of the program's code in `repository`: in a wheel, the package lies around it."""
+    return repository / name if name != PACKAGE.name or repository != _IN_WHEEL else PACKAGE

@@ -1,0 +1,72 @@
+"""Standard output and error: their width, a reader that has gone, an encoding that lacks a character."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import os
+import select
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+GONE = 141  # exit status if nobody reads the output any more: what a shell reports for SIGPIPE
+_PLAIN = {"±": "+-", "→": "->", "…": "...", "–": "-", "—": "-", "×": "x", "·": "|", "−": "-"}
+
+
+def width() -> int:
+    """Columns of the terminal, or of $COLUMNS; 80 without either."""
+    return shutil.get_terminal_size((80, 24)).columns
+
+
+def say(text: str) -> None:
+    """Print a line at once. If it cannot be written, because the reader has gone or a disk is full, continue."""
+    with suppress(OSError):
+        print(text, flush=True)
+
+
+@contextmanager
+def standard_streams() -> Iterator[None]:
+    """Print characters that the streams' encoding lacks as others, and end without a message if the reader has gone.
+
+    `megatron-tempo plan ... | head` then ends with SystemExit(GONE) instead of BrokenPipeError. A command that
+    continues without its reader keeps its own exit status.
+    """
+    codecs.register_error("tempo.plain", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="tempo.plain")
+    try:
+        yield
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise  # of an engine or a worker
+        raise SystemExit(GONE) from None
+    finally:
+        if _reader_has_gone():  # else the interpreter reports at its end that it cannot flush
+            _discard()
+
+
+def _reader_has_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # no such stream, closed, or none of the system
+        return False
+
+
+def _discard() -> None:
+    """Send what is and will be written to standard output nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(character, "?") for character in text), error.end
