@@ -146,11 +146,12 @@ def _set_names(files: Sequence[str], benchmarks: Sequence[str]) -> tuple[dict[st
         for given, path in paths.items():
             if count[names[given]] > 1 and names[given] not in benchmarks:
                 names[given] = set_name(Path("_".join(path.parts[-depth:])))
-    used: Counter[str] = Counter()
-    for given, name in names.items():  # a-b.jsonl and a_b.jsonl in one folder
-        used[name] += 1
-        if used[name] > 1 and name not in benchmarks:
-            names[given] = f"{name}_{used[name]}"
+    count, used = Counter(names.values()), Counter[str]()
+    for given, name in names.items():
+        if count[name] > 1 and name not in benchmarks:  # a-b.jsonl and a_b.jsonl in one folder
+            short = set_name(paths[given])
+            used[short] += 1
+            names[given] = short if used[short] == 1 and short not in count else f"{short}_{used[short]}"
     for given, name in names.items():
         same = [other for other, taken in names.items() if taken == name and other != given]
         if name in benchmarks and same and not problems:

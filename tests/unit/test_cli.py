@@ -219,13 +219,16 @@ def test_eval_takes_a_folder_and_files(good: list[str], tmp_path: Path, called: 
     assert re.fullmatch(EVAL_DIR + r"/\d{8}-\d{6}", config.run.dir)
 
 
+ROW = '{"prompt": "1 + 1", "answer": "2", "gold": "2", "kind": "math", "id": "a"}\n'
+
+
 def test_files_of_equal_names_are_sets_of_their_own(
     good: list[str], tmp_path: Path, called: list[tuple[str, Config]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ("gsm8k/test.jsonl", "math/test.jsonl", "x/math/test.jsonl", "a-b.jsonl", "a_b.jsonl", "24game.jsonl")
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("{}\n")
+        (tmp_path / name).write_text(ROW)
     model = f"model={tmp_path / 'model'}"
     assert cli.main(["eval", model, *(f"data={tmp_path / name}" for name in names)]) == 0
     sets = called[0][1].evaluation.sets
@@ -233,6 +236,7 @@ def test_files_of_equal_names_are_sets_of_their_own(
     found = {str(Path(s.path).relative_to(tmp_path)): name for name, s in sets.items()}
     assert found["gsm8k/test.jsonl"] == "gsm8k_test"
     assert found["24game.jsonl"] == "set_24game"
+    assert (found["a-b.jsonl"], found["a_b.jsonl"]) == ("a_b", "a_b_2")
     assert all(s.verifier is not None and s.verifier.name == "math" for s in sets.values())
     # the names are told, and an override takes them
     change = "evaluation.sets.gsm8k_test.verifier=choice"
@@ -244,7 +248,7 @@ def test_files_of_equal_names_are_sets_of_their_own(
     assert line == f"{two[0]}: is given twice; fix: give each file once"
     (tmp_path / "other").mkdir()
     for folder in (".", "other"):
-        (tmp_path / folder / "math500.jsonl").write_text("{}\n")
+        (tmp_path / folder / "math500.jsonl").write_text(ROW)
     twice = [f"data={tmp_path}/math500.jsonl", f"data={tmp_path}/other/math500.jsonl"]
     assert any(
         "is the benchmark math500, as" in line for line in report(capsys, "eval", model, *twice, "benchmark=math500")
@@ -255,6 +259,8 @@ def test_eval_offers_what_an_export_was_trained_with(
     good: list[str], tmp_path: Path, called: list[tuple[str, Config]]
 ) -> None:
     model, data = tmp_path / "model", f"data={tmp_path / 'labelled.jsonl'}"
+    for name in ("labelled", "heldout"):
+        (tmp_path / f"{name}.jsonl").write_text(ROW)
     run = Config()
     run.data.labelled = DatasetConfig(path="train.jsonl", answer_field="gold", verifier=Verifier.countdown)
     run.data.labelled.chat_template, run.data.labelled.suffix = False, " ="
@@ -285,7 +291,7 @@ def test_eval_offers_what_an_export_was_trained_with(
     assert cli.main([*base, data, *column]) == 0
     assert called[-1][1].evaluation.sets["labelled"].verifier is None
     # neither is a benchmark's form replaced
-    (tmp_path / "math500.jsonl").write_text("{}\n")
+    (tmp_path / "math500.jsonl").write_text(ROW)
     assert cli.main([*base, f"data={tmp_path / 'math500.jsonl'}", "benchmark=math500"]) == 0
     assert called[-1][1].evaluation.sets["math500"].suffix == BENCHMARKS["math500"].suffix
 
