@@ -177,10 +177,21 @@ class JudgeConfig:
 
 
 @dataclass(slots=True)
-class RewardsConfig:
-    """Where rewards come from besides the verifiers."""
+class MathConfig:
+    """The processes that compare mathematical answers."""
 
+    workers: int = 2  # processes of each of the trainer's processes that compare answers
+    seconds: float = 5.0  # seconds that one answer may take; then it is wrong
+
+
+@dataclass(slots=True)
+class RewardsConfig:
+    """How responses are verified."""
+
+    math: MathConfig = field(default_factory=MathConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    # read an answer from a response whose thought (`<think>`) does not end; false: it has none
+    read_unfinished_thoughts: bool = False
 
 
 @dataclass(slots=True)

@@ -29,6 +29,7 @@ PLACES = 3  # rows named for each reason
 
 NO_ANSWER = "has no answer"
 UNREAD = "its verifier does not recognise the answer"
+SPELLING = "the verifier cannot parse the answer, so that only a response with the same spelling is right"
 TWICE = "the same question as an earlier row"
 CONTRADICTED = "the same question as another row, with another answer"
 
@@ -58,6 +59,8 @@ class Report:
     rows: int = 0
     kept: int = 0
     repeated: int = 0  # of those kept: questions that an earlier row has too
+    unparsed: int = 0  # of those kept: answers that their verifier cannot parse, so that only their spelling is right
+    unparsed_places: list[str] = field(default_factory=list)  # of the first of these, with the answer
     dropped: Counter[str] = field(default_factory=Counter)  # rows by the reason for which they were left out
     places: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # of the first of these
     written: dict[Path, int] = field(default_factory=dict)  # questions by file
@@ -78,6 +81,9 @@ class Report:
     def lines(self, order: Order) -> list[str]:
         lines = [f"{self.rows} rows read, {self.kept} questions kept, {self.rows - self.kept} rows dropped"]
         lines += self.reasons()
+        if self.unparsed:
+            more = ", ..." if self.unparsed > len(self.unparsed_places) else ""
+            lines.append(f"  {self.unparsed} kept: {SPELLING} ({', '.join(self.unparsed_places)}{more})")
         if self.repeated:
             lines.append(f"  {self.repeated} kept: {TWICE}, which the benchmark counts")
         benchmark = BENCHMARKS.get(order.name)
@@ -237,7 +243,18 @@ def _verified(order: Order, questions: list[Question], verifiers: Verifiers, rep
                 right.append(question)
             else:
                 report.drop(UNREAD, str(question.id))
+    _count_unparsed(order, right, verifiers, report)
     return right
+
+
+def _count_unparsed(order: Order, questions: list[Question], verifiers: Verifiers, report: Report) -> None:
+    """Count the questions whose answers no other spelling can equal, and name the first."""
+    asked = [q for q in questions if verifier_of(order, q) is Verifier.math]
+    for question, parsed in zip(asked, verifiers.has_value("math", [str(q.answer) for q in asked]), strict=True):
+        if not parsed:
+            report.unparsed += 1
+            if report.unparsed <= PLACES:
+                report.unparsed_places.append(f"{question.id}: {str(question.answer)[:60]!r}")
 
 
 def _verdicts(order: Order, verifiers: Verifiers, questions: list[Question]) -> list[float]:

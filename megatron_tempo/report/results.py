@@ -21,7 +21,10 @@ RESULTS = "results.json"
 NAMED = 10  # questions that an error names, at most
 
 # Settings of generation and verification. If two runs differ in them, that may explain a difference of their scores.
-_ASKED = ("run.seed", "run.precision", "rollout.", "evaluation.", "rewards.judge.model")
+_ASKED = (
+    *("run.seed", "run.precision", "rollout.", "evaluation."),
+    *("rewards.judge.model", "rewards.math.seconds", "rewards.read_unfinished_thoughts"),
+)
 _NO_MATTER = ("rollout.servers.", "rollout.batch_rows", "rollout.dump", "rollout.replay", "rollout.max_staleness")
 
 

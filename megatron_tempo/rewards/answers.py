@@ -1,21 +1,31 @@
 r"""What a response states as its answer, found in linear time in text that may be hostile.
 
-A statement is, in this order: the last \boxed{...} or the last line `Answer: ...`, whichever ends later; else what
-follows `the answer is`, up to the end of its sentence; else the last line. Only the end of a response is looked at.
+A statement is, in this order: the last \boxed{...}, the last `<answer>...</answer>`, the last line `Answer: ...`, or
+the last line of all if it is `#### ...`, whichever ends latest; else what follows `the answer is`, up to the end of its
+sentence; else the last line. Only the end of a response is looked at.
 """
 
 from __future__ import annotations
 
 import re
 
+from megatron_tempo.rewards.endings import without_end
 from megatron_tempo.rewards.math import RESPONSE_CHARS
+from megatron_tempo.rewards.spelling import narrow
 
-_SPECIAL = re.compile(r"<(?:\|\w+\||/s|eos|pad|end_of_turn)>\Z")
 _BRACES = re.compile(r"(\\boxed\s*\{)|\\.|([{}])", re.DOTALL)
-_LINE = re.compile(r"[ \t>*_#-]*(?:the )?(?:correct |final |best )*(?:answer|答案)[ \t*_]*[:：](.*)", re.IGNORECASE)
-_SENTENCE = re.compile(
-    r"\banswer(?: is| are| must be| should be| would be|:)(?!\w)|答案应?[是为选]|[应故]选", re.IGNORECASE
+_LINE = re.compile(
+    r"[ \t>*_#-]*(?:(?:the )?(?:correct |final |best )*answer[ \t*_]*[:：]"
+    r"|(?:最终|最后|正确|参考|所以|因此|综上|故|的|，|,)*答案?[ \t*_]*[:：]|【(?:参考|最终)?答案】[:：]?)(.*)",
+    re.IGNORECASE,
 )
+_SENTENCE = re.compile(
+    r"\banswer(?: is| are| must be| should be| would be|:)(?!\w)|(?:答案|选项)应?[是为选]"
+    r"|(?:应|故|所以|因此|本题)选择?",
+    re.IGNORECASE,
+)
+_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+_HASHES = re.compile(r"[ \t]*####[ \t]*(?=[^\s#])(.+)")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？；]")
 _WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|mathtt|operatorname|boxed)\s*\{([^{}]*)\}")
 _SPACE = re.compile(r"\\(?:[,;:!> ]|q?quad\b)|~")
@@ -29,8 +39,8 @@ def last_boxed(text: str) -> str | None:
     >>> last_boxed(r"\boxed{1}, no: \boxed{\frac{1}{2}} \boxed{")
     '\\frac{1}{2}'
     """
-    box = _last_box(text)
-    return None if box is None else text[slice(*box)]
+    found = boxes(text)
+    return text[slice(*found[-1])] if found else None
 
 
 def tail(response: str) -> str:
@@ -39,10 +49,7 @@ def tail(response: str) -> str:
     >>> tail("Answer: B<|im_end|>")
     'Answer: B'
     """
-    text = response[-RESPONSE_CHARS:].rstrip()
-    while special := _SPECIAL.search(text, max(0, len(text) - 64)):
-        text = text[: special.start()].rstrip()
-    return text
+    return without_end(response[-RESPONSE_CHARS:])
 
 
 def statements(response: str) -> list[str]:
@@ -51,15 +58,40 @@ def statements(response: str) -> list[str]:
     >>> statements("The answer is A. No: the answer is B.\nThat is all.")
     ['B', 'A', 'That is all.']
     """
-    text = tail(response)
-    box, line = _last_box(text), _last_line(text)
-    if line is not None and (box is None or line[0] > box[1]):
-        return [line[1]]
-    if box is not None:
-        return [text[slice(*box)]]
+    text = narrow(tail(response))
+    mark, found = last_mark(text), boxes(text)
+    if mark is not None and (not found or mark[0] > found[-1][1]):
+        return [mark[1]]
+    if found:
+        return [text[slice(*found[-1])]]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    pieces = [piece for i, line in enumerate(lines) for piece in _sentences(line, lines[i + 1 : i + 2])]
-    return pieces[::-1] + lines[-1:]
+    return sentences(text) + lines[-1:]
+
+
+def last_mark(text: str) -> tuple[int, str] | None:
+    """Where the last tag, `####` or line that marks an answer starts, and what it marks.
+
+    >>> last_mark("It is so.\\n#### 12")
+    (10, '12')
+    """
+    marks = [mark for mark in (_last_line(text), last_sign(text)) if mark is not None]
+    return max(marks, default=None)
+
+
+def last_sign(text: str) -> tuple[int, str] | None:
+    """As `last_mark`, of tags and `####` alone."""
+    marks = [mark for mark in (_last_hashes(text), _last_tag(text)) if mark is not None]
+    return max(marks, default=None)
+
+
+def sentences(text: str) -> list[str]:
+    r"""What follows each `the answer is`, the last first.
+
+    >>> sentences("The answer is A. No: the answer is B.\nThat is all.")
+    ['B', 'A']
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return [piece for i, line in enumerate(lines) for piece in _sentences(line, lines[i + 1 : i + 2])][::-1]
 
 
 def plain(text: str) -> str:
@@ -73,9 +105,9 @@ def plain(text: str) -> str:
     return _ESCAPED.sub(r"\1", _SPACE.sub(" ", _MARKUP.sub("", text))).strip()
 
 
-def _last_box(text: str) -> tuple[int, int] | None:
-    """Where the content of the last complete box starts and ends."""
-    box = None
+def boxes(text: str) -> list[tuple[int, int]]:
+    """Where the content of each complete box starts and ends, in their order; boxes within a box are left out."""
+    found: list[tuple[int, int]] = []
     opened: list[int | None] = []  # for each open brace, where a box's content starts
     for token in _BRACES.finditer(text):
         if token[1]:
@@ -85,8 +117,27 @@ def _last_box(text: str) -> tuple[int, int] | None:
         elif token[2] == "}" and opened:
             start = opened.pop()
             if start is not None:
-                box = (start, token.start())
-    return box
+                while found and found[-1][0] > start:
+                    found.pop()
+                found.append((start, token.start()))
+    return found
+
+
+def _last_tag(text: str) -> tuple[int, str] | None:
+    opened, last = None, None
+    for tag in _TAG.finditer(text):
+        if not tag[1]:
+            opened = tag
+        elif opened is not None:
+            last, opened = (opened.start(), text[opened.end() : tag.start()].strip()), None
+    return last
+
+
+def _last_hashes(text: str) -> tuple[int, str] | None:
+    """The last line, if it is as the answers of GSM8K end; elsewhere `####` begins a heading."""
+    start = text.rstrip().rfind("\n") + 1
+    line = _HASHES.fullmatch(text.rstrip()[start:])
+    return (start, line[1].strip()) if line else None
 
 
 def _last_line(text: str) -> tuple[int, str] | None:

@@ -1,13 +1,22 @@
 """The process that compares mathematical answers: `python -m megatron_tempo.rewards.math_worker MEMORY_MB SECONDS`.
 
-Requests come as JSON lines on standard input, replies go to standard output: to {"answer", "response"} {"correct"}, to
-{"known", "response"} {"equal", "answer"}. Both have "exhausted", which says that the memory did not suffice, and
-"retire", which asks for a fresh process. The first reply says that the libraries are loaded. `math.py` keeps the time;
-the limit on processor time here is for a worker whose trainer was killed.
+It loads sympy once and forks a child that serves requests, JSON lines on standard input, with replies on standard
+output. A child that is killed has a successor within milliseconds. Each child begins with {"ready": its pid, "ended":
+how its predecessor ended, as a return code}. Requests and replies:
+
+    {"answer", "response"}   {"correct"}
+    {"read": response}       {"statement", "kind", "unit", "form", "face", "value"}, or statement null
+    {"equal": two statements, "by"}     {"equal"}
+    {"gold": answer}         {"parsed"}
+
+A request has an "id", which its reply repeats. A reply also has "exhausted", which says that the memory did not
+suffice, and "retire", which asks for a fresh child. `math_pool.py` keeps the time; the limit on processor time here is
+for a worker whose trainer was killed.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -15,95 +24,106 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from dataclasses import astuple
+from typing import Any, TextIO
 
 import psutil
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from math_verify import verify
+from sympy import Integer
 
-from megatron_tempo.rewards.answers import last_boxed
-from megatron_tempo.rewards.math import ANSWER_CHARS
-
-# Regular expressions of math-verify take quadratic time on a response without an answer.
-TAIL_CHARS = 4000
+from megatron_tempo.rewards import math_equal
+from megatron_tempo.rewards.math_reading import read, read_whole
+from megatron_tempo.rewards.statement import Statement, stated
 
 # Parsing, simplifying and comparing load parts of sympy when first used. That is not to count on the first item's time.
 WARM_UP = (
     ("x^2+1", r"\boxed{1+x^2}"),
     (r"\frac{\sqrt{2}}{2}", "The answer is $1/\\sqrt{2}$."),
     ("(1,2]", r"\boxed{(1, 2]}"),
+    ("1", r"\boxed{x + \sin^2 x}"),
+    ("6", "We get $x = 3$, and so it is 6 in all."),
 )
-
-BOXED_FIRST = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+CRASHES = 5  # children in a row that end by themselves at once, before the worker gives up
+AT_ONCE = 0.05  # seconds
 
 
 def correct(answer: str, response: str) -> bool:
-    r"""Whether the response's answer, in its last \boxed{} or else where math-verify finds one, equals `answer`."""
-    box = last_boxed(response)
-    if box is not None and box.strip() == answer.strip():
-        return True
-    stated = statement(response)
-    parsed = [] if stated is None else read(stated)
-    if not parsed:
-        return False
-    # An answer may be given boxed, in dollars, or bare.
-    gold = answer if "\\boxed" in answer or answer.startswith("$") else f"\\boxed{{{answer}}}"
-    return verify(parse(gold, BOXED_FIRST, parsing_timeout=None), parsed, timeout_seconds=None)
+    """Whether the answer that the response states equals `answer`."""
+    statement = stated(response)
+    return statement is not None and math_equal.matches(read_whole(answer), read(statement))
 
 
-def statement(response: str) -> str | None:
-    """The part of a response that states its answer: its last box, or its end. None where the box holds no answer."""
-    box = last_boxed(response)
-    if box is None:
-        return response[-TAIL_CHARS:]
-    return f"\\boxed{{{box}}}" if box.strip() and len(box) <= ANSWER_CHARS else None
+def parsed(answer: str) -> bool:
+    """Whether an answer has a value or is words: else only its own spelling is equal to it."""
+    reading = read_whole(answer)
+    return reading.value is not None or bool(reading.words)
 
 
-@lru_cache(maxsize=128)  # the answers of a question's responses, which are compared with one another
-def read(stated: str) -> list[Any]:
-    """What math-verify finds in a statement; empty where that is nothing."""
-    if last_boxed(stated) is None:
-        return parse(stated, parsing_timeout=None)
-    return parse(stated, BOXED_FIRST, parsing_timeout=None)
-
-
-def equal(known: Sequence[str], response: str) -> tuple[int | None, str | None]:
-    """The place of the first of the known statements that says the same as the response, and the response's own.
-
-    (None, None) where the response states nothing.
-    """
-    stated = statement(response)
-    if stated is None or not read(stated):
-        return None, None
-    if stated in known:
-        return known.index(stated), stated
-    for place, other in enumerate(known):
-        if verify(read(other), read(stated), timeout_seconds=None):
-            return place, stated
-    # What cannot even be compared with a number must not become an answer that others are compared with.
-    verify(read("\\boxed{0}"), read(stated), timeout_seconds=None)
-    return None, stated
+def read_response(response: str) -> dict[str, Any]:
+    """The answer that a response states, and what tells which others it may equal (`math_equal.points`)."""
+    statement = stated(response)
+    reading = None if statement is None else read(statement)
+    if statement is None or reading is None or reading.empty:
+        return {"statement": None}
+    face, value = (math_equal.points(part) for part in math_equal.face_and_value(reading))
+    if face is None and reading.value is not None:
+        # What cannot even be compared with a number must not become an answer that others are compared with.
+        verify([Integer(0)], [reading.value], timeout_seconds=None)
+    marks = reading.marks
+    return {
+        "statement": astuple(statement),
+        "kind": "%" * marks.percent + "deg" * marks.degrees + (f"base {marks.base}" if marks.base else ""),
+        "unit": marks.unit,
+        "form": reading.form if reading.form in ("set", "tuple") else "",
+        "face": face,
+        "value": value,
+    }
 
 
 def reply_to(request: dict[str, Any]) -> dict[str, Any]:
-    if "known" in request:
-        return dict(zip(("equal", "answer"), equal(request["known"], request["response"]), strict=True))
+    if "read" in request:
+        return read_response(request["read"])
+    if "equal" in request:
+        one, other = (read(Statement(*statement)) for statement in request["equal"])
+        by = request["by"]
+        # The one that has no mark is the gold answer where `by` says how the other's mark is read.
+        return {"equal": math_equal.matches(one, other, by) or (by == "any" and math_equal.matches(other, one))}
+    if "gold" in request:
+        return {"parsed": parsed(request["gold"])}
     return {"correct": correct(request["answer"], request["response"])}
 
 
-def main() -> None:
+def main() -> int:
     memory, seconds = int(sys.argv[1]) * 2**20, float(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     logging.disable(logging.CRITICAL)
     replies = os.fdopen(os.dup(1), "w", encoding="ascii")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)  # libraries that print must not speak on the pipe
     for answer, response in WARM_UP:
         correct(answer, response)
-    print(json.dumps({"ready": True}), file=replies, flush=True)
     os.dup2(nowhere, 2)
+    gc.freeze()  # so that children share the memory of what is loaded
+    ended, crashes = None, 0
+    while crashes < CRASHES:
+        started = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            _serve(replies, ended, memory, seconds)
+            os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if ended == 0:  # the input has ended
+            return 0
+        crashes = crashes + 1 if time.monotonic() - started < AT_ONCE and ended > 0 else 0
+    return 1
+
+
+def _serve(replies: TextIO, predecessor: int | None, memory: int, seconds: float) -> None:
+    """Answer requests until the input ends."""
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    for limit in (resource.RLIMIT_NPROC, resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):  # it needs none of these
+        resource.setrlimit(limit, (0, 0))
+    print(json.dumps({"ready": os.getpid(), "ended": predecessor}), file=replies, flush=True)
     process = psutil.Process()
     for line in sys.stdin.buffer:
         resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + seconds) + 1, hard))
@@ -112,10 +132,13 @@ def main() -> None:
             reply, exhausted = reply_to(request), False
         except MemoryError:
             reply, exhausted = {}, True
+        except RecursionError:  # as deep as this is no answer
+            reply, exhausted = {}, True
         # What sympy caches must not leave too little for the items to come.
         retire = exhausted or process.memory_info().vms > memory / 2
-        print(json.dumps({**reply, "exhausted": exhausted, "retire": retire}), file=replies, flush=True)
+        said = {**reply, "id": request["id"], "exhausted": exhausted, "retire": retire}
+        print(json.dumps(said), file=replies, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,12 +6,15 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from enum import Enum
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from megatron_tempo.config.extensions import Extension
 from megatron_tempo.errors import InputError
 from megatron_tempo.rewards import choice, countdown, grid, text
+from megatron_tempo.rewards.endings import behind_thoughts, without_end
 from megatron_tempo.rewards.imported import ImportedScorer
 from megatron_tempo.rewards.math import MathScorer
 from megatron_tempo.rewards.reading import ReadingScorer, numbered
@@ -23,6 +26,14 @@ if TYPE_CHECKING:
     from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
 
 REPORTED = 10
+
+
+class View(Enum):
+    """Which part of a response a verifier sees."""
+
+    answer = "behind its last thought, without end tokens"
+    response = "without end tokens"
+    everything = "all its tokens"
 
 
 class _InProcess:
@@ -75,6 +86,10 @@ class Verifiers:
     `workers` is the number of math processes, `seconds` the wall time that one item may take there. `judge` is the
     language model that judges, if any; `imported` are the user's own. `threads` threads may call `score` at a time with
     profit: of all verifiers only the judge works on several calls at once.
+
+    A verifier sees what stands behind the last thought of a response, without the tokens that end it (`endings`). With
+    `read_unfinished_thoughts` that is the whole of a response whose thought does not end, else nothing. The user's own
+    verifiers see thoughts, and countdown, of whose answers the end token is a part, sees that too (`View`).
     """
 
     threads = 1
@@ -85,13 +100,17 @@ class Verifiers:
         seconds: float = 5.0,
         judge: JudgeScorer | None = None,
         imported: Iterable[Extension] = (),
+        *,
+        read_unfinished_thoughts: bool = False,
     ) -> None:
         self._judge = judge
+        self._read_unfinished_thoughts = read_unfinished_thoughts
         self._one_at_a_time = threading.Lock()
         if judge is not None:
             self.threads = judge.concurrency
+        self._math = MathScorer(workers, seconds)
         self._scorers: dict[str, Scorer] = {
-            "math": MathScorer(workers, seconds),
+            "math": self._math,
             "countdown": _InProcess(countdown.score, countdown.reached),
             "choice": ReadingScorer(choice.read, choice.gold),
             "text": ReadingScorer(text.read, text.gold),
@@ -132,7 +151,7 @@ class Verifiers:
         verdicts = [0.0] * len(items)
         for name, group in places.items():
             with nullcontext() if name == "judge" else self._one_at_a_time:
-                scores = self._scorers[name].score([items[place] for place in group])
+                scores = self._scorers[name].score([self._part_of(items[place]) for place in group])
             progress_marker.mark()
             for place, score in zip(group, scores, strict=True):
                 verdicts[place] = score
@@ -142,13 +161,24 @@ class Verifiers:
         """Which responses to a question have equal answers, as `Scorer.classes`. No answer of anybody else is read."""
         scorer = self._scorer(verifier)
         with self._one_at_a_time:
-            classes = scorer.classes(prompt, responses)
+            classes = scorer.classes(prompt, [self._part(verifier, response) for response in responses])
         progress_marker.mark()
         return classes
 
+    def view(self, verifier: str) -> View:
+        """What a verifier sees of a response."""
+        if isinstance(self._scorers.get(verifier), ImportedScorer):
+            return View.response
+        return View.everything if verifier == "countdown" else View.answer
+
+    def has_value(self, verifier: str, answers: Sequence[str]) -> list[bool]:
+        """Whether other spellings of each answer may be right too, as `verifier` compares them."""
+        with self._one_at_a_time:
+            return self._math.has_value(answers) if verifier == "math" else [True] * len(answers)
+
     def take_counts(self) -> dict[str, int]:
-        """What the judge was asked since the last call (`JudgeScorer.take_counts`); empty without one."""
-        return {} if self._judge is None else self._judge.take_counts()
+        """What happened since the last call, by name: `math/` (`MathScorer.take_counts`), and `judge/` with a judge."""
+        return self._math.take_counts() | ({} if self._judge is None else self._judge.take_counts())
 
     def close(self) -> None:
         for scorer in self._scorers.values():
@@ -161,6 +191,15 @@ class Verifiers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _part_of(self, item: Item) -> Item:
+        return replace(item, response=self._part(item.verifier, item.response))
+
+    def _part(self, verifier: str, response: str) -> str:
+        view = self.view(verifier)
+        if view is View.answer:
+            response = behind_thoughts(response, read_unfinished=self._read_unfinished_thoughts)
+        return response if view is View.everything else without_end(response)
 
     def _check(self, verifier: str, prompt: str, answer: object) -> None:
         scorer = self._scorer(verifier)

@@ -12,12 +12,15 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tempo.errors import EngineError, InputError
+from megatron_tempo.rewards.endings import begun_thought
 from megatron_tempo.rewards.scorer import Item
-from megatron_tempo.rewards.verifiers import Verifiers
+from megatron_tempo.rewards.verifiers import Verifiers, View
 from megatron_tempo.rollout.engine import Engine, Request, Sampling
 from megatron_tempo.types import Batch, Completion, LabelledPrompt, UnlabelledPrompt, seed_of
 
 Prompt = LabelledPrompt | UnlabelledPrompt
+
+PROMPT_END = 16  # tokens at the end of a prompt that may begin a thought
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +54,10 @@ def collect(
     """The completions of each prompt, the verdicts on each labelled one's, and the classes of each unlabelled one's.
 
     `classes_by` names the verifier that tells which answers to an unlabelled prompt are equal; none: they are not read.
-    Responses are verified while others are still being generated, on the rank that has them. The verifier sees all the
-    text of a response, special tokens included. Collective; EngineError, on every rank, where a verifier failed on one.
+    Responses are verified while others are still being generated, on the rank that has them. A verifier sees the text
+    of a response without the token at which the engine ended it (`_texts`). Collective; EngineError, on every rank,
+    where a verifier failed on one.
     """
-
-    def texts_of(completions: list[Completion]) -> list[str]:
-        return [tokenizer.decode(completion.token_ids) for completion in completions]
-
     mine: dict[int, list[Completion]] = {}
     judged: dict[int, Future[list[float]]] = {}
     classed: dict[int, Future[list[int | None]]] = {}
@@ -66,10 +66,12 @@ def collect(
             mine[i] = completions
             prompt = asked.prompts[i]
             if isinstance(prompt, LabelledPrompt):
-                items = [Item(prompt.verifier, prompt.text, text, prompt.answer) for text in texts_of(completions)]
+                texts = _texts(prompt, completions, tokenizer, verifiers.view(prompt.verifier))
+                items = [Item(prompt.verifier, prompt.text, text, prompt.answer) for text in texts]
                 judged[i] = verifying.submit(verifiers.score, items)
             elif classes_by is not None:
-                classed[i] = verifying.submit(verifiers.classes, classes_by, prompt.text, texts_of(completions))
+                texts = _texts(prompt, completions, tokenizer, verifiers.view(classes_by))
+                classed[i] = verifying.submit(verifiers.classes, classes_by, prompt.text, texts)
         verdicts: dict[int, Any] = {}
         classes: dict[int, Any] = {}
         failure = None
@@ -89,14 +91,28 @@ def collect(
     )
 
 
+def _texts(
+    prompt: Prompt, completions: Sequence[Completion], tokenizer: PreTrainedTokenizerBase, view: View
+) -> list[str]:
+    """Responses as a verifier sees them, but for what their text tells (`Verifiers`).
+
+    The end token goes by its place, whatever its text is. A thought that the prompt began gets its tag.
+    """
+    if view is View.everything:
+        return [tokenizer.decode(completion.token_ids) for completion in completions]
+    thought = begun_thought(tokenizer.decode(prompt.token_ids[-PROMPT_END:])) if view is View.answer else ""
+    return [
+        thought + tokenizer.decode(answer.token_ids[:-1] if answer.finish_reason == "stop" else answer.token_ids)
+        for answer in completions
+    ]
+
+
 def summed_counts(verifiers: Verifiers) -> dict[str, int]:
     """What the verifiers of all ranks counted since the last call (`Verifiers.take_counts`). Collective."""
-    mine = verifiers.take_counts()
-    if not mine:  # so on every rank: none has a judge
-        return {}
     shares: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, mine)
-    return {name: sum(share[name] for share in shares) for name in mine}
+    dist.all_gather_object(shares, verifiers.take_counts())
+    names = dict.fromkeys(name for share in shares for name in share)  # a rank without such items has none
+    return {name: sum(share.get(name, 0) for share in shares) for name in names}
 
 
 def _joined(shares: list[dict[int, Any]]) -> dict[int, Any]:

@@ -70,13 +70,20 @@ def build_engine(context: RunContext, log: Callable[[str], None]) -> Engine:
 
 def build_verifiers(config: Config) -> Verifiers:
     """All verifiers, the user's own included, with the judge of `rewards.judge` if the config has one."""
-    judge, imported = config.rewards.judge, imported_verifiers(config)
+    judge, math = config.rewards.judge, config.rewards.math
+    build = partial(
+        Verifiers,
+        math.workers,
+        math.seconds,
+        imported=imported_verifiers(config),
+        read_unfinished_thoughts=config.rewards.read_unfinished_thoughts,
+    )
     if judge.url is None or judge.model is None:
-        return Verifiers(imported=imported)
+        return build()
     from megatron_tempo.rewards.judge import JudgeScorer  # an HTTP client: for this one only
 
     scorer = JudgeScorer(judge, Path(judge.cache or f"{config.run.dir}/judge"))
-    return Verifiers(judge=scorer, imported=imported)
+    return build(judge=scorer)
 
 
 def build_evaluator(

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from megatron_tempo.errors import EngineError
 from megatron_tempo.rewards.scorer import Item
-from megatron_tempo.rewards.verifiers import Verifiers
+from megatron_tempo.rewards.verifiers import Verifiers, View
 from megatron_tempo.rollout import dump
-from megatron_tempo.rollout.batches import Asked, ask, batch_of, collect
+from megatron_tempo.rollout.batches import Asked, _texts, ask, batch_of, collect, summed_counts
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.types import (
     Batch,
@@ -49,16 +49,18 @@ class CountingEngine:
             yield i, self.answer(requests[i], sampling)
 
     def answer(self, request: Request, sampling: Sampling) -> list[Completion]:
-        length = 2 + len(request.token_ids)
-        return [
-            Completion(
-                (request.seed % 50, *request.token_ids, sample)[: sampling.max_tokens],
-                tuple(-0.1 * (t + 1) for t in range(length)),
-                "stop" if sample % 2 else "length",
-                ((3, length),) if sample else ((2, 1), (3, length - 1)),
-            )
-            for sample in range(request.samples)
-        ]
+        return [self.completion(request, sampling, sample) for sample in range(request.samples)]
+
+    @staticmethod
+    def completion(request: Request, sampling: Sampling, sample: int) -> Completion:
+        end = (WORDS.index("$"),) * (sample % 2)
+        tokens = (request.seed % 50, *request.token_ids, sample, *end)[: sampling.max_tokens]
+        return Completion(
+            tokens,
+            tuple(-0.1 * (t + 1) for t in range(len(tokens))),
+            "stop" if end else "length",
+            ((3, len(tokens)),) if sample else ((2, 1), (3, len(tokens) - 1)),
+        )
 
     def load_weights(self, weights: Weights, version: int) -> None:
         raise NotImplementedError
@@ -76,6 +78,7 @@ class EchoVerifiers(Verifiers):
     """Right is a response whose decoded text ends in an even number. Keeps what it was asked."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.asked: list[Item] = []
         self.classed: list[tuple[str, str, tuple[str, ...]]] = []
 
@@ -153,18 +156,63 @@ def test_any_number_of_ranks_collects_the_same(tmp_path: Path) -> None:
         assert (item.answer, item.verifier) == (ANSWER, "math")
 
 
-def test_verifiers_see_special_tokens(single: None, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-    class Keeping(EchoVerifiers):
-        def score(self, items: Sequence[Item]) -> list[float]:
-            self.asked += items
-            return [1.0 for _ in items]
+class Keeping(EchoVerifiers):
+    """Every response is right."""
 
+    def score(self, items: Sequence[Item]) -> list[float]:
+        self.asked += items
+        return [1.0 for _ in items]
+
+
+@pytest.mark.parametrize(
+    ("verifier", "reason", "seen"),
+    [
+        ("math", "stop", "4 7"),
+        ("math", "length", "4 7 $"),
+        ("choice", "stop", "4 7"),
+        ("countdown", "stop", "4 7 $"),
+    ],
+)
+def test_a_verifier_sees_no_end_token_but_where_it_is_part_of_the_answer(
+    single: None, tokenizer: transformers.PreTrainedTokenizerBase, verifier: str, reason: str, seen: str
+) -> None:
+    """The end token goes by its place: no list of end tokens has the quickstart's `$`."""
     verifiers = Keeping()
-    end = WORDS.index("$")
-    completion = Completion((4, 7, end), (-0.1, -0.2, -0.3), "stop", ((0, 3),))
-    asked = Asked(LABELLED[:1], iter([(0, [completion])]))
+    completion = Completion((4, 7, WORDS.index("$")), (-0.1, -0.2, -0.3), reason, ((0, 3),))
+    prompt = dataclasses.replace(LABELLED[0], verifier=verifier)
+    asked = Asked([prompt], iter([(0, [completion])]))
     assert collect(asked, verifiers, tokenizer) == ([[completion]], [[1.0]], [[]])
-    assert [item.response for item in verifiers.asked] == ["4 7 $"]
+    assert [item.response for item in verifiers.asked] == [seen]
+
+
+def test_a_thought_that_the_prompt_began_is_a_thought_of_the_response() -> None:
+    class Letters:
+        """A tokenizer of which each token is a letter."""
+
+        @staticmethod
+        def decode(tokens: Sequence[int]) -> str:
+            return "".join(map(chr, tokens))
+
+    prompt = UnlabelledPrompt("a", "How many?", tuple(map(ord, "How many?<bot><think>\n")))
+    answer = Completion(tuple(map(ord, "4?</think>5$")), (), "stop", ())
+    for view, text in ((View.answer, "<think>4?</think>5"), (View.response, "4?</think>5"),
+                       (View.everything, "4?</think>5$")):  # fmt: skip
+        assert _texts(prompt, [answer], Letters(), view) == [text]  # type: ignore[arg-type]
+    plain = dataclasses.replace(prompt, token_ids=tuple(map(ord, "How many?")))
+    assert _texts(plain, [answer], Letters(), View.answer) == ["4?</think>5"]  # type: ignore[arg-type]
+
+
+def test_counts_are_summed_over_what_each_rank_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = [{"math/timeouts": 2, "math/failures": 0}, {}, {"math/timeouts": 1, "math/failures": 4}]
+
+    def gather(into: list[Any], mine: dict[str, int]) -> None:
+        into[:] = [mine, *shares[1:]]
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    verifiers = Keeping()
+    verifiers.take_counts = lambda: shares[0]  # type: ignore[method-assign]
+    assert summed_counts(verifiers) == {"math/timeouts": 3, "math/failures": 4}
 
 
 class FailingVerifiers(EchoVerifiers):

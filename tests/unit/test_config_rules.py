@@ -150,6 +150,9 @@ ONE_FIELD = [
     ("evaluation.pass_k=[0]", "evaluation.pass_k", "pass@0", "1 or more"),
     ("evaluation.calibration_set=heldot", "evaluation.calibration_set", "not in evaluation.sets", "heldout"),
     ("rewards.judge.retries=-1", "rewards.judge.retries", "0 or more", "retries=0"),
+    ("rewards.math.workers=0", "rewards.math.workers", "1 to 1024", "workers=2"),
+    ("rewards.math.workers=1000000007", "rewards.math.workers", "1 to 1024", "workers=2"),
+    ("rewards.math.seconds=0", "rewards.math.seconds", "above 0 and at most 3600", "seconds=5"),
     ("data.held_out=[heldot]", "data.held_out", "heldot is not in evaluation.sets", "heldout"),
     ("rollout.replay=TMP/none", "rollout.replay", "is not a folder", "rollout.dump=true"),
 ]
@@ -643,6 +646,7 @@ JUDGED, JUDGE = "evaluation.sets.heldout.verifier=judge", ("rewards.judge.url=ht
         (["rollout.servers.update_seconds=600"], "rollout.servers.update_seconds=600"),
         (["rollout.servers.hang_seconds=700"], "rollout.servers.hang_seconds=700"),
         ([JUDGED, *JUDGE, "rewards.judge.timeout_seconds=600"], "rewards.judge.timeout_seconds=600"),
+        (["rewards.math.seconds=600"], "rewards.math.seconds=600"),
     ],
 )
 def test_a_wait_with_a_limit_of_its_own_is_no_hang(files: Path, words: list[str], wait: str) -> None:

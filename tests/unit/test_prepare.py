@@ -208,6 +208,29 @@ def test_contradicting_answers_leave_no_question(tmp_path: Path) -> None:
     assert [row["prompt"] for row in made] == ["a", "b"]
 
 
+def test_answers_that_only_their_own_spelling_equals_are_kept_counted_and_named(tmp_path: Path) -> None:
+    answers = [
+        "12",
+        r"a \mid 6",
+        r"\frac{1}{2}",
+        "6, 12, 18, ...",
+        r"\text{Tuesday}",
+        r"30\%",
+        "???",
+        r"7 \pmod{9}",
+        "x \\equiv 2",
+    ]
+    rows = [{"problem": f"Q{i}", "answer": answer} for i, answer in enumerate(answers)]
+    made, report = make(tmp_path, "math500", rows)
+    assert len(made) == report.kept == len(answers)
+    assert report.unparsed == 5
+    (line,) = [line for line in report.lines(Order("math500", [], tmp_path / "out.jsonl")) if "cannot parse" in line]
+    assert line == (
+        "  5 kept: the verifier cannot parse the answer, so that only a response with the same spelling is right"
+        r" (task:1: 'a \\mid 6', task:3: '6, 12, 18, ...', task:6: '???', ...)"
+    )
+
+
 def test_a_benchmark_keeps_what_it_counts_twice_under_ids_of_their_own(tmp_path: Path) -> None:
     rows = [{"problem": "P", "answer": "1", "id": 1}] * 2
     made, report = make(tmp_path, "math500", rows)

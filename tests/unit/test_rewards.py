@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ import psutil
 import pytest
 
 from megatron_tempo.config.choices import Verifier
-from megatron_tempo.rewards.math import MEMORY_MB, RESPONSE_CHARS, MathScorer, Worker
-from megatron_tempo.rewards.math_worker import last_boxed
+from megatron_tempo.rewards.answers import last_boxed
+from megatron_tempo.rewards.math import RESPONSE_CHARS
+from megatron_tempo.rewards.math_classes import Classes
+from megatron_tempo.rewards.math_pool import MEMORY_MB
 from megatron_tempo.rewards.scorer import Item
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
@@ -56,9 +58,23 @@ def item(answer: str, response: str) -> Item:
     return Item("math", "Find it.", response, answer)
 
 
+def workers_of(process: psutil.Process) -> list[psutil.Process]:
+    """The math workers below a process, each of which has a child that answers."""
+    found = []
+    for worker in process.children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "megatron_tempo.rewards.math_worker" in " ".join(worker.cmdline()):
+                found.append(worker)
+    return found
+
+
 def children() -> list[psutil.Process]:
-    workers = psutil.Process().children(recursive=True)
-    return [worker for worker in workers if "megatron_tempo.rewards.math_worker" in " ".join(worker.cmdline())]
+    """The processes that answer."""
+    found = []
+    for worker in workers_of(psutil.Process()):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += worker.children()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +140,33 @@ CLASSES = {
     "the last box": ([r"\boxed{1} no, \boxed{2}", r"\boxed{2}", r"\boxed{1}"], [0, 0, 1]),
     "none": (["", "who knows", r"\boxed{}"], [None, None, None]),
     "too long": ([r"\boxed{" + "7" * 2001 + "}", r"\boxed{7}"], [None, 0]),
+    "several boxes": (
+        [r"\boxed{4} and \boxed{9}", r"\boxed{9}", r"\boxed{4, 9}", r"\boxed{9}, \boxed{4}"],
+        [0, 1, 0, 0],
+    ),
+    "per cent with its number": ([r"\boxed{30\%}", r"\boxed{0.3}", r"\boxed{30}"], [0, 1, 0]),
+    "per cent without it": ([r"\boxed{30\%}", r"\boxed{0.3}", r"\boxed{3}"], [0, 0, 1]),
+    "per cent as a fraction": ([r"\boxed{0.3\%}", r"\boxed{0.3}", r"\boxed{0.003}"], [0, 1, 0]),
+    "degrees": ([r"\boxed{60^\circ}", r"\boxed{\pi/3}", r"\boxed{60}", r"\boxed{60°}"], [0, 1, 0, 0]),
+    "units": ([r"\boxed{5\text{ cm}}", r"\boxed{5\text{ m}}", r"\boxed{5}", r"\boxed{5 cm}"], [0, 1, 0, 0]),
+    "bases": ([r"\boxed{1001_2}", r"\boxed{9}", r"\boxed{11_8}"], [0, 0, 1]),
+    "end tokens": (["So it is 1/2<|im_end|>", r"\boxed{1/2}</s>", "The answer is 1.<|endoftext|>"], [0, 0, 1]),
+    "thoughts": ([r"<think>\boxed{4}</think>\boxed{5}", r"\boxed{5}", r"<think>\boxed{5}"], [0, 0, None]),
+    "not to be parsed": ([r"\boxed{a \mid 6}", r"\boxed{6}", r"\boxed{a\mid 6}"], [0, 1, 0]),
+    "functions": ([r"\boxed{\tan x}", r"\boxed{\frac{\sin 2x}{1+\cos 2x}}", r"\boxed{\cot x}"], [0, 0, 1]),
 }
+
+
+def partition(classes: Sequence[int | None]) -> set[frozenset[int]]:
+    return {frozenset(i for i, number in enumerate(classes) if number == one) for one in classes if one is not None}
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_classes_of_mathematical_answers(verifiers: Verifiers, name: str) -> None:
     responses, classes = CLASSES[name]
     assert verifiers.classes("math", "Find it.", responses) == classes
+    reverse = verifiers.classes("math", "Find it.", responses[::-1])[::-1]
+    assert partition(reverse) == partition(classes), "the order of the responses does not decide"
 
 
 def test_right_and_wrong_responses_are_never_of_one_class(verifiers: Verifiers) -> None:
@@ -182,41 +218,47 @@ def test_a_hostile_answer_spoils_no_other() -> None:
             assert fresh.classes("math", "", responses) == wanted
 
 
-class Compares(Worker):
-    """Equal is what begins with the same letter. Whoever is compared with "tar" takes too long, and "tar" itself at all
-    times where it is `endless`."""
+def answer(text: str, at: float | None = None, kind: str = "", unit: str = "") -> dict[str, Any]:
+    """An answer as a worker reads it; `at` is its value."""
+    points = None if at is None else [[at, 0.0]]
+    value = [[at / 100, 0.0]] if at is not None and kind == "%" else points
+    return {"statement": [text, True, ""], "kind": kind, "unit": unit, "form": "", "face": points, "value": value}
 
-    endless = False
+
+class Compares:
+    """Equal is what begins with the same letter. Whatever is compared with "tar" takes too long."""
 
     def __init__(self) -> None:
-        super().__init__(1.0)
-        self.asked: list[list[str]] = []
+        self.asked: list[tuple[str, str]] = []
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
-        known, response = request["known"], request["response"]
-        self.asked.append(known)
-        if response == "tar" and self.endless:
-            return None
-        for place, other in enumerate(known):
-            if other == "tar":
-                return None
-            if other[0] == response[0]:
-                return {"equal": place, "answer": response}
-        return {"equal": None, "answer": response}
+    def equal(self, one: list[Any], other: list[Any], by: str) -> bool | None:
+        self.asked.append((one[0], other[0]))
+        return None if "tar" in (one[0], other[0]) else bool(one[0][0] == other[0][0])
 
 
 def test_the_largest_class_is_tried_first_and_one_that_takes_too_long_spoils_no_other() -> None:
-    scorer, worker = MathScorer(1, 1.0), Compares()
-    scorer._workers = [worker]
-    assert scorer.classes("", ["b1", "tar", "c1", "c2", "b2", "tar", "d1", "c3"]) == [0, 1, 2, 2, 0, 1, 3, 2]
-    # "c1" takes too long: it is asked about alone, and against each one. Then "tar" is compared no more.
+    worker = Compares()
+    texts = ["b1", "tar", "c1", "c2", "b2", "tar", "d1", "c3"]
+    assert Classes(worker, 9.0).numbers([answer(text) for text in texts]) == [0, 1, 2, 2, 0, 1, 3, 2]
+    # Once "tar" has taken too long twice it is compared no more; the same text needs no comparison.
     assert worker.asked == [
-        [], ["b1"], ["b1", "tar"], [], ["b1"], ["tar"],
-        ["b1", "c1"], ["c1", "b1"], ["b1", "c1"], ["b1", "c1"], ["b1", "c1", "d1"],
+        ("b1", "tar"),
+        ("b1", "c1"), ("tar", "c1"), ("b1", "c2"), ("c1", "c2"), ("c1", "b2"), ("b1", "b2"),
+        ("b1", "d1"), ("c1", "d1"), ("b1", "c3"), ("c1", "c3"),
     ]  # fmt: skip
-    worker.asked, worker.endless = [], True
-    assert scorer.classes("", ["b1", "tar", "b2", "c1", "c2", "c3"]) == [0, None, 0, 1, 1, 1]
-    assert worker.asked == [[], ["b1"], [], ["b1"], ["b1"], ["b1", "c1"], ["b1", "c1"]]
+
+
+def test_answers_whose_values_differ_are_not_compared() -> None:
+    worker = Compares()
+    read = [answer(f"{i}", i) for i in range(16)] + [answer("7.0", 7), None, answer("7 of unknown value")]
+    assert Classes(worker, 9.0).numbers(read) == [*range(16), 7, None, 7]
+    assert worker.asked == [("7", "7.0"), ("7", "7 of unknown value")], "the larger class first"
+
+
+def test_comparisons_of_an_answer_end_with_its_time() -> None:
+    worker = Compares()
+    assert Classes(worker, 0.0).numbers([answer("b1"), answer("b2"), answer("b1")]) == [0, 1, 0]
+    assert worker.asked == []
 
 
 def test_unusable_items_are_refused_before_any_is_judged() -> None:
@@ -253,8 +295,8 @@ def test_numbers_of_workers_and_seconds_are_checked() -> None:
 
 
 def run_hostile(names: Iterable[str], seconds: float) -> None:
-    """Each hostile response gets 0 within the limit and a restart, in bounded memory; the sound ones are right."""
-    restart = 20.0  # on a machine busy with other things
+    """Each hostile response gets 0 within the limit, in bounded memory and one worker; the sound ones are right."""
+    spare = 10.0  # on a machine busy with other things
     peak, done = 0, threading.Event()
 
     def watch() -> None:
@@ -268,11 +310,14 @@ def run_hostile(names: Iterable[str], seconds: float) -> None:
     watcher.start()
     try:
         with Verifiers(workers=1, seconds=seconds) as fresh:
+            fresh.score([item("1", r"\boxed{1}")])
+            workers = workers_of(psutil.Process())
             for name in names:
                 started = time.monotonic()
                 scores = fresh.score([item("x^2+1", HOSTILE[name]), item("x^2+1", r"\boxed{1+x^2}")])
                 assert scores == [0.0, 1.0], name
-                assert time.monotonic() - started < seconds + restart, name
+                assert time.monotonic() - started < seconds + spare, name
+            assert workers_of(psutil.Process()) == workers, "none was started again"
     finally:
         done.set()
         watcher.join()
@@ -290,8 +335,9 @@ def test_hostile_text() -> None:
     run_hostile([name for name in HOSTILE if name not in endless], seconds=2.5)
 
 
-def ask_worker(seconds: float, response: str, room: int | None = None) -> tuple[dict[str, bool] | None, int]:
-    """What a bare worker says to one response, and its exit code; `room` bytes of memory are left to it if given."""
+@contextlib.contextmanager
+def bare_worker(seconds: float) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
+    """A worker that is ready, and the process that answers."""
     worker = subprocess.Popen(
         [sys.executable, "-m", "megatron_tempo.rewards.math_worker", str(MEMORY_MB), str(seconds)],
         stdin=subprocess.PIPE,
@@ -299,32 +345,83 @@ def ask_worker(seconds: float, response: str, room: int | None = None) -> tuple[
         text=True,
     )
     with worker:
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        assert json.loads(worker.stdout.readline()) == {"ready": True}
-        process = psutil.Process(worker.pid)
+        yield worker, psutil.Process(hears(worker)["ready"])
+    assert worker.returncode == 0
+
+
+def hears(worker: subprocess.Popen[str]) -> dict[str, Any]:
+    assert worker.stdout is not None
+    line: dict[str, Any] = json.loads(worker.stdout.readline())
+    return line
+
+
+def says(worker: subprocess.Popen[str], response: str) -> None:
+    assert worker.stdin is not None
+    worker.stdin.write(json.dumps({"id": 1, "answer": "x^2+1", "response": response}) + "\n")
+    worker.stdin.flush()
+
+
+def test_bare_worker_judges_within_its_limits() -> None:
+    with bare_worker(5) as (worker, process):
         assert process.rlimit(psutil.RLIMIT_AS)[0] == MEMORY_MB * 2**20
-        if room is not None:
-            process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + room,) * 2)
-        worker.stdin.write(json.dumps({"answer": "x^2+1", "response": response}) + "\n")
-        worker.stdin.flush()
-        line = worker.stdout.readline()
-    return json.loads(line) if line else None, worker.returncode
-
-
-def test_bare_worker_judges() -> None:
-    assert ask_worker(5, r"\boxed{1+x^2}") == ({"correct": True, "exhausted": False, "retire": False}, 0)
+        assert process.rlimit(psutil.RLIMIT_NPROC) == (0, 0)
+        assert process.rlimit(psutil.RLIMIT_FSIZE) == (0, 0)
+        says(worker, r"\boxed{1+x^2}")
+        assert hears(worker) == {"id": 1, "correct": True, "exhausted": False, "retire": False}
 
 
 @pytest.mark.long
 def test_memory_of_a_worker_is_limited() -> None:
-    reply, _ = ask_worker(300, HOSTILE["power of a sum"], room=64 * 2**20)
-    assert reply is None or reply["exhausted"] or reply["correct"] is False
+    with bare_worker(300) as (worker, process):
+        room = process.memory_info().vms + 4 * 2**20
+        process.rlimit(psutil.RLIMIT_AS, (room, room))
+        says(worker, r"\boxed{\{10^{30000000}\}}")  # a number of 12 MB
+        reply = hears(worker)
+        assert "ready" in reply or not reply.get("correct", False)
+        assert process.memory_info().vms <= room
+        says(worker, r"\boxed{1+x^2}")
+        assert hears(worker)["correct"] is True
 
 
 @pytest.mark.long
-def test_worker_whose_trainer_keeps_no_time_ends_by_itself() -> None:
-    assert ask_worker(1, ENDLESS) == (None, -signal.SIGXCPU)
+def test_worker_whose_trainer_keeps_no_time_ends_its_answer_by_itself() -> None:
+    with bare_worker(1) as (worker, process):
+        says(worker, ENDLESS)
+        reply = hears(worker)
+        assert reply["ended"] == -signal.SIGXCPU
+        assert reply["ready"] != process.pid
+        says(worker, r"\boxed{1+x^2}")
+        assert hears(worker)["correct"] is True
+
+
+def test_what_takes_too_long_is_counted_and_costs_no_restart() -> None:
+    with Verifiers(workers=1, seconds=0.3) as fresh:
+        assert fresh.take_counts() == {}, "nothing was asked"
+        before = workers_of(psutil.Process())
+        fresh.score([item("1", r"\boxed{1}")])
+        workers = workers_of(psutil.Process())
+        assert len(workers) == len(before) + 1
+        started = time.monotonic()
+        assert fresh.score([item("1", ENDLESS), item("1", r"\boxed{1}")] * 3) == [0.0, 1.0] * 3
+        assert time.monotonic() - started < 8
+        assert workers_of(psutil.Process()) == workers
+        assert fresh.take_counts() == {"math/timeouts": 3, "math/failures": 0}
+        assert fresh.classes("math", "", [ENDLESS, r"\boxed{1}"]) == [None, 0]
+        assert fresh.take_counts() == {"math/timeouts": 1, "math/failures": 0}
+        assert fresh.take_counts() == {"math/timeouts": 0, "math/failures": 0}
+
+
+QUOTIENTS = [
+    rf"\boxed{{\frac{{\sin({k}x)+\cos(x)^{{{k + 1}}}+{k}\tan x}}{{\cos({k + 1}x)+\sin^2 x + {k}}}}}"
+    for k in range(1, 17)
+]
+
+
+def test_distinct_functions_are_told_apart_by_their_values(verifiers: Verifiers) -> None:
+    """Pairs of these, simplified one by one, took five minutes."""
+    started = time.monotonic()
+    assert verifiers.classes("math", "", [*QUOTIENTS, QUOTIENTS[3]]) == [*range(16), 3]
+    assert time.monotonic() - started < 15
 
 
 @pytest.mark.long
@@ -360,11 +457,13 @@ def test_worker_killed_in_the_middle_of_an_item(workers: int) -> None:
 
 def test_idle_worker_killed_between_items(verifiers: Verifiers) -> None:
     assert verifiers.score([item("1", r"\boxed{1}")]) == [1.0]
-    (worker,) = children()
-    worker.kill()
-    assert verifiers.score([item("1", r"\boxed{1}"), item("2", r"\boxed{1}")]) == [1.0, 0.0]
-    (successor,) = children()
-    assert successor.pid != worker.pid
+    for of in (children, lambda: workers_of(psutil.Process())):
+        (worker,) = of()
+        worker.kill()
+        worker.wait(timeout=20)
+        assert verifiers.score([item("1", r"\boxed{1}"), item("2", r"\boxed{1}")]) == [1.0, 0.0]
+        (successor,) = of()
+        assert successor.pid != worker.pid
 
 
 def test_workers_start_when_needed_stay_and_end_with_close() -> None:
@@ -388,9 +487,10 @@ def test_workers_end_when_their_trainer_is_killed() -> None:
     with trainer:
         assert trainer.stdout is not None
         assert trainer.stdout.readline() == b"ready\n"
-        (worker,) = psutil.Process(trainer.pid).children()
+        processes = psutil.Process(trainer.pid).children(recursive=True)
+        assert len(processes) == 2
         trainer.kill()
-    assert psutil.wait_procs([worker], timeout=20)[1] == []
+    assert psutil.wait_procs(processes, timeout=20)[1] == []
 
 
 def test_rewards_and_worker_load_neither_torch_nor_more_than_needed() -> None:

@@ -28,6 +28,8 @@ _CLIP_LOW = _Bound("above 0 and below 1", "3e-4", lambda x: 0 < x < 1)
 _CLIP_HIGH = _Bound("above 0", "5e-4", lambda x: x > 0)
 _SHARE = _Bound("above 0 and at most 1", "0.5", lambda x: 0 < x <= 1)
 _DUAL_CLIP = _Bound("above 1", "3", lambda x: x > 1)
+_PROCESSES = _Bound("1 to 1024", "2", lambda x: 1 <= x <= 1024)
+_ANSWER_SECONDS = _Bound("above 0 and at most 3600", "5", lambda x: 0 < x <= 3600)
 
 _BOUNDS: dict[type, dict[str, _Bound]] = {
     schema.RunConfig: {
@@ -54,6 +56,7 @@ _BOUNDS: dict[type, dict[str, _Bound]] = {
         "parity_tolerance": _SMALL,
         "max_staleness": _ZERO_OR_ONE,
     },
+    schema.MathConfig: {"workers": _PROCESSES, "seconds": _ANSWER_SECONDS},
     schema.ServersConfig: {
         "replicas": _ONE_OR_MORE,
         "tensor": _ONE_OR_MORE,

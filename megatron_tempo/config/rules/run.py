@@ -37,7 +37,7 @@ def _profile(config: Config) -> Iterator[Problem]:
 
 def _hang(config: Config) -> Iterator[Problem]:
     """What is waited for without a sign of progress has limits of its own, which are to be reached before."""
-    limits: dict[str, float] = {}
+    limits: dict[str, float] = {"rewards.math.seconds": config.rewards.math.seconds}
     if config.rollout.engine is not EngineKind.embedded:
         servers = config.rollout.servers
         limits["rollout.servers.update_seconds"] = servers.update_seconds

@@ -1,0 +1,225 @@
+"""Processes of `math_worker` from the trainer's side: requests, limits on time, and what was lost to them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+import megatron_tempo
+from megatron_tempo.runtime import progress_marker
+
+MEMORY_MB = 1024  # address space of a worker, MiB
+START_SECONDS = 120.0  # for Python and sympy to load, on a busy machine
+RECYCLE_SECONDS = 20.0  # for a child to be forked, on a busy machine
+END_SECONDS = 2.0  # for an idle worker to end by itself
+
+Reply = dict[str, Any]
+
+
+class Worker:
+    """One process of `math_worker`, restarted when it died. To be used by one thread at a time.
+
+    A child of it that takes too long is killed and has a successor in milliseconds; `counts` has what that cost:
+    "timeouts" items that took too long, "failures" items that took too much memory or ended their child.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._process: subprocess.Popen[bytes] | None = None
+        self._child: int | None = None  # the pidfd of the process that answers
+        self._read = b""
+        self.counts: Counter[str] = Counter()
+        self.has_started = False
+        self._asked = 0
+
+    def correct(self, answer: str, response: str) -> bool:
+        """Whether the response is right. One that takes too long, or kills the worker, is not."""
+        reply = self.ask({"answer": answer, "response": response})
+        return reply is not None and bool(reply["correct"])
+
+    def read(self, response: str) -> Reply | None:
+        """The answer of a response (`math_worker`), None where it has none or cannot be read in time."""
+        reply = self.ask({"read": response})
+        return None if reply is None or reply["statement"] is None else reply
+
+    def equal(self, one: list[Any], other: list[Any], by: Literal["any", "face", "value"]) -> bool | None:
+        """Whether two statements say the same (`math_equal.matches`), None where that takes too long."""
+        reply = self.ask({"equal": [one, other], "by": by})
+        return None if reply is None else bool(reply["equal"])
+
+    def parsed(self, answer: str) -> bool:
+        """Whether an answer equals more than its own spelling."""
+        reply = self.ask({"gold": answer})
+        return reply is not None and bool(reply["parsed"])
+
+    def ask(self, request: dict[str, Any]) -> Reply | None:
+        """The reply, or None to a request that takes too long or too much memory, or kills the worker.
+
+        RuntimeError where no worker can start.
+        """
+        progress_marker.mark()
+        for _ in range(2):
+            self._ensure()
+            self._asked += 1
+            request["id"] = self._asked  # the successor of a child that was killed may answer what came before
+            try:
+                reply = self._exchange(request)
+            except TimeoutError:
+                self.counts["timeouts"] += 1
+                self._recycle()
+                return None
+            if reply is None:  # the whole worker is gone
+                self.close()
+                continue
+            if "ready" in reply:  # the child is gone, and this is its successor
+                self._adopt(reply)
+                # Killed from outside (by the kernel, for want of memory, perhaps): the item may be innocent: ask again.
+                if reply["ended"] == -signal.SIGKILL:
+                    continue
+                break
+            if reply["retire"]:
+                self._recycle()
+            if not reply["exhausted"]:
+                return reply
+            break
+        self.counts["failures"] += 1
+        return None
+
+    def close(self) -> None:
+        process, self._process, self._read = self._process, None, b""
+        if process is None:
+            return
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # what it did not read is of no interest any more
+            process.stdin.close()
+        try:
+            process.wait(timeout=END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._kill_child()
+            process.kill()
+            process.wait()
+        process.stdout.close()
+        self._kill_child()  # it is still there if only the worker was killed
+        self._forget_child()
+
+    def _ensure(self) -> None:
+        """A worker that is ready."""
+        if self._process is not None and self._process.poll() is None and self._has_heard_all():
+            return
+        self.close()
+        process = self._process = _start(self._seconds)
+        self.has_started = True
+        assert process.stdin is not None
+        os.set_blocking(process.stdin.fileno(), False)
+        try:
+            ready = self._line(time.monotonic() + START_SECONDS)
+        except TimeoutError:
+            ready = None
+        if ready is None:
+            process.kill()
+            self.close()
+            raise RuntimeError(
+                f"the math worker ended with code {process.returncode} before it was ready; its error is on stderr"
+            )
+        self._adopt(ready)
+
+    def _has_heard_all(self) -> bool:
+        """Hear of children that were killed while they had nothing to do. False where the worker is gone."""
+        assert self._process is not None
+        try:
+            while (line := self._line(time.monotonic())) is not None:
+                if "ready" in line:
+                    self._adopt(line)
+        except TimeoutError:  # there is nothing more
+            return True
+        return False
+
+    def _adopt(self, ready: Reply) -> None:
+        self._forget_child()
+        with contextlib.suppress(ProcessLookupError):  # it is gone already, and its successor will say so
+            self._child = os.pidfd_open(ready["ready"])
+
+    def _forget_child(self) -> None:
+        child, self._child = self._child, None
+        if child is not None:
+            os.close(child)
+
+    def _kill_child(self) -> None:
+        if self._child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._child, signal.SIGKILL)
+
+    def _recycle(self) -> None:
+        """A fresh child in the place of this one; a fresh worker where that does not come about."""
+        self._kill_child()
+        deadline = time.monotonic() + RECYCLE_SECONDS
+        try:
+            while (line := self._line(deadline)) is not None:
+                if "ready" in line:  # before it there may be a reply that came too late
+                    self._adopt(line)
+                    return
+        except TimeoutError:
+            assert self._process is not None
+            self._process.kill()
+        self.close()
+
+    def _exchange(self, request: dict[str, Any]) -> Reply | None:
+        """The line that follows a request, None where the worker is gone. TimeoutError after the item's time."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        deadline = time.monotonic() + self._seconds
+        place, rest = self._process.stdin.fileno(), memoryview(json.dumps(request).encode() + b"\n")
+        try:
+            while rest:
+                _wait(place, select.POLLOUT, deadline)
+                rest = rest[os.write(place, rest) :]
+        except BrokenPipeError:
+            return None
+        while (reply := self._line(deadline)) is not None:
+            if "ready" in reply or reply["id"] == request["id"]:
+                return reply
+        return None
+
+    def _line(self, deadline: float) -> Reply | None:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        place = self._process.stdout.fileno()
+        while b"\n" not in self._read:
+            _wait(place, select.POLLIN, deadline)
+            more = os.read(place, 65536)
+            if not more:
+                return None
+            self._read += more
+        line, _, self._read = self._read.partition(b"\n")
+        reply: Reply = json.loads(line)
+        return reply
+
+
+def _wait(place: int, event: int, deadline: float) -> None:
+    """Until a file descriptor is ready. TimeoutError where it is not by `deadline`."""
+    poll = select.poll()
+    poll.register(place, event)
+    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise TimeoutError
+
+
+def _start(seconds: float) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_tempo.rewards.math_worker", str(MEMORY_MB), str(seconds)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+        cwd=Path(megatron_tempo.__file__).parents[1],  # so that `-m` finds this very package
+        env={**os.environ, "PYTHONHASHSEED": "0"},  # sympy's order of terms follows the hashes of strings
+        start_new_session=True,  # Ctrl-C is for the trainer, whose end closes the worker's input
+    )

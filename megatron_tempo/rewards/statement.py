@@ -1,0 +1,78 @@
+r"""What a response states as its mathematical answer.
+
+In this order: its last box, with those of one row with it, or what is marked behind it by
+`<answer>...</answer>` or by `#### 12` as the last line; the last line `Answer: ...` or `答案：...`; what follows `the
+answer is`; else its end.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from megatron_tempo.rewards.answers import boxes, last_mark, last_sign, sentences, tail
+from megatron_tempo.rewards.math import ANSWER_CHARS
+
+# Regular expressions of math-verify take quadratic time on a response without an answer.
+TAIL_CHARS = 4000
+
+# Boxes with nothing but this between them are parts of one answer.
+_BETWEEN = re.compile(
+    r"(?:[\s,;、，；$~]|\\[,;:! ()\[\]]|\\q?quad(?![A-Za-z])"
+    r"|(?:\\text\s*\{\s*(?:and|or)\s*,?\s*\}|(?<![A-Za-z])(?:and|or)(?![A-Za-z])|[和或及]))*"
+)
+_BETWEEN_CHARS = 60
+
+
+@dataclass(frozen=True)
+class Statement:
+    """`text` is the answer if the statement is `whole`. Else it may be the answer, and `context` is where to look.
+
+    `marked`: the response says that it is its answer, so that it is one even where it cannot be parsed.
+    """
+
+    text: str
+    whole: bool
+    context: str = ""
+    marked: bool = True
+
+
+def stated(response: str) -> Statement | None:
+    r"""The statement of a response, None where it states nothing or a box is empty or too long.
+
+    >>> stated(r"So \boxed{4} and \boxed{9}.")
+    Statement(text='4, 9', whole=True, context='', marked=True)
+    """
+    text = tail(response)
+    found, sign = boxes(text), last_sign(text)
+    if found and (sign is None or sign[0] < found[-1][1]):
+        return _boxed(text, found)
+    end = text[-TAIL_CHARS:]
+    mark = sign or last_mark(text)
+    if mark is not None:
+        bare = mark[1].strip().strip("*_ ")
+        context = bare if sign else text[mark[0] :]
+        return Statement(bare, whole=False, context=context[:TAIL_CHARS]) if bare else None
+    for piece in sentences(text):
+        return Statement(piece, whole=False, context=end)
+    last = end.strip().splitlines()[-1:]
+    return Statement(last[0].strip(), whole=False, context=end, marked=False) if last else None
+
+
+def _boxed(text: str, found: list[tuple[int, int]]) -> Statement | None:
+    """The statement of the last box, or of the row of boxes that it ends."""
+    parts = [text[slice(*place)].strip() for place in _row(text, found)]
+    joined = parts[0] if len(set(parts)) == 1 else ", ".join(filter(None, parts))
+    return Statement(joined, whole=True) if parts[-1] and len(joined) <= ANSWER_CHARS else None
+
+
+def _row(text: str, found: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The last box, and those before it that only commas, `and` and the like set apart from it."""
+    row = [found[-1]]
+    for place in reversed(found[:-1]):
+        between = text[place[1] + 1 : row[0][0]]
+        between = re.sub(r"\\boxed\s*\{\Z", "", between)
+        if len(between) > _BETWEEN_CHARS or "\n\n" in between or not _BETWEEN.fullmatch(between):
+            break
+        row.insert(0, place)
+    return row
