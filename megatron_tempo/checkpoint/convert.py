@@ -20,6 +20,7 @@ from megatron_tempo.checkpoint import manifest
 from megatron_tempo.checkpoint.resumable_folder import ResumableFolder
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import CriticTargets
+from megatron_tempo.config.trained_with import ENTRY, trained_with
 from megatron_tempo.config.tree import read as read_config
 from megatron_tempo.data import seen
 from megatron_tempo.errors import InputError
@@ -95,11 +96,12 @@ def to_hugging_face(
             raise InputError(f"{saved.step} is damaged: {problem}")
     weight_map = _write_shards(work, stored, mappings, dtype, shard_bytes, log)
     changes = critic_changes(shape, saved.targets) if model == "critic" else {}
+    seen_summary = None if saved.step is None else seen.carry(saved.step, work.whole)
+    if saved.config is not None:
+        changes[ENTRY] = trained_with(saved.config) | ({} if seen_summary is None else {"seen": seen_summary})
     changes["dtype"] = str(stored.entries(mappings[0], dtype)[0][1]).removeprefix("torch.")
     size = sum(nbytes(entry) for mapping in mappings for entry in stored.entries(mapping, dtype))
     folder.describe(work.whole, weight_map, size, like, changes)
-    if saved.step is not None:
-        seen.carry(saved.step, work.whole)
     return work.finish()
 
 

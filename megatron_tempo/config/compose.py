@@ -11,7 +11,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -34,8 +35,9 @@ from megatron_tempo.config.rules import Purpose
 from megatron_tempo.config.rules.data import SUFFIXES
 from megatron_tempo.config.rules.evaluation import SET_NAME_BYTES
 from megatron_tempo.config.rules.files import wrong_with_folder
-from megatron_tempo.config.schema import Config, to_plain
+from megatron_tempo.config.schema import Config, RolloutConfig, to_plain
 from megatron_tempo.config.shipped import REPOSITORY
+from megatron_tempo.config.trained_with import defaults_for, lengths, read_trained_with
 
 GROUPS = ("model", "data", "benchmark", "engine", "algorithm", "experiment", "cluster")
 # A job of these kinds whose command line names no run.dir gets a folder of its own below these.
@@ -69,18 +71,98 @@ def compose_tree(
         words = [] if folder_of is None else [f"++run.dir={folder_of}/{_own_name()}"]
         problems: list[Problem] = []
         chosen = [name for text in overrides for name in _benchmarks(text)]
+        files = [text.partition("=")[2].strip("'\"") for text in overrides if text.startswith("data=")]
+        names, doubled = _set_names(files, chosen)
+        problems += doubled
         # A set made by data=FILE comes first, so that its fields can be given in any order.
         for text in sorted(overrides, key=lambda text: not text.startswith("data=")):
             try:
-                words += _translate(text, presets, purpose, chosen)
+                words += _translate(text, presets, purpose, names)
             except ConfigErrors as error:
                 problems += error.problems
         try:
-            return _plain(search + words), problems
+            plain = _plain(search + words)
         except _COMPOSING:
             if whole is not None:
                 _check_whole(search, whole)
-            return _plain(_sift(search, words, problems)), problems
+            plain = _plain(_sift(search, words, problems))
+        if purpose is Purpose.eval and whole is None:
+            entry = _trained_with(plain)
+            _fill_sets(plain, [name for name in names.values() if name not in chosen], entry)
+            _fill_lengths(plain, overrides, entry)
+        return plain, problems
+
+
+def _trained_with(plain: dict[str, Any]) -> dict[str, Any]:
+    """What the model was trained with, if its folder says so (`config.trained_with`)."""
+    model = plain.get("model")
+    path = model.get("path") if isinstance(model, dict) else None
+    return read_trained_with(Path(path)) if isinstance(path, str) else {}
+
+
+def _fill_lengths(plain: dict[str, Any], overrides: Sequence[str], entry: dict[str, Any]) -> None:
+    """Take the lengths that the model was trained with where neither a preset nor an override gives others."""
+    rollout = plain.get("rollout")
+    if not isinstance(rollout, dict):
+        return
+    for field, value in lengths(entry).items():
+        is_given = any(text.lstrip("+").startswith(f"rollout.{field}=") for text in overrides)
+        if not is_given and rollout.get(field) == getattr(RolloutConfig(), field):
+            rollout[field] = value
+
+
+def _fill_sets(plain: dict[str, Any], names: Sequence[str], entry: dict[str, Any]) -> None:
+    """Give the sets of data=FILE the fields that no override gave: as the model was trained, else the defaults."""
+    evaluation = plain.get("evaluation")
+    sets = evaluation.get("sets") if isinstance(evaluation, dict) else None
+    if not isinstance(sets, dict):
+        return
+    for name in names:
+        fields = sets.get(name)
+        if not isinstance(fields, dict):
+            continue
+        defaults = {"answer_field": "answer", "verifier": Verifier.math.name}
+        if offered := defaults_for(entry, str(fields.get("path"))):
+            if {"verifier", "verifier_field"} & offered.keys():
+                del defaults["verifier"]
+            defaults |= offered
+        if {"verifier", "verifier_field"} & fields.keys():
+            defaults = {field: v for field, v in defaults.items() if field not in ("verifier", "verifier_field")}
+        for field, value in defaults.items():
+            fields.setdefault(field, value)
+
+
+def _set_names(files: Sequence[str], benchmarks: Sequence[str]) -> tuple[dict[str, str], list[Problem]]:
+    """The evaluation set of each data=FILE, and the problems of files that are given twice.
+
+    Files of equal names get their folders' names before them, as many as tell them apart.
+
+    >>> _set_names(["gsm8k/test.jsonl", "math/test.jsonl"], [])[0]
+    {'gsm8k/test.jsonl': 'gsm8k_test', 'math/test.jsonl': 'math_test'}
+    """
+    paths = {given: Path(given).absolute() for given in files}
+    problems = []
+    for place, given in enumerate(files):
+        if paths[given].resolve() in [paths[other].resolve() for other in files[:place]]:
+            problems.append(Problem("data", given, "is given twice", "give each file once"))
+    names = {given: set_name(path) for given, path in paths.items()}
+    for depth in range(2, max((len(path.parts) for path in paths.values()), default=0) + 1):
+        count = Counter(names.values())
+        for given, path in paths.items():
+            if count[names[given]] > 1 and names[given] not in benchmarks:
+                names[given] = set_name(Path("_".join(path.parts[-depth:])))
+    count, used = Counter(names.values()), Counter[str]()
+    for given, name in names.items():
+        if count[name] > 1 and name not in benchmarks:  # a-b.jsonl and a_b.jsonl in one folder
+            short = set_name(paths[given])
+            used[short] += 1
+            names[given] = short if used[short] == 1 and short not in count else f"{short}_{used[short]}"
+    for given, name in names.items():
+        same = [other for other, taken in names.items() if taken == name and other != given]
+        if name in benchmarks and same and not problems:
+            wrong = f"is the benchmark {name}, as {same[0]} is"
+            problems.append(Problem("data", given, wrong, f"give one file of it, as evaluation.sets.{name}.path"))
+    return names, problems
 
 
 def _own_name() -> str:
@@ -171,7 +253,9 @@ def _parsed(text: str) -> tuple[str, Override]:
 _KEY = re.compile(r"[+~]{0,2}[A-Za-z_][\w@:/.-]*", re.ASCII)
 
 
-def _translate(text: str, presets: Callable[[str], list[str]], purpose: Purpose, benchmarks: list[str]) -> list[str]:
+def _translate(
+    text: str, presets: Callable[[str], list[str]], purpose: Purpose, set_names: Mapping[str, str]
+) -> list[str]:
     """One override of the user as Hydra is to see it. Raises ConfigErrors."""
     text, override = _parsed(text)
     key = override.key_or_group
@@ -182,7 +266,7 @@ def _translate(text: str, presets: Callable[[str], list[str]], purpose: Purpose,
     if key.startswith("hydra"):
         raise _refused(text, "Hydra's own settings are not used", "for your own presets use --config-dir")
     if key in GROUPS and override.package is None:
-        return _preset(override, text, presets(key), purpose, benchmarks)
+        return _preset(override, text, presets(key), purpose, set_names)
     if override.is_delete():
         return [text]
     if group := meant_group(key):
@@ -190,7 +274,9 @@ def _translate(text: str, presets: Callable[[str], list[str]], purpose: Purpose,
     return ["++" + text.lstrip("+")]
 
 
-def _preset(override: Override, text: str, names: list[str], purpose: Purpose, benchmarks: list[str]) -> list[str]:
+def _preset(
+    override: Override, text: str, names: list[str], purpose: Purpose, set_names: Mapping[str, str]
+) -> list[str]:
     """A choice in a group of presets, or one of the short forms model=FOLDER and data=FILE."""
     group, choice, given = override.key_or_group, override.value(), text.partition("=")[2]
     if override.is_delete() or choice is None or choice in names:
@@ -206,11 +292,7 @@ def _preset(override: Override, text: str, names: list[str], purpose: Purpose, b
     if group == "data" and path.suffix in SUFFIXES:
         if purpose is not Purpose.eval:
             raise _refused(text, "is only for eval", f"data.labelled.path={given} or data.unlabelled.path={given}")
-        name = set_name(path)
-        fields = {"path": given}
-        if name not in benchmarks:
-            fields |= {"answer_field": "answer", "verifier": Verifier.math.name}
-        return [f"++evaluation.sets.{name}.{field}={value}" for field, value in fields.items()]
+        return [f"++evaluation.sets.{set_names.get(str(choice), set_name(path))}.path={given}"]
     if purpose is Purpose.eval and group == "data" and path.suffix:
         fix = "convert it: megatron-tempo prepare custom FILE --out FILE.jsonl ..."
         raise _refused(text, f"must end in {' or '.join(SUFFIXES)}", fix)

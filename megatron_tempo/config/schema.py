@@ -105,7 +105,7 @@ class DatasetConfig:
     id_field: str | None = None  # column of the question's name; none: the row's number, from 0
     chat_template: bool = True  # text prompts become one user message; messages always go through the template
     system: str | None = None  # a system message put first
-    suffix: str = ""  # appended to a text prompt
+    suffix: str = ""  # appended to a prompt; of messages, to the last one, unless that has it already
     limit: int | None = None  # the first so many rows; none: all
 
 

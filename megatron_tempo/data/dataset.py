@@ -215,7 +215,7 @@ class _Encoder:
         if isinstance(value, list):
             if self._tokenizer.chat_template is None:
                 raise BadRow("the prompt is chat messages, and the tokenizer has no chat template; give text")
-            return self._render(_messages(config.prompt_field, value)), True
+            return self._render(_with_suffix(_messages(config.prompt_field, value), config.suffix)), True
         raise BadRow(f"field {config.prompt_field!r} is {_shown(value)}; a prompt is text or a list of messages")
 
     def _render(self, messages: list[dict[str, str]]) -> str:
@@ -248,6 +248,14 @@ def _messages(name: str, value: list[Any]) -> list[dict[str, str]]:
     if messages[-1]["role"] != "user":
         raise BadRow(f"the last message of field {name!r} is of the {messages[-1]['role']}; end with the user's")
     return messages
+
+
+def _with_suffix(messages: list[dict[str, str]], suffix: str) -> list[dict[str, str]]:
+    """The messages with the suffix after the last one, which is the user's, unless it says the same already."""
+    last = messages[-1]
+    if not suffix.strip() or suffix.strip() in last["content"]:
+        return messages
+    return [*messages[:-1], {**last, "content": last["content"] + suffix}]
 
 
 def _shown(value: object) -> str:

@@ -1,14 +1,22 @@
 """Which questions a model was trained on: seen.jsonl, of a run, and in the Hugging Face folders that it exports.
 
 One line a question and kind, written when it is first trained on: step (from 1 in the run; 0: an earlier run, whose
-export this one began with), labels (whether its answer was used), id, question (its key, see data.dataset).
+export this one began with), labels (whether its answer was used), id, question (its key, see data.dataset). A line
+{"step": N, "unknown": WHY} says that the file is not whole: it was lost or changed before step N.
+
+Checkpoints and exports hold the number and the hash of the lines (`Seen.summary`). A file that is missing, or that does
+not fit them, says nothing: which questions were trained on is then unknown, not none.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+from megatron_tempo.config.trained_with import read_trained_with
 from megatron_tempo.observability.records import Record, drop, extend, read
 
 SEEN = "seen.jsonl"
@@ -25,14 +33,30 @@ class Seen:
         self._keys = {True: labelled, False: unlabelled}
         self._is_writer = is_writer
         self._known: set[tuple[bool, str]] = set()
+        self._lines: list[str] = []  # a hash of each line, in their order
+        self._is_whole = True
 
-    def resume(self, step: int, model: Path) -> None:
-        """Forget what came after `step`; know what the model that the run began with was trained on."""
+    def resume(self, step: int, model: Path, saved: Mapping[str, Any] | None = None) -> str | None:
+        """Forget what came after `step`; know what the model that the run began with was trained on.
+
+        `saved` is the summary in the checkpoint; None: there is no checkpoint, or it is of an earlier version. Returns
+        a warning if the file is not the one of the checkpoint, or if the model's own record is missing.
+        """
         if not self._is_writer:
-            return
+            return None
         drop(self.path, lambda record: record["step"] > step)
-        self._known = {(record["labels"], record["question"]) for record in read(self.path)}
-        self._write({**record, "step": 0} for record in read_seen(model) or ())
+        records = read(self.path)
+        self._is_whole = not any("unknown" in record for record in records)
+        self._known = {(record["labels"], record["question"]) for record in records if "question" in record}
+        self._lines = [_line_hash(record) for record in records]
+        missing = saved is None and step > 0 and not self.path.exists()
+        if missing or (saved is not None and saved != self.summary()):
+            return self._lose(step, f"{self.path} is not the file of the checkpoint: lost, or changed since")
+        earlier = read_seen(model)
+        if earlier is None and is_export(model) and step == 0:
+            return self._lose(0, f"{model} is an export whose {SEEN} is missing or changed")
+        self._write({**record, "step": 0} for record in earlier or ())
+        return None
 
     def add(self, step: int, labelled: Iterable[str], unlabelled: Iterable[str]) -> None:
         """The ids of the questions that iteration `step` trained on; repeated ones are written once."""
@@ -43,9 +67,20 @@ class Seen:
                 for name in names
             )
 
-    def count(self, questions: Iterable[str]) -> dict[str, int]:
-        """As `count`, of what the run has trained on so far."""
-        return count(self._known, questions)
+    def count(self, questions: Iterable[str]) -> dict[str, int] | None:
+        """As `count`, of what the run has trained on so far; None if that is unknown."""
+        return count(self._known, questions) if self._is_whole else None
+
+    def summary(self) -> dict[str, Any]:
+        """The number of lines and their hash, for `resume`, exports and conversions."""
+        return _summary(self._lines)
+
+    def _lose(self, step: int, why: str) -> str | None:
+        if not self._is_whole:  # it is known already
+            return None
+        self._is_whole = False
+        self._append([{"step": step, "unknown": why}])
+        return f"{why}; which questions the model was trained on is unknown from here on"
 
     def _write(self, records: Iterable[Record]) -> None:
         new = []
@@ -54,20 +89,61 @@ class Seen:
             if fact not in self._known:
                 self._known.add(fact)
                 new.append(record)
-        extend(self.path, new)
+        self._append(new)
+
+    def _append(self, records: list[Record]) -> None:
+        extend(self.path, records)
+        self._lines += [_line_hash(record) for record in records]
+
+
+def _line_hash(record: Record) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _summary(lines: list[str]) -> dict[str, Any]:
+    return {"count": len(lines), "sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}
+
+
+def is_export(model: Path) -> bool:
+    """Whether a run has made this Hugging Face folder and said in it what it was trained on."""
+    return bool(read_trained_with(model).get("seen"))
 
 
 def read_seen(model: Path) -> list[Record] | None:
-    """What the model in a Hugging Face folder was trained on. None where the folder does not say."""
-    return read(model / SEEN) if (model / SEEN).exists() else None
+    """What the model in a Hugging Face folder was trained on.
+
+    None where the folder does not say: its file is missing, is not the one it was exported with, or says so itself.
+    """
+    if not (model / SEEN).is_file():
+        return None
+    records = read(model / SEEN)
+    summary = read_trained_with(model).get("seen")
+    fits = summary is None or summary == _summary([_line_hash(record) for record in records])
+    return records if fits and not any("unknown" in record for record in records) else None
 
 
-def carry(step: Path, folder: Path) -> None:
-    """Write into a Hugging Face folder what the model of RUN/checkpoints/step_N was trained on, if the run is there."""
+def carry(step: Path, folder: Path) -> dict[str, Any] | None:
+    """Write into a Hugging Face folder what the model of RUN/checkpoints/step_N was trained on, if the run is there.
+
+    Nothing is written if the run's file does not fit the checkpoint. Returns the checkpoint's summary, if it has one.
+    """
+    (folder / SEEN).unlink(missing_ok=True)  # of a conversion that was cut short
     number, path = step.name.removeprefix("step_"), step.resolve().parents[1] / SEEN
+    summary = _summary_of(step)
     if number.isdecimal() and path.exists():
-        (folder / SEEN).unlink(missing_ok=True)  # of a conversion that was cut short
-        extend(folder / SEEN, (record for record in read(path) if record["step"] <= int(number)))
+        records = [record for record in read(path) if record["step"] <= int(number)]
+        if summary is None or summary == _summary([_line_hash(record) for record in records]):
+            extend(folder / SEEN, records)
+    return summary
+
+
+def _summary_of(step: Path) -> dict[str, Any] | None:
+    try:
+        state = json.loads((step / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    summary: dict[str, Any] | None = state.get("seen") if isinstance(state, dict) else None
+    return summary
 
 
 def seen_of(model: Path, questions: Iterable[str]) -> dict[str, int] | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -38,6 +41,27 @@ class QuestionKeys:
     def evaluated(config: Config) -> dict[str, dict[str, str]]:
         """Of the evaluation sets alone."""
         return {name: question_keys(dataset) for name, dataset in config.evaluation.sets.items()}
+
+
+@contextmanager
+def unchanged_files(config: Config) -> Iterator[dict[str, str | None]]:
+    """For the time in which the evaluation sets are read: the SHA-256 of their files, by set.
+
+    None for what a user's own reader reads. InputError at the end if a file has changed meanwhile: so the digests are
+    of the bytes that were read.
+    """
+    before = {name: _sha256(Path(dataset.path)) for name, dataset in config.evaluation.sets.items()}
+    yield before
+    for name, dataset in config.evaluation.sets.items():
+        if _sha256(Path(dataset.path)) != before[name]:
+            raise InputError(f"{dataset.path} (evaluation.sets.{name}) changed while it was read: start again")
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def prompt_streams(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +31,15 @@ class Evaluator:
     """Evaluates the sets of a job. All methods are collective and return the same on every rank.
 
     `values` returns the critic's values of a batch, float32 [T + n]; None if there is no critic. `seed` seeds the
-    sampling. It is the same at every evaluation of a run, so the points of a curve differ only by the weights.
+    sampling. It is the same at every evaluation of a run, so the points of a curve differ only by the weights. `keys`
+    are the keys of each set's questions, by id.
     """
 
     engine: Engine
     verifiers: Verifiers
     tokenizer: PreTrainedTokenizerBase
     sets: dict[str, list[LabelledPrompt]]
+    keys: dict[str, dict[str, str]]
     config: EvaluationConfig
     max_tokens: int
     seed: int
@@ -53,7 +57,8 @@ class Evaluator:
         if self.values is not None and name == self.config.calibration_set:
             calibration = calibrate(scored, self.values, targets)
         samples = shown(scored, self.tokenizer, self.values) if show else []
-        return scores(scored, self.config) | {"set": name, "calibration": calibration}, samples
+        questions = by_question(scored, self.keys[name])
+        return scores(scored, self.config) | {"set": name, "calibration": calibration, **questions}, samples
 
     def answer(self, name: str) -> ScoredResponses:
         """Let the engine answer every question of a set `config.samples` times, and verify the responses."""
@@ -89,6 +94,22 @@ def scores(scored: ScoredResponses, config: EvaluationConfig) -> dict[str, Any]:
     }
 
 
+def by_question(scored: ScoredResponses, keys: Mapping[str, str]) -> dict[str, Any]:
+    """What pairs two evaluations: the fields `right` and `questions_hash` of a line of evaluations.jsonl.
+
+    `right` counts the correct responses of each question, in the order of the questions' keys. The hash is equal where
+    questions, answers and verifiers are the same, whatever their order in the file.
+    """
+    named = [(keys[prompt.id], prompt.answer, prompt.verifier) for prompt in scored.prompts]
+    order = sorted(range(len(named)), key=named.__getitem__)
+    text = json.dumps([named[place] for place in order])
+    counts = scored.correct.sum(axis=1).astype(int)
+    return {
+        "right": [int(counts[place]) for place in order],
+        "questions_hash": hashlib.sha256(text.encode()).hexdigest()[:32],
+    }
+
+
 def calibrate(scored: ScoredResponses, values: Callable[[Batch], Tensor], targets: CriticTargets) -> dict[str, Any]:
     """The critic's calibration on these responses: the `calibration` field. `values` returns [T + n]; collective."""
     flat = values(scored.batch)
@@ -113,6 +134,7 @@ def shown(
             "values": None if by_row is None else by_row[i].tolist(),
             "correct": int(scored.correct[i, 0]),
             "answer": prompt.answer,
+            "verifier": prompt.verifier,
         }
         for i, (prompt, response) in enumerate(zip(scored.prompts[:SHOWN], batch.responses(), strict=True))
     ]

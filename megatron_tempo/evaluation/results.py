@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tempo.evaluation.evaluator import ScoredResponses
-from megatron_tempo.evaluation.scores import avg_at_k, avg_at_k_se, interval, pass_at_k, pass_at_k_se
+from megatron_tempo.evaluation.scores import avg_at_k, avg_at_k_se, pass_at_k, pass_at_k_se, share_interval
 
 
 def response_records(
@@ -34,16 +34,15 @@ def response_records(
 def result(scored: ScoredResponses) -> dict[str, Any]:
     """A set's part of results.json: avg@n, and pass@k for every k from 1 to n, for n responses per question.
 
-    Each score has `se`, its standard error over questions, and `low` and `high`, the 95% interval (`scores.interval`)
-    clipped to [0, 1]. They are null for a single question.
+    Each score has `se`, its standard error over questions, and `low` and `high`, the 95% interval
+    (`scores.share_interval`). They are null for a single question.
     """
     correct = scored.correct
     questions, samples = correct.shape
     lengths, stopped = scored.batch.response_lengths.double(), scored.batch.stopped
 
     def score(value: float, error: float | None) -> dict[str, float | None]:
-        ends = interval(value, error, questions)
-        low, high = (None, None) if ends is None else (max(ends[0], 0.0), min(ends[1], 1.0))
+        low, high = share_interval(value, error, questions) or (None, None)
         return {"value": value, "se": error, "low": low, "high": high}
 
     return {

@@ -39,7 +39,7 @@ def interval(score: float, error: float | None, questions: int) -> tuple[float, 
 
     For many questions this is Miller's score +- 1.96 standard errors. For the 30 questions of an AIME it is a little
     wider. None if there is no standard error. An `error` of 0 gives an interval of width 0, which is not informative:
-    all questions got the same score.
+    all questions got the same score. For a share of correct responses, `share_interval` returns one with a width.
     """
     if error is None:
         return None
@@ -49,9 +49,24 @@ def interval(score: float, error: float | None, questions: int) -> tuple[float, 
     return score - reach, score + reach
 
 
-def _pass_by_question(correct: np.ndarray, k: int) -> np.ndarray:
-    right = _checked(correct).sum(axis=1).astype(int)
-    samples = correct.shape[1]
+def share_interval(score: float, error: float | None, questions: int) -> tuple[float, float] | None:
+    """`interval` of a score in [0, 1], clipped to that range.
+
+    Where every question got 0, or every question got 1, its other end is that of Clopper and Pearson for as many
+    questions: 0.0 of 30 questions is 0.000 to 0.116, not 0 to 0.
+    """
+    ends = interval(score, error, questions)
+    if ends is None:
+        return None
+    low, high = max(ends[0], 0.0), min(ends[1], 1.0)
+    if low == high and score in (0.0, 1.0):
+        reach = 1.0 - 0.025 ** (1.0 / questions)
+        return (0.0, reach) if score == 0.0 else (1.0 - reach, 1.0)
+    return low, high
+
+
+def pass_by_question(right: np.ndarray, samples: int, k: int) -> np.ndarray:
+    """pass@k of each question; `right` int [questions] counts its correct responses among `samples`."""
     if not 1 <= k <= samples:
         raise ValueError(
             f"pass@{k} needs 1 <= k <= samples, but there are {samples} samples per question: "
@@ -61,7 +76,12 @@ def _pass_by_question(correct: np.ndarray, k: int) -> np.ndarray:
     # is 1, and a factor j = k is 0. One entry for each c in 0..n.
     factors = np.maximum(1.0 - k / np.arange(samples, 0, -1), 0.0)
     none_right = np.concatenate(([1.0], np.cumprod(factors)))
-    return 1.0 - none_right[right]
+    by_question: np.ndarray = 1.0 - none_right[right]
+    return by_question
+
+
+def _pass_by_question(correct: np.ndarray, k: int) -> np.ndarray:
+    return pass_by_question(_checked(correct).sum(axis=1).astype(int), correct.shape[1], k)
 
 
 def _standard_error(scores: np.ndarray) -> float | None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,14 +32,12 @@ from megatron_tempo.observability.records import (
     finite,
     read_evaluations,
     read_metrics,
-    write_whole,
 )
 from megatron_tempo.observability.terminal import say, width
+from megatron_tempo.observability.trackers import tensorboard_writer, wandb_run
 from megatron_tempo.types import EngineHealth
 
 log = logging.getLogger(__name__)
-
-UPLOAD_SECONDS = 120.0  # time limit of Weights & Biases at a run's end
 
 
 class Metrics:
@@ -89,7 +85,7 @@ class Metrics:
         self._heartbeat = Heartbeat(run_dir)
         self._open_tensorboard()
         if config.wandb_project is not None:
-            self._wandb = _wandb(run_dir, config.wandb_project, self.warn)
+            self._wandb = wandb_run(run_dir, config.wandb_project, self.warn)
 
     def plan(self, stages: Mapping[str, StageConfig], evaluations: int, step: int = 0) -> None:
         """Set what remains, for the time left, and start the progress bar. `stages`: all stages. `evaluations`:
@@ -286,7 +282,7 @@ class Metrics:
     def _open_tensorboard(self, purge_step: int | None = None) -> None:
         if self._config.tensorboard:
             with self._tensorboard_or_none():
-                self._tensorboard = _tensorboard(self._dir, purge_step)
+                self._tensorboard = tensorboard_writer(self._dir, purge_step)
 
     def _close_tensorboard(self) -> None:
         if self._tensorboard is not None:
@@ -301,67 +297,3 @@ class Metrics:
         except OSError as error:
             self.warn(f"TensorBoard failed ({error}); training continues without it; {METRICS} has all metrics")
             self._tensorboard = None
-
-
-def _tensorboard(run_dir: Path, purge_step: int | None = None) -> Any:
-    try:
-        tensorboard = importlib.import_module("torch.utils.tensorboard")
-    except ImportError as error:
-        raise ValueError(
-            "metrics.tensorboard=true requires the tensorboard package, which is not installed: "
-            "pip install tensorboard, or set it to false"
-        ) from error
-    return tensorboard.SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
-
-
-def _wandb(run_dir: Path, project: str, warn: Callable[[str], None]) -> _Wandb:
-    try:
-        module = importlib.import_module("wandb")
-    except ImportError as error:
-        raise ValueError(
-            f"metrics.wandb_project={project} requires the wandb package, which is not installed: "
-            "pip install wandb, or set it to null"
-        ) from error
-    return _Wandb(module, run_dir, project, warn)
-
-
-class _Wandb:
-    """A Weights & Biases run. Its failure does not end the training."""
-
-    def __init__(self, module: Any, run_dir: Path, project: str, warn: Callable[[str], None]) -> None:
-        self._errors = (module.errors.Error, OSError)
-        self._warn = warn
-        id_file = run_dir / "wandb_id"  # a resumed job continues the same W&B run
-        self._run: Any = None
-        try:
-            if not id_file.exists():
-                write_whole(id_file, uuid.uuid4().hex)
-            self._run = module.init(
-                project=project,
-                name=run_dir.name,
-                dir=str(run_dir),
-                id=id_file.read_text(),
-                resume="allow",
-                # Without these a run that has lost its connection would wait at its end until the job's time limit.
-                settings={"finish_timeout": UPLOAD_SECONDS, "finish_timeout_raises": True},
-            )
-        except self._errors as error:
-            self._give_up(error)
-
-    def log(self, numbers: Mapping[str, float], step: int) -> None:
-        if self._run is not None:
-            try:
-                self._run.log(dict(numbers), step=step)
-            except self._errors as error:
-                self._give_up(error)
-
-    def finish(self) -> None:
-        if self._run is not None:
-            try:
-                self._run.finish()
-            except self._errors as error:
-                self._give_up(error)
-
-    def _give_up(self, error: Exception) -> None:
-        self._warn(f"Weights & Biases failed ({error}); training continues without it; {METRICS} has all metrics")
-        self._run = None

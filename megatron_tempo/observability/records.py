@@ -4,9 +4,12 @@ metrics.jsonl      one line per iteration: time (unix), stage, method, iteration
                    the run), seconds, numbers by name: reward/labelled, actor/loss, critic/grad_norm, time/generate, ...
 evaluations.jsonl  one line per set and point: time, stage, iteration, step, set, avg, avg_se, avg_k, pass and pass_se
                    by k, questions, response_length, truncated, seen (how many questions were trained on; null if
-                   unknown), calibration, point (before, between, after, during; of the eval command: alone)
+                   unknown), calibration, point (before, between, after, during; of the eval command: alone), right
+                   (correct responses of each question, in the order of their keys), questions_hash (equal where the
+                   questions are the same)
 samples.jsonl      one line per response: point, stage, step, set, prompt, tokens, values (one more than tokens),
-                   correct, answer
+                   correct, answer, verifier
+starts.jsonl       one line per start of the job, at the step it continued from (see observability.start)
 responses.jsonl    of the eval command, one line per response: set, id and question (the question's key), sample (from
                    0), text (as the verifier read it), correct, tokens, finish (stop, length)
 warnings.jsonl     one line per fault that the run continued after, such as a restarted server: time, text
@@ -33,6 +36,7 @@ EVALUATIONS = "evaluations.jsonl"
 SAMPLES = "samples.jsonl"
 RESPONSES = "responses.jsonl"
 WARNINGS = "warnings.jsonl"
+STARTS = "starts.jsonl"
 
 
 def read_metrics(run_dir: Path) -> list[Record]:
@@ -49,6 +53,10 @@ def read_samples(run_dir: Path) -> list[Record]:
 
 def read_warnings(run_dir: Path) -> list[Record]:
     return read(run_dir / WARNINGS)
+
+
+def read_starts(run_dir: Path) -> list[Record]:
+    return read(run_dir / STARTS)
 
 
 def read(path: Path) -> list[Record]:

@@ -1,21 +1,22 @@
-"""The report as one self-contained HTML file: no scripts, no network."""
+"""The report as one self-contained HTML file: its script and styles are in it, and it fetches nothing."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
-from matplotlib.figure import Figure
 
 from megatron_tempo.observability.progress import clock
 from megatron_tempo.observability.records import Record, write_whole
-from megatron_tempo.report import plots
+from megatron_tempo.report import charts
 from megatron_tempo.report.summary import (
     Milestone,
     Run,
@@ -31,17 +32,13 @@ WARNED = 5  # warnings shown, the latest
 HEAD, TAIL = 400, 200  # tokens shown of a long response
 # From wrong over undecided to right. Colour-blind readers can distinguish them; they are light enough for dark text.
 SCALE = ((236, 150, 80), (247, 246, 242), (92, 165, 218))
+# What the answer of the data file is, where it is not what a response must give.
+ANSWER_LABELS = {"countdown": "operators of a solution (reference answer)"}
 PREFIX_SCORES = (
     ("auroc", "AUROC", "AUROC (1 is best)"),
     ("brier", "Brier score", "Brier score (0 is best)"),
     ("ece", "Calibration error", "ECE (0 is best)"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    uri: str
-    title: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +59,7 @@ class Sample:
     tail: list[Token]
     correct: bool
     answer: str
+    answer_label: str
     first_value: str
     last_value: str
     curve: str
@@ -83,18 +81,24 @@ def write_report(run_dir: Path) -> Path:
         title=f"{run.name} · TEMPO run",
         name=run.name,
         facts=_facts(run),
-        outcome=[(printable(finding.scores), printable(finding.verdict)) for finding in outcome(run)],
+        outcome=[
+            (printable(finding.scores), [printable(sentence) for sentence in finding.verdict])
+            for finding in outcome(run)
+        ],
         alerts=[printable(alert.line()) for alert in run.alerts()],
         warnings=[printable(warning["text"]) for warning in run.warnings[-WARNED:]],
         header=header,
         rows=[[printable(cell) for cell in row] for row in rows],
-        scores=[picture(plots.score_panel(run, name), f"Scores on {printable(name)}") for name in run.sets()],
-        reliability=[picture(plots.reliability(m, r), f"Reliability {m.label}") for m, r in calibrated if m.stage],
-        prefixes=[picture(plots.by_prefix(calibrated, *score), score[1]) for score in PREFIX_SCORES if calibrated],
+        scores=[charts.score_chart(run, name) for name in run.sets()],
+        reliability=[charts.reliability(m, r) for m, r in calibrated if m.stage],
+        prefixes=[charts.by_prefix(calibrated, *score) for score in PREFIX_SCORES if calibrated],
         calibration_rows=list(_calibration_rows(calibrated)),
-        training=[picture(figure, title) for title, figure in plots.training_panels(run)],
+        training=list(charts.training_charts(run)),
         phases=_phases(run),
         memory=_memory(run),
+        memory_note=_memory_note(run),
+        memory_chart=charts.memory_chart(run),
+        made_with=made_with(run.starts),
         samples=[(m.label, chosen) for m in reversed(run.milestones()) if (chosen := samples(run, m))],
         scale=scale(),
         value_range=value_range_of(run),
@@ -110,7 +114,21 @@ def template(name: str) -> Template:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.globals |= chart_parts()
     return environment.get_template(name)
+
+
+@cache
+def chart_parts() -> dict[str, str]:
+    """The script of a page, its hash, by which the page's policy lets it and no other run, and uPlot's styles."""
+    folder = files("megatron_tempo.report")
+    library, styles, own = (
+        folder.joinpath(name).read_text(encoding="utf-8")
+        for name in ("uplot/uPlot.iife.min.js", "uplot/uPlot.min.css", "chart.js")
+    )
+    script = f"{library}\n{own}"
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return {"script": script, "script_hash": digest, "chart_css": styles}
 
 
 def scale() -> list[str]:
@@ -135,9 +153,62 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _memory(run: Run) -> list[tuple[str, float, float]]:
-    """Phase, its highest peak in 10^9 bytes, and that peak as a fraction of the highest of all phases."""
-    peaks = memory_peaks(run.metrics)
-    return [(phase, peak, peak / max(peaks.values())) for phase, peak in peaks.items()]
+    """Phases, their highest peak in 10^9 bytes, and that peak as a fraction of the highest of all.
+
+    Phases whose peaks differ by less than 1% share a row.
+    """
+    rows: list[tuple[list[str], float]] = []
+    for phase, peak in memory_peaks(run.metrics).items():  # the highest first
+        if rows and peak >= 0.99 * rows[-1][1]:
+            rows[-1][0].append(phase)
+        else:
+            rows.append(([phase], peak))
+    return [(", ".join(phases), peak, peak / max(rows[0][1], 1e-9)) for phases, peak in rows]
+
+
+def _memory_note(run: Run) -> str:
+    """How to read the peaks: on a CPU they are of the process, which seldom gives memory back."""
+    peaks = list(memory_peaks(run.metrics).values())
+    gpu = bool(run.starts and run.starts[-1].get("gpus"))
+    where = "On a GPU: memory allocated by torch. On a CPU: growth of the process."
+    if run.starts:
+        where = "Memory allocated by torch." if gpu else "Growth of the process: on a CPU it seldom shrinks."
+    if len(peaks) > 1 and peaks[-1] > 0.95 * peaks[0]:
+        where += " All phases reach the same peak within 5%: no phase stands out."
+    return where
+
+
+def made_with(starts: Sequence[Record]) -> list[tuple[str, str]]:
+    """Command, code, versions and hardware of the latest start, and which of them an earlier start had otherwise."""
+    if not starts:
+        return []
+    last = starts[-1]
+    rows = _start_rows(last)
+    if len(starts) > 1:
+        steps = ", ".join(str(start.get("step", 0)) for start in starts)
+        rows.append(("Starts", f"{len(starts)}, at steps {steps}"))
+        before = dict(_start_rows(starts[0]))
+        changed = [f"{name}: {before[name]}" for name, value in rows if before.get(name, value) != value]
+        if changed:
+            rows.append(("At the first start", "; ".join(changed)))
+    return [(name, printable(value)) for name, value in rows]
+
+
+def _start_rows(start: Record) -> list[tuple[str, str]]:
+    versions = start.get("versions", {})
+    commit = start.get("commit")
+    code = f"megatron_tempo {versions.get('megatron_tempo', '?')}, " + (
+        "not from a git checkout"
+        if commit is None
+        else f"commit {commit}{' with changes' if start.get('changed') else ''}"
+    )
+    return [
+        ("Command", start.get("command", "")),
+        ("Code", code),
+        ("Versions", ", ".join(f"{name} {value}" for name, value in versions.items() if name != "megatron_tempo")),
+        ("Hardware", start.get("hardware", "")),
+        ("Processes", f"{start.get('processes', '?')}, the first on {start.get('host', '?')}"),
+    ]
 
 
 def _phases(run: Run) -> list[Phase]:
@@ -180,6 +251,7 @@ def _sample(record: Record, value_range: tuple[float, float]) -> Sample:
         tail=tail,
         correct=bool(record["correct"]),
         answer=printable(str(record["answer"])),
+        answer_label=ANSWER_LABELS.get(record.get("verifier", ""), "reference answer"),
         first_value=_number(values[0]),
         last_value=_number(values[-1]),
         curve=_curve(values, value_range),
@@ -211,10 +283,6 @@ def value_range_of(run: Run) -> tuple[float, float]:
     """The values that mean certainly wrong and certainly right."""
     targets = {stage["critic"]["targets"] for stage in (run.config.get("stage1"), run.config.get("stage2")) if stage}
     return (-1.0, 1.0) if "plus_minus_one" in targets else (0.0, 1.0)
-
-
-def picture(figure: Figure, title: str) -> Picture:
-    return Picture("data:image/svg+xml;base64," + base64.b64encode(plots.svg(figure).encode()).decode(), title)
 
 
 def _number(value: float | None) -> str:

@@ -13,13 +13,12 @@ import numpy as np
 from megatron_tempo.config.tree import differences
 from megatron_tempo.config.tree import load as load_config
 from megatron_tempo.errors import InputError
-from megatron_tempo.evaluation.scores import interval
+from megatron_tempo.evaluation.paired import Paired, paired
 from megatron_tempo.observability.records import RESPONSES, Record, read, write_whole
 from megatron_tempo.report.summary import plain_table, printable, seen_words
 
 RESULTS = "results.json"
 NAMED = 10  # questions that an error names, at most
-PERMUTATIONS = 9999  # sign changes that are sampled if there are more than that
 
 # Settings of generation and verification. If two runs differ in them, that may explain a difference of their scores.
 _ASKED = (
@@ -53,20 +52,12 @@ def _cells(score: dict[str, float | None]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Difference of two runs on a set: the mean over its questions of the difference in the share of correct responses.
-
-    `interval`: its 95% confidence interval, from the questions' differences (the paired analysis of Miller 2024, arXiv
-    2411.00640: the variance that both runs share cancels). `p`: p-value of a two-sided paired permutation test, in
-    which each question's difference is equally likely to have either sign.
-    """
+    """Two runs on a set: the share of correct responses of each question, compared (`evaluation.paired`)."""
 
     set: str
-    questions: int
     first: tuple[float, int]  # avg@k and k
     second: tuple[float, int]
-    difference: float  # second minus first
-    interval: tuple[float, float] | None  # None for a single question
-    p: float | None
+    paired: Paired  # second minus first
 
 
 def compare(first: Path, second: Path) -> str:
@@ -75,12 +66,12 @@ def compare(first: Path, second: Path) -> str:
     rows = [
         [
             d.set,
-            str(d.questions),
+            str(d.paired.questions),
             f"{d.first[0]:.3f} @{d.first[1]}",
             f"{d.second[0]:.3f} @{d.second[1]}",
-            f"{d.difference:+.3f}",
-            "-" if d.interval is None else f"{d.interval[0]:+.3f} to {d.interval[1]:+.3f}",
-            "-" if d.p is None else f"{d.p:.4f}",
+            f"{d.paired.difference:+.3f}",
+            "-" if d.paired.interval is None else "{:+.3f} to {:+.3f}".format(*d.paired.interval),
+            "-" if d.paired.p is None else f"{d.paired.p:.4f}",
         ]
         for d in differences
     ]
@@ -139,20 +130,10 @@ def _unlike(name: str, a: _Answers, b: _Answers, first: Path, second: Path) -> l
 
 
 def _difference(name: str, a: dict[str, list[int]], b: dict[str, list[int]]) -> Difference:
-    from scipy.stats import permutation_test  # takes a second to import
-
     first = np.array([np.mean(a[question]) for question in a])
     second = np.array([np.mean(b[question]) for question in a])
-    change, n = second - first, len(a)
-    mean, ends, p = float(change.mean()), None, None
-    if n > 1:
-        ends = interval(mean, float(change.std(ddof=1) / np.sqrt(n)), n)
-        tested = permutation_test(
-            (change,), np.mean, permutation_type="samples", n_resamples=PERMUTATIONS, rng=np.random.default_rng(0)
-        )
-        p = float(tested.pvalue)
     k = [max(map(len, answers.values())) for answers in (a, b)]
-    return Difference(name, n, (float(first.mean()), k[0]), (float(second.mean()), k[1]), mean, ends, p)
+    return Difference(name, (float(first.mean()), k[0]), (float(second.mean()), k[1]), paired(first, second))
 
 
 def _other_settings(first: Path, second: Path) -> list[str]:

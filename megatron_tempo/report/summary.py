@@ -6,14 +6,21 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import hypot
 from pathlib import Path
 
 from megatron_tempo.config.extensions import short_name
 from megatron_tempo.errors import InputError
 from megatron_tempo.errors import printable as printable
 from megatron_tempo.observability.alerts import Alert, alerts
-from megatron_tempo.observability.records import Record, read_evaluations, read_metrics, read_samples, read_warnings
+from megatron_tempo.observability.records import (
+    Record,
+    read_evaluations,
+    read_metrics,
+    read_samples,
+    read_starts,
+    read_warnings,
+)
+from megatron_tempo.report.verdict import same_questions, verdict
 
 # Points at which no stage has run: of a training run, and of the eval command, which has no stages.
 UNTRAINED = {"before": "before training", "alone": "as given"}
@@ -42,7 +49,7 @@ class Milestone:
 @dataclass(frozen=True, slots=True)
 class Finding:
     scores: str
-    verdict: str = ""  # whether the last stage improved the score
+    verdict: tuple[str, ...] = ()  # sentences: what the last stage changed, and the whole run
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,7 @@ class Run:
     evaluations: list[Record]
     samples: list[Record]
     warnings: list[Record]
+    starts: list[Record]
 
     @classmethod
     def read(cls, run_dir: Path) -> Run:
@@ -71,6 +79,7 @@ class Run:
             evaluations=sorted(read_evaluations(run_dir), key=lambda record: record["step"]),
             samples=read_samples(run_dir),
             warnings=read_warnings(run_dir),
+            starts=read_starts(run_dir),
         )
 
     def alerts(self) -> list[Alert]:
@@ -113,7 +122,10 @@ class Run:
 
 
 def outcome(run: Run) -> list[Finding]:
-    """What was measured, in sentences: first the progress of an unfinished run, then one finding per set."""
+    """What was measured, in sentences: first the progress of an unfinished run, then one finding per set.
+
+    A set's verdict is paired over its questions, and covers every pass@k: training may raise avg@k and lower pass@k.
+    """
     findings = []
     done, planned = run.iterations()
     if done < planned:
@@ -131,7 +143,7 @@ def outcome(run: Run) -> list[Finding]:
         findings.append(
             Finding(
                 f"{name} ({record['questions']} questions): avg@{record['avg_k']} was {listed}.",
-                _verdict(*reached[-2], *reached[-1]) if len(reached) > 1 else "",
+                _verdict(reached),
             )
         )
         last = reached[-1][1]
@@ -144,7 +156,7 @@ def summary_table(run_dir: Path) -> str:
     """Plain text: scores of each set before, between and after the stages, with standard errors, and the outcome."""
     run = Run.read(run_dir)
     table = plain_table(*score_rows(run))
-    findings = [line for finding in outcome(run) for line in (finding.scores, finding.verdict) if line]
+    findings = [line for finding in outcome(run) for line in (finding.scores, *(f"  {v}" for v in finding.verdict))]
     return printable("\n".join([*table, *findings]))
 
 
@@ -215,22 +227,15 @@ def phase_totals(records: Sequence[Record]) -> dict[str, float]:
     return totals
 
 
-def _verdict(first: Milestone, old: Record, last: Milestone, new: Record) -> str:
-    """Whether a stage improved the score.
-
-    The two standard errors are combined as if the questions were independent. They are the same questions, so the true
-    error of the difference is, if anything, smaller.
-    """
-    stage = _words(last.stage).capitalize()
-    other = _words(first.stage) or "the start"
-    gain = new["avg"] - old["avg"]
-    error = hypot(old["avg_se"] or 0.0, new["avg_se"] or 0.0)
-    difference = f"{gain:+.3f} ± {error:.3f}"
-    if gain <= 0:
-        return f"{stage} did not beat {other}: {difference}."
-    if gain < 2 * error:
-        return f"{stage} scored above {other}, by less than two standard errors: {difference}."
-    return f"{stage} beat {other}: {difference}."
+def _verdict(reached: Sequence[tuple[Milestone, Record]]) -> tuple[str, ...]:
+    """What the last stage changed and, after several stages, what all of them did. Empty after a single evaluation."""
+    if len(reached) < 2:
+        return ()
+    (first, old), (last, new) = reached[-2:]
+    texts = verdict(_words(last.stage).capitalize(), _words(first.stage) or "the start", old, new)
+    if len(reached) > 2:
+        texts += verdict("The whole run", "the start", reached[0][1], new)
+    return (*texts, f"Paired over {new['questions']} questions.") if same_questions(old, new) else tuple(texts)
 
 
 def score(value: float | None, error: float | None) -> str:

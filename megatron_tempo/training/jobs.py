@@ -5,27 +5,33 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 import transformers
 
-from megatron_tempo.config.schedule import remaining
+from megatron_tempo.config.schedule import remaining, total
 from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.stages import CriticTargets
+from megatron_tempo.config.trained_with import defaults_for, read_trained_with
 from megatron_tempo.config.tree import save as save_config
 from megatron_tempo.data.seen import seen_of
-from megatron_tempo.data.sets import QuestionKeys, evaluation_sets
+from megatron_tempo.data.sets import QuestionKeys, evaluation_sets, unchanged_files
 from megatron_tempo.errors import InputError, UnwrittenError
 from megatron_tempo.evaluation.results import response_records, result
+from megatron_tempo.evaluation.unread import diagnose
 from megatron_tempo.observability.metrics import Metrics
-from megatron_tempo.observability.records import EVALUATIONS, RESPONSES, Record, extend
+from megatron_tempo.observability.records import EVALUATIONS, RESPONSES, STARTS, Record, append, extend
+from megatron_tempo.observability.start import start_record
 from megatron_tempo.report import results as report
+from megatron_tempo.report.summary import printable
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.runtime.stop_request import StopRequests
-from megatron_tempo.training.context import open_context
+from megatron_tempo.training.context import RunContext, open_context
 from megatron_tempo.training.setup import build_critic, build_engine, build_evaluator, build_verifiers, folder_weights
 from megatron_tempo.training.trainer import Trainer, judge_counts
 from megatron_tempo.weights.export import targets_of
@@ -47,6 +53,8 @@ def train(config: Config) -> None:
     ):
         state = trainer.state
         trainer.resume()
+        if state.step < total(config):
+            _record_start(context, trainer.metrics, state.step)
         with state.rescued():
             trainer.evaluate_if_due()
             for stage_name, stage, iteration in remaining(config, state.step):
@@ -59,6 +67,15 @@ def train(config: Config) -> None:
                 trainer.evaluate_if_due()
                 state.checkpoint_if_due()
             trainer.finish()
+
+
+def _record_start(context: RunContext, metrics: Metrics, step: int) -> None:
+    """Add this start to starts.jsonl: the command, the code's version and the machine, for the report."""
+    if context.is_writer:
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        record = start_record(step, dist.get_world_size(), gpus if context.device.type == "cuda" else [])
+        with metrics.spare(STARTS):
+            append(Path(context.config.run.dir) / STARTS, record)
 
 
 @contextmanager
@@ -99,34 +116,62 @@ def _evaluate(config: Config, out: Path) -> None:
         ExitStack() as stack,
     ):
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
-        sets = evaluation_sets(config, tokenizer, verifiers)
+        with unchanged_files(config) as digests:
+            sets = evaluation_sets(config, tokenizer, verifiers)
+            keys = QuestionKeys({}, {}, QuestionKeys.evaluated(config))
         engine = stack.enter_context(closing(build_engine(context, metrics.warn)))
         metrics.watch(engine.health)
         engine.load_weights(folder_weights(context), version=0)
         critic_path = config.model.critic_path
         critic = build_critic(context) if critic_path else None
         targets = targets_of(Path(critic_path)) if critic_path else CriticTargets.zero_one
-        evaluator = build_evaluator(config, engine, verifiers, tokenizer, sets, critic)
+        evaluator = build_evaluator(config, engine, verifiers, tokenizer, sets, keys, critic)
         where = {"stage": "stage1", "iteration": 0, "step": 0, "point": "alone"}
         raise_on_all_ranks(lambda: save_config(config, out / "config.json") if context.is_writer else None)
-        keys, results = QuestionKeys.evaluated(config), _about(config)
+        _record_start(context, metrics, 0)
+        metrics.message(_asked(config))
+        results, unread = _about(config), []
         for name in sets:
             answered = evaluator.answer(name)
             scores, samples = evaluator.measure(name, answered, targets, show=True)
-            seen = seen_of(Path(config.model.path), keys[name].values())
+            seen = seen_of(Path(config.model.path), keys.evaluation[name].values())
             counts = judge_counts(verifiers, metrics)
             raise_on_all_ranks(partial(metrics.evaluation, where | scores | {"seen": seen} | counts))
             metrics.samples({**where, "set": name, **sample} for sample in samples)
-            results["sets"][name] = result(answered) | {
-                "seen": seen,
-                **counts,
-                **_file(config.evaluation.sets[name].path),
-            }
-            responses = response_records(name, answered, keys[name], tokenizer) if context.is_writer else ()
-            raise_on_all_ranks(partial(extend, out / RESPONSES, responses))
+            file = {"path": config.evaluation.sets[name].path, "sha256": digests[name]}
+            results["sets"][name] = result(answered) | {"seen": seen, **counts, **file}
+            responses = list(response_records(name, answered, keys.evaluation[name], tokenizer))
+            raise_on_all_ranks(partial(extend, out / RESPONSES, responses if context.is_writer else ()))
+            if context.is_writer:
+                texts = [response["text"] for response in responses]
+                message, is_meaningless = diagnose(name, answered, texts, verifiers)
+                unread += [message] if is_meaningless else []
+                if message is not None and not is_meaningless:
+                    metrics.warn(message)
         raise_on_all_ranks(lambda: report.write(out / report.RESULTS, results) if context.is_writer else None)
         if context.is_writer:
             metrics.message(f"{report.results_table(results, config.evaluation.pass_k)}\n\nwritten to {out}")
+        raise_on_all_ranks(partial(_refuse_unread, unread))
+
+
+def _refuse_unread(unread: Sequence[str | None]) -> None:
+    if unread:
+        raise InputError("\n  ".join(["these scores say nothing of the model:", *filter(None, unread)]))
+
+
+def _asked(config: Config) -> str:
+    """A line per set: how its questions are put and judged, and whether that is as the model was trained."""
+    entry = read_trained_with(Path(config.model.path))
+    lines = []
+    for name, dataset in config.evaluation.sets.items():
+        verifier = f"the column {dataset.verifier_field}" if dataset.verifier is None else dataset.verifier.name
+        form = "chat template" if dataset.chat_template else "plain text"
+        suffix = f", suffix {dataset.suffix!r}" if dataset.suffix else ""
+        plain, offered = to_plain(dataset), defaults_for(entry, dataset.path)
+        other = [f"{field}={offered[field]!r}" for field in offered if plain[field] != offered[field]]
+        trained = "" if not offered else f"; trained with {', '.join(other)}" if other else "; as in training"
+        lines.append(f"{name}: verifier {verifier}, {form}{suffix}{trained}")
+    return printable("\n".join(lines))
 
 
 def _about(config: Config) -> Record:
@@ -143,10 +188,3 @@ def _about(config: Config) -> Record:
         "max_response_tokens": config.evaluation.max_response_tokens or config.rollout.max_response_tokens,
         "sets": {},
     }
-
-
-def _file(path: str) -> Record:
-    if not Path(path).is_file():  # what a user's own reader reads
-        return {"path": path, "sha256": None}
-    with open(path, "rb") as file:
-        return {"path": path, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

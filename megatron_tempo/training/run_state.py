@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron_tempo.errors import EngineError, InputError, Stopped, UnwrittenErr
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.runtime.stop_request import StopRequests
+from megatron_tempo.training import inputs
 from megatron_tempo.training.phases import PhaseTimer
 from megatron_tempo.training.rollout_requests import RolloutRequests
 
@@ -35,6 +37,7 @@ class RunState:
     checkpoints: Checkpoints
     seen: Seen
     timer: PhaseTimer
+    inputs: dict[str, str] = field(default_factory=dict)  # what the run reads, but training prompts (training.inputs)
     step: int = 0
     evaluated: bool = True  # the evaluations due at `step` are written
 
@@ -67,17 +70,19 @@ class RunState:
         self.step = state.get("step", 0)
         self.evaluated = state.get("evaluated", self.step > 0)
         self._check_position(path, state)
+        inputs.check(state.get("inputs", {}), self.inputs)
         self.requests.restore(state.get("streams", {}))
         if path is not None:
             self.timer.metrics.message(f"resumed from {path}, {self.step} iterations done")
         if self.step < schedule.total(self.config):
             self.checkpoints.check_room(self.models)
-        raise_on_all_ranks(self._restore_files)
+        raise_on_all_ranks(partial(self._restore_files, state.get("seen")))
 
-    def _restore_files(self) -> None:
+    def _restore_files(self, seen: dict[str, Any] | None) -> None:
         metrics = self.timer.metrics
         metrics.rewind(self.step)
-        self.seen.resume(self.step, Path(self.config.model.path))
+        if warning := self.seen.resume(self.step, Path(self.config.model.path), seen):
+            metrics.warn(warning)
         self._record_config()
         metrics.plan(self.config.stages(), schedule.evaluations_left(self.config, self.step), self.step)
 
@@ -129,6 +134,8 @@ class RunState:
                 "streams": self.requests.resume_point(),
                 "position": schedule.position(self.config, self.step),
                 "evaluated": self.evaluated,
+                "inputs": self.inputs,
+                "seen": self.seen.summary(),
                 "config": to_plain(self.config),
             }
             self.checkpoints.save(self.step, self.models, state)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_tempo.config.choices import EngineKind, EnginePrecision, Precision
 from megatron_tempo.config.rules.extensions import imported_verifiers
 from megatron_tempo.config.schema import Config
+from megatron_tempo.data.sets import QuestionKeys
 from megatron_tempo.evaluation.evaluator import Evaluator
 from megatron_tempo.kernels import kernels_for
 from megatron_tempo.models.actor import Actor
@@ -91,12 +92,14 @@ def build_evaluator(
     verifiers: Verifiers,
     tokenizer: PreTrainedTokenizerBase,
     sets: dict[str, list[LabelledPrompt]],
+    keys: QuestionKeys,
     critic: Critic | None,
 ) -> Evaluator:
     """The evaluator of these sets."""
     values = None if critic is None else critic.values
     length = config.rollout.max_response_tokens
-    return Evaluator(engine, verifiers, tokenizer, sets, config.evaluation, length, config.run.seed, values)
+    seed = config.run.seed
+    return Evaluator(engine, verifiers, tokenizer, sets, keys.evaluation, config.evaluation, length, seed, values)
 
 
 def engine_weights(actor: Actor, context: RunContext) -> Weights:

@@ -34,6 +34,7 @@ from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.batches import summed_counts
 from megatron_tempo.rollout.engine import Engine
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
+from megatron_tempo.training import inputs
 from megatron_tempo.training.context import RunContext, collective_timeout
 from megatron_tempo.training.parity import check_parity
 from megatron_tempo.training.peak_memory import PeakMemory, planned
@@ -83,6 +84,7 @@ class Trainer:
             keys = QuestionKeys.read(config)
             labelled, unlabelled = prompt_streams(config, tokenizer, verifiers, keys, metrics.message)
             sets = evaluation_sets(config, tokenizer, verifiers)
+            read = inputs.fingerprints(config, sets)
             peaks = PeakMemory(context.device, planned(config, dist.get_world_size(), context.device))
             metrics.message(described(config, context.machine))
             metrics.message(peaks.plan())
@@ -105,11 +107,11 @@ class Trainer:
                 engine=engine,
                 weights=engine_weights(actor, context),
                 requests=requests,
-                evaluator=build_evaluator(config, engine, verifiers, tokenizer, sets, critic),
+                evaluator=build_evaluator(config, engine, verifiers, tokenizer, sets, keys, critic),
                 keys=keys,
                 seen=seen,
                 timer=timer,
-                state=RunState(config, context.is_writer, models, requests, checkpoints, seen, timer),
+                state=RunState(config, context.is_writer, models, requests, checkpoints, seen, timer, read),
             )
 
     @property
@@ -208,13 +210,13 @@ class Trainer:
         out = Path(self.config.run.dir)
         exported = out / f"hf_step_{self.step:08d}"
         if self.config.checkpoint.export_hf:
-            export_hf(self.config, self.actor, self.critic, exported, self.seen.path)
+            export_hf(self.config, self.actor, self.critic, exported, self.seen.path, self.seen.summary())
         if self.context.is_writer:
             lines = [f"checkpoints: {self.state.checkpoints.folder}"]
             if self.config.checkpoint.export_hf:
                 lines.append(f"Hugging Face: {exported}")
             if self.config.metrics.report:
-                from megatron_tempo.report.html import write_report  # matplotlib: for this rank and moment only
+                from megatron_tempo.report.html import write_report  # jinja2: for this rank and moment only
 
                 with self.metrics.spare("report.html"):
                     lines.append(f"report: {write_report(out)}")

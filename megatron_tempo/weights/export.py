@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import CriticTargets
+from megatron_tempo.config.trained_with import ENTRY, trained_with
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
 from megatron_tempo.models.families import FAMILIES
@@ -42,17 +43,25 @@ def weights_of(model: Model, config: Config, dtype: torch.dtype | None = None) -
     )
 
 
-def export_hf(config: Config, actor: Actor, critic: Critic | None, out: Path, seen: Path | None = None) -> None:
+def export_hf(
+    config: Config,
+    actor: Actor,
+    critic: Critic | None,
+    out: Path,
+    seen: Path | None = None,
+    seen_summary: dict[str, Any] | None = None,
+) -> None:
     """Write the Hugging Face folders `out`/actor and, if there is a critic, `out`/critic. Collective.
 
-    `seen`: the file that lists the questions they were trained on; it is copied into both folders. A folder that exists
-    stays as it is: it is complete, because folders are written atomically. Raises UnwrittenError if a folder cannot be
-    written.
+    `seen`: the file that lists the questions they were trained on; it is copied into both folders, and its summary goes
+    into both config.json. A folder that exists stays as it is: it is complete, because folders are written atomically.
+    Raises UnwrittenError if a folder cannot be written.
     """
     model = config.model
-    models: list[tuple[str, Model, str, dict[str, Any]]] = [("actor", actor.model, model.path, {})]
+    about = {ENTRY: trained_with(config) | ({} if seen_summary is None else {"seen": seen_summary})}
+    models: list[tuple[str, Model, str, dict[str, Any]]] = [("actor", actor.model, model.path, about)]
     if critic is not None:
-        changes = critic_changes(critic.model.net.shape, last_targets(config))
+        changes = critic_changes(critic.model.net.shape, last_targets(config)) | about
         models.append(("critic", critic.model, model.critic_path or model.path, changes))
     for name, trained, like, changes in models:
         exists = [(out / name).exists()]

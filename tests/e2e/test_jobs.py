@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
+import shutil
 import unittest.mock
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +16,11 @@ import transformers
 from safetensors.torch import load_file
 
 from megatron_tempo.algorithm.outcomes import final_values
+from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import CriticUpdateConfig, OptimizerConfig
 from megatron_tempo.config.tree import load
+from megatron_tempo.data.seen import seen_of
 from megatron_tempo.data.sets import QuestionKeys, prompt_streams
 from megatron_tempo.errors import InputError, NotFiniteError
 from megatron_tempo.methods import tempo
@@ -106,10 +110,65 @@ def test_eval_keeps_responses_and_results(run: Path, tmp_path: Path) -> None:
     verdicts = [countdown.score(prompt_of(run, r["id"]), r["text"], "") for r in responses]
     assert [r["correct"] for r in responses] == verdicts, "the kept text is what was judged"
     # The exported model says what it was trained on: the unlabelled questions, without their answers.
+    file = run.parent / "project/unlabelled.jsonl"
+    assert found["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    (start,) = read(out / "starts.jsonl")
+    assert (start["processes"], start["versions"]["torch"]) == (2, torch.__version__)
     assert found["seen"] == read_evaluations(run)[-1]["seen"] == {"with_answers": 0, "without_answers": 8}
     assert {r["step"] for r in read(run / "seen.jsonl") if r["labels"]} == {1}
     assert read_evaluations(run)[0]["seen"] == {"with_answers": 0, "without_answers": 0}, "before training"
     assert "8 without" in (run / "report.html").read_text()
+
+
+def test_an_evaluation_that_says_nothing_of_the_model_is_refused_after_it_is_written(run: Path, tmp_path: Path) -> None:
+    """Responses of a countdown model by a verifier of lettered options: none can be read."""
+    out = tmp_path / "eval"
+    config = eval_config(run.parent / "project", run / "hf_step_00000002", out)
+    config.evaluation.sets["unlabelled"].verifier = Verifier.choice
+    file = tmp_path / "lettered.jsonl"
+    rows = [json.loads(line) for line in (run.parent / "project/unlabelled.jsonl").read_text().splitlines()]
+    file.write_text("".join(json.dumps(row | {"answer": "B"}) + "\n" for row in rows))
+    config.evaluation.sets["unlabelled"].path = str(file)
+    told = run_ranks(refusal, 2, tmp_path / "ranks", evaluate, config)
+    assert told[0] == told[1], "every rank ends with the same error"
+    assert told[0] is not None
+    assert told[0].startswith("these scores say nothing of the model:\n  unlabelled: none of the ")
+    assert "by the verifier choice" in told[0]
+    avg = json.loads((out / "results.json").read_text())["sets"]["unlabelled"]["avg"]
+    assert (avg["value"], avg["low"]) == (0.0, 0.0)
+    assert avg["high"] == pytest.approx(1 - 0.025 ** (1 / 8))
+
+
+def test_a_resumed_run_refuses_other_evaluation_questions_and_knows_that_it_lost_its_record(
+    run: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = load(run / "config.json")
+    config.run.dir = str(copy)
+    state = json.loads((copy / "checkpoints/step_00000002/run.json").read_text())
+    assert state["seen"]["count"] == len(read(copy / "seen.jsonl"))
+    # An answer, which training on these questions does not read, is corrected in the file.
+    file = run.parent / "project/unlabelled.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    whole = file.read_bytes()
+    before = {path: path.read_bytes() for path in copy.glob("*.json*")}
+    try:
+        file.write_text("".join(json.dumps(row | ({} if i else {"answer": "1"})) + "\n" for i, row in enumerate(rows)))
+        (told,) = run_ranks(refusal, 1, tmp_path / "refused", train, config)
+    finally:
+        file.write_bytes(whole)
+    assert told is not None
+    assert "evaluation.sets.unlabelled: the file, its fields, the tokenizer or the chat template changed" in told
+    assert {p: p.read_bytes() for p in copy.glob("*.json*") if p.name != "heartbeat.json"} == {
+        path: content for path, content in before.items() if path.name != "heartbeat.json"
+    }
+    (copy / "seen.jsonl").unlink()
+    shutil.rmtree(copy / "hf_step_00000002")
+    (told,) = run_ranks(refusal, 1, tmp_path / "lost", train, config)
+    assert told is None
+    assert "which questions the model was trained on is unknown" in (tmp_path / "lost/rank0.log").read_text()
+    assert seen_of(copy / "hf_step_00000002/actor", ["any"]) is None
 
 
 def prompt_of(run: Path, name: str) -> str:

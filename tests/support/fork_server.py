@@ -31,6 +31,8 @@ START_SECONDS = 240.0  # for the imports, on a busy machine
 PRELOADED = (
     "megatron_tempo.training.jobs",
     "megatron_tempo.report.html",
+    "megatron_tempo.evaluation.paired",
+    "scipy.stats",
     "sklearn.metrics",
     "tensorboard.compat.tensorflow_stub",
     "transformers.models.qwen3.modeling_qwen3",

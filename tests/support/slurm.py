@@ -8,7 +8,6 @@ large nodes, for which `sbatch --test-only` checks whether a job would fit.
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,8 @@ import time
 from pathlib import Path
 
 from omegaconf import OmegaConf
+
+from tests.support.packages import install
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
@@ -85,16 +86,8 @@ def _install() -> str:
     """Install the packages that are missing. Returns why SLURM cannot run here, or an empty string."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "namespaces and daemons require root on Linux (in a container: docker run --privileged)"
-    missing = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if shutil.which(name) is None]
-    if missing:
-        if shutil.which("apt-get") is None:
-            return f"{', '.join(missing)} not found, and there is no apt-get to install {' '.join(PACKAGES)}"
-        quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        install = ["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES]
-        for words in (["apt-get", "update"], install):
-            done = subprocess.run(words, env=quiet, capture_output=True, text=True, check=False)
-            if done.returncode:
-                return f"{' '.join(words)} failed: {done.stderr.strip()[-500:]}"
+    if why := install(("slurmctld", "slurmd", "sbatch", "munged"), PACKAGES):
+        return why
     tried = subprocess.run(["unshare", *_NAMESPACES, "true"], capture_output=True, text=True, check=False)
     return f"unshare is not permitted ({tried.stderr.strip()})" if tried.returncode else ""
 

@@ -19,8 +19,11 @@ from megatron_tempo import cli
 from megatron_tempo.cli import build
 from megatron_tempo.config import Config
 from megatron_tempo.config.benchmarks import BENCHMARKS
+from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.compose import EVAL_DIR
 from megatron_tempo.config.rules import Purpose
+from megatron_tempo.config.schema import DatasetConfig
+from megatron_tempo.config.trained_with import ENTRY, trained_with
 from megatron_tempo.errors import InputError, Stopped
 from tests.unit.config_files import good_overrides, write_all, write_rows
 
@@ -222,6 +225,94 @@ def test_eval_takes_a_folder_and_files(good: list[str], tmp_path: Path, called: 
     }
     assert [s.verifier.name for s in sets.values() if s.verifier] == ["countdown", "math"]
     assert re.fullmatch(EVAL_DIR + r"/\d{8}-\d{6}-\d+", config.run.dir)
+
+
+ROW = '{"prompt": "1 + 1", "answer": "2", "gold": "2", "kind": "math", "id": "a"}\n'
+
+
+def test_files_of_equal_names_are_sets_of_their_own(
+    good: list[str], tmp_path: Path, called: list[tuple[str, Config]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("gsm8k/test.jsonl", "math/test.jsonl", "x/math/test.jsonl", "a-b.jsonl", "a_b.jsonl", "24game.jsonl")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(ROW)
+    model = f"model={tmp_path / 'model'}"
+    assert cli.main(["eval", model, *(f"data={tmp_path / name}" for name in names)]) == 0
+    sets = called[0][1].evaluation.sets
+    assert sorted(s.path for s in sets.values()) == sorted(str(tmp_path / name) for name in names)
+    found = {str(Path(s.path).relative_to(tmp_path)): name for name, s in sets.items()}
+    assert found["gsm8k/test.jsonl"] == "gsm8k_test"
+    assert found["24game.jsonl"] == "set_24game"
+    assert (found["a-b.jsonl"], found["a_b.jsonl"]) == ("a_b", "a_b_2")
+    assert all(s.verifier is not None and s.verifier.name == "math" for s in sets.values())
+    # the names are told, and an override takes them
+    change = "evaluation.sets.gsm8k_test.verifier=choice"
+    two = [f"data={tmp_path / name}" for name in names[:2]]
+    assert cli.main(["eval", model, change, *two]) == 0
+    verifiers = {name: s.verifier.name for name, s in called[1][1].evaluation.sets.items() if s.verifier}
+    assert verifiers == {"gsm8k_test": "choice", "math_test": "math"}
+    (line,) = report(capsys, "eval", model, two[0], two[0])[1:]
+    assert line == f"{two[0]}: is given twice; fix: give each file once"
+    (tmp_path / "other").mkdir()
+    for folder in (".", "other"):
+        (tmp_path / folder / "math500.jsonl").write_text(ROW)
+    twice = [f"data={tmp_path}/math500.jsonl", f"data={tmp_path}/other/math500.jsonl"]
+    assert any(
+        "is the benchmark math500, as" in line for line in report(capsys, "eval", model, *twice, "benchmark=math500")
+    )
+
+
+def test_eval_offers_what_an_export_was_trained_with(
+    good: list[str], tmp_path: Path, called: list[tuple[str, Config]]
+) -> None:
+    model, data = tmp_path / "model", f"data={tmp_path / 'labelled.jsonl'}"
+    for name in ("labelled", "heldout"):
+        (tmp_path / f"{name}.jsonl").write_text(ROW)
+    run = Config()
+    run.data.labelled = DatasetConfig(path="train.jsonl", answer_field="gold", verifier=Verifier.countdown)
+    run.data.labelled.chat_template, run.data.labelled.suffix = False, " ="
+    run.rollout.max_response_tokens, run.rollout.max_prompt_tokens = 48, 32
+    own = DatasetConfig(path=str(tmp_path / "heldout.jsonl"), answer_field="gold", verifier=Verifier.choice)
+    run.evaluation.sets["mine"] = own
+    shape = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(shape | {ENTRY: trained_with(run)}))
+    base = ["eval", f"model={model}"]
+    assert cli.main([*base, data]) == 0
+    config = called[-1][1]
+    offered = config.evaluation.sets["labelled"]
+    assert (offered.verifier, offered.chat_template, offered.suffix) == (Verifier.countdown, False, " =")
+    assert offered.answer_field == "answer", "the columns of another file are not those of the training set"
+    assert (config.rollout.max_response_tokens, config.rollout.max_prompt_tokens) == (48, 32)
+    # the run's own set has its own settings, columns included
+    assert cli.main([*base, f"data={tmp_path / 'heldout.jsonl'}"]) == 0
+    known = called[-1][1].evaluation.sets["heldout"]
+    assert (known.verifier, known.answer_field, known.chat_template) == (Verifier.choice, "gold", True)
+    # what the command line says goes before
+    changes = ["evaluation.sets.labelled.verifier=math", "rollout.max_response_tokens=16384"]
+    assert cli.main([*base, data, *changes]) == 0
+    config = called[-1][1]
+    assert config.evaluation.sets["labelled"].verifier is Verifier.math
+    assert config.evaluation.sets["labelled"].suffix == " ="
+    assert (config.rollout.max_response_tokens, config.rollout.max_prompt_tokens) == (16384, 32)
+    column = ["evaluation.sets.labelled.verifier_field=kind"]
+    assert cli.main([*base, data, *column]) == 0
+    assert called[-1][1].evaluation.sets["labelled"].verifier is None
+    # neither is a benchmark's form replaced
+    (tmp_path / "math500.jsonl").write_text(ROW)
+    assert cli.main([*base, f"data={tmp_path / 'math500.jsonl'}", "benchmark=math500"]) == 0
+    assert called[-1][1].evaluation.sets["math500"].suffix == BENCHMARKS["math500"].suffix
+
+
+@pytest.mark.parametrize("entry", [3, [], {"asked": 3, "sets": [1], "max_response_tokens": "x"}, {"sets": {"a": 1}}])
+def test_an_entry_of_another_shape_is_left_alone(
+    good: list[str], tmp_path: Path, called: list[tuple[str, Config]], entry: object
+) -> None:
+    model = tmp_path / "model"
+    shape = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(shape | {ENTRY: entry}))
+    assert cli.main(["eval", f"model={model}", f"data={tmp_path / 'labelled.jsonl'}"]) == 0
+    assert called[0][1].evaluation.sets["labelled"].verifier is Verifier.math
 
 
 def test_eval_on_benchmarks(good: list[str], tmp_path: Path, called: list[tuple[str, Config]]) -> None:

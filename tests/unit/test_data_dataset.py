@@ -90,6 +90,18 @@ def test_chat_template_system_and_suffix(tmp_path: Path) -> None:
     assert prompt.token_ids == (1, 9, 10, 2, 4, 5, 8, 3)
 
 
+def test_a_suffix_follows_the_last_message_once(tmp_path: Path) -> None:
+    """A benchmark's instruction reaches the model whether its questions are text or messages."""
+    asked = [message("system", "s"), message("user", "a"), message("assistant", "b"), message("user", "2 4 > 8 :")]
+    has_it = [*asked[:3], message("user", "2 4 > 8 : 4 . 2")]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": asked}, {"prompt": has_it}])
+    plain, had = load_unlabelled(unlabelled(path, chat_template=True), TOKENIZER, 99)
+    first, second = load_unlabelled(unlabelled(path, chat_template=True, suffix=" 4 ."), TOKENIZER, 99)
+    assert first.text == plain.text.replace("2 4 > 8 :", "2 4 > 8 : 4 .")
+    assert first.text.count("4 .") == 1
+    assert second.text == had.text
+
+
 def test_messages_go_through_the_template(tmp_path: Path) -> None:
     messages = [
         {"role": "user", "content": "find one"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from megatron_tempo import cli
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import save
 from megatron_tempo.errors import InputError
-from megatron_tempo.evaluation.evaluator import ScoredResponses
+from megatron_tempo.evaluation.evaluator import ScoredResponses, by_question
+from megatron_tempo.evaluation.paired import paired
 from megatron_tempo.evaluation.results import result
 from megatron_tempo.observability.records import extend
 from megatron_tempo.report.results import differences_of, results_table, write
@@ -57,6 +59,13 @@ def test_a_sets_results_by_hand() -> None:
     assert (alone["se"], alone["low"], alone["high"]) == (None, None, None)
 
 
+def test_all_wrong_or_all_right_is_not_certainty() -> None:
+    none, every = (result(scored(np.full((30, 4), verdict)))["avg"] for verdict in (0, 1))
+    reach = stats.binomtest(0, 30).proportion_ci(0.95, method="exact").high
+    assert (none["low"], none["high"]) == (0.0, pytest.approx(reach))
+    assert (every["low"], every["high"]) == (pytest.approx(1 - reach), 1.0)
+
+
 def test_the_interval_is_that_of_questions_not_of_responses() -> None:
     correct = np.repeat([[1], [0]] * 15, 16, axis=1)  # every question always or never right: 30 observations, not 480
     avg = result(scored(correct))["avg"]
@@ -77,6 +86,31 @@ def test_the_table_has_intervals_and_what_was_trained_on() -> None:
     assert "\x1b" not in "".join(table)
     assert table[-2].endswith("25.0% truncated; it is unknown which questions the model was trained on")
     assert table[-1].endswith("of the 1 questions, the model was trained on 0 with answers and 1 without")
+
+
+def test_questions_are_paired_by_what_they_are_not_by_their_place() -> None:
+    keys = {"q:0": "b", "q:1": "a", "q:2": "c"}
+    whole = scored(RIGHT)
+    found = by_question(whole, keys)
+    assert found["right"] == [2, 1, 4], "in the order of the keys"
+    turned = ScoredResponses(whole.prompts[::-1], whole.batch, whole.correct[::-1])
+    assert by_question(turned, keys) == found
+    for change in ({"answer": "3"}, {"verifier": "choice"}):
+        prompts = [replace(whole.prompts[0], **change), *whole.prompts[1:]]
+        other = by_question(ScoredResponses(prompts, whole.batch, whole.correct), keys)
+        assert other["questions_hash"] != found["questions_hash"]
+    assert by_question(whole, keys | {"q:0": "d"})["questions_hash"] != found["questions_hash"]
+
+
+def test_a_paired_test_of_many_questions_is_that_of_scipy() -> None:
+    rng = np.random.default_rng(0)
+    first, gain = rng.random(3000), rng.normal(0.01, 0.3, 3000)
+    found = paired(first, first + gain)
+    reference = stats.ttest_rel(first + gain, first)
+    assert found.p == pytest.approx(reference.pvalue, abs=0.02)
+    assert found.interval == pytest.approx(tuple(reference.confidence_interval(0.95)))
+    with pytest.raises(ValueError, match="paired scores need"):
+        paired(first, gain[:-1])
 
 
 def eval_folder(folder: Path, correct: Sequence[Sequence[int]], ids: Sequence[str] = (), **keys: str) -> Path:
@@ -108,22 +142,22 @@ def test_differences_are_paired(tmp_path: Path) -> None:
     (found,) = differences_of(first, second)
     shares = a.mean(axis=1), b.mean(axis=1)
     reference = stats.ttest_rel(shares[1], shares[0])
-    assert found.difference == pytest.approx(b.mean() - a.mean())
-    assert found.interval == pytest.approx(tuple(reference.confidence_interval(0.95)))
+    assert found.paired.difference == pytest.approx(b.mean() - a.mean())
+    assert found.paired.interval == pytest.approx(tuple(reference.confidence_interval(0.95)))
     assert (found.first, found.second) == ((pytest.approx(a.mean()), 8), (pytest.approx(b.mean()), 4))
     # all 2^12 signs, counted here one by one
     change = shares[1] - shares[0]
     means = [np.dot(signs, change) / 12 for signs in itertools.product((-1, 1), repeat=12)]
     tail = np.mean(np.array(means) >= abs(change.mean()) - 1e-12)
-    assert found.p == pytest.approx(2 * tail)
+    assert found.paired.p == pytest.approx(2 * tail)
 
 
 def test_equal_runs_do_not_differ(tmp_path: Path) -> None:
     first, second = (eval_folder(tmp_path / name, RIGHT.tolist()) for name in "ab")
     (found,) = differences_of(first, second)
-    assert (found.difference, found.interval, found.p) == (0.0, (0.0, 0.0), 1.0)
+    assert (found.paired.difference, found.paired.interval, found.paired.p) == (0.0, (0.0, 0.0), 1.0)
     (alone,) = differences_of(*(eval_folder(tmp_path / name, [[1, 0]]) for name in "cd"))
-    assert (alone.interval, alone.p) == (None, None)
+    assert (alone.paired.interval, alone.paired.p) == (None, None)
 
 
 def test_compare_tells_settings_that_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,86 @@
+"""Fingerprints of what a run reads besides its training prompts: a resumed run must find it as it was.
+
+The training prompts have theirs in their streams. An evaluation set that is replaced between two starts would put two
+sets of questions on one curve. Other weights in `model.path` would be another reference of the KL term.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_tempo.config.schema import Config
+from megatron_tempo.data.stream import fingerprint
+from megatron_tempo.errors import InputError
+from megatron_tempo.runtime import progress_marker
+from megatron_tempo.runtime.collective_call import raise_on_all_ranks
+from megatron_tempo.types import LabelledPrompt
+from megatron_tempo.weights.folder import tensor_files
+
+_READ_BYTES = 1 << 22
+_SET = "evaluation.sets."
+_WEIGHTS = "model.path: weights"
+_CONFIGS = ("config.json", "generation_config.json")
+_IGNORED = ("transformers_version", "_name_or_path")  # entries that say nothing of the model
+
+
+def fingerprints(config: Config, sets: Mapping[str, list[LabelledPrompt]]) -> dict[str, str]:
+    """By what was read: every evaluation set, the model's description and, with a KL term, its weights. Collective.
+
+    The ranks share the weight files among them.
+    """
+    model = Path(config.model.path)
+    found = {f"{_SET}{name}": fingerprint(prompts) for name, prompts in sets.items()}
+    found |= {f"model.path: {name}": _of_json(model / name) for name in _CONFIGS if (model / name).is_file()}
+    if any(stage.iterations > 0 and stage.actor.kl_coef > 0 for stage in config.stages().values()):
+        found[_WEIGHTS] = _of_weights(model)
+    return found
+
+
+def check(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raises InputError if something that both starts read has changed. Sets may be added, and left out."""
+    changed = [name for name in saved if name in now and now[name] != saved[name]]
+    if not changed:
+        return
+    sets = [name for name in changed if name.startswith(_SET)]
+    lines = [f"{name}: the file, its fields, the tokenizer or the chat template changed" for name in sets]
+    why = {_WEIGHTS: "the KL term holds the policy to them", **{f"model.path: {name}": "" for name in _CONFIGS}}
+    lines += [f"{name} changed{f' ({why[name]})' if why.get(name) else ''}" for name in changed if name not in sets]
+    fix = "bring the old ones back, or start a new run with another run.dir"
+    if sets:
+        fix += "; a new evaluation set may be added under another name"
+    raise InputError("\n  ".join(["these are not those of the checkpoint:", *lines, f"fix: {fix}"]))
+
+
+def _of_json(path: Path) -> str:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}): fetch the model again") from error
+    if isinstance(content, dict):
+        content = {name: value for name, value in content.items() if name not in _IGNORED}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _of_weights(folder: Path) -> str:
+    files = sorted(set(tensor_files(folder).values()))
+    mine = raise_on_all_ranks(
+        lambda: {path.name: _sha256(path) for path in files[dist.get_rank() :: dist.get_world_size()]}
+    )
+    shares: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(shares, mine)
+    digests = {name: digest for share in shares for name, digest in share.items()}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_READ_BYTES):
+            progress_marker.mark()
+            digest.update(piece)
+    return digest.hexdigest()
