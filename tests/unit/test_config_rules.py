@@ -150,9 +150,9 @@ ONE_FIELD = [
     ("evaluation.pass_k=[0]", "evaluation.pass_k", "pass@0", "evaluation.pass_k=[1]"),
     ("evaluation.calibration_set=heldot", "evaluation.calibration_set", "not in evaluation.sets", "heldout"),
     ("rewards.judge.retries=-1", "rewards.judge.retries", "0 or more", "retries=0"),
-    ("rewards.math.workers=0", "rewards.math.workers", "1 to 1024", "workers=2"),
-    ("rewards.math.workers=1000000007", "rewards.math.workers", "1 to 1024", "workers=2"),
-    ("rewards.math.seconds=0", "rewards.math.seconds", "above 0 and at most 3600", "seconds=5"),
+    ("rewards.math.workers=0", "rewards.math.workers", "must be 1 or more", "workers=1"),
+    ("rewards.math.workers=1000000007", "rewards.math.workers", "at most 1,024", "workers=1024"),
+    ("rewards.math.seconds=0", "rewards.math.seconds", "above 0", "seconds=5"),
     ("data.held_out=[heldot]", "data.held_out", "heldot is not in evaluation.sets", "heldout"),
     ("rollout.replay=TMP/none", "rollout.replay", "does not exist", "rollout.dump=true"),
 ]
