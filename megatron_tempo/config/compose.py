@@ -32,8 +32,10 @@ from megatron_tempo.config.rules import Purpose
 from megatron_tempo.config.rules.data import SUFFIXES
 from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.shipped import REPOSITORY
+from megatron_tempo.config.tree import MISSING
 
 GROUPS = ("model", "data", "benchmark", "engine", "algorithm", "experiment", "cluster")
+_DEFAULT_ALGORITHM = "paper"  # as in configs/config.yaml
 # A job of these kinds whose command line names no run.dir gets a folder of its own below these.
 EVAL_DIR, CONVERT_DIR = "runs/eval", "runs/convert"
 
@@ -72,9 +74,26 @@ def compose_tree(
             except ConfigErrors as error:
                 problems += error.problems
         try:
-            return _plain(search + words), problems
+            plain = _plain(search + words)
         except _COMPOSING:
-            return _plain(_sift(search, words, problems)), problems
+            plain = _plain(_sift(search, words, problems))
+        if purpose is not Purpose.eval and whole is None:
+            _own_folder(plain, overrides)
+        return plain, problems
+
+
+def _own_folder(plain: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Give an arm of a comparison, `algorithm=NAME`, a folder of its own beside the preset's: `run.dir` + `_NAME`.
+
+    A run.dir on the command line stays as it is, and so does that of the default algorithm.
+    """
+    given = dict(text.lstrip("+").partition("=")[::2] for text in overrides)
+    name, run = given.get("algorithm", _DEFAULT_ALGORITHM), plain.get("run")
+    if name == _DEFAULT_ALGORITHM or not name.isidentifier() or "run.dir" in given or not isinstance(run, dict):
+        return
+    folder = run.get("dir")
+    if isinstance(folder, str) and folder != MISSING:
+        run["dir"] = f"{folder.rstrip('/')}_{name}"
 
 
 def _whole(file: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from megatron_tempo.observability.records import EVALUATIONS, RESPONSES, Record,
 from megatron_tempo.report import results as report
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.runtime.stop_request import StopRequests
-from megatron_tempo.training.context import open_context
+from megatron_tempo.training.context import exclusive, open_context
 from megatron_tempo.training.setup import build_critic, build_engine, build_evaluator, build_verifiers, folder_weights
 from megatron_tempo.training.trainer import Trainer, judge_counts
 from megatron_tempo.weights.export import targets_of
@@ -42,12 +42,15 @@ def train(config: Config) -> None:
     with (
         StopRequests(Path(config.run.dir), grace) as stop_requests,
         open_context(config) as context,
+        stop_requests.agreed(),
+        exclusive(context, "train"),
         Trainer.open(context) as trainer,
         _short_garbage_collections(),
     ):
         state = trainer.state
         trainer.resume()
         with state.rescued():
+            state.stop_if_requested(stop_requests)
             trainer.evaluate_if_due()
             for stage_name, stage, iteration in remaining(config, state.step):
                 state.stop_if_requested(stop_requests)
@@ -83,8 +86,6 @@ def evaluate(config: Config) -> None:
     table. Raises InputError if the folder belongs to another job, UnwrittenError for what cannot be written.
     """
     out = Path(config.run.dir)
-    if (out / EVALUATIONS).exists() or (out / "config.json").exists():
-        raise InputError(f"run.dir={out} belongs to another job: give a folder of its own")
     try:
         _evaluate(config, out)
     except UnwrittenError as error:
@@ -94,18 +95,21 @@ def evaluate(config: Config) -> None:
 def _evaluate(config: Config, out: Path) -> None:
     with (
         open_context(config) as context,
+        exclusive(context, "eval"),
         build_verifiers(config) as verifiers,
-        raise_on_all_ranks(lambda: Metrics(out, config.metrics, context.is_writer)) as metrics,
+        Metrics(out, config.metrics, context.is_writer, begun=False) as metrics,
         ExitStack() as stack,
     ):
+        raise_on_all_ranks(lambda: _check_unused(out) if context.is_writer else None)
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
         sets = evaluation_sets(config, tokenizer, verifiers)
-        engine = stack.enter_context(closing(build_engine(context, metrics.warn)))
-        metrics.watch(engine.health)
-        engine.load_weights(folder_weights(context), version=0)
-        critic_path = config.model.critic_path
+        weights, critic_path = folder_weights(context), config.model.critic_path
         critic = build_critic(context) if critic_path else None
         targets = targets_of(Path(critic_path)) if critic_path else CriticTargets.zero_one
+        raise_on_all_ranks(metrics.begin)
+        engine = stack.enter_context(closing(build_engine(context, metrics.warn)))
+        metrics.watch(engine.health)
+        engine.load_weights(weights, version=0)
         evaluator = build_evaluator(config, engine, verifiers, tokenizer, sets, critic)
         where = {"stage": "stage1", "iteration": 0, "step": 0, "point": "alone"}
         raise_on_all_ranks(lambda: save_config(config, out / "config.json") if context.is_writer else None)
@@ -127,6 +131,11 @@ def _evaluate(config: Config, out: Path) -> None:
         raise_on_all_ranks(lambda: report.write(out / report.RESULTS, results) if context.is_writer else None)
         if context.is_writer:
             metrics.message(f"{report.results_table(results, config.evaluation.pass_k)}\n\nwritten to {out}")
+
+
+def _check_unused(out: Path) -> None:
+    if (out / EVALUATIONS).exists() or (out / "config.json").exists():
+        raise InputError(f"run.dir={out} belongs to another job: give a folder of its own")
 
 
 def _about(config: Config) -> Record:

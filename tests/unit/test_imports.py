@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "config": {"errors"},
     "observability": {"config", "errors", "types"},
-    "runtime": {"errors", "observability"},
+    "runtime": {"config", "errors", "observability"},
     "kernels": {"config"},
     "algorithm": {"config", "kernels"},
     "models": {"algorithm", "config", "errors", "kernels", "runtime", "types"},

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_tempo.config.choices import Device, EngineKind, Precision
 from megatron_tempo.config.problem import Problem
+from megatron_tempo.config.resume import checkpoint_folders
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import MISSING
 
@@ -54,9 +55,12 @@ def _hang(config: Config) -> Iterator[Problem]:
 def _folder(config: Config, training: bool) -> Iterator[Problem]:
     folder = Path(config.run.dir)
     nearest = folder.absolute()
-    while not nearest.exists():
+    while not nearest.exists() and not nearest.is_symlink():
         nearest = nearest.parent
-    if not nearest.is_dir():
+    if nearest.is_symlink() and not nearest.exists():
+        wrong = f"{nearest} is a link to {os.readlink(nearest)}, which is not there"
+        yield Problem("run.dir", config.run.dir, wrong, "mount it, or give another run.dir")
+    elif not nearest.is_dir():
         yield Problem("run.dir", config.run.dir, f"{nearest} is a file, not a folder", "give another run.dir")
     elif reason := _unwritable(nearest):
         fix = "give a run.dir that can be, or mend it"
@@ -65,7 +69,7 @@ def _folder(config: Config, training: bool) -> Iterator[Problem]:
         yield from _inside(config, folder)
     if not training:
         yield from _used(config, folder)
-    if training and not config.run.resume and any(folder.glob("checkpoints/step_*")):
+    if training and not config.run.resume and checkpoint_folders(folder):
         fix = "run.resume=true to go on from them, or another run.dir"
         yield Problem("run.resume", False, f"{folder} already has checkpoints", fix)
 
