@@ -219,8 +219,10 @@ class FolderLock:
 
     def _current(self) -> Holder | None:
         """The record at the path. The file is opened anew, since network file systems check for news only then."""
-        with suppress(FileNotFoundError):
-            return self._parsed(self._path.read_bytes())
+        for _ in range(3):  # it may be read while it is written
+            with suppress(FileNotFoundError, InputError):
+                return self._parsed(self._path.read_bytes())
+            time.sleep(0.05)
         return None
 
     def _parsed(self, text: bytes) -> Holder | None:
