@@ -24,11 +24,10 @@ def find(
 ) -> Found:
     """The checkpoint to resume from, if there is one, with the streams set to where it has them. Collective.
 
-    Raises InputError if the run's folder is of another configuration, or holds records of a run whose checkpoints are
-    lost or cannot be read, or if the checkpoint does not fit the schedule, the models or the questions.
+    Raises InputError if the run's folder holds records of a run whose checkpoints are lost or cannot be read, or if the
+    checkpoint does not fit the configuration, its schedule, the models or the questions.
     """
     run = Path(config.run.dir)
-    raise_on_all_ranks(lambda: resume.check_run_folder(config) if is_writer else None)
     found = checkpoints.find()
     if found.path is None:
         raise_on_all_ranks(lambda: _check_nothing_lost(run, found) if is_writer else None)

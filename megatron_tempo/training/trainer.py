@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor
 
 from megatron_tempo.checkpoint.checkpoints import Checkpoints, Found
+from megatron_tempo.config.resume import check_run_folder
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.data.seen import Seen
@@ -81,6 +82,7 @@ class Trainer:
         Nothing is written before everything that may be refused has been looked at.
         """
         config, below = context.config, Path(context.config.run.dir)
+        raise_on_all_ranks(lambda: check_run_folder(config) if context.is_writer else None)
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
         with ExitStack() as stack:
             verifiers = stack.enter_context(build_verifiers(config))

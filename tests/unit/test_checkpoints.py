@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_tempo.checkpoint import checkpoints as module
 from megatron_tempo.checkpoint import manifest
 from megatron_tempo.checkpoint.checkpoints import LAST, Checkpoints, last_step
+from megatron_tempo.config.resume import check_run_folder
 from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.tree import save
 from megatron_tempo.errors import InputError
@@ -67,7 +68,9 @@ def opened(run: Path, told: list[str] | None = None) -> Checkpoints:
 
 
 def found(run: Path, config: Config | None = None) -> module.Found:
-    return find(config or config_of(run), opened(run), {}, {}, is_writer=True)
+    config = config or config_of(run)
+    check_run_folder(config)
+    return find(config, opened(run), {}, {}, is_writer=True)
 
 
 def snapshot(folder: Path) -> dict[str, Any]:

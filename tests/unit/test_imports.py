@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
         *("checkpoint", "config", "data", "errors", "evaluation", "kernels", "methods", "models", "observability"),
         *("plan", "report", "rewards", "rollout", "runtime", "types", "weights"),
     },
-    "commands": {"checkpoint", "config", "data", "errors", "observability", "rewards", "submit"},
+    "commands": {"checkpoint", "config", "data", "errors", "observability", "rewards", "runtime", "submit"},
     "cli": {"commands", "config", "errors", "observability", "plan", "report", "rollout", "submit", "training"},
 }
 # Only these layers, or files, import these packages.
