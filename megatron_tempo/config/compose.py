@@ -83,7 +83,7 @@ def compose_tree(
 
 
 def _own_folder(plain: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Give an arm of a comparison, `algorithm=NAME`, a folder of its own beside the preset's: `run.dir` + `_NAME`.
+    """Give an arm of a comparison, `algorithm=NAME`, a folder of its own next to the preset's: `run.dir` + `_NAME`.
 
     A run.dir on the command line stays as it is, and so does that of the default algorithm.
     """

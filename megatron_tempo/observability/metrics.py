@@ -239,6 +239,9 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self.close("Ctrl-C")
+            return
         self.close(DONE if error is None else f"{type(error).__name__}: {error}")
 
     def _replace(self, name: str, lines: list[Record]) -> None:

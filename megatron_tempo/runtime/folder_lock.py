@@ -5,7 +5,7 @@ seconds. Who may take it is decided in two ways:
 
 - by `flock` where the file system knows it. The system drops it with the process that holds it, however that ends.
 - by the counter where the holder is on another machine, because not every network file system knows `flock` across
-  machines. Whoever wants the lock watches the counter for `WATCH` seconds; a holder that does not count is dead. So no
+  machines. Whoever needs the lock watches the counter for `WATCH` seconds; a holder that does not count is dead. So no
   two clocks are compared.
 
 The `filelock` package is not used: it empties the file when it opens it, so it cannot say who holds the lock, and it
