@@ -127,6 +127,16 @@ def test_a_folder_in_use_is_refused_on_all_ranks(run: Path, tmp_path: Path, job:
     assert told[0].startswith(f"run.dir={config.run.dir} is in use by process {os.getpid()} on ")
 
 
+def test_a_refused_evaluation_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    config = load(run / "config.json")
+    config.run.dir, path = str(tmp_path / "new/eval"), tmp_path / "questions.jsonl"
+    path.write_text("no JSON\n")
+    config.evaluation.sets["unlabelled"].path = str(path)
+    (told,) = run_ranks(refused, 1, tmp_path / "ranks", config, evaluate)
+    assert str(path) in told
+    assert not (tmp_path / "new").exists()
+
+
 def test_an_export_says_where_it_is_from(run: Path, tmp_path: Path) -> None:
     step = run / "checkpoints/step_00000002"
     expected = {
