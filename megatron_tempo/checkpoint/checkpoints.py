@@ -241,8 +241,15 @@ class Checkpoints:
         return manifest.difference(wanted, found)
 
     def _completed(self, step: int) -> None:
-        """Note the checkpoint; remove those beyond `keep`, and the remains of killed saves. Links are left alone."""
+        """Note the checkpoint, and remove what is no longer needed. The checkpoint is whole, whatever becomes of that."""
         self.note(step)
+        try:
+            self._prune()
+        except OSError as error:
+            self._log(f"warning: older checkpoints cannot be removed ({error.filename}: {error.strerror})")
+
+    def _prune(self) -> None:
+        """Remove checkpoints beyond `keep`, and the remains of killed saves. Links are left alone."""
         for old in self._own()[: -self._keep]:
             if not old.is_symlink():
                 shutil.rmtree(old)

@@ -149,6 +149,19 @@ def test_links_are_read_and_never_removed(run: Path, tmp_path: Path) -> None:
     assert (run / "checkpoints/step_00000004/MANIFEST.json").exists()
 
 
+def test_what_cannot_be_removed_does_not_end_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    write_checkpoint(run, "step_00000008", 8)
+    told: list[str] = []
+    monkeypatch.setattr(module.shutil, "rmtree", failing)
+    opened(run, told)._completed(8)
+    old = run / "checkpoints/step_00000004"
+    assert told == [f"warning: older checkpoints cannot be removed ({old}: Input/output error)"]
+    assert last_step(run) == 8
+
+
 def damaged(path: Path, kind: str) -> None:
     file = path / ("run.json" if "state" in kind else manifest.MANIFEST if "manifest" in kind else "actor/__0_0.distcp")
     if kind.startswith("no "):
