@@ -191,8 +191,8 @@ class Checkpoints:
         """Raises InputError if the checkpoint lacks one of the models. Other models in it are ignored."""
         for name in models.keys() - found.state["optimizer_steps"].keys():
             raise InputError(
-                f"{found.path} has no {name}: no stage's method has used one so far; restore the methods, or give "
-                f"another run.dir"
+                f"{found.path} has no {name}: no stage's method has used one so far; restore the stages' lengths, or "
+                f"give another run.dir"
             )
 
     def load(self, found: Found, models: dict[str, TrainedModel]) -> None:
@@ -241,7 +241,7 @@ class Checkpoints:
         return manifest.difference(wanted, found)
 
     def _completed(self, step: int) -> None:
-        """Note the checkpoint, and remove what is no longer needed. The checkpoint is whole, whatever becomes of that."""
+        """Note the checkpoint, and remove what is no longer needed. If that fails, the checkpoint is whole all the same."""
         self.note(step)
         try:
             self._prune()
