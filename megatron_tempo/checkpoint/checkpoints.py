@@ -241,7 +241,7 @@ class Checkpoints:
         return manifest.difference(wanted, found)
 
     def _completed(self, step: int) -> None:
-        """Note the checkpoint, and remove what is no longer needed. If that fails, the checkpoint is whole all the same."""
+        """Note the checkpoint, and remove what is no longer needed. If that fails, the checkpoint is whole still."""
         self.note(step)
         try:
             self._prune()

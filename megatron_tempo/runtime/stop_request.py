@@ -136,6 +136,22 @@ class StopRequests:
             _end(number, f"ended at once by a second {name}: the same command resumes from the last checkpoint")
 
 
+@contextmanager
+def ctrl_c(*, raises: bool) -> Iterator[None]:
+    """What INT does inside, unless it is ignored: raise KeyboardInterrupt, or end the process at once and silently.
+
+    The latter also reaches a process that waits in C, such as for other ranks to start.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler if raises else signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if before is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, before)
+
+
 def _end(number: signal.Signals, why: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         _write(why)

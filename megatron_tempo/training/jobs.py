@@ -24,7 +24,7 @@ from megatron_tempo.observability.metrics import Metrics
 from megatron_tempo.observability.records import EVALUATIONS, RESPONSES, Record, extend
 from megatron_tempo.report import results as report
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
-from megatron_tempo.runtime.stop_request import StopRequests
+from megatron_tempo.runtime.stop_request import StopRequests, ctrl_c
 from megatron_tempo.training.context import exclusive, open_context
 from megatron_tempo.training.setup import build_critic, build_engine, build_evaluator, build_verifiers, folder_weights
 from megatron_tempo.training.trainer import Trainer, judge_counts
@@ -94,7 +94,9 @@ def evaluate(config: Config) -> None:
 
 def _evaluate(config: Config, out: Path) -> None:
     with (
+        ctrl_c(raises=False),
         open_context(config) as context,
+        ctrl_c(raises=True),
         exclusive(context, "eval"),
         build_verifiers(config) as verifiers,
         Metrics(out, config.metrics, context.is_writer, begun=False) as metrics,

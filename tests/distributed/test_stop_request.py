@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import load, save
 from megatron_tempo.errors import Stopped
-from megatron_tempo.runtime.stop_request import ONE_REQUEST, StopRequests
+from megatron_tempo.runtime.stop_request import ONE_REQUEST, StopRequests, ctrl_c
 from megatron_tempo.training.jobs import train
 from megatron_tempo.training.trainer import Trainer
 from tests.support.fork_server import FORK_SERVER
@@ -58,6 +58,14 @@ def waits_for_a_missing_rank(folder: str) -> None:
         dist.init_process_group("gloo")
 
 
+def evaluation_waits(folder: str) -> None:
+    with ctrl_c(raises=False):
+        with pytest.raises(KeyboardInterrupt), ctrl_c(raises=True):
+            signal.raise_signal(signal.SIGINT)
+        Path(folder, "waits").touch()
+        dist.init_process_group("gloo")
+
+
 def waits_for_good(folder: str) -> None:
     """As a rank in a collective does when the others are gone."""
     with StopRequests(Path(folder), grace_seconds=None) as stop_requests, stop_requests.agreed():
@@ -89,6 +97,10 @@ def test_before_the_group_is_up_it_ends_at_once(tmp_path: Path, number: signal.S
     name = number.name.removeprefix("SIG")
     code, told = ended_by(waits_for_a_missing_rank, tmp_path, number)
     assert (code, told) == (128 + number, f"stopped by {name} before the run began\n")
+
+
+def test_an_evaluation_whose_ranks_are_missing_ends_too(tmp_path: Path) -> None:
+    assert ended_by(evaluation_waits, tmp_path, signal.SIGINT) == (-signal.SIGINT, "")
 
 
 def test_a_second_request_ends_a_stuck_process(tmp_path: Path) -> None:
