@@ -160,7 +160,7 @@ class Checkpoints:
         for path in reversed(self._agreed(lambda: self._own(self._log))):
             problem = self._damage(path)
             if problem is None:
-                return Found(path, self._agreed(partial(_state, path)), tuple(damaged))
+                return Found(path, self._agreed(partial(manifest.read_state, path)), tuple(damaged))
             damaged.append((path, problem))
         return Found(None, {}, tuple(damaged))
 
@@ -215,8 +215,8 @@ class Checkpoints:
         own = []
         for path in step_folders(self.folder):
             try:
-                step = _state(path)["step"]
-            except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError):
+                step = manifest.read_state(path)["step"]
+            except (*manifest.ABSENT, ValueError):
                 step = _step_of(path)
             if step == _step_of(path):
                 own.append(path)
@@ -226,7 +226,7 @@ class Checkpoints:
 
     def _damage(self, path: Path) -> str | None:
         """What is wrong with a checkpoint's files, the same on every rank; None if they are as written."""
-        wanted = self._agreed(lambda: manifest.read(path))
+        wanted = self._agreed(lambda: _state_problem(path) or manifest.read(path))
         if isinstance(wanted, str):
             return wanted
         names = sorted(wanted)[self._layout.rank :: self._layout.world_size]
@@ -293,9 +293,12 @@ def last_step(run: Path) -> int | None:
     return step
 
 
-def _state(checkpoint: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((checkpoint / manifest.STATE).read_text(encoding="utf-8"))
-    return state
+def _state_problem(path: Path) -> str | None:
+    try:
+        manifest.read_state(path)
+    except (*manifest.ABSENT, ValueError) as error:
+        return f"{manifest.STATE}: {error}"
+    return None
 
 
 def _step_of(path: Path) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from megatron_tempo.errors import InputError
 from megatron_tempo.observability.records import write_whole
@@ -15,7 +17,7 @@ from megatron_tempo.runtime import progress_marker
 MANIFEST = "MANIFEST.json"
 STATE = "run.json"  # step, streams, optimizer step counts, config
 UNREADABLE = "not readable: "
-_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # any other error says nothing about the file
+ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # any other error says nothing about the file
 _READ_BYTES = 1 << 22
 
 # By a file's name below the checkpoint: "SIZE:CRC-32".
@@ -39,11 +41,21 @@ def digests_or_errors(checkpoint: Path, names: Iterable[str]) -> Digests:
     for name in names:
         try:
             digests[name] = _digest(checkpoint / name)
-        except _ABSENT:
+        except ABSENT:
             continue
         except OSError as error:
             digests[name] = f"{UNREADABLE}{error.strerror or error}"
     return digests
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The run's state. Raises OSError, and ValueError if it is not the state of a checkpoint."""
+    state = json.loads(_regular(checkpoint / STATE).read_text(encoding="utf-8"))
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise ValueError(f"{STATE} is not the state of a checkpoint")
+    if not isinstance(state.get("optimizer_steps"), dict):
+        raise ValueError(f"{STATE} has no optimizer_steps")
+    return state
 
 
 def write(checkpoint: Path, written: Digests) -> None:
@@ -53,8 +65,8 @@ def write(checkpoint: Path, written: Digests) -> None:
 def read(checkpoint: Path) -> Digests | str:
     """The manifest, or a string that says what is wrong with it. Raises OSError if it is there and cannot be read."""
     try:
-        manifest: Digests = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    except (*_ABSENT, ValueError) as error:
+        manifest: Digests = json.loads(_regular(checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    except (*ABSENT, ValueError) as error:
         return f"{MANIFEST}: {error}"
     if not isinstance(manifest, dict) or not manifest:
         return f"{MANIFEST}: it lists no files"
@@ -98,9 +110,16 @@ def sha256(checkpoint: Path) -> str:
     return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
 
 
+def _regular(path: Path) -> Path:
+    """The path of a file, which a pipe or a folder in its place is not. Raises OSError."""
+    if path.exists() and not path.is_file():
+        raise IsADirectoryError(errno.EISDIR, "is not a file", str(path))
+    return path
+
+
 def _digest(path: Path) -> str:
     checksum = 0
-    with path.open("rb") as file:
+    with _regular(path).open("rb") as file:
         while block := file.read(_READ_BYTES):
             checksum = zlib.crc32(block, checksum)
             progress_marker.mark()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
@@ -89,6 +90,7 @@ def _starting(run_dir: Path, heartbeat: Record | None, now: float) -> tuple[str,
         host, pid, since = str(holder["host"]), int(holder["pid"]), float(holder["since"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    since = since if math.isfinite(since) else now
     sent = heartbeat is not None and (heartbeat["host"], heartbeat["pid"]) == (host, pid)
     if sent or abs(now - renewed) > SILENT:
         return None

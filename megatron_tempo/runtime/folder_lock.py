@@ -68,8 +68,23 @@ class Holder:
         return self.is_here and _born(self.pid) != self.born
 
     def __str__(self) -> str:
-        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+        try:
+            began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+        except (ValueError, OverflowError, OSError):  # no time of a clock
+            began = str(self.since)
         return f"process {self.pid} on {self.host} ({self.command}, since {began})"
+
+
+_KINDS = {
+    "host": str,
+    "pid": int,
+    "machine": str,
+    "born": str,
+    "command": str,
+    "since": float,
+    "token": str,
+    "count": int,
+}
 
 
 class FolderLock:
@@ -276,7 +291,9 @@ class FolderLock:
 def parse(text: bytes) -> Holder | None:
     """The record of a lock's file; None if it is none."""
     with suppress(ValueError, TypeError):
-        return Holder(**json.loads(text))
+        holder = Holder(**json.loads(text))
+        if all(isinstance(getattr(holder, name), kind) for name, kind in _KINDS.items()):
+            return holder
     return None
 
 

@@ -32,6 +32,8 @@ def find(
     if found.path is None:
         raise_on_all_ranks(lambda: _check_nothing_lost(run, found) if is_writer else None)
     else:
+        if absent := [name for name in _ENTRIES if not isinstance(found.state.get(name), dict)]:
+            raise InputError(f"{found.path}/run.json has no {absent[0]}: no run has written it; give another run.dir")
         checkpoints.require(found, models)
         _check_config(config, found.path, found.state)
         _check_position(config, found.state)
@@ -41,6 +43,9 @@ def find(
     if found.state.get("step", 0) < schedule.total(config):
         checkpoints.check_room(models)
     return found
+
+
+_ENTRIES = ("config", "position", "streams")  # of a run's state
 
 
 def _check_nothing_lost(run: Path, found: Found) -> None:
@@ -69,7 +74,7 @@ def _evidence(run: Path) -> str | None:
     except FileNotFoundError:
         noted = last or None  # of a version that wrote no note: records without a checkpoint are not thrown away
         return f"the records end with step {last}, but there is no checkpoint" if noted else None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         return f"there is no checkpoint, and {LAST} cannot be read ({error})"
     return None if noted is None else f"its checkpoint of step {noted} is gone, and there is no other"
 
@@ -87,7 +92,7 @@ def _check_position(config: Config, state: Mapping[str, Any]) -> None:
     """Raises InputError where other stage lengths than the checkpoint's would put its step elsewhere."""
     now = schedule.position(config, state["step"])
     for name, done in state["position"].items():
-        if now[name] != done:
+        if now.get(name, done) != done:
             raise InputError(
                 f"{name}.iterations={config.stages()[name].iterations}: the run in {config.run.dir} has "
                 f"{state['position']} iterations behind it, which this schedule would count as {now}; "

@@ -164,16 +164,26 @@ def test_what_cannot_be_removed_does_not_end_the_run(run: Path, monkeypatch: pyt
 
 def damaged(path: Path, kind: str) -> None:
     file = path / ("run.json" if "state" in kind else manifest.MANIFEST if "manifest" in kind else "actor/__0_0.distcp")
-    if kind.startswith("no "):
+    if kind.startswith(("no ", "pipe ", "folder ")):
         file.unlink()
+        if kind.startswith("pipe "):
+            os.mkfifo(file)  # to open it would wait for ever
+        elif kind.startswith("folder "):
+            file.mkdir()
+    elif kind.startswith("sealed "):  # wrong, with a manifest that fits
+        file.write_text({"sealed state": "[]", "sealed bare state": '{"step": 6}'}[kind])
+        manifest.write(path, manifest.digests(path, manifest.files(path)))
     else:
         file.write_bytes(b"[]" if kind.startswith("shape") else file.read_bytes()[:-3])
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["no file", "cut file", "no state", "cut state", "shape of state", "no manifest", "cut manifest", "shape manifest"],
-)
+KINDS = [
+    *(f"{how} {what}" for how in ("no", "cut", "pipe", "folder") for what in ("file", "state", "manifest")),
+    *("shape of state", "shape manifest", "sealed state", "sealed bare state"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_one_is_set_aside_and_the_one_before_is_used(run: Path, kind: str) -> None:
     damaged(run / "checkpoints/step_00000006", kind)
     (run / "checkpoints/step_00000006.damaged").mkdir()  # of an earlier time: it is kept
@@ -275,6 +285,15 @@ def test_another_configuration_is_refused_by_the_folder_and_by_the_checkpoint(ru
     save(other, run / "config.json")  # the folder's word alone does not do
     told = refusal(run, other)
     assert "step_00000006 is of a run with another configuration: rollout.temperature: 1.0 -> 0.5" in told
+
+
+def test_a_state_that_no_run_has_written_is_refused(run: Path) -> None:
+    path = run / "checkpoints/step_00000006"
+    state = json.loads((path / "run.json").read_text())
+    for name in ("config", "position", "streams"):
+        (path / "run.json").write_text(json.dumps({**state, name: []}))
+        manifest.write(path, manifest.digests(path, manifest.files(path)))
+        assert f"run.json has no {name}: no run has written it" in refusal(run)
 
 
 def test_lengths_may_change_for_what_is_still_to_come(run: Path) -> None:

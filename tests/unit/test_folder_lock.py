@@ -201,6 +201,12 @@ def test_a_file_of_the_users_is_not_taken(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"lock\.json is not a lock of this program: move it away"):
         lock(path).acquire()
     assert path.read_text() == "my notes"
+    path.write_text(json.dumps(asdict(elsewhere()) | {"since": "yesterday"}))
+    with pytest.raises(InputError, match=r"is not a lock of this program"):
+        lock(path).acquire()
+    left(path, elsewhere(since=1e300))
+    with lock(path, watch=0.1):
+        pass
     for empty in (b"", b"\0" * 10):  # of a machine that lost its power
         path.write_bytes(empty)
         with lock(path, watch=0.1):
