@@ -182,8 +182,8 @@ def _saved(source: Path, model: str) -> _Saved:
     if not (source / model).exists():
         raise InputError(f"{source} has no {model}: the run did not train one")
     try:
-        state = json.loads((source / manifest.STATE).read_text())
-    except ValueError as error:
+        state = manifest.read_state(source)
+    except (OSError, ValueError) as error:
         raise InputError(f"{source / manifest.STATE} cannot be read ({error})") from error
     config = (
         read_config(state["config"])[0] if "config" in state else None
