@@ -50,6 +50,7 @@ MAY_CHANGE: tuple[tuple[tuple[str, ...], str], ...] = (
         tuple(f"rewards.judge.{n}" for n in ("url", "key_file", "concurrency", "retries", "timeout_seconds", "cache")),
         "how the judge is reached",
     ),
+    (("rewards.math.workers",), "processes that compare answers"),
     (("evaluation.every",), "when it is evaluated; on what and how stays"),
     (("checkpoint.*",), "what is kept"),
     (("metrics.*", "profile.*"), "logging"),
