@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import socket
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_tempo.commands import convert, prepare
@@ -39,11 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: success. 1: an engine or a disk failed (a rerun may succeed), the loss was not finite, a plan does not fit, or a
     run needs attention (`status`). 2: the user's input is wrong. STOPPED: the run was asked to stop; 0 under
-    torchrun --max-restarts.
+    torchrun --max-restarts. 130: Ctrl-C.
     """
     _quiet()
-    with standard_streams():
-        return _dispatch(parse(argv))
+    try:
+        with standard_streams():
+            return _dispatch(parse(argv))
+    except KeyboardInterrupt:
+        with suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # again: at once
+        if os.environ.get("RANK", "0") == "0":
+            print("stopped by Ctrl-C", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def _dispatch(arguments: argparse.Namespace) -> int:
@@ -87,6 +96,11 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     except (NotFiniteError, UnwrittenError) as error:  # on every rank
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # of a file, on the rank where it occurred
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     return 0
 

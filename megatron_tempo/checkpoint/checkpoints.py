@@ -5,18 +5,25 @@
         run.json           step, streams, optimizer step counts, config
         MANIFEST.json      size and CRC-32 of every file; a folder whose files differ from it is damaged
 
-A folder appears under its name only when it is complete. There is no random-number state to save: every draw of a run
-comes from a generator that is seeded by the run's seed and the draw's own name (`types.seed_of`).
+A folder appears under its name only when it is complete. Only folders named `step_` and eight digits, the step of their
+run.json, count as checkpoints; whatever else lies there is left alone. RUN/last_checkpoint.json notes the last complete
+one, so that a run whose checkpoints are gone is told from one that had none yet. There is no random-number state to
+save: every draw of a run comes from a generator that is seeded by the run's seed and the draw's own name
+(`types.seed_of`).
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +33,27 @@ from megatron.core import dist_checkpointing, parallel_state
 
 from megatron_tempo.checkpoint import manifest
 from megatron_tempo.checkpoint.saving import Saving, ShardWriter, partial_of
+from megatron_tempo.config.resume import step_folders
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.parallel import COLLECTIVE_TIMEOUT, Layout
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.observability.console import readable
+from megatron_tempo.observability.records import write_whole
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 
+LAST = "last_checkpoint.json"  # in the run's folder: {"step": the last complete checkpoint's, or null}
 # A checkpoint's bytes per parameter in addition to its weights: Adam's main weight and two moments, in fp32.
 OPTIMIZER_BYTES = 12
+_PARTIAL = re.compile(r"step_\d{8}\.partial")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The newest complete checkpoint, and the later ones that are damaged, with what is wrong with them."""
+
+    path: Path | None
+    state: dict[str, Any]  # of `path`; empty without one
+    damaged: tuple[tuple[Path, str], ...]
 
 
 class Checkpoints:
@@ -62,7 +82,7 @@ class Checkpoints:
 
     def check_room(self, models: dict[str, TrainedModel]) -> None:
         """Raises InputError if the disk has no space for one checkpoint; warns if it has none for `keep` of them."""
-        size, (free, kept) = _size(models), self._agreed(lambda: [self._free(), len(self._names())])
+        size, (free, kept) = _size(models), self._agreed(lambda: [self._free(), len(self._own())])
         space = f"{self.folder}: a checkpoint takes {_gb(size)}, and the disk has {_gb(free)} free"
         if free < size:
             raise InputError(f"{space}; free disk space, or give a run.dir on another disk")
@@ -101,7 +121,7 @@ class Checkpoints:
                 writers[name] = ShardWriter.of(_sharded(model, is_loading=False), partial_of(path) / name)
         counts = {name: model.step_count for name, model in models.items()}
         state = state | {"step": step, "optimizer_steps": counts}
-        self._saving = Saving(path, writers, state, self._group, self._prune)
+        self._saving = Saving(path, writers, state, self._group, partial(self._completed, step))
         if not self._asynchronous:
             self.wait()
 
@@ -124,81 +144,171 @@ class Checkpoints:
         saving.wait()
         if saving.error is not None:
             raise saving.error
-        self.saved = int(saving.path.name.removeprefix("step_"))
+        self.saved = _step_of(saving.path)
 
     def close(self) -> None:
         """Let the current save end. Not collective: a rank that ends with an error calls it too."""
         if self._saving is not None:
             self._saving.wait()
 
-    def newest(self) -> Path | None:
-        """The latest complete checkpoint. Later ones that are damaged are logged and renamed to `NAME.damaged`."""
-        while True:
-            names = self._agreed(self._names)
-            if not names:
-                return None
-            path = self.folder / names[-1]
+    def find(self) -> Found:
+        """The newest complete checkpoint, and the damaged ones behind it. Collective; nothing is changed.
+
+        Raises InputError if one cannot be read for another reason: an I/O error or a missing permission is no damage.
+        """
+        damaged: list[tuple[Path, str]] = []
+        for path in reversed(self._agreed(lambda: self._own(self._log))):
             problem = self._damage(path)
             if problem is None:
-                return path
-            aside = path.with_name(path.name + ".damaged")
-            self._log(f"checkpoint {path} is damaged ({problem}): renamed to {aside.name}, trying the previous one")
-            if self._layout.is_writer:
-                shutil.rmtree(aside, ignore_errors=True)
+                return Found(path, self._agreed(partial(manifest.read_state, path)), tuple(damaged))
+            damaged.append((path, problem))
+        return Found(None, {}, tuple(damaged))
+
+    def set_aside(self, found: Found) -> None:
+        """Rename the damaged checkpoints, so that they are not looked at again. Nothing is removed."""
+
+        def rename() -> None:
+            for path, problem in found.damaged if self._layout.is_writer else ():
+                aside = _free_name(path.with_name(path.name + ".damaged"))
+                self._log(
+                    f"checkpoint {path} is damaged ({problem}): renamed to {aside.name}, the previous one is used"
+                )
                 os.replace(path, aside)
-            dist.barrier()
 
-    def load(self, path: Path, models: dict[str, TrainedModel]) -> dict[str, Any]:
-        """Load models and optimizers from a checkpoint of any layout. Returns its state.
+        raise_on_all_ranks(rename, self._group)
 
-        Raises InputError if the checkpoint lacks one of the models. Other models in it are ignored.
-        """
-        state = json.loads((path / manifest.STATE).read_text())
-        for name in models.keys() - state["optimizer_steps"].keys():
+    def manifest_sha256(self, step: int) -> str | None:
+        """A hash of all files of a checkpoint, None if there is none of this step. Collective."""
+        path = self.path(step)
+        found: str | None = self._agreed(lambda: manifest.sha256(path) if path.exists() else None)
+        return found
+
+    def note(self, step: int | None) -> None:
+        """Write down, in the run's folder, the last complete checkpoint's step; None: there is none yet. One rank."""
+        write_whole(self.folder.parent / LAST, json.dumps({"step": step}) + "\n")
+
+    def require(self, found: Found, models: dict[str, TrainedModel]) -> None:
+        """Raises InputError if the checkpoint lacks one of the models. Other models in it are ignored."""
+        for name in models.keys() - found.state["optimizer_steps"].keys():
             raise InputError(
-                f"{path} has no {name}: no stage's method has used one so far; restore the methods, or give another "
-                f"run.dir"
+                f"{found.path} has no {name}: no stage's method has used one so far; restore the stages' lengths, or "
+                f"give another run.dir"
             )
+
+    def load(self, found: Found, models: dict[str, TrainedModel]) -> None:
+        """Load models and optimizers from a checkpoint of any layout. Raises what `require` raises."""
+        assert found.path is not None
+        self.require(found, models)
         for name, model in models.items():
             with model.at_work():
-                loaded = dist_checkpointing.load(_sharded(model, is_loading=True), str(path / name))
+                loaded = dist_checkpointing.load(_sharded(model, is_loading=True), str(found.path / name))
                 model.net.load_state_dict(loaded["model"])
                 model.load_optimizer(loaded["optimizer"])
-            model.step_count = state["optimizer_steps"][name]
-        self.saved = state["step"]
-        return state
+            model.step_count = found.state["optimizer_steps"][name]
+        self.saved = found.state["step"]
 
-    def _names(self) -> list[str]:
-        if not self.folder.exists():
-            return []
-        return sorted(p.name for p in self.folder.iterdir() if p.name.startswith("step_") and not p.suffix)
+    def _own(self, log: Callable[[str], None] = lambda _: None) -> list[Path]:
+        """The folders that are checkpoints by their names and their run.json, oldest first. `log` hears of others.
+
+        One whose run.json is missing or not readable as JSON stays in: its damage is found later. Raises OSError.
+        """
+        own = []
+        for path in step_folders(self.folder):
+            try:
+                step = manifest.read_state(path)["step"]
+            except (*manifest.ABSENT, ValueError):
+                step = _step_of(path)
+            if step == _step_of(path):
+                own.append(path)
+            else:
+                log(f"{path} is not counted as a checkpoint: its {manifest.STATE} is of step {step}")
+        return own
 
     def _damage(self, path: Path) -> str | None:
         """What is wrong with a checkpoint's files, the same on every rank; None if they are as written."""
-        wanted = self._agreed(lambda: manifest.read(path))
+        wanted = self._agreed(lambda: _state_problem(path) or manifest.read(path))
         if isinstance(wanted, str):
             return wanted
-        names = self._agreed(lambda: manifest.files(path))[self._layout.rank :: self._layout.world_size]
+        names = sorted(wanted)[self._layout.rank :: self._layout.world_size]
         digests: list[manifest.Digests] = [{} for _ in range(self._layout.world_size)]
         dist.all_gather_object(digests, manifest.digests_or_errors(path, names), group=self._group)
-        return manifest.difference(wanted, {name: digest for of_rank in digests for name, digest in of_rank.items()})
+        found = {name: digest for of_rank in digests for name, digest in of_rank.items()}
+        if fault := manifest.unreadable(found):
+            raise InputError(
+                f"{path}: {fault}; nothing was changed. Mend the disk, its mount or the permissions, then run the same "
+                f"command again; if the file is lost, rename {path.name} to {path.name}.damaged to use the one before"
+            )
+        return manifest.difference(wanted, found)
+
+    def _completed(self, step: int) -> None:
+        """Note the checkpoint, and remove what is no longer needed. If that fails, the checkpoint is whole still."""
+        self.note(step)
+        try:
+            self._prune()
+        except OSError as error:
+            self._log(f"warning: older checkpoints cannot be removed ({error.filename}: {error.strerror})")
 
     def _prune(self) -> None:
-        """Remove checkpoints beyond `keep`, and the remains of killed saves."""
-        for old in self._names()[: -self._keep]:
-            shutil.rmtree(self.folder / old)
-        for abandoned in self.folder.glob("step_*.partial"):
-            shutil.rmtree(abandoned)
+        """Remove checkpoints beyond `keep`, and the remains of killed saves. Links are left alone."""
+        for old in self._own()[: -self._keep]:
+            if not old.is_symlink():
+                shutil.rmtree(old)
+        for abandoned in self.folder.iterdir():
+            if _PARTIAL.fullmatch(abandoned.name) and not abandoned.is_symlink():
+                shutil.rmtree(abandoned)
 
     def _free(self) -> int:
         there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         return shutil.disk_usage(there).free
 
     def _agreed(self, find: Callable[[], Any]) -> Any:
-        """The result of `find` on the first rank, on every rank."""
-        message = [find() if self._layout.is_writer else None]
+        """The result of `find`, which only reads, on the first rank, on every rank. InputError for its OSError."""
+        found: Any = None
+        failure: str | None = None
+        if self._layout.is_writer:
+            try:
+                found = find()
+            except OSError as error:
+                failure = (
+                    f"{error.filename or self.folder} cannot be read ({error.strerror or error}); nothing was changed. "
+                    f"Mend the disk, its mount or the permissions, then run the same command again, or give another "
+                    f"run.dir"
+                )
+        message = [found, failure]
         dist.broadcast_object_list(message, src=0, group=self._group)
+        if message[1] is not None:
+            raise InputError(message[1])
         return message[0]
+
+
+def last_step(run: Path) -> int | None:
+    """The step of the last complete checkpoint that a run's folder notes; None if it notes that there was none yet.
+
+    Raises FileNotFoundError if there is no note, ValueError if it is damaged.
+    """
+    noted = json.loads((run / LAST).read_text(encoding="utf-8"))
+    if not isinstance(noted, dict) or not isinstance(noted.get("step", ""), int | None):
+        raise ValueError(f"{run / LAST} is not a note of a checkpoint")
+    step: int | None = noted["step"]
+    return step
+
+
+def _state_problem(path: Path) -> str | None:
+    try:
+        manifest.read_state(path)
+    except (*manifest.ABSENT, ValueError) as error:
+        return f"{manifest.STATE}: {error}"
+    return None
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or with a number behind it, so that nothing of this name exists."""
+    names = (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists() and not name.is_symlink())
 
 
 def _size(models: dict[str, TrainedModel]) -> int:

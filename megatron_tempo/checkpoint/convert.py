@@ -7,7 +7,6 @@ file.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from megatron_tempo.errors import InputError
 from megatron_tempo.models.families import read_shape
 from megatron_tempo.models.shape import Shape
 from megatron_tempo.weights import distributed, folder, tables
-from megatron_tempo.weights.export import critic_changes, last_targets
+from megatron_tempo.weights.export import critic_changes, last_targets, origin_of
 from megatron_tempo.weights.files import atomic, nbytes, write_safetensors
 from megatron_tempo.weights.param_mapping import ParamMapping
 from megatron_tempo.weights.stream import plan
@@ -102,6 +101,9 @@ def to_hugging_face(
     changes["dtype"] = str(stored.entries(mappings[0], dtype)[0][1]).removeprefix("torch.")
     size = sum(nbytes(entry) for mapping in mappings for entry in stored.entries(mapping, dtype))
     folder.describe(work.whole, weight_map, size, like, changes)
+    if saved.step is not None and saved.config is not None:
+        origin = origin_of(saved.config, saved.number, manifest.sha256(saved.step))
+        folder.write_origin(work.whole, origin | {"run": str(saved.step.resolve().parents[1])})
     return work.finish()
 
 
@@ -148,12 +150,13 @@ def _read(hugging_face: Path, model: str) -> tuple[Shape, list[ParamMapping]]:
 
 @dataclass(frozen=True, slots=True)
 class _Saved:
-    """A model in a checkpoint. `step` and `config` are of the run that saved it, if one did."""
+    """A model in a checkpoint. `step`, its `number` and `config` are of the run that saved it, if one did."""
 
     weights: Path  # a distributed checkpoint
     step: Path | None
     config: Config | None
     model: str
+    number: int = 0
 
     @property
     def targets(self) -> CriticTargets | None:
@@ -180,13 +183,13 @@ def _saved(source: Path, model: str) -> _Saved:
     if not (source / model).exists():
         raise InputError(f"{source} has no {model}: the run did not train one")
     try:
-        state = json.loads((source / manifest.STATE).read_text())
-    except ValueError as error:
+        state = manifest.read_state(source)
+    except (OSError, ValueError) as error:
         raise InputError(f"{source / manifest.STATE} cannot be read ({error})") from error
     config = (
         read_config(state["config"])[0] if "config" in state else None
     )  # fields unknown to this version are ignored
-    return _Saved(source / model, source, config, model)
+    return _Saved(source / model, source, config, model, state["step"])
 
 
 def _stamps(files: dict[str, Path]) -> dict[str, list[int]]:

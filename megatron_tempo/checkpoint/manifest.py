@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from megatron_tempo.errors import InputError
 from megatron_tempo.observability.records import write_whole
 from megatron_tempo.runtime import progress_marker
 
 MANIFEST = "MANIFEST.json"
 STATE = "run.json"  # step, streams, optimizer step counts, config
+UNREADABLE = "not readable: "
+ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # any other error says nothing about the file
 _READ_BYTES = 1 << 22
 
 # By a file's name below the checkpoint: "SIZE:CRC-32".
@@ -30,14 +36,26 @@ def digests(checkpoint: Path, names: Iterable[str]) -> Digests:
 
 
 def digests_or_errors(checkpoint: Path, names: Iterable[str]) -> Digests:
-    """The digests of these files. For one that cannot be read, the reason instead."""
+    """The digests of those files that are there. For one that cannot be read, `UNREADABLE` and the reason instead."""
     digests = {}
     for name in names:
         try:
             digests[name] = _digest(checkpoint / name)
+        except ABSENT:
+            continue
         except OSError as error:
-            digests[name] = f"not readable ({error.strerror})"
+            digests[name] = f"{UNREADABLE}{error.strerror or error}"
     return digests
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The run's state. Raises OSError, and ValueError if it is not the state of a checkpoint."""
+    state = json.loads(_regular(checkpoint / STATE).read_text(encoding="utf-8"))
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise ValueError(f"{STATE} is not the state of a checkpoint")
+    if not isinstance(state.get("optimizer_steps"), dict):
+        raise ValueError(f"{STATE} has no optimizer_steps")
+    return state
 
 
 def write(checkpoint: Path, written: Digests) -> None:
@@ -45,11 +63,13 @@ def write(checkpoint: Path, written: Digests) -> None:
 
 
 def read(checkpoint: Path) -> Digests | str:
-    """The manifest, or a string that says what is wrong with it."""
+    """The manifest, or a string that says what is wrong with it. Raises OSError if it is there and cannot be read."""
     try:
-        manifest: Digests = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        manifest: Digests = json.loads(_regular(checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    except (*ABSENT, ValueError) as error:
         return f"{MANIFEST}: {error}"
+    if not isinstance(manifest, dict) or not manifest:
+        return f"{MANIFEST}: it lists no files"
     return manifest
 
 
@@ -63,21 +83,43 @@ def difference(wanted: Digests, now: Digests) -> str | None:
     return None
 
 
+def unreadable(now: Digests) -> str | None:
+    """The first file that is there and could not be read, as a message. That is a fault of the disk or of permissions,
+    and says nothing about the file."""
+    faults = [(name, digest) for name, digest in now.items() if digest.startswith(UNREADABLE)]
+    return f"{faults[0][0]} cannot be read ({faults[0][1].removeprefix(UNREADABLE)})" if faults else None
+
+
 def damage(checkpoint: Path, model: str) -> str | None:
     """What is wrong with the files of one model of a checkpoint, or with its state; None if they are as written.
 
-    Reads the files completely, in a single process without process groups.
+    Reads the files completely, in a single process without process groups. Raises InputError if one cannot be read.
     """
     manifest = read(checkpoint)
     if isinstance(manifest, str):
         return manifest
     wanted = {file: digest for file, digest in manifest.items() if file == STATE or file.startswith(f"{model}/")}
-    return difference(wanted, digests_or_errors(checkpoint, (file for file in wanted if (checkpoint / file).is_file())))
+    found = digests_or_errors(checkpoint, wanted)
+    if fault := unreadable(found):
+        raise InputError(f"{checkpoint}: {fault}; mend the disk or the permissions, then run the same command again")
+    return difference(wanted, found)
+
+
+def sha256(checkpoint: Path) -> str:
+    """A hash of all of a checkpoint's files, by their digests. Raises OSError."""
+    return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
+
+
+def _regular(path: Path) -> Path:
+    """The path of a file, which a pipe or a folder in its place is not. Raises OSError."""
+    if path.exists() and not path.is_file():
+        raise IsADirectoryError(errno.EISDIR, "is not a file", str(path))
+    return path
 
 
 def _digest(path: Path) -> str:
     checksum = 0
-    with path.open("rb") as file:
+    with _regular(path).open("rb") as file:
         while block := file.read(_READ_BYTES):
             checksum = zlib.crc32(block, checksum)
             progress_marker.mark()

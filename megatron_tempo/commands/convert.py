@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_tempo.errors import InputError, printable
 from megatron_tempo.observability.terminal import say
+from megatron_tempo.runtime.folder_lock import FolderLock
 
 DIRECTIONS = ("hf-to-megatron", "megatron-to-hf")
 # The programs of tools/ that do the same, by their names.
@@ -72,8 +73,12 @@ def gibibytes(text: str) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Convert and print what it took. Returns the exit status: 2 if the input is wrong, 1 if the disk failed."""
     start = time.monotonic()
+    out = arguments.out
+    lock = FolderLock(out.with_name(out.name + ".lock"), str(out), "convert", "choose another name", log=say)
     try:
-        size = _conversion(arguments)()
+        convert = _conversion(arguments)
+        with lock:
+            size = convert()
     except (InputError, OSError) as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_tempo.config.benchmarks import BENCHMARKS
 from megatron_tempo.config.choices import Verifier
 from megatron_tempo.errors import InputError, printable
+from megatron_tempo.runtime.folder_lock import FolderLock
 
 CUSTOM = "custom"  # a set that is none of our benchmarks; data/prepare.py has the same
 HELP = "make a file of questions for a run from a public data set, or from your own (docs/data.md)"
@@ -40,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the files and print what was kept and dropped. Returns the exit status: 2 if the input is wrong."""
-    from megatron_tempo.data.prepare import Order, prepare  # slow imports
+    from megatron_tempo.data.prepare import Order, heldout_path, prepare  # slow imports
     from megatron_tempo.rewards.verifiers import Verifiers
 
     order = Order(
@@ -57,9 +59,13 @@ def run(arguments: argparse.Namespace) -> int:
         verifier=Verifier[arguments.verifier] if arguments.verifier else None,
         force=arguments.force,
     )
+    written = [order.out, heldout_path(order.out)] if order.heldout else [order.out]
     try:
-        with Verifiers() as verifiers:
-            report = prepare(order, verifiers)
+        with ExitStack() as stack:
+            for path in written:
+                lock = FolderLock(path.with_name(path.name + ".lock"), str(path), "prepare", "give another --out")
+                stack.enter_context(lock)
+            report = prepare(order, stack.enter_context(Verifiers()))
     except (InputError, OSError) as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return 2

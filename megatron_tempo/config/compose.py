@@ -38,8 +38,10 @@ from megatron_tempo.config.rules.files import wrong_with_folder
 from megatron_tempo.config.schema import Config, RolloutConfig, to_plain
 from megatron_tempo.config.shipped import REPOSITORY
 from megatron_tempo.config.trained_with import defaults_for, lengths, read_trained_with
+from megatron_tempo.config.tree import MISSING
 
 GROUPS = ("model", "data", "benchmark", "engine", "algorithm", "experiment", "cluster")
+_DEFAULT_ALGORITHM = "paper"  # as in configs/config.yaml
 # A job of these kinds whose command line names no run.dir gets a folder of its own below these.
 EVAL_DIR, CONVERT_DIR = "runs/eval", "runs/convert"
 
@@ -90,7 +92,23 @@ def compose_tree(
             entry = _trained_with(plain)
             _fill_sets(plain, [name for name in names.values() if name not in chosen], entry)
             _fill_lengths(plain, overrides, entry)
+        if purpose is not Purpose.eval and whole is None:
+            _own_folder(plain, overrides)
         return plain, problems
+
+
+def _own_folder(plain: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Give an arm of a comparison, `algorithm=NAME`, a folder of its own next to the preset's: `run.dir` + `_NAME`.
+
+    A run.dir on the command line stays as it is, and so does that of the default algorithm.
+    """
+    given = dict(text.lstrip("+").partition("=")[::2] for text in overrides)
+    name, run = given.get("algorithm", _DEFAULT_ALGORITHM), plain.get("run")
+    if name == _DEFAULT_ALGORITHM or not name.isidentifier() or "run.dir" in given or not isinstance(run, dict):
+        return
+    folder = run.get("dir")
+    if isinstance(folder, str) and folder != MISSING:
+        run["dir"] = f"{folder.rstrip('/')}_{name}"
 
 
 def _trained_with(plain: dict[str, Any]) -> dict[str, Any]:

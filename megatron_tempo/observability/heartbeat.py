@@ -102,10 +102,13 @@ class Heartbeat:
                 self._warned = True
 
 
-def write_final_heartbeat(folder: Path, why: str) -> None:
-    """Write into the last heartbeat why the run has ended. Any process may call it. Raises OSError."""
+def write_final_heartbeat(folder: Path, why: str, host: str, pid: int) -> None:
+    """Write into the last heartbeat why the run has ended, if it is of this process. Any may call it. Raises OSError.
+
+    The heartbeat of an earlier start, or of another job in the same folder, stays as it is.
+    """
     record = read_heartbeat(folder)
-    if record is not None:
+    if record is not None and (record["host"], record["pid"]) == (host, pid):
         now = time.time()
         new = folder / f"{HEARTBEAT}.{os.getpid()}"
         new.write_text(json.dumps(record | {"time": now, "phase": "", "since": now, "ended": why}))

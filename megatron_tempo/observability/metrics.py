@@ -49,12 +49,15 @@ class Metrics:
                 ...
             metrics.step({"stage": "stage1", "method": "ppo", "iteration": 1, "step": 1, "actor/loss": 0.2})
 
+    Until `begin`, it prints and writes nothing: a start that is refused leaves the folder as it was.
+
     Raises ValueError if a configured tracker is not installed, and OSError that names the file if metrics.jsonl or
     evaluations.jsonl cannot be written. If another file cannot be written, it warns once per file and continues. If a
     tracker fails later, it warns once and stops using the tracker.
     """
 
-    def __init__(self, run_dir: Path, config: MetricsConfig, is_writer: bool) -> None:
+    def __init__(self, run_dir: Path, config: MetricsConfig, is_writer: bool, *, begun: bool = True) -> None:
+        """`begun`: whether to write at once; else `begin` is still to be called."""
         self._dir = run_dir
         self._config = config
         self._is_writer = is_writer
@@ -72,20 +75,30 @@ class Metrics:
         self._resumed: int | None = None  # no evaluation after this step is written yet
         self._tensorboard: Any = None
         self._wandb: Any = None
-        if not is_writer:
-            return
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if sys.stdout.isatty():
+        self._begun = False
+        self._early: list[Record] = []  # warnings before `begin`
+        if is_writer and sys.stdout.isatty():
             self._console = Console(markup=False, highlight=False, soft_wrap=True)
+        if begun:
+            self.begin()
+
+    def begin(self) -> None:
+        """Open the run's files, and begin the heartbeats."""
+        if not self._is_writer:
+            return
+        self._begun = True
+        self._dir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, EVALUATIONS):
-            drop(run_dir / name, lambda record: False)
+            drop(self._dir / name, lambda record: False)
         for name in (SAMPLES, WARNINGS):
             with self.spare(name):
-                drop(run_dir / name, lambda record: False)
-        self._heartbeat = Heartbeat(run_dir)
+                drop(self._dir / name, lambda record: False)
+        with self.spare(WARNINGS):
+            extend(self._dir / WARNINGS, self._early)
+        self._heartbeat = Heartbeat(self._dir)
         self._open_tensorboard()
-        if config.wandb_project is not None:
-            self._wandb = wandb_run(run_dir, config.wandb_project, self.warn)
+        if self._config.wandb_project is not None:
+            self._wandb = wandb_run(self._dir, self._config.wandb_project, self.warn)
 
     def plan(self, stages: Mapping[str, StageConfig], evaluations: int, step: int = 0) -> None:
         """Set what remains, for the time left, and start the progress bar. `stages`: all stages. `evaluations`:
@@ -190,8 +203,12 @@ class Metrics:
         """Print a line on the console that status and report show too. Any thread may call it."""
         if self._is_writer:
             self._print(text)
+            record = {"time": round(time.time(), 3), "text": text}
+            if not self._begun:
+                self._early.append(record)
+                return
             with self.spare(WARNINGS):
-                append(self._dir / WARNINGS, {"time": round(time.time(), 3), "text": text})
+                append(self._dir / WARNINGS, record)
 
     @contextmanager
     def spare(self, what: str) -> Iterator[None]:
@@ -219,6 +236,9 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self.close("Ctrl-C")
+            return
         self.close(DONE if error is None else f"{type(error).__name__}: {error}")
 
     def _replace(self, name: str, lines: list[Record]) -> None:

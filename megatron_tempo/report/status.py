@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
@@ -51,8 +52,9 @@ def status(run_dir: Path, now: float | None = None) -> Status:
     forecast = _forecast(config, metrics, evaluations) if config is not None and trains else None
     step = metrics[-1]["step"] if metrics else 0
     total = schedule.total(config) if config is not None and trains else 0
-    state, well = _state(heartbeat, step, total, now)
-    running = well and heartbeat is not None and heartbeat["ended"] is None
+    starting = _starting(run_dir, heartbeat, now)
+    state, well = starting or _state(heartbeat, step, total, now)
+    running = well and starting is None and heartbeat is not None and heartbeat["ended"] is None
     rows = [
         ("run", _name(run_dir, config)),
         ("state", state),
@@ -78,6 +80,21 @@ def _config(path: Path) -> Config | None:
         return read(json.loads(path.read_text(encoding="utf-8")))[0]
     except ValueError as error:
         raise InputError(f"{path} cannot be read as the configuration of a run: {error}") from error
+
+
+def _starting(run_dir: Path, heartbeat: Record | None, now: float) -> tuple[str, bool] | None:
+    """What is said of a process that holds the folder's lock, which it renews, and has sent no heartbeat yet."""
+    path = run_dir / "lock.json"
+    try:
+        holder, renewed = json.loads(path.read_text(encoding="utf-8")), path.stat().st_mtime
+        host, pid, since = str(holder["host"]), int(holder["pid"]), float(holder["since"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    since = since if math.isfinite(since) else now
+    sent = heartbeat is not None and (heartbeat["host"], heartbeat["pid"]) == (host, pid)
+    if sent or abs(now - renewed) > SILENT:
+        return None
+    return f"starting on {host}, process {pid}, for {clock(max(now - since, 0.0))}", True
 
 
 def _state(heartbeat: Record | None, step: int, total: int, now: float) -> tuple[str, bool]:

@@ -1,15 +1,23 @@
-"""Requests to stop a run: USR1 or TERM to any of its processes, or a file in its folder.
+"""Requests to stop a run: USR1, TERM or INT (Ctrl-C) to any of its processes, or a file in its folder.
 
 A run stops when all ranks are between two phases of an iteration, and saves a checkpoint first, so that the same
 command resumes it. A signal may reach only some processes, so the ranks exchange what they received.
+
+Python runs a signal's handler between two of its own instructions. A rank that waits in C, for others that never come,
+has none. So a thread also hears of each signal, from the wakeup file descriptor, and can end the process.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -20,14 +28,19 @@ log = logging.getLogger(__name__)
 
 STOP = "stop"  # file in run.dir that requests a stop
 STOPPED = "stopped.json"  # file in run.dir: step and reason of the last stop
-_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+ONE_REQUEST = 1.0  # seconds: a launcher repeats the signal that it received together with its processes
+_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+_ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequests:
-    """Records the signals while it is open. A second TERM ends the process at once.
+    """Records the signals while it is open.
 
-    with StopRequests(run_dir, grace_seconds=600.0) as stop_requests:
-        why = stop_requests.requested(is_writer=rank == 0)  # "USR1", "TERM", "file" or None: the same on all ranks
+    with StopRequests(run_dir, grace_seconds=600.0) as stop_requests, process_group(), stop_requests.agreed():
+        why = stop_requests.requested(is_writer=rank == 0)  # "USR1", "TERM", "INT", "file" or None, on all ranks
+
+    Before the ranks can agree, and the second time, TERM and INT end the process at once, with the exit status of a
+    shell: 143 and 130. INT stays ignored where it was, as behind nohup.
     """
 
     def __init__(self, folder: Path, grace_seconds: float | None) -> None:
@@ -35,11 +48,21 @@ class StopRequests:
         self._folder, self._grace = folder, grace_seconds
         self._seen = 0  # the signal's number
         self._before: dict[int, object] = {}
+        self._agrees = False  # the ranks can tell each other
+        self._first: float | None = None  # time of the first TERM or INT
+        self._pipe: tuple[int, int] | None = None  # where the system writes the numbers of signals, and where it did
+        self._earlier_pipe = -1
         self._last: float | None = None  # time of the last call of `late`
         self._warned = False
 
     def __enter__(self) -> StopRequests:
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        self._earlier_pipe = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(self._pipe[0],), name="signals", daemon=True).start()
         for number in _SIGNALS:
+            if number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             self._before[number] = signal.signal(number, self._note)
             signal.siginterrupt(number, False)  # system calls of libraries continue
         return self
@@ -49,6 +72,15 @@ class StopRequests:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        signal.set_wakeup_fd(self._earlier_pipe)
+        assert self._pipe is not None
+        os.close(self._pipe[1])  # which ends the thread
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """From here on the ranks can agree to stop: inside the process group."""
+        self._agrees = True
+        yield
 
     def requested(self, *, is_writer: bool) -> str | None:
         """Who requests a stop, None if nobody does. Collective. Only the writer looks for the file."""
@@ -85,5 +117,46 @@ class StopRequests:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._seen = number
-        if number == signal.SIGTERM:
-            signal.signal(number, signal.SIG_DFL)
+
+    def _listen(self, pipe: int) -> None:
+        while received := os.read(pipe, 1):
+            if received[0] in _ENDING:
+                self._heard(signal.Signals(received[0]))
+        os.close(pipe)
+
+    def _heard(self, number: signal.Signals) -> None:
+        now, name = time.monotonic(), number.name.removeprefix("SIG")
+        if not self._agrees:
+            _end(number, f"stopped by {name} before the run began")
+        elif self._first is None:
+            self._first = now
+            if number == signal.SIGINT and sys.stderr.isatty():
+                _write(f"{name}: the run stops, with a checkpoint, where it next can; again: at once")
+        elif now - self._first > ONE_REQUEST:
+            _end(number, f"ended at once by a second {name}: the same command resumes from the last checkpoint")
+
+
+@contextmanager
+def ctrl_c(*, raises: bool) -> Iterator[None]:
+    """What INT does inside, unless it is ignored: raise KeyboardInterrupt, or end the process at once and silently.
+
+    The latter also reaches a process that waits in C, such as for other ranks to start.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler if raises else signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if before is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, before)
+
+
+def _end(number: signal.Signals, why: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        _write(why)
+    os._exit(128 + number)
+
+
+def _write(line: str) -> None:
+    os.write(2, f"{line}\n".encode())

@@ -34,10 +34,12 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from megatron_tempo.config.resume import checkpoint_folders
 from megatron_tempo.errors import Stopped
 from megatron_tempo.observability.heartbeat import write_final_heartbeat
 from megatron_tempo.runtime import failure_detector, progress_marker
 from megatron_tempo.runtime.failure_detector import DONE, Diagnosis, FailureDetector, RankHeartbeat
+from megatron_tempo.runtime.folder_lock import machine
 
 _PATIENCE = 10.0  # seconds for an action that takes no time unless a disk, a pipe or the store is stuck
 _PACKAGE = str(Path(__file__).parents[1])
@@ -72,7 +74,7 @@ class Watchdog:
         )
         self._needed = self._world > 1 or hang_minutes is not None
         self._beat, self._silent = failure_detector.BEAT, failure_detector.SILENT
-        self._own = RankHeartbeat(0, socket.gethostname(), os.getpid(), _machine(), "", 0, "", False, 0.0, 0.0)
+        self._own = RankHeartbeat(0, socket.gethostname(), os.getpid(), machine(), "", 0, "", False, 0.0, 0.0)
         self._ended: str | None = None
         self._heartbeats: dict[int, RankHeartbeat] = {}
         self._read: set[int] = set()  # ranks whose heartbeats have been read in the store
@@ -235,7 +237,9 @@ class Watchdog:
             time.sleep(2 * self._beat)  # until the others have read it in the store
         if should_report or self._rank == 0:
             # Last: until here, other threads of the first rank may still write the file.
-            _within(_PATIENCE, lambda: write_final_heartbeat(self._folder, diagnosis.reason + hint))
+            first_rank = self._heartbeats.get(0, self._own)
+            why, host, pid = diagnosis.reason + hint, first_rank.host, first_rank.pid
+            _within(_PATIENCE, lambda: write_final_heartbeat(self._folder, why, host, pid))
         os._exit(1)
 
     def _claim(self, diagnosis: Diagnosis) -> Diagnosis:
@@ -270,8 +274,10 @@ def _diagnosis_of(text: bytes) -> Diagnosis:
 
 
 def _resume_hint(run: Path) -> str:
-    saved = sorted(path for path in (run / "checkpoints").glob("step_*") if not path.suffix)
-    return f"; rerun the same command to resume from {saved[-1]}" if saved else ""
+    with suppress(OSError):
+        if saved := checkpoint_folders(run):
+            return f"; rerun the same command to resume from {saved[-1]}"
+    return ""
 
 
 def _within(seconds: float, make: Callable[[], _T]) -> _T | None:
@@ -299,14 +305,6 @@ def _location_of(thread: int | None) -> tuple[str, bool]:
             return f"{file.removeprefix(_PACKAGE).lstrip('/')}:{frame.f_lineno} in {function}", is_waiting
         frame = frame.f_back
     return "", is_waiting
-
-
-def _machine() -> str:
-    """Equal for processes that see each other in /proc; empty if they cannot."""
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    return ""
 
 
 def _is_gone(own: RankHeartbeat, heartbeat: RankHeartbeat) -> bool:

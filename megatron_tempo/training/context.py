@@ -19,6 +19,8 @@ from megatron_tempo.models.device import select_device
 from megatron_tempo.models.machine import machine_of
 from megatron_tempo.models.offload import ModelOffloader
 from megatron_tempo.models.parallel import Layouts, parallel_groups
+from megatron_tempo.runtime.collective_call import raise_on_all_ranks
+from megatron_tempo.runtime.folder_lock import LOCK, FolderLock
 from megatron_tempo.runtime.watchdog import Watchdog
 
 
@@ -55,6 +57,18 @@ def open_context(config: Config) -> Iterator[RunContext]:
         Watchdog(Path(config.run.dir), config.run.hang_minutes),
     ):
         yield RunContext(config, layouts, device, ModelOffloader(one_at_a_time=config.parallel.offload), machine)
+
+
+@contextmanager
+def exclusive(context: RunContext, command: str) -> Iterator[None]:
+    """Hold the run's folder for this job alone. Collective. Raises InputError, on all ranks, if another job has it."""
+    folder = context.config.run.dir
+    lock = FolderLock(Path(folder) / LOCK, f"run.dir={folder}", command, "give another run.dir")
+    raise_on_all_ranks(lambda: lock.acquire() if context.is_writer else None)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def collective_timeout(config: Config) -> timedelta:

@@ -30,8 +30,8 @@ from megatron_tempo.observability.start import start_record
 from megatron_tempo.report import results as report
 from megatron_tempo.report.summary import printable
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
-from megatron_tempo.runtime.stop_request import StopRequests
-from megatron_tempo.training.context import RunContext, open_context
+from megatron_tempo.runtime.stop_request import StopRequests, ctrl_c
+from megatron_tempo.training.context import RunContext, exclusive, open_context
 from megatron_tempo.training.setup import build_critic, build_engine, build_evaluator, build_verifiers, folder_weights
 from megatron_tempo.training.trainer import Trainer, judge_counts
 from megatron_tempo.weights.export import targets_of
@@ -48,6 +48,8 @@ def train(config: Config) -> None:
     with (
         StopRequests(Path(config.run.dir), grace) as stop_requests,
         open_context(config) as context,
+        stop_requests.agreed(),
+        exclusive(context, "train"),
         Trainer.open(context) as trainer,
         _short_garbage_collections(),
     ):
@@ -56,6 +58,7 @@ def train(config: Config) -> None:
         if state.step < total(config):
             _record_start(context, trainer.metrics, state.step)
         with state.rescued():
+            state.stop_if_requested(stop_requests)
             trainer.evaluate_if_due()
             for stage_name, stage, iteration in remaining(config, state.step):
                 state.stop_if_requested(stop_requests)
@@ -100,8 +103,6 @@ def evaluate(config: Config) -> None:
     table. Raises InputError if the folder belongs to another job, UnwrittenError for what cannot be written.
     """
     out = Path(config.run.dir)
-    if (out / EVALUATIONS).exists() or (out / "config.json").exists():
-        raise InputError(f"run.dir={out} belongs to another job: give a folder of its own")
     try:
         _evaluate(config, out)
     except UnwrittenError as error:
@@ -110,21 +111,26 @@ def evaluate(config: Config) -> None:
 
 def _evaluate(config: Config, out: Path) -> None:
     with (
+        ctrl_c(raises=False),
         open_context(config) as context,
+        ctrl_c(raises=True),
+        exclusive(context, "eval"),
         build_verifiers(config) as verifiers,
-        raise_on_all_ranks(lambda: Metrics(out, config.metrics, context.is_writer)) as metrics,
+        Metrics(out, config.metrics, context.is_writer, begun=False) as metrics,
         ExitStack() as stack,
     ):
+        raise_on_all_ranks(lambda: _check_unused(out) if context.is_writer else None)
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
         with unchanged_files(config) as digests:
             sets = evaluation_sets(config, tokenizer, verifiers)
             keys = QuestionKeys({}, {}, QuestionKeys.evaluated(config))
-        engine = stack.enter_context(closing(build_engine(context, metrics.warn)))
-        metrics.watch(engine.health)
-        engine.load_weights(folder_weights(context), version=0)
-        critic_path = config.model.critic_path
+        weights, critic_path = folder_weights(context), config.model.critic_path
         critic = build_critic(context) if critic_path else None
         targets = targets_of(Path(critic_path)) if critic_path else CriticTargets.zero_one
+        raise_on_all_ranks(metrics.begin)
+        engine = stack.enter_context(closing(build_engine(context, metrics.warn)))
+        metrics.watch(engine.health)
+        engine.load_weights(weights, version=0)
         evaluator = build_evaluator(config, engine, verifiers, tokenizer, sets, keys, critic)
         where = {"stage": "stage1", "iteration": 0, "step": 0, "point": "alone"}
         raise_on_all_ranks(lambda: save_config(config, out / "config.json") if context.is_writer else None)
@@ -172,6 +178,11 @@ def _asked(config: Config) -> str:
         trained = "" if not offered else f"; trained with {', '.join(other)}" if other else "; as in training"
         lines.append(f"{name}: verifier {verifier}, {form}{suffix}{trained}")
     return printable("\n".join(lines))
+
+
+def _check_unused(out: Path) -> None:
+    if (out / EVALUATIONS).exists() or (out / "config.json").exists():
+        raise InputError(f"run.dir={out} belongs to another job: give a folder of its own")
 
 
 def _about(config: Config) -> Record:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +22,6 @@ from megatron_tempo.types import Batch, LabelledPrompt, UnlabelledPrompt
 PARITY_PROMPTS, PARITY_TOKENS = 4, 256
 
 _P = TypeVar("_P", LabelledPrompt, UnlabelledPrompt)
-_Stream = PromptStream[LabelledPrompt] | PromptStream[UnlabelledPrompt]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +110,6 @@ class RolloutRequests:
         """The streams' states for a checkpoint. A resumed run draws and asks for the pending prompts again."""
         return self.pending[0].streams_before if self.pending else self._stream_states()
 
-    def restore(self, states: Mapping[str, Any]) -> None:
-        """Set the streams to the states that a checkpoint holds."""
-        for name, stream in self._streams().items():
-            if name in states:
-                stream.restore(states[name])
-
     def _draw(self, stage: StageConfig, iteration: int) -> tuple[list[LabelledPrompt], list[UnlabelledPrompt]]:
         needed = stage.prompts_at(iteration)
         return (
@@ -134,12 +126,9 @@ class RolloutRequests:
         assert dataset.verifier is not None, "the config's rules ask for it"
         return dataset.verifier.name
 
-    def _streams(self) -> dict[str, _Stream]:
-        streams: dict[str, _Stream | None] = {"labelled": self.labelled, "unlabelled": self.unlabelled}
-        return {name: stream for name, stream in streams.items() if stream is not None}
-
     def _stream_states(self) -> dict[str, Any]:
-        return {name: stream.state() for name, stream in self._streams().items()}
+        streams = {"labelled": self.labelled, "unlabelled": self.unlabelled}
+        return {name: stream.state() for name, stream in streams.items() if stream is not None}
 
 
 def _take(stream: PromptStream[_P] | None, count: int) -> list[_P]:

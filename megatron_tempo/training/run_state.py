@@ -10,20 +10,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_tempo.checkpoint.checkpoints import Checkpoints
+from megatron_tempo.checkpoint.checkpoints import Checkpoints, Found
 from megatron_tempo.config import schedule
 from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.tree import differences
 from megatron_tempo.config.tree import load as load_config
 from megatron_tempo.config.tree import save as save_config
 from megatron_tempo.data.seen import Seen
-from megatron_tempo.errors import EngineError, InputError, Stopped, UnwrittenError
+from megatron_tempo.errors import EngineError, Stopped, UnwrittenError
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.runtime.stop_request import StopRequests
 from megatron_tempo.training import inputs
 from megatron_tempo.training.phases import PhaseTimer
 from megatron_tempo.training.rollout_requests import RolloutRequests
+from megatron_tempo.weights.export import origin_of
 
 
 @dataclass(slots=True)
@@ -60,23 +61,15 @@ class RunState:
 
     # Resuming
 
-    def resume(self) -> None:
-        """Load the newest complete checkpoint, if there is one, and cut the run's files back to its step. Collective.
-
-        Raises InputError where the schedule does not fit the checkpoint.
-        """
-        path = self.checkpoints.newest()
-        state: dict[str, Any] = {} if path is None else self.checkpoints.load(path, self.models)
-        self.step = state.get("step", 0)
-        self.evaluated = state.get("evaluated", self.step > 0)
-        self._check_position(path, state)
-        inputs.check(state.get("inputs", {}), self.inputs)
-        self.requests.restore(state.get("streams", {}))
-        if path is not None:
-            self.timer.metrics.message(f"resumed from {path}, {self.step} iterations done")
-        if self.step < schedule.total(self.config):
-            self.checkpoints.check_room(self.models)
-        raise_on_all_ranks(partial(self._restore_files, state.get("seen")))
+    def resume(self, found: Found) -> None:
+        """Load the checkpoint that was found, if there is one, and cut the run's files back to its step. Collective."""
+        if found.path is not None:
+            self.checkpoints.load(found, self.models)
+        self.step = found.state.get("step", 0)
+        self.evaluated = found.state.get("evaluated", self.step > 0)
+        if found.path is not None:
+            self.timer.metrics.message(f"resumed from {found.path}, {self.step} iterations done")
+        raise_on_all_ranks(partial(self._restore_files, found.state.get("seen")))
 
     def _restore_files(self, seen: dict[str, Any] | None) -> None:
         metrics = self.timer.metrics
@@ -85,19 +78,6 @@ class RunState:
             metrics.warn(warning)
         self._record_config()
         metrics.plan(self.config.stages(), schedule.evaluations_left(self.config, self.step), self.step)
-
-    def _check_position(self, path: Path | None, state: dict[str, Any]) -> None:
-        """Raises InputError where other stage lengths than the checkpoint's would put its step elsewhere."""
-        if path is None:
-            return
-        now = schedule.position(self.config, self.step)
-        for name, done in state["position"].items():
-            if now[name] != done:
-                raise InputError(
-                    f"{name}.iterations={self.config.stages()[name].iterations}: the run in {self.config.run.dir} has "
-                    f"{state['position']} iterations behind it, which this schedule would count as {now}; "
-                    f"give the earlier stages' lengths as they were, or another run.dir"
-                )
 
     def _record_config(self) -> None:
         """Write the config to the run's folder. If it differs from the last start's, report that and keep both."""
@@ -144,6 +124,10 @@ class RunState:
         """Wait until the last checkpoint is on disk. Raises the error if it could not be written."""
         with self.timer.phase("checkpoint", self.step):
             self.checkpoints.wait()
+
+    def origin(self) -> dict[str, Any]:
+        """What an export of this step says that it comes from: `weights.export.origin_of`. Collective."""
+        return origin_of(self.config, self.step, self.checkpoints.manifest_sha256(self.step))
 
     # Stopping
 

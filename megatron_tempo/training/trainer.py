@@ -15,7 +15,8 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
-from megatron_tempo.checkpoint.checkpoints import Checkpoints
+from megatron_tempo.checkpoint.checkpoints import Checkpoints, Found
+from megatron_tempo.config.resume import check_run_folder
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.data.seen import Seen
@@ -39,6 +40,7 @@ from megatron_tempo.training.context import RunContext, collective_timeout
 from megatron_tempo.training.parity import check_parity
 from megatron_tempo.training.peak_memory import PeakMemory, planned
 from megatron_tempo.training.phases import PhaseTimer
+from megatron_tempo.training.resume_point import find
 from megatron_tempo.training.rollout_requests import RolloutRequests
 from megatron_tempo.training.run_state import RunState
 from megatron_tempo.training.setup import (
@@ -70,17 +72,22 @@ class Trainer:
     seen: Seen
     timer: PhaseTimer
     state: RunState
+    found: Found
     reference: Actor | None = None  # loaded when it is first needed
 
     @classmethod
     @contextmanager
     def open(cls, context: RunContext) -> Iterator[Trainer]:
-        """Read the data, build the models, open the run's files. The data comes first: it is the quickest to fail."""
+        """Read the data, build the models, open the run's files. The data comes first: it is the quickest to fail.
+
+        Nothing is written before everything that may be refused has been looked at.
+        """
         config, below = context.config, Path(context.config.run.dir)
+        raise_on_all_ranks(lambda: check_run_folder(config) if context.is_writer else None)
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
         with ExitStack() as stack:
             verifiers = stack.enter_context(build_verifiers(config))
-            metrics = stack.enter_context(raise_on_all_ranks(lambda: Metrics(below, config.metrics, context.is_writer)))
+            metrics = stack.enter_context(Metrics(below, config.metrics, context.is_writer, begun=False))
             keys = QuestionKeys.read(config)
             labelled, unlabelled = prompt_streams(config, tokenizer, verifiers, keys, metrics.message)
             sets = evaluation_sets(config, tokenizer, verifiers)
@@ -89,16 +96,20 @@ class Trainer:
             metrics.message(described(config, context.machine))
             metrics.message(peaks.plan())
             actor, critic = build_actor(context), build_critic(context) if config.has_critic else None
+            models = _trained_models(actor, critic)
+            checkpoints = _open_checkpoints(context, metrics)
+            stack.callback(checkpoints.close)
+            streams = {"labelled": labelled, "unlabelled": unlabelled}
+            drawn = {name: stream for name, stream in streams.items() if stream is not None}
+            found = find(config, checkpoints, models, drawn, read, context.is_writer)
+            _begin(metrics, checkpoints, found, is_writer=context.is_writer)
             engine = build_engine(context, metrics.warn)
             stack.callback(engine.close)
             metrics.watch(engine.health)
-            checkpoints = _open_checkpoints(context, metrics)
-            stack.callback(checkpoints.close)
             requests = RolloutRequests(config, engine, tokenizer, verifiers, labelled, unlabelled)
             seen = Seen(below, keys.labelled, keys.unlabelled, context.is_writer)
             profiler = Profiler(config.profile.steps, below / "profile", context.device, dist.get_rank())
             timer = PhaseTimer(metrics, peaks, profiler)
-            models = _trained_models(actor, critic)
             yield cls(
                 config=config,
                 context=context,
@@ -111,6 +122,7 @@ class Trainer:
                 keys=keys,
                 seen=seen,
                 timer=timer,
+                found=found,
                 state=RunState(config, context.is_writer, models, requests, checkpoints, seen, timer, read),
             )
 
@@ -129,7 +141,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Resume from the newest complete checkpoint, if there is one, and give the engine the actor's weights."""
-        self.state.resume()
+        self.state.resume(self.found)
         self.sync_engine()
         check_parity(self.requests, self.actor, self.weights, self.step)
 
@@ -210,7 +222,16 @@ class Trainer:
         out = Path(self.config.run.dir)
         exported = out / f"hf_step_{self.step:08d}"
         if self.config.checkpoint.export_hf:
-            export_hf(self.config, self.actor, self.critic, exported, self.seen.path, self.seen.summary())
+            export_hf(
+                self.config,
+                self.actor,
+                self.critic,
+                exported,
+                self.seen.path,
+                self.state.origin(),
+                self.metrics.message,
+                seen_summary=self.seen.summary(),
+            )
         if self.context.is_writer:
             lines = [f"checkpoints: {self.state.checkpoints.folder}"]
             if self.config.checkpoint.export_hf:
@@ -234,6 +255,18 @@ def judge_counts(verifiers: Verifiers, metrics: Metrics) -> dict[str, int]:
     if message := unreadable(counts):
         metrics.message(message)
     return counts
+
+
+def _begin(metrics: Metrics, checkpoints: Checkpoints, found: Found, *, is_writer: bool) -> None:
+    """The first writes of a start. Collective."""
+
+    def begin() -> None:
+        metrics.begin()
+        if is_writer and found.path is None:
+            checkpoints.note(None)
+
+    raise_on_all_ranks(begin)
+    checkpoints.set_aside(found)
 
 
 def _open_checkpoints(context: RunContext, metrics: Metrics) -> Checkpoints:

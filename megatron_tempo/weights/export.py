@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_tempo.config.resume import fingerprint
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.config.trained_with import ENTRY, trained_with
@@ -43,18 +47,37 @@ def weights_of(model: Model, config: Config, dtype: torch.dtype | None = None) -
     )
 
 
+def origin_of(config: Config, step: int, checkpoint: str | None) -> dict[str, Any]:
+    """What an export comes from. `checkpoint`: the SHA-256 of its checkpoint's manifest, None if it has none.
+
+    The hash of the configuration is of what all starts of a run have in common (`config.resume`).
+    """
+    return {
+        "run": str(Path(config.run.dir).absolute()),
+        "step": step,
+        "config_sha256": fingerprint(config),
+        "checkpoint": f"step_{step:08d}",
+        "checkpoint_sha256": checkpoint,
+    }
+
+
 def export_hf(
     config: Config,
     actor: Actor,
     critic: Critic | None,
     out: Path,
     seen: Path | None = None,
+    origin: dict[str, Any] | None = None,
+    log: Callable[[str], None] = print,
+    *,
     seen_summary: dict[str, Any] | None = None,
 ) -> None:
     """Write the Hugging Face folders `out`/actor and, if there is a critic, `out`/critic. Collective.
 
     `seen`: the file that lists the questions they were trained on; it is copied into both folders, and its summary goes
-    into both config.json. A folder that exists stays as it is: it is complete, because folders are written atomically.
+    into both config.json. `origin`: what they
+    come from (`origin_of`). A folder that exists and comes from the same step of the same run stays as it is: it is
+    complete, because folders are written atomically. Any other folder of that name is renamed, and `log` reports it.
     Raises UnwrittenError if a folder cannot be written.
     """
     model = config.model
@@ -64,13 +87,32 @@ def export_hf(
         changes = critic_changes(critic.model.net.shape, last_targets(config)) | about
         models.append(("critic", critic.model, model.critic_path or model.path, changes))
     for name, trained, like, changes in models:
-        exists = [(out / name).exists()]
+        is_writer = dist.get_rank() == 0
+        exists = [raise_on_all_ranks(partial(_is_exported, out / name, origin, log) if is_writer else lambda: False)]
         dist.broadcast_object_list(exists, src=0)
         if not exists[0]:
             dtype = str(trained.net.config.params_dtype).removeprefix("torch.")
             buckets = weights_of(trained, config).everywhere()
             changed = {**changes, "dtype": dtype}
-            raise_on_all_ranks(partial(folder.save, buckets, out / name, Path(like), trained.layout, changed, seen))
+            raise_on_all_ranks(
+                partial(folder.save, buckets, out / name, Path(like), trained.layout, changed, seen, origin)
+            )
+
+
+def _is_exported(path: Path, origin: dict[str, Any] | None, log: Callable[[str], None]) -> bool:
+    """Whether the folder is there and comes from `origin`. One that does not is renamed."""
+    if not path.exists():
+        return False
+    if origin is None:
+        return True
+    found = folder.read_origin(path)
+    if found is not None and all(found.get(key) == value for key, value in origin.items() if key != "run"):
+        return True
+    names = (path.with_name(f"{path.name}.other-{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    os.replace(path, aside)
+    log(f"{path} does not come from this run's step {origin['step']}: renamed to {aside.name}, and exported anew")
+    return False
 
 
 def critic_changes(shape: Shape, targets: CriticTargets | None) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from megatron_tempo.weights.param_mapping import ParamMapping
 from megatron_tempo.weights.shared_memory import in_shared_memory
 
 INDEX = "model.safetensors.index.json"
+ORIGIN = "tempo_origin.json"  # in an exported folder: the run, step, configuration and checkpoint it comes from
 CARRIED = (
     "tokenizer.json",
     "tokenizer.model",
@@ -179,11 +180,12 @@ def save(
     layout: Layout,
     config_changes: dict[str, Any],
     extra_file: Path | None = None,
+    origin: dict[str, Any] | None = None,
 ) -> None:
     """Write a stream as a Hugging Face folder that transformers opens, with the config and tokenizer of `like`.
 
     Collective, because the stream is. The first rank writes one file per bucket. The folder gets its name when it is
-    complete. `extra_file` is copied into it if it exists.
+    complete. `extra_file` is copied into it if it exists. `origin`: the content of `ORIGIN`.
 
     Raises on the first rank: FileExistsError if the folder exists; OSError if it cannot be written. The OSError comes
     at the end of the stream, and the partial folder is deleted.
@@ -211,12 +213,27 @@ def save(
             describe(partial, weight_map, size, like, config_changes)
             if extra_file is not None and extra_file.exists():
                 shutil.copyfile(extra_file, partial / extra_file.name)
+            if origin is not None:
+                write_origin(partial, origin)
             os.replace(partial, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         for _ in buckets:  # the other ranks still take part in the stream
             pass
         raise OSError(getattr(error, "errno", None) or errno.EIO, str(error), str(partial)) from error
+
+
+def write_origin(folder: Path, origin: dict[str, Any]) -> None:
+    (folder / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+
+
+def read_origin(folder: Path) -> dict[str, Any] | None:
+    """What an exported folder says that it comes from; None where it does not say, or not as this program does."""
+    try:
+        origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return origin if isinstance(origin, dict) else None
 
 
 def describe(folder: Path, weight_map: dict[str, str], size: int, like: Path, config_changes: dict[str, Any]) -> None:

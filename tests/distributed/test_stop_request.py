@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ import torch.distributed as dist
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import load, save
 from megatron_tempo.errors import Stopped
-from megatron_tempo.runtime.stop_request import StopRequests
+from megatron_tempo.runtime.stop_request import ONE_REQUEST, StopRequests, ctrl_c
 from megatron_tempo.training.jobs import train
 from megatron_tempo.training.trainer import Trainer
+from tests.support.fork_server import FORK_SERVER
+from tests.support.ports import reserve_port
 from tests.support.project import config_of, write_project
-from tests.support.ranks import run_ranks
+from tests.support.ranks import rank_environments, run_ranks
 
 
 def heard(folder: Path) -> list[str | None]:
@@ -26,7 +29,7 @@ def heard(folder: Path) -> list[str | None]:
     dist.init_process_group("gloo")
     rank, told = dist.get_rank(), []
     before = signal.getsignal(signal.SIGUSR1)
-    with StopRequests(folder, grace_seconds=None) as stop_requests:
+    with StopRequests(folder, grace_seconds=None) as stop_requests, stop_requests.agreed():
         told.append(stop_requests.requested(is_writer=rank == 0))
         if rank == 1:
             (folder / "stop").touch()
@@ -37,7 +40,7 @@ def heard(folder: Path) -> list[str | None]:
         told.append(stop_requests.requested(is_writer=rank == 0))
         if rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "a second one ends the process"
+            os.kill(os.getpid(), signal.SIGTERM)  # as a launcher does, which has received it too
         told.append(stop_requests.requested(is_writer=rank == 0))
     assert signal.getsignal(signal.SIGUSR1) is before
     dist.destroy_process_group()
@@ -47,6 +50,63 @@ def heard(folder: Path) -> list[str | None]:
 def test_ranks_hear_of_what_reached_one_of_them(tmp_path: Path) -> None:
     first, second = run_ranks(heard, 2, tmp_path / "ranks", tmp_path)
     assert first == second == [None, "file", "USR1", "TERM"]
+
+
+def waits_for_a_missing_rank(folder: str) -> None:
+    with StopRequests(Path(folder), grace_seconds=None):
+        Path(folder, "waits").touch()
+        dist.init_process_group("gloo")
+
+
+def evaluation_waits(folder: str) -> None:
+    with ctrl_c(raises=False):
+        with pytest.raises(KeyboardInterrupt), ctrl_c(raises=True):
+            signal.raise_signal(signal.SIGINT)
+        Path(folder, "waits").touch()
+        dist.init_process_group("gloo")
+
+
+def waits_for_good(folder: str) -> None:
+    """As a rank in a collective does when the others are gone."""
+    with StopRequests(Path(folder), grace_seconds=None) as stop_requests, stop_requests.agreed():
+        Path(folder, "waits").touch()
+        dist.TCPStore("127.0.0.1", reserve_port(), 2, is_master=True)  # waits for a second process
+
+
+def ended_by(target: Callable[[str], None], folder: Path, *numbers: signal.Signals) -> tuple[int, str]:
+    """Exit status and output of a process that gets these signals, more than a repeated request apart."""
+    log = folder / "log"
+    environment = rank_environments(2)[0]
+    process = FORK_SERVER.call(f"{__name__}:{target.__name__}", str(folder), environment=environment, log=log)
+    try:
+        deadline = time.monotonic() + 60
+        while not (folder / "waits").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        for place, number in enumerate(numbers):
+            time.sleep(1.2 * ONE_REQUEST if place else 0)
+            assert process.poll() is None
+            os.kill(process.pid, number)
+        return process.wait(timeout=10), log.read_text()
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_before_the_group_is_up_it_ends_at_once(tmp_path: Path, number: signal.Signals) -> None:
+    name = number.name.removeprefix("SIG")
+    code, told = ended_by(waits_for_a_missing_rank, tmp_path, number)
+    assert (code, told) == (128 + number, f"stopped by {name} before the run began\n")
+
+
+def test_an_evaluation_whose_ranks_are_missing_ends_too(tmp_path: Path) -> None:
+    assert ended_by(evaluation_waits, tmp_path, signal.SIGINT) == (-signal.SIGINT, "")
+
+
+def test_a_second_request_ends_a_stuck_process(tmp_path: Path) -> None:
+    code, told = ended_by(waits_for_good, tmp_path, signal.SIGINT, signal.SIGTERM)
+    assert code == 143
+    assert told == "ended at once by a second TERM: the same command resumes from the last checkpoint\n"
 
 
 def test_a_long_wait_is_warned_of_once(tmp_path: Path) -> None:

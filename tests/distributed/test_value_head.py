@@ -32,7 +32,7 @@ def steps(model: Path, parallel: ParallelConfig, folder: Path, first: int, last:
         critic = build_critic(context)
         checkpoints = Checkpoints(folder, 9, context.layouts.critic, print)
         if first > 0:
-            checkpoints.load(checkpoints.path(first - 1), {"critic": critic.model})
+            checkpoints.load(checkpoints.find(), {"critic": critic.model})
         for step in range(first, last + 1):
             critic.update(batch, batch.correct, UPDATE, [torch.arange(8)])
             checkpoints.save(step, {"critic": critic.model}, {})

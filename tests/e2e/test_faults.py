@@ -210,7 +210,7 @@ def full(self, record):
 if __name__ == "__main__":
     with patch.object(Metrics, "step", full):
         first = cli.main(["train", "--config", str(config)])
-    assert ballast.exists() and shutil.disk_usage(run).free == 0
+    assert ballast.exists() and shutil.disk_usage(run).free <= 1 << 12  # the page of the lock, which is gone
     ballast.unlink()
     print("exit status", first, flush=True)
     assert cli.main(["train", "--config", str(config)]) == 0

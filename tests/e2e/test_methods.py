@@ -127,9 +127,10 @@ def refusal(config: Config) -> str | None:
 
 
 def test_a_run_that_wants_a_critic_later_is_refused(project: Path, tmp_path: Path) -> None:
-    config = config_for(project, tmp_path / "run", Method.grpo, 1)
+    config = config_for(project, tmp_path / "run", Method.ppo, 0)
+    config.stage1.method, config.stage1.iterations = Method.grpo, 1
     run_ranks(train, 1, tmp_path / "first", config)
-    config.stage2.method, config.stage2.iterations = Method.ppo, 2
+    config.stage2.iterations = 2
     (told,) = run_ranks(refusal, 1, tmp_path / "second", config)
     assert told is not None
     assert "step_00000001 has no critic" in told

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -422,3 +423,47 @@ def test_check_as_a_program(good: list[str]) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert [line.split("=")[0].strip() for line in done.stderr.splitlines()[1:]] == ["typo", "parallel.tensor"]
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "build", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert cli.main(["check"]) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL, "again: at once"
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "stopped by Ctrl-C\n"
+
+
+INTERRUPTED = """
+import os, signal, sys
+from megatron_tempo import __main__
+
+class Interrupt:
+    def find_spec(self, name, path, target=None):
+        if name == "megatron_tempo.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+__main__.main()
+"""
+
+
+def test_ctrl_c_during_the_imports_says_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_a_file_that_cannot_be_read_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreadable(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "/data/l.jsonl")
+
+    monkeypatch.setattr(cli, "build", unreadable)
+    assert cli.main(["check"]) == 1
+    assert capsys.readouterr().err == "error: /data/l.jsonl: Permission denied\n"

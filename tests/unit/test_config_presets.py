@@ -17,7 +17,7 @@ from megatron_tempo.config.benchmarks import BENCHMARKS
 from megatron_tempo.config.compose import REPOSITORY
 from megatron_tempo.config.schema import to_plain
 from megatron_tempo.config.stages import Baseline, CriticTargets, Method, Prompts, Ratio, ValueTiming
-from megatron_tempo.config.tree import MISSING
+from megatron_tempo.config.tree import MISSING, save
 from tests.unit.config_files import write_model, write_rows
 
 EXPERIMENTS = sorted(path.stem for path in (REPOSITORY / "configs" / "experiment").glob("*.yaml"))
@@ -72,7 +72,8 @@ def test_the_reference_algorithm_goes_with_it(experiment: str, tmp_path: Path) -
     assert (stage.baseline, stage.value_timing) == (Baseline.reference, ValueTiming.before_estep)
     assert (stage.actor_on_labelled, stage.actor.whiten_advantages) == (True, True)
     assert (stage.critic.targets, stage.critic.drop_uniform_groups) == (CriticTargets.plus_minus_one, True)
-    config.stage2 = paper.stage2
+    assert config.run.dir == f"{paper.run.dir}_reference"
+    config.stage2, config.run.dir = paper.stage2, paper.run.dir
     assert config == paper
 
 
@@ -119,7 +120,19 @@ def test_an_algorithm_changes_stage_two_alone(experiment: str, arm: str, tmp_pat
     assert stage.count(prompts) == paper.stage2.count(prompts)
     assert sum(not stage.warms_up(i) for i in range(stage.iterations)) > 0
     config.stage2 = paper.stage2
+    # Arms of a comparison do not share a folder: it would have the records of one under the name of the other.
+    assert config.run.dir == paper.run.dir + ("" if arm == "paper" else f"_{arm}")
+    config.run.dir = paper.run.dir
     assert config == paper
+
+
+def test_a_given_folder_stays_an_arms_folder(tmp_path: Path) -> None:
+    given = [*owed("quickstart", tmp_path), "algorithm=ttrl"]
+    assert build([*given, "run.dir=mine"]).run.dir == "mine"
+    assert build([*given, "+run.dir=mine/"]).run.dir == "mine/"
+    whole = tmp_path / "config.json"
+    save(build(["experiment=quickstart"]), whole)
+    assert build(["algorithm=ttrl"], whole=str(whole)).run.dir == "runs/quickstart"
 
 
 @pytest.mark.parametrize("experiment", LARGE)

@@ -24,6 +24,7 @@ from megatron_tempo.checkpoint.convert import to_hugging_face, to_megatron
 from megatron_tempo.commands.convert import SCRIPTS
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.families import read_shape
+from megatron_tempo.runtime.folder_lock import FolderLock
 from megatron_tempo.weights import distributed
 from megatron_tempo.weights.export import TARGETS, critic_changes
 from megatron_tempo.weights.files import write_safetensors
@@ -347,6 +348,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     code, out, error = call("megatron-to-hf", *words)
     assert (code, out) == (2, "")
     assert error == f"error: {tmp_path}/back exists: move it away, or choose another name\n"
+    # Two that write the same folder would mix their parts.
+    with FolderLock(tmp_path / "other.lock", "other", "a test", ""):
+        code, out, error = call("hf-to-megatron", folder, tmp_path / "other")
+    assert (code, out) == (2, "")
+    assert error.startswith(f"error: {tmp_path}/other is in use by process {os.getpid()} on ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "folder", "megatron"]
 
 
 @pytest.mark.parametrize("size", ["0", "-1", "many", "nan", "inf"])

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "config": {"errors"},
     "observability": {"config", "errors", "types"},
-    "runtime": {"errors", "observability"},
+    "runtime": {"config", "errors", "observability"},
     "kernels": {"config"},
     "algorithm": {"config", "kernels"},
     "models": {"algorithm", "config", "errors", "kernels", "runtime", "types"},
@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
         *("checkpoint", "config", "data", "errors", "evaluation", "kernels", "methods", "models", "observability"),
         *("plan", "report", "rewards", "rollout", "runtime", "types", "weights"),
     },
-    "commands": {"checkpoint", "config", "data", "errors", "observability", "rewards", "submit"},
+    "commands": {"checkpoint", "config", "data", "errors", "observability", "rewards", "runtime", "submit"},
     "cli": {
         "commands",
         "config",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from megatron_tempo.config.choices import Verifier
 from megatron_tempo.data.prepare import CUSTOM, Order, Report, heldout_path, prepare
 from megatron_tempo.errors import InputError
 from megatron_tempo.rewards.verifiers import Verifiers
+from megatron_tempo.runtime.folder_lock import FolderLock
 from tests.support.tools import load_tool
 
 
@@ -333,6 +335,10 @@ def test_the_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "exists already" in capsys.readouterr().err
     assert cli.main([*prepare, str(tmp_path / "none"), "--out", str(out), "--force"]) == 2
     assert "does not exist" in capsys.readouterr().err
+    with FolderLock(out.with_name("agieval.jsonl.lock"), "out", "a test", ""):
+        assert cli.main([*prepare, str(source), "--out", str(out), "--force"]) == 2
+    assert f"error: {out} is in use by process {os.getpid()} on " in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["agieval.jsonl", "sat-math.jsonl"]
 
     check_answers = load_tool("check_answers", monkeypatch)
     assert run(check_answers, monkeypatch, out) == 0

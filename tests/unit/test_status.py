@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -25,6 +26,7 @@ from megatron_tempo.observability.records import append
 from megatron_tempo.report.status import status
 from megatron_tempo.rollout.fleet import Fleet
 from megatron_tempo.rollout.server_adapter import ServerAdapter
+from megatron_tempo.runtime.folder_lock import Holder
 from megatron_tempo.types import EngineHealth
 
 NOW = 1_764_000_000.0
@@ -248,3 +250,28 @@ def test_the_health_of_servers() -> None:
         assert fleet.health()[0] == EngineHealth("vllm server 0", "empty", address="http://node:30000")
     finally:
         fleet.close()
+
+
+def test_a_start_that_has_sent_no_heartbeat_yet(tmp_path: Path) -> None:
+    now, here = time.time(), Holder.here("train")
+    run = write_run(tmp_path / "run", time=now - 9000, ended="Stopped: as told by TERM")
+    assert rows(run, now)["state"].startswith("stopped at ")
+    (run / "lock.json").write_text(json.dumps(asdict(replace(here, since=now - 90))))
+    told = status(run, now)
+    assert told.well
+    assert rows(run, now)["state"] == f"starting on {here.host}, process {here.pid}, for 1:30"
+    assert "doing" not in rows(run, now)
+    assert rows(run, now + 1000)["state"].startswith("stopped at "), "a lock that is not renewed says nothing"
+    (run / "heartbeat.json").unlink()
+    assert rows(run, now)["state"].startswith("starting on ")
+    Heartbeat(run).end("done")
+    assert rows(run, now)["state"].startswith("finished at ")
+    for wrong in ("", "[]", "{}", '{"host": 1, "pid": null, "since": 3}'):
+        (run / "lock.json").write_text(wrong)
+        assert rows(run, now)["state"].startswith("finished at ")
+
+
+def test_ctrl_c_is_said_as_such(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), Metrics(tmp_path, MetricsConfig(), is_writer=True):
+        raise KeyboardInterrupt
+    assert rows(tmp_path, None)["state"].endswith(": Ctrl-C")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from megatron_tempo.errors import Stopped
 from megatron_tempo.observability.heartbeat import Heartbeat, read_heartbeat, write_final_heartbeat
 from megatron_tempo.runtime import failure_detector, progress_marker, watchdog
 from megatron_tempo.runtime.failure_detector import BEAT, DONE, ENDED, SILENT, Diagnosis, FailureDetector, RankHeartbeat
+from megatron_tempo.runtime.folder_lock import machine
 from megatron_tempo.runtime.watchdog import Watchdog, of_a_collective
 
 HANG = 1800.0
@@ -286,7 +288,7 @@ def test_where_a_thread_stands() -> None:
 
 
 def test_processes_that_are_gone() -> None:
-    own = RankHeartbeat(1, "node", os.getpid(), watchdog._machine(), "", 0, "", False, 0.0, 0.0)
+    own = RankHeartbeat(1, "node", os.getpid(), machine(), "", 0, "", False, 0.0, 0.0)
     assert not watchdog._is_gone(own, own)
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     heartbeat = replace(own, pid=process.pid)
@@ -303,12 +305,15 @@ def test_processes_that_are_gone() -> None:
 
 
 def test_the_reason_in_the_final_heartbeat(tmp_path: Path) -> None:
-    write_final_heartbeat(tmp_path, "rank 1 has died")
+    mine = socket.gethostname(), os.getpid()
+    write_final_heartbeat(tmp_path, "rank 1 has died", *mine)
     assert not list(tmp_path.iterdir()), "nobody has sent a heartbeat"
     beat = Heartbeat(tmp_path)
     beat.phase("generate")
-    write_final_heartbeat(tmp_path, "rank 1 has died")
+    write_final_heartbeat(tmp_path, "rank 1 has died", *mine)
     record = read_heartbeat(tmp_path)
+    write_final_heartbeat(tmp_path, "another job's", mine[0], mine[1] + 1)
+    assert read_heartbeat(tmp_path) == record
     beat.end(DONE)
     assert record is not None
     assert (record["ended"], record["phase"], record["pid"]) == ("rank 1 has died", "", os.getpid())

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from enum import Enum
 
+from megatron_tempo.config import resume
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.rules import (
     data,
@@ -65,6 +66,8 @@ def check(config: Config, *, world_size: int | None, purpose: Purpose = Purpose.
         if not refused or any(stage.iterations > 0 for stage in config.stages().values()):
             problems += stages.check(config)
         problems += stages.check_data_parallel(config, world_size)
+        if not problems and (changed := resume.problem(config)):  # a wrong value would count as a change
+            problems.append(changed)
     order = [path for path, _ in walk(config)]
     return sorted(problems, key=lambda problem: order.index(_group(problem.field, order)))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_tempo.config.choices import Device, EngineKind, Precision
 from megatron_tempo.config.problem import Problem
+from megatron_tempo.config.resume import checkpoint_folders
 from megatron_tempo.config.rules.files import wrong_with_folder
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import MISSING
@@ -59,8 +60,9 @@ def _folder(config: Config, training: bool) -> Iterator[Problem]:
     nearest = folder.absolute()
     while (wrong := wrong_with_folder(nearest)) == "does not exist":
         if nearest.is_symlink():
-            wrong = "is a link to what does not exist"
-            break
+            wrong = f"is a link to {os.readlink(nearest)}, which does not exist"
+            yield Problem("run.dir", config.run.dir, f"{nearest} {wrong}", "mount it, or give another run.dir")
+            return
         nearest = nearest.parent
     if wrong:
         told = "is a file, not a folder" if wrong == "is not a folder" else wrong
@@ -73,7 +75,7 @@ def _folder(config: Config, training: bool) -> Iterator[Problem]:
         yield from _inside(config, folder)
     if not training:
         yield from _used(config, folder)
-    if training and not config.run.resume and any(folder.glob("checkpoints/step_*")):
+    if training and not config.run.resume and checkpoint_folders(folder):
         fix = "run.resume=true to go on from them, or another run.dir"
         yield Problem("run.resume", False, f"{folder} already has checkpoints", fix)
 

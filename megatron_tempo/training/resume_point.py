@@ -1,0 +1,108 @@
+"""Where a run goes on, found and checked before anything is written. A refused start leaves the folder as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_tempo.checkpoint.checkpoints import LAST, Checkpoints, Found, last_step
+from megatron_tempo.config import resume, schedule
+from megatron_tempo.config.schema import Config
+from megatron_tempo.config.tree import read
+from megatron_tempo.data.stream import PromptStream
+from megatron_tempo.errors import InputError
+from megatron_tempo.models.trained import TrainedModel
+from megatron_tempo.observability.records import read_metrics
+from megatron_tempo.runtime.collective_call import raise_on_all_ranks
+from megatron_tempo.training import inputs
+
+Streams = Mapping[str, PromptStream[Any]]
+
+
+def find(
+    config: Config,
+    checkpoints: Checkpoints,
+    models: dict[str, TrainedModel],
+    streams: Streams,
+    read_now: Mapping[str, str],
+    is_writer: bool,
+) -> Found:
+    """The checkpoint to resume from, if there is one, with the streams set to where it has them. Collective.
+
+    `read_now`: fingerprints of what this start has read besides its training prompts (`training.inputs`).
+    Raises InputError if the run's folder holds records of a run whose checkpoints are lost or cannot be read, or if the
+    checkpoint does not fit the configuration, its schedule, the models or the questions.
+    """
+    run = Path(config.run.dir)
+    found = checkpoints.find()
+    if found.path is None:
+        raise_on_all_ranks(lambda: _check_nothing_lost(run, found) if is_writer else None)
+    else:
+        if absent := [name for name in _ENTRIES if not isinstance(found.state.get(name), dict)]:
+            raise InputError(f"{found.path}/run.json has no {absent[0]}: no run has written it; give another run.dir")
+        checkpoints.require(found, models)
+        _check_config(config, found.path, found.state)
+        _check_position(config, found.state)
+        inputs.check(found.state.get("inputs", {}), read_now)
+        for name, stream in streams.items():
+            if name in found.state["streams"]:
+                stream.restore(found.state["streams"][name])
+    if found.state.get("step", 0) < schedule.total(config):
+        checkpoints.check_room(models)
+    return found
+
+
+_ENTRIES = ("config", "position", "streams")  # of a run's state
+
+
+def _check_nothing_lost(run: Path, found: Found) -> None:
+    """Raises InputError if a run that had a checkpoint has none now. To begin at 0 would erase its records."""
+    if found.damaged:
+        wrong = "; ".join(f"{path.name}: {problem}" for path, problem in found.damaged)
+        raise InputError(_LOST.format(run=run, what=f"no checkpoint is whole ({wrong})"))
+    if what := _evidence(run):
+        raise InputError(_LOST.format(run=run, what=what))
+
+
+_LOST = (
+    "run.dir={run}: {what}; nothing was changed. Bring the checkpoints back to {run}/checkpoints, or mount them, then "
+    "run the same command again. To begin anew, give another run.dir"
+)
+
+
+def _evidence(run: Path) -> str | None:
+    """What shows that the run had a checkpoint, None if nothing does."""
+    if exported := sorted(run.glob("hf_step_*")):
+        return f"{exported[-1].name} is there, but no checkpoint of the run that exported it"
+    steps = [record.get("step", 0) for record in read_metrics(run)]
+    last = max(steps, default=0)
+    try:
+        noted = last_step(run)
+    except FileNotFoundError:
+        noted = last or None  # of a version that wrote no note: records without a checkpoint are not thrown away
+        return f"the records end with step {last}, but there is no checkpoint" if noted else None
+    except (OSError, ValueError) as error:
+        return f"there is no checkpoint, and {LAST} cannot be read ({error})"
+    return None if noted is None else f"its checkpoint of step {noted} is gone, and there is no other"
+
+
+def _check_config(config: Config, path: Path, state: Mapping[str, Any]) -> None:
+    """Raises InputError if the checkpoint is of a run with another configuration."""
+    if changes := resume.refused_changes(read(state["config"])[0], config):
+        raise InputError(
+            f"{path} is of a run with another configuration: {', '.join(changes)}; give another run.dir, or the "
+            f"earlier values (docs/checkpoints.md lists what may change)"
+        )
+
+
+def _check_position(config: Config, state: Mapping[str, Any]) -> None:
+    """Raises InputError where other stage lengths than the checkpoint's would put its step elsewhere."""
+    now = schedule.position(config, state["step"])
+    for name, done in state["position"].items():
+        if now.get(name, done) != done:
+            raise InputError(
+                f"{name}.iterations={config.stages()[name].iterations}: the run in {config.run.dir} has "
+                f"{state['position']} iterations behind it, which this schedule would count as {now}; "
+                f"give the earlier stages' lengths as they were, or another run.dir"
+            )
