@@ -21,7 +21,6 @@ from megatron_tempo.errors import EngineError, Stopped, UnwrittenError
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.runtime.stop_request import StopRequests
-from megatron_tempo.training import inputs
 from megatron_tempo.training.phases import PhaseTimer
 from megatron_tempo.training.rollout_requests import RolloutRequests
 from megatron_tempo.weights.export import origin_of
