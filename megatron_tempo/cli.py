@@ -115,8 +115,11 @@ def _quiet() -> None:
 
 def _run(command: str, config: Config) -> None:
     if command == "check":
+        from megatron_tempo.data.copies import check_data  # slow imports for large sets: pyarrow and numpy
+
+        findings = check_data(config)
         print("ok")
-        print(summary(config))
+        print("\n".join([summary(config), *(f"  {line}" for line in findings)]))
     elif command == "train":
         from megatron_tempo.training.jobs import train
 

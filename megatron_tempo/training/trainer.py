@@ -80,7 +80,7 @@ class Trainer:
         with ExitStack() as stack:
             verifiers = stack.enter_context(build_verifiers(config))
             metrics = stack.enter_context(raise_on_all_ranks(lambda: Metrics(below, config.metrics, context.is_writer)))
-            keys = QuestionKeys.read(config)
+            keys = QuestionKeys.read(config, warn=context.is_writer)
             labelled, unlabelled = prompt_streams(config, tokenizer, verifiers, keys, metrics.message)
             sets = evaluation_sets(config, tokenizer, verifiers)
             peaks = PeakMemory(context.device, planned(config, dist.get_world_size(), context.device))

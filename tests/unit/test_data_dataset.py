@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.schema import DatasetConfig
-from megatron_tempo.data import rows
-from megatron_tempo.data.dataset import load_labelled, load_unlabelled, overlap, question_keys
+from megatron_tempo.data.dataset import load_labelled, load_unlabelled, question_keys
 from megatron_tempo.data.rows import DataError
 from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
 
@@ -228,8 +227,8 @@ def test_words_of_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["one"] * 50_000}), tmp_path / "cut.parquet")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "cut.parquet").read_bytes()[:-100])
     said = {
-        "none.jsonl": "there is no such file; check the dataset's `path`",
-        ".": "there is no such file",
+        "none.jsonl": "does not exist; check the dataset's `path`",
+        ".": "is a folder, not a file",
         "a.json": "the name ends in '.json'; use .parquet, or .jsonl with one JSON object a line",
         "fake.parquet": "not a readable Parquet file",
         "empty.parquet": "not a readable Parquet file",
@@ -296,7 +295,7 @@ def test_parquet_answers_are_not_even_read(tmp_path: Path, monkeypatch: pytest.M
             asked.append(columns)
             return super().iter_batches(*args, columns=columns, **kwargs)
 
-    monkeypatch.setattr(rows.pq, "ParquetFile", Watched)
+    monkeypatch.setattr(pq, "ParquetFile", Watched)
     load_unlabelled(unlabelled(path, id_field="key"), TOKENIZER, 8)
     assert asked == [["prompt", "key"]]
 
@@ -315,12 +314,6 @@ def test_damaged_answer_column_does_not_matter_to_the_unlabelled_set(tmp_path: P
     assert len(load_unlabelled(unlabelled(path), TOKENIZER, 8)) == 200
     with pytest.raises(DataError, match="not a readable Parquet file"):
         load_labelled(labelled(path), TOKENIZER, 8)
-
-
-def test_overlap_compares_questions() -> None:
-    a, b = {"a0": "x", "a1": "y", "a2": "x"}, {"b0": "y", "b1": "z", "b2": "x"}
-    assert overlap(a, b) == [("a1", "b0"), ("a0", "b2"), ("a2", "b2")]
-    assert overlap(a, {}) == []
 
 
 def test_a_question_is_known_by_its_text_alone(tmp_path: Path) -> None:
