@@ -64,7 +64,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, kind: type[_T]) -> _T:
-    """The value in a JSON file, which is of `kind` (dict, list, ...). Raises InputError if it cannot be read as such."""
+    """The value in a JSON file, which is of `kind` (dict, list or str). Raises InputError if it cannot be read so."""
     text = read_text(path)
     try:
         value: Any = json.loads(text)

@@ -37,7 +37,9 @@ class BadRow(ValueError):
 
 def answer_text(value: object) -> str:
     """An answer as text; a number without an exponent: 1e-05 would be read as Euler's number, less five."""
-    return format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)
+    if isinstance(value, float | Decimal):
+        return format(value if isinstance(value, Decimal) else Decimal(repr(value)), "f")
+    return str(value)
 
 
 @dataclass(frozen=True, slots=True)

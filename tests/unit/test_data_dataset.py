@@ -14,6 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from megatron_tempo.config.choices import Verifier
@@ -272,6 +273,49 @@ def test_messages_without_a_template_are_a_bad_row(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": [message("user", "one")]}])
     with pytest.raises(DataError, match="the tokenizer has no chat template; give text"):
         load_unlabelled(unlabelled(path), make_tokenizer(template=None), 8)
+
+
+def test_messages_as_text_are_messages(tmp_path: Path) -> None:
+    messages = [message("user", "find one")]
+    rows = [{"prompt": messages}, {"prompt": json.dumps(messages)}, {"prompt": str(messages)}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    texts = {prompt.text for prompt in load_unlabelled(unlabelled(path), TOKENIZER, 16)}
+    assert texts == {"<user> find one <assistant>"}
+    assert len(set(question_keys(unlabelled(path)).values())) == 1
+    cut = write_jsonl(tmp_path / "b.jsonl", [{"prompt": "find one"}, {"prompt": json.dumps(messages)[:-3]}])
+    with pytest.raises(DataError, match=r"b\.jsonl:2: the prompt looks like a list of chat messages in a text"):
+        load_unlabelled(unlabelled(cut), TOKENIZER, 16)
+
+
+def test_a_word_outside_the_vocabulary_is_a_bad_row(tmp_path: Path) -> None:
+    words = Tokenizer(WordLevel({"find": 0, "one": 1}))  # no unknown token, as the quickstart's
+    words.pre_tokenizer = WhitespaceSplit()
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "find one"}, {"prompt": "find it"}])
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:2: the tokenizer refuses the prompt: .*reword it, or remove the row"
+    ):
+        load_unlabelled(unlabelled(path), PreTrainedTokenizerFast(tokenizer_object=words), 8)
+
+
+@pytest.mark.parametrize("around", ["$A </s>", "<s> $A </s>", "<s> $A", "$A", "$A </s> </s>"])
+def test_an_end_token_behind_a_plain_prompt_is_left_out(tmp_path: Path, around: str) -> None:
+    words = Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "find": 2, "one": 3}, unk_token="<s>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.post_processor = TemplateProcessing(single=around, special_tokens=[("<s>", 0), ("</s>", 1)])
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "find one"}, {"prompt": "one find </s>"}])
+    prompts = load_unlabelled(unlabelled(path), PreTrainedTokenizerFast(tokenizer_object=words), 8)
+    begin = (0,) if around.startswith("<s>") else ()
+    assert [prompt.token_ids for prompt in prompts] == [(*begin, 2, 3), (*begin, 3, 2, 1)], "the user's own stays"
+
+
+def test_a_template_gets_the_same_date_on_every_day(tmp_path: Path) -> None:
+    template = "\n  {% if true %}{{ strftime_now('%d %B %Y %H:%M %-d %% %b') }}{% endif %} {{ messages[0].content }}"
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "find one"}])
+    (prompt,) = load_unlabelled(unlabelled(path, chat_template=True), make_tokenizer(template), 32)
+    assert prompt.text == "\n01 January 2025 00:00 1 % Jan find one"
+    without = template.replace("strftime_now('%d %B %Y %H:%M %-d %% %b')", "'x'")
+    (prompt,) = load_unlabelled(unlabelled(path, chat_template=True), make_tokenizer(without), 32)
+    assert prompt.text == "\nx find one", "what stands around it is as it was"
 
 
 def test_answers_do_not_reach_unlabelled_prompts(tmp_path: Path) -> None:
