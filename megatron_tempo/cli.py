@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ from megatron_tempo.submit import job as jobs
 from megatron_tempo.submit.submission import preview, submit
 
 STOPPED = 75  # exit status of a run that stopped on request: rerun the same command (EX_TEMPFAIL of sysexits.h)
+# How long other ranks wait with the same error: torchrun ends all ranks of a node as soon as one has ended.
+REPORT_SECONDS = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,6 +77,8 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             host = "" if os.environ.get("RANK", "0") == "0" else f"{socket.gethostname()}: "
             print(f"{host}{'' if isinstance(error, ConfigErrors) else 'error: '}{error}", file=sys.stderr)
+        else:
+            time.sleep(REPORT_SECONDS)
         return 2
     except EngineError as error:  # on the rank where it occurred
         print(f"error: {error}", file=sys.stderr)

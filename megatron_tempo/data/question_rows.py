@@ -18,7 +18,8 @@ from megatron_tempo.data.rows import BadRow, DataError, Row, answer_text, read_r
 from megatron_tempo.runtime import progress_marker
 
 # How a list of chat messages begins, or a single one.
-_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](?:role|content)["']\s*:""")
+_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](?:role|content|from|value)["']\s*:""")
+_ROLE = re.compile(r"""["'](?:role|from)["']\s*:\s*["'](?:system|user|assistant|human|gpt)["']""")
 ROLES = ("system", "user", "assistant")
 Message = dict[str, str]
 
@@ -142,7 +143,7 @@ def messages_in(text: str) -> list[Any] | None:
     A column of messages becomes such a text where it went through CSV or `str`. BadRow where it looks like one, but
     cannot be read.
     """
-    if not _MESSAGES.match(text):
+    if not _MESSAGES.match(text) or not _ROLE.search(text):
         return None
     for read in (json.loads, ast.literal_eval):
         try:

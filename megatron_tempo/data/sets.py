@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -13,10 +14,13 @@ from megatron_tempo.data.copies import LABELLED, UNLABELLED, QuestionSet, copies
 from megatron_tempo.data.dataset import load_labelled, load_unlabelled, question_keys
 from megatron_tempo.data.question_keys import exact_key
 from megatron_tempo.data.stream import PromptStream
+from megatron_tempo.data.template_date import DATE, asks_for_date
 from megatron_tempo.errors import InputError
 from megatron_tempo.rewards.verifiers import Verifiers
+from megatron_tempo.tokenizer import findings
 from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
 
+SAMPLED = 32  # prompts of each set that are compared with what their tokens say
 _P = TypeVar("_P", LabelledPrompt, UnlabelledPrompt)
 
 
@@ -108,3 +112,19 @@ def evaluation_sets(
     if problems:
         raise InputError("\n".join(problems))
     return sets
+
+
+def tokenizer_findings(
+    config: Config, tokenizer: PreTrainedTokenizerBase, sets: Iterable[Sequence[LabelledPrompt | UnlabelledPrompt]]
+) -> list[str]:
+    """What there is to say of the tokenizer and its chat template, a line each; `sets` are the prompts of a job.
+
+    Raises InputError if the tokenizer loses all spaces of a prompt.
+    """
+    texts = [prompt.text for prompts in sets for prompt in prompts[:SAMPLED]]
+    lines = findings(tokenizer, Path(config.model.path), texts)
+    if tokenizer.chat_template is not None and asks_for_date(tokenizer.get_chat_template()):
+        lines.append(
+            f"the chat template asks for the date, and gets {DATE:%Y-%m-%d} on every day: prompts stay the same"
+        )
+    return lines

@@ -10,14 +10,12 @@ from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
-import transformers
-
 from megatron_tempo.config.schedule import remaining
 from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.config.tree import save as save_config
 from megatron_tempo.data.seen import seen_of
-from megatron_tempo.data.sets import QuestionKeys, evaluation_sets
+from megatron_tempo.data.sets import QuestionKeys, evaluation_sets, tokenizer_findings
 from megatron_tempo.errors import InputError, UnwrittenError
 from megatron_tempo.evaluation.results import response_records, result
 from megatron_tempo.observability.metrics import Metrics
@@ -25,6 +23,7 @@ from megatron_tempo.observability.records import EVALUATIONS, RESPONSES, Record,
 from megatron_tempo.report import results as report
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.runtime.stop_request import StopRequests
+from megatron_tempo.tokenizer import load_tokenizer
 from megatron_tempo.training.context import open_context
 from megatron_tempo.training.setup import build_critic, build_engine, build_evaluator, build_verifiers, folder_weights
 from megatron_tempo.training.trainer import Trainer, judge_counts
@@ -98,8 +97,10 @@ def _evaluate(config: Config, out: Path) -> None:
         raise_on_all_ranks(lambda: Metrics(out, config.metrics, context.is_writer)) as metrics,
         ExitStack() as stack,
     ):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
+        tokenizer = load_tokenizer(Path(config.model.path))
         sets = evaluation_sets(config, tokenizer, verifiers)
+        for line in tokenizer_findings(config, tokenizer, sets.values()):
+            metrics.message(line)
         engine = stack.enter_context(closing(build_engine(context, metrics.warn)))
         metrics.watch(engine.health)
         engine.load_weights(folder_weights(context), version=0)

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
 from torch import Tensor
 
 from megatron_tempo.checkpoint.checkpoints import Checkpoints
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.data.seen import Seen
-from megatron_tempo.data.sets import QuestionKeys, evaluation_sets, prompt_streams
+from megatron_tempo.data.sets import SAMPLED, QuestionKeys, evaluation_sets, prompt_streams, tokenizer_findings
 from megatron_tempo.evaluation.evaluator import Evaluator
 from megatron_tempo.methods import iterate_of
 from megatron_tempo.methods.learner import Learner, Rollouts
@@ -34,6 +33,7 @@ from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.batches import summed_counts
 from megatron_tempo.rollout.engine import Engine
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
+from megatron_tempo.tokenizer import load_tokenizer
 from megatron_tempo.training.context import RunContext, collective_timeout
 from megatron_tempo.training.parity import check_parity
 from megatron_tempo.training.peak_memory import PeakMemory, planned
@@ -76,13 +76,16 @@ class Trainer:
     def open(cls, context: RunContext) -> Iterator[Trainer]:
         """Read the data, build the models, open the run's files. The data comes first: it is the quickest to fail."""
         config, below = context.config, Path(context.config.run.dir)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
+        tokenizer = load_tokenizer(Path(config.model.path))
         with ExitStack() as stack:
             verifiers = stack.enter_context(build_verifiers(config))
             metrics = stack.enter_context(raise_on_all_ranks(lambda: Metrics(below, config.metrics, context.is_writer)))
             keys = QuestionKeys.read(config, warn=context.is_writer)
             labelled, unlabelled = prompt_streams(config, tokenizer, verifiers, keys, metrics.message)
             sets = evaluation_sets(config, tokenizer, verifiers)
+            streams = [stream.first(SAMPLED) for stream in (labelled, unlabelled) if stream is not None]
+            for line in tokenizer_findings(config, tokenizer, [*streams, *sets.values()]):
+                metrics.message(line)
             peaks = PeakMemory(context.device, planned(config, dist.get_world_size(), context.device))
             metrics.message(described(config, context.machine))
             metrics.message(peaks.plan())

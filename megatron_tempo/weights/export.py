@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import torch.distributed as dist
 
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import CriticTargets
+from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import read_json
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
 from megatron_tempo.models.families import FAMILIES
@@ -30,8 +31,11 @@ TARGETS = "tempo_critic_targets"
 
 def targets_of(critic: Path) -> CriticTargets:
     """The targets of the critic in a Hugging Face folder; 0 and 1 if its config.json does not name them."""
-    config = json.loads((critic / "config.json").read_text())
-    return CriticTargets[config.get(TARGETS, CriticTargets.zero_one.name)]
+    name = read_json(critic / "config.json", dict).get(TARGETS, CriticTargets.zero_one.name)
+    if name not in CriticTargets.__members__:
+        known = ", ".join(CriticTargets.__members__)
+        raise InputError(f"{critic}/config.json: {TARGETS}={name} is unknown; known are {known}")
+    return CriticTargets[name]
 
 
 def weights_of(model: Model, config: Config, dtype: torch.dtype | None = None) -> WeightStream:

@@ -272,6 +272,7 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "conten
         json.dumps(MESSAGES),
         str(MESSAGES),
         [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "What's 1+1?"}],
+        str([{"value": "Be brief.", "from": "system"}, {"value": "What's 1+1?", "from": "human"}]),
         [MESSAGES[0], {"role": "user", "content": [{"type": "text", "text": "What's 1+1?"}]}],
     ],
 )
@@ -280,7 +281,7 @@ def test_messages_are_read_in_every_form(tmp_path: Path, column: Any) -> None:
     assert made[0]["prompt"] == MESSAGES
     made, _ = make(tmp_path, "math500", [{"problem": json.dumps(MESSAGES[1]), "answer": "2"}], force=True)
     assert made[0]["prompt"] == "What's 1+1?", "a single message is its text"
-    for text in ('[1, 2] and {"role": 3}', "[x]", '{"a": 1}'):
+    for text in ('[1, 2] and {"role": 3}', "[x]", '{"a": 1}', '[{"value": 3}]'):
         made, _ = make(tmp_path, "math500", [{"problem": text, "answer": "2"}], force=True)
         assert made[0]["prompt"] == text, "another text stays as it is"
 
