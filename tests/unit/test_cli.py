@@ -165,7 +165,7 @@ def test_one_process_a_node_reports(
     assert reported("3", "0") == ["node7: " + first[0], first[1]]
     assert waited == []
     assert reported("5", "2") == []
-    assert waited == [REPORT_SECONDS], "torchrun would end the rank that reports"
+    assert waited == [cli.REPORT_SECONDS], "torchrun would end the rank that reports"
     assert called == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.problem import Problem, did_you_mean
 from megatron_tempo.config.schema import Config, DatasetConfig
 from megatron_tempo.config.tree import MISSING
+from megatron_tempo.input_files import unreadable
 
 SUFFIXES = (".jsonl", ".parquet")
 
@@ -30,7 +32,7 @@ def check(config: Config) -> Iterator[Problem]:
         yield from _no_answers(unlabelled)
     if labelled is None or unlabelled is None or MISSING in (labelled.path, unlabelled.path):
         return
-    if Path(labelled.path).resolve() == Path(unlabelled.path).resolve():
+    if os.path.realpath(labelled.path) == os.path.realpath(unlabelled.path):
         wrong = "is the labelled set's file too: its answers would be known"
         yield Problem("data.unlabelled.path", unlabelled.path, wrong, "give two files without common questions")
 
@@ -42,11 +44,11 @@ def check_file(field: str, dataset: DatasetConfig) -> Iterator[Problem]:
         return
     if path.suffix not in SUFFIXES:
         yield Problem(name, dataset.path, f"must end in {' or '.join(SUFFIXES)}", "convert it to JSONL or Parquet")
-    elif not path.exists():
+    elif (reason := unreadable(path)) == "does not exist":
         where = "" if path.is_absolute() else f" (relative paths start at {Path.cwd()})"
-        yield Problem(name, dataset.path, "does not exist", f"give an existing file{where}")
-    elif not path.is_file():
-        yield Problem(name, dataset.path, "is not a file", "give one JSONL or Parquet file")
+        yield Problem(name, dataset.path, reason, f"give an existing file{where}")
+    elif reason is not None:
+        yield Problem(name, dataset.path, reason, "give one JSONL or Parquet file that can be read")
 
 
 def check_columns(field: str, dataset: DatasetConfig) -> Iterator[Problem]:
@@ -63,7 +65,7 @@ def check_columns(field: str, dataset: DatasetConfig) -> Iterator[Problem]:
 
 def _first_columns(path: Path) -> list[str] | None:
     """The keys of the first JSON object of a file; None if that cannot be read."""
-    if path.suffix != ".jsonl" or not path.is_file():
+    if path.suffix != ".jsonl" or unreadable(path) is not None:
         return None
     try:
         with path.open("rb") as lines:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.extensions import Extension
 from megatron_tempo.config.problem import Problem
+from megatron_tempo.config.rules.rollout import check_key
 from megatron_tempo.config.schema import Config
 
 _URL = re.compile(r"https?://[^/\s?#]+(/[^\s?#]*)?")
@@ -23,10 +23,8 @@ def check(config: Config, *, training: bool) -> Iterator[Problem]:
     elif judge.url is not None and judge.url.rstrip("/").endswith(_CALL):
         fix = f"rewards.judge.url={judge.url.rstrip('/').removesuffix(_CALL)}"
         yield Problem("rewards.judge.url", judge.url, f"{_CALL} is added to it", fix)
-    if judge.key_file is not None and not Path(judge.key_file).is_file():
-        yield Problem("rewards.judge.key_file", judge.key_file, "is no file", "give the file with the judge's key")
-    elif judge.key_file is not None and not Path(judge.key_file).read_text().strip():
-        yield Problem("rewards.judge.key_file", judge.key_file, "is empty", "write the judge's key into it")
+    if judge.key_file is not None:
+        yield from check_key("rewards.judge.key_file", judge.key_file)
     users = [name for name, verifier in _verifiers(config, training) if verifier is Verifier.judge]
     for field, example in (("url", "http://HOST:PORT/v1"), ("model", "its name on that server")):
         if getattr(judge, field) is None and (users or judge.url or judge.model):

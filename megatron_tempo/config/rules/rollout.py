@@ -10,6 +10,8 @@ from pathlib import Path
 from megatron_tempo.config.choices import EngineKind, EnginePrecision, Transport
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.schema import Config, ServersConfig
+from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import read_text
 
 _ADDRESS = re.compile(r"https?://[^/\s:]+:\d+")
 
@@ -65,10 +67,8 @@ def _found(servers: ServersConfig) -> Iterator[Problem]:
     if servers.key_file is None:
         fix = "give the file that the servers have their key from"
         yield Problem("rollout.servers.key_file", None, "servers without a key are not used", fix)
-    elif not Path(servers.key_file).is_file():
-        yield Problem("rollout.servers.key_file", servers.key_file, "is no file", "give the file with the key")
-    elif not Path(servers.key_file).read_text().strip():
-        yield Problem("rollout.servers.key_file", servers.key_file, "is empty", "write the servers' key into it")
+    else:
+        yield from check_key("rollout.servers.key_file", servers.key_file)
     if servers.each_node:
         fix = "rollout.servers.each_node=false: all servers are found by their addresses"
         yield Problem("rollout.servers.each_node", True, "none is started where addresses are given", fix)
@@ -82,3 +82,12 @@ def _shared(servers: ServersConfig) -> Iterator[Problem]:
     if servers.precision is EnginePrecision.fp8:
         wrong = "matrices are made FP8 where they are whole, which is not so in shared memory"
         yield Problem("rollout.servers.transport", "shared", wrong, fix)
+
+
+def check_key(field: str, path: str) -> Iterator[Problem]:
+    """A file that holds a key."""
+    try:
+        if not read_text(Path(path)).strip():
+            yield Problem(field, path, "is empty", "write the server's key into it")
+    except InputError as error:
+        yield Problem(field, path, str(error).removeprefix(f"{path} "), "give the file with the server's key")
