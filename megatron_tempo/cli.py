@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_tempo.commands import convert, prepare
 from megatron_tempo.commands.arguments import READERS, parse
 from megatron_tempo.commands.presets import listing
-from megatron_tempo.config.compose import REPOSITORY, compose_tree, meant_group
+from megatron_tempo.config.compose import REPOSITORY, attributed, compose_tree, meant_group
 from megatron_tempo.config.problem import ConfigErrors
 from megatron_tempo.config.rules import Purpose, check
 from megatron_tempo.config.schema import Config
@@ -226,8 +226,8 @@ def build(
     """
     plain, problems = compose_tree(overrides, purpose, config_dir, whole)
     config, unread = read(plain)
-    problems += unread
-    reported = {problem.field for problem in problems}
+    reported = {problem.field for problem in [*problems, *unread]}
+    problems += attributed(unread, whole)
     unknown = {group for field in reported if (group := meant_group(field))}
     if not unknown or (purpose is Purpose.eval and unknown <= set(_FOLLOWING)):
         following = "|".join(_FOLLOWING[group] for group in unknown)

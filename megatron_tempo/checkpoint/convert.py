@@ -7,7 +7,6 @@ file.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.config.tree import read as read_config
 from megatron_tempo.data import seen
 from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import read_json
 from megatron_tempo.models.families import read_shape
 from megatron_tempo.models.shape import Shape
 from megatron_tempo.weights import distributed, folder, tables
@@ -177,13 +177,9 @@ def _saved(source: Path, model: str) -> _Saved:
         raise InputError(f"{source} is neither a step of a run (RUN/checkpoints/step_N) nor a distributed checkpoint")
     if not (source / model).exists():
         raise InputError(f"{source} has no {model}: the run did not train one")
-    try:
-        state = json.loads((source / manifest.STATE).read_text())
-    except ValueError as error:
-        raise InputError(f"{source / manifest.STATE} cannot be read ({error})") from error
-    config = (
-        read_config(state["config"])[0] if "config" in state else None
-    )  # fields unknown to this version are ignored
+    state = read_json(source / manifest.STATE, dict)
+    saved = state.get("config")  # fields unknown to this version are ignored
+    config = read_config(saved)[0] if isinstance(saved, dict) else None
     return _Saved(source / model, source, config, model)
 
 

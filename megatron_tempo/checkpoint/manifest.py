@@ -48,8 +48,10 @@ def read(checkpoint: Path) -> Digests | str:
     """The manifest, or a string that says what is wrong with it."""
     try:
         manifest: Digests = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{MANIFEST}: {error}"
+    if not isinstance(manifest, dict) or not all(isinstance(digest, str) for digest in manifest.values()):
+        return f"{MANIFEST} is not a manifest"
     return manifest
 
 

@@ -6,7 +6,6 @@ wrong types at once, wherever they are.
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -27,11 +26,14 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from megatron_tempo.config.benchmarks import BENCHMARKS, preset
 from megatron_tempo.config.choices import Verifier
-from megatron_tempo.config.problem import ConfigErrors, Problem, did_you_mean
+from megatron_tempo.config.problem import ConfigErrors, Problem, did_you_mean, show
 from megatron_tempo.config.rules import Purpose
 from megatron_tempo.config.rules.data import SUFFIXES
 from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.shipped import REPOSITORY
+from megatron_tempo.config.tree import read
+from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import read_json
 
 GROUPS = ("model", "data", "benchmark", "engine", "algorithm", "experiment", "cluster")
 # A job of these kinds whose command line names no run.dir gets a folder of its own below these.
@@ -79,14 +81,26 @@ def compose_tree(
 
 def _whole(file: str) -> dict[str, Any]:
     try:
-        plain = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigErrors(
-            [Problem("--config", file, f"cannot be read ({error})", "give a run's config.json")]
-        ) from error
-    if not isinstance(plain, dict):
-        raise ConfigErrors([Problem("--config", file, "is not a JSON object", "give a run's config.json")])
-    return plain
+        return read_json(Path(file), dict)
+    except InputError as error:
+        wrong = str(error).removeprefix(f"{file} ").partition("; ")[0]
+        raise ConfigErrors([Problem("--config", file, wrong, "give a run's config.json, whole")]) from error
+
+
+def attributed(problems: Sequence[Problem], whole: str | None) -> list[Problem]:
+    """Problems of fields, those of the file `whole` as the file's: nobody has set them on the command line."""
+    if whole is None:
+        return list(problems)
+    in_file = {(problem.field, show(problem.value)) for problem in read(_whole(whole))[1]}
+    return [
+        Problem("--config", whole, f"{problem.field}={show(problem.value)} in it: {problem.wrong}", _OF_FILE)
+        if (problem.field, show(problem.value)) in in_file
+        else problem
+        for problem in problems
+    ]
+
+
+_OF_FILE = "use the version of the program that wrote the file, or correct the field in a copy"
 
 
 # ValueError and IndexError: OmegaConf's, for a position in a list that is none (evaluation.pass_k.x=1).
