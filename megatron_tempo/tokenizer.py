@@ -57,7 +57,7 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 def end_tokens(folder: Path) -> list[int]:
     """The tokens that end a response: those of generation_config.json and the tokenizer's.
 
-    Without a generation_config.json, those of config.json stand in for it, as in transformers. Raises InputError if
+    Without a generation_config.json, those of config.json are taken, as in transformers. Raises InputError if
     there are none.
     """
     end = _tokenizer_end(load_tokenizer(folder))

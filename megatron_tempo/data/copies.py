@@ -1,4 +1,4 @@
-"""Questions that stand in several sets of a configuration: the same ones, in any typesetting, and near copies.
+"""Questions that are in several sets of a configuration: the same ones, in any typesetting, and near copies.
 
 The same: of one `question_keys.matching_key`. A near copy: it shares half of its shingles, which are runs of four
 words. Shingles that many questions share count for nothing, so that questions made by one template are no copies.
@@ -85,7 +85,7 @@ def check_data(config: Config) -> list[str]:
 
 
 def copies_between(sets: Sequence[QuestionSet], held: Sequence[str]) -> list[str]:
-    """Warnings of questions of a training set that stand in another set, as they are or nearly so.
+    """Warnings of questions of a training set that are also in another set, as they are or nearly so.
 
     `held`: the names of evaluation sets whose questions are left out of training.
     """
@@ -125,10 +125,10 @@ def _same(first: QuestionSet, second: QuestionSet) -> list[str]:
         return []  # unlabelled questions may be those to be scored: their answers are not trained on
     count, example = len({id_b for _, id_b in pairs}), " and ".join(pairs[0])
     if second.name == UNLABELLED:
-        return [f"warning: {count} unlabelled questions stand in the labelled set too, first {example}"]
+        return [f"warning: {count} unlabelled questions are also in the labelled set, first {example}"]
     name = second.name.rpartition(".")[2]
     return [
-        f"warning: {count} of {len(second.keys)} questions of {name} stand in the labelled set with their answers, "
+        f"warning: {count} of {len(second.keys)} questions of {name} are also in the labelled set, with their answers, "
         f"first {example}; data.held_out=[{name}] leaves them out of training"
     ]
 
@@ -136,7 +136,7 @@ def _same(first: QuestionSet, second: QuestionSet) -> list[str]:
 def near_copies(sets: Sequence[QuestionSet]) -> dict[tuple[str, str], list[Copy]]:
     """By the names of two sets, the first one's questions that are near copies of the second one's, but not the same.
 
-    A question that stands in another set as it is, is not looked at. Time grows with the number of words.
+    Skips a question that is also in another set as it is. Time grows with the number of words.
     """
     held = Counter(key for questions in sets for key in set(questions.keys.values()))
     owners: list[tuple[int, str]] = []

@@ -298,7 +298,7 @@ def _equal(order: Order, verifiers: Verifiers, pairs: list[tuple[Question, str]]
 def _verdicts(
     order: Order, verifiers: Verifiers, questions: list[Question], given: list[str] | None = None
 ) -> list[float]:
-    """The verdicts on these answers given as responses; none: on the questions' own. 1.0 where nobody can tell."""
+    """The verdicts on `given` as responses, or on the questions' own answers. 1.0 where nobody can tell."""
     given = [str(question.answer) for question in questions] if given is None else given
     items = [_item(question, verifier_of(order, question), one) for question, one in zip(questions, given, strict=True)]
     try:

@@ -69,7 +69,7 @@ def load_rows(config: DatasetConfig, names: Sequence[str], build: Callable[[Row]
 def question_texts(config: DatasetConfig, *, answers: bool = False) -> dict[str, tuple[str, ...]]:
     """The texts of each question of a file, by its id: one, or of chat messages those of all but the system's.
 
-    As they stand in the file: suffix, system message, chat template and tokenizer, which may differ between the places
+    As they are in the file: suffix, system message, chat template and tokenizer, which may differ between the places
     where a question is asked, play no part. `answers`: check the fields of answers and verifiers as well. DataError
     names every bad row.
     """
@@ -97,7 +97,7 @@ def row_id(config: DatasetConfig, row: Row) -> str:
 
 
 def prompt_of(name: str, value: object) -> str | list[Message]:
-    """A prompt as text, or as chat messages, which may stand in the file as the text of a list. Raises BadRow."""
+    """A prompt as text, or as chat messages, which may be in the file as the text of a list. Raises BadRow."""
     if isinstance(value, str):
         if not value.strip():
             raise BadRow(f"field {name!r} is empty")

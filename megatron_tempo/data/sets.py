@@ -32,11 +32,11 @@ class QuestionKeys:
     unlabelled: dict[str, str]
     evaluation: dict[str, dict[str, str]]  # by set
     matching: dict[str, dict[str, str]]  # what all typesettings of a question share, by the field of the set
-    warnings: list[str]  # of questions that stand in several sets
+    warnings: list[str]  # of questions that are in several sets
 
     @classmethod
     def read(cls, config: Config, *, warn: bool = True) -> QuestionKeys:
-        """`warn`: look for questions that stand in several sets, of which one rank needs to tell."""
+        """`warn`: look for questions that are in several sets; one rank needs to do so."""
         sets = {name: QuestionSet.read(name, dataset) for name, dataset in datasets(config).items()}
         exact = {name: {key: exact_key(texts) for key, texts in one.texts.items()} for name, one in sets.items()}
         return cls(
@@ -62,7 +62,7 @@ def prompt_streams(
 ) -> tuple[PromptStream[LabelledPrompt] | None, PromptStream[UnlabelledPrompt] | None]:
     """The training prompts but those of `data.held_out`, in their shuffled order.
 
-    Questions that were left out, and those that stand in several sets, are told of.
+    Questions that were left out, and those that are in several sets, are reported.
     """
     length, seed = config.rollout.max_prompt_tokens, config.run.seed
     labelled = load_labelled(config.data.labelled, tokenizer, length) if config.data.labelled else None

@@ -133,8 +133,9 @@ def test_the_same_question_is_no_near_copy_and_is_told_of_where_it_is_not_meant(
     test = questions("evaluation.sets.test", [other, f"${one}$", problem(4)])
     assert near_copies([labelled, unlabelled, test]) == {}
     assert copies_between([labelled, unlabelled, test], held=[]) == [
-        "warning: 1 unlabelled questions stand in the labelled set too, first labelled:0 and unlabelled:1",
-        "warning: 1 of 3 questions of test stand in the labelled set with their answers, first labelled:0 and test:1; "
+        "warning: 1 unlabelled questions are also in the labelled set, first labelled:0 and unlabelled:1",
+        "warning: 1 of 3 questions of test are also in the labelled set, with their answers, "
+        "first labelled:0 and test:1; "
         "data.held_out=[test] leaves them out of training",
     ]
     assert copies_between([labelled, test], held=["test"]) == []
@@ -176,7 +177,7 @@ def test_check_tells_of_what_is_held_out_and_of_bad_rows(tmp_path: Path) -> None
         "held out of the labelled set: 1 of 2 questions (aime 1)"
     ]
     (line,) = check_data(config_with(tmp_path, sets, []))
-    assert "1 of 1 questions of aime stand in the labelled set with their answers" in line
+    assert "1 of 1 questions of aime are also in the labelled set, with their answers" in line
     config = config_with(tmp_path, {"labelled": [row, {"prompt": "Find 2.", "answer": None}], "aime": [other]}, [])
     with pytest.raises(DataError, match=r"labelled\.jsonl:2: field 'answer' is null"):
         check_data(config)

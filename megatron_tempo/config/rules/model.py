@@ -68,7 +68,7 @@ def _shape(folder: Path) -> tuple[ModelShape | None, str]:
     try:
         plain = read_json(file, dict)
     except InputError:
-        return None, ""  # told of by check_files
+        return None, ""  # reported by check_files
     family = plain.get("model_type")
     plain = _with_head_dim(plain)
     names = ModelShape.__dataclass_fields__
@@ -122,7 +122,7 @@ def _has_chat_template(folder: Path) -> bool:
     file = folder / "tokenizer_config.json"
     try:
         return file.exists() and "chat_template" in read_json(file, dict)
-    except InputError:  # told of by itself
+    except InputError:  # reported on its own
         return True
 
 

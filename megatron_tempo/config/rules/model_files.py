@@ -39,7 +39,7 @@ def check_files(field: str, folder: Path, *, tokenizer: bool) -> Iterator[Proble
 
 
 def _config(path: Path) -> None:
-    """The weights that config.json tells of are not quantised."""
+    """The weights are not quantised, by config.json."""
     if (quantised := read_json(path, dict).get("quantization_config")) is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise InputError(
@@ -65,7 +65,7 @@ def _tokens(path: Path) -> None:
     value = read_json(path, dict)
     try:
         size = read_json(path.parent / "config.json", dict).get("vocab_size")
-    except InputError:  # told of by itself
+    except InputError:  # reported on its own
         return
     if type(size) is not int:
         return
