@@ -60,8 +60,11 @@ def end_tokens(folder: Path) -> list[int]:
     Without a generation_config.json, those of config.json are taken, as in transformers. Raises InputError if
     there are none.
     """
-    end = _tokenizer_end(load_tokenizer(folder))
-    tokens = list(dict.fromkeys([*_configured_ends(folder), *end]))
+    return _ends(load_tokenizer(folder), folder)
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[int]:
+    tokens = list(dict.fromkeys([*_configured_ends(folder), *_tokenizer_end(tokenizer)]))
     if not tokens:
         raise InputError(
             f"{folder}: no eos_token_id in generation_config.json or the tokenizer; responses would not end"
@@ -87,9 +90,10 @@ def _tokenizer_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def findings(tokenizer: PreTrainedTokenizerBase, folder: Path, texts: Sequence[str]) -> list[str]:
     """What there is to say of a tokenizer, a line each. `texts`: prompts as the model reads them.
 
-    Raises InputError if the tokenizer loses all spaces of a text.
+    Raises InputError if the tokenizer loses all spaces of a text, or if no token ends a response.
     """
     lines = []
+    _ends(tokenizer, folder)
     configured, own = _configured_ends(folder), _tokenizer_end(tokenizer)
     if configured and own and not set(own) <= set(configured):
         lines.append(

@@ -90,7 +90,6 @@ class _Encoder:
         self._tokenizer = tokenizer
         self._max_prompt_tokens = max_prompt_tokens
         self._behind: int | None = None
-        self._template = None if tokenizer.chat_template is None else with_fixed_date(tokenizer.get_chat_template())
 
     def __call__(self, value: object) -> tuple[str, tuple[int, ...]]:
         text, templated = self._text(value)
@@ -145,8 +144,9 @@ class _Encoder:
                 raise BadRow("the messages have a system message of their own, and `system` is set; unset it")
             messages = [{"role": "system", "content": self._config.system}, *messages]
         try:
+            template = with_fixed_date(self._tokenizer.get_chat_template())
             return self._tokenizer.apply_chat_template(
-                messages, chat_template=self._template, tokenize=False, add_generation_prompt=True
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # a template is a program
             raise BadRow(f"the tokenizer's chat template refuses the messages: {error}") from error

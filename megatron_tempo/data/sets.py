@@ -123,7 +123,7 @@ def tokenizer_findings(
     """
     texts = [prompt.text for prompts in sets for prompt in prompts[:SAMPLED]]
     lines = findings(tokenizer, Path(config.model.path), texts)
-    if tokenizer.chat_template is not None and asks_for_date(tokenizer.get_chat_template()):
+    if isinstance(tokenizer.chat_template, str) and asks_for_date(tokenizer.chat_template):
         lines.append(
             f"the chat template asks for the date, and gets {DATE:%Y-%m-%d} on every day: prompts stay the same"
         )

@@ -318,6 +318,15 @@ def test_a_template_gets_the_same_date_on_every_day(tmp_path: Path) -> None:
     assert prompt.text == "\nx find one", "what stands around it is as it was"
 
 
+def test_templates_without_a_default_are_a_bad_row_where_they_are_used(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"rag": TEMPLATE}
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "find one"}])
+    assert load_unlabelled(unlabelled(path), tokenizer, 8)[0].text == "find one"
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the tokenizer's chat template refuses the messages"):
+        load_unlabelled(unlabelled(path, chat_template=True), tokenizer, 8)
+
+
 def test_answers_do_not_reach_unlabelled_prompts(tmp_path: Path) -> None:
     assert {field.name for field in fields(UnlabelledPrompt)} == {"id", "text", "token_ids"}
     with pytest.raises((AttributeError, TypeError)):
