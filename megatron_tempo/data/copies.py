@@ -23,7 +23,7 @@ MIN_SHINGLES = 6  # that a question has of its own: fewer are too few to judge b
 SHARED = 0.5  # of the shingles of the shorter question
 COMMON = 4  # questions of a set that share a shingle: one of more is a turn of phrase, or of a template
 
-CHECKED_BYTES = 32 << 20
+CHECKED_BYTES = 8 << 20
 LABELLED, UNLABELLED = "data.labelled", "data.unlabelled"
 
 

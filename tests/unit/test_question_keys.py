@@ -181,3 +181,10 @@ def test_check_tells_of_what_is_held_out_and_of_bad_rows(tmp_path: Path) -> None
     config = config_with(tmp_path, {"labelled": [row, {"prompt": "Find 2.", "answer": None}], "aime": [other]}, [])
     with pytest.raises(DataError, match=r"labelled\.jsonl:2: field 'answer' is null"):
         check_data(config)
+
+
+def test_large_files_are_left_to_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_with(tmp_path, {"labelled": [{"prompt": "Find 1.", "answer": "1"}]}, [])
+    monkeypatch.setattr("megatron_tempo.data.copies.CHECKED_BYTES", 10)
+    (line,) = check_data(config)
+    assert "too large to be looked at here: the run looks at them first" in line
