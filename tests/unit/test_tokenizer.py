@@ -13,8 +13,11 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from megatron_tempo.config.schema import Config
+from megatron_tempo.data.sets import tokenizer_findings
 from megatron_tempo.errors import InputError
 from megatron_tempo.tokenizer import end_tokens, findings, load_tokenizer
+from megatron_tempo.types import UnlabelledPrompt
 
 WORDS = ["?", "$", "a", "b", "find", "one"]
 
@@ -107,3 +110,15 @@ def test_a_tokenizer_of_an_unknown_form_is_told_of(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match=r"its tokenizer cannot be loaded \("):
         load_tokenizer(folder)
+
+
+def test_a_job_is_told_what_there_is_to_know_of_its_tokenizer(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = "{{ strftime_now('%Y') }} {{ messages[0].content }}"
+    config = Config()
+    config.model.path = str(folder)
+    prompts = [UnlabelledPrompt("a", "find one", (4, 5)), UnlabelledPrompt("b", "find two", (4, 0))]
+    lines = tokenizer_findings(config, tokenizer, [prompts])
+    assert [line.partition(": ")[2].partition(":")[0] for line in lines[:1]] == [f"{folder}"]
+    assert "'find two' comes back as 'find ?'" in lines[0]
+    assert lines[1] == "the chat template asks for the date, and gets 2025-01-01 on every day: prompts stay the same"
