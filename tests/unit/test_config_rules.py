@@ -422,6 +422,12 @@ FOLDERS = [
         "tokenizer.json: 1 tokens have no embedding, first '<new>' with id 100: config.json says vocab_size=100",
         "resize the model's embeddings, or remove the tokens",
     ),
+    (
+        "an added token without embedding",
+        put("tokenizer_config.json", '{"chat_template": "", "added_tokens_decoder": {"100": {"content": "<new>"}}}'),
+        "tokenizer_config.json: 1 tokens have no embedding, first '<new>' with id 100",
+        "resize the model's embeddings, or remove the tokens",
+    ),
     ("settings a number", put("tokenizer_config.json", "3"), "tokenizer_config.json holds a JSON number", "whole copy"),
     ("generation", put("generation_config.json", '{"eos_token_id": "$"}'), "eos_token_id=$ is no token id", "correct"),
     ("weights cut short", cut_weights, "model.safetensors is cut short: it has ", "fetch the file again"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from megatron_tempo.input_files import read_json, readable
 # Types of weights, by safetensors' names. Others are quantised, or are no weights.
 FLOATS = {"F64", "F32", "F16", "BF16"}
 _TEXTS = ("merges.txt", "tokenizer.model", "chat_template.jinja")
-_JSON = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.json")
+_JSON = ("special_tokens_map.json", "generation_config.json", "chat_template.json")
 _AGAIN = "fetch the file again"
 _HEADER_BYTES = 100_000_000  # safetensors' own limit
+_ID = re.compile(r"[0-9]{1,18}")
 
 
 def check_files(field: str, folder: Path, *, tokenizer: bool) -> Iterator[Problem]:
@@ -27,6 +29,7 @@ def check_files(field: str, folder: Path, *, tokenizer: bool) -> Iterator[Proble
         checks += [(name, _object) for name in _JSON]
         checks += [(name, _text) for name in _TEXTS]
         checks += [(name, _tokens) for name in ("tokenizer.json", "vocab.json", "added_tokens.json")]
+        checks += [("tokenizer_config.json", _added)]
     for name, check in checks:
         path = folder / name
         if not path.exists() and not path.is_symlink():
@@ -61,15 +64,29 @@ def _object(path: Path) -> None:
 
 
 def _tokens(path: Path) -> None:
+    _check_ids(path, _ids(path, read_json(path, dict)))
+
+
+def _added(path: Path) -> None:
+    """The settings of a tokenizer may add tokens, by their ids."""
+    added = read_json(path, dict).get("added_tokens_decoder")
+    entries = added.items() if isinstance(added, dict) else ()
+    _check_ids(path, [(str(_content(token)), int(number)) for number, token in entries if _ID.fullmatch(number)])
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _check_ids(path: Path, ids: Iterable[tuple[str, Any]]) -> None:
     """The tokens of a tokenizer have embeddings in the model."""
-    value = read_json(path, dict)
     try:
         size = read_json(path.parent / "config.json", dict).get("vocab_size")
     except InputError:  # reported on its own
         return
     if type(size) is not int:
         return
-    beyond = {token: number for token, number in _ids(path, value) if type(number) is int and number >= size}
+    beyond = {token: number for token, number in ids if type(number) is int and number >= size}
     if beyond:
         token, number = min(beyond.items(), key=lambda item: item[1])
         raise InputError(
