@@ -121,7 +121,7 @@ def load(net: PackedGPT, layout: Layout, mappings: list[ParamMapping], folder: P
     Tensors that no mapping names are refused, except a head that this model does not have. An actor's folder can start
     a critic, whose own head is then not changed. A tied folder may store its output matrix again.
 
-    Collective. Raises InputError, on every rank, that lists every missing or unexpected tensor, every wrong shape, every
+    Collective. Raises InputError on every rank. It lists every missing or unexpected tensor, every wrong shape, every
     type that is not a float, and tensors with values that are not finite.
     """
     raise_on_all_ranks(partial(_load, net, layout, mappings, folder))

@@ -352,7 +352,7 @@ BAD_WEIGHTS: dict[str, tuple[dict[str, Tensor | None], str]] = {
         r"model\.norm\.weight is F8_E4M3: weights are .* before quantisation",
     ),
     "missing": ({"model__norm__weight": None}, r"missing: model\.norm\.weight"),
-    "misshapen": ({"model__norm__weight": torch.ones(31)}, r"wrong shape: model\.norm\.weight is \[31\]"),
+    "shape": ({"model__norm__weight": torch.ones(31)}, r"wrong shape: model\.norm\.weight is \[31\]"),
 }
 
 
