@@ -4,11 +4,12 @@ PROCESSES ?= 2
 BIN := .venv/bin
 # The paths whose prose keeps to the word list (tools/check_words.py).
 WORDS_PATHS := docs README.md CONTRIBUTING.md CHANGELOG.md docker tools tests/support tests/conftest.py \
-	$(addprefix megatron_tempo/,cli.py commands errors.py types.py kernels algorithm methods models weights evaluation) \
+	$(addprefix megatron_tempo/,cli.py commands errors.py types.py input_files.py tokenizer.py data kernels) \
+	$(addprefix megatron_tempo/,algorithm methods models weights evaluation) \
 	$(addprefix megatron_tempo/,runtime observability report plan submit) \
 	$(addprefix megatron_tempo/checkpoint/,convert.py manifest.py resumable_folder.py checkpoints.py) \
 	$(addprefix megatron_tempo/config/,schedule.py summary.py recipes.py benchmarks.py problem.py compose.py) \
-	$(addprefix megatron_tempo/data/,prepare.py public.py questions.py rows.py seen.py stream.py) megatron_tempo/rewards
+	megatron_tempo/rewards
 
 # Tests run on as many workers as there are cores, a file at a time, in the order of the folders: the long files first.
 WORKERS ?= logical

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ from pathlib import Path
 from megatron_tempo.commands import convert, prepare
 from megatron_tempo.commands.arguments import READERS, parse
 from megatron_tempo.commands.presets import listing
-from megatron_tempo.config.compose import REPOSITORY, compose_tree, meant_group
+from megatron_tempo.config.compose import REPOSITORY, attributed, compose_tree, meant_group
 from megatron_tempo.config.problem import ConfigErrors
 from megatron_tempo.config.rules import Purpose, check
 from megatron_tempo.config.schema import Config
@@ -34,6 +35,8 @@ from megatron_tempo.submit import job as jobs
 from megatron_tempo.submit.submission import preview, submit
 
 STOPPED = 75  # exit status of a run that stopped on request: rerun the same command (EX_TEMPFAIL of sysexits.h)
+# How long other ranks wait with the same error: torchrun ends all ranks of a node as soon as one has ended.
+REPORT_SECONDS = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,6 +88,8 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             host = "" if os.environ.get("RANK", "0") == "0" else f"{socket.gethostname()}: "
             print(f"{host}{'' if isinstance(error, ConfigErrors) else 'error: '}{error}", file=sys.stderr)
+        else:
+            time.sleep(REPORT_SECONDS)
         return 2
     except EngineError as error:  # on the rank where it occurred
         print(f"error: {error}", file=sys.stderr)
@@ -131,8 +136,11 @@ def _quiet() -> None:
 
 def _run(command: str, config: Config) -> None:
     if command == "check":
+        from megatron_tempo.data.copies import check_data  # slow imports for large sets: pyarrow and numpy
+
+        findings = check_data(config)
         print("ok")
-        print(summary(config))
+        print("\n".join([summary(config), *(f"  {line}" for line in findings)]))
     elif command == "train":
         from megatron_tempo.training.jobs import train
 
@@ -234,8 +242,8 @@ def build(
     """
     plain, problems = compose_tree(overrides, purpose, config_dir, whole)
     config, unread = read(plain)
-    problems += unread
-    reported = {problem.field for problem in problems}
+    reported = {problem.field for problem in [*problems, *unread]}
+    problems += attributed(unread, whole)
     unknown = {group for field in reported if (group := meant_group(field))}
     if not unknown or (purpose is Purpose.eval and unknown <= set(_FOLLOWING)):
         following = "|".join(_FOLLOWING[group] for group in unknown)

@@ -83,7 +83,7 @@ def to_hugging_face(
         "source": str(saved.weights.resolve()),
         "files": _stamps({name: saved.weights / name for name in (".metadata", *sorted(stored.files))}),
         "like": str(like.resolve()),
-        "like files": _stamps({name: like / name for name in ("config.json", *folder.CARRIED)}),
+        "like files": _stamps({name: like / name for name in ("config.json", *folder.carried(like))}),
         "model": model,
         "dtype": str(dtype),
         "shard": shard_bytes,

@@ -66,9 +66,11 @@ def read(checkpoint: Path) -> Digests | str:
     """The manifest, or a string that says what is wrong with it. Raises OSError if it is there and cannot be read."""
     try:
         manifest: Digests = json.loads(_regular(checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    except (*ABSENT, ValueError) as error:
+    except (*ABSENT, ValueError, RecursionError) as error:
         return f"{MANIFEST}: {error}"
-    if not isinstance(manifest, dict) or not manifest:
+    if not isinstance(manifest, dict) or not all(isinstance(digest, str) for digest in manifest.values()):
+        return f"{MANIFEST} is not a manifest"
+    if not manifest:
         return f"{MANIFEST}: it lists no files"
     return manifest
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import read_json
 from megatron_tempo.weights.files import TEMPORARY, atomic, sync, sync_folder
 
 _INPUTS = "inputs.json"
@@ -44,8 +45,8 @@ class ResumableFolder:
 
     def _compare(self) -> None:
         try:
-            before = json.loads((self._partial / _INPUTS).read_text())
-        except (OSError, ValueError) as error:
+            before = read_json(self._partial / _INPUTS, dict)
+        except InputError as error:
             raise InputError(
                 f"{self._partial} was not written by this program ({error}): remove it, or move it away"
             ) from error
@@ -78,9 +79,9 @@ class ResumableFolder:
         """The note of a complete file in `whole`; None if the file has yet to be written."""
         path = self.whole / name
         try:
-            note: dict[str, Any] = json.loads((self._done / name).read_text())
-            return note if path.stat().st_size == note["bytes"] else None
-        except OSError:
+            note = read_json(self._done / name, dict)
+            return note if path.stat().st_size == note.get("bytes") else None
+        except (OSError, InputError):  # written again
             return None
 
     def mark(self, name: str, **note: Any) -> None:

@@ -7,7 +7,6 @@ wrong types at once, wherever they are.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import time
@@ -30,7 +29,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from megatron_tempo.config.benchmarks import BENCHMARKS, preset
 from megatron_tempo.config.choices import Verifier
-from megatron_tempo.config.problem import ConfigErrors, Problem, did_you_mean
+from megatron_tempo.config.problem import ConfigErrors, Problem, did_you_mean, show
 from megatron_tempo.config.rules import Purpose
 from megatron_tempo.config.rules.data import SUFFIXES
 from megatron_tempo.config.rules.evaluation import SET_NAME_BYTES
@@ -38,7 +37,9 @@ from megatron_tempo.config.rules.files import wrong_with_folder
 from megatron_tempo.config.schema import Config, RolloutConfig, to_plain
 from megatron_tempo.config.shipped import REPOSITORY
 from megatron_tempo.config.trained_with import defaults_for, lengths, read_trained_with
-from megatron_tempo.config.tree import MISSING
+from megatron_tempo.config.tree import MISSING, read
+from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import read_json
 
 GROUPS = ("model", "data", "benchmark", "engine", "algorithm", "experiment", "cluster")
 _DEFAULT_ALGORITHM = "paper"  # as in configs/config.yaml
@@ -191,14 +192,31 @@ def _own_name() -> str:
 
 def _whole(file: str) -> dict[str, Any]:
     try:
-        plain = json.loads(Path(file).read_text(encoding="utf-8"))
-        OmegaConf.create(plain if isinstance(plain, dict) else {})
+        plain = read_json(Path(file), dict)
+        OmegaConf.create(plain)
+    except InputError as error:
+        wrong = str(error).removeprefix(f"{file} ").partition("; ")[0]
+        raise ConfigErrors([Problem("--config", file, wrong, "give a run's config.json, whole")]) from error
     except _COMPOSING as error:
         wrong = f"cannot be read ({_in_short(error)})"
         raise ConfigErrors([Problem("--config", file, wrong, "give a run's config.json")]) from error
-    if not isinstance(plain, dict):
-        raise ConfigErrors([Problem("--config", file, "is not a JSON object", "give a run's config.json")])
     return plain
+
+
+def attributed(problems: Sequence[Problem], whole: str | None) -> list[Problem]:
+    """Problems of fields, those of the file `whole` as the file's: nobody has set them on the command line."""
+    if whole is None:
+        return list(problems)
+    in_file = {(problem.field, show(problem.value)) for problem in read(_whole(whole))[1]}
+    return [
+        Problem("--config", whole, f"{problem.field}={show(problem.value)} in it: {problem.wrong}", _OF_FILE)
+        if (problem.field, show(problem.value)) in in_file
+        else problem
+        for problem in problems
+    ]
+
+
+_OF_FILE = "use the version of the program that wrote the file, or correct the field in a copy"
 
 
 def _in_short(error: BaseException) -> str:

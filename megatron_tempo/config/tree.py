@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_tempo.config.extensions import PREFIX, Extension, ExtensionError
-from megatron_tempo.config.problem import ConfigErrors, Problem, did_you_mean
+from megatron_tempo.config.problem import Problem, did_you_mean, show
 from megatron_tempo.config.schema import Config, to_plain
-from megatron_tempo.errors import hidden
+from megatron_tempo.errors import InputError, hidden
+from megatron_tempo.input_files import read_json
 
 MISSING = "???"  # Hydra's mark of a value that the user must give
 
@@ -53,10 +54,15 @@ def save(config: Config, path: str | Path) -> None:
 
 
 def load(path: str | Path) -> Config:
-    """Reads what `save` wrote. Raises ConfigErrors for fields or values that this version does not know."""
-    config, problems = read(json.loads(Path(path).read_text(encoding="utf-8")))
+    """Reads what `save` wrote. Raises InputError for fields or values that this version does not know."""
+    config, problems = read(read_json(Path(path), dict))
     if problems:
-        raise ConfigErrors(problems)
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        fields = ", ".join(f"{problem.field}={show(problem.value)}" for problem in problems[:5])
+        raise InputError(
+            f"{path} was written by another version of the program, or changed by hand: this one does not know "
+            f"{fields}{more}; use the version that wrote it"
+        )
     return config
 
 

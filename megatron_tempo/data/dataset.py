@@ -5,42 +5,26 @@ The unlabelled loader asks its file for prompt and id only, and what it makes ha
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
-import jinja2
-
-from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.schema import DatasetConfig
-from megatron_tempo.data.rows import BadRow, DataError, Row, answer_text, read_rows
+from megatron_tempo.data.question_keys import exact_key
+from megatron_tempo.data.question_rows import (
+    Message,
+    answer_of,
+    load_rows,
+    prompt_of,
+    question_texts,
+    row_id,
+    verifier_of,
+)
+from megatron_tempo.data.rows import BadRow, Row
+from megatron_tempo.data.template_date import with_fixed_date
 from megatron_tempo.errors import InputError
-from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-ROLES = ("system", "user", "assistant")
-
-
-class Prompt(Protocol):
-    @property
-    def id(self) -> str: ...
-
-
-P = TypeVar("P", bound=Prompt)
-
-
-@dataclass(frozen=True, slots=True)
-class _Question:
-    id: str
-    key: str
 
 
 def load_labelled(
@@ -59,10 +43,10 @@ def load_labelled(
 
     def build(row: Row) -> LabelledPrompt:
         text, token_ids = encode(row.fields[config.prompt_field])
-        answer = _answer(answer_field, row.fields[answer_field])
-        return LabelledPrompt(_row_id(config, row), text, token_ids, answer, _verifier(config, row))
+        answer = answer_of(answer_field, row.fields[answer_field])
+        return LabelledPrompt(row_id(config, row), text, token_ids, answer, verifier_of(config, row))
 
-    return _load(config, names, build)
+    return load_rows(config, names, build)
 
 
 def load_unlabelled(
@@ -78,97 +62,17 @@ def load_unlabelled(
 
     def build(row: Row) -> UnlabelledPrompt:
         text, token_ids = encode(row.fields[config.prompt_field])
-        return UnlabelledPrompt(_row_id(config, row), text, token_ids)
+        return UnlabelledPrompt(row_id(config, row), text, token_ids)
 
-    return _load(config, [config.prompt_field], build)
+    return load_rows(config, [config.prompt_field], build)
 
 
 def question_keys(config: DatasetConfig) -> dict[str, str]:
     """What each question of a file is known by, by its id: 32 hexadecimal digits of a hash of its text.
 
-    Of the text as it stands in the file, runs of blanks counted as one: suffix, system message, chat template and
-    tokenizer, which may differ between the places where a question is asked, play no part. Of messages it is the texts
-    of all but the system's. DataError as that of `load_labelled`.
+    Runs of blanks count as one (`question_keys.exact_key`). DataError as that of `load_labelled`.
     """
-
-    def build(row: Row) -> _Question:
-        return _Question(_row_id(config, row), _key(config.prompt_field, row.fields[config.prompt_field]))
-
-    return {question.id: question.key for question in _load(config, [config.prompt_field], build)}
-
-
-def overlap(a: Mapping[str, str], b: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The pairs (id in a, id in b) of the same questions, in the order of `b`. Both are keys by id."""
-    known: dict[str, list[str]] = defaultdict(list)
-    for name, key in a.items():
-        known[key].append(name)
-    return [(id_a, id_b) for id_b, key in b.items() for id_a in known.get(key, ())]
-
-
-def _load(config: DatasetConfig, names: Sequence[str], build: Callable[[Row], P]) -> list[P]:
-    path = Path(config.path)
-    if config.id_field is not None:
-        names = [*names, config.id_field]
-    prompts: list[P] = []
-    problems: list[str] = []
-    places: dict[str, str] = {}
-    for row in islice(read_rows(path, tuple(dict.fromkeys(names)), config.reader), config.limit):
-        progress_marker.mark()
-        try:
-            if row.problem is not None:
-                raise BadRow(row.problem)
-            prompt = build(row)
-            if prompt.id in places:
-                raise BadRow(f"field {config.id_field!r} is {prompt.id!r}, as at {places[prompt.id]}; make ids unique")
-        except BadRow as error:
-            problems.append(f"{row.place}: {error}")
-        else:
-            places[prompt.id] = row.place
-            prompts.append(prompt)
-    if not prompts and not problems:
-        problems.append("there are no rows in it")
-    if problems:
-        raise DataError(path, problems)
-    return prompts
-
-
-def _row_id(config: DatasetConfig, row: Row) -> str:
-    if config.id_field is None:
-        return f"{Path(config.path).stem}:{row.number}"
-    value = row.fields[config.id_field]
-    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise BadRow(f"field {config.id_field!r} is {_shown(value)}; an id is text or a whole number")
-    return str(value)
-
-
-def _key(name: str, value: object) -> str:
-    if isinstance(value, list):
-        texts = [message["content"] for message in _messages(name, value) if message["role"] != "system"]
-    elif isinstance(value, str):
-        texts = [value]
-    else:
-        raise BadRow(f"field {name!r} is {_shown(value)}; a prompt is text or a list of messages")
-    text = "\n".join(" ".join(text.split()) for text in texts)
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-def _answer(name: str, value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise BadRow(f"field {name!r} is {_shown(value)}; an answer is text or a number")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise BadRow(f"field {name!r} is {value}; an answer is a finite number or text")
-    if isinstance(value, str) and not value.strip():
-        raise BadRow(f"field {name!r} is empty; give the answer or remove the row")
-    return answer_text(value)
-
-
-def _verifier(config: DatasetConfig, row: Row) -> str:
-    name = None if config.verifier_field is None else row.fields[config.verifier_field]
-    if name is None and config.verifier is not None:
-        return config.verifier.name
-    if not isinstance(name, str) or name not in Verifier.__members__:
-        raise BadRow(f"field {config.verifier_field!r} is {_shown(name)}; known are {', '.join(Verifier.__members__)}")
-    return name
+    return {name: exact_key(texts) for name, texts in question_texts(config).items()}
 
 
 class _Encoder:
@@ -185,6 +89,7 @@ class _Encoder:
         self._config = config
         self._tokenizer = tokenizer
         self._max_prompt_tokens = max_prompt_tokens
+        self._behind: int | None = None
 
     def __call__(self, value: object) -> tuple[str, tuple[int, ...]]:
         text, templated = self._text(value)
@@ -192,8 +97,7 @@ class _Encoder:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise BadRow(f"the prompt has half a surrogate pair at character {error.start}; write it whole") from error
-        # A template writes the special tokens itself.
-        token_ids = tuple(self._tokenizer(text, add_special_tokens=not templated).input_ids)
+        token_ids = self._token_ids(text, templated)
         if not token_ids:
             raise BadRow("the prompt has no tokens")
         if len(token_ids) > self._max_prompt_tokens:
@@ -203,63 +107,54 @@ class _Encoder:
             )
         return text, token_ids
 
+    def _token_ids(self, text: str, templated: bool) -> tuple[int, ...]:
+        try:
+            # A template writes the special tokens itself.
+            token_ids = list(self._tokenizer(text, add_special_tokens=not templated).input_ids)
+            if not templated:
+                token_ids = token_ids[: len(token_ids) - self._tokens_behind(text, token_ids)]
+        except Exception as error:  # tokenizers raises Exception itself, for a word that is not in the vocabulary
+            raise BadRow(f"the tokenizer refuses the prompt: {error}; reword it, or remove the row") from error
+        return tuple(token_ids)
+
+    def _tokens_behind(self, text: str, token_ids: list[int]) -> int:
+        """How many tokens the tokenizer adds behind a plain text, such as an end token: the response follows there."""
+        if self._behind is None:
+            bare = self._tokenizer(text, add_special_tokens=False).input_ids
+            starts = range(len(token_ids) - len(bare), -1, -1)
+            start = next((i for i in starts if token_ids[i : i + len(bare)] == bare), None)
+            self._behind = 0 if start is None else len(token_ids) - start - len(bare)
+        return self._behind
+
     def _text(self, value: object) -> tuple[str, bool]:
         """What the model reads, and whether a template wrote it."""
         config = self._config
-        if isinstance(value, str):
-            if not value.strip():
-                raise BadRow(f"field {config.prompt_field!r} is empty")
+        prompt = prompt_of(config.prompt_field, value)
+        if isinstance(prompt, str):
             if not config.chat_template:
-                return value + config.suffix, False
-            return self._render([{"role": "user", "content": value + config.suffix}]), True
-        if isinstance(value, list):
-            if self._tokenizer.chat_template is None:
-                raise BadRow("the prompt is chat messages, and the tokenizer has no chat template; give text")
-            return self._render(_with_suffix(_messages(config.prompt_field, value), config.suffix)), True
-        raise BadRow(f"field {config.prompt_field!r} is {_shown(value)}; a prompt is text or a list of messages")
+                return prompt + config.suffix, False
+            return self._render([{"role": "user", "content": prompt + config.suffix}]), True
+        if self._tokenizer.chat_template is None:
+            raise BadRow("the prompt is chat messages, and the tokenizer has no chat template; give text")
+        return self._render(_with_suffix(prompt, config.suffix)), True
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    def _render(self, messages: list[Message]) -> str:
         if self._config.system is not None:
             if messages[0]["role"] == "system":
                 raise BadRow("the messages have a system message of their own, and `system` is set; unset it")
             messages = [{"role": "system", "content": self._config.system}, *messages]
         try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
+            template = with_fixed_date(self._tokenizer.get_chat_template())
+            return self._tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template is a program
             raise BadRow(f"the tokenizer's chat template refuses the messages: {error}") from error
 
 
-def _messages(name: str, value: list[Any]) -> list[dict[str, str]]:
-    if not value:
-        raise BadRow(f"field {name!r} is an empty list of messages")
-    messages: list[dict[str, str]] = []
-    for position, message in enumerate(value):
-        where = f"message {position} of field {name!r}"
-        if not isinstance(message, dict):
-            raise BadRow(f"{where} is {_shown(message)}; write {{role, content}}")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise BadRow(f"{where} has the role {_shown(role)}; known are {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise BadRow(f"{where} has the content {_shown(content)}; it must be text")
-        if not content.strip():
-            raise BadRow(f"{where} is empty")
-        messages.append({"role": role, "content": content})
-    if messages[-1]["role"] != "user":
-        raise BadRow(f"the last message of field {name!r} is of the {messages[-1]['role']}; end with the user's")
-    return messages
-
-
-def _with_suffix(messages: list[dict[str, str]], suffix: str) -> list[dict[str, str]]:
+def _with_suffix(messages: list[Message], suffix: str) -> list[Message]:
     """The messages with the suffix after the last one, which is the user's, unless it says the same already."""
     last = messages[-1]
     if not suffix.strip() or suffix.strip() in last["content"]:
         return messages
     return [*messages[:-1], {**last, "content": last["content"] + suffix}]
-
-
-def _shown(value: object) -> str:
-    if value is None:
-        return "null"
-    text = repr(value)
-    return f"{text[:60]}{'...' if len(text) > 60 else ''} ({type(value).__name__})"

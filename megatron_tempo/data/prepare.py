@@ -20,6 +20,7 @@ from megatron_tempo.config.choices import Verifier
 from megatron_tempo.data.public import read_public
 from megatron_tempo.data.questions import Question, Unusable, conversion
 from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import unreadable
 from megatron_tempo.rewards.scorer import Item
 from megatron_tempo.rewards.verifiers import Verifiers
 
@@ -31,6 +32,7 @@ NO_ANSWER = "has no answer"
 UNREAD = "its verifier does not recognise the answer"
 SPELLING = "the verifier cannot parse the answer, so that only a response with the same spelling is right"
 TWICE = "the same question as an earlier row"
+SURROGATE = "has half a surrogate pair, which is no text"
 CONTRADICTED = "the same question as another row, with another answer"
 
 
@@ -98,10 +100,14 @@ def prepare(order: Order, verifiers: Verifiers) -> Report:
     """Write the files of `order`. InputError, before anything is written, where it cannot be done."""
     _check(order)
     report = Report()
-    questions = _read(order, report)
+    questions = _read(order, verifiers, report)
     if not order.unlabelled:
         questions = _verified(order, questions, verifiers, report)
     report.kept = len(questions)
+    if not report.kept:
+        none = f"none of the {report.rows} rows can be used" if report.rows else "there are no rows"
+        sources = ", ".join(map(str, order.sources))
+        raise InputError("\n".join([f"{sources}: {none}{':' if report.dropped else ''}", *report.reasons()]))
     if report.kept <= order.heldout:
         few = f"{report.kept} questions are too few for {order.heldout} held out and others"
         raise InputError("\n".join([few, *report.reasons()]))
@@ -137,6 +143,8 @@ def _check(order: Order) -> None:
     for path in [order.out, *([heldout_path(order.out)] if order.heldout else [])]:
         if not path.exists():
             continue
+        if (reason := unreadable(path)) is not None:
+            raise InputError(f"{path} {reason}; give another name")
         if not order.force:
             raise InputError(f"{path} exists already; --force replaces it")
         if not order.unlabelled and _is_unlabelled(path):
@@ -152,7 +160,7 @@ def _is_unlabelled(path: Path) -> bool:
     return isinstance(row, dict) and "answer" not in row
 
 
-def _read(order: Order, report: Report) -> list[Question]:
+def _read(order: Order, verifiers: Verifiers, report: Report) -> list[Question]:
     """The questions of all rows, each with an id of its own."""
     convert, names = conversion(order.name)
     given = {"prompt": order.prompt_field, "answer": order.answer_field, "id": order.id_field}
@@ -169,11 +177,20 @@ def _read(order: Order, report: Report) -> list[Question]:
                 question = _convert(lambda: convert(row, names, order.seed), report.rows == 1)  # noqa: B023
                 if question.answer is None and not order.unlabelled:
                     raise Unusable(NO_ANSWER)
+                _check_text(question)
             except Unusable as reason:
                 report.drop(str(reason), row.place)
             else:
                 questions.add(replace(question, id=question.id or row.place), row.place)
-    return questions.questions()
+    return questions.questions(lambda pairs: _equal(order, verifiers, pairs))
+
+
+def _check_text(question: Question) -> None:
+    """Unusable where a text cannot be written as UTF-8."""
+    try:
+        json.dumps([question.id, question.prompt, question.answer], ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise Unusable(SURROGATE) from None
 
 
 def _convert(convert: Callable[[], Question], first: bool) -> Question:
@@ -184,6 +201,8 @@ def _convert(convert: Callable[[], Question], first: bool) -> Question:
         if first:
             raise
         raise Unusable("lacks a column that the first row has") from None
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise Unusable("has columns of another form than the set's") from error
 
 
 class _Distinct:
@@ -193,14 +212,18 @@ class _Distinct:
         self._report = report
         self._drop = drop
         self._answers = answers
-        self._kept: list[tuple[Question, str] | None] = []
+        self._kept: list[tuple[Question, str]] = []
         self._first: dict[str, int] = {}
+        self._others: dict[int, list[tuple[Question, str]]] = defaultdict(list)  # with an answer in other words
         self._ids: set[str] = set()
 
     def add(self, question: Question, place: str) -> None:
         first = self._first.setdefault(key_of(question), len(self._kept))
         if first < len(self._kept) and self._drop:
-            self._again(question, place, first)
+            if self._answers and question.answer != self._kept[first][0].answer:
+                self._others[first].append((question, place))
+            else:
+                self._report.drop(TWICE, place)
             return
         self._report.repeated += first < len(self._kept)
         assert question.id is not None
@@ -209,18 +232,20 @@ class _Distinct:
         self._ids.add(str(question.id))
         self._kept.append((question, place))
 
-    def questions(self) -> list[Question]:
-        return [kept[0] for kept in self._kept if kept is not None]
-
-    def _again(self, question: Question, place: str, first: int) -> None:
-        kept = self._kept[first]
-        if kept is not None and (not self._answers or question.answer == kept[0].answer):
-            self._report.drop(TWICE, place)
-            return
-        if kept is not None:
-            self._report.drop(CONTRADICTED, kept[1])
-            self._kept[first] = None
-        self._report.drop(CONTRADICTED, place)
+    def questions(self, equal: Callable[[list[tuple[Question, str]]], list[bool]]) -> list[Question]:
+        """`equal` says of questions and other answers whether these are the questions' answers in another spelling."""
+        asked = [(i, str(other.answer)) for i, others in self._others.items() for other, _ in others]
+        asked = list(dict.fromkeys(asked))
+        same = dict(zip(asked, equal([(self._kept[i][0], answer) for i, answer in asked]), strict=True))
+        contradicted: set[int] = set()
+        for i, others in self._others.items():
+            agree = all(same[i, str(other.answer)] for other, _ in others)
+            if not agree:
+                contradicted.add(i)
+                self._report.drop(CONTRADICTED, self._kept[i][1])
+            for _, place in others:
+                self._report.drop(TWICE if agree else CONTRADICTED, place)
+        return [question for i, (question, _) in enumerate(self._kept) if i not in contradicted]
 
 
 def text_of(question: Question) -> str:
@@ -257,22 +282,43 @@ def _count_unparsed(order: Order, questions: list[Question], verifiers: Verifier
                 report.unparsed_places.append(f"{question.id}: {str(question.answer)[:60]!r}")
 
 
-def _verdicts(order: Order, verifiers: Verifiers, questions: list[Question]) -> list[float]:
-    items = [_item(question, verifier_of(order, question)) for question in questions]
+def _equal(order: Order, verifiers: Verifiers, pairs: list[tuple[Question, str]]) -> list[bool]:
+    """Of questions and other answers: whether the verifier takes one answer for the other, either way."""
+    equal: list[bool] = []
+    for start in range(0, len(pairs), BATCH):
+        batch = pairs[start : start + BATCH]
+        given = _verdicts(order, verifiers, [question for question, _ in batch], [answer for _, answer in batch])
+        swapped = [replace(question, answer=answer) for question, answer in batch]
+        taken = _verdicts(order, verifiers, swapped, [str(question.answer) for question, _ in batch])
+        compared = [_is_checked(verifier_of(order, question)) for question, _ in batch]
+        equal += [known and (a > 0 or b > 0) for known, a, b in zip(compared, given, taken, strict=True)]
+    return equal
+
+
+def _verdicts(
+    order: Order, verifiers: Verifiers, questions: list[Question], given: list[str] | None = None
+) -> list[float]:
+    """The verdicts on `given` as responses, or on the questions' own answers. 1.0 where nobody can tell."""
+    given = [str(question.answer) for question in questions] if given is None else given
+    items = [_item(question, verifier_of(order, question), one) for question, one in zip(questions, given, strict=True)]
     try:
         scores = iter(verifiers.score([item for item in items if item is not None]))
         return [1.0 if item is None else next(scores) for item in items]
     except ValueError:  # of the first answer that its verifier refuses to look at
         if len(questions) == 1:
             return [0.0]
-        return [verdict for question in questions for verdict in _verdicts(order, verifiers, [question])]
+        alone = zip(questions, given, strict=True)
+        return [verdict for question, one in alone for verdict in _verdicts(order, verifiers, [question], [one])]
 
 
-def _item(question: Question, verifier: Verifier | None) -> Item | None:
-    if verifier is None or verifier is Verifier.judge:
+def _is_checked(verifier: Verifier | None) -> bool:
+    return verifier not in (None, Verifier.judge)
+
+
+def _item(question: Question, verifier: Verifier | None, given: str) -> Item | None:
+    if verifier is None or not _is_checked(verifier):
         return None
-    answer = str(question.answer)
-    return Item(verifier.name, text_of(question), stated(verifier, answer), answer)
+    return Item(verifier.name, text_of(question), stated(verifier, given), str(question.answer))
 
 
 def stated(verifier: Verifier, answer: str) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import csv
 import json
 import re
+import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_tempo.data.rows import BATCH_ROWS, BOM, DataError
+from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import json_type, read_json, unreadable
 
 ABOUT = (
     "dataset_info.json",
@@ -50,39 +54,67 @@ class PublicRow:
 def read_public(path: Path, pattern: str | None) -> Iterator[PublicRow]:
     """All rows of `path` in their order. DataError where a file is missing, unreadable, or of an unknown kind."""
     for file in find_files(path, pattern):
+        if (reason := unreadable(file)) is not None:
+            raise DataError(file, [reason])
         read = READERS[file.suffix]
         try:
             for number, fields in enumerate(read(file)):
                 if not isinstance(fields, dict):
-                    raise DataError(file, [f"row {number} is no object"])
+                    raise DataError(file, [f"row {number} is a JSON {json_type(fields)}, not an object"])
                 yield PublicRow(file.stem, number, fields)
-        except (pa.ArrowException, OSError, csv.Error, ValueError, RecursionError) as error:
-            if isinstance(error, DataError):
+        except (pa.ArrowException, OSError, csv.Error, ValueError, RecursionError, OverflowError) as error:
+            if isinstance(error, InputError):
                 raise
             raise DataError(file, [f"not a readable {file.suffix} file: {error}"]) from error
 
 
 def find_files(path: Path, pattern: str | None) -> list[Path]:
     """The data files of `path`. Of several in a folder, those that fit `pattern`, or the shards of one split."""
-    if not path.exists():
-        raise DataError(path, ["does not exist"])
-    if path.is_file():
+    if not _is_folder(path):
+        if (reason := unreadable(path)) is not None:
+            raise DataError(path, [reason])
         if path.suffix not in READERS:
             raise DataError(path, [f"the name ends in {path.suffix!r}; known are {', '.join(READERS)}"])
         return [path]
-    if (path / "state.json").is_file():
-        state = json.loads((path / "state.json").read_text())
-        return [path / entry["filename"] for entry in state["_data_files"]]
+    if (path / "state.json").exists():
+        return _saved_files(path)
     paths = sorted(file for file in path.rglob("*") if _is_data(file, path))
     names = [file.relative_to(path).as_posix() for file in paths]
     # The pattern is of the whole repository; the folder given may be that, or the one inside it that has the files.
     for part in (pattern, pattern and pattern.rpartition("/")[2]):
-        if part and (fitting := [file for file in path.glob(part) if file in paths]):
-            return sorted(fitting)
+        if part and (fitting := _fitting(path, part, paths)):
+            return fitting
     if len({re.sub(r"-\d{5}-of-\d{5}", "", name) for name in names}) == 1:
         return paths
     wrong = f"holds {', '.join(names[:10])}{' and more' if len(names) > 10 else ''}" if names else "holds no data files"
     raise DataError(path, [f"{wrong}; say which with --files PATTERN, such as --files 'data/test-*'"])
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def _fitting(folder: Path, pattern: str, paths: list[Path]) -> list[Path]:
+    try:
+        return sorted(file for file in folder.glob(pattern) if file in paths)
+    except (ValueError, NotImplementedError) as error:  # an absolute pattern, or one like a**
+        raise DataError(folder, [f"--files {pattern!r} is no pattern: {error}"]) from error
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """What `save_to_disk` wrote, by its state.json."""
+    state = read_json(folder / "state.json", dict)
+    try:
+        files = [folder / entry["filename"] for entry in state["_data_files"]]
+    except (KeyError, TypeError) as error:
+        wrong = "names no _data_files: it is not what save_to_disk writes"
+        raise DataError(folder / "state.json", [wrong]) from error
+    if unknown := [file.name for file in files if file.suffix not in READERS]:
+        raise DataError(folder / "state.json", [f"names {unknown[0]}; known are files in {', '.join(READERS)}"])
+    return files
 
 
 def _is_data(file: Path, folder: Path) -> bool:
@@ -107,9 +139,12 @@ def _read_jsonl(path: Path) -> Iterator[Fields]:
         for number, line in enumerate(lines, start=1):
             if content := (line.removeprefix(BOM) if number == 1 else line).strip():
                 try:
-                    yield json.loads(content)
-                except ValueError as error:
+                    value = json.loads(content)
+                except (ValueError, RecursionError) as error:
                     raise DataError(path, [f"line {number}: {error}"]) from error
+                if not isinstance(value, dict):
+                    raise DataError(path, [f"line {number} is a JSON {json_type(value)}, not an object"])
+                yield value
 
 
 def _read_parquet(path: Path) -> Iterator[Fields]:
@@ -126,14 +161,37 @@ def _read_arrow(path: Path) -> Iterator[Fields]:
 
 def _read_csv(path: Path) -> Iterator[Fields]:
     before = csv.field_size_limit(CSV_FIELD_CHARS)
+    line = 1
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for fields in csv.DictReader(file, strict=True):
-                if None in fields or None in fields.values():
-                    raise DataError(path, [f"a row of another length than the head: {str(list(fields.values()))[:80]}"])
-                yield fields
+            rows = csv.reader(file, strict=True)
+            head = next(rows, [])
+            if repeated := [name for name, count in Counter(head).items() if count > 1]:
+                raise DataError(path, [f"line 1: the head names the column {repeated[0]!r} twice; rename one"])
+            line = rows.line_num + 1
+            for cells in rows:
+                if cells and len(cells) != len(head):
+                    wrong = f"{len(cells)} columns, and the head has {len(head)}: {str(cells)[:60]}"
+                    raise DataError(path, [f"line {line}: {wrong}; quote fields that contain commas or quotes"])
+                if cells:
+                    yield dict(zip(head, cells, strict=True))
+                line = rows.line_num + 1
+    except csv.Error as error:
+        raise DataError(path, [f"line {line}: {error}"]) from error
+    except UnicodeDecodeError as error:
+        raise DataError(path, [f"line {_undecodable_line(path)} is no UTF-8; save the file as UTF-8"]) from error
     finally:
         csv.field_size_limit(before)
+
+
+def _undecodable_line(path: Path) -> int:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 1
 
 
 READERS: dict[str, Callable[[Path], Iterator[Fields]]] = {

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any
 
 from megatron_tempo.config.choices import Verifier
 from megatron_tempo.data.public import PublicRow
-from megatron_tempo.data.rows import answer_text
+from megatron_tempo.data.question_rows import Message, messages_in, messages_of
+from megatron_tempo.data.rows import BadRow, answer_text
 from megatron_tempo.errors import InputError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -24,6 +27,12 @@ MASKS = {"", "___", "____"}  # what stands for a cell where ZebraLogic is publis
 _IMAGE = re.compile(r"!\[[^\]]*\]\(|<img\b|<image(?:_\d+)?>", re.IGNORECASE)
 _DAPO_HEAD = re.compile(r"Solve the following math problem step by step\. The last line of your response[^\n]*\n\n")
 _DAPO_TAIL = re.compile(r"\n\nRemember to put your answer on its own line after \"Answer:\"\.?\s*$")
+
+
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+_NO_MESSAGES = "its messages do not have a known role and a text each, or do not end with the user's"
+NOT_FINITE = "its answer is not a finite number"
+_NOT_FINITE = {f"{sign}{word}" for sign in ("", "+", "-") for word in ("inf", "Inf", "INF", "Infinity")}
 
 
 class Unusable(ValueError):
@@ -47,7 +56,7 @@ class Question:
     """A question and its answer, None where the row has none. `verifier` is named where rows of a set differ in it."""
 
     id: str | None
-    prompt: str | list[dict[str, str]]
+    prompt: str | list[Message]
     answer: str | None
     verifier: Verifier | None = None
 
@@ -176,15 +185,47 @@ def _id(row: PublicRow, names: Mapping) -> str | None:
     return None if value is None or isinstance(value, dict | list) else str(value)
 
 
-def _prompt(row: PublicRow, names: Mapping) -> str | list[dict[str, str]]:
+def _prompt(row: PublicRow, names: Mapping) -> str | list[Message]:
     value = column(row, names.prompt)
-    if any(row.fields.get(name) for name in ("image", "images", "image_1")) or _IMAGE.search(json.dumps(value)):
+    if any(row.fields.get(name) for name in ("image", "images", "image_1")) or _IMAGE.search(
+        json.dumps(value, default=str)
+    ):
         raise Unusable("asks about an image")
-    if isinstance(value, list) and [m.get("role") for m in value if isinstance(m, dict)] == ["user"]:
-        value = value[0].get("content")
+    messages = _messages(value)
+    if messages is not None:
+        value = messages[0]["content"] if [message["role"] for message in messages] == ["user"] else messages
     if not value or not isinstance(value, str | list) or (isinstance(value, str) and not value.strip()):
         raise Unusable("has no question")
     return value
+
+
+def _messages(value: Any) -> list[Message] | None:
+    """Chat messages, in the forms that public sets have; None for what is none.
+
+    A list of them or a single one, either as the text of JSON or of Python; with `from` and `value` in place of `role`
+    and `content`; with contents that are lists of parts of text.
+    """
+    try:
+        if isinstance(value, str):
+            value = messages_in(value)
+        if isinstance(value, dict) and value.keys() & {"role", "from"}:
+            value = [value]
+        if not isinstance(value, list) or not value:
+            return None
+        return messages_of("prompt", [_message(message) for message in value])
+    except BadRow:
+        raise Unusable(_NO_MESSAGES) from None
+
+
+def _message(message: Any) -> Any:
+    if not isinstance(message, dict):
+        return message
+    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        if any(part.get("type", "text") != "text" for part in content):
+            raise Unusable("asks about an image")
+        content = "\n".join(str(part.get("text", "")) for part in content)
+    return {"role": _ROLES.get(role, role) if isinstance(role, str) else role, "content": content}
 
 
 def _answer(value: Any) -> str | None:
@@ -193,10 +234,18 @@ def _answer(value: Any) -> str | None:
         value = value[0]
     if isinstance(value, list):
         raise Unusable("has several answers")
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return None
     if isinstance(value, dict):
         raise Unusable("has a group of fields for an answer")
+    if value is None or (isinstance(value, str) and (not value.strip() or value.strip().casefold() == "nan")):
+        return None  # nan: what pandas writes for no value
+    if isinstance(value, str):
+        if value.strip() in _NOT_FINITE:
+            raise Unusable(NOT_FINITE)
+        return value
+    if not isinstance(value, int | float | Decimal):
+        raise Unusable(f"has an answer of the type {type(value).__name__}, which is no text and no number")
+    if not isinstance(value, int) and not math.isfinite(value):
+        raise Unusable(NOT_FINITE)
     return answer_text(value)
 
 

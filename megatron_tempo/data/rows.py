@@ -10,11 +10,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from megatron_tempo.config.extensions import Extension, call_failed, load_reader, wrong_result
 from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import json_type, unreadable
 
 BATCH_ROWS = 1024
 REPORTED = 10
@@ -39,7 +37,9 @@ class BadRow(ValueError):
 
 def answer_text(value: object) -> str:
     """An answer as text; a number without an exponent: 1e-05 would be read as Euler's number, less five."""
-    return format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)
+    if isinstance(value, float | Decimal):
+        return format(value if isinstance(value, Decimal) else Decimal(repr(value)), "f")
+    return str(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,8 @@ def read_rows(path: Path, names: Sequence[str], reader: Extension | None = None)
     """
     if reader is not None:
         return _read_imported(path, names, reader)
-    if not path.is_file():
-        raise DataError(path, ["there is no such file; check the dataset's `path`"])
+    if (reason := unreadable(path)) is not None:
+        raise DataError(path, [f"{reason}; check the dataset's `path`"])
     if path.suffix == ".parquet":
         return _read_parquet(path, names)
     if path.suffix == ".jsonl":
@@ -105,17 +105,20 @@ def missing(name: str, present: Sequence[str]) -> str:
 
 def _read_jsonl(path: Path, names: Sequence[str]) -> Iterator[Row]:
     number = 0
-    with path.open("rb") as lines:
-        for line_number, line in enumerate(lines, start=1):
-            content = line.removeprefix(BOM).strip() if line_number == 1 else line.strip()
-            if not content:
-                continue
-            place = f"{path.name}:{line_number}"
-            try:
-                yield Row(number, place, _parse_object(content, names))
-            except BadRow as error:
-                yield Row(number, place, problem=str(error))
-            number += 1
+    try:
+        with path.open("rb") as lines:
+            for line_number, line in enumerate(lines, start=1):
+                content = line.removeprefix(BOM).strip() if line_number == 1 else line.strip()
+                if not content:
+                    continue
+                place = f"{path.name}:{line_number}"
+                try:
+                    yield Row(number, place, _parse_object(content, names))
+                except BadRow as error:
+                    yield Row(number, place, problem=str(error))
+                number += 1
+    except OSError as error:
+        raise DataError(path, [f"cannot be read: {error.strerror}"]) from error
 
 
 def _parse_object(content: bytes, names: Sequence[str]) -> dict[str, Any]:
@@ -128,32 +131,30 @@ def _parse_object(content: bytes, names: Sequence[str]) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # a number of more digits, or nesting deeper, than Python reads
         raise BadRow(f"unreadable JSON: {error}") from error
     if not isinstance(value, dict):
-        raise BadRow(f"a JSON {_json_type(value)}, not an object; write one {{...}} a line")
+        raise BadRow(f"a JSON {json_type(value)}, not an object; write one {{...}} a line")
     for name in names:
         if name not in value:
             raise BadRow(missing(name, list(value)))
     return {name: value[name] for name in names}
 
 
-def _json_type(value: object) -> str:
-    if isinstance(value, list):
-        return "array"
-    if isinstance(value, str):
-        return "string"
-    return "null" if value is None else "boolean" if isinstance(value, bool) else "number"
-
-
 def _read_parquet(path: Path, names: Sequence[str]) -> Iterator[Row]:
+    import pyarrow as pa  # half a second, which JSONL files need not wait for
+    import pyarrow.parquet as pq
+
+    number = 0
     try:
         with pq.ParquetFile(path) as file:
             present = file.schema_arrow.names
             problems = [missing(name, present) for name in names if name not in present]
             if problems:
                 raise DataError(path, problems)
-            number = 0
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=list(names)):
                 for values in batch.to_pylist():
                     yield Row(number, f"{path.name} row {number}", {name: values[name] for name in names})
                     number += 1
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(path, [f"not a readable Parquet file: {error}"]) from error
+    except DataError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # ValueError: of text that is no UTF-8
+        where = f", from row {number} on" if number else ""
+        raise DataError(path, [f"not a readable Parquet file{where}: {error}"]) from error

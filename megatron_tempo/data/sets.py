@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,29 +12,42 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tempo.config.schema import Config
-from megatron_tempo.data.dataset import load_labelled, load_unlabelled, overlap, question_keys
+from megatron_tempo.data.copies import LABELLED, UNLABELLED, QuestionSet, copies_between, datasets, held_out
+from megatron_tempo.data.dataset import load_labelled, load_unlabelled, question_keys
+from megatron_tempo.data.question_keys import exact_key
 from megatron_tempo.data.stream import PromptStream
+from megatron_tempo.data.template_date import DATE, asks_for_date
 from megatron_tempo.errors import InputError
 from megatron_tempo.rewards.verifiers import Verifiers
+from megatron_tempo.tokenizer import findings
 from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
 
+SAMPLED = 32  # prompts of each set that are compared with what their tokens say
 _P = TypeVar("_P", LabelledPrompt, UnlabelledPrompt)
 
 
 @dataclass(frozen=True, slots=True)
 class QuestionKeys:
-    """What the questions of each set are known by, by their ids (`data.dataset.question_keys`)."""
+    """What the questions of each set are known by, by their ids (`data.question_keys`)."""
 
     labelled: dict[str, str]
     unlabelled: dict[str, str]
     evaluation: dict[str, dict[str, str]]  # by set
+    matching: dict[str, dict[str, str]]  # what all typesettings of a question share, by the field of the set
+    warnings: list[str]  # of questions that are in several sets
 
     @classmethod
-    def read(cls, config: Config) -> QuestionKeys:
-        data = config.data
-        labelled = {} if data.labelled is None else question_keys(data.labelled)
-        unlabelled = {} if data.unlabelled is None else question_keys(data.unlabelled)
-        return cls(labelled, unlabelled, cls.evaluated(config))
+    def read(cls, config: Config, *, warn: bool = True) -> QuestionKeys:
+        """`warn`: look for questions that are in several sets; one rank needs to do so."""
+        sets = {name: QuestionSet.read(name, dataset) for name, dataset in datasets(config).items()}
+        exact = {name: {key: exact_key(texts) for key, texts in one.texts.items()} for name, one in sets.items()}
+        return cls(
+            labelled=exact.get(LABELLED, {}),
+            unlabelled=exact.get(UNLABELLED, {}),
+            evaluation={name: exact[f"evaluation.sets.{name}"] for name in config.evaluation.sets},
+            matching={name: one.keys for name, one in sets.items()},
+            warnings=copies_between(list(sets.values()), config.data.held_out) if warn else [],
+        )
 
     @staticmethod
     def evaluated(config: Config) -> dict[str, dict[str, str]]:
@@ -73,23 +85,22 @@ def prompt_streams(
 ) -> tuple[PromptStream[LabelledPrompt] | None, PromptStream[UnlabelledPrompt] | None]:
     """The training prompts but those of `data.held_out`, in their shuffled order.
 
-    Questions that were left out, and those that stand in both sets, are told of.
+    Questions that were left out, and those that are in several sets, are reported.
     """
     length, seed = config.rollout.max_prompt_tokens, config.run.seed
     labelled = load_labelled(config.data.labelled, tokenizer, length) if config.data.labelled else None
     unlabelled = load_unlabelled(config.data.unlabelled, tokenizer, length) if config.data.unlabelled else None
     if labelled is not None:
-        labelled = _trained_on("labelled", labelled, keys.labelled, config, keys, log)
+        labelled = _trained_on(LABELLED, labelled, config, keys, log)
         verifiers.check(labelled)
     if unlabelled is not None:
-        unlabelled = _trained_on("unlabelled", unlabelled, keys.unlabelled, config, keys, log)
+        unlabelled = _trained_on(UNLABELLED, unlabelled, config, keys, log)
     if unlabelled is not None and config.compares_answers:
         assert config.data.unlabelled is not None
         assert config.data.unlabelled.verifier is not None
         verifiers.check_questions(config.data.unlabelled.verifier.name, unlabelled)
-    if shared := overlap(_keys_of(labelled, keys.labelled), _keys_of(unlabelled, keys.unlabelled)):
-        first = " and ".join(shared[0])
-        log(f"warning: {len(shared)} unlabelled questions stand in the labelled set too, first {first}")
+    for line in keys.warnings:
+        log(line)
     return (
         None if labelled is None else PromptStream(labelled, seed, "labelled"),
         None if unlabelled is None else PromptStream(unlabelled, seed, "unlabelled"),
@@ -97,29 +108,17 @@ def prompt_streams(
 
 
 def _trained_on(
-    name: str,
-    prompts: list[_P],
-    own: dict[str, str],
-    config: Config,
-    keys: QuestionKeys,
-    log: Callable[[str], None],
+    name: str, prompts: list[_P], config: Config, keys: QuestionKeys, log: Callable[[str], None]
 ) -> list[_P]:
     """The prompts of a training set but those of `data.held_out`. InputError where none is left."""
-    where = {key: held for held in config.data.held_out for key in keys.evaluation[held].values()}
-    kept = [prompt for prompt in prompts if own[prompt.id] not in where]
-    if len(kept) < len(prompts):
-        count = Counter(where[own[prompt.id]] for prompt in prompts if own[prompt.id] in where)
-        sets = ", ".join(f"{held} {number}" for held, number in count.items())
-        log(f"held out of the {name} set: {len(prompts) - len(kept)} of {len(prompts)} questions ({sets})")
+    own, held = keys.matching[name], {one: keys.matching[f"evaluation.sets.{one}"] for one in config.data.held_out}
+    if (line := held_out(name, own, held)) is not None:
+        log(line)
+    known = {key for one in held.values() for key in one.values()}
+    kept = [prompt for prompt in prompts if own[prompt.id] not in known]
     if not kept:
-        raise InputError(
-            f"data.held_out={config.data.held_out} leaves no question of data.{name}: take a set out of it"
-        )
+        raise InputError(f"data.held_out={config.data.held_out} leaves no question of {name}: take a set out of it")
     return kept
-
-
-def _keys_of(prompts: Sequence[_P] | None, keys: dict[str, str]) -> dict[str, str]:
-    return {prompt.id: keys[prompt.id] for prompt in prompts or ()}
 
 
 def evaluation_sets(
@@ -136,3 +135,19 @@ def evaluation_sets(
     if problems:
         raise InputError("\n".join(problems))
     return sets
+
+
+def tokenizer_findings(
+    config: Config, tokenizer: PreTrainedTokenizerBase, sets: Iterable[Sequence[LabelledPrompt | UnlabelledPrompt]]
+) -> list[str]:
+    """What there is to say of the tokenizer and its chat template, a line each; `sets` are the prompts of a job.
+
+    Raises InputError if the tokenizer loses all spaces of a prompt.
+    """
+    texts = [prompt.text for prompts in sets for prompt in prompts[:SAMPLED]]
+    lines = findings(tokenizer, Path(config.model.path), texts)
+    if isinstance(tokenizer.chat_template, str) and asks_for_date(tokenizer.chat_template):
+        lines.append(
+            f"the chat template asks for the date, and gets {DATE:%Y-%m-%d} on every day: prompts stay the same"
+        )
+    return lines

@@ -17,6 +17,7 @@ from torch.nn import functional
 from megatron_tempo.config.choices import Layers, Precision, Recompute
 from megatron_tempo.config.recipes import RECIPES
 from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import read_json
 from megatron_tempo.models import olmo3, qwen3
 from megatron_tempo.models.decoder import Norms, local_layer
 from megatron_tempo.models.norms import RMSNorm
@@ -50,7 +51,11 @@ FAMILIES: dict[str, Family] = {"olmo3": olmo3, "qwen3": qwen3}  # by their model
 def read_shape(folder: Path) -> Shape:
     """The shape of the model in a Hugging Face folder. Raises InputError for anything that no family implements."""
     file = folder / "config.json"
-    config = transformers.AutoConfig.from_pretrained(folder)
+    read_json(file, dict)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises many kinds for values of a wrong type
+        raise InputError(f"{file}: transformers cannot read it: {str(error).splitlines()[0]}") from error
     if config.model_type not in FAMILIES:
         raise InputError(f"{file}: model_type is {config.model_type!r}; supported: {', '.join(FAMILIES)}")
     return FAMILIES[config.model_type].shape_of(config, file)

@@ -21,6 +21,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import read_json
+
 if TYPE_CHECKING:
     from megatron_tempo.types import EngineHealth
 
@@ -118,7 +121,17 @@ def write_final_heartbeat(folder: Path, why: str, host: str, pid: int) -> None:
 def read_heartbeat(folder: Path) -> dict[str, Any] | None:
     """The last heartbeat; None if there is none yet or the file is not a heartbeat."""
     try:
-        record = json.loads((folder / HEARTBEAT).read_text())
-    except (OSError, ValueError):
+        record = read_json(folder / HEARTBEAT, dict)
+    except InputError:
         return None
-    return record if isinstance(record, dict) and "phase" in record else None
+    return record if all(isinstance(record.get(name), kind) for name, kind in _FIELDS.items()) else None
+
+
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "host": str,
+    "pid": int,
+    "phase": str,
+    "engines": list,
+    "ended": (str, type(None)),
+    **dict.fromkeys(("time", "started", "since"), (int, float)),
+}

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import json_type, read_bytes
 
 Record = dict[str, Any]
 
@@ -37,6 +38,26 @@ SAMPLES = "samples.jsonl"
 RESPONSES = "responses.jsonl"
 WARNINGS = "warnings.jsonl"
 STARTS = "starts.jsonl"
+
+
+# By a file's name: what its readers need of every record, and of what type it is.
+_REQUIRED: dict[str, dict[str, type | tuple[type, ...]]] = {
+    METRICS: {"stage": str, "step": int},
+    EVALUATIONS: {"set": str, "step": int, "point": str},
+    SAMPLES: {"set": str, "step": int, "point": str, "prompt": str, "tokens": list},
+    RESPONSES: {"set": str, "id": str, "question": str, "correct": (int, float)},
+    WARNINGS: {"text": str},
+    "seen.jsonl": {"step": int, "labels": bool, "question": str},
+}
+_NUMBER, _PART = (int, float, type(None)), (dict, type(None))
+# What a record may have besides, and is then of a type.
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("time", "seconds", "iteration", "tokens_per_second", "avg", "avg_se", "avg_k"), _NUMBER),
+    **dict.fromkeys(("questions", "truncated"), _NUMBER),
+    **dict.fromkeys(("pass", "pass_se", "seen", "calibration"), _PART),
+    "method": str,
+    "values": (list, type(None)),
+}
 
 
 def read_metrics(run_dir: Path) -> list[Record]:
@@ -63,15 +84,32 @@ def read(path: Path) -> list[Record]:
     """The records of a file; an empty list if there is no file.
 
     A last line without a newline was cut short while it was written, and is skipped. InputError names any other bad
-    line.
+    line, also one whose record is of another form than the file's, and a file that cannot be read.
     """
     records = []
     for number, line in enumerate(_whole_lines(path), start=1):
         try:
-            records.append(json.loads(line))
-        except ValueError as error:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}:{number}: not a JSON record ({error}); delete this line") from error
+        if (wrong := _wrong(path.name, record)) is not None:
+            raise InputError(f"{path}:{number}: {wrong}; delete this line")
+        records.append(record)
     return records
+
+
+def _wrong(file: str, record: Any) -> str | None:
+    """What is wrong with the form of a record."""
+    if not isinstance(record, dict):
+        return f"a JSON {json_type(record)}, not a record"
+    required = _REQUIRED.get(file, {})
+    if absent := [name for name in required if name not in record]:
+        return f"the record has no {absent[0]}"
+    for name, value in record.items():
+        wanted = required.get(name) or (_NUMBER if "/" in name and file == METRICS else _TYPES.get(name))
+        if wanted is not None and not isinstance(value, wanted):
+            return f"the record's {name} is a JSON {json_type(value)}, which it cannot be"
+    return None
 
 
 def append(path: Path, record: Record) -> None:
@@ -153,4 +191,4 @@ def _finite(value: Any) -> tuple[Any, bool]:
 
 
 def _whole_lines(path: Path) -> list[bytes]:
-    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return read_bytes(path).split(b"\n")[:-1] if path.exists() or path.is_symlink() else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from megatron_tempo.config.rules.model import LARGEST, ModelShape
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.sizes import Sizes
 from megatron_tempo.config.tree import MISSING
+from megatron_tempo.input_files import read_json, unreadable
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +61,11 @@ def shape_of(config: Config) -> tuple[PlannedShape | None, list[Problem]]:
 def _read(folder: Path) -> tuple[PlannedShape | None, list[Problem]]:
     file = folder / "config.json"
     fix = "give a folder with the config.json of a Qwen3 or OLMo3 model, or set model.shape instead of model.path"
-    try:
-        return _shape(json.loads(file.read_text(encoding="utf-8"))), []
-    except OSError:
+    if unreadable(file) == "does not exist":
         return None, [Problem("model.path", str(folder), "has no config.json", fix)]
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, ZeroDivisionError) as error:
+    try:
+        return _shape(read_json(file, dict)), []
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, ZeroDivisionError) as error:
         return None, [Problem("model.path", str(folder), f"config.json cannot be read ({error!r})", fix)]
 
 

@@ -16,6 +16,7 @@ from megatron_tempo.config import schedule
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import read
 from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import read_json
 from megatron_tempo.observability.alerts import alerts
 from megatron_tempo.observability.console import readable
 from megatron_tempo.observability.heartbeat import BEAT, DONE, SILENT, read_heartbeat
@@ -76,10 +77,7 @@ def _config(path: Path) -> Config | None:
     """The configuration; of one from another version, the fields that this version knows."""
     if not path.exists():
         return None
-    try:
-        return read(json.loads(path.read_text(encoding="utf-8")))[0]
-    except ValueError as error:
-        raise InputError(f"{path} cannot be read as the configuration of a run: {error}") from error
+    return read(read_json(path, dict))[0]
 
 
 def _starting(run_dir: Path, heartbeat: Record | None, now: float) -> tuple[str, bool] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from megatron_tempo.config.extensions import short_name
 from megatron_tempo.errors import InputError
 from megatron_tempo.errors import printable as printable
+from megatron_tempo.input_files import read_json
 from megatron_tempo.observability.alerts import Alert, alerts
 from megatron_tempo.observability.records import (
     Record,
@@ -67,14 +67,9 @@ class Run:
         """Raises InputError if the folder is missing or a file in it is broken."""
         if not run_dir.is_dir():
             raise InputError(f"{run_dir} is not a folder: give the run.dir of a run")
-        path = run_dir / "config.json"
-        try:
-            config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except ValueError as error:
-            raise InputError(f"{path} cannot be read as the configuration of a run: {error}") from error
         return cls(
             name=run_dir.resolve().name,
-            config=config,
+            config=_config(run_dir / "config.json"),
             metrics=read_metrics(run_dir),
             evaluations=sorted(read_evaluations(run_dir), key=lambda record: record["step"]),
             samples=read_samples(run_dir),
@@ -109,8 +104,9 @@ class Run:
         for record in self.evaluations:
             if record["point"] == "during":
                 continue
-            label = UNTRAINED.get(record["point"], f"after {_words(record['stage'])}")
-            new = Milestone(label, "" if record["point"] in UNTRAINED else record["stage"], record["step"], {})
+            stage = record.get("stage", "")
+            label = UNTRAINED.get(record["point"], f"after {_words(stage)}")
+            new = Milestone(label, "" if record["point"] in UNTRAINED else stage, record["step"], {})
             milestones.setdefault(record["step"], new).scores.setdefault(record["set"], record)
         return list(milestones.values())
 
@@ -119,6 +115,20 @@ class Run:
         done = max((record["step"] for record in self.metrics), default=0)
         planned = sum(self.config.get(stage, {}).get("iterations", 0) for stage in ("stage1", "stage2"))
         return done, max(done, planned)
+
+
+def _config(path: Path) -> Record:
+    """The configuration of a run as it was written; empty if there is none."""
+    if not path.exists():
+        return {}
+    config = read_json(path, dict)
+    for name in ("stage1", "stage2"):
+        stage = config.get(name, {})
+        if not isinstance(stage, dict) or not isinstance(stage.get("critic", {}), dict):
+            raise InputError(f"{path}: {name} is not a group of fields; bring back the file that the run wrote")
+        if type(stage.get("iterations", 0)) is not int:
+            raise InputError(f"{path}: {name}.iterations is not a whole number; bring back the file that the run wrote")
+    return config
 
 
 def outcome(run: Run) -> list[Finding]:

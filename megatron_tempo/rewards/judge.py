@@ -27,6 +27,7 @@ import httpx
 from megatron_tempo.config.hosts import host_of, is_loopback
 from megatron_tempo.config.schema import JudgeConfig
 from megatron_tempo.errors import EngineError, InputError
+from megatron_tempo.input_files import read_text
 from megatron_tempo.rewards.answers import tail
 from megatron_tempo.rewards.scorer import Item
 from megatron_tempo.rewards.verdicts import VerdictCache
@@ -91,7 +92,7 @@ class JudgeScorer:
         assert config.model is not None, "the config's rules ask for both"
         self._config, self._first_wait, self.concurrency = config, first_wait, config.concurrency
         self._cache = VerdictCache(cache)
-        key = None if config.key_file is None else Path(config.key_file).read_text().strip()
+        key = None if config.key_file is None else read_text(Path(config.key_file)).strip()
         is_here = is_loopback(host_of(config.url) or "")
         try:
             self._client = httpx.Client(

@@ -9,6 +9,9 @@ import threading
 import uuid
 from pathlib import Path
 
+from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import read_bytes
+
 log = logging.getLogger(__name__)
 
 
@@ -26,11 +29,11 @@ class VerdictCache:
         self._lock = threading.Lock()
         self._verdicts: dict[bytes, bool] = {}
         for path in sorted(folder.glob("*.jsonl")):
-            for line in path.read_bytes().split(b"\n")[:-1]:
+            for line in _lines(path):
                 try:
                     record = json.loads(line)
                     self._verdicts[bytes.fromhex(record["key"])] = bool(record["right"])
-                except (ValueError, LookupError, TypeError):
+                except (ValueError, LookupError, TypeError, RecursionError):
                     continue
 
     def get(self, key: str) -> bool | None:
@@ -57,3 +60,12 @@ class VerdictCache:
             if self._file is not None:
                 os.close(self._file)
                 self._file = None
+
+
+def _lines(path: Path) -> list[bytes]:
+    """The whole lines of a file of verdicts; of one that cannot be read none, which is warned of."""
+    try:
+        return read_bytes(path).split(b"\n")[:-1]
+    except InputError as error:
+        log.warning("%s: its verdicts will be asked for again", error)
+        return []

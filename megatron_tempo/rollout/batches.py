@@ -56,29 +56,29 @@ def collect(
     `classes_by` names the verifier that tells which answers to an unlabelled prompt are equal; none: they are not read.
     Responses are verified while others are still being generated, on the rank that has them. A verifier sees the text
     of a response without the token at which the engine ended it (`_texts`). Collective; EngineError, on every rank,
-    where a verifier failed on one.
+    where the engine or a verifier failed on one.
     """
     mine: dict[int, list[Completion]] = {}
     judged: dict[int, Future[list[float]]] = {}
     classed: dict[int, Future[list[int | None]]] = {}
     with ThreadPoolExecutor(verifiers.threads) as verifying:
-        for i, completions in asked.answers:
-            mine[i] = completions
-            prompt = asked.prompts[i]
-            if isinstance(prompt, LabelledPrompt):
-                texts = _texts(prompt, completions, tokenizer, verifiers.view(prompt.verifier))
-                items = [Item(prompt.verifier, prompt.text, text, prompt.answer) for text in texts]
-                judged[i] = verifying.submit(verifiers.score, items)
-            elif classes_by is not None:
-                texts = _texts(prompt, completions, tokenizer, verifiers.view(classes_by))
-                classed[i] = verifying.submit(verifiers.classes, classes_by, prompt.text, texts)
         verdicts: dict[int, Any] = {}
         classes: dict[int, Any] = {}
         failure = None
         try:
+            for i, completions in asked.answers:
+                mine[i] = completions
+                prompt = asked.prompts[i]
+                if isinstance(prompt, LabelledPrompt):
+                    texts = _texts(prompt, completions, tokenizer, verifiers.view(prompt.verifier))
+                    items = [Item(prompt.verifier, prompt.text, text, prompt.answer) for text in texts]
+                    judged[i] = verifying.submit(verifiers.score, items)
+                elif classes_by is not None:
+                    texts = _texts(prompt, completions, tokenizer, verifiers.view(classes_by))
+                    classed[i] = verifying.submit(verifiers.classes, classes_by, prompt.text, texts)
             verdicts = {i: future.result() for i, future in judged.items()}
             classes = {i: future.result() for i, future in classed.items()}
-        except (EngineError, InputError) as error:  # InputError: of a user's own verifier
+        except (EngineError, InputError) as error:  # of this rank's engine or judge; of a user's own verifier
             failure = str(error)
     shares: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shares, (mine, verdicts, classes, failure))

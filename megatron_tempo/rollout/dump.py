@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import read_text
 from megatron_tempo.rollout.batches import batch_of
 from megatron_tempo.types import Batch, Completion, LabelledPrompt, UnlabelledPrompt
 
@@ -70,7 +71,7 @@ def read(
     """
     if not path.exists():
         raise InputError(f"rollout.replay: {path} is not there; the run it was written by did not come so far")
-    lines = path.read_text().splitlines()
+    lines = read_text(path).splitlines()
     prompts: list[LabelledPrompt | UnlabelledPrompt] = [*labelled, *unlabelled]
     if len(lines) != len(prompts) * samples:
         raise InputError(f"rollout.replay: {path} has {len(lines)} responses, this run wants {len(prompts) * samples}")
@@ -108,6 +109,10 @@ def _response(where: str, text: str, prompt: LabelledPrompt | UnlabelledPrompt) 
         versions = tuple((int(version), int(count)) for version, count in line.get("versions", [[-1, len(tokens)]]))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"rollout.replay: {where} is not a recorded response ({error!r})") from error
+    if not all(type(token) is int and token >= 0 for token in tokens):
+        raise InputError(f"rollout.replay: {where} has response_tokens that are no token ids")
+    if not all(type(logprob) in (int, float) for logprob in logprobs):
+        raise InputError(f"rollout.replay: {where} has logprobs that are no numbers")
     if asked != prompt.token_ids:
         raise InputError(
             f"rollout.replay: {where} answers {recorded!r}, this run asks {prompt.id!r}: the data, run.seed or the "

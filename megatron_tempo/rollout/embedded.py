@@ -17,9 +17,10 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
-from megatron_tempo.errors import InputError
+from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.runtime import progress_marker
+from megatron_tempo.tokenizer import end_tokens
 from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
 
 # Ended rows are cut out of the cache once they are this share of the batch: each cut copies the cache.
@@ -130,6 +131,7 @@ class EmbeddedEngine:
             decoding.grow()
             self.counted.add(len(tokens), int(decoding.ended.sum()))
             logits = self._forward(tokens[:, None], decoding.mask, cache, decoding.mask.sum(1, keepdim=True) - 1)
+        decoding.check_finite()
         return decoding.completions(requests, self._version or 0)
 
     def _forward(self, tokens: Tensor, mask: Tensor, cache: Any, positions: Tensor) -> Tensor:
@@ -157,6 +159,7 @@ class _Decoding:
     logprobs: Tensor  # float32 [rows, max_tokens]
     lengths: Tensor  # int64 [rows]
     stopped: Tensor  # bool [rows]
+    finite: Tensor  # bool [], whether all logits so far were
 
     @classmethod
     def begin(cls, requests: list[Request], mask: Tensor, sampling: Sampling, device: torch.device) -> _Decoding:
@@ -177,6 +180,7 @@ class _Decoding:
             logprobs=torch.zeros(rows, sampling.max_tokens, device=device),
             lengths=torch.zeros(rows, dtype=torch.int64, device=device),
             stopped=torch.zeros(rows, dtype=torch.bool, device=device),
+            finite=torch.tensor(True, device=device),
         )
 
     def sample(self, logits: Tensor, step: int, temperature: float, end_tokens: Tensor) -> Tensor:
@@ -184,6 +188,7 @@ class _Decoding:
         logprobs = (logits / temperature).log_softmax(dim=1)
         # In float64: over a large vocabulary, float32 sums would leave the tail tokens without their share.
         cumulative = logprobs.double().exp().cumsum(1)
+        self.finite &= cumulative[:, -1].isfinite().all()  # the sum is NaN where one logit is NaN or infinite
         point = self.uniforms[self.row, step, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, point, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
         live = ~self.ended
@@ -195,6 +200,14 @@ class _Decoding:
         self.stopped[self.row[ends]] = True
         self.ended |= ends
         return tokens
+
+    def check_finite(self) -> None:
+        """EngineError where logits were not finite: the tokens would be noise."""
+        if not self.finite:
+            raise EngineError(
+                "the engine's logits are not finite: the weights have overflowed, or do not fit the precision; look at "
+                "the last iterations' gradient norms, or take run.precision=bf16 or fp32"
+            )
 
     def drop_ended(self) -> Tensor | None:
         """Once enough rows have ended, forget them: int64, the places of the others among the live rows; else None."""
@@ -223,23 +236,6 @@ class _Decoding:
             answers.append(flat[at : at + request.samples])
             at += request.samples
         return answers
-
-
-def end_tokens(folder: Path) -> list[int]:
-    """The tokens that end a response, from generation_config.json or the tokenizer.
-
-    Raises InputError if none of them names any.
-    """
-    if (folder / "generation_config.json").exists():
-        end = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
-        if end is not None:
-            return end if isinstance(end, list) else [end]
-    end = transformers.AutoTokenizer.from_pretrained(folder).eos_token_id
-    if end is None:
-        raise InputError(
-            f"{folder}: no eos_token_id in generation_config.json or the tokenizer; responses would not end"
-        )
-    return [end]
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

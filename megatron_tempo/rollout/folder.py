@@ -13,6 +13,7 @@ import transformers
 
 from megatron_tempo.config.choices import EnginePrecision
 from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import read_json
 
 # The form of Hugging Face's FP8 folders (Qwen3-8B-FP8, DeepSeek-V3); `weights/precision.py` makes the tensors.
 FP8_CONFIG = {
@@ -36,7 +37,7 @@ def served_folder(model: Path, folder: Path, precision: EnginePrecision, *, flat
     for file in model.iterdir():
         if file.suffix in (".json", ".jinja", ".txt", ".model") and not file.name.endswith(_LEFT_OUT):
             shutil.copyfile(file, folder / file.name)
-    config = json.loads((model / "config.json").read_text())
+    config = read_json(model / "config.json", dict)
     if flat_rope:
         kept = {name: value for name, value in config.items() if name not in ("rope_parameters", "rope_scaling")}
         config = kept | _flat_rope(model)

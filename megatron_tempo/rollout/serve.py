@@ -18,6 +18,7 @@ import torch
 
 from megatron_tempo.config.schema import Config
 from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import read_text
 from megatron_tempo.rollout.addresses import chosen_devices
 from megatron_tempo.rollout.build import engine_precision, server_adapter_of
 from megatron_tempo.rollout.server import Server
@@ -32,8 +33,8 @@ def serve(config: Config, folder: Path) -> None:
     its log if one does not become ready, InputError where there is no key.
     """
     try:
-        key = (folder / "key").read_text().strip()
-    except OSError as error:
+        key = read_text(folder / "key").strip()
+    except InputError as error:
         raise InputError(f"--folder={folder} holds no key: {error}") from error
     count, host = config.rollout.servers.replicas, socket.gethostname()
     restarts = [config.rollout.servers.restarts] * count

@@ -23,9 +23,9 @@ from megatron_tempo.config.choices import EnginePrecision, Transport
 from megatron_tempo.config.hosts import is_loopback
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.errors import EngineError, InputError
+from megatron_tempo.input_files import read_text
 from megatron_tempo.rollout.addresses import chosen_devices, own_address, visible_devices
 from megatron_tempo.rollout.answer_checks import differing
-from megatron_tempo.rollout.embedded import end_tokens
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.fleet import Fleet
 from megatron_tempo.rollout.replica import Answered, Event, Failed, GenerationJob, Starter
@@ -33,6 +33,7 @@ from megatron_tempo.rollout.server import Server
 from megatron_tempo.rollout.server_adapter import ServerAdapter
 from megatron_tempo.rollout.supervisor import ExternalServers, ServerSupervisor, SupervisedServers, private_store
 from megatron_tempo.rollout.transfer import Senders
+from megatron_tempo.tokenizer import end_tokens
 from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
 
 # Seconds after which waiting ranks hear that there is nothing new: well within the timeout of their groups.
@@ -175,7 +176,7 @@ class ServersEngine:
 
     def _key(self) -> str:
         if self._config.key_file is not None:
-            return Path(self._config.key_file).read_text().strip()
+            return read_text(Path(self._config.key_file)).strip()
         return secrets.token_hex(24)  # of letters that no command line takes for an option, as it does a leading "-"
 
     def _external(self, key: str) -> Starter | None:
@@ -240,8 +241,14 @@ class ServersEngine:
         targets = self._agree(lambda: self._first.begin_update(empty_only=empty_only))
         failed: dict[int, str] = {}
         expected: dict[str, tuple[str, float]] = {}
+        refused: dict[int, str] = {}  # weights that are not to be sent, by rank
         if targets:
-            failed, expected = self._senders.send(self._weights, targets, self._version, compare=compare)
+            try:
+                failed, expected = self._senders.send(self._weights, targets, self._version, compare=compare)
+            except InputError as error:
+                refused[dist.get_rank()] = str(error)
+        if refused := self._joined(refused):
+            raise InputError(next(iter(refused.values())))
         failed, expected = self._joined(failed), self._joined(expected)
         wrong = self._agree(lambda: self._first.end_update(targets, failed, self._version, expected))
         if wrong is not None:

@@ -19,6 +19,7 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
+from megatron_tempo.input_files import read_json
 from megatron_tempo.rollout.cuda_memory import Pickler
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.folder import private_file, served_folder
@@ -160,7 +161,7 @@ class Sglang:
 
 def _cache_tokens(model: Path) -> int:
     """Tokens that a cache of `CACHE_BYTES_ON_CPU` holds: for each layer a key and a value of every group, in fp32."""
-    config = json.loads((model / "config.json").read_text())
+    config = read_json(model / "config.json", dict)
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return CACHE_BYTES_ON_CPU // (2 * 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * head)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import transformers
 
 from megatron_tempo.config.schedule import remaining, total
 from megatron_tempo.config.schema import Config, to_plain
@@ -20,7 +19,7 @@ from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.config.trained_with import defaults_for, read_trained_with
 from megatron_tempo.config.tree import save as save_config
 from megatron_tempo.data.seen import seen_of
-from megatron_tempo.data.sets import QuestionKeys, evaluation_sets, unchanged_files
+from megatron_tempo.data.sets import QuestionKeys, evaluation_sets, tokenizer_findings, unchanged_files
 from megatron_tempo.errors import InputError, UnwrittenError
 from megatron_tempo.evaluation.results import response_records, result
 from megatron_tempo.evaluation.unread import diagnose
@@ -31,6 +30,7 @@ from megatron_tempo.report import results as report
 from megatron_tempo.report.summary import printable
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.runtime.stop_request import StopRequests, ctrl_c
+from megatron_tempo.tokenizer import load_tokenizer
 from megatron_tempo.training.context import RunContext, exclusive, open_context
 from megatron_tempo.training.setup import build_critic, build_engine, build_evaluator, build_verifiers, folder_weights
 from megatron_tempo.training.trainer import Trainer, judge_counts
@@ -120,10 +120,12 @@ def _evaluate(config: Config, out: Path) -> None:
         ExitStack() as stack,
     ):
         raise_on_all_ranks(lambda: _check_unused(out) if context.is_writer else None)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
+        tokenizer = load_tokenizer(Path(config.model.path))
         with unchanged_files(config) as digests:
             sets = evaluation_sets(config, tokenizer, verifiers)
-            keys = QuestionKeys({}, {}, QuestionKeys.evaluated(config))
+            keys = QuestionKeys.evaluated(config)
+        for line in tokenizer_findings(config, tokenizer, sets.values()):
+            metrics.message(line)
         weights, critic_path = folder_weights(context), config.model.critic_path
         critic = build_critic(context) if critic_path else None
         targets = targets_of(Path(critic_path)) if critic_path else CriticTargets.zero_one
@@ -140,13 +142,13 @@ def _evaluate(config: Config, out: Path) -> None:
         for name in sets:
             answered = evaluator.answer(name)
             scores, samples = evaluator.measure(name, answered, targets, show=True)
-            seen = seen_of(Path(config.model.path), keys.evaluation[name].values())
+            seen = seen_of(Path(config.model.path), keys[name].values())
             counts = judge_counts(verifiers, metrics)
             raise_on_all_ranks(partial(metrics.evaluation, where | scores | {"seen": seen} | counts))
             metrics.samples({**where, "set": name, **sample} for sample in samples)
             file = {"path": config.evaluation.sets[name].path, "sha256": digests[name]}
             results["sets"][name] = result(answered) | {"seen": seen, **counts, **file}
-            responses = list(response_records(name, answered, keys.evaluation[name], tokenizer))
+            responses = list(response_records(name, answered, keys[name], tokenizer))
             raise_on_all_ranks(partial(extend, out / RESPONSES, responses if context.is_writer else ()))
             if context.is_writer:
                 texts = [response["text"] for response in responses]

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from megatron_tempo.config.choices import EngineKind, EnginePrecision, Precision
 from megatron_tempo.config.rules.extensions import imported_verifiers
 from megatron_tempo.config.schema import Config
-from megatron_tempo.data.sets import QuestionKeys
 from megatron_tempo.evaluation.evaluator import Evaluator
 from megatron_tempo.kernels import kernels_for
 from megatron_tempo.models.actor import Actor
@@ -92,14 +91,14 @@ def build_evaluator(
     verifiers: Verifiers,
     tokenizer: PreTrainedTokenizerBase,
     sets: dict[str, list[LabelledPrompt]],
-    keys: QuestionKeys,
+    keys: dict[str, dict[str, str]],
     critic: Critic | None,
 ) -> Evaluator:
-    """The evaluator of these sets."""
+    """The evaluator of these sets. `keys`: the keys of each set's questions, by id."""
     values = None if critic is None else critic.values
     length = config.rollout.max_response_tokens
     seed = config.run.seed
-    return Evaluator(engine, verifiers, tokenizer, sets, keys.evaluation, config.evaluation, length, seed, values)
+    return Evaluator(engine, verifiers, tokenizer, sets, keys, config.evaluation, length, seed, values)
 
 
 def engine_weights(actor: Actor, context: RunContext) -> Weights:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
 from torch import Tensor
 
 from megatron_tempo.checkpoint.checkpoints import Checkpoints, Found
@@ -20,7 +19,7 @@ from megatron_tempo.config.resume import check_run_folder
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.data.seen import Seen
-from megatron_tempo.data.sets import QuestionKeys, evaluation_sets, prompt_streams
+from megatron_tempo.data.sets import SAMPLED, QuestionKeys, evaluation_sets, prompt_streams, tokenizer_findings
 from megatron_tempo.evaluation.evaluator import Evaluator
 from megatron_tempo.methods import iterate_of
 from megatron_tempo.methods.learner import Learner, Rollouts
@@ -35,6 +34,7 @@ from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.batches import summed_counts
 from megatron_tempo.rollout.engine import Engine
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
+from megatron_tempo.tokenizer import load_tokenizer
 from megatron_tempo.training import inputs
 from megatron_tempo.training.context import RunContext, collective_timeout
 from megatron_tempo.training.parity import check_parity
@@ -84,13 +84,16 @@ class Trainer:
         """
         config, below = context.config, Path(context.config.run.dir)
         raise_on_all_ranks(lambda: check_run_folder(config) if context.is_writer else None)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
+        tokenizer = load_tokenizer(Path(config.model.path))
         with ExitStack() as stack:
             verifiers = stack.enter_context(build_verifiers(config))
             metrics = stack.enter_context(Metrics(below, config.metrics, context.is_writer, begun=False))
-            keys = QuestionKeys.read(config)
+            keys = QuestionKeys.read(config, warn=context.is_writer)
             labelled, unlabelled = prompt_streams(config, tokenizer, verifiers, keys, metrics.message)
             sets = evaluation_sets(config, tokenizer, verifiers)
+            firsts = [stream.first(SAMPLED) for stream in (labelled, unlabelled) if stream is not None]
+            for line in tokenizer_findings(config, tokenizer, [*firsts, *sets.values()]):
+                metrics.message(line)
             read = inputs.fingerprints(config, sets)
             peaks = PeakMemory(context.device, planned(config, dist.get_world_size(), context.device))
             metrics.message(described(config, context.machine))
@@ -118,7 +121,7 @@ class Trainer:
                 engine=engine,
                 weights=engine_weights(actor, context),
                 requests=requests,
-                evaluator=build_evaluator(config, engine, verifiers, tokenizer, sets, keys, critic),
+                evaluator=build_evaluator(config, engine, verifiers, tokenizer, sets, keys.evaluation, critic),
                 keys=keys,
                 seen=seen,
                 timer=timer,

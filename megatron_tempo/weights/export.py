@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +16,8 @@ from megatron_tempo.config.resume import fingerprint
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.config.trained_with import ENTRY, trained_with
+from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import read_json
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
 from megatron_tempo.models.families import FAMILIES
@@ -35,8 +36,11 @@ TARGETS = "tempo_critic_targets"
 
 def targets_of(critic: Path) -> CriticTargets:
     """The targets of the critic in a Hugging Face folder; 0 and 1 if its config.json does not name them."""
-    config = json.loads((critic / "config.json").read_text())
-    return CriticTargets[config.get(TARGETS, CriticTargets.zero_one.name)]
+    name = read_json(critic / "config.json", dict).get(TARGETS, CriticTargets.zero_one.name)
+    if name not in CriticTargets.__members__:
+        known = ", ".join(CriticTargets.__members__)
+        raise InputError(f"{critic}/config.json: {TARGETS}={name} is unknown; known are {known}")
+    return CriticTargets[name]
 
 
 def weights_of(model: Model, config: Config, dtype: torch.dtype | None = None) -> WeightStream:

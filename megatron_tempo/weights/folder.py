@@ -9,18 +9,24 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import read_json, readable, unreadable
+from megatron_tempo.models.families import read_shape
 from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.runtime import progress_marker
+from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.types import Bucket
+from megatron_tempo.weights import tables
 from megatron_tempo.weights.param_mapping import ParamMapping
 from megatron_tempo.weights.shared_memory import in_shared_memory
 
@@ -35,8 +41,12 @@ CARRIED = (
     "merges.txt",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 )
+TEMPLATES = "additional_chat_templates"  # a folder of them, as transformers writes it
+FLOATS = {"F64", "F32", "F16", "BF16"}  # types of weights, by safetensors' names; others are scaled, or are no weights
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -48,7 +58,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         files = dict.fromkeys(_names(single), single)
     else:
         raise InputError(f"{folder} has neither model.safetensors nor {INDEX}")
-    absent = sorted({str(path) for path in files.values() if not path.exists()})
+    absent = sorted({str(path) for path in files.values() if unreadable(path) == "does not exist"})
     if absent:
         raise InputError(f"{index}: lists files that do not exist: {', '.join(absent)}")
     held = {path: set(_names(path)) for path in set(files.values())}
@@ -59,19 +69,20 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def _indexed(index: Path) -> dict[str, Path]:
-    try:
-        named = json.loads(index.read_text())["weight_map"]
-        return {name: index.parent / file for name, file in named.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} does not map tensors to files ({error!r}): download it again") from error
+    named = read_json(index, dict).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
+        raise InputError(f"{index} does not map tensors to files: download it again")
+    return {name: index.parent / file for name, file in named.items()}
 
 
 def _names(path: Path) -> list[str]:
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(readable(path), "pt") as file:
             return list(file.keys())
     except SafetensorError as error:
         raise InputError(f"{path} is not a complete safetensors file ({error}): download it again") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
 
 
 class FolderWeights:
@@ -81,9 +92,9 @@ class FolderWeights:
     """
 
     def __init__(self, folder: Path, layout: Layout, dtype: torch.dtype) -> None:
-        self._files, self._dtype = tensor_files(folder), dtype
-        if json.loads((folder / "config.json").read_text()).get("tie_word_embeddings"):
-            self._files.pop("lm_head.weight", None)
+        """Collective. Raises InputError as `load` does; for values that are not finite, when they are read."""
+        self._folder, self._dtype = folder, dtype
+        self._files = raise_on_all_ranks(partial(_checked_actor, folder, layout))
         self.sends = layout.is_writer
 
     def everywhere(self) -> Iterator[Bucket]:
@@ -95,7 +106,9 @@ class FolderWeights:
             opened = {path: stack.enter_context(safe_open(path, "pt")) for path in set(self._files.values())}
             for names in by_layer.values():
                 progress_marker.mark()
-                yield [(name, opened[self._files[name]].get_tensor(name).to(self._dtype)) for name in names]
+                bucket = [(name, opened[self._files[name]].get_tensor(name).to(self._dtype)) for name in names]
+                _refuse_nonfinite([name for name, tensor in bucket if not _is_finite(tensor)], self._folder)
+                yield bucket
 
     def from_stages(self, *, shared: bool = False) -> Iterator[Bucket]:
         """The whole model, on the first rank only. With `shared`, each bucket has its own shared memory."""
@@ -109,11 +122,19 @@ def load(net: PackedGPT, layout: Layout, mappings: list[ParamMapping], folder: P
     Tensors that no mapping names are refused, except a head that this model does not have. An actor's folder can start
     a critic, whose own head is then not changed. A tied folder may store its output matrix again.
 
-    Raises InputError that lists every missing or unexpected tensor, and every wrong shape.
+    Collective. Raises InputError on every rank. It lists every missing or unexpected tensor, every wrong shape, every
+    type that is not a float, and tensors with values that are not finite.
     """
+    raise_on_all_ranks(partial(_load, net, layout, mappings, folder))
+
+
+def _load(net: PackedGPT, layout: Layout, mappings: list[ParamMapping], folder: Path) -> None:
     files = tensor_files(folder)
     check(files, mappings, folder)
+    if layout.is_writer:
+        _check_tied_head(files, mappings, folder)
     parameters = net.weights()
+    bad: list[str] = []
     with ExitStack() as stack, torch.no_grad():
         opened: dict[Path, Any] = {}
         for mapping in mappings:
@@ -126,10 +147,57 @@ def load(net: PackedGPT, layout: Layout, mappings: list[ParamMapping], folder: P
                 if path not in opened:
                     opened[path] = stack.enter_context(safe_open(path, "pt"))
                 sources.append(opened[path].get_slice(name))
-            parameters[mapping.megatron].copy_(mapping.sharding.shard(sources, layout.tensor_rank, layout.tensor))
+            parameter = parameters[mapping.megatron]
+            parameter.copy_(mapping.sharding.shard(sources, layout.tensor_rank, layout.tensor))
+            bad += [] if _is_finite(parameter) else mapping.names
         _load_tied_copy(net, layout, mappings, opened, files, stack)
+    _refuse_nonfinite(bad, folder)
 
 
+def _checked_actor(folder: Path, layout: Layout) -> dict[str, Path]:
+    """The files of an actor's tensors, without the second name of a tied matrix."""
+    shape, files = read_shape(folder), tensor_files(folder)
+    mappings = tables.mappings(shape, 1, critic=False)
+    check(files, mappings, folder)
+    if layout.is_writer:
+        _check_tied_head(files, mappings, folder)
+    wanted = {name for mapping in mappings for name in mapping.names}
+    return {name: path for name, path in files.items() if name in wanted}
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Without a copy of the tensor's size: extremes are NaN where a value is."""
+    return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
+
+
+def _refuse_nonfinite(names: list[str], folder: Path) -> None:
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise InputError(
+            f"{folder}: values that are NaN or infinite in {', '.join(names[:5])}{more}: the files are damaged, or the "
+            "training that wrote them diverged; fetch them again, or take an earlier checkpoint"
+        )
+
+
+def _check_tied_head(files: dict[str, Path], mappings: list[ParamMapping], folder: Path) -> None:
+    """InputError where a tied folder repeats the embedding as an output matrix that differs from it."""
+    wanted = {name for mapping in mappings for name in mapping.names}
+    if HEAD not in files or HEAD in wanted or "score.weight" in wanted:
+        return
+    with safe_open(files[HEAD], "pt") as of_head, safe_open(files[EMBEDDING], "pt") as of_embedding:
+        head, embedding = of_head.get_slice(HEAD), of_embedding.get_slice(EMBEDDING)
+        rows = embedding.get_shape()[0]
+        same = head.get_shape() == embedding.get_shape() and all(
+            torch.equal(head[i : i + _ROWS].float(), embedding[i : i + _ROWS].float()) for i in range(0, rows, _ROWS)
+        )
+    if not same:
+        raise InputError(
+            f"{folder}: {HEAD} differs from {EMBEDDING}, and config.json says tie_word_embeddings=true: set it to "
+            f"false to use {HEAD}, or remove the tensor"
+        )
+
+
+_ROWS = 1 << 14  # of a vocabulary matrix that are compared at a time
 _HEADS = ("lm_head.weight", "score.weight", "score.bias")
 
 
@@ -138,6 +206,7 @@ def check(files: dict[str, Path], mappings: list[ParamMapping], folder: Path) ->
 
     The folder may contain a head that the table does not have. A critic's head may be absent.
     """
+    _check_types(files, folder)
     expected = {name: shape for mapping in mappings for name, shape in zip(mapping.names, mapping.shapes, strict=True)}
     critic = "score.weight" in expected
     optional = {"score.weight", "score.bias"} if critic and "score.weight" not in files else set()
@@ -153,6 +222,29 @@ def check(files: dict[str, Path], mappings: list[ParamMapping], folder: Path) ->
     if problems:
         shown = "\n  ".join(problems)
         raise InputError(f"{folder} does not match its config.json ({len(problems)} problems):\n  {shown}")
+
+
+def _check_types(files: dict[str, Path], folder: Path) -> None:
+    """InputError where weights are quantised, or are no floating-point numbers for another reason."""
+    path = folder / "config.json"
+    quantised = read_json(path, dict).get("quantization_config") if path.exists() else None
+    bad: list[str] = []
+    for file in sorted(set(files.values())):
+        with safe_open(file, "pt") as opened:
+            names = [name for name in opened.keys() if name in files]  # noqa: SIM118, no dict
+            types = {name: opened.get_slice(name).get_dtype() for name in names}
+            bad += [f"{name} is {kind}" for name, kind in types.items() if kind not in FLOATS]
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise InputError(f"{path}: the weights are quantised (quantization_config: {method}); {_UNQUANTISED}")
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise InputError(
+            f"{folder}: {', '.join(bad[:5])}{more}: weights are {', '.join(sorted(FLOATS))}; {_UNQUANTISED}"
+        )
+
+
+_UNQUANTISED = "give the folder of the model before quantisation, or dequantise it with transformers"
 
 
 def _load_tied_copy(
@@ -243,10 +335,16 @@ def describe(folder: Path, weight_map: dict[str, str], size: int, like: Path, co
     """
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    config = json.loads((like / "config.json").read_text())
+    config = read_json(like / "config.json", dict)
     if "torch_dtype" in config and "dtype" in config_changes:
         config["torch_dtype"] = config_changes["dtype"]
     (folder / "config.json").write_text(json.dumps(config | config_changes, indent=2) + "\n")
-    for name in CARRIED:
-        if (like / name).exists():
-            shutil.copyfile(like / name, folder / name)
+    for name in carried(like):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(like / name, folder / name)
+
+
+def carried(like: Path) -> list[str]:
+    """The names of the files in `like` that a folder made like it gets too."""
+    templates = sorted(f"{TEMPLATES}/{path.name}" for path in (like / TEMPLATES).glob("*.jinja"))
+    return [name for name in (*CARRIED, *templates) if (like / name).is_file()]

@@ -226,13 +226,26 @@ class FailingVerifiers(EchoVerifiers):
         return [1.0 for _ in items]
 
 
+def without_answers(asked: Asked) -> Asked:
+    """On the second rank, as of an engine whose logits are not finite there."""
+
+    def fail() -> Iterator[tuple[int, list[Completion]]]:
+        raise EngineError("the engine's logits are not finite")
+        yield
+
+    return Asked(asked.prompts, fail()) if dist.get_rank() == 1 else asked
+
+
 @pytest.mark.long
-def with_a_failure(folder: Path) -> tuple[str, list[int]]:
+def with_a_failure(folder: Path, failing: str) -> tuple[str, list[int]]:
     dist.init_process_group("gloo")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     asked = ask(CountingEngine(), LABELLED, 3, SAMPLING)
     try:
-        collect(asked, FailingVerifiers(), tokenizer)
+        if failing == "engine":
+            collect(without_answers(asked), EchoVerifiers(), tokenizer)
+        else:
+            collect(asked, FailingVerifiers(), tokenizer)
         told = "nothing"
     except EngineError as error:
         told = str(error)
@@ -242,10 +255,14 @@ def with_a_failure(folder: Path) -> tuple[str, list[int]]:
     return told, together
 
 
-def test_a_verifier_that_fails_on_one_rank_fails_on_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("failing", "words"),
+    [("verifier", "the judge gave no answer"), ("engine", "the engine's logits are not finite")],
+)
+def test_what_fails_on_one_rank_fails_on_all(tmp_path: Path, failing: str, words: str) -> None:
     folder = write_model(tmp_path / "model", tied=True, layers=1)
-    ranks = run_ranks(with_a_failure, 2, tmp_path / "ranks", folder)
-    assert ranks == [("the judge gave no answer", [0, 1])] * 2
+    ranks = run_ranks(with_a_failure, 2, tmp_path / "ranks", folder, failing)
+    assert ranks == [(words, [0, 1])] * 2
 
 
 # Batches

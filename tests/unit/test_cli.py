@@ -169,12 +169,17 @@ def test_one_process_a_node_reports(
         launch(monkeypatch, rank, local_rank)
         return report(capsys, "train", *good, "parallel.tensor=4")
 
+    waited: list[float] = []
+    monkeypatch.setattr("megatron_tempo.cli.time.sleep", waited.append)
+    monkeypatch.setenv("WORLD_SIZE", "6")
     monkeypatch.setattr(socket, "gethostname", lambda: "node7")
     first = reported("0", "0")
     assert first[0] == "1 problem in the configuration:"
     assert first[1].startswith("parallel.world_size=6: is not a multiple of")
     assert reported("3", "0") == ["node7: " + first[0], first[1]]
+    assert waited == []
     assert reported("5", "2") == []
+    assert waited == [cli.REPORT_SECONDS], "torchrun would end the rank that reports"
     assert called == []
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from megatron_tempo.config import Config, Problem, Purpose, check
 from megatron_tempo.config.rules import evaluation
@@ -374,6 +377,32 @@ def shard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def put(name: str, text: str | None) -> Callable[[Path], None]:
+    """Writes a file of the model's folder; None: makes a folder in its place."""
+
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).mkdir() if text is None else (folder / name).write_text(text)
+
+    return change
+
+
+def pipe(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return change
+
+
+def cut_weights(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 1)
+
+
+def integers(folder: Path) -> None:
+    save_file({"model.norm.weight": np.ones(4, dtype=np.int8)}, str(folder / "model.safetensors"))
+
+
 # name, what is done to the model's folder, a part of what is wrong, a part of the fix
 FOLDERS = [
     ("another family", rewrite(model_type="llama"), "model_type llama is not supported", "olmo3, qwen3"),
@@ -381,8 +410,31 @@ FOLDERS = [
     ("no layers", rewrite(num_hidden_layers=None), "num_hidden_layers", "save_pretrained"),
     ("text for heads", rewrite(num_attention_heads="8"), "num_attention_heads", "save_pretrained"),
     ("no config", lambda folder: (folder / "config.json").unlink(), "no config.json", "save_pretrained"),
-    ("config cut short", lambda folder: (folder / "config.json").write_text('{"mo'), "not JSON", "save_pretrained"),
-    ("config a list", lambda folder: (folder / "config.json").write_text("[]"), "an object", "save_pretrained"),
+    ("config cut short", put("config.json", '{"mo'), "config.json is not JSON", "whole copy"),
+    ("config a list", put("config.json", "[]"), "config.json holds a JSON array, not an object", "whole copy"),
+    ("config a folder", put("config.json", None), "config.json is a folder, not a file", "fetch the file again"),
+    ("quantised", rewrite(quantization_config={"quant_method": "fp8"}), "weights are quantised", "before quantisation"),
+    ("tokenizer cut short", put("tokenizer.json", '{"model": {'), "tokenizer.json ends too early", "a whole copy"),
+    ("tokenizer a pipe", pipe("tokenizer.json"), "tokenizer.json is a named pipe, not a file", "fetch the file"),
+    (
+        "a token without embedding",
+        put("tokenizer.json", '{"model": {"vocab": {"a": 99}}, "added_tokens": [{"id": 100, "content": "<new>"}]}'),
+        "tokenizer.json: 1 tokens have no embedding, first '<new>' with id 100: config.json says vocab_size=100",
+        "resize the model's embeddings, or remove the tokens",
+    ),
+    (
+        "an added token without embedding",
+        put("tokenizer_config.json", '{"chat_template": "", "added_tokens_decoder": {"100": {"content": "<new>"}}}'),
+        "tokenizer_config.json: 1 tokens have no embedding, first '<new>' with id 100",
+        "resize the model's embeddings, or remove the tokens",
+    ),
+    ("settings a number", put("tokenizer_config.json", "3"), "tokenizer_config.json holds a JSON number", "whole copy"),
+    ("generation", put("generation_config.json", '{"eos_token_id": "$"}'), "eos_token_id=$ is no token id", "correct"),
+    ("weights cut short", cut_weights, "model.safetensors is cut short: it has ", "fetch the file again"),
+    ("weights empty", put("model.safetensors", ""), "model.safetensors is not a whole safetensors file", "fetch"),
+    ("weights a text", put("model.safetensors", "version https://git-lfs"), "is not a whole safetensors file", "fetch"),
+    ("weights a folder", put("model.safetensors", None), "model.safetensors is a folder, not a file", "fetch"),
+    ("weights of integers", integers, "model.norm.weight is I8: weights are BF16, F16, F32, F64", "quantisation"),
     ("no weights", lambda folder: (folder / "model.safetensors").unlink(), "no safetensors", "save_pretrained"),
     ("absent shard", shard, "model-00002.safetensors", "copy"),
     (
@@ -421,7 +473,7 @@ def test_a_critic_to_be_given(files: Path) -> None:
 
 def test_shards_that_are_all_there(files: Path) -> None:
     shard(files / "model")
-    (files / "model" / "model-00002.safetensors").touch()
+    shutil.copyfile(files / "model" / "model.safetensors", files / "model" / "model-00002.safetensors")
     assert problems(files) == []
 
 
@@ -440,6 +492,40 @@ def test_no_chat_template(files: Path) -> None:
     assert "chat_template=false" in found[0].fix
     (files / "model" / "chat_template.jinja").touch()
     assert problems(files) == []
+
+
+def test_files_that_cannot_be_opened(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another user's, whom a test that root runs cannot be."""
+    (files / "key").write_text("k")
+    refused = {"labelled.jsonl", "tokenizer.json", "model.safetensors", "config.json", "key"}
+    opened = os.open
+
+    def open_or_refuse(path: str | Path, *arguments: int) -> int:
+        if Path(path).name in refused and "critic" not in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *arguments)
+
+    monkeypatch.setattr("megatron_tempo.input_files.os.open", open_or_refuse)
+    found = problems(
+        files, "rewards.judge.key_file=TMP/key", "rewards.judge.url=http://h:1/v1", "rewards.judge.model=m"
+    )
+    assert {problem.field for problem in found} == {"model.path", "data.labelled.path", "rewards.judge.key_file"}
+    assert all("cannot be read: Permission denied" in problem.wrong for problem in found)
+    told = " ".join(problem.wrong for problem in found)
+    assert all(name in told for name in ("tokenizer.json", "model.safetensors", "config.json"))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "loop", "long name"])
+def test_what_is_no_file_of_data(files: Path, kind: str) -> None:
+    path = files / ("x" * 300 if kind == "long name" else "other")
+    path = path.with_suffix(".jsonl")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "loop":
+        path.symlink_to(path)
+    problem = only(problems(files, f"data.labelled.path={path}"))
+    assert problem.field == "data.labelled.path"
+    assert {"pipe": "named pipe", "loop": "levels of symbolic", "long name": "too long"}[kind] in problem.wrong
 
 
 @pytest.mark.parametrize(

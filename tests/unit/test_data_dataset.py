@@ -14,12 +14,12 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.schema import DatasetConfig
-from megatron_tempo.data import rows
-from megatron_tempo.data.dataset import load_labelled, load_unlabelled, overlap, question_keys
+from megatron_tempo.data.dataset import load_labelled, load_unlabelled, question_keys
 from megatron_tempo.data.rows import DataError
 from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
 
@@ -240,8 +240,8 @@ def test_words_of_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["one"] * 50_000}), tmp_path / "cut.parquet")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "cut.parquet").read_bytes()[:-100])
     said = {
-        "none.jsonl": "there is no such file; check the dataset's `path`",
-        ".": "there is no such file",
+        "none.jsonl": "does not exist; check the dataset's `path`",
+        ".": "is a folder, not a file",
         "a.json": "the name ends in '.json'; use .parquet, or .jsonl with one JSON object a line",
         "fake.parquet": "not a readable Parquet file",
         "empty.parquet": "not a readable Parquet file",
@@ -287,6 +287,58 @@ def test_messages_without_a_template_are_a_bad_row(tmp_path: Path) -> None:
         load_unlabelled(unlabelled(path), make_tokenizer(template=None), 8)
 
 
+def test_messages_as_text_are_messages(tmp_path: Path) -> None:
+    messages = [message("user", "find one")]
+    rows = [{"prompt": messages}, {"prompt": json.dumps(messages)}, {"prompt": str(messages)}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    texts = {prompt.text for prompt in load_unlabelled(unlabelled(path), TOKENIZER, 16)}
+    assert texts == {"<user> find one <assistant>"}
+    assert len(set(question_keys(unlabelled(path)).values())) == 1
+    cut = write_jsonl(tmp_path / "b.jsonl", [{"prompt": "find one"}, {"prompt": json.dumps(messages)[:-3]}])
+    with pytest.raises(DataError, match=r"b\.jsonl:2: the prompt looks like a list of chat messages in a text"):
+        load_unlabelled(unlabelled(cut), TOKENIZER, 16)
+
+
+def test_a_word_outside_the_vocabulary_is_a_bad_row(tmp_path: Path) -> None:
+    words = Tokenizer(WordLevel({"find": 0, "one": 1}))  # no unknown token, as the quickstart's
+    words.pre_tokenizer = WhitespaceSplit()
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "find one"}, {"prompt": "find it"}])
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:2: the tokenizer refuses the prompt: .*reword it, or remove the row"
+    ):
+        load_unlabelled(unlabelled(path), PreTrainedTokenizerFast(tokenizer_object=words), 8)
+
+
+@pytest.mark.parametrize("around", ["$A </s>", "<s> $A </s>", "<s> $A", "$A", "$A </s> </s>"])
+def test_an_end_token_behind_a_plain_prompt_is_left_out(tmp_path: Path, around: str) -> None:
+    words = Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "find": 2, "one": 3}, unk_token="<s>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.post_processor = TemplateProcessing(single=around, special_tokens=[("<s>", 0), ("</s>", 1)])
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "find one"}, {"prompt": "one find </s>"}])
+    prompts = load_unlabelled(unlabelled(path), PreTrainedTokenizerFast(tokenizer_object=words), 8)
+    begin = (0,) if around.startswith("<s>") else ()
+    assert [prompt.token_ids for prompt in prompts] == [(*begin, 2, 3), (*begin, 3, 2, 1)], "the user's own stays"
+
+
+def test_a_template_gets_the_same_date_on_every_day(tmp_path: Path) -> None:
+    template = "\n  {% if true %}{{ strftime_now('%d %B %Y %H:%M %-d %% %b') }}{% endif %} {{ messages[0].content }}"
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "find one"}])
+    (prompt,) = load_unlabelled(unlabelled(path, chat_template=True), make_tokenizer(template), 32)
+    assert prompt.text == "\n01 January 2025 00:00 1 % Jan find one"
+    without = template.replace("strftime_now('%d %B %Y %H:%M %-d %% %b')", "'x'")
+    (prompt,) = load_unlabelled(unlabelled(path, chat_template=True), make_tokenizer(without), 32)
+    assert prompt.text == "\nx find one", "what stands around it is as it was"
+
+
+def test_templates_without_a_default_are_a_bad_row_where_they_are_used(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"rag": TEMPLATE}
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "find one"}])
+    assert load_unlabelled(unlabelled(path), tokenizer, 8)[0].text == "find one"
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the tokenizer's chat template refuses the messages"):
+        load_unlabelled(unlabelled(path, chat_template=True), tokenizer, 8)
+
+
 def test_answers_do_not_reach_unlabelled_prompts(tmp_path: Path) -> None:
     assert {field.name for field in fields(UnlabelledPrompt)} == {"id", "text", "token_ids"}
     with pytest.raises((AttributeError, TypeError)):
@@ -308,7 +360,7 @@ def test_parquet_answers_are_not_even_read(tmp_path: Path, monkeypatch: pytest.M
             asked.append(columns)
             return super().iter_batches(*args, columns=columns, **kwargs)
 
-    monkeypatch.setattr(rows.pq, "ParquetFile", Watched)
+    monkeypatch.setattr(pq, "ParquetFile", Watched)
     load_unlabelled(unlabelled(path, id_field="key"), TOKENIZER, 8)
     assert asked == [["prompt", "key"]]
 
@@ -327,12 +379,6 @@ def test_damaged_answer_column_does_not_matter_to_the_unlabelled_set(tmp_path: P
     assert len(load_unlabelled(unlabelled(path), TOKENIZER, 8)) == 200
     with pytest.raises(DataError, match="not a readable Parquet file"):
         load_labelled(labelled(path), TOKENIZER, 8)
-
-
-def test_overlap_compares_questions() -> None:
-    a, b = {"a0": "x", "a1": "y", "a2": "x"}, {"b0": "y", "b1": "z", "b2": "x"}
-    assert overlap(a, b) == [("a1", "b0"), ("a0", "b2"), ("a2", "b2")]
-    assert overlap(a, {}) == []
 
 
 def test_a_question_is_known_by_its_text_alone(tmp_path: Path) -> None:

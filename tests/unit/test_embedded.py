@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from megatron_tempo.rollout.embedded import ENDED_SHARE, EmbeddedEngine, end_tokens
+from megatron_tempo.errors import EngineError
+from megatron_tempo.rollout.embedded import ENDED_SHARE, EmbeddedEngine
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.types import Completion, seed_of
 from tests.support.tiny import VOCAB, WORDS, write_model
@@ -262,28 +262,6 @@ def test_tensors_that_are_not_the_given_ones_are_named_the_worst_first(folder: P
     assert second == (names[2], pytest.approx(0.2))
 
 
-# End tokens
-
-
-def test_end_tokens_come_from_the_generation_config_or_the_tokenizer(folder: Path, tmp_path: Path) -> None:
-    for path in folder.iterdir():
-        if path.suffix == ".json":
-            (tmp_path / path.name).write_bytes(path.read_bytes())
-    generation = tmp_path / "generation_config.json"
-    generation.write_text(json.dumps({"eos_token_id": [4, 9]}))
-    assert end_tokens(tmp_path) == [4, 9]
-    generation.write_text(json.dumps({"eos_token_id": 4}))
-    assert end_tokens(tmp_path) == [4]
-    generation.write_text("{}")
-    assert end_tokens(tmp_path) == [END]
-    generation.unlink()
-    assert end_tokens(tmp_path) == [END]
-    tokenizer = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"eos_token": None}))
-    with pytest.raises(ValueError, match="no eos_token_id"):
-        end_tokens(tmp_path)
-
-
 @pytest.mark.parametrize("kind", ["folder", "olmo3"])
 def test_no_warning_of_transformers(kind: str, request: pytest.FixtureRequest) -> None:
     """Such as that an argument has been renamed and the old name goes: it would be printed for each call."""
@@ -304,3 +282,14 @@ def test_an_older_transformers_gets_the_older_name_of_the_cache(folder: Path, mo
 
     monkeypatch.setattr(kind, "forward", forward)
     same(generate(engine_of(folder), requests_of(PROMPTS), Sampling(1.0, 4)), wanted)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_end_the_generation(folder: Path, value: float) -> None:
+    """Weights that overflow in the pass, not in the file: the tokens would be noise."""
+    weights = weights_of(folder)
+    weights["model.norm.weight"] = weights["model.norm.weight"] * value
+    engine = EmbeddedEngine(folder, CPU, torch.float32, 64)
+    engine.load_weights(Given([[item] for item in weights.items()]), version=0)
+    with pytest.raises(EngineError, match="the engine's logits are not finite"):
+        generate(engine, requests_of(PROMPTS), Sampling(1.0, 4))

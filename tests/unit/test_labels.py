@@ -26,6 +26,7 @@ from megatron_tempo.config.schedule import remaining
 from megatron_tempo.config.schema import Config, DatasetConfig
 from megatron_tempo.config.stages import Method
 from megatron_tempo.data import sets
+from megatron_tempo.data.copies import QuestionSet
 from megatron_tempo.data.dataset import load_unlabelled
 from megatron_tempo.models.trained import Model, TrainedModel
 from megatron_tempo.observability.records import read_evaluations, read_metrics
@@ -202,12 +203,15 @@ def test_an_answer_that_leaks_is_found(
     sentinel_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
 ) -> None:
     monkeypatch.setattr(sets, "load_unlabelled", leaking(field))
-    keys = sets.question_keys  # by the ids that the planted loader gives, too
+    read = QuestionSet.read  # by the ids that the planted loader gives, too
 
-    def planted(config: DatasetConfig) -> dict[str, str]:
-        return {name + end: key for name, key in keys(config).items() for end in ("", f" {SENTINEL}")}
+    def planted(name: str, dataset: DatasetConfig) -> QuestionSet:
+        whole = read(name, dataset)
+        names = {known + end: known for known in whole.keys for end in ("", f" {SENTINEL}")}
+        keys, texts = ({new: of[known] for new, known in names.items()} for of in (whole.keys, whole.texts))
+        return QuestionSet(name, keys, texts)
 
-    monkeypatch.setattr(sets, "question_keys", planted)
+    monkeypatch.setattr(QuestionSet, "read", planted)
     found = traces_of_an_iteration(sentinel_project, tmp_path, monkeypatch)
     assert all(count > 0 for count in found.values()), found
 

@@ -254,7 +254,7 @@ def test_a_log_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_bad_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    path.write_text('{"stage": "a", "step": 1}\n{"step": \n{"stage": "a", "step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a JSON record"):
         read(path)
 
@@ -262,7 +262,7 @@ def test_a_bad_line_is_named(tmp_path: Path) -> None:
 def test_drop_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.jsonl"
     for step in (1, 2):
-        append(path, {"step": step})
+        append(path, {"stage": "stage1", "step": step})
 
     def fail(descriptor: int) -> None:
         raise OSError("disk gone")

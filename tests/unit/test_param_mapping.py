@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from megatron_tempo.config.choices import Logits, Precision
 from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.config.sizes import padded_vocab
+from megatron_tempo.errors import InputError
 from megatron_tempo.kernels import REFERENCE
 from megatron_tempo.models.families import read_shape, transformer_config
 from megatron_tempo.models.gpt import LanguageModel, PackedGPT, ValueModel
@@ -333,6 +335,90 @@ def test_an_index_that_names_the_wrong_file_for_a_tensor(model: Path, layout: La
     )
     with pytest.raises(ValueError, match=r"model\.norm\.weight"):
         load(model, layout)
+
+
+BAD_WEIGHTS: dict[str, tuple[dict[str, Tensor | None], str]] = {
+    "nan": ({"model__norm__weight": torch.full((32,), torch.nan)}, r"NaN or infinite in model\.norm\.weight"),
+    "infinite": (
+        {"model__layers__1__self_attn__k_proj__weight": torch.eye(24, 32) * torch.inf},
+        r"NaN or infinite in model\.layers\.1\.self_attn\.",
+    ),
+    "overflow": ({"model__norm__weight": torch.full((32,), 1e300, dtype=torch.float64)}, "NaN or infinite"),
+    "int8": ({"model__norm__weight": torch.ones(32, dtype=torch.int8)}, r"model\.norm\.weight is I8: weights are BF16"),
+    "int64": ({"model__norm__weight": torch.ones(32, dtype=torch.int64)}, r"model\.norm\.weight is I64: weights are"),
+    "bool": ({"model__norm__weight": torch.ones(32, dtype=torch.bool)}, r"model\.norm\.weight is BOOL: weights are"),
+    "fp8": (
+        {"model__norm__weight": torch.ones(32).to(torch.float8_e4m3fn), "model__norm__weight_scale_inv": torch.ones(1)},
+        r"model\.norm\.weight is F8_E4M3: weights are .* before quantisation",
+    ),
+    "missing": ({"model__norm__weight": None}, r"missing: model\.norm\.weight"),
+    "shape": ({"model__norm__weight": torch.ones(31)}, r"wrong shape: model\.norm\.weight is \[31\]"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_WEIGHTS)
+def test_training_and_evaluation_refuse_the_same_weights(model: Path, layout: Layout, name: str) -> None:
+    changes, words = BAD_WEIGHTS[name]
+    rewrite(model, **changes)
+    with pytest.raises(InputError, match=words):
+        load(model, layout)
+    with pytest.raises(InputError, match=words):
+        list(folder.FolderWeights(model, layout, torch.float32).everywhere())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_every_type_of_floats_is_taken(model: Path, layout: Layout, dtype: torch.dtype) -> None:
+    rewrite(model, **{name: tensor.to(dtype) for name, tensor in load_file(model / "model.safetensors").items()})
+    load(model, layout)
+    assert len(list(folder.FolderWeights(model, layout, torch.float32).everywhere())) > 3
+
+
+def test_a_quantised_config_is_refused(model: Path, layout: Layout) -> None:
+    config = json.loads((model / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"quantised \(quantization_config: fp8\)"):
+        folder.FolderWeights(model, layout, torch.float32)
+
+
+def test_an_output_matrix_that_differs_from_a_tied_embedding_is_refused(tmp_path: Path, layout: Layout) -> None:
+    model = write_model(tmp_path / "tied", tied=True)
+    embedding = load_file(model / "model.safetensors")["model.embed_tokens.weight"]
+    rewrite(model, lm_head__weight=embedding.clone())
+    load(model, layout)
+    names = [name for bucket in folder.FolderWeights(model, layout, torch.float32).everywhere() for name, _ in bucket]
+    assert "lm_head.weight" not in names, "published folders may repeat the matrix"
+    rewrite(model, lm_head__weight=embedding * 1.01)
+    for read in (lambda: load(model, layout), lambda: folder.FolderWeights(model, layout, torch.float32)):
+        with pytest.raises(InputError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+            read()
+    load(model, layout, critic=True)  # which has a head of its own
+
+
+def test_all_chat_templates_are_carried(model: Path, layout: Layout, tmp_path: Path) -> None:
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "rag.jinja").write_text("{{ 1 }}")
+    (model / "chat_template.jinja").write_text("{{ 0 }}")
+    saved(load(model, layout), layout, tmp_path / "out", model)
+    assert (tmp_path / "out/additional_chat_templates/rag.jinja").read_text() == "{{ 1 }}"
+    assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ 0 }}"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_weights_that_are_no_file_are_named(model: Path, layout: Layout, kind: str) -> None:
+    path = model / "model.safetensors"
+    path.unlink()
+    os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    with pytest.raises(InputError, match=r"model\.safetensors is a (named pipe|folder), not a file"):
+        load(model, layout)
+
+
+def test_a_config_that_transformers_cannot_read_is_named(model: Path) -> None:
+    path = model / "config.json"
+    config = json.loads(path.read_text())
+    for text in ("[]", "3", json.dumps(config)[:-5], json.dumps(config | {"num_hidden_layers": "x"})):
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"config\.json"):
+            read_shape(model)
 
 
 def test_a_folder_that_is_there_is_not_overwritten(model: Path, layout: Layout, tmp_path: Path) -> None:

@@ -159,12 +159,30 @@ def test_options_of_gpqa_are_shuffled_by_the_seed(tmp_path: Path) -> None:
     assert report.dropped == {"the right option is there twice": 1, "an option is missing": 1}
 
 
+BAD_MESSAGES = "its messages do not have a known role and a text each, or do not end with the user's"
 # A set, a row beside a sound one, and why it is dropped.
 DROPPED: list[tuple[str, dict[str, Any], str]] = [
     ("math500", {"problem": "x", "answer": " "}, "has no answer"),
     ("math500", {"problem": "x", "answer": None}, "has no answer"),
     ("math500", {"problem": "x", "answer": ["1", "2"]}, "has several answers"),
     ("math500", {"problem": "x", "answer": {"value": 1}}, "has a group of fields for an answer"),
+    ("math500", {"problem": "x", "answer": float("nan")}, "its answer is not a finite number"),
+    ("math500", {"problem": "x", "answer": float("-inf")}, "its answer is not a finite number"),
+    ("math500", {"problem": "x", "answer": "Infinity"}, "its answer is not a finite number"),
+    ("math500", {"problem": "x", "answer": "NaN"}, "has no answer"),
+    ("math500", {"problem": "x \ud800", "answer": "1"}, "has half a surrogate pair, which is no text"),
+    ("math500", {"problem": "x", "answer": "\udfff"}, "has half a surrogate pair, which is no text"),
+    ("math500", {"problem": "x", "answer": "1", "id": "\ud800"}, "has half a surrogate pair, which is no text"),
+    ("math500", {"problem": '[{"role": "user", "content": "x"', "answer": "1"}, BAD_MESSAGES),
+    (
+        "math500",
+        {"problem": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "answer": "1"},
+        BAD_MESSAGES,
+    ),
+    ("math500", {"problem": [{"role": "user", "content": 3}], "answer": "1"}, BAD_MESSAGES),
+    ("math500", {"problem": [3], "answer": "1"}, BAD_MESSAGES),
+    ("agieval", {"question": "x", "options": [1, 2], "label": [1]}, "has columns of another form than the set's"),
+    ("zebralogic", {"puzzle": "x", "solution": "y"}, "has columns of another form than the set's"),
     ("math500", {"problem": " ", "answer": "1"}, "has no question"),
     ("math500", {"problem": None, "answer": "1"}, "has no question"),
     ("math500", {"problem": 5, "answer": "1"}, "has no question"),
@@ -204,7 +222,7 @@ def test_contradicting_answers_leave_no_question(tmp_path: Path) -> None:
     made, report = make(tmp_path, "dapo_math_17k", rows)
     assert [row["prompt"] for row in made] == ["b"]
     contradicted = "the same question as another row, with another answer"
-    assert report.dropped == {contradicted: 3, "the same question as an earlier row": 1}
+    assert report.dropped == {contradicted: 2, "the same question as an earlier row": 2}
     # Without the answers nothing contradicts.
     made, _ = make(tmp_path, "dapo_math_17k", rows, unlabelled=True, out=tmp_path / "u.jsonl")
     assert [row["prompt"] for row in made] == ["a", "b"]
@@ -231,6 +249,57 @@ def test_answers_that_only_their_own_spelling_equals_are_kept_counted_and_named(
         "  5 kept: the verifier cannot parse the answer, so that only a response with the same spelling is right"
         r" (task:1: 'a \\mid 6', task:3: '6, 12, 18, ...', task:6: '???', ...)"
     )
+
+
+def test_one_answer_in_two_spellings_is_no_contradiction(tmp_path: Path) -> None:
+    answers = {"a": "3.5", "a ": r"\frac{7}{2}", "b": "1", "b ": "2", "c": "x", "c ": "y", "c  ": "x"}
+    rows = [{"prompt": prompt, "solution": answer} for prompt, answer in answers.items()]
+    made, report = make(tmp_path, "dapo_math_17k", [*rows, {"prompt": "d", "solution": "5"}])
+    assert [(row["prompt"], row["answer"]) for row in made] == [("a", "3.5"), ("d", "5")]
+    assert report.dropped["the same question as another row, with another answer"] == 4
+    # Where nobody compares answers, other words are another answer.
+    prose = [{"prompt": "p", "ground_truth": words} for words in ("It is 7/2.", "It is 3.5.")]
+    made, _ = make(tmp_path, "dolci_general", [*prose, {"prompt": "q", "ground_truth": "So."}], force=True)
+    assert [row["prompt"] for row in made] == ["q"]
+
+
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What's 1+1?"}]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        MESSAGES,
+        json.dumps(MESSAGES),
+        str(MESSAGES),
+        [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "What's 1+1?"}],
+        str([{"value": "Be brief.", "from": "system"}, {"value": "What's 1+1?", "from": "human"}]),
+        [MESSAGES[0], {"role": "user", "content": [{"type": "text", "text": "What's 1+1?"}]}],
+    ],
+)
+def test_messages_are_read_in_every_form(tmp_path: Path, column: Any) -> None:
+    made, _ = make(tmp_path, "math500", [{"problem": column, "answer": "2"}])
+    assert made[0]["prompt"] == MESSAGES
+    made, _ = make(tmp_path, "math500", [{"problem": json.dumps(MESSAGES[1]), "answer": "2"}], force=True)
+    assert made[0]["prompt"] == "What's 1+1?", "a single message is its text"
+    for text in ('[1, 2] and {"role": 3}', "[x]", '{"a": 1}', '[{"value": 3}]'):
+        made, _ = make(tmp_path, "math500", [{"problem": text, "answer": "2"}], force=True)
+        assert made[0]["prompt"] == text, "another text stays as it is"
+
+
+def test_why_nothing_is_left_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        make(tmp_path, "math500", [{"problem": "x", "answer": None}] * 4)
+    assert str(caught.value).splitlines() == [
+        f"{tmp_path}/task.json: none of the 4 rows can be used:",
+        "  4 dropped: has no answer (task:0, task:1, task:2, ...)",
+    ]
+    with pytest.raises(InputError, match="there are no rows"):
+        make(tmp_path, "math500", [])
+    assert not (tmp_path / "out.jsonl").exists()
+    os.mkfifo(tmp_path / "out.jsonl")
+    with pytest.raises(InputError, match=r"out\.jsonl is a named pipe, not a file; give another name"):
+        make(tmp_path, "math500", [{"problem": "x", "answer": "1"}], force=True)
 
 
 def test_a_benchmark_keeps_what_it_counts_twice_under_ids_of_their_own(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from megatron_tempo.data.public import read_public
 from megatron_tempo.data.rows import DataError
+from megatron_tempo.errors import InputError
 
 ROWS = [{"problem": 'What is "1+1"?\nSay, in digits.', "answer": "025"}, {"problem": "Was ist 2×3?", "answer": "6"}]
 
@@ -103,14 +105,17 @@ BAD: dict[str, tuple[str, str]] = {
     "broken.json": ("[{", "not a readable .json file"),
     "two.json": ('{"a": [], "b": []}', "an object with 2 lists of rows"),
     "text.json": ('"x"', "neither a list of rows nor"),
-    "numbers.json": ("[1]", "row 0 is no object"),
+    "numbers.json": ("[1]", "row 0 is a JSON number, not an object"),
     "broken.jsonl": ('{"a": 1}\n\n{"a": 2', "line 3: "),
     "broken.parquet": ("x", "not a readable .parquet file"),
     "broken.arrow": ("x", "not a readable .arrow file"),
-    "short.csv": ("a,b\n1,2\n3\n", "a row of another length than the head"),
-    "long.csv": ("a,b\n1,2,3\n", "a row of another length than the head"),
-    "quote.csv": ('a,b\n"1,2\n', "not a readable .csv file"),
-    "bytes.csv": ("a,b\n\udcff,2\n", "not a readable .csv file"),
+    "scalar.jsonl": ('{"a": 1}\n3\n', "line 2 is a JSON number, not an object"),
+    "deep.jsonl": ("[" * 200_000, "line 1: "),
+    "short.csv": ("a,b\n1,2\n3\n", "line 3: 1 columns, and the head has 2"),
+    "long.csv": ('a,b\n"1\n1",2\n1,2,3\n', "line 4: 3 columns, and the head has 2"),
+    "quote.csv": ('a,b\n1,2\n"1,2\n', "line 3: unexpected end of data"),
+    "bytes.csv": ("a,b\n1,2\n\udcff,2\n", "line 3 is no UTF-8; save the file as UTF-8"),
+    "twice.csv": ("a,b,a\n1,2,3\n", "line 1: the head names the column 'a' twice"),
 }
 
 
@@ -120,6 +125,37 @@ def test_what_cannot_be_read_is_told(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(DataError, match=words):
         list(read_public(tmp_path / name, None))
+
+
+def test_what_is_no_file_is_told(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "repository" / "data.jsonl").mkdir(parents=True)
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    for name, words in {
+        "pipe.jsonl": "is a named pipe, not a file",
+        "repository": "is a folder, not a file",
+        "loop.csv": "cannot be read: Too many levels of symbolic links",
+        "x" * 300 + ".csv": "cannot be read: File name too long",
+        "a\0b.csv": "is no name of a file",
+    }.items():
+        with pytest.raises(DataError, match=words):
+            list(read_public(tmp_path / name, None))
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ("[]", "state.json holds a JSON array, not an object"),
+        ("{", "state.json ends too early"),
+        ("{}", "names no _data_files"),
+        ('{"_data_files": [3]}', "names no _data_files"),
+        ('{"_data_files": [{"filename": "a.bin"}]}', "names a.bin; known are files in"),
+    ],
+)
+def test_a_saved_folder_with_a_broken_state_is_told(tmp_path: Path, state: str, words: str) -> None:
+    (tmp_path / "state.json").write_text(state)
+    with pytest.raises(InputError, match=words):
+        list(read_public(tmp_path, None))
 
 
 def test_what_is_not_there_is_told(tmp_path: Path) -> None:

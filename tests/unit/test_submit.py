@@ -417,7 +417,12 @@ def test_a_whole_configuration_and_changes_to_it(
     file = tmp_path / "whole.json"
     file.write_text(json.dumps(json.loads(json.dumps(to_plain(config))) | {"typo": 1}))
     assert cli.main(["check", "--config", str(file)]) == 2
-    assert "typo=1: there is no such field" in capsys.readouterr().err
+    assert f"--config={file}: typo=1 in it: there is no such field" in capsys.readouterr().err
+    assert cli.main(["check", "--config", str(file), "run.sed=2"]) == 2
+    assert "  run.sed=2: there is no such field; fix: did you mean run.seed?" in capsys.readouterr().err
+    file.write_text(json.dumps(to_plain(config))[:-20])
+    assert cli.main(["check", "--config", str(file)]) == 2
+    assert f"--config={file}: ends too early" in capsys.readouterr().err
     file.write_text(json.dumps(to_plain(config)))
     assert cli.build([], whole=str(file)) == config
     changed = cli.build(["run.seed=6", "algorithm=reference", "cluster=h200x8"], whole=str(file))
@@ -426,4 +431,4 @@ def test_a_whole_configuration_and_changes_to_it(
     assert changed.cluster is not None
     assert (changed.cluster.gpu, changed.cluster.memory_gb) == ("H200", 141)
     assert cli.main(["check", "--config", "nowhere.json"]) == 2
-    assert "--config=nowhere.json: cannot be read" in capsys.readouterr().err
+    assert "--config=nowhere.json: does not exist" in capsys.readouterr().err

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_tempo.config.problem import Problem
-from megatron_tempo.config.rules.files import wrong_with_file, wrong_with_folder
+from megatron_tempo.config.rules.files import wrong_with_folder
+from megatron_tempo.config.rules.model_files import check_files
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import MISSING, walk
+from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import read_json, unreadable
 
 FAMILIES = ("olmo3", "qwen3")  # model_type of the families that megatron_tempo/models knows
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
@@ -44,10 +46,11 @@ def read_models(config: Config) -> tuple[dict[str, ModelShape], list[Problem]]:
             problems.append(Problem(field, value, wrong_folder, _AS_SAVED))
             continue
         problems += _weights(field, folder)
+        problems += check_files(field, folder, tokenizer=field == "model.path")
         if field == "model.path":
             problems += _tokenizer(config, folder)
         shape, wrong = _shape(folder)
-        if shape is None:
+        if shape is None and wrong:
             problems.append(Problem(field, value, wrong, _AS_SAVED))
         elif wrong:
             problems.append(Problem(field, value, wrong, f"give a model of the family {', '.join(FAMILIES)}"))
@@ -60,14 +63,12 @@ def read_models(config: Config) -> tuple[dict[str, ModelShape], list[Problem]]:
 def _shape(folder: Path) -> tuple[ModelShape | None, str]:
     """The shape in config.json, and what is wrong with the file ("" if nothing is)."""
     file = folder / "config.json"
-    if not file.is_file():
+    if not file.exists() and not file.is_symlink():
         return None, "has no config.json"
     try:
-        plain = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        return None, f"config.json is not JSON ({error})"
-    if not isinstance(plain, dict):
-        return None, "config.json does not hold an object"
+        plain = read_json(file, dict)
+    except InputError:
+        return None, ""  # reported by check_files
     family = plain.get("model_type")
     plain = _with_head_dim(plain)
     names = ModelShape.__dataclass_fields__
@@ -92,10 +93,10 @@ def _weights(field: str, folder: Path) -> list[Problem]:
         is_present = any(folder.glob("*.safetensors"))
         return [] if is_present else [Problem(field, str(folder), "has no safetensors files", _AS_SAVED)]
     try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        shards = set(read_json(index, dict)["weight_map"].values())
+    except (InputError, KeyError, TypeError, AttributeError):
         return [Problem(field, str(folder), f"{index.name} has no readable weight_map", _AS_SAVED)]
-    absent = sorted(str(name) for name in shards if wrong_with_file(folder / str(name)))
+    absent = sorted(str(name) for name in shards if unreadable(folder / str(name)) is not None)
     if not absent:
         return []
     named = ", ".join(name[:100] for name in absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
@@ -103,7 +104,7 @@ def _weights(field: str, folder: Path) -> list[Problem]:
 
 
 def _tokenizer(config: Config, folder: Path) -> list[Problem]:
-    if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):
+    if not any(all((folder / name).exists() for name in names) for names in _TOKENIZERS):
         wanted = " or ".join("+".join(names) for names in _TOKENIZERS)
         return [Problem("model.path", str(folder), f"has no tokenizer ({wanted})", "copy the tokenizer's files there")]
     if _has_chat_template(folder):
@@ -120,7 +121,10 @@ def _has_chat_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
         return True
     file = folder / "tokenizer_config.json"
-    return wrong_with_file(file) is None and '"chat_template"' in file.read_text(encoding="utf-8", errors="replace")
+    try:
+        return file.exists() and "chat_template" in read_json(file, dict)
+    except InputError:  # reported on its own
+        return True
 
 
 def _same_vocabulary(config: Config, shapes: dict[str, ModelShape]) -> list[Problem]:

@@ -1,0 +1,26 @@
+"""A fixed date for chat templates that write today's: else a run could not be resumed, nor repeated, on another day."""
+
+from __future__ import annotations
+
+import datetime
+
+DATE = datetime.datetime(2025, 1, 1)
+_ASKS = "strftime_now"  # the function that transformers gives to templates
+_CODES = [f"%-{letter}" for letter in "dmHIMSyj"] + [f"%{letter}" for letter in "aAbBcdDefFGHIjmMnpRSTuUVwWxXyYzZ%"]
+
+
+def asks_for_date(template: str) -> bool:
+    """Whether a chat template reads the clock."""
+    return _ASKS in template
+
+
+def with_fixed_date(template: str) -> str:
+    """The template, in which `strftime_now` writes `DATE`.
+
+    transformers lets no caller replace the function, so a macro of its name stands before the template. It ends in a
+    newline, which Jinja drops there: the template's own first line keeps its beginning.
+    """
+    if not asks_for_date(template):
+        return template
+    values = "".join(f" | replace({code!r}, {DATE.strftime(code)!r})" for code in _CODES)
+    return f"{{%- macro {_ASKS}(format) -%}}{{{{- format{values} -}}}}{{%- endmacro %}}\n{template}"

@@ -1,0 +1,131 @@
+"""The tokenizer of a model's folder, checked; which tokens end a response; what a tokenizer does to a text."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import transformers
+
+from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import read_json, readable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+_FILES = (*_JSON, "tokenizer.model", "merges.txt", "chat_template.jinja", "chat_template.json")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder. Raises InputError, with the file's name, if it cannot be loaded.
+
+    So it does for a tokenizer with tokens that the model has no embedding of.
+    """
+    present = [folder / name for name in _FILES if (folder / name).exists() or (folder / name).is_symlink()]
+    for path in present:
+        readable(path)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # of tokenizers, its own kind; of transformers, any
+        for path in present:
+            if path.name in _JSON:
+                read_json(path, dict)
+        raise InputError(
+            f"{folder}: its tokenizer cannot be loaded ({_first_line(error)}): fetch tokenizer.json and "
+            "tokenizer_config.json again"
+        ) from error
+    _check_vocabulary(tokenizer, folder)
+    return tokenizer
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    size = read_json(folder / "config.json", dict).get("vocab_size") if (folder / "config.json").exists() else None
+    if type(size) is not int:
+        return
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= size}
+    if beyond:
+        token, number = min(beyond.items(), key=lambda item: item[1])
+        raise InputError(
+            f"{folder}: the tokenizer has {len(beyond)} tokens without an embedding, first {token!r} with id {number}; "
+            f"config.json says vocab_size={size}. Resize the model's embeddings, or remove the tokens"
+        )
+
+
+def end_tokens(folder: Path) -> list[int]:
+    """The tokens that end a response: those of generation_config.json and the tokenizer's.
+
+    Without a generation_config.json, those of config.json are taken, as in transformers. Raises InputError if
+    there are none.
+    """
+    return _ends(load_tokenizer(folder), folder)
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[int]:
+    tokens = list(dict.fromkeys([*_configured_ends(folder), *_tokenizer_end(tokenizer)]))
+    if not tokens:
+        raise InputError(
+            f"{folder}: no eos_token_id in generation_config.json or the tokenizer; responses would not end"
+        )
+    return tokens
+
+
+def _configured_ends(folder: Path) -> list[int]:
+    paths = [folder / name for name in ("generation_config.json", "config.json") if (folder / name).exists()]
+    for path in paths[:1]:
+        end = read_json(path, dict).get("eos_token_id")
+        ends = [] if end is None else end if isinstance(end, list) else [end]
+        if any(type(token) is not int or token < 0 for token in ends):
+            raise InputError(f"{path}: eos_token_id={end} is no token id, nor a list of them; correct it")
+        return ends
+    return []
+
+
+def _tokenizer_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def findings(tokenizer: PreTrainedTokenizerBase, folder: Path, texts: Sequence[str]) -> list[str]:
+    """What there is to say of a tokenizer, a line each. `texts`: prompts as the model reads them.
+
+    Raises InputError if the tokenizer loses all spaces of a text, or if no token ends a response.
+    """
+    lines = []
+    _ends(tokenizer, folder)
+    configured, own = _configured_ends(folder), _tokenizer_end(tokenizer)
+    if configured and own and not set(own) <= set(configured):
+        lines.append(
+            f"warning: {folder}: the model's configuration ends responses with {_named(tokenizer, configured)}, the "
+            f"tokenizer with {_named(tokenizer, own)}: each of them ends one here"
+        )
+    if (changed := _changed(tokenizer, folder, texts)) is not None:
+        lines.append(changed)
+    return lines
+
+
+def _named(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    return " or ".join(f"{tokenizer.convert_ids_to_tokens(token)} ({token})" for token in tokens)
+
+
+def _changed(tokenizer: PreTrainedTokenizerBase, folder: Path, texts: Sequence[str]) -> str | None:
+    """A warning of a text that does not come back from its tokens. Spaces and Unicode's forms may change a little."""
+    for text in texts:
+        back = str(tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids))
+        words, words_back = (unicodedata.normalize("NFKC", one).split() for one in (text, back))
+        shown = f"{text[:60]!r} comes back as {back[:60]!r}"
+        if len(words) > 1 and len(words_back) == 1 and "".join(words) == words_back[0]:
+            raise InputError(
+                f"{folder}: the tokenizer loses the spaces of a text: {shown}. tokenizer_config.json names a "
+                f"tokenizer_class that does not fit tokenizer.json: write PreTrainedTokenizerFast there (transformers "
+                f"{transformers.__version__})"
+            )
+        if "".join(words) != "".join(words_back) or len(words_back) < len(words):
+            return f"warning: {folder}: the tokenizer changes texts: {shown}"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    lines: list[Any] = str(error).splitlines() or [type(error).__name__]
+    return str(lines[0])
