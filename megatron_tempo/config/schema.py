@@ -103,7 +103,9 @@ class DatasetConfig:
     verifier: Verifier | Extension | None = None
     verifier_field: str | None = None  # column that names the verifier of each row, where rows differ in it
     id_field: str | None = None  # column of the question's name; none: the row's number, from 0
-    chat_template: bool = True  # text prompts become one user message; messages always go through the template
+    # text prompts become one user message; messages always go through the template; `import:`: a template of your own
+    # in place of the tokenizer's (docs/extending.md)
+    chat_template: bool | Extension = True
     system: str | None = None  # a system message put first
     suffix: str = ""  # appended to a text prompt
     limit: int | None = None  # the first so many rows; none: all
@@ -150,7 +152,8 @@ class ServersConfig:
 class RolloutConfig:
     """How responses are generated."""
 
-    engine: EngineKind = EngineKind.embedded
+    # who generates the responses; `import:`: an engine of your own (docs/extending.md)
+    engine: EngineKind | Extension = EngineKind.embedded
     servers: ServersConfig = field(default_factory=ServersConfig)
     # updates of the actor between a token and its use, 0 or 1; 1: the next batch is generated while this one trains
     max_staleness: int = 0
@@ -162,6 +165,11 @@ class RolloutConfig:
     batch_rows: int = 256  # responses that the embedded engine decodes together, in each process
     dump: bool = False  # write each iteration's rollouts to `run.dir/rollouts`
     replay: str | None = None  # folder that `dump` wrote, to read rollouts from instead of generating them
+
+    @property
+    def is_served(self) -> bool:
+        """Whether servers generate. An engine of the user's own counts as part of the trainer's processes."""
+        return isinstance(self.engine, EngineKind) and self.engine.is_served
 
 
 @dataclass(slots=True)

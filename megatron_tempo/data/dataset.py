@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import jinja2
 
 from megatron_tempo.config.choices import Verifier
+from megatron_tempo.config.extensions import Extension, call_failed, load_template, wrong_result
 from megatron_tempo.config.schema import DatasetConfig
 from megatron_tempo.data.rows import BadRow, DataError, Row, answer_text, read_rows
 from megatron_tempo.errors import InputError
@@ -175,7 +176,9 @@ class _Encoder:
     """The prompt field of a row into text and token ids. BadRow where it is no usable prompt."""
 
     def __init__(self, config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> None:
-        if config.chat_template and tokenizer.chat_template is None:
+        own = config.chat_template
+        self._template = load_template(own) if isinstance(own, Extension) else None
+        if own and self._template is None and tokenizer.chat_template is None:
             raise InputError(
                 f"{config.path}: `chat_template` is true, and the tokenizer {tokenizer.name_or_path!r} has none; "
                 "set chat_template=false to send prompts as plain text"
@@ -213,7 +216,7 @@ class _Encoder:
                 return value + config.suffix, False
             return self._render([{"role": "user", "content": value + config.suffix}]), True
         if isinstance(value, list):
-            if self._tokenizer.chat_template is None:
+            if self._template is None and self._tokenizer.chat_template is None:
                 raise BadRow("the prompt is chat messages, and the tokenizer has no chat template; give text")
             return self._render(_messages(config.prompt_field, value)), True
         raise BadRow(f"field {config.prompt_field!r} is {_shown(value)}; a prompt is text or a list of messages")
@@ -223,10 +226,25 @@ class _Encoder:
             if messages[0]["role"] == "system":
                 raise BadRow("the messages have a system message of their own, and `system` is set; unset it")
             messages = [{"role": "system", "content": self._config.system}, *messages]
+        if self._template is not None:
+            return self._render_own(self._template, messages)
         try:
             return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except jinja2.TemplateError as error:
             raise BadRow(f"the tokenizer's chat template refuses the messages: {error}") from error
+
+    def _render_own(self, template: Callable[..., object], messages: list[dict[str, str]]) -> str:
+        """By the user's template. Its ValueError rejects the row."""
+        extension = Extension(self._config.chat_template)
+        try:
+            text = template(messages, self._tokenizer)
+        except ValueError as error:
+            raise BadRow(f"{extension} rejects the messages: {error}") from error
+        except Exception as error:
+            raise call_failed(extension, error) from error
+        if not isinstance(text, str):
+            raise wrong_result(extension, text, "the text that the model reads (str)")
+        return text
 
 
 def _messages(name: str, value: list[Any]) -> list[dict[str, str]]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 import torch
 
 from megatron_tempo.config import check
-from megatron_tempo.config.extensions import Extension, ExtensionError, load, load_reader, load_verifier
+from megatron_tempo.config.extensions import Extension, ExtensionError, load
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.rules import Purpose
 from megatron_tempo.config.schema import Config, to_plain
@@ -28,24 +26,7 @@ from megatron_tempo.rewards.scorer import Item
 from megatron_tempo.rewards.verifiers import Verifiers
 from tests.unit.config_files import configure, good_overrides, write_all
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples/extensions"
 LABELLED, UNLABELLED, HELDOUT = "data.labelled", "data.unlabelled", "evaluation.sets.heldout"
-
-
-@pytest.fixture
-def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder on sys.path for modules of a test, and that of the examples."""
-    folder = tmp_path / "modules"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.syspath_prepend(str(folder))
-    before = set(sys.modules)
-    yield folder
-    for name in set(sys.modules) - before:
-        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-    for cached in (load, load_verifier, load_reader, load_method):
-        cached.cache_clear()
 
 
 @pytest.fixture(scope="module")
