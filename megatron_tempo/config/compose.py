@@ -36,6 +36,7 @@ from megatron_tempo.config.rules.evaluation import SET_NAME_BYTES
 from megatron_tempo.config.rules.files import wrong_with_folder
 from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.shipped import REPOSITORY
+from megatron_tempo.config.tree import without_default_settings
 
 GROUPS = ("model", "data", "benchmark", "engine", "algorithm", "experiment", "cluster")
 # A job of these kinds whose command line names no run.dir gets a folder of its own below these.
@@ -53,7 +54,7 @@ def compose_tree(
     if config_dir is not None and (wrong := wrong_with_folder(Path(config_dir))):
         raise ConfigErrors([Problem("--config-dir", config_dir, wrong, "give the folder of your presets")])
     store = ConfigStore.instance()
-    store.store(name="defaults", node=to_plain(Config()) if whole is None else _whole(whole))
+    store.store(name="defaults", node=without_default_settings(to_plain(Config()) if whole is None else _whole(whole)))
     for name in (name for name, benchmark in BENCHMARKS.items() if not benchmark.training):
         store.store(group="benchmark", name=name, node=preset(name), package="_global_")
     OmegaConf.register_new_resolver("repo", lambda path: str(REPOSITORY / path), replace=True)

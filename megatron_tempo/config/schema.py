@@ -25,7 +25,7 @@ from megatron_tempo.config.choices import (
     Verifier,
 )
 from megatron_tempo.config.extensions import Extension
-from megatron_tempo.config.stages import CriticTargets, Method, StageConfig
+from megatron_tempo.config.stages import CriticTargets, PpoSettings, StageConfig, TempoSettings
 
 
 @dataclass(slots=True)
@@ -305,8 +305,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
-    stage1: StageConfig = field(default_factory=lambda: StageConfig(method=Method.ppo))
-    stage2: StageConfig = field(default_factory=lambda: StageConfig(method=Method.tempo, unlabelled_prompts=256))
+    stage1: StageConfig = field(default_factory=lambda: StageConfig(PpoSettings()))
+    stage2: StageConfig = field(default_factory=lambda: StageConfig(TempoSettings(), unlabelled_prompts=256))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
@@ -345,6 +345,8 @@ def to_plain(value: Any) -> Any:
     """A config or part of it as dicts, lists and scalars, enums by name: what is written to JSON."""
     if isinstance(value, Enum | Extension):
         return value.name
+    if isinstance(value, StageConfig):
+        return to_plain(value.named_fields())
     if hasattr(value, "__dataclass_fields__"):
         return {name: to_plain(getattr(value, name)) for name in value.__dataclass_fields__}
     if isinstance(value, dict):

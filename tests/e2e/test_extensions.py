@@ -13,6 +13,7 @@ from megatron_tempo.config import check
 from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.extensions import Extension
 from megatron_tempo.config.schema import Config
+from megatron_tempo.config.stages import ExtensionSettings
 from megatron_tempo.observability.records import read_evaluations, read_metrics, read_samples
 from megatron_tempo.training.jobs import train
 from tests.support.project import ROOT, config_of, write_project
@@ -60,7 +61,7 @@ def config_for(project: Path, out: Path) -> Config:
         verifier=Extension.parse(NAMES["data.labelled.verifier"]),
     )
     config.data.unlabelled = None
-    config.stage2.method = Extension.parse(NAMES["stage2.method"])
+    config.stage2.settings = ExtensionSettings(Extension.parse(NAMES["stage2.method"]), {"advantage_limit": 0.25})
     config.stage2.unlabelled_prompts = 0
     config.evaluation.calibration_set = None
     template = Extension.parse(NAMES["evaluation.sets.asked.chat_template"])
@@ -80,7 +81,7 @@ def test_a_run_with_extensions_resumes(tmp_path: Path) -> None:
     (line,) = read_metrics(out)
     assert line["method"] == NAMES["stage2.method"]
     assert line["actor/grad_norm"] > 0
-    assert 0 < line["rloo/advantage_max"] <= 1
+    assert 0 < line["rloo/advantage_max"] <= 0.25, "the method's own setting"
     responses = [json.loads(text) for text in (out / "rollouts/stage2-000001.jsonl").read_text().splitlines()]
     assert any(0 < response["correct"] < 1 for response in responses), "graded verdicts"
     assert [path.name for path in (out / "hf_step_00000001").iterdir()] == ["actor"], "the method needs no critic"
@@ -91,6 +92,7 @@ def test_a_run_with_extensions_resumes(tmp_path: Path) -> None:
     assert recorded["data"]["labelled"]["verifier"] == NAMES["data.labelled.verifier"]
     assert recorded["data"]["labelled"]["reader"] == NAMES["data.labelled.reader"]
     assert recorded["stage2"]["method"] == NAMES["stage2.method"]
+    assert recorded["stage2"]["advantage_limit"] == 0.25
     assert recorded["rollout"]["engine"] == NAMES["rollout.engine"]
     assert recorded["evaluation"]["sets"]["asked"]["chat_template"] == NAMES["evaluation.sets.asked.chat_template"]
     config.stage2.iterations = 2

@@ -422,7 +422,7 @@ def test_a_whole_configuration_and_changes_to_it(
     assert cli.build([], whole=str(file)) == config
     changed = cli.build(["run.seed=6", "algorithm=reference", "cluster=h200x8"], whole=str(file))
     assert (changed.run.seed, changed.stage1.iterations) == (6, 3)
-    assert changed.stage2.actor_on_labelled
+    assert changed.stage2.method_settings.actor_on_labelled
     assert changed.cluster is not None
     assert (changed.cluster.gpu, changed.cluster.memory_gb) == ("H200", 141)
     assert cli.main(["check", "--config", "nowhere.json"]) == 2

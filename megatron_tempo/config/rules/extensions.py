@@ -16,7 +16,8 @@ from megatron_tempo.config.extensions import (
 )
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.schema import Config, DatasetConfig
-from megatron_tempo.config.stages import Prompts, load_method
+from megatron_tempo.config.stages import ExtensionSettings, Prompts
+from megatron_tempo.config.tree import read_settings
 
 
 def check(config: Config, *, training: bool) -> Iterator[Problem]:
@@ -37,8 +38,12 @@ def check_engine(config: Config) -> Iterator[Problem]:
 
 def check_methods(config: Config) -> Iterator[Problem]:
     for name, stage in config.stages().items():
-        if stage.iterations > 0 and isinstance(stage.method, Extension):
-            yield from _problem(f"{name}.method", stage.method, load_method)
+        settings = stage.settings
+        if stage.iterations > 0 and isinstance(settings, ExtensionSettings):
+            try:
+                yield from read_settings(settings, name)[1]
+            except ExtensionError as error:
+                yield Problem(f"{name}.method", settings.method, error.wrong, error.fix)
 
 
 def without_methods(config: Config, problems: list[Problem]) -> Config:
