@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from megatron_tempo.config.extensions import Extension
+from megatron_tempo.config.extensions import Extension, short_name
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.summary import layout_words as config_words
 from megatron_tempo.plan.layout import machine_of
@@ -150,10 +150,12 @@ def _layouts(own: Plan, plans: list[Plan]) -> list[str]:
 def layout_row(plan: Plan) -> list[str]:
     """Cells of the table of layouts."""
     servers, split, layout = plan.config.rollout.servers, plan.split, plan.layout
-    engine = f"{split.serving} GPUs, tensor {servers.tensor}" if split.serving else "embedded"
-    if split.shared:
+    engine = f"{split.serving} GPUs, tensor {servers.tensor}"
+    if not plan.config.rollout.is_served:
+        engine = short_name(plan.config.rollout.engine.name)
+    elif split.shared:
         engine = f"shared, tensor {servers.tensor}"
-    elif plan.config.rollout.is_served and not split.servers:
+    elif not split.servers:
         engine = "elsewhere"
     largest = plan.memory.largest
     return [

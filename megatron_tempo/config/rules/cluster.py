@@ -28,7 +28,7 @@ def rollout_nodes(config: Config) -> Iterator[Problem]:
         wrong = f"leaves none of cluster.nodes={cluster.nodes} to train on"
         yield Problem(field, away, wrong, f"cluster.nodes={away + 1} or more")
     if not config.rollout.is_served:
-        wrong = "the embedded engine generates in the trainer's processes"
+        wrong = f"the engine {config.rollout.engine.name} generates in the trainer's processes"
         yield Problem(field, away, wrong, f"rollout.engine=sglang or vllm, or {field}=0")
         return
     if servers.addresses is not None:
