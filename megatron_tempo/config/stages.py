@@ -78,18 +78,22 @@ class MethodSettings:
 
     @property
     def baseline(self) -> Baseline:
+        """Where the value in a token's advantage is read."""
         return Baseline.before_token
 
     @property
     def estep_every(self) -> int:
+        """Iterations from one E-step to the next; 0: never."""
         return 1
 
     @property
     def actor_on_labelled(self) -> bool:
+        """Whether the actor is trained on labelled prompts too, where its own are others."""
         return False
 
     @property
     def vote_responses(self) -> int | None:
+        """Responses that are sampled for a prompt; None: `responses_per_prompt`."""
         return None
 
 
@@ -209,8 +213,8 @@ def _settings_class(target: Any) -> type[MethodSettings]:
         raise ExtensionError(f"its settings {name} are no dataclass", "@dataclass(slots=True) above the class")
     taken = {"method", *StageConfig.__dataclass_fields__}
     for each in fields(kind):
-        default = each.default if each.default_factory is MISSING else each.default_factory()
-        if default is MISSING or isinstance(default, property):
+        # A field that has the name of a property above takes that for its default.
+        if (each.default is MISSING and each.default_factory is MISSING) or isinstance(each.default, property):
             raise ExtensionError(f"its setting {name}.{each.name} has no default", "give each setting a default")
         if each.name in taken:
             raise ExtensionError(f"its setting {name}.{each.name} is a field of every stage", "give it another name")

@@ -10,14 +10,14 @@ import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_tempo.config.extensions import PREFIX, Extension, ExtensionError, described
+from megatron_tempo.config.extensions import PREFIX, Extension, ExtensionError, call_failed, described
 from megatron_tempo.config.problem import ConfigErrors, Problem, did_you_mean
 from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.stages import (
@@ -213,6 +213,8 @@ def read_settings(settings: ExtensionSettings, path: str) -> tuple[MethodSetting
         wrong = f"rejects its settings: {error}"
         problems.append(Problem(_join(path, "method"), settings.method, wrong, "change what it names"))
         return MethodSettings(), problems
+    except Exception as error:
+        raise call_failed(settings.method, error) from error
 
 
 def _setting_types(kind: type[MethodSettings]) -> dict[str, Any]:
@@ -220,14 +222,16 @@ def _setting_types(kind: type[MethodSettings]) -> dict[str, Any]:
     fix = "use bool, int, float, str, an Enum, a list of one of them, or X | None"
     try:
         hints = typing.get_type_hints(kind)
-    except (NameError, TypeError) as error:
+    except Exception as error:
         raise ExtensionError(f"the types of its settings {kind.__name__}: {described(error)}", fix) from error
+    hints = {each.name: hints[each.name] for each in fields(kind) if each.init}
     for name, hint in hints.items():
-        inner = [each for each in _alternatives(hint) if each is not type(None)]
-        items = typing.get_args(inner[0]) if typing.get_origin(inner[0]) is list else inner
-        is_enum = isinstance(items[0], type) and issubclass(items[0], Enum)
-        if len(items) != 1 or not (items[0] in _EXPECTED or is_enum):
-            raise ExtensionError(f"its setting {kind.__name__}.{name} has the type {hint}", fix)
+        match [each for each in _alternatives(hint) if each is not type(None)]:
+            case [single]:
+                item = typing.get_args(single)[0] if typing.get_origin(single) is list else single
+                if item in _EXPECTED or (isinstance(item, type) and issubclass(item, Enum)):
+                    continue
+        raise ExtensionError(f"its setting {kind.__name__}.{name} has the type {hint}", fix)
     return hints
 
 

@@ -187,12 +187,14 @@ METHOD = """
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import ClassVar
 from megatron_tempo.config.stages import Baseline, MethodSettings, Needs, Prompts
 class Kind(Enum):
     hard = "hard"
     soft = "soft"
 @dataclass(slots=True)
 class Own(MethodSettings):
+    note: ClassVar[Path] = Path("no setting")
     kind: Kind = Kind.hard
     weight: float | None = None
     sizes: list[int] = field(default_factory=list)
@@ -265,6 +267,9 @@ DECLARED = {
     "a stage's field": (METHOD.replace("weight:", "iterations:"), "Own.iterations is a field of every stage", "name"),
     "a path": (METHOD.replace("float | None = None", "Path = Path()"), "Own.weight has the type <class", "use bool"),
     "a choice of two": (METHOD.replace("float | None", "float | str"), "Own.weight has the type float | str", "use"),
+    "no type": (METHOD.replace("float | None", "None"), "Own.weight has the type <class 'NoneType'>", "use bool"),
+    "a list of lists": (METHOD.replace("list[int]", "list[list[int]]"), "has the type list[list[int]]", "use bool"),
+    "an error": (METHOD.replace("self.weight == 3", "self.weight > 3"), "raised TypeError: '>' not supported", "corr"),
     "an unknown type": (METHOD.replace("float | None", "'Nothing'"), "name 'Nothing' is not defined", "use bool"),
 }
 
