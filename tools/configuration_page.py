@@ -73,7 +73,7 @@ class Group:
         start = self.roots[0] if len(self.roots) == 1 else ""
         for name, hint in typing.get_type_hints(self.kind).items():
             if self.kind is StageConfig and name == "settings":  # by the method, which chooses them
-                choices = told({place: node.method for place, node in self.places.items()})
+                choices = default_text({place: node.method for place, node in self.by_path.items()})
                 kind = f"choice or {TYPES[Extension]}"
                 yield f"`{start}.method`", kind, choices, meaning(comments[name], Method)
                 continue
