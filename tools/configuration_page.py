@@ -29,6 +29,7 @@ from made_parts import write_or_check
 from megatron_tempo.config.benchmarks import BENCHMARKS
 from megatron_tempo.config.extensions import Extension
 from megatron_tempo.config.schema import Config
+from megatron_tempo.config.stages import SETTINGS, Method, StageConfig
 from megatron_tempo.config.tree import MISSING, is_optional, strip_optional, takes_extension
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,6 +72,11 @@ class Group:
         comments = comments_of(self.kind)
         start = self.roots[0] if len(self.roots) == 1 else ""
         for name, hint in typing.get_type_hints(self.kind).items():
+            if self.kind is StageConfig and name == "settings":  # by the method, which chooses them
+                choices = default_text({place: node.method for place, node in self.by_path.items()})
+                kind = f"choice or {TYPES[Extension]}"
+                yield f"`{start}.method`", kind, choices, meaning(comments[name], Method)
+                continue
             inner = strip_optional(hint)
             if is_dataclass(inner) and inner is hint:
                 continue
@@ -96,6 +102,9 @@ def groups(root: type = Config) -> list[Group]:
 def _nodes(node: Any, path: str) -> Iterator[tuple[str, Any]]:
     """The dataclasses below a node, with their paths. An optional one that is None is replaced by its own defaults."""
     for name, hint in typing.get_type_hints(type(node)).items():
+        if isinstance(node, StageConfig) and name == "settings":
+            yield from ((path, kind()) for kind in SETTINGS.values())
+            continue
         inner, below = strip_optional(hint), f"{path}.{name}" if path else name
         if typing.get_origin(inner) is dict:
             inner, below = typing.get_args(inner)[1], f"{below}.NAME"
@@ -107,7 +116,18 @@ def _nodes(node: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def comments_of(kind: type) -> dict[str, str]:
-    """The comments of each field or member of a class: the comment lines above it, then the one next to it."""
+    """The comments of each field or member of a class: the comment lines above it, then the one next to it.
+
+    Inherited fields are included.
+    """
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if is_dataclass(base) or base is kind:
+            found |= _own_comments(base)
+    return found
+
+
+def _own_comments(kind: type) -> dict[str, str]:
     source = inspect.getsource(kind)
     comments = {
         token.start[0]: (token.string.lstrip("# "), token.line.lstrip().startswith("#"))

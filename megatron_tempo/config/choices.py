@@ -56,6 +56,11 @@ class EngineKind(Enum):
     sglang = "sglang"  # SGLang servers
     vllm = "vllm"  # vLLM servers
 
+    @property
+    def is_served(self) -> bool:
+        """Whether servers generate, not the trainer's processes."""
+        return self is not EngineKind.embedded
+
 
 class EnginePrecision(Enum):
     """Number format of a server's weights."""

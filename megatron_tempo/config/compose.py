@@ -37,7 +37,7 @@ from megatron_tempo.config.rules.files import wrong_with_folder
 from megatron_tempo.config.schema import Config, RolloutConfig, to_plain
 from megatron_tempo.config.shipped import REPOSITORY
 from megatron_tempo.config.trained_with import defaults_for, lengths, read_trained_with
-from megatron_tempo.config.tree import MISSING, read
+from megatron_tempo.config.tree import MISSING, read, without_default_settings
 from megatron_tempo.errors import InputError
 from megatron_tempo.input_files import read_json
 
@@ -58,7 +58,7 @@ def compose_tree(
     if config_dir is not None and (wrong := wrong_with_folder(Path(config_dir))):
         raise ConfigErrors([Problem("--config-dir", config_dir, wrong, "give the folder of your presets")])
     store = ConfigStore.instance()
-    store.store(name="defaults", node=to_plain(Config()) if whole is None else _whole(whole))
+    store.store(name="defaults", node=without_default_settings(to_plain(Config()) if whole is None else _whole(whole)))
     for name in (name for name, benchmark in BENCHMARKS.items() if not benchmark.training):
         store.store(group="benchmark", name=name, node=preset(name), package="_global_")
     OmegaConf.register_new_resolver("repo", lambda path: str(REPOSITORY / path), replace=True)
@@ -207,7 +207,7 @@ def attributed(problems: Sequence[Problem], whole: str | None) -> list[Problem]:
     """Problems of fields, those of the file `whole` as the file's: nobody has set them on the command line."""
     if whole is None:
         return list(problems)
-    in_file = {(problem.field, show(problem.value)) for problem in read(_whole(whole))[1]}
+    in_file = {(problem.field, show(problem.value)) for problem in read(without_default_settings(_whole(whole)))[1]}
     return [
         Problem("--config", whole, f"{problem.field}={show(problem.value)} in it: {problem.wrong}", _OF_FILE)
         if (problem.field, show(problem.value)) in in_file

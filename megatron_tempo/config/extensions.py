@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_tempo.errors import InputError
 
@@ -99,6 +99,49 @@ def load_reader(extension: Extension) -> Callable[[Path], object]:
 
 
 @cache
+def load_template(extension: Extension) -> Callable[[list[dict[str, str]], Any], object]:
+    """A function `(messages, tokenizer)` that returns the text that the model reads. Raises ExtensionError."""
+    return function(load(extension), extension.attribute, ("messages", "tokenizer"), "a function")
+
+
+# The methods of `rollout.engine.Engine` and their parameters (a test compares them).
+ENGINE_METHODS = {
+    "start": ("requests", "sampling"),
+    "load_weights": ("weights", "version"),
+    "differences": ("weights",),
+    "health": (),
+    "close": (),
+}
+
+
+class LoadedEngine(NamedTuple):
+    """The class of a user's engine, called with an `EngineSetup`. `background`: it generates while others work."""
+
+    make: Callable[[Any], Any]
+    background: bool
+
+
+@cache
+def load_engine(extension: Extension) -> LoadedEngine:
+    """A class `(setup)` with the methods of `rollout.engine.Engine`. Raises ExtensionError.
+
+    A class, not a function: so its methods are known before an engine is made.
+    """
+    target, name = load(extension), extension.attribute
+    if not inspect.isclass(target):
+        raise ExtensionError(f"{name} is {shown(target)}, which is no class", f"name a class: class {name.title()}")
+    for own, parameters in ENGINE_METHODS.items():
+        if not hasattr(target, own):
+            raise ExtensionError(f"the class {name} has no method {own}", f"define {own}({', '.join(parameters)})")
+        _takes(getattr(target, own), f"{name}.{own}", ("self", *parameters), f"def {own}(")
+    _takes(target, name, ("setup",), "def __init__(self, ")
+    background = getattr(target, "background", False)
+    if not isinstance(background, bool):
+        raise ExtensionError(f"its attribute background is {shown(background)}", "background = True or False")
+    return LoadedEngine(target, background)
+
+
+@cache
 def load(extension: Extension) -> Any:
     """The object that an extension names. Raises ExtensionError with the module's own error and its place."""
     try:
@@ -123,15 +166,22 @@ def function(target: Any, name: str, parameters: Sequence[str], kind: str) -> Ca
         )
     if not callable(target):
         raise ExtensionError(f"{name} is {shown(target)}, which cannot be called", f"define {kind} {form}")
+    _takes(target, name, parameters, f"def {name}(")
+    return target
+
+
+def _takes(target: Any, name: str, parameters: Sequence[str], fix: str) -> None:
+    """Raises ExtensionError if `target` cannot be called with these parameters by position. `fix`: how it starts."""
+    form = ", ".join(parameters)
     try:
         signature = inspect.signature(target)
     except (ValueError, TypeError):  # a builtin that does not say what it takes
-        return target
+        return
     try:
         signature.bind(*parameters)
     except TypeError as error:
-        raise ExtensionError(f"{name}{signature} cannot be called as {form}: {error}", f"def {form}") from error
-    return target
+        wrong = f"{name}{signature} cannot be called as {name}({form}): {error}"
+        raise ExtensionError(wrong, f"{fix}{form})") from error
 
 
 def call_failed(extension: Extension, error: Exception) -> ExtensionError:

@@ -25,7 +25,7 @@ from megatron_tempo.config.choices import (
     Verifier,
 )
 from megatron_tempo.config.extensions import Extension
-from megatron_tempo.config.stages import CriticTargets, Method, StageConfig
+from megatron_tempo.config.stages import CriticTargets, PpoSettings, StageConfig, TempoSettings
 
 
 @dataclass(slots=True)
@@ -103,7 +103,9 @@ class DatasetConfig:
     verifier: Verifier | Extension | None = None
     verifier_field: str | None = None  # column that names the verifier of each row, where rows differ in it
     id_field: str | None = None  # column of the question's name; none: the row's number, from 0
-    chat_template: bool = True  # text prompts become one user message; messages always go through the template
+    # text prompts become one user message; messages always go through the template; `import:`: a template of your own
+    # in place of the tokenizer's (docs/extending.md)
+    chat_template: bool | Extension = True
     system: str | None = None  # a system message put first
     suffix: str = ""  # appended to a prompt; of messages, to the last one, unless that has it already
     limit: int | None = None  # the first so many rows; none: all
@@ -150,7 +152,8 @@ class ServersConfig:
 class RolloutConfig:
     """How responses are generated."""
 
-    engine: EngineKind = EngineKind.embedded
+    # who generates the responses; `import:`: an engine of your own (docs/extending.md)
+    engine: EngineKind | Extension = EngineKind.embedded
     servers: ServersConfig = field(default_factory=ServersConfig)
     # updates of the actor between a token and its use, 0 or 1; 1: the next batch is generated while this one trains
     max_staleness: int = 0
@@ -162,6 +165,11 @@ class RolloutConfig:
     batch_rows: int = 256  # responses that the embedded engine decodes together, in each process
     dump: bool = False  # write each iteration's rollouts to `run.dir/rollouts`
     replay: str | None = None  # folder that `dump` wrote, to read rollouts from instead of generating them
+
+    @property
+    def is_served(self) -> bool:
+        """Whether servers generate. An engine of the user's own counts as part of the trainer's processes."""
+        return isinstance(self.engine, EngineKind) and self.engine.is_served
 
 
 @dataclass(slots=True)
@@ -297,8 +305,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
-    stage1: StageConfig = field(default_factory=lambda: StageConfig(method=Method.ppo))
-    stage2: StageConfig = field(default_factory=lambda: StageConfig(method=Method.tempo, unlabelled_prompts=256))
+    stage1: StageConfig = field(default_factory=lambda: StageConfig(PpoSettings()))
+    stage2: StageConfig = field(default_factory=lambda: StageConfig(TempoSettings(), unlabelled_prompts=256))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
@@ -337,6 +345,8 @@ def to_plain(value: Any) -> Any:
     """A config or part of it as dicts, lists and scalars, enums by name: what is written to JSON."""
     if isinstance(value, Enum | Extension):
         return value.name
+    if isinstance(value, StageConfig):
+        return to_plain(value.named_fields())
     if hasattr(value, "__dataclass_fields__"):
         return {name: to_plain(getattr(value, name)) for name in value.__dataclass_fields__}
     if isinstance(value, dict):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from megatron_tempo.config import extensions
 from megatron_tempo.config.extensions import Extension, ExtensionError
+
+_Settings = TypeVar("_Settings", bound="MethodSettings")
 
 
 class Method(Enum):
@@ -52,31 +54,6 @@ NEEDS = {
 }
 
 
-class LoadedMethod(NamedTuple):
-    """A method of the user's own. `iterate` is called as `methods.Iterate`."""
-
-    needs: Needs
-    iterate: Any
-
-
-@cache
-def load_method(extension: Extension) -> LoadedMethod:
-    """An object with `needs` and `iterate(learner, rollouts, stage, iteration)`. Raises ExtensionError."""
-    target = extensions.load(extension)
-    iterate = extensions.method(target, "iterate", ("learner", "rollouts", "stage", "iteration"))
-    needs = getattr(target, "needs", None)
-    if not isinstance(needs, Needs):
-        wrong = f"its attribute needs is {extensions.shown(needs)}"
-        raise ExtensionError(
-            wrong, "needs = Needs(actor=Prompts.labelled, critic=None), from megatron_tempo.config.stages"
-        )
-    if not isinstance(needs.actor, Prompts) or not isinstance(needs.critic, Prompts | None):
-        raise ExtensionError(
-            f"its attribute needs is {needs}", "give actor a member of Prompts, and critic one or None"
-        )
-    return LoadedMethod(needs, iterate)
-
-
 class Baseline(Enum):
     """Where reward and baseline of a token's advantage are read (docs/method.md)."""
 
@@ -90,6 +67,158 @@ class ValueTiming(Enum):
 
     after_estep = "after_estep"  # the recalibrated one, as in the paper
     before_estep = "before_estep"  # the one of the iteration before, as in the published code
+
+
+@dataclass(slots=True)
+class MethodSettings:
+    """The settings of a stage that belong to its method: a subclass for each method, with fields.
+
+    The properties are what the rest of the program asks of any method; a field of the same name takes their place.
+    """
+
+    @property
+    def baseline(self) -> Baseline:
+        """Where the value in a token's advantage is read."""
+        return Baseline.before_token
+
+    @property
+    def estep_every(self) -> int:
+        """Iterations from one E-step to the next; 0: never."""
+        return 1
+
+    @property
+    def actor_on_labelled(self) -> bool:
+        """Whether the actor is trained on labelled prompts too, where its own are others."""
+        return False
+
+    @property
+    def vote_responses(self) -> int | None:
+        """Responses that are sampled for a prompt; None: `responses_per_prompt`."""
+        return None
+
+
+@dataclass(slots=True)
+class CriticSettings(MethodSettings):
+    """Of methods with a critic."""
+
+    baseline: Baseline = Baseline.before_token
+
+
+@dataclass(slots=True)
+class GroupSettings(MethodSettings):
+    """Of methods that compare the responses of a prompt group."""
+
+    group_std: bool = True  # divide advantages by the standard deviation of the rewards of a prompt
+
+
+@dataclass(slots=True)
+class PpoSettings(CriticSettings):
+    """Of a stage with `method=ppo`."""
+
+
+@dataclass(slots=True)
+class TempoSettings(CriticSettings):
+    """Of a stage with `method=tempo`."""
+
+    value_timing: ValueTiming = ValueTiming.after_estep
+    estep_every: int = 1  # iterations from one E-step to the next; 0: never, a frozen critic
+    # the actor learns from labelled rows, with verified rewards, as well, as in the published code
+    actor_on_labelled: bool = False
+
+
+@dataclass(slots=True)
+class TtrlSettings(GroupSettings):
+    """Of a stage with `method=ttrl`."""
+
+    vote_responses: int | None = None  # responses to a prompt that vote; none: those that are learnt from
+
+
+@dataclass(slots=True)
+class EmpoSettings(GroupSettings):
+    """Of a stage with `method=empo`."""
+
+    entropy_low: float | None = None  # leave out prompts whose answers have less entropy, nats; none: no bound
+    entropy_high: float | None = None  # leave out prompts whose answers have more entropy, nats; none: no bound
+
+
+@dataclass(slots=True)
+class GrpoSettings(GroupSettings):
+    """Of a stage with `method=grpo`."""
+
+
+SETTINGS: dict[Method, type[MethodSettings]] = {
+    Method.ppo: PpoSettings,
+    Method.tempo: TempoSettings,
+    Method.ttrl: TtrlSettings,
+    Method.empo: EmpoSettings,
+    Method.grpo: GrpoSettings,
+}
+_METHODS = {settings: method for method, settings in SETTINGS.items()}
+
+
+@dataclass(slots=True)
+class ExtensionSettings:
+    """A method of the user's own and what the configuration gives it: plain values, read when the method is loaded."""
+
+    method: Extension
+    given: dict[str, Any] = field(default_factory=dict)
+
+
+def settings_of(method: Method | Extension) -> MethodSettings | ExtensionSettings:
+    """The default settings of a method.
+
+    >>> settings_of(Method.grpo)
+    GrpoSettings(group_std=True)
+    """
+    return ExtensionSettings(method) if isinstance(method, Extension) else SETTINGS[method]()
+
+
+class LoadedMethod(NamedTuple):
+    """A method of the user's own. `iterate` is called as `methods.Iterate`."""
+
+    needs: Needs
+    iterate: Any
+    settings: type[MethodSettings]
+
+
+@cache
+def load_method(extension: Extension) -> LoadedMethod:
+    """An object with `needs`, `iterate(learner, rollouts, stage, iteration)` and perhaps `settings`.
+
+    Raises ExtensionError.
+    """
+    target = extensions.load(extension)
+    iterate = extensions.method(target, "iterate", ("learner", "rollouts", "stage", "iteration"))
+    needs = getattr(target, "needs", None)
+    if not isinstance(needs, Needs):
+        wrong = f"its attribute needs is {extensions.shown(needs)}"
+        raise ExtensionError(
+            wrong, "needs = Needs(actor=Prompts.labelled, critic=None), from megatron_tempo.config.stages"
+        )
+    if not isinstance(needs.actor, Prompts) or not isinstance(needs.critic, Prompts | None):
+        raise ExtensionError(
+            f"its attribute needs is {needs}", "give actor a member of Prompts, and critic one or None"
+        )
+    return LoadedMethod(needs, iterate, _settings_class(target))
+
+
+def _settings_class(target: Any) -> type[MethodSettings]:
+    """The settings that a user's method declares. Raises ExtensionError."""
+    kind = getattr(target, "settings", MethodSettings)
+    if not (isinstance(kind, type) and issubclass(kind, MethodSettings)):
+        wrong = f"its attribute settings is {extensions.shown(kind)}"
+        raise ExtensionError(wrong, "a dataclass that derives from MethodSettings, of megatron_tempo.config.stages")
+    name = kind.__name__
+    if "__dataclass_fields__" not in vars(kind):
+        raise ExtensionError(f"its settings {name} are no dataclass", "@dataclass(slots=True) above the class")
+    taken = {"method", *StageConfig.__dataclass_fields__}
+    for each in fields(kind):
+        # A field that has the name of a property above takes that for its default.
+        if (each.default is MISSING and each.default_factory is MISSING) or isinstance(each.default, property):
+            raise ExtensionError(f"its setting {name}.{each.name} has no default", "give each setting a default")
+        if each.name in taken:
+            raise ExtensionError(f"its setting {name}.{each.name} is a field of every stage", "give it another name")
+    return kind
 
 
 class CriticTargets(Enum):
@@ -156,22 +285,48 @@ class CriticUpdateConfig:
 class StageConfig:
     """One stage of training by one method."""
 
-    method: Method | Extension = Method.tempo
+    # what the stage trains by; its settings stand among these fields (docs/methods.md)
+    settings: MethodSettings | ExtensionSettings = field(default_factory=TempoSettings)
     iterations: int = 0  # length of the stage; 0: no such stage
     labelled_prompts: int = 256  # labelled prompts of an iteration
     unlabelled_prompts: int = 0  # unlabelled prompts of an iteration
     responses_per_prompt: int = 8  # responses to a prompt, to learn from
     actor: ActorUpdateConfig = field(default_factory=ActorUpdateConfig)
     critic: CriticUpdateConfig = field(default_factory=CriticUpdateConfig)
-    baseline: Baseline = Baseline.before_token
-    value_timing: ValueTiming = ValueTiming.after_estep
-    estep_every: int = 1  # iterations from one E-step to the next; 0: never, a frozen critic
-    # `tempo`: the actor learns from labelled rows, with verified rewards, as well, as in the published code
-    actor_on_labelled: bool = False
-    group_std: bool = True  # without a critic: divide advantages by the standard deviation of the rewards of a prompt
-    vote_responses: int | None = None  # `ttrl`: responses to a prompt that vote; none: those that are learnt from
-    entropy_low: float | None = None  # `empo`: leave out prompts whose answers have less entropy, nats; none: no bound
-    entropy_high: float | None = None  # `empo`: leave out prompts whose answers have more entropy, nats; none: no bound
+
+    @property
+    def method(self) -> Method | Extension:
+        settings = self.settings
+        return settings.method if isinstance(settings, ExtensionSettings) else _METHODS[type(settings)]
+
+    @method.setter
+    def method(self, method: Method | Extension) -> None:
+        """Another method, with its default settings."""
+        self.settings = settings_of(method)
+
+    @property
+    def method_settings(self) -> MethodSettings:
+        """The settings of the method. Raises ExtensionError if it is the user's and cannot be loaded."""
+        if not isinstance(self.settings, ExtensionSettings):
+            return self.settings
+        from megatron_tempo.config.tree import read_settings  # which imports this module
+
+        settings, problems = read_settings(self.settings, "")
+        if problems:
+            raise ExtensionError(f"{problems[0].field}={problems[0].value}: {problems[0].wrong}", problems[0].fix)
+        return settings
+
+    def settings_as(self, kind: type[_Settings]) -> _Settings:
+        """The settings of the method, whose class is known to be `kind`."""
+        settings = self.method_settings
+        assert isinstance(settings, kind), f"the settings of {self.method.name} are {type(settings).__name__}"
+        return settings
+
+    def named_fields(self) -> dict[str, Any]:
+        """All fields by their names in the configuration: the method, the method's own, those of every stage."""
+        settings = self.settings
+        given = settings.given if isinstance(settings, ExtensionSettings) else _values(settings)
+        return {"method": self.method, **given, **{k: v for k, v in _values(self).items() if k != "settings"}}
 
     @property
     def needs(self) -> Needs:
@@ -184,12 +339,12 @@ class StageConfig:
 
     @property
     def trains_critic(self) -> bool:
-        return self.has_critic and not (self.needs.estep and self.estep_every == 0)
+        return self.has_critic and not (self.needs.estep and self.method_settings.estep_every == 0)
 
     @property
     def samples(self) -> int:
         """Responses that are sampled for a prompt."""
-        return self.vote_responses or self.responses_per_prompt
+        return self.method_settings.vote_responses or self.responses_per_prompt
 
     def warms_up(self, iteration: int) -> bool:
         """Whether the iteration, from 0, is of the critic's warm-up: the actor then stays as it is."""
@@ -199,7 +354,7 @@ class StageConfig:
         """Whether the iteration, from 0, updates the critic."""
         if not self.trains_critic:
             return False
-        return not self.needs.estep or self.warms_up(iteration) or iteration % self.estep_every == 0
+        return not self.needs.estep or self.warms_up(iteration) or iteration % self.method_settings.estep_every == 0
 
     def prompts_at(self, iteration: int) -> set[Prompts]:
         """The prompts that the iteration, from 0, needs answered."""
@@ -208,7 +363,7 @@ class StageConfig:
 
     def actor_prompts(self) -> set[Prompts]:
         """The prompts whose responses the actor learns from."""
-        extra = {Prompts.labelled} if self.actor_on_labelled else set()
+        extra = {Prompts.labelled} if self.method_settings.actor_on_labelled else set()
         return {self.needs.actor} | extra
 
     def critic_prompts(self) -> set[Prompts]:
@@ -224,3 +379,7 @@ class StageConfig:
         """How many of the given prompts an iteration has."""
         of = {Prompts.labelled: self.labelled_prompts, Prompts.unlabelled: self.unlabelled_prompts}
         return sum(of[kind] for kind in prompts)
+
+
+def _values(settings: Any) -> dict[str, Any]:
+    return {each.name: getattr(settings, each.name) for each in fields(settings)}

@@ -10,16 +10,24 @@ import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_tempo.config.extensions import PREFIX, Extension, ExtensionError
+from megatron_tempo.config.extensions import PREFIX, Extension, ExtensionError, call_failed, described
 from megatron_tempo.config.problem import Problem, did_you_mean, show
 from megatron_tempo.config.schema import Config, to_plain
+from megatron_tempo.config.stages import (
+    SETTINGS,
+    ExtensionSettings,
+    Method,
+    MethodSettings,
+    StageConfig,
+    load_method,
+)
 from megatron_tempo.errors import InputError, hidden
 from megatron_tempo.input_files import read_json
 
@@ -55,7 +63,7 @@ def save(config: Config, path: str | Path) -> None:
 
 def load(path: str | Path) -> Config:
     """Reads what `save` wrote. Raises InputError for fields or values that this version does not know."""
-    config, problems = read(read_json(Path(path), dict))
+    config, problems = read(without_default_settings(read_json(Path(path), dict)))
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         fields = ", ".join(f"{problem.field}={show(problem.value)}" for problem in problems[:5])
@@ -90,13 +98,19 @@ def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     elif is_dataclass(node):
         yield path, node
         for name in node.__dataclass_fields__:
-            yield from walk(getattr(node, name), _join(path, name))
+            # The settings of a stage's method stand among the stage's fields.
+            below = path if isinstance(node, StageConfig) and name == "settings" else _join(path, name)
+            yield from walk(getattr(node, name), below)
 
 
 def field_paths(cls: type = Config, path: str = "") -> Iterator[str]:
     """The paths of all leaves; NAME stands for a key that the user chooses."""
+    if cls is StageConfig:
+        yield from (_join(path, name) for name in ("method", *_SETTINGS))
     for name, hint in _hints(cls).items():
         below = _join(path, name)
+        if cls is StageConfig and name == "settings":
+            continue
         inner = strip_optional(hint)
         if typing.get_origin(inner) is dict:
             inner, below = typing.get_args(inner)[1], _join(below, "NAME")
@@ -114,10 +128,17 @@ def _hints(cls: type) -> dict[str, Any]:
 
 def _fill(default: _Node, plain: Any, path: str, problems: list[Problem]) -> _Node:
     """`default`, a dataclass, with the values of `plain` in it."""
+    if isinstance(default, StageConfig) and isinstance(plain, Mapping):
+        return typing.cast(_Node, _stage(default, plain, path, problems))
+    return _fill_fields(default, plain, path, problems)
+
+
+def _fill_fields(default: _Node, plain: Any, path: str, problems: list[Problem]) -> _Node:
     hints = _hints(typing.cast("type", type(default)))
     if not isinstance(plain, Mapping):
         wrong = "is a group of fields, not a value"
-        problems.append(Problem(path, plain, wrong, f"set its fields, such as {path}.{next(iter(hints))}"))
+        first = "method" if isinstance(default, StageConfig) else next(iter(hints))
+        problems.append(Problem(path, plain, wrong, f"set its fields, such as {path}.{first}"))
         return default
     values = {}
     for key, value in plain.items():
@@ -130,6 +151,94 @@ def _fill(default: _Node, plain: Any, path: str, problems: list[Problem]) -> _No
         except _BadValue as bad:
             problems.append(bad.problem)
     return replace(default, **values)  # type: ignore[type-var]
+
+
+def _stage(default: StageConfig, plain: Mapping[str, Any], path: str, problems: list[Problem]) -> StageConfig:
+    """A stage. Its method says which fields it has besides those of every stage."""
+    shared = [name for name in StageConfig.__dataclass_fields__ if name != "settings"]
+    stage = _fill_fields(default, {key: plain[key] for key in plain if key in shared}, path, problems)
+    own = {str(key): value for key, value in plain.items() if key not in {*shared, "method"}}
+    try:
+        method = _value(Method | Extension, plain.get("method", default.method.name), _join(path, "method"), None, [])
+    except _BadValue as bad:  # which settings it has is not known
+        problems.append(bad.problem)
+        method, kind = None, None
+    if isinstance(method, Extension):
+        return replace(stage, settings=ExtensionSettings(method, own))
+    kind = SETTINGS[method] if method is not None else None
+    names = _SETTINGS if kind is None else kind.__dataclass_fields__
+    for key in own:
+        if key not in _SETTINGS:
+            problems.extend(_unknown(path, key, own[key], ["method", *shared, *names]))
+        elif key not in names:
+            problems.append(_of_another_method(path, key, own[key], method.name))
+    if kind is None:
+        return stage
+    return replace(stage, settings=_fill_fields(kind(), {k: own[k] for k in own if k in names}, path, problems))
+
+
+def _of_another_method(path: str, key: str, value: Any, method: str) -> Problem:
+    field = _join(path, key)
+    users = " or ".join(name.name for name, kind in SETTINGS.items() if key in kind.__dataclass_fields__)
+    fix = f"remove it (~{field} where a preset gives it), or {_join(path, 'method')}={users}"
+    return Problem(field, value, f"method {method} does not use it", fix)
+
+
+# The settings of all built-in methods by name: a name has one meaning and one default.
+_SETTINGS = {name: value for kind in SETTINGS.values() for name, value in to_plain(kind()).items()}
+
+
+def without_default_settings(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree as plain data without those settings of the stages' methods that are at their defaults.
+
+    So another method can be set on top of it, and a config.json of an earlier version, which has the settings of all
+    methods in each stage, can be read.
+    """
+    kept = dict(plain)
+    for name in Config().stages():
+        stage = plain.get(name)
+        if isinstance(stage, Mapping) and not str(stage.get("method")).startswith(PREFIX):
+            kept[name] = {k: v for k, v in stage.items() if k not in _SETTINGS or v != _SETTINGS[k]}
+    return kept
+
+
+def read_settings(settings: ExtensionSettings, path: str) -> tuple[MethodSettings, list[Problem]]:
+    """The settings of a user's method, as it declares them, and what in them could not be read.
+
+    Raises ExtensionError if the method cannot be loaded.
+    """
+    kind, problems = load_method(settings.method).settings, list[Problem]()
+    hints = _setting_types(kind)
+    known = {key: value for key, value in settings.given.items() if key in hints}
+    siblings = [name for name in ("method", *StageConfig.__dataclass_fields__, *hints) if name != "settings"]
+    for key in settings.given.keys() - known.keys():
+        problems.extend(_unknown(path, key, settings.given[key], siblings))
+    try:
+        return _fill_fields(kind(), known, path, problems), problems
+    except ValueError as error:  # of its __post_init__
+        wrong = f"rejects its settings: {error}"
+        problems.append(Problem(_join(path, "method"), settings.method, wrong, "change what it names"))
+        return MethodSettings(), problems
+    except Exception as error:
+        raise call_failed(settings.method, error) from error
+
+
+def _setting_types(kind: type[MethodSettings]) -> dict[str, Any]:
+    """The types of a user's settings. Raises ExtensionError if one of them cannot be given in a configuration."""
+    fix = "use bool, int, float, str, an Enum, a list of one of them, or X | None"
+    try:
+        hints = typing.get_type_hints(kind)
+    except Exception as error:
+        raise ExtensionError(f"the types of its settings {kind.__name__}: {described(error)}", fix) from error
+    hints = {each.name: hints[each.name] for each in fields(kind) if each.init}
+    for name, hint in hints.items():
+        match [each for each in _alternatives(hint) if each is not type(None)]:
+            case [single]:
+                item = typing.get_args(single)[0] if typing.get_origin(single) is list else single
+                if item in _EXPECTED or (isinstance(item, type) and issubclass(item, Enum)):
+                    continue
+        raise ExtensionError(f"its setting {kind.__name__}.{name} has the type {hint}", fix)
+    return hints
 
 
 def _value(hint: Any, value: Any, path: str, default: Any, problems: list[Problem]) -> Any:

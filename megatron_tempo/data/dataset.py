@@ -5,8 +5,10 @@ The unlabelled loader asks its file for prompt and id only, and what it makes ha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from megatron_tempo.config.extensions import Extension, call_failed, load_template, wrong_result
 from megatron_tempo.config.schema import DatasetConfig
 from megatron_tempo.data.question_keys import exact_key
 from megatron_tempo.data.question_rows import (
@@ -79,7 +81,9 @@ class _Encoder:
     """The prompt field of a row into text and token ids. BadRow where it is no usable prompt."""
 
     def __init__(self, config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> None:
-        if config.chat_template and tokenizer.chat_template is None:
+        own = config.chat_template
+        self._template = load_template(own) if isinstance(own, Extension) else None
+        if own and self._template is None and tokenizer.chat_template is None:
             raise InputError(
                 f"{config.path}: `chat_template` is true, and the tokenizer {tokenizer.name_or_path!r} has none; "
                 "set chat_template=false to send prompts as plain text"
@@ -134,7 +138,7 @@ class _Encoder:
             if not config.chat_template:
                 return prompt + config.suffix, False
             return self._render([{"role": "user", "content": prompt + config.suffix}]), True
-        if self._tokenizer.chat_template is None:
+        if self._template is None and self._tokenizer.chat_template is None:
             raise BadRow("the prompt is chat messages, and the tokenizer has no chat template; give text")
         return self._render(_with_suffix(prompt, config.suffix)), True
 
@@ -143,6 +147,8 @@ class _Encoder:
             if messages[0]["role"] == "system":
                 raise BadRow("the messages have a system message of their own, and `system` is set; unset it")
             messages = [{"role": "system", "content": self._config.system}, *messages]
+        if self._template is not None:
+            return self._render_own(self._template, messages)
         try:
             template = with_fixed_date(self._tokenizer.get_chat_template())
             return self._tokenizer.apply_chat_template(
@@ -150,6 +156,19 @@ class _Encoder:
             )
         except Exception as error:  # a template is a program
             raise BadRow(f"the tokenizer's chat template refuses the messages: {error}") from error
+
+    def _render_own(self, template: Callable[..., object], messages: list[Message]) -> str:
+        """By the user's template. Its ValueError rejects the row."""
+        extension = Extension(self._config.chat_template)
+        try:
+            text = template(messages, self._tokenizer)
+        except ValueError as error:
+            raise BadRow(f"{extension} rejects the messages: {error}") from error
+        except Exception as error:
+            raise call_failed(extension, error) from error
+        if not isinstance(text, str):
+            raise wrong_result(extension, text, "the text that the model reads (str)")
+        return text
 
 
 def _with_suffix(messages: list[Message], suffix: str) -> list[Message]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 
 from megatron_tempo.algorithm.groups import group_advantages, shares
-from megatron_tempo.config.stages import StageConfig
+from megatron_tempo.config.stages import EmpoSettings, StageConfig
 from megatron_tempo.methods.learner import Learner, Rollouts
 
 
@@ -23,8 +23,9 @@ def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration:
     assert batch is not None
     assert batch.answer_class is not None
     rewards, entropy = shares(batch.answer_class, batch.group)
-    low = -math.inf if stage.entropy_low is None else stage.entropy_low
-    high = math.inf if stage.entropy_high is None else stage.entropy_high
+    settings = stage.settings_as(EmpoSettings)
+    low = -math.inf if settings.entropy_low is None else settings.entropy_low
+    high = math.inf if settings.entropy_high is None else settings.entropy_high
     kept = ((low < entropy) & (entropy < high)).nonzero().flatten()
     metrics = {
         "reward/unlabelled": float(rewards.mean()),
@@ -33,5 +34,5 @@ def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration:
     }
     if len(kept) == 0:
         return metrics
-    advantages = group_advantages(rewards, batch.group, divide=stage.group_std)
+    advantages = group_advantages(rewards, batch.group, divide=settings.group_std)
     return metrics | learner.reinforce(batch.select(kept), advantages[kept], stage)

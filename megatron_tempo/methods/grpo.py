@@ -7,7 +7,7 @@ group. With `group_std=false`, it is not divided by std(r) (Dr. GRPO, arXiv 2503
 from __future__ import annotations
 
 from megatron_tempo.algorithm.groups import group_advantages
-from megatron_tempo.config.stages import StageConfig
+from megatron_tempo.config.stages import GrpoSettings, StageConfig
 from megatron_tempo.methods.learner import Learner, Rollouts
 
 
@@ -16,4 +16,5 @@ def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration:
     batch = rollouts.labelled
     assert batch is not None
     assert batch.correct is not None
-    return learner.reinforce(batch, group_advantages(batch.correct, batch.group, divide=stage.group_std), stage)
+    settings = stage.settings_as(GrpoSettings)
+    return learner.reinforce(batch, group_advantages(batch.correct, batch.group, divide=settings.group_std), stage)

@@ -67,7 +67,7 @@ class Learner:
 
     def improve_actor(self, batch: Batch, values: Tensor, rewards: Tensor, stage: StageConfig) -> dict[str, float]:
         """Clipped policy gradient with A_t = R - V (M-step, Eq. 11 and 12). `values`: [T + n], `rewards`: [n]."""
-        config = stage.actor
+        config, baseline = stage.actor, stage.method_settings.baseline
         with self.phase("logprobs"):
             old = self.actor.logprobs(batch)
             reference = self.reference_logprobs(batch) if config.kl_coef > 0 else None
@@ -80,7 +80,7 @@ class Learner:
         )
         order = mini_batches(batch, config.mini_batch_prompts, config.epochs, f"{self.seed}/actor")
         with self.phase("actor"):
-            metrics = self.actor.update(batch, experience, stage.baseline, config, order, self.iteration)
+            metrics = self.actor.update(batch, experience, baseline, config, order, self.iteration)
         gap = (old - batch.engine_logprobs).abs()
         return metrics | {"engine/logprob_gap_mean": float(gap.mean()), "engine/logprob_gap_max": float(gap.max())}
 

@@ -8,22 +8,23 @@ M-step   unlabelled prompts:          R = V(x, y_1:T);  A_t = R - V(x, y_<t)    
 from __future__ import annotations
 
 from megatron_tempo.algorithm.outcomes import final_values, value_targets
-from megatron_tempo.config.stages import StageConfig, ValueTiming
+from megatron_tempo.config.stages import StageConfig, TempoSettings, ValueTiming
 from megatron_tempo.methods.learner import Learner, Rollouts
 from megatron_tempo.types import Batch
 
 
 def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration: int) -> dict[str, float]:
     """One E-step and one M-step. During the critic's warm-up, only the E-step."""
+    settings = stage.settings_as(TempoSettings)
     labelled, unlabelled = rollouts.labelled, rollouts.unlabelled
     batch = unlabelled  # the rows that the actor is trained on
-    if unlabelled is not None and stage.actor_on_labelled:
+    if unlabelled is not None and settings.actor_on_labelled:
         assert labelled is not None
         batch = Batch.join(unlabelled, labelled)
     metrics: dict[str, float] = {}
 
     early = None
-    if batch is not None and stage.value_timing is ValueTiming.before_estep:
+    if batch is not None and settings.value_timing is ValueTiming.before_estep:
         early = learner.values(batch)
 
     if stage.critic_learns(iteration):
@@ -33,9 +34,9 @@ def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration:
     if batch is None or unlabelled is None:  # the critic's warm-up
         return metrics
     values = learner.values(batch) if early is None else early
-    rewards = final_values(values, batch.response_lengths, stage.baseline)
+    rewards = final_values(values, batch.response_lengths, settings.baseline)
     metrics["reward/unlabelled_value"] = float(rewards[: len(unlabelled)].mean())
-    if stage.actor_on_labelled:
+    if settings.actor_on_labelled:
         assert labelled is not None
         assert labelled.correct is not None
         rewards[len(unlabelled) :] = value_targets(labelled.correct, stage.critic.targets)

@@ -10,7 +10,7 @@ and 32.)
 from __future__ import annotations
 
 from megatron_tempo.algorithm.groups import first_of_each, group_advantages, votes
-from megatron_tempo.config.stages import StageConfig
+from megatron_tempo.config.stages import StageConfig, TtrlSettings
 from megatron_tempo.methods.learner import Learner, Rollouts
 
 
@@ -27,4 +27,5 @@ def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration:
     rows = first_of_each(polled.group, stage.responses_per_prompt)
     batch, rewards = polled.select(rows), won[rows]
     metrics["reward/unlabelled"] = float(rewards.mean())
-    return metrics | learner.reinforce(batch, group_advantages(rewards, batch.group, divide=stage.group_std), stage)
+    advantages = group_advantages(rewards, batch.group, divide=stage.settings_as(TtrlSettings).group_std)
+    return metrics | learner.reinforce(batch, advantages, stage)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_tempo.config.choices import EngineKind, EnginePrecision
+from megatron_tempo.config.choices import EnginePrecision
 from megatron_tempo.config.schema import Config
 from megatron_tempo.plan.layout import row_tokens
 from megatron_tempo.plan.parameters import layer_parameters, total_parameters
@@ -38,7 +38,7 @@ class EngineMemory:
 
 def precision_of(config: Config) -> EnginePrecision:
     """Precision of the engine's weights, as rollout.build.engine_precision, which imports torch (a test compares)."""
-    servers = config.rollout.servers if config.rollout.engine is not EngineKind.embedded else None
+    servers = config.rollout.servers if config.rollout.is_served else None
     return (servers and servers.precision) or EnginePrecision[config.run.precision.numbers.name]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from megatron_tempo.config.choices import EngineKind, EnginePrecision, Logits, Precision
+from megatron_tempo.config.choices import EnginePrecision, Logits, Precision
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.plan import activations, engine, head
@@ -215,7 +215,7 @@ def least_rows(config: Config) -> int:
 
 def _engine(config: Config, shape: PlannedShape, stages: list[StageConfig], split: Split) -> tuple[Parts, Parts, float]:
     """Parts that an engine holds on the trainer's GPUs all the time, and only while it generates; the rows that fit."""
-    if config.rollout.engine is EngineKind.embedded:
+    if not config.rollout.is_served:
         rows = max(stage.count(stage.prompts()) * stage.samples for stage in stages)
         one = engine.embedded(config, shape, rows, least_rows(config), split)
         return {Part.engine: one.weights}, {Part.cache: one.cache, Part.head: one.sampling}, one.rows
@@ -348,7 +348,7 @@ class _Phases:
         precision = engine.precision_of(config)
         size = 4 if precision is EnginePrecision.fp32 else 2
         slots = [2 * shape.ffn * shape.hidden, (shape.queries + 2 * shape.keys) * shape.hidden]
-        if config.rollout.engine is EngineKind.embedded or stage in (0, self.layouts[Role.actor].pipeline - 1):
+        if not config.rollout.is_served or stage in (0, self.layouts[Role.actor].pipeline - 1):
             slots.append(shape.vocab * shape.hidden)
         largest = max(config.parallel.bucket_mb << 20, size * max(slots))
         return min(largest, size * shape.layers * layer_parameters(shape) + size * slots[-1]) * (

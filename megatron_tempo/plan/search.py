@@ -15,6 +15,7 @@ from itertools import product
 from typing import Any
 
 from megatron_tempo.config.choices import EngineKind, Recompute
+from megatron_tempo.config.extensions import Extension
 from megatron_tempo.config.problem import show
 from megatron_tempo.config.rules.layout import divisors
 from megatron_tempo.config.schema import Config
@@ -139,18 +140,20 @@ def _engines(config: Config, shape: PlannedShape) -> Iterator[dict[str, object]]
     cluster, rollout = config.cluster, config.rollout
     assert cluster is not None
     yield {}
-    if rollout.servers.addresses is not None and rollout.engine is not EngineKind.embedded:
+    if rollout.servers.addresses is not None and rollout.is_served:
         return
-    if rollout.engine is EngineKind.embedded:
+    if isinstance(rollout.engine, Extension):  # nothing is known of its memory
+        return
+    if not rollout.is_served:
         rows = least_rows(config)
         while rows < rollout.batch_rows:
             yield {"rollout.batch_rows": rows}
             rows *= 2
     if cluster.rollout_nodes:  # all servers are on those nodes
         return
-    if rollout.engine is EngineKind.embedded and total_parameters(shape) < SERVED:
+    if not rollout.is_served and total_parameters(shape) < SERVED:
         return
-    kind = SERVERS if rollout.engine is EngineKind.embedded else rollout.engine
+    kind = rollout.engine if rollout.is_served else SERVERS
     node = cluster.gpus_per_node
     for serving in range(1, node):
         world = (node - serving) * cluster.nodes

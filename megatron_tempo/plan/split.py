@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_tempo.config.choices import EngineKind
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.rules import cluster, extensions, layout, numbers, precision, rollout, stages
 from megatron_tempo.config.schema import Config
@@ -40,7 +39,7 @@ def split_of(config: Config) -> Split:
     machines, servers = config.cluster, config.rollout.servers
     assert machines is not None
     world, node = config.parallel.world_size, machines.gpus_per_node
-    if config.rollout.engine is EngineKind.embedded or servers.addresses is not None:
+    if not config.rollout.is_served or servers.addresses is not None:
         return Split(world or machines.gpus, 0, 0, 0)
     if away := machines.rollout_nodes:
         count = servers.replicas * away
@@ -64,6 +63,7 @@ def problems(config: Config) -> list[Problem]:
         return list(numbers.check(config))
     shape, wrong = shape_of(config)
     wrong += [*numbers.check(config), *_cluster(config), *extensions.check_methods(config)]
+    wrong += extensions.check_engine(config)
     if wrong or shape is None:
         return wrong
     return [*laid_out(config, shape), *(p for p in stages.check(config) if not p.field.startswith(_ELSEWHERE))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from megatron_tempo.config.choices import EngineKind
+from megatron_tempo.config.extensions import Extension, short_name
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.summary import layout_words as config_words
 from megatron_tempo.plan.layout import machine_of
@@ -38,8 +38,10 @@ def _head(config: Config, shape: PlannedShape, own: Plan) -> Iterator[str]:
         f"{cluster.gpu or 'GPU'} of {cluster.memory_gb:g} GB, of which {cluster.reserve_gb:g} GB are reserved"
     )
     engine = config.rollout.engine.name
-    if config.rollout.engine is EngineKind.embedded:
+    if not config.rollout.is_served:
         engine += " in the trainer's processes"
+        if isinstance(config.rollout.engine, Extension):
+            engine += " (its memory and times are those of the embedded engine)"
     elif not split.servers:
         engine += " servers outside this cluster"
     else:
@@ -148,10 +150,12 @@ def _layouts(own: Plan, plans: list[Plan]) -> list[str]:
 def layout_row(plan: Plan) -> list[str]:
     """Cells of the table of layouts."""
     servers, split, layout = plan.config.rollout.servers, plan.split, plan.layout
-    engine = f"{split.serving} GPUs, tensor {servers.tensor}" if split.serving else "embedded"
-    if split.shared:
+    engine = f"{split.serving} GPUs, tensor {servers.tensor}"
+    if not plan.config.rollout.is_served:
+        engine = short_name(plan.config.rollout.engine.name)
+    elif split.shared:
         engine = f"shared, tensor {servers.tensor}"
-    elif plan.config.rollout.engine is not EngineKind.embedded and not split.servers:
+    elif not split.servers:
         engine = "elsewhere"
     largest = plan.memory.largest
     return [

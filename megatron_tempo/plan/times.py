@@ -7,7 +7,7 @@ bandwidth; weight sync by the links, at `link_share`.
 
 from __future__ import annotations
 
-from megatron_tempo.config.choices import EngineKind, Logits, Recompute
+from megatron_tempo.config.choices import Logits, Recompute
 from megatron_tempo.config.schema import ClusterConfig, Config
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.plan import engine
@@ -130,7 +130,7 @@ def _generate(
     written), and repeats it to the number of query heads (read, written, and read as often).
     """
     servers = config.rollout.servers
-    alone = config.rollout.engine is EngineKind.embedded
+    alone = not config.rollout.is_served
     engines = split.trainers if alone else split.servers
     if not engines:  # servers outside this cluster
         return 0.0
@@ -157,7 +157,7 @@ def _sync(config: Config, shape: PlannedShape, cluster: ClusterConfig, split: Sp
     size = engine.weight_bytes(config, shape)
     gathered = size / config.parallel.pipeline if config.parallel.tensor > 1 else 0.0
     inside, between = (gbs * 1e9 * cluster.link_share for gbs in (cluster.nvlink_gbs, cluster.network_gbs))
-    if config.rollout.engine is EngineKind.embedded:
+    if not config.rollout.is_served:
         return 2 * size / (inside if cluster.nodes == 1 else between)
     sent = size / config.parallel.pipeline * max(1, split.servers)
     return gathered / inside + sent / (inside if cluster.nodes == 1 else between)

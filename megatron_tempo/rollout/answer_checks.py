@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import httpx
 
@@ -69,20 +70,31 @@ def checked_completions(
 
 
 def _completion(answer: Answer, ask: Ask, vocab: int, newest: int) -> Completion:
-    tokens, logprobs, longest = answer.token_ids, answer.logprobs, ask.sampling.max_tokens
-    versions = [(int(version), count) for version, count in answer.versions if count]
-    doubts = [
-        (answer.reason not in ("stop", "length"), f"ended by {answer.reason}"),
+    versions = tuple((int(version), count) for version, count in answer.versions if count)
+    completion = Completion(tuple(answer.token_ids), tuple(answer.logprobs), answer.reason, versions)
+    if wrong := doubts(completion, ask.sampling.max_tokens, vocab, range(ask.job.oldest, newest + 1)):
+        raise EngineError(f"gave a response that makes no sense: {'; '.join(wrong)}")
+    return without_rounding(completion)
+
+
+def without_rounding(completion: Completion) -> Completion:
+    """The completion with log-probabilities of 0 at most: rounding takes that of a certain token above."""
+    return replace(completion, logprobs=tuple(min(p, 0.0) for p in completion.logprobs))
+
+
+def doubts(completion: Completion, longest: int, vocab: int, versions: range) -> list[str]:
+    """What cannot be so in a response of at most `longest` tokens by weights of these `versions`."""
+    tokens, logprobs, spans = completion.token_ids, completion.logprobs, list(completion.versions)
+    checks = [
+        (completion.finish_reason not in ("stop", "length"), f"ended by {completion.finish_reason}"),
         (not 1 <= len(tokens) <= longest, f"{len(tokens)} tokens of at most {longest}"),
         (len(logprobs) != len(tokens), f"{len(logprobs)} log-probabilities of {len(tokens)} tokens"),
         (any(not 0 <= token < vocab for token in tokens), "a token out of the vocabulary"),
         (any(not _LEAST < p < 1e-3 for p in logprobs), "a log-probability that is none"),
         (
-            any(not ask.job.oldest <= version <= newest for version, _ in versions),
-            f"weights of version {versions}, not {ask.job.oldest} to {newest}",
+            any(version not in versions for version, _ in spans),
+            f"weights of version {spans}, not {versions.start} to {versions.stop - 1}",
         ),
-        (sum(count for _, count in versions) != len(tokens), f"versions {versions} of {len(tokens)} tokens"),
+        (sum(count for _, count in spans) != len(tokens), f"versions {spans} of {len(tokens)} tokens"),
     ]
-    if wrong := [words for is_wrong, words in doubts if is_wrong]:
-        raise EngineError(f"gave a response that makes no sense: {'; '.join(wrong)}")
-    return Completion(tuple(tokens), tuple(min(p, 0.0) for p in logprobs), answer.reason, tuple(versions))
+    return [words for is_wrong, words in checks if is_wrong]

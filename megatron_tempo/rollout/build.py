@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_tempo.config.choices import EngineKind, EnginePrecision
+from megatron_tempo.config.extensions import Extension
 from megatron_tempo.config.schema import Config
 from megatron_tempo.rollout.server_adapter import ServerAdapter
 
@@ -12,10 +13,10 @@ def server_adapter_of(config: Config, *, cpu: bool) -> ServerAdapter:
     from megatron_tempo.rollout.sglang import Sglang
     from megatron_tempo.rollout.vllm import Vllm
 
-    kinds: dict[EngineKind, type[Sglang | Vllm]] = {EngineKind.sglang: Sglang, EngineKind.vllm: Vllm}
+    kinds: dict[EngineKind | Extension, type[Sglang | Vllm]] = {EngineKind.sglang: Sglang, EngineKind.vllm: Vllm}
     return kinds[config.rollout.engine](cpu=cpu, tensor=config.rollout.servers.tensor)
 
 
 def engine_precision(config: Config) -> EnginePrecision:
-    servers = config.rollout.servers if config.rollout.engine is not EngineKind.embedded else None
+    servers = config.rollout.servers if config.rollout.is_served else None
     return (servers and servers.precision) or EnginePrecision[config.run.precision.numbers.name]

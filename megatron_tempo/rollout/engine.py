@@ -1,11 +1,18 @@
-"""What every engine does. One is in `embedded.py`, one, over any number of servers, in `servers.py`."""
+"""What every engine does.
+
+One is in `embedded.py`, one, over any number of servers, in `servers.py`; `imported.py` has the user's own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+import torch
+
+from megatron_tempo.config.schema import RolloutConfig
 from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
 
 
@@ -30,6 +37,18 @@ class Sampling:
 
     temperature: float
     max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSetup:
+    """What an engine of the user's own is made with (docs/extending.md)."""
+
+    model: Path  # Hugging Face folder: configuration, tokenizer, end tokens. The weights come by `load_weights`
+    device: torch.device
+    dtype: torch.dtype  # of the weights that `load_weights` gets
+    folder: Path  # below `run.dir`, for what the engine writes; it need not exist
+    config: RolloutConfig  # `batch_rows` and so on
+    log: Callable[[str], None]  # one line of the run's log
 
 
 class Engine(Protocol):

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_tempo.config.choices import EngineKind
 from megatron_tempo.errors import InputError, hidden
 from megatron_tempo.submit.job import Job, Kind
 
@@ -77,7 +76,7 @@ def _variables(job: Job, folder: Path, work: Path) -> Iterator[str]:
     yield _set("TRAIN_NODES", cluster.training_nodes)
     yield _set("PROCESSES", job.processes, "trainer processes on each trainer node")
     yield _set("ROLLOUT_NODES", cluster.rollout_nodes, "the nodes after those of the trainer")
-    away = cluster.rollout_nodes and config.rollout.engine is not EngineKind.embedded
+    away = cluster.rollout_nodes and config.rollout.is_served
     yield _set("SERVERS", servers.replicas if away else 0, "servers on each of those nodes")
     yield _set("START_SECONDS", round(servers.start_seconds), "time limit for a server to start")
     if job.kind is Kind.train:

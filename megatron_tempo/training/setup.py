@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tempo.config.choices import EngineKind, EnginePrecision, Precision
+from megatron_tempo.config.extensions import Extension
 from megatron_tempo.config.rules.extensions import imported_verifiers
 from megatron_tempo.config.schema import Config
 from megatron_tempo.evaluation.evaluator import Evaluator
@@ -25,7 +26,8 @@ from megatron_tempo.models.trained import Model, TrainedModel
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.build import engine_precision, server_adapter_of
 from megatron_tempo.rollout.embedded import EmbeddedEngine
-from megatron_tempo.rollout.engine import Engine
+from megatron_tempo.rollout.engine import Engine, EngineSetup
+from megatron_tempo.rollout.imported import ImportedEngine
 from megatron_tempo.training.context import RunContext, collective_timeout
 from megatron_tempo.types import LabelledPrompt, Weights
 from megatron_tempo.weights import folder
@@ -59,6 +61,10 @@ def build_engine(context: RunContext, log: Callable[[str], None]) -> Engine:
     kind, model = config.rollout.engine, Path(config.model.path)
     if kind is EngineKind.embedded:
         return EmbeddedEngine(model, context.device, DTYPES[config.run.precision], config.rollout.batch_rows)
+    if isinstance(kind, Extension):
+        work, dtype = Path(config.run.dir) / "engine", DTYPES[config.run.precision.numbers]
+        setup = EngineSetup(model, context.device, dtype, work, config.rollout, log)
+        return ImportedEngine(kind, setup, read_shape(model).vocab)
     from megatron_tempo.rollout.servers import ServersEngine  # an HTTP client, for these engines only
 
     servers, adapter = config.rollout.servers, server_adapter_of(config, cpu=context.device.type == "cpu")

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import Method, StageConfig
+from megatron_tempo.config.stages import Method, StageConfig, settings_of
 from megatron_tempo.methods import METHODS
 from megatron_tempo.methods.learner import Learner, Rollouts
 from megatron_tempo.training.context import open_context
@@ -41,7 +41,7 @@ def rollouts() -> Batch:
 
 
 def stage_of(method: Method) -> StageConfig:
-    stage = StageConfig(method=method, responses_per_prompt=4)
+    stage = StageConfig(settings_of(method), responses_per_prompt=4)
     stage.actor.mini_batch_prompts = 2
     # The large epsilon keeps Adam from making a full step of what is rounding noise in a gradient.
     stage.actor.optimizer.lr, stage.actor.optimizer.eps, stage.actor.optimizer.clip_grad = 2e-3, 1e-4, 100.0

@@ -15,7 +15,7 @@ import transformers
 from megatron_tempo.config import Config
 from megatron_tempo.config.choices import Device, Logits, Recompute
 from megatron_tempo.config.schema import ClusterConfig, CriticLayoutConfig, ParallelConfig
-from megatron_tempo.config.stages import Baseline, Method, StageConfig
+from megatron_tempo.config.stages import Baseline, PpoSettings, StageConfig
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.plan.layout import PlannedMicroBatch
@@ -74,7 +74,7 @@ def configured(model: Path, name: str) -> Config:
     config.run.device = Device.cpu
     config.parallel = ParallelConfig(world_size=world, micro_batch_tokens=BUDGET, **layout)
     config.rollout.max_prompt_tokens, config.rollout.max_response_tokens = PROMPT, RESPONSE
-    config.stage1 = StageConfig(Method.ppo, 1, labelled_prompts=ROWS, responses_per_prompt=1)
+    config.stage1 = StageConfig(PpoSettings(), 1, labelled_prompts=ROWS, responses_per_prompt=1)
     config.stage1.actor.mini_batch_prompts = config.stage1.critic.mini_batch_prompts = ROWS
     config.cluster = ClusterConfig(gpus_per_node=world, memory_gb=1.0)
     return config

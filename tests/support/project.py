@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.schema import Config, DatasetConfig
-from megatron_tempo.config.stages import Baseline, CriticTargets, Ratio
+from megatron_tempo.config.stages import CriticTargets, Ratio
 from tests.support.tiny import write_model
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +57,6 @@ def config_of(project: Path, run_dir: Path) -> Config:
     config.stage1.iterations = 0
     config.stage2.unlabelled_prompts = 8
     config.stage2.iterations = 1
-    config.stage2.baseline = Baseline.before_token
     config.metrics.progress = config.metrics.report = False
     return config
 

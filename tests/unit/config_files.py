@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from megatron_tempo.config import Config
 from megatron_tempo.config.schema import to_plain
-from megatron_tempo.config.tree import read
+from megatron_tempo.config.tree import read, without_default_settings
 
 QWEN3 = {
     "model_type": "qwen3",
@@ -68,7 +68,8 @@ def good_overrides(folder: Path) -> list[str]:
 
 def configure(overrides: list[str]) -> Config:
     """The tree with KEY=VALUE changes, values in YAML; without Hydra, which takes longer."""
-    changed = OmegaConf.merge(OmegaConf.create(to_plain(Config())), OmegaConf.from_dotlist(overrides))
+    base = OmegaConf.create(without_default_settings(to_plain(Config())))
+    changed = OmegaConf.merge(base, OmegaConf.from_dotlist(overrides))
     plain: Any = OmegaConf.to_container(changed)
     config, problems = read(plain)
     assert problems == []

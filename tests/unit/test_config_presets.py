@@ -16,7 +16,7 @@ from megatron_tempo.config import Config, ConfigErrors, Problem, Purpose
 from megatron_tempo.config.benchmarks import BENCHMARKS
 from megatron_tempo.config.compose import REPOSITORY
 from megatron_tempo.config.schema import to_plain
-from megatron_tempo.config.stages import Baseline, CriticTargets, Method, Prompts, Ratio, ValueTiming
+from megatron_tempo.config.stages import Baseline, CriticTargets, Method, Prompts, Ratio, TempoSettings, ValueTiming
 from megatron_tempo.config.tree import MISSING, save
 from tests.unit.config_files import write_model, write_rows
 
@@ -60,7 +60,7 @@ def test_an_experiment_passes(experiment: str, tmp_path: Path) -> None:
     assert config.stage1.iterations > 0
     assert config.stage2.iterations > 0
     assert config.run.dir == f"runs/{experiment}"
-    assert config.stage2.baseline is Baseline.before_token
+    assert config.stage2.method_settings.baseline is Baseline.before_token
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -69,8 +69,8 @@ def test_the_reference_algorithm_goes_with_it(experiment: str, tmp_path: Path) -
     paper = build(overrides)
     config = build([*overrides, "algorithm=reference"])
     stage = config.stage2
-    assert (stage.baseline, stage.value_timing) == (Baseline.reference, ValueTiming.before_estep)
-    assert (stage.actor_on_labelled, stage.actor.whiten_advantages) == (True, True)
+    assert stage.settings == TempoSettings(Baseline.reference, ValueTiming.before_estep, actor_on_labelled=True)
+    assert stage.actor.whiten_advantages
     assert (stage.critic.targets, stage.critic.drop_uniform_groups) == (CriticTargets.plus_minus_one, True)
     assert config.run.dir == f"{paper.run.dir}_reference"
     config.stage2, config.run.dir = paper.stage2, paper.run.dir

@@ -140,13 +140,6 @@ ONE_FIELD = [
     ("stage2.labelled_prompts=0", "stage2.labelled_prompts", "tempo needs labelled", "=1 or more"),
     ("stage2.unlabelled_prompts=0", "stage2.unlabelled_prompts", "tempo needs unlabelled", "=1 or more"),
     ("stage1.unlabelled_prompts=8", "stage1.unlabelled_prompts", "ppo uses no unlabelled", "=0"),
-    ("stage1.value_timing=before_estep", "stage1.value_timing", "ppo does not use it", "timing=after_estep"),
-    ("stage1.estep_every=0", "stage1.estep_every", "ppo does not use it", "stage1.estep_every=1"),
-    ("stage1.actor_on_labelled=true", "stage1.actor_on_labelled", "ppo does not use it", "on_labelled=false"),
-    ("stage1.group_std=false", "stage1.group_std", "ppo does not use it", "group_std=true"),
-    ("stage2.vote_responses=64", "stage2.vote_responses", "tempo does not use it", "vote_responses=null"),
-    ("stage2.entropy_low=0", "stage2.entropy_low", "tempo does not use it", "entropy_low=null"),
-    ("stage2.entropy_high=1", "stage2.entropy_high", "tempo does not use it", "entropy_high=null"),
     (f"{S2}.warmup_iterations=1", f"{S2}.warmup_iterations", "in the stage's 1 iterations", "iterations above 1"),
     # evaluation and metrics
     ("evaluation.pass_k=[32]", "evaluation.pass_k", "pass@32", "evaluation.samples=32"),
@@ -309,9 +302,6 @@ GROUPS = [
     (GRPO, "stage2.responses_per_prompt=1", "stage2.responses_per_prompt", "a single one", "=2 or more"),
     (TTRL, "stage2.vote_responses=7", "stage2.vote_responses", "responses_per_prompt=8 of them", "=8 or more, or null"),
     (TTRL, "stage2.vote_responses=0", "stage2.vote_responses", "1 or more", "vote_responses=1"),
-    (GRPO, "stage2.vote_responses=16", "stage2.vote_responses", "grpo does not use it", "null"),
-    (TTRL, "stage2.baseline=paper", "stage2.baseline", "ttrl does not use it", "before_token"),
-    (TTRL, "stage2.estep_every=3", "stage2.estep_every", "ttrl does not use it", "estep_every=1"),
     (TTRL, "stage2.critic.warmup_iterations=3", "stage2.critic.warmup_iterations", "method ttrl has none", "=0"),
     (EMPO, "stage2.entropy_low=-1", "stage2.entropy_low", "0 or more", "entropy_low=0"),
     (EMPO, "stage2.entropy_high=0", "stage2.entropy_high", "above 0", "entropy_high=1"),
@@ -616,9 +606,9 @@ def test_a_warm_up_that_leaves_the_actor_an_iteration(files: Path) -> None:
 
 
 def test_a_stage_that_is_passed_over_may_hold_anything_unused(files: Path) -> None:
-    unused = ["stage1.value_timing=before_estep", "stage1.estep_every=3", "stage1.actor_on_labelled=true"]
-    assert len(problems(files, *unused, "stage1.critic.warmup_iterations=9")) == 4
-    assert problems(files, *unused, "stage1.critic.warmup_iterations=9", "stage1.iterations=0") == []
+    assert len(problems(files, "stage1.critic.warmup_iterations=9", "stage1.labelled_prompts=0")) == 2
+    passed = ("stage1.critic.warmup_iterations=9", "stage1.labelled_prompts=0", "stage1.iterations=0")
+    assert problems(files, *passed) == []
 
 
 def test_a_set_that_no_stage_uses_needs_no_file(files: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_tempo.config.stages import NEEDS, Baseline, CriticTargets, Method, StageConfig, ValueTiming
+from megatron_tempo.config.stages import NEEDS, Baseline, CriticTargets, Method, StageConfig, ValueTiming, settings_of
 from megatron_tempo.kernels.advantages import token_advantages
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.kernels.rows import Rows
@@ -146,10 +146,10 @@ def fakes() -> Fakes:
 
 
 def stage_of(method: Method, **changes: Any) -> StageConfig:
-    stage = StageConfig(method=method, labelled_prompts=4, unlabelled_prompts=3, responses_per_prompt=2)
+    stage = StageConfig(settings_of(method), labelled_prompts=4, unlabelled_prompts=3, responses_per_prompt=2)
     stage.actor.mini_batch_prompts = stage.critic.mini_batch_prompts = 2
     for name, value in changes.items():
-        setattr(stage, name, value)
+        setattr(stage if hasattr(stage, name) else stage.settings, name, value)
     return stage
 
 
@@ -406,6 +406,9 @@ def test_empo_leaves_out_prompts_by_their_entropy(
 # Which iteration needs what (config.stages.StageConfig), against the calls above
 
 
+TEMPO = {"estep_every": 1, "value_timing": ValueTiming.after_estep, "actor_on_labelled": False}
+
+
 @pytest.mark.parametrize("method", list(Method))
 @pytest.mark.parametrize("estep_every", [0, 1, 3])
 @pytest.mark.parametrize("warmup", [0, 2])
@@ -417,9 +420,12 @@ def test_a_method_runs_on_just_the_prompts_that_the_stage_asks_for(
     if estep_every == 0 and (warmup or method is Method.ppo):
         return
     critic = NEEDS[method].critic is not None
-    if not critic and (estep_every != 1 or warmup or extra):
+    changes = {"estep_every": estep_every, "value_timing": timing, "actor_on_labelled": extra}
+    if not critic and warmup:
         return
-    stage = stage_of(method, estep_every=estep_every, value_timing=timing, actor_on_labelled=extra)
+    if method is not Method.tempo and changes != TEMPO:  # settings that only TEMPO has
+        return
+    stage = stage_of(method, **(changes if method is Method.tempo else {}))
     stage.critic.warmup_iterations = warmup
     for iteration in range(7):
         fakes = Fakes()

@@ -17,7 +17,7 @@ import pytest
 
 import megatron_tempo.observability.metrics as metrics_module
 from megatron_tempo.config.schema import Config, MetricsConfig
-from megatron_tempo.config.stages import Method, StageConfig
+from megatron_tempo.config.stages import PpoSettings, StageConfig
 from megatron_tempo.observability.metrics import Metrics
 from megatron_tempo.observability.progress import Forecast, clock
 from megatron_tempo.observability.records import (
@@ -30,7 +30,7 @@ from megatron_tempo.observability.records import (
     read_warnings,
 )
 
-STAGES = {"stage1": StageConfig(method=Method.ppo, iterations=2), "stage2": StageConfig(iterations=3)}
+STAGES = {"stage1": StageConfig(PpoSettings(), iterations=2), "stage2": StageConfig(iterations=3)}
 
 
 def step_record(step: int, **numbers: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import pytest
 
 from megatron_tempo import cli
 from megatron_tempo.config.schema import Config, MetricsConfig, ServersConfig, to_plain
-from megatron_tempo.config.stages import Method, StageConfig
+from megatron_tempo.config.stages import PpoSettings, StageConfig
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.observability import heartbeat
 from megatron_tempo.observability.heartbeat import Heartbeat, read_heartbeat
@@ -36,7 +36,7 @@ ENGINE = {"name": "vllm server 1", "state": "serving", "requests": 12, "restarts
 def write_run(folder: Path, done: int = 30, **beat: Any) -> Path:
     """A run of 40 iterations of PPO and 60 of TEMPO after `done` of them, and its last heartbeat, 5 s old."""
     folder.mkdir()
-    config = Config(stage1=StageConfig(method=Method.ppo, iterations=40), stage2=StageConfig(iterations=60))
+    config = Config(stage1=StageConfig(PpoSettings(), iterations=40), stage2=StageConfig(iterations=60))
     config.model.path = "models/Qwen3-8B"
     config.evaluation.every = 0
     (folder / "config.json").write_text(json.dumps(to_plain(config)))

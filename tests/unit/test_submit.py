@@ -189,7 +189,7 @@ REFUSED = {
     "cluster.slurm.mounts=[/a:/b]": "cluster.slurm.mounts=[/a:/b]: are of a container, and there is none",
     "cluster.slurm.container=i cluster.slurm.mounts=[a]": "cluster.slurm.mounts=a: is no mount",
     "cluster.slurm.partion=gpu": "cluster.slurm.partion=gpu: there is no such field; fix: did you mean",
-    "cluster.rollout_nodes=1": "cluster.rollout_nodes=1: the embedded engine generates in the trainer's processes",
+    "cluster.rollout_nodes=1": "cluster.rollout_nodes=1: the engine embedded generates in the trainer's processes",
     "cluster.rollout_nodes=2 ROLLOUT": "cluster.rollout_nodes=2: leaves none of cluster.nodes=2 to train on",
     "cluster.rollout_nodes=1 rollout.engine=vllm": "rollout.servers.host=127.0.0.1: is reached from one machine alone",
     "cluster.rollout_nodes=1 ROLLOUT rollout.servers.replicas=5": "(replicas x tensor) GPUs are more than a node's 8",
@@ -427,7 +427,7 @@ def test_a_whole_configuration_and_changes_to_it(
     assert cli.build([], whole=str(file)) == config
     changed = cli.build(["run.seed=6", "algorithm=reference", "cluster=h200x8"], whole=str(file))
     assert (changed.run.seed, changed.stage1.iterations) == (6, 3)
-    assert changed.stage2.actor_on_labelled
+    assert changed.stage2.method_settings.actor_on_labelled
     assert changed.cluster is not None
     assert (changed.cluster.gpu, changed.cluster.memory_gb) == ("H200", 141)
     assert cli.main(["check", "--config", "nowhere.json"]) == 2

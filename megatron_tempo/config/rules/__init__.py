@@ -47,7 +47,7 @@ def check(config: Config, *, world_size: int | None, purpose: Purpose = Purpose.
     if not numbers.are_usable(config) or purpose is Purpose.convert:
         return refused_numbers
     if purpose is Purpose.serve:
-        return [*refused_numbers, *rollout.check(config)]
+        return [*refused_numbers, *rollout.check_serve(config)]
     shapes, problems = read_models(config)
     problems += refused_numbers
     problems += run.check(config, training=purpose is Purpose.train)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_tempo.config.choices import EngineKind, Transport
+from megatron_tempo.config.choices import Transport
 from megatron_tempo.config.hosts import is_loopback
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.schema import Config
@@ -27,8 +27,8 @@ def rollout_nodes(config: Config) -> Iterator[Problem]:
     if away >= cluster.nodes:
         wrong = f"leaves none of cluster.nodes={cluster.nodes} to train on"
         yield Problem(field, away, wrong, f"cluster.nodes={away + 1} or more")
-    if config.rollout.engine is EngineKind.embedded:
-        wrong = "the embedded engine generates in the trainer's processes"
+    if not config.rollout.is_served:
+        wrong = f"the engine {config.rollout.engine.name} generates in the trainer's processes"
         yield Problem(field, away, wrong, f"rollout.engine=sglang or vllm, or {field}=0")
         return
     if servers.addresses is not None:

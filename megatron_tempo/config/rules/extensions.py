@@ -6,10 +6,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from megatron_tempo.config.extensions import Extension, ExtensionError, load_reader, load_verifier
+from megatron_tempo.config.extensions import (
+    Extension,
+    ExtensionError,
+    load_engine,
+    load_reader,
+    load_template,
+    load_verifier,
+)
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.schema import Config, DatasetConfig
-from megatron_tempo.config.stages import Prompts, load_method
+from megatron_tempo.config.stages import ExtensionSettings, Prompts
+from megatron_tempo.config.tree import read_settings
 
 
 def check(config: Config, *, training: bool) -> Iterator[Problem]:
@@ -18,12 +26,24 @@ def check(config: Config, *, training: bool) -> Iterator[Problem]:
         yield from _verifier(config, group, dataset)
         if dataset.reader is not None:
             yield from _problem(f"{group}.reader", dataset.reader, load_reader)
+        if isinstance(dataset.chat_template, Extension):
+            yield from _problem(f"{group}.chat_template", dataset.chat_template, load_template)
+    yield from check_engine(config)
+
+
+def check_engine(config: Config) -> Iterator[Problem]:
+    if isinstance(config.rollout.engine, Extension):
+        yield from _problem("rollout.engine", config.rollout.engine, load_engine)
 
 
 def check_methods(config: Config) -> Iterator[Problem]:
     for name, stage in config.stages().items():
-        if stage.iterations > 0 and isinstance(stage.method, Extension):
-            yield from _problem(f"{name}.method", stage.method, load_method)
+        settings = stage.settings
+        if stage.iterations > 0 and isinstance(settings, ExtensionSettings):
+            try:
+                yield from read_settings(settings, name)[1]
+            except ExtensionError as error:
+                yield Problem(f"{name}.method", settings.method, error.wrong, error.fix)
 
 
 def without_methods(config: Config, problems: list[Problem]) -> Config:

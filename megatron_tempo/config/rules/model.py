@@ -113,7 +113,7 @@ def _tokenizer(config: Config, folder: Path) -> list[Problem]:
     return [
         Problem(f"{path}.chat_template", True, wrong, f"{path}.chat_template=false, or a tokenizer that has one")
         for path, node in walk(config)
-        if getattr(node, "chat_template", False)
+        if getattr(node, "chat_template", False) is True
     ]
 
 

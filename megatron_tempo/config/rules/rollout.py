@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_tempo.config.choices import EngineKind, EnginePrecision, Transport
+from megatron_tempo.config.extensions import Extension, ExtensionError, load_engine
 from megatron_tempo.config.hosts import host_of, ip_of, is_loopback
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.rules.files import wrong_with_key
@@ -21,21 +22,41 @@ def check(config: Config) -> Iterator[Problem]:
     rollout = config.rollout
     if rollout.max_staleness:
         yield from _ahead(config)
-    if rollout.engine is EngineKind.embedded:
+    if not rollout.is_served:
         return
     servers = rollout.servers
     yield from _host(servers)
-    yield from _started(rollout.engine, servers) if servers.addresses is None else _found(servers)
+    yield from _started(rollout.engine.name, servers) if servers.addresses is None else _found(servers)
     if servers.transport is Transport.shared:
         yield from _shared(servers)
 
 
+def check_serve(config: Config) -> Iterator[Problem]:
+    """Of `serve`, which starts servers."""
+    if not config.rollout.is_served:
+        field, engine = "rollout.engine", config.rollout.engine
+        yield Problem(field, engine.name, "has no servers to start", f"{field}=sglang or vllm")
+    yield from check(config)
+
+
+def generates_in_background(engine: Extension) -> bool:
+    """Whether an engine of the user's own says so. True also where it cannot be loaded, which is reported elsewhere."""
+    try:
+        return load_engine(engine).background
+    except ExtensionError:
+        return True
+
+
 def _ahead(config: Config) -> Iterator[Problem]:
-    if config.rollout.engine is EngineKind.embedded:
+    field, engine = "rollout.max_staleness", config.rollout.engine
+    if engine is EngineKind.embedded:
         wrong = "the embedded engine generates in the trainer's processes, not beside them"
-        yield Problem("rollout.max_staleness", 1, wrong, "rollout.engine=sglang or vllm, or rollout.max_staleness=0")
+        yield Problem(field, 1, wrong, "rollout.engine=sglang or vllm, or rollout.max_staleness=0")
+    elif isinstance(engine, Extension) and not generates_in_background(engine):
+        wrong = f"{engine} does not say that it generates while the trainer trains"
+        yield Problem(field, 1, wrong, "background = True in the engine's class if it does, or rollout.max_staleness=0")
     if config.rollout.replay is not None:
-        yield Problem("rollout.max_staleness", 1, "a replay generates nothing", "rollout.max_staleness=0")
+        yield Problem(field, 1, "a replay generates nothing", "rollout.max_staleness=0")
 
 
 def _host(servers: ServersConfig) -> Iterator[Problem]:
@@ -50,9 +71,9 @@ def _host(servers: ServersConfig) -> Iterator[Problem]:
         yield Problem(field, host, "is no host", f"{field}=hostname, or an IPv4 address")
 
 
-def _started(engine: EngineKind, servers: ServersConfig) -> Iterator[Problem]:
+def _started(engine: str, servers: ServersConfig) -> Iterator[Problem]:
     if shutil.which(servers.python) is None:
-        fix = f"give rollout.servers.python=ENVIRONMENT/bin/python, of the environment that has {engine.name}"
+        fix = f"give rollout.servers.python=ENVIRONMENT/bin/python, of the environment that has {engine}"
         yield Problem("rollout.servers.python", servers.python, "is no program that can be run", fix)
     wanted = servers.replicas * servers.tensor
     if servers.devices is not None and len(servers.devices) != wanted:

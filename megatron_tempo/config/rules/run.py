@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_tempo.config.choices import Device, EngineKind, Precision
+from megatron_tempo.config.choices import Device, Precision
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.resume import checkpoint_folders
 from megatron_tempo.config.rules.files import wrong_with_folder
@@ -41,7 +41,7 @@ def _profile(config: Config) -> Iterator[Problem]:
 def _hang(config: Config) -> Iterator[Problem]:
     """What is waited for without a sign of progress has limits of its own, which are to be reached before."""
     limits: dict[str, float] = {"rewards.math.seconds": config.rewards.math.seconds}
-    if config.rollout.engine is not EngineKind.embedded:
+    if config.rollout.is_served:
         servers = config.rollout.servers
         limits["rollout.servers.update_seconds"] = servers.update_seconds
         limits["rollout.servers.hang_seconds"] = servers.hang_seconds

@@ -6,11 +6,10 @@ import math
 from collections.abc import Iterator
 
 from megatron_tempo.config.choices import Verifier
-from megatron_tempo.config.extensions import Extension
-from megatron_tempo.config.problem import Problem, show
+from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.rules.layout import divisors, laid_of
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import Method, Prompts, StageConfig
+from megatron_tempo.config.stages import EmpoSettings, Method, Prompts, StageConfig
 
 
 def check(config: Config) -> Iterator[Problem]:
@@ -21,7 +20,6 @@ def check(config: Config) -> Iterator[Problem]:
     yield from _sets(config, active)
     yield from _critic(config, active)
     for name, stage in active.items():
-        yield from _unused(name, stage)
         yield from _counts(name, stage)
         yield from _groups(name, stage)
         for update, batch, prompts in _updates(stage):
@@ -108,32 +106,10 @@ def _warmup(name: str, stage: StageConfig) -> Iterator[Problem]:
         yield Problem(field, warmup, wrong, fix)
 
 
-def _unused(name: str, stage: StageConfig) -> Iterator[Problem]:
-    """Settings that have a meaning for some methods only, changed in a stage of another."""
-    default = StageConfig()
-    for field in _without_meaning(stage):
-        value, usual = getattr(stage, field), getattr(default, field)
-        if value != usual:
-            fix = f"remove it, or {name}.{field}={show(usual)}"
-            yield Problem(f"{name}.{field}", value, f"method {stage.method.name} does not use it", fix)
-
-
-def _without_meaning(stage: StageConfig) -> Iterator[str]:
-    """The fields that the stage's method does not look at. A user's own method may look at any."""
-    if isinstance(stage.method, Extension):
-        return
-    if not stage.needs.estep:
-        yield from ("value_timing", "estep_every", "actor_on_labelled")
-    yield "group_std" if stage.has_critic else "baseline"
-    if stage.method is not Method.ttrl:
-        yield "vote_responses"
-    if stage.method is not Method.empo:
-        yield from ("entropy_low", "entropy_high")
-
-
 def _groups(name: str, stage: StageConfig) -> Iterator[Problem]:
     """What methods ask for that hold a prompt's responses against one another."""
-    responses, vote = stage.responses_per_prompt, stage.vote_responses
+    settings = stage.method_settings
+    responses, vote = stage.responses_per_prompt, settings.vote_responses
     if not stage.has_critic and responses == 1 and isinstance(stage.method, Method):
         field, method = f"{name}.responses_per_prompt", stage.method.name
         wrong = f"method {method} holds a prompt's responses against one another: a single one teaches nothing"
@@ -142,7 +118,9 @@ def _groups(name: str, stage: StageConfig) -> Iterator[Problem]:
         field = f"{name}.vote_responses"
         wrong = f"{name}.responses_per_prompt={responses} of them are to be learnt from"
         yield Problem(field, vote, wrong, f"{field}={responses} or more, or null")
-    low, high = stage.entropy_low, stage.entropy_high
+    if not isinstance(settings, EmpoSettings):
+        return
+    low, high = settings.entropy_low, settings.entropy_high
     if low is not None and high is not None and low >= high:
         field = f"{name}.entropy_high"
         fix = f"{field} above {low}, or {name}.entropy_low=null"

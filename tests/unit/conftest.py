@@ -1,0 +1,31 @@
+"""Fixtures of several test files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_tempo.config import extensions
+from megatron_tempo.config.stages import load_method
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples/extensions"
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder on sys.path for modules of a test, and that of the examples."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(folder))
+    before = set(sys.modules)
+    yield folder
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+    kinds = (extensions.load_verifier, extensions.load_reader, extensions.load_template, extensions.load_engine)
+    for cached in (extensions.load, load_method, *kinds):
+        cached.cache_clear()
