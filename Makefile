@@ -4,7 +4,7 @@ PROCESSES ?= 2
 BIN := .venv/bin
 # The paths whose prose keeps to the word list (tools/check_words.py).
 WORDS_PATHS := docs README.md CONTRIBUTING.md CHANGELOG.md docker tools tests/support tests/conftest.py \
-	$(addprefix megatron_tempo/,cli.py commands errors.py types.py input_files.py tokenizer.py data kernels) \
+	$(addprefix megatron_tempo/,cli.py commands errors.py types.py input_files.py data kernels) \
 	$(addprefix megatron_tempo/,algorithm methods models weights evaluation) \
 	$(addprefix megatron_tempo/,runtime observability report plan submit) \
 	$(addprefix megatron_tempo/checkpoint/,convert.py manifest.py resumable_folder.py checkpoints.py) \

@@ -33,7 +33,7 @@ from megatron_tempo.rollout.server import Server
 from megatron_tempo.rollout.server_adapter import ServerAdapter
 from megatron_tempo.rollout.supervisor import ExternalServers, ServerSupervisor, SupervisedServers, private_store
 from megatron_tempo.rollout.transfer import Senders
-from megatron_tempo.tokenizer import end_tokens
+from megatron_tempo.data.tokenizer import end_tokens
 from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
 
 # Seconds after which waiting ranks hear that there is nothing new: well within the timeout of their groups.

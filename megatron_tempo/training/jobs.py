@@ -30,7 +30,7 @@ from megatron_tempo.report import results as report
 from megatron_tempo.report.summary import printable
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.runtime.stop_request import StopRequests, ctrl_c
-from megatron_tempo.tokenizer import load_tokenizer
+from megatron_tempo.data.tokenizer import load_tokenizer
 from megatron_tempo.training.context import RunContext, exclusive, open_context
 from megatron_tempo.training.setup import build_critic, build_engine, build_evaluator, build_verifiers, folder_weights
 from megatron_tempo.training.trainer import Trainer, judge_counts

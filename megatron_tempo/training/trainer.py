@@ -34,7 +34,7 @@ from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.batches import summed_counts
 from megatron_tempo.rollout.engine import Engine
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
-from megatron_tempo.tokenizer import load_tokenizer
+from megatron_tempo.data.tokenizer import load_tokenizer
 from megatron_tempo.training import inputs
 from megatron_tempo.training.context import RunContext, collective_timeout
 from megatron_tempo.training.parity import check_parity
