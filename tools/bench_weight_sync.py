@@ -52,12 +52,13 @@ from safetensors.torch import save_file
 from transformers import Qwen3Config
 
 from megatron_tempo.config.choices import EngineKind, Precision, Transport
+from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.config.rules import check
 from megatron_tempo.config.schema import Config
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.kernels import kernels_for
 from megatron_tempo.models.actor import Actor
-from megatron_tempo.models.families import DTYPES, read_shape, transformer_config
+from megatron_tempo.models.families import DTYPES, transformer_config
 from megatron_tempo.models.gpt import LanguageModel
 from megatron_tempo.models.trained import Model
 from megatron_tempo.rollout.answer_checks import checked
@@ -189,7 +190,7 @@ def run_rank(job: BenchmarkJob) -> None:
 
 def random_actor(context: RunContext) -> Actor:
     """An actor with random weights. Norms, which all tensor ranks hold, are ones."""
-    config, shape, layout = context.config, read_shape(Path(context.config.model.path)), context.layouts.actor
+    config, shape, layout = context.config, read_model_shape(Path(context.config.model.path)), context.layouts.actor
     megatron = transformer_config(shape, layout, config.run.precision)
     net = LanguageModel(megatron, shape, layout, kernels_for(context.device), config.model.logits, temperature=1.0)
     torch.manual_seed(dist.get_rank())

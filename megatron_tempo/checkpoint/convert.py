@@ -17,14 +17,13 @@ import torch
 
 from megatron_tempo.checkpoint import manifest
 from megatron_tempo.checkpoint.resumable_folder import ResumableFolder
+from megatron_tempo.config.model_shape import ModelShape, read_model_shape
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.config.trained_with import ENTRY, trained_with
 from megatron_tempo.config.tree import read as read_config
 from megatron_tempo.data import seen
 from megatron_tempo.errors import InputError
-from megatron_tempo.models.families import read_shape
-from megatron_tempo.models.shape import Shape
 from megatron_tempo.weights import distributed, folder, tables
 from megatron_tempo.weights.export import critic_changes, last_targets, origin_of
 from megatron_tempo.weights.files import atomic, nbytes, write_safetensors
@@ -140,11 +139,11 @@ def _write_shards(
     return weight_map
 
 
-def _read(hugging_face: Path, model: str) -> tuple[Shape, list[ParamMapping]]:
+def _read(hugging_face: Path, model: str) -> tuple[ModelShape, list[ParamMapping]]:
     """The shape of the model in a Hugging Face folder, and its table without pipeline parallelism."""
     if not (hugging_face / "config.json").is_file():
         raise InputError(f"{hugging_face} is not a Hugging Face folder: it has no config.json; give a folder with one")
-    shape = read_shape(hugging_face)
+    shape = read_model_shape(hugging_face)
     return shape, tables.mappings(shape, 1, critic=model == "critic")
 
 

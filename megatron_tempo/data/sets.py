@@ -17,9 +17,9 @@ from megatron_tempo.data.dataset import load_labelled, load_unlabelled, question
 from megatron_tempo.data.question_keys import exact_key
 from megatron_tempo.data.stream import PromptStream
 from megatron_tempo.data.template_date import DATE, asks_for_date
+from megatron_tempo.data.tokenizer import findings
 from megatron_tempo.errors import InputError
 from megatron_tempo.rewards.verifiers import Verifiers
-from megatron_tempo.data.tokenizer import findings
 from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
 
 SAMPLED = 32  # prompts of each set that are compared with what their tokens say

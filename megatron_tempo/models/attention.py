@@ -29,7 +29,7 @@ class RotatedAttention(SelfAttention):
         rope: int,
         **groups: Any,
     ) -> None:
-        """`rope`: the index of this layer's rotary embedding in `Shape.ropes`."""
+        """`rope`: the index of this layer's rotary embedding in `ModelShape.ropes`."""
         super().__init__(config, submodules, layer_number, attn_mask_type, **groups)
         self.rope = rope
 

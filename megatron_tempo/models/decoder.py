@@ -19,9 +19,9 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_tempo.config.model_shape import LayerAttention, ModelShape
 from megatron_tempo.models.attention import PackedAttention, RotatedAttention
 from megatron_tempo.models.norms import NormedRowParallelLinear, RMSNorm
-from megatron_tempo.models.shape import LayerAttention, Shape
 
 # Transformer Engine fuses a norm with the linear layer after it. This maps the prefixes of its parameter names to the
 # names that weight tables and checkpoints use for all implementations.
@@ -50,7 +50,7 @@ class Parts:
     core_attention: Callable[..., Any]  # also takes `window` and `softmax_scale_multiplier`
 
 
-def local_layer(shape: Shape, attention: LayerAttention, norms: Norms) -> ModuleSpec:
+def local_layer(shape: ModelShape, attention: LayerAttention, norms: Norms) -> ModuleSpec:
     """The spec of a layer with this attention, built from Megatron's linear layers and torch's attention."""
     if norms.pre_norm:
         parts = Parts(RMSNorm, ColumnParallelLinear, RowParallelLinear, PackedAttention)
@@ -59,7 +59,7 @@ def local_layer(shape: Shape, attention: LayerAttention, norms: Norms) -> Module
     return layer_of(parts, shape, attention, norms)
 
 
-def layer_of(parts: Parts, shape: Shape, attention: LayerAttention, norms: Norms) -> ModuleSpec:
+def layer_of(parts: Parts, shape: ModelShape, attention: LayerAttention, norms: Norms) -> ModuleSpec:
     """The spec of a layer with this attention, built from these parts."""
     yarn = attention.rope.yarn
     inner = SelfAttentionSubmodules(

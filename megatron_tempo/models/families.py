@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import transformers
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -15,14 +13,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_tempo.config.choices import Layers, Precision, Recompute
+from megatron_tempo.config.model_shape import LayerAttention, ModelShape
 from megatron_tempo.config.recipes import RECIPES
-from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import read_json
-from megatron_tempo.models import olmo3, qwen3
 from megatron_tempo.models.decoder import Norms, local_layer
-from megatron_tempo.models.norms import RMSNorm
+from megatron_tempo.models.norms import ProjectionNorm, RMSNorm
 from megatron_tempo.models.parallel import Layout
-from megatron_tempo.models.shape import LayerAttention, Shape
 
 # Megatron's settings for each choice.
 _RECOMPUTE: dict[Recompute, dict[str, Any]] = {
@@ -34,35 +29,8 @@ _RECOMPUTE: dict[Recompute, dict[str, Any]] = {
 DTYPES = {precision: torch.float32 if precision is Precision.fp32 else torch.bfloat16 for precision in Precision}
 
 
-class Family(Protocol):
-    """The interface of a family's module."""
-
-    NORMS_EACH_HEAD: bool  # queries and keys are normed per head, so all tensor ranks hold the same norm weights
-    TOKEN_CLASSIFIER: str  # the architecture that an exported critic's config.json names
-
-    def shape_of(self, config: transformers.PretrainedConfig, file: Path) -> Shape: ...
-
-    def norms(self, shape: Shape) -> Norms: ...
-
-
-FAMILIES: dict[str, Family] = {"olmo3": olmo3, "qwen3": qwen3}  # by their model_type
-
-
-def read_shape(folder: Path) -> Shape:
-    """The shape of the model in a Hugging Face folder. Raises InputError for anything that no family implements."""
-    file = folder / "config.json"
-    read_json(file, dict)
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-    except Exception as error:  # transformers raises many kinds for values of a wrong type
-        raise InputError(f"{file}: transformers cannot read it: {str(error).splitlines()[0]}") from error
-    if config.model_type not in FAMILIES:
-        raise InputError(f"{file}: model_type is {config.model_type!r}; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[config.model_type].shape_of(config, file)
-
-
 def transformer_config(
-    shape: Shape,
+    shape: ModelShape,
     layout: Layout,
     precision: Precision,
     recompute: Recompute = Recompute.none,
@@ -85,7 +53,7 @@ def transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_eps,
         # If True, Megatron sums the gradients of these norms over the tensor ranks. That is wrong for sharded norms.
-        qk_layernorm=FAMILIES[shape.family].NORMS_EACH_HEAD,
+        qk_layernorm=shape.family.norms_each_head,
         gated_linear_unit=True,
         activation_func=functional.silu,
         add_bias_linear=False,
@@ -149,16 +117,23 @@ def _no_init(weight: Tensor) -> Tensor:
     return weight
 
 
-def block_spec(config: TransformerConfig, shape: Shape, layout: Layout) -> TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig, shape: ModelShape, layout: Layout) -> TransformerBlockSubmodules:
     """The layers of this rank's pipeline stage, and the norm after the model's last layer."""
     of_stage = shape.layers // layout.pipeline
     first = layout.pipeline_rank * of_stage
-    layer, norms = _layer(Layers[config.transformer_impl]), FAMILIES[shape.family].norms(shape)
+    layer, norms = _layer(Layers[config.transformer_impl]), _norms(shape)
     specs = [layer(shape, attention, norms) for attention in shape.attention[first : first + of_stage]]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
 
 
-def _layer(layers: Layers) -> Callable[[Shape, LayerAttention, Norms], ModuleSpec]:
+def _norms(shape: ModelShape) -> Norms:
+    if shape.family.norms_each_head:
+        return Norms(query=RMSNorm, key=RMSNorm, pre_norm=shape.family.pre_norm)
+    query, key = (ModuleSpec(ProjectionNorm, {"heads": heads}) for heads in (shape.heads, shape.groups))
+    return Norms(query, key, pre_norm=shape.family.pre_norm)
+
+
+def _layer(layers: Layers) -> Callable[[ModelShape, LayerAttention, Norms], ModuleSpec]:
     if layers is Layers.local:
         return local_layer
     from megatron_tempo.models.te import te_layer  # imports Transformer Engine

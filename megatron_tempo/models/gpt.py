@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_tempo.config.choices import Logits
+from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.kernels import Kernels
 from megatron_tempo.models.decoder import NORMS_WITHIN
@@ -23,7 +24,6 @@ from megatron_tempo.models.families import block_spec, token_multiple
 from megatron_tempo.models.packing import MicroBatch
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.models.rotary import Rotary
-from megatron_tempo.models.shape import Shape
 
 
 class PackedGPT(GPTModel):
@@ -34,7 +34,7 @@ class PackedGPT(GPTModel):
     """
 
     def __init__(
-        self, config: TransformerConfig, shape: Shape, layout: Layout, kernels: Kernels, *, tied: bool
+        self, config: TransformerConfig, shape: ModelShape, layout: Layout, kernels: Kernels, *, tied: bool
     ) -> None:
         super().__init__(
             config,
@@ -84,7 +84,7 @@ class LanguageModel(PackedGPT):
     def __init__(
         self,
         config: TransformerConfig,
-        shape: Shape,
+        shape: ModelShape,
         layout: Layout,
         kernels: Kernels,
         logits: Logits,
@@ -144,7 +144,7 @@ class ValueHead(nn.Module):
 class ValueModel(PackedGPT):
     """The critic's network: the same decoder with a scalar head, which returns a micro-batch's R + m values."""
 
-    def __init__(self, config: TransformerConfig, shape: Shape, layout: Layout, kernels: Kernels) -> None:
+    def __init__(self, config: TransformerConfig, shape: ModelShape, layout: Layout, kernels: Kernels) -> None:
         super().__init__(config, shape, layout, kernels, tied=False)
         if self.post_process:
             self.output_layer = ValueHead(config)

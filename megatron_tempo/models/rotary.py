@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_tempo.models.shape import Rope, Yarn
+from megatron_tempo.config.model_shape import Rope, Yarn
 
 
 class Rotary:

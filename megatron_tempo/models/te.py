@@ -22,14 +22,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_tempo.config.model_shape import LayerAttention, ModelShape
 from megatron_tempo.models.attention import PackedAttention
 from megatron_tempo.models.decoder import Norms, Parts, layer_of
 from megatron_tempo.models.norms import PostNorm
 from megatron_tempo.models.packing import Packing
-from megatron_tempo.models.shape import LayerAttention, Shape
 
 
-def te_layer(shape: Shape, attention: LayerAttention, norms: Norms) -> ModuleSpec:
+def te_layer(shape: ModelShape, attention: LayerAttention, norms: Norms) -> ModuleSpec:
     """The spec of a layer with this attention. A norm before a linear layer is fused with it."""
     if norms.pre_norm:
         parts = Parts(IdentityOp, TELayerNormColumnParallelLinear, TERowParallelLinear, _core_attention)

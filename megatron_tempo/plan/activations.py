@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_tempo.config.choices import Recompute
+from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.plan.layout import PlannedLayout, PlannedMachine, PlannedMicroBatch
-from megatron_tempo.plan.shapes import PlannedShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Widths:
     sequence: bool
 
     @classmethod
-    def of(cls, shape: PlannedShape, layout: PlannedLayout) -> Widths:
+    def of(cls, shape: ModelShape, layout: PlannedLayout) -> Widths:
         t, sequence = layout.tensor, layout.sequence and layout.tensor > 1
         return cls(
             shape.hidden / (t if sequence else 1),
@@ -91,7 +91,7 @@ def feed_forward(w: Widths, machine: PlannedMachine) -> float:
     return 5 * machine.size * w.f
 
 
-def layer(shape: PlannedShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch) -> float:
+def layer(shape: ModelShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch) -> float:
     """All that one layer saves for its backward pass, in bytes. With `Recompute.attention`, the inputs of the attention
     kernel, q + 2 k, instead of what the kernel saves."""
     w = Widths.of(shape, layout)
@@ -101,13 +101,13 @@ def layer(shape: PlannedShape, layout: PlannedLayout, machine: PlannedMachine, m
     return by_token * micro.tokens + attention(w, machine, micro) + inside
 
 
-def whole_layer(shape: PlannedShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch) -> float:
+def whole_layer(shape: ModelShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch) -> float:
     """What a layer saves when it is recomputed, in bytes."""
     return layer(shape, replace(layout, recompute=Recompute.none), machine, micro)
 
 
 def kept(
-    shape: PlannedShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch, stage: int
+    shape: ModelShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch, stage: int
 ) -> float:
     """What the layers of a stage save for one micro-batch between its forward and its backward pass, in bytes.
 
@@ -131,7 +131,7 @@ def in_flight(layout: PlannedLayout, stage: int, count: int) -> int:
 
 
 def held(
-    shape: PlannedShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch, stage: int
+    shape: ModelShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch, stage: int
 ) -> float:
     """Bytes on a stage when a backward pass begins.
 
@@ -149,7 +149,7 @@ def held(
 
 
 def left_behind(
-    shape: PlannedShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch, stage: int
+    shape: ModelShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch, stage: int
 ) -> float:
     """Bytes that the other model keeps from its last pass: Megatron stores a stage's input in an attribute of the
     model until the next pass."""
@@ -157,7 +157,7 @@ def left_behind(
 
 
 def backward(
-    shape: PlannedShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch, stage: int
+    shape: ModelShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch, stage: int
 ) -> float:
     """Bytes that the layers' backward pass needs beyond `held` at its peak, which is near its beginning:
 
@@ -182,7 +182,7 @@ def backward(
 
 
 def reading(
-    shape: PlannedShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch, stage: int
+    shape: ModelShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch, stage: int
 ) -> float:
     """Peak bytes of a stage's layers in a pass without gradient.
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_tempo.config.choices import EnginePrecision
+from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.schema import Config
 from megatron_tempo.plan.layout import row_tokens
 from megatron_tempo.plan.parameters import layer_parameters, total_parameters
-from megatron_tempo.plan.shapes import PlannedShape
 from megatron_tempo.plan.split import Split
 
 # Share of a GPU's memory that a server takes unless its arguments set one: vLLM's default, and about SGLang's.
@@ -42,7 +42,7 @@ def precision_of(config: Config) -> EnginePrecision:
     return (servers and servers.precision) or EnginePrecision[config.run.precision.numbers.name]
 
 
-def weight_bytes(config: Config, shape: PlannedShape) -> float:
+def weight_bytes(config: Config, shape: ModelShape) -> float:
     """Bytes of the whole model in the engine's precision. In fp8 the layers' matrices take a byte per number and a
     scale of four bytes per block of 128 x 128; the rest is bf16."""
     precision, total = precision_of(config), total_parameters(shape)
@@ -52,7 +52,7 @@ def weight_bytes(config: Config, shape: PlannedShape) -> float:
     return {EnginePrecision.fp32: 4.0, EnginePrecision.bf16: 2.0}[precision] * total
 
 
-def token_bytes(config: Config, shape: PlannedShape, tensor: int = 1) -> float:
+def token_bytes(config: Config, shape: ModelShape, tensor: int = 1) -> float:
     """Bytes of keys and values of one token on a GPU. The cache of an FP8 engine is bf16."""
     size = 4 if precision_of(config) is EnginePrecision.fp32 else 2
     return 2.0 * size * shape.layers * shape.head_dim * max(1.0, shape.groups / tensor)
@@ -67,7 +67,7 @@ def fraction_of(config: Config) -> float:
     return FRACTION
 
 
-def server(config: Config, shape: PlannedShape) -> EngineMemory:
+def server(config: Config, shape: ModelShape) -> EngineMemory:
     """A server's GPU: its share of the memory contains the weights, and the cache takes the rest."""
     assert config.cluster is not None
     tensor = config.rollout.servers.tensor
@@ -77,7 +77,7 @@ def server(config: Config, shape: PlannedShape) -> EngineMemory:
     return EngineMemory(weights, cache, 0.0, cache / sequence, sequence)
 
 
-def embedded(config: Config, shape: PlannedShape, rows: int, least: int, split: Split) -> EngineMemory:
+def embedded(config: Config, shape: ModelShape, rows: int, least: int, split: Split) -> EngineMemory:
     """The whole model in every process (rollout/embedded.py), for `rows` rows over all processes.
 
     A process decodes `rollout.batch_rows` rows together, or all its rows if there are fewer, but at least `least`. On

@@ -6,10 +6,10 @@ Notation as in activations.py; v is the rank's rows of the output matrix, includ
 from __future__ import annotations
 
 from megatron_tempo.config.choices import Logits
+from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.plan.layout import PlannedLayout, PlannedMachine, PlannedMicroBatch
 from megatron_tempo.plan.parameters import Role
-from megatron_tempo.plan.shapes import PlannedShape
 
 # Constants of kernels/linear_logprobs.py and linear_logprobs_triton.py, which import torch; a test compares them.
 PIECE = 1 << 24
@@ -19,7 +19,7 @@ MOST_SHARES = 16
 
 
 def update(
-    shape: PlannedShape,
+    shape: ModelShape,
     layout: PlannedLayout,
     machine: PlannedMachine,
     micro: PlannedMicroBatch,
@@ -52,7 +52,7 @@ def update(
 
 
 def reading(
-    shape: PlannedShape,
+    shape: ModelShape,
     layout: PlannedLayout,
     machine: PlannedMachine,
     micro: PlannedMicroBatch,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from megatron_tempo.config.choices import EnginePrecision, Logits, Precision
+from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.plan import activations, engine, head
@@ -24,7 +25,6 @@ from megatron_tempo.plan.layout import (
     micro_batch_of,
 )
 from megatron_tempo.plan.parameters import Role, fp8_copies, layer_parameters, parameters, resident
-from megatron_tempo.plan.shapes import PlannedShape
 from megatron_tempo.plan.split import Split, split_of
 
 GB = 1e9
@@ -108,7 +108,7 @@ class Memory:
         return None
 
 
-def memory(config: Config, shape: PlannedShape) -> Memory:
+def memory(config: Config, shape: ModelShape) -> Memory:
     """The memory of a configuration, which has passed `split.problems`."""
     assert config.cluster is not None
     split = split_of(config)
@@ -150,7 +150,7 @@ def layouts_of(config: Config, world: int) -> dict[Role, PlannedLayout]:
 
 
 def place_memory(
-    config: Config, shape: PlannedShape, place: Place, micro: PlannedMicroBatch | None = None
+    config: Config, shape: ModelShape, place: Place, micro: PlannedMicroBatch | None = None
 ) -> dict[MemoryPhase, Parts]:
     """Bytes of actor, critic and reference on a GPU with the stages `place`. `micro`: the micro-batch of every pass, to
     compare with a measurement; None: the largest possible one."""
@@ -160,7 +160,7 @@ def place_memory(
     return {phase: phases.of(phase) for phase in phases.happening()}
 
 
-def host_bytes(config: Config, shape: PlannedShape, place: Place) -> float:
+def host_bytes(config: Config, shape: ModelShape, place: Place) -> float:
     """Page-locked host memory of a process with the stages `place`: with `parallel.offload` each model has its own
     buffers for the whole run, unless it is the only model."""
     layouts, machine = layouts_of(config, split_of(config).trainers), machine_of(config)
@@ -170,7 +170,7 @@ def host_bytes(config: Config, shape: PlannedShape, place: Place) -> float:
     return sum(waiting) if config.parallel.offload and len(waiting) > 1 else 0.0
 
 
-def saved_bytes(config: Config, shape: PlannedShape, place: Place) -> float:
+def saved_bytes(config: Config, shape: ModelShape, place: Place) -> float:
     """Host memory of a process with the stages `place` while its share of a checkpoint waits to be written: weights,
     fp32 main weights and moments of all models. Of the processes with the same weights, only one needs it."""
     layouts = layouts_of(config, split_of(config).trainers)
@@ -191,7 +191,7 @@ def _total(parts: Parts) -> float:
     return sum(parts.values())
 
 
-def _starved(config: Config, shape: PlannedShape, phase: MemoryPhase) -> Over | None:
+def _starved(config: Config, shape: ModelShape, phase: MemoryPhase) -> Over | None:
     assert config.cluster is not None
     one, share = engine.server(config, shape), engine.fraction_of(config) * config.cluster.memory_gb * GB
     needed = one.weights + one.sequence
@@ -213,7 +213,7 @@ def least_rows(config: Config) -> int:
     return max(*samples, config.evaluation.samples if config.evaluation.sets else 0)
 
 
-def _engine(config: Config, shape: PlannedShape, stages: list[StageConfig], split: Split) -> tuple[Parts, Parts, float]:
+def _engine(config: Config, shape: ModelShape, stages: list[StageConfig], split: Split) -> tuple[Parts, Parts, float]:
     """Parts that an engine holds on the trainer's GPUs all the time, and only while it generates; the rows that fit."""
     if not config.rollout.is_served:
         rows = max(stage.count(stage.prompts()) * stage.samples for stage in stages)
@@ -228,7 +228,7 @@ def _engine(config: Config, shape: PlannedShape, stages: list[StageConfig], spli
 @dataclass(frozen=True, slots=True)
 class _Phases:
     config: Config
-    shape: PlannedShape
+    shape: ModelShape
     layouts: dict[Role, PlannedLayout]
     place: Place
     machine: PlannedMachine
@@ -365,7 +365,7 @@ class _Phases:
 
 
 def update_moments(
-    shape: PlannedShape,
+    shape: ModelShape,
     layout: PlannedLayout,
     machine: PlannedMachine,
     micro: PlannedMicroBatch,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.recipes import RECIPES
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.plan.layout import PlannedLayout, PlannedMachine
-from megatron_tempo.plan.shapes import PlannedShape
 
 
 class Role(Enum):
@@ -26,18 +26,18 @@ class ModelBytes:
     optimizer: float
 
 
-def layer_parameters(shape: PlannedShape, tensor: int = 1) -> int:
+def layer_parameters(shape: ModelShape, tensor: int = 1) -> int:
     """Parameters of one layer on one tensor rank: matrices are divided, norms are not.
 
     (queries + 2 keys + queries) hidden of the attention, 3 ffn hidden of the gated feed-forward part, two norms of the
     hidden size, and one on queries and keys.
     """
     attention = (2 * shape.queries + 2 * shape.keys) * shape.hidden // tensor
-    norms = 2 * shape.hidden + (shape.queries + shape.keys if shape.whole_norm else 2 * shape.head_dim)
+    norms = 2 * shape.hidden + (2 * shape.head_dim if shape.family.norms_each_head else shape.queries + shape.keys)
     return attention + 3 * shape.ffn * shape.hidden // tensor + norms
 
 
-def fp8_copies(config: Config, shape: PlannedShape, layout: PlannedLayout, stage: int, *, trained: bool) -> float:
+def fp8_copies(config: Config, shape: ModelShape, layout: PlannedLayout, stage: int, *, trained: bool) -> float:
     """Bytes of the FP8 copies of a model's matrices, which Transformer Engine makes from the bf16 ones and keeps.
 
     A byte per number, and another one in a model that is trained, because the backward pass needs them transposed. (On
@@ -53,7 +53,7 @@ def fp8_copies(config: Config, shape: PlannedShape, layout: PlannedLayout, stage
     return (2.0 if trained else 1.0) * inside * matrices
 
 
-def parameters(shape: PlannedShape, layout: PlannedLayout, role: Role, stage: int) -> int:
+def parameters(shape: ModelShape, layout: PlannedLayout, role: Role, stage: int) -> int:
     """Parameters on a rank of pipeline stage `stage`, including the padding of the vocabulary.
 
     A tied output matrix is the embedding itself if both are on one stage. Otherwise Megatron keeps a second copy on the
@@ -73,13 +73,13 @@ def parameters(shape: PlannedShape, layout: PlannedLayout, role: Role, stage: in
     return total
 
 
-def total_parameters(shape: PlannedShape, role: Role = Role.actor) -> int:
+def total_parameters(shape: ModelShape, role: Role = Role.actor) -> int:
     """Parameters of the whole model as in its Hugging Face folder, without padding."""
     head = shape.hidden + 1 if role is Role.critic else 0 if shape.tied else shape.vocab * shape.hidden
     return shape.vocab * shape.hidden + shape.layers * layer_parameters(shape) + shape.hidden + head
 
 
-def resident(shape: PlannedShape, layout: PlannedLayout, machine: PlannedMachine, role: Role, stage: int) -> ModelBytes:
+def resident(shape: ModelShape, layout: PlannedLayout, machine: PlannedMachine, role: Role, stage: int) -> ModelBytes:
     """Bytes of a trained model (models/trained.py).
 
     Weights are in the run's precision. Megatron's DDP keeps a gradient of each weight in fp32 (`grad_reduce_in_fp32`)

@@ -16,13 +16,13 @@ from typing import Any
 
 from megatron_tempo.config.choices import EngineKind, Recompute
 from megatron_tempo.config.extensions import Extension
+from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.problem import show
 from megatron_tempo.config.rules.layout import divisors
 from megatron_tempo.config.schema import Config
 from megatron_tempo.plan.layout import PlannedLayout, row_tokens
 from megatron_tempo.plan.memory import Memory, MemoryPhase, Over, layouts_of, least_rows, memory
 from megatron_tempo.plan.parameters import Role, total_parameters
-from megatron_tempo.plan.shapes import PlannedShape
 from megatron_tempo.plan.split import Split, laid_out, split_of
 from megatron_tempo.plan.times import iteration, times
 
@@ -59,14 +59,14 @@ class Plan:
         return iteration(self.config, self.seconds)
 
 
-def plan_of(config: Config, shape: PlannedShape, words: tuple[str, ...] = ()) -> Plan:
+def plan_of(config: Config, shape: ModelShape, words: tuple[str, ...] = ()) -> Plan:
     """The plan of a configuration, which has passed `split.problems`."""
     split = split_of(config)
     needed = memory(config, shape)
     return Plan(words, config, layouts_of(config, split.trainers), split, needed, times(config, shape, needed))
 
 
-def search(config: Config, shape: PlannedShape) -> list[Plan]:
+def search(config: Config, shape: ModelShape) -> list[Plan]:
     """All layouts that fit, the shortest iteration first."""
     plans = []
     for changes in _changes(config, shape):
@@ -91,7 +91,7 @@ def nearest(plans: list[Plan]) -> Plan | None:
     return min(plans, key=lambda plan: (len(plan.words), plan.iteration), default=None)
 
 
-def relief(config: Config, shape: PlannedShape) -> Iterator[Plan]:
+def relief(config: Config, shape: ModelShape) -> Iterator[Plan]:
     """If no layout of the cluster fits: the nearest plan on more nodes, and the nearest one with shorter responses."""
     assert config.cluster is not None
     nodes = [config.cluster.nodes * times for times in MORE]
@@ -104,7 +104,7 @@ def relief(config: Config, shape: PlannedShape) -> Iterator[Plan]:
                 break
 
 
-def _changes(config: Config, shape: PlannedShape) -> Iterator[dict[str, object]]:
+def _changes(config: Config, shape: ModelShape) -> Iterator[dict[str, object]]:
     """Changes to try: new values of fields, by path."""
     for engine in _engines(config, shape):
         trainers = split_of(_changed(config, engine)[0]).trainers
@@ -112,7 +112,7 @@ def _changes(config: Config, shape: PlannedShape) -> Iterator[dict[str, object]]
             yield engine | training
 
 
-def _training(config: Config, shape: PlannedShape, trainers: int) -> Iterator[dict[str, object]]:
+def _training(config: Config, shape: ModelShape, trainers: int) -> Iterator[dict[str, object]]:
     assert config.cluster is not None
     nodes = config.cluster.training_nodes
     inside = trainers // nodes if trainers % nodes == 0 else trainers
@@ -135,7 +135,7 @@ def _training(config: Config, shape: PlannedShape, trainers: int) -> Iterator[di
                     }
 
 
-def _engines(config: Config, shape: PlannedShape) -> Iterator[dict[str, object]]:
+def _engines(config: Config, shape: ModelShape) -> Iterator[dict[str, object]]:
     """The configuration's own engine, the embedded one with fewer rows, and servers on some of each node's GPUs."""
     cluster, rollout = config.cluster, config.rollout
     assert cluster is not None

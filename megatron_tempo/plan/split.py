@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.rules import cluster, extensions, layout, numbers, precision, rollout, stages
 from megatron_tempo.config.schema import Config
-from megatron_tempo.plan.shapes import PlannedShape, shape_of
+from megatron_tempo.plan.shapes import shape_of
 
 # Properties of the machines that the planner needs; 0 if not set.
 _FACTS = ("memory_gb", "bf16_tflops", "memory_tbs", "nvlink_gbs", "network_gbs")
@@ -69,11 +70,11 @@ def problems(config: Config) -> list[Problem]:
     return [*laid_out(config, shape), *(p for p in stages.check(config) if not p.field.startswith(_ELSEWHERE))]
 
 
-def laid_out(config: Config, shape: PlannedShape) -> list[Problem]:
+def laid_out(config: Config, shape: ModelShape) -> list[Problem]:
     """The problems of a layout, for the number of trainer processes that `split_of` returns."""
     world = split_of(config).trainers
     fields = ["model.path"] + (["model.critic_path"] if config.model.critic_path is not None else [])
-    shapes = dict.fromkeys(fields, shape.of_rules())
+    shapes = dict.fromkeys(fields, shape)
     problems = [*layout.check(config, shapes, world), *precision.check(config, shapes), *_devices(config)]
     problems += [problem for problem in rollout.check(config) if not problem.field.startswith(_ELSEWHERE)]
     return problems + list(stages.check_data_parallel(config, world))

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from megatron_tempo.config.extensions import Extension, short_name
+from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.summary import layout_words as config_words
 from megatron_tempo.plan.layout import machine_of
 from megatron_tempo.plan.memory import GB, Part, host_bytes, places_of, saved_bytes
 from megatron_tempo.plan.parameters import Role, resident, total_parameters
 from megatron_tempo.plan.search import MORE, SHORTER, Plan, best_of_each, nearest, relief
-from megatron_tempo.plan.shapes import PlannedShape
 
 ROWS = 12  # of the table of layouts
 GAIN, GAIN_SHARE = 1.0, 0.01  # a layout is proposed if it saves these seconds, and this share, of an iteration
 
 
-def report(config: Config, shape: PlannedShape, own: Plan, plans: list[Plan]) -> str:
+def report(config: Config, shape: ModelShape, own: Plan, plans: list[Plan]) -> str:
     """The configuration's own plan, and the layouts that fit."""
     parts = [
         "\n".join(_head(config, shape, own)),
@@ -30,7 +30,7 @@ def report(config: Config, shape: PlannedShape, own: Plan, plans: list[Plan]) ->
     return "\n\n".join(part for part in parts if part)
 
 
-def _head(config: Config, shape: PlannedShape, own: Plan) -> Iterator[str]:
+def _head(config: Config, shape: ModelShape, own: Plan) -> Iterator[str]:
     cluster, split = config.cluster, own.split
     assert cluster is not None
     yield (
@@ -71,7 +71,7 @@ def _memory(own: Plan) -> list[str]:
     return lines
 
 
-def _models(shape: PlannedShape, own: Plan) -> list[str]:
+def _models(shape: ModelShape, own: Plan) -> list[str]:
     """Bytes of each model on the first and the last pipeline stage."""
     machine = machine_of(own.config)
     rows = [["GB resident", "weights", "gradients", "optimizer"]]
@@ -84,7 +84,7 @@ def _models(shape: PlannedShape, own: Plan) -> list[str]:
     return [*aligned(rows), *_host(shape, own)]
 
 
-def _host(shape: PlannedShape, own: Plan) -> Iterator[str]:
+def _host(shape: ModelShape, own: Plan) -> Iterator[str]:
     """The host memory of offloaded models, and of a checkpoint that is being written."""
     cluster, config = own.config.cluster, own.config
     assert cluster is not None
@@ -113,7 +113,7 @@ def _times(own: Plan) -> list[str]:
     ]
 
 
-def _verdict(shape: PlannedShape, own: Plan, plans: list[Plan]) -> Iterator[str]:
+def _verdict(shape: ModelShape, own: Plan, plans: list[Plan]) -> Iterator[str]:
     if own.over is None:
         yield f"fits: {own.memory.largest.value} needs most, {own.memory.total(own.memory.largest) / GB:.1f} GB"
         return

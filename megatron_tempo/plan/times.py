@@ -8,17 +8,17 @@ bandwidth; weight sync by the links, at `link_share`.
 from __future__ import annotations
 
 from megatron_tempo.config.choices import Logits, Recompute
+from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.schema import ClusterConfig, Config
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.plan import engine
 from megatron_tempo.plan.layout import PlannedLayout, machine_of, micro_batch_of, row_tokens
 from megatron_tempo.plan.memory import Memory, MemoryPhase, host_bytes, layouts_of, places_of
 from megatron_tempo.plan.parameters import Role, parameters, total_parameters
-from megatron_tempo.plan.shapes import PlannedShape
 from megatron_tempo.plan.split import Split, split_of
 
 
-def times(config: Config, shape: PlannedShape, memory: Memory) -> dict[MemoryPhase, float]:
+def times(config: Config, shape: ModelShape, memory: Memory) -> dict[MemoryPhase, float]:
     """Seconds of the phases of one iteration of the last stage, without checkpoints, which are rare."""
     assert config.cluster is not None
     split = split_of(config)
@@ -44,7 +44,7 @@ def times(config: Config, shape: PlannedShape, memory: Memory) -> dict[MemoryPha
     return {phase: seconds for phase, seconds in seconds_of.items() if seconds}
 
 
-def _turn(config: Config, shape: PlannedShape, split: Split) -> float:
+def _turn(config: Config, shape: ModelShape, split: Split) -> float:
     """Seconds to load one model onto the GPU while another is offloaded, both at the host link's rate."""
     assert config.cluster is not None
     most = max(host_bytes(config, shape, place) / 2 for place in places_of(config, split.trainers))
@@ -58,7 +58,7 @@ def iteration(config: Config, seconds: dict[MemoryPhase, float]) -> float:
     return max(generate, rest) if config.rollout.max_staleness else generate + rest
 
 
-def row_operations(shape: PlannedShape, prompt: int, response: int, role: Role) -> tuple[float, float]:
+def row_operations(shape: ModelShape, prompt: int, response: int, role: Role) -> tuple[float, float]:
     """Floating-point operations of a forward pass over one row: in the layers, and in the actor's output layer.
 
     Two per matrix parameter and token (the 2 N D of Kaplan et al. 2020; 6 N D with the backward pass). Causal attention
@@ -67,7 +67,7 @@ def row_operations(shape: PlannedShape, prompt: int, response: int, role: Role) 
     n = prompt + response
     matrices = (2 * shape.queries + 2 * shape.keys + 3 * shape.ffn) * shape.hidden
     w = min(n, shape.window or n)
-    pairs = (shape.layers - shape.windowed) * n**2 / 2 + shape.windowed * (n * w - w**2 / 2)
+    pairs = (shape.layers - shape.windowed_layers) * n**2 / 2 + shape.windowed_layers * (n * w - w**2 / 2)
     layers = 2.0 * n * shape.layers * matrices + 4.0 * shape.queries * pairs
     return layers, 2.0 * response * shape.hidden * shape.vocab if role is Role.actor else 0.0
 
@@ -76,7 +76,7 @@ class _Passes:
     """Passes of a stage's rows through the trainer's models."""
 
     def __init__(
-        self, config: Config, shape: PlannedShape, cluster: ClusterConfig, layout: PlannedLayout, stage: StageConfig
+        self, config: Config, shape: ModelShape, cluster: ClusterConfig, layout: PlannedLayout, stage: StageConfig
     ) -> None:
         self.config, self.shape, self.cluster, self.layout, self.stage = config, shape, cluster, layout, stage
         self.size = machine_of(config).size
@@ -119,7 +119,7 @@ class _Passes:
 
 
 def _generate(
-    config: Config, shape: PlannedShape, cluster: ClusterConfig, split: Split, stage: StageConfig, room: float
+    config: Config, shape: ModelShape, cluster: ClusterConfig, split: Split, stage: StageConfig, room: float
 ) -> float:
     """Seconds of prefill and decoding.
 
@@ -141,7 +141,7 @@ def _generate(
     prompt, response = config.rollout.max_prompt_tokens, config.rollout.max_response_tokens
     length = prompt + response / 2
     seen = min(length, shape.window or length)
-    tokens = length + (seen - length) * shape.windowed / shape.layers
+    tokens = length + (seen - length) * shape.windowed_layers / shape.layers
     handled = 3 + 2 * shape.heads / shape.groups if alone else 1
     cache = handled * rows * tokens * engine.token_bytes(config, shape, tensor)
     read = engine.weight_bytes(config, shape) / tensor + cache
@@ -151,7 +151,7 @@ def _generate(
     return mine / rows * response * step + requests / engines * prompt * arithmetic
 
 
-def _sync(config: Config, shape: PlannedShape, cluster: ClusterConfig, split: Split) -> float:
+def _sync(config: Config, shape: ModelShape, cluster: ClusterConfig, split: Split) -> float:
     """Seconds of a weight sync. Each pipeline stage gathers its weights over its tensor ranks and sends them once to
     each server (rollout/transfer.py). For the embedded engine, they pass over all ranks twice."""
     size = engine.weight_bytes(config, shape)

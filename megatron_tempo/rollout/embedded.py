@@ -17,10 +17,10 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
+from megatron_tempo.data.tokenizer import end_tokens
 from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.runtime import progress_marker
-from megatron_tempo.data.tokenizer import end_tokens
 from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
 
 # Ended rows are cut out of the cache once they are this share of the batch: each cut copies the cache.

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megatron_tempo.config.choices import EnginePrecision, Transport
 from megatron_tempo.config.hosts import is_loopback
 from megatron_tempo.config.schema import ServersConfig
+from megatron_tempo.data.tokenizer import end_tokens
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.input_files import read_text
 from megatron_tempo.rollout.addresses import chosen_devices, own_address, visible_devices
@@ -33,7 +34,6 @@ from megatron_tempo.rollout.server import Server
 from megatron_tempo.rollout.server_adapter import ServerAdapter
 from megatron_tempo.rollout.supervisor import ExternalServers, ServerSupervisor, SupervisedServers, private_store
 from megatron_tempo.rollout.transfer import Senders
-from megatron_tempo.data.tokenizer import end_tokens
 from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
 
 # Seconds after which waiting ranks hear that there is nothing new: well within the timeout of their groups.

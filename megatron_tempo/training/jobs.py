@@ -20,6 +20,7 @@ from megatron_tempo.config.trained_with import defaults_for, read_trained_with
 from megatron_tempo.config.tree import save as save_config
 from megatron_tempo.data.seen import seen_of
 from megatron_tempo.data.sets import QuestionKeys, evaluation_sets, tokenizer_findings, unchanged_files
+from megatron_tempo.data.tokenizer import load_tokenizer
 from megatron_tempo.errors import InputError, UnwrittenError
 from megatron_tempo.evaluation.results import response_records, result
 from megatron_tempo.evaluation.unread import diagnose
@@ -30,7 +31,6 @@ from megatron_tempo.report import results as report
 from megatron_tempo.report.summary import printable
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.runtime.stop_request import StopRequests, ctrl_c
-from megatron_tempo.data.tokenizer import load_tokenizer
 from megatron_tempo.training.context import RunContext, exclusive, open_context
 from megatron_tempo.training.setup import build_critic, build_engine, build_evaluator, build_verifiers, folder_weights
 from megatron_tempo.training.trainer import Trainer, judge_counts

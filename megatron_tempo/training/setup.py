@@ -11,13 +11,14 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_tempo.config.choices import EngineKind, EnginePrecision, Precision
 from megatron_tempo.config.extensions import Extension
+from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.config.rules.extensions import imported_verifiers
 from megatron_tempo.config.schema import Config
 from megatron_tempo.evaluation.evaluator import Evaluator
 from megatron_tempo.kernels import kernels_for
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
-from megatron_tempo.models.families import DTYPES, read_shape, transformer_config
+from megatron_tempo.models.families import DTYPES, transformer_config
 from megatron_tempo.models.gpt import LanguageModel, PackedGPT, ValueModel
 from megatron_tempo.models.machine import chosen_layers
 from megatron_tempo.models.nonfinite_guard import NonFiniteGuard
@@ -64,11 +65,11 @@ def build_engine(context: RunContext, log: Callable[[str], None]) -> Engine:
     if isinstance(kind, Extension):
         work, dtype = Path(config.run.dir) / "engine", DTYPES[config.run.precision.numbers]
         setup = EngineSetup(model, context.device, dtype, work, config.rollout, log)
-        return ImportedEngine(kind, setup, read_shape(model).vocab)
+        return ImportedEngine(kind, setup, read_model_shape(model).vocab)
     from megatron_tempo.rollout.servers import ServersEngine  # an HTTP client, for these engines only
 
     servers, adapter = config.rollout.servers, server_adapter_of(config, cpu=context.device.type == "cpu")
-    work, vocab = Path(config.run.dir) / "engine", read_shape(model).vocab
+    work, vocab = Path(config.run.dir) / "engine", read_model_shape(model).vocab
     precision, timeout = engine_precision(config), collective_timeout(config)
     return ServersEngine(adapter, servers, model, work, precision, context.device, vocab, timeout, log)
 
@@ -135,7 +136,7 @@ def _language_model(context: RunContext) -> PackedGPT:
 
 def _network(context: RunContext, kind: Callable[..., PackedGPT], path: Path, layout: Layout) -> PackedGPT:
     context.offloader.offload_all()
-    shape = read_shape(path)
+    shape = read_model_shape(path)
     given = context.config
     config = transformer_config(
         shape,

@@ -20,6 +20,7 @@ from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.data.seen import Seen
 from megatron_tempo.data.sets import SAMPLED, QuestionKeys, evaluation_sets, prompt_streams, tokenizer_findings
+from megatron_tempo.data.tokenizer import load_tokenizer
 from megatron_tempo.evaluation.evaluator import Evaluator
 from megatron_tempo.methods import iterate_of
 from megatron_tempo.methods.learner import Learner, Rollouts
@@ -34,7 +35,6 @@ from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.batches import summed_counts
 from megatron_tempo.rollout.engine import Engine
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
-from megatron_tempo.data.tokenizer import load_tokenizer
 from megatron_tempo.training import inputs
 from megatron_tempo.training.context import RunContext, collective_timeout
 from megatron_tempo.training.parity import check_parity

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.resume import fingerprint
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import CriticTargets
@@ -20,10 +21,8 @@ from megatron_tempo.errors import InputError
 from megatron_tempo.input_files import read_json
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
-from megatron_tempo.models.families import FAMILIES
 from megatron_tempo.models.gpt import PackedGPT, ValueModel
 from megatron_tempo.models.parallel import Layout
-from megatron_tempo.models.shape import Shape
 from megatron_tempo.models.trained import Model
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.weights import folder, tables
@@ -119,12 +118,12 @@ def _is_exported(path: Path, origin: dict[str, Any] | None, log: Callable[[str],
     return False
 
 
-def critic_changes(shape: Shape, targets: CriticTargets | None) -> dict[str, Any]:
+def critic_changes(shape: ModelShape, targets: CriticTargets | None) -> dict[str, Any]:
     """The entries of a critic's config.json that differ from its model's: a token classifier with one label, the value.
 
     `targets`: None if they are unknown, or if the config.json has them already.
     """
-    changes: dict[str, Any] = {"architectures": [FAMILIES[shape.family].TOKEN_CLASSIFIER], "tie_word_embeddings": False}
+    changes: dict[str, Any] = {"architectures": [shape.family.token_classifier], "tie_word_embeddings": False}
     changes |= {"id2label": {"0": "value"}, "label2id": {"value": 0}}
     return changes if targets is None else changes | {TARGETS: targets.name}
 

@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.errors import InputError
 from megatron_tempo.input_files import read_json, readable, unreadable
-from megatron_tempo.models.families import read_shape
 from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.runtime import progress_marker
@@ -156,7 +156,7 @@ def _load(net: PackedGPT, layout: Layout, mappings: list[ParamMapping], folder: 
 
 def _checked_actor(folder: Path, layout: Layout) -> dict[str, Path]:
     """The files of an actor's tensors, without the second name of a tied matrix."""
-    shape, files = read_shape(folder), tensor_files(folder)
+    shape, files = read_model_shape(folder), tensor_files(folder)
     mappings = tables.mappings(shape, 1, critic=False)
     check(files, mappings, folder)
     if layout.is_writer:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from megatron_tempo.models.shape import Shape
+from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.weights.param_mapping import Norm, Replicated, ShardedDim0
 
 
-def norms(shape: Shape) -> list[Norm]:
+def norms(shape: ModelShape) -> list[Norm]:
     """The norms of a layer, in Hugging Face's order."""
     return [
         Norm("self_attention.q_layernorm", "self_attn.q_norm", shape.queries, ShardedDim0(shape.queries)),

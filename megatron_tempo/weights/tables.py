@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron_tempo.models.shape import Shape
+from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.weights import olmo3, qwen3
 from megatron_tempo.weights.param_mapping import (
     Norm,
@@ -16,10 +16,10 @@ from megatron_tempo.weights.param_mapping import (
     ShardedVocab,
 )
 
-NORMS: dict[str, Callable[[Shape], list[Norm]]] = {"olmo3": olmo3.norms, "qwen3": qwen3.norms}
+NORMS: dict[str, Callable[[ModelShape], list[Norm]]] = {"olmo3": olmo3.norms, "qwen3": qwen3.norms}
 
 
-def mappings(shape: Shape, pipeline: int, *, critic: bool) -> list[ParamMapping]:
+def mappings(shape: ModelShape, pipeline: int, *, critic: bool) -> list[ParamMapping]:
     """Every parameter of the model, layer by layer. The same list on every rank.
 
     In Hugging Face's format, the critic is the family's token classifier with one label. A tied output matrix is not
@@ -44,7 +44,7 @@ def mappings(shape: Shape, pipeline: int, *, critic: bool) -> list[ParamMapping]
     return [embedding, *layers, norm, *_head(shape, last, critic=critic)]
 
 
-def _head(shape: Shape, stage: int, *, critic: bool) -> list[ParamMapping]:
+def _head(shape: ModelShape, stage: int, *, critic: bool) -> list[ParamMapping]:
     if critic:
         return [
             ParamMapping("output_layer.weight", ("score.weight",), ((1, shape.hidden),), Replicated(), stage),
@@ -56,7 +56,7 @@ def _head(shape: Shape, stage: int, *, critic: bool) -> list[ParamMapping]:
     return [ParamMapping("output_layer.weight", ("lm_head.weight",), head, ShardedVocab(shape.vocab), stage)]
 
 
-def _layer(shape: Shape, layer: int, local: int, stage: int) -> list[ParamMapping]:
+def _layer(shape: ModelShape, layer: int, local: int, stage: int) -> list[ParamMapping]:
     theirs, ours = f"model.layers.{layer}", f"decoder.layers.{local}"
     hidden, dim, ffn = shape.hidden, shape.head_dim, shape.ffn
     queries, keys = shape.queries, shape.keys
@@ -97,6 +97,6 @@ def _layer(shape: Shape, layer: int, local: int, stage: int) -> list[ParamMappin
                 norm.sharding,
                 stage,
             )
-            for norm in NORMS[shape.family](shape)
+            for norm in NORMS[shape.family.name](shape)
         ),
     ]

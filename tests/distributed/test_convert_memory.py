@@ -16,7 +16,7 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_tempo.models.families import read_shape
+from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.weights import tables
 from megatron_tempo.weights.files import Entry, write_safetensors
 from megatron_tempo.weights.folder import describe, tensor_files
@@ -56,7 +56,7 @@ def write_large(folder: Path, layers: int = 32, vocab: int = 151936) -> dict[str
             yield piece.view(torch.bfloat16)
 
     weight_map: dict[str, str] = {}
-    for number, group in enumerate(plan(tables.mappings(read_shape(folder), 1, critic=False), SHARD, 2)):
+    for number, group in enumerate(plan(tables.mappings(read_model_shape(folder), 1, critic=False), SHARD, 2)):
         entries = [
             (name, torch.bfloat16, shape)
             for mapping in group

@@ -23,10 +23,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_tempo.config.choices import Logits, Precision
+from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.errors import InputError
 from megatron_tempo.kernels import REFERENCE
-from megatron_tempo.models.families import read_shape, transformer_config
+from megatron_tempo.models.families import transformer_config
 from megatron_tempo.models.gpt import LanguageModel, PackedGPT
 from megatron_tempo.models.megatron_compat.cpu_backend import install_cpu_backend
 from megatron_tempo.models.parallel import Layout, parallel_groups
@@ -54,7 +55,7 @@ def opened(model: Path, tensor: int, pipeline: int) -> Iterator[tuple[PackedGPT,
     """Process groups, and the model of a folder in them."""
     install_cpu_backend()
     with parallel_groups(ParallelConfig(tensor=tensor, pipeline=pipeline), torch.device("cpu"), 0) as layouts:
-        shape, layout = read_shape(model), layouts.actor
+        shape, layout = read_model_shape(model), layouts.actor
         config = transformer_config(shape, layout, Precision.fp32)
         net = LanguageModel(config, shape, layout, REFERENCE, Logits.recomputed, temperature=1.0)
         mappings = tables.mappings(shape, pipeline, critic=False)

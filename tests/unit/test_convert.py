@@ -22,8 +22,8 @@ from megatron_tempo import cli
 from megatron_tempo.checkpoint import convert, resumable_folder
 from megatron_tempo.checkpoint.convert import to_hugging_face, to_megatron
 from megatron_tempo.commands.convert import SCRIPTS
+from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.errors import InputError
-from megatron_tempo.models.families import read_shape
 from megatron_tempo.runtime.folder_lock import FolderLock
 from megatron_tempo.weights import distributed
 from megatron_tempo.weights.export import TARGETS, critic_changes
@@ -88,7 +88,7 @@ def write_critic(folder: Path) -> Path:
     rewrite(write_model(folder, tied=False), as_critic)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
-        json.dumps(config | critic_changes(read_shape(folder), None) | {TARGETS: "plus_minus_one"})
+        json.dumps(config | critic_changes(read_model_shape(folder), None) | {TARGETS: "plus_minus_one"})
     )
     return folder
 

@@ -13,11 +13,9 @@ import transformers
 from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from megatron_tempo.config.rules import model as rules
+from megatron_tempo.config.model_shape import FAMILIES, LayerAttention, Rope, Yarn, read_model_shape
 from megatron_tempo.errors import InputError
-from megatron_tempo.models.families import FAMILIES, read_shape
 from megatron_tempo.models.rotary import frequencies
-from megatron_tempo.models.shape import LayerAttention, Rope, Yarn
 from megatron_tempo.weights import tables
 from tests.support.tiny import WINDOW, write_model
 
@@ -56,24 +54,23 @@ def olmo3(tmp_path: Path) -> Path:
 
 
 def test_every_place_knows_the_same_families() -> None:
-    """The rules of the configuration name them once more, since they must not load torch."""
-    assert set(FAMILIES) == set(tables.NORMS) == set(rules.FAMILIES)
+    assert set(FAMILIES) == set(tables.NORMS)
 
 
 def test_the_published_olmo3(olmo3: Path) -> None:
     kinds = ["sliding_attention"] * 3 + ["full_attention"]
-    shape = read_shape(changed(olmo3, **PUBLISHED, layer_types=kinds))
+    shape = read_model_shape(changed(olmo3, **PUBLISHED, layer_types=kinds))
     sliding = LayerAttention(Rope(500_000.0), 4096)
     full = LayerAttention(Rope(500_000.0, Yarn(8.0, 8192, 32, 1, 1.2079441541679836)))
     assert shape.attention == (sliding, sliding, sliding, full)
     assert shape.ropes == (sliding.rope, full.rope)
-    assert (shape.family, shape.heads, shape.groups, shape.head_dim) == ("olmo3", 32, 2, 128)
+    assert (shape.family.name, shape.heads, shape.groups, shape.head_dim) == ("olmo3", 32, 2, 128)
 
 
 def test_the_defaults_of_layer_types_and_attention_factor(olmo3: Path) -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     rope = {"full_attention": PLAIN | yarn, "sliding_attention": PLAIN}
-    shape = read_shape(changed(olmo3, rope_parameters=rope, layer_types=None))
+    shape = read_model_shape(changed(olmo3, rope_parameters=rope, layer_types=None))
     assert [layer.window for layer in shape.attention] == [WINDOW, WINDOW, WINDOW, None]
     found = shape.attention[3].rope.yarn
     assert found is not None
@@ -82,7 +79,7 @@ def test_the_defaults_of_layer_types_and_attention_factor(olmo3: Path) -> None:
 
 
 def test_a_qwen3_attends_alike_on_all_layers(tmp_path: Path) -> None:
-    shape = read_shape(write_model(tmp_path))
+    shape = read_model_shape(write_model(tmp_path))
     assert shape.attention == (LayerAttention(Rope(10_000.0)),) * 4
 
 
@@ -98,7 +95,7 @@ def test_a_qwen3_attends_alike_on_all_layers(tmp_path: Path) -> None:
 def test_what_is_no_plain_qwen3_is_refused(tmp_path: Path, field: str, value: Any, wrong: str) -> None:
     folder = changed(write_model(tmp_path), **{field: value})
     with pytest.raises(InputError, match=wrong) as error:
-        read_shape(folder)
+        read_model_shape(folder)
     assert str(folder / "config.json") in str(error.value)
 
 
@@ -131,14 +128,14 @@ def yarn(**changes: Any) -> dict[str, Any]:
 )
 def test_what_is_no_plain_olmo3_is_refused(olmo3: Path, field: str, value: Any, wrong: str) -> None:
     with pytest.raises(InputError, match=wrong) as error:
-        read_shape(changed(olmo3, **{field: value}))
+        read_model_shape(changed(olmo3, **{field: value}))
     assert str(olmo3 / "config.json") in str(error.value)
 
 
 def test_another_family_is_refused(tmp_path: Path) -> None:
     transformers.LlamaConfig().save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="model_type is 'llama'; supported: olmo3, qwen3"):
-        read_shape(tmp_path)
+    with pytest.raises(InputError, match='model_type is "llama"; supported: olmo3, qwen3'):
+        read_model_shape(tmp_path)
 
 
 @pytest.mark.parametrize("head_dim", [8, 12, 128])
@@ -155,7 +152,7 @@ def test_another_family_is_refused(tmp_path: Path) -> None:
 def test_rotary_embeddings_are_transformers_own(olmo3: Path, head_dim: int, changes: dict[str, Any]) -> None:
     """Of both kinds of layers, with YaRN's factor."""
     rope = yarn(**changes) | {"sliding_attention": PLAIN | {"rope_theta": 3000.0}}
-    shape = read_shape(changed(olmo3, rope_parameters=rope, head_dim=head_dim))
+    shape = read_model_shape(changed(olmo3, rope_parameters=rope, head_dim=head_dim))
     theirs = Olmo3RotaryEmbedding(transformers.AutoConfig.from_pretrained(olmo3))
     for kind, layer in (("sliding_attention", shape.attention[0]), ("full_attention", shape.attention[1])):
         wanted = getattr(theirs, f"{kind}_inv_freq")
@@ -167,4 +164,4 @@ def test_rotary_embeddings_are_transformers_own(olmo3: Path, head_dim: int, chan
 def test_qwen3s_rotary_embedding(tmp_path: Path) -> None:
     folder = write_model(tmp_path)
     theirs = Qwen3RotaryEmbedding(transformers.AutoConfig.from_pretrained(folder))
-    assert torch.equal(frequencies(read_shape(folder).attention[0].rope, 12), theirs.inv_freq)
+    assert torch.equal(frequencies(read_model_shape(folder).attention[0].rope, 12), theirs.inv_freq)

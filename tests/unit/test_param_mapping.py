@@ -17,15 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_tempo.config.choices import Logits, Precision
+from megatron_tempo.config.model_shape import FAMILIES, LayerAttention, ModelShape, Rope, read_model_shape
 from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.errors import InputError
 from megatron_tempo.kernels import REFERENCE
-from megatron_tempo.models.families import read_shape, transformer_config
+from megatron_tempo.models.families import transformer_config
 from megatron_tempo.models.gpt import LanguageModel, PackedGPT, ValueModel
 from megatron_tempo.models.megatron_compat.cpu_backend import install_cpu_backend
 from megatron_tempo.models.parallel import Layout, parallel_groups
-from megatron_tempo.models.shape import LayerAttention, Rope, Shape
 from megatron_tempo.weights import folder, tables
 from megatron_tempo.weights.param_mapping import (
     ParamMapping,
@@ -126,8 +126,8 @@ def test_query_key_value_by_hand() -> None:
 # The table
 
 
-SHAPE = Shape(
-    family="qwen3", layers=4, hidden=32, heads=4, groups=2, head_dim=12, ffn=48, vocab=VOCAB, norm_eps=1e-6,
+SHAPE = ModelShape(
+    family=FAMILIES["qwen3"], layers=4, hidden=32, heads=4, groups=2, head_dim=12, ffn=48, vocab=VOCAB, norm_eps=1e-6,
     tied=False, max_positions=256, attention=(LayerAttention(Rope(1e4)),) * 4,
 )  # fmt: skip
 
@@ -136,7 +136,7 @@ SHAPE = Shape(
 def test_the_table_lists_transformers_own_tensors(family: str, tied: bool, tmp_path: Path) -> None:
     """Names and shapes of actor and critic, with every tensor once."""
     path = write_model(tmp_path, tied=tied, family=family)
-    shape = read_shape(path)
+    shape = read_model_shape(path)
     actor = transformers.AutoModelForCausalLM.from_pretrained(path)
     config = transformers.AutoConfig.from_pretrained(path, num_labels=1, tie_word_embeddings=False)
     critic = transformers.AutoModelForTokenClassification.from_config(config)
@@ -205,7 +205,7 @@ def model(original: Path, tmp_path: Path) -> Path:
 
 
 def load(path: Path, layout: Layout, *, critic: bool = False) -> PackedGPT:
-    shape = read_shape(path)
+    shape = read_model_shape(path)
     common = transformer_config(shape, layout, Precision.fp32), shape, layout, REFERENCE
     net = ValueModel(*common) if critic else LanguageModel(*common, Logits.recomputed, temperature=1.0)
     folder.load(net, layout, tables.mappings(shape, 1, critic=critic), path)
@@ -418,7 +418,7 @@ def test_a_config_that_transformers_cannot_read_is_named(model: Path) -> None:
     for text in ("[]", "3", json.dumps(config)[:-5], json.dumps(config | {"num_hidden_layers": "x"})):
         path.write_text(text)
         with pytest.raises(InputError, match=r"config\.json"):
-            read_shape(model)
+            read_model_shape(model)
 
 
 def test_a_folder_that_is_there_is_not_overwritten(model: Path, layout: Layout, tmp_path: Path) -> None:

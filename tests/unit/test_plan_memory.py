@@ -12,13 +12,14 @@ from megatron_tempo.plan import activations, engine, head, layout
 from megatron_tempo.plan.layout import PlannedLayout, PlannedMachine, PlannedMicroBatch, micro_batch_of
 from megatron_tempo.plan.memory import MemoryPhase, Part, memory, place_memory
 from megatron_tempo.plan.parameters import Role
-from megatron_tempo.plan.shapes import PUBLISHED, PlannedShape, shape_of
+from megatron_tempo.plan.shapes import PUBLISHED, shape_of
 from megatron_tempo.plan.split import Split, problems, split_of
 from megatron_tempo.plan.times import row_operations, times
 from megatron_tempo.rollout.build import engine_precision
+from tests.support.shapes import qwen3_shape
 from tests.unit.config_files import configure
 
-TINY = PlannedShape(layers=2, hidden=8, heads=4, groups=2, head_dim=2, ffn=16, vocab=32, max_positions=64)
+TINY = qwen3_shape(layers=2, hidden=8, heads=4, groups=2, head_dim=2, ffn=16, vocab=32, max_positions=64)
 FIRST = {Role.actor: 0, Role.critic: 0}  # on the first stage of both
 MICRO = PlannedMicroBatch(tokens=100, responses=80, grid=120, count=4)
 BF16, FP32 = PlannedMachine(2), PlannedMachine(4, cuda=False)
@@ -246,5 +247,5 @@ def test_operations_of_a_row() -> None:
     assert layers == 2 * 30 * matrices + 2 * 4 * 8 * 30**2 / 2
     assert ending == 2 * 20 * 8 * 32
     assert row_operations(TINY, 10, 20, Role.critic)[1] == 0
-    windowed = PlannedShape(2, 8, 4, 2, 2, 16, 32, 64, window=10, windowed=1)
+    windowed = qwen3_shape(2, 8, 4, 2, 2, 16, 32, 64, window=10, windowed=1)
     assert row_operations(windowed, 10, 20, Role.actor)[0] == 2 * 30 * matrices + 4 * 8 * (450 + 30 * 10 - 50)

@@ -11,7 +11,8 @@ import transformers
 from megatron_tempo.config.choices import Published
 from megatron_tempo.plan.layout import PlannedLayout, PlannedMachine
 from megatron_tempo.plan.parameters import Role, parameters, resident, total_parameters
-from megatron_tempo.plan.shapes import PUBLISHED, PlannedShape, shape_of
+from megatron_tempo.plan.shapes import PUBLISHED, shape_of
+from tests.support.shapes import qwen3_shape
 from tests.unit.config_files import configure
 
 
@@ -28,6 +29,7 @@ def own_config(name: Published) -> transformers.PretrainedConfig:
         vocab_size=shape.vocab,
         max_position_embeddings=shape.max_positions,
         tie_word_embeddings=shape.tied,
+        rope_parameters=None if name is Published.olmo3_7b else {"rope_theta": shape.ropes[0].theta},
     )
 
 
@@ -51,7 +53,7 @@ def test_a_config_json_gives_the_published_shape(name: Published, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("text", "wrong"), [(None, "has no config.json"), ("{", "cannot be read"), ("{}", "KeyError('hidden_size')")]
+    ("text", "wrong"), [(None, "has no config.json"), ("{", "ends too early"), ("{}", "model_type is null")]
 )
 def test_a_folder_that_cannot_be_read(text: str | None, wrong: str, tmp_path: Path) -> None:
     if text is not None:
@@ -63,7 +65,7 @@ def test_a_folder_that_cannot_be_read(text: str | None, wrong: str, tmp_path: Pa
 
 
 # Two layers of 8 numbers: attention 8 (2 x 8 + 2 x 4) = 192, feed-forward 3 x 8 x 16 = 384, norms 2 x 8 + 2 x 2 = 20.
-TINY = PlannedShape(layers=2, hidden=8, heads=4, groups=2, head_dim=2, ffn=16, vocab=32, max_positions=64)
+TINY = qwen3_shape(layers=2, hidden=8, heads=4, groups=2, head_dim=2, ffn=16, vocab=32, max_positions=64)
 
 
 def test_shards_by_hand() -> None:
@@ -76,7 +78,7 @@ def test_shards_by_hand() -> None:
 
 
 def test_a_tied_matrix_is_there_twice_under_pipeline_parallelism() -> None:
-    tied = PlannedShape(2, 8, 4, 2, 2, 16, 32, 64, tied=True)
+    tied = qwen3_shape(2, 8, 4, 2, 2, 16, 32, 64, tied=True)
     assert parameters(tied, PlannedLayout(), Role.actor, 0) == total_parameters(tied)
     stages = sum(parameters(tied, PlannedLayout(pipeline=2), Role.actor, stage) for stage in (0, 1))
     assert stages == total_parameters(tied) + 256

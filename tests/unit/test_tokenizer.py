@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_tempo.config.schema import Config
 from megatron_tempo.data.sets import tokenizer_findings
-from megatron_tempo.errors import InputError
 from megatron_tempo.data.tokenizer import end_tokens, findings, load_tokenizer
+from megatron_tempo.errors import InputError
 from megatron_tempo.types import UnlabelledPrompt
 
 WORDS = ["?", "$", "a", "b", "find", "one"]

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.problem import Problem
-from megatron_tempo.config.rules.model import ModelShape
 from megatron_tempo.config.schema import Config, CriticLayoutConfig, ParallelConfig
 
 
@@ -89,9 +89,9 @@ def _sequence(laid: Laid) -> Iterator[Problem]:
 def _tensor(laid: Laid, folder: str, shape: ModelShape) -> Iterator[Problem]:
     tensor, field = laid.parallel.tensor, laid.fields["tensor"]
     sizes = {
-        "attention heads": shape.num_attention_heads,
-        "key-value heads": shape.num_key_value_heads,
-        "feed-forward units": shape.intermediate_size,
+        "attention heads": shape.heads,
+        "key-value heads": shape.groups,
+        "feed-forward units": shape.ffn,
     }
     uneven = [f"{size} {name}" for name, size in sizes.items() if tensor > 0 and size % tensor]
     if uneven:
@@ -101,7 +101,7 @@ def _tensor(laid: Laid, folder: str, shape: ModelShape) -> Iterator[Problem]:
 
 
 def _pipeline(laid: Laid, folder: str, shape: ModelShape) -> Iterator[Problem]:
-    pipeline, field, layers = laid.parallel.pipeline, laid.fields["pipeline"], shape.num_hidden_layers
+    pipeline, field, layers = laid.parallel.pipeline, laid.fields["pipeline"], shape.layers
     if pipeline > 0 and layers % pipeline:
         fits = ", ".join(map(str, divisors(layers)))
         wrong = f"does not divide the {layers} layers of {folder}"
@@ -109,7 +109,7 @@ def _pipeline(laid: Laid, folder: str, shape: ModelShape) -> Iterator[Problem]:
 
 
 def _lengths(config: Config, field: str, shape: ModelShape) -> Iterator[Problem]:
-    most, prompt = shape.max_position_embeddings, config.rollout.max_prompt_tokens
+    most, prompt = shape.max_positions, config.rollout.max_prompt_tokens
     responses = {
         "rollout.max_response_tokens": config.rollout.max_response_tokens,
         "evaluation.max_response_tokens": config.evaluation.max_response_tokens,

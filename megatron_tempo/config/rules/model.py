@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from megatron_tempo.config.model_shape import FAMILIES, ModelShape, model_shape
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.rules.files import wrong_with_folder
 from megatron_tempo.config.rules.model_files import check_files
@@ -14,24 +13,8 @@ from megatron_tempo.config.tree import MISSING, walk
 from megatron_tempo.errors import InputError
 from megatron_tempo.input_files import read_json, unreadable
 
-FAMILIES = ("olmo3", "qwen3")  # model_type of the families that megatron_tempo/models knows
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
-LARGEST = 2**31 - 1  # of the sizes in a config.json
-_AS_SAVED = "give a folder as transformers' save_pretrained writes it"
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """What the rules of the layout need to know of a config.json."""
-
-    num_attention_heads: int
-    num_key_value_heads: int
-    intermediate_size: int
-    num_hidden_layers: int
-    max_position_embeddings: int
-    vocab_size: int
-    hidden_size: int
-    head_dim: int
+_AS_SAVED = f"give a model of the family {', '.join(FAMILIES)}, as transformers' save_pretrained writes it"
 
 
 def read_models(config: Config) -> tuple[dict[str, ModelShape], list[Problem]]:
@@ -50,41 +33,27 @@ def read_models(config: Config) -> tuple[dict[str, ModelShape], list[Problem]]:
         if field == "model.path":
             problems += _tokenizer(config, folder)
         shape, wrong = _shape(folder)
-        if shape is None and wrong:
+        if wrong:
             problems.append(Problem(field, value, wrong, _AS_SAVED))
-        elif wrong:
-            problems.append(Problem(field, value, wrong, f"give a model of the family {', '.join(FAMILIES)}"))
-        if shape is not None and not wrong:
+        if shape is not None:
             shapes[field] = shape
     problems += _same_vocabulary(config, shapes)
     return shapes, problems
 
 
 def _shape(folder: Path) -> tuple[ModelShape | None, str]:
-    """The shape in config.json, and what is wrong with the file ("" if nothing is)."""
+    """The shape in config.json, and what is wrong with the file ("" if nothing is, or check_files reports it)."""
     file = folder / "config.json"
     if not file.exists() and not file.is_symlink():
         return None, "has no config.json"
     try:
-        plain = read_json(file, dict)
+        entries = read_json(file, dict)
     except InputError:
-        return None, ""  # reported by check_files
-    family = plain.get("model_type")
-    plain = _with_head_dim(plain)
-    names = ModelShape.__dataclass_fields__
-    bad = [name for name in names if type(plain.get(name)) is not int or not 1 <= plain[name] <= LARGEST]
-    if family in FAMILIES and bad:
-        return None, f"config.json has no whole number from 1 to {LARGEST:,} under {', '.join(bad)}"
-    shape = ModelShape(**{name: 1 if name in bad else plain[name] for name in names})
-    return shape, "" if family in FAMILIES else f"model_type {family} is not supported"
-
-
-def _with_head_dim(plain: dict[str, Any]) -> dict[str, Any]:
-    """Where a config.json leaves it out, heads share the hidden size, as in transformers."""
-    hidden, heads = plain.get("hidden_size"), plain.get("num_attention_heads")
-    if plain.get("head_dim") is not None or type(hidden) is not int or type(heads) is not int or heads < 1:
-        return plain
-    return plain | {"head_dim": hidden // heads}
+        return None, ""
+    try:
+        return model_shape(entries), ""
+    except InputError as error:
+        return None, f"config.json: {error}"
 
 
 def _weights(field: str, folder: Path) -> list[Problem]:
@@ -128,8 +97,8 @@ def _has_chat_template(folder: Path) -> bool:
 
 
 def _same_vocabulary(config: Config, shapes: dict[str, ModelShape]) -> list[Problem]:
-    if len({shape.vocab_size for shape in shapes.values()}) < 2:
+    if len({shape.vocab for shape in shapes.values()}) < 2:
         return []
-    sizes = " and ".join(f"{field} {shape.vocab_size}" for field, shape in shapes.items())
+    sizes = " and ".join(f"{field} {shape.vocab}" for field, shape in shapes.items())
     wrong = f"its vocabulary differs from the actor's ({sizes})"
     return [Problem("model.critic_path", config.model.critic_path, wrong, "give a critic of the same tokenizer")]

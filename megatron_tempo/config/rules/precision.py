@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_tempo.config.choices import Layers, Precision
+from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.recipes import (
     BF16_CAPABILITY,
@@ -23,7 +24,6 @@ from megatron_tempo.config.recipes import (
     wanted_gpu,
 )
 from megatron_tempo.config.rules.layout import Laid, divisors, folders_of, laid_of
-from megatron_tempo.config.rules.model import ModelShape
 from megatron_tempo.config.schema import Config
 
 
@@ -107,7 +107,7 @@ def _ends(config: Config) -> Iterator[Problem]:
 
 
 def _ends_of(config: Config, laid: Laid, folder: str, shape: ModelShape) -> Iterator[Problem]:
-    layers, ends = shape.num_hidden_layers, config.model.num_bf16_layers_at_ends
+    layers, ends = shape.layers, config.model.num_bf16_layers_at_ends
     most = min((layers - 1) // 2, layers // max(1, laid.parallel.pipeline))
     if ends > most:
         wrong = f"{folder} has {layers} layers: one must be left for FP8, and either end lies in one pipeline stage"
@@ -117,20 +117,20 @@ def _ends_of(config: Config, laid: Laid, folder: str, shape: ModelShape) -> Iter
 def _sizes(config: Config, recipe: Recipe, laid: Laid, folder: str, shape: ModelShape) -> Iterator[Problem]:
     """The inputs and outputs of a layer's four linear maps, on one tensor rank."""
     tensor = max(1, laid.parallel.tensor)
-    queries, keys = (n * shape.head_dim for n in (shape.num_attention_heads, shape.num_key_value_heads))
+    queries, keys = (n * shape.head_dim for n in (shape.heads, shape.groups))
     cut = {
         "queries": queries,
         "queries, keys and values": queries + 2 * keys,
-        "feed-forward units": shape.intermediate_size,
+        "feed-forward units": shape.ffn,
     }
-    sizes = {"the hidden size": shape.hidden_size}
+    sizes = {"the hidden size": shape.hidden}
     sizes |= {f"the {name} of a tensor rank": size // tensor for name, size in cut.items() if size % tensor == 0}
     uneven = [f"{name} ({size})" for name, size in sizes.items() if size % recipe.multiple]
     if not uneven:
         return
 
     def even(tensor: int, multiple: int) -> bool:
-        return shape.hidden_size % multiple == 0 and all(size % (tensor * multiple) == 0 for size in cut.values())
+        return shape.hidden % multiple == 0 and all(size % (tensor * multiple) == 0 for size in cut.values())
 
     smaller = [t for t in reversed(divisors(tensor)[:-1]) if even(t, recipe.multiple)]
     others = [other.name for other, needs in RECIPES.items() if even(tensor, needs.multiple)]

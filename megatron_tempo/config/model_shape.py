@@ -1,0 +1,300 @@
+"""What a Hugging Face config.json says about a network: one description for the rules, the planner and the models.
+
+It is read without torch and without transformers. Where config.json is silent, transformers' defaults of the family
+apply; tests/unit/test_model_shape.py compares what is read with transformers' own configurations.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import read_json
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+LARGEST = 2**31 - 1  # of the sizes in a config.json
+MOST_LAYERS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What the models of a `model_type` have in common."""
+
+    name: str  # the model_type
+    pre_norm: bool  # norms before attention and feed-forward part; False: after them
+    norms_each_head: bool  # queries and keys are normed head by head; False: over the whole projection
+    windows: bool  # layers may attend to a window, and each kind of layer has a rotary embedding of its own
+    rope_types: tuple[str, ...]  # of the layers that attend to everything; windowed ones have the default
+    token_classifier: str  # the architecture that an exported critic's config.json names
+    defaults: Mapping[str, Any]  # transformers', for what config.json leaves out; None: no default
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            name="olmo3",
+            pre_norm=False,
+            norms_each_head=False,
+            windows=True,
+            rope_types=("default", "yarn"),
+            token_classifier="Olmo3ForTokenClassification",  # transformers has no such class; see docs/status.md
+            defaults={"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "sliding_window": 4096},
+        ),
+        Family(
+            name="qwen3",
+            pre_norm=True,
+            norms_each_head=True,
+            windows=False,
+            rope_types=("default",),
+            token_classifier="Qwen3ForTokenClassification",
+            defaults={"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "head_dim": 128, "num_key_value_heads": 32},
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Yarn:
+    """How YaRN (arXiv 2309.00071) stretches a rotary embedding to sequences longer than it was trained on.
+
+    >>> Yarn(factor=8.0, trained_positions=8192, beta_fast=32.0, beta_slow=1.0, attention_factor=1.2079)
+    """
+
+    factor: float  # how much longer
+    trained_positions: int
+    beta_fast: float  # pairs that turn more often than this over the trained positions keep their frequency
+    beta_slow: float  # pairs that turn less often are slowed by `factor`
+    attention_factor: float  # of rotated queries, and of rotated keys
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """A rotary embedding: pair i of a head's d numbers turns by theta^(-2i/d) radians per position, before `yarn`."""
+
+    theta: float
+    yarn: Yarn | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """What may differ between the attentions of a model's layers."""
+
+    rope: Rope
+    window: int | None = None  # a token sees itself and the window - 1 tokens before it; None: all before it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The sizes of a decoder with grouped attention and a gated feed-forward part, and how each layer attends.
+
+    >>> ModelShape(family=FAMILIES["qwen3"], layers=36, hidden=4096, heads=32, groups=8, head_dim=128, ffn=12288,
+    ...            vocab=151936, max_positions=40960, tied=False, norm_eps=1e-6,
+    ...            attention=(LayerAttention(Rope(1e6)),) * 36)
+    """
+
+    family: Family
+    layers: int
+    hidden: int
+    heads: int
+    groups: int  # key/value heads
+    head_dim: int
+    ffn: int
+    vocab: int
+    max_positions: int
+    tied: bool  # input and output embeddings are one matrix
+    norm_eps: float
+    attention: tuple[LayerAttention, ...]  # by layer, counted over all pipeline stages
+
+    @property
+    def queries(self) -> int:
+        """Width of the query projection."""
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Width of the key projection, and of the value projection."""
+        return self.groups * self.head_dim
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The rotary embeddings of its layers, each once."""
+        return tuple(dict.fromkeys(layer.rope for layer in self.attention))
+
+    @property
+    def window(self) -> int | None:
+        """The tokens that a layer with a window attends to; None if no layer has one."""
+        return next((layer.window for layer in self.attention if layer.window is not None), None)
+
+    @property
+    def windowed_layers(self) -> int:
+        """How many layers attend to a window."""
+        return sum(layer.window is not None for layer in self.attention)
+
+
+_SIZES = (
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"),
+    "max_position_embeddings",
+)
+
+
+def read_model_shape(folder: Path) -> ModelShape:
+    """The shape of the model in a Hugging Face folder.
+
+    Raises InputError, which names the file and the field, for what cannot be read or is not implemented.
+    """
+    file = folder / "config.json"
+    try:
+        return model_shape(read_json(file, dict))
+    except InputError as error:
+        if str(file) in str(error):
+            raise
+        raise InputError(f"{file}: {error}") from error
+
+
+def model_shape(entries: Mapping[str, Any]) -> ModelShape:
+    """The shape that the entries of a config.json describe. Raises InputError, which names the field."""
+    name = entries.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise InputError(f"model_type is {json.dumps(name)}; supported: {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    given = dict(family.defaults) | {key: value for key, value in entries.items() if value is not None}
+    for field, known in (("attention_bias", False), ("hidden_act", "silu")):
+        _expect(field, given.get(field, known), known)
+    if _is_size(given.get("num_hidden_layers")) and given["num_hidden_layers"] > MOST_LAYERS:
+        raise InputError(f"num_hidden_layers={given['num_hidden_layers']} must be at most {MOST_LAYERS:,}")
+    wrong = [field for field in _SIZES if not _is_size(given.get(field))]
+    if entries.get("num_key_value_heads", family.defaults.get("num_key_value_heads")) is None:  # null: no groups
+        given["num_key_value_heads"] = given.get("num_attention_heads")
+    if not wrong:
+        given.setdefault("head_dim", given["hidden_size"] // given["num_attention_heads"])
+        wrong = [field for field in ("num_key_value_heads", "head_dim") if not _is_size(given[field])]
+    if wrong:
+        raise InputError(f"no whole number from 1 to {LARGEST:,} under {', '.join(wrong)}")
+    return ModelShape(
+        family=family,
+        layers=given["num_hidden_layers"],
+        hidden=given["hidden_size"],
+        heads=given["num_attention_heads"],
+        groups=given["num_key_value_heads"],
+        head_dim=given["head_dim"],
+        ffn=given["intermediate_size"],
+        vocab=given["vocab_size"],
+        max_positions=given["max_position_embeddings"],
+        tied=_of_kind("tie_word_embeddings", given.get("tie_word_embeddings", False), bool),
+        norm_eps=_number("rms_norm_eps", given["rms_norm_eps"]),
+        attention=_windowed(family, given) if family.windows else _full(family, given),
+    )
+
+
+def _full(family: Family, given: Mapping[str, Any]) -> tuple[LayerAttention, ...]:
+    """The attention of a family whose layers are all alike."""
+    _expect("use_sliding_window", given.get("use_sliding_window", False), False)
+    for kind in _layer_types(given, [FULL] * given["num_hidden_layers"]):
+        _expect("layer_types", kind, FULL)
+    field = "rope_scaling" if given.get("rope_scaling") else "rope_parameters"
+    parameters = _of_kind(field, given.get(field) or {}, dict)
+    rope = _rope(field, {"rope_theta": given["rope_theta"]} | _without_none(parameters), given, family.rope_types)
+    return (LayerAttention(rope),) * int(given["num_hidden_layers"])
+
+
+def _windowed(family: Family, given: Mapping[str, Any]) -> tuple[LayerAttention, ...]:
+    """The attention of a family whose layers attend to everything or to a window (`layer_types`)."""
+    layers = given["num_hidden_layers"]
+    kinds = _layer_types(given, [FULL if (layer + 1) % 4 == 0 else SLIDING for layer in range(layers)])
+    by_kind = _of_kind("rope_parameters", given.get("rope_parameters") or {}, dict)
+    scaling = _of_kind("rope_scaling", given.get("rope_scaling") or {}, dict)
+    found: dict[str, LayerAttention] = {}
+    for kind in dict.fromkeys(kinds):
+        if kind not in (FULL, SLIDING):
+            raise _unsupported("layer_types", kind, SLIDING)
+        field = f"rope_parameters.{kind}"
+        # As transformers does: an entry rope_theta or rope_scaling next to rope_parameters is that of FULL alone.
+        theta = given["rope_theta"] if kind == FULL else family.defaults["rope_theta"]
+        parameters = _without_none(_of_kind(field, by_kind.get(kind) or {}, dict) | (scaling if kind == FULL else {}))
+        rope = _rope(field, {"rope_theta": theta} | parameters, given, family.rope_types)
+        window = given.get("sliding_window") if kind == SLIDING else None
+        if kind == SLIDING and not _is_size(window):
+            raise _unsupported("sliding_window", window, 4096)
+        found[kind] = LayerAttention(rope, window)
+    return tuple(found[kind] for kind in kinds)
+
+
+def _layer_types(given: Mapping[str, Any], usual: list[str]) -> list[str]:
+    kinds = _of_kind("layer_types", given.get("layer_types", usual), list)
+    if len(kinds) != given["num_hidden_layers"]:
+        raise InputError(f"layer_types names {len(kinds)} layers, num_hidden_layers={given['num_hidden_layers']}")
+    return kinds
+
+
+_PLAIN_ROPE = {"rope_type", "type", "rope_theta"}
+_YARN = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"}
+_AS_USUAL = {"partial_rotary_factor": 1.0, "truncate": True}  # what transformers does where nothing is said
+
+
+def _rope(field: str, parameters: dict[str, Any], given: Mapping[str, Any], known: tuple[str, ...]) -> Rope:
+    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+    if rope_type not in known:
+        raise _unsupported(f"{field}.rope_type", rope_type, known[-1])
+    for name in sorted(parameters.keys() - _PLAIN_ROPE - (_YARN if rope_type == "yarn" else set())):
+        _expect(f"{field}.{name}", parameters[name], _AS_USUAL.get(name))
+    theta = _number(f"{field}.rope_theta", parameters["rope_theta"])
+    if rope_type != "yarn":
+        return Rope(theta)
+    trained = {"original_max_position_embeddings": given["max_position_embeddings"]}
+    return Rope(theta, _yarn(field, trained | parameters))
+
+
+def _yarn(field: str, parameters: dict[str, Any]) -> Yarn:
+    for name in ("factor", "original_max_position_embeddings"):
+        if not _is_number(parameters.get(name)) or parameters[name] < 1:
+            raise InputError(f"{field}.{name}={json.dumps(parameters.get(name))} must be a number of at least 1")
+    factor = float(parameters["factor"])
+    return Yarn(
+        factor=factor,
+        trained_positions=parameters["original_max_position_embeddings"],
+        beta_fast=_number(f"{field}.beta_fast", parameters.get("beta_fast") or 32.0),
+        beta_slow=_number(f"{field}.beta_slow", parameters.get("beta_slow") or 1.0),
+        attention_factor=_number(
+            f"{field}.attention_factor", parameters.get("attention_factor", 0.1 * math.log(factor) + 1.0)
+        ),
+    )
+
+
+def _without_none(entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entries.items() if value is not None}
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _number(field: str, value: Any) -> float:
+    if not _is_number(value) or value <= 0:
+        raise InputError(f"{field}={json.dumps(value)} must be a number above 0")
+    return float(value)
+
+
+def _of_kind(field: str, value: Any, kind: type) -> Any:
+    words = {dict: "an object", list: "a list", bool: "true or false"}
+    if not isinstance(value, kind):
+        raise InputError(f"{field}={json.dumps(value)} must be {words[kind]}")
+    return value
+
+
+def _expect(field: str, value: object, known: object) -> None:
+    if value != known:
+        raise _unsupported(field, value, known)
+
+
+def _unsupported(field: str, value: object, known: object) -> InputError:
+    return InputError(f"{field}={json.dumps(value)} is not supported. Supported: {json.dumps(known)}")
