@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tempo.config.stages import Method, StageConfig
+from megatron_tempo.config.stages import PpoSettings, StageConfig
 from megatron_tempo.observability.console import COLUMNS, evaluation_line, readable, step_line, wrapped
 from megatron_tempo.observability.progress import BAR, Forecast, ProgressBar
 
@@ -118,7 +118,7 @@ def test_the_bar_fits_the_terminal(columns: int, encoding: str) -> None:
 
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     console = Console(file=out, width=columns, force_terminal=True, legacy_windows=False, color_system=None)
-    stages = {"stage1": StageConfig(method=Method.ppo, iterations=100), "stage2": StageConfig(iterations=100)}
+    stages = {"stage1": StageConfig(PpoSettings(), iterations=100), "stage2": StageConfig(iterations=100)}
     bar = ProgressBar(Forecast(stages, 3), console)
     bar.update("generate")
     (line,) = [
