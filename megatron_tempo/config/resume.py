@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.schema import Config, to_plain
-from megatron_tempo.config.tree import leaves, read
+from megatron_tempo.config.tree import leaves, read, without_default_settings
 from megatron_tempo.errors import InputError
 
 # Patterns of fields, `*` for any text, and why a difference leaves the run the same experiment.
@@ -137,7 +137,7 @@ def problem(config: Config) -> Problem | None:
         return None  # there are no checkpoints either, which is refused where they are looked for
     if not isinstance(plain, dict):
         return Problem("run.dir", given, f"{path} is not the configuration of a run", _REMOVE.format(path=path))
-    old, unknown = read(plain)
+    old, unknown = read(without_default_settings(plain))
     if unknown:
         fields = ", ".join(problem.field for problem in unknown[:_SHOWN])
         wrong = f"{path} is of another version of this program, which knows {fields} otherwise"
