@@ -12,7 +12,7 @@ from megatron_tempo import cli
 from megatron_tempo.config import resume
 from megatron_tempo.config.schema import Config, DatasetConfig, to_plain
 from megatron_tempo.config.stages import Method
-from megatron_tempo.config.tree import field_paths, read, save
+from megatron_tempo.config.tree import field_paths, read, save, without_default_settings
 from megatron_tempo.errors import InputError
 from tests.unit.config_files import good_overrides, write_all
 
@@ -28,7 +28,7 @@ def changed(**fields: object) -> Config:
             node = node[group]
         assert name in node
         node[name] = value
-    config, problems = read(plain)
+    config, problems = read(without_default_settings(plain))
     assert not problems
     return config
 
