@@ -58,7 +58,9 @@ def run(tmp_path: Path) -> Path:
     for step in (4, 6):
         write_checkpoint(run, f"step_{step:08d}", step)
     save(config_of(run), run / "config.json")
-    (run / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 7)))
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps({"stage": "stage1", "step": step}) + "\n" for step in range(1, 7))
+    )
     (run / LAST).write_text('{"step": 6}')
     return run
 
@@ -70,7 +72,7 @@ def opened(run: Path, told: list[str] | None = None) -> Checkpoints:
 def found(run: Path, config: Config | None = None) -> module.Found:
     config = config or config_of(run)
     check_run_folder(config)
-    return find(config, opened(run), {}, {}, is_writer=True)
+    return find(config, opened(run), {}, {}, {}, is_writer=True)
 
 
 def snapshot(folder: Path) -> dict[str, Any]:
@@ -189,7 +191,7 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_is_used(run: Path, kind: 
     (run / "checkpoints/step_00000006.damaged").mkdir()  # of an earlier time: it is kept
     before, told = snapshot(run), []
     checkpoints = opened(run, told)
-    result = find(config_of(run), checkpoints, {}, {}, is_writer=True)
+    result = find(config_of(run), checkpoints, {}, {}, {}, is_writer=True)
     assert result.path is not None
     assert result.path.name == "step_00000004"
     assert snapshot(run) == before

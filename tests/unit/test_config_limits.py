@@ -138,7 +138,7 @@ def test_sizes_in_a_model_folder(size: object, files: Path) -> None:
         assert [problem.field for problem in found] == ["model.path"]
         assert name in found[0].wrong
         if not isinstance(size, str | float | bool):
-            with pytest.raises(ConfigErrors, match=r"config\.json cannot be read"):
+            with pytest.raises(ConfigErrors, match=r"config\.json cannot be used"):
                 cli.build([*words, "cluster=h100x8"], purpose=Purpose.plan)
 
 
@@ -186,7 +186,8 @@ def test_texts_that_are_not_seen(text: str, files: Path) -> None:
     (files / "whole.json").write_text(json.dumps(plain))
     with pytest.raises(ConfigErrors) as caught:
         cli.build([], whole=str(files / "whole.json"))
-    fields = {problem.field for problem in caught.value.problems}
+    assert {problem.field for problem in caught.value.problems} == {"--config"}, "the file's, not the command line's"
+    fields = {problem.wrong.partition("=")[0] for problem in caught.value.problems}
     where = {"run.dir", "model.path", "data.labelled.path", "rollout.servers.arguments[1]"}
     assert fields == where | {"cluster.slurm.environment.A", "typo" + text}
     assert hidden(str(caught.value)) is None

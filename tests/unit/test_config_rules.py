@@ -395,8 +395,8 @@ def integers(folder: Path) -> None:
 
 # name, what is done to the model's folder, a part of what is wrong, a part of the fix
 FOLDERS = [
-    ("another family", rewrite(model_type="llama"), "model_type llama is not supported", "olmo3, qwen3"),
-    ("no model_type", rewrite(model_type=None), "model_type None is not supported", "qwen3"),
+    ("another family", rewrite(model_type="llama"), 'model_type is "llama"; supported', "olmo3, qwen3"),
+    ("no model_type", rewrite(model_type=None), "model_type is null; supported", "qwen3"),
     ("no layers", rewrite(num_hidden_layers=None), "num_hidden_layers", "save_pretrained"),
     ("text for heads", rewrite(num_attention_heads="8"), "num_attention_heads", "save_pretrained"),
     ("no config", lambda folder: (folder / "config.json").unlink(), "no config.json", "save_pretrained"),

@@ -61,7 +61,15 @@ def test_the_tables_by_hand(study: ModuleType, tmp_path: Path, monkeypatch: pyte
             run = study.folder(arm, seed)
             run.mkdir(parents=True)
             lines = [
-                {"set": name, "iteration": 70 * i, "avg": avg, "pass": {"16": avg + 0.1}, "calibration": None}
+                {
+                    "set": name,
+                    "step": 70 * i,
+                    "point": "during",
+                    "iteration": 70 * i,
+                    "avg": avg,
+                    "pass": {"16": avg + 0.1},
+                    "calibration": None,
+                }
                 for name in ("unlabelled", "heldout", "labelled")
                 for i, avg in enumerate(points)
             ]

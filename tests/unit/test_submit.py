@@ -291,7 +291,7 @@ def test_no_field_begins_a_line(good: list[str], tmp_path: Path, character: str)
     (tmp_path / "whole.json").write_text(json.dumps(plain))
     with pytest.raises(ConfigErrors) as caught:
         cli.build([], whole=str(tmp_path / "whole.json"), submitted=Kind.train)
-    assert {problem.field for problem in caught.value.problems} == {
+    assert {problem.wrong.partition("=")[0] for problem in caught.value.problems} == {
         "run.dir",
         *(f"cluster.slurm.{name}" for name in ("partition", "account", "interface", "container", "python", "gres")),
         *(f"cluster.slurm.{name}" for name in ("time_limit", "options[0]", "modules[0]", "environment.NAME")),
