@@ -19,7 +19,7 @@ from tests.support.ranks import run_ranks
 
 def by_rule(judge: Judge, body: dict[str, Any]) -> Reply:
     found = quoted(body)
-    right = countdown.score(found["QUESTION"], found["RESPONSE"], "")
+    right = countdown.score(found["QUESTION"], f"{found['RESPONSE']} $", "")  # a judge gets no end tokens
     return verdict(found["nonce"], "right" if right else "wrong")
 
 
