@@ -55,7 +55,8 @@ def scores(folder: Path) -> list[dict[str, Any]]:
             record = milestone.scores[name]
             kept = {key: record[key] for key in ("set", "avg", "avg_se", "truncated", "questions")}
             kept |= {"after": milestone.stage, "pass": record["pass"]["8"], "pass_se": record["pass_se"]["8"]}
-            found.append(kept | {key: ((record.get("calibration") or {}).get("last") or {}).get(key) for key in ("auroc", "brier")})
+            critic = (record.get("calibration") or {}).get("last") or {}
+            found.append(kept | {key: critic.get(key) for key in ("auroc", "brier")})
     return found
 
 

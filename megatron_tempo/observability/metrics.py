@@ -15,7 +15,7 @@ from rich.console import Console
 
 from megatron_tempo.config.schema import MetricsConfig
 from megatron_tempo.config.stages import StageConfig
-from megatron_tempo.errors import printable
+from megatron_tempo.errors import InputError, printable
 from megatron_tempo.observability.alerts import Watch
 from megatron_tempo.observability.console import evaluation_line, is_number, step_line, wrapped
 from megatron_tempo.observability.heartbeat import DONE, Heartbeat
@@ -212,13 +212,17 @@ class Metrics:
 
     @contextmanager
     def spare(self, what: str) -> Iterator[None]:
-        """For output that the run can do without: warn of an OSError inside, once for each `what`, and continue."""
+        """For output that the run can do without: warn of a file that cannot be written or read, and continue.
+
+        Warns once for each `what`.
+        """
         try:
             yield
-        except OSError as error:
+        except (OSError, InputError) as error:
             if what not in self._unwritten:
                 self._unwritten.add(what)
-                self.warn(f"{what} cannot be written ({error.strerror or error}): the run continues without it")
+                reason = getattr(error, "strerror", None) or error
+                self.warn(f"{what} cannot be written ({reason}): the run continues without it")
 
     def close(self, ended: str = DONE) -> None:
         if self._bar is not None:

@@ -69,15 +69,20 @@ def read_evaluations(run_dir: Path) -> list[Record]:
 
 
 def read_samples(run_dir: Path) -> list[Record]:
-    return read(run_dir / SAMPLES)
+    return _read_spare(run_dir / SAMPLES)
 
 
 def read_warnings(run_dir: Path) -> list[Record]:
-    return read(run_dir / WARNINGS)
+    return _read_spare(run_dir / WARNINGS)
 
 
 def read_starts(run_dir: Path) -> list[Record]:
     return read(run_dir / STARTS)
+
+
+def _read_spare(path: Path) -> list[Record]:
+    """As `read`, of a file that a run can do without: empty, too, behind a link to a file that does not exist."""
+    return [] if path.is_symlink() and not path.exists() else read(path)
 
 
 def read(path: Path) -> list[Record]:

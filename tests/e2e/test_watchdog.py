@@ -180,7 +180,8 @@ def test_one_is_killed_twice_over_and_nothing_is_lost(project: Path, tmp_path: P
             assert codes[1 - rank] == 1
             error = told(ranks)
             assert f"rank {rank} ({socket.gethostname()}, process {pids[rank]}) has died; last heartbeat at " in error
-            assert f", {step} iterations done, at " in error
+            # The last heartbeat may be from before the iteration's end: they are sent at intervals.
+            assert re.search(rf", ({step - 1}|{step}) iterations done, at ", error)
             again = f"rerun the same command to resume from {run}/checkpoints/step_{step:08d}"
             assert error.endswith(again)
             assert_status_tells(run, again)
