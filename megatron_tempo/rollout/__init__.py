@@ -1,1 +1,1 @@
-"""Rollouts: engines that generate, and what becomes of their completions."""
+"""Rollouts: engines that generate responses, and the collection and verification of the responses."""

@@ -1,4 +1,4 @@
-"""The address at which this machine listens for others, and the GPUs that a job's numbers stand for."""
+"""The address at which this machine listens, and the GPUs that the numbers in a configuration select."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _FIELD = "rollout.servers.host"
 def own_address(host: str) -> str:
     """The IPv4 address that `rollout.servers.host` stands for on this machine.
 
-    `hostname` stands for the machine's own name. Where that has no address, or only one that other machines do not
-    reach (Debian's 127.0.1.1), it is the address by which this machine reaches the network. Raises InputError.
+    `hostname` means the machine's own name. If that name has no address, or only one that other machines cannot
+    reach (Debian's 127.0.1.1), the result is the address by which this machine reaches the network. Raises InputError.
     """
     is_own = host == "hostname"
     name = socket.gethostname() if is_own else host
@@ -37,7 +37,7 @@ def own_address(host: str) -> str:
 
 
 def _outward_address() -> str | None:
-    """The address of the interface with the default route. Nothing is sent: 192.0.2.1 is of no network (RFC 5737)."""
+    """The address of the interface with the default route. Nothing is sent: 192.0.2.1 is reserved (RFC 5737)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))
@@ -60,7 +60,7 @@ def visible_devices(environment: Mapping[str, str] = os.environ) -> list[str] | 
 
 
 def chosen_devices(numbers: Sequence[int], environment: Mapping[str, str] = os.environ) -> list[str]:
-    """The entries of CUDA_VISIBLE_DEVICES that these numbers stand for, as a process here would count its GPUs.
+    """The entries of CUDA_VISIBLE_DEVICES at these positions, counted as a process here counts its GPUs.
 
     >>> chosen_devices([2, 3], {"CUDA_VISIBLE_DEVICES": "4,5,6,7"})
     ['6', '7']

@@ -1,4 +1,4 @@
-"""Checks of what servers answer: status, form and content of responses, checksums of weights."""
+"""Checks of servers' answers: status, form and content of responses, checksums of weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_tempo.rollout.replica import Ask
 from megatron_tempo.rollout.server_adapter import Answer, Call, ServerAdapter
 from megatron_tempo.types import Completion
 
-# Nats: a token as unlikely is not sampled. vLLM answers -9999 for what is not a number.
+# Nats: a token this unlikely is never sampled. vLLM returns -9999 instead of NaN.
 _LEAST = -1000.0
 
 
@@ -21,7 +21,7 @@ class CannotAnswer(EngineError):
 
 
 def checked(response: httpx.Response, call: Call) -> httpx.Response:
-    """A response that says yes. Raises EngineError otherwise."""
+    """The response of a successful call. Raises EngineError for any other."""
     if response.status_code != 200:
         kind = CannotAnswer if response.status_code in (400, 413, 422) else EngineError
         raise kind(f"answered {call.path} with {response.status_code}: {response.text[:500]}")
@@ -35,7 +35,7 @@ def checked(response: httpx.Response, call: Call) -> httpx.Response:
 def differing(expected: dict[str, tuple[str, float]], held: dict[str, tuple[str, float]]) -> list[tuple[str, float]]:
     """Names whose checksums differ, or that only one side has, the worst first, with the relative difference in size.
 
-    It is NaN where only a checksum tells, infinite where a tensor is missing; those come first.
+    The difference is NaN if only the checksums are known, infinite if a tensor is missing; those come first.
     """
     differences = []
     for name in expected.keys() | held.keys():
@@ -56,13 +56,13 @@ def reason(error: Exception) -> str:
 def checked_completions(
     response: httpx.Response, ask: Ask, adapter: ServerAdapter, vocab: int, newest: int
 ) -> list[Completion]:
-    """The completions of a response, if they make sense: a response that is not what it seems would be trained on.
+    """The completions of a response. They are checked first: an invalid response would be trained on unnoticed.
 
     `newest` is the version of the latest weights. Raises EngineError.
     """
     try:
         answers = [_completion(answer, ask, vocab, newest) for answer in adapter.answers(response.json())]
-    except (ValueError, LookupError, TypeError) as error:  # not of the form, or with null for a number
+    except (ValueError, LookupError, TypeError) as error:  # of another form, or null instead of a number
         raise EngineError(f"gave a response that makes no sense: {error!r}") from error
     if len(answers) != ask.request.samples:
         raise EngineError(f"gave {len(answers)} responses where {ask.request.samples} were asked for")
@@ -78,12 +78,12 @@ def _completion(answer: Answer, ask: Ask, vocab: int, newest: int) -> Completion
 
 
 def without_rounding(completion: Completion) -> Completion:
-    """The completion with log-probabilities of 0 at most: rounding takes that of a certain token above."""
+    """The completion with log-probabilities clipped to at most 0: rounding can lift that of a certain token above 0."""
     return replace(completion, logprobs=tuple(min(p, 0.0) for p in completion.logprobs))
 
 
 def doubts(completion: Completion, longest: int, vocab: int, versions: range) -> list[str]:
-    """What cannot be so in a response of at most `longest` tokens by weights of these `versions`."""
+    """What is invalid in a response of at most `longest` tokens by weights of these `versions`."""
     tokens, logprobs, spans = completion.token_ids, completion.logprobs, list(completion.versions)
     checks = [
         (completion.finish_reason not in ("stop", "length"), f"ended by {completion.finish_reason}"),

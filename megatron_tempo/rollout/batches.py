@@ -1,4 +1,4 @@
-"""From prompts to batches: an engine answers, responses are verified meanwhile, and every rank gets everything."""
+"""From prompts to batches: the engine answers, responses are verified meanwhile, and every rank gets all of them."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ PROMPT_END = 16  # tokens at the end of a prompt that may begin a thought
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Prompts that an engine is answering. `answers` is to be read to its end on every rank."""
+    """Prompts that an engine is answering. Every rank must read `answers` to its end."""
 
     prompts: Sequence[Prompt]
     answers: Iterator[tuple[int, list[Completion]]]
 
 
 class Collected(NamedTuple):
-    """What was collected, an entry a prompt, the same on every rank."""
+    """What was collected: one entry per prompt, the same on every rank."""
 
     completions: list[list[Completion]]
-    verdicts: list[list[float]]  # of a labelled prompt's responses; of another's none
-    classes: list[list[int | None]]  # of an unlabelled prompt's responses, where they were asked for
+    verdicts: list[list[float]]  # of a labelled prompt's responses; empty for unlabelled prompts
+    classes: list[list[int | None]]  # of an unlabelled prompt's responses, if they were requested
 
 
 def ask(engine: Engine, prompts: Sequence[Prompt], samples: int, sampling: Sampling, *seed: object) -> Asked:
-    """Begin `samples` completions of each prompt. Collective.
+    """Request `samples` completions of each prompt. Collective.
 
-    The seed of a completion depends on `seed` and on the prompt's place, not on the number of ranks.
+    The seed of a completion depends on `seed` and on the prompt's position, not on the number of ranks.
     """
     requests = [Request(prompt.token_ids, samples, seed_of(*seed, i)) for i, prompt in enumerate(prompts)]
     return Asked(prompts, engine.start(requests, sampling))
@@ -53,10 +53,10 @@ def collect(
 ) -> Collected:
     """The completions of each prompt, the verdicts on each labelled one's, and the classes of each unlabelled one's.
 
-    `classes_by` names the verifier that tells which answers to an unlabelled prompt are equal; none: they are not read.
+    `classes_by`: the verifier that decides which answers to an unlabelled prompt are equal; None: do not compare them.
     Responses are verified while others are still being generated, on the rank that has them. A verifier sees the text
-    of a response without the token at which the engine ended it (`_texts`). Collective; EngineError, on every rank,
-    where the engine or a verifier failed on one.
+    of a response without the token at which the engine ended it (`_texts`). Collective. Raises EngineError on every
+    rank if the engine or a verifier fails on one.
     """
     mine: dict[int, list[Completion]] = {}
     judged: dict[int, Future[list[float]]] = {}
@@ -94,9 +94,9 @@ def collect(
 def _texts(
     prompt: Prompt, completions: Sequence[Completion], tokenizer: PreTrainedTokenizerBase, view: View
 ) -> list[str]:
-    """Responses as a verifier sees them, but for what their text tells (`Verifiers`).
+    """Responses as a verifier sees them, except for what depends on their text (`Verifiers`).
 
-    The end token goes by its place, whatever its text is. A thought that the prompt began gets its tag.
+    The end token is removed by its position, whatever its text is. A thought that the prompt began gets its tag.
     """
     if view is View.everything:
         return [tokenizer.decode(completion.token_ids) for completion in completions]

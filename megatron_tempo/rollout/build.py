@@ -9,7 +9,7 @@ from megatron_tempo.rollout.server_adapter import ServerAdapter
 
 
 def server_adapter_of(config: Config, *, cpu: bool) -> ServerAdapter:
-    """How the servers of `rollout.engine` are started and spoken to."""
+    """The adapter for the servers of `rollout.engine`."""
     from megatron_tempo.rollout.sglang import Sglang
     from megatron_tempo.rollout.vllm import Vllm
 

@@ -1,18 +1,19 @@
-"""What proves that a tensor arrived as it was sent. `vllm_worker.py` has the same functions: it stands alone."""
+"""Checksums that show that a tensor arrived as it was sent. `vllm_worker.py` has copies of these functions, since it
+cannot import this package."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Elements that are looked at together: it bounds the memory that is needed beside the tensor.
+# Elements per step. This bounds the memory that is needed in addition to the tensor.
 _CHUNK = 1 << 19
 
 
 def checksum(tensor: Tensor) -> str:
     """The sum over i of (2i + 1) * w_i modulo 2**64, as 16 hexadecimal digits.
 
-    w_i are the tensor's bytes as little-endian signed 32-bit integers, with zero bytes behind the last.
+    w_i are the tensor's bytes as little-endian signed 32-bit integers, padded with zero bytes.
     """
     data = tensor.detach().contiguous().flatten().view(torch.uint8)
     odd = torch.arange(1, 2 * _CHUNK, 2, device=data.device)

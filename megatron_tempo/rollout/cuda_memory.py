@@ -1,7 +1,7 @@
 """GPU memory that a server on the same machine opens: CUDA's handles between processes.
 
-torch counts the readers: memory that is let go of here is given to nobody else before each handle's reader has let go
-of it too. A GPU goes by its UUID, since a server may count those that it sees in another order.
+torch counts the readers: memory that is freed here is not reused before each handle's reader has freed it too. A GPU is
+named by its UUID, since a server may number the GPUs in another order.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from megatron_tempo.models.megatron_compat.torch_private import share_cuda_storage
 
-# Where the GPU stands among the arguments of torch's `rebuild_cuda_tensor`.
+# Position of the GPU among the arguments of torch's `rebuild_cuda_tensor`.
 _DEVICE = 6
 
 
 def handle(storage: torch.UntypedStorage) -> list[Any]:
-    """For one reader: the GPU's UUID and what `UntypedStorage._new_shared_cuda` takes behind it, bytes as base64."""
+    """For one reader: the GPU's UUID and the other arguments of `UntypedStorage._new_shared_cuda`, bytes as base64."""
     device, *rest = share_cuda_storage(storage)
     return [_uuid(device), *(base64.b64encode(x).decode() if isinstance(x, bytes) else x for x in rest)]
 

@@ -65,16 +65,16 @@ def read(
     *,
     classes: bool = False,
 ) -> tuple[Batch | None, Batch | None]:
-    """The rollouts that were written for these prompts, as batches; `classes`: the answers' of unlabelled prompts too.
+    """The rollouts that were written for these prompts, as batches. `classes`: of unlabelled answers too.
 
-    Raises InputError with file and line where the record does not hold `samples` responses to each of these prompts.
+    Raises InputError with file and line if the file does not have `samples` responses to each of these prompts.
     """
     if not path.exists():
         raise InputError(f"rollout.replay: {path} is not there; the run it was written by did not come so far")
     lines = read_text(path).splitlines()
     prompts: list[LabelledPrompt | UnlabelledPrompt] = [*labelled, *unlabelled]
     if len(lines) != len(prompts) * samples:
-        raise InputError(f"rollout.replay: {path} has {len(lines)} responses, this run wants {len(prompts) * samples}")
+        raise InputError(f"rollout.replay: {path} has {len(lines)} responses, this run needs {len(prompts) * samples}")
     rows = [_response(f"{path}, line {i + 1}", line, prompts[i // samples]) for i, line in enumerate(lines)]
     completions = [[completion for completion, _ in rows[i : i + samples]] for i in range(0, len(rows), samples)]
     verdicts = [[correct for _, correct in rows[i : i + samples]] for i in range(0, len(labelled) * samples, samples)]
@@ -100,7 +100,7 @@ def _class(where: str, text: str) -> int | None:
 
 
 def _response(where: str, text: str, prompt: LabelledPrompt | UnlabelledPrompt) -> tuple[Completion, float]:
-    """One line as a completion and its verdict; the verdict of an unlabelled prompt is not looked at."""
+    """One line as a completion and its verdict. The verdict of an unlabelled prompt is ignored."""
     try:
         line = json.loads(text)
         recorded, asked = line["prompt_id"], tuple(line["prompt_tokens"])

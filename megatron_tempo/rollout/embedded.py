@@ -1,7 +1,7 @@
 """The embedded engine: a transformers model in the trainer's process, with a KV cache.
 
-Rows are decoded in batches. The samples of a prompt share its prefill, and rows that have ended leave the batch, so
-that little of what goes through the model is padding.
+Rows are decoded in batches. The samples of a prompt share its prefill. Rows that have ended leave the batch, so the
+model computes little padding.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
 
-# Ended rows are cut out of the cache once they are this share of the batch: each cut copies the cache.
+# Ended rows are removed from the cache once they are this share of the batch. Each removal copies the cache.
 ENDED_SHARE = 1 / 16
 
 
@@ -31,7 +31,7 @@ class EmbeddedEngine:
     """An `Engine` on this process's device."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, batch_rows: int) -> None:
-        """`folder` gives the config and the end tokens; the weights come by `load_weights`."""
+        """`folder` has the config and the end tokens. `load_weights` provides the weights."""
         with device:
             config = transformers.AutoConfig.from_pretrained(folder)
             self._model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -77,14 +77,14 @@ class EmbeddedEngine:
         return sorted(differences, key=lambda item: -item[1])
 
     def start(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
-        """Each rank answers its share, a batch at a time, when it is asked for the next answer."""
+        """Each rank answers its share, one batch at a time, as the answers are read."""
         mine = range(dist.get_rank(), len(requests), dist.get_world_size())
         for i, completions in self.generate([requests[i] for i in mine], sampling):
             yield mine[i], completions
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
-        """(number of the request, its completions), on this rank alone."""
+        """(index of the request, its completions), for the requests of this rank. Not collective."""
         assert self._version is not None, "load_weights comes first"
         for batch in self._batches(requests):
             rows = self._decode([requests[i] for i in batch], sampling)
@@ -94,10 +94,10 @@ class EmbeddedEngine:
         return [EngineHealth("embedded", "empty" if self._version is None else "serving")]
 
     def close(self) -> None:
-        """Nothing to close: the model lives as long as this object."""
+        """Do nothing: the model is freed with this object."""
 
     def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Requests of like length together, at most `batch_rows` rows each (a single larger request goes alone)."""
+        """Requests of like length together, at most `batch_rows` rows each (a larger request is a batch of its own)."""
         batches: list[list[int]] = []
         room = 0
         for i in sorted(range(len(requests)), key=lambda i: len(requests[i].token_ids)):
@@ -149,7 +149,7 @@ class EmbeddedEngine:
 
 @dataclass(slots=True)
 class _Decoding:
-    """The rows in decoding. `row` gives each live row's place in the answer; ended rows stay until they are dropped."""
+    """The rows being decoded. `row`: each live row's index in the answer. Ended rows stay until they are dropped."""
 
     mask: Tensor  # int64 [live, tokens so far]
     row: Tensor  # int64 [live]
@@ -159,7 +159,7 @@ class _Decoding:
     logprobs: Tensor  # float32 [rows, max_tokens]
     lengths: Tensor  # int64 [rows]
     stopped: Tensor  # bool [rows]
-    finite: Tensor  # bool [], whether all logits so far were
+    finite: Tensor  # bool [], whether all logits so far were finite
 
     @classmethod
     def begin(cls, requests: list[Request], mask: Tensor, sampling: Sampling, device: torch.device) -> _Decoding:
@@ -184,11 +184,11 @@ class _Decoding:
         )
 
     def sample(self, logits: Tensor, step: int, temperature: float, end_tokens: Tensor) -> Tensor:
-        """Draw each live row's next token by inverting the distribution function; record it for rows not ended."""
+        """Sample each live row's next token by inverting the distribution function. Record it for rows not ended."""
         logprobs = (logits / temperature).log_softmax(dim=1)
-        # In float64: over a large vocabulary, float32 sums would leave the tail tokens without their share.
+        # In float64: over a large vocabulary, float32 sums would lose the probability of the tail tokens.
         cumulative = logprobs.double().exp().cumsum(1)
-        self.finite &= cumulative[:, -1].isfinite().all()  # the sum is NaN where one logit is NaN or infinite
+        self.finite &= cumulative[:, -1].isfinite().all()  # the sum is NaN if a logit is NaN or infinite
         point = self.uniforms[self.row, step, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, point, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
         live = ~self.ended
@@ -202,7 +202,7 @@ class _Decoding:
         return tokens
 
     def check_finite(self) -> None:
-        """EngineError where logits were not finite: the tokens would be noise."""
+        """Raise EngineError if logits were not finite: the tokens would be noise."""
         if not self.finite:
             raise EngineError(
                 "the engine's logits are not finite: the weights have overflowed, or do not fit the precision; look at "
@@ -210,7 +210,7 @@ class _Decoding:
             )
 
     def drop_ended(self) -> Tensor | None:
-        """Once enough rows have ended, forget them: int64, the places of the others among the live rows; else None."""
+        """Drop the ended rows once there are enough. Returns int64, the indices of the rows that remain; else None."""
         if int(self.ended.sum()) < ENDED_SHARE * len(self.ended):
             return None
         if not self.ended.any():

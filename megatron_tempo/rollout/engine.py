@@ -1,6 +1,6 @@
-"""What every engine does.
+"""The interface of rollout engines.
 
-One is in `embedded.py`, one, over any number of servers, in `servers.py`; `imported.py` has the user's own.
+Implementations: `embedded.py`; `servers.py`, for any number of servers; `imported.py`, for the user's own.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
 class Request:
     """One prompt to be answered `samples` times.
 
-    With the embedded engine equal seeds give equal completions, whatever else is asked with them. A server draws its
-    own numbers.
+    With the embedded engine, equal seeds give equal completions, whatever other requests there are. A server draws its
+    own random numbers.
 
     >>> Request(token_ids=(5, 7, 8), samples=8, seed=3)
     """
@@ -33,7 +33,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to sample: softmax(logits / temperature), until an end token or `max_tokens` response tokens."""
+    """Sampling settings: softmax(logits / temperature), until an end token or `max_tokens` response tokens."""
 
     temperature: float
     max_tokens: int
@@ -41,9 +41,9 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class EngineSetup:
-    """What an engine of the user's own is made with (docs/extending.md)."""
+    """The argument of a user's engine (docs/extending.md)."""
 
-    model: Path  # Hugging Face folder: configuration, tokenizer, end tokens. The weights come by `load_weights`
+    model: Path  # Hugging Face folder: configuration, tokenizer, end tokens. `load_weights` provides the weights
     device: torch.device
     dtype: torch.dtype  # of the weights that `load_weights` gets
     folder: Path  # below `run.dir`, for what the engine writes; it need not exist
@@ -52,9 +52,9 @@ class EngineSetup:
 
 
 class Engine(Protocol):
-    """Generates with the weights it was last given. All methods are collective.
+    """Generates with the weights that it loaded last. All methods are collective, unless they say otherwise.
 
-    `counted` is what went through its model, as far as it can tell. `replicas` is how many models answer.
+    `counted`: what went through its model, as far as it knows. `replicas`: how many copies of the model answer.
     """
 
     counted: TokenCount
@@ -63,27 +63,27 @@ class Engine(Protocol):
     def start(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
         """Begin to answer requests, the same on every rank.
 
-        What comes back gives (number of the request, its completions) as they end, each on one rank, and is to be read
-        to its end on all. Raises EngineError from there if no engine is left to answer.
+        Returns an iterator of (index of the request, its completions) as they end, each on one rank. Every rank must
+        read it to its end. The iterator raises EngineError if no engine is left to answer.
         """
         ...
 
     def load_weights(self, weights: Weights, version: int) -> None:
-        """Take the weights of `version`, also while requests are being answered.
+        """Load the weights of `version`. It may be called while requests are being answered.
 
-        Raises ValueError or EngineError if any is missing or misfit.
+        Raises ValueError or EngineError if a tensor is missing or does not fit.
         """
         ...
 
     def differences(self, weights: Weights) -> list[tuple[str, float]] | None:
-        """Tensors that the engine holds otherwise than they are, the worst first, with the relative difference.
+        """Tensors that differ between engine and `weights`, the worst first, with the relative difference.
 
-        The difference is NaN where only a checksum tells. None where the engine cannot tell.
+        The difference is NaN if only the checksums are known. Returns None if the engine cannot compare.
         """
         ...
 
     def health(self) -> list[EngineHealth]:
-        """How the models that answer are, as this rank knows it. Not collective, and from any thread."""
+        """The state of the models that answer, as this rank knows it. Not collective; callable from any thread."""
         ...
 
     def close(self) -> None: ...

@@ -1,7 +1,7 @@
-"""The servers that answer, seen from the first rank: who has which requests, who has failed, who is back.
+"""The servers as the first rank manages them: which one has which requests, which have failed or restarted.
 
-Everything happens in one event loop in a thread of its own. A request is, at any time, in one of three places: waiting,
-with one server, or answered. When a server fails, its requests wait again; so none is lost, and none is counted twice.
+Everything runs in one event loop in its own thread. At any time, a request is waiting, with one server, or answered.
+When a server fails, its requests wait again, so none is lost and none is counted twice.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _T = TypeVar("_T")
 
 
 class Fleet:
-    """All public methods are for the trainer's thread, and wait for the event loop."""
+    """The trainer's thread calls all public methods. They wait for the event loop."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Fleet:
         vocab: int,
         log: Callable[[str], None],
     ) -> None:
-        """`vocab` is the number of tokens that a response may be made of. `log` hears of faults, from any thread."""
+        """`vocab`: number of tokens that a response may contain. `log`: called with each fault, from any thread."""
         self._adapter, self._config, self._starter = adapter, config, starter
         self._key, self._end_tokens, self._vocab, self._log = key, end_tokens, vocab, log
         self._replicas = [Replica(i) for i in range(replicas)]
@@ -67,11 +67,11 @@ class Fleet:
         self._thread.start()
 
     def open(self) -> None:
-        """Start all servers. Raises InputError where one does not come up: what it was given does not fit."""
+        """Start all servers. Raises InputError if one does not start, since then its configuration is wrong."""
         self._do(self._open())
 
     def submit(self, requests: Sequence[Request], sampling: Sampling) -> GenerationJob:
-        """Begin to answer requests, by whichever servers have the weights."""
+        """Begin to answer requests, by all servers that have the weights."""
 
         async def begin() -> GenerationJob:
             job = GenerationJob(len(requests), self._version)
@@ -87,7 +87,7 @@ class Fleet:
         return self._do(begin())
 
     def next(self, job: GenerationJob, seconds: float) -> Answered | Failed | Event:
-        """The next thing that happens to a job, or `nothing` after `seconds`."""
+        """The next event of a job, or `nothing` after `seconds`."""
         if any(replica.state is State.empty for replica in self._replicas):
             return Event.weights_wanted
         try:
@@ -96,7 +96,7 @@ class Fleet:
             return Event.nothing
 
     def finish(self, job: GenerationJob) -> None:
-        """Forget a job; what is still asked for it is given up."""
+        """Forget a job and cancel its requests."""
 
         async def forget() -> None:
             self._jobs.discard(job)
@@ -105,7 +105,7 @@ class Fleet:
         self._do(forget())
 
     def begin_update(self, *, empty_only: bool) -> list[Target]:
-        """Hold the servers that are to get weights, and open an update on each."""
+        """Pause the servers that are to get weights, and open an update on each."""
 
         async def begin() -> list[Target]:
             states = (State.empty,) if empty_only else (State.empty, State.serving)
@@ -121,9 +121,9 @@ class Fleet:
     def end_update(
         self, targets: Sequence[Target], failed: dict[int, str], version: int, expected: dict[str, tuple[str, float]]
     ) -> str | None:
-        """Close the update on servers that took all buckets, let them go on, and give up on those in `failed`.
+        """Close the update on servers that took all buckets, resume them, and fail those in `failed`.
 
-        `expected` has the checksums to compare, if any. Returns what is wrong with a server's weights, if anything is.
+        `expected`: the checksums to compare, if any. Returns what is wrong with a server's weights, None if nothing is.
         """
 
         async def end() -> str | None:
@@ -142,7 +142,7 @@ class Fleet:
         return self._do(end())
 
     def checksums(self) -> list[dict[str, tuple[str, float]]]:
-        """What each worker of the serving servers proves to hold."""
+        """The checksums of each worker of the servers that serve."""
 
         async def ask() -> list[dict[str, tuple[str, float]]]:
             call = self._adapter.checksums()
@@ -157,7 +157,7 @@ class Fleet:
         return all(replica.state is State.gone for replica in self._replicas)
 
     def health(self) -> list[EngineHealth]:
-        """How each server is. Does not wait for the event loop, and is for any thread."""
+        """The state of each server. It does not wait for the event loop; callable from any thread."""
         name = self._adapter.name
         return [
             EngineHealth(f"{name} server {r.index}", r.state.value, len(r.asks), r.restarts, r.url)
@@ -207,7 +207,7 @@ class Fleet:
         )
 
     def _dispatch(self) -> None:
-        """Give waiting requests to the servers that have the least to do."""
+        """Send waiting requests to the servers with the lowest load."""
         while self._waiting:
             free = [
                 replica
@@ -222,7 +222,7 @@ class Fleet:
             replica.asks[task] = ask
 
     async def _answer(self, replica: Replica, life: int, ask: Ask) -> None:
-        """Let a server answer a request. A failure is the server's, unless it says that the request is."""
+        """Let a server answer a request. A failure counts against the server, unless the server rejects the request."""
         task = asyncio.current_task()
         assert task is not None
         call = self._adapter.generate(ask.request, ask.sampling, self._end_tokens)
@@ -238,7 +238,7 @@ class Fleet:
         else:
             progress_marker.mark()
             ask.job.events.put(Answered(ask.number, completions))
-            ask.job.left -= 1  # last: at 0 nothing more is waited for
+            ask.job.left -= 1  # last: at 0 nobody waits any longer
         del replica.asks[task]
         self._dispatch()
 
@@ -252,7 +252,7 @@ class Fleet:
         return checked(response, call)
 
     async def _calls(self, replica: Replica, calls: Sequence[Call]) -> httpx.Response | None:
-        """The answer to the last of these calls of a weight update; None from a server that fails at one."""
+        """The answer to the last of these calls of a weight update; None if the server fails at one."""
         life, response = replica.life, None
         try:
             for call in calls:
@@ -287,7 +287,7 @@ class Fleet:
         return None
 
     async def _watch(self, replica: Replica, life: int) -> None:
-        """See whether a server that has requests makes progress."""
+        """Check whether a server that has requests makes progress."""
         limit = self._config.hang_seconds
         beat, since = None, time.monotonic()
         while replica.life == life:
@@ -306,7 +306,7 @@ class Fleet:
                 self._fault(replica, f"makes no progress for rollout.servers.hang_seconds={limit:g}")
 
     def _fault(self, replica: Replica, why: str) -> None:
-        """A server has failed: its requests wait again, and it is started anew."""
+        """Handle a failed server: its requests wait again, and it is restarted."""
         if replica.state not in (State.empty, State.serving):
             return
         asks = list(replica.asks.values())
@@ -323,7 +323,7 @@ class Fleet:
             self._spawn(replica.client.aclose())
         if replica.restarts < self._config.restarts:
             self._spawn(self._revive(replica))
-        else:  # at once: who gave it weights asks now whether a server is left
+        else:  # at once: the sender of weights asks now whether a server is left
             self._give_up(replica)
         self._dispatch()
 

@@ -1,4 +1,4 @@
-"""What a server reads of a model: config and tokenizer, not its weights, which come from the trainer."""
+"""The model folder that a server reads: config and tokenizer. The weights come from the trainer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_tempo.config.choices import EnginePrecision
 from megatron_tempo.errors import InputError
 from megatron_tempo.input_files import read_json
 
-# The form of Hugging Face's FP8 folders (Qwen3-8B-FP8, DeepSeek-V3); `weights/precision.py` makes the tensors.
+# As in Hugging Face's FP8 folders (Qwen3-8B-FP8, DeepSeek-V3). `weights/precision.py` makes the tensors.
 FP8_CONFIG = {
     "quant_method": "fp8",
     "activation_scheme": "dynamic",
@@ -28,10 +28,10 @@ _LEFT_OUT = ("generation_config.json", ".safetensors.index.json")
 def served_folder(model: Path, folder: Path, precision: EnginePrecision, *, flat_rope: bool) -> Path:
     """Config and tokenizer of a Hugging Face folder, for an engine.
 
-    Without generation_config.json: each request says how it is to be sampled, and what ends it. With `flat_rope` the
-    rotary embedding is told as transformers 4 did, and SGLang does: transformers 5 keeps it in `rope_parameters`, and
-    SGLang looks for `rope_theta` and silently takes 10,000 where it finds none. Raises InputError where that form
-    cannot tell it.
+    generation_config.json is left out: each request has its own sampling settings and end tokens. With `flat_rope` the
+    rotary embedding is written in the form of transformers 4, which SGLang reads. Transformers 5 keeps it in
+    `rope_parameters`; SGLang looks for `rope_theta` and silently uses 10,000 if there is none. Raises InputError if
+    that form cannot express it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for file in model.iterdir():
@@ -48,9 +48,9 @@ def served_folder(model: Path, folder: Path, precision: EnginePrecision, *, flat
 
 
 def _flat_rope(model: Path) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` as SGLang reads them, of what transformers reads.
+    """`rope_theta` and `rope_scaling` as SGLang reads them, from the form that transformers reads.
 
-    An OLMo3 has an embedding for each kind of layer. SGLang knows one base, and scales full attention alone.
+    An OLMo3 has an embedding for each kind of layer. SGLang supports one base and scales only full attention.
     """
     rope = transformers.AutoConfig.from_pretrained(model).rope_parameters
     plain = rope.get("sliding_attention") or rope
@@ -62,7 +62,7 @@ def _flat_rope(model: Path) -> dict[str, Any]:
         )
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     if scaling.get("attention_factor") and scaling.get("factor"):
-        # SGLang does not read it, and multiplies the usual one by another.
+        # SGLang ignores it and multiplies the default factor by another.
         scaling["attn_factor"] = scaling["attention_factor"] / (0.1 * math.log(scaling["factor"]) + 1)
     return {"rope_theta": rope["rope_theta"]} | (
         {"rope_scaling": scaling} if rope.get("rope_type", "default") != "default" else {}
@@ -70,14 +70,14 @@ def _flat_rope(model: Path) -> dict[str, Any]:
 
 
 def private_folder(folder: Path) -> Path:
-    """Make a folder, or take over an existing one, into which this user alone can look."""
+    """Make a folder that only this user can read. An existing one gets these permissions."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
     return folder
 
 
 def private_file(path: Path, text: str) -> Path:
-    """Write a file that this user alone can read."""
+    """Write a file that only this user can read."""
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)

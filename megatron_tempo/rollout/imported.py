@@ -1,4 +1,4 @@
-"""A rollout engine of the user's own (`config.extensions.load_engine`) as an `Engine`. What it returns is checked."""
+"""A user's rollout engine (`config.extensions.load_engine`) as an `Engine`. Its return values are checked."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
 
 
 class ImportedEngine:
-    """An `Engine`. Its errors name the extension; where answers are wrong on one rank, all ranks raise EngineError.
+    """An `Engine`. Its errors name the extension. If answers are wrong on one rank, all ranks raise EngineError.
 
-    What the user's `load_weights`, `health` and `close` raise passes unchanged, with its traceback.
+    Exceptions of the user's `load_weights`, `health` and `close` pass unchanged, with their tracebacks.
     """
 
     def __init__(self, extension: Extension, setup: EngineSetup, vocab: int) -> None:
-        """`vocab`: the tokens that a response may be made of. Raises ExtensionError. Collective."""
+        """`vocab`: number of tokens that a response may contain. Raises ExtensionError. Collective."""
         self._extension, self._vocab = extension, vocab
         try:
             self._engine = load_engine(extension).make(setup)
@@ -56,7 +56,7 @@ class ImportedEngine:
             if not isinstance(given, Iterable):
                 raise wrong_result(self._extension, given, "an iterator of (number of the request, completions)")
             started = given
-        except Exception as error:  # noqa: BLE001 - the other ranks hear of it when the answers are read
+        except Exception as error:  # noqa: BLE001 - reported to the other ranks when the answers are read
             failure = error
         return self._answers(started, requests, sampling, self._version, failure)
 
@@ -95,7 +95,7 @@ class ImportedEngine:
         oldest: int,
         failure: Exception | None,
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """The answers of this rank. At their end the ranks compare notes: all raise, or each request has one answer."""
+        """The answers of this rank. At the end the ranks compare: all raise, or each request has one answer."""
         numbers: list[int] = []
         try:
             for item in started:
@@ -107,7 +107,7 @@ class ImportedEngine:
         except Exception as error:  # noqa: BLE001 - all ranks raise it below
             failure = error
         shares: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, (failure and self._told(failure), numbers))
+        dist.all_gather_object(shares, (failure and self._describe(failure), numbers))
         if failures := [words for words, _ in shares if words is not None]:
             raise EngineError(failures[0]) from failure
         answered = Counter(number for _, own in shares for number in own)
@@ -115,7 +115,7 @@ class ImportedEngine:
             first = f"answered request {wrong[0]} {answered[wrong[0]]} times over all ranks"
             raise EngineError(f"{self._extension} {first}; fix: answer each request on one rank, once")
 
-    def _told(self, error: Exception) -> str:
+    def _describe(self, error: Exception) -> str:
         known = isinstance(error, EngineError | InputError)
         return str(error) if known else str(call_failed(self._extension, error))
 
@@ -139,7 +139,7 @@ class ImportedEngine:
         versions = range(oldest, self._version + 1)
         try:
             wrong = doubts(completion, sampling.max_tokens, self._vocab, versions)
-        except (TypeError, ValueError) as error:  # no tuples of numbers
+        except (TypeError, ValueError) as error:  # not tuples of numbers
             wrong = [described(error)]
         if wrong:
             raise ExtensionError(

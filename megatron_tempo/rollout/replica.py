@@ -14,7 +14,7 @@ from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.types import Completion
 
 # Clients of servers are made with `trust_env=False`: a proxy of the login shell does not know a run's own servers.
-# Servers close a connection that was idle for 5 s. One that is used again at that moment breaks, so we let go first.
+# Servers close a connection that was idle for 5 s. Reusing one at that moment fails, so clients close it earlier.
 LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
 
 
@@ -26,10 +26,10 @@ class State(Enum):
 
 
 class Starter(Protocol):
-    """Where servers come from: `SupervisedServers` starts them, `ExternalServers` knows where they are."""
+    """Source of servers: `SupervisedServers` starts them, `ExternalServers` waits for running ones."""
 
     async def start(self, index: int) -> str:
-        """The address of a server that is ready, started anew. Raises EngineError."""
+        """Start a server and return its address once it is ready. Raises EngineError."""
         ...
 
 
@@ -37,7 +37,7 @@ class Starter(Protocol):
 class Replica:
     index: int
     state: State = State.starting
-    life: int = 0  # its starts; what is known of an earlier life is of no use
+    life: int = 0  # counts its starts: results for an earlier life are ignored
     restarts: int = 0  # since it last went through a whole iteration
     url: str = ""
     client: httpx.AsyncClient | None = None
@@ -71,10 +71,10 @@ class Failed:
 
 
 class Event(Enum):
-    """What a job waits for beside answers."""
+    """What a job waits for in addition to answers."""
 
     weights_wanted = "weights_wanted"  # a server is back without the weights
-    nothing = "nothing"  # has happened for a while
+    nothing = "nothing"  # for a while: the wait timed out
 
 
 class GenerationJob:

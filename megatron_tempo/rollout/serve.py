@@ -1,9 +1,9 @@
-"""Rollout servers on a node of their own, for a trainer on others that finds them by a folder which both see.
+"""Rollout servers on their own nodes. The trainer, on other nodes, finds them by a shared folder.
 
 FOLDER/
-    key                  what servers and trainer know each other by; it is there before
-    addresses/HOST-I     http://HOST:PORT of server I of a node, from when it is first ready
-    HOST/I/              what the server writes, its log among it
+    key                  the servers' key; must exist before
+    addresses/HOST-I     http://HOST:PORT of server I of a node, once it is ready for the first time
+    HOST/I/              what the server writes, including its log
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from megatron_tempo.rollout.addresses import chosen_devices
 from megatron_tempo.rollout.build import engine_precision, server_adapter_of
 from megatron_tempo.rollout.server import Server
 
-LOOK_SECONDS = 1.0  # from one look at the servers to the next
+LOOK_SECONDS = 1.0  # between two checks of the servers
 
 
 def serve(config: Config, folder: Path) -> None:
-    """Start `rollout.servers.replicas` servers here and keep them up until this process is ended.
+    """Start `rollout.servers.replicas` servers here and keep them running until this process ends.
 
-    One that ends is started again at its address, `rollout.servers.restarts` times. Raises EngineError with the end of
-    its log if one does not become ready, InputError where there is no key.
+    A server that ends is restarted at its address, `rollout.servers.restarts` times. Raises EngineError with the end of
+    its log if one does not become ready, InputError if there is no key.
     """
     try:
         key = read_text(folder / "key").strip()
@@ -49,7 +49,7 @@ def serve(config: Config, folder: Path) -> None:
             time.sleep(LOOK_SECONDS)
             for i, server in enumerate(servers):
                 if server is not None and server.process.poll() is not None:
-                    server.close()  # what is left of its processes
+                    server.close()  # its remaining processes
                     servers[i] = _again(config, folder / host, key, i, server) if restarts[i] else None
                     restarts[i] -= 1
 
@@ -77,7 +77,7 @@ def _start(config: Config, folder: Path, key: str, index: int, port: int | None)
 
 
 def _publish_address(folder: Path, name: str, url: str) -> None:
-    """A file that appears whole."""
+    """Write the address to a file that appears complete."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{name}.tmp"
     partial.write_text(url + "\n")

@@ -1,7 +1,7 @@
-"""A server process that this run starts, and ends with it.
+"""A server process that this run starts and that ends with the run.
 
-It lives in a Python environment of its own: the trainer does not import it. It listens at the address that the config
-names, and answers nobody without the run's key. Its folder and its log are this user's alone.
+It uses its own Python environment: the trainer does not import it. It listens at the address that the config names and
+rejects requests without the run's key. Only this user can read its folder and its log.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_tempo.runtime import progress_marker
 
 
 class Server:
-    """The process and its address. Its weights are random: the real ones come from the trainer."""
+    """The process and its address. Its initial weights are random: the trainer sends the real ones."""
 
     def __init__(
         self,
@@ -42,8 +42,10 @@ class Server:
         devices: str | None,
         port: int | None = None,
     ) -> None:
-        """Start it, without waiting. It writes below `folder`. `devices` is its CUDA_VISIBLE_DEVICES; none: ours.
-        `port`: none: one that is free."""
+        """Start it, without waiting. It writes below `folder`.
+
+        `devices`: its CUDA_VISIBLE_DEVICES; None if it inherits this process's. `port`: None for a free one.
+        """
         private_folder(folder)
         host = own_address(config.host)
         self.port = port = _free_port(host) if port is None else port
@@ -54,7 +56,7 @@ class Server:
         environment = {name: value for name, value in os.environ.items() if not _is_kept_back(name)}
         environment |= launch.environment | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
         command = [sys.executable, "-c", _WITH_ITS_PARENT, config.python, *launch.command]
-        # SGLang logs its arguments, and the key is one of them.
+        # SGLang logs its arguments, including the key.
         with os.fdopen(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
             os.fchmod(log.fileno(), 0o600)
             self.process = subprocess.Popen(
@@ -68,13 +70,13 @@ class Server:
             )
 
     def close(self) -> None:
-        """End it and all its processes."""
+        """End the server and all its processes."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def wait(self) -> None:
-        """Until it is ready.
+        """Wait until the server is ready.
 
         Raises EngineError with the end of its log if it ends or is not ready within `rollout.servers.start_seconds`.
         """
@@ -96,9 +98,9 @@ class Server:
 
 
 def last_words(log: Path, key: str) -> str:
-    """The first errors that a log names, which the later ones may follow from, and its end; long lines are cut.
+    """The first errors in a log, which may have caused the later ones, and its end. Long lines are cut.
 
-    Without the server's key: others may read what is printed.
+    The server's key is removed: others may read what is printed.
     """
     text = log.read_text(errors="replace").replace(key, "***")
     lines = [line if len(line) < 400 else f"{line[:400]} ..." for line in text.splitlines()]
@@ -108,8 +110,8 @@ def last_words(log: Path, key: str) -> str:
     return "\n".join(["", *first, f"the end of {log}:", *lines[-15:]])
 
 
-# The server must not outlive a trainer that is killed. Linux tells a child of its parent's end (PR_SET_PDEATHSIG is 1);
-# this one then kills its whole group, since a server's own processes may stay when the first of them is gone.
+# The server must not outlive a killed trainer. Linux signals a child when its parent ends (PR_SET_PDEATHSIG is 1). The
+# child then kills its whole group, since a server's other processes may survive the first one.
 _WITH_ITS_PARENT = """
 import ctypes, os, signal, subprocess, sys
 signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
@@ -121,15 +123,15 @@ sys.exit(subprocess.call(sys.argv[1:]))
 def _is_kept_back(name: str) -> bool:
     """Whether a server must not inherit a variable.
 
-    A server that sees the trainer's ranks waits for others. One that sees a proxy asks it for its own processes, and a
-    server has nothing to fetch from elsewhere.
+    A server that sees the trainer's rank variables waits for other ranks. One that sees a proxy sends requests to its
+    own processes through it, and a server fetches nothing from elsewhere.
     """
     ranks = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
     return name.startswith(ranks) or name.lower() in ("http_proxy", "https_proxy", "all_proxy")
 
 
 def _free_port(host: str) -> int:
-    """A port that is free, and below those that the system gives to whoever asks: a server binds it much later."""
+    """A free port below the system's range for outgoing connections: a server binds it much later."""
     while True:
         port = 20_000 + secrets.randbelow(12_000)
         with socket.socket() as probe, contextlib.suppress(OSError):

@@ -1,6 +1,6 @@
-"""What differs between SGLang and vLLM: how a server is started, what is asked of it and how it answers.
+"""What differs between SGLang and vLLM: how a server is started, which requests it takes and what it answers.
 
-An adapter does nothing by itself: it makes calls and reads answers, so that dispatch, faults and weight updates are
+An adapter sends nothing itself: it builds calls and parses answers. Dispatch, fault handling and weight updates are
 written once, in `fleet.py` and `servers.py`.
 """
 
@@ -27,9 +27,9 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """How a server is started: its place in the run, where it listens, and what it serves.
+    """How a server is started: its index in the run, where it listens, and what it serves.
 
-    `folder` is its own; `model` the Hugging Face folder whose config and tokenizer it reads.
+    `folder`: the server's own. `model`: the Hugging Face folder whose config and tokenizer it reads.
     """
 
     config: ServersConfig
@@ -43,7 +43,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A command line, and the environment variables that it needs beside the trainer's."""
+    """A command line, and the environment variables that it needs in addition to the trainer's."""
 
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One response as the server gave it, unchecked. `versions` are (version, number of tokens)."""
+    """One response of a server, unchecked. `versions` are (version, number of tokens)."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -71,17 +71,17 @@ class WeightGroupInfo:
     seconds: float
 
 
-# What a server computes in.
+# Number formats of servers.
 DTYPES = {EnginePrecision.fp32: "float32", EnginePrecision.bf16: "bfloat16", EnginePrecision.fp8: "bfloat16"}
 
 # The environment of a server on a CPU. With large pages for large tensors an update takes half as long.
 ON_CPU = {"OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1"}
-# And its cache of keys and values: left to themselves, both engines reserve most of the machine's memory.
+# And its KV cache: by default, both engines reserve most of the machine's memory.
 CACHE_BYTES_ON_CPU = 512 << 20
 
 
 def described(bucket: Bucket) -> dict[str, list[Any]]:
-    """What a receiver must know of a bucket's bytes."""
+    """The description of a bucket's bytes that a receiver needs."""
     return {
         "names": [name for name, _ in bucket],
         "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
@@ -99,12 +99,12 @@ class ServerAdapter(Protocol):
 
     name: str
     health: Call  # answered with 200 by a server that is ready
-    progress: Call  # what tells slowness from a hang
+    progress: Call  # shows progress, to tell a slow server from a hung one
 
     def launch(self, start: Start) -> Launch: ...
 
     def progress_of(self, answer: str) -> str | None:
-        """From the answer to `progress`: a text that changes with every step made; None: that it answers is enough."""
+        """From the answer to `progress`: a text that changes with every step. None if any answer shows progress."""
         ...
 
     def generate(self, request: Request, sampling: Sampling, end_tokens: Sequence[int]) -> Call: ...
@@ -114,32 +114,32 @@ class ServerAdapter(Protocol):
     def join_group(self, group_info: WeightGroupInfo) -> Call: ...
 
     def before_update(self) -> list[Call]:
-        """Hold what is being generated, and open an update."""
+        """Pause generation and open an update."""
         ...
 
     def update(self, bucket: Bucket, group: str | None, version: int, *, compare: bool) -> Call:
-        """Take a bucket: by a broadcast of the tensors' bytes in `group`, or, without one, out of shared memory.
+        """Load a bucket: by a broadcast of the tensors' bytes in `group`, or, without a group, from shared memory.
 
-        `compare` says that `checksums` will be asked for.
+        `compare`: whether `checksums` follows.
         """
         ...
 
     def after_update(self, version: int) -> list[Call]:
-        """Close the update and forget what was cached under the older weights."""
+        """Close the update and drop what was cached under the older weights."""
         ...
 
     def resume(self) -> list[Call]:
-        """Go on generating."""
+        """Resume generation."""
         ...
 
     def checksums(self) -> Call | None:
-        """What to ask for the checksums of all tensors. None where they cannot be compared."""
+        """The call for the checksums of all tensors. None if they cannot be compared."""
         ...
 
     def expected(self, bucket: Bucket) -> dict[str, tuple[str, float]]:
-        """(checksum, root mean square) of each tensor as `checksums` would name it; NaN where it tells none."""
+        """(checksum, root mean square) of each tensor under the names of `checksums`; NaN if that has no size."""
         ...
 
     def parse_checksums(self, answer: Any) -> list[dict[str, tuple[str, float]]]:
-        """The answer to `checksums`, one for each worker that gave one, in the form of `expected`."""
+        """The answer to `checksums` in the form of `expected`, one for each worker that answered."""
         ...

@@ -1,8 +1,8 @@
-"""The engine that is any number of SGLang or vLLM servers.
+"""The engine made of any number of SGLang or vLLM servers.
 
-The first rank asks them (`fleet.py`), the first rank of each pipeline stage sends them weights (`transfer.py`), the
-first rank of a node starts them (`supervisor.py`). The ranks agree by messages from the first one, so that all of them
-take part when a server that has come back needs the weights.
+The first rank sends them requests (`fleet.py`), the first rank of each pipeline stage sends them weights
+(`transfer.py`), and the first rank of each node starts them (`supervisor.py`). The first rank broadcasts what happens,
+so that all ranks take part when a restarted server needs the weights.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from megatron_tempo.rollout.supervisor import ExternalServers, ServerSupervisor,
 from megatron_tempo.rollout.transfer import Senders
 from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
 
-# Seconds after which waiting ranks hear that there is nothing new: well within the timeout of their groups.
+# Seconds after which waiting ranks are sent "nothing new": well within the timeout of their groups.
 _HEARTBEAT = 30.0
 
 _T = TypeVar("_T")
 
 
 class ServersEngine:
-    """An `Engine`. The seeds of requests are not used: servers draw their own numbers."""
+    """An `Engine`. The seeds of requests are not used: servers draw their own random numbers."""
 
     def __init__(
         self,
@@ -57,10 +57,10 @@ class ServersEngine:
         timeout: timedelta,
         log: Callable[[str], None],
     ) -> None:
-        """Collective. Servers are started below `work`; `log` hears on the first rank of those that fail. `timeout` is
-        how long a rank waits for the first one, which may be waiting for servers.
+        """Collective. Started servers write below `work`. `log`: called on the first rank for each that fails.
+        `timeout`: how long a rank waits for the first one, which may be waiting for servers.
 
-        Raises InputError if one does not come up, or cannot be reached from where the trainer runs.
+        Raises InputError if a server does not start, or cannot be reached from the trainer.
         """
         self.counted = TokenCount()
         self._adapter, self._config = adapter, config
@@ -118,7 +118,7 @@ class ServersEngine:
     def close(self) -> None:
         self._closing.close()
 
-    # Over the ranks
+    # Agreement between ranks
 
     @property
     def _first(self) -> Fleet:
@@ -126,7 +126,7 @@ class ServersEngine:
         return self._fleet
 
     def _agree(self, make: Callable[[], _T]) -> _T:
-        """What the first rank makes, on every rank; or the error that it meets."""
+        """The result of `make` on the first rank, on every rank. Raises its error on every rank."""
         result: list[Any] = [None, None]
         if dist.get_rank() == 0:
             try:
@@ -144,7 +144,7 @@ class ServersEngine:
         dist.all_gather_object(shares, mine, group=self._control)
         return {key: value for share in shares for key, value in share.items()}
 
-    # Where servers come from
+    # Starting servers
 
     def _nodes(self) -> list[int]:
         """The first rank of each node that servers are started on.
@@ -177,7 +177,7 @@ class ServersEngine:
     def _key(self) -> str:
         if self._config.key_file is not None:
             return read_text(Path(self._config.key_file)).strip()
-        return secrets.token_hex(24)  # of letters that no command line takes for an option, as it does a leading "-"
+        return secrets.token_hex(24)  # hexadecimal: a command line would take a leading "-" for an option
 
     def _external(self, key: str) -> Starter | None:
         assert self._config.addresses is not None
@@ -187,7 +187,7 @@ class ServersEngine:
         )
 
     def _supervised(self, nodes: list[int], make: Callable[[int], Server]) -> Starter | None:
-        """A supervisor on the first rank of each node, and on the first of all what gives them orders."""
+        """Start a supervisor on the first rank of each node, and on rank 0 the `Starter` that gives them orders."""
         rank = dist.get_rank()
         store = private_store(own_address(self._config.host), timedelta(days=365)) if rank == 0 else None
         host, port = self._agree(lambda: (store.host, store.port) if store is not None else ("", 0))
@@ -197,7 +197,7 @@ class ServersEngine:
         return None if store is None else SupervisedServers(store, self._config.replicas)
 
     def _devices(self, index: int, device: torch.device) -> str | None:
-        """CUDA_VISIBLE_DEVICES of a server; None: as it is here."""
+        """CUDA_VISIBLE_DEVICES of a server; None if it inherits this process's."""
         if device.type == "cpu":
             return ""
         if self._config.devices is None:
@@ -205,7 +205,7 @@ class ServersEngine:
         first = index % self._config.replicas * self._config.tensor
         own = chosen_devices(self._config.devices[first : first + self._config.tensor])
         if self._config.transport is Transport.shared:
-            # Behind its own the trainer's, whose memory it opens.
+            # Its own GPUs, followed by the trainer's, whose memory it opens.
             ours = visible_devices()
             ours = [str(number) for number in range(torch.cuda.device_count())] if ours is None else ours
             own += [device for device in ours if device not in own]
@@ -235,7 +235,7 @@ class ServersEngine:
     # Weights
 
     def _feed(self, *, empty_only: bool, compare: bool) -> None:
-        """Send the weights to the servers, or to those alone that have none."""
+        """Send the weights to all servers, or only to those that have none."""
         assert self._weights is not None
         compare = compare and self._adapter.checksums() is not None
         targets = self._agree(lambda: self._first.begin_update(empty_only=empty_only))

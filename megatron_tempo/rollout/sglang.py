@@ -1,7 +1,7 @@
 """SGLang's adapter.
 
-SGLang answers an update that misses a tensor, or names one wrongly, with success. On a CPU its checksum of a tensor is
-that of its bytes, so that every tensor can be compared. On a GPU it is another function.
+SGLang reports success for an update that misses a tensor or names one wrongly. On a CPU its checksum of a tensor is
+that of the tensor's bytes, so every tensor can be compared. On a GPU it is another function.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _ON_CPU = [
     "--grammar-backend=none",
     "--disable-cuda-graph",
 ]
-# Said outright, since what is not said may come from the model's generation_config.json.
+# Given explicitly: a missing entry may be taken from the model's generation_config.json.
 _NOTHING_ELSE = {
     "top_p": 1.0,
     "top_k": -1,
@@ -53,9 +53,9 @@ _NOTHING_ELSE = {
     "frequency_penalty": 0.0,
     "presence_penalty": 0.0,
 }
-# Vocabularies are filled up with zero rows to a multiple of this.
+# Vocabularies are padded with zero rows to a multiple of this.
 _VOCABULARY_MULTIPLE = 64
-# Parameters that hold several of Hugging Face's, one behind the other.
+# Parameters that are concatenations of several of Hugging Face's.
 _FUSED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
@@ -63,11 +63,11 @@ _FUSED = {
 
 
 class Sglang:
-    """A `ServerAdapter`, for SGLang 0.5.23. The seeds of requests are not used: it draws its own numbers."""
+    """A `ServerAdapter`, for SGLang 0.5.23. The seeds of requests are not used: it draws its own random numbers."""
 
     name = "SGLang"
     health = Call("/health")
-    # Answers when the scheduler has done anything since it was asked, or else a token of a request of its own.
+    # Answers once the scheduler has made progress, or has generated a token of a request of its own.
     progress = Call("/health_generate")
 
     def __init__(self, *, cpu: bool, tensor: int) -> None:
@@ -84,7 +84,7 @@ class Sglang:
             "api-key": start.key,
             "skip-server-warmup": True,
         }
-        # A file, since others can read command lines. JSON is a part of YAML.
+        # A file, since others can read command lines. JSON is valid YAML.
         private = private_file(start.folder / "arguments.yaml", json.dumps(arguments))
         environment = ON_CPU | {"SGLANG_USE_CPU_ENGINE": "1"} if self._cpu else {}
         cpu = [*_ON_CPU, f"--max-total-tokens={_cache_tokens(start.model)}"] if self._cpu else []
@@ -134,7 +134,7 @@ class Sglang:
     def update(self, bucket: Bucket, group: str | None, version: int, *, compare: bool) -> Call:
         common: dict[str, Any] = {"flush_cache": True, "weight_version": str(version)}
         if group is None:
-            # One for each worker: the memory is freed when as many have read it as were written.
+            # One for each worker: the memory is freed when all of them have been read.
             named = {"serialized_named_tensors": [_pickled(bucket) for _ in range(self._tensor)]}
             return Call("/update_weights_from_tensor", named | common)
         received = described(bucket) | {"group_name": group, "load_format": "flattened_bucket"}
@@ -154,7 +154,7 @@ class Sglang:
 
     def parse_checksums(self, answer: Any) -> list[dict[str, tuple[str, float]]]:
         held = answer["ranks"][0]["checksums"]
-        if held.get("lm_head.weight") == held["model.embed_tokens.weight"]:  # tied: it is sent by one name
+        if held.get("lm_head.weight") == held["model.embed_tokens.weight"]:  # tied: sent under one name
             del held["lm_head.weight"]
         return [{name: (checksum, math.nan) for name, checksum in held.items()}]
 
@@ -167,7 +167,7 @@ def _cache_tokens(model: Path) -> int:
 
 
 def _pickled(bucket: Bucket) -> str:
-    """Names and tensors as SGLang unpickles them, by an allow-list of its own: where their memory is, not the bytes."""
+    """Names and tensors as SGLang unpickles them, by its allow-list: handles of their memory, not the bytes."""
     buffer = io.BytesIO()
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
@@ -181,7 +181,7 @@ def _pickled(bucket: Bucket) -> str:
 def _checksums(bucket: Bucket) -> Iterator[tuple[str, str]]:
     """SGLang's names of a bucket's parameters, and the first 8 bytes of the SHA-256 of each, in hexadecimal.
 
-    A bucket has all parts of a fused parameter, since they are one Megatron parameter.
+    A bucket contains all parts of a fused parameter, since they are one Megatron parameter.
     """
     tensors: dict[str, Tensor] = dict(bucket)
     while tensors:

@@ -1,8 +1,8 @@
-"""Where servers come from: started on one node or on each, or found at given addresses.
+"""Sources of servers: started on one node or on each, or found at given addresses.
 
-The first rank orders; the first rank of a node starts, so that a server is a child of a process beside it. Orders and
-replies go through a torch store: "order/NODE/N" is the N-th order to a node, "reply/SERVER/N" the reply to a server's
-N-th start.
+Rank 0 orders a server, and the first rank of a node starts it, so that a server is a child of a process on its node.
+Orders and replies go through a torch store: "order/NODE/N" is the N-th order to a node, "reply/SERVER/N" the reply to
+the N-th start of a server.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FOREVER = timedelta(days=365)
 
 
 def private_store(host: str, timeout: timedelta) -> dist.TCPStore:
-    """A torch store that listens at one address alone. Left to itself it would listen at all of the machine's."""
+    """A torch store that listens only at one address. By default it would listen at all of the machine's."""
     listener = socket.socket()
     listener.bind((host, 0))
     listener.listen(128)
@@ -40,14 +40,14 @@ def private_store(host: str, timeout: timedelta) -> dist.TCPStore:
 
 
 class ServerSupervisor:
-    """Starts and ends the servers of this node, as it is ordered to."""
+    """Starts and ends the servers of this node, on orders from rank 0."""
 
     def __init__(self, store: tuple[str, int], node: int, make: Callable[[int], Server]) -> None:
-        """`store` is where the orders are; `make` starts the server of an index, without waiting for it."""
+        """`store`: has the orders. `make`: starts the server of an index, without waiting for it."""
         self._store, self._node, self._make = store, node, make
         self._servers: dict[int, Server] = {}
         self._closing = False
-        # Servers end with the thread that started them, so this one stays for as long as they are wanted.
+        # A server ends with the thread that started it, so this thread runs as long as servers are needed.
         self._thread = threading.Thread(target=self._serve, name="supervisor", daemon=True)
         self._thread.start()
 
@@ -87,7 +87,7 @@ class ServerSupervisor:
 
 
 class SupervisedServers:
-    """A `Starter`, on the first rank: it orders the supervisor of the node that a server is on."""
+    """A `Starter`, on the first rank: sends orders to the supervisor of a server's node."""
 
     def __init__(self, store: dist.TCPStore, per_node: int) -> None:
         """Server i is on node i // `per_node`."""
@@ -110,7 +110,7 @@ class SupervisedServers:
         return answer["url"]
 
 
-UNRESOLVED = 20  # looks at a server, two a second, after which a host that does not resolve is not waited for
+UNRESOLVED = 20  # checks, two a second, after which a host that does not resolve is given up
 
 
 async def _resolves(url: str) -> bool:
@@ -122,7 +122,7 @@ async def _resolves(url: str) -> bool:
 
 
 class ExternalServers:
-    """A `Starter` of servers that somebody else starts: to start one is to wait until it answers."""
+    """A `Starter` for servers that somebody else starts: it waits until they answer."""
 
     def __init__(self, adapter: ServerAdapter, addresses: Sequence[str], key: str, seconds: float) -> None:
         self._adapter, self._addresses, self._key, self._seconds = adapter, addresses, key, seconds

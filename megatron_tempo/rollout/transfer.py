@@ -1,8 +1,8 @@
-"""Weights on their way: from a rank that sends to the workers of every server.
+"""Sends weights from a trainer rank to the workers of every server.
 
-Each sender has a process group with each server's workers, not one with all of them: when a worker dies in the middle
-of a broadcast, the others of its group wait until a timeout, and those should be its own server's alone. The price is
-that a sender's link carries a bucket once for each server.
+A sender has one process group for each server, not one for all: when a worker dies during a broadcast, the others of
+its group wait until a timeout, and that should affect only its own server. The cost: a sender's link carries each
+bucket once for each server.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megatron_tempo.types import Bucket, Weights
 
 
 class Senders:
-    """What a rank that sends weights needs: a link to each server."""
+    """The links of a rank that sends weights: one to each server."""
 
     def __init__(self, adapter: ServerAdapter, config: ServersConfig, key: str, backend: str) -> None:
         self._adapter, self._config, self._key, self._backend = adapter, config, key, backend
@@ -42,14 +42,14 @@ class Senders:
     def send(
         self, weights: Weights, targets: Sequence[Target], version: int, *, compare: bool
     ) -> tuple[dict[int, str], dict[str, tuple[str, float]]]:
-        """Send this rank's buckets to all servers: (what went wrong, by server; the tensors' checksums, if wanted).
+        """Send this rank's buckets to all servers. Returns (failures by server, the tensors' checksums if requested).
 
-        The next bucket is made while the servers load the one that they have got. Collective, as `weights` is.
+        The next bucket is made while the servers load the previous one. Collective, as `weights` is.
         """
         shared = self._config.transport is Transport.shared
         failed: dict[int, str] = {}
         if weights.sends:
-            self._meet(targets, failed)
+            self._connect(targets, failed)
         expected: dict[str, tuple[str, float]] = {}
         loading: dict[Target, Future[httpx.Response]] = {}
         for bucket in weights.from_stages(shared=shared):
@@ -63,11 +63,11 @@ class Senders:
                 try:
                     loading[target] = future.result()
                 except (httpx.HTTPError, EngineError, RuntimeError) as error:
-                    failed[target.index] = _words(error)
+                    failed[target.index] = _describe(error)
             del bucket  # before the next one is made
         _collect_failures(loading, failed)
         if shared and torch.cuda.is_available():
-            torch.cuda.ipc_collect()  # what servers have let go of
+            torch.cuda.ipc_collect()  # what servers have released
         return failed, expected
 
     def close(self) -> None:
@@ -76,8 +76,8 @@ class Senders:
         self._links = {}
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _meet(self, targets: Sequence[Target], failed: dict[int, str]) -> None:
-        """Links to servers that were started since; those to others that are no more are closed."""
+    def _connect(self, targets: Sequence[Target], failed: dict[int, str]) -> None:
+        """Open links to newly started servers, and close links to servers that are gone."""
         for target in set(self._links) - set(targets):
             if any(target.index == new.index for new in targets):
                 self._links.pop(target).close()
@@ -89,7 +89,7 @@ class Senders:
                 try:
                     link.join_group(self._backend)
                 except (httpx.HTTPError, EngineError, RuntimeError) as error:
-                    failed[target.index] = _words(error)
+                    failed[target.index] = _describe(error)
 
 
 def _collect_failures(loading: dict[Target, Future[httpx.Response]], failed: dict[int, str]) -> None:
@@ -97,16 +97,16 @@ def _collect_failures(loading: dict[Target, Future[httpx.Response]], failed: dic
         try:
             future.result()
         except (httpx.HTTPError, EngineError) as error:
-            failed[target.index] = _words(error)
+            failed[target.index] = _describe(error)
 
 
-def _words(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     kind = "" if isinstance(error, EngineError) else f"{type(error).__name__} "
     return f"failed in a weight update: {kind}{error}".rstrip()
 
 
 class _Link:
-    """One sender's way to one server."""
+    """The connection from one sender to one server."""
 
     def __init__(self, adapter: ServerAdapter, config: ServersConfig, key: str, target: Target) -> None:
         self._adapter, self._config = adapter, config
@@ -131,7 +131,7 @@ class _Link:
         joined.result()
 
     def send(self, bucket: Bucket, version: int, compare: bool) -> Future[httpx.Response]:
-        """Send a bucket; what comes back ends when the server has loaded it."""
+        """Send a bucket. The returned future completes when the server has loaded it."""
         in_group = self._group is not None
         call = self._adapter.update(bucket, self._name if in_group else None, version, compare=compare)
         answer = self._post(call)
@@ -142,7 +142,7 @@ class _Link:
             assert work is not None
             while not work.is_completed():
                 if answer.done() and answer.exception() is not None:
-                    answer.result()  # refused: nobody will receive it
+                    answer.result()  # rejected: nobody will receive it
                 time.sleep(0.0005)
             work.wait()
         return answer
@@ -159,7 +159,7 @@ class _Link:
 
 
 def joined_bytes(tensors: Sequence[Tensor]) -> Tensor:
-    """The bytes of all tensors, one after another: uint8 [sum of sizes]. A view, where they lie so already."""
+    """The bytes of all tensors, one after another: uint8 [sum of sizes]. A view if they are already contiguous."""
     first = tensors[0]
     storage, ends = first.untyped_storage(), list(accumulate((tensor.nbytes for tensor in tensors), initial=0))
     start = first.data_ptr() - storage.data_ptr()

@@ -1,7 +1,7 @@
-"""vLLM's adapter. What of it runs in the server's processes is in `vllm_worker.py`.
+"""vLLM's adapter. `vllm_worker.py` runs in the server's processes.
 
-Its own checksums are of its weights as its kernels have packed them. So its workers tell the checksum of each tensor
-that came, and which of the model's parameters nothing was loaded into.
+vLLM's own checksums are of weights as its kernels have packed them. So our worker extension reports the checksum of
+each tensor that arrived, and which of the model's parameters were not loaded.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from megatron_tempo.rollout.server_adapter import (
 from megatron_tempo.types import Bucket
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
-# Counters that grow with every step that makes tokens, or reads a prompt.
+# Counters that grow with every step that generates tokens or reads a prompt.
 _COUNTERS = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:iteration_tokens_total_sum")
 
 
 class Vllm:
-    """A `ServerAdapter`, for vLLM 0.32. The seeds of requests are not used: it draws its own numbers."""
+    """A `ServerAdapter`, for vLLM 0.32. The seeds of requests are not used: it draws its own random numbers."""
 
     name = "vLLM"
     health = Call("/health")
@@ -46,9 +46,9 @@ class Vllm:
         self._cpu, self._tensor = cpu, tensor
 
     def launch(self, start: Start) -> Launch:
-        beside = start.folder / "python"
-        beside.mkdir(exist_ok=True)
-        shutil.copyfile(WORKER, beside / WORKER.name)
+        module_folder = start.folder / "python"
+        module_folder.mkdir(exist_ok=True)
+        shutil.copyfile(WORKER, module_folder / WORKER.name)
         key = private_file(start.folder / "key", start.key)
         arguments = {
             "--model": served_folder(start.model, start.folder / "model", start.precision, flat_rope=False),
@@ -61,10 +61,10 @@ class Vllm:
             "--worker-extension-cls": "vllm_worker.WorkerExtension",
             "--middleware": "vllm_worker.KeyMiddleware",
             "--logprobs-mode": "processed_logprobs",  # after temperature
-            "--generation-config": "vllm",  # each request says how it is to be sampled
+            "--generation-config": "vllm",  # each request has its own sampling settings
         }
         environment = {
-            "PYTHONPATH": str(beside),
+            "PYTHONPATH": str(module_folder),
             "MEGATRON_TEMPO_KEY": str(key),
             "VLLM_SERVER_DEV_MODE": "1",  # opens the paths that change weights; the key guards all paths
             "VLLM_NO_USAGE_STATS": "1",
@@ -88,7 +88,7 @@ class Vllm:
             "temperature": sampling.temperature,
             "max_tokens": sampling.max_tokens,
             "stop_token_ids": list(end_tokens),
-            "ignore_eos": True,  # what ends a response is said in the line before
+            "ignore_eos": True,  # the line before names the end tokens
             "logprobs": 0,  # those of the sampled tokens
             "detokenize": False,
         }
@@ -117,7 +117,7 @@ class Vllm:
         return Call("/init_weight_transfer_engine", {"init_info": info})
 
     def before_update(self) -> list[Call]:
-        # What a trainer that is no more left open is forgotten.
+        # Abandon a session that an earlier trainer left open.
         abandon = Call("/collective_rpc", {"method": "abandon"})
         return [Call("/pause?mode=keep", {}), abandon, Call("/start_weight_update", {})]
 
@@ -146,7 +146,7 @@ class Vllm:
         return {name: (checksum(tensor), root_mean_square(tensor)) for name, tensor in bucket}
 
     def parse_checksums(self, answer: Any) -> list[dict[str, tuple[str, float]]]:
-        """A parameter that nothing was loaded into is named with no checksum."""
+        """A parameter that was not loaded has an empty checksum."""
         return [
             {name: (total, float(size)) for name, (total, size) in worker["tensors"].items()}
             | dict.fromkeys(worker["missing"], ("", math.inf))

@@ -1,8 +1,8 @@
-"""What runs inside a vLLM server: its workers take the trainer's weights, and its API answers only who has the key.
+"""Runs inside a vLLM server: its workers load the trainer's weights, and its API rejects requests without the key.
 
-It is copied beside a server and found by its name alone (`--worker-extension-cls vllm_worker.WorkerExtension`,
-`--weight-transfer-config '{"backend": "megatron_tempo"}'`, `--middleware vllm_worker.KeyMiddleware`), in vLLM's
-environment, so it imports nothing of this package. Written for vLLM 0.32.
+This file is copied into a server's folder and found by its module name, in vLLM's environment
+(`--worker-extension-cls vllm_worker.WorkerExtension`, `--weight-transfer-config '{"backend": "megatron_tempo"}'`,
+`--middleware vllm_worker.KeyMiddleware`), so it imports nothing of this package. Written for vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-# Elements that are looked at together: it bounds the memory that is needed beside the tensor.
+# Elements per step. This bounds the memory that is needed in addition to the tensor.
 _CHUNK = 1 << 19
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -49,12 +49,12 @@ class InitInfo(WeightTransferInitInfo):
     port: int
     world: int  # the sender and all workers
     backend: str  # "gloo" or "nccl"
-    seconds: float  # until a peer must have done its part
+    seconds: float  # time limit for each collective
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """A bucket: the tensors' bytes, one tensor behind the other without gaps.
+    """A bucket: the tensors' bytes, one tensor after another without gaps.
 
     They come as one uint8 broadcast in `group`, or lie in `shared` memory (its manager's handle, its own handle,
     bytes), or in a GPU's memory, of which `cuda` has a handle for each worker.
@@ -88,7 +88,7 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._missing = self._parameters
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Join a group. One of the same name, which an earlier trainer left, is given up."""
+        """Join a group. A group of the same name from an earlier trainer is abandoned."""
         self._leave(init_info.group)
         timeout = timedelta(seconds=init_info.seconds)
         store = dist.TCPStore(init_info.host, init_info.port, is_master=False, timeout=timeout)
@@ -116,7 +116,7 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         if update_info.checksums:
             self._received |= {name: (checksum(one), str(root_mean_square(one))) for name, one in tensors.items()}
         if self.model_config.hf_config.tie_word_embeddings and _EMBEDDING in tensors:
-            # A reload takes the two apart, and on a CPU the head has a copy of its own.
+            # A reload unties the two, and on a CPU the head has its own copy.
             tensors[_HEAD] = tensors[_EMBEDDING]
         self._missing = self._missing - self.model.load_weights(tensors.items())
         self._copy_waiting(flat)
@@ -137,7 +137,7 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             _abort_process_group(group)
 
     def _bytes(self, update_info: UpdateInfo) -> Tensor:
-        """The bucket, as it came: it may be overwritten once the update is answered."""
+        """The bucket's bytes. They may be overwritten once the update is answered."""
         if update_info.shared is not None:
             manager, handle, nbytes = update_info.shared
             memory = torch.UntypedStorage._new_shared_filename_cpu(manager.encode(), handle.encode(), nbytes)
@@ -153,7 +153,7 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         return flat
 
     def _copy_waiting(self, flat: Tensor) -> None:
-        """Copy what the reload keeps of a bucket: the parts of a layer wait for one another."""
+        """Copy the tensors of the bucket that the reload still holds until the other parts of their layer arrive."""
         bucket = flat.untyped_storage().data_ptr()
         for layer in self.model.modules():
             for _, call in get_layerwise_info(layer).loaded_weights:
@@ -162,7 +162,7 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
                         call.arguments[name] = value.clone()
 
     def _incomplete(self) -> set[str]:
-        """Parameters of layers that got a part of what they consist of. A vocabulary's may have rows to fill up."""
+        """Parameters of layers that received only a part of their tensors. A vocabulary's may have padding rows."""
         names = set()
         for name, layer in self.model.named_modules():
             info = get_layerwise_info(layer)
@@ -171,7 +171,7 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         return names
 
     def _drop_unfinished(self) -> None:
-        """Put the older tensors back where a session was broken off: else the next would mix them with its own."""
+        """Restore the older tensors after an interrupted session: the next session would mix them with its own."""
         unfinished = [info for info in map(get_layerwise_info, self.model.modules()) if info.can_load()]
         for info in unfinished:
             info.loaded_weights.clear()
@@ -186,10 +186,10 @@ class WorkerExtension:
     weight_transfer_engine: WeightReceiver
 
     def checksums(self) -> dict[str, Any]:
-        """What came in the last session.
+        """What arrived in the last session.
 
-        "tensors": checksum and root mean square (as text, for JSON has no NaN) of each tensor that came with checksums
-        asked for; "missing": parameters that nothing, or not all of what they consist of, was loaded into.
+        "tensors": checksum and root mean square (as text, for JSON has no NaN) of each tensor whose
+        bucket requested checksums; "missing": parameters that were not loaded, or only in part.
         """
         return self.weight_transfer_engine.checksums()
 
@@ -199,9 +199,9 @@ class WorkerExtension:
 
 
 class KeyMiddleware:
-    """Refuses every request without the key, which stands in the file that MEGATRON_TEMPO_KEY names.
+    """Rejects every request without the key, which is in the file that MEGATRON_TEMPO_KEY names.
 
-    vLLM's own --api-key leaves the paths open that do not begin with /v1 or /inference, those that change weights too.
+    vLLM's own --api-key protects only paths that begin with /v1 or /inference, not those that change weights.
     """
 
     def __init__(self, app: Application) -> None:
@@ -223,7 +223,7 @@ class KeyMiddleware:
 
 
 def _tensors(flat: Tensor, update_info: UpdateInfo) -> dict[str, Tensor]:
-    """Views of the bucket's bytes; a tensor that lies at an odd address for its type is copied."""
+    """Views of the bucket's bytes; a tensor that is not aligned for its type is copied."""
     tensors, end = {}, 0
     for name, dtype, shape, size in zip(
         update_info.names, update_info.dtypes, update_info.shapes, update_info.sizes(), strict=True
@@ -235,7 +235,7 @@ def _tensors(flat: Tensor, update_info: UpdateInfo) -> dict[str, Tensor]:
 
 
 def opened(handle: list[Any]) -> torch.UntypedStorage:
-    """Memory of a GPU, by its UUID and what `UntypedStorage._new_shared_cuda` takes behind it, bytes as base64."""
+    """Memory of a GPU, by its UUID and the other arguments of `UntypedStorage._new_shared_cuda`, bytes as base64."""
     torch.cuda.init()
     uuids = [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]
     if handle[0] not in uuids:
@@ -251,7 +251,7 @@ def _dtype(name: str) -> torch.dtype:
 def checksum(tensor: Tensor) -> str:
     """The sum over i of (2i + 1) * w_i modulo 2**64, as 16 hexadecimal digits.
 
-    w_i are the tensor's bytes as little-endian signed 32-bit integers, with zero bytes behind the last.
+    w_i are the tensor's bytes as little-endian signed 32-bit integers, padded with zero bytes.
     """
     data = tensor.detach().contiguous().flatten().view(torch.uint8)
     odd = torch.arange(1, 2 * _CHUNK, 2, device=data.device)

@@ -417,9 +417,9 @@ def change(path: Path, number: int, edit: Callable[[dict[str, Any]], object]) ->
 
 
 def test_another_number_of_responses_is_refused(path: Path) -> None:
-    with pytest.raises(ValueError, match=r"stage2-000012\.jsonl has 10 responses, this run wants 15"):
+    with pytest.raises(ValueError, match=r"stage2-000012\.jsonl has 10 responses, this run needs 15"):
         dump.read(path, LABELLED, UNLABELLED, 3)
-    with pytest.raises(ValueError, match=r"has 10 responses, this run wants 8"):
+    with pytest.raises(ValueError, match=r"has 10 responses, this run needs 8"):
         dump.read(path, LABELLED, UNLABELLED[:1], 2)
 
 
