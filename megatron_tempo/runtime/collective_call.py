@@ -15,7 +15,7 @@ _FIX = "free disk space, or make the directory writable"
 
 
 def raise_on_all_ranks(act: Callable[[], _T], group: dist.ProcessGroup | None = None) -> _T:
-    """Run `act()`, which must contain no collective call. Collective, over `group`, which contains all ranks.
+    """Run `act()`, which must contain no collective call. Collective over `group`, which contains all ranks.
 
     If it fails on one rank, all ranks raise: UnwrittenError for its OSError, InputError for its InputError. Otherwise
     the other ranks would wait for the failed one until their next collective call times out.

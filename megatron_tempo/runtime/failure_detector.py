@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_tempo.observability.progress import clock
 
-BEAT = 5.0  # seconds from one heartbeat to the next
+BEAT = 5.0  # seconds between two heartbeats
 SILENT = 60.0  # seconds without a heartbeat after which a rank counts as dead
 ENDED = 20.0  # seconds that the other ranks have to end by themselves after one has ended with an error
 DONE = "done"

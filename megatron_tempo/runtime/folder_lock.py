@@ -3,13 +3,13 @@
 The lock is a file that holds a record of its holder: host, process, command and a counter that rises every `BEAT`
 seconds. Who may take it is decided in two ways:
 
-- by `flock` where the file system knows it. The system drops it with the process that holds it, however that ends.
-- by the counter where the holder is on another machine, because not every network file system knows `flock` across
-  machines. Whoever needs the lock watches the counter for `WATCH` seconds; a holder that does not count is dead. So no
-  two clocks are compared.
+- by `flock` if the file system supports it. The system releases it when the process that holds it ends in any way.
+- by the counter if the holder is on another machine, because not every network file system supports `flock` across
+machines. A process that needs the lock watches the counter for `WATCH` seconds; a holder that does not count is dead.
+So no two clocks are compared.
 
 The `filelock` package is not used: it empties the file when it opens it, so it cannot say who holds the lock, and it
-has no answer for a file system where `flock` reaches one machine only.
+does not handle a file system where `flock` works only within one machine.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from types import TracebackType
 from megatron_tempo.errors import InputError
 
 LOCK = "lock.json"  # in a run's folder
-BEAT = 5.0  # seconds from one count to the next
+BEAT = 5.0  # seconds between two counts
 WATCH = 25.0  # seconds without a count after which a holder on another machine is dead
-PATIENCE = 3.0  # seconds that a holder which is ending gets
-_BYTES = 1024  # of a record, filled up with blanks, so that one write replaces it
+PATIENCE = 3.0  # seconds that an ending holder has to release it
+_BYTES = 1024  # bytes of a record, padded with blanks, so that one write replaces it
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
@@ -45,7 +45,7 @@ class Holder:
     host: str
     pid: int
     machine: str  # equal for processes that see each other's pids; empty where that is unknown
-    born: str  # when the process began, in the system's ticks: tells it from a later one of the same pid
+    born: str  # when the process started, in the system's ticks: tells it from a later process with the same pid
     command: str
     since: float  # unix time
     token: str
@@ -54,7 +54,7 @@ class Holder:
     @classmethod
     def here(cls, command: str) -> Holder:
         """This process."""
-        born = _born(os.getpid()) or ""
+        born = _start_ticks(os.getpid()) or ""
         return cls(socket.gethostname(), os.getpid(), machine(), born, command, time.time(), secrets.token_hex(8), 0)
 
     @property
@@ -65,12 +65,12 @@ class Holder:
     @property
     def is_gone(self) -> bool:
         """Whether it is known to have ended."""
-        return self.is_here and _born(self.pid) != self.born
+        return self.is_here and _start_ticks(self.pid) != self.born
 
     def __str__(self) -> str:
         try:
             began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
-        except (ValueError, OverflowError, OSError):  # no time of a clock
+        except (ValueError, OverflowError, OSError):  # not a valid time
             began = str(self.since)
         return f"process {self.pid} on {self.host} ({self.command}, since {began})"
 
@@ -131,7 +131,7 @@ class FolderLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Give the lock back. The lock's file goes, and so do folders that were made for it and are empty."""
+        """Release the lock. Removes the lock's file and the empty folders that were made for it."""
         self._over.set()
         if self._thread is not None:
             self._thread.join()
@@ -153,7 +153,7 @@ class FolderLock:
     ) -> None:
         self.release()
 
-    # Taking it
+    # Acquiring
 
     def _taken(self) -> int:
         """The lock's file, open and locked, with this process's record in it."""
@@ -180,21 +180,21 @@ class FolderLock:
 
     def _take(self, file: int, *, is_new: bool, locked: bool) -> None:
         holder = self._parsed(os.pread(file, _BYTES, 0))
-        # On this machine, `flock` is the whole truth: a record that is left is of a process that was killed, or a copy.
+        # On this machine, `flock` decides: a remaining record is a copy, or of a process that was killed.
         certain = is_new or (locked and holder is not None and holder.is_here)
         if holder is not None and not holder.is_gone and not certain:
             self._watch_holder(holder)
         self._write(file, self._own)
         if not certain or not locked:
-            time.sleep(min(1.0, self._watch))  # another machine may be doing the same: the later record counts
+            time.sleep(min(1.0, self._watch))  # another machine may do the same: the later record wins
             now = self._current()
             if now is None or now.token != self._own.token:
                 raise InputError(self._refusal(now))
 
     def _wait_for_holder(self, file: int, deadline: float) -> None:
-        """Raises InputError if the holder keeps the lock."""
+        """Wait until the holder releases the lock. Raises InputError if it does not."""
         holder = self._parsed(os.pread(file, _BYTES, 0))
-        if holder is not None and holder.is_gone:  # a process that it has started still has the file open
+        if holder is not None and holder.is_gone:  # a child process still has the file open
             self._path.unlink(missing_ok=True)
             return
         if time.monotonic() >= deadline:
@@ -202,7 +202,7 @@ class FolderLock:
         time.sleep(0.1)
 
     def _watch_holder(self, holder: Holder) -> None:
-        """Raises InputError if a holder, who is perhaps on another machine, counts."""
+        """Raises InputError if the holder, which may be on another machine, still counts."""
         self._log(f"{self._what}: watching for {self._watch:.0f} s whether {holder} is still there")
         deadline = time.monotonic() + self._watch
         while time.monotonic() < deadline:
@@ -224,7 +224,7 @@ class FolderLock:
             return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True
         try:
             return os.open(self._path, os.O_RDWR), False
-        except FileNotFoundError:  # it has just been released
+        except FileNotFoundError:  # just released
             return os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644), False
 
     def _is_at_path(self, file: int) -> bool:
@@ -233,15 +233,15 @@ class FolderLock:
         return False
 
     def _current(self) -> Holder | None:
-        """The record at the path. The file is opened anew, since network file systems check for news only then."""
-        for _ in range(3):  # it may be read while it is written
+        """The record at the path. The file is reopened, since network file systems check for changes only then."""
+        for _ in range(3):  # it may be in the middle of a write
             with suppress(FileNotFoundError, InputError):
                 return self._parsed(self._path.read_bytes())
             time.sleep(0.05)
         return None
 
     def _parsed(self, text: bytes) -> Holder | None:
-        """The record in a lock's file, None in an empty one. Raises InputError for what is no record."""
+        """The record in a lock's file; None if the file is empty. Raises InputError for anything else."""
         text = text.strip(b"\0 \n")
         if not text:
             return None
@@ -256,7 +256,7 @@ class FolderLock:
         os.fsync(file)
 
     def _count(self) -> None:
-        """Count, and see that the lock is still this process's, until it is released."""
+        """Count, and check that this process still holds the lock, until it is released."""
         while not self._over.wait(self._beat):
             with suppress(OSError, InputError):
                 now = self._current()
@@ -283,13 +283,13 @@ class FolderLock:
 
     def _remove_folders(self) -> None:
         for path in reversed(self._made):
-            with suppress(OSError):  # it is in use
+            with suppress(OSError):  # in use
                 path.rmdir()
         self._made = []
 
 
 def parse(text: bytes) -> Holder | None:
-    """The record of a lock's file; None if it is none."""
+    """The record of a lock's file; None if it is not valid."""
     with suppress(ValueError, TypeError):
         holder = Holder(**json.loads(text))
         if all(isinstance(getattr(holder, name), kind) for name, kind in _KINDS.items()):
@@ -298,7 +298,7 @@ def parse(text: bytes) -> Holder | None:
 
 
 def _flock(file: int) -> bool | None:
-    """Whether the file is locked now; None where the file system knows no such locks."""
+    """Try to lock the file. Whether it is locked now; None if the file system does not support `flock`."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -310,8 +310,8 @@ def _flock(file: int) -> bool | None:
     return True
 
 
-def _born(pid: int) -> str | None:
-    """When a process of this machine began, in ticks; None if it has ended."""
+def _start_ticks(pid: int) -> str | None:
+    """When a process of this machine started, in ticks; None if it has ended."""
     try:
         words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

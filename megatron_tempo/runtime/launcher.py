@@ -1,4 +1,4 @@
-"""What the environment says of the processes that were launched together, checked before one of them writes."""
+"""The launched processes, as the environment describes them. Checked before any of them writes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 from megatron_tempo.errors import InputError
 
-# How launchers tell the number of their processes, where they are not torchrun: srun (a step's), Open MPI, and MPICH,
-# Intel MPI and others by PMI.
+# Variables in which launchers other than torchrun give the number of processes: srun (of a step), Open MPI, and PMI
+# (MPICH, Intel MPI and others).
 _OTHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
 _NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
 
@@ -17,8 +17,8 @@ _NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
 def launched_processes(environment: Mapping[str, str] = os.environ) -> int:
     """The number of processes of this run.
 
-    Raises InputError if several were started that do not know of each other (each would be a run of its own, all in one
-    folder), and if what torch.distributed reads is not whole.
+    Raises InputError if several processes were started without knowing of each other (each would be a separate run in
+    the same folder), or if the variables of torch.distributed are incomplete.
     """
     if "RANK" not in environment:
         for name, launcher in _OTHERS.items():
@@ -62,6 +62,6 @@ def _check_master(host: str, port: int) -> None:
 
 
 def is_restarted_on_failure(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun starts the processes again if they end with any status but 0 (--max-restarts)."""
+    """Whether torchrun restarts the processes if they end with any status but 0 (--max-restarts)."""
     text = environment.get("TORCHELASTIC_MAX_RESTARTS", "0")
     return text.isdecimal() and int(text) > 0

@@ -1,8 +1,8 @@
 """What this process is doing and when it last made progress. The watchdog uses it to tell a hang from long work.
 
 Code that may take minutes calls `mark()` after each completed part, from any thread: a micro-batch, a token of the
-embedded engine, a response or a verdict, a bucket of weights, a file. A wait with a time limit of its own, such as for
-a server to start, may call it while it waits. A call costs one reading of the clock.
+embedded engine, a response or a verdict, a bucket of weights, a file. A wait with its own time limit, such as for
+a server to start, may call it while it waits. A call reads the clock once.
 """
 
 from __future__ import annotations

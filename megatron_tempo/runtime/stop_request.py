@@ -3,8 +3,8 @@
 A run stops when all ranks are between two phases of an iteration, and saves a checkpoint first, so that the same
 command resumes it. A signal may reach only some processes, so the ranks exchange what they received.
 
-Python runs a signal's handler between two of its own instructions. A rank that waits in C, for others that never come,
-has none. So a thread also hears of each signal, from the wakeup file descriptor, and can end the process.
+Python runs a signal's handler between two of its own instructions. A rank that waits in C executes none. So a thread
+also receives each signal, through the wakeup file descriptor, and can end the process.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class StopRequests:
         self._before: dict[int, object] = {}
         self._agrees = False  # the ranks can tell each other
         self._first: float | None = None  # time of the first TERM or INT
-        self._pipe: tuple[int, int] | None = None  # where the system writes the numbers of signals, and where it did
-        self._earlier_pipe = -1
+        self._pipe: tuple[int, int] | None = None  # receives the numbers of signals
+        self._earlier_pipe = -1  # the wakeup file descriptor before this one
         self._last: float | None = None  # time of the last call of `late`
         self._warned = False
 
@@ -78,7 +78,7 @@ class StopRequests:
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """From here on the ranks can agree to stop: inside the process group."""
+        """Inside, the ranks can agree to stop. Requires the process group."""
         self._agrees = True
         yield
 
@@ -93,8 +93,8 @@ class StopRequests:
         return signal.Signals(number).name.removeprefix("SIG")
 
     def late(self) -> str | None:
-        """A warning if the time since the last call exceeds the grace: a stop would have come too late. At most once;
-        otherwise None."""
+        """A warning, at most once, if the time since the last call exceeds the grace period: a stop would be too late.
+        None otherwise."""
         now = time.monotonic()
         waited, self._last = now - (self._last or now), now
         if self._grace is None or waited <= self._grace or self._warned:
@@ -121,10 +121,10 @@ class StopRequests:
     def _listen(self, pipe: int) -> None:
         while received := os.read(pipe, 1):
             if received[0] in _ENDING:
-                self._heard(signal.Signals(received[0]))
+                self._on_signal(signal.Signals(received[0]))
         os.close(pipe)
 
-    def _heard(self, number: signal.Signals) -> None:
+    def _on_signal(self, number: signal.Signals) -> None:
         now, name = time.monotonic(), number.name.removeprefix("SIG")
         if not self._agrees:
             _end(number, f"stopped by {name} before the run began")
@@ -138,7 +138,7 @@ class StopRequests:
 
 @contextmanager
 def ctrl_c(*, raises: bool) -> Iterator[None]:
-    """What INT does inside, unless it is ignored: raise KeyboardInterrupt, or end the process at once and silently.
+    """Set what INT does inside, unless it is ignored: raise KeyboardInterrupt, or end the process at once and silently.
 
     The latter also reaches a process that waits in C, such as for other ranks to start.
     """

@@ -64,7 +64,7 @@ class Watchdog:
     """
 
     def __init__(self, folder: Path, hang_minutes: float | None) -> None:
-        """`folder` is the run's. `hang_minutes`: None: hangs are not detected."""
+        """`folder`: the run's. `hang_minutes`: None to detect no hangs."""
         self._folder, self._rank, self._world = folder, dist.get_rank(), dist.get_world_size()
         # Under torchrun the launcher's process holds the store, else the first rank's.
         launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -88,7 +88,7 @@ class Watchdog:
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Watchdog:
-        """Collective."""
+        """Start the threads. Collective."""
         progress_marker.mark()
         self._main = threading.get_ident()
         if not self._needed:
@@ -182,9 +182,9 @@ class Watchdog:
             ended=self._ended,
         )
 
-    def _finish(self, word: str) -> None:
+    def _finish(self, ending: str) -> None:
         """Send the last heartbeat. The rank that holds the store stays until the others have read it or have ended."""
-        self._ended = word
+        self._ended = ending
         before = self._rounds + 1  # the current round may have begun without it
         deadline = time.monotonic() + _PATIENCE
         while self._rounds <= before and time.monotonic() < deadline:
@@ -192,8 +192,8 @@ class Watchdog:
             time.sleep(0.01)
         if self._host == self._rank:
             counts_seen = {rank: heartbeat.count for rank, heartbeat in self._heartbeats.items()}
-            deadline = time.monotonic() + (self._silent if word == DONE else 4 * self._beat)
-            while not self._all_know(counts_seen, done=word == DONE) and time.monotonic() < deadline:
+            deadline = time.monotonic() + (self._silent if ending == DONE else 4 * self._beat)
+            while not self._all_know(counts_seen, done=ending == DONE) and time.monotonic() < deadline:
                 self._wake.set()
                 time.sleep(0.02)
         self._over.set()

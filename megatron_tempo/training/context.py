@@ -1,4 +1,4 @@
-"""What a run computes with: its configuration, process groups, device and watchdog."""
+"""The context of a run: configuration, process groups, device and watchdog."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_tempo.runtime.watchdog import Watchdog
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """Where a run computes: its config, this rank's places in actor and critic, its device and who is on it."""
+    """The context of a run: its config, this rank's groups for actor and critic, its device and world size."""
 
     config: Config
     layouts: Layouts
@@ -42,14 +42,14 @@ class RunContext:
 
 @contextmanager
 def open_context(config: Config) -> Iterator[RunContext]:
-    """The device and the process groups, for the time of a job, which ends where a rank is lost or hangs."""
+    """The device and the process groups of a job. The watchdog aborts the job if a rank is dead or hangs."""
     device = select_device(config.run.device, int(os.environ.get("LOCAL_RANK", "0")))
     machine = machine_of(device)
     if problems := list(check_machine(config, machine)):
         raise ConfigErrors(problems)
     # On CUDA some operations have no deterministic form; there torch warns instead of stopping.
     torch.use_deterministic_algorithms(config.run.deterministic, warn_only=device.type == "cuda")
-    # In deterministic mode torch also fills uninitialised memory: one more launch for each of a kernel's results.
+    # In deterministic mode torch also fills uninitialised memory: one more launch for each output of a kernel.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     transformers.utils.logging.disable_progress_bar()
     with (
@@ -61,7 +61,7 @@ def open_context(config: Config) -> Iterator[RunContext]:
 
 @contextmanager
 def exclusive(context: RunContext, command: str) -> Iterator[None]:
-    """Hold the run's folder for this job alone. Collective. Raises InputError, on all ranks, if another job has it."""
+    """Lock the run's folder for this job. Collective. Raises InputError, on all ranks, if another job holds it."""
     folder = context.config.run.dir
     lock = FolderLock(Path(folder) / LOCK, f"run.dir={folder}", command, "give another run.dir")
     raise_on_all_ranks(lambda: lock.acquire() if context.is_writer else None)
@@ -72,9 +72,9 @@ def exclusive(context: RunContext, command: str) -> Iterator[None]:
 
 
 def collective_timeout(config: Config) -> timedelta:
-    """How long a rank waits for the others: so long that `run.hang_minutes` is over before, and a hang has been named.
+    """How long a rank waits for the others: longer than `run.hang_minutes`, so that the watchdog reports a hang first.
 
-    A rank may also wait for one that is at work, which is no hang.
+    It is generous since a rank may also wait for one that works, which is no hang.
     """
     minutes = config.run.hang_minutes
     return timedelta(days=1) if minutes is None else timedelta(minutes=2 * minutes)

@@ -1,7 +1,7 @@
-"""Fingerprints of what a run reads besides its training prompts: a resumed run must find it as it was.
+"""Fingerprints of a run's inputs other than its training prompts. A resumed run must find them unchanged.
 
-The training prompts have theirs in their streams. An evaluation set that is replaced between two starts would put two
-sets of questions on one curve. Other weights in `model.path` would be another reference of the KL term.
+The streams of the training prompts have their own fingerprints. If an evaluation set were replaced between two starts,
+one curve would show two sets of questions. Other weights in `model.path` would change the reference of the KL term.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _READ_BYTES = 1 << 22
 _SET = "evaluation.sets."
 _WEIGHTS = "model.path: weights"
 _CONFIGS = ("config.json", "generation_config.json")
-_IGNORED = ("transformers_version", "_name_or_path")  # entries that say nothing of the model
+_IGNORED = ("transformers_version", "_name_or_path")  # entries that do not describe the model
 
 
 def fingerprints(config: Config, sets: Mapping[str, list[LabelledPrompt]]) -> dict[str, str]:
-    """By what was read: every evaluation set, the model's description and, with a KL term, its weights. Collective.
+    """Fingerprints by input: every evaluation set, config.json and, with a KL term, the weights. Collective.
 
-    The ranks share the weight files among them.
+    The weight files are divided among the ranks.
     """
     model = Path(config.model.path)
     found = {f"{_SET}{name}": fingerprint(prompts) for name, prompts in sets.items()}
@@ -42,7 +42,7 @@ def fingerprints(config: Config, sets: Mapping[str, list[LabelledPrompt]]) -> di
 
 
 def check(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raises InputError if something that both starts read has changed. Sets may be added, and left out."""
+    """Raises InputError if an input of both starts has changed. Sets may be added or removed."""
     changed = [name for name in saved if name in now and now[name] != saved[name]]
     if not changed:
         return

@@ -38,11 +38,11 @@ from megatron_tempo.weights.export import targets_of
 
 
 def train(config: Config) -> None:
-    """Train as the config says, going on from the newest whole checkpoint of `run.dir` if there is one.
+    """Train by the config. Resume from the newest complete checkpoint of `run.dir` if there is one.
 
     Raises ValueError for input that does not fit the config, UnwrittenError for a record that cannot be written,
-    NotFiniteError for losses or gradients that are not finite again and again, EngineError where no engine is left and
-    Stopped where it was told to stop; a checkpoint is then written first.
+    NotFiniteError if losses or gradients are repeatedly not finite, EngineError if no engine is left, and Stopped if a
+    stop was requested. EngineError and Stopped are raised after a checkpoint is written.
     """
     grace = config.cluster.slurm.grace_seconds if config.cluster is not None else None
     with (
@@ -83,7 +83,7 @@ def _record_start(context: RunContext, metrics: Metrics, step: int) -> None:
 
 @contextmanager
 def _short_garbage_collections() -> Iterator[None]:
-    """Exempt all objects that exist now, half a million from the imports alone, from garbage collection.
+    """Exempt all objects that exist now from garbage collection. The imports alone make half a million.
 
     Megatron-Core collects garbage while it prepares each model's part of a checkpoint: 0.25 to 0.5 s on one CPU core,
     milliseconds with this.
@@ -137,7 +137,7 @@ def _evaluate(config: Config, out: Path) -> None:
         where = {"stage": "stage1", "iteration": 0, "step": 0, "point": "alone"}
         raise_on_all_ranks(lambda: save_config(config, out / "config.json") if context.is_writer else None)
         _record_start(context, metrics, 0)
-        metrics.message(_asked(config))
+        metrics.message(_prompt_forms(config))
         results, unread = _about(config), []
         for name in sets:
             answered = evaluator.answer(name)
@@ -164,11 +164,11 @@ def _evaluate(config: Config, out: Path) -> None:
 
 def _refuse_unread(unread: Sequence[str | None]) -> None:
     if unread:
-        raise InputError("\n  ".join(["these scores say nothing of the model:", *filter(None, unread)]))
+        raise InputError("\n  ".join(["these scores do not measure the model:", *filter(None, unread)]))
 
 
-def _asked(config: Config) -> str:
-    """A line per set: how its questions are put and judged, and whether that is as the model was trained."""
+def _prompt_forms(config: Config) -> str:
+    """One line per set: its prompt form and verifier, and whether they are those of the model's training."""
     entry = read_trained_with(Path(config.model.path))
     lines = []
     for name, dataset in config.evaluation.sets.items():
@@ -188,7 +188,7 @@ def _check_unused(out: Path) -> None:
 
 
 def _about(config: Config) -> Record:
-    """results.json without its sets: what was evaluated, and how. The hash is of all settings but the folder's name."""
+    """results.json without its sets: what was evaluated, and how. The hash covers all settings but `run.dir`."""
     settings = to_plain(config)
     settings["run"]["dir"] = None
     return {

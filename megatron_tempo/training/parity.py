@@ -13,7 +13,7 @@ from megatron_tempo.types import Weights
 def check_parity(requests: RolloutRequests, actor: Actor, weights: Weights, step: int) -> None:
     """Let the engine answer a few prompts and compare its log-probabilities with the actor's. Collective.
 
-    Raises EngineError where they differ by more than `rollout.parity_tolerance`: the run would train on rollouts of
+    Raises EngineError if they differ by more than `rollout.parity_tolerance`: the run would train on rollouts of
     another policy than the actor.
     """
     batch = requests.sample_for_parity(step)

@@ -1,7 +1,7 @@
-"""Peak memory of each phase of a run: planned before, measured after.
+"""Peak memory of each phase of a run: planned and measured.
 
-On a GPU what torch has allocated there; on a CPU what the process has grown by since the models were about to be built.
-Both at the phase's peak, and the largest of all ranks.
+On a GPU it is what torch has allocated there; on a CPU, the growth of the process since just before the models were
+built. Both are the phase's peak and the maximum over all ranks.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _PROCESS = Path("/proc/self")
 
 
 class PeakMemory:
-    """Peaks by phase since they were last taken. A phase inside another counts for both.
+    """Peaks by phase since the last `take`. A phase inside another counts for both.
 
-    `planned`: bytes of a process by phase, as `megatron-tempo plan` reckons them.
+    `planned`: bytes of a process by phase, as `megatron-tempo plan` computes them.
     """
 
     def __init__(self, device: torch.device, planned: dict[MemoryPhase, float]) -> None:
@@ -55,25 +55,25 @@ class PeakMemory:
         return {f"memory_gb/{name}": peak / GB for name, peak in zip(names, peaks.tolist(), strict=True) if peak}
 
     def _record_peak(self) -> None:
-        """Credit the peak so far to the phases that are running, and begin anew."""
+        """Credit the peak so far to the running phases, and reset it."""
         peak = self._peak()
         for name in self._open:
             self._peaks[name] = max(self._peaks.get(name, 0.0), peak)
 
     def _peak(self) -> float:
-        """Bytes at the peak since the last call; 0 where this system does not tell."""
+        """Bytes at the peak since the last call; 0 if this system does not report it."""
         if self._device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
             return float(peak)
         with suppress(OSError):
             lines = dict(line.split(":", 1) for line in (_PROCESS / "status").read_text().splitlines())
-            (_PROCESS / "clear_refs").write_text("5")  # lets VmHWM, the peak, begin anew: man 5 proc
+            (_PROCESS / "clear_refs").write_text("5")  # resets VmHWM, the peak: man 5 proc
             return max(0.0, 1024.0 * int(lines["VmHWM"].split()[0]) - self._before)
         return 0.0
 
     def plan(self) -> str:
-        """What is planned, in a line."""
+        """The planned peaks, in one line."""
         words = [f"{phase.value} {readable(size / GB, 2)}" for phase, size in self._planned.items()]
         line = f"memory of a process, planned, GB: {', '.join(words)}"
         if self._device.type == "cuda":
@@ -83,7 +83,7 @@ class PeakMemory:
         return line
 
     def comparison(self, measured: dict[str, float]) -> str:
-        """What was planned beside what `take` gave, in a line."""
+        """The planned peaks next to those from `take`, in one line."""
         pairs = [(phase, measured.get(f"memory_gb/{phase.value}")) for phase in self._planned]
         words = [
             f"{phase.value} {readable(self._planned[phase] / GB, 2)} / {readable(peak, 2)}"
@@ -94,7 +94,7 @@ class PeakMemory:
 
 
 def planned(config: Config, world_size: int, device: torch.device) -> dict[MemoryPhase, float]:
-    """Bytes of a trainer's process by phase, as `megatron-tempo plan` reckons them, for `world_size` processes."""
+    """Bytes of a trainer's process by phase, as `megatron-tempo plan` computes them, for `world_size` processes."""
     shape, problems = shape_of(config)
     assert shape is not None, problems  # the check has read the same file
     cluster = config.cluster or _machines(world_size, device)
@@ -104,14 +104,14 @@ def planned(config: Config, world_size: int, device: torch.device) -> dict[Memor
 
 
 def _resident() -> float:
-    """Bytes of this process in memory; 0 where this system does not tell."""
+    """Resident bytes of this process; 0 if this system does not report them."""
     with suppress(OSError):
         return float(int((_PROCESS / "statm").read_text().split()[1]) * resource.getpagesize())
     return 0.0
 
 
 def _machines(world_size: int, device: torch.device) -> ClusterConfig:
-    """What the plan needs to know of the machines that this run is on."""
+    """This run's machines, as the plan describes them."""
     if device.type != "cuda":
         return ClusterConfig(gpus_per_node=world_size, memory_gb=1.0)
     nodes = max(1, world_size // torch.cuda.device_count())

@@ -1,4 +1,4 @@
-"""Where a run goes on, found and checked before anything is written. A refused start leaves the folder as it was."""
+"""Finds and checks the checkpoint to resume from, before anything is written: a rejected start changes nothing."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def find(
     read_now: Mapping[str, str],
     is_writer: bool,
 ) -> Found:
-    """The checkpoint to resume from, if there is one, with the streams set to where it has them. Collective.
+    """The checkpoint to resume from, if there is one. Sets the streams to its positions. Collective.
 
-    `read_now`: fingerprints of what this start has read besides its training prompts (`training.inputs`).
+    `read_now`: fingerprints of this start's inputs other than training prompts (`training.inputs`).
     Raises InputError if the run's folder holds records of a run whose checkpoints are lost or cannot be read, or if the
     checkpoint does not fit the configuration, its schedule, the models or the questions.
     """
@@ -57,7 +57,7 @@ _ENTRIES = ("config", "position", "streams")  # of a run's state
 
 
 def _check_nothing_lost(run: Path, found: Found) -> None:
-    """Raises InputError if a run that had a checkpoint has none now. To begin at 0 would erase its records."""
+    """Raises InputError if a run that had a checkpoint has none now. Starting at 0 would erase its records."""
     if found.damaged:
         wrong = "; ".join(f"{path.name}: {problem}" for path, problem in found.damaged)
         raise InputError(_LOST.format(run=run, what=f"no checkpoint is whole ({wrong})"))
@@ -72,7 +72,7 @@ _LOST = (
 
 
 def _evidence(run: Path) -> str | None:
-    """What shows that the run had a checkpoint, None if nothing does."""
+    """What shows that the run had a checkpoint; None if nothing does."""
     if exported := sorted(run.glob("hf_step_*")):
         return f"{exported[-1].name} is there, but no checkpoint of the run that exported it"
     steps = [record.get("step", 0) for record in read_metrics(run)]
@@ -80,7 +80,7 @@ def _evidence(run: Path) -> str | None:
     try:
         noted = last_step(run)
     except FileNotFoundError:
-        noted = last or None  # of a version that wrote no note: records without a checkpoint are not thrown away
+        noted = last or None  # of a version that wrote no note: records without a checkpoint are not discarded
         return f"the records end with step {last}, but there is no checkpoint" if noted else None
     except (OSError, ValueError) as error:
         return f"there is no checkpoint, and {LAST} cannot be read ({error})"
@@ -97,7 +97,7 @@ def _check_config(config: Config, path: Path, state: Mapping[str, Any]) -> None:
 
 
 def _check_position(config: Config, state: Mapping[str, Any]) -> None:
-    """Raises InputError where other stage lengths than the checkpoint's would put its step elsewhere."""
+    """Raises InputError if changed stage lengths put the checkpoint's step into another stage or iteration."""
     now = schedule.position(config, state["step"])
     for name, done in state["position"].items():
         if now.get(name, done) != done:

@@ -26,7 +26,7 @@ _P = TypeVar("_P", LabelledPrompt, UnlabelledPrompt)
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """The prompts of an iteration that is not done. The engine is answering them or has answered them."""
+    """The prompts of an unfinished iteration. The engine is answering them or has answered them."""
 
     labelled: list[LabelledPrompt]
     unlabelled: list[UnlabelledPrompt]
@@ -36,7 +36,7 @@ class _Pending:
 
 @dataclass(slots=True)
 class RolloutRequests:
-    """What a run asks its engine for.
+    """The requests of a run to its engine.
 
     `pending` holds the prompts of the current iteration and, with `rollout.max_staleness`, of the next one.
     """
@@ -94,7 +94,7 @@ class RolloutRequests:
         dump.write(path, rollouts.labelled, rollouts.unlabelled, self.tokenizer)
 
     def discard_oldest(self) -> None:
-        """Forget the prompts of an iteration that is done: a checkpoint no longer asks for them again."""
+        """Forget the prompts of a completed iteration: a resumed run does not request them again."""
         self.pending = self.pending[1:]
 
     def sample_for_parity(self, step: int) -> Batch:
@@ -107,7 +107,7 @@ class RolloutRequests:
         return batch_of(prompts, collect(asked, self.verifiers, self.tokenizer).completions, None)
 
     def resume_point(self) -> dict[str, Any]:
-        """The streams' states for a checkpoint. A resumed run draws and asks for the pending prompts again."""
+        """The streams' states for a checkpoint. A resumed run draws and requests the pending prompts again."""
         return self.pending[0].streams_before if self.pending else self._stream_states()
 
     def _draw(self, stage: StageConfig, iteration: int) -> tuple[list[LabelledPrompt], list[UnlabelledPrompt]]:

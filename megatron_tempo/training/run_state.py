@@ -32,19 +32,19 @@ class RunState:
 
     config: Config
     is_writer: bool
-    models: dict[str, TrainedModel]  # those that a checkpoint holds
+    models: dict[str, TrainedModel]  # of the checkpoints
     requests: RolloutRequests
     checkpoints: Checkpoints
     seen: Seen
     timer: PhaseTimer
-    inputs: dict[str, str] = field(default_factory=dict)  # what the run reads, but training prompts (training.inputs)
+    inputs: dict[str, str] = field(default_factory=dict)  # of inputs other than training prompts (training.inputs)
     step: int = 0
     evaluated: bool = True  # the evaluations due at `step` are written
 
     # Position
 
     def advance(self) -> None:
-        """Count an iteration that is done."""
+        """Count a completed iteration."""
         self.step += 1
         self.requests.discard_oldest()
         self.evaluated = False
@@ -107,7 +107,7 @@ class RunState:
             self.checkpoint()
 
     def checkpoint(self) -> None:
-        """Save the run as it is between two iterations. A resumed run asks for pending rollouts again. Collective."""
+        """Save the run between two iterations. A resumed run requests pending rollouts again. Collective."""
         with self.timer.phase("checkpoint", self.step):
             state = {
                 "streams": self.requests.resume_point(),
@@ -125,16 +125,16 @@ class RunState:
             self.checkpoints.wait()
 
     def origin(self) -> dict[str, Any]:
-        """What an export of this step says that it comes from: `weights.export.origin_of`. Collective."""
+        """The origin that an export of this step records: `weights.export.origin_of`. Collective."""
         return origin_of(self.config, self.step, self.checkpoints.manifest_sha256(self.step))
 
     # Stopping
 
     @contextmanager
     def rescued(self) -> Iterator[None]:
-        """Where the engine is lost inside, save what was trained since the last checkpoint before the run ends.
+        """If the engine fails inside, save what was trained since the last checkpoint before the run ends.
 
-        Where a record or a checkpoint cannot be written, the error names the checkpoint to resume from.
+        If a record or a checkpoint cannot be written, the error names the checkpoint to resume from.
         """
         try:
             yield
@@ -146,7 +146,7 @@ class RunState:
             raise EngineError(f"{error}{self._save_progress()}") from error
 
     def stop_if_requested(self, stop_requests: StopRequests) -> None:
-        """Where a stop is requested, save the run as it is and raise Stopped. Collective."""
+        """If a stop is requested, save the run and raise Stopped. Collective."""
         if warning := stop_requests.late():
             self.timer.metrics.message(warning)
         why = stop_requests.requested(is_writer=self.is_writer)
@@ -155,10 +155,10 @@ class RunState:
         hint = self._save_progress()
         if self.is_writer:
             stop_requests.acknowledge(self.step, why)
-        raise Stopped(f"stopped after {self.step} iterations, as told by {why}{hint}")
+        raise Stopped(f"stopped after {self.step} iterations, as requested by {why}{hint}")
 
     def _save_progress(self) -> str:
-        """Save what was trained since the last checkpoint. Returns where the run will resume, in words."""
+        """Save what was trained since the last checkpoint. Returns a message that says where the run will resume."""
         self.checkpoints.wait()
         if self.step and self.checkpoints.saved != self.step:
             self.checkpoint()

@@ -37,12 +37,12 @@ from megatron_tempo.weights.precision import Quantised
 
 
 def build_actor(context: RunContext) -> Actor:
-    """The actor with the weights of `model.path`, to be trained. Collective."""
+    """The trainable actor with the weights of `model.path`. Collective."""
     return Actor(_trained(context, _language_model(context), context.layouts.actor), _guard(context, "actor"))
 
 
 def build_reference(context: RunContext) -> Actor:
-    """The policy that the KL term holds to: `model.path` as it is. Collective."""
+    """The reference policy of the KL term: the unchanged `model.path`. Collective."""
     config, net = context.config, _language_model(context)
     tokens = config.parallel.micro_batch_tokens
     return Actor(Model.frozen(net, context.layouts.actor, context.device, tokens, context.offloader))
@@ -57,7 +57,7 @@ def build_critic(context: RunContext) -> Critic:
 
 
 def build_engine(context: RunContext, log: Callable[[str], None]) -> Engine:
-    """The engine of `rollout.engine`, without weights yet. `log` hears of servers that fail. Collective."""
+    """The engine of `rollout.engine`, without weights yet. `log`: called for each failed server. Collective."""
     config = context.config
     kind, model = config.rollout.engine, Path(config.model.path)
     if kind is EngineKind.embedded:
@@ -114,7 +114,7 @@ def engine_weights(actor: Actor, context: RunContext) -> Weights:
 
 
 def folder_weights(context: RunContext) -> Weights:
-    """The weights of `model.path` as they are in the folder, in the engine's precision."""
+    """The unchanged weights of `model.path`, in the engine's precision."""
     return _in_engine_precision(
         context, partial(folder.FolderWeights, Path(context.config.model.path), context.layouts.actor)
     )

@@ -80,7 +80,7 @@ class Trainer:
     def open(cls, context: RunContext) -> Iterator[Trainer]:
         """Read the data, build the models, open the run's files. The data comes first: it is the quickest to fail.
 
-        Nothing is written before everything that may be refused has been looked at.
+        Nothing is written before all inputs have been checked.
         """
         config, below = context.config, Path(context.config.run.dir)
         raise_on_all_ranks(lambda: check_run_folder(config) if context.is_writer else None)
@@ -131,7 +131,7 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """The number of iterations that are done, over both stages."""
+        """The number of completed iterations, over both stages."""
         return self.state.step
 
     @property
@@ -139,7 +139,7 @@ class Trainer:
         return self.timer.metrics
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Measure the code inside as phase `name`: its time, its peak of memory, its name in traces."""
+        """Measure the code inside as phase `name`: time, peak memory, name in traces."""
         return self.timer.phase(name, self.step)
 
     def resume(self) -> None:
@@ -191,7 +191,7 @@ class Trainer:
         return rollouts
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
-        """Log-probabilities of the policy that the run began with, which is loaded at the first need."""
+        """Log-probabilities of the initial policy, which is loaded on first use."""
         if self.reference is None:
             self.reference = build_reference(self.context)
         return self.reference.logprobs(batch)
@@ -202,7 +202,7 @@ class Trainer:
             self.engine.load_weights(self.weights, self.step)
 
     def evaluate_if_due(self) -> None:
-        """Evaluate where the schedule asks for it and the run has not done so before it was resumed."""
+        """Evaluate if the schedule requires it at this step and the record does not exist yet."""
         if (due := self.state.due_evaluation()) is not None:
             self.evaluate(*due)
         self.state.mark_evaluated()
@@ -247,13 +247,13 @@ class Trainer:
             self.metrics.message("\n".join([summary_table(out), "", *lines]))
 
     def _token_count(self) -> TokenCount:
-        """The tokens that went through this rank's trained models and engine so far."""
+        """The tokens that this rank's trained models and engine have processed so far."""
         models = _trained_models(self.actor, self.critic).values()
         return TokenCount.total([*(model.counted for model in models), self.engine.counted])
 
 
 def judge_counts(verifiers: Verifiers, metrics: Metrics) -> dict[str, int]:
-    """What a judge was asked since the last call; responses that got no verdict are reported. Collective."""
+    """The judge's request counts since the last call. Logs how many responses got no verdict. Collective."""
     counts = summed_counts(verifiers)
     if message := unreadable(counts):
         metrics.message(message)

@@ -157,7 +157,8 @@ def test_it_goes_on_to_the_same_end(tmp_path: Path) -> None:
     # In the last iteration of a stage, behind which an evaluation is due: it is made when the run goes on.
     told = run_ranks(stopped_at, 2, tmp_path / "first", configs[0], 1, 0, signal.SIGUSR1)
     where = run / "checkpoints/step_00000001"
-    assert told == [f"stopped after 1 iterations, as told by USR1; rerun the same command to resume from {where}"] * 2
+    message = f"stopped after 1 iterations, as requested by USR1; rerun the same command to resume from {where}"
+    assert told == [message] * 2
     record = json.loads((run / "stopped.json").read_text())
     assert (record["step"], record["why"]) == (1, "USR1")
     assert where.exists()

@@ -132,7 +132,7 @@ def test_an_evaluation_that_says_nothing_of_the_model_is_refused_after_it_is_wri
     told = run_ranks(refusal, 2, tmp_path / "ranks", evaluate, config)
     assert told[0] == told[1], "every rank ends with the same error"
     assert told[0] is not None
-    assert told[0].startswith("these scores say nothing of the model:\n  unlabelled: none of the ")
+    assert told[0].startswith("these scores do not measure the model:\n  unlabelled: none of the ")
     assert "by the verifier choice" in told[0]
     avg = json.loads((out / "results.json").read_text())["sets"]["unlabelled"]["avg"]
     assert (avg["value"], avg["low"]) == (0.0, 0.0)

@@ -201,7 +201,7 @@ def test_ctrl_c_saves_and_says_a_line(run: Path, tmp_path: Path) -> None:
     assert "Traceback" not in told
     where = out / f"checkpoints/step_{done:08d}"
     assert told.splitlines()[-1] == (
-        f"stopped after {done} iterations, as told by INT; rerun the same command to resume from {where}"
+        f"stopped after {done} iterations, as requested by INT; rerun the same command to resume from {where}"
     )
     assert where.is_dir()
     assert not (out / LOCK).exists()

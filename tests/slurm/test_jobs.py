@@ -47,7 +47,7 @@ def test_told_to_stop_it_ends_as_if_it_had_not_been(
     facts = job.ended()
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1")
     told = job.log()
-    assert f"asked to stop by {signal}" in told or f"as told by {signal}" in told
+    assert f"asked to stop by {signal}" in told or f"as requested by {signal}" in told
     assert "resumed from" in told
     (stopped,) = (line for line in told.splitlines() if line.startswith("stopped after "))
     assert 2 <= int(stopped.split()[2]) < LAST, "it was stopped in the middle of the run"

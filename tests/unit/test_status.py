@@ -254,7 +254,7 @@ def test_the_health_of_servers() -> None:
 
 def test_a_start_that_has_sent_no_heartbeat_yet(tmp_path: Path) -> None:
     now, here = time.time(), Holder.here("train")
-    run = write_run(tmp_path / "run", time=now - 9000, ended="Stopped: as told by TERM")
+    run = write_run(tmp_path / "run", time=now - 9000, ended="Stopped: as requested by TERM")
     assert rows(run, now)["state"].startswith("stopped at ")
     (run / "lock.json").write_text(json.dumps(asdict(replace(here, since=now - 90))))
     told = status(run, now)
