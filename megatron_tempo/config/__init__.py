@@ -1,4 +1,4 @@
-"""The configuration tree and its rules; nothing here loads torch."""
+"""The configuration tree and its rules. Nothing here imports torch."""
 
 from megatron_tempo.config.problem import ConfigErrors, Problem
 from megatron_tempo.config.rules import Purpose, check

@@ -1,7 +1,7 @@
 r"""The benchmarks and training sets known by name: their sources, prompt suffixes and verifiers.
 
-`megatron-tempo prepare NAME` makes our JSONL of the public form (`megatron_tempo/data/questions.py` reads its fields);
-`benchmark=NAME` on the command line makes the evaluation set `evaluation.sets.NAME` of a benchmark.
+`megatron-tempo prepare NAME` converts the public form to our JSONL (`megatron_tempo/data/questions.py` reads its
+fields). `benchmark=NAME` on the command line adds the evaluation set `evaluation.sets.NAME` of a benchmark.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Benchmark:
     files: str  # glob pattern of the set's files, below its folder
     questions: int | None  # as published; None if it depends on the given tasks
     verifier: Verifier | None  # None if every row names its own, or (Dolci) no verifier can read the answers
-    suffix: str = ""  # appended to a question; empty for training sets, whose data preset has it
+    suffix: str = ""  # appended to a question; empty for training sets, since their data preset has it
     training: bool = False
 
 
@@ -56,7 +56,7 @@ BENCHMARKS = {
 
 
 def preset(name: str) -> dict[str, Any]:
-    """What `benchmark=name` adds to the tree: the set's fields, except its path."""
+    """The fields that `benchmark=name` adds to the tree: the set's, except its path."""
     benchmark = BENCHMARKS[name]
     verifier = {"verifier_field": "verifier"} if benchmark.verifier is None else {"verifier": benchmark.verifier.name}
     fields = {"path": MISSING, "answer_field": "answer", **verifier, "id_field": "id", "suffix": benchmark.suffix}

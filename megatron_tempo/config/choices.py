@@ -1,4 +1,4 @@
-"""The choices of the configuration: what a field may be, member by member."""
+"""The choices of configuration fields."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class Published(Enum):
-    """Models whose shapes `plan` knows without their folders."""
+    """Models that `plan` knows without their folders."""
 
     qwen3_8b = "qwen3_8b"
     qwen3_14b = "qwen3_14b"
@@ -22,35 +22,35 @@ class Device(Enum):
 
 
 class Precision(Enum):
-    """Number format of the trainer. FP8 is for the products of the layers' linear maps; all else is then as in bf16
+    """Number format of the trainer. FP8 applies to the products of the layers' linear maps; the rest is as in bf16
     (docs/gpu.md).
 
-    What each FP8 recipe needs stands in `config/recipes.py`.
+    `config/recipes.py` has the requirements of each FP8 recipe.
     """
 
     fp32 = "fp32"
     bf16 = "bf16"
-    fp8_delayed = "fp8_delayed"  # one scale a tensor, from the largest magnitude of the pass before
-    fp8_tensorwise = "fp8_tensorwise"  # one scale a tensor, from its own largest magnitude
-    fp8_blockwise = "fp8_blockwise"  # a scale for 128 numbers, for 128 x 128 of a weight
-    mxfp8 = "mxfp8"  # a scale for 32 numbers, a power of two
+    fp8_delayed = "fp8_delayed"  # one scale per tensor, from the largest magnitude of the previous pass
+    fp8_tensorwise = "fp8_tensorwise"  # one scale per tensor, from its own largest magnitude
+    fp8_blockwise = "fp8_blockwise"  # one scale per 128 numbers, per 128 x 128 of a weight
+    mxfp8 = "mxfp8"  # one scale per 32 numbers, a power of two
 
     @property
     def numbers(self) -> Precision:
-        """What weights, and everything outside those products, are kept in: fp32 or bf16."""
+        """Number format of weights and of everything outside those products: fp32 or bf16."""
         return Precision.fp32 if self is Precision.fp32 else Precision.bf16
 
 
 class Layers(Enum):
-    """Who implements the decoder's layers."""
+    """The implementation of the decoder's layers."""
 
-    auto = "auto"  # Transformer Engine on CUDA in bf16 or FP8, where it is installed; else local
+    auto = "auto"  # Transformer Engine on CUDA in bf16 or FP8 if it is installed; else local
     local = "local"  # Megatron's own linear layers, torch's attention
     transformer_engine = "transformer_engine"  # NVIDIA's; FP8 needs it
 
 
 class EngineKind(Enum):
-    """Who generates the responses."""
+    """What generates the responses."""
 
     embedded = "embedded"  # a transformers model in the trainer's processes
     sglang = "sglang"  # SGLang servers
@@ -73,38 +73,38 @@ class EnginePrecision(Enum):
 class Transport(Enum):
     """How weights go to a server."""
 
-    group = "group"  # a process group with its workers: NCCL, gloo on a CPU
-    shared = "shared"  # memory of this machine that its workers open: a GPU's (CUDA IPC), /dev/shm on a CPU
+    group = "group"  # a process group with its workers: NCCL, or gloo on a CPU
+    shared = "shared"  # shared memory of one machine: CUDA IPC on a GPU, /dev/shm on a CPU
 
 
 class Dispatch(Enum):
-    """Which request goes next to the server that has the least to do."""
+    """Which request is sent next, to the server with the lowest load."""
 
-    in_order = "in_order"  # as they came
+    in_order = "in_order"  # the oldest
     longest_first = "longest_first"  # the longest prompt
 
 
 class Recompute(Enum):
-    """Which activations the backward pass makes once more instead of keeping them."""
+    """Which activations the backward pass recomputes instead of storing them."""
 
-    none = "none"  # all are kept
+    none = "none"  # all are stored
     attention = "attention"  # those inside the attention, between its projections
-    layers = "layers"  # all but each layer's input
+    layers = "layers"  # all except each layer's input
 
 
 class Logits(Enum):
-    """What becomes of the actor's logits between the forward and the backward pass."""
+    """Whether the actor's logits are stored between the forward and the backward pass."""
 
-    recomputed = "recomputed"  # made a piece at a time, twice: memory does not grow with tokens times vocabulary
-    stored = "stored"  # kept: one product with the output layer less
+    recomputed = "recomputed"  # computed in chunks, twice: memory does not grow with tokens times vocabulary
+    stored = "stored"  # saves one product with the output layer
 
 
 class Verifier(Enum):
-    """Who compares a response with an answer, or with other responses; each is megatron_tempo/rewards/NAME.py."""
+    """Compares a response with an answer, or with other responses; each is megatron_tempo/rewards/NAME.py."""
 
     math = "math"  # numbers and LaTeX, by math-verify
     countdown = "countdown"  # the arithmetic of the quickstart's questions
-    choice = "choice"  # letters of options
+    choice = "choice"  # letters of multiple-choice options
     text = "text"  # a word, a number or a list of them
     grid = "grid"  # a logic grid
-    judge = "judge"  # a language model, rewards.judge
+    judge = "judge"  # a language model (rewards.judge)

@@ -1,7 +1,7 @@
-"""Hydra composes the YAML files and the overrides; everything after it is the typed configuration.
+"""Composes the YAML files and the overrides by Hydra, before they become the typed configuration.
 
 Hydra gets the tree as plain data and accepts every field, so that `config.tree.read` reports all unknown fields and
-wrong types at once, wherever they are.
+wrong types at once.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def _whole(file: str) -> dict[str, Any]:
 
 
 def attributed(problems: Sequence[Problem], whole: str | None) -> list[Problem]:
-    """Problems of fields, those of the file `whole` as the file's: nobody has set them on the command line."""
+    """Problems of fields. Those of the file `whole` name the file: they were not set on the command line."""
     if whole is None:
         return list(problems)
     in_file = {(problem.field, show(problem.value)) for problem in read(without_default_settings(_whole(whole)))[1]}
@@ -270,7 +270,7 @@ def _benchmarks(text: str) -> list[str]:
 def _parsed(text: str) -> tuple[str, Override]:
     """An override, and its text as Hydra's grammar has it: a value that needs quotes gets them.
 
-    So data=数学.jsonl and 'run.dir=runs/a (b)' are what they look like.
+    So data=数学.jsonl and 'run.dir=runs/a (b)' are taken literally.
     """
     key, equals, value = text.partition("=")
     quoted = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ("\\" + found[2] if found[2] else ""), value)
@@ -292,7 +292,7 @@ _KEY = re.compile(r"[+~]{0,2}[A-Za-z_][\w@:/.-]*", re.ASCII)
 def _translate(
     text: str, presets: Callable[[str], list[str]], purpose: Purpose, set_names: Mapping[str, str]
 ) -> list[str]:
-    """One override of the user as Hydra is to see it. Raises ConfigErrors."""
+    """A user's override in the form for Hydra. Raises ConfigErrors."""
     text, override = _parsed(text)
     key = override.key_or_group
     if override.is_sweep_override():

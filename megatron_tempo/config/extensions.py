@@ -33,7 +33,7 @@ class ExtensionError(InputError):
 
 
 class Extension(str):
-    """The name of a user's object. `name` is that of an enum member's, so that both are used alike.
+    """The name of a user's object. It has `name`, as an enum member has, so that both are used alike.
 
     >>> Extension("import:my_rewards.units:verifier").module
     'my_rewards.units'
@@ -125,7 +125,7 @@ class LoadedEngine(NamedTuple):
 def load_engine(extension: Extension) -> LoadedEngine:
     """A class `(setup)` with the methods of `rollout.engine.Engine`. Raises ExtensionError.
 
-    A class, not a function: so its methods are known before an engine is made.
+    It must be a class, so that its methods are known before an engine is created.
     """
     target, name = load(extension), extension.attribute
     if not inspect.isclass(target):
@@ -143,7 +143,7 @@ def load_engine(extension: Extension) -> LoadedEngine:
 
 @cache
 def load(extension: Extension) -> Any:
-    """The object that an extension names. Raises ExtensionError with the module's own error and its place."""
+    """The object that an extension names. Raises ExtensionError with the module's own error and its location."""
     try:
         module = importlib.import_module(extension.module)
     except Exception as error:
@@ -158,7 +158,7 @@ def load(extension: Extension) -> Any:
 
 
 def function(target: Any, name: str, parameters: Sequence[str], kind: str) -> Callable[..., Any]:
-    """`target` if it can be called with these parameters by position. Raises ExtensionError."""
+    """`target` if these positional parameters fit it. Raises ExtensionError."""
     form = f"{name}({', '.join(parameters)})"
     if inspect.isclass(target):
         raise ExtensionError(
@@ -171,11 +171,11 @@ def function(target: Any, name: str, parameters: Sequence[str], kind: str) -> Ca
 
 
 def _takes(target: Any, name: str, parameters: Sequence[str], fix: str) -> None:
-    """Raises ExtensionError if `target` cannot be called with these parameters by position. `fix`: how it starts."""
+    """Raises ExtensionError if these positional parameters do not fit `target`. `fix`: how the message begins."""
     form = ", ".join(parameters)
     try:
         signature = inspect.signature(target)
-    except (ValueError, TypeError):  # a builtin that does not say what it takes
+    except (ValueError, TypeError):  # a builtin without a signature
         return
     try:
         signature.bind(*parameters)
@@ -185,12 +185,12 @@ def _takes(target: Any, name: str, parameters: Sequence[str], fix: str) -> None:
 
 
 def call_failed(extension: Extension, error: Exception) -> ExtensionError:
-    """What to raise if an extension's function raised `error`."""
+    """The error to raise if an extension's function raised `error`."""
     return ExtensionError(f"{extension} raised {described(error)}", "correct it; the error is the extension's own")
 
 
 def wrong_result(extension: Extension, returned: object, expected: str) -> ExtensionError:
-    """What to raise if an extension's function returned something else than its kind requires."""
+    """The error to raise if an extension's function returned something else than its kind requires."""
     return ExtensionError(f"{extension} returned {shown(returned)}", f"return {expected}")
 
 

@@ -1,4 +1,4 @@
-"""Hosts and addresses in the configuration, by their text alone: nothing is resolved here."""
+"""Hosts and addresses in the configuration, judged by their text: nothing is resolved here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 
 def ip_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The IP address that a host is written as, None for a name."""
+    """The IP address that a host's text is, None for a name."""
     try:
         return ipaddress.ip_address(host.strip("[]"))
     except ValueError:
@@ -15,7 +15,7 @@ def ip_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is reached from its own machine alone.
+    """Whether a host can be reached only from its own machine.
 
     >>> [is_loopback(host) for host in ("localhost", "127.0.1.1", "::1", "10.0.0.5")]
     [True, True, True, False]
@@ -25,10 +25,10 @@ def is_loopback(host: str) -> bool:
 
 
 def host_of(url: str) -> str | None:
-    """The host of `http://HOST:PORT/...`, without brackets; None for what is no address with a port that exists."""
+    """The host of `http://HOST:PORT/...`, without brackets; None if it is not an address with a valid port."""
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.port != 0
-    except ValueError:  # a bracket without the other, a port above 65535
+    except ValueError:  # an unmatched bracket, a port above 65535
         return None
     return parts.hostname if usable else None

@@ -1,7 +1,7 @@
-"""What a Hugging Face config.json says about a network: one description for the rules, the planner and the models.
+"""The network that a Hugging Face config.json describes: one description for the rules, the planner and the models.
 
-It is read without torch and without transformers. Where config.json is silent, transformers' defaults of the family
-apply; tests/unit/test_model_shape.py compares what is read with transformers' own configurations.
+It is read without torch and without transformers. Entries that config.json lacks have transformers' defaults of the
+family. tests/unit/test_model_shape.py compares the result with transformers' own configurations.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Family:
 
     name: str  # the model_type
     pre_norm: bool  # norms before attention and feed-forward part; False: after them
-    norms_each_head: bool  # queries and keys are normed head by head; False: over the whole projection
-    windows: bool  # layers may attend to a window, and each kind of layer has a rotary embedding of its own
-    rope_types: tuple[str, ...]  # of the layers that attend to everything; windowed ones have the default
-    token_classifier: str  # the architecture that an exported critic's config.json names
-    defaults: Mapping[str, Any]  # transformers', for what config.json leaves out; None: no default
+    norms_each_head: bool  # queries and keys are normalised per head; False: over the whole projection
+    windows: bool  # layers may have an attention window, and each kind of layer has its own rotary embedding
+    rope_types: tuple[str, ...]  # of the layers with full attention; windowed ones have the default
+    token_classifier: str  # `architectures` in an exported critic's config.json
+    defaults: Mapping[str, Any]  # transformers' defaults for missing entries; None: no default
 
 
 FAMILIES = {
@@ -66,11 +66,11 @@ class Yarn:
     >>> Yarn(factor=8.0, trained_positions=8192, beta_fast=32.0, beta_slow=1.0, attention_factor=1.2079)
     """
 
-    factor: float  # how much longer
+    factor: float  # by how much
     trained_positions: int
     beta_fast: float  # pairs that turn more often than this over the trained positions keep their frequency
     beta_slow: float  # pairs that turn less often are slowed by `factor`
-    attention_factor: float  # of rotated queries, and of rotated keys
+    attention_factor: float  # scales rotated queries and rotated keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
-    """What may differ between the attentions of a model's layers."""
+    """The attention of one layer, as far as it may differ between layers."""
 
     rope: Rope
     window: int | None = None  # a token sees itself and the window - 1 tokens before it; None: all before it
@@ -128,12 +128,12 @@ class ModelShape:
 
     @property
     def window(self) -> int | None:
-        """The tokens that a layer with a window attends to; None if no layer has one."""
+        """Size of the attention window in tokens; None if no layer has one."""
         return next((layer.window for layer in self.attention if layer.window is not None), None)
 
     @property
     def windowed_layers(self) -> int:
-        """How many layers attend to a window."""
+        """How many layers have an attention window."""
         return sum(layer.window is not None for layer in self.attention)
 
 
@@ -146,7 +146,7 @@ _SIZES = (
 def read_model_shape(folder: Path) -> ModelShape:
     """The shape of the model in a Hugging Face folder.
 
-    Raises InputError, which names the file and the field, for what cannot be read or is not implemented.
+    Raises InputError, which names file and field, if it cannot be read or is not implemented.
     """
     file = folder / "config.json"
     try:
@@ -169,7 +169,7 @@ def model_shape(entries: Mapping[str, Any]) -> ModelShape:
     if _is_size(given.get("num_hidden_layers")) and given["num_hidden_layers"] > MOST_LAYERS:
         raise InputError(f"num_hidden_layers={given['num_hidden_layers']} must be at most {MOST_LAYERS:,}")
     wrong = [field for field in _SIZES if not _is_size(given.get(field))]
-    if entries.get("num_key_value_heads", family.defaults.get("num_key_value_heads")) is None:  # null: no groups
+    if entries.get("num_key_value_heads", family.defaults.get("num_key_value_heads")) is None:  # null: as many as heads
         given["num_key_value_heads"] = given.get("num_attention_heads")
     if not wrong:
         given.setdefault("head_dim", given["hidden_size"] // given["num_attention_heads"])
@@ -204,7 +204,7 @@ def _full(family: Family, given: Mapping[str, Any]) -> tuple[LayerAttention, ...
 
 
 def _windowed(family: Family, given: Mapping[str, Any]) -> tuple[LayerAttention, ...]:
-    """The attention of a family whose layers attend to everything or to a window (`layer_types`)."""
+    """The attention of a family whose layers have full or windowed attention (`layer_types`)."""
     layers = given["num_hidden_layers"]
     kinds = _layer_types(given, [FULL if (layer + 1) % 4 == 0 else SLIDING for layer in range(layers)])
     by_kind = _of_kind("rope_parameters", given.get("rope_parameters") or {}, dict)
@@ -214,7 +214,7 @@ def _windowed(family: Family, given: Mapping[str, Any]) -> tuple[LayerAttention,
         if kind not in (FULL, SLIDING):
             raise _unsupported("layer_types", kind, SLIDING)
         field = f"rope_parameters.{kind}"
-        # As transformers does: an entry rope_theta or rope_scaling next to rope_parameters is that of FULL alone.
+        # As in transformers: an entry rope_theta or rope_scaling next to rope_parameters applies only to FULL.
         theta = given["rope_theta"] if kind == FULL else family.defaults["rope_theta"]
         parameters = _without_none(_of_kind(field, by_kind.get(kind) or {}, dict) | (scaling if kind == FULL else {}))
         rope = _rope(field, {"rope_theta": theta} | parameters, given, family.rope_types)
@@ -234,7 +234,7 @@ def _layer_types(given: Mapping[str, Any], usual: list[str]) -> list[str]:
 
 _PLAIN_ROPE = {"rope_type", "type", "rope_theta"}
 _YARN = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"}
-_AS_USUAL = {"partial_rotary_factor": 1.0, "truncate": True}  # what transformers does where nothing is said
+_AS_USUAL = {"partial_rotary_factor": 1.0, "truncate": True}  # the default of transformers
 
 
 def _rope(field: str, parameters: dict[str, Any], given: Mapping[str, Any], known: tuple[str, ...]) -> Rope:

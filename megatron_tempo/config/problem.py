@@ -57,7 +57,7 @@ def show(value: Any) -> str:
     return " ".join(str(value).split("\n"))
 
 
-_BITS = 1000  # of whole numbers that are shown; Python refuses to write out very long ones
+_BITS = 1000  # of whole numbers that are shown; Python refuses to format very long ones
 _CHARACTERS = 400  # of fields and values that are shown
 
 

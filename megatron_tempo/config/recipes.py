@@ -1,10 +1,10 @@
-"""What Transformer Engine (TE) and its FP8 recipes need, as TE 2.11 and Megatron-Core 0.16.1 say in their sources.
+"""Requirements of Transformer Engine (TE) and its FP8 recipes, from the sources of TE 2.11 and Megatron-Core 0.16.1.
 
 GPU and CUDA: the `check_*_support` functions of transformer_engine/pytorch/quantization.py. TE's version:
-`get_fp8_recipe` in megatron/core/fp8_utils.py. Multiples: `assert_dim_for_fp8_exec` of TE's pytorch/utils.py asks for
-16 of the inner dimension of a product (8 of the outer one, the inner one of a backward product); the quantizers'
-`is_quantizable` for whole blocks, of 32 or 128 numbers, in what is gathered over tensor ranks. For blockwise Megatron's
-`get_fp8_align_size` says 16; we ask for whole blocks everywhere.
+`get_fp8_recipe` in megatron/core/fp8_utils.py. Multiples: `assert_dim_for_fp8_exec` of TE's pytorch/utils.py requires
+16 of a product's inner dimension (8 of the outer one, which is the inner one of a backward product). The quantizers'
+`is_quantizable` requires whole blocks, of 32 or 128 numbers, in tensors that are gathered over tensor ranks. For
+blockwise, Megatron's `get_fp8_align_size` returns 16; we require whole blocks everywhere.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_tempo.config.choices import Precision
 
 Version = tuple[int, ...]
 
-# The oldest TE that the layers are written for: from here on its FP8 recipes are as below.
+# The oldest TE that is supported: since this version its FP8 recipes are as below.
 TE_VERSION: Version = (2, 1)
 BF16_CAPABILITY: Version = (8, 0)
 
@@ -30,8 +30,8 @@ class Recipe:
 
     megatron: str  # TransformerConfig.fp8_recipe
     format: str  # TransformerConfig.fp8: e4m3, or hybrid with e5m2 for gradients
-    multiple: int  # of a linear layer's inputs and outputs on a rank, and of the tokens that it sees
-    capability: Version  # the least compute capability of a GPU
+    multiple: int  # of a linear layer's inputs and outputs on a rank, and of its tokens
+    capability: Version  # the lowest compute capability of a GPU
     below: Version | None  # the first capability that is too new
     te: Version
     cuda: Version | None = None  # that torch is built with
@@ -40,7 +40,7 @@ class Recipe:
 RECIPES = {
     Precision.fp8_delayed: Recipe("delayed", "hybrid", 16, (8, 9), None, (2, 1)),
     Precision.fp8_tensorwise: Recipe("tensorwise", "hybrid", 16, (8, 9), None, (2, 2)),
-    # On Blackwell TE carries it out by MXFP8 ("Supported devices" in its documentation), which 12.0 does not have.
+    # On Blackwell TE computes it by MXFP8 ("Supported devices" in its documentation), which 12.0 does not have.
     Precision.fp8_blockwise: Recipe("blockwise", "e4m3", 128, (9, 0), (12, 0), (2, 3), (12, 9)),
     Precision.mxfp8: Recipe("mxfp8", "e4m3", 32, (10, 0), (12, 0), (2, 1)),
 }
@@ -68,7 +68,7 @@ def dotted(version: Version) -> str:
 
 
 def wanted_gpu(recipe: Recipe) -> str:
-    """In words: which compute capabilities the recipe runs on."""
+    """A text: which compute capabilities the recipe runs on."""
     least = f"compute capability {dotted(recipe.capability)} or more"
     return least if recipe.below is None else f"{least}, below {dotted(recipe.below)}"
 

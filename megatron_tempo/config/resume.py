@@ -1,8 +1,7 @@
-"""What may differ when a run goes on in its folder. This list is the only place that says so; docs/checkpoints.md shows
-it.
+"""What may differ when a run is resumed in its folder. This list is the only definition; docs/checkpoints.md shows it.
 
 A run's records, checkpoints and exports are of one configuration. A start with another one in the same folder would
-put that one's name on them, so a difference in any field that is not in `MAY_CHANGE` is refused.
+mislabel them, so a difference in any field that is not in `MAY_CHANGE` is rejected.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.tree import leaves, read, without_default_settings
 from megatron_tempo.errors import InputError
 
-# Patterns of fields, `*` for any text, and why a difference leaves the run the same experiment.
+# Patterns of fields, `*` for any text, and why the experiment stays the same if they differ.
 MAY_CHANGE: tuple[tuple[tuple[str, ...], str], ...] = (
     (("run.dir", "run.resume"), "the folder itself; it may be moved"),
     (
@@ -56,7 +55,7 @@ MAY_CHANGE: tuple[tuple[tuple[str, ...], str], ...] = (
     (("metrics.*", "profile.*"), "logging"),
     (("cluster", "cluster.*"), "the machines, for `plan` and `submit`"),
 )
-_PATHS = ("model.path", "model.critic_path", "evaluation.sets.*.path")  # equal if they lead to the same place
+_PATHS = ("model.path", "model.critic_path", "evaluation.sets.*.path")  # equal if they resolve to the same path
 _CHECKPOINT = re.compile(r"step_\d{8}")
 _SHOWN = 8
 
@@ -96,16 +95,16 @@ def refused_changes(old: Config, new: Config) -> list[str]:
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
-    """What may be checkpoints of a run, by their names, oldest first. Raises OSError if the folder cannot be read."""
+    """The folders that are checkpoints by their names, oldest first. Raises OSError if the folder cannot be read."""
     return step_folders(run / "checkpoints")
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """The folders in `folder` named `step_` and eight digits, in order; none if it does not exist. Raises OSError."""
+    """The folders in `folder` named `step_` and eight digits, in order; empty if it does not exist. Raises OSError."""
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
-        if folder.is_symlink():  # to what is not mounted
+        if folder.is_symlink():  # a link to what is not mounted
             raise
         return []
     return [folder / name for name in sorted(names) if _CHECKPOINT.fullmatch(name) and (folder / name).is_dir()]
@@ -118,9 +117,9 @@ def check_run_folder(config: Config) -> None:
 
 
 def problem(config: Config) -> Problem | None:
-    """Why the run in `run.dir` cannot go on by this configuration, if it cannot. Reads only.
+    """Why this configuration cannot resume the run in `run.dir`, None if it can. Reads only.
 
-    A run that has neither an iteration nor a checkpoint behind it has nothing that could be mislabelled.
+    A run without an iteration and without a checkpoint has nothing that could be mislabelled.
     """
     run, given = Path(config.run.dir), config.run.dir
     path = run / "config.json"
@@ -134,14 +133,14 @@ def problem(config: Config) -> Problem | None:
     except ValueError as error:
         return Problem("run.dir", given, f"{path} is cut short or not JSON ({error})", _REMOVE.format(path=path))
     if plain is None:
-        return None  # there are no checkpoints either, which is refused where they are looked for
+        return None  # there are no checkpoints either; the search for one rejects that
     if not isinstance(plain, dict):
         return Problem("run.dir", given, f"{path} is not the configuration of a run", _REMOVE.format(path=path))
     old, unknown = read(without_default_settings(plain))
     if unknown:
         fields = ", ".join(problem.field for problem in unknown[:_SHOWN])
-        wrong = f"{path} is of another version of this program, which knows {fields} otherwise"
-        return Problem("run.dir", given, wrong, "go on with that version, or give another run.dir")
+        wrong = f"{path} is of another version of this program, which has other fields: {fields}"
+        return Problem("run.dir", given, wrong, "resume with that version, or give another run.dir")
     if changes := refused_changes(old, config):
         more = f" and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
         wrong = f"its run has another configuration: {', '.join(changes[:_SHOWN])}{more}"

@@ -1,4 +1,4 @@
-"""Which iterations and evaluations a run consists of."""
+"""The iterations and evaluations of a run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def place(config: Config, step: int) -> tuple[str, int]:
 
 
 def evaluation_point(config: Config, step: int) -> str | None:
-    """Why an evaluation is due after `step` iterations: before, between, after, during; None if none is."""
+    """Which evaluation is due after `step` iterations: before, between, after or during; None if none is."""
     if step == 0:
         return "before"
     if step == total(config):
@@ -57,7 +57,7 @@ def evaluation_point(config: Config, step: int) -> str | None:
 
 
 def evaluations_left(config: Config, done: int) -> int:
-    """Records that a run with `done` completed iterations has still to write to evaluations.jsonl."""
+    """Number of records that a run with `done` completed iterations has yet to write to evaluations.jsonl."""
     points, start = int(done == 0), 0
     for stage in config.stages().values():
         end, every = start + stage.iterations, config.evaluation.every

@@ -1,4 +1,4 @@
-"""Where the files are that belong to the program but are no Python: presets, job scripts, the quickstart's example.
+"""The location of the program's files that are not Python: presets, job scripts, the quickstart's example.
 
 A checkout has them in configs/, launch/ and examples/ next to megatron_tempo. setup.py copies them into a wheel as
 megatron_tempo/shipped.
@@ -16,5 +16,5 @@ REPOSITORY = _IN_WHEEL if _IN_WHEEL.is_dir() else PACKAGE.parent
 
 
 def source(repository: Path, name: str) -> Path:
-    """The folder `name` of the program's code in `repository`: in a wheel, the package lies around it."""
+    """The folder `name` of the program's code in `repository`. In a wheel, it is inside the package."""
     return repository / name if name != PACKAGE.name or repository != _IN_WHEEL else PACKAGE

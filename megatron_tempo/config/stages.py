@@ -1,4 +1,4 @@
-"""What a stage of training is: its method, whose responses actor and critic learn from, and how they are updated."""
+"""A stage of training: its method, whose responses train actor and critic, and how they are updated."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _Settings = TypeVar("_Settings", bound="MethodSettings")
 
 
 class Method(Enum):
-    """What the stage trains by; each is megatron_tempo/methods/NAME.py (docs/methods.md)."""
+    """The stage's method; each is megatron_tempo/methods/NAME.py (docs/methods.md)."""
 
     ppo = "ppo"  # PPO on verified answers
-    tempo = "tempo"  # the critic's values as rewards, the critic held to verified answers
+    tempo = "tempo"  # the critic's values as rewards, the critic trained on verified answers
     ttrl = "ttrl"  # the majority's answer as the label
     empo = "empo"  # the share of responses with the same answer as the reward
-    grpo = "grpo"  # verified answers, a prompt's responses held against one another
+    grpo = "grpo"  # verified answers, advantages within the prompt group
 
 
 class Prompts(Enum):
@@ -30,13 +30,13 @@ class Prompts(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Which prompts a method's actor and critic learn from. A critic with prompts of its own has an E-step.
+    """Which prompts train a method's actor and critic. A critic with other prompts than the actor has an E-step.
 
-    Without a critic a prompt's responses are held against one another.
+    Without a critic, the responses of a prompt group are compared with one another.
     """
 
     actor: Prompts
-    critic: Prompts | None  # none: a method without a critic
+    critic: Prompts | None  # None: a method without a critic
     classes: bool = False  # rewards come from which of a prompt's responses have equal answers
     graded: bool = True  # verdicts may lie between 0 and 1; False: only 0 and 1
 
@@ -55,7 +55,7 @@ NEEDS = {
 
 
 class Baseline(Enum):
-    """Where reward and baseline of a token's advantage are read (docs/method.md)."""
+    """The values that are the reward and the baseline of a token's advantage (docs/method.md)."""
 
     before_token = "before_token"  # `A_t = V(x, y_1:T) - V(x, y_<t)`
     paper = "paper"  # `A_t = V(x, y_1:T) - V(x, y_1:t)`, Eq. 11 to the letter
@@ -66,47 +66,47 @@ class ValueTiming(Enum):
     """Which critic judges the M-step's responses."""
 
     after_estep = "after_estep"  # the recalibrated one, as in the paper
-    before_estep = "before_estep"  # the one of the iteration before, as in the published code
+    before_estep = "before_estep"  # the one of the previous iteration, as in the published code
 
 
 @dataclass(slots=True)
 class MethodSettings:
-    """The settings of a stage that belong to its method: a subclass for each method, with fields.
+    """The settings of a stage that belong to its method: each method has a subclass with fields.
 
-    The properties are what the rest of the program asks of any method; a field of the same name takes their place.
+    The program reads the properties of any method. A field of the same name overrides them.
     """
 
     @property
     def baseline(self) -> Baseline:
-        """Where the value in a token's advantage is read."""
+        """The values in a token's advantage."""
         return Baseline.before_token
 
     @property
     def estep_every(self) -> int:
-        """Iterations from one E-step to the next; 0: never."""
+        """Iterations between E-steps; 0: never."""
         return 1
 
     @property
     def actor_on_labelled(self) -> bool:
-        """Whether the actor is trained on labelled prompts too, where its own are others."""
+        """Whether the actor is also trained on labelled prompts, if the method trains it on unlabelled ones."""
         return False
 
     @property
     def vote_responses(self) -> int | None:
-        """Responses that are sampled for a prompt; None: `responses_per_prompt`."""
+        """Responses to sample for a prompt; None: `responses_per_prompt`."""
         return None
 
 
 @dataclass(slots=True)
 class CriticSettings(MethodSettings):
-    """Of methods with a critic."""
+    """Settings of methods with a critic."""
 
     baseline: Baseline = Baseline.before_token
 
 
 @dataclass(slots=True)
 class GroupSettings(MethodSettings):
-    """Of methods that compare the responses of a prompt group."""
+    """Settings of methods that compare the responses of a prompt group."""
 
     group_std: bool = True  # divide advantages by the standard deviation of the rewards of a prompt
 
@@ -121,8 +121,8 @@ class TempoSettings(CriticSettings):
     """Of a stage with `method=tempo`."""
 
     value_timing: ValueTiming = ValueTiming.after_estep
-    estep_every: int = 1  # iterations from one E-step to the next; 0: never, a frozen critic
-    # the actor learns from labelled rows, with verified rewards, as well, as in the published code
+    estep_every: int = 1  # iterations between E-steps; 0: never, the critic is frozen
+    # also train the actor on labelled rows with verified rewards, as in the published code
     actor_on_labelled: bool = False
 
 
@@ -130,15 +130,15 @@ class TempoSettings(CriticSettings):
 class TtrlSettings(GroupSettings):
     """Of a stage with `method=ttrl`."""
 
-    vote_responses: int | None = None  # responses to a prompt that vote; none: those that are learnt from
+    vote_responses: int | None = None  # responses to a prompt that vote; None: those that are trained on
 
 
 @dataclass(slots=True)
 class EmpoSettings(GroupSettings):
     """Of a stage with `method=empo`."""
 
-    entropy_low: float | None = None  # leave out prompts whose answers have less entropy, nats; none: no bound
-    entropy_high: float | None = None  # leave out prompts whose answers have more entropy, nats; none: no bound
+    entropy_low: float | None = None  # drop prompts whose answers have less entropy, in nats; None: no bound
+    entropy_high: float | None = None  # drop prompts whose answers have more entropy, in nats; None: no bound
 
 
 @dataclass(slots=True)
@@ -158,7 +158,7 @@ _METHODS = {settings: method for method, settings in SETTINGS.items()}
 
 @dataclass(slots=True)
 class ExtensionSettings:
-    """A method of the user's own and what the configuration gives it: plain values, read when the method is loaded."""
+    """A user's method and its settings: plain values, which are read when the method is loaded."""
 
     method: Extension
     given: dict[str, Any] = field(default_factory=dict)
@@ -222,14 +222,14 @@ def _settings_class(target: Any) -> type[MethodSettings]:
 
 
 class CriticTargets(Enum):
-    """What a verdict is to the critic: wrong and right."""
+    """The critic's targets for wrong and right verdicts."""
 
     zero_one = "zero_one"  # 0 and 1, as in the paper
     plus_minus_one = "plus_minus_one"  # -1 and 1, as in the published code
 
 
 class Ratio(Enum):
-    """Which ratio of the new policy to the old is clipped."""
+    """Which importance ratio is clipped."""
 
     sequence = "sequence"  # a response's, the geometric mean of its tokens' (GSPO)
     token = "token"  # each token's (PPO)
@@ -244,13 +244,13 @@ class OptimizerConfig:
     weight_decay: float = 0.0  # decoupled, of matrices alone
     beta1: float = 0.9  # decay of the gradient's running mean
     beta2: float = 0.999  # decay of the running mean of its square
-    eps: float = 1e-8  # added to the root of the latter
-    clip_grad: float = 1.0  # the gradient is scaled down to this norm, over all parameters
+    eps: float = 1e-8  # added to the square root of that mean
+    clip_grad: float = 1.0  # maximum norm of the gradient over all parameters
 
 
 @dataclass(slots=True)
 class ActorUpdateConfig:
-    """How the actor learns from an iteration's responses."""
+    """How the actor is trained on an iteration's responses."""
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mini_batch_prompts: int = 64  # prompts, with all their responses, of one optimizer step
@@ -258,39 +258,40 @@ class ActorUpdateConfig:
     ratio: Ratio = Ratio.sequence
     clip_low: float = 3e-4  # the ratio is clipped at 1 - clip_low
     clip_high: float = 5e-4  # the ratio is clipped at 1 + clip_high
-    # above 1: where A < 0, the ratio counts as no more than this (Ye et al. 2020); none: no such bound
+    # above 1: the upper bound of the ratio where A < 0 (Ye et al. 2020); None: no bound
     dual_clip: float | None = None
-    # tokens are weighed by min(pi_old / pi_engine, importance_cap) (Yao et al. 2025); none: all alike
+    # tokens are weighted by min(pi_old / pi_engine, importance_cap) (Yao et al. 2025); None: equal weights
     importance_cap: float | None = None
-    entropy_coef: float = 0.0  # weight of a bonus for entropy, in nats a token
-    kl_coef: float = 0.0  # weight of KL(pi || model.path), nats a token, k3 estimate; above 0 a third model is held
-    whiten_advantages: bool = False  # bring advantages to mean 0 and variance 1 over the tokens of an iteration
+    entropy_coef: float = 0.0  # weight of the entropy bonus, in nats per token
+    # weight of KL(pi || model.path), in nats per token, k3 estimate; above 0: a third model is in memory
+    kl_coef: float = 0.0
+    whiten_advantages: bool = False  # normalise advantages to mean 0 and variance 1 over the tokens of an iteration
 
 
 @dataclass(slots=True)
 class CriticUpdateConfig:
-    """How the critic learns from an iteration's responses."""
+    """How the critic is trained on an iteration's responses."""
 
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-6))
     mini_batch_prompts: int = 64  # prompts, with all their responses, of one optimizer step
     epochs: int = 1  # passes over the iteration's batch
-    warmup_iterations: int = 0  # the stage's first so many iterations update the critic alone
+    warmup_iterations: int = 0  # number of iterations, the stage's first, that update only the critic
     targets: CriticTargets = CriticTargets.zero_one
-    # how far a response's mean value may move in an update before the loss stops it; none: freely
+    # clip range of a response's mean value in an update; None: no clipping
     clip: float | None = None
-    drop_uniform_groups: bool = False  # leave out prompts whose responses are all right or all wrong
+    drop_uniform_groups: bool = False  # drop prompts whose responses are all right or all wrong
 
 
 @dataclass(slots=True)
 class StageConfig:
     """One stage of training by one method."""
 
-    # what the stage trains by; its settings stand among these fields (docs/methods.md)
+    # the stage's method; its settings are given among these fields (docs/methods.md)
     settings: MethodSettings | ExtensionSettings = field(default_factory=TempoSettings)
     iterations: int = 0  # length of the stage; 0: no such stage
     labelled_prompts: int = 256  # labelled prompts of an iteration
     unlabelled_prompts: int = 0  # unlabelled prompts of an iteration
-    responses_per_prompt: int = 8  # responses to a prompt, to learn from
+    responses_per_prompt: int = 8  # responses to a prompt that are trained on
     actor: ActorUpdateConfig = field(default_factory=ActorUpdateConfig)
     critic: CriticUpdateConfig = field(default_factory=CriticUpdateConfig)
 
@@ -330,7 +331,7 @@ class StageConfig:
 
     @property
     def needs(self) -> Needs:
-        """What the method trains on. Raises ExtensionError if it is the user's and cannot be loaded."""
+        """The method's needs. Raises ExtensionError if it is the user's and cannot be loaded."""
         return load_method(self.method).needs if isinstance(self.method, Extension) else NEEDS[self.method]
 
     @property
@@ -343,11 +344,11 @@ class StageConfig:
 
     @property
     def samples(self) -> int:
-        """Responses that are sampled for a prompt."""
+        """Responses to sample for a prompt."""
         return self.method_settings.vote_responses or self.responses_per_prompt
 
     def warms_up(self, iteration: int) -> bool:
-        """Whether the iteration, from 0, is of the critic's warm-up: the actor then stays as it is."""
+        """Whether the iteration, from 0, is in the critic's warm-up, which does not update the actor."""
         return iteration < self.critic.warmup_iterations
 
     def critic_learns(self, iteration: int) -> bool:
@@ -357,17 +358,17 @@ class StageConfig:
         return not self.needs.estep or self.warms_up(iteration) or iteration % self.method_settings.estep_every == 0
 
     def prompts_at(self, iteration: int) -> set[Prompts]:
-        """The prompts that the iteration, from 0, needs answered."""
+        """The prompts that need responses in this iteration, counted from 0."""
         actor = set() if self.warms_up(iteration) else self.actor_prompts()
         return actor | (self.critic_prompts() if self.critic_learns(iteration) else set())
 
     def actor_prompts(self) -> set[Prompts]:
-        """The prompts whose responses the actor learns from."""
+        """The prompts whose responses train the actor."""
         extra = {Prompts.labelled} if self.method_settings.actor_on_labelled else set()
         return {self.needs.actor} | extra
 
     def critic_prompts(self) -> set[Prompts]:
-        """The prompts whose responses the critic learns from: none where it is frozen or absent."""
+        """The prompts whose responses train the critic: empty if it is frozen or absent."""
         critic = self.needs.critic
         return {critic} if critic is not None and self.trains_critic else set()
 

@@ -1,7 +1,6 @@
-"""What an exported model was trained with, written into its config.json: `eval` takes it as its defaults.
+"""The training settings of an exported model, written into its config.json. `eval` uses them as its defaults.
 
-A model that was trained on questions put in one way, and judged by one verifier, scores 0 when it is asked in another
-way or judged by another verifier.
+A model that was trained with one prompt form and one verifier may score 0 with another prompt form or verifier.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def _fields(dataset: DatasetConfig, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _known(fields: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """Without those that are none, which are the defaults of an evaluation set anyway."""
+    """Without those that are None, which are the defaults of an evaluation set anyway."""
     return {name: fields[name] for name in names if fields.get(name) is not None}
 
 

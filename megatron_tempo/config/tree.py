@@ -1,6 +1,6 @@
-"""Plain data (dicts, lists, scalars, as YAML and JSON hold it) to the typed tree and back.
+"""Converts plain data (dicts, lists and scalars, as in YAML and JSON) to the typed tree and back.
 
-Reading goes through the whole tree and collects every unknown field and every value of a wrong type.
+Reading collects every unknown field and every value of a wrong type in the whole tree.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ class _BadValue(Exception):
 
 
 def read(plain: Mapping[str, Any]) -> tuple[Config, list[Problem]]:
-    """The configuration that `plain` describes, and what in it could not be read; such fields keep their defaults."""
+    """The configuration that `plain` describes, and the problems of unreadable fields, which keep their defaults."""
     problems: list[Problem] = []
     return _fill(Config(), plain, "", problems), problems
 
 
 def save(config: Config, path: str | Path) -> None:
-    """Writes the whole tree as JSON. An existing file is refused (FileExistsError)."""
+    """Write the whole tree as JSON. Raises FileExistsError if the file exists."""
     with open(path, "x", encoding="utf-8") as file:
         file.write(json.dumps(to_plain(config), indent=2) + "\n")
 
 
 def load(path: str | Path) -> Config:
-    """Reads what `save` wrote. Raises InputError for fields or values that this version does not know."""
+    """Read a file of `save`. Raises InputError for fields or values that this version does not know."""
     config, problems = read(without_default_settings(read_json(Path(path), dict)))
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -98,7 +98,7 @@ def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     elif is_dataclass(node):
         yield path, node
         for name in node.__dataclass_fields__:
-            # The settings of a stage's method stand among the stage's fields.
+            # The settings of a stage's method are among the stage's fields.
             below = path if isinstance(node, StageConfig) and name == "settings" else _join(path, name)
             yield from walk(getattr(node, name), below)
 
@@ -122,7 +122,7 @@ def field_paths(cls: type = Config, path: str = "") -> Iterator[str]:
 
 @cache
 def _hints(cls: type) -> dict[str, Any]:
-    """The types of a class's fields; Python evaluates their text anew each time."""
+    """The types of a class's fields. Cached: Python evaluates their text at each call."""
     return typing.get_type_hints(cls)
 
 
@@ -154,13 +154,13 @@ def _fill_fields(default: _Node, plain: Any, path: str, problems: list[Problem])
 
 
 def _stage(default: StageConfig, plain: Mapping[str, Any], path: str, problems: list[Problem]) -> StageConfig:
-    """A stage. Its method says which fields it has besides those of every stage."""
+    """A stage. Its method defines which fields it has in addition to those of every stage."""
     shared = [name for name in StageConfig.__dataclass_fields__ if name != "settings"]
     stage = _fill_fields(default, {key: plain[key] for key in plain if key in shared}, path, problems)
     own = {str(key): value for key, value in plain.items() if key not in {*shared, "method"}}
     try:
         method = _value(Method | Extension, plain.get("method", default.method.name), _join(path, "method"), None, [])
-    except _BadValue as bad:  # which settings it has is not known
+    except _BadValue as bad:  # its settings are unknown
         problems.append(bad.problem)
         method, kind = None, None
     if isinstance(method, Extension):
@@ -189,7 +189,7 @@ _SETTINGS = {name: value for kind in SETTINGS.values() for name, value in to_pla
 
 
 def without_default_settings(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree as plain data without those settings of the stages' methods that are at their defaults.
+    """A tree as plain data without the settings of the stages' methods that have their default values.
 
     So another method can be set on top of it, and a config.json of an earlier version, which has the settings of all
     methods in each stage, can be read.
@@ -203,7 +203,7 @@ def without_default_settings(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_settings(settings: ExtensionSettings, path: str) -> tuple[MethodSettings, list[Problem]]:
-    """The settings of a user's method, as it declares them, and what in them could not be read.
+    """The settings of a user's method, as it declares them, and the problems of those that cannot be read.
 
     Raises ExtensionError if the method cannot be loaded.
     """
@@ -310,7 +310,7 @@ _PROSE = ("suffix", "system")
 
 
 def _check_text(value: str, path: str) -> None:
-    """Raises _BadValue for characters that would run as a command, end a path or not be seen in a message."""
+    """Raises _BadValue for characters that a shell would execute, that end a path, or that a message would not show."""
     is_prose = path.rpartition(".")[2] in _PROSE
     for character in value:
         code = ord(character)
@@ -336,13 +336,13 @@ def _unknown(path: str, key: str, value: Any, siblings: list[str]) -> Iterator[P
 
 
 def _meant(path: str, key: str, siblings: list[str]) -> str:
-    """Fields that may have been meant: beside it, alike as a whole, or of the same name elsewhere."""
+    """Fields that may have been meant: its siblings, similar paths, or the same name elsewhere."""
     parent = path.rpartition(".")[0]
     known = list(field_paths())
-    beside = [_join(parent, name) for name in get_close_matches(key, siblings)]
+    near = [_join(parent, name) for name in get_close_matches(key, siblings)]
     top = path.partition(".")[0]
     same = sorted((other for other in known if other.endswith(f".{key}")), key=lambda other: not other.startswith(top))
-    close = beside or get_close_matches(path, known, n=1, cutoff=0.9) or same[:3]
+    close = near or get_close_matches(path, known, n=1, cutoff=0.9) or same[:3]
     return f"did you mean {' or '.join(close)}?" if close else f"one of {', '.join(siblings or _hints(Config))}"
 
 

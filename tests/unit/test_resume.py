@@ -134,7 +134,10 @@ BAD = {
     "cut short": ('{"run": {', "config.json is cut short or not JSON"),
     "not UTF-8": (b"\xff\xfe{}", "config.json is cut short or not JSON"),
     "another shape": ("[]", "config.json is not the configuration of a run"),
-    "newer": ('{"run": {"colour": 3}}', "config.json is of another version of this program, which knows run.colour"),
+    "newer": (
+        '{"run": {"colour": 3}}',
+        "config.json is of another version of this program, which has other fields: run.colour",
+    ),
 }
 
 

@@ -1,8 +1,8 @@
-"""Every rule that a user can break, checked before anything is allocated. Nothing is read but the file system; whether
-the run's folder can be written is tried by a nameless file.
+"""The rules of the configuration, checked before anything is allocated. They only read the file system, except for an
+unnamed temporary file that shows whether the run's folder can be written.
 
-One file a topic; each yields all it finds. A rule that needs a value which another rule has refused says nothing. If a
-number is above its bound, the bounds alone are reported: other rules would count up to it.
+There is one file per topic; each yields all problems that it finds. A rule is skipped if it needs a value that another
+rule rejected. If a number is above its bound, only the bounds are reported: other rules would count up to it.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from megatron_tempo.config.tree import MISSING, walk
 
 class Purpose(Enum):
     train = "train"
-    eval = "eval"  # stages, training data and checkpoints play no part
+    eval = "eval"  # without stages, training data and checkpoints
     plan = "plan"  # the rules of megatron_tempo/plan/split.py instead
     serve = "serve"  # numbers, and the rules of the engine
-    convert = "convert"  # numbers alone: a converter reads no configuration
+    convert = "convert"  # only numbers: a converter reads no configuration
 
 
 def check(config: Config, *, world_size: int | None, purpose: Purpose = Purpose.train) -> list[Problem]:
     """All problems of `config`, in the order of its groups.
 
-    `world_size` is the number of processes launched; none: `parallel.world_size`, and where that is none too, the
-    rules on data parallelism are passed over.
+    `world_size`: number of launched processes; None: `parallel.world_size`. If that is None too, the rules on data
+    parallelism are skipped.
     """
     refused_numbers = list(numbers.check(config))
     if not numbers.are_usable(config) or purpose is Purpose.convert:
@@ -66,7 +66,7 @@ def check(config: Config, *, world_size: int | None, purpose: Purpose = Purpose.
         if not refused or any(stage.iterations > 0 for stage in config.stages().values()):
             problems += stages.check(config)
         problems += stages.check_data_parallel(config, world_size)
-        if not problems and (changed := resume.problem(config)):  # a wrong value would count as a change
+        if not problems and (changed := resume.problem(config)):  # a wrong value would be reported as a change
             problems.append(changed)
     order = [path for path, _ in walk(config)]
     return sorted(problems, key=lambda problem: order.index(_group(problem.field, order)))
@@ -80,7 +80,7 @@ def _group(field: str, groups: list[str]) -> str:
 
 
 def _missing(config: Config, purpose: Purpose) -> Iterator[Problem]:
-    """Mandatory values that nobody gave. Sets of prompts that no stage uses may stay without a file."""
+    """Mandatory values that are missing. Prompt sets that no stage uses need no file."""
     needed = {kind.name for stage in config.stages().values() if stage.iterations > 0 for kind in stage.prompts()}
     for path, node in walk(config):
         group, _, name = path.partition(".")

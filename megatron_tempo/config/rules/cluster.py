@@ -1,4 +1,4 @@
-"""Rules on the cluster: nodes that only serve, and how a site takes jobs."""
+"""Rules on the cluster: nodes that only serve, and the site's SLURM settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import MISSING
 
-# What sbatch reads as a limit: minutes, minutes:seconds, hours:minutes:seconds, and the same behind days.
+# sbatch's time limits: minutes, minutes:seconds, hours:minutes:seconds, each optionally after days.
 _TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}")
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _OPTION = re.compile(r"--[A-Za-z][\w-]*(=.*)?|-[A-Za-z]\S*", re.ASCII)
@@ -51,7 +51,7 @@ def rollout_nodes(config: Config) -> Iterator[Problem]:
 
 
 def site(config: Config) -> Iterator[Problem]:
-    """What a job is written from."""
+    """The settings that a job script is written from."""
     if config.cluster is None:
         fix = "cluster=NAME, a file of configs/cluster or of --config-dir; example_site shows what one says"
         yield Problem("cluster", None, "nothing says where to submit to", fix)
@@ -76,7 +76,7 @@ def site(config: Config) -> Iterator[Problem]:
 
 
 def _folders(config: Config) -> Iterator[Problem]:
-    """A job finds its code by PYTHONPATH, and a container its folders by a list: neither can hold every name."""
+    """A job finds its code by PYTHONPATH, and a container its folders by a list: neither allows every name."""
     assert config.cluster is not None
     parts = ":," if config.cluster.slurm.container is not None else ":"
     names = {"run.dir": Path(config.run.dir).absolute()} if config.run.dir != MISSING else {}
@@ -91,7 +91,7 @@ def _folders(config: Config) -> Iterator[Problem]:
 
 
 def spread(config: Config, processes: int) -> Iterator[Problem]:
-    """`processes` of the trainer over the nodes that train: one for each GPU, if parallel.world_size does not say."""
+    """Divide `processes` of the trainer over the nodes that train: one per GPU, unless parallel.world_size is set."""
     cluster, field = config.cluster, "parallel.world_size"
     if cluster is None or cluster.training_nodes < 1 or config.parallel.world_size is None:
         return

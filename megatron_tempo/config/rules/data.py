@@ -52,7 +52,7 @@ def check_file(field: str, dataset: DatasetConfig) -> Iterator[Problem]:
 
 
 def check_columns(field: str, dataset: DatasetConfig) -> Iterator[Problem]:
-    """The columns that are named must be in the first row of a JSONL file. The loader checks the others."""
+    """The named columns must be in the first row of a JSONL file. The loader checks the other rows."""
     present = _first_columns(Path(dataset.path)) if dataset.path != MISSING and dataset.reader is None else None
     if present is None:
         return
@@ -76,7 +76,7 @@ def _first_columns(path: Path) -> list[str] | None:
     return list(row) if isinstance(row, dict) else None
 
 
-_LONGEST = 1 << 22  # bytes of a first row that is looked at
+_LONGEST = 1 << 22  # bytes of the first row that are read
 
 
 def check_answers(field: str, dataset: DatasetConfig) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""Rules on the user's own code: what `import:package.module:name` names is loaded, and does what its field requires."""
+"""Rules on the user's own code: the object of `import:package.module:name` loads and fits its field."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_methods(config: Config) -> Iterator[Problem]:
 
 
 def without_methods(config: Config, problems: list[Problem]) -> Config:
-    """The configuration without the stages whose methods these problems reject: what they need is not known."""
+    """The configuration without the stages whose methods these problems reject: their needs are unknown."""
     refused = [problem.field.partition(".")[0] for problem in problems]
     stages: dict[str, Any] = {name: replace(config.stages()[name], iterations=0) for name in refused}
     return replace(config, **stages)
@@ -90,7 +90,7 @@ def _verifier(config: Config, group: str, dataset: DatasetConfig) -> Iterator[Pr
 
 
 def _graded(config: Config, field: str, extension: Extension) -> Iterator[Problem]:
-    """A verifier whose verdicts lie between 0 and 1 as well."""
+    """The rule on a verifier whose verdicts may lie between 0 and 1."""
     if field.startswith("evaluation."):
         wrong = "is graded, and evaluation counts responses that are right: it requires verdicts of 0 and 1"
         yield Problem(field, extension, wrong, "give a verifier without graded = True, such as one with a threshold")

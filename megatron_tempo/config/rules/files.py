@@ -1,4 +1,4 @@
-"""What is wrong with a folder or a key file that a field names, without an exception for any path."""
+"""Checks of a folder or a key file that a field names. They raise no exception for any path."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from megatron_tempo.input_files import unreadable
 
 
 def wrong_with_folder(path: Path) -> str | None:
-    """Why `path` is no folder; None if it is one."""
+    """Why `path` is not a folder; None if it is one."""
     try:
         is_folder = stat.S_ISDIR(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return "does not exist"
-    except (OSError, ValueError) as error:  # a name that is too long, a loop of links; ValueError: a NUL in the path
+    except (OSError, ValueError) as error:  # too long a name, a loop of links; ValueError: a NUL in the path
         return f"cannot be reached: {getattr(error, 'strerror', None) or error}"
     if not is_folder:
         return "is not a folder"
@@ -23,7 +23,7 @@ def wrong_with_folder(path: Path) -> str | None:
 
 
 def wrong_with_key(path: Path) -> str | None:
-    """Why a file holds no key: a line of visible ASCII, as an HTTP header takes it."""
+    """Why a file has no key; None if it has one. A key is a line of visible ASCII, as an HTTP header requires."""
     if wrong := unreadable(path):
         return wrong
     try:

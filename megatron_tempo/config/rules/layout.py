@@ -1,4 +1,4 @@
-"""Rules that join the models' shapes, the lengths and the parallel layout."""
+"""Rules that combine the models' shapes, the lengths and the parallel layout."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from megatron_tempo.config.schema import Config, CriticLayoutConfig, ParallelCon
 
 
 def divisors(number: int) -> list[int]:
-    """Ascending. Takes the square root of `number` as many steps."""
+    """The divisors of a number, ascending. The time is proportional to its square root."""
     low = [i for i in range(1, math.isqrt(max(0, number)) + 1) if number % i == 0]
     return low + [number // i for i in reversed(low) if i * i != number]
 
 
 @dataclass(frozen=True, slots=True)
 class Laid:
-    """A model's layout, and by name the fields that say it."""
+    """A model's layout, and the fields that define it, by name."""
 
     parallel: ParallelConfig
     fields: dict[str, str]
 
     def replicas(self, world_size: int | None) -> int | None:
-        """Replicas of the model, or none where the number of processes is unknown or does not fit the layout."""
+        """Replicas of the model; None if the number of processes is unknown or does not fit the layout."""
         world = self.parallel.world_size if world_size is None else world_size
         model = self.parallel.ranks_of_a_replica
         return world // model if world is not None and model > 0 and world > 0 and world % model == 0 else None
@@ -41,7 +41,7 @@ def laid_of(config: Config, role: str) -> Laid:
 
 
 def folders_of(config: Config) -> dict[str, str]:
-    """The field that says each model's folder, by role."""
+    """The field of each model's folder, by role."""
     return {
         "actor": "model.path",
         "critic": "model.path" if config.model.critic_path is None else "model.critic_path",
@@ -61,7 +61,7 @@ def check(config: Config, shapes: dict[str, ModelShape], world_size: int | None)
         if folder in shapes:
             problems += _tensor(laid, folder, shapes[folder])
             problems += _pipeline(laid, folder, shapes[folder])
-    yield from dict.fromkeys(problems)  # where the critic is laid out as the actor, both say the same
+    yield from dict.fromkeys(problems)  # if both have the same layout, both report the same
     for folder, shape in shapes.items():
         yield from _lengths(config, folder, shape)
 
@@ -81,7 +81,7 @@ def _sequence(laid: Laid) -> Iterator[Problem]:
     if laid.parallel.sequence and laid.parallel.tensor == 1:
         sequence, tensor = laid.fields["sequence"], laid.fields["tensor"]
         wrong = f"sequence parallelism lives inside tensor-parallel groups, and {tensor} is 1"
-        # A critic alone without tensor parallelism may have inherited the actor's choice.
+        # Only the critic may lack tensor parallelism: it inherits the actor's choice.
         off = "parallel.critic.sequence" if tensor == "parallel.critic.tensor" else sequence
         yield Problem(sequence, True, wrong, f"{off}=false, or {tensor}=2 or more")
 

@@ -18,7 +18,7 @@ _AS_SAVED = f"give a model of the family {', '.join(FAMILIES)}, as transformers'
 
 
 def read_models(config: Config) -> tuple[dict[str, ModelShape], list[Problem]]:
-    """The shapes of the folders that can be read, by field, and what is wrong with the folders."""
+    """The shapes of the folders that can be read, by field, and the problems of the folders."""
     shapes: dict[str, ModelShape] = {}
     problems: list[Problem] = []
     for field, value in (("model.path", config.model.path), ("model.critic_path", config.model.critic_path)):
@@ -42,7 +42,7 @@ def read_models(config: Config) -> tuple[dict[str, ModelShape], list[Problem]]:
 
 
 def _shape(folder: Path) -> tuple[ModelShape | None, str]:
-    """The shape in config.json, and what is wrong with the file ("" if nothing is, or check_files reports it)."""
+    """The shape in config.json, and what is wrong with the file ("" if nothing, or if check_files reports it)."""
     file = folder / "config.json"
     if not file.exists() and not file.is_symlink():
         return None, "has no config.json"
@@ -92,7 +92,7 @@ def _has_chat_template(folder: Path) -> bool:
     file = folder / "tokenizer_config.json"
     try:
         return file.exists() and "chat_template" in read_json(file, dict)
-    except InputError:  # reported on its own
+    except InputError:  # reported separately
         return True
 
 

@@ -1,4 +1,4 @@
-"""Rules on the files of a Hugging Face folder: that they can be read, are whole, and fit one another. Without torch."""
+"""Rules on the files of a Hugging Face folder: readable, complete, consistent. Without torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_tempo.config.problem import Problem
 from megatron_tempo.errors import InputError
 from megatron_tempo.input_files import read_json, readable
 
-# Types of weights, by safetensors' names. Others are quantised, or are no weights.
+# Types of weights, by safetensors' names. Others are quantised or not weights.
 FLOATS = {"F64", "F32", "F16", "BF16"}
 _TEXTS = ("merges.txt", "tokenizer.model", "chat_template.jinja")
 _JSON = ("special_tokens_map.json", "generation_config.json", "chat_template.json")
@@ -22,7 +22,7 @@ _ID = re.compile(r"[0-9]{1,18}")
 
 
 def check_files(field: str, folder: Path, *, tokenizer: bool) -> Iterator[Problem]:
-    """The files of a folder that are there. `tokenizer`: the files of the tokenizer count too."""
+    """Check the files that a folder has. `tokenizer`: including the files of the tokenizer."""
     checks: list[tuple[str, Callable[[Path], None]]] = [("config.json", _config)]
     checks += [(name, _weights) for name in sorted(path.name for path in folder.glob("*.safetensors"))]
     if tokenizer:
@@ -42,7 +42,7 @@ def check_files(field: str, folder: Path, *, tokenizer: bool) -> Iterator[Proble
 
 
 def _config(path: Path) -> None:
-    """The weights are not quantised, by config.json."""
+    """config.json must not describe quantised weights."""
     if (quantised := read_json(path, dict).get("quantization_config")) is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise InputError(
@@ -68,7 +68,7 @@ def _tokens(path: Path) -> None:
 
 
 def _added(path: Path) -> None:
-    """The settings of a tokenizer may add tokens, by their ids."""
+    """The tokens that a tokenizer's settings add, by their ids."""
     added = read_json(path, dict).get("added_tokens_decoder")
     entries = added.items() if isinstance(added, dict) else ()
     _check_ids(path, [(str(_content(token)), int(number)) for number, token in entries if _ID.fullmatch(number)])
@@ -79,10 +79,10 @@ def _content(token: Any) -> Any:
 
 
 def _check_ids(path: Path, ids: Iterable[tuple[str, Any]]) -> None:
-    """The tokens of a tokenizer have embeddings in the model."""
+    """The tokens of a tokenizer must have embeddings in the model."""
     try:
         size = read_json(path.parent / "config.json", dict).get("vocab_size")
-    except InputError:  # reported on its own
+    except InputError:  # reported separately
         return
     if type(size) is not int:
         return
@@ -109,7 +109,7 @@ def _ids(path: Path, value: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _weights(path: Path) -> None:
-    """A safetensors file is whole, by its header, and holds floating-point numbers."""
+    """A safetensors file must be complete, by its header, and contain floating-point numbers."""
     with readable(path).open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         text = file.read(length) if length <= _HEADER_BYTES else b""

@@ -1,7 +1,7 @@
-"""Rules on single numbers: every one has a least and a greatest value.
+"""Rules on single numbers: each has a minimum and a maximum.
 
-The greatest is far above what a run can use. It keeps a number of a few keystrokes from costing hours or gigabytes
-before anything is refused (a list as long as the number, a time that no clock has).
+The maximum is far above what a run can use. Without it, a mistyped number could cost hours or gigabytes before it is
+rejected (a list as long as the number, a time that no clock has).
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ class Bound:
     high: float
     low_open: bool = False
     high_open: bool = False
-    states_high: bool = False  # `words` tell of the greatest value too
+    states_high: bool = False  # `words` names the maximum too
 
     def holds(self, value: float) -> bool:
         above = value > self.low if self.low_open else value >= self.low
         return above and (value < self.high if self.high_open else value <= self.high)
 
     def wrong(self, value: float) -> str:
-        """What is wrong with a value that does not hold."""
+        """What is wrong with an invalid value."""
         too_large = not self.states_high and value > self.high
         return f"must be {self.words}" + (f", and at most {self.high:,.16g}" if too_large else "")
 
     def fix(self, value: float) -> str:
-        """A value that holds, as it is written in an override."""
+        """A valid value, as it is written in an override."""
         return f"{self.high:.16g}" if not self.states_high and self.high < value < math.inf else self.example
 
 
 def _from(low: int, high: float) -> Bound:
-    """At least `low`, and no more than `high`."""
+    """At least `low` and at most `high`."""
     return Bound(f"{low} or more", f"{low}", low, high)
 
 
 def _above(low: float, high: float, example: str = "1") -> Bound:
-    """More than `low`, and no more than `high`."""
+    """More than `low` and at most `high`."""
     return Bound(f"above {low:g}", example, low, high, low_open=True)
 
 
@@ -72,7 +72,7 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
     schema.RunConfig: {
         "seed": _from(0, SEED),
         "max_consecutive_nonfinite_steps": _ONE_TO_COUNT,
-        "hang_minutes": _above(0, 2 * YEAR / 60),  # more than any wait
+        "hang_minutes": _above(0, 2 * YEAR / 60),  # longer than any wait
     },
     schema.ModelConfig: {"num_bf16_layers_at_ends": _UP_TO_COUNT},
     schema.ParallelConfig: {
@@ -172,12 +172,12 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
 }
 
 
-# Lists of numbers whose rules are elsewhere: evaluation.pass_k by evaluation.samples, profile.steps by the iterations.
+# Lists with rules elsewhere: evaluation.pass_k by evaluation.samples, profile.steps by the iterations.
 ELSEWHERE = {(schema.EvaluationConfig, "pass_k"), (schema.ProfileConfig, "steps")}
 
 
 def bound_of(group: type, name: str) -> Bound | None:
-    """The bound of a field, by the class of its group. None for what is no number, and for `ELSEWHERE`."""
+    """The bound of a field, by the class of its group. None for fields that are not numbers, and for `ELSEWHERE`."""
     return _BOUNDS.get(group, {}).get(name)
 
 
@@ -188,12 +188,12 @@ def check(config: schema.Config) -> Iterator[Problem]:
 
 
 def are_usable(config: schema.Config) -> bool:
-    """Whether no number is above its bound: rules that count up to one, or convert it, may then look at them."""
+    """Whether no number is above its bound, so that rules that count up to one, or convert it, can run."""
     return not any(number > bound.high for _, _, bound, number in _refused(config))
 
 
 def _refused(config: schema.Config) -> Iterator[tuple[str, object, Bound, float]]:
-    """(field, its value, its bound, the number) of every field with a number that is out of its bound."""
+    """(field, value, bound, number) of every field with a number outside its bound."""
     for path, node in walk(config):
         for name, bound in _BOUNDS.get(type(node), {}).items():
             value = getattr(node, name)

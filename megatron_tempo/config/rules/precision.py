@@ -1,7 +1,7 @@
-"""Rules on precision: what Transformer Engine and its FP8 recipes ask of the model, the layout, the GPU, the software.
+"""Rules on precision: what Transformer Engine and its FP8 recipes require of model, layout, GPU and software.
 
-Before a job queues the GPU is known by the cluster's preset alone, if one is given; where a job starts, it is asked
-itself (`check_machine`). Both go by the table of `config/recipes.py`.
+Before a job is queued, only the cluster's preset names the GPU, if one is given. Where a job starts, the GPU itself is
+checked (`check_machine`). Both use the table of `config/recipes.py`.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from megatron_tempo.config.schema import Config
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a process finds where it starts.
+    """The machine and software of a process.
 
     >>> Machine(gpu="NVIDIA H100 80GB HBM3", capability=(9, 0), cuda=(13, 0), te=(2, 11, 0))
     """
 
     gpu: str
-    capability: Version | None  # of the GPU; none: there is none
+    capability: Version | None  # of the GPU; None if there is none
     cuda: Version | None  # that torch is built with
-    te: Version | None  # of Transformer Engine; none: it is not installed, or Megatron-Core cannot use it
+    te: Version | None  # of Transformer Engine; None if it is not installed or Megatron-Core cannot import it
 
 
 def check(config: Config, shapes: dict[str, ModelShape]) -> Iterator[Problem]:
-    """What is wrong before any machine is known, but for the cluster's."""
+    """Problems that are known before the job starts, including those of the cluster's GPU."""
     precision, recipe = config.run.precision, RECIPES.get(config.run.precision)
     if recipe is not None and config.model.layers is Layers.local:
         wrong = f"run.precision={precision.name} is Transformer Engine's"
@@ -56,33 +56,33 @@ def check(config: Config, shapes: dict[str, ModelShape]) -> Iterator[Problem]:
             laid = laid_of(config, role)
             problems += _ends_of(config, laid, folder, shapes[folder])
             problems += _sizes(config, recipe, laid, folder, shapes[folder])
-    yield from dict.fromkeys(problems)  # a critic of the actor's folder and layout says the same
+    yield from dict.fromkeys(problems)  # a critic with the actor's folder and layout has the same problems
     if config.cluster is not None and config.cluster.gpu in GPUS:
         yield from _gpu(precision, config.cluster.gpu, GPUS[config.cluster.gpu])
 
 
 def check_machine(config: Config, machine: Machine) -> Iterator[Problem]:
-    """What is wrong with where a job starts."""
+    """Problems of the machine on which a job starts."""
     precision, layers = config.run.precision, config.model.layers
     recipe = RECIPES.get(precision)
     if machine.capability is None and precision is not Precision.fp32:
-        yield Problem("run.precision", precision, "wants a GPU, and there is none", "run.precision=fp32")
+        yield Problem("run.precision", precision, "requires a GPU, and there is none", "run.precision=fp32")
         return
     if machine.capability is not None:
         yield from _gpu(precision, machine.gpu, machine.capability)
     if recipe is not None and recipe.cuda is not None and (machine.cuda or ()) < recipe.cuda:
-        wrong = f"wants a torch built with CUDA {dotted(recipe.cuda)} or later, and it is {dotted(machine.cuda or ())}"
+        wrong = f"requires torch built with CUDA {dotted(recipe.cuda)} or later, not {dotted(machine.cuda or ())}"
         yield Problem("run.precision", precision, wrong, _other(precision, machine))
     if recipe is None and layers is not Layers.transformer_engine:
         return
     field, value = ("run.precision", precision) if recipe is not None else ("model.layers", layers)
     wanted = recipe.te if recipe is not None else TE_VERSION
     if machine.te is None:
-        wrong = "wants Transformer Engine, which is not installed, or not so that Megatron-Core can use it"
+        wrong = "requires Transformer Engine, which is not installed or cannot be imported by Megatron-Core"
         fix = "install the package's extra te, or a container that has it (docs/gpu.md); or "
         yield Problem(field, value, wrong, fix + ("run.precision=bf16" if recipe is not None else "model.layers=auto"))
     elif machine.te < wanted:
-        wrong = f"wants Transformer Engine {dotted(wanted)} or later, and {dotted(machine.te)} is installed"
+        wrong = f"requires Transformer Engine {dotted(wanted)} or later, and {dotted(machine.te)} is installed"
         yield Problem(field, value, wrong, f"install {dotted(wanted)} or later, or {field}=another")
 
 
@@ -143,12 +143,12 @@ def _sizes(config: Config, recipe: Recipe, laid: Laid, folder: str, shape: Model
 def _gpu(precision: Precision, gpu: str, capability: Version) -> Iterator[Problem]:
     recipe = RECIPES.get(precision)
     if recipe is not None and not runs_on(recipe, capability):
-        wrong = f"wants a GPU of {wanted_gpu(recipe)}, and {gpu} has {dotted(capability)}"
+        wrong = f"requires a GPU of {wanted_gpu(recipe)}, and {gpu} has {dotted(capability)}"
         possible = [other.name for other, needs in RECIPES.items() if runs_on(needs, capability)]
         plain = "bf16" if capability >= BF16_CAPABILITY else "fp32"
         yield Problem("run.precision", precision, wrong, f"run.precision={' or '.join([plain, *possible])}")
     if precision is not Precision.fp32 and recipe is None and capability < BF16_CAPABILITY:
-        wrong = f"wants compute capability {dotted(BF16_CAPABILITY)} or more, and {gpu} has {dotted(capability)}"
+        wrong = f"requires compute capability {dotted(BF16_CAPABILITY)} or more, and {gpu} has {dotted(capability)}"
         yield Problem("run.precision", precision, wrong, "run.precision=fp32")
 
 

@@ -32,7 +32,7 @@ def check(config: Config, *, training: bool) -> Iterator[Problem]:
     for field, example in (("url", "http://HOST:PORT/v1"), ("model", "NAME, as that server calls it")):
         if getattr(judge, field) is None and (users or judge.url or judge.model):
             wrong = (
-                f"{users[0]}.verifier=judge asks a judge" if users else "is wanted beside the other of url and model"
+                f"{users[0]}.verifier=judge asks a judge" if users else "is required: url and model are given together"
             )
             yield Problem(f"rewards.judge.{field}", None, wrong, f"rewards.judge.{field}={example}")
     unlabelled = config.data.unlabelled
@@ -43,7 +43,7 @@ def check(config: Config, *, training: bool) -> Iterator[Problem]:
 
 
 def _verifiers(config: Config, training: bool) -> Iterator[tuple[str, Verifier | Extension | None]]:
-    """Whoever compares responses with answers, by the set that they do it for."""
+    """The verifier of each set whose responses are compared with answers."""
     if training and config.data.labelled is not None:
         yield "data.labelled", config.data.labelled.verifier
     for name, dataset in config.evaluation.sets.items():

@@ -1,4 +1,4 @@
-"""Rules on the engine that generates."""
+"""Rules on the rollout engine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check(config: Config) -> Iterator[Problem]:
 
 
 def check_serve(config: Config) -> Iterator[Problem]:
-    """Of `serve`, which starts servers."""
+    """The rules for `serve`, which starts servers."""
     if not config.rollout.is_served:
         field, engine = "rollout.engine", config.rollout.engine
         yield Problem(field, engine.name, "has no servers to start", f"{field}=sglang or vllm")
@@ -40,7 +40,7 @@ def check_serve(config: Config) -> Iterator[Problem]:
 
 
 def generates_in_background(engine: Extension) -> bool:
-    """Whether an engine of the user's own says so. True also where it cannot be loaded, which is reported elsewhere."""
+    """Whether a user's engine generates while others work. True if it cannot be loaded: reported elsewhere."""
     try:
         return load_engine(engine).background
     except ExtensionError:
@@ -50,7 +50,7 @@ def generates_in_background(engine: Extension) -> bool:
 def _ahead(config: Config) -> Iterator[Problem]:
     field, engine = "rollout.max_staleness", config.rollout.engine
     if engine is EngineKind.embedded:
-        wrong = "the embedded engine generates in the trainer's processes, not beside them"
+        wrong = "the embedded engine runs in the trainer's processes, so it cannot generate while they train"
         yield Problem(field, 1, wrong, "rollout.engine=sglang or vllm, or rollout.max_staleness=0")
     elif isinstance(engine, Extension) and not generates_in_background(engine):
         wrong = f"{engine} does not say that it generates while the trainer trains"
@@ -66,7 +66,7 @@ def _host(servers: ServersConfig) -> Iterator[Problem]:
         wrong = "is an IPv6 address, which the engines' stores do not use"
         yield Problem(field, host, wrong, f"{field}={'127.0.0.1' if address.is_loopback else 'hostname'}")
     elif address is not None and address.is_unspecified:
-        yield Problem(field, host, "stands for every address of a machine, not for one", f"{field}=hostname")
+        yield Problem(field, host, "means every address of a machine, not one", f"{field}=hostname")
     elif address is None and not re.fullmatch(r"[A-Za-z0-9_][\w.-]{0,252}", host, re.ASCII):
         yield Problem(field, host, "is no host", f"{field}=hostname, or an IPv4 address")
 
@@ -95,7 +95,7 @@ def _found(servers: ServersConfig) -> Iterator[Problem]:
         yield Problem("rollout.servers.addresses", servers.addresses, wrong, "give each server's address once")
     away = [address for address in servers.addresses if not is_loopback(host_of(address) or "localhost")]
     if away and is_loopback(servers.host):
-        wrong = f"is where {away[0]} is to fetch weights from, and not reached from another machine"
+        wrong = f"cannot be reached from another machine, and {away[0]} fetches weights from it"
         yield Problem("rollout.servers.host", servers.host, wrong, "rollout.servers.host=hostname")
     if servers.key_file is None:
         fix = "give the file that the servers have their key from"

@@ -39,7 +39,7 @@ def _profile(config: Config) -> Iterator[Problem]:
 
 
 def _hang(config: Config) -> Iterator[Problem]:
-    """What is waited for without a sign of progress has limits of its own, which are to be reached before."""
+    """Waits without progress have their own time limits, which must end before the watchdog aborts."""
     limits: dict[str, float] = {"rewards.math.seconds": config.rewards.math.seconds}
     if config.rollout.is_served:
         servers = config.rollout.servers
@@ -65,23 +65,23 @@ def _folder(config: Config, training: bool) -> Iterator[Problem]:
             return
         nearest = nearest.parent
     if wrong:
-        told = "is a file, not a folder" if wrong == "is not a folder" else wrong
-        yield Problem("run.dir", config.run.dir, f"{nearest} {told}", "give another run.dir")
+        wrong = "is a file, not a folder" if wrong == "is not a folder" else wrong
+        yield Problem("run.dir", config.run.dir, f"{nearest} {wrong}", "give another run.dir")
         return
     if reason := _unwritable(nearest):
-        fix = "give a run.dir that can be, or mend it"
+        fix = "free disk space, make the directory writable, or give another run.dir"
         yield Problem("run.dir", config.run.dir, f"{nearest} cannot be written: {reason}", fix)
     else:
         yield from _inside(config, folder)
     if not training:
         yield from _used(config, folder)
     if training and not config.run.resume and checkpoint_folders(folder):
-        fix = "run.resume=true to go on from them, or another run.dir"
+        fix = "run.resume=true to resume from them, or another run.dir"
         yield Problem("run.resume", False, f"{folder} already has checkpoints", fix)
 
 
 def _used(config: Config, folder: Path) -> Iterator[Problem]:
-    """An evaluation adds to no other job's folder."""
+    """An evaluation must not write into another job's folder."""
     used = next((name for name in ("evaluations.jsonl", "config.json") if (folder / name).exists()), None)
     if used is not None:
         wrong = f"belongs to another job: it has {used}"
@@ -90,7 +90,7 @@ def _used(config: Config, folder: Path) -> Iterator[Problem]:
 
 
 def _inside(config: Config, folder: Path) -> Iterator[Problem]:
-    """What an earlier job left, perhaps another user's."""
+    """Files of an earlier job, perhaps another user's, must be writable."""
     for name in ("metrics.jsonl", "evaluations.jsonl", "seen.jsonl", "config.json"):
         path = folder / name
         if path.exists() and not (path.is_file() and os.access(path, os.R_OK | os.W_OK)):
@@ -105,7 +105,7 @@ _OTHERS = "chown or move what an earlier job left there, or give another run.dir
 
 
 def _unwritable(folder: Path) -> str | None:
-    """Why nothing can be written into a folder. A nameless file is, since rights alone tell of no full disk."""
+    """Why a folder cannot be written, None if it can. Writes an unnamed file: permissions do not show a full disk."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(4096))

@@ -31,7 +31,7 @@ def check(config: Config) -> Iterator[Problem]:
 
 
 def check_data_parallel(config: Config, world_size: int | None) -> Iterator[Problem]:
-    """The rows of every mini-batch are shared evenly among the replicas of its model."""
+    """The rows of every mini-batch must divide evenly among the replicas of its model."""
     for name, stage in config.stages().items():
         for update, batch, prompts in _updates(stage) if stage.iterations > 0 else ():
             replicas = laid_of(config, update).replicas(world_size)
@@ -46,7 +46,7 @@ def check_data_parallel(config: Config, world_size: int | None) -> Iterator[Prob
 
 
 def _shared_evenly(field: str, batch: int, total: int, each: str, stage: StageConfig, replicas: int) -> str:
-    """Mini-batches whose responses are a multiple of the replicas, or how many responses would make `batch` one."""
+    """The fix: mini-batches that divide evenly among the replicas, or numbers of responses with which `batch` does."""
     responses = stage.responses_per_prompt
     sizes = [size for size in divisors(total) if size * responses % replicas == 0]
     step = replicas // math.gcd(max(1, batch), replicas)
@@ -69,7 +69,7 @@ def _sets(config: Config, active: dict[str, StageConfig]) -> Iterator[Problem]:
             field = f"data.{kind.name}"
             wrong = f"{users[0]}.method={active[users[0]].method.name} needs {kind.name} questions"
             fix = f"{field}.path=FILE (.jsonl or .parquet)"
-            if len(users) < len(active):  # or nothing would be left to train
+            if len(users) < len(active):  # otherwise nothing would be trained
                 fix += f", or {' and '.join(f'{name}.iterations=0' for name in users)}"
             yield Problem(field, None, wrong, fix)
     unlabelled = config.data.unlabelled
@@ -82,7 +82,7 @@ def _sets(config: Config, active: dict[str, StageConfig]) -> Iterator[Problem]:
 
 
 def _critic(config: Config, active: dict[str, StageConfig]) -> Iterator[Problem]:
-    """A critic that judges must have been trained: by an earlier stage, by this one, or before the run."""
+    """A critic that is used must be trained: by an earlier stage, by this one, or before the run."""
     trained = config.model.critic_path is not None
     for name, stage in active.items():
         trained = trained or stage.trains_critic
@@ -107,16 +107,16 @@ def _warmup(name: str, stage: StageConfig) -> Iterator[Problem]:
 
 
 def _groups(name: str, stage: StageConfig) -> Iterator[Problem]:
-    """What methods ask for that hold a prompt's responses against one another."""
+    """The rules of methods that compare the responses of a prompt group."""
     settings = stage.method_settings
     responses, vote = stage.responses_per_prompt, settings.vote_responses
     if not stage.has_critic and responses == 1 and isinstance(stage.method, Method):
         field, method = f"{name}.responses_per_prompt", stage.method.name
-        wrong = f"method {method} holds a prompt's responses against one another: a single one teaches nothing"
+        wrong = f"method {method} compares a prompt's responses with one another: a single one has no learning signal"
         yield Problem(field, responses, wrong, f"{field}=2 or more")
     if vote is not None and 0 < vote < responses:
         field = f"{name}.vote_responses"
-        wrong = f"{name}.responses_per_prompt={responses} of them are to be learnt from"
+        wrong = f"{name}.responses_per_prompt={responses} of them are trained on"
         yield Problem(field, vote, wrong, f"{field}={responses} or more, or null")
     if not isinstance(settings, EmpoSettings):
         return
