@@ -6,8 +6,8 @@
         MANIFEST.json      size and CRC-32 of every file; a folder whose files differ from it is damaged
 
 A folder appears under its name only when it is complete. Only folders named `step_` and eight digits, the step of their
-run.json, count as checkpoints; whatever else lies there is left alone. RUN/last_checkpoint.json notes the last complete
-one, so that a run whose checkpoints are gone is told from one that had none yet. There is no random-number state to
+run.json, count as checkpoints; other files there are left alone. RUN/last_checkpoint.json notes the last complete
+one. It tells a run whose checkpoints are gone from one that had none yet. There is no random-number state to
 save: every draw of a run comes from a generator that is seeded by the run's seed and the draw's own name
 (`types.seed_of`).
 """
@@ -49,7 +49,7 @@ _PARTIAL = re.compile(r"step_\d{8}\.partial")
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The newest complete checkpoint, and the later ones that are damaged, with what is wrong with them."""
+    """The newest complete checkpoint, and the later ones that are damaged, with the reasons."""
 
     path: Path | None
     state: dict[str, Any]  # of `path`; empty without one
@@ -152,7 +152,7 @@ class Checkpoints:
             self._saving.wait()
 
     def find(self) -> Found:
-        """The newest complete checkpoint, and the damaged ones behind it. Collective; nothing is changed.
+        """The newest complete checkpoint, and later damaged ones. Collective. Changes nothing.
 
         Raises InputError if one cannot be read for another reason: an I/O error or a missing permission is no damage.
         """
@@ -165,7 +165,7 @@ class Checkpoints:
         return Found(None, {}, tuple(damaged))
 
     def set_aside(self, found: Found) -> None:
-        """Rename the damaged checkpoints, so that they are not looked at again. Nothing is removed."""
+        """Rename the damaged checkpoints, so that they are not read again. Nothing is removed."""
 
         def rename() -> None:
             for path, problem in found.damaged if self._layout.is_writer else ():
@@ -184,7 +184,7 @@ class Checkpoints:
         return found
 
     def note(self, step: int | None) -> None:
-        """Write down, in the run's folder, the last complete checkpoint's step; None: there is none yet. One rank."""
+        """Note the last complete checkpoint's step in the run's folder; None if there is none yet. On one rank."""
         write_whole(self.folder.parent / LAST, json.dumps({"step": step}) + "\n")
 
     def require(self, found: Found, models: dict[str, TrainedModel]) -> None:
@@ -208,9 +208,9 @@ class Checkpoints:
         self.saved = found.state["step"]
 
     def _own(self, log: Callable[[str], None] = lambda _: None) -> list[Path]:
-        """The folders that are checkpoints by their names and their run.json, oldest first. `log` hears of others.
+        """The folders that are checkpoints by their names and their run.json, oldest first. `log`: reports others.
 
-        One whose run.json is missing or not readable as JSON stays in: its damage is found later. Raises OSError.
+        One whose run.json is missing or not JSON is included: its damage is found later. Raises OSError.
         """
         own = []
         for path in step_folders(self.folder):
@@ -225,7 +225,7 @@ class Checkpoints:
         return own
 
     def _damage(self, path: Path) -> str | None:
-        """What is wrong with a checkpoint's files, the same on every rank; None if they are as written."""
+        """What is wrong with a checkpoint's files, the same on every rank; None if they are unchanged."""
         wanted = self._agreed(lambda: _state_problem(path) or manifest.read(path))
         if isinstance(wanted, str):
             return wanted
@@ -241,7 +241,7 @@ class Checkpoints:
         return manifest.difference(wanted, found)
 
     def _completed(self, step: int) -> None:
-        """Note the checkpoint, and remove what is no longer needed. If that fails, the checkpoint is whole still."""
+        """Note the checkpoint, and remove what is no longer needed. If that fails, the checkpoint is still complete."""
         self.note(step)
         try:
             self._prune()
@@ -249,7 +249,7 @@ class Checkpoints:
             self._log(f"warning: older checkpoints cannot be removed ({error.filename}: {error.strerror})")
 
     def _prune(self) -> None:
-        """Remove checkpoints beyond `keep`, and the remains of killed saves. Links are left alone."""
+        """Remove checkpoints beyond `keep`, and partial files of killed saves. Links are left alone."""
         for old in self._own()[: -self._keep]:
             if not old.is_symlink():
                 shutil.rmtree(old)
@@ -262,7 +262,7 @@ class Checkpoints:
         return shutil.disk_usage(there).free
 
     def _agreed(self, find: Callable[[], Any]) -> Any:
-        """The result of `find`, which only reads, on the first rank, on every rank. InputError for its OSError."""
+        """The result of `find`, which only reads, from the first rank, on all ranks. InputError for its OSError."""
         found: Any = None
         failure: str | None = None
         if self._layout.is_writer:
@@ -306,7 +306,7 @@ def _step_of(path: Path) -> int:
 
 
 def _free_name(path: Path) -> Path:
-    """The path, or with a number behind it, so that nothing of this name exists."""
+    """The path, with a number appended if that name exists."""
     names = (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in itertools.count(1))
     return next(name for name in names if not name.exists() and not name.is_symlink())
 

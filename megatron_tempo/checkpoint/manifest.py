@@ -36,7 +36,7 @@ def digests(checkpoint: Path, names: Iterable[str]) -> Digests:
 
 
 def digests_or_errors(checkpoint: Path, names: Iterable[str]) -> Digests:
-    """The digests of those files that are there. For one that cannot be read, `UNREADABLE` and the reason instead."""
+    """The digests of those files that exist. For one that cannot be read, `UNREADABLE` and the reason instead."""
     digests = {}
     for name in names:
         try:
@@ -63,7 +63,7 @@ def write(checkpoint: Path, written: Digests) -> None:
 
 
 def read(checkpoint: Path) -> Digests | str:
-    """The manifest, or a string that says what is wrong with it. Raises OSError if it is there and cannot be read."""
+    """The manifest, or a string that says what is wrong with it. Raises OSError if it exists and cannot be read."""
     try:
         manifest: Digests = json.loads(_regular(checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except (*ABSENT, ValueError, RecursionError) as error:
@@ -86,14 +86,14 @@ def difference(wanted: Digests, now: Digests) -> str | None:
 
 
 def unreadable(now: Digests) -> str | None:
-    """The first file that is there and could not be read, as a message. That is a fault of the disk or of permissions,
+    """The first file that exists and could not be read, as a message. That is a fault of the disk or of permissions,
     and says nothing about the file."""
     faults = [(name, digest) for name, digest in now.items() if digest.startswith(UNREADABLE)]
     return f"{faults[0][0]} cannot be read ({faults[0][1].removeprefix(UNREADABLE)})" if faults else None
 
 
 def damage(checkpoint: Path, model: str) -> str | None:
-    """What is wrong with the files of one model of a checkpoint, or with its state; None if they are as written.
+    """What is wrong with the files of one model of a checkpoint, or with its state; None if they are unchanged.
 
     Reads the files completely, in a single process without process groups. Raises InputError if one cannot be read.
     """
@@ -113,7 +113,7 @@ def sha256(checkpoint: Path) -> str:
 
 
 def _regular(path: Path) -> Path:
-    """The path of a file, which a pipe or a folder in its place is not. Raises OSError."""
+    """The path, if it is a regular file, not a pipe or a folder. Raises OSError."""
     if path.exists() and not path.is_file():
         raise IsADirectoryError(errno.EISDIR, "is not a file", str(path))
     return path

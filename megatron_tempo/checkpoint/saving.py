@@ -1,8 +1,8 @@
-"""A checkpoint on its way to the disk, while training goes on.
+"""Writes a checkpoint to the disk while training continues.
 
-What a rank has to write is copied to host memory first; from there a thread writes it, in step with the threads of the
-other ranks, over a process group of their own. A thread rather than a forked process, as Megatron has it: to fork what
-holds CUDA, threads of gloo and sockets of an engine is not safe, and the fork of a killed trainer would go on writing.
+A rank's share is copied to host memory first. A thread writes it from there, synchronised with the threads of the other
+ranks over a separate process group. Megatron uses a forked process instead. Forking a process with CUDA, gloo threads
+and engine sockets is unsafe, and the fork of a killed trainer would continue to write.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_tempo.weights.files import sync, sync_folder
 
 @dataclass(slots=True)
 class ShardWriter:
-    """What this rank writes of one model: its files' contents in host memory."""
+    """This rank's share of one model: its files' contents in host memory."""
 
     plan: WritePlan
 
@@ -39,7 +39,7 @@ class ShardWriter:
         return cls(plan_writes(sharded, folder))
 
     def write(self) -> list[WriteResult]:
-        """Write this rank's files to the disk, and let go of their contents. Raises OSError."""
+        """Write this rank's files to the disk, and free their contents. Raises OSError."""
         results: list[WriteResult] = []
         while self.plan.files:
             results += write_bucket(self.plan.writer, self.plan.files.pop(0))
@@ -54,9 +54,9 @@ class ShardWriter:
 
 
 class Saving:
-    """A checkpoint that is being written to `PATH.partial`, and is `path` when it is whole.
+    """A checkpoint that is being written to `PATH.partial`, which is renamed to `path` when it is complete.
 
-    All ranks begin one at the same point; nothing else of it is collective for the thread that trains.
+    All ranks must create it at the same point. The training thread makes no other collective call for it.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class Saving:
         group: dist.ProcessGroup,
         done: Callable[[], None],
     ) -> None:
-        """`writers` by the model's name; `state` is JSON-able; `done` is called on the first rank when it is whole."""
+        """`writers`: by model name. `state`: JSON data. `done`: called on the first rank when it is complete."""
         self.path = path
-        self.error: Exception | None = None  # once it has ended: why it is not whole, on any rank
+        self.error: Exception | None = None  # once it has ended: why it is not complete, on any rank
         self._partial = partial_of(path)
         self._writers, self._state, self._group, self._done = writers, state, group, done
         self._is_writer = dist.get_rank() == 0
@@ -81,16 +81,16 @@ class Saving:
         return not self._thread.is_alive()
 
     def wait(self) -> None:
-        """Until it has ended, one way or the other."""
+        """Wait until it has succeeded or failed."""
         self._thread.join()
 
     def _run(self) -> None:
         try:
             self._write()
-        except Exception as error:  # noqa: BLE001 - for whoever waits
+        except Exception as error:  # noqa: BLE001 - reported to the caller that waits
             self.error = error
             if self._is_writer:
-                shutil.rmtree(self._partial, ignore_errors=True)  # makes room again
+                shutil.rmtree(self._partial, ignore_errors=True)  # frees disk space
 
     def _write(self) -> None:
         results = raise_on_all_ranks(self._write_files, self._group)
@@ -105,7 +105,7 @@ class Saving:
         return {name: writer.write() for name, writer in self._writers.items()}
 
     def _describe(self, results: list[dict[str, list[WriteResult]]]) -> None:
-        """What Megatron wants to know of the files, and the run's state."""
+        """Write Megatron's metadata of the files, and the run's state."""
         if not self._is_writer:
             return
         for name, writer in self._writers.items():
