@@ -1,7 +1,8 @@
 """Questions that are in several sets of a configuration: the same ones, in any typesetting, and near copies.
 
-The same: of one `question_keys.matching_key`. A near copy: it shares half of its shingles, which are runs of four
-words. Shingles that many questions share count for nothing, so that questions made by one template are no copies.
+Questions are the same if they have the same `question_keys.matching_key`. A near copy shares half of its shingles,
+which are runs of four words. Shingles that many questions share are ignored, so questions made from one template are
+not copies.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from megatron_tempo.data.question_keys import matching_key, tokens
 from megatron_tempo.data.question_rows import question_texts
 
 SHINGLE = 4  # words
-MIN_SHINGLES = 6  # that a question has of its own: fewer are too few to judge by
+MIN_SHINGLES = 6  # own shingles that a question needs: fewer are not enough evidence
 SHARED = 0.5  # of the shingles of the shorter question
-COMMON = 4  # questions of a set that share a shingle: one of more is a turn of phrase, or of a template
+COMMON = 4  # questions of a set that may share a shingle: with more, it is a common phrase or part of a template
 
 CHECKED_BYTES = 8 << 20
 LABELLED, UNLABELLED = "data.labelled", "data.unlabelled"
@@ -29,7 +30,7 @@ LABELLED, UNLABELLED = "data.labelled", "data.unlabelled"
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A question of one set, and one of another that it is a near copy of. `shared`: of the shorter one's shingles."""
+    """A question of one set that is a near copy of one of another. `shared`: share of the shorter one's shingles."""
 
     first: str
     second: str
@@ -46,13 +47,13 @@ class QuestionSet:
 
     @classmethod
     def read(cls, name: str, dataset: DatasetConfig, *, answers: bool = False) -> QuestionSet:
-        """DataError names every bad row; with `answers` also those without a usable answer."""
+        """DataError names every bad row; with `answers`, also those without a usable answer."""
         texts = question_texts(dataset, answers=answers)
         return cls(name, {question: matching_key("\n".join(parts)) for question, parts in texts.items()}, texts)
 
 
 def datasets(config: Config) -> dict[str, DatasetConfig]:
-    """The datasets of a configuration that have a file, by the names of their fields: of training first."""
+    """The datasets of a configuration that have a file, by the names of their fields, training sets first."""
     training = {LABELLED: config.data.labelled, UNLABELLED: config.data.unlabelled}
     evaluated = {f"evaluation.sets.{name}": dataset for name, dataset in config.evaluation.sets.items()}
     return {name: dataset for name, dataset in (training | evaluated).items() if dataset and dataset.path != MISSING}
@@ -67,9 +68,10 @@ def same_questions(a: Mapping[str, str], b: Mapping[str, str]) -> list[tuple[str
 
 
 def check_data(config: Config) -> list[str]:
-    """What there is to say of the questions of a configuration, a line each. DataError names every bad row.
+    """Findings on the questions of a configuration, one per line. DataError names every bad row.
 
-    Files of more than `CHECKED_BYTES` in all are left to the start of the run, and so are a reader's of the user's own.
+    If the files have more than `CHECKED_BYTES` in total, the check is left to the start of the run. So is that of sets
+    with a user's reader.
     """
     sets = datasets(config)
     if any(dataset.reader is not None for dataset in sets.values()):
@@ -85,7 +87,7 @@ def check_data(config: Config) -> list[str]:
 
 
 def copies_between(sets: Sequence[QuestionSet], held: Sequence[str]) -> list[str]:
-    """Warnings of questions of a training set that are also in another set, as they are or nearly so.
+    """Warnings of questions of a training set that are also in another set, the same or near copies.
 
     `held`: the names of evaluation sets whose questions are left out of training.
     """
@@ -106,7 +108,7 @@ def copies_between(sets: Sequence[QuestionSet], held: Sequence[str]) -> list[str
 
 
 def held_out(name: str, own: Mapping[str, str], held: Mapping[str, Mapping[str, str]]) -> str | None:
-    """How many questions of a training set are left out; None if none is.
+    """A message of how many questions of a training set are left out; None if none is.
 
     `own`: the training set's matching keys by id; `held`: those of each set of `data.held_out`, by its name.
     """
@@ -119,10 +121,10 @@ def held_out(name: str, own: Mapping[str, str], held: Mapping[str, Mapping[str, 
 
 
 def _same(first: QuestionSet, second: QuestionSet) -> list[str]:
-    """A warning of the same questions in a training set and another one, where it is not meant to be so."""
+    """A warning of the same questions in a training set and another one, unless that is allowed."""
     pairs = same_questions(first.keys, second.keys)
     if not pairs or (first.name == UNLABELLED and second.name != UNLABELLED):
-        return []  # unlabelled questions may be those to be scored: their answers are not trained on
+        return []  # unlabelled questions may also be evaluated: their answers are not trained on
     count, example = len({id_b for _, id_b in pairs}), " and ".join(pairs[0])
     if second.name == UNLABELLED:
         return [f"warning: {count} unlabelled questions are also in the labelled set, first {example}"]
@@ -136,7 +138,7 @@ def _same(first: QuestionSet, second: QuestionSet) -> list[str]:
 def near_copies(sets: Sequence[QuestionSet]) -> dict[tuple[str, str], list[Copy]]:
     """By the names of two sets, the first one's questions that are near copies of the second one's, but not the same.
 
-    Skips a question that is also in another set as it is. Time grows with the number of words.
+    Skips questions that are also in another set unchanged. Time grows with the number of words.
     """
     held = Counter(key for questions in sets for key in set(questions.keys.values()))
     owners: list[tuple[int, str]] = []
@@ -157,11 +159,11 @@ def near_copies(sets: Sequence[QuestionSet]) -> dict[tuple[str, str], list[Copy]
 
 
 def _alike(words: list[list[int]], group: list[int], common: int) -> list[tuple[int, int, float]]:
-    """The pairs (place, place, share) of word lists of different groups that share `SHARED` of their own shingles.
+    """The pairs (index, index, share) of word lists of different groups that share `SHARED` of their own shingles.
 
-    `common`: a shingle that more lists have is nobody's own.
+    `common`: a shingle in more lists than this is not counted.
     """
-    import numpy as np  # only where there are questions to compare
+    import numpy as np  # only if there are questions to compare
 
     lengths = np.array([len(one) for one in words])
     flat = np.fromiter((word for one in words for word in one), np.uint64, int(lengths.sum()))
@@ -173,7 +175,7 @@ def _alike(words: list[list[int]], group: list[int], common: int) -> list[tuple[
     hashes, owner = hashes[whole], owner[: len(hashes)][whole]
     order = np.lexsort((owner, hashes))
     hashes, owner = hashes[order], owner[order]
-    new = np.ones(len(hashes), bool)  # the first of a shingle in a list
+    new = np.ones(len(hashes), bool)  # the first occurrence of a shingle in a list
     new[1:] = (hashes[1:] != hashes[:-1]) | (owner[1:] != owner[:-1])
     hashes, owner = hashes[new], owner[new]
     _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
@@ -182,7 +184,7 @@ def _alike(words: list[list[int]], group: list[int], common: int) -> list[tuple[
     total = np.bincount(owned, minlength=len(words))
     groups = np.array(group)
     pairs = []
-    for apart in range(1, common):  # entries are sorted by shingle: those of one stand together
+    for apart in range(1, common):  # entries are sorted by shingle: those of one are adjacent
         a, b = owned[:-apart], owned[apart:]
         met = (shingles[:-apart] == shingles[apart:]) & (groups[a] != groups[b])
         pairs.append(a[met] * len(words) + b[met])  # a < b

@@ -1,6 +1,6 @@
-"""Data files into prompts: with answers for the labelled set, without for the unlabelled one.
+"""Loads prompts from data files: with answers for the labelled set, without for the unlabelled one.
 
-The unlabelled loader asks its file for prompt and id only, and what it makes has no field for an answer.
+The unlabelled loader reads only prompt and id from its file, and its prompts have no field for an answer.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def load_labelled(
 ) -> list[LabelledPrompt]:
     """The prompts of a file and their answers.
 
-    A prompt's `text` is what the model reads, chat markup and suffix included; an answer that is a number in the file
-    becomes its text. DataError names every bad row; ValueError where the config does not describe a labelled set.
+    A prompt's `text` is what the model reads, including chat markup and suffix. An answer that is a number in the file
+    becomes text. DataError names every bad row; ValueError if the config does not describe a labelled set.
     """
     if config.answer_field is None or (config.verifier is None and config.verifier_field is None):
         raise InputError(f"{config.path}: a labelled set needs `answer_field` and `verifier`; set both")
@@ -54,9 +54,9 @@ def load_labelled(
 def load_unlabelled(
     config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int
 ) -> list[UnlabelledPrompt]:
-    """The prompts of a file alone; other fields of the file, answers too, are not looked at.
+    """Only the prompts of a file. Other fields, including answers, are not read.
 
-    Errors as those of `load_labelled`; ValueError where the config names an answer field.
+    Errors as in `load_labelled`; ValueError if the config names an answer field.
     """
     if config.answer_field is not None:
         raise InputError(f"{config.path}: `answer_field` is {config.answer_field!r} on an unlabelled set; remove it")
@@ -70,15 +70,15 @@ def load_unlabelled(
 
 
 def question_keys(config: DatasetConfig) -> dict[str, str]:
-    """What each question of a file is known by, by its id: 32 hexadecimal digits of a hash of its text.
+    """The key of each question of a file, by its id: 32 hexadecimal digits of a hash of its text.
 
-    Runs of blanks count as one (`question_keys.exact_key`). DataError as that of `load_labelled`.
+    Runs of blanks count as one (`question_keys.exact_key`). DataError as in `load_labelled`.
     """
     return {name: exact_key(texts) for name, texts in question_texts(config).items()}
 
 
 class _Encoder:
-    """The prompt field of a row into text and token ids. BadRow where it is no usable prompt."""
+    """Encodes the prompt field of a row as text and token ids. Raises BadRow if it is not a usable prompt."""
 
     def __init__(self, config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> None:
         own = config.chat_template
@@ -117,12 +117,12 @@ class _Encoder:
             token_ids = list(self._tokenizer(text, add_special_tokens=not templated).input_ids)
             if not templated:
                 token_ids = token_ids[: len(token_ids) - self._tokens_behind(text, token_ids)]
-        except Exception as error:  # tokenizers raises Exception itself, for a word that is not in the vocabulary
+        except Exception as error:  # tokenizers raises plain Exception for a word that is not in the vocabulary
             raise BadRow(f"the tokenizer refuses the prompt: {error}; reword it, or remove the row") from error
         return tuple(token_ids)
 
     def _tokens_behind(self, text: str, token_ids: list[int]) -> int:
-        """How many tokens the tokenizer adds behind a plain text, such as an end token: the response follows there."""
+        """How many tokens the tokenizer appends to a plain text, such as an end token, where the response begins."""
         if self._behind is None:
             bare = self._tokenizer(text, add_special_tokens=False).input_ids
             starts = range(len(token_ids) - len(bare), -1, -1)
@@ -158,7 +158,7 @@ class _Encoder:
             raise BadRow(f"the tokenizer's chat template refuses the messages: {error}") from error
 
     def _render_own(self, template: Callable[..., object], messages: list[Message]) -> str:
-        """By the user's template. Its ValueError rejects the row."""
+        """Render by the user's template. Its ValueError rejects the row."""
         extension = Extension(self._config.chat_template)
         try:
             text = template(messages, self._tokenizer)
@@ -172,7 +172,7 @@ class _Encoder:
 
 
 def _with_suffix(messages: list[Message], suffix: str) -> list[Message]:
-    """The messages with the suffix after the last one, which is the user's, unless it says the same already."""
+    """The messages with the suffix appended to the last one, which is the user's, unless it already ends with it."""
     last = messages[-1]
     if not suffix.strip() or suffix.strip() in last["content"]:
         return messages

@@ -1,7 +1,7 @@
-"""A public data set into files that a run reads: JSONL with `id`, `prompt` and, unless they are left out, `answer`.
+"""Converts a public data set to files for a run: JSONL with `id`, `prompt` and, unless left out, `answer`.
 
-Every row that is dropped is counted with its reason. A file appears whole or not at all, and takes the place of none
-that is there unless told to.
+Every dropped row is counted with its reason. A file appears complete or not at all. It replaces an existing one only
+on request.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_tempo.input_files import unreadable
 from megatron_tempo.rewards.scorer import Item
 from megatron_tempo.rewards.verifiers import Verifiers
 
-CUSTOM = "custom"  # a set that is no benchmark of ours
+CUSTOM = "custom"  # a set that is not one of our benchmarks
 BATCH = 256  # answers that are checked together
 PLACES = 3  # rows named for each reason
 
@@ -38,14 +38,14 @@ CONTRADICTED = "the same question as another row, with another answer"
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What to make of which files."""
+    """What to convert, and how."""
 
     name: str  # of config.benchmarks, or CUSTOM
     sources: Sequence[Path]
     out: Path
     pattern: str | None = None  # glob of the folder's files; None: the benchmark's
-    unlabelled: bool = False  # questions alone
-    heldout: int = 0  # questions that go to a file of their own
+    unlabelled: bool = False  # write questions without answers
+    heldout: int = 0  # number of questions that go to a separate file
     seed: int = 0  # of the held-out questions and of shuffled options
     prompt_field: str | None = None
     answer_field: str | None = None
@@ -60,7 +60,7 @@ class Report:
 
     rows: int = 0
     kept: int = 0
-    repeated: int = 0  # of those kept: questions that an earlier row has too
+    repeated: int = 0  # of those kept: questions that an earlier row also has
     unparsed: int = 0  # of those kept: answers that their verifier cannot parse, so that only their spelling is right
     unparsed_places: list[str] = field(default_factory=list)  # of the first of these, with the answer
     dropped: Counter[str] = field(default_factory=Counter)  # rows by the reason for which they were left out
@@ -73,7 +73,7 @@ class Report:
             self.places[reason].append(place)
 
     def reasons(self) -> list[str]:
-        """A line for each reason."""
+        """One line per reason."""
         shown = {reason: ", ".join(places) for reason, places in self.places.items()}
         return [
             f"  {count} dropped: {reason} ({shown[reason]}{', ...' if count > PLACES else ''})"
@@ -97,7 +97,7 @@ class Report:
 
 
 def prepare(order: Order, verifiers: Verifiers) -> Report:
-    """Write the files of `order`. InputError, before anything is written, where it cannot be done."""
+    """Write the files of `order`. Raises InputError, before anything is written, if it cannot be done."""
     _check(order)
     report = Report()
     questions = _read(order, verifiers, report)
@@ -125,7 +125,7 @@ def heldout_path(out: Path) -> Path:
 
 
 def verifier_of(order: Order, question: Question | None) -> Verifier | None:
-    """Who judges the answers to a question of the set."""
+    """The verifier of a question of the set."""
     own = question.verifier if question is not None else None
     benchmark = BENCHMARKS.get(order.name)
     return order.verifier or own or (benchmark.verifier if benchmark else None)
@@ -155,18 +155,18 @@ def _is_unlabelled(path: Path) -> bool:
     try:
         with path.open(encoding="utf-8") as lines:
             row = json.loads(lines.readline())
-    except ValueError:  # no file of ours
+    except ValueError:  # not a file of ours
         return False
     return isinstance(row, dict) and "answer" not in row
 
 
 def _read(order: Order, verifiers: Verifiers, report: Report) -> list[Question]:
-    """The questions of all rows, each with an id of its own."""
+    """The questions of all rows, each with a unique id."""
     convert, names = conversion(order.name)
     given = {"prompt": order.prompt_field, "answer": order.answer_field, "id": order.id_field}
     names = replace(names, **{key: (value,) for key, value in given.items() if value is not None})
     if order.unlabelled:
-        names = replace(names, answer=())  # there may be none, and if there are they are not read
+        names = replace(names, answer=())  # answers, if there are any, are not read
     benchmark = BENCHMARKS.get(order.name)
     distinct = benchmark is None or benchmark.training
     questions = _Distinct(report, drop=distinct, answers=not order.unlabelled)
@@ -186,7 +186,7 @@ def _read(order: Order, verifiers: Verifiers, report: Report) -> list[Question]:
 
 
 def _check_text(question: Question) -> None:
-    """Unusable where a text cannot be written as UTF-8."""
+    """Raises Unusable if a text cannot be written as UTF-8."""
     try:
         json.dumps([question.id, question.prompt, question.answer], ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -194,7 +194,7 @@ def _check_text(question: Question) -> None:
 
 
 def _convert(convert: Callable[[], Question], first: bool) -> Question:
-    """A column that the first row lacks is the user's to name; where it is another's, the row is dropped."""
+    """If the first row lacks a column, the user must name another one. If a later row lacks it, that row is dropped."""
     try:
         return convert()
     except InputError:
@@ -206,7 +206,7 @@ def _convert(convert: Callable[[], Question], first: bool) -> Question:
 
 
 class _Distinct:
-    """Questions in their order. Those that come again are dropped, all of one question where its answers differ."""
+    """Questions in order, without repetitions. All rows of a question are dropped if its answers differ."""
 
     def __init__(self, report: Report, *, drop: bool, answers: bool) -> None:
         self._report = report
@@ -227,13 +227,13 @@ class _Distinct:
             return
         self._report.repeated += first < len(self._kept)
         assert question.id is not None
-        if question.id in self._ids:  # of another file of the set, perhaps
+        if question.id in self._ids:  # perhaps of another file of the set
             question = replace(question, id=f"{question.id}:{len(self._kept)}")
         self._ids.add(str(question.id))
         self._kept.append((question, place))
 
     def questions(self, equal: Callable[[list[tuple[Question, str]]], list[bool]]) -> list[Question]:
-        """`equal` says of questions and other answers whether these are the questions' answers in another spelling."""
+        """`equal`: for questions and other answers, whether these are the same answers in another spelling."""
         asked = [(i, str(other.answer)) for i, others in self._others.items() for other, _ in others]
         asked = list(dict.fromkeys(asked))
         same = dict(zip(asked, equal([(self._kept[i][0], answer) for i, answer in asked]), strict=True))
@@ -254,12 +254,12 @@ def text_of(question: Question) -> str:
 
 
 def key_of(question: Question) -> str:
-    """What two questions have in common that are the same."""
+    """The key of a question: equal for the same questions."""
     return " ".join(text_of(question).split())
 
 
 def _verified(order: Order, questions: list[Question], verifiers: Verifiers, report: Report) -> list[Question]:
-    """The questions whose answer, given as a response, its verifier finds right."""
+    """The questions whose answer their verifier accepts as a response."""
     right: list[Question] = []
     for start in range(0, len(questions), BATCH):
         batch = questions[start : start + BATCH]
@@ -283,7 +283,7 @@ def _count_unparsed(order: Order, questions: list[Question], verifiers: Verifier
 
 
 def _equal(order: Order, verifiers: Verifiers, pairs: list[tuple[Question, str]]) -> list[bool]:
-    """Of questions and other answers: whether the verifier takes one answer for the other, either way."""
+    """For questions and other answers: whether the verifier accepts one answer for the other, either way."""
     equal: list[bool] = []
     for start in range(0, len(pairs), BATCH):
         batch = pairs[start : start + BATCH]
@@ -298,13 +298,13 @@ def _equal(order: Order, verifiers: Verifiers, pairs: list[tuple[Question, str]]
 def _verdicts(
     order: Order, verifiers: Verifiers, questions: list[Question], given: list[str] | None = None
 ) -> list[float]:
-    """The verdicts on `given` as responses, or on the questions' own answers. 1.0 where nobody can tell."""
+    """The verdicts on `given` as responses, or on the questions' own answers. 1.0 if there is no verdict."""
     given = [str(question.answer) for question in questions] if given is None else given
     items = [_item(question, verifier_of(order, question), one) for question, one in zip(questions, given, strict=True)]
     try:
         scores = iter(verifiers.score([item for item in items if item is not None]))
         return [1.0 if item is None else next(scores) for item in items]
-    except ValueError:  # of the first answer that its verifier refuses to look at
+    except ValueError:  # the first answer that its verifier rejects as unusable
         if len(questions) == 1:
             return [0.0]
         alone = zip(questions, given, strict=True)
@@ -322,8 +322,9 @@ def _item(question: Question, verifier: Verifier | None, given: str) -> Item | N
 
 
 def stated(verifier: Verifier, answer: str) -> str:
-    r"""A response that gives the answer. Of mathematics it is not the answer to the letter, so that it is compared as
-    such: the verifier takes equal texts for equal."""
+    r"""A response that states the answer. In mathematics its text differs from the answer's, so the verifier compares
+    values: it accepts equal texts without reading them.
+    """
     if verifier is Verifier.math:
         return f"\\boxed{{\\displaystyle {answer.strip().strip('$')}}}"
     return answer if verifier in (Verifier.grid, Verifier.countdown) else f"Answer: {answer}"
@@ -351,7 +352,7 @@ def _row(order: Order, question: Question) -> dict[str, Any]:
 
 
 def _write(parts: Iterable[tuple[Path, list[dict[str, Any]]]]) -> None:
-    """All files under other names first, so that they appear together."""
+    """Write all files under temporary names first, so that they appear together."""
     ready: list[tuple[Path, Path]] = []
     try:
         for path, rows in parts:

@@ -1,8 +1,8 @@
-"""The rows of a public data set, as it is published: a file, files, or a Hugging Face folder.
+"""Reads the rows of a public data set as published: a file, files, or a Hugging Face folder.
 
 A file is JSON (a list of objects, or an object with one such list, as BIG-Bench Hard has it), JSONL, Parquet, CSV or
-Arrow. A folder is what `datasets` wrote with `save_to_disk`, or a copy of a repository, with a pattern that says which
-of its files. All columns are read, and CSV's stay text: `025` is no 25.
+Arrow. A folder is the output of `save_to_disk` of `datasets`, or a copy of a repository, with a pattern that selects
+files. All columns are read. Columns of CSV stay text: `025` is not 25.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ ABOUT = (
     "dataset_dict.json",
     "state.json",
 )  # files of `datasets` that are not data
-CSV_FIELD_CHARS = 2**27  # Python's own limit of 128 KiB is less than some solutions have
+CSV_FIELD_CHARS = 2**27  # Python's default limit of 128 KiB is too small for some solutions
 
 Fields = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class PublicRow:
-    """One row: `task` is its file's name without the ending, `number` its place in it, from 0.
+    """One row: `task` is its file's name without the extension, `number` its index in the file, from 0.
 
     >>> PublicRow(task="word_sorting", number=3, fields={"input": "...", "target": "..."})
     """
@@ -52,7 +52,7 @@ class PublicRow:
 
 
 def read_public(path: Path, pattern: str | None) -> Iterator[PublicRow]:
-    """All rows of `path` in their order. DataError where a file is missing, unreadable, or of an unknown kind."""
+    """All rows of `path` in order. Raises DataError if a file is missing, unreadable, or of an unknown kind."""
     for file in find_files(path, pattern):
         if (reason := unreadable(file)) is not None:
             raise DataError(file, [reason])
@@ -69,7 +69,7 @@ def read_public(path: Path, pattern: str | None) -> Iterator[PublicRow]:
 
 
 def find_files(path: Path, pattern: str | None) -> list[Path]:
-    """The data files of `path`. Of several in a folder, those that fit `pattern`, or the shards of one split."""
+    """The data files of `path`. If a folder has several: those that match `pattern`, or the shards of one split."""
     if not _is_folder(path):
         if (reason := unreadable(path)) is not None:
             raise DataError(path, [reason])
@@ -80,7 +80,7 @@ def find_files(path: Path, pattern: str | None) -> list[Path]:
         return _saved_files(path)
     paths = sorted(file for file in path.rglob("*") if _is_data(file, path))
     names = [file.relative_to(path).as_posix() for file in paths]
-    # The pattern is of the whole repository; the folder given may be that, or the one inside it that has the files.
+    # The pattern is relative to the repository. The folder may be the repository, or the one in it with the files.
     for part in (pattern, pattern and pattern.rpartition("/")[2]):
         if part and (fitting := _fitting(path, part, paths)):
             return fitting
@@ -105,7 +105,7 @@ def _fitting(folder: Path, pattern: str, paths: list[Path]) -> list[Path]:
 
 
 def _saved_files(folder: Path) -> list[Path]:
-    """What `save_to_disk` wrote, by its state.json."""
+    """The files of `save_to_disk`, by its state.json."""
     state = read_json(folder / "state.json", dict)
     try:
         files = [folder / entry["filename"] for entry in state["_data_files"]]

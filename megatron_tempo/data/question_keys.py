@@ -1,8 +1,8 @@
-r"""What tells two questions apart, and two typesettings of one question together.
+r"""Keys of questions: different for different questions, and one for all typesettings of the same question.
 
-`exact_key` is of the text as it stands, runs of blanks counted as one. `matching_key` is of letters, digits and
-operators alone: LaTeX or plain text, `\dfrac{m}{n}` or `\frac mn`, `$9$-kilometer` or `9-kilometer`, upper or lower
-case, Markdown, HTML, full width, typographic quotes make no difference. Numbers stay apart: `4 8` is not `48`.
+`exact_key` is of the unchanged text, with runs of blanks counted as one. `matching_key` is of letters, digits and
+operators only: LaTeX or plain text, `\dfrac{m}{n}` or `\frac mn`, `$9$-kilometer` or `9-kilometer`, upper or lower
+case, Markdown, HTML, full width and typographic quotes make no difference. Numbers stay apart: `4 8` is not `48`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Sequence
 
 _TAGS = re.compile(r"</?(?:p|br|b|i|em|strong|sub|sup|span|div|u|li|ul|ol|code|pre)\b[^<>]*>", re.IGNORECASE)
-# Typesetting without a meaning of its own, and symbols whose Unicode character is no letter. Braces keep their content.
+# Typesetting without meaning, and symbols whose Unicode character is not a letter. Braces keep their content.
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[^{}]*\}|\\(?:vspace|hspace)\*?\{[^{}]*\}|\\[,;:!> ]")
 _FORMATTING = re.compile(
     r"\\(?:left|right|[bB]igg?[lr]?|text\w*|math(?:rm|bf|it|cal|bb|sf|tt|scr|frak)|operatorname\*?|displaystyle|mbox"
@@ -51,7 +51,7 @@ _SYMBOLS = {"√": "sqrt", "∪": "cup", "∩": "cap", "∑": "sum", "∏": "pro
 def exact_key(texts: Sequence[str]) -> str:
     """32 hexadecimal digits of a hash of a question's texts, runs of blanks counted as one. The same in every version.
 
-    A question in chat messages has a text for each message.
+    A question in chat messages has one text per message.
     """
     return _digest("\n".join(" ".join(text.split()) for text in texts))
 
@@ -71,7 +71,7 @@ def tokens(text: str) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """The text without typesetting. Every step takes time that grows with the text's length alone."""
+    """The text without typesetting. Every step takes time linear in the text's length."""
     text = _TAGS.sub(" ", html.unescape(_without_drawings(text)))
     if not text.isascii():  # scripts before NFKC: 2¹⁰ is two numbers
         text = unicodedata.normalize("NFKC", _SCRIPTS.sub(r" \1 ", text))
@@ -102,7 +102,7 @@ def _digest(text: str) -> str:
 
 
 def _replaced() -> dict[int, str]:
-    """Greek letters and symbols by the names that LaTeX has for them, π as pi; marks of typesetting by a blank."""
+    """Replacements: Greek letters and symbols by their LaTeX names, π as pi; typesetting marks by a blank."""
     letters = {code: unicodedata.name(chr(code), "") for code in range(0x391, 0x3CA)}
     named = {code: name.rpartition(" ")[2].lower() for code, name in letters.items() if " LETTER " in name}
     named |= {ord(symbol): name for symbol, name in _SYMBOLS.items()}

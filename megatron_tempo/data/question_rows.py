@@ -1,4 +1,4 @@
-"""A dataset's rows: their ids, messages and answers, each checked, and the texts of its questions. Without torch."""
+"""The rows of a dataset: ids, messages and answers, each checked, and the texts of its questions. Without torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Question:
 
 
 def load_rows(config: DatasetConfig, names: Sequence[str], build: Callable[[Row], P]) -> list[P]:
-    """What `build` makes of each row, which has the fields `names` and the id. DataError names every bad row."""
+    """The results of `build` for each row, which has the fields `names` and the id. DataError names every bad row."""
     path = Path(config.path)
     if config.id_field is not None:
         names = [*names, config.id_field]
@@ -67,11 +67,10 @@ def load_rows(config: DatasetConfig, names: Sequence[str], build: Callable[[Row]
 
 
 def question_texts(config: DatasetConfig, *, answers: bool = False) -> dict[str, tuple[str, ...]]:
-    """The texts of each question of a file, by its id: one, or of chat messages those of all but the system's.
+    """The texts of each question of a file, by its id: one, or those of all chat messages except the system's.
 
-    As they are in the file: suffix, system message, chat template and tokenizer, which may differ between the places
-    where a question is asked, play no part. `answers`: check the fields of answers and verifiers as well. DataError
-    names every bad row.
+    The texts are as in the file, without suffix, system message and chat template, which may differ between the uses of
+    a question. `answers`: check the fields of answers and verifiers as well. DataError names every bad row.
     """
     answer_field = config.answer_field if answers else None
     fields = (config.prompt_field, answer_field, config.verifier_field if answer_field is not None else None)
@@ -97,7 +96,7 @@ def row_id(config: DatasetConfig, row: Row) -> str:
 
 
 def prompt_of(name: str, value: object) -> str | list[Message]:
-    """A prompt as text, or as chat messages, which may be in the file as the text of a list. Raises BadRow."""
+    """A prompt as text, or as chat messages, which the file may contain as a list in text form. Raises BadRow."""
     if isinstance(value, str):
         if not value.strip():
             raise BadRow(f"field {name!r} is empty")
@@ -140,8 +139,8 @@ def verifier_of(config: DatasetConfig, row: Row) -> str:
 def messages_in(text: str) -> list[Any] | None:
     """The chat messages in a text that is a list of them, in JSON or as Python prints it; None for any other text.
 
-    A column of messages becomes such a text where it went through CSV or `str`. BadRow where it looks like one, but
-    cannot be read.
+    A column of messages becomes such a text through CSV or `str`. Raises BadRow if it looks like a list but cannot be
+    read.
     """
     if not _MESSAGES.match(text) or not _ROLE.search(text):
         return None
@@ -180,7 +179,7 @@ def messages_of(name: str, value: list[Any]) -> list[Message]:
 
 
 def shown(value: object) -> str:
-    """A value as it is quoted in a message."""
+    """A value as messages quote it."""
     if value is None:
         return "null"
     text = repr(value)

@@ -1,7 +1,7 @@
-r"""A public row into a question of ours: the fields that each benchmark of `config.benchmarks` has, and its form.
+r"""Converts rows of public data sets to our questions: fields and form of each benchmark of `config.benchmarks`.
 
-Where a set is published under several names of its fields, the first that a row has is taken; the names are those of
-the sources in `config.benchmarks` and of the copies that TTRL, lm-evaluation-harness and open-r1 use.
+If copies of a set use several names for a field, the first that a row has is taken. The names are those of the sources
+in `config.benchmarks` and of the copies that TTRL, lm-evaluation-harness and open-r1 use.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_tempo.data.rows import BadRow, answer_text
 from megatron_tempo.errors import InputError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-MASKS = {"", "___", "____"}  # what stands for a cell where ZebraLogic is published without its solutions
+MASKS = {"", "___", "____"}  # the text of each cell if ZebraLogic is published without its solutions
 
 _IMAGE = re.compile(r"!\[[^\]]*\]\(|<img\b|<image(?:_\d+)?>", re.IGNORECASE)
 _DAPO_HEAD = re.compile(r"Solve the following math problem step by step\. The last line of your response[^\n]*\n\n")
@@ -41,9 +41,9 @@ class Unusable(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """Names of columns, each a choice: the first that is there. `a.b` is the field b inside the column a.
+    """Names of columns, each with alternatives: the first that exists is used. `a.b` is field b inside column a.
 
-    Without names for answers none are read.
+    Without names for answers, none are read.
     """
 
     prompt: Sequence[str]
@@ -53,7 +53,7 @@ class Mapping:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question and its answer, None where the row has none. `verifier` is named where rows of a set differ in it."""
+    """A question and its answer, None if the row has none. `verifier`: set if the rows of a set have different ones."""
 
     id: str | None
     prompt: str | list[Message]
@@ -61,7 +61,7 @@ class Question:
     verifier: Verifier | None = None
 
 
-Convert = Callable[[PublicRow, Mapping, int], Question]  # of a row, its columns, and the seed of what is shuffled
+Convert = Callable[[PublicRow, Mapping, int], Question]  # of a row, its columns, and the seed of shuffled options
 
 
 def simple(row: PublicRow, names: Mapping, seed: int) -> Question:
@@ -70,14 +70,14 @@ def simple(row: PublicRow, names: Mapping, seed: int) -> Question:
 
 
 def bbh(row: PublicRow, names: Mapping, seed: int) -> Question:
-    """BIG-Bench Hard: `(A)` is the letter of an option, all else a word, a number or a list of them."""
+    """BIG-Bench Hard: `(A)` is the letter of an option, any other answer a word, a number or a list of them."""
     answer = _answer(column(row, names.answer))
     letter = answer is not None and re.fullmatch(r"\([A-Z]\)", answer) is not None
     return Question(None, _prompt(row, names), answer, Verifier.choice if letter else Verifier.text)
 
 
 def agieval(row: PublicRow, names: Mapping, seed: int) -> Question:
-    """AGIEval: a passage, perhaps; a question; options with the letters of the right ones, or an answer to compute."""
+    """AGIEval: an optional passage; a question; options with the letters of the right ones, or an answer to compute."""
     passage, options = row.fields.get("passage"), row.fields.get("options")
     texts = [str(part).strip() for part in (passage, _prompt(row, names)) if part]
     if not options:
@@ -119,7 +119,7 @@ def zebralogic(row: PublicRow, names: Mapping, seed: int) -> Question:
 
 
 def dapo(row: PublicRow, names: Mapping, seed: int) -> Question:
-    """DAPO-Math-17K: the problem without the instructions around it, which ask for another form of answer than ours."""
+    """DAPO-Math-17K: the problem without the instructions around it, which request another answer form than ours."""
     return _reworded(
         simple(row, names, seed), lambda text: _DAPO_TAIL.sub("", _DAPO_HEAD.sub("", text, count=1)).strip()
     )
@@ -147,14 +147,14 @@ CONVERT: dict[str, tuple[Convert, Mapping]] = {
 
 
 def conversion(name: str) -> tuple[Convert, Mapping]:
-    """How the rows of a benchmark are read; those without a form of their own have a question and an answer."""
+    """The function that reads the rows of a benchmark. By default they have a question and an answer."""
     return CONVERT.get(name, (simple, _PROBLEM))
 
 
 def column(row: PublicRow, names: Sequence[str]) -> Any:
-    """The first of the columns `names` that the row has; None where no names are given.
+    """The first of the columns `names` that the row has; None if no names are given.
 
-    InputError, with the columns that there are, where it has none of them.
+    Raises InputError, with the existing columns, if the row has none of them.
     """
     if not names:
         return None
@@ -173,7 +173,7 @@ _ABSENT = object()
 
 
 def listed(choices: Sequence[str]) -> str:
-    """Options with their letters, a line each."""
+    """Options with their letters, one per line."""
     return "\n".join(f"({letter}) {' '.join(text.split())}" for letter, text in zip(LETTERS, choices, strict=False))
 
 
@@ -200,10 +200,10 @@ def _prompt(row: PublicRow, names: Mapping) -> str | list[Message]:
 
 
 def _messages(value: Any) -> list[Message] | None:
-    """Chat messages, in the forms that public sets have; None for what is none.
+    """Chat messages, in the forms that public sets use; None for other values.
 
-    A list of them or a single one, either as the text of JSON or of Python; with `from` and `value` in place of `role`
-    and `content`; with contents that are lists of parts of text.
+    A list of them or a single one, also as JSON or Python text; with `from` and `value` instead of `role` and
+    `content`; with contents that are lists of text parts.
     """
     try:
         if isinstance(value, str):
@@ -229,7 +229,7 @@ def _message(message: Any) -> Any:
 
 
 def _answer(value: Any) -> str | None:
-    """An answer as text; a list of one is that one."""
+    """An answer as text. A list with one element counts as that element."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, list):
@@ -237,7 +237,7 @@ def _answer(value: Any) -> str | None:
     if isinstance(value, dict):
         raise Unusable("has a group of fields for an answer")
     if value is None or (isinstance(value, str) and (not value.strip() or value.strip().casefold() == "nan")):
-        return None  # nan: what pandas writes for no value
+        return None  # nan: pandas writes it for a missing value
     if isinstance(value, str):
         if value.strip() in _NOT_FINITE:
             raise Unusable(NOT_FINITE)
@@ -250,13 +250,13 @@ def _answer(value: Any) -> str | None:
 
 
 def _blanks(answer: str | None) -> str | None:
-    """Answers to several blanks, `$5$;$10$`, as a tuple, whose order math-verify minds."""
+    """Answers to several blanks, `$5$;$10$`, as a tuple, for which math-verify respects the order."""
     parts = [] if answer is None else [part.strip().strip("$").strip() for part in answer.split(";")]
     return f"({', '.join(parts)})" if len(parts) > 1 else answer
 
 
 def _distinct(choices: Sequence[str], answer: str) -> None:
-    """Unusable where an option that is right reads as another one does."""
+    """Raises Unusable if a right option has the same text as another one."""
     texts = [" ".join(choice.split()).casefold() for choice in choices]
     if any(letter in answer and texts.count(text) > 1 for letter, text in zip(LETTERS, texts, strict=False)):
         raise Unusable("the right option is there twice")

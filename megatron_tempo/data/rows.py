@@ -1,4 +1,4 @@
-"""The rows of a JSONL or Parquet file, with the place each came from."""
+"""Reads the rows of a JSONL or Parquet file, with the location of each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 class DataError(InputError):
-    """What is wrong with a data file. `problems` has an entry for every bad row, the message the first ten."""
+    """Problems of a data file. `problems` has an entry for every bad row, the message shows the first ten."""
 
     def __init__(self, path: Path, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
@@ -36,7 +36,7 @@ class BadRow(ValueError):
 
 
 def answer_text(value: object) -> str:
-    """An answer as text; a number without an exponent: 1e-05 would be read as Euler's number, less five."""
+    """An answer as text. Numbers are written without an exponent: 1e-05 would be read as Euler's number minus five."""
     if isinstance(value, float | Decimal):
         return format(value if isinstance(value, Decimal) else Decimal(repr(value)), "f")
     return str(value)
@@ -44,9 +44,9 @@ def answer_text(value: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row: `number` counts from 0, `fields` has the fields asked for that the row has.
+    """One row: `number` counts from 0, `fields` has those requested fields that the row has.
 
-    `problem` says why the row could not be read; its fields are empty then.
+    `problem`: why the row cannot be read; its fields are empty then.
 
     >>> Row(number=2, place="train.jsonl:4", fields={"prompt": "Find 1+1."})
     """
@@ -58,9 +58,9 @@ class Row:
 
 
 def read_rows(path: Path, names: Sequence[str], reader: Extension | None = None) -> Iterator[Row]:
-    """The rows of `path` in their order, each with the fields `names` alone; by the user's own reader if there is one.
+    """The rows of `path` in order, each with only the fields `names`; by the user's reader if there is one.
 
-    DataError where the file as a whole cannot be read.
+    Raises DataError if the file as a whole cannot be read.
     """
     if reader is not None:
         return _read_imported(path, names, reader)
@@ -97,7 +97,7 @@ def _read_imported(path: Path, names: Sequence[str], reader: Extension) -> Itera
 
 
 def missing(name: str, present: Sequence[str]) -> str:
-    """What to say where the field `name` is not among those present."""
+    """The message for a field `name` that is not among those present."""
     close = difflib.get_close_matches(name, present, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {sorted(present)[:10]}"
     return f"field {name!r} is missing; {hint}"
@@ -128,7 +128,7 @@ def _parse_object(content: bytes, names: Sequence[str]) -> dict[str, Any]:
         raise BadRow(f"byte {error.start + 1} of the line is no UTF-8; save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         raise BadRow(f"invalid JSON at column {error.colno}: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # a number of more digits, or nesting deeper, than Python reads
+    except (ValueError, RecursionError) as error:  # more digits or deeper nesting than Python reads
         raise BadRow(f"unreadable JSON: {error}") from error
     if not isinstance(value, dict):
         raise BadRow(f"a JSON {json_type(value)}, not an object; write one {{...}} a line")
@@ -139,7 +139,7 @@ def _parse_object(content: bytes, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _read_parquet(path: Path, names: Sequence[str]) -> Iterator[Row]:
-    import pyarrow as pa  # half a second, which JSONL files need not wait for
+    import pyarrow as pa  # takes half a second, which JSONL files do not need
     import pyarrow.parquet as pq
 
     number = 0
@@ -155,6 +155,6 @@ def _read_parquet(path: Path, names: Sequence[str]) -> Iterator[Row]:
                     number += 1
     except DataError:
         raise
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # ValueError: of text that is no UTF-8
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # ValueError: text that is not UTF-8
         where = f", from row {number} on" if number else ""
         raise DataError(path, [f"not a readable Parquet file{where}: {error}"]) from error

@@ -1,11 +1,11 @@
-"""Which questions a model was trained on: seen.jsonl, of a run, and in the Hugging Face folders that it exports.
+"""Records which questions a model was trained on: seen.jsonl, in a run's folder and in its Hugging Face exports.
 
-One line a question and kind, written when it is first trained on: step (from 1 in the run; 0: an earlier run, whose
-export this one began with), labels (whether its answer was used), id, question (its key, see data.dataset). A line
-{"step": N, "unknown": WHY} says that the file is not whole: it was lost or changed before step N.
+One line per question and kind, written when it is first trained on: step (from 1 in the run; 0: an earlier run, whose
+export this one started from), labels (whether its answer was used), id, question (its key, see data.dataset). A line
+{"step": N, "unknown": WHY} says that the file is incomplete: it was lost or changed before step N.
 
-Checkpoints and exports hold the number and the hash of the lines (`Seen.summary`). A file that is missing, or that does
-not fit them, says nothing: which questions were trained on is then unknown, not none.
+Checkpoints and exports contain the number and the hash of the lines (`Seen.summary`). If a file is missing or does not
+match them, it is unknown which questions were trained on.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ SEEN = "seen.jsonl"
 
 
 class Seen:
-    """What a run has trained on. Kept by its writer: on other ranks it does nothing and knows nothing."""
+    """The questions that a run has trained on. Only the writer's rank keeps them; on other ranks it does nothing."""
 
     def __init__(
         self, run_dir: Path, labelled: Mapping[str, str], unlabelled: Mapping[str, str], is_writer: bool
     ) -> None:
-        """`labelled` and `unlabelled` are the keys of the training sets by id."""
+        """`labelled`, `unlabelled`: the keys of the training sets' questions, by id."""
         self.path = run_dir / SEEN
         self._keys = {True: labelled, False: unlabelled}
         self._is_writer = is_writer
         self._known: set[tuple[bool, str]] = set()
-        self._lines: list[str] = []  # a hash of each line, in their order
+        self._lines: list[str] = []  # a hash of each line, in order
         self._is_whole = True
 
     def resume(self, step: int, model: Path, saved: Mapping[str, Any] | None = None) -> str | None:
-        """Forget what came after `step`; know what the model that the run began with was trained on.
+        """Forget lines after `step`, and load what the run's initial model was trained on.
 
-        `saved` is the summary in the checkpoint; None: there is no checkpoint, or it is of an earlier version. Returns
-        a warning if the file is not the one of the checkpoint, or if the model's own record is missing.
+        `saved`: the summary in the checkpoint; None if there is no checkpoint or it is of an earlier version. Returns
+        a warning if the file does not match the checkpoint, or if the initial model's record is missing.
         """
         if not self._is_writer:
             return None
@@ -59,7 +59,7 @@ class Seen:
         return None
 
     def add(self, step: int, labelled: Iterable[str], unlabelled: Iterable[str]) -> None:
-        """The ids of the questions that iteration `step` trained on; repeated ones are written once."""
+        """Add the ids of the questions that iteration `step` trained on. Each question is written once."""
         if self._is_writer:
             self._write(
                 {"step": step, "labels": labels, "id": name, "question": self._keys[labels][name]}
@@ -68,7 +68,7 @@ class Seen:
             )
 
     def count(self, questions: Iterable[str]) -> dict[str, int] | None:
-        """As `count`, of what the run has trained on so far; None if that is unknown."""
+        """As `count`, for what the run has trained on so far; None if that is unknown."""
         return count(self._known, questions) if self._is_whole else None
 
     def summary(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Seen:
         return _summary(self._lines)
 
     def _lose(self, step: int, why: str) -> str | None:
-        if not self._is_whole:  # it is known already
+        if not self._is_whole:  # already noted
             return None
         self._is_whole = False
         self._append([{"step": step, "unknown": why}])
@@ -105,14 +105,14 @@ def _summary(lines: list[str]) -> dict[str, Any]:
 
 
 def is_export(model: Path) -> bool:
-    """Whether a run has made this Hugging Face folder and said in it what it was trained on."""
+    """Whether this Hugging Face folder is a run's export that records what it was trained on."""
     return bool(read_trained_with(model).get("seen"))
 
 
 def read_seen(model: Path) -> list[Record] | None:
     """What the model in a Hugging Face folder was trained on.
 
-    None where the folder does not say: its file is missing, is not the one it was exported with, or says so itself.
+    None if that is unknown: the file is missing, does not match the export, or says that it is incomplete.
     """
     if not (model / SEEN).is_file():
         return None
@@ -123,11 +123,11 @@ def read_seen(model: Path) -> list[Record] | None:
 
 
 def carry(step: Path, folder: Path) -> dict[str, Any] | None:
-    """Write into a Hugging Face folder what the model of RUN/checkpoints/step_N was trained on, if the run is there.
+    """Write into a Hugging Face folder what the model of RUN/checkpoints/step_N was trained on, if the run exists.
 
-    Nothing is written if the run's file does not fit the checkpoint. Returns the checkpoint's summary, if it has one.
+    Nothing is written if the run's file does not match the checkpoint. Returns the checkpoint's summary, if it has one.
     """
-    (folder / SEEN).unlink(missing_ok=True)  # of a conversion that was cut short
+    (folder / SEEN).unlink(missing_ok=True)  # of an interrupted conversion
     number, path = step.name.removeprefix("step_"), step.resolve().parents[1] / SEEN
     summary = _summary_of(step)
     if number.isdecimal() and path.exists():
@@ -147,7 +147,7 @@ def _summary_of(step: Path) -> dict[str, Any] | None:
 
 
 def seen_of(model: Path, questions: Iterable[str]) -> dict[str, int] | None:
-    """`count` for the model in a Hugging Face folder. None where the folder does not say."""
+    """`count` for the model in a Hugging Face folder. None if the folder does not say."""
     records = read_seen(model)
     return None if records is None else count({(r["labels"], r["question"]) for r in records}, questions)
 

@@ -22,23 +22,23 @@ from megatron_tempo.errors import InputError
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
 
-SAMPLED = 32  # prompts of each set that are compared with what their tokens say
+SAMPLED = 32  # prompts of each set that are compared with the text of their tokens
 _P = TypeVar("_P", LabelledPrompt, UnlabelledPrompt)
 
 
 @dataclass(frozen=True, slots=True)
 class QuestionKeys:
-    """What the questions of each set are known by, by their ids (`data.question_keys`)."""
+    """The keys of each set's questions, by id (`data.question_keys`)."""
 
     labelled: dict[str, str]
     unlabelled: dict[str, str]
     evaluation: dict[str, dict[str, str]]  # by set
-    matching: dict[str, dict[str, str]]  # what all typesettings of a question share, by the field of the set
+    matching: dict[str, dict[str, str]]  # the same for all typesettings of a question, by the field of the set
     warnings: list[str]  # of questions that are in several sets
 
     @classmethod
     def read(cls, config: Config, *, warn: bool = True) -> QuestionKeys:
-        """`warn`: look for questions that are in several sets; one rank needs to do so."""
+        """`warn`: look for questions that are in several sets. Only one rank needs to."""
         sets = {name: QuestionSet.read(name, dataset) for name, dataset in datasets(config).items()}
         exact = {name: {key: exact_key(texts) for key, texts in one.texts.items()} for name, one in sets.items()}
         return cls(
@@ -51,16 +51,16 @@ class QuestionKeys:
 
     @staticmethod
     def evaluated(config: Config) -> dict[str, dict[str, str]]:
-        """Of the evaluation sets alone."""
+        """The keys of only the evaluation sets."""
         return {name: question_keys(dataset) for name, dataset in config.evaluation.sets.items()}
 
 
 @contextmanager
 def unchanged_files(config: Config) -> Iterator[dict[str, str | None]]:
-    """For the time in which the evaluation sets are read: the SHA-256 of their files, by set.
+    """The SHA-256 of the evaluation sets' files, by set, while the sets are read inside.
 
-    None for what a user's own reader reads. InputError at the end if a file has changed meanwhile: so the digests are
-    of the bytes that were read.
+    None for a file that a user's reader reads. Raises InputError at the end if a file has changed meanwhile, so the
+    digests are of the bytes that were read.
     """
     before = {name: _sha256(Path(dataset.path)) for name, dataset in config.evaluation.sets.items()}
     yield before
@@ -83,9 +83,9 @@ def prompt_streams(
     keys: QuestionKeys,
     log: Callable[[str], None],
 ) -> tuple[PromptStream[LabelledPrompt] | None, PromptStream[UnlabelledPrompt] | None]:
-    """The training prompts but those of `data.held_out`, in their shuffled order.
+    """The training prompts without those of `data.held_out`, in shuffled order.
 
-    Questions that were left out, and those that are in several sets, are reported.
+    Logs the questions that were left out, and those that are in several sets.
     """
     length, seed = config.rollout.max_prompt_tokens, config.run.seed
     labelled = load_labelled(config.data.labelled, tokenizer, length) if config.data.labelled else None
@@ -110,7 +110,7 @@ def prompt_streams(
 def _trained_on(
     name: str, prompts: list[_P], config: Config, keys: QuestionKeys, log: Callable[[str], None]
 ) -> list[_P]:
-    """The prompts of a training set but those of `data.held_out`. InputError where none is left."""
+    """The prompts of a training set without those of `data.held_out`. Raises InputError if none is left."""
     own, held = keys.matching[name], {one: keys.matching[f"evaluation.sets.{one}"] for one in config.data.held_out}
     if (line := held_out(name, own, held)) is not None:
         log(line)
@@ -140,7 +140,7 @@ def evaluation_sets(
 def tokenizer_findings(
     config: Config, tokenizer: PreTrainedTokenizerBase, sets: Iterable[Sequence[LabelledPrompt | UnlabelledPrompt]]
 ) -> list[str]:
-    """What there is to say of the tokenizer and its chat template, a line each; `sets` are the prompts of a job.
+    """Findings on the tokenizer and its chat template, one per line. `sets`: the prompts of a job.
 
     Raises InputError if the tokenizer loses all spaces of a prompt.
     """

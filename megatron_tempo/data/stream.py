@@ -19,7 +19,7 @@ P = TypeVar("P", bound="DataclassInstance")
 
 
 class PromptStream(Generic[P]):
-    """Epoch after epoch of `prompts`, each in an order of its own, the same on every rank.
+    """Epoch after epoch of `prompts`, each in its own order, the same on every rank.
 
     The order of an epoch depends only on (seed, name, epoch). If an epoch ends inside a `take`, the take continues with
     the next epoch; prompts of that epoch that the take already has move to the start of the following take. So a take
@@ -33,7 +33,7 @@ class PromptStream(Generic[P]):
         self._seed = seed
         self._name = name
         self._fingerprint = fingerprint(prompts)
-        self._cursor = 0  # prompts passed in the epochs' orders, those put off included
+        self._cursor = 0  # position in the epochs' orders, including postponed prompts
         self._put_off: list[int] = []
         self._epoch = 0
         self._order = self._shuffled(0)
@@ -51,7 +51,7 @@ class PromptStream(Generic[P]):
         return list(self._prompts[:count])
 
     def state(self) -> dict[str, Any]:
-        """Where the stream stands, for `restore`: JSON-able."""
+        """The stream's position for `restore`, as JSON data."""
         return {
             "drawn": self._cursor - len(self._put_off),
             "put_off": list(self._put_off),
@@ -60,7 +60,7 @@ class PromptStream(Generic[P]):
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Resume where `state` was taken. Raises ValueError if it is of another seed or of other prompts."""
+        """Resume at the position of `state`. Raises ValueError if it is of another seed or other prompts."""
         if state["seed"] != self._seed:
             raise InputError(
                 f"the {self._name} stream was saved with run.seed={state['seed']}, now it is {self._seed}; "
@@ -75,7 +75,7 @@ class PromptStream(Generic[P]):
         self._cursor = state["drawn"] + len(self._put_off)
 
     def _draw(self, count: int) -> list[int]:
-        """The next `count` indices, no two the same; `count` is at most the number of prompts."""
+        """The next `count` indices, all different. `count` is at most the number of prompts."""
         indices, self._put_off = self._put_off[:count], self._put_off[count:]
         seen = set(indices)
         while len(indices) < count:
@@ -98,12 +98,12 @@ class PromptStream(Generic[P]):
         """The order of an epoch: int64 [number of prompts]."""
         digest = hashlib.sha256(json.dumps([self._seed, self._name, epoch]).encode()).digest()
         generator = np.random.Philox(np.random.SeedSequence(int.from_bytes(digest, "big")))
-        # numpy promises the raw numbers to stay the same in later versions, which it does not for `permutation`.
+        # numpy guarantees that raw numbers stay the same in later versions, but not those of `permutation`.
         return np.argsort(generator.random_raw(len(self._prompts)), kind="stable")
 
 
 def fingerprint(prompts: Sequence[DataclassInstance]) -> str:
-    """A hash over every field of every prompt, in their order."""
+    """A hash over every field of every prompt, in order."""
     digest = hashlib.sha256()
     for prompt in prompts:
         values = [getattr(prompt, field.name) for field in dataclasses.fields(prompt)]

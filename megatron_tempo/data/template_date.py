@@ -1,4 +1,4 @@
-"""A fixed date for chat templates that write today's: else a run could not be resumed, nor repeated, on another day."""
+"""A fixed date for chat templates that write today's: otherwise a run could not be resumed or repeated later."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def asks_for_date(template: str) -> bool:
 def with_fixed_date(template: str) -> str:
     """The template, in which `strftime_now` writes `DATE`.
 
-    transformers lets no caller replace the function, so a macro of its name stands before the template. It ends in a
-    newline, which Jinja drops there: the template's own first line keeps its beginning.
+    transformers does not let callers replace the function, so a macro of its name is put before the template. The macro
+    ends in a newline, which Jinja drops, so the template's first line stays unchanged.
     """
     if not asks_for_date(template):
         return template

@@ -1,4 +1,4 @@
-"""The tokenizer of a model's folder, checked; which tokens end a response; what a tokenizer does to a text."""
+"""Loads and checks the tokenizer of a model's folder, finds its end tokens, and reports texts that it changes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _FILES = (*_JSON, "tokenizer.model", "merges.txt", "chat_template.jinja", "chat_
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder. Raises InputError, with the file's name, if it cannot be loaded.
 
-    So it does for a tokenizer with tokens that the model has no embedding of.
+    It also raises InputError if the model has no embedding of some tokens.
     """
     present = [folder / name for name in _FILES if (folder / name).exists() or (folder / name).is_symlink()]
     for path in present:
         readable(path)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # of tokenizers, its own kind; of transformers, any
+    except Exception as error:  # tokenizers raises its own kind, transformers any
         for path in present:
             if path.name in _JSON:
                 read_json(path, dict)
@@ -88,7 +88,7 @@ def _tokenizer_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def findings(tokenizer: PreTrainedTokenizerBase, folder: Path, texts: Sequence[str]) -> list[str]:
-    """What there is to say of a tokenizer, a line each. `texts`: prompts as the model reads them.
+    """Findings on a tokenizer, one per line. `texts`: prompts as the model reads them.
 
     Raises InputError if the tokenizer loses all spaces of a text, or if no token ends a response.
     """
@@ -110,7 +110,7 @@ def _named(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
 
 
 def _changed(tokenizer: PreTrainedTokenizerBase, folder: Path, texts: Sequence[str]) -> str | None:
-    """A warning of a text that does not come back from its tokens. Spaces and Unicode's forms may change a little."""
+    """A warning if a text cannot be decoded from its tokens. Small changes of spaces and Unicode forms are allowed."""
     for text in texts:
         back = str(tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids))
         words, words_back = (unicodedata.normalize("NFKC", one).split() for one in (text, back))
