@@ -97,7 +97,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(stopped, flush=True)
-        return 0 if is_restarted_on_failure() else STOPPED  # or torchrun would start a stopped run again
+        return 0 if is_restarted_on_failure() else STOPPED  # otherwise torchrun would restart a stopped run
     except (NotFiniteError, UnwrittenError) as error:  # on every rank
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
@@ -238,7 +238,7 @@ def build(
     `whole`: a config.json that replaces the default tree; the overrides apply on top of it. `submitted`: the kind of a
     job to submit; the cluster is checked too, and `world_size` is the number of processes that the job will start. If a
     preset is unknown, the rules are not checked: most of their problems would follow from the missing preset. Those of
-    an evaluation are, but for what follows from its missing model or data.
+    an evaluation are, except for what follows from its missing model or data.
     """
     plain, problems = compose_tree(overrides, purpose, config_dir, whole)
     config, unread = read(plain)

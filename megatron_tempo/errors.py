@@ -1,6 +1,6 @@
 """Errors that are shown to the user in one line, without a traceback, and the text that is safe to show."""
 
-# Invisible characters by which a text could command a terminal or show itself in another order than it is read:
+# Invisible characters by which a text could control a terminal or change the order in which it is shown:
 # control characters (C0, DEL, C1), line separators, marks of direction, invisible operators and tags. Surrogates cannot
 # be written as UTF-8. Newline and tab stay, and so do the joiners that emoji and some scripts are spelled with.
 _HIDDEN = (
@@ -26,33 +26,33 @@ def printable(text: str) -> str:
 
 
 def hidden(text: str) -> str | None:
-    """The first character of `text` that `printable` replaces, as U+XXXX, or None. Newline and tab are none."""
+    """The first character of `text` that `printable` replaces, as U+XXXX, or None. Newline and tab do not count."""
     code = next((ord(character) for character in text if ord(character) in _VISIBLE), None)
     return None if code is None else f"U+{code:04X}"
 
 
-class _Told:
+class _PrintableError:
     """An error whose text, which may quote a file or a name, is safe to print."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
 
 
-class InputError(_Told, ValueError):
+class InputError(_PrintableError, ValueError):
     """Invalid input: a configuration, a file, a folder or a checkpoint. The message names it and the fix."""
 
 
-class EngineError(_Told, RuntimeError):
+class EngineError(_PrintableError, RuntimeError):
     """An engine failed, or returned a response that cannot be trained on."""
 
 
-class Stopped(_Told, Exception):
+class Stopped(_PrintableError, Exception):
     """The run was asked to stop and has saved a checkpoint. The message names it."""
 
 
-class NotFiniteError(_Told, ArithmeticError):
+class NotFiniteError(_PrintableError, ArithmeticError):
     """Too many consecutive optimizer steps had a loss or gradient that is not finite. The message names the dump."""
 
 
-class UnwrittenError(_Told, OSError):
+class UnwrittenError(_PrintableError, OSError):
     """A file that the run requires could not be written. The message names it, the reason and the fix."""

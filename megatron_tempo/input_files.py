@@ -1,6 +1,6 @@
 """Reads files that a user gives or that may have changed since they were written: JSON, text, or an InputError.
 
-A folder, a named pipe or a device in a file's place is refused without being opened: a pipe would block the program.
+A folder, a named pipe or a device instead of a file is rejected without being opened: a pipe would block the program.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, kind: type[_T]) -> _T:
-    """The value in a JSON file, which is of `kind` (dict, list or str). Raises InputError if it cannot be read so."""
+    """The value in a JSON file, of `kind` (dict, list or str). Raises InputError if it cannot be read as such."""
     text = read_text(path)
     try:
         value: Any = json.loads(text)
@@ -82,7 +82,7 @@ _ARTICLES: dict[type, str] = {dict: "an object", list: "an array", str: "a strin
 
 
 def json_type(value: object) -> str:
-    """What JSON calls the type of a value."""
+    """JSON's name for the type of a value."""
     if isinstance(value, dict):
         return "object"
     if isinstance(value, list):

@@ -60,7 +60,7 @@ class Completion:
 
 @dataclass(slots=True)
 class TokenCount:
-    """Tokens that went through a model, and how many of them were padding.
+    """Tokens that a model has processed, and how many of them were padding.
 
     >>> TokenCount(tokens=512, padding=3)
     """
@@ -73,12 +73,12 @@ class TokenCount:
         self.padding += padding
 
     def padding_since(self, earlier: TokenCount) -> float:
-        """The share of padding among the tokens that were counted after `earlier`."""
+        """The share of padding among the tokens counted after `earlier`."""
         return (self.padding - earlier.padding) / max(self.tokens - earlier.tokens, 1)
 
     @staticmethod
     def total(counts: Iterable[TokenCount]) -> TokenCount:
-        """The sum of the counts, which does not change when they do."""
+        """The sum of the counts, as an independent copy."""
         total = TokenCount()
         for count in counts:
             total.add(count.tokens, count.padding)

@@ -1,4 +1,4 @@
-"""What each command takes, and its --help. Parsing needs neither torch nor the configuration."""
+"""The arguments of each command, and its --help. Parsing needs neither torch nor the configuration."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def _submit_options(command: argparse.ArgumentParser) -> None:
 
 
 def _versions() -> str:
-    """What a bug report needs: this package and where it is, the packages that decide its numbers, and Python."""
+    """Versions for a bug report: this package and its location, the packages that affect its numbers, and Python."""
     parts = [f"megatron-tempo {megatron_tempo.__version__} in {PACKAGE}"]
     for name in ("megatron-core", "torch", "transformers"):
         try:

@@ -71,7 +71,7 @@ def gibibytes(text: str) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Convert and print what it took. Returns the exit status: 2 if the input is wrong, 1 if the disk failed."""
+    """Convert, and print time and memory. Returns the exit status: 2 if the input is wrong, 1 if the disk failed."""
     start = time.monotonic()
     out = arguments.out
     lock = FolderLock(out.with_name(out.name + ".lock"), str(out), "convert", "choose another name", log=say)
@@ -101,9 +101,9 @@ def _conversion(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had at a time, resident, mapped files included."""
+    """The peak resident memory of this process, including mapped files."""
     status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss counts there what the process that started this one had before
+    if status.exists():  # ru_maxrss includes the peak of the process that started this one
         kib = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(kib) << 10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""`megatron-tempo prepare`: makes a file that a run reads from a public data set, or from one of your own."""
+"""`megatron-tempo prepare`: converts a public data set, or your own, to a file for a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_tempo.config.choices import Verifier
 from megatron_tempo.errors import InputError, printable
 from megatron_tempo.runtime.folder_lock import FolderLock
 
-CUSTOM = "custom"  # a set that is none of our benchmarks; data/prepare.py has the same
+CUSTOM = "custom"  # a set that is not one of our benchmarks; data/prepare.py has the same name
 HELP = "make a file of questions for a run from a public data set, or from your own (docs/data.md)"
 EXAMPLES = (
     "megatron-tempo prepare math500 MATH-500/ --out math500.jsonl",

@@ -1,4 +1,4 @@
-"""`megatron-tempo presets`: every preset with a line on what it is."""
+"""`megatron-tempo presets`: every preset with a one-line description."""
 
 from __future__ import annotations
 

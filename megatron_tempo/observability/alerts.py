@@ -25,7 +25,7 @@ TRUNCATED_RISE = 0.15  # above the share at the run's start
 SLOWER = 2.0  # times the stage's start
 SPIKE, SPIKE_WINDOW, SPIKE_KNOWN = 10.0, 20, 5  # times the median of the last 20 records, if at least 5 are known
 
-# Called with each record in turn. Returns what is wrong as of this record; None if the rule does not fire. Its memory
+# Called with each record in turn. Returns what is wrong at this record; None if the rule does not fire. Its memory
 # is bounded, so the thousandth record costs no more than the first.
 Look = Callable[[Record], str | None]
 

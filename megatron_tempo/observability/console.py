@@ -1,4 +1,4 @@
-"""The console's lines on an iteration and on an evaluation, each as wide as the terminal at most."""
+"""The console's lines on an iteration and on an evaluation, each at most as wide as the terminal."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HEARTBEAT = "heartbeat.json"
-BEAT = 15.0  # seconds from one heartbeat to the next
+BEAT = 15.0  # seconds between two heartbeats
 SILENT = 120.0  # seconds without a heartbeat after which a run looks dead; clocks of two machines may differ a little
 DONE = "done"
 
@@ -68,7 +68,7 @@ class Heartbeat:
         self._engines = engines
 
     def phase(self, name: str) -> None:
-        """The phase that begins now; empty between phases."""
+        """Set the phase that begins now; empty between phases."""
         self._since = time.monotonic()
         self._write(phase=name)
 

@@ -49,7 +49,7 @@ class Metrics:
                 ...
             metrics.step({"stage": "stage1", "method": "ppo", "iteration": 1, "step": 1, "actor/loss": 0.2})
 
-    Until `begin`, it prints and writes nothing: a start that is refused leaves the folder as it was.
+    Until `begin`, it prints and writes nothing: a rejected start leaves the folder unchanged.
 
     Raises ValueError if a configured tracker is not installed, and OSError that names the file if metrics.jsonl or
     evaluations.jsonl cannot be written. If another file cannot be written, it warns once per file and continues. If a
@@ -57,7 +57,7 @@ class Metrics:
     """
 
     def __init__(self, run_dir: Path, config: MetricsConfig, is_writer: bool, *, begun: bool = True) -> None:
-        """`begun`: whether to write at once; else `begin` is still to be called."""
+        """`begun`: whether to write at once. Otherwise call `begin` later."""
         self._dir = run_dir
         self._config = config
         self._is_writer = is_writer

@@ -62,7 +62,7 @@ class Forecast:
 
 
 SHORT = 100  # columns below which the bar's line uses short words and omits the time elapsed
-BAR = (8, 24)  # least and most columns of the bar itself
+BAR = (8, 24)  # minimum and maximum columns of the bar itself
 
 
 class ProgressBar:

@@ -40,7 +40,7 @@ WARNINGS = "warnings.jsonl"
 STARTS = "starts.jsonl"
 
 
-# By a file's name: what its readers need of every record, and of what type it is.
+# By a file's name: the required entries of its records, and their types.
 _REQUIRED: dict[str, dict[str, type | tuple[type, ...]]] = {
     METRICS: {"stage": str, "step": int},
     EVALUATIONS: {"set": str, "step": int, "point": str},
@@ -50,7 +50,7 @@ _REQUIRED: dict[str, dict[str, type | tuple[type, ...]]] = {
     "seen.jsonl": {"step": int, "labels": bool, "question": str},
 }
 _NUMBER, _PART = (int, float, type(None)), (dict, type(None))
-# What a record may have besides, and is then of a type.
+# Optional entries of a record, and their types.
 _TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("time", "seconds", "iteration", "tokens_per_second", "avg", "avg_se", "avg_k"), _NUMBER),
     **dict.fromkeys(("questions", "truncated"), _NUMBER),
@@ -89,7 +89,7 @@ def read(path: Path) -> list[Record]:
     """The records of a file; an empty list if there is no file.
 
     A last line without a newline was cut short while it was written, and is skipped. InputError names any other bad
-    line, also one whose record is of another form than the file's, and a file that cannot be read.
+    line, also one whose record has another form than the file's, and a file that cannot be read.
     """
     records = []
     for number, line in enumerate(_whole_lines(path), start=1):

@@ -1,4 +1,4 @@
-"""What a job was started with: starts.jsonl has one line per start, for the report."""
+"""Records how a job was started: starts.jsonl has one line per start, for the report."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def command_line() -> str:
 
 
 def hardware(gpus: Sequence[str]) -> str:
-    """In words: this node's GPUs, processor and memory."""
+    """A text: this node's GPUs, processor and memory."""
     cards = [f"{list(gpus).count(name)} x {name}" for name in dict.fromkeys(gpus)]
     gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     return ", ".join([*cards, f"{_processor()}, {os.cpu_count()} logical cores", f"{gigabytes:.0f} GB of memory"])

@@ -1,4 +1,4 @@
-"""Standard output and error: their width, a reader that has gone, an encoding that lacks a character."""
+"""Standard output and error: their width, a closed reader, an encoding that lacks a character."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def _reader_has_gone() -> bool:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
         return any(event & select.POLLERR for _, event in poll.poll(0))
-    except (AttributeError, OSError, ValueError):  # no such stream, closed, or none of the system
+    except (AttributeError, OSError, ValueError):  # no such stream, a closed one, or one without a file descriptor
         return False
 
 
 def _discard() -> None:
-    """Send what is and will be written to standard output nowhere."""
+    """Discard everything that is and will be written to standard output."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases, which a run can do without."""
+"""TensorBoard and Weights & Biases. If one fails, the run continues without it."""
 
 from __future__ import annotations
 

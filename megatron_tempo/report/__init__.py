@@ -1,1 +1,1 @@
-"""What came out of a run: html.py writes a report, summary.py a table for the terminal, plots.py the pictures."""
+"""Reports on runs: html.py writes a report, summary.py a table for the terminal, plots.py the pictures."""

@@ -1,7 +1,7 @@
 """The charts of the reports, as data: chart.js draws them with uPlot in the reader's browser.
 
 uPlot 1.6.32 (MIT licence; `uplot/` has the files of its npm package, unchanged) is 50 kB and is written into the page,
-which so stays one file that works offline. plotly.js, the other candidate, would make every report 4.5 MB larger.
+so the page is one file that works offline. plotly.js, the other candidate, would make every report 4.5 MB larger.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_tempo.observability.records import Record
 from megatron_tempo.report.summary import Milestone, Run, Stage, printable
 
 COLOURS = 7  # of the palette in head.html: --c0 .. --c6
-DASHES: tuple[tuple[int, ...], ...] = ((), (6, 3), (2, 3))  # of runs, when the colours are used up
+DASHES: tuple[tuple[int, ...], ...] = ((), (6, 3), (2, 3))  # of runs, once all colours are used
 POINTS = 800  # longer curves are thinned out to about this number of points
 ITERATION = "iteration"
 
@@ -67,7 +67,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A picture: `stages` are shaded spans of x, with labels. `y_range`: None is as the numbers want it."""
+    """A picture. `stages`: shaded spans of x, with labels. `y_range`: None to fit the numbers."""
 
     title: str
     unit: str
@@ -114,7 +114,7 @@ def _line(line: Line, logarithmic: bool) -> Record:
 
 
 def _numbers(values: Iterable[float | None], positive: bool = False) -> list[float | None]:
-    """To six digits. None, NaN and, if they must be positive, what is not, are gaps."""
+    """The values to six digits. None, NaN and, if `positive`, values that are not positive become gaps."""
     plain = (None if v is None or not np.isfinite(v) or (positive and v <= 0) else float(v) for v in values)
     return [None if v is None else float(f"{v:.6g}") for v in plain]
 
@@ -203,7 +203,7 @@ def memory_chart(run: Run) -> Chart | None:
 
 
 def _alike(first: Sequence[float | None], second: Sequence[float | None]) -> bool:
-    """Whether two curves would lie on one another: within 1% wherever both have a number, and gaps alike."""
+    """Whether two curves would overlap: within 1% where both have a number, with the same gaps."""
     pairs = list(zip(first, second, strict=True))
     gaps = all((a is None) == (b is None) for a, b in pairs)
     return gaps and all(a is None or b is None or abs(a - b) <= 0.01 * max(a, b) for a, b in pairs)

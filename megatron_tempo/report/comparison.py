@@ -23,7 +23,7 @@ from megatron_tempo.report.verdict import compared
 _OWN = ("run.dir",)  # fields in which every run differs
 
 
-# Settings of an evaluation that make its scores others', whatever the model.
+# Settings of an evaluation that change its scores, whatever the model.
 _MEASURED = ("evaluation.temperature", "evaluation.max_response_tokens", "rollout.max_response_tokens")
 _OF_SET = ("verifier", "verifier_field", "prompt_field", "chat_template", "system", "suffix")
 
@@ -46,10 +46,10 @@ class ScoreRow:
 
 @dataclass(frozen=True, slots=True)
 class Alike:
-    """The runs, by their places, whose last evaluation of a set asked the same questions."""
+    """The runs, by index, whose last evaluation of a set has the same questions."""
 
     set: str
-    title: str  # the set's name, and the number of questions where runs asked different ones
+    title: str  # the set's name, and the number of questions if runs have different ones
     members: list[int]
 
 
@@ -115,9 +115,9 @@ def _about(one: Labelled, folder: Path, out: Path) -> dict[str, Any]:
 
 
 def alike(runs: Sequence[Labelled], name: str) -> list[Alike]:
-    """The runs that evaluated a set, put together where the questions are the same.
+    """The runs that evaluated a set, grouped by their questions.
 
-    Records of earlier versions do not say which questions were asked; each number of questions is then a group.
+    Records of earlier versions do not identify the questions; each number of questions is then a group.
     """
     groups: dict[tuple[str | None, int], list[int]] = {}
     for place, one in enumerate(runs):
@@ -157,7 +157,7 @@ def _score_rows(runs: Sequence[Labelled], group: Alike) -> list[ScoreRow]:
 
 
 def _best(last: Sequence[Record | None], k: str | None) -> int | None:
-    """The place of the run that a paired test finds better than each of the others; None if there is none such."""
+    """The index of the run that a paired test finds better than each of the others; None if there is none."""
     values = {
         place: value
         for place, record in enumerate(last)

@@ -32,7 +32,7 @@ WARNED = 5  # warnings shown, the latest
 HEAD, TAIL = 400, 200  # tokens shown of a long response
 # From wrong over undecided to right. Colour-blind readers can distinguish them; they are light enough for dark text.
 SCALE = ((236, 150, 80), (247, 246, 242), (92, 165, 218))
-# What the answer of the data file is, where it is not what a response must give.
+# The label of the data file's answer, if a response may give another one.
 ANSWER_LABELS = {"countdown": "operators of a solution (reference answer)"}
 PREFIX_SCORES = (
     ("auroc", "AUROC", "AUROC (1 is best)"),
@@ -120,7 +120,7 @@ def template(name: str) -> Template:
 
 @cache
 def chart_parts() -> dict[str, str]:
-    """The script of a page, its hash, by which the page's policy lets it and no other run, and uPlot's styles."""
+    """The script of a page, its hash, which the page's policy allows to run, and uPlot's styles."""
     folder = files("megatron_tempo.report")
     library, styles, own = (
         folder.joinpath(name).read_text(encoding="utf-8")
@@ -167,7 +167,7 @@ def _memory(run: Run) -> list[tuple[str, float, float]]:
 
 
 def _memory_note(run: Run) -> str:
-    """How to read the peaks: on a CPU they are of the process, which seldom gives memory back."""
+    """How to read the peaks: on a CPU they are of the process, which seldom frees memory."""
     peaks = list(memory_peaks(run.metrics).values())
     gpu = bool(run.starts and run.starts[-1].get("gpus"))
     where = "On a GPU: memory allocated by torch. On a CPU: growth of the process."
@@ -179,7 +179,7 @@ def _memory_note(run: Run) -> str:
 
 
 def made_with(starts: Sequence[Record]) -> list[tuple[str, str]]:
-    """Command, code, versions and hardware of the latest start, and which of them an earlier start had otherwise."""
+    """Command, code, versions and hardware of the latest start, and which of them differ from an earlier start."""
     if not starts:
         return []
     last = starts[-1]

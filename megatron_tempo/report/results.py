@@ -120,7 +120,7 @@ class _Answers:
 
 
 def _unlike(name: str, a: _Answers, b: _Answers, first: Path, second: Path) -> list[str]:
-    """The questions of a set that are not the same in both runs."""
+    """The questions of a set that differ between the runs."""
     of_a, of_b = a.keys[name], b.keys[name]
     return [
         *(f"{name}: {question} is only in {first}" for question in of_a if question not in of_b),

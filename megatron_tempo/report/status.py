@@ -74,14 +74,14 @@ def status(run_dir: Path, now: float | None = None) -> Status:
 
 
 def _config(path: Path) -> Config | None:
-    """The configuration; of one from another version, the fields that this version knows."""
+    """The configuration. If it is from another version, the fields that this version knows."""
     if not path.exists():
         return None
     return read(read_json(path, dict))[0]
 
 
 def _starting(run_dir: Path, heartbeat: Record | None, now: float) -> tuple[str, bool] | None:
-    """What is said of a process that holds the folder's lock, which it renews, and has sent no heartbeat yet."""
+    """The status of a process that holds and renews the folder's lock, and has sent no heartbeat yet."""
     path = run_dir / "lock.json"
     try:
         holder, renewed = json.loads(path.read_text(encoding="utf-8")), path.stat().st_mtime

@@ -118,7 +118,7 @@ class Run:
 
 
 def _config(path: Path) -> Record:
-    """The configuration of a run as it was written; empty if there is none."""
+    """The configuration of a run as written; empty if there is none."""
     if not path.exists():
         return {}
     config = read_json(path, dict)

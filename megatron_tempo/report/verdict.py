@@ -1,4 +1,4 @@
-"""What two evaluations of the same questions support, in numbers and in words."""
+"""The conclusion from two evaluations of the same questions, in numbers and in sentences."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _change(first: Record, second: Record, k: str | None) -> Change:
         old, new = _value(first, k), _value(second, k)
         assert old is not None
         assert new is not None
-        # As if the questions were independent: records of earlier versions do not say which question was answered how.
+        # Assumes independent questions: records of earlier versions have no results per question.
         error = hypot(_error(first, k), _error(second, k))
         return Change(kind, new - old, abs(new - old) > 2 * error > 0, f"{new - old:+.3f} ± {error:.3f}, unpaired")
     if found.interval is None:

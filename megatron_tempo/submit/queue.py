@@ -56,10 +56,10 @@ def _call(words: list[str]) -> str:
     return done.stdout
 
 
-# Variables that tell SLURM's commands of the site, not of the allocation that they are called in.
+# Variables that describe the site to SLURM's commands, not the allocation in which they are called.
 _OF_THE_SITE = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT", "SLURM_DEBUG_FLAGS")
-# What an allocation, a step of one or a launcher says of its own processes: sbatch would hand it on to the job, where
-# SLURM_MEM_PER_CPU makes srun fail if the job has a SLURM_MEM_PER_NODE of its own.
+# Variables that an allocation, one of its steps or a launcher sets for its own processes. sbatch would pass them to the
+# job, where SLURM_MEM_PER_CPU makes srun fail if the job has its own SLURM_MEM_PER_NODE.
 _OF_A_JOB = (
     "SLURM_",
     "SLURMD_",
@@ -77,7 +77,7 @@ _OF_ITS_DEVICES = ("RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_D
 
 
 def _outside(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what belongs to the allocation, if any, that this command runs in."""
+    """The environment without the variables of the allocation, if any, in which this command runs."""
     inside = any(name in environment for name in ("SLURM_JOB_ID", "SLURM_JOBID", "RANK"))
     return {
         name: value

@@ -17,7 +17,7 @@ BEGIN, END = "# >>> megatron-tempo submit writes this block", "# <<<"
 def render(job: Job, launch: Path, folder: Path, work: Path) -> str:
     """The script. `launch`: folder of the templates. `folder`: the job's snapshot. `work`: base of relative paths.
 
-    Raises InputError for a path or an argument with characters that are not seen: a newline would begin a command. The
+    Raises InputError for a path or an argument with invisible characters: a newline would begin a command. The
     configuration has none.
     """
     for name, words in {"the run's folder": str(folder), "the working folder": str(work), **_arguments(job)}.items():
@@ -107,7 +107,7 @@ _PLAIN = re.compile(r"[\w./:=@,+%^~-]+", re.ASCII)
 
 
 def _quoted(word: str) -> str:
-    """An option as sbatch parses it: in double quotes, where a backslash stands before a quote or a backslash."""
+    """An option as sbatch parses it: in double quotes, with a backslash before each quote or backslash."""
     return word if _PLAIN.fullmatch(word) else '"' + re.sub(r'(["\\])', r"\\\1", word) + '"'
 
 
