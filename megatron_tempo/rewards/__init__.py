@@ -1,1 +1,1 @@
-"""Verifiers: who compares a response with an answer. `verifiers.Verifiers` is the way in."""
+"""Verifiers, which compare responses with answers. `verifiers.Verifiers` is the entry point."""

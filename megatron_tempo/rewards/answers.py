@@ -1,8 +1,8 @@
-r"""What a response states as its answer, found in linear time in text that may be hostile.
+r"""Finds what a response states as its answer, in linear time, in text that may be hostile.
 
-A statement is, in this order: the last \boxed{...}, the last `<answer>...</answer>`, the last line `Answer: ...`, or
-the last line of all if it is `#### ...`, whichever ends latest; else what follows `the answer is`, up to the end of its
-sentence; else the last line. Only the end of a response is looked at.
+The statement is the one that ends latest of: the last \boxed{...}, the last `<answer>...</answer>`, the last line
+`Answer: ...`, and the very last line if it is `#### ...`. Otherwise it is what follows `the answer is`, up to the end
+of the sentence; otherwise the last line. Only the end of a response is read.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def tail(response: str) -> str:
-    """The end of a response, which is what is looked at, without the tokens that end it.
+    """The end of a response, which is the part that is read, without its end tokens.
 
     >>> tail("Answer: B<|im_end|>")
     'Answer: B'
@@ -53,7 +53,7 @@ def tail(response: str) -> str:
 
 
 def statements(response: str) -> list[str]:
-    r"""What may be the response's answer, the likeliest first. A box, or a line that says Answer, is alone.
+    r"""Candidates for the response's answer, the likeliest first. A box or a line `Answer: ...` is the only candidate.
 
     >>> statements("The answer is A. No: the answer is B.\nThat is all.")
     ['B', 'A', 'That is all.']
@@ -79,7 +79,7 @@ def last_mark(text: str) -> tuple[int, str] | None:
 
 
 def last_sign(text: str) -> tuple[int, str] | None:
-    """As `last_mark`, of tags and `####` alone."""
+    """As `last_mark`, but only of tags and `####`."""
     marks = [mark for mark in (_last_hashes(text), _last_tag(text)) if mark is not None]
     return max(marks, default=None)
 
@@ -106,9 +106,9 @@ def plain(text: str) -> str:
 
 
 def boxes(text: str) -> list[tuple[int, int]]:
-    """Where the content of each complete box starts and ends, in their order; boxes within a box are left out."""
+    """Where the content of each complete box starts and ends, in order. Boxes within a box are left out."""
     found: list[tuple[int, int]] = []
-    opened: list[int | None] = []  # for each open brace, where a box's content starts
+    opened: list[int | None] = []  # for each open brace, the start of a box's content
     for token in _BRACES.finditer(text):
         if token[1]:
             opened.append(token.end())
@@ -134,14 +134,14 @@ def _last_tag(text: str) -> tuple[int, str] | None:
 
 
 def _last_hashes(text: str) -> tuple[int, str] | None:
-    """The last line, if it is as the answers of GSM8K end; elsewhere `####` begins a heading."""
+    """The last line if it has the form of GSM8K's answers. In other lines `####` begins a heading."""
     start = text.rstrip().rfind("\n") + 1
     line = _HASHES.fullmatch(text.rstrip()[start:])
     return (start, line[1].strip()) if line else None
 
 
 def _last_line(text: str) -> tuple[int, str] | None:
-    """Where the last `Answer: ...` starts, and what it says, in the line after it if there is nothing in its own."""
+    """Where the last `Answer: ...` starts, and its content, which may be on the next line."""
     place, following, answer = len(text), "", None
     for line in reversed(text.splitlines(keepends=True)):
         place -= len(line)

@@ -1,8 +1,8 @@
 r"""Multiple choice: the letters of the right options, `B`, or `AD` where two are right.
 
 Read from what the response states last (`answers.statements`): `B`, `(b)`, `B.`, `(B) its text`, `Option B`, several as
-`A, D`, `AD` or `(A) and (D)`, and an option's text alone where the prompt lists the options a line each, `(A) text`. A
-statement counts with all the letters that it names, so one that lists options is right only where all of them are.
+`A, D`, `AD` or `(A) and (D)`, and only an option's text if the prompt lists the options one per line, `(A) text`. All
+letters that a statement names count, so one that lists options is right only if all of them are.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from megatron_tempo.errors import InputError
 from megatron_tempo.rewards.answers import plain, statements
 
-STATEMENT_CHARS = 2000  # a longer statement is no choice
+STATEMENT_CHARS = 2000  # a longer statement is not a choice
 
 _OPTION = re.compile(r"^[ \t]*\(?([A-Z])[).:、][ \t]*(.*)$", re.MULTILINE)
 _NOUN = re.compile(r"(?:the )?(?:correct |right )?(?:option|choice|letter|选项)[ \t]*", re.IGNORECASE)
@@ -25,7 +25,7 @@ _BETWEEN = re.compile(r"[\s()\[\],;、/&.]|\b(?:and|or)\b|[和或与及]")
 
 
 def options(prompt: str) -> dict[str, str]:
-    """The last list of options in a prompt, their texts by letter; empty where there are not two.
+    """The last list of options in a prompt, texts by letter; empty if there are fewer than two.
 
     >>> options("Which?\\n(A) one\\n(B) two\\nGive the letter.")
     {'A': 'one', 'B': 'two'}
@@ -51,7 +51,7 @@ def read(prompt: str, response: str) -> frozenset[str] | None:
 
 
 def gold(prompt: str, answer: str) -> frozenset[str]:
-    """The letters of an answer such as `B`, `(B)` or `A, D`. InputError where it has none, or one that is no option."""
+    """The letters of an answer such as `B`, `(B)` or `A, D`. Raises InputError for none, or one that is no option."""
     letters = re.sub(r"[\s(),;]", "", answer)
     if not re.fullmatch("[A-Z]+", letters):
         raise InputError(f"the answer {answer[:80]!r} is no choice; give the option's letter, such as B, or AD for two")

@@ -13,18 +13,18 @@ from megatron_tempo.errors import InputError
 
 OPERATORS = "+-*"
 LARGEST = 49
-CHECKS = ("y", "n")  # the response's own opinion of its result
+CHECKS = ("y", "n")  # the response's own verdict on its result
 END = "$"
 
 
 def apply(left: int, operator: str, right: int) -> int | None:
-    """`left operator right`, or None where it leaves 0..49."""
+    """`left operator right`; None if it is outside 0..49."""
     result = {"+": left + right, "-": left - right, "*": left * right}[operator]
     return result if 0 <= result <= LARGEST else None
 
 
 def results(numbers: Sequence[int], operators: Sequence[str]) -> list[int] | None:
-    """The running results, one an operator, or None where one leaves 0..49.
+    """The running results, one per operator; None if one is outside 0..49.
 
     >>> results((2, 4, 5, 6), "*+-")
     [8, 13, 7]
@@ -50,7 +50,7 @@ def render(numbers: Sequence[int], operators: Sequence[str], running: Sequence[i
 
 
 def parse_prompt(prompt: str) -> tuple[tuple[int, ...], int]:
-    """Numbers and target of a question. InputError where `prompt` is none.
+    """Numbers and target of a question. Raises InputError if `prompt` is not a question.
 
     >>> parse_prompt("2 4 5 6 > 13 :")
     ((2, 4, 5, 6), 13)
@@ -64,10 +64,10 @@ def parse_prompt(prompt: str) -> tuple[tuple[int, ...], int]:
 
 
 def reached(prompt: str, response: str) -> int | None:
-    """The number that `response` comes to by right arithmetic on the numbers of `prompt`: its answer, right or not.
+    """The number that `response` reaches by correct arithmetic on the numbers of `prompt`: its answer, right or not.
 
-    None where the response is not, word for word, what its own operators make of the question. Its y or n is not
-    judged. Responses with the same answer get the same verdict.
+    None if the response is not, word for word, the computation of its own operators. Its y or n is not judged.
+    Responses with the same answer get the same verdict.
 
     >>> reached("2 4 5 6 > 13 :", "2 * 4 = 8 + 5 = 13 - 6 = 7 n $")
     7
@@ -86,12 +86,11 @@ def reached(prompt: str, response: str) -> int | None:
 
 
 def score(prompt: str, response: str, answer: str) -> float:
-    """1.0 for a response that reaches the target of `prompt` by right arithmetic on the given numbers, else 0.0.
+    """1.0 for a response that reaches the target of `prompt` by correct arithmetic on the given numbers, else 0.0.
 
-    `response` is the decoded text with its end token, words apart by one blank. Its y or n is not judged. `answer` is
-    the operators of one solution (`*+-`); a response with other operators that reaches the target is right as well, so
-    nothing is read from it. The cost is linear in the prompt's length, whatever the response. InputError where
-    `prompt` is no question.
+    `response`: the decoded text with its end token, words separated by one blank. Its y or n is not judged. `answer`:
+    the operators of one solution (`*+-`). It is not used: other operators that reach the target are right as well.
+    The cost is linear in the prompt's length, whatever the response. InputError if `prompt` is not a question.
     """
     _, target = parse_prompt(prompt)
     return float(reached(prompt, response) == target)

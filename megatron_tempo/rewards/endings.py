@@ -1,11 +1,11 @@
-"""Which part of a response its answer is read from: what is behind the last thought, without the tokens at its end."""
+"""The part of a response from which its answer is read: the text after the last thought, without end tokens."""
 
 from __future__ import annotations
 
 import re
 
-# How tokenizers write the tokens that end a turn or a text, and padding. The first alternative takes DeepSeek's bars
-# and blanks (U+FF5C, U+2581) too.
+# The text of tokens that end a turn or a text, and of padding. The first alternative also matches DeepSeek's bars and
+# blanks (U+FF5C, U+2581).
 _END = re.compile(
     r"(?:<[|｜][\w▁]{1,40}[|｜]>|</?(?:s|eos|pad|bos|eot|seed:eos|end_of_turn|end_of_utterance|endoftext|end_of_text)>"
     r"|<EOT>|<turn\|>|\[(?:EOS|PAD|SEP|eos)\]|\[e~\[|<\|hy_eos\|>)\Z",
@@ -13,7 +13,7 @@ _END = re.compile(
 )
 _END_CHARS = 64  # no end token is longer
 
-# What begins a thought, and what ends it.
+# The marks that begin and end a thought.
 THOUGHTS = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
@@ -27,7 +27,7 @@ THOUGHTS = (
 
 
 def without_end(text: str) -> str:
-    """`text` without the end tokens, of any model family, that it ends with, and without blanks there.
+    """`text` without trailing end tokens, of any model family, and trailing blanks.
 
     >>> without_end("The answer is 1/2<|im_end|>")
     'The answer is 1/2'
@@ -41,10 +41,10 @@ def without_end(text: str) -> str:
 
 
 def behind_thoughts(text: str, *, read_unfinished: bool = False) -> str:
-    """The text behind the last thought that ended; all of it where there is no thought.
+    """The text after the last thought that ended; all of it if there is no thought.
 
-    A thought that began and did not end has no answer, so nothing is left of the text: "". With `read_unfinished` such
-    a text is read as it is. Linear in the length of `text`.
+    A thought that does not end has no answer: the result is "". With `read_unfinished` the result is then the whole
+    text. Linear in the length of `text`.
 
     >>> behind_thoughts("<think>Maybe 4? No, 5.</think>The answer is 5.")
     'The answer is 5.'
@@ -55,7 +55,7 @@ def behind_thoughts(text: str, *, read_unfinished: bool = False) -> str:
 
 
 def begun_thought(prompt: str) -> str:
-    """The tag of a thought that a rendered prompt begins at its end, as some chat templates do; "" where there is none.
+    """The tag of the thought that a rendered prompt begins at its end, as some chat templates do; "" if there is none.
 
     >>> begun_thought("<|im_start|>assistant\\n<think>\\n")
     '<think>'

@@ -1,9 +1,9 @@
-r"""Logic grids (ZebraLogic): houses and what belongs to each, right where every cell is.
+r"""Logic grids (ZebraLogic): houses and the attributes of each. A grid is right if every cell is.
 
-The answer is JSON, an object a house: `{"House 1": {"Name": "Eric", "Drink": "tea"}, "House 2": ...}`. Read from a
-response is the last grid in it: such an object, perhaps as the `"solution"` of a larger one, or a Markdown table whose
-first column is the house. Capitals, blanks and underscores make no difference, nor does `House 1` or `1`. A cell that
-is a list, a house or an attribute that is missing, twice there or too many make a grid wrong.
+The answer is JSON, one object per house: `{"House 1": {"Name": "Eric", "Drink": "tea"}, "House 2": ...}`. The last
+grid of the response is read: such an object, possibly as the `"solution"` of a larger one, or a Markdown table whose
+first column is the house. Capitals, blanks and underscores make no difference, nor does `House 1` or `1`. A grid is
+wrong if a cell is a list, or if a house or an attribute is missing, repeated or unknown.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def read(prompt: str, response: str) -> Grid | None:
 
 
 def gold(prompt: str, answer: str) -> Grid:
-    """The grid of an answer. InputError where it is none."""
+    """The grid of an answer. Raises InputError if it is not one."""
     try:
         return _grid(_DECODER.decode(answer))
     except (ValueError, RecursionError) as error:
@@ -47,7 +47,7 @@ def gold(prompt: str, answer: str) -> Grid:
 
 
 def _last_object(text: str) -> tuple[int, Grid] | None:
-    """Where the last JSON grid ends, and the grid. Braces elsewhere in the text do no harm."""
+    """Where the last JSON grid ends, and the grid. Other braces in the text are ignored."""
     last, place = None, text.find("{")
     while place >= 0:
         try:
@@ -82,7 +82,7 @@ def _last_table(text: str) -> tuple[int, Grid] | None:
 
 
 def _grid(value: Any) -> Grid:
-    """The cells of an object of objects. ValueError where it is something else."""
+    """The cells of an object of objects. Raises ValueError for anything else."""
     if not isinstance(value, dict) or not value:
         raise ValueError("it is no object of houses")
     houses = [(_key(house).removeprefix("house"), cells) for house, cells in value.items()]

@@ -1,4 +1,4 @@
-"""A verifier of the user's own (`config.extensions.load_verifier`) as a `Scorer`."""
+"""A user's verifier (`config.extensions.load_verifier`) as a `Scorer`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ImportedScorer:
 
     @property
     def _verifier(self) -> LoadedVerifier:
-        """Loaded at first use: a job may name verifiers that it does not use."""
+        """The verifier, loaded at first use: a job may name verifiers that it does not use."""
         return load_verifier(self._extension)
 
     def check(self, prompt: str, answer: str) -> None:
@@ -38,7 +38,7 @@ class ImportedScorer:
     def _score(self, item: Item) -> float:
         score = self._call(self._verifier.score, item.prompt, item.response, item.answer)
         graded = self._verifier.graded
-        # A NumPy or torch number is none of these types: float(...) in the extension makes it one.
+        # A NumPy or torch number has none of these types: float(...) in the extension converts it.
         is_number = isinstance(score, int | float)
         if not (is_number and (0 <= score <= 1 if graded else score in (0, 1))):
             ungraded = "0 or 1 (a number between them requires the attribute graded = True)"

@@ -1,10 +1,9 @@
 """A language model as the verifier, for answers that no rule can compare: any server of OpenAI's chat completions.
 
-What a response says to its judge must not decide the verdict. So it stands, bounded in length and without the marks
-that a chat template could take for its own, between two lines that carry a number drawn for this one request, and a
-verdict counts only as a JSON object that repeats this number, which the response cannot know. That keeps a response
-from ending its own quotation or from being taken for the verdict; a judge that lets itself be persuaded by what it
-reads is not helped by it.
+A response must not decide the verdict by what it says to the judge. So it is cut to a maximum length, stripped of marks
+that a chat template could interpret, and put between two lines with a random number of this request. A verdict counts
+only as a JSON object that repeats this number, which the response cannot know. So a response cannot end its own
+quotation or be taken for the verdict. This does not help if the judge is persuaded by what it reads.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ from megatron_tempo.rewards.scorer import Item
 from megatron_tempo.rewards.verdicts import VerdictCache
 from megatron_tempo.runtime import progress_marker
 
-VERSION = 1  # of the prompt, and part of what a verdict is kept under: raise it with every change of its words
-READINGS = 3  # times that a response is put to the judge until it gives a verdict that can be read
-QUESTION_CHARS = 20_000  # a longer question is shown without its middle
+VERSION = 1  # of the prompt, and part of a verdict's cache key: raise it with every change of the prompt
+READINGS = 3  # maximum attempts to get a readable verdict on a response
+QUESTION_CHARS = 20_000  # a longer question is shortened in its middle
 ANSWER_CHARS = 20_000
 REPLY_BYTES = 2**20
-LONGEST_WAIT = 60.0  # seconds between two tries
+LONGEST_WAIT = 60.0  # seconds between two attempts
 
 SYSTEM = """\
 You are given a question, the reference answer to it, and a response. Decide whether the final answer of the response \
@@ -74,17 +73,17 @@ Reply with one JSON object and nothing else: {{"nonce": "{nonce}", "verdict": "r
 {{"nonce": "{nonce}", "verdict": "wrong"}}.
 """
 
-# Marks of chat templates: servers may turn them into control tokens wherever they stand.
+# Marks of chat templates: servers may convert them to control tokens anywhere in a text.
 _MARKS = re.compile(r"<(?=[|｜]|/?\w{1,40}>)|\[(?=/?(?:INST|SYS|SYSTEM_PROMPT)\b)")
 _FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 
 class JudgeScorer:
-    """A `Scorer` that asks a judge. A verdict is asked for once: it is kept in the folder `cache`.
+    """A `Scorer` that queries a judge. Each verdict is requested once and cached in the folder `cache`.
 
-    Raises EngineError from `score` where the judge cannot be asked: at once for what asking again does not mend (an
-    unknown model, a wrong key), else after `config.retries` more tries, and from then on for every item.
-    `first_wait` is the seconds before the second try, doubled before each one after it.
+    `score` raises EngineError if the judge fails: at once for errors that a retry cannot fix (an unknown model, a wrong
+    key), else after `config.retries` retries, and from then on for every item. `first_wait`: seconds before the first
+    retry, doubled before each further one.
     """
 
     def __init__(self, config: JudgeConfig, cache: Path, first_wait: float = 1.0) -> None:
@@ -99,9 +98,9 @@ class JudgeScorer:
                 headers={} if key is None else {"Authorization": f"Bearer {key}"},
                 timeout=config.timeout_seconds,
                 limits=httpx.Limits(max_connections=config.concurrency),
-                trust_env=not is_here,  # no proxy reaches a judge on this machine
+                trust_env=not is_here,  # a proxy cannot reach a judge on this machine
             )
-        except (ImportError, ValueError, httpx.InvalidURL) as error:  # of a SOCKS proxy, or what is no proxy
+        except (ImportError, ValueError, httpx.InvalidURL) as error:  # for a SOCKS proxy, or an invalid proxy
             fix = f"set NO_PROXY={host_of(config.url)}, or give a proxy as http://HOST:PORT"
             raise InputError(f"the environment's proxy cannot be used for {config.url} ({error}): {fix}") from error
         self._url = config.url.rstrip("/") + "/chat/completions"
@@ -109,7 +108,7 @@ class JudgeScorer:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._failure: str | None = None
-        self._over = threading.Event()  # it failed, or was closed: nobody need wait any longer
+        self._over = threading.Event()  # it failed or was closed: nobody waits any longer
 
     def check(self, prompt: str, answer: str) -> None:
         if len(answer) > ANSWER_CHARS:
@@ -122,8 +121,9 @@ class JudgeScorer:
         raise InputError("a judge compares a response with an answer, not responses with one another")
 
     def take_counts(self) -> dict[str, int]:
-        """What happened since the last call: requests sent, and of them again; verdicts known before; responses that
-        count as wrong because no verdict on them could be read."""
+        """Counts since the last call: requests sent, retries among them, cached verdicts, and responses that count as
+        wrong because no readable verdict on them was returned.
+        """
         with self._lock:
             counts, self._counts = self._counts, Counter()
         return {f"judge/{name}": counts[name] for name in ("asked", "retried", "cached", "unreadable")}
@@ -155,7 +155,7 @@ class JudgeScorer:
         return 0.0
 
     def _ask(self, said: list[dict[str, str]]) -> str:
-        """The judge's reply to these messages. EngineError where there is none to be had."""
+        """The judge's reply to these messages. Raises EngineError if there is none."""
         body = {
             "model": self._config.model,
             "messages": said,
@@ -206,7 +206,7 @@ class JudgeScorer:
 
 
 def messages(nonce: str, question: str, answer: str, response: str) -> list[dict[str, str]]:
-    """What the judge is told. `nonce` must not occur in the texts."""
+    """The prompt of the judge. `nonce` must not occur in the texts."""
     texts = {"question": _harmless(question), "answer": _harmless(answer), "response": _harmless(response)}
     return [
         {"role": "system", "content": SYSTEM.format(nonce=nonce)},
@@ -215,7 +215,7 @@ def messages(nonce: str, question: str, answer: str, response: str) -> list[dict
 
 
 def read_verdict(reply: str, nonce: str) -> bool | None:
-    """Whether the reply says right; None where it is not, thoughts before it and a code fence apart, the JSON object.
+    """Whether the verdict is right; None if the reply, except for thoughts and a code fence, is not the JSON object.
 
     >>> read_verdict('{"nonce": "17f3", "verdict": "right"}', "17f3")
     True
@@ -227,7 +227,7 @@ def read_verdict(reply: str, nonce: str) -> bool | None:
         pairs = json.loads(fenced[1] if fenced else text, object_pairs_hook=list)
     except (ValueError, RecursionError):
         return None
-    # As pairs, so that neither a key that is there twice nor another one passes.
+    # As pairs, so that repeated and unknown keys are rejected.
     if pairs in ([("nonce", nonce), ("verdict", "right")], [("verdict", "right"), ("nonce", nonce)]):
         return True
     if pairs in ([("nonce", nonce), ("verdict", "wrong")], [("verdict", "wrong"), ("nonce", nonce)]):
@@ -236,7 +236,7 @@ def read_verdict(reply: str, nonce: str) -> bool | None:
 
 
 def _reply(content: bytes) -> str | None:
-    """The text in a chat completion; empty where the judge said nothing, None where it is no chat completion."""
+    """The text in a chat completion; empty if the judge returned no text, None if it is not a chat completion."""
     try:
         text = json.loads(content)["choices"][0]["message"].get("content")
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):

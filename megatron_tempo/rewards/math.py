@@ -1,8 +1,8 @@
 """Mathematical answers, compared by the math-verify library in worker processes.
 
-A response is hostile text: `9**9**9**9` keeps sympy busy for ever, or until the memory is gone. So a worker has limits
-on memory, processor time and processes, and each item a limit on wall time. An item that breaks one gets 0 and is
-counted, and its worker continues with a fresh process.
+A response is hostile text: `9**9**9**9` keeps sympy busy forever, or until the memory is exhausted. So a worker has
+limits on memory, processor time and processes, and each item a limit on wall time. An item that breaks one gets 0 and is counted,
+and its worker continues with a fresh process.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Protocol, TypeVar
 from megatron_tempo.rewards.math_classes import Classes
 from megatron_tempo.rewards.math_pool import Worker
 
-ANSWER_CHARS = 2000  # longer answers are refused; a longer text in a box is wrong
-RESPONSE_CHARS = 20_000  # the end of a response that is looked at
+ANSWER_CHARS = 2000  # longer answers are rejected; a longer text in a box is wrong
+RESPONSE_CHARS = 20_000  # the end of a response that is read
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
 class AnswerPair(Protocol):
-    """What is read of an item."""
+    """The texts of an item that are read."""
 
     @property
     def response(self) -> str: ...
@@ -47,7 +47,7 @@ class MathScorer:
             raise ValueError(f"the answer has {len(answer)} characters; the math verifier takes {ANSWER_CHARS}")
 
     def score(self, items: Sequence[AnswerPair]) -> list[float]:
-        """1.0 where the response's answer equals the item's, else 0.0. RuntimeError where no worker can start."""
+        """1.0 if the response's answer equals the item's, else 0.0. Raises RuntimeError if no worker can start."""
 
         def judge(worker: Worker, item: AnswerPair) -> float:
             return float(worker.correct(item.answer, item.response[-RESPONSE_CHARS:]))
@@ -55,16 +55,16 @@ class MathScorer:
         return self._map(judge, items)
 
     def classes(self, prompt: str, responses: Sequence[str]) -> list[int | None]:
-        """As `math_classes.Classes` puts them. RuntimeError where no worker can start."""
+        """The classes of `math_classes.Classes`. Raises RuntimeError if no worker can start."""
         read = self._map(lambda worker, response: worker.read(response[-RESPONSE_CHARS:]), responses)
         return Classes(self._workers[0], self._seconds).numbers(read)
 
     def has_value(self, answers: Sequence[str]) -> list[bool]:
-        """Whether each answer can be parsed; only its own spelling is equal to one that cannot."""
+        """Whether each answer can be parsed. One that cannot equals only its own spelling."""
         return self._map(lambda worker, answer: worker.parsed(answer), answers)
 
     def take_counts(self) -> dict[str, int]:
-        """Items that were lost to the limit on time and to others, since the last call; empty before the first item."""
+        """Items that exceeded the time limit or another limit since the last call; empty before the first item."""
         if not any(worker.has_started for worker in self._workers):
             return {}
         counts = {name: sum(worker.counts[name] for worker in self._workers) for name in ("timeouts", "failures")}
@@ -77,7 +77,7 @@ class MathScorer:
             worker.close()
 
     def _map(self, work: Callable[[Worker, _T], _R], items: Sequence[_T]) -> list[_R]:
-        """`work` on each item, by whichever worker is free."""
+        """The results of `work` for each item, on the next free worker."""
         results: dict[int, _R] = {}
         stop = threading.Event()
         jobs: queue.SimpleQueue[int] = queue.SimpleQueue()

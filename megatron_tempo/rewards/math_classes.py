@@ -1,7 +1,7 @@
-"""Which responses to a question have equal mathematical answers.
+"""Decides which responses to a question have equal mathematical answers.
 
-Answers are first read, each by itself: an answer that is a number or a term has values at a few points. Only answers
-whose values are close are compared as `math_equal.matches` does, and those that have no such values with all.
+Each answer is read first: a number or a term has values at a few points. Only answers with close values are compared by
+`math_equal.matches`. Answers without such values are compared with all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 
 from megatron_tempo.rewards.units import agree
 
-STRIKES = 2  # comparisons in a row that take too long, after which an answer is compared no more
+STRIKES = 2  # an answer is not compared any more after this many consecutive comparisons that take too long
 NEAR = 1e-4  # relative or absolute difference up to which two values are compared further
 
 Points = list[list[float]] | None
@@ -22,7 +22,7 @@ By = Literal["any", "face", "value"]
 
 
 class Compares(Protocol):
-    """What is used of `math_pool.Worker`."""
+    """The part of `math_pool.Worker` that is used."""
 
     def equal(self, one: list[Any], other: list[Any], by: By) -> bool | None: ...
 
@@ -33,8 +33,8 @@ class _Class:
     texts: set[str]
     kind: str
     unit: str
-    form: str  # "set" or "tuple", "" where nobody says so
-    joined_kind: str = ""  # of those that joined an answer without one
+    form: str  # "set" or "tuple"; "" if no answer shows it
+    joined_kind: str = ""  # of those that joined an answer without a mark
     size: int = 1
     strikes: int = 0  # comparisons in a row that took too long
 
@@ -44,9 +44,9 @@ class Classes:
     """The classes of one question's answers, each of which `math_worker` has read (None: no answer).
 
     Answers without a mark come first (a unit, a per cent or degree sign, a base, the brackets of a set or tuple), then
-    the marks in the order of their frequency. So `30%` joins 30 where somebody says that, else 0.3, and the classes do
-    not follow the order of the responses. An answer joins the first class, the largest tried first, whose first answer
-    equals it. One that cannot be compared in time, twice `seconds` for all its comparisons, is a class of its own.
+    the marks in the order of their frequency. So `30%` joins 30 if that is among the answers, else 0.3, and the classes
+    do not depend on the order of the responses. An answer joins the first class, the largest tried first, whose first
+    answer equals it. One that cannot be compared in time, twice `seconds` for all its comparisons, is a class of its own.
     """
 
     worker: Compares
@@ -80,7 +80,7 @@ class Classes:
         return joined
 
     def _equal(self, answer: dict[str, Any]) -> tuple[_Class | None, int]:
-        """The class that an answer belongs to, if any, and the strikes of the answer."""
+        """The class of an answer, if any, and the answer's consecutive comparisons that took too long."""
         text, strikes = str(answer["statement"]), 0
         for one in self.classes:
             if text in one.texts:

@@ -1,8 +1,8 @@
 """Whether two mathematical answers are equal: by spelling, by their values at a few points, or by math-verify.
 
-Only the worker process imports it. What the marks of an answer (`units.Marks`) do to equality is decided here:
+Only the worker process imports it. It decides how the marks of an answer (`units.Marks`) affect equality:
 
-- Two units must agree; one alone does not count.
+- Two units must agree; a unit of only one answer is ignored.
 - `30%` is 0.3, and 30 too: as the gold answer, or of a gold number above 1 (one of at most 1 may be a fraction).
 - `60 degrees` is 60, and pi/3.
 - A number with a base is its value, and its digits without the base.
@@ -26,12 +26,12 @@ By = Literal["any", "face", "value"]
 
 POINTS = 3
 DIGITS = 30  # of the values that are compared
-SAME = Rational(1, 10**20)  # relative difference of values that are one value
-APART = Rational(1, 10**5)  # relative or absolute difference of values that math-verify takes for two at all times
+SAME = Rational(1, 10**20)  # relative difference up to which values are equal
+APART = Rational(1, 10**5)  # relative or absolute difference above which math-verify never takes values as equal
 
 
 def matches(gold: Reading, response: Reading, by: By = "any") -> bool:
-    """Whether a response is right by a gold answer. `by` chooses how a mark that only one has is read."""
+    """Whether a response is right by a gold answer. `by`: how a mark that only one has is read."""
     if gold.text and gold.text == response.text:
         return True
     if gold.words and gold.words == response.words:
@@ -42,13 +42,13 @@ def matches(gold: Reading, response: Reading, by: By = "any") -> bool:
         return False
     if not _forms_agree(gold, response):
         return False
-    if response.form == "tuple" and isinstance(gold.value, FiniteSet):  # the order matters, whichever is the tuple
+    if response.form == "tuple" and isinstance(gold.value, FiniteSet):  # the order matters if either is a tuple
         gold, response = response, gold
     return any(_same(one, other) for one, other in _pairs(gold, response, by))
 
 
 def points(value: Any) -> list[list[float]] | None:
-    """An answer's value at `POINTS` points: [real, imaginary] each. None where it has none, such as a set's."""
+    """An answer's value at `POINTS` points: [real, imaginary] each. None if it has none, such as a set."""
     if isinstance(value, FiniteSet) and len(value) == 1:  # equals its element
         (value,) = value
     found = _at_points(_scalar(value))
@@ -56,7 +56,7 @@ def points(value: Any) -> list[list[float]] | None:
 
 
 def face_and_value(reading: Reading) -> tuple[Any, Any]:
-    """What a marked answer's digits say, and what it is worth: 30 and 3/10 of `30%`. The same without a mark."""
+    """The number in an answer's digits, and its value: 30 and 3/10 for `30%`. They are the same without a mark."""
     return (None, None) if reading.value is None else (_face(reading), _worth(reading))
 
 
@@ -84,7 +84,7 @@ def _digits(reading: Reading) -> str:
 
 
 def _face(reading: Reading) -> Any:
-    """The digits of a number with a base as a decimal number, where they are decimal."""
+    """The digits of a number with a base as a decimal number, if they are decimal."""
     return Integer(int(_digits(reading))) if reading.marks.base and _digits(reading).isdecimal() else reading.value
 
 
@@ -102,7 +102,7 @@ def _above_one(value: Any) -> bool:
 
 
 def _forms_agree(gold: Reading, response: Reading) -> bool:
-    """A set is no tuple, a matrix nothing else but a tuple, and a number in brackets no number."""
+    """A set is not a tuple, a matrix can only equal a tuple, and a number in brackets is not a number."""
     matrices = [reading for reading in (gold, response) if isinstance(reading.value, MatrixBase)]
     if len(matrices) == 1:  # a column is a tuple
         return "tuple" in (gold.form, response.form)
@@ -126,12 +126,12 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _scalar(value: Any) -> Any:
-    """The right side of an assignment `x = 4`, as math-verify reads it where the other answer is no equation."""
+    """The right side of an assignment `x = 4`, as math-verify reads it if the other answer is not an equation."""
     return value.rhs if isinstance(value, Eq) and isinstance(value.lhs, Symbol) else value
 
 
 def _is_name(value: Any) -> bool:
-    """A name is compared by its letters, not by the values that they stand for."""
+    """Whether this is a name, which is compared by its letters, not by their values."""
     return isinstance(value, Symbol) or any(len(symbol.name) > 1 for symbol in value.free_symbols)
 
 
@@ -153,7 +153,7 @@ def _at_points(value: Any) -> list[Any] | None:
         return _values(value)
     except (MemoryError, KeyboardInterrupt):
         raise
-    except Exception:  # noqa: BLE001 sympy raises what it likes
+    except Exception:  # noqa: BLE001 sympy raises any exception
         return None
 
 

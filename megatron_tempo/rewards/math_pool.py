@@ -1,4 +1,4 @@
-"""Processes of `math_worker` from the trainer's side: requests, limits on time, and what was lost to them."""
+"""The trainer's side of `math_worker` processes: requests, time limits, and counts of failed items."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from megatron_tempo.runtime import progress_marker
 
 MEMORY_MB = 1024  # address space of a worker, MiB
 START_SECONDS = 120.0  # for Python and sympy to load, on a busy machine
-RECYCLE_SECONDS = 20.0  # for a child to be forked, on a busy machine
+RECYCLE_SECONDS = 20.0  # for a child to fork, on a busy machine
 END_SECONDS = 2.0  # for an idle worker to end by itself
 
 Reply = dict[str, Any]
 
 
 class Worker:
-    """One process of `math_worker`, restarted when it died. To be used by one thread at a time.
+    """One process of `math_worker`, restarted when it dies. Only one thread may use it at a time.
 
-    A child of it that takes too long is killed and has a successor in milliseconds; `counts` has what that cost:
-    "timeouts" items that took too long, "failures" items that took too much memory or ended their child.
+    A child that takes too long is killed and replaced within milliseconds. `counts`: "timeouts" are items that took too
+    long, "failures" are items that took too much memory or ended their child.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -42,35 +42,35 @@ class Worker:
         self._asked = 0
 
     def correct(self, answer: str, response: str) -> bool:
-        """Whether the response is right. One that takes too long, or kills the worker, is not."""
+        """Whether the response is right. It is wrong if it takes too long or kills the worker."""
         reply = self.ask({"answer": answer, "response": response})
         return reply is not None and bool(reply["correct"])
 
     def read(self, response: str) -> Reply | None:
-        """The answer of a response (`math_worker`), None where it has none or cannot be read in time."""
+        """The answer of a response (`math_worker`); None if it has none or cannot be read in time."""
         reply = self.ask({"read": response})
         return None if reply is None or reply["statement"] is None else reply
 
     def equal(self, one: list[Any], other: list[Any], by: Literal["any", "face", "value"]) -> bool | None:
-        """Whether two statements say the same (`math_equal.matches`), None where that takes too long."""
+        """Whether two statements are equal (`math_equal.matches`); None if that takes too long."""
         reply = self.ask({"equal": [one, other], "by": by})
         return None if reply is None else bool(reply["equal"])
 
     def parsed(self, answer: str) -> bool:
-        """Whether an answer equals more than its own spelling."""
+        """Whether an answer can equal more than its own spelling."""
         reply = self.ask({"gold": answer})
         return reply is not None and bool(reply["parsed"])
 
     def ask(self, request: dict[str, Any]) -> Reply | None:
-        """The reply, or None to a request that takes too long or too much memory, or kills the worker.
+        """The reply; None if the request takes too long or too much memory, or kills the worker.
 
-        RuntimeError where no worker can start.
+        Raises RuntimeError if no worker can start.
         """
         progress_marker.mark()
         for _ in range(2):
             self._ensure()
             self._asked += 1
-            request["id"] = self._asked  # the successor of a child that was killed may answer what came before
+            request["id"] = self._asked  # the successor of a killed child may answer the previous request
             try:
                 reply = self._exchange(request)
             except TimeoutError:
@@ -82,7 +82,7 @@ class Worker:
                 continue
             if "ready" in reply:  # the child is gone, and this is its successor
                 self._adopt(reply)
-                # Killed from outside (by the kernel, for want of memory, perhaps): the item may be innocent: ask again.
+                # Killed from outside, perhaps by the kernel for lack of memory: perhaps not by this item, so retry.
                 if reply["ended"] == -signal.SIGKILL:
                     continue
                 break
@@ -100,7 +100,7 @@ class Worker:
             return
         assert process.stdin is not None
         assert process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # what it did not read is of no interest any more
+        with contextlib.suppress(BrokenPipeError):  # unread input is not needed any more
             process.stdin.close()
         try:
             process.wait(timeout=END_SECONDS)
@@ -109,11 +109,11 @@ class Worker:
             process.kill()
             process.wait()
         process.stdout.close()
-        self._kill_child()  # it is still there if only the worker was killed
+        self._kill_child()  # it still runs if only the worker was killed
         self._forget_child()
 
     def _ensure(self) -> None:
-        """A worker that is ready."""
+        """Start a worker unless one is ready."""
         if self._process is not None and self._process.poll() is None and self._has_heard_all():
             return
         self.close()
@@ -134,19 +134,19 @@ class Worker:
         self._adopt(ready)
 
     def _has_heard_all(self) -> bool:
-        """Hear of children that were killed while they had nothing to do. False where the worker is gone."""
+        """Read the messages about children that were killed while idle. False if the worker is gone."""
         assert self._process is not None
         try:
             while (line := self._line(time.monotonic())) is not None:
                 if "ready" in line:
                     self._adopt(line)
-        except TimeoutError:  # there is nothing more
+        except TimeoutError:  # no more messages
             return True
         return False
 
     def _adopt(self, ready: Reply) -> None:
         self._forget_child()
-        with contextlib.suppress(ProcessLookupError):  # it is gone already, and its successor will say so
+        with contextlib.suppress(ProcessLookupError):  # already gone; its successor will report it
             self._child = os.pidfd_open(ready["ready"])
 
     def _forget_child(self) -> None:
@@ -160,12 +160,12 @@ class Worker:
                 signal.pidfd_send_signal(self._child, signal.SIGKILL)
 
     def _recycle(self) -> None:
-        """A fresh child in the place of this one; a fresh worker where that does not come about."""
+        """Replace the child by a fresh one, or the worker if that fails."""
         self._kill_child()
         deadline = time.monotonic() + RECYCLE_SECONDS
         try:
             while (line := self._line(deadline)) is not None:
-                if "ready" in line:  # before it there may be a reply that came too late
+                if "ready" in line:  # a late reply may come before it
                     self._adopt(line)
                     return
         except TimeoutError:
@@ -174,7 +174,7 @@ class Worker:
         self.close()
 
     def _exchange(self, request: dict[str, Any]) -> Reply | None:
-        """The line that follows a request, None where the worker is gone. TimeoutError after the item's time."""
+        """The line that follows a request; None if the worker is gone. TimeoutError after the item's time limit."""
         assert self._process is not None
         assert self._process.stdin is not None
         deadline = time.monotonic() + self._seconds
@@ -206,7 +206,7 @@ class Worker:
 
 
 def _wait(place: int, event: int, deadline: float) -> None:
-    """Until a file descriptor is ready. TimeoutError where it is not by `deadline`."""
+    """Wait until a file descriptor is ready. Raises TimeoutError if it is not ready by `deadline`."""
     poll = select.poll()
     poll.register(place, event)
     if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
@@ -219,7 +219,7 @@ def _start(seconds: float) -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         bufsize=0,
-        cwd=Path(megatron_tempo.__file__).parents[1],  # so that `-m` finds this very package
-        env={**os.environ, "PYTHONHASHSEED": "0"},  # sympy's order of terms follows the hashes of strings
-        start_new_session=True,  # Ctrl-C is for the trainer, whose end closes the worker's input
+        cwd=Path(megatron_tempo.__file__).parents[1],  # so that `-m` finds this package
+        env={**os.environ, "PYTHONHASHSEED": "0"},  # sympy's order of terms depends on the hashes of strings
+        start_new_session=True,  # Ctrl-C is for the trainer; when it ends, the worker's input is closed
     )

@@ -1,8 +1,8 @@
 r"""Mathematical answers as sympy values, by math-verify's parser. Only the worker process imports it.
 
-A statement (`stated`) that is a box or names its answer is read whole or not at all: the last number in
-`\boxed{x \mid 6}` is no answer. Its spelling (`spelling.latex`) and its marks (`units.split`) are taken off first.
-A statement in prose is left to math-verify, which looks for an answer in it.
+A statement (`stated`) that is a box or names its answer is read completely or not at all: the last number in
+`\boxed{x \mid 6}` is not an answer. Its spelling is normalised (`spelling.latex`) and its marks are removed
+(`units.split`) first. In a statement in prose, math-verify searches for an answer.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ UNMARKED = Marks()
 
 @dataclass(frozen=True)
 class Reading:
-    """An answer. `text` is its spelling without blanks, by which it equals what cannot be parsed.
+    """An answer. `text`: its spelling without blanks, by which it is compared with answers that cannot be parsed.
 
-    `value` is None where it cannot be; `form` is how it is put together: "set", "tuple", "bracket" or "" for the rest;
-    `words` are those of an answer that is words alone, in lower case.
+    `value`: None if it cannot be parsed. `form`: "set", "tuple", "bracket", or "" for the rest. `words`: those of an
+    answer that consists only of words, in lower case.
     """
 
     text: str
@@ -66,20 +66,20 @@ class Reading:
 
 @lru_cache(maxsize=512)
 def read(statement: Statement) -> Reading:
-    """The answer of a statement; `empty` where there is none."""
+    """The answer of a statement; `empty` if there is none."""
     if statement.whole:
         return read_whole(statement.text)
     bare = statement.text.strip("*_ ")
     if len(bare) <= ANSWER_CHARS and not _is_prose(bare):
         found = read_whole(bare)
-        # A last line that does not say that it is the answer may be a step: math-verify takes what it comes to.
+        # A last line that is not marked as the answer may be a step: math-verify takes its result.
         if statement.marked or (found.value is not None and "=" not in bare):
             return found
     return _searched(statement.context)
 
 
 def read_whole(text: str) -> Reading:
-    """All of `text` as an answer, which may be boxed, in dollars, or bare."""
+    """The whole `text` as an answer, which may be boxed, in dollars, or bare."""
     spelled = latex(_unwrapped(text.strip()))
     if (whole := _TEXT.fullmatch(spelled)) and re.search(r"\d", spelled):
         spelled = whole[1].strip()
@@ -95,7 +95,7 @@ def read_whole(text: str) -> Reading:
 
 
 def _searched(context: str) -> Reading:
-    """What math-verify finds in prose."""
+    """The answer that math-verify finds in prose."""
     found = parse(narrow(context), parsing_timeout=None)
     values = [value for value in found if not isinstance(value, str)]
     texts = [value for value in found if isinstance(value, str)]
@@ -103,7 +103,7 @@ def _searched(context: str) -> Reading:
 
 
 def _unwrapped(text: str) -> str:
-    r"""Without `\boxed{}`, dollars or `\(...\)` around the whole."""
+    r"""The text without `\boxed{}`, dollars or `\(...\)` around the whole."""
     for _ in range(4):
         for begin, end in _WRAPPERS:
             inner = text[len(begin) : len(text) - len(end)]
@@ -116,7 +116,7 @@ def _unwrapped(text: str) -> str:
 
 
 def _is_one(inner: str, begin: str, end: str) -> bool:
-    """Whether what opens with `begin` before `inner` is what closes with `end` behind it."""
+    """Whether the `begin` before `inner` and the `end` after it belong together."""
     if end != "}":
         return begin not in inner and end not in inner and not inner.endswith("\\")
     depth = 0
@@ -128,7 +128,7 @@ def _is_one(inner: str, begin: str, end: str) -> bool:
 
 
 def _elements(core: str) -> list[str]:
-    """The parts of a bare list, `3, 4 and 5`; empty where it is none."""
+    """The parts of a bare list, `3, 4 and 5`; empty if it is not a list."""
     text = _AND.sub(",", core)
     depth, parts, start = 0, [], 0
     for place, letter in enumerate(text):
@@ -140,7 +140,7 @@ def _elements(core: str) -> list[str]:
 
 
 def _common_marks(parts: list[str], core: str, marks: Marks) -> tuple[str, Marks]:
-    """A list without the marks of its elements, where these have the same ones or only the last one has."""
+    """A list without the marks of its elements, if all have the same marks or only the last one has any."""
     split = [units.split(part.strip()) for part in parts]
     found = {mark for _, mark in split if mark != UNMARKED}
     if not found:
@@ -148,7 +148,7 @@ def _common_marks(parts: list[str], core: str, marks: Marks) -> tuple[str, Marks
     (only, *others) = found
     if others or marks not in (UNMARKED, only) or any(not part for part, _ in split):
         return core, marks
-    if marks == UNMARKED and any(mark == UNMARKED for _, mark in split):  # of `5 cm, 6` nobody knows what 6 is
+    if marks == UNMARKED and any(mark == UNMARKED for _, mark in split):  # in `5 cm, 6` the unit of 6 is unknown
         return core, marks
     return ", ".join(part for part, _ in split), only
 
@@ -176,7 +176,7 @@ def _outer(core: str) -> bool:
 
 
 def _words_of(core: str) -> str:
-    """The words of an answer that is words alone, "" of another one."""
+    """The words of an answer that consists only of words, else ""."""
     plain = " ".join(_TEXT.sub(r" \1 ", core).replace("\\ ", " ").split())
     return plain.casefold().strip("(). ") if _WORDS.fullmatch(plain) else ""
 
@@ -195,7 +195,7 @@ def _is_prose(text: str) -> bool:
 
 
 def _value(core: str, marks: Marks) -> Any:
-    """The value of an answer without its marks, None where it has none that is certain."""
+    """The value of an answer without its marks; None if it has no certain value."""
     if marks.base:
         return Integer(int(core, marks.base))
     if not core or len(core) > ANSWER_CHARS or _unreadable(core):
@@ -207,7 +207,7 @@ def _value(core: str, marks: Marks) -> Any:
         )
     except (MemoryError, KeyboardInterrupt):
         raise
-    except Exception:  # noqa: BLE001 the parser raises what it likes, Exception itself for a wrong sign
+    except Exception:  # noqa: BLE001 the parser raises any exception, plain Exception for a wrong sign
         return None
     return scaled(value, Integer(10) ** marks.scale) if marks.scale else value
 
@@ -232,7 +232,7 @@ def scaled(value: Any, factor: Any) -> Any:
 
 
 def as_tuple(value: Any) -> Any:
-    """A matrix of one row or column as a tuple, anything else as it is."""
+    """A matrix of one row or column as a tuple, anything else unchanged."""
     return Tuple(*value.flat()) if isinstance(value, MatrixBase) and min(value.shape) == 1 else value
 
 

@@ -8,10 +8,10 @@ from megatron_tempo.rewards.scorer import Item
 
 
 class ReadingScorer:
-    """`read(prompt, response)` is the response's answer in a form of which equal answers have but one, or None.
+    """`read(prompt, response)`: the response's answer in a canonical form, the same for equal answers; or None.
 
-    `gold(prompt, answer)` is that form of the right answer; it raises InputError where there is none. Both take a time
-    that grows no faster than the texts.
+    `gold(prompt, answer)`: that form of the right answer; raises InputError if there is none. The time of both is at
+    most linear in the texts.
     """
 
     def __init__(self, read: Callable[[str, str], Hashable | None], gold: Callable[[str, str], Hashable]) -> None:
@@ -32,6 +32,6 @@ class ReadingScorer:
 
 
 def numbered(answers: Iterable[Hashable | None]) -> list[int | None]:
-    """Equal answers get equal numbers, from 0 in the order in which they come; None where there is no answer."""
+    """Equal answers get equal numbers, from 0 in order of appearance; None if there is no answer."""
     numbers: dict[Hashable, int] = {}
     return [None if answer is None else numbers.setdefault(answer, len(numbers)) for answer in answers]

@@ -1,4 +1,4 @@
-"""What every verifier is: a `Scorer` of `Item`s."""
+"""The interface of verifiers: a `Scorer` of `Item`s."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ class Item:
 
 
 class Scorer(Protocol):
-    """A verifier. Its verdicts are 1.0 (right) and 0.0, in the order of the items; a graded one's lie between too."""
+    """A verifier. Its verdicts are 1.0 (right) and 0.0, in the order of the items; graded ones may lie between."""
 
     def check(self, prompt: str, answer: str) -> None:
-        """ValueError where no response to `prompt` could be judged by `answer`."""
+        """Raises ValueError if no response to `prompt` can be judged by `answer`."""
 
     def score(self, items: Sequence[Item]) -> list[float]: ...
 
     def classes(self, prompt: str, responses: Sequence[str]) -> list[int | None]:
         """Which responses to `prompt` have equal answers: equal numbers, from 0 in the order of first appearance.
 
-        None where a response has no answer. Equal is what would get the same verdict whatever the right answer is.
-        ValueError where `prompt` is no question that can be answered, also without responses.
+        None if a response has no answer. Answers are equal if they get the same verdict whatever the right answer is.
+        Raises ValueError if `prompt` is not a question that can be answered, even without responses.
         """
 
     def close(self) -> None: ...

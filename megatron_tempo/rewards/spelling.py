@@ -1,4 +1,4 @@
-r"""Other spellings of the same mathematics, made into LaTeX that a parser reads: `4√2` into `4\sqrt{2}`.
+r"""Converts other spellings of the same mathematics to LaTeX that a parser reads: `4√2` to `4\sqrt{2}`.
 
 All functions are linear in the text, or quadratic with a text of at most `math.ANSWER_CHARS` characters.
 """
@@ -58,7 +58,7 @@ _FRACTION = re.compile(r"\\[dtc]?frac(?![a-z])")
 
 
 def narrow(text: str) -> str:
-    """Full-width letters, digits and signs, and mathematical alphabets, as the plain ones; unseen characters removed.
+    """Full-width letters, digits and signs, and mathematical alphabets, as the plain ones; invisible ones removed.
 
     >>> narrow("答案：（Ｂ）")
     '答案:(B)'
@@ -119,7 +119,7 @@ def _root_arguments(text: str) -> str:
 
 
 def _closing(text: str, begin: int) -> int | None:
-    """Where the bracket that opens at `begin` closes."""
+    """The position where the bracket that opens at `begin` closes."""
     opening, closing = text[begin], {"(": ")", "{": "}", "[": "]"}[text[begin]]
     depth = 0
     for place in range(begin, len(text)):
@@ -130,7 +130,7 @@ def _closing(text: str, begin: int) -> int | None:
 
 
 def _numbers(text: str) -> str:
-    """`1 234` as `1234`, and `1,234` so where it cannot be two numbers: alone, in braces, or next to an operator."""
+    """`1 234` as `1234`, and so is `1,234` if it cannot be two numbers: alone, in braces, or next to an operator."""
     text = _GROUPS.sub(lambda number: number[1] + number[2].replace(" ", ""), text)
 
     def joined(number: re.Match[str]) -> str:
@@ -142,7 +142,7 @@ def _numbers(text: str) -> str:
 
 
 def _without_start(text: str) -> str:
-    """Without an equals sign, or that of an approximation, before it all."""
+    """The text without a leading equals or approximation sign."""
     start = _LEADING.match(text)
     return text[start.end() :] if start else text
 
@@ -152,7 +152,7 @@ def _braced_script(script: re.Match[str]) -> str:
 
 
 def _fractions(text: str) -> str:
-    r"""Fractions with both arguments in braces: `\frac12`, `\dfrac \pi 6` and `\frac{1}2` as well. Inner ones last."""
+    r"""Fractions with both arguments in braces, from `\frac12`, `\dfrac \pi 6` or `\frac{1}2`. Inner ones last."""
     parts: list[str] = []
     place = 0
     while fraction := _FRACTION.search(text, place):

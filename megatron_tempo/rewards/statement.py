@@ -1,8 +1,7 @@
-r"""What a response states as its mathematical answer.
+r"""Finds what a response states as its mathematical answer.
 
-In this order: its last box, with those of one row with it, or what is marked behind it by
-`<answer>...</answer>` or by `#### 12` as the last line; the last line `Answer: ...` or `答案：...`; what follows `the
-answer is`; else its end.
+In this order: its last box, with other boxes of the same row, or what `<answer>...</answer>` or a last line `#### 12`
+marks after it; the last line `Answer: ...` or `答案：...`; what follows `the answer is`; otherwise its end.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from megatron_tempo.rewards.math import ANSWER_CHARS
 # Regular expressions of math-verify take quadratic time on a response without an answer.
 TAIL_CHARS = 4000
 
-# Boxes with nothing but this between them are parts of one answer.
+# Boxes with only this between them are parts of one answer.
 _BETWEEN = re.compile(
     r"(?:[\s,;、，；$~]|\\[,;:! ()\[\]]|\\q?quad(?![A-Za-z])"
     r"|(?:\\text\s*\{\s*(?:and|or)\s*,?\s*\}|(?<![A-Za-z])(?:and|or)(?![A-Za-z])|[和或及]))*"
@@ -26,9 +25,9 @@ _BETWEEN_CHARS = 60
 
 @dataclass(frozen=True)
 class Statement:
-    """`text` is the answer if the statement is `whole`. Else it may be the answer, and `context` is where to look.
+    """`text` is the answer if the statement is `whole`. Otherwise it may be the answer: search `context`.
 
-    `marked`: the response says that it is its answer, so that it is one even where it cannot be parsed.
+    `marked`: the response marks it as its answer, so it is one even if it cannot be parsed.
     """
 
     text: str
@@ -38,7 +37,7 @@ class Statement:
 
 
 def stated(response: str) -> Statement | None:
-    r"""The statement of a response, None where it states nothing or a box is empty or too long.
+    r"""The statement of a response; None if it states nothing, or a box is empty or too long.
 
     >>> stated(r"So \boxed{4} and \boxed{9}.")
     Statement(text='4, 9', whole=True, context='', marked=True)
@@ -67,7 +66,7 @@ def _boxed(text: str, found: list[tuple[int, int]]) -> Statement | None:
 
 
 def _row(text: str, found: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The last box, and those before it that only commas, `and` and the like set apart from it."""
+    """The last box, and those before it that are separated only by commas, `and` and the like."""
     row = [found[-1]]
     for place in reversed(found[:-1]):
         between = text[place[1] + 1 : row[0][0]]

@@ -1,8 +1,8 @@
-r"""Short answers that are a word, a number, or a list of them, as most tasks of BIG-Bench Hard have.
+r"""Short answers: a word, a number, or a list of them, as in most tasks of BIG-Bench Hard.
 
-Read from what the response states last (`answers.statements`), all of it. Capitals, the full stop at the end, LaTeX's
-and Markdown's markup, and what separates the words of a list (blanks, commas, semicolons) make no difference; the
-order does. Numbers are equal by value (`1,000` is `1000.0`), rows of brackets whatever blanks are between them.
+The whole last statement of the response is read (`answers.statements`). Capitals, the full stop at the end, LaTeX and
+Markdown markup, and the separators of a list (blanks, commas, semicolons) make no difference; the order does. Numbers
+are equal by value (`1,000` is `1000.0`), rows of brackets independently of blanks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from decimal import Decimal
 from megatron_tempo.errors import InputError
 from megatron_tempo.rewards.answers import plain, statements
 
-ANSWER_CHARS = 2000  # a longer statement is no short answer
+ANSWER_CHARS = 2000  # a longer statement is not a short answer
 
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d{1,60})(?:\.\d{1,60})?|[+-]?\.\d{1,60}", re.ASCII)
 _BRACKETS = re.compile(r"[()\[\]{}<>]+")
@@ -27,7 +27,7 @@ def read(prompt: str, response: str) -> Hashable | None:
 
 
 def gold(prompt: str, answer: str) -> Hashable:
-    """The same form of the right answer. InputError where it is not short, or has nothing to compare."""
+    """The same form of the right answer. Raises InputError if it is not short, or has nothing to compare."""
     form = _form(answer)
     if form is None:
         raise InputError(f"the answer {answer[:80]!r} is no short text; give words or a number, {ANSWER_CHARS} at most")

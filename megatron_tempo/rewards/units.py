@@ -1,8 +1,8 @@
-r"""What stands around the number of an answer: a currency, a unit, a per cent or degree sign, a base, `million`.
+r"""The marks around the number of an answer: a currency, a unit, a per cent or degree sign, a base, `million`.
 
-`split` takes it off. A unit is no part of the value, but two units must agree (`agree`): 12 is 12 cm, and 12 m is not.
-Any noun is a unit of what is counted, as in `14 weeks` or `36 \text{ sweaters}`; words that say something else
-(`or`, `not`, `if`, `two`, ...) are none.
+`split` removes them. A unit is not part of the value, but two units must agree (`agree`): 12 equals 12 cm, but 12 m
+does not. Any noun is a unit of what is counted, as in `14 weeks` or `36 \text{ sweaters}`; words with another meaning
+(`or`, `not`, `if`, `two`, ...) are not units.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _SHORT = frozenset(
         "cm mm km kg mg ml dl ft yd mi lb lbs oz hr hrs min mins sec secs mph kph kmh kmph hz khz kw kj ms cc sq cu",
     )
 )
-_LETTERS = frozenset("mgshl")  # a blank must set these apart: 5m is a product
-# What says that a number has a unit, but not which, and the unit of angles that needs no name.
+_LETTERS = frozenset("mgshl")  # a blank must precede these: 5m is a product
+# Words that show that a number has a unit, but not which, and the unit of angles, which needs no name.
 _GENERIC = frozenset(f"unit{power}" for power in ("", "^2", "^3")) | {"rad", "radian"}
-# Words that say more than what is counted. "sec" and "min" are units nevertheless.
+# Words with another meaning than what is counted. "sec" and "min" are units nevertheless.
 _SAYS_MORE = frozenset(
     re.findall(
         r"\w+",
@@ -87,23 +87,23 @@ _OPEN = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """What was taken off. `unit` is in a normal form, "" where there is none; `scale` is a power of ten."""
+    """The removed marks. `unit`: in a normal form, "" if there is none. `scale`: a power of ten."""
 
     percent: bool = False
     degrees: bool = False
     unit: str = ""
     scale: int = 0
-    base: int = 0  # 0: none is named
+    base: int = 0  # 0: no base is named
 
     @property
     def names(self) -> str:
-        """The marks that make a difference between answers of the same value, "" where there are none."""
+        """The marks that distinguish answers of the same value; "" if there are none."""
         base = f"base {self.base}" if self.base else ""
         return " ".join(filter(None, ("%" * self.percent, "degrees" * self.degrees, base, self.unit)))
 
 
 def split(text: str) -> tuple[str, Marks]:
-    r"""An answer in the spelling of `spelling.latex` without its marks, and these.
+    r"""An answer in the spelling of `spelling.latex` without its marks, and the marks.
 
     >>> split(r"\$14.50")
     ('14.50', Marks(percent=False, degrees=False, unit='dollar', scale=0, base=0))
@@ -125,7 +125,7 @@ def split(text: str) -> tuple[str, Marks]:
 
 
 def agree(one: str, other: str) -> bool:
-    """Whether two units may be of the same answer: one of them is not given, or has the words of the other.
+    """Whether two units may belong to the same answer: one of them is missing, or contains the words of the other.
 
     >>> agree("cm", ""), agree("cm", "m"), agree("sweater", "wool sweater")
     (True, False, True)
@@ -135,7 +135,7 @@ def agree(one: str, other: str) -> bool:
 
 
 def _without_stop(text: str) -> str:
-    """Without the full stop or comma at the end, and dollars around the whole; `1, 2, ...` keeps its dots."""
+    """The text without a final full stop or comma, and without dollars around the whole. `1, 2, ...` keeps its dots."""
     text = text.strip()
     if len(text) > 1 and text[0] == text[-1] == "$" and not text.endswith("\\$"):
         text = text[1:-1].strip()
@@ -177,7 +177,7 @@ def _joined(unit: str, known: str) -> str:
 
 
 def _words(text: str) -> tuple[str, str, bool]:
-    """The text, the words at its end, and whether they are set apart: in `\\text`, or behind a blank."""
+    """The text, the words at its end, and whether they are separated: in `\\text`, or after a blank."""
     if over := _OVER_AT_END.search(text):
         return text[: over.start()].rstrip(), f"{over[1].strip()}/{over[2].strip()}{(over[3] or '').strip('{}')}", True
     core, words = text, ""
@@ -208,7 +208,7 @@ def _scaled(words: str) -> tuple[int, str]:
 
 
 def _unit(words: str, core: str, *, spaced: bool) -> str | None:
-    """The normal form of a unit, "" of one that says nothing (`units`); None where the words are no unit."""
+    """The normal form of a unit; "" for one without meaning (`units`); None if the words are not a unit."""
     if not re.fullmatch(r"[A-Za-z€£¥₹₩¢$\\ .'^/\d-]+", words) or not re.search("[A-Za-z€£¥₹₩¢$]", words):
         return None
     written = re.sub(r"\bp\.\s*m\.?", "pm", re.sub(r"\ba\.\s*m\.?", "am", words.lower()))

@@ -1,4 +1,4 @@
-"""Verdicts that cost something to come by, kept on disk."""
+"""A cache on disk for verdicts that are expensive to get."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 class VerdictCache:
     """Verdicts by key, in JSONL files of a folder, which any number of processes may use at the same time.
 
-    Each process writes a file of its own, a line at once, and has read those that were there when it began; a line that
-    was cut short counts as absent. What another process finds meanwhile is not seen. Threads may share it.
+    Each process writes its own file, one line at a time, and reads the existing files at its start. Incomplete lines
+    are ignored. Verdicts that another process adds later are not seen. Threads may share it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,11 +37,11 @@ class VerdictCache:
                     continue
 
     def get(self, key: str) -> bool | None:
-        """The verdict under a key, in hexadecimal."""
+        """The verdict of a key, which is hexadecimal."""
         return self._verdicts.get(bytes.fromhex(key))
 
     def put(self, key: str, right: bool) -> None:
-        """Keep a verdict. Where it cannot be written, which is warned of once, only as long as this process lives."""
+        """Store a verdict. If it cannot be written, warn once and keep it only in memory."""
         with self._lock:
             self._verdicts[bytes.fromhex(key)] = right
             try:
@@ -63,7 +63,7 @@ class VerdictCache:
 
 
 def _lines(path: Path) -> list[bytes]:
-    """The whole lines of a file of verdicts; of one that cannot be read none, which is warned of."""
+    """The complete lines of a file of verdicts. If it cannot be read, warn and return none."""
     try:
         return read_bytes(path).split(b"\n")[:-1]
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Responses and answers into rewards, by the verifier that each item names."""
+"""Computes rewards of responses, by the verifier that each item names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REPORTED = 10
 
 
 class View(Enum):
-    """Which part of a response a verifier sees."""
+    """The part of a response that a verifier sees."""
 
     answer = "behind its last thought, without end tokens"
     response = "without end tokens"
@@ -37,10 +37,10 @@ class View(Enum):
 
 
 class _InProcess:
-    """A verifier that is two cheap functions with a bounded cost.
+    """A verifier of two cheap functions with bounded cost.
 
-    `function` judges prompt, response and answer; `answer_of` reads from prompt and response what equal answers share,
-    None where there is no answer.
+    `function`: judges prompt, response and answer. `answer_of`: reads from prompt and response a value that is the same
+    for equal answers, None if there is no answer.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class _InProcess:
         return [self._function(item.prompt, item.response, item.answer) for item in items]
 
     def classes(self, prompt: str, responses: Sequence[str]) -> list[int | None]:
-        self._answer_of(prompt, "")  # raises for what is no question
+        self._answer_of(prompt, "")  # raises if it is not a question
         return numbered(self._answer_of(prompt, response) for response in responses)
 
     def close(self) -> None:
@@ -64,7 +64,7 @@ class _InProcess:
 
 
 class _NoJudge:
-    """Stands for the judge where none is configured."""
+    """Takes the judge's place if none is configured."""
 
     def check(self, prompt: str, answer: str) -> None:
         raise InputError("verifier 'judge' needs rewards.judge.url and rewards.judge.model: set both")
@@ -81,15 +81,15 @@ class _NoJudge:
 
 
 class Verifiers:
-    """All verifiers by name. `close` ends the worker processes of those that have any; they start at the first need.
+    """All verifiers by name. Worker processes start on first use; `close` ends them.
 
-    `workers` is the number of math processes, `seconds` the wall time that one item may take there. `judge` is the
-    language model that judges, if any; `imported` are the user's own. `threads` threads may call `score` at a time with
-    profit: of all verifiers only the judge works on several calls at once.
+    `workers`: number of math processes. `seconds`: time limit of one item there. `judge`: the language model that
+    judges, if any. `imported`: the user's own. `threads`: how many threads may usefully call `score` at a time; only
+    the judge works on several calls at once.
 
-    A verifier sees what stands behind the last thought of a response, without the tokens that end it (`endings`). With
-    `read_unfinished_thoughts` that is the whole of a response whose thought does not end, else nothing. The user's own
-    verifiers see thoughts, and countdown, of whose answers the end token is a part, sees that too (`View`).
+    A verifier sees the text after the last thought of a response, without its end tokens (`endings`). If the thought
+    does not end, it sees nothing, or with `read_unfinished_thoughts` the whole response. The user's own verifiers also
+    see thoughts. Countdown also sees the end token, which is part of its answers (`View`).
     """
 
     threads = 1
@@ -132,7 +132,7 @@ class Verifiers:
         _report(prompts, check)
 
     def check_questions(self, verifier: str, prompts: Iterable[UnlabelledPrompt]) -> None:
-        """ValueError that names the prompts (the first ten) whose answers `verifier` cannot read."""
+        """Raises ValueError that names the prompts (the first ten) whose answers `verifier` cannot read."""
 
         def check(prompt: UnlabelledPrompt) -> None:
             self.classes(verifier, prompt.text, [])
@@ -140,9 +140,9 @@ class Verifiers:
         _report(prompts, check)
 
     def score(self, items: Sequence[Item]) -> list[float]:
-        """The verdict on each item: 1.0 or 0.0, of a graded verifier a number between.
+        """The verdict on each item: 1.0 or 0.0; for a graded verifier also between.
 
-        ValueError, before any is judged, as in `check`.
+        Raises ValueError, before any item is judged, as in `check`.
         """
         places: dict[str, list[int]] = defaultdict(list)
         for place, item in enumerate(items):
@@ -158,7 +158,7 @@ class Verifiers:
         return verdicts
 
     def classes(self, verifier: str, prompt: str, responses: Sequence[str]) -> list[int | None]:
-        """Which responses to a question have equal answers, as `Scorer.classes`. No answer of anybody else is read."""
+        """Which responses to a question have equal answers, as in `Scorer.classes`. No reference answer is read."""
         scorer = self._scorer(verifier)
         with self._one_at_a_time:
             classes = scorer.classes(prompt, [self._part(verifier, response) for response in responses])
@@ -166,18 +166,18 @@ class Verifiers:
         return classes
 
     def view(self, verifier: str) -> View:
-        """What a verifier sees of a response."""
+        """The part of a response that a verifier sees."""
         if isinstance(self._scorers.get(verifier), ImportedScorer):
             return View.response
         return View.everything if verifier == "countdown" else View.answer
 
     def has_value(self, verifier: str, answers: Sequence[str]) -> list[bool]:
-        """Whether other spellings of each answer may be right too, as `verifier` compares them."""
+        """Whether `verifier` may accept other spellings of each answer."""
         with self._one_at_a_time:
             return self._math.has_value(answers) if verifier == "math" else [True] * len(answers)
 
     def take_counts(self) -> dict[str, int]:
-        """What happened since the last call, by name: `math/` (`MathScorer.take_counts`), and `judge/` with a judge."""
+        """Counts since the last call, by name: `math/` (`MathScorer.take_counts`), and `judge/` with a judge."""
         return self._math.take_counts() | ({} if self._judge is None else self._judge.take_counts())
 
     def close(self) -> None:
@@ -225,7 +225,7 @@ _P = TypeVar("_P", bound=_Named)
 
 
 def _report(prompts: Iterable[_P], check: Callable[[_P], None]) -> None:
-    """InputError that names the prompts that `check` refuses."""
+    """Raises InputError that names the prompts that `check` rejects."""
     problems: list[str] = []
     for prompt in prompts:
         progress_marker.mark()
