@@ -3,13 +3,7 @@ PYTHON ?= python3
 PROCESSES ?= 2
 BIN := .venv/bin
 # The paths whose prose keeps to the word list (tools/check_words.py).
-WORDS_PATHS := docs README.md CONTRIBUTING.md CHANGELOG.md docker tools tests/support tests/conftest.py \
-	$(addprefix megatron_tempo/,cli.py commands errors.py types.py input_files.py data kernels) \
-	$(addprefix megatron_tempo/,algorithm methods models weights evaluation) \
-	$(addprefix megatron_tempo/,runtime observability report plan submit) \
-	$(addprefix megatron_tempo/checkpoint/,convert.py manifest.py resumable_folder.py checkpoints.py) \
-	$(addprefix megatron_tempo/config/,schedule.py summary.py recipes.py benchmarks.py problem.py compose.py) \
-	megatron_tempo/rewards
+WORDS_PATHS := megatron_tempo docs README.md CONTRIBUTING.md CHANGELOG.md docker tools tests/support tests/conftest.py
 
 # Tests run on as many workers as there are cores, a file at a time, in the order of the folders: the long files first.
 WORKERS ?= logical

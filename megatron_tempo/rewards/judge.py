@@ -154,11 +154,11 @@ class JudgeScorer:
         self._count("unreadable")
         return 0.0
 
-    def _ask(self, said: list[dict[str, str]]) -> str:
+    def _ask(self, chat: list[dict[str, str]]) -> str:
         """The judge's reply to these messages. Raises EngineError if there is none."""
         body = {
             "model": self._config.model,
-            "messages": said,
+            "messages": chat,
             "temperature": 0.0,
             "max_tokens": self._config.max_tokens,
         }

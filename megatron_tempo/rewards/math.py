@@ -1,8 +1,8 @@
 """Mathematical answers, compared by the math-verify library in worker processes.
 
 A response is hostile text: `9**9**9**9` keeps sympy busy forever, or until the memory is exhausted. So a worker has
-limits on memory, processor time and processes, and each item a limit on wall time. An item that breaks one gets 0 and is counted,
-and its worker continues with a fresh process.
+limits on memory, processor time and processes, and each item a limit on wall time. An item that breaks one gets 0 and
+is counted, and its worker continues with a fresh process.
 """
 
 from __future__ import annotations

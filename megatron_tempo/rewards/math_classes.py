@@ -46,7 +46,7 @@ class Classes:
     Answers without a mark come first (a unit, a per cent or degree sign, a base, the brackets of a set or tuple), then
     the marks in the order of their frequency. So `30%` joins 30 if that is among the answers, else 0.3, and the classes
     do not depend on the order of the responses. An answer joins the first class, the largest tried first, whose first
-    answer equals it. One that cannot be compared in time, twice `seconds` for all its comparisons, is a class of its own.
+    answer equals it. One that cannot be compared in time, twice `seconds` for all its comparisons, is its own class.
     """
 
     worker: Compares
