@@ -118,11 +118,11 @@ def test_a_full_disk_under_a_record(undisturbed: Path, tmp_path: Path, file: str
     run = tmp_path / "run"
     config = config_for(undisturbed.parent / "project", run)
     began = time.monotonic()
-    told = run_ranks(disturbed, 2, tmp_path / "first", config, file)
+    output = run_ranks(disturbed, 2, tmp_path / "first", config, file)
     assert time.monotonic() - began < 100, "no rank waits for another"
-    assert told[0] == told[1]
-    assert f"{file}: cannot write a record: No space left on device" in told[0]
-    assert told[0].endswith(f"; rerun the same command to resume from {run}/checkpoints/step_{4:08d}")
+    assert output[0] == output[1]
+    assert f"{file}: cannot write a record: No space left on device" in output[0]
+    assert output[0].endswith(f"; rerun the same command to resume from {run}/checkpoints/step_{4:08d}")
     run_ranks(train, 2, tmp_path / "second", config)
     assert_same_end(run, undisturbed)
 
@@ -161,9 +161,9 @@ def unexported(config: Config) -> str:
 def test_a_full_disk_under_the_export(undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     config = config_for(undisturbed.parent / "project", run)
-    told = run_ranks(unexported, 2, tmp_path / "first", config)
-    assert told[0] == told[1]
-    assert f"{run}/hf_step_{LAST:08d}/actor.partial: Error while serializing" in told[0]
+    output = run_ranks(unexported, 2, tmp_path / "first", config)
+    assert output[0] == output[1]
+    assert f"{run}/hf_step_{LAST:08d}/actor.partial: Error while serializing" in output[0]
     assert not (run / f"hf_step_{LAST:08d}/actor.partial").exists()
     run_ranks(train, 2, tmp_path / "second", config)
     assert_same_end(run, undisturbed)
@@ -180,10 +180,10 @@ def test_a_full_disk_under_an_evaluation(undisturbed: Path, tmp_path: Path) -> N
     run = tmp_path / "run"
     run.mkdir()
     (run / "responses.jsonl").symlink_to("/dev/full")
-    told = run_ranks(unevaluated, 2, tmp_path / "ranks", config_for(undisturbed.parent / "project", run))
-    assert told[0] == told[1]
-    assert f"{run}/responses.jsonl: cannot write a record: No space left on device; free disk space" in told[0]
-    assert told[0].endswith("; an evaluation begins anew: give another run.dir")
+    output = run_ranks(unevaluated, 2, tmp_path / "ranks", config_for(undisturbed.parent / "project", run))
+    assert output[0] == output[1]
+    assert f"{run}/responses.jsonl: cannot write a record: No space left on device; free disk space" in output[0]
+    assert output[0].endswith("; an evaluation begins anew: give another run.dir")
 
 
 DRIVER = """
@@ -240,13 +240,13 @@ def test_a_small_disk_fills_up(undisturbed: Path, tmp_path: Path) -> None:
         ["unshare", "-Urm", "sh", "-c", script, "sh", *words],
         env=environment, cwd=ROOT, capture_output=True, text=True, timeout=250,
     )  # fmt: skip
-    told = done.stdout + done.stderr
-    assert done.returncode == 0, told[-3000:]
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-3000:]
     # Which record is the first that finds no room in the page where its file ends, is of no matter.
     reason = f"cannot write a record: {os.strerror(errno.ENOSPC)}; free disk space"
-    assert re.search(rf"error: {run}/(metrics|evaluations).jsonl: {reason}", told), told[-900:]
-    assert "exit status 1" in told
-    assert f"resumed from {run}/checkpoints/step_{4:08d}, 4 iterations done" in told
+    assert re.search(rf"error: {run}/(metrics|evaluations).jsonl: {reason}", output), output[-900:]
+    assert "exit status 1" in output
+    assert f"resumed from {run}/checkpoints/step_{4:08d}, 4 iterations done" in output
     run_ranks(train, 1, tmp_path / "ranks", config_for(project, reference))
     assert_same_end(tmp_path / "out", reference)
 

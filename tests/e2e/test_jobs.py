@@ -69,12 +69,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_other_stage_lengths_are_refused_and_the_same_only_print(run: Path, tmp_path: Path) -> None:
     config = load(run / "config.json")
     config.stage1.iterations = 2
-    (told,) = run_ranks(refusal, 1, tmp_path / "longer", train, config)
-    assert "stage1.iterations=2" in told
-    assert "'stage1': 1, 'stage2': 1" in told
+    (output,) = run_ranks(refusal, 1, tmp_path / "longer", train, config)
+    assert "stage1.iterations=2" in output
+    assert "'stage1': 1, 'stage2': 1" in output
     before = {path: path.read_bytes() for path in run.glob("*.jsonl")}
-    (told,) = run_ranks(refusal, 1, tmp_path / "same", train, load(run / "config.json"))
-    assert told is None
+    (output,) = run_ranks(refusal, 1, tmp_path / "same", train, load(run / "config.json"))
+    assert output is None
     assert {path: path.read_bytes() for path in run.glob("*.jsonl")} == before
     assert (run / "report.html").stat().st_size > 0
 
@@ -89,8 +89,8 @@ def test_eval_of_an_exported_run_agrees_with_the_run(run: Path, tmp_path: Path) 
     assert alone["avg"] == trained["avg"]
     # The critic's targets are +-1, which its exported config says: read as 0 and 1 this would differ.
     assert alone["calibration"]["last"]["ece"] == pytest.approx(trained["calibration"]["last"]["ece"], abs=1e-6)
-    (told,) = run_ranks(refusal, 1, tmp_path / "again", evaluate, config)
-    assert told == f"run.dir={out} belongs to another job: give a folder of its own"
+    (output,) = run_ranks(refusal, 1, tmp_path / "again", evaluate, config)
+    assert output == f"run.dir={out} belongs to another job: give a folder of its own"
 
 
 def test_eval_keeps_responses_and_results(run: Path, tmp_path: Path) -> None:
@@ -129,11 +129,11 @@ def test_an_evaluation_that_says_nothing_of_the_model_is_refused_after_it_is_wri
     rows = [json.loads(line) for line in (run.parent / "project/unlabelled.jsonl").read_text().splitlines()]
     file.write_text("".join(json.dumps(row | {"answer": "B"}) + "\n" for row in rows))
     config.evaluation.sets["unlabelled"].path = str(file)
-    told = run_ranks(refusal, 2, tmp_path / "ranks", evaluate, config)
-    assert told[0] == told[1], "every rank ends with the same error"
-    assert told[0] is not None
-    assert told[0].startswith("these scores do not measure the model:\n  unlabelled: none of the ")
-    assert "by the verifier choice" in told[0]
+    output = run_ranks(refusal, 2, tmp_path / "ranks", evaluate, config)
+    assert output[0] == output[1], "every rank ends with the same error"
+    assert output[0] is not None
+    assert output[0].startswith("these scores do not measure the model:\n  unlabelled: none of the ")
+    assert "by the verifier choice" in output[0]
     avg = json.loads((out / "results.json").read_text())["sets"]["unlabelled"]["avg"]
     assert (avg["value"], avg["low"]) == (0.0, 0.0)
     assert avg["high"] == pytest.approx(1 - 0.025 ** (1 / 8))
@@ -155,18 +155,18 @@ def test_a_resumed_run_refuses_other_evaluation_questions_and_knows_that_it_lost
     before = {path: path.read_bytes() for path in copy.glob("*.json*")}
     try:
         file.write_text("".join(json.dumps(row | ({} if i else {"answer": "1"})) + "\n" for i, row in enumerate(rows)))
-        (told,) = run_ranks(refusal, 1, tmp_path / "refused", train, config)
+        (output,) = run_ranks(refusal, 1, tmp_path / "refused", train, config)
     finally:
         file.write_bytes(whole)
-    assert told is not None
-    assert "evaluation.sets.unlabelled: the file, its fields, the tokenizer or the chat template changed" in told
+    assert output is not None
+    assert "evaluation.sets.unlabelled: the file, its fields, the tokenizer or the chat template changed" in output
     assert {p: p.read_bytes() for p in copy.glob("*.json*") if p.name != "heartbeat.json"} == {
         path: content for path, content in before.items() if path.name != "heartbeat.json"
     }
     (copy / "seen.jsonl").unlink()
     shutil.rmtree(copy / "hf_step_00000002")
-    (told,) = run_ranks(refusal, 1, tmp_path / "lost", train, config)
-    assert told is None
+    (output,) = run_ranks(refusal, 1, tmp_path / "lost", train, config)
+    assert output is None
     assert "which questions the model was trained on is unknown" in (tmp_path / "lost/rank0.log").read_text()
     assert seen_of(copy / "hf_step_00000002/actor", ["any"]) is None
 
@@ -178,12 +178,12 @@ def prompt_of(run: Path, name: str) -> str:
 
 
 def first_questions(config: Config) -> tuple[list[str], list[str]]:
-    """The ids that would be trained on, and what is told about them."""
+    """The ids that would be trained on, and what is logged about them."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
-    told: list[str] = []
+    output: list[str] = []
     with Verifiers() as verifiers:
-        streams = prompt_streams(config, tokenizer, verifiers, QuestionKeys.read(config), told.append)
-    return [prompt.id for stream in streams if stream is not None for prompt in stream.first(99)], told
+        streams = prompt_streams(config, tokenizer, verifiers, QuestionKeys.read(config), output.append)
+    return [prompt.id for stream in streams if stream is not None for prompt in stream.first(99)], output
 
 
 def test_held_out_questions_are_not_trained_on(tmp_path: Path) -> None:
@@ -193,17 +193,17 @@ def test_held_out_questions_are_not_trained_on(tmp_path: Path) -> None:
     (project / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows[:3], labelled[5]]))
     config = config_of(project, tmp_path / "run")
     config.evaluation.sets["test"] = replace(config.evaluation.sets["unlabelled"], path=str(project / "test.jsonl"))
-    everything, told = first_questions(config)
+    everything, output = first_questions(config)
     assert len(everything) == 16
-    assert told == [
+    assert output == [
         "warning: 1 of 4 questions of test are also in the labelled set, with their answers, "
         "first labelled:5 and test:3; "
         "data.held_out=[test] leaves them out of training"
     ]
     config.data.held_out = ["test"]
-    kept, told = first_questions(config)
+    kept, output = first_questions(config)
     assert set(everything) - set(kept) == {"labelled:5", "unlabelled:0", "unlabelled:1", "unlabelled:2"}
-    assert told == [
+    assert output == [
         "held out of the labelled set: 1 of 8 questions (test 1)",
         "held out of the unlabelled set: 3 of 8 questions (test 3)",
     ]
@@ -353,10 +353,10 @@ def test_a_run_tells_of_a_skipped_step_and_goes_on(mended: Path) -> None:
     assert seen["old_logprobs"].shape == seen["advantages"].shape == seen["engine_logprobs"].shape
     log = (mended.parent / "ranks/rank0.log").read_text()
     assert log.count("alert: steps are skipped, step 1: 1 of the actor's steps were not finite") == 1
-    told = status(mended)
-    assert told.well
-    assert "finished at" in told.text
-    assert "alerts      steps are skipped, step 1 (over)" in told.text
+    output = status(mended)
+    assert output.well
+    assert "finished at" in output.text
+    assert "alerts      steps are skipped, step 1 (over)" in output.text
 
 
 def test_a_trace_of_each_rank_names_the_phases(mended: Path) -> None:

@@ -48,11 +48,11 @@ def test_a_judge_that_goes_down_and_comes_back(tmp_path: Path) -> None:
 
     with judge_server(until_the_first_iteration_is_done) as judge:
         config.rewards.judge.url, config.rewards.judge.model, config.rewards.judge.retries = judge.url, "m", 0
-        told = run_ranks(attempt, 2, tmp_path / "first", train, config)
-        assert told[0] is not None
-        assert f"the judge m at {judge.url} gave no answer in 1 tries" in told[0]
-        assert told[0].endswith(f"rerun the same command to resume from {out}/checkpoints/step_00000001")
-        assert told[1] == told[0], "on every rank, so that all could save"
+        output = run_ranks(attempt, 2, tmp_path / "first", train, config)
+        assert output[0] is not None
+        assert f"the judge m at {judge.url} gave no answer in 1 tries" in output[0]
+        assert output[0].endswith(f"rerun the same command to resume from {out}/checkpoints/step_00000001")
+        assert output[1] == output[0], "on every rank, so that all could save"
         (line,) = read_metrics(out)
         known = set(asked(judge)[: line["judge/asked"]])
         judge.asked.clear()

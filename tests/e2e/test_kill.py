@@ -184,9 +184,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     else:
         (newest / "MANIFEST.json").unlink()
     finish(config, log)
-    told = log.read_text()
-    assert f"checkpoint {newest} is damaged" in told
-    assert ("MANIFEST.json" if damage == "no manifest" else victim.name) in told
-    assert f"resumed from {checkpoint_folder(run, 2)}, 2 iterations done" in told
+    output = log.read_text()
+    assert f"checkpoint {newest} is damaged" in output
+    assert ("MANIFEST.json" if damage == "no manifest" else victim.name) in output
+    assert f"resumed from {checkpoint_folder(run, 2)}, 2 iterations done" in output
     assert newest.with_name(newest.name + ".damaged").exists()
     assert_same_end(run, undisturbed)

@@ -131,9 +131,9 @@ def test_a_run_that_wants_a_critic_later_is_refused(project: Path, tmp_path: Pat
     config.stage1.method, config.stage1.iterations = Method.grpo, 1
     run_ranks(train, 1, tmp_path / "first", config)
     config.stage2.iterations = 2
-    (told,) = run_ranks(refusal, 1, tmp_path / "second", config)
-    assert told is not None
-    assert "step_00000001 has no critic" in told
+    (output,) = run_ranks(refusal, 1, tmp_path / "second", config)
+    assert output is not None
+    assert "step_00000001 has no critic" in output
 
 
 def test_after_a_stage_with_a_critic_it_stays_as_it_was(project: Path, tmp_path: Path) -> None:

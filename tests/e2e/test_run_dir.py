@@ -86,23 +86,23 @@ OTHERWISE: dict[str, tuple[Callable[[Config], None], str]] = {
 
 def refusals(config: Config, *names: str) -> list[str]:
     """Why each of these starts is refused."""
-    told = []
+    output = []
     for change, _ in (OTHERWISE[name] for name in names):
         other = load(Path(config.run.dir) / "config.json")
         change(other)
         with pytest.raises((InputError, FileNotFoundError)) as raised:
             train(other)
-        told.append(str(raised.value))
-    return told
+        output.append(str(raised.value))
+    return output
 
 
 def test_a_finished_run_stays_what_it_is(run: Path, tmp_path: Path) -> None:
     before, config = snapshot(run), load(run / "config.json")
-    (told,) = run_ranks(refusals, 1, tmp_path / "alone", config, *OTHERWISE)
-    for (_, wrong), why in zip(OTHERWISE.values(), told, strict=True):
+    (output,) = run_ranks(refusals, 1, tmp_path / "alone", config, *OTHERWISE)
+    for (_, wrong), why in zip(OTHERWISE.values(), output, strict=True):
         assert wrong in why
     both = run_ranks(refusals, 2, tmp_path / "ranks", config, "questions")
-    assert both == [told[2:3]] * 2
+    assert both == [output[2:3]] * 2
     assert snapshot(run) == before
     assert status(run).well
     assert "finished at" in status(run).text
@@ -121,10 +121,10 @@ def test_a_folder_in_use_is_refused_on_all_ranks(run: Path, tmp_path: Path, job:
     config.run.dir = str(run if job is train else tmp_path / "eval")
     with FolderLock(Path(config.run.dir) / LOCK, "the run", "train", "", beat=1000.0):
         before = snapshot(Path(config.run.dir))
-        told = run_ranks(refused, 2, tmp_path / "ranks", config, job)
+        output = run_ranks(refused, 2, tmp_path / "ranks", config, job)
         assert snapshot(Path(config.run.dir)) == before
-    assert told[0] == told[1]
-    assert told[0].startswith(f"run.dir={config.run.dir} is in use by process {os.getpid()} on ")
+    assert output[0] == output[1]
+    assert output[0].startswith(f"run.dir={config.run.dir} is in use by process {os.getpid()} on ")
 
 
 def test_a_refused_evaluation_leaves_nothing(run: Path, tmp_path: Path) -> None:
@@ -132,8 +132,8 @@ def test_a_refused_evaluation_leaves_nothing(run: Path, tmp_path: Path) -> None:
     config.run.dir, path = str(tmp_path / "new/eval"), tmp_path / "questions.jsonl"
     path.write_text("no JSON\n")
     config.evaluation.sets["unlabelled"].path = str(path)
-    (told,) = run_ranks(refused, 1, tmp_path / "ranks", config, evaluate)
-    assert str(path) in told
+    (output,) = run_ranks(refused, 1, tmp_path / "ranks", config, evaluate)
+    assert str(path) in output
     assert not (tmp_path / "new").exists()
 
 
@@ -168,8 +168,8 @@ def test_an_export_of_another_run_is_not_taken_for_this_ones(run: Path, tmp_path
     assert json.loads((exported / "actor.other-1/tempo_origin.json").read_text())["checkpoint_sha256"] == "another"
     weights = "model-00001.safetensors"
     assert (exported / "actor" / weights).read_bytes() == (run / "hf_step_00000002/actor" / weights).read_bytes()
-    told = (tmp_path / "ranks/rank0.log").read_text()
-    assert f"{exported}/actor does not come from this run's step 2: renamed to actor.other-1" in told
+    output = (tmp_path / "ranks/rank0.log").read_text()
+    assert f"{exported}/actor does not come from this run's step 2: renamed to actor.other-1" in output
 
 
 COMMAND = """
@@ -197,10 +197,10 @@ def test_ctrl_c_saves_and_says_a_line(run: Path, tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) == 75
     done = len(read_metrics(out))
-    told = (tmp_path / "log").read_text()
-    assert "Traceback" not in told
+    output = (tmp_path / "log").read_text()
+    assert "Traceback" not in output
     where = out / f"checkpoints/step_{done:08d}"
-    assert told.splitlines()[-1] == (
+    assert output.splitlines()[-1] == (
         f"stopped after {done} iterations, as requested by INT; rerun the same command to resume from {where}"
     )
     assert where.is_dir()
