@@ -40,23 +40,36 @@ WARNINGS = "warnings.jsonl"
 STARTS = "starts.jsonl"
 
 
-# By a file's name: the required entries of its records, and their types.
-_REQUIRED: dict[str, dict[str, type | tuple[type, ...]]] = {
-    METRICS: {"stage": str, "step": int},
-    EVALUATIONS: {"set": str, "step": int, "point": str},
+_REAL, _NUMBER, _PART = (int, float), (int, float, type(None)), (dict, type(None))
+_Types = dict[str, type | tuple[type, ...]]
+_STEP: _Types = {"stage": str, "step": int, "method": str, "iteration": int, "time": _REAL, "seconds": _REAL}
+_SCORED: _Types = {"set": str, "step": int, "point": str, "time": _REAL, "seconds": _REAL, "avg_k": int}
+_SCORED |= {"avg": _NUMBER, "avg_se": _NUMBER, "pass": dict, "pass_se": dict}
+_LARGEST = 2**53  # whole numbers above it are no counts, and no floats hold them
+
+# By a file's name: what its readers need of every record, and of what type it is.
+_REQUIRED: dict[str, _Types] = {
+    METRICS: _STEP,
+    EVALUATIONS: _SCORED,
     SAMPLES: {"set": str, "step": int, "point": str, "prompt": str, "tokens": list},
     RESPONSES: {"set": str, "id": str, "question": str, "correct": (int, float)},
     WARNINGS: {"text": str},
     "seen.jsonl": {"step": int, "labels": bool, "question": str},
 }
-_NUMBER, _PART = (int, float, type(None)), (dict, type(None))
-# Optional entries of a record, and their types.
-_TYPES: dict[str, type | tuple[type, ...]] = {
+# What a record may have besides, and is then of a type.
+_TYPES: _Types = {
     **dict.fromkeys(("time", "seconds", "iteration", "tokens_per_second", "avg", "avg_se", "avg_k"), _NUMBER),
     **dict.fromkeys(("questions", "truncated"), _NUMBER),
     **dict.fromkeys(("pass", "pass_se", "seen", "calibration"), _PART),
     "method": str,
     "values": (list, type(None)),
+}
+_OF_A_START: _Types = {
+    **dict.fromkeys(("command", "folder", "hardware", "host"), str),
+    **dict.fromkeys(("step", "processes"), int),
+    "commit": (str, type(None)),
+    "versions": dict,
+    "gpus": list,
 }
 
 
@@ -110,11 +123,22 @@ def _wrong(file: str, record: Any) -> str | None:
     required = {} if "unknown" in record else _REQUIRED.get(file, {})  # seen.jsonl: what came before is unknown
     if absent := [name for name in required if name not in record]:
         return f"the record has no {absent[0]}"
+    types = _OF_A_START if file == STARTS else _TYPES
     for name, value in record.items():
-        wanted = required.get(name) or (_NUMBER if "/" in name and file == METRICS else _TYPES.get(name))
+        wanted = required.get(name) or (_NUMBER if "/" in name and file == METRICS else types.get(name))
         if wanted is not None and not isinstance(value, wanted):
             return f"the record's {name} is a JSON {json_type(value)}, which it cannot be"
+        parts = value.values() if name in ("pass", "pass_se") and isinstance(value, dict) else [value]
+        if any(_is_no_number(part) for part in parts):
+            return f"the record's {name} holds a number that no run writes: too large, or not finite"
+        if name in ("pass", "pass_se") and not all(isinstance(part, _NUMBER) for part in parts):
+            return f"the record's {name} holds what is no number"
     return None
+
+
+def _is_no_number(value: Any) -> bool:
+    """Whether it is a number that cannot be computed with. A run writes NaN and infinity as null."""
+    return (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and abs(value) > _LARGEST)
 
 
 def append(path: Path, record: Record) -> None:

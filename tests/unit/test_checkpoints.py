@@ -21,6 +21,7 @@ from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.tree import save
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.parallel import Layout
+from megatron_tempo.observability.records import extend
 from megatron_tempo.training.resume_point import find
 
 ALONE = Layout(0, 1, 0, 1, 0, 1, 0, 1, 0, 1, sequence_parallel=False)
@@ -58,9 +59,8 @@ def run(tmp_path: Path) -> Path:
     for step in (4, 6):
         write_checkpoint(run, f"step_{step:08d}", step)
     save(config_of(run), run / "config.json")
-    (run / "metrics.jsonl").write_text(
-        "".join(json.dumps({"stage": "stage1", "step": step}) + "\n" for step in range(1, 7))
-    )
+    record = {"time": 1.0, "stage": "stage1", "method": "ppo", "seconds": 1.0}
+    extend(run / "metrics.jsonl", [record | {"iteration": step, "step": step} for step in range(1, 7)])
     (run / LAST).write_text('{"step": 6}')
     return run
 

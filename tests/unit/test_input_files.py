@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -87,16 +88,43 @@ def test_another_users_file(tmp_path: Path) -> None:
     assert done.stdout == "cannot be read: Permission denied\n", done.stderr
 
 
+STEP: dict[str, Any] = {"stage": "stage1", "step": 1, "method": "ppo", "iteration": 1, "time": 1.0, "seconds": 1.0}
+SCORED: dict[str, Any] = {"set": "a", "step": 1, "point": "during", "time": 1.0, "seconds": 1.0, "avg_k": 2} | {
+    "avg": 0.5,
+    "avg_se": None,
+    "pass": {"2": 0.5},
+    "pass_se": {"2": None},
+}
+NUMBERS = ("step", "iteration", "time", "seconds", "actor/loss")
+
+
+def without(record: dict[str, Any], name: str) -> dict[str, Any]:
+    return {other: value for other, value in record.items() if other != name}
+
+
 RECORDS: list[tuple[str, Any, str]] = [
     ("metrics.jsonl", 3, "a JSON number, not a record"),
     ("metrics.jsonl", [], "a JSON array, not a record"),
     ("metrics.jsonl", {"stage": "stage1"}, "the record has no step"),
-    ("metrics.jsonl", {"stage": 1, "step": 1}, "the record's stage is a JSON number, which it cannot be"),
-    ("metrics.jsonl", {"stage": "stage1", "step": "1"}, "the record's step is a JSON string"),
-    ("metrics.jsonl", {"stage": "stage1", "step": 1, "actor/loss": "x"}, "the record's actor/loss is a JSON string"),
-    ("metrics.jsonl", {"stage": "stage1", "step": 1, "time": []}, "the record's time is a JSON array"),
+    *(("metrics.jsonl", without(STEP, name), f"the record has no {name}") for name in STEP),
+    *(("evaluations.jsonl", without(SCORED, name), f"the record has no {name}") for name in SCORED),
+    *(("metrics.jsonl", STEP | {name: 10**400}, f"the record's {name} holds a number that") for name in NUMBERS),
+    *(("metrics.jsonl", STEP | {name: math.nan}, f"the record's {name} holds a number that") for name in NUMBERS[2:]),
+    ("evaluations.jsonl", SCORED | {"pass": {"8": "x"}}, "the record's pass holds what is no number"),
+    ("evaluations.jsonl", SCORED | {"pass": {"8": math.inf}}, "the record's pass holds a number that"),
+    ("starts.jsonl", {"command": 5}, "the record's command is a JSON number"),
+    ("starts.jsonl", {"versions": []}, "the record's versions is a JSON array"),
+    ("starts.jsonl", {"gpus": 1}, "the record's gpus is a JSON number"),
+    ("metrics.jsonl", STEP | {"stage": 1, "step": 1}, "the record's stage is a JSON number, which it cannot be"),
+    ("metrics.jsonl", STEP | {"stage": "stage1", "step": "1"}, "the record's step is a JSON string"),
+    (
+        "metrics.jsonl",
+        STEP | {"stage": "stage1", "step": 1, "actor/loss": "x"},
+        "the record's actor/loss is a JSON string",
+    ),
+    ("metrics.jsonl", STEP | {"stage": "stage1", "step": 1, "time": []}, "the record's time is a JSON array"),
     ("evaluations.jsonl", {"set": "a", "step": 1}, "the record has no point"),
-    ("evaluations.jsonl", {"set": "a", "step": 1, "point": "during", "pass": 3}, "the record's pass is a JSON number"),
+    ("evaluations.jsonl", SCORED | {"pass": 3}, "the record's pass is a JSON number"),
     ("samples.jsonl", {"set": "a", "step": 1, "point": "x", "prompt": "p", "tokens": "t"}, "the record's tokens is"),
     ("responses.jsonl", {"set": "a", "id": "b", "question": "c", "correct": "d"}, "the record's correct is a JSON str"),
     ("warnings.jsonl", {"time": 1}, "the record has no text"),

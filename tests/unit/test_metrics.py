@@ -253,16 +253,16 @@ def test_a_log_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_bad_line_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"stage": "a", "step": 1}\n{"step": \n{"stage": "a", "step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a JSON record"):
+    path = tmp_path / "warnings.jsonl"
+    path.write_text('{"text": "a"}\n{"text": \n{"text": "b"}\n')
+    with pytest.raises(ValueError, match=r"warnings\.jsonl:2: not a JSON record"):
         read(path)
 
 
 def test_drop_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "metrics.jsonl"
+    path = tmp_path / "starts.jsonl"
     for step in (1, 2):
-        append(path, {"stage": "stage1", "step": step})
+        append(path, {"step": step})
 
     def fail(descriptor: int) -> None:
         raise OSError("disk gone")

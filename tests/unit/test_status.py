@@ -72,7 +72,7 @@ def test_a_run_under_way(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     for step, avg in ((0, 0.25), (20, 0.5)):
         scores = {"avg": avg, "avg_se": 0.02, "avg_k": 16, "pass": {"8": 0.7}, "pass_se": {"8": None}}
-        place = {"set": "aime", "step": step, "point": "during", "seconds": 7.0, "calibration": None}
+        place = {"set": "aime", "step": step, "point": "during", "time": NOW, "seconds": 7.0, "calibration": None}
         append(run / "evaluations.jsonl", place | scores)
     told = rows(run)
     assert status(run, NOW).well
@@ -91,8 +91,8 @@ def test_a_run_under_way(tmp_path: Path) -> None:
 def test_alerts_and_the_last_warnings(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     for step in range(31, 37):
-        last = {"stage": "stage1", "method": "ppo", "iteration": step, "step": step, "seconds": 100.0, "truncated": 0.5}
-        append(run / "metrics.jsonl", last | {"critic/skipped": float(step == 33)})
+        last = {"time": NOW, "stage": "stage1", "method": "ppo", "iteration": step, "step": step, "seconds": 100.0}
+        append(run / "metrics.jsonl", last | {"truncated": 0.5, "critic/skipped": float(step == 33)})
     for number in range(7):
         append(run / "warnings.jsonl", {"time": NOW, "text": f"vllm server {number} did not answer\x1b[31m"})
     told = rows(run)
@@ -189,7 +189,8 @@ def test_a_clock_that_is_set_is_right_at_the_next_sign(
     real = time.time
     with Metrics(tmp_path, MetricsConfig(), is_writer=True) as metrics, metrics.phase("generate"):
         monkeypatch.setattr(time, "time", lambda: real() + jump)
-        append(tmp_path / "metrics.jsonl", {"step": 1, "stage": "stage1", "seconds": 1.0, "time/generate": 1.0})
+        record = {"time": 1.0, "step": 1, "stage": "stage1", "method": "ppo", "iteration": 1, "seconds": 1.0}
+        append(tmp_path / "metrics.jsonl", record | {"time/generate": 1.0})
         before = rows(tmp_path, None)["state"]
         assert before.startswith("looks dead" if jump > 0 else "unknown: its last heartbeat is 5:00:00 ahead")
         with metrics.phase("sync"):
