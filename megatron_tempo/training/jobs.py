@@ -18,7 +18,7 @@ from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.config.trained_with import defaults_for, read_trained_with
 from megatron_tempo.config.tree import save as save_config
-from megatron_tempo.data.seen import seen_of
+from megatron_tempo.data.seen import read_seen, seen_of
 from megatron_tempo.data.sets import QuestionKeys, evaluation_sets, tokenizer_findings, unchanged_files
 from megatron_tempo.data.tokenizer import load_tokenizer
 from megatron_tempo.errors import InputError, UnwrittenError
@@ -120,6 +120,7 @@ def _evaluate(config: Config, out: Path) -> None:
         ExitStack() as stack,
     ):
         raise_on_all_ranks(lambda: _check_unused(out) if context.is_writer else None)
+        raise_on_all_ranks(partial(read_seen, Path(config.model.path)))  # a bad line is refused before a write
         tokenizer = load_tokenizer(Path(config.model.path))
         with unchanged_files(config) as digests:
             sets = evaluation_sets(config, tokenizer, verifiers)

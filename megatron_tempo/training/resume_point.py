@@ -10,10 +10,12 @@ from megatron_tempo.checkpoint.checkpoints import LAST, Checkpoints, Found, last
 from megatron_tempo.config import resume, schedule
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import read
+from megatron_tempo.data.seen import SEEN, read_seen
 from megatron_tempo.data.stream import PromptStream
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.trained import TrainedModel
-from megatron_tempo.observability.records import read_metrics
+from megatron_tempo.observability.records import STARTS, read_metrics
+from megatron_tempo.observability.records import read as read_records
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.training import inputs
 
@@ -35,6 +37,7 @@ def find(
     checkpoint does not fit the configuration, its schedule, the models or the questions.
     """
     run = Path(config.run.dir)
+    raise_on_all_ranks(lambda: _check_records(config) if is_writer else None)
     found = checkpoints.find()
     if found.path is None:
         raise_on_all_ranks(lambda: _check_nothing_lost(run, found) if is_writer else None)
@@ -54,6 +57,13 @@ def find(
 
 
 _ENTRIES = ("config", "position", "streams")  # of a run's state
+
+
+def _check_records(config: Config) -> None:
+    """Raises InputError for a bad line in a file that is read after the first write, or when the run ends."""
+    read_seen(Path(config.model.path))
+    for name in (SEEN, STARTS):
+        read_records(Path(config.run.dir) / name)
 
 
 def _check_nothing_lost(run: Path, found: Found) -> None:

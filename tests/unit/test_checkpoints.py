@@ -264,6 +264,23 @@ def test_records_of_a_version_without_notes_are_kept_too(run: Path, tmp_path: Pa
         assert f"{LAST} cannot be read" in refusal(run)
 
 
+@pytest.mark.parametrize("name", ["seen.jsonl", "starts.jsonl"])
+def test_a_bad_line_is_refused_before_anything_is_written(run: Path, name: str) -> None:
+    (run / name).write_text("{bad\n")
+    assert f"{run / name}:1: not a JSON record" in refusal(run)
+
+
+def test_a_bad_line_in_what_the_model_was_trained_on_is_refused_too(tmp_path: Path) -> None:
+    new, model = tmp_path / "new", tmp_path / "model"
+    model.mkdir()
+    (model / "seen.jsonl").write_text('{"a": 1}\n')
+    config = config_of(new)
+    config.model.path = str(model)
+    with pytest.raises(InputError, match=r"model/seen\.jsonl:1: the record has no step"):
+        find(config, opened(new), {}, {}, {}, is_writer=True)
+    assert not new.exists()
+
+
 def test_a_run_that_had_no_checkpoint_yet_begins_anew(run: Path, tmp_path: Path) -> None:
     (run / "checkpoints").rename(tmp_path / "away")
     opened(run).note(None)
