@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_tempo.config.extensions import short_name
@@ -108,7 +108,11 @@ class Run:
             label = UNTRAINED.get(record["point"], f"after {_words(stage)}")
             new = Milestone(label, "" if record["point"] in UNTRAINED else stage, record["step"], {})
             milestones.setdefault(record["step"], new).scores.setdefault(record["set"], record)
-        return list(milestones.values())
+        labels = [milestone.label for milestone in milestones.values()]
+        return [  # a stage that was made longer after its end has ended more than once
+            replace(one, label=f"{one.label}, step {one.step}") if labels.count(one.label) > 1 else one
+            for one in milestones.values()
+        ]
 
     def iterations(self) -> tuple[int, int]:
         """Iterations done and planned, over all stages."""
@@ -242,7 +246,10 @@ def _verdict(reached: Sequence[tuple[Milestone, Record]]) -> tuple[str, ...]:
     if len(reached) < 2:
         return ()
     (first, old), (last, new) = reached[-2:]
-    texts = verdict(_words(last.stage).capitalize(), _words(first.stage) or "the start", old, new)
+    subject, other = _words(last.stage).capitalize(), _words(first.stage) or "the start"
+    if first.stage == last.stage:  # it was made longer after its end
+        subject, other = f"{subject} at step {last.step}", f"{other} at step {first.step}"
+    texts = verdict(subject, other, old, new)
     if len(reached) > 2:
         texts += verdict("The whole run", "the start", reached[0][1], new)
     return (*texts, f"Paired over {new['questions']} questions.") if same_questions(old, new) else tuple(texts)

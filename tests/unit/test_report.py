@@ -16,7 +16,7 @@ from megatron_tempo.config.schema import Config, ModelConfig, RunConfig, to_plai
 from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.evaluation.calibration import calibration_record
 from megatron_tempo.evaluation.scores import pass_at_k
-from megatron_tempo.observability.records import append
+from megatron_tempo.observability.records import append, read_evaluations
 from megatron_tempo.observability.start import command_line, start_record
 from megatron_tempo.report.charts import POINTS
 from megatron_tempo.report.html import write_report
@@ -358,6 +358,16 @@ def test_a_stage_that_harms_and_one_that_does_nothing_are_said_to(tmp_path: Path
     assert "Stage 1 and the start do not differ in avg@16 by more than chance: +0.000" in table
     table = summary_table(evaluated(tmp_path / "one", [3], [16]))
     assert "do not differ in avg@16 by more than chance: +0.812, of one question." in table
+
+
+def test_a_stage_that_was_made_longer_after_its_end(tmp_path: Path) -> None:
+    """It has two evaluations behind it, which are told apart."""
+    run = write_run(tmp_path / "run")
+    last = read_evaluations(run)[-1]
+    append(run / "evaluations.jsonl", last | {"step": 101, "right": made_up_right(0.75), "avg": 0.75})
+    table = summary_table(run)
+    assert "after stage 1  after stage 2, step 100  after stage 2, step 101" in table
+    assert "Stage 2 at step 101 beat stage 2 at step 100 in avg@16" in table
 
 
 def test_other_questions_and_older_records_are_not_paired(tmp_path: Path) -> None:
