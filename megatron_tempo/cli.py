@@ -131,7 +131,7 @@ _ALONE: dict[str, Callable[[argparse.Namespace], int]] = {
 def _quiet() -> None:
     """Hide warnings of Megatron-Core and torch's distributed layer (missing Apex, their own deprecations): the user
     cannot act on them."""
-    warnings.filterwarnings("ignore", module=r"megatron(\.|_tempo\.models\.device)|torch\.(distributed|jit)")
+    warnings.filterwarnings("ignore", module=r"megatron(\.|_tempo\.models\.)|torch\.(distributed|jit)")
 
 
 def _run(command: str, config: Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import os
 import select
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 GONE = 141  # exit status if nobody reads the output any more: what a shell reports for SIGPIPE
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PLAIN = {"±": "+-", "→": "->", "…": "...", "–": "-", "—": "-", "×": "x", "·": "|", "−": "-"}
 
 
@@ -43,6 +45,12 @@ def standard_streams() -> Iterator[None]:
         if not _reader_has_gone():
             raise  # of an engine or a worker
         raise SystemExit(GONE) from None
+    except OSError as error:
+        if error.filename is not None or error.errno not in _FULL:
+            raise  # of another kind; a file's has its name
+        _discard()
+        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        raise SystemExit(1) from None
     finally:
         if _reader_has_gone():  # else the interpreter reports at its end that it cannot flush
             _discard()

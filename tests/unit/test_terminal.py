@@ -39,6 +39,24 @@ def test_a_broken_pipe_of_another_kind_is_an_error() -> None:
         raise BrokenPipeError
 
 
+@pytest.mark.parametrize("words", [["presets"], ["presets", "model"]])
+def test_output_onto_a_full_disk_is_a_line(words: list[str]) -> None:
+    command = [sys.executable, "-u", "-m", "megatron_tempo", *words]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: the output cannot be written: No space left on device\n")
+
+
+def test_warnings_of_torch_about_checkpoints_are_hidden() -> None:
+    code = (
+        "import warnings; from megatron_tempo import cli; cli._quiet()\n"
+        "for name in ('megatron_compat.cpu_backend', 'device', 'gpt'):\n"
+        "    module = f'megatron_tempo.models.{name}'\n"
+        "    warnings.warn_explicit('use DTensor', FutureWarning, 'a.py', 1, module=module)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
+
+
 def test_a_closed_stream_is_no_error() -> None:
     command, environment = program("presets", "cluster")
     done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], env=environment, capture_output=True, check=False)
