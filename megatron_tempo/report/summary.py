@@ -110,7 +110,7 @@ class Run:
             milestones.setdefault(record["step"], new).scores.setdefault(record["set"], record)
         labels = [milestone.label for milestone in milestones.values()]
         return [  # a stage that was made longer after its end has ended more than once
-            replace(one, label=f"{one.label}, step {one.step}") if labels.count(one.label) > 1 else one
+            replace(one, label=f"{one.label} (step {one.step})") if labels.count(one.label) > 1 else one
             for one in milestones.values()
         ]
 

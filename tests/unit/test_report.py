@@ -366,7 +366,7 @@ def test_a_stage_that_was_made_longer_after_its_end(tmp_path: Path) -> None:
     last = read_evaluations(run)[-1]
     append(run / "evaluations.jsonl", last | {"step": 101, "right": made_up_right(0.75), "avg": 0.75})
     table = summary_table(run)
-    assert "after stage 1  after stage 2, step 100  after stage 2, step 101" in table
+    assert "after stage 1  after stage 2 (step 100)  after stage 2 (step 101)" in table
     assert "Stage 2 at step 101 beat stage 2 at step 100 in avg@16" in table
 
 
