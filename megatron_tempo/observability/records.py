@@ -47,7 +47,7 @@ _SCORED: _Types = {"set": str, "step": int, "point": str, "time": _REAL, "second
 _SCORED |= {"avg": _NUMBER, "avg_se": _NUMBER, "pass": dict, "pass_se": dict}
 _LARGEST = 2**53  # whole numbers above it are no counts, and no floats hold them
 
-# By a file's name: what its readers need of every record, and of what type it is.
+# By a file's name: the required entries of its records, and their types.
 _REQUIRED: dict[str, _Types] = {
     METRICS: _STEP,
     EVALUATIONS: _SCORED,
@@ -56,7 +56,7 @@ _REQUIRED: dict[str, _Types] = {
     WARNINGS: {"text": str},
     "seen.jsonl": {"step": int, "labels": bool, "question": str},
 }
-# What a record may have besides, and is then of a type.
+# Optional entries of a record, and their types.
 _TYPES: _Types = {
     **dict.fromkeys(("time", "seconds", "iteration", "tokens_per_second", "avg", "avg_se", "avg_k"), _NUMBER),
     **dict.fromkeys(("questions", "truncated"), _NUMBER),
