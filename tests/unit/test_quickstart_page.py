@@ -39,7 +39,12 @@ def test_a_run_with_other_scores_is_named(tmp_path: Path) -> None:
                 "pass": {"8": old["pass"]},
                 "pass_se": {"8": old["pass_se"]},
             }
-            record |= {key: old[key] for key in ("truncated", "questions")} | {"time": 0.0, "iteration": 0, "avg_k": 16}
+            record |= {key: old[key] for key in ("truncated", "questions")} | {
+                "time": 0.0,
+                "seconds": 0.0,
+                "iteration": 0,
+                "avg_k": 16,
+            }
             lines.append(json.dumps(record) + "\n")
         (tmp_path / "evaluations.jsonl").write_text("".join(lines))
         done = tool("check", str(tmp_path))

@@ -62,10 +62,14 @@ def test_the_tables_by_hand(study: ModuleType, tmp_path: Path, monkeypatch: pyte
             run.mkdir(parents=True)
             lines = [
                 {
+                    **dict.fromkeys(("time", "seconds", "avg_se"), 0.0),
                     "set": name,
                     "step": 70 * i,
+                    "stage": "stage2",
                     "point": "during",
                     "iteration": 70 * i,
+                    "avg_k": 16,
+                    "pass_se": {"16": 0.0},
                     "avg": avg,
                     "pass": {"16": avg + 0.1},
                     "calibration": None,
