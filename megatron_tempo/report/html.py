@@ -281,7 +281,8 @@ def _curve(values: list[float | None], value_range: tuple[float, float]) -> str:
 
 def value_range_of(run: Run) -> tuple[float, float]:
     """The values that mean certainly wrong and certainly right."""
-    targets = {stage["critic"]["targets"] for stage in (run.config.get("stage1"), run.config.get("stage2")) if stage}
+    stages = (run.config.get("stage1", {}), run.config.get("stage2", {}))
+    targets = {stage.get("critic", {}).get("targets") for stage in stages}
     return (-1.0, 1.0) if "plus_minus_one" in targets else (0.0, 1.0)
 
 
