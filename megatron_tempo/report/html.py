@@ -148,7 +148,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ]
     if records:
         facts.append(("Time", clock(sum(record.get("seconds", 0.0) for record in records))))
-        facts.append(("Last record", time.strftime("%Y-%m-%d %H:%M", time.localtime(max(r["time"] for r in records)))))
+        facts.append(
+            ("Last record", time.strftime("%Y-%m-%d %H:%M", time.localtime(max(r.get("time") or 0 for r in records))))
+        )
     return facts
 
 

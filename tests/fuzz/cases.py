@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shlex
 from collections.abc import Callable
@@ -146,7 +147,7 @@ def data(folder: Path, mutator: Mutator) -> Case:
     else:
         path = write_lines(folder / f"{name}.jsonl", ROWS)
     for _ in range(rng.choice((1, 1, 2))):
-        if path.is_file():
+        if os.path.isfile(path):
             mutator.file(path)
     names = [path.name, f"data.{name}", f"evaluation.sets.{name}"]
     return Case([command("check", *words)], names, mutator.done)
@@ -162,7 +163,7 @@ def prepare(folder: Path, mutator: Mutator) -> Case:
         source.mkdir()
         path = path.rename(source / path.name)
     for _ in range(rng.choice((1, 1, 2))):
-        if path.is_file():
+        if os.path.isfile(path):
             mutator.file(path)
     verifier = rng.choice(("text", "text", "text", "text", "text", "text", "choice", "math"))
     words = ["prepare", "custom", str(source), "--out", str(folder / "out.jsonl")]
@@ -182,11 +183,11 @@ def run(folder: Path, mutator: Mutator) -> Case:
     rng = mutator.rng
     write_all(folder)
     path = write_run(folder / "run", whole_config(folder))
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != "weights.distcp")
+    files = sorted(file for file in path.rglob("*") if os.path.isfile(file) and file.name != "weights.distcp")
     names = ["run.dir"]
     for _ in range(rng.choice((1, 1, 2))):
         file = rng.choice(files)
-        if file.is_file() and not file.is_symlink():
+        if os.path.isfile(file) and not file.is_symlink():
             mutator.file(file)
         names.append(file.name)
     if rng.random() < 0.1:
@@ -225,7 +226,7 @@ def evaluations(folder: Path, mutator: Mutator) -> Case:
     names = ["first", "second"]
     for _ in range(mutator.rng.choice((1, 1, 2))):
         file = mutator.rng.choice(sorted(second.iterdir()))
-        if file.is_file() and not file.is_symlink():
+        if os.path.isfile(file) and not file.is_symlink():
             mutator.file(file)
         names.append(file.name)
     page = str(folder / "both.html")
@@ -251,9 +252,9 @@ def model(folder: Path, mutator: Mutator) -> Case:
     names = ["model"]
     for _ in range(rng.choice((1, 1, 2))):
         file = rng.choice(sorted(path.iterdir()))
-        if file.suffix == ".safetensors" and file.is_file() and rng.random() < 0.5:
+        if file.suffix == ".safetensors" and os.path.isfile(file) and rng.random() < 0.5:
             _damage_header(file, mutator)
-        elif file.is_file() and not file.is_symlink():
+        elif os.path.isfile(file) and not file.is_symlink():
             mutator.file(file)
         names.append(file.name)
     if rng.random() < 0.05:
