@@ -3,7 +3,8 @@ PYTHON ?= python3
 PROCESSES ?= 2
 BIN := .venv/bin
 # The paths whose prose keeps to the word list (tools/check_words.py).
-WORDS_PATHS := megatron_tempo docs README.md CONTRIBUTING.md CHANGELOG.md docker tools tests/support tests/conftest.py
+WORDS_PATHS := megatron_tempo docs README.md CONTRIBUTING.md CHANGELOG.md docker tools tests/support tests/fuzz \
+	tests/conftest.py
 
 # Tests run on as many workers as there are cores, a file at a time, in the order of the folders: the long files first.
 WORKERS ?= logical
@@ -11,7 +12,7 @@ PYTEST = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(BIN)/python -m
 	--numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart help test test-quick test-slow test-engines test-slurm test-gpu engines plan-tables configuration-page \
-	study docker-cpu lint clean
+	study docker-cpu fuzz lint clean
 
 quickstart: .venv/installed  ## install into .venv, train a small model, evaluate, write a report
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) \
@@ -54,6 +55,9 @@ study: .venv/installed  ## the runs of docs/study.md: hours on every core; resum
 
 docker-cpu:  ## build the CPU image and run a short quickstart in it (docs/install.md)
 	docker/build_cpu.sh
+
+fuzz: .venv/installed-test  ## damaged configurations, data, run and model folders for a minute; ARGS='--seed 7 --kind run'
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(ARGS)
 
 lint: .venv/installed-test  ## ruff, mypy, shellcheck, hadolint and the word list
 	$(BIN)/ruff check .

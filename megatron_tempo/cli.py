@@ -105,8 +105,8 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     except OSError as error:  # of a file, on the rank where it occurred
         if error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 1
+        print(printable(f"error: {error.filename}: {error.strerror}"), file=sys.stderr)
+        return 1 if arguments.command in ("train", "eval", "serve") else 2  # the others only read what the user gave
     return 0
 
 
@@ -114,9 +114,9 @@ def _presets(arguments: argparse.Namespace) -> int:
     try:
         text = listing(arguments.group, arguments.config_dir)
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
-    print(text)
+    print(printable(text))
     return 0
 
 

@@ -12,6 +12,7 @@ from megatron_tempo.config.compose import GROUPS
 from megatron_tempo.config.problem import did_you_mean
 from megatron_tempo.config.shipped import REPOSITORY
 from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import read_text
 from megatron_tempo.observability.terminal import width
 
 _WHAT = {
@@ -46,7 +47,7 @@ def _presets(group: str, config_dir: str | None) -> Iterator[tuple[str, str]]:
     folders = [REPOSITORY / "configs", *([] if config_dir is None else [Path(config_dir)])]
     files = {path.stem: path for folder in reversed(folders) for path in (folder / group).glob("*.yaml")}
     for name in sorted(files, key=natural):
-        yield name, description(files[name].read_text(encoding="utf-8"))
+        yield name, description(read_text(files[name]))
 
 
 def description(text: str) -> str:

@@ -39,7 +39,7 @@ from megatron_tempo.config.shipped import REPOSITORY
 from megatron_tempo.config.trained_with import defaults_for, lengths, read_trained_with
 from megatron_tempo.config.tree import MISSING, read, without_default_settings
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import read_json
+from megatron_tempo.input_files import read_json, read_text
 
 GROUPS = ("model", "data", "benchmark", "engine", "algorithm", "experiment", "cluster")
 _DEFAULT_ALGORITHM = "paper"  # as in configs/config.yaml
@@ -57,6 +57,8 @@ def compose_tree(
         raise ConfigErrors([Problem("configs", folder, "has no config.yaml", fix)])
     if config_dir is not None and (wrong := wrong_with_folder(Path(config_dir))):
         raise ConfigErrors([Problem("--config-dir", config_dir, wrong, "give the folder of your presets")])
+    if config_dir is not None:
+        _check_presets(Path(config_dir))
     store = ConfigStore.instance()
     store.store(name="defaults", node=without_default_settings(to_plain(Config()) if whole is None else _whole(whole)))
     for name in (name for name, benchmark in BENCHMARKS.items() if not benchmark.training):
@@ -96,6 +98,18 @@ def compose_tree(
         if purpose is not Purpose.eval and whole is None:
             _own_folder(plain, overrides)
         return plain, problems
+
+
+def _check_presets(folder: Path) -> None:
+    """Raises ConfigErrors for a preset that cannot be read: Hydra would wait for a pipe, and show a traceback."""
+    problems = []
+    for path in sorted(path for group in GROUPS for path in (folder / group).glob("*.yaml")):
+        try:
+            read_text(path)
+        except InputError as error:
+            problems.append(Problem("--config-dir", str(folder), str(error), f"mend {path} or move it away"))
+    if problems:
+        raise ConfigErrors(problems)
 
 
 def _own_folder(plain: dict[str, Any], overrides: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.tree import leaves, read, without_default_settings
 from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import unreadable
 
 # Patterns of fields, `*` for any text, and why the experiment stays the same if they differ.
 MAY_CHANGE: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -130,8 +132,8 @@ def problem(config: Config) -> Problem | None:
     except OSError as error:
         wrong = f"{error.filename or path} cannot be read ({error.strerror or error})"
         return Problem("run.dir", given, wrong, "mount it or mend it, or give another run.dir")
-    except ValueError as error:
-        return Problem("run.dir", given, f"{path} is cut short or not JSON ({error})", _REMOVE.format(path=path))
+    except InputError as error:
+        return Problem("run.dir", given, str(error), _REMOVE.format(path=path))
     if plain is None:
         return None  # there are no checkpoints either; the search for one rejects that
     if not isinstance(plain, dict):
@@ -153,13 +155,23 @@ def _recorded(run: Path) -> tuple[Path, Any]:
     """The configuration of the last start, as plain data, and its file. Without one, the newest checkpoint's."""
     path = run / "config.json"
     if path.exists():
-        return path, json.loads(path.read_text(encoding="utf-8"))
+        return path, _json_of(path)
     for folder in reversed(checkpoint_folders(run)):
         path = folder / "run.json"
         if path.exists():
-            state = json.loads(path.read_text(encoding="utf-8"))
+            state = _json_of(path)
             return path, state.get("config") if isinstance(state, dict) else state
     return path, None
+
+
+def _json_of(path: Path) -> Any:
+    """The value in a file. Raises OSError, and InputError for a pipe, which would block, or if it is not JSON."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise InputError(f"{path} {unreadable(path)}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is cut short or not JSON ({error})") from error
 
 
 def has_trained(run: Path) -> bool:

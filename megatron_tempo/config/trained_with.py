@@ -5,11 +5,12 @@ A model that was trained with one prompt form and one verifier may score 0 with 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_tempo.config.schema import Config, DatasetConfig, to_plain
+from megatron_tempo.errors import InputError
+from megatron_tempo.input_files import read_json
 
 ENTRY = "tempo_trained_with"  # of config.json
 _ASKED = ("verifier", "verifier_field", "chat_template", "system", "suffix")
@@ -31,10 +32,9 @@ def trained_with(config: Config) -> dict[str, Any]:
 def read_trained_with(model: Path) -> dict[str, Any]:
     """The entry of the model in a Hugging Face folder; empty if the folder has none or cannot be read."""
     try:
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        entry = read_json(model / "config.json", dict).get(ENTRY)
+    except InputError:
         return {}
-    entry = config.get(ENTRY) if isinstance(config, dict) else None
     return entry if isinstance(entry, dict) else {}
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_tempo.config.benchmarks import BENCHMARKS
 from megatron_tempo.config.choices import Verifier
+from megatron_tempo.config.problem import show
 from megatron_tempo.data.public import read_public
 from megatron_tempo.data.questions import Question, Unusable, conversion
 from megatron_tempo.errors import InputError
@@ -109,7 +110,8 @@ def prepare(order: Order, verifiers: Verifiers) -> Report:
         sources = ", ".join(map(str, order.sources))
         raise InputError("\n".join([f"{sources}: {none}{':' if report.dropped else ''}", *report.reasons()]))
     if report.kept <= order.heldout:
-        few = f"{report.kept} questions are too few for {order.heldout} held out and others"
+        sources = ", ".join(map(str, order.sources))
+        few = f"{sources}: {report.kept} questions are too few for --split-heldout={show(order.heldout)} and others"
         raise InputError("\n".join([few, *report.reasons()]))
     held = _held_out(questions, order.heldout, order.seed)
     parts = [(order.out, [q for q in questions if key_of(q) not in held])]

@@ -150,12 +150,14 @@ def _read_jsonl(path: Path) -> Iterator[Fields]:
 def _read_parquet(path: Path) -> Iterator[Fields]:
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=BATCH_ROWS):
+            batch.validate(full=True)  # to_pylist trusts the file's offsets
             yield from batch.to_pylist()
 
 
 def _read_arrow(path: Path) -> Iterator[Fields]:
     with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as batches:
         for batch in batches:
+            batch.validate(full=True)  # to_pylist trusts the file's offsets
             yield from batch.to_pylist()
 
 

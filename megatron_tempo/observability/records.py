@@ -40,37 +40,48 @@ WARNINGS = "warnings.jsonl"
 STARTS = "starts.jsonl"
 
 
-_REAL, _NUMBER, _PART = (int, float), (int, float, type(None)), (dict, type(None))
-_Types = dict[str, type | tuple[type, ...]]
-_STEP: _Types = {"stage": str, "step": int, "method": str, "iteration": int, "time": _REAL, "seconds": _REAL}
-_SCORED: _Types = {"set": str, "step": int, "point": str, "time": _REAL, "seconds": _REAL, "avg_k": int}
-_SCORED |= {"avg": _NUMBER, "avg_se": _NUMBER, "pass": dict, "pass_se": dict}
-_LARGEST = 2**53  # whole numbers above it are no counts, and no floats hold them
-
-# By a file's name: the required entries of its records, and their types.
-_REQUIRED: dict[str, _Types] = {
-    METRICS: _STEP,
-    EVALUATIONS: _SCORED,
-    SAMPLES: {"set": str, "step": int, "point": str, "prompt": str, "tokens": list},
+# The form of a value: its types; a list of values of one form; a dict of values of one form, `{str: form}`; or a record
+# with these entries at least.
+_NUMBER, _TEXT, _WHOLE = (int, float, type(None)), (str, type(None)), int
+_SCORES = {str: _NUMBER}
+_CALIBRATION = {
+    **dict.fromkeys(("auroc", "brier", "ece"), _NUMBER),
+    "bins": [dict.fromkeys(("mean_value", "fraction_right", "count"), (int, float))],
+}
+# By a file's name: the required entries of its records, and their forms.
+_REQUIRED: dict[str, dict[str, Any]] = {
+    METRICS: {"stage": str, "step": _WHOLE},
+    EVALUATIONS: {"set": str, "step": _WHOLE, "point": str},
+    SAMPLES: {"set": str, "step": _WHOLE, "point": str, "prompt": str, "tokens": [str]},
     RESPONSES: {"set": str, "id": str, "question": str, "correct": (int, float)},
     WARNINGS: {"text": str},
-    "seen.jsonl": {"step": int, "labels": bool, "question": str},
+    "seen.jsonl": {"step": _WHOLE, "labels": bool, "question": str},
 }
-# Optional entries of a record, and their types.
-_TYPES: _Types = {
-    **dict.fromkeys(("time", "seconds", "iteration", "tokens_per_second", "avg", "avg_se", "avg_k"), _NUMBER),
-    **dict.fromkeys(("questions", "truncated"), _NUMBER),
-    **dict.fromkeys(("pass", "pass_se", "seen", "calibration"), _PART),
-    "method": str,
-    "values": (list, type(None)),
+# Entries that are also required to show the records, but not to resume a run.
+_SHOWN: dict[str, dict[str, Any]] = {
+    METRICS: {"method": str, "iteration": _WHOLE, "time": (int, float), "seconds": (int, float)},
+    EVALUATIONS: {
+        **dict.fromkeys(("time", "seconds"), (int, float)),
+        **dict.fromkeys(("avg", "avg_se", "avg_k"), _NUMBER),
+        **dict.fromkeys(("pass", "pass_se"), _SCORES),
+    },
+    SAMPLES: {"correct": (int, float), "values": ([_NUMBER], None), "answer": object},
+    WARNINGS: {"time": (int, float)},
 }
-_OF_A_START: _Types = {
-    **dict.fromkeys(("command", "folder", "hardware", "host"), str),
-    **dict.fromkeys(("step", "processes"), int),
-    "commit": (str, type(None)),
-    "versions": dict,
-    "gpus": list,
+# Optional entries of a record, and their forms.
+_FORMS: dict[str, Any] = {
+    **dict.fromkeys(("step", "iteration", "processes"), _WHOLE),
+    **dict.fromkeys(("time", "seconds", "tokens_per_second", "questions", "truncated"), _NUMBER),
+    **dict.fromkeys(("stage", "method", "verifier", "command", "folder", "commit", "hardware", "host"), _TEXT),
+    "seen": ({"with_answers": _WHOLE, "without_answers": _WHOLE}, None),
+    "calibration": ({"last": _CALIBRATION, "by_prefix": {str: _CALIBRATION}}, None),
+    "right": ([_WHOLE], None),
+    "questions_hash": _TEXT,
+    "versions": {str: object},
+    "gpus": [str],
 }
+_LARGEST = 1e300  # of a number: sums, and what Python's floats hold
+_LARGEST_WHOLE = 2**53  # whole numbers above it are no counts, and no floats hold them
 
 
 def read_metrics(run_dir: Path) -> list[Record]:
@@ -98,7 +109,7 @@ def _read_spare(path: Path) -> list[Record]:
     return [] if path.is_symlink() and not path.exists() else read(path)
 
 
-def read(path: Path) -> list[Record]:
+def read(path: Path, *, whole: bool = True) -> list[Record]:
     """The records of a file; an empty list if there is no file.
 
     A last line without a newline was cut short while it was written, and is skipped. InputError names any other bad
@@ -110,35 +121,47 @@ def read(path: Path) -> list[Record]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}:{number}: not a JSON record ({error}); delete this line") from error
-        if (wrong := _wrong(path.name, record)) is not None:
+        if (wrong := _wrong(path.name, record, whole=whole)) is not None:
             raise InputError(f"{path}:{number}: {wrong}; delete this line")
         records.append(record)
     return records
 
 
-def _wrong(file: str, record: Any) -> str | None:
-    """What is wrong with the form of a record."""
+def _wrong(file: str, record: Any, *, whole: bool) -> str | None:
+    """What is wrong with the form of a record. `whole`: it has what is shown of it, too."""
     if not isinstance(record, dict):
         return f"a JSON {json_type(record)}, not a record"
     required = {} if "unknown" in record else _REQUIRED.get(file, {})  # seen.jsonl: what came before is unknown
-    if absent := [name for name in required if name not in record]:
-        return f"the record has no {absent[0]}"
-    types = _OF_A_START if file == STARTS else _TYPES
+    shown = _SHOWN.get(file, {})
     for name, value in record.items():
-        wanted = required.get(name) or (_NUMBER if "/" in name and file == METRICS else types.get(name))
-        if wanted is not None and not isinstance(value, wanted):
-            return f"the record's {name} is a JSON {json_type(value)}, which it cannot be"
-        parts = value.values() if name in ("pass", "pass_se") and isinstance(value, dict) else [value]
-        if any(_is_no_number(part) for part in parts):
-            return f"the record's {name} holds a number that no run writes: too large, or not finite"
-        if name in ("pass", "pass_se") and not all(isinstance(part, _NUMBER) for part in parts):
-            return f"the record's {name} holds what is no number"
-    return None
+        form = (
+            required.get(name) or shown.get(name) or (_NUMBER if "/" in name and file == METRICS else _FORMS.get(name))
+        )
+        if form is not None and (wrong := _unlike(form, value, name)):
+            return f"the record's {wrong}"
+    absent = [name for name in (*required, *(shown if whole else ())) if name not in record]
+    return f"the record has no {absent[0]}" if absent else None
 
 
-def _is_no_number(value: Any) -> bool:
-    """Whether it is a number that cannot be computed with. A run writes NaN and infinity as null."""
-    return (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and abs(value) > _LARGEST)
+def _unlike(form: Any, value: Any, name: str) -> str | None:
+    """Where a value is not of the form, and what is there; None if it is of the form."""
+    forms = form if isinstance(form, tuple) else (form,)
+    for one in forms:
+        if isinstance(one, dict) and isinstance(value, dict):
+            wanted = dict.fromkeys(value, one[str]) if str in one else one
+            if absent := [key for key in wanted if key not in value]:
+                return f"{name} has no {absent[0]}"
+            parts = (_unlike(part, value[key], f"{name}.{key}") for key, part in wanted.items())
+            return next(filter(None, parts), None)
+        if isinstance(one, list) and isinstance(value, list):
+            return next(filter(None, (_unlike(one[0], part, f"{name}[{i}]") for i, part in enumerate(value))), None)
+        if isinstance(one, type) and isinstance(value, one) and not (one is int and isinstance(value, bool)):
+            largest = _LARGEST_WHOLE if isinstance(value, int) else _LARGEST
+            too_large = isinstance(value, int | float) and not abs(value) <= largest  # NaN too
+            return f"{name} is no number that a run has" if too_large else None
+    if None in forms and value is None:
+        return None
+    return f"{name} is a JSON {json_type(value)}, which it cannot be"
 
 
 def append(path: Path, record: Record) -> None:
@@ -169,7 +192,8 @@ def drop(path: Path, unwanted: Callable[[Record], bool]) -> None:
     if not path.exists():
         return
     before = path.read_bytes()
-    kept = [line for line, record in zip(before.split(b"\n")[:-1], read(path), strict=True) if not unwanted(record)]
+    records = read(path, whole=False)
+    kept = [line for line, record in zip(before.split(b"\n")[:-1], records, strict=True) if not unwanted(record)]
     content = b"".join(line + b"\n" for line in kept)
     if content == before:
         return

@@ -148,7 +148,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ]
     if records:
         facts.append(("Time", clock(sum(record.get("seconds", 0.0) for record in records))))
-        facts.append(("Last record", time.strftime("%Y-%m-%d %H:%M", time.localtime(max(r["time"] for r in records)))))
+        facts.append(
+            ("Last record", time.strftime("%Y-%m-%d %H:%M", time.localtime(max(r.get("time") or 0 for r in records))))
+        )
     return facts
 
 
@@ -281,7 +283,8 @@ def _curve(values: list[float | None], value_range: tuple[float, float]) -> str:
 
 def value_range_of(run: Run) -> tuple[float, float]:
     """The values that mean certainly wrong and certainly right."""
-    targets = {stage["critic"]["targets"] for stage in (run.config.get("stage1"), run.config.get("stage2")) if stage}
+    stages = (run.config.get("stage1", {}), run.config.get("stage2", {}))
+    targets = {stage.get("critic", {}).get("targets") for stage in stages}
     return (-1.0, 1.0) if "plus_minus_one" in targets else (0.0, 1.0)
 
 

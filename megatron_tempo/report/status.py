@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
 import time
@@ -84,9 +83,9 @@ def _starting(run_dir: Path, heartbeat: Record | None, now: float) -> tuple[str,
     """The status of a process that holds and renews the folder's lock, and has sent no heartbeat yet."""
     path = run_dir / "lock.json"
     try:
-        holder, renewed = json.loads(path.read_text(encoding="utf-8")), path.stat().st_mtime
+        holder, renewed = read_json(path, dict), path.stat().st_mtime
         host, pid, since = str(holder["host"]), int(holder["pid"]), float(holder["since"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):  # ValueError: InputError too
         return None
     since = since if math.isfinite(since) else now
     sent = heartbeat is not None and (heartbeat["host"], heartbeat["pid"]) == (host, pid)
@@ -120,10 +119,11 @@ def _state(heartbeat: Record | None, step: int, total: int, now: float) -> tuple
 def _forecast(config: Config, metrics: Sequence[Record], evaluations: Sequence[Record]) -> Forecast:
     forecast = Forecast(config.stages(), schedule.evaluations_left(config, 0))
     for record in metrics:
-        if record["stage"] in forecast.stages:
+        if record["stage"] in forecast.stages and None not in (record.get("iteration"), record.get("seconds")):
             forecast.step(record["stage"], record["iteration"], record["seconds"])
     for record in evaluations:
-        forecast.evaluation(record["seconds"])
+        if record.get("seconds") is not None:
+            forecast.evaluation(record["seconds"])
     return forecast
 
 
@@ -150,7 +150,8 @@ def _doing(heartbeat: Record, records: Sequence[Record], now: float) -> str:
 
 
 def _rate(metrics: Sequence[Record]) -> str:
-    recent = [record for record in metrics if record["stage"] == metrics[-1]["stage"]][-RECENT:]
+    timed = [record for record in metrics if record.get("seconds") is not None]
+    recent = [record for record in timed if record["stage"] == timed[-1]["stage"]][-RECENT:]
     if not recent:
         return ""
     seconds = fmean(record["seconds"] for record in recent)

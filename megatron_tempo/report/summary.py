@@ -91,7 +91,7 @@ class Run:
         return [
             Stage(
                 name,
-                f"{_words(name).capitalize()} · {short_name(records[0]['method']).upper()}",
+                f"{_words(name).capitalize()} · {short_name(records[0].get('method', '?')).upper()}",
                 min(record["step"] for record in records),
                 max(record["step"] for record in records),
             )
@@ -121,16 +121,24 @@ class Run:
         return done, max(done, planned)
 
 
+_MOST = 1 << 53  # iterations, which no run reaches
+
+
 def _config(path: Path) -> Record:
     """The configuration of a run as written; empty if there is none."""
     if not path.exists():
         return {}
     config = read_json(path, dict)
+    for group, field in (("model", "path"), ("run", "seed")):
+        if config and (not isinstance(config.get(group), dict) or field not in config[group]):
+            raise InputError(f"{path} has no {group}.{field}; bring back the file that the run wrote")
     for name in ("stage1", "stage2"):
         stage = config.get(name, {})
         if not isinstance(stage, dict) or not isinstance(stage.get("critic", {}), dict):
             raise InputError(f"{path}: {name} is not a group of fields; bring back the file that the run wrote")
-        if type(stage.get("iterations", 0)) is not int:
+        if not isinstance(stage.get("critic", {}).get("targets", ""), str):
+            raise InputError(f"{path}: {name}.critic.targets is not a name; bring back the file that the run wrote")
+        if type(stage.get("iterations", 0)) is not int or abs(stage.get("iterations", 0)) > _MOST:
             raise InputError(f"{path}: {name}.iterations is not a whole number; bring back the file that the run wrote")
     return config
 

@@ -470,5 +470,5 @@ def test_a_file_that_cannot_be_read_is_one_line(
         raise PermissionError(13, "Permission denied", "/data/l.jsonl")
 
     monkeypatch.setattr(cli, "build", unreadable)
-    assert cli.main(["check"]) == 1
+    assert cli.main(["check"]) == 2
     assert capsys.readouterr().err == "error: /data/l.jsonl: Permission denied\n"

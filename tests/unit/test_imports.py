@@ -59,7 +59,17 @@ ALLOWED: dict[str, set[str]] = {
         ),
         *("plan", "report", "rewards", "rollout", "runtime", "types", "weights"),
     },
-    "commands": {"checkpoint", "config", "data", "errors", "observability", "rewards", "runtime", "submit"},
+    "commands": {
+        "checkpoint",
+        "config",
+        "data",
+        "errors",
+        "input_files",
+        "observability",
+        "rewards",
+        "runtime",
+        "submit",
+    },
     "cli": {
         "commands",
         "config",

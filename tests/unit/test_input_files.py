@@ -16,6 +16,9 @@ import pytest
 from megatron_tempo import cli
 from megatron_tempo.checkpoint import manifest
 from megatron_tempo.checkpoint.resumable_folder import ResumableFolder
+from megatron_tempo.config import resume
+from megatron_tempo.config.schema import Config
+from megatron_tempo.config.trained_with import read_trained_with
 from megatron_tempo.errors import InputError
 from megatron_tempo.input_files import read_json, read_text, unreadable
 from megatron_tempo.observability.heartbeat import read_heartbeat
@@ -23,6 +26,7 @@ from megatron_tempo.observability.records import read
 from megatron_tempo.report.html import write_report
 from megatron_tempo.report.status import status
 from megatron_tempo.rewards.verdicts import VerdictCache
+from tests.unit.config_files import good_overrides, write_all
 
 
 def no_files(folder: Path) -> dict[str, Path]:
@@ -95,6 +99,7 @@ SCORED: dict[str, Any] = {"set": "a", "step": 1, "point": "during", "time": 1.0,
     "pass": {"2": 0.5},
     "pass_se": {"2": None},
 }
+NO_NUMBER = "the record's {} is no number that a run has"
 NUMBERS = ("step", "iteration", "time", "seconds", "actor/loss")
 
 
@@ -103,15 +108,28 @@ def without(record: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 RECORDS: list[tuple[str, Any, str]] = [
+    ("evaluations.jsonl", {k: v for k, v in SCORED.items() if k != "pass_se"}, "the record has no pass_se"),
+    ("evaluations.jsonl", SCORED | {"pass": {"8": "x"}}, "the record's pass.8 is a JSON string"),
+    ("evaluations.jsonl", SCORED | {"calibration": {"last": 3, "by_prefix": {}}}, "the record's calibration.last is a"),
+    ("evaluations.jsonl", SCORED | {"calibration": {"last": {}}}, "the record's calibration has no by_prefix"),
+    ("evaluations.jsonl", SCORED | {"avg": 10**309}, "the record's avg is no number that a run has"),
+    ("evaluations.jsonl", SCORED | {"right": [1, "2"]}, "the record's right[1] is a JSON string"),
+    ("starts.jsonl", {"command": ["megatron-tempo"]}, "the record's command is a JSON array"),
+    ("warnings.jsonl", {"text": "a"}, "the record has no time"),
     ("metrics.jsonl", 3, "a JSON number, not a record"),
     ("metrics.jsonl", [], "a JSON array, not a record"),
     ("metrics.jsonl", {"stage": "stage1"}, "the record has no step"),
     *(("metrics.jsonl", without(STEP, name), f"the record has no {name}") for name in STEP),
     *(("evaluations.jsonl", without(SCORED, name), f"the record has no {name}") for name in SCORED),
-    *(("metrics.jsonl", STEP | {name: 10**400}, f"the record's {name} holds a number that") for name in NUMBERS),
-    *(("metrics.jsonl", STEP | {name: math.nan}, f"the record's {name} holds a number that") for name in NUMBERS[2:]),
-    ("evaluations.jsonl", SCORED | {"pass": {"8": "x"}}, "the record's pass holds what is no number"),
-    ("evaluations.jsonl", SCORED | {"pass": {"8": math.inf}}, "the record's pass holds a number that"),
+    *(
+        ("metrics.jsonl", STEP | {name: 10**400}, f"the record's {name} is no number that a run has")
+        for name in NUMBERS
+    ),
+    *(
+        ("metrics.jsonl", STEP | {name: math.nan}, f"the record's {name} is no number that a run has")
+        for name in NUMBERS[2:]
+    ),
+    ("evaluations.jsonl", SCORED | {"pass": {"8": math.inf}}, "the record's pass.8 is no number that a run has"),
     ("starts.jsonl", {"command": 5}, "the record's command is a JSON number"),
     ("starts.jsonl", {"versions": []}, "the record's versions is a JSON array"),
     ("starts.jsonl", {"gpus": 1}, "the record's gpus is a JSON number"),
@@ -230,3 +248,62 @@ def test_text_is_utf8(tmp_path: Path) -> None:
     (tmp_path / "key").write_bytes(b"k\xe9y")
     with pytest.raises(InputError, match="byte 2 is no UTF-8"):
         read_text(tmp_path / "key")
+
+
+def test_presets_that_cannot_be_read_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither waits for a pipe nor shows a traceback, as Hydra would."""
+    (tmp_path / "cluster").mkdir()
+    mine = tmp_path / "cluster" / "mine.yaml"
+    mine.write_bytes("cluster: {}".encode("utf-16"))
+    commands = (["presets"], ["plan", "experiment=qwen3_8b_aime", "cluster=mine"])
+    for command in commands:
+        assert cli.main([*command, "--config-dir", str(tmp_path)]) == 2
+        assert f"{mine}: byte 1 is no UTF-8" in capsys.readouterr().err
+    mine.unlink()
+    os.mkfifo(mine)
+    for command in commands:
+        assert cli.main([*command, "--config-dir", str(tmp_path)]) == 2
+        assert f"{mine} is a named pipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.json", "checkpoints/step_00000001/run.json"])
+def test_a_pipe_or_deep_json_as_a_runs_configuration(tmp_path: Path, name: str) -> None:
+    config = Config()
+    config.run.dir = str(tmp_path)
+    path = tmp_path / name
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    os.mkfifo(path)
+    assert f"{path} is a named pipe" in str(resume.problem(config))
+    path.unlink()
+    path.write_text("[" * 100_000)
+    assert f"{path} is cut short or not JSON" in str(resume.problem(config))
+
+
+def test_a_pipe_as_a_models_config_or_as_a_lock(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    assert read_trained_with(tmp_path) == {}
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(STEP) + "\n")
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "stage1", "step": 1}\n')
+    assert "step" in status(tmp_path).text
+
+
+def test_a_presets_description_is_safe_to_print(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "mine.yaml").write_text("# Ours\x9b2J\ufeff.\ncluster: {}\n", encoding="utf-8")
+    assert cli.main(["presets", "--config-dir", str(tmp_path)]) == 0
+    assert "Ours<U+009B>2J<U+FEFF>" in capsys.readouterr().out
+
+
+def test_a_link_of_too_long_a_name_in_a_models_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_all(tmp_path)
+    for name in ("tokenizer.json", "config.json", "tokenizer_config.json", "generation_config.json"):
+        path = tmp_path / "model" / name
+        content = path.read_bytes() if path.exists() else None
+        path.unlink(missing_ok=True)
+        path.symlink_to("x" * 300)
+        assert cli.main(["check", *good_overrides(tmp_path)]) == 2
+        assert f"{name} cannot be read: File name too long" in capsys.readouterr().err
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)

@@ -167,6 +167,7 @@ def test_nan_is_null_and_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 def test_rewind_drops_what_a_killed_run_wrote_later(tmp_path: Path) -> None:
     sample = {"point": "during", "stage": "stage2", "set": "s", "prompt": "", "tokens": [], "values": [0.5]}
+    sample |= {"correct": 1, "answer": "2"}
     with metrics(tmp_path) as m:
         for step in (1, 2, 3, 4):
             m.step(step_record(step))
@@ -187,6 +188,7 @@ def test_rewind_drops_what_a_killed_run_wrote_later(tmp_path: Path) -> None:
 
 def test_what_is_evaluated_again_replaces_the_first(tmp_path: Path) -> None:
     sample = {"point": "before", "stage": "stage1", "step": 0, "set": "s", "prompt": "", "tokens": ["a"]}
+    sample |= {"correct": 1, "answer": "2"}
     with metrics(tmp_path) as m:
         for avg in (0.1, 0.2):
             m.evaluation(evaluation_record(0, "before", avg))
@@ -225,6 +227,8 @@ def test_what_can_be_done_without_is_warned_of_once(tmp_path: Path, capsys: pyte
         "prompt": "",
         "tokens": ["a"],
         "values": None,
+        "correct": 0,
+        "answer": "2",
     }
     with metrics(tmp_path) as m:
         (tmp_path / "samples.jsonl").symlink_to("/dev/full")
@@ -254,7 +258,7 @@ def test_a_log_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_bad_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "warnings.jsonl"
-    path.write_text('{"text": "a"}\n{"text": \n{"text": "b"}\n')
+    path.write_text('{"time": 1.0, "text": "a"}\n{"text": \n{"text": "b"}\n')
     with pytest.raises(ValueError, match=r"warnings\.jsonl:2: not a JSON record"):
         read(path)
 

@@ -341,7 +341,7 @@ def test_questions_are_held_out_by_the_seed_and_their_text_alone(tmp_path: Path)
     assert other != rest
     alone, _ = make(tmp_path, "math500", questions(40), heldout=8, seed=3, unlabelled=True, out=tmp_path / "u.jsonl")
     assert [row["prompt"] for row in alone] == [row["prompt"] for row in rest]
-    with pytest.raises(InputError, match="3 questions are too few for 3 held out and others"):
+    with pytest.raises(InputError, match="3 questions are too few for --split-heldout=3 and others"):
         make(tmp_path, "math500", questions(3), heldout=3, force=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from megatron_tempo.config.model_shape import FAMILIES, ModelShape, model_shape
@@ -44,7 +45,7 @@ def read_models(config: Config) -> tuple[dict[str, ModelShape], list[Problem]]:
 def _shape(folder: Path) -> tuple[ModelShape | None, str]:
     """The shape in config.json, and what is wrong with the file ("" if nothing, or if check_files reports it)."""
     file = folder / "config.json"
-    if not file.exists() and not file.is_symlink():
+    if not os.path.lexists(file):
         return None, "has no config.json"
     try:
         entries = read_json(file, dict)
@@ -73,7 +74,7 @@ def _weights(field: str, folder: Path) -> list[Problem]:
 
 
 def _tokenizer(config: Config, folder: Path) -> list[Problem]:
-    if not any(all((folder / name).exists() for name in names) for names in _TOKENIZERS):
+    if not any(all(os.path.lexists(folder / name) for name in names) for names in _TOKENIZERS):
         wanted = " or ".join("+".join(names) for names in _TOKENIZERS)
         return [Problem("model.path", str(folder), f"has no tokenizer ({wanted})", "copy the tokenizer's files there")]
     if _has_chat_template(folder):
@@ -91,7 +92,7 @@ def _has_chat_template(folder: Path) -> bool:
         return True
     file = folder / "tokenizer_config.json"
     try:
-        return file.exists() and "chat_template" in read_json(file, dict)
+        return os.path.lexists(file) and "chat_template" in read_json(file, dict)
     except InputError:  # reported separately
         return True
 

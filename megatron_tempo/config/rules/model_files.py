@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ def check_files(field: str, folder: Path, *, tokenizer: bool) -> Iterator[Proble
         checks += [("tokenizer_config.json", _added)]
     for name, check in checks:
         path = folder / name
-        if not path.exists() and not path.is_symlink():
+        if not os.path.lexists(path):
             continue
         try:
             check(path)
