@@ -56,7 +56,7 @@ study: .venv/installed  ## the runs of docs/study.md: hours on every core; resum
 docker-cpu:  ## build the CPU image and run a short quickstart in it (docs/install.md)
 	docker/build_cpu.sh
 
-fuzz: .venv/installed-test  ## damaged configurations, data, run and model folders for a minute; ARGS='--seed 7 --kind run'
+fuzz: .venv/installed-test  ## a minute of damaged inputs (tests/fuzz); ARGS="--seed 7 --kind run"
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(ARGS)
 
 lint: .venv/installed-test  ## ruff, mypy, shellcheck, hadolint and the word list

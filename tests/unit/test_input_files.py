@@ -283,8 +283,8 @@ def test_a_pipe_as_a_models_config_or_as_a_lock(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
     assert read_trained_with(tmp_path) == {}
     (tmp_path / "config.json").unlink()
+    os.mkfifo(tmp_path / "lock.json")
     (tmp_path / "metrics.jsonl").write_text(json.dumps(STEP) + "\n")
-    (tmp_path / "metrics.jsonl").write_text('{"stage": "stage1", "step": 1}\n')
     assert "step" in status(tmp_path).text
 
 
