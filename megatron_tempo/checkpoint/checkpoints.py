@@ -210,10 +210,14 @@ class Checkpoints:
     def _own(self, log: Callable[[str], None] = lambda _: None) -> list[Path]:
         """The folders that are checkpoints by their names and their run.json, oldest first. `log`: reports others.
 
-        One whose run.json is missing or not JSON is included: its damage is found later. Raises OSError.
+        One whose run.json is missing or not JSON is included if it has a manifest: its damage is found later. Raises
+        OSError.
         """
         own = []
         for path in step_folders(self.folder):
+            if not any((path / name).exists() for name in (manifest.STATE, manifest.MANIFEST)):
+                log(f"{path} is not counted as a checkpoint: it has neither {manifest.STATE} nor {manifest.MANIFEST}")
+                continue
             try:
                 step = manifest.read_state(path)["step"]
             except (*manifest.ABSENT, ValueError):

@@ -142,6 +142,20 @@ def test_a_copy_under_another_number_is_not_used_nor_removed(run: Path) -> None:
     assert sorted(entry.name[-1] for entry in (run / "checkpoints").iterdir()) == ["1", "6", "7", "8"]
 
 
+def test_a_folder_without_a_checkpoints_files_is_neither_used_nor_touched(run: Path) -> None:
+    other = run / "checkpoints/step_99999999"
+    other.mkdir()
+    (other / "notes").write_text("mine")
+    checkpoints = opened(run)
+    found_now = checkpoints.find()
+    assert found_now.path is not None
+    assert (found_now.path.name, found_now.damaged) == ("step_00000006", ())
+    checkpoints.set_aside(found_now)
+    write_checkpoint(run, "step_00000008", 8)
+    checkpoints._completed(8)
+    assert (other / "notes").read_text() == "mine"
+
+
 def test_links_are_read_and_never_removed(run: Path, tmp_path: Path) -> None:
     (run / "checkpoints/step_00000004").rename(tmp_path / "archive")
     (run / "checkpoints/step_00000004").symlink_to(tmp_path / "archive")
