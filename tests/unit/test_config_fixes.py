@@ -211,7 +211,9 @@ OUTSIDE = {
     "config/rules/evaluation.py": {"_trackers"},
     "config/rules/rollout.py": {"check_serve", "_ahead"},
     "config/tree.py": {"read_settings"},
-    "config/compose.py": {"compose_tree", "_whole", "_check_whole", "_sift", "_refused", "_set_names", "attributed"},
+    "config/compose.py": {
+        *("compose_tree", "_whole", "_check_whole", "_sift", "_refused", "_set_names", "attributed", "_check_presets"),
+    },
 }
 FILES = ["config/tree.py", "plan/split.py", "plan/shapes.py", "submit/job.py", "config/compose.py"]
 FILES += [f"config/rules/{path.name}" for path in (REPOSITORY / "megatron_tempo/config/rules").glob("*.py")]
