@@ -36,11 +36,12 @@ def config_for(project: Path, run: Path) -> Config:
 
 
 def soaked(config: Config) -> dict[str, list[float]]:
-    """Train; what this process held at the end of each iteration."""
+    """Train; what this process held at the end of each iteration, without a save that is on its way."""
     trace, due = Trace(), RunState.checkpoint_if_due
 
     def sampled(run: RunState) -> None:
         due(run)
+        run.checkpoints.wait()
         trace.sample()
 
     with patch.object(RunState, "checkpoint_if_due", sampled):
