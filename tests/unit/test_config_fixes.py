@@ -31,6 +31,8 @@ from tests.unit import test_config_rules as rules
 from tests.unit import test_precision_rules as precision
 from tests.unit.config_files import good_overrides, write_all, write_model
 
+pytestmark = pytest.mark.long  # all together: hundreds of configurations are composed and checked
+
 Site = tuple[str, int]
 CLUSTER = [
     *("memory_gb=80", "bf16_tflops=989", "memory_tbs=3.35", "nvlink_gbs=450", "network_gbs=50", "nodes=2", "gpu=H100"),

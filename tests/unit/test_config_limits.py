@@ -286,6 +286,7 @@ def test_a_whole_configuration_that_is_broken(name: str, files: Path, capsys: py
     assert len(line) < 1500
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("preset", [b"\xff\xfe", b"x: " + b"[" * 3000, b"run: {dir: 'a\x1b'}", b"defaults: [it]\n"])
 def test_a_preset_that_is_broken(preset: bytes, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (files / "experiment").mkdir()

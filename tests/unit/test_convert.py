@@ -324,6 +324,7 @@ def test_a_part_that_is_gone_is_made_again(tmp_path: Path) -> None:
 # As commands
 
 
+@pytest.mark.long
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_model(tmp_path / "folder", tied=False)
 

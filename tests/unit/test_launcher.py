@@ -59,6 +59,7 @@ def test_a_launch_that_is_not(environment: dict[str, str], wrong: str, monkeypat
     assert wrong in str(caught.value)
 
 
+@pytest.mark.long
 def test_srun_without_ranks_starts_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
