@@ -77,7 +77,7 @@ def _evaluated(installed: Installed) -> None:
 
 
 def _served(installed: Installed) -> None:
-    """An engine that does not start is the only thing that is told of."""
+    """The only output is the error of the engine that does not start."""
     (installed.work / "servers").mkdir()
     (installed.work / "servers/key").write_text("secret")
     words = ["experiment=quickstart", "engine=vllm", "rollout.servers.python=/bin/false", "rollout.servers.tensor=1"]

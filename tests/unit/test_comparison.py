@@ -157,7 +157,7 @@ def test_bold_is_what_a_test_supports(tmp_path: Path) -> None:
     first, second = scored_run(tmp_path / "a", low), scored_run(tmp_path / "b", high)
     assert sum(high) > sum(low)
     assert bold(compare(tmp_path / "page.html", first, second)) == []
-    # one response more in each question: nothing beside the spread over questions, and certain when paired
+    # One more correct response per question: small against the spread over questions, significant when paired.
     third = scored_run(tmp_path / "c", [min(count + 1, 16) for count in low])
     assert len(bold(compare(tmp_path / "page.html", first, third))) >= 1
     # the best of three must be better than each of the others, and its twin is not worse

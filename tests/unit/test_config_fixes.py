@@ -44,7 +44,7 @@ KEY = "rollout.servers.key_file=TMP/key"
 GIVEN = [*SERVED, KEY, "rollout.servers.addresses=[http://127.0.0.1:1]"]
 JUDGE = ["rewards.judge.url=http://h:1/v1", "rewards.judge.model=m"]
 
-# Configurations with problems beside those of the other files. `launched` stands for torchrun's number of processes,
+# Configurations with problems that the other files do not have. `launched` stands for torchrun's number of processes,
 # `purpose` for the command.
 MORE = [
     ["launched=2", "parallel.world_size=4"],

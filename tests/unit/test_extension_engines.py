@@ -13,10 +13,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from megatron_tempo.config import check
 from megatron_tempo.config.choices import EngineKind
 from megatron_tempo.config.extensions import ENGINE_METHODS, Extension, ExtensionError
-from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.rules import Purpose
 from megatron_tempo.config.schema import DatasetConfig, RolloutConfig
 from megatron_tempo.config.tree import read
@@ -29,6 +27,7 @@ from megatron_tempo.rollout.imported import ImportedEngine
 from megatron_tempo.types import Completion, TokenCount
 from tests.support.ranks import run_ranks
 from tests.unit.config_files import configure, good_overrides, write_all
+from tests.unit.extension_modules import assert_refused, problems, write
 
 ENGINE = """
 from megatron_tempo.types import Completion, EngineHealth, TokenCount
@@ -58,14 +57,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     write_all(folder)
     return folder
-
-
-def problems(files: Path, *changes: str, purpose: Purpose = Purpose.train) -> list[Problem]:
-    return check(configure([*good_overrides(files), *changes]), world_size=None, purpose=purpose)
-
-
-def write(folder: Path, text: str) -> None:
-    (folder / "mine.py").write_text(text)
 
 
 # Engines: before one is made
@@ -285,13 +276,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("case", list(TEMPLATES))
 def test_a_template_of_another_form_is_a_problem(files: Path, modules: Path, case: str) -> None:
-    text, wrong, fix = TEMPLATES[case]
-    write(modules, text)
-    for group in ("data.labelled", "data.unlabelled", "evaluation.sets.heldout"):
-        (problem,) = problems(files, f"{group}.chat_template=import:mine:x")
-        assert (problem.field, problem.value) == (f"{group}.chat_template", "import:mine:x")
-        assert wrong in problem.wrong
-        assert fix in problem.fix
+    assert_refused(files, modules, TEMPLATES[case], "chat_template")
 
 
 def test_chat_template_is_read_as_before() -> None:

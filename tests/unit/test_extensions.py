@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_tempo.config import check
 from megatron_tempo.config.extensions import Extension, ExtensionError, load
-from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.rules import Purpose
 from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.stages import Method, Needs, Prompts, StageConfig, load_method, settings_of
@@ -25,6 +23,7 @@ from megatron_tempo.plan.split import problems as plan_problems
 from megatron_tempo.rewards.scorer import Item
 from megatron_tempo.rewards.verifiers import Verifiers
 from tests.unit.config_files import configure, good_overrides, write_all
+from tests.unit.extension_modules import assert_refused, problems, write
 
 LABELLED, UNLABELLED, HELDOUT = "data.labelled", "data.unlabelled", "evaluation.sets.heldout"
 
@@ -34,14 +33,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     write_all(folder)
     return folder
-
-
-def problems(files: Path, *changes: str, purpose: Purpose = Purpose.train) -> list[Problem]:
-    return check(configure([*good_overrides(files), *changes]), world_size=None, purpose=purpose)
-
-
-def write(folder: Path, text: str, name: str = "mine") -> None:
-    (folder / f"{name}.py").write_text(text)
 
 
 def named(attribute: str) -> Extension:
@@ -371,13 +362,7 @@ READERS_OF = {
 
 @pytest.mark.parametrize("case", list(READERS_OF))
 def test_a_reader_of_another_form_is_a_problem(files: Path, modules: Path, case: str) -> None:
-    text, wrong, fix = READERS_OF[case]
-    write(modules, text)
-    for group in (LABELLED, UNLABELLED, HELDOUT):
-        (problem,) = problems(files, f"{group}.reader=import:mine:x")
-        assert (problem.field, problem.value) == (f"{group}.reader", "import:mine:x")
-        assert wrong in problem.wrong
-        assert fix in problem.fix
+    assert_refused(files, modules, READERS_OF[case], "reader")
 
 
 def test_a_reader_is_named_as_an_import() -> None:

@@ -45,7 +45,7 @@ def test_end_tokens_are_the_union_of_what_files_say(folder: Path) -> None:
         generation.write_text(json.dumps(says))
         assert end_tokens(folder) == ends
     config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": 3}))
-    assert end_tokens(folder) == [1], "config.json does not count beside a generation_config.json"
+    assert end_tokens(folder) == [1], "config.json does not count if there is a generation_config.json"
     generation.unlink()
     assert end_tokens(folder) == [3, 1]
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
