@@ -2,7 +2,7 @@
 
     data.labelled.chat_template=import:zero_template:template
 
-It stands in the place of the tokenizer's chat template. Give the same to every set of questions: a model is to be
+It replaces the tokenizer's chat template. Give the same template to every set of questions: a model is to be
 evaluated on prompts of the form that it is trained on.
 """
 
