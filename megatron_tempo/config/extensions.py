@@ -7,9 +7,11 @@ kind for users.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import re
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -155,6 +157,20 @@ def load(extension: Extension) -> Any:
         close = get_close_matches(extension.attribute, names) or names
         wrong = f"the module {extension.module} ({getattr(module, '__file__', None)}) has no {extension.attribute}"
         raise ExtensionError(wrong, f"one of {', '.join(close) or '(it is empty)'}") from error
+
+
+def digests(plain: Any) -> dict[str, str]:
+    """SHA-256 of the files of the loaded modules that a plain config (`schema.to_plain`) names, by the object's name.
+
+    Modules that these import in their turn are not included.
+    """
+    if isinstance(plain, dict | list):
+        values = plain.values() if isinstance(plain, dict) else plain
+        return {name: digest for value in values for name, digest in digests(value).items()}
+    if not isinstance(plain, str) or not _NAME.fullmatch(plain):
+        return {}
+    file = getattr(sys.modules.get(Extension(plain).module), "__file__", None)
+    return {plain: hashlib.sha256(Path(file).read_bytes()).hexdigest()} if file else {}
 
 
 def function(target: Any, name: str, parameters: Sequence[str], kind: str) -> Callable[..., Any]:

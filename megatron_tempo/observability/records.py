@@ -79,6 +79,7 @@ _FORMS: dict[str, Any] = {
     "questions_hash": _TEXT,
     "versions": {str: object},
     "gpus": [str],
+    "extensions": {str: str},
 }
 _LARGEST = 1e300  # of a number: sums, and what Python's floats hold
 _LARGEST_WHOLE = 2**53  # whole numbers above it are no counts, and no floats hold them

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,8 +19,11 @@ _PACKAGES = ("megatron-tempo", "torch", "megatron-core", "transformer-engine", "
 _GIT_SECONDS = 10.0
 
 
-def start_record(step: int, processes: int, gpus: Sequence[str]) -> Record:
-    """The line of a start that continues at `step`. `gpus` are the names of this node's GPUs."""
+def start_record(step: int, processes: int, gpus: Sequence[str], extensions: Mapping[str, str]) -> Record:
+    """The line of a start that continues at `step`.
+
+    `gpus` are the names of this node's GPUs, `extensions` the SHA-256 of the modules with the user's code, by name.
+    """
     commit, changed = _commit()
     return {
         "time": round(time.time(), 3),
@@ -34,7 +37,16 @@ def start_record(step: int, processes: int, gpus: Sequence[str]) -> Record:
         "gpus": list(gpus),
         "host": socket.gethostname(),
         "processes": processes,
+        "extensions": dict(extensions),
     }
+
+
+def changed_extensions(before: Sequence[Record], now: Mapping[str, str]) -> list[str]:
+    """Names of the user's objects whose module's file differs from that of the last start that used them."""
+    last: dict[str, str] = {}
+    for start in before:
+        last |= start.get("extensions", {})
+    return [name for name, digest in now.items() if last.get(name, digest) != digest]
 
 
 def command_line() -> str:

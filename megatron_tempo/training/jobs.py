@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_tempo.config.extensions import digests
 from megatron_tempo.config.schedule import remaining, total
 from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.stages import CriticTargets
@@ -25,8 +26,8 @@ from megatron_tempo.errors import InputError, UnwrittenError
 from megatron_tempo.evaluation.results import response_records, result
 from megatron_tempo.evaluation.unread import diagnose
 from megatron_tempo.observability.metrics import Metrics
-from megatron_tempo.observability.records import EVALUATIONS, RESPONSES, STARTS, Record, append, extend
-from megatron_tempo.observability.start import start_record
+from megatron_tempo.observability.records import EVALUATIONS, RESPONSES, STARTS, Record, append, extend, read_starts
+from megatron_tempo.observability.start import changed_extensions, start_record
 from megatron_tempo.report import results as report
 from megatron_tempo.report.summary import printable
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
@@ -73,12 +74,21 @@ def train(config: Config) -> None:
 
 
 def _record_start(context: RunContext, metrics: Metrics, step: int) -> None:
-    """Add this start to starts.jsonl: the command, the code's version and the machine, for the report."""
-    if context.is_writer:
-        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        record = start_record(step, dist.get_world_size(), gpus if context.device.type == "cuda" else [])
-        with metrics.spare(STARTS):
-            append(Path(context.config.run.dir) / STARTS, record)
+    """Add this start to starts.jsonl: the command, the code's version and the machine, for the report.
+
+    Warns if the user's code is not that of the last start: the metrics before and after may not be comparable.
+    """
+    if not context.is_writer:
+        return
+    run_dir, extensions = Path(context.config.run.dir), digests(to_plain(context.config))
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    record = start_record(step, dist.get_world_size(), gpus if context.device.type == "cuda" else [], extensions)
+    with metrics.spare(STARTS):
+        for name in changed_extensions(read_starts(run_dir), extensions):
+            metrics.warn(
+                f"{name}: its module changed since the last start; step {step + 1} is the first with the new code"
+            )
+        append(run_dir / STARTS, record)
 
 
 @contextmanager

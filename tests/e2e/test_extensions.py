@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 from megatron_tempo.config import check
@@ -14,7 +15,13 @@ from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.extensions import Extension
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import ExtensionSettings
-from megatron_tempo.observability.records import read_evaluations, read_metrics, read_samples
+from megatron_tempo.observability.records import (
+    read_evaluations,
+    read_metrics,
+    read_samples,
+    read_starts,
+    read_warnings,
+)
 from megatron_tempo.training.jobs import train
 from tests.support.project import ROOT, config_of, write_project
 from tests.support.ranks import run_ranks
@@ -95,6 +102,16 @@ def test_a_run_with_extensions_resumes(tmp_path: Path) -> None:
     assert recorded["stage2"]["advantage_limit"] == 0.25
     assert recorded["rollout"]["engine"] == NAMES["rollout.engine"]
     assert recorded["evaluation"]["sets"]["asked"]["chat_template"] == NAMES["evaluation.sets.asked.chat_template"]
+    (start,) = read_starts(out)
+    assert start["extensions"] == {
+        name: sha256((ROOT / "examples/extensions" / f"{Extension.parse(name).module}.py").read_bytes()).hexdigest()
+        for name in NAMES.values()
+    }
+    # As if the verifier had been another one at the first start.
+    start["extensions"][NAMES["data.labelled.verifier"]] = "0" * 64
+    (out / "starts.jsonl").write_text(json.dumps(start) + "\n")
     config.stage2.iterations = 2
     run_ranks(train_with_examples, 2, tmp_path / "again", config)
     assert [line["step"] for line in read_metrics(out)] == [1, 2]
+    changed = [warning["text"] for warning in read_warnings(out) if "its module changed" in warning["text"]]
+    assert [text.split(": its")[0] for text in changed] == [NAMES["data.labelled.verifier"]]
