@@ -246,7 +246,7 @@ def measure(model: Path, tensor: int, pipeline: int) -> dict[str, Any]:
         largest = 4 * max(sum(mapping.numel for mapping in group) for group in groups)
         for way, start in WAYS.items():
             weights = WeightStream(net, layout, mappings, limit)
-            with Storages(net.parameters(), settled=0.0) as storages:
+            with Storages(net.parameters()) as storages:
                 for bucket in start(weights):
                     del bucket
             found[way] = storages.peak / largest

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, UntypedStorage
+from torch._C._distributed_c10d import FakeWork, Work
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-# Default for the share by which a peak may be too high.
-SETTLED = 0.01
+# Operations between two ranks. A Python object holds their tensor, and frees it with the last reference.
+_POINT_TO_POINT = ("c10d::send", "c10d::recv_", "c10d::recv_any_source_")
 
 
 class Storages(TorchDispatchMode):
@@ -21,23 +22,21 @@ class Storages(TorchDispatchMode):
     Memory inside an operation, such as a temporary of a fused kernel, is not counted.
     """
 
-    def __init__(self, before: Iterable[Tensor] = (), settled: float = SETTLED) -> None:
-        """`before`: tensors that are not counted. `settled`: a growth below this share is accepted without a wait."""
+    def __init__(self, before: Iterable[Tensor] = ()) -> None:
+        """`before`: tensors that are not counted."""
         super().__init__()
         self._before = {StorageWeakRef(tensor.untyped_storage()) for tensor in before}
-        self._settled = settled
         self._live: set[StorageWeakRef] = set()
         self._most = 0  # upper bound of the live bytes: the last count plus what was made since
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
+        collective = func.namespace == "c10d" and func._schema.name not in _POINT_TO_POINT
+        found = (_on_copies if collective else _as_is)(func, args, kwargs or {})
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor):
                 self._add(leaf.untyped_storage())
         if self._most > self.peak:  # counting is slow: only if the peak may have risen
-            if self.now() > (1 + self._settled) * self.peak:
-                time.sleep(0.05)  # gloo's thread frees a message's tensor a moment after the wait for it returns
             self.peak = max(self.peak, self.now())
         return found
 
@@ -59,6 +58,42 @@ class Storages(TorchDispatchMode):
         """Restart the search for the peak. Returns the live bytes."""
         self.peak = self.now()
         return self.peak
+
+
+def _as_is(func: Any, args: Any, kwargs: Any) -> Any:
+    return func(*args, **kwargs)
+
+
+def _on_copies(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run a collective on copies of its tensors, to the end, and copy the results back.
+
+    A worker thread of gloo holds the tensors of a collective until the system lets it run again, which may be long
+    after the wait for the collective has returned. What it holds would be counted, or not, by chance. So it gets
+    copies, which are made outside the mode and are not counted. The caller gets work that is finished: the wait for
+    gloo's own runs operations on its temporaries. All ranks call collectives in the same order, so a wait here is safe.
+    """
+    originals: dict[int, Tensor] = {}
+
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        copy = copies.setdefault(id(leaf), leaf.clone())
+        originals[id(copy)] = leaf
+        return copy
+
+    copies: dict[int, Tensor] = {}
+    given_args, given_kwargs = tree_map(copied, (args, kwargs))
+    found = func(*given_args, **given_kwargs)
+    for leaf in tree_leaves(found):
+        if isinstance(leaf, torch.ScriptObject):
+            Work.unbox(leaf).wait()
+    for copy in copies.values():
+        originals[id(copy)].copy_(copy)
+
+    def handed_back(leaf: Any) -> Any:
+        return FakeWork().boxed() if isinstance(leaf, torch.ScriptObject) else originals.get(id(leaf), leaf)
+
+    return tree_map(handed_back, found)
 
 
 def _bytes(ref: StorageWeakRef) -> int | None:
