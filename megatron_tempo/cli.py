@@ -24,6 +24,7 @@ from megatron_tempo.config.schema import Config
 from megatron_tempo.config.summary import summary
 from megatron_tempo.config.tree import read
 from megatron_tempo.errors import EngineError, InputError, NotFiniteError, Stopped, UnwrittenError, printable
+from megatron_tempo.observability import logs
 from megatron_tempo.observability.terminal import standard_streams
 from megatron_tempo.plan.search import plan_of, search
 from megatron_tempo.plan.shapes import shape_of
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torchrun --max-restarts. 130: Ctrl-C.
     """
     _quiet()
+    logs.configure(rank=logs.rank_of())
     try:
         with standard_streams():
             return _dispatch(parse(argv))
@@ -207,7 +209,7 @@ def _submit(config: Config, kind: jobs.Kind, arguments: argparse.Namespace) -> i
     if arguments.dry_run:
         print(preview(job, REPOSITORY), end="")
         return 0
-    submit(job, REPOSITORY, arguments.chain, lambda text: print(printable(text)))
+    print(printable(submit(job, REPOSITORY, arguments.chain)))
     return 0
 
 

@@ -267,8 +267,7 @@ def contend(job: BenchmarkJob, context: RunContext, actor: Actor, engines: ExitS
     def streaming(name: str, transport: Transport, checksums_every: int, weights: Weights) -> Contender:
         config = deepcopy(context.config)
         config.rollout.servers.transport, config.rollout.servers.checksums_every = transport, checksums_every
-        log = lambda words: print(words, file=sys.stderr, flush=True)  # noqa: E731
-        engine = setup.build_engine(replace(context, config=config), log)
+        engine = setup.build_engine(replace(context, config=config))
         assert isinstance(engine, ServersEngine)
         engines.callback(engine.close)
         return Contender(name, lambda version: engine.load_weights(weights, version), engine)

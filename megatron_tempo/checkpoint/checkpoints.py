@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -41,6 +42,8 @@ from megatron_tempo.observability.console import readable
 from megatron_tempo.observability.records import write_whole
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 
+log = logging.getLogger(__name__)
+
 LAST = "last_checkpoint.json"  # in the run's folder: {"step": the last complete checkpoint's, or null}
 # A checkpoint's bytes per parameter in addition to its weights: Adam's main weight and two moments, in fp32.
 OPTIMIZER_BYTES = 12
@@ -64,14 +67,13 @@ class Checkpoints:
         folder: Path,
         keep: int,
         layout: Layout,
-        log: Callable[[str], None],
         *,
         asynchronous: bool = True,
         timeout: timedelta = COLLECTIVE_TIMEOUT,
     ) -> None:
         """`keep`: number of complete checkpoints to keep. `asynchronous`: `save` returns as soon as the state is copied
         and the models may change. `timeout`: how long a rank that has written its files waits for the others."""
-        self.folder, self._keep, self._layout, self._log = folder, keep, layout, log
+        self.folder, self._keep, self._layout = folder, keep, layout
         self._asynchronous = asynchronous
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._saving: Saving | None = None
@@ -87,11 +89,9 @@ class Checkpoints:
         if free < size:
             raise InputError(f"{space}; free disk space, or give a run.dir on another disk")
         wanted = self._keep + 1 - kept  # one is written before one is removed
-        if free < wanted * size:
-            self._log(
-                f"warning: {space}, but checkpoint.keep={self._keep} needs space for {wanted} more; free disk space, "
-                f"or keep fewer"
-            )
+        if free < wanted * size and self._layout.is_writer:
+            advice = "free disk space, or keep fewer"
+            log.warning("%s, but checkpoint.keep=%d needs space for %d more; %s", space, self._keep, wanted, advice)
 
     def save(self, step: int, models: dict[str, TrainedModel], state: dict[str, Any]) -> None:
         """Begin to write a checkpoint. When it is complete, all but the last `keep` are removed. `state`: JSON data.
@@ -157,7 +157,7 @@ class Checkpoints:
         Raises InputError if one cannot be read for another reason: an I/O error or a missing permission is no damage.
         """
         damaged: list[tuple[Path, str]] = []
-        for path in reversed(self._agreed(lambda: self._own(self._log))):
+        for path in reversed(self._agreed(lambda: self._own(logged=True))):
             problem = self._damage(path)
             if problem is None:
                 return Found(path, self._agreed(partial(manifest.read_state, path)), tuple(damaged))
@@ -170,9 +170,8 @@ class Checkpoints:
         def rename() -> None:
             for path, problem in found.damaged if self._layout.is_writer else ():
                 aside = _free_name(path.with_name(path.name + ".damaged"))
-                self._log(
-                    f"checkpoint {path} is damaged ({problem}): renamed to {aside.name}, the previous one is used"
-                )
+                text = "checkpoint %s is damaged (%s): renamed to %s, the previous one is used"
+                log.warning(text, path, problem, aside.name)
                 os.replace(path, aside)
 
         raise_on_all_ranks(rename, self._group)
@@ -207,16 +206,17 @@ class Checkpoints:
             model.step_count = found.state["optimizer_steps"][name]
         self.saved = found.state["step"]
 
-    def _own(self, log: Callable[[str], None] = lambda _: None) -> list[Path]:
-        """The folders that are checkpoints by their names and their run.json, oldest first. `log`: reports others.
+    def _own(self, *, logged: bool = False) -> list[Path]:
+        """The folders that are checkpoints by their names and their run.json, oldest first. `logged`: log others.
 
         One whose run.json is missing or not JSON is included if it has a manifest: its damage is found later. Raises
         OSError.
         """
-        own = []
+        own, level = [], logging.WARNING if logged else logging.DEBUG
         for path in step_folders(self.folder):
             if not any((path / name).exists() for name in (manifest.STATE, manifest.MANIFEST)):
-                log(f"{path} is not counted as a checkpoint: it has neither {manifest.STATE} nor {manifest.MANIFEST}")
+                other = f"it has neither {manifest.STATE} nor {manifest.MANIFEST}"
+                log.log(level, "%s is not counted as a checkpoint: %s", path, other)
                 continue
             try:
                 step = manifest.read_state(path)["step"]
@@ -225,7 +225,8 @@ class Checkpoints:
             if step == _step_of(path):
                 own.append(path)
             else:
-                log(f"{path} is not counted as a checkpoint: its {manifest.STATE} is of step {step}")
+                other = f"its {manifest.STATE} is of step {step}"
+                log.log(level, "%s is not counted as a checkpoint: %s", path, other)
         return own
 
     def _damage(self, path: Path) -> str | None:
@@ -250,7 +251,7 @@ class Checkpoints:
         try:
             self._prune()
         except OSError as error:
-            self._log(f"warning: older checkpoints cannot be removed ({error.filename}: {error.strerror})")
+            log.warning("older checkpoints cannot be removed (%s: %s)", error.filename, error.strerror)
 
     def _prune(self) -> None:
         """Remove checkpoints beyond `keep`, and partial files of killed saves. Links are left alone."""

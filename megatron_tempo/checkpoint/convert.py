@@ -7,8 +7,8 @@ file.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -30,12 +30,13 @@ from megatron_tempo.weights.files import atomic, nbytes, write_safetensors
 from megatron_tempo.weights.param_mapping import ParamMapping
 from megatron_tempo.weights.stream import plan
 
+log = logging.getLogger(__name__)
+
 MODELS = ("actor", "critic")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of an export, by their names on the command line
-Log = Callable[[str], None]
 
 
-def to_megatron(source: Path, out: Path, model: str, part_bytes: int, log: Log) -> int:
+def to_megatron(source: Path, out: Path, model: str, part_bytes: int) -> int:
     """Write the Hugging Face folder `source` as the distributed checkpoint `out`, in files of about `part_bytes`.
 
     `model`: actor or critic. A critic from a folder without a value head gets a head of zeros. Returns the bytes.
@@ -50,7 +51,7 @@ def to_megatron(source: Path, out: Path, model: str, part_bytes: int, log: Log) 
     work = ResumableFolder(out, inputs)
     sizes = [sum(chunk.nbytes for chunk in part) for part in parts]
     work.begin(sum(sizes))
-    progress = _Progress("part", sizes, log)
+    progress = _Progress("part", sizes)
     written, places = {}, {}
     for number, part in enumerate(parts):
         name = f"__{number}_0.distcp"
@@ -64,7 +65,7 @@ def to_megatron(source: Path, out: Path, model: str, part_bytes: int, log: Log) 
 
 
 def to_hugging_face(
-    source: Path, out: Path, model: str, like: Path | None, dtype: torch.dtype | None, shard_bytes: int, log: Log
+    source: Path, out: Path, model: str, like: Path | None, dtype: torch.dtype | None, shard_bytes: int
 ) -> int:
     """Write a model of a checkpoint as the Hugging Face folder `out`, in files of at most `shard_bytes`.
 
@@ -89,10 +90,10 @@ def to_hugging_face(
     }
     work = ResumableFolder(out, inputs)
     if saved.step is not None and not work.resumes:  # else it was checked before and has not changed
-        log(f"checking {saved.step} against its {manifest.MANIFEST}")
+        log.info("checking %s against its %s", saved.step, manifest.MANIFEST)
         if problem := manifest.damage(saved.step, model):
             raise InputError(f"{saved.step} is damaged: {problem}")
-    weight_map = _write_shards(work, stored, mappings, dtype, shard_bytes, log)
+    weight_map = _write_shards(work, stored, mappings, dtype, shard_bytes)
     changes = critic_changes(shape, saved.targets) if model == "critic" else {}
     seen_summary = None if saved.step is None else seen.carry(saved.step, work.whole)
     if saved.config is not None:
@@ -112,7 +113,6 @@ def _write_shards(
     mappings: list[ParamMapping],
     dtype: torch.dtype | None,
     shard_bytes: int,
-    log: Log,
 ) -> dict[str, str]:
     """The safetensors files of a folder. Returns which tensor is in which."""
     entries = {mapping: stored.entries(mapping, dtype) for mapping in mappings}
@@ -124,7 +124,7 @@ def _write_shards(
     ]
     sizes = [sum(nbytes(entry) for mapping in shard for entry in entries[mapping]) for shard in shards]
     work.begin(sum(sizes))
-    progress = _Progress("shard", sizes, log)
+    progress = _Progress("shard", sizes)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards):
         name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -200,8 +200,8 @@ def _stamps(files: dict[str, Path]) -> dict[str, list[int]]:
 class _Progress:
     """Logs a line for each completed file."""
 
-    def __init__(self, what: str, sizes: list[int], log: Log) -> None:
-        self._what, self._sizes, self._log = what, sizes, log
+    def __init__(self, what: str, sizes: list[int]) -> None:
+        self._what, self._sizes = what, sizes
         self._new, self._start = 0, time.monotonic()
 
     def log(self, number: int, name: str, *, new: bool) -> None:
@@ -209,4 +209,8 @@ class _Progress:
         done, total = sum(self._sizes[: number + 1]) / 2**30, sum(self._sizes) / 2**30
         speed = self._new / 2**20 / max(time.monotonic() - self._start, 1e-9)
         how = f"{speed:.0f} MiB/s" if new else "already done"
-        self._log(f"{self._what} {number + 1} of {len(self._sizes)}: {name}, {done:.2f} of {total:.2f} GiB, {how}")
+        log.info(
+            "%s %d of %d: %s, %.2f of %.2f GiB, %s",
+            *(self._what, number + 1, len(self._sizes), name),
+            *(done, total, how),
+        )

@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Convert, and print time and memory. Returns the exit status: 2 if the input is wrong, 1 if the disk failed."""
     start = time.monotonic()
     out = arguments.out
-    lock = FolderLock(out.with_name(out.name + ".lock"), str(out), "convert", "choose another name", log=say)
+    lock = FolderLock(out.with_name(out.name + ".lock"), str(out), "convert", "choose another name")
     try:
         convert = _conversion(arguments)
         with lock:
@@ -93,11 +93,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _conversion(arguments: argparse.Namespace) -> Callable[[], int]:
     from megatron_tempo.checkpoint.convert import DTYPES, to_hugging_face, to_megatron  # slow imports: torch, Megatron
 
-    source, out, model, log = arguments.source, arguments.out, arguments.model, say
+    source, out, model = arguments.source, arguments.out, arguments.model
     if arguments.direction == DIRECTIONS[0]:
-        return lambda: to_megatron(source, out, model, arguments.part_gb, log)
+        return lambda: to_megatron(source, out, model, arguments.part_gb)
     dtype = arguments.dtype and DTYPES[arguments.dtype]
-    return lambda: to_hugging_face(source, out, model, arguments.like, dtype, arguments.shard_gb, log)
+    return lambda: to_hugging_face(source, out, model, arguments.like, dtype, arguments.shard_gb)
 
 
 def peak_bytes() -> int:

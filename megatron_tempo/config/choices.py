@@ -5,6 +5,14 @@ from __future__ import annotations
 from enum import Enum
 
 
+class LogLevel(Enum):
+    """Messages on the console, from the least severe ones. The names are those of the standard library's logging."""
+
+    info = 20  # all: each iteration, alerts, what has been restarted or left out
+    warning = 30  # warnings, alerts and errors
+    error = 40  # errors
+
+
 class Published(Enum):
     """Models that `plan` knows without their folders."""
 

@@ -18,6 +18,7 @@ from megatron_tempo.config.choices import (
     EnginePrecision,
     Layers,
     Logits,
+    LogLevel,
     Precision,
     Published,
     Recompute,
@@ -233,6 +234,7 @@ class CheckpointConfig:
 class MetricsConfig:
     """Where metrics are reported, in addition to the run's records."""
 
+    log_level: LogLevel = LogLevel.info  # least severe messages of the first rank on the console
     progress: bool = True  # a progress bar where the output is a terminal
     tensorboard: bool = False  # write TensorBoard's files to `run.dir/tensorboard`
     wandb_project: str | None = None  # project of Weights & Biases to report to; None: do not

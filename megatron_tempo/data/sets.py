@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from megatron_tempo.data.tokenizer import findings
 from megatron_tempo.errors import InputError
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
+
+log = logging.getLogger(__name__)
 
 SAMPLED = 32  # prompts of each set that are compared with the text of their tokens
 _P = TypeVar("_P", LabelledPrompt, UnlabelledPrompt)
@@ -81,7 +84,6 @@ def prompt_streams(
     tokenizer: PreTrainedTokenizerBase,
     verifiers: Verifiers,
     keys: QuestionKeys,
-    log: Callable[[str], None],
 ) -> tuple[PromptStream[LabelledPrompt] | None, PromptStream[UnlabelledPrompt] | None]:
     """The training prompts without those of `data.held_out`, in shuffled order.
 
@@ -91,29 +93,27 @@ def prompt_streams(
     labelled = load_labelled(config.data.labelled, tokenizer, length) if config.data.labelled else None
     unlabelled = load_unlabelled(config.data.unlabelled, tokenizer, length) if config.data.unlabelled else None
     if labelled is not None:
-        labelled = _trained_on(LABELLED, labelled, config, keys, log)
+        labelled = _trained_on(LABELLED, labelled, config, keys)
         verifiers.check(labelled)
     if unlabelled is not None:
-        unlabelled = _trained_on(UNLABELLED, unlabelled, config, keys, log)
+        unlabelled = _trained_on(UNLABELLED, unlabelled, config, keys)
     if unlabelled is not None and config.compares_answers:
         assert config.data.unlabelled is not None
         assert config.data.unlabelled.verifier is not None
         verifiers.check_questions(config.data.unlabelled.verifier.name, unlabelled)
     for line in keys.warnings:
-        log(line)
+        log.info("%s", line)
     return (
         None if labelled is None else PromptStream(labelled, seed, "labelled"),
         None if unlabelled is None else PromptStream(unlabelled, seed, "unlabelled"),
     )
 
 
-def _trained_on(
-    name: str, prompts: list[_P], config: Config, keys: QuestionKeys, log: Callable[[str], None]
-) -> list[_P]:
+def _trained_on(name: str, prompts: list[_P], config: Config, keys: QuestionKeys) -> list[_P]:
     """The prompts of a training set without those of `data.held_out`. Raises InputError if none is left."""
     own, held = keys.matching[name], {one: keys.matching[f"evaluation.sets.{one}"] for one in config.data.held_out}
     if (line := held_out(name, own, held)) is not None:
-        log(line)
+        log.info("%s", line)
     known = {key for one in held.values() for key in one.values()}
     kept = [prompt for prompt in prompts if own[prompt.id] not in known]
     if not kept:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
 from megatron_tempo.config.extensions import short_name
@@ -62,17 +61,6 @@ def fitted(cells: Sequence[tuple[int, str]], width: int) -> str:
             break  # and none of a higher rank, so that the columns do not change from line to line
         kept.add(i)
     return "  ".join(cell for i, (_, cell) in enumerate(cells) if i in kept)
-
-
-def wrapped(text: str, width: int) -> str:
-    """The text with its long lines broken between words; paths stay whole."""
-    lines = [
-        line
-        if len(line) <= width
-        else textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-        for line in text.split("\n")
-    ]
-    return "\n".join(lines)
 
 
 def readable(number: float, digits: int = 3) -> str:

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,10 +15,11 @@ from rich.console import Console
 
 from megatron_tempo.config.schema import MetricsConfig
 from megatron_tempo.config.stages import StageConfig
-from megatron_tempo.errors import InputError, printable
+from megatron_tempo.errors import InputError
 from megatron_tempo.observability.alerts import Watch
-from megatron_tempo.observability.console import evaluation_line, is_number, step_line, wrapped
+from megatron_tempo.observability.console import evaluation_line, is_number, step_line
 from megatron_tempo.observability.heartbeat import DONE, Heartbeat
+from megatron_tempo.observability.logs import ALERT, PACKAGE
 from megatron_tempo.observability.progress import Forecast, ProgressBar
 from megatron_tempo.observability.records import (
     EVALUATIONS,
@@ -33,11 +34,12 @@ from megatron_tempo.observability.records import (
     read_evaluations,
     read_metrics,
 )
-from megatron_tempo.observability.terminal import say, width
+from megatron_tempo.observability.terminal import width
 from megatron_tempo.observability.trackers import tensorboard_writer, wandb_run
 from megatron_tempo.types import EngineHealth
 
 log = logging.getLogger(__name__)
+_UNRECORDED = {"is_recorded": False}  # for a warning that the records themselves show
 
 
 class Metrics:
@@ -49,7 +51,8 @@ class Metrics:
                 ...
             metrics.step({"stage": "stage1", "method": "ppo", "iteration": 1, "step": 1, "actor/loss": 0.2})
 
-    Until `begin`, it prints and writes nothing: a rejected start leaves the folder unchanged.
+    Until `begin`, it writes nothing: a rejected start leaves the folder unchanged. The warnings that the package logs
+    while it is open are records too, which status and report show.
 
     Raises ValueError if a configured tracker is not installed, and OSError that names the file if metrics.jsonl or
     evaluations.jsonl cannot be written. If another file cannot be written, it warns once per file and continues. If a
@@ -77,8 +80,11 @@ class Metrics:
         self._wandb: Any = None
         self._begun = False
         self._early: list[Record] = []  # warnings before `begin`
-        if is_writer and sys.stdout.isatty():
-            self._console = Console(markup=False, highlight=False, soft_wrap=True)
+        self._warnings = _WarningsHandler(self._record_warning)
+        if is_writer:
+            logging.getLogger(PACKAGE).addHandler(self._warnings)
+            if sys.stdout.isatty():
+                self._console = Console(markup=False, highlight=False, soft_wrap=True)
         if begun:
             self.begin()
 
@@ -98,7 +104,7 @@ class Metrics:
         self._heartbeat = Heartbeat(self._dir)
         self._open_tensorboard()
         if self._config.wandb_project is not None:
-            self._wandb = wandb_run(self._dir, self._config.wandb_project, self.warn)
+            self._wandb = wandb_run(self._dir, self._config.wandb_project)
 
     def plan(self, stages: Mapping[str, StageConfig], evaluations: int, step: int = 0) -> None:
         """Set what remains, for the time left, and start the progress bar. `stages`: all stages. `evaluations`:
@@ -145,7 +151,7 @@ class Metrics:
             self._forecast.step(line["stage"], line["iteration"], line["seconds"])
         append(self._dir / METRICS, line)
         self._watch.metrics(line)
-        self._print(step_line(line, *self._ahead(line), width()))
+        log.info("%s", step_line(line, *self._ahead(line), width()))
         self._alert()
         self._track({name: value for name, value in line.items() if is_number(value) and name != "time"}, line["step"])
         self._show()
@@ -159,7 +165,7 @@ class Metrics:
             self._forecast.evaluation(line["seconds"])
         self._replace(EVALUATIONS, [line])
         self._watch.evaluation(line)
-        self._print(evaluation_line(line, width()))
+        log.info("%s", evaluation_line(line, width()))
         self._alert()
         scores = {f"avg@{line['avg_k']}": line["avg"]} | {f"pass@{k}": value for k, value in line["pass"].items()}
         if line.get("calibration"):
@@ -194,22 +200,6 @@ class Metrics:
         if self._heartbeat is not None:
             self._heartbeat.watch(engines)
 
-    def message(self, text: str) -> None:
-        """Print a line on the console."""
-        if self._is_writer:
-            self._print(text)
-
-    def warn(self, text: str) -> None:
-        """Print a line on the console that status and report show too. Any thread may call it."""
-        if self._is_writer:
-            self._print(text)
-            record = {"time": round(time.time(), 3), "text": text}
-            if not self._begun:
-                self._early.append(record)
-                return
-            with self.spare(WARNINGS):
-                append(self._dir / WARNINGS, record)
-
     @contextmanager
     def spare(self, what: str) -> Iterator[None]:
         """For output that the run can do without: warn of a file that cannot be written or read, and continue.
@@ -222,7 +212,7 @@ class Metrics:
             if what not in self._unwritten:
                 self._unwritten.add(what)
                 reason = getattr(error, "strerror", None) or error
-                self.warn(f"{what} cannot be written ({reason}): the run continues without it")
+                log.warning("%s cannot be written (%s): the run continues without it", what, reason)
 
     def close(self, ended: str = DONE) -> None:
         if self._bar is not None:
@@ -233,6 +223,7 @@ class Metrics:
             self._wandb.finish()
         if self._heartbeat is not None:
             self._heartbeat.end(ended)
+        logging.getLogger(PACKAGE).removeHandler(self._warnings)
 
     def __enter__(self) -> Metrics:
         return self
@@ -258,7 +249,7 @@ class Metrics:
         for alert in self._watch.alerts():
             if alert.name not in self._printed:
                 self._printed.add(alert.name)
-                self._print(f"alert: {alert.line()}")
+                log.log(ALERT, "%s", alert.line())
 
     def _complete(self, record: Mapping[str, Any]) -> Record:
         """The record with its time, the seconds since the last record, and the phases. NaN and infinity become None."""
@@ -269,7 +260,8 @@ class Metrics:
         times = {f"time/{path}": round(seconds, 4) for path, seconds in sorted(self._times.items())}
         line, bad = finite({"time": round(time.time(), 3), **record, "seconds": round(now - self._mark, 4), **times})
         if bad:
-            log.warning("step %s: NaN or infinity, written as null: %s", line.get("step"), ", ".join(bad))
+            step, names = line.get("step"), ", ".join(bad)
+            log.warning("step %s: NaN or infinity, written as null: %s", step, names, extra=_UNRECORDED)
         self._times.clear()
         self._mark = now
         return line
@@ -280,13 +272,13 @@ class Metrics:
             return None, None
         return self._forecast.stages[line["stage"]].iterations, self._forecast.left()
 
-    def _print(self, text: str) -> None:
-        text = printable(text)  # it may quote a response, a path or a server
-        if self._console is None:
-            say(text)
+    def _record_warning(self, text: str) -> None:
+        record = {"time": round(time.time(), 3), "text": text}
+        if not self._begun:
+            self._early.append(record)
             return
-        with suppress(OSError):  # a closed terminal
-            self._console.print(wrapped(text, width()))
+        with self.spare(WARNINGS):
+            append(self._dir / WARNINGS, record)
 
     def _show(self) -> None:
         doing = self._open[-1][0] if self._open else ""
@@ -319,5 +311,17 @@ class Metrics:
         try:
             yield
         except OSError as error:
-            self.warn(f"TensorBoard failed ({error}); training continues without it; {METRICS} has all metrics")
+            log.warning("TensorBoard failed (%s); training continues without it; %s has all metrics", error, METRICS)
             self._tensorboard = None
+
+
+class _WarningsHandler(logging.Handler):
+    """Gives the text of each warning and error to `write`. Alerts are left out: they follow from the records."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno != ALERT and getattr(record, "is_recorded", True):
+            self._write(record.getMessage())

@@ -9,8 +9,11 @@ import os
 import select
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+
+from megatron_tempo.errors import printable
 
 GONE = 141  # exit status if nobody reads the output any more: what a shell reports for SIGPIPE
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -26,6 +29,26 @@ def say(text: str) -> None:
     """Print a line at once. If it cannot be written, because the reader has gone or a disk is full, continue."""
     with suppress(OSError):
         print(text, flush=True)
+
+
+def show(text: str) -> None:
+    """Print text at once, with invisible characters made visible and, on a terminal, wrapped to its width.
+
+    If it cannot be written, continue.
+    """
+    text = printable(text)
+    say(wrapped(text, width()) if sys.stdout.isatty() else text)
+
+
+def wrapped(text: str, width: int) -> str:
+    """The text with its long lines broken between words; paths stay whole."""
+    lines = [
+        line
+        if len(line) <= width
+        else textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        for line in text.split("\n")
+    ]
+    return "\n".join(lines)
 
 
 @contextmanager

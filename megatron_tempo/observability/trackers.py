@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_tempo.observability.records import METRICS, write_whole
+
+log = logging.getLogger(__name__)
 
 UPLOAD_SECONDS = 120.0  # time limit of Weights & Biases at a run's end
 
@@ -24,7 +27,7 @@ def tensorboard_writer(run_dir: Path, purge_step: int | None = None) -> Any:
     return tensorboard.SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
 
 
-def wandb_run(run_dir: Path, project: str, warn: Callable[[str], None]) -> WandbRun:
+def wandb_run(run_dir: Path, project: str) -> WandbRun:
     try:
         module = importlib.import_module("wandb")
     except ImportError as error:
@@ -32,15 +35,14 @@ def wandb_run(run_dir: Path, project: str, warn: Callable[[str], None]) -> Wandb
             f"metrics.wandb_project={project} requires the wandb package, which is not installed: "
             "pip install wandb, or set it to null"
         ) from error
-    return WandbRun(module, run_dir, project, warn)
+    return WandbRun(module, run_dir, project)
 
 
 class WandbRun:
     """A Weights & Biases run. Its failure does not end the training."""
 
-    def __init__(self, module: Any, run_dir: Path, project: str, warn: Callable[[str], None]) -> None:
+    def __init__(self, module: Any, run_dir: Path, project: str) -> None:
         self._errors = (module.errors.Error, OSError)
-        self._warn = warn
         id_file = run_dir / "wandb_id"  # a resumed job continues the same W&B run
         self._run: Any = None
         try:
@@ -73,5 +75,5 @@ class WandbRun:
                 self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        self._warn(f"Weights & Biases failed ({error}); training continues without it; {METRICS} has all metrics")
+        log.warning("Weights & Biases failed (%s); training continues without it; %s has all metrics", error, METRICS)
         self._run = None

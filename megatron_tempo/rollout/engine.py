@@ -5,7 +5,8 @@ Implementations: `embedded.py`; `servers.py`, for any number of servers; `import
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -48,7 +49,7 @@ class EngineSetup:
     dtype: torch.dtype  # of the weights that `load_weights` gets
     folder: Path  # below `run.dir`, for what the engine writes; it need not exist
     config: RolloutConfig  # `batch_rows` and so on
-    log: Callable[[str], None]  # one line of the run's log
+    log: logging.Logger  # its warnings are shown by `status` and the report too
 
 
 class Engine(Protocol):

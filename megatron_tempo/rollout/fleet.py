@@ -7,11 +7,12 @@ When a server fails, its requests wait again, so none is lost and none is counte
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 import httpx
@@ -37,6 +38,8 @@ from megatron_tempo.rollout.server_adapter import Call, ServerAdapter, authorise
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import EngineHealth
 
+log = logging.getLogger(__name__)
+
 _T = TypeVar("_T")
 
 
@@ -52,11 +55,10 @@ class Fleet:
         key: str,
         end_tokens: Sequence[int],
         vocab: int,
-        log: Callable[[str], None],
     ) -> None:
-        """`vocab`: number of tokens that a response may contain. `log`: called with each fault, from any thread."""
+        """`vocab`: number of tokens that a response may contain."""
         self._adapter, self._config, self._starter = adapter, config, starter
-        self._key, self._end_tokens, self._vocab, self._log = key, end_tokens, vocab, log
+        self._key, self._end_tokens, self._vocab = key, end_tokens, vocab
         self._replicas = [Replica(i) for i in range(replicas)]
         self._waiting: deque[Ask] = deque()
         self._jobs: set[GenerationJob] = set()
@@ -316,7 +318,7 @@ class Fleet:
         replica.asks = {}
         self._waiting.extendleft(reversed(asks))
         again = f"; its {len(asks)} unfinished requests are asked again" if asks else ""
-        self._log(f"{self._name(replica)} {why}{again}")
+        log.warning("%s %s%s", self._name(replica), why, again)
         replica.state, replica.held = State.starting, False
         replica.life += 1
         if replica.client is not None:
@@ -334,10 +336,10 @@ class Fleet:
             try:
                 url = await self._starter.start(replica.index)
             except EngineError as error:
-                self._log(f"{self._name(replica)} does not start again: {error}")
+                log.warning("%s does not start again: %s", self._name(replica), error)
                 continue
             self._connect(replica, url)
-            self._log(f"{self._name(replica)} is back after {time.monotonic() - begun:.1f} s")
+            log.warning("%s is back after %.1f s", self._name(replica), time.monotonic() - begun)
             for job in self._jobs:
                 job.events.put(Event.weights_wanted)
             return
@@ -345,7 +347,7 @@ class Fleet:
 
     def _give_up(self, replica: Replica) -> None:
         replica.state = State.gone
-        self._log(f"{self._name(replica)} is given up after rollout.servers.restarts={self._config.restarts}")
+        log.warning("%s is given up after rollout.servers.restarts=%d", self._name(replica), self._config.restarts)
         self._fail_if_none_is_left()
 
     def _fail_if_none_is_left(self) -> None:

@@ -8,6 +8,7 @@ FOLDER/
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -22,6 +23,8 @@ from megatron_tempo.input_files import read_text
 from megatron_tempo.rollout.addresses import chosen_devices
 from megatron_tempo.rollout.build import engine_precision, server_adapter_of
 from megatron_tempo.rollout.server import Server
+
+log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0  # between two checks of the servers
 
@@ -61,7 +64,7 @@ def _close(servers: list[Server | None]) -> None:
 
 
 def _again(config: Config, folder: Path, key: str, index: int, old: Server) -> Server:
-    print(f"server {index} ended with exit code {old.process.returncode}: started again at {old.url}", flush=True)
+    log.warning("server %d ended with exit code %s: started again at %s", index, old.process.returncode, old.url)
     return _start(config, folder, key, index, old.port)
 
 

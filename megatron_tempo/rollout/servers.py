@@ -55,9 +55,8 @@ class ServersEngine:
         device: torch.device,
         vocab: int,
         timeout: timedelta,
-        log: Callable[[str], None],
     ) -> None:
-        """Collective. Started servers write below `work`. `log`: called on the first rank for each that fails.
+        """Collective. Started servers write below `work`. The first rank logs each that fails.
         `timeout`: how long a rank waits for the first one, which may be waiting for servers.
 
         Raises InputError if a server does not start, or cannot be reached from the trainer.
@@ -82,7 +81,7 @@ class ServersEngine:
         self._supervisor: ServerSupervisor | None = None
         starter = self._external(key) if config.addresses is not None else self._supervised(nodes, make)
         if starter is not None:
-            self._fleet = Fleet(adapter, config, starter, self.replicas, key, end_tokens(model), vocab, log)
+            self._fleet = Fleet(adapter, config, starter, self.replicas, key, end_tokens(model), vocab)
             self._closing.callback(self._fleet.close)
         try:
             self._agree(lambda: self._first.open())

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import secrets
 import socket
@@ -29,6 +30,8 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_tempo.errors import InputError
+
+log = logging.getLogger(__name__)
 
 LOCK = "lock.json"  # in a run's folder
 BEAT = 5.0  # seconds between two counts
@@ -101,7 +104,6 @@ class FolderLock:
         command: str,
         other: str,
         *,
-        log: Callable[[str], None] = print,
         on_lost: Callable[[str], None] | None = None,
         watch: float = WATCH,
         patience: float = PATIENCE,
@@ -109,7 +111,7 @@ class FolderLock:
     ) -> None:
         """`path`: the lock's file. `what` it protects and `other`, the way out, are for messages. `on_lost` is called,
         from a thread, if another process has taken the lock; by default it ends this one."""
-        self._path, self._what, self._other, self._log = path, what, other, log
+        self._path, self._what, self._other = path, what, other
         self._on_lost = on_lost or _end
         self._watch, self._patience, self._beat = watch, patience, beat
         self._own = Holder.here(command)
@@ -203,7 +205,7 @@ class FolderLock:
 
     def _watch_holder(self, holder: Holder) -> None:
         """Raises InputError if the holder, which may be on another machine, still counts."""
-        self._log(f"{self._what}: watching for {self._watch:.0f} s whether {holder} is still there")
+        log.info("%s: watching for %.0f s whether %s is still there", self._what, self._watch, holder)
         deadline = time.monotonic() + self._watch
         while time.monotonic() < deadline:
             time.sleep(min(0.5, self._watch / 10))

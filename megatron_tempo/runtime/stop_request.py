@@ -101,7 +101,7 @@ class StopRequests:
             return None
         self._warned = True
         return (
-            f"warning: cluster.slurm.grace_seconds={self._grace:g} is too short: this run could stop only after "
+            f"cluster.slurm.grace_seconds={self._grace:g} is too short: this run could stop only after "
             f"{waited:.0f} s. SLURM may kill it before it has saved a checkpoint; it would then resume from the "
             f"checkpoint before. Raise the field."
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from megatron_tempo.errors import InputError
@@ -11,14 +11,16 @@ from megatron_tempo.submit import queue, snapshot
 from megatron_tempo.submit.job import Job
 from megatron_tempo.submit.script import render
 
+log = logging.getLogger(__name__)
+
 
 def preview(job: Job, repository: Path) -> str:
     """The script as it would be submitted now."""
     return render(job, repository / "launch", snapshot.next_folder(job.run), Path.cwd())
 
 
-def submit(job: Job, repository: Path, chain: int, log: Callable[[str], None]) -> list[str]:
-    """Take the snapshot and submit it. Returns SLURM's ids of the jobs.
+def submit(job: Job, repository: Path, chain: int) -> str:
+    """Take the snapshot and submit it. Returns what was submitted, in a line.
 
     Raises InputError if jobs of the same run already wait or run, or if sbatch fails; the snapshot is then removed.
     """
@@ -29,7 +31,7 @@ def submit(job: Job, repository: Path, chain: int, log: Callable[[str], None]) -
             f"other's files; scancel {' '.join(busy)}, or give another run.dir"
         )
     if before and (changes := list(snapshot.changes(before[-1], repository, job.config))):
-        log("\n  ".join([f"differences from {before[-1]}:", *changes]))
+        log.info("%s", "\n  ".join([f"differences from {before[-1]}:", *changes]))
     folder, name = snapshot.next_folder(job.run), f"{job.kind.name}.sbatch"
     text = render(job, repository / "launch", folder, Path.cwd())
     try:
@@ -41,5 +43,4 @@ def submit(job: Job, repository: Path, chain: int, log: Callable[[str], None]) -
     except InputError:
         shutil.rmtree(folder)
         raise
-    log(f"submitted job {' -> '.join(ids)} from {folder}; its output is in {folder}/{ids[0]}.out")
-    return ids
+    return f"submitted job {' -> '.join(ids)} from {folder}; its output is in {folder}/{ids[0]}.out"

@@ -19,6 +19,7 @@ from megatron_tempo.models.device import select_device
 from megatron_tempo.models.machine import machine_of
 from megatron_tempo.models.offload import ModelOffloader
 from megatron_tempo.models.parallel import Layouts, parallel_groups
+from megatron_tempo.observability import logs
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.runtime.folder_lock import LOCK, FolderLock
 from megatron_tempo.runtime.watchdog import Watchdog
@@ -42,7 +43,12 @@ class RunContext:
 
 @contextmanager
 def open_context(config: Config) -> Iterator[RunContext]:
-    """The device and the process groups of a job. The watchdog aborts the job if a rank is dead or hangs."""
+    """The device and the process groups of a job, and its log on the console.
+
+    The watchdog aborts the job if a rank is dead or hangs.
+    """
+    run = Path(config.run.dir).absolute().name
+    logs.configure(rank=logs.rank_of(), run=run, level=config.metrics.log_level.value)
     device = select_device(config.run.device, int(os.environ.get("LOCAL_RANK", "0")))
     machine = machine_of(device)
     if problems := list(check_machine(config, machine)):

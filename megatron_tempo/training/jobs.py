@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
@@ -28,6 +29,7 @@ from megatron_tempo.evaluation.unread import diagnose
 from megatron_tempo.observability.metrics import Metrics
 from megatron_tempo.observability.records import EVALUATIONS, RESPONSES, STARTS, Record, append, extend, read_starts
 from megatron_tempo.observability.start import changed_extensions, start_record
+from megatron_tempo.observability.terminal import show
 from megatron_tempo.report import results as report
 from megatron_tempo.report.summary import printable
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
@@ -36,6 +38,8 @@ from megatron_tempo.training.context import RunContext, exclusive, open_context
 from megatron_tempo.training.setup import build_critic, build_engine, build_evaluator, build_verifiers, folder_weights
 from megatron_tempo.training.trainer import Trainer, judge_counts
 from megatron_tempo.weights.export import targets_of
+
+log = logging.getLogger(__name__)
 
 
 def train(config: Config) -> None:
@@ -85,9 +89,8 @@ def _record_start(context: RunContext, metrics: Metrics, step: int) -> None:
     record = start_record(step, dist.get_world_size(), gpus if context.device.type == "cuda" else [], extensions)
     with metrics.spare(STARTS):
         for name in changed_extensions(read_starts(run_dir), extensions):
-            metrics.warn(
-                f"{name}: its module changed since the last start; step {step + 1} is the first with the new code"
-            )
+            text = "%s: its module changed since the last start; step %d is the first with the new code"
+            log.warning(text, name, step + 1)
         append(run_dir / STARTS, record)
 
 
@@ -136,25 +139,25 @@ def _evaluate(config: Config, out: Path) -> None:
             sets = evaluation_sets(config, tokenizer, verifiers)
             keys = QuestionKeys.evaluated(config)
         for line in tokenizer_findings(config, tokenizer, sets.values()):
-            metrics.message(line)
+            log.info("%s", line)
         weights, critic_path = folder_weights(context), config.model.critic_path
         critic = build_critic(context) if critic_path else None
         targets = targets_of(Path(critic_path)) if critic_path else CriticTargets.zero_one
         raise_on_all_ranks(metrics.begin)
-        engine = stack.enter_context(closing(build_engine(context, metrics.warn)))
+        engine = stack.enter_context(closing(build_engine(context)))
         metrics.watch(engine.health)
         engine.load_weights(weights, version=0)
         evaluator = build_evaluator(config, engine, verifiers, tokenizer, sets, keys, critic)
         where = {"stage": "stage1", "iteration": 0, "step": 0, "point": "alone"}
         raise_on_all_ranks(lambda: save_config(config, out / "config.json") if context.is_writer else None)
         _record_start(context, metrics, 0)
-        metrics.message(_prompt_forms(config))
+        log.info("%s", _prompt_forms(config))
         results, unread = _about(config), []
         for name in sets:
             answered = evaluator.answer(name)
             scores, samples = evaluator.measure(name, answered, targets, show=True)
             seen = seen_of(Path(config.model.path), keys[name].values())
-            counts = judge_counts(verifiers, metrics)
+            counts = judge_counts(verifiers)
             raise_on_all_ranks(partial(metrics.evaluation, where | scores | {"seen": seen} | counts))
             metrics.samples({**where, "set": name, **sample} for sample in samples)
             file = {"path": config.evaluation.sets[name].path, "sha256": digests[name]}
@@ -166,10 +169,10 @@ def _evaluate(config: Config, out: Path) -> None:
                 message, is_meaningless = diagnose(name, answered, texts, verifiers)
                 unread += [message] if is_meaningless else []
                 if message is not None and not is_meaningless:
-                    metrics.warn(message)
+                    log.warning("%s", message)
         raise_on_all_ranks(lambda: report.write(out / report.RESULTS, results) if context.is_writer else None)
         if context.is_writer:
-            metrics.message(f"{report.results_table(results, config.evaluation.pass_k)}\n\nwritten to {out}")
+            show(f"{report.results_table(results, config.evaluation.pass_k)}\n\nwritten to {out}")
         raise_on_all_ranks(partial(_refuse_unread, unread))
 
 

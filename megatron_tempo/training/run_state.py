@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,8 @@ from megatron_tempo.runtime.stop_request import StopRequests
 from megatron_tempo.training.phases import PhaseTimer
 from megatron_tempo.training.rollout_requests import RolloutRequests
 from megatron_tempo.weights.export import origin_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -67,14 +70,14 @@ class RunState:
         self.step = found.state.get("step", 0)
         self.evaluated = found.state.get("evaluated", self.step > 0)
         if found.path is not None:
-            self.timer.metrics.message(f"resumed from {found.path}, {self.step} iterations done")
+            log.info("resumed from %s, %d iterations done", found.path, self.step)
         raise_on_all_ranks(partial(self._restore_files, found.state.get("seen")))
 
     def _restore_files(self, seen: dict[str, Any] | None) -> None:
         metrics = self.timer.metrics
         metrics.rewind(self.step)
         if warning := self.seen.resume(self.step, Path(self.config.model.path), seen):
-            metrics.warn(warning)
+            log.warning("%s", warning)
         self._record_config()
         metrics.plan(self.config.stages(), schedule.evaluations_left(self.config, self.step), self.step)
 
@@ -88,9 +91,7 @@ class RunState:
             if not changes:
                 return
             older = path.with_name(f"config_until_step_{self.step:08d}.json")
-            self.timer.metrics.message(
-                "\n  ".join([f"the config differs from the last start's, kept as {older}:", *changes])
-            )
+            log.info("%s", "\n  ".join([f"the config differs from the last start's, kept as {older}:", *changes]))
             os.replace(path, older)
         partial = path.with_suffix(".partial")
         partial.unlink(missing_ok=True)
@@ -147,8 +148,8 @@ class RunState:
 
     def stop_if_requested(self, stop_requests: StopRequests) -> None:
         """If a stop is requested, save the run and raise Stopped. Collective."""
-        if warning := stop_requests.late():
-            self.timer.metrics.message(warning)
+        if (warning := stop_requests.late()) and self.is_writer:
+            log.warning("%s", warning)
         why = stop_requests.requested(is_writer=self.is_writer)
         if why is None:
             return

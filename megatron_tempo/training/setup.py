@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from megatron_tempo.models.machine import chosen_layers
 from megatron_tempo.models.nonfinite_guard import NonFiniteGuard
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.models.trained import Model, TrainedModel
+from megatron_tempo.observability.logs import PACKAGE
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.build import engine_precision, server_adapter_of
 from megatron_tempo.rollout.embedded import EmbeddedEngine
@@ -56,14 +58,15 @@ def build_critic(context: RunContext) -> Critic:
         return Critic(_trained(context, _network(context, ValueModel, path, layout), layout), _guard(context, "critic"))
 
 
-def build_engine(context: RunContext, log: Callable[[str], None]) -> Engine:
-    """The engine of `rollout.engine`, without weights yet. `log`: called for each failed server. Collective."""
+def build_engine(context: RunContext) -> Engine:
+    """The engine of `rollout.engine`, without weights yet. Collective."""
     config = context.config
     kind, model = config.rollout.engine, Path(config.model.path)
     if kind is EngineKind.embedded:
         return EmbeddedEngine(model, context.device, DTYPES[config.run.precision], config.rollout.batch_rows)
     if isinstance(kind, Extension):
         work, dtype = Path(config.run.dir) / "engine", DTYPES[config.run.precision.numbers]
+        log = logging.getLogger(f"{PACKAGE}.{kind.module}")
         setup = EngineSetup(model, context.device, dtype, work, config.rollout, log)
         return ImportedEngine(kind, setup, read_model_shape(model).vocab)
     from megatron_tempo.rollout.servers import ServersEngine  # an HTTP client, for these engines only
@@ -71,7 +74,7 @@ def build_engine(context: RunContext, log: Callable[[str], None]) -> Engine:
     servers, adapter = config.rollout.servers, server_adapter_of(config, cpu=context.device.type == "cpu")
     work, vocab = Path(config.run.dir) / "engine", read_model_shape(model).vocab
     precision, timeout = engine_precision(config), collective_timeout(config)
-    return ServersEngine(adapter, servers, model, work, precision, context.device, vocab, timeout, log)
+    return ServersEngine(adapter, servers, model, work, precision, context.device, vocab, timeout)
 
 
 def build_verifiers(config: Config) -> Verifiers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -30,6 +31,7 @@ from megatron_tempo.models.machine import described
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.observability.metrics import Metrics
 from megatron_tempo.observability.profiler import Profiler
+from megatron_tempo.observability.terminal import show
 from megatron_tempo.report.summary import summary_table, unreadable
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.batches import summed_counts
@@ -54,6 +56,8 @@ from megatron_tempo.training.setup import (
 )
 from megatron_tempo.types import Batch, TokenCount, Weights
 from megatron_tempo.weights.export import export_hf
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -89,24 +93,24 @@ class Trainer:
             verifiers = stack.enter_context(build_verifiers(config))
             metrics = stack.enter_context(Metrics(below, config.metrics, context.is_writer, begun=False))
             keys = QuestionKeys.read(config, warn=context.is_writer)
-            labelled, unlabelled = prompt_streams(config, tokenizer, verifiers, keys, metrics.message)
+            labelled, unlabelled = prompt_streams(config, tokenizer, verifiers, keys)
             sets = evaluation_sets(config, tokenizer, verifiers)
             firsts = [stream.first(SAMPLED) for stream in (labelled, unlabelled) if stream is not None]
             for line in tokenizer_findings(config, tokenizer, [*firsts, *sets.values()]):
-                metrics.message(line)
+                log.info("%s", line)
             read = inputs.fingerprints(config, sets)
             peaks = PeakMemory(context.device, planned(config, dist.get_world_size(), context.device))
-            metrics.message(described(config, context.machine))
-            metrics.message(peaks.plan())
+            log.info("%s", described(config, context.machine))
+            log.info("%s", peaks.plan())
             actor, critic = build_actor(context), build_critic(context) if config.has_critic else None
             models = _trained_models(actor, critic)
-            checkpoints = _open_checkpoints(context, metrics)
+            checkpoints = _open_checkpoints(context)
             stack.callback(checkpoints.close)
             streams = {"labelled": labelled, "unlabelled": unlabelled}
             drawn = {name: stream for name, stream in streams.items() if stream is not None}
             found = find(config, checkpoints, models, drawn, read, context.is_writer)
             _begin(metrics, checkpoints, found, is_writer=context.is_writer)
-            engine = build_engine(context, metrics.warn)
+            engine = build_engine(context)
             stack.callback(engine.close)
             metrics.watch(engine.health)
             requests = RolloutRequests(config, engine, tokenizer, verifiers, labelled, unlabelled)
@@ -165,7 +169,7 @@ class Trainer:
         metrics |= _rollout_metrics(rollouts, self.step, time.monotonic() - started)
         peaks = self.timer.peaks.take()
         if iteration == stage.critic.warmup_iterations:  # the first with all its phases
-            self.metrics.message(self.timer.peaks.comparison(peaks))
+            log.info("%s", self.timer.peaks.comparison(peaks))
         self.state.advance()
         return {
             "stage": stage_name,
@@ -173,7 +177,7 @@ class Trainer:
             "iteration": iteration + 1,
             "step": number,
             **metrics,
-            **judge_counts(self.requests.verifiers, self.metrics),
+            **judge_counts(self.requests.verifiers),
             "padding": self._token_count().padding_since(tokens_before),
             **peaks,
         }
@@ -215,7 +219,7 @@ class Trainer:
             with self.phase("evaluate"):
                 scores, samples = self.evaluator.evaluate(name, targets, show=point != "during")
             seen = self.seen.count(self.keys.evaluation[name].values())
-            record = where | scores | {"seen": seen} | judge_counts(self.requests.verifiers, self.metrics)
+            record = where | scores | {"seen": seen} | judge_counts(self.requests.verifiers)
             raise_on_all_ranks(partial(self.metrics.evaluation, record))
             self.metrics.samples({**where, "set": name, **sample} for sample in samples)
 
@@ -232,7 +236,6 @@ class Trainer:
                 exported,
                 self.seen.path,
                 self.state.origin(),
-                self.metrics.message,
                 seen_summary=self.seen.summary(),
             )
         if self.context.is_writer:
@@ -244,7 +247,7 @@ class Trainer:
 
                 with self.metrics.spare("report.html"):
                     lines.append(f"report: {write_report(out)}")
-            self.metrics.message("\n".join([summary_table(out), "", *lines]))
+            show("\n".join([summary_table(out), "", *lines]))
 
     def _token_count(self) -> TokenCount:
         """The tokens that this rank's trained models and engine have processed so far."""
@@ -252,11 +255,11 @@ class Trainer:
         return TokenCount.total([*(model.counted for model in models), self.engine.counted])
 
 
-def judge_counts(verifiers: Verifiers, metrics: Metrics) -> dict[str, int]:
+def judge_counts(verifiers: Verifiers) -> dict[str, int]:
     """The judge's request counts since the last call. Logs how many responses got no verdict. Collective."""
     counts = summed_counts(verifiers)
     if message := unreadable(counts):
-        metrics.message(message)
+        log.info("%s", message)
     return counts
 
 
@@ -272,13 +275,12 @@ def _begin(metrics: Metrics, checkpoints: Checkpoints, found: Found, *, is_write
     checkpoints.set_aside(found)
 
 
-def _open_checkpoints(context: RunContext, metrics: Metrics) -> Checkpoints:
+def _open_checkpoints(context: RunContext) -> Checkpoints:
     config = context.config
     return Checkpoints(
         Path(config.run.dir) / "checkpoints",
         config.checkpoint.keep,
         context.layouts.actor,
-        metrics.message,
         asynchronous=config.checkpoint.asynchronous,
         timeout=collective_timeout(config),
     )

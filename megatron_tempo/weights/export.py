@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.weights import folder, tables
 from megatron_tempo.weights.param_mapping import ParamMapping
 from megatron_tempo.weights.stream import WeightStream
+
+log = logging.getLogger(__name__)
 
 # Entry of an exported critic's config.json: the targets it was trained on. They define the scale of its values.
 TARGETS = "tempo_critic_targets"
@@ -71,7 +73,6 @@ def export_hf(
     out: Path,
     seen: Path | None = None,
     origin: dict[str, Any] | None = None,
-    log: Callable[[str], None] = print,
     *,
     seen_summary: dict[str, Any] | None = None,
 ) -> None:
@@ -80,7 +81,7 @@ def export_hf(
     `seen`: the file that lists the questions they were trained on; it is copied into both folders, and its summary goes
     into both config.json. `origin`: what they
     come from (`origin_of`). A folder that exists and comes from the same step of the same run stays as it is: it is
-    complete, because folders are written atomically. Any other folder of that name is renamed, and `log` reports it.
+    complete, because folders are written atomically. Any other folder of that name is renamed.
     Raises UnwrittenError if a folder cannot be written.
     """
     model = config.model
@@ -91,7 +92,7 @@ def export_hf(
         models.append(("critic", critic.model, model.critic_path or model.path, changes))
     for name, trained, like, changes in models:
         is_writer = dist.get_rank() == 0
-        exists = [raise_on_all_ranks(partial(_is_exported, out / name, origin, log) if is_writer else lambda: False)]
+        exists = [raise_on_all_ranks(partial(_is_exported, out / name, origin) if is_writer else lambda: False)]
         dist.broadcast_object_list(exists, src=0)
         if not exists[0]:
             dtype = str(trained.net.config.params_dtype).removeprefix("torch.")
@@ -102,7 +103,7 @@ def export_hf(
             )
 
 
-def _is_exported(path: Path, origin: dict[str, Any] | None, log: Callable[[str], None]) -> bool:
+def _is_exported(path: Path, origin: dict[str, Any] | None) -> bool:
     """Whether the folder is there and comes from `origin`. One that does not is renamed."""
     if not path.exists():
         return False
@@ -114,7 +115,8 @@ def _is_exported(path: Path, origin: dict[str, Any] | None, log: Callable[[str],
     names = (path.with_name(f"{path.name}.other-{number}") for number in itertools.count(1))
     aside = next(name for name in names if not name.exists())
     os.replace(path, aside)
-    log(f"{path} does not come from this run's step {origin['step']}: renamed to {aside.name}, and exported anew")
+    text = "%s does not come from this run's step %s: renamed to %s, and exported anew"
+    log.warning(text, path, origin["step"], aside.name)
     return False
 
 

@@ -18,6 +18,7 @@ from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.training.context import open_context
 from megatron_tempo.training.jobs import train
 from megatron_tempo.training.setup import build_actor, build_critic
+from tests.support.logged import logged
 from tests.support.project import RANDOM, config_of, from_nothing, write_project
 from tests.support.ranks import run_ranks
 from tests.support.tiny import write_model
@@ -26,10 +27,6 @@ from tests.support.weights import tensors
 PART = 50_000
 KINDS = ("untied", *RANDOM)
 LAYOUTS = {"tp1": (1, 1, 1), "tp2-pp2": (2, 2, 4)}  # tensor, pipeline, processes
-
-
-def quiet(_: str) -> None:
-    pass
 
 
 def state(net: PackedGPT) -> dict[str, Tensor]:
@@ -76,7 +73,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path]
     for kind, model in models.items():
         for name in ("actor", "critic"):
             checkpoints[f"{kind} {name}"] = out / f"{kind}-{name}"
-            to_megatron(model, checkpoints[f"{kind} {name}"], name, PART, quiet)
+            to_megatron(model, checkpoints[f"{kind} {name}"], name, PART)
     return models, checkpoints
 
 
@@ -130,8 +127,8 @@ def test_a_runs_checkpoint_becomes_what_the_run_exports(
     runs: dict[str, Path], tmp_path: Path, kind: str, model: str
 ) -> None:
     """Config and tokenizer come from where the run's did: `like` is not given."""
-    told: list[str] = []
-    to_hugging_face(runs[kind] / STEP, tmp_path / "out", model, None, None, PART, told.append)
+    with logged() as told:
+        to_hugging_face(runs[kind] / STEP, tmp_path / "out", model, None, None, PART)
     assert "MANIFEST.json" in told[0]
     exported = runs[kind] / "hf_step_00000001" / model
     expected, found = read(exported), read(tmp_path / "out")
@@ -165,9 +162,9 @@ def test_a_runs_checkpoint_that_is_damaged_is_refused(runs: dict[str, Path], tmp
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"step is damaged: actor/__1_0.distcp is .*, was written as"):
-        to_hugging_face(step, tmp_path / "out", "actor", None, None, PART, quiet)
+        to_hugging_face(step, tmp_path / "out", "actor", None, None, PART)
     assert not (tmp_path / "out.partial").exists()
-    to_hugging_face(step, tmp_path / "out", "critic", None, None, PART, quiet)
+    to_hugging_face(step, tmp_path / "out", "critic", None, None, PART)
 
 
 def test_a_run_whose_model_is_gone_needs_another(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -180,17 +177,17 @@ def test_a_run_whose_model_is_gone_needs_another(runs: dict[str, Path], tmp_path
     (step / "run.json").unlink()
     (step / "run.json").write_text(json.dumps(state))
     with pytest.raises(InputError, match=r"the run was started from .*gone, which does not exist here: give .* --like"):
-        to_hugging_face(step, tmp_path / "out", "actor", None, None, PART, quiet)
+        to_hugging_face(step, tmp_path / "out", "actor", None, None, PART)
     (step / "critic").unlink()
     with pytest.raises(InputError, match=r"step has no critic: the run did not train one"):
-        to_hugging_face(step, tmp_path / "out", "critic", None, None, PART, quiet)
+        to_hugging_face(step, tmp_path / "out", "critic", None, None, PART)
 
 
 def test_from_a_run_to_megatron_again(runs: dict[str, Path], tmp_path: Path) -> None:
     """What a critic's config.json says of its targets stays, and so do its weights."""
     exported = runs["tied"] / "hf_step_00000001/critic"
-    to_megatron(exported, tmp_path / "megatron", "critic", PART, quiet)
-    to_hugging_face(tmp_path / "megatron", tmp_path / "out", "critic", exported, None, PART, quiet)
+    to_megatron(exported, tmp_path / "megatron", "critic", PART)
+    to_hugging_face(tmp_path / "megatron", tmp_path / "out", "critic", exported, None, PART)
     expected, found = read(exported), read(tmp_path / "out")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)

@@ -30,7 +30,7 @@ def steps(model: Path, parallel: ParallelConfig, folder: Path, first: int, last:
     with open_context(config) as context:
         config.run.precision = Precision.bf16  # not on a CPU by the rules, but it runs
         critic = build_critic(context)
-        checkpoints = Checkpoints(folder, 9, context.layouts.critic, print)
+        checkpoints = Checkpoints(folder, 9, context.layouts.critic)
         if first > 0:
             checkpoints.load(checkpoints.find(), {"critic": critic.model})
         for step in range(first, last + 1):

@@ -35,6 +35,7 @@ from megatron_tempo.training.jobs import evaluate, train
 from megatron_tempo.training.setup import build_actor, build_critic
 from megatron_tempo.types import Batch
 from megatron_tempo.weights.export import export_hf
+from tests.support.logged import logged
 from tests.support.project import config_of, from_nothing, write_project
 from tests.support.ranks import run_ranks
 from tests.support.tiny import ragged_batch, write_model
@@ -180,9 +181,8 @@ def prompt_of(run: Path, name: str) -> str:
 def first_questions(config: Config) -> tuple[list[str], list[str]]:
     """The ids that would be trained on, and what is logged about them."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
-    output: list[str] = []
-    with Verifiers() as verifiers:
-        streams = prompt_streams(config, tokenizer, verifiers, QuestionKeys.read(config), output.append)
+    with Verifiers() as verifiers, logged() as output:
+        streams = prompt_streams(config, tokenizer, verifiers, QuestionKeys.read(config))
     return [prompt.id for stream in streams if stream is not None for prompt in stream.first(99)], output
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from megatron_tempo.training.setup import build_engine
 from megatron_tempo.types import Completion
 from tests.engines.warm import server_group
 from tests.support import tiny
+from tests.support.logged import logged
 
 ROOT = Path(__file__).parents[2]
 ENGINES = (EngineKind.sglang, EngineKind.vllm)
@@ -106,9 +108,9 @@ def group_of(engine: ServersEngine, index: int) -> int:
 
 @contextmanager
 def opened(config: Config, told: list[str]) -> Iterator[tuple[RunContext, ServersEngine]]:
-    """The engine of a config, in this rank's process groups. `told` collects its messages about its servers."""
-    with open_context(config) as context:
-        engine = build_engine(context, told.append)
+    """The engine of a config, in this rank's process groups. `told` collects its warnings."""
+    with open_context(config) as context, logged(logging.WARNING, told):
+        engine = build_engine(context)
         assert isinstance(engine, ServersEngine)
         try:
             yield context, engine

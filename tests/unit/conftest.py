@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from megatron_tempo.config import extensions
 from megatron_tempo.config.stages import load_method
+from megatron_tempo.observability import logs
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples/extensions"
 
@@ -29,3 +31,17 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     kinds = (extensions.load_verifier, extensions.load_reader, extensions.load_template, extensions.load_engine)
     for cached in (extensions.load, load_method, *kinds):
         cached.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _log() -> Iterator[None]:
+    """The package's log as in a run of one process, and in caplog too. What a test changes of it is undone."""
+    logger, factory = logging.getLogger(logs.PACKAGE), logging.getLogRecordFactory()
+    logs.configure(rank=0)
+    logger.propagate = True
+    yield
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
+    logging.setLogRecordFactory(factory)

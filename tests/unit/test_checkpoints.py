@@ -23,6 +23,7 @@ from megatron_tempo.errors import InputError
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.observability.records import extend
 from megatron_tempo.training.resume_point import find
+from tests.support.logged import logged
 
 ALONE = Layout(0, 1, 0, 1, 0, 1, 0, 1, 0, 1, sequence_parallel=False)
 
@@ -65,8 +66,8 @@ def run(tmp_path: Path) -> Path:
     return run
 
 
-def opened(run: Path, told: list[str] | None = None) -> Checkpoints:
-    return Checkpoints(run / "checkpoints", 2, ALONE, ([] if told is None else told).append)
+def opened(run: Path) -> Checkpoints:
+    return Checkpoints(run / "checkpoints", 2, ALONE)
 
 
 def found(run: Path, config: Config | None = None) -> module.Found:
@@ -128,9 +129,9 @@ def test_other_names_are_neither_used_nor_touched(run: Path, name: str) -> None:
 def test_a_copy_under_another_number_is_not_used_nor_removed(run: Path) -> None:
     for name in ("step_00000001", "step_00000007"):
         write_checkpoint(run, name, 6)
-    told: list[str] = []
-    checkpoints = opened(run, told)
-    path = checkpoints.find().path
+    checkpoints = opened(run)
+    with logged() as told:
+        path = checkpoints.find().path
     assert path is not None
     assert path.name == "step_00000006"
     assert told == [
@@ -170,11 +171,11 @@ def test_what_cannot_be_removed_does_not_end_the_run(run: Path, monkeypatch: pyt
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
     write_checkpoint(run, "step_00000008", 8)
-    told: list[str] = []
     monkeypatch.setattr(module.shutil, "rmtree", failing)
-    opened(run, told)._completed(8)
+    with logged() as told:
+        opened(run)._completed(8)
     old = run / "checkpoints/step_00000004"
-    assert told == [f"warning: older checkpoints cannot be removed ({old}: Input/output error)"]
+    assert told == [f"older checkpoints cannot be removed ({old}: Input/output error)"]
     assert last_step(run) == 8
 
 
@@ -203,13 +204,13 @@ KINDS = [
 def test_a_damaged_one_is_set_aside_and_the_one_before_is_used(run: Path, kind: str) -> None:
     damaged(run / "checkpoints/step_00000006", kind)
     (run / "checkpoints/step_00000006.damaged").mkdir()  # of an earlier time: it is kept
-    before, told = snapshot(run), []
-    checkpoints = opened(run, told)
+    before, checkpoints = snapshot(run), opened(run)
     result = find(config_of(run), checkpoints, {}, {}, {}, is_writer=True)
     assert result.path is not None
     assert result.path.name == "step_00000004"
     assert snapshot(run) == before
-    checkpoints.set_aside(result)
+    with logged() as told:
+        checkpoints.set_aside(result)
     names = ["step_00000004", "step_00000006.damaged", "step_00000006.damaged-2"]
     assert sorted(entry.name for entry in (run / "checkpoints").iterdir()) == names
     assert "step_00000006 is damaged (" in told[0]

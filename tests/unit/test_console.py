@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from megatron_tempo.config.stages import PpoSettings, StageConfig
-from megatron_tempo.observability.console import COLUMNS, evaluation_line, readable, step_line, wrapped
+from megatron_tempo.observability.console import COLUMNS, evaluation_line, readable, step_line
 from megatron_tempo.observability.progress import BAR, Forecast, ProgressBar
+from megatron_tempo.observability.terminal import wrapped
 
 STEP: dict[str, Any] = {
     "stage": "stage2",

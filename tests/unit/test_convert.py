@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,16 +31,13 @@ from megatron_tempo.weights import distributed
 from megatron_tempo.weights.export import TARGETS, critic_changes
 from megatron_tempo.weights.files import write_safetensors
 from megatron_tempo.weights.folder import INDEX, tensor_files
+from tests.support.logged import logged
 from tests.support.tiny import VOCAB, write_model
 from tests.support.tools import TOOLS
 from tests.support.weights import tensors
 
 PART = 50_000  # bytes: some parts for each model
 ROW_BYTES = 32 * 4
-
-
-def quiet(_: str) -> None:
-    pass
 
 
 def read(folder: Path) -> dict[str, Tensor]:
@@ -108,12 +107,12 @@ def test_there_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: s
     monkeypatch.setattr(distributed, "CHUNK_BYTES", 20 * ROW_BYTES)  # a vocabulary in chunks
     folder = FOLDERS[name](tmp_path / "folder")
     model = "critic" if name == "critic" else "actor"
-    told: list[str] = []
-    size = to_megatron(folder, tmp_path / "megatron", model, PART, told.append)
+    with logged() as told:
+        size = to_megatron(folder, tmp_path / "megatron", model, PART)
     assert size == sum(path.stat().st_size for path in (tmp_path / "megatron").iterdir())
     assert len(told) == len(list((tmp_path / "megatron").glob("*.distcp"))) - 1 > 1
-    told = []
-    size = to_hugging_face(tmp_path / "megatron", tmp_path / "back", model, folder, None, PART, told.append)
+    with logged() as told:
+        size = to_hugging_face(tmp_path / "megatron", tmp_path / "back", model, folder, None, PART)
     assert size == sum(path.stat().st_size for path in (tmp_path / "back").iterdir())
     shards = list((tmp_path / "back").glob("*.safetensors"))
     assert len(told) == len(shards) > 1
@@ -134,8 +133,8 @@ def test_types_on_the_way(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "folder", tied=False)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
-    to_megatron(folder, tmp_path / "megatron", "actor", PART, quiet)
-    to_hugging_face(tmp_path / "megatron", tmp_path / "back", "actor", folder, torch.bfloat16, PART, quiet)
+    to_megatron(folder, tmp_path / "megatron", "actor", PART)
+    to_hugging_face(tmp_path / "megatron", tmp_path / "back", "actor", folder, torch.bfloat16, PART)
     assert equal(read(tmp_path / "back"), {name: tensor.bfloat16() for name, tensor in read(folder).items()})
     config = json.loads((tmp_path / "back/config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
@@ -143,8 +142,8 @@ def test_types_on_the_way(tmp_path: Path) -> None:
 
 def test_a_critic_of_an_actors_folder_has_a_head_of_zeros(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "folder", tied=True)
-    to_megatron(folder, tmp_path / "megatron", "critic", PART, quiet)
-    to_hugging_face(tmp_path / "megatron", tmp_path / "back", "critic", folder, None, PART, quiet)
+    to_megatron(folder, tmp_path / "megatron", "critic", PART)
+    to_hugging_face(tmp_path / "megatron", tmp_path / "back", "critic", folder, None, PART)
     zeros = {"score.weight": torch.zeros(1, 32), "score.bias": torch.zeros(1)}
     assert equal(read(tmp_path / "back"), read(folder) | zeros)
     config = json.loads((tmp_path / "back/config.json").read_text())
@@ -181,7 +180,7 @@ def test_a_folder_that_does_not_fit_is_refused_with_all_that_is_wrong(tmp_path: 
 
     folder = rewrite(write_model(tmp_path / "folder", tied=False), spoil)
     with pytest.raises(InputError) as error:
-        to_megatron(folder, tmp_path / "out", "actor", PART, quiet)
+        to_megatron(folder, tmp_path / "out", "actor", PART)
     lines = {line.strip() for line in str(error.value).splitlines()[1:]}
     assert lines == {f"missing: {name}" for name in names} | {
         "wrong shape: model.norm.weight is [31], the config.json says [32]",
@@ -199,14 +198,14 @@ def test_types_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"linear_qkv.weight have the types BF16, F32(.|\n)*norm.weight have the types F64"
     ):
-        to_megatron(folder, tmp_path / "out", "actor", PART, quiet)
+        to_megatron(folder, tmp_path / "out", "actor", PART)
 
 
 @pytest.fixture
 def converted(tmp_path: Path) -> tuple[Path, Path]:
     """A folder and its checkpoint."""
     folder = write_model(tmp_path / "folder", tied=False)
-    to_megatron(folder, tmp_path / "megatron", "actor", PART, quiet)
+    to_megatron(folder, tmp_path / "megatron", "actor", PART)
     return folder, tmp_path / "megatron"
 
 
@@ -222,7 +221,7 @@ def test_a_checkpoint_that_is_of_another_model_is_refused(converted: tuple[Path,
         (small, "actor", ["unexpected: output_layer.weight", "linear_fc2.weight is [4, 32, 48]", "says [2, 32, 64]"]),
     ):
         with pytest.raises(InputError) as error:
-            to_hugging_face(checkpoint, tmp_path / "out", model, like, None, PART, quiet)
+            to_hugging_face(checkpoint, tmp_path / "out", model, like, None, PART)
         assert all(text in str(error.value) for text in told)
     assert not (tmp_path / "out.partial").exists()
 
@@ -230,17 +229,17 @@ def test_a_checkpoint_that_is_of_another_model_is_refused(converted: tuple[Path,
 def test_what_is_no_model_is_refused(converted: tuple[Path, Path], tmp_path: Path) -> None:
     folder, checkpoint = converted
     with pytest.raises(InputError, match=r"is not a Hugging Face folder: it has no config.json"):
-        to_megatron(checkpoint, tmp_path / "out", "actor", PART, quiet)
+        to_megatron(checkpoint, tmp_path / "out", "actor", PART)
     with pytest.raises(InputError, match=r"neither a step of a run .* nor a distributed checkpoint"):
-        to_hugging_face(folder, tmp_path / "out", "actor", folder, None, PART, quiet)
+        to_hugging_face(folder, tmp_path / "out", "actor", folder, None, PART)
     with pytest.raises(InputError, match=r"does not record its model: give .* --like"):
-        to_hugging_face(checkpoint, tmp_path / "out", "actor", None, None, PART, quiet)
+        to_hugging_face(checkpoint, tmp_path / "out", "actor", None, None, PART)
     (checkpoint / "__1_0.distcp").unlink()
     with pytest.raises(InputError, match=r"files are missing: __1_0.distcp"):
-        to_hugging_face(checkpoint, tmp_path / "out", "actor", folder, None, PART, quiet)
+        to_hugging_face(checkpoint, tmp_path / "out", "actor", folder, None, PART)
     (checkpoint / ".metadata").write_bytes(b"no pickle")
     with pytest.raises(InputError, match=r"its .metadata or metadata.json cannot be read"):
-        to_hugging_face(checkpoint, tmp_path / "out", "actor", folder, None, PART, quiet)
+        to_hugging_face(checkpoint, tmp_path / "out", "actor", folder, None, PART)
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -248,14 +247,14 @@ def test_a_file_cut_short_is_told_of(converted: tuple[Path, Path], tmp_path: Pat
     folder, checkpoint = converted
     os.truncate(checkpoint / "__1_0.distcp", 100)
     with pytest.raises(InputError, match=r"megatron is damaged: .* cannot be read"):
-        to_hugging_face(checkpoint, tmp_path / "out", "actor", folder, None, PART, quiet)
+        to_hugging_face(checkpoint, tmp_path / "out", "actor", folder, None, PART)
 
 
 def test_an_output_that_exists_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_model(tmp_path / "folder", tied=False)
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match="out exists: move it away"):
-        to_megatron(folder, tmp_path / "out", "actor", PART, quiet)
+        to_megatron(folder, tmp_path / "out", "actor", PART)
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -266,7 +265,7 @@ def test_a_disk_without_room_is_told_of_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(resumable_folder.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(InputError, match=r"0.00 GiB free, and .*out needs .* GiB"):
-        to_megatron(folder, tmp_path / "below/out", "actor", PART, quiet)
+        to_megatron(folder, tmp_path / "below/out", "actor", PART)
     assert {path.name for path in tmp_path.iterdir()} == {"folder"}
 
 
@@ -274,22 +273,30 @@ class Stop(Exception):
     pass
 
 
-def stopped_after(lines: int) -> Callable[[str], None]:
-    told: list[str] = []
+@contextmanager
+def stopped_after(lines: int) -> Iterator[None]:
+    """Inside, a conversion stops when it has logged so many lines."""
+    told: list[logging.LogRecord] = []
 
-    def tell(line: str) -> None:
-        told.append(line)
+    def stop(record: logging.LogRecord) -> bool:
+        told.append(record)
         if len(told) == lines:
             raise Stop
+        return True
 
-    return tell
+    convert.log.addFilter(stop)
+    try:
+        with pytest.raises(Stop):
+            yield
+    finally:
+        convert.log.removeFilter(stop)
 
 
 def test_other_inputs_than_what_it_was_begun_with_are_refused(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "folder", tied=False)
     out = tmp_path / "out"
-    with pytest.raises(Stop):
-        to_megatron(folder, out, "actor", PART, stopped_after(2))
+    with stopped_after(2):
+        to_megatron(folder, out, "actor", PART)
     copy = shutil.copytree(folder, tmp_path / "copy")
     for args, why in (
         ((copy, out, "actor", PART), r"source was .*folder, is .*copy"),
@@ -299,25 +306,25 @@ def test_other_inputs_than_what_it_was_begun_with_are_refused(tmp_path: Path) ->
         with pytest.raises(
             InputError, match=rf"out.partial was begun with other inputs \({why}\): remove it to start over"
         ):
-            to_megatron(*args, quiet)
+            to_megatron(*args)
     os.utime(folder / "model.safetensors", (1, 1))
     with pytest.raises(InputError, match=r"files: model.safetensors changed"):
-        to_megatron(folder, out, "actor", PART, quiet)
+        to_megatron(folder, out, "actor", PART)
     (out.with_name("out.partial") / "inputs.json").unlink()
     with pytest.raises(InputError, match="was not written by this program"):
-        to_megatron(folder, out, "actor", PART, quiet)
+        to_megatron(folder, out, "actor", PART)
 
 
 def test_a_part_that_is_gone_is_made_again(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "folder", tied=False)
-    with pytest.raises(Stop):
-        to_megatron(folder, tmp_path / "out", "actor", PART, stopped_after(3))
+    with stopped_after(3):
+        to_megatron(folder, tmp_path / "out", "actor", PART)
     (tmp_path / "out.partial/whole/__0_0.distcp").unlink()
     os.truncate(tmp_path / "out.partial/whole/__1_0.distcp", 10)
-    told: list[str] = []
-    to_megatron(folder, tmp_path / "out", "actor", PART, told.append)
+    with logged() as told:
+        to_megatron(folder, tmp_path / "out", "actor", PART)
     assert ["already done" in line for line in told] == [False, False, True, *(False for _ in told[3:])]
-    to_hugging_face(tmp_path / "out", tmp_path / "back", "actor", folder, None, PART, quiet)
+    to_hugging_face(tmp_path / "out", tmp_path / "back", "actor", folder, None, PART)
     assert equal(read(tmp_path / "back"), read(folder))
 
 
@@ -427,7 +434,7 @@ def test_killed_it_goes_on_behind_what_is_done(converted: tuple[Path, Path], tmp
     assert len(kept) == done.stdout.count("already done")
     assert not out.with_name("out.partial").exists()
     if name == "convert_hf_to_megatron":
-        to_hugging_face(out, tmp_path / "back", "actor", folder, None, PART, quiet)
+        to_hugging_face(out, tmp_path / "back", "actor", folder, None, PART)
         out = tmp_path / "back"
     assert equal(read(out), read(folder))
     assert set(tensor_files(out)) == set(read(folder))
@@ -444,9 +451,9 @@ def test_killed_before_the_last_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patched:
         patched.setattr(convert.ResumableFolder, "finish", stop)
         with pytest.raises(Stop):
-            to_megatron(folder, tmp_path / "out", "actor", PART, quiet)
-    told: list[str] = []
-    to_megatron(folder, tmp_path / "out", "actor", PART, told.append)
+            to_megatron(folder, tmp_path / "out", "actor", PART)
+    with logged() as told:
+        to_megatron(folder, tmp_path / "out", "actor", PART)
     assert all("already done" in line for line in told)
-    to_hugging_face(tmp_path / "out", tmp_path / "back", "actor", folder, None, PART, quiet)
+    to_hugging_face(tmp_path / "out", tmp_path / "back", "actor", folder, None, PART)
     assert equal(read(tmp_path / "back"), read(folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -154,7 +155,9 @@ def group() -> Iterator[None]:
 
 
 def setup_of(folder: Path) -> EngineSetup:
-    return EngineSetup(folder, torch.device("cpu"), torch.float32, folder / "engine", RolloutConfig(), print)
+    return EngineSetup(
+        folder, torch.device("cpu"), torch.float32, folder / "engine", RolloutConfig(), logging.getLogger()
+    )
 
 
 def engine_of(folder: Path) -> ImportedEngine:

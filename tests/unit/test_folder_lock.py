@@ -19,10 +19,11 @@ from megatron_tempo.errors import InputError
 from megatron_tempo.runtime import folder_lock
 from megatron_tempo.runtime.folder_lock import FolderLock, Holder, parse
 from tests.support.fork_server import ROOT
+from tests.support.logged import logged
 
 
 def lock(path: Path, command: str = "train", **options: object) -> FolderLock:
-    quick = {"watch": 0.3, "patience": 0.0, "beat": 0.05, "log": lambda _: None} | options
+    quick = {"watch": 0.3, "patience": 0.0, "beat": 0.05} | options
     return FolderLock(path, "run.dir=RUN", command, "give another run.dir", **quick)  # type: ignore[arg-type]
 
 
@@ -138,9 +139,9 @@ def test_a_holder_on_another_machine_that_counts_is_alive(counting: Path) -> Non
 
 
 def test_a_holder_on_another_machine_that_does_not_count_is_dead(tmp_path: Path) -> None:
-    path, told = tmp_path / "lock.json", []
+    path = tmp_path / "lock.json"
     left(path, elsewhere(since=time.time() + 1e6))  # whatever its clock says
-    with lock(path, log=told.append):
+    with logged() as told, lock(path):
         holder = parse(path.read_bytes())
         assert holder is not None
         assert holder.pid == os.getpid()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import resource
 import subprocess
@@ -177,7 +178,7 @@ def test_the_heartbeat_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
                 "name": "vllm server 0", "state": "serving", "requests": 3, "restarts": 0, "address": ""
             }  # fmt: skip
         assert read_heartbeat(tmp_path)["phase"] == ""  # type: ignore[index]
-        metrics.warn("vllm server 0 did not answer")
+        logging.getLogger("megatron_tempo.rollout.fleet").warning("vllm server %d did not answer", 0)
     assert read_heartbeat(tmp_path)["ended"] == "done"  # type: ignore[index]
     assert "vllm server 0 did not answer" in status(tmp_path).text
 
@@ -243,7 +244,7 @@ class OneComes:
 
 def test_the_health_of_servers() -> None:
     named = cast(ServerAdapter, SimpleNamespace(name="vllm"))
-    fleet = Fleet(named, ServersConfig(), OneComes(), 2, "key", [0], 10, print)
+    fleet = Fleet(named, ServersConfig(), OneComes(), 2, "key", [0], 10)
     try:
         assert fleet.health() == [EngineHealth(f"vllm server {i}", "starting") for i in (0, 1)]
         with pytest.raises(InputError, match="does not come up"):
