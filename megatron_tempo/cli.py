@@ -143,7 +143,13 @@ def _run(command: str, config: Config) -> None:
         findings = check_data(config)
         print("ok")
         print("\n".join([summary(config), *(f"  {line}" for line in findings)]))
-    elif command == "train":
+        return
+    from megatron_tempo.data.question_rows import check_rows
+
+    # Before the imports that take the longest: torch, transformers, Megatron.
+    training = [config.data.labelled, config.data.unlabelled] if command == "train" else []
+    check_rows(filter(None, [*training, *config.evaluation.sets.values()]))
+    if command == "train":
         from megatron_tempo.training.jobs import train
 
         train(config)

@@ -1,5 +1,7 @@
 """Errors that are shown to the user in one line, without a traceback, and the text that is safe to show."""
 
+import re
+
 # Invisible characters by which a text could control a terminal or change the order in which it is shown:
 # control characters (C0, DEL, C1), line separators, marks of direction, invisible operators and tags. Surrogates cannot
 # be written as UTF-8. Newline and tab stay, and so do the joiners that emoji and some scripts are spelled with.
@@ -31,11 +33,17 @@ def hidden(text: str) -> str | None:
     return None if code is None else f"U+{code:04X}"
 
 
+# Python's words for a whole number with too many digits, which advise a change of code.
+_TOO_LONG = re.compile(
+    r"Exceeds the limit \((\d+) digits\) for integer string conversion[^;]*; use sys\.\w+\(\) to increase the limit"
+)
+
+
 class _PrintableError:
-    """An error whose text, which may quote a file or a name, is safe to print."""
+    """An error whose text, which may quote a file, a name or an error of Python, is safe and fit to print."""
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return printable(_TOO_LONG.sub(r"a whole number has more than \1 digits", super().__str__()))
 
 
 class InputError(_PrintableError, ValueError):

@@ -26,11 +26,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tempo.checkpoint import manifest
 from megatron_tempo.checkpoint.saving import Saving, ShardWriter, partial_of
@@ -195,12 +197,15 @@ class Checkpoints:
             )
 
     def load(self, found: Found, models: dict[str, TrainedModel]) -> None:
-        """Load models and optimizers from a checkpoint of any layout. Raises what `require` raises."""
+        """Load models and optimizers from a checkpoint of any layout.
+
+        Raises what `require` raises, and InputError if a file that was whole before can no longer be read.
+        """
         assert found.path is not None
         self.require(found, models)
         for name, model in models.items():
             with model.at_work():
-                loaded = dist_checkpointing.load(_sharded(model, is_loading=True), str(found.path / name))
+                loaded = _loaded(model, found.path / name)
                 model.net.load_state_dict(loaded["model"])
                 model.load_optimizer(loaded["optimizer"])
             model.step_count = found.state["optimizer_steps"][name]
@@ -239,10 +244,7 @@ class Checkpoints:
         dist.all_gather_object(digests, manifest.digests_or_errors(path, names), group=self._group)
         found = {name: digest for of_rank in digests for name, digest in of_rank.items()}
         if fault := manifest.unreadable(found):
-            raise InputError(
-                f"{path}: {fault}; nothing was changed. Mend the disk, its mount or the permissions, then run the same "
-                f"command again; if the file is lost, rename {path.name} to {path.name}.damaged to use the one before"
-            )
+            raise _cannot_read(path, fault)
         return manifest.difference(wanted, found)
 
     def _completed(self, step: int) -> None:
@@ -304,6 +306,40 @@ def _state_problem(path: Path) -> str | None:
     except (*manifest.ABSENT, ValueError) as error:
         return f"{manifest.STATE}: {error}"
     return None
+
+
+def _loaded(model: TrainedModel, folder: Path) -> dict[str, Any]:
+    """Megatron's part of a checkpoint for one model."""
+    try:
+        return dist_checkpointing.load(_sharded(model, is_loading=True), str(folder))
+    except (CheckpointException, Exception) as error:
+        if (fault := _io_fault(error)) is None:
+            raise
+        raise _cannot_read(folder.parent, fault) from error
+
+
+def _io_fault(error: BaseException) -> str | None:
+    """What cannot be read, if that is the cause of an error of Megatron's or torch's loading; else None."""
+    if isinstance(error, CheckpointException):  # torch gathers the errors of all ranks
+        return next(filter(None, (_io_fault(wrapped[0]) for wrapped in error.failures.values())), None)
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if isinstance(error, EOFError | UnpicklingError | json.JSONDecodeError) or "PytorchStreamReader" in str(error):
+        return f"a file is not as it was written ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    if _UNREAD_INDEX in str(error):  # torch keeps only the text of this one
+        return str(error).partition(_UNREAD_INDEX)[2].splitlines()[0]
+    inner = error.__cause__ or error.__context__  # Megatron fails while it handles a missing common.pt
+    return _io_fault(inner) if inner is not None else None
+
+
+_UNREAD_INDEX = "metadata read failed: "
+
+
+def _cannot_read(path: Path, fault: str) -> InputError:
+    return InputError(
+        f"{path}: {fault}; nothing was changed. Mend the disk, its mount or the permissions, then run the same "
+        f"command again; if the file is lost, rename {path.name} to {path.name}.damaged to use the one before"
+    )
 
 
 def _step_of(path: Path) -> int:

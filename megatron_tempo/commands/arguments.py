@@ -202,7 +202,7 @@ def _submit_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dry-run", action="store_true", help="print the plan and the script; submit nothing")
     command.add_argument(
         "--chain",
-        type=int,
+        type=prepare.whole_number,
         choices=range(1, 100),
         default=1,
         metavar="N",

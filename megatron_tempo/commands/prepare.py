@@ -30,14 +30,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--unlabelled", action="store_true", help="write the questions without their answers")
     parser.add_argument(
-        "--split-heldout", type=int, default=0, metavar="N", help="put N questions into FILE_heldout.jsonl"
+        "--split-heldout", type=whole_number, default=0, metavar="N", help="put N questions into FILE_heldout.jsonl"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the held-out questions and of GPQA's options")
+    parser.add_argument("--seed", type=whole_number, default=0, help="of the held-out questions and of GPQA's options")
     parser.add_argument("--files", metavar="PATTERN", help="which files of a folder, such as 'data/test-*'")
     parser.add_argument("--prompt-field", metavar="COLUMN", help="column of the questions; a.b is b inside of a")
     parser.add_argument("--answer-field", metavar="COLUMN", help="column of the answers")
     parser.add_argument("--id-field", metavar="COLUMN", help="column of the ids")
     parser.add_argument("--verifier", choices=list(Verifier.__members__), help="who judges the answers")
+
+
+def whole_number(text: str) -> int:
+    """A whole number of an option. argparse would quote all of a long one."""
+    try:
+        return int(text)
+    except ValueError:
+        shown = text if len(text) <= 40 else f"{text[:40]}... ({len(text)} characters)"
+        raise argparse.ArgumentTypeError(f"{shown} is not a whole number that can be read") from None
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from megatron_tempo.errors import InputError
 from megatron_tempo.input_files import read_text
 from megatron_tempo.observability.terminal import width
 
+NARROWEST = 24  # columns of a description next to its name, at least
 _WHAT = {
     "experiment": "a whole run",
     "model": "checkpoint, precision, layout",
@@ -36,7 +37,8 @@ def listing(group: str | None, config_dir: str | None) -> str:
     for name in _WHAT if group is None else [group]:
         lines = list(_presets(name, config_dir))
         room = max(len(preset) for preset, _ in lines)
-        parts.append("\n".join([f"{name}=NAME: {_WHAT[name]}", *(_line(*line, room) for line in lines)]))
+        head = _filled(f"{name}=NAME: {_WHAT[name]}", "", "  ")
+        parts.append("\n".join([head, *(_line(*line, room) for line in lines)]))
     return "\n\n".join(parts)
 
 
@@ -73,5 +75,20 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 
 def _line(name: str, text: str, room: int) -> str:
+    """A preset and its description: beside it, or below it in a terminal that is too narrow for two columns."""
     indent = " " * (room + 4)
-    return textwrap.fill(text, width(), initial_indent=f"  {name:<{room}}  ", subsequent_indent=indent) or f"  {name}"
+    if width() >= len(indent) + NARROWEST:
+        return _filled(text, f"  {name:<{room}}  ", indent) or f"  {name}"
+    return "\n".join(filter(None, (f"  {name}", _filled(text, "    ", "    "))))
+
+
+def _filled(text: str, first: str, others: str) -> str:
+    """The text in lines between words. A word that is longer than a line stays whole."""
+    return textwrap.fill(
+        text,
+        max(width(), len(others) + 1),
+        initial_indent=first,
+        subsequent_indent=others,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -6,11 +6,9 @@ wrong types at once.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
@@ -32,9 +30,9 @@ from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.problem import ConfigErrors, Problem, did_you_mean, show
 from megatron_tempo.config.rules import Purpose
 from megatron_tempo.config.rules.data import SUFFIXES
-from megatron_tempo.config.rules.evaluation import SET_NAME_BYTES
 from megatron_tempo.config.rules.files import wrong_with_folder
 from megatron_tempo.config.schema import Config, RolloutConfig, to_plain
+from megatron_tempo.config.set_names import set_name, set_names_of
 from megatron_tempo.config.shipped import REPOSITORY
 from megatron_tempo.config.trained_with import defaults_for, lengths, read_trained_with
 from megatron_tempo.config.tree import MISSING, read, without_default_settings
@@ -75,9 +73,11 @@ def compose_tree(
         folder_of = folders.get(purpose) if whole is None else None
         words = [] if folder_of is None else [f"++run.dir={folder_of}/{_own_name()}"]
         problems: list[Problem] = []
+        if purpose is Purpose.eval:
+            overrides = [one for text in overrides for one in _single_files(text)]
         chosen = [name for text in overrides for name in _benchmarks(text)]
         files = [text.partition("=")[2].strip("'\"") for text in overrides if text.startswith("data=")]
-        names, doubled = _set_names(files, chosen)
+        names, doubled = set_names_of(files, chosen)
         problems += doubled
         # A set made by data=FILE comes first, so that its fields can be given in any order.
         for text in sorted(overrides, key=lambda text: not text.startswith("data=")):
@@ -165,39 +165,6 @@ def _fill_sets(plain: dict[str, Any], names: Sequence[str], entry: dict[str, Any
             fields.setdefault(field, value)
 
 
-def _set_names(files: Sequence[str], benchmarks: Sequence[str]) -> tuple[dict[str, str], list[Problem]]:
-    """The evaluation set of each data=FILE, and the problems of files that are given twice.
-
-    Files of equal names get their folders' names before them, as many as tell them apart.
-
-    >>> _set_names(["gsm8k/test.jsonl", "math/test.jsonl"], [])[0]
-    {'gsm8k/test.jsonl': 'gsm8k_test', 'math/test.jsonl': 'math_test'}
-    """
-    paths = {given: Path(given).absolute() for given in files}
-    problems = []
-    for place, given in enumerate(files):
-        if paths[given].resolve() in [paths[other].resolve() for other in files[:place]]:
-            problems.append(Problem("data", given, "is given twice", "give each file once"))
-    names = {given: set_name(path) for given, path in paths.items()}
-    for depth in range(2, max((len(path.parts) for path in paths.values()), default=0) + 1):
-        count = Counter(names.values())
-        for given, path in paths.items():
-            if count[names[given]] > 1 and names[given] not in benchmarks:
-                names[given] = set_name(Path("_".join(path.parts[-depth:])))
-    count, used = Counter(names.values()), Counter[str]()
-    for given, name in names.items():
-        if count[name] > 1 and name not in benchmarks:  # a-b.jsonl and a_b.jsonl in one folder
-            short = set_name(paths[given])
-            used[short] += 1
-            names[given] = short if used[short] == 1 and short not in count else f"{short}_{used[short]}"
-    for given, name in names.items():
-        same = [other for other, taken in names.items() if taken == name and other != given]
-        if name in benchmarks and same and not problems:
-            wrong = f"is the benchmark {name}, as {same[0]} is"
-            problems.append(Problem("data", given, wrong, f"give one file of it, as evaluation.sets.{name}.path"))
-    return names, problems
-
-
 def _own_name() -> str:
     """The name of a folder that no other job has: the time, and what tells jobs of the same second apart."""
     job = os.getppid() if "RANK" in os.environ else os.getpid()  # the processes of a node have their launcher in common
@@ -281,14 +248,34 @@ def _benchmarks(text: str) -> list[str]:
     return re.findall(r"\w+", value) if key.lstrip("+") == "benchmark" else []
 
 
+def _single_files(text: str) -> list[str]:
+    """data=[FILE,FILE] as data=FILE for each; any other override as it is."""
+    if not text.startswith("data=["):
+        return [text]
+    try:
+        files = _parsed(text)[1].value()
+    except ConfigErrors:  # it is reported later
+        return [text]
+    if not isinstance(files, list) or not files or not all(isinstance(file, str) for file in files):
+        return [text]
+    return [f"data={_quoted(file) if ',' in file or file[:1] in _OPENING else file}" for file in files]
+
+
+def _quoted(value: str) -> str:
+    """The text in the quotes of Hydra's grammar."""
+    return '"' + re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ("\\" + found[2] if found[2] else ""), value) + '"'
+
+
+_OPENING = ("[", "{", "'", '"', "")  # how a value that is no plain text begins
+
+
 def _parsed(text: str) -> tuple[str, Override]:
     """An override, and its text as Hydra's grammar has it: a value that needs quotes gets them.
 
     So data=数学.jsonl and 'run.dir=runs/a (b)' are taken literally.
     """
     key, equals, value = text.partition("=")
-    quoted = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ("\\" + found[2] if found[2] else ""), value)
-    tried = [text] if not value or value[0] in "[{'\"" or not equals else [text, f'{key}="{quoted}"']
+    tried = [text] if not equals or value[:1] in _OPENING else [text, f"{key}={_quoted(value)}"]
     for words in tried:
         try:
             return words, OverridesParser.create().parse_override(words)
@@ -312,6 +299,8 @@ def _translate(
     if override.is_sweep_override():
         value = text.partition("=")[2]
         fix = f"give one value, a list as {key}=[{value}], or text with a comma in quotes: '{key}=\"{value}\"'"
+        if key in GROUPS and key != "benchmark":
+            fix = f"{key}=[{value}]" if purpose is Purpose.eval and key == "data" else f"{key}=one of {value}"
         raise _refused(text, "sweeps over several values are not supported", fix)
     if key.startswith("hydra"):
         raise _refused(text, "Hydra's own settings are not used", "for your own presets use --config-dir")
@@ -336,6 +325,8 @@ def _preset(
         if not unknown:
             return [text.lstrip("+")]
         raise _refused(text, f"there is no benchmark {unknown[0]}", did_you_mean(unknown[0], names))
+    if isinstance(choice, list | dict):
+        raise _refused(text, *_of_one(group, choice, purpose))
     path = Path(str(choice))
     if group == "model" and (os.path.exists(path) or "/" in str(choice)):
         return [f"++model.path={given}"]
@@ -353,18 +344,15 @@ def _preset(
     raise _refused(text, f"there is no preset of this name in configs/{group}", fix)
 
 
-def set_name(path: Path) -> str:
-    """The name of the evaluation set that data=FILE adds: one that an override can contain.
-
-    >>> [set_name(Path(name)) for name in ("gsm8k-test.jsonl", "24game.jsonl", "数学.jsonl")]
-    ['gsm8k_test', 'set_24game', 'set_872c1f']
-    """
-    name = re.sub(r"\W", "_", path.stem, flags=re.ASCII)
-    digest = hashlib.sha256(path.stem.encode(errors="surrogateescape")).hexdigest()[:6]
-    if not re.search(r"[A-Za-z0-9]", name):
-        return f"set_{digest}"
-    name = name if re.match(r"[A-Za-z_]", name) else f"set_{name}"
-    return name if len(name) <= SET_NAME_BYTES else f"{name[: SET_NAME_BYTES - 7]}_{digest}"
+def _of_one(group: str, choice: list[Any] | dict[Any, Any], purpose: Purpose) -> tuple[str, str]:
+    """What is wrong with a list or a mapping where one name is expected, and the fix."""
+    if purpose is Purpose.eval and group == "data" and isinstance(choice, dict) and choice:
+        sets = " ".join(f"evaluation.sets.{name}.path={file}" for name, file in choice.items())
+        return "is a mapping, not a file", sets
+    is_file = purpose is Purpose.eval and group in ("model", "data")
+    kind = "a list" if isinstance(choice, list) else "a mapping"
+    first = next((one for one in choice if isinstance(one, str)), "NAME")
+    return f"is {kind}, not one name{' or path' if is_file else ''}", f"{group}={first}"
 
 
 def meant_group(key: str) -> str | None:

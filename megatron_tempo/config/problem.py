@@ -57,6 +57,11 @@ def show(value: Any) -> str:
     return " ".join(str(value).split("\n"))
 
 
+def as_text(value: Any) -> str:
+    """`str(value)`, also of a whole number that Python refuses to format, such as a long hexadecimal one of YAML."""
+    return show(value) if isinstance(value, int) and value.bit_length() > _BITS else str(value)
+
+
 _BITS = 1000  # of whole numbers that are shown; Python refuses to format very long ones
 _CHARACTERS = 400  # of fields and values that are shown
 

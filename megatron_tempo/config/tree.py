@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_tempo.config.extensions import PREFIX, Extension, ExtensionError, call_failed, described
-from megatron_tempo.config.problem import Problem, did_you_mean, show
+from megatron_tempo.config.problem import Problem, as_text, did_you_mean, show
 from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.stages import (
     SETTINGS,
@@ -142,9 +142,9 @@ def _fill_fields(default: _Node, plain: Any, path: str, problems: list[Problem])
         return default
     values = {}
     for key, value in plain.items():
-        below = _join(path, str(key))
+        below = _join(path, as_text(key))
         if key not in hints:
-            problems.extend(_unknown(path, str(key), value, list(hints)))
+            problems.extend(_unknown(path, as_text(key), value, list(hints)))
             continue
         try:
             values[key] = _value(hints[key], value, below, getattr(default, key), problems)
@@ -157,7 +157,7 @@ def _stage(default: StageConfig, plain: Mapping[str, Any], path: str, problems: 
     """A stage. Its method defines which fields it has in addition to those of every stage."""
     shared = [name for name in StageConfig.__dataclass_fields__ if name != "settings"]
     stage = _fill_fields(default, {key: plain[key] for key in plain if key in shared}, path, problems)
-    own = {str(key): value for key, value in plain.items() if key not in {*shared, "method"}}
+    own = {as_text(key): value for key, value in plain.items() if key not in {*shared, "method"}}
     try:
         method = _value(Method | Extension, plain.get("method", default.method.name), _join(path, "method"), None, [])
     except _BadValue as bad:  # its settings are unknown
@@ -253,12 +253,13 @@ def _value(hint: Any, value: Any, path: str, default: Any, problems: list[Proble
     if origin is dict:
         if not isinstance(value, Mapping):
             raise _BadValue(Problem(path, value, "is a group of named entries, not a value", f"set {path}.NAME fields"))
-        if bad := [str(key) for key in value if hidden(str(key)) or "\n" in str(key) or "\t" in str(key)]:
+        named = {as_text(key): item for key, item in value.items()}
+        if bad := [name for name in named if hidden(name) or "\n" in name or "\t" in name]:
             raise _BadValue(Problem(path, bad[0], "a name has invisible characters", f"rename {path}.{bad[0]}"))
-        return {str(key): _value(args[1], item, _join(path, str(key)), None, problems) for key, item in value.items()}
+        return {name: _value(args[1], item, _join(path, name), None, problems) for name, item in named.items()}
     if origin is list:
         if not isinstance(value, list):
-            raise _BadValue(Problem(path, value, "must be a list", f"{path}=[{value}]"))
+            raise _BadValue(Problem(path, value, "must be a list", f"{path}=[{show(value)}]"))
         return [_value(args[0], item, f"{path}[{i}]", None, problems) for i, item in enumerate(value)]
     if takes_extension(hint) and (inner is Extension or (isinstance(value, str) and value.startswith(PREFIX))):
         return _extension(value, path)
@@ -269,7 +270,7 @@ def _value(hint: Any, value: Any, path: str, default: Any, problems: list[Proble
 
 def _extension(value: Any, path: str) -> Extension:
     try:
-        return Extension.parse(str(value))
+        return Extension.parse(as_text(value))
     except ExtensionError as error:
         raise _BadValue(Problem(path, value, error.wrong, f"{path}={error.fix}")) from error
 
@@ -278,24 +279,33 @@ def _member(kind: type[Enum], value: Any, path: str) -> Enum:
     if isinstance(value, str) and value in kind.__members__:
         return kind[value]
     names = ", ".join(kind.__members__)
-    raise _BadValue(Problem(path, value, f"must be one of {names}", did_you_mean(str(value), kind.__members__)))
+    raise _BadValue(Problem(path, value, f"must be one of {names}", did_you_mean(as_text(value), kind.__members__)))
 
 
 def _scalar(kind: type, value: Any, path: str) -> Any:
     if kind is float and type(value) is int:
         value = float(value) if value.bit_length() < 1024 else (math.inf if value > 0 else -math.inf)
-    if type(value) is not kind:
-        raise _BadValue(Problem(path, value, f"must be {_EXPECTED[kind]}", _scalar_fix(kind, value, path)))
+    is_long = kind is int and type(value) is int and value.bit_length() > _BITS
+    if type(value) is not kind or is_long:
+        expected = _EXPECTED[kind] + (f" of at most {_DIGITS} digits" if is_long else "")
+        raise _BadValue(Problem(path, value, f"must be {expected}", _scalar_fix(kind, value, path)))
     if isinstance(value, str):
         _check_text(value, path)
     return value
 
 
+_DIGITS = 3000  # rules and messages print numbers, and Python refuses to print one of more than 4300 digits
+_BITS = int(_DIGITS * math.log2(10))
+
+
 def _scalar_fix(kind: type, value: Any, path: str) -> str:
-    if kind is not str or not isinstance(value, int | float) or isinstance(value, bool):
+    if kind is str and isinstance(value, list) and value and isinstance(value[0], str):
+        return f"give one: {path}={value[0]}"
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is not str or not is_number or abs(value) > 10**300:
         return f"for example {path}={_EXAMPLE[kind]}"
-    quoted = f"'{path}=\"{value}\"'"
-    if path != "cluster.slurm.time_limit" or not isinstance(value, int) or value < 60:
+    quoted = f"'{path}=\"{as_text(value)}\"'"
+    if path != "cluster.slurm.time_limit" or not isinstance(value, int) or not 60 <= value < 10**9:
         return f"quote it: {quoted} (without quotes YAML reads 010, 1e3 or 12:00 as a number)"
     hours, seconds = divmod(value, 3600)
     time = f"{hours}:{seconds // 60:02}:{seconds % 60:02}"
@@ -330,7 +340,7 @@ def _unknown(path: str, key: str, value: Any, siblings: list[str]) -> Iterator[P
             yield from _unknown(below, str(name), item, [])
         return
     if below in RENAMED:
-        yield Problem(below, value, f"is now {RENAMED[below]}", f"{RENAMED[below]}={value}")
+        yield Problem(below, value, f"is now {RENAMED[below]}", f"{RENAMED[below]}={show(value)}")
         return
     yield Problem(below, value, "there is no such field", _meant(below, key, siblings))
 

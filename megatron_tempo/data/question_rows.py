@@ -6,7 +6,7 @@ import ast
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,11 +15,14 @@ from typing import Any, Protocol, TypeVar
 from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.schema import DatasetConfig
 from megatron_tempo.data.rows import BadRow, DataError, Row, answer_text, read_rows
+from megatron_tempo.errors import InputError
 from megatron_tempo.runtime import progress_marker
 
-# How a list of chat messages begins, or a single one.
-_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](?:role|content|from|value)["']\s*:""")
-_ROLE = re.compile(r"""["'](?:role|from)["']\s*:\s*["'](?:system|user|assistant|human|gpt)["']""")
+# How a list of chat messages begins, or a single one. Without quotes it is no JSON, and no question either.
+_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["']?(?:role|content|from|value)["']?\s*[:=]""")
+_ROLE = re.compile(r"""["']?(?:role|from)["']?\s*[:=]\s*["']?(?:system|user|assistant|human|gpt)\b""")
+# Names of fields for chat messages. Text in them that is no list of messages is damaged, not a question.
+MESSAGE_FIELDS = ("messages", "conversation", "conversations")
 ROLES = ("system", "user", "assistant")
 Message = dict[str, str]
 
@@ -85,6 +88,22 @@ def question_texts(config: DatasetConfig, *, answers: bool = False) -> dict[str,
     return {question.id: question.texts for question in questions}
 
 
+def check_rows(sets: Iterable[DatasetConfig]) -> None:
+    """Read all rows of these sets as far as that is possible without a tokenizer. Each file is read to its end.
+
+    Sets with a user's reader are left out. Raises one InputError that names every bad row of all sets.
+    """
+    problems = []
+    for dataset in sets:
+        if dataset.reader is None:
+            try:
+                question_texts(dataset, answers=True)
+            except InputError as error:
+                problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+
+
 def row_id(config: DatasetConfig, row: Row) -> str:
     """The id of a row. Raises BadRow."""
     if config.id_field is None:
@@ -101,6 +120,9 @@ def prompt_of(name: str, value: object) -> str | list[Message]:
         if not value.strip():
             raise BadRow(f"field {name!r} is empty")
         written = messages_in(value)
+        if written is None and name.rpartition(".")[2] in MESSAGE_FIELDS:
+            fix = "write a list of {role, content}, or give the question's field another name"
+            raise BadRow(f"field {name!r} is {shown(value)}, no list of chat messages in JSON; {fix}")
         return value if written is None else messages_of(name, written)
     if isinstance(value, list):
         return messages_of(name, value)

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_tempo.config.choices import Verifier
 from megatron_tempo.data.public import PublicRow
-from megatron_tempo.data.question_rows import Message, messages_in, messages_of
+from megatron_tempo.data.question_rows import MESSAGE_FIELDS, Message, messages_in, messages_of
 from megatron_tempo.data.rows import BadRow, answer_text
 from megatron_tempo.errors import InputError
 
@@ -31,6 +31,10 @@ _DAPO_TAIL = re.compile(r"\n\nRemember to put your answer on its own line after 
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 _NO_MESSAGES = "its messages do not have a known role and a text each, or do not end with the user's"
+_NOT_MESSAGES = (
+    "its column of messages holds text that is no list of chat messages in JSON; if it is the question itself, give "
+    "the column another name"
+)
 NOT_FINITE = "its answer is not a finite number"
 _NOT_FINITE = {f"{sign}{word}" for sign in ("", "+", "-") for word in ("inf", "Inf", "INF", "Infinity")}
 
@@ -79,12 +83,14 @@ def bbh(row: PublicRow, names: Mapping, seed: int) -> Question:
 def agieval(row: PublicRow, names: Mapping, seed: int) -> Question:
     """AGIEval: an optional passage; a question; options with the letters of the right ones, or an answer to compute."""
     passage, options = row.fields.get("passage"), row.fields.get("options")
-    texts = [str(part).strip() for part in (passage, _prompt(row, names)) if part]
+    if passage is not None and not isinstance(passage, str):
+        raise Unusable("has a passage that is no text")
+    texts = [part.strip() for part in (passage, _text_prompt(row, names)) if part]
     if not options:
         return Question(None, "\n\n".join(texts), _blanks(_answer(column(row, names.answer))), Verifier.math)
-    choices = [re.sub(r"^\s*\(?[A-Z][).:]\s*", "", str(option)) for option in options]
+    choices = [re.sub(r"^\s*\(?[A-Z][).:]\s*", "", _answer(option) or "") for option in options]
     label = row.fields.get("label")
-    answer = ", ".join(label) if isinstance(label, list) else label
+    answer = ", ".join(label) if isinstance(label, list) else _answer(label)
     _distinct(choices, answer or "")
     return Question(None, "\n\n".join([*texts, listed(choices)]), answer or None, Verifier.choice)
 
@@ -92,10 +98,10 @@ def agieval(row: PublicRow, names: Mapping, seed: int) -> Question:
 def gpqa(row: PublicRow, names: Mapping, seed: int) -> Question:
     """GPQA: one right and three wrong answers, in an order that follows from the seed and the question."""
     columns = ["Correct Answer", *(f"Incorrect Answer {n}" for n in (1, 2, 3))]
-    texts = [str(column(row, [name]) or "").strip() for name in columns]
+    texts = [(_answer(column(row, [name])) or "").strip() for name in columns]
     if not all(texts):
         raise Unusable("an option is missing")
-    question = str(_prompt(row, names)).strip()
+    question = _text_prompt(row, names).strip()
     order = sorted(range(4), key=lambda i: hashlib.sha256(json.dumps([seed, question, texts[i], i]).encode()).digest())
     answer = LETTERS[order.index(0)]
     choices = [texts[i] for i in order]
@@ -114,7 +120,7 @@ def zebralogic(row: PublicRow, names: Mapping, seed: int) -> Question:
     filled = {f"House {n}": dict(zip(header[1:], cells[1:], strict=True)) for n, cells in enumerate(rows, start=1)}
     empty = {house: dict.fromkeys(cells, "...") for house, cells in filled.items()}
     masked = any(str(cell).strip() in MASKS for cells in filled.values() for cell in cells.values())
-    prompt = f"{str(_prompt(row, names)).strip()}\n\nThe grid:\n\n{json.dumps(empty, ensure_ascii=False)}"
+    prompt = f"{_text_prompt(row, names).strip()}\n\nThe grid:\n\n{json.dumps(empty, ensure_ascii=False)}"
     return Question(_id(row, names), prompt, None if masked else json.dumps(filled, ensure_ascii=False))
 
 
@@ -159,14 +165,24 @@ def column(row: PublicRow, names: Sequence[str]) -> Any:
     if not names:
         return None
     for name in names:
-        value: Any = row.fields
-        for part in name.split("."):
-            value = value.get(part, _ABSENT) if isinstance(value, dict) else _ABSENT
-        if value is not _ABSENT:
+        if (value := _cell(row, name)) is not _ABSENT:
             return value
     there = ", ".join(map(str, row.fields))
     fix = "name one with --prompt-field or --answer-field"
     raise InputError(f"{row.place}: there is no column {' or '.join(names)} among {there}; {fix}")
+
+
+def _cell(row: PublicRow, name: str) -> Any:
+    value: Any = row.fields
+    for part in name.split("."):
+        value = value.get(part, _ABSENT) if isinstance(value, dict) else _ABSENT
+    return value
+
+
+def _name_of(row: PublicRow, names: Sequence[str]) -> str | None:
+    """The name of the column that `column` takes, without the columns that it is in."""
+    there = (name for name in names if _cell(row, name) is not _ABSENT)
+    return next((name.rpartition(".")[2] for name in there), None)
 
 
 _ABSENT = object()
@@ -182,21 +198,31 @@ def _id(row: PublicRow, names: Mapping) -> str | None:
         value = column(row, names.id)
     except InputError:
         return None
-    return None if value is None or isinstance(value, dict | list) else str(value)
+    return None if value is None or isinstance(value, dict | list | bool) else str(value)
 
 
 def _prompt(row: PublicRow, names: Mapping) -> str | list[Message]:
     value = column(row, names.prompt)
+    holds_messages = _name_of(row, names.prompt) in MESSAGE_FIELDS
     if any(row.fields.get(name) for name in ("image", "images", "image_1")) or _IMAGE.search(
         json.dumps(value, default=str)
     ):
         raise Unusable("asks about an image")
     messages = _messages(value)
+    if messages is None and holds_messages and isinstance(value, str) and value.strip():
+        raise Unusable(_NOT_MESSAGES)
     if messages is not None:
         value = messages[0]["content"] if [message["role"] for message in messages] == ["user"] else messages
     if not value or not isinstance(value, str | list) or (isinstance(value, str) and not value.strip()):
         raise Unusable("has no question")
     return value
+
+
+def _text_prompt(row: PublicRow, names: Mapping) -> str:
+    prompt = _prompt(row, names)
+    if not isinstance(prompt, str):
+        raise Unusable("has several chat messages where the set has one text")
+    return prompt
 
 
 def _messages(value: Any) -> list[Message] | None:
@@ -242,6 +268,8 @@ def _answer(value: Any) -> str | None:
         if value.strip() in _NOT_FINITE:
             raise Unusable(NOT_FINITE)
         return value
+    if isinstance(value, bool):
+        raise Unusable("has true or false for an answer, which is no text and no number")
     if not isinstance(value, int | float | Decimal):
         raise Unusable(f"has an answer of the type {type(value).__name__}, which is no text and no number")
     if not isinstance(value, int) and not math.isfinite(value):

@@ -22,7 +22,7 @@ from megatron_tempo.observability.heartbeat import BEAT, DONE, SILENT, read_hear
 from megatron_tempo.observability.progress import RECENT, Forecast, clock
 from megatron_tempo.observability.records import Record, read_evaluations, read_metrics, read_warnings
 from megatron_tempo.observability.terminal import width
-from megatron_tempo.report.summary import memory_peaks, printable, score
+from megatron_tempo.report.summary import check_is_run, memory_peaks, printable, score
 
 SHOWN = 5  # warnings, the latest
 OVERDUE, OVERDUE_SECONDS = 5.0, 300.0  # a phase is reported if it takes this many times the usual, and this much more
@@ -38,8 +38,7 @@ class Status:
 
 def status(run_dir: Path, now: float | None = None) -> Status:
     """`now`: unix time; None: the system clock's. Raises InputError if the folder is not that of a run."""
-    if not run_dir.is_dir():
-        raise InputError(f"{run_dir} is not a folder: give the run.dir of a run")
+    check_is_run(run_dir)
     config = _config(run_dir / "config.json")
     metrics, evaluations, heartbeat = read_metrics(run_dir), read_evaluations(run_dir), read_heartbeat(run_dir)
     if config is None and heartbeat is None and not metrics and not evaluations:

@@ -12,7 +12,10 @@ from megatron_tempo.errors import InputError
 from megatron_tempo.errors import printable as printable
 from megatron_tempo.input_files import read_json
 from megatron_tempo.observability.alerts import Alert, alerts
+from megatron_tempo.observability.heartbeat import read_heartbeat
 from megatron_tempo.observability.records import (
+    EVALUATIONS,
+    METRICS,
     Record,
     read_evaluations,
     read_metrics,
@@ -64,9 +67,8 @@ class Run:
 
     @classmethod
     def read(cls, run_dir: Path) -> Run:
-        """Raises InputError if the folder is missing or a file in it is broken."""
-        if not run_dir.is_dir():
-            raise InputError(f"{run_dir} is not a folder: give the run.dir of a run")
+        """Raises InputError if the folder is missing or not that of a run, or if a file in it is broken."""
+        check_is_run(run_dir)
         return cls(
             name=run_dir.resolve().name,
             config=_config(run_dir / "config.json"),
@@ -122,6 +124,29 @@ class Run:
 
 
 _MOST = 1 << 53  # iterations, which no run reaches
+
+
+def check_is_run(run_dir: Path) -> None:
+    """Raises InputError if the folder is not that of a run or an evaluation, such as a folder of a model."""
+    if not run_dir.is_dir():
+        raise InputError(f"{run_dir} is not a folder: give the run.dir of a run")
+    if read_heartbeat(run_dir) is not None or any(_has_content(run_dir / name) for name in (METRICS, EVALUATIONS)):
+        return
+    config = run_dir / "config.json"
+    if not config.exists():
+        raise InputError(
+            f"{run_dir} is not the folder of a run: no config.json, no heartbeat.json; give the run.dir of a run"
+        )
+    keys = read_json(config, dict).keys()
+    if keys and not _OF_A_RUN & keys:
+        raise InputError(f"{run_dir} is not the folder of a run: its config.json is none's; give the run.dir of a run")
+
+
+def _has_content(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
+
+
+_OF_A_RUN = {"run", "rollout", "stage1"}  # keys of a run's config.json
 
 
 def _config(path: Path) -> Record:

@@ -148,7 +148,7 @@ def test_an_export_says_where_it_is_from(run: Path, tmp_path: Path) -> None:
     }
     for model in ("actor", "critic"):
         assert json.loads((run / f"hf_step_00000002/{model}/tempo_origin.json").read_text()) == expected
-    to_hugging_face(step, tmp_path / "converted", "actor", None, None, 1 << 30, lambda _: None)
+    to_hugging_face(step, tmp_path / "converted", "actor", None, None, 1 << 30)
     assert json.loads((tmp_path / "converted/tempo_origin.json").read_text()) == expected
 
 

@@ -6,12 +6,18 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tempo.checkpoint import checkpoints as module
 from megatron_tempo.checkpoint import manifest
@@ -20,6 +26,7 @@ from megatron_tempo.config.resume import check_run_folder
 from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.tree import save
 from megatron_tempo.errors import InputError
+from megatron_tempo.models.megatron_compat.cpu_backend import install_cpu_backend
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.observability.records import extend
 from megatron_tempo.training.resume_point import find
@@ -338,3 +345,81 @@ def test_lengths_may_change_for_what_is_still_to_come(run: Path) -> None:
     assert "stage2.iterations=1: the run in" in refusal(run, config)
     config.stage1.iterations, config.stage2.iterations = 5, 4
     assert "give the earlier stages' lengths as they were" in refusal(run, config)
+
+
+def as_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+# What happens to a file of Megatron's between the check against the manifest and the loading.
+LOST: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "weights unreadable": ("__0_0.distcp", as_folder, "__0_0.distcp: Is a directory"),
+    "weights lost": ("__0_0.distcp", Path.unlink, "__0_0.distcp: No such file or directory"),
+    "weights cut": ("__0_0.distcp", cut, "a file is not as it was written ("),
+    "index lost": (".metadata", Path.unlink, "No such file or directory: "),
+    "index cut": (".metadata", cut, "pickle data was truncated; nothing was changed"),
+    "common part unreadable": ("common.pt", as_folder, "common.pt: Is a directory"),
+    "common part lost": ("common.pt", Path.unlink, "common.pt: No such file or directory"),
+    "common part cut": ("common.pt", cut, "a file is not as it was written ("),
+    "format cut": ("metadata.json", cut, "a file is not as it was written ("),
+}
+
+
+@pytest.mark.parametrize("kind", LOST)
+def test_a_file_that_fails_after_it_was_checked_is_named(run: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Megatron's own loading, of a small checkpoint."""
+    name, lose, words = LOST[kind]
+    folder = run / "checkpoints/step_00000006/actor"
+    (folder / "__0_0.distcp").unlink()
+    install_cpu_backend()
+    dist_checkpointing.save({"w": ShardedTensor.from_rank_offsets("w", torch.ones(64)), "extra": 1}, str(folder))
+    monkeypatch.setattr(
+        module, "_sharded", lambda model, is_loading: {"w": ShardedTensor.from_rank_offsets("w", torch.zeros(64))}
+    )
+    model: Any = SimpleNamespace(at_work=nullcontext)
+    whole = module._loaded(model, folder)
+    assert torch.equal(whole["w"], torch.ones(64))
+    lose(folder / name)
+    before = snapshot(run)
+    result = module.Found(folder.parent, {"step": 6, "optimizer_steps": {"actor": 1}}, ())
+    with pytest.raises(InputError) as raised:
+        opened(run).load(result, {"actor": model})
+    assert str(raised.value).startswith(f"{folder.parent}: ")
+    assert words in str(raised.value)
+    assert "nothing was changed. Mend the disk" in str(raised.value)
+    assert snapshot(run) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.EIO, os.strerror(errno.EIO), "/a"), "/a: Input/output error; nothing was changed"),
+        (OSError(errno.ESTALE, os.strerror(errno.ESTALE), "/a"), "/a: Stale file handle; nothing was changed"),
+        (RuntimeError("PytorchStreamReader failed reading zip archive"), "a file is not as it was written (Py"),
+        (RuntimeError("NCCL communicator was aborted"), None),
+        (ConnectionResetError(104, "Connection reset by peer"), None),
+        (torch.OutOfMemoryError("CUDA out of memory"), None),
+        (KeyError("w"), None),
+    ],
+)
+@pytest.mark.parametrize("gathered", [False, True])
+def test_only_what_cannot_be_read_is_told_so(
+    run: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str | None, gathered: bool
+) -> None:
+    """As Megatron raises it, and as torch does for an error on another rank."""
+    raised = CheckpointException("read", {3: (error, [])}) if gathered else error  # type: ignore[dict-item]
+
+    def fail(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(module, "_sharded", lambda model, is_loading: {})
+    monkeypatch.setattr(module.dist_checkpointing, "load", fail)
+    with pytest.raises((InputError, type(raised))) as caught:
+        module._loaded(SimpleNamespace(), run / "checkpoints/step_00000006/actor")  # type: ignore[arg-type]
+    assert (caught.value is raised) == (words is None)
+    assert words is None or words in str(caught.value)

@@ -86,6 +86,14 @@ TYPOS = {
     "expriment=quickstart": "expriment=quickstart: there is no such group of presets; fix: experiment=quickstart",
     "model=qwen": "model=qwen: there is no preset of this name in configs/model; fix: did you mean qwen3_8b or "
     "qwen3_14b?",
+    "data=[a,b]": "data=[a,b]: is a list, not one name; fix: data=a",
+    "model=[a,b]": "model=[a,b]: is a list, not one name; fix: model=a",
+    "algorithm={a: b}": "algorithm={a: b}: is a mapping, not one name; fix: algorithm=a",
+    "model=a,b": "model=a,b: sweeps over several values are not supported; fix: model=one of a,b",
+    "run.dir=[a,b]": "run.dir=[a, b]: must be text; fix: give one: run.dir=a",
+    "model.path=[a,b]": "model.path=[a, b]: must be text; fix: give one: model.path=a",
+    "evaluation.sets.heldout.path=[a,b]": "evaluation.sets.heldout.path=[a, b]: must be text; fix: give one: "
+    "evaluation.sets.heldout.path=a",
     "data=a.jsonl": "data=a.jsonl: is only for eval; fix: data.labelled.path=a.jsonl or data.unlabelled.path=a.jsonl",
     "run.seed=1,2": "run.seed=1,2: sweeps over several values are not supported; fix: give one value, a list "
     "as run.seed=[1,2], or text with a comma in quotes: 'run.seed=\"1,2\"'",
@@ -267,6 +275,74 @@ def test_files_of_equal_names_are_sets_of_their_own(
     assert any(
         "is the benchmark math500, as" in line for line in report(capsys, "eval", model, *twice, "benchmark=math500")
     )
+
+
+def test_a_list_of_files_is_a_set_for_each(
+    good: list[str], tmp_path: Path, called: list[tuple[str, Config]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("a.jsonl", "b c, d.jsonl", "数学.jsonl")
+    for name in names:
+        (tmp_path / name).write_text(ROW)
+    model = f"model={tmp_path / 'model'}"
+    listed = ",".join(f"'{tmp_path / name}'" for name in names)
+    assert cli.main(["eval", model, f"data=[{listed}]", "evaluation.sets.a.verifier=choice"]) == 0
+    sets = called[0][1].evaluation.sets
+    assert {s.path for s in sets.values()} == {str(tmp_path / name) for name in names}
+    assert sets["a"].verifier is not None
+    assert sets["a"].verifier.name == "choice"
+    first = tmp_path / "a.jsonl"
+    assert cli.main(["eval", model, f"data=[{first}]"]) == 0
+    # one that is not there, a file twice, and what is no list of files
+    assert any("data=b: names neither" in line for line in report(capsys, "eval", model, f"data=[{first},b]"))
+    assert any("is given twice" in line for line in report(capsys, "eval", model, f"data=[{first},{first}]"))
+    for word, fix in {
+        "data=[]": "is a list, not one name or path; fix: data=NAME",
+        "data=[[a.jsonl]]": "is a list, not one name or path; fix: data=NAME",
+        f"data={{x: {first}}}": f"is a mapping, not a file; fix: evaluation.sets.x.path={first}",
+        f"data={first},b.jsonl": f"sweeps over several values are not supported; fix: data=[{first},b.jsonl]",
+    }.items():
+        assert f"{word}: {fix}" in report(capsys, "eval", model, word)
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_every_row_is_checked_before_the_slow_imports(
+    command: str, good: list[str], tmp_path: Path, called: list[tuple[str, Config]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [ROW] * 3 + ['{"prompt": "1 + 1", "answer": true, "id": "b"}\n', "[]\n"]
+    for name in ("labelled", "heldout"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    words = good if command == "train" else [f"model={tmp_path / 'model'}", f"data={tmp_path / 'heldout.jsonl'}"]
+    before = set(tmp_path.iterdir())
+    lines = report(capsys, command, *words)
+    assert called == []
+    assert "heldout.jsonl:4: field 'answer' is True (bool); an answer is text or a number" in lines
+    assert "heldout.jsonl:5: a JSON array, not an object; write one {...} a line" in lines
+    assert any(line.startswith("labelled.jsonl:4:") for line in lines) == (command == "train")
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("what", ["nothing", "a model", "a broken heartbeat", "no records"])
+@pytest.mark.parametrize("words", [["status"], ["report"], ["report", "TMP/run", "--out", "TMP/page.html"]])
+def test_a_folder_of_no_run_is_refused_and_nothing_written(
+    what: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    contents = {
+        "a model": ("config.json", '{"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}'),
+        "a broken heartbeat": ("heartbeat.json", "{}"),
+        "no records": ("metrics.jsonl", ""),
+    }
+    if what in contents:
+        (folder / contents[what][0]).write_text(contents[what][1])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    given = [word.replace("TMP", str(tmp_path)) for word in words]
+    assert report(capsys, *given[:1], str(folder), *given[1:])[0].startswith(
+        f"error: {folder} is not the folder of a run"
+    )
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_eval_offers_what_an_export_was_trained_with(

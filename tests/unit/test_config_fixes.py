@@ -214,7 +214,16 @@ OUTSIDE = {
     "config/rules/rollout.py": {"check_serve", "_ahead"},
     "config/tree.py": {"read_settings"},
     "config/compose.py": {
-        *("compose_tree", "_whole", "_check_whole", "_sift", "_refused", "_set_names", "attributed", "_check_presets"),
+        *(
+            "compose_tree",
+            "_whole",
+            "_check_whole",
+            "_sift",
+            "_refused",
+            "set_names_of",
+            "attributed",
+            "_check_presets",
+        ),
     },
 }
 FILES = ["config/tree.py", "plan/split.py", "plan/shapes.py", "submit/job.py", "config/compose.py"]

@@ -14,12 +14,12 @@ import pytest
 
 from megatron_tempo import cli
 from megatron_tempo.config import Config, ConfigErrors, Purpose, check
-from megatron_tempo.config.compose import set_name
 from megatron_tempo.config.rules import numbers
 from megatron_tempo.config.rules.evaluation import SET_NAME_BYTES
 from megatron_tempo.config.rules.layout import divisors
 from megatron_tempo.config.schedule import evaluation_point, evaluations_left, remaining, total
 from megatron_tempo.config.schema import ClusterConfig, to_plain
+from megatron_tempo.config.set_names import set_name
 from megatron_tempo.config.tree import read, strip_optional
 from megatron_tempo.errors import EngineError, InputError, Stopped, UnwrittenError, hidden, printable
 from tests.unit.config_files import configure, good_overrides, write_all, write_model, write_rows
@@ -307,3 +307,63 @@ def test_long_names_on_the_command_line(files: Path, capsys: pytest.CaptureFixtu
     write_rows(files / f"{name[:240]}.jsonl")
     config = cli.build([f"model={files}/model", f"data={files}/{name[:240]}.jsonl"], purpose=Purpose.eval)
     assert [len(name) for name in config.evaluation.sets] == [SET_NAME_BYTES]
+
+
+LONG = "9" * 5000
+HEX = "0x" + "f" * 5000  # YAML reads it, and Python refuses to print it
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        *(f"run: {{{field}: {LONG}}}" for field in ("seed", "device")),
+        *(f"run: {{{field}: {HEX}}}" for field in ("seed", "device", "deterministic", "no_such_field", "max_skipped")),
+        *(f"? {HEX}\n: {value}" for value in ("3", HEX)),
+        f"evaluation:\n  pass_k: {HEX}\n  sets:\n    ? {HEX}\n    : {{path: a.jsonl}}",
+        f"evaluation: {{pass_k: [{HEX}], every: [{HEX}], samples: {HEX}}}",
+        f"rollout: {{temperature: {HEX}, engine: {HEX}, replay: {HEX}}}",
+        f"rollout: {{servers: {{devices: [{HEX}], replicas: {HEX}}}}}",
+        f"stage1: {{method: {HEX}, iterations: {HEX}, labelled_prompts: {HEX}}}",
+        f"cluster: {{slurm: {{time_limit: {HEX}, account: {HEX}}}, nodes: {HEX}}}",
+        f"parallel: {{tensor: {HEX}, world_size: {HEX}, pipeline: {HEX}}}",
+    ],
+)
+def test_whole_numbers_that_python_does_not_print(files: Path, preset: str) -> None:
+    (files / "own/experiment").mkdir(parents=True)
+    (files / "own/experiment/big.yaml").write_text(f"# @package _global_\n{preset}\n")
+    for purpose in (Purpose.train, Purpose.plan):
+        with pytest.raises(ConfigErrors) as raised:
+            cli.build(["experiment=big", *good_overrides(files)], purpose=purpose, config_dir=str(files / "own"))
+        assert "digits" in str(raised.value)
+        assert "set_int_max_str_digits" not in str(raised.value)
+        assert len(str(raised.value)) < 10_000
+
+
+@pytest.mark.parametrize("option", ["--seed", "--split-heldout"])
+@pytest.mark.parametrize("value", [LONG, "x", "1e3", "", "0x10"])
+def test_an_option_that_is_no_whole_number(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["prepare", "custom", "a.jsonl", "--out", "b.jsonl", f"{option}={value}"])
+    assert leaving.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {option}: " in last
+    assert last.endswith(" is not a whole number that can be read")
+    assert len(last) < 200
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "run/metrics.jsonl", "run/config.json", "config.json"])
+def test_long_numbers_in_files_get_words_of_ours(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f'{{"prompt": "1+1?", "answer": {LONG}}}\n')
+    fields = ["--prompt-field=prompt", "--answer-field=answer", "--verifier=math"]
+    words = {
+        "a": ["prepare", "custom", str(path), "--out", str(tmp_path / "out.jsonl"), *fields],
+        "metrics": ["status", str(tmp_path / "run")],
+        "config": ["report", str(path.parent)] if "run" in name else ["plan", "--config", str(path)],
+    }[path.stem]
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert "a whole number has more than 4300 digits" in error
+    assert "set_int_max" not in error
+    assert path.name in error

@@ -158,7 +158,17 @@ BAD_LINES: dict[str, tuple[bytes, dict[str, Any], str]] = {
     "string": (b'"one"\n', {}, "bad.jsonl:1: a JSON string, not an object"),
     "null": (b"null\n", {}, "bad.jsonl:1: a JSON null, not an object"),
     "deep": (b"[" * 200_000 + b"\n", {}, "bad.jsonl:1: unreadable JSON"),
-    "digits": (b'{"prompt": "one", "answer": ' + b"1" * 5000 + b"}\n", {}, "bad.jsonl:1: unreadable JSON"),
+    "digits": (
+        b'{"prompt": "one", "answer": ' + b"1" * 5000 + b"}\n",
+        {},
+        "bad.jsonl:1: unreadable JSON: a whole number has more than 4300 digits",
+    ),
+    "text as messages": (
+        line(messages="find one"),
+        {"prompt_field": "messages"},
+        "field 'messages' is 'find one' (str), no list of chat messages in JSON; write a list of {role, content}",
+    ),
+    "messages without quotes": (line(prompt="[{role: user, content: one}]"), {}, "cannot be read as JSON"),
     "field misspelt": (b'{"promt": "one", "answer": 1}\n', {}, "field 'prompt' is missing; did you mean 'promt'?"),
     "field missing": (b'{"q": "one", "answer": 1}\n', {}, "field 'prompt' is missing; there are ['answer', 'q']"),
     "no answer": (b'{"prompt": "one"}\n', {}, "field 'answer' is missing; there are ['prompt']"),

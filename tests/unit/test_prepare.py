@@ -160,11 +160,33 @@ def test_options_of_gpqa_are_shuffled_by_the_seed(tmp_path: Path) -> None:
 
 
 BAD_MESSAGES = "its messages do not have a known role and a text each, or do not end with the user's"
+BOOLEAN = "has true or false for an answer, which is no text and no number"
+NO_LIST = (
+    "its column of messages holds text that is no list of chat messages in JSON; if it is the question itself, give "
+    "the column another name"
+)
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x"}]
 # A set, a row beside a sound one, and why it is dropped.
 DROPPED: list[tuple[str, dict[str, Any], str]] = [
     ("math500", {"problem": "x", "answer": " "}, "has no answer"),
     ("math500", {"problem": "x", "answer": None}, "has no answer"),
+    ("math500", {"problem": "x", "answer": [None]}, "has no answer"),
     ("math500", {"problem": "x", "answer": ["1", "2"]}, "has several answers"),
+    ("math500", {"problem": "x", "answer": []}, "has several answers"),
+    ("math500", {"problem": "x", "answer": True}, BOOLEAN),
+    ("math500", {"problem": "x", "answer": [False]}, BOOLEAN),
+    ("bbh", {"input": "Q", "target": True}, BOOLEAN),
+    ("agieval", {"question": "x", "options": OPTIONS, "label": True}, BOOLEAN),
+    ("agieval", {"question": "x", "options": ["(A)1", True], "label": "A"}, BOOLEAN),
+    ("gpqa_diamond", gpqa(9) | {"Correct Answer": True}, BOOLEAN),
+    ("gpqa_diamond", gpqa(9) | {"Incorrect Answer 2": {"a": 1}}, "has a group of fields for an answer"),
+    ("gpqa_diamond", gpqa(9) | {"Question": CHAT}, "has several chat messages where the set has one text"),
+    ("dolci_general", {"messages": "What is 1+1?", "ground_truth": "2"}, NO_LIST),
+    ("dolci_general", {"messages": '[{"text": "x"}]', "ground_truth": "2"}, NO_LIST),
+    ("dolci_general", {"messages": "[]", "ground_truth": "2"}, NO_LIST),
+    ("dolci_general", {"messages": '[{"role": "user", "content": "x"', "ground_truth": "2"}, BAD_MESSAGES),
+    ("dolci_general", {"messages": "[{role: user, content: x}]", "ground_truth": "2"}, BAD_MESSAGES),
+    ("math500", {"problem": "[{role: user, content: What is 1+1?}]", "answer": "2"}, BAD_MESSAGES),
     ("math500", {"problem": "x", "answer": {"value": 1}}, "has a group of fields for an answer"),
     ("math500", {"problem": "x", "answer": float("nan")}, "its answer is not a finite number"),
     ("math500", {"problem": "x", "answer": float("-inf")}, "its answer is not a finite number"),
@@ -204,7 +226,10 @@ DROPPED: list[tuple[str, dict[str, Any], str]] = [
     ("zebralogic", {"puzzle": "x", "solution": {"header": ["House", "A"], "rows": [["___", "___"]]}}, "has no answer"),
     ("dapo_math_17k", {"prompt": DAPO.replace("1+1", " 1+1"), "solution": "2"}, "the same question as an earlier row"),
 ]
-SOUND = {name: row for name, row, _ in FORMS.values()} | {"dapo_math_17k": {"prompt": "Find 1+1.", "solution": "2"}}
+SOUND = {name: row for name, row, _ in FORMS.values()} | {
+    "dapo_math_17k": {"prompt": "Find 1+1.", "solution": "2"},
+    "gpqa_diamond": gpqa(1),
+}
 
 
 @pytest.mark.parametrize(("name", "row", "reason"), DROPPED, ids=[f"{name}: {why}" for name, _, why in DROPPED])

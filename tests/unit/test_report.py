@@ -14,6 +14,8 @@ from scipy import stats
 
 from megatron_tempo.config.schema import Config, ModelConfig, RunConfig, to_plain
 from megatron_tempo.config.stages import CriticTargets
+from megatron_tempo.config.tree import save
+from megatron_tempo.errors import InputError
 from megatron_tempo.evaluation.calibration import calibration_record
 from megatron_tempo.evaluation.scores import pass_at_k
 from megatron_tempo.observability.records import append, read_evaluations
@@ -426,6 +428,10 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_and_none(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not the folder of a run"):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+    save(Config(), tmp_path / "config.json")
     assert "Nothing has been evaluated yet." in report(tmp_path).text
     assert summary_table(tmp_path) == "Nothing has been evaluated yet."
     with pytest.raises(ValueError, match="no evaluations to plot"):

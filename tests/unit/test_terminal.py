@@ -140,6 +140,17 @@ def test_every_preset_has_a_line(capsys: pytest.CaptureFixture[str], monkeypatch
     )
 
 
+@pytest.mark.parametrize("columns", [1, 10, 24, 40, 79])
+def test_presets_in_a_narrow_terminal_are_words(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    words = sorted(listing(None, None).split())
+    longest = max(map(len, words))
+    monkeypatch.setenv("COLUMNS", str(columns))
+    narrow = listing(None, None)
+    assert sorted(narrow.split()) == words, "no word is cut"
+    assert max(map(len, narrow.splitlines())) <= max(columns, longest + 4)
+
+
 def test_presets_of_ones_own_are_listed(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\n# My run of v1.5 on 8 GPUs. More.\nrun: {}\n")
