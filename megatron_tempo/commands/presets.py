@@ -75,7 +75,7 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 
 def _line(name: str, text: str, room: int) -> str:
-    """A preset and its description: beside it, or below it in a terminal that is too narrow for two columns."""
+    """A preset and its description: next to it, or below it in a terminal that is too narrow for two columns."""
     indent = " " * (room + 4)
     if width() >= len(indent) + NARROWEST:
         return _filled(text, f"  {name:<{room}}  ", indent) or f"  {name}"
