@@ -31,15 +31,15 @@ class Storages(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._add(leaf.untyped_storage())
         if self._most > self.peak:  # counting is slow: only if the peak may have risen
             if self.now() > (1 + self._settled) * self.peak:
                 time.sleep(0.05)  # gloo's thread frees a message's tensor a moment after the wait for it returns
             self.peak = max(self.peak, self.now())
-        return found
+        return result
 
     def _add(self, storage: UntypedStorage) -> None:
         ref = StorageWeakRef(storage)
