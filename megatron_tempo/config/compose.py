@@ -37,7 +37,7 @@ from megatron_tempo.config.shipped import REPOSITORY
 from megatron_tempo.config.trained_with import defaults_for, lengths, read_trained_with
 from megatron_tempo.config.tree import MISSING, read, without_default_settings
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import read_json, read_text
+from megatron_tempo.files import read_json, read_text
 
 GROUPS = ("model", "data", "benchmark", "engine", "algorithm", "experiment", "cluster")
 _DEFAULT_ALGORITHM = "paper"  # as in configs/config.yaml
@@ -263,7 +263,7 @@ def _single_files(text: str) -> list[str]:
 
 def _quoted(value: str) -> str:
     """The text in the quotes of Hydra's grammar."""
-    return '"' + re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ("\\" + found[2] if found[2] else ""), value) + '"'
+    return '"' + re.sub(r'(\\*)("|$)', lambda match: 2 * match[1] + ("\\" + match[2] if match[2] else ""), value) + '"'
 
 
 _OPENING = ("[", "{", "'", '"', "")  # how a value that is no plain text begins

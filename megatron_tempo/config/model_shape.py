@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import read_json
+from megatron_tempo.files import read_json
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LARGEST = 2**31 - 1  # of the sizes in a config.json
@@ -157,6 +158,17 @@ def read_model_shape(folder: Path) -> ModelShape:
         raise InputError(f"{file}: {error}") from error
 
 
+def shape_or_problem(folder: Path) -> tuple[ModelShape | None, str]:
+    """The shape of the model in a Hugging Face folder; or None, and what is wrong with the folder's config.json."""
+    file = folder / "config.json"
+    if not os.path.lexists(file):
+        return None, f"has no {file.name}"
+    try:
+        return read_model_shape(folder), ""
+    except InputError as error:
+        return None, f"{file.name}{str(error).removeprefix(str(file))}"
+
+
 def model_shape(entries: Mapping[str, Any]) -> ModelShape:
     """The shape that the entries of a config.json describe. Raises InputError, which names the field."""
     name = entries.get("model_type")
@@ -209,7 +221,7 @@ def _windowed(family: Family, given: Mapping[str, Any]) -> tuple[LayerAttention,
     kinds = _layer_types(given, [FULL if (layer + 1) % 4 == 0 else SLIDING for layer in range(layers)])
     by_kind = _of_kind("rope_parameters", given.get("rope_parameters") or {}, dict)
     scaling = _of_kind("rope_scaling", given.get("rope_scaling") or {}, dict)
-    found: dict[str, LayerAttention] = {}
+    attentions: dict[str, LayerAttention] = {}
     for kind in dict.fromkeys(kinds):
         if kind not in (FULL, SLIDING):
             raise _unsupported("layer_types", kind, SLIDING)
@@ -221,8 +233,8 @@ def _windowed(family: Family, given: Mapping[str, Any]) -> tuple[LayerAttention,
         window = given.get("sliding_window") if kind == SLIDING else None
         if kind == SLIDING and not _is_size(window):
             raise _unsupported("sliding_window", window, 4096)
-        found[kind] = LayerAttention(rope, window)
-    return tuple(found[kind] for kind in kinds)
+        attentions[kind] = LayerAttention(rope, window)
+    return tuple(attentions[kind] for kind in kinds)
 
 
 def _layer_types(given: Mapping[str, Any], usual: list[str]) -> list[str]:

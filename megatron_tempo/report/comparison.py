@@ -11,9 +11,10 @@ from urllib.parse import quote
 
 from megatron_tempo.config.tree import leaves
 from megatron_tempo.errors import InputError
+from megatron_tempo.files import replace_file
 from megatron_tempo.observability.console import readable
 from megatron_tempo.observability.progress import clock
-from megatron_tempo.observability.records import Record, write_whole
+from megatron_tempo.observability.records import Record
 from megatron_tempo.report import charts
 from megatron_tempo.report.charts import Chart, Labelled, labelled
 from megatron_tempo.report.html import WARNED, Sample, made_with, samples, scale, template, value_range_of
@@ -83,7 +84,8 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         scale=scale(),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    return write_whole(out, page)
+    replace_file(out, page, fsync=True)
+    return out
 
 
 def names(folders: Sequence[Path]) -> list[str]:
@@ -126,12 +128,12 @@ def alike(runs: Sequence[Labelled], name: str) -> list[Alike]:
     if len(groups) == 1:
         return [Alike(name, printable(name), members) for members in groups.values()]
     used: dict[int, int] = {}
-    found = []
+    sets_alike = []
     for (_, questions), members in groups.items():
         used[questions] = used.get(questions, 0) + 1
         other = "" if used[questions] == 1 else f", set {used[questions]}"
-        found.append(Alike(name, printable(f"{name} ({questions} questions{other})"), members))
-    return found
+        sets_alike.append(Alike(name, printable(f"{name} ({questions} questions{other})"), members))
+    return sets_alike
 
 
 def _last_of(one: Labelled, name: str) -> Record | None:
@@ -170,8 +172,8 @@ def _best(last: Sequence[Record | None], k: str | None) -> int | None:
         first, second = last[place], last[highest]
         assert first is not None
         assert second is not None
-        found = compared(first, second, k)
-        if found is None or not found.is_real or found.difference <= 0:
+        comparison = compared(first, second, k)
+        if comparison is None or not comparison.is_real or comparison.difference <= 0:
             return None
     return highest
 

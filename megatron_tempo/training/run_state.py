@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -11,14 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_tempo.checkpoint.checkpoints import Checkpoints, Found
+from megatron_tempo.checkpoint.checkpoints import Checkpoints, LatestCheckpoint
 from megatron_tempo.config import schedule
 from megatron_tempo.config.schema import Config, to_plain
-from megatron_tempo.config.tree import differences
+from megatron_tempo.config.tree import as_json, differences
 from megatron_tempo.config.tree import load as load_config
-from megatron_tempo.config.tree import save as save_config
 from megatron_tempo.data.seen import Seen
 from megatron_tempo.errors import EngineError, Stopped, UnwrittenError
+from megatron_tempo.files import replace_file
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.runtime.stop_request import StopRequests
@@ -63,15 +62,15 @@ class RunState:
 
     # Resuming
 
-    def resume(self, found: Found) -> None:
+    def resume(self, latest: LatestCheckpoint) -> None:
         """Load the checkpoint that was found, if there is one, and cut the run's files back to its step. Collective."""
-        if found.path is not None:
-            self.checkpoints.load(found, self.models)
-        self.step = found.state.get("step", 0)
-        self.evaluated = found.state.get("evaluated", self.step > 0)
-        if found.path is not None:
-            log.info("resumed from %s, %d iterations done", found.path, self.step)
-        raise_on_all_ranks(partial(self._restore_files, found.state.get("seen")))
+        if latest.path is not None:
+            self.checkpoints.load(latest, self.models)
+        self.step = latest.state.get("step", 0)
+        self.evaluated = latest.state.get("evaluated", self.step > 0)
+        if latest.path is not None:
+            log.info("resumed from %s, %d iterations done", latest.path, self.step)
+        raise_on_all_ranks(partial(self._restore_files, latest.state.get("seen")))
 
     def _restore_files(self, seen: dict[str, Any] | None) -> None:
         metrics = self.timer.metrics
@@ -92,11 +91,8 @@ class RunState:
                 return
             older = path.with_name(f"config_until_step_{self.step:08d}.json")
             log.info("%s", "\n  ".join([f"the config differs from the last start's, kept as {older}:", *changes]))
-            os.replace(path, older)
-        partial = path.with_suffix(".partial")
-        partial.unlink(missing_ok=True)
-        save_config(self.config, partial)
-        os.replace(partial, path)
+            replace_file(older, path.read_bytes(), fsync=True)  # not renamed: there is always a config.json
+        replace_file(path, as_json(self.config), fsync=True)
 
     # Saving
 

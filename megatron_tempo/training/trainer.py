@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tempo.checkpoint.checkpoints import Checkpoints, Found
+from megatron_tempo.checkpoint.checkpoints import Checkpoints, LatestCheckpoint
 from megatron_tempo.config.resume import check_run_folder
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import StageConfig
@@ -32,7 +32,7 @@ from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.observability.metrics import Metrics
 from megatron_tempo.observability.profiler import Profiler
 from megatron_tempo.observability.terminal import show
-from megatron_tempo.report.summary import summary_table, unreadable
+from megatron_tempo.report.summary import judge_warning, summary_table
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.batches import summed_counts
 from megatron_tempo.rollout.engine import Engine
@@ -76,7 +76,7 @@ class Trainer:
     seen: Seen
     timer: PhaseTimer
     state: RunState
-    found: Found
+    latest: LatestCheckpoint
     reference: Actor | None = None  # loaded when it is first needed
 
     @classmethod
@@ -108,8 +108,8 @@ class Trainer:
             stack.callback(checkpoints.close)
             streams = {"labelled": labelled, "unlabelled": unlabelled}
             drawn = {name: stream for name, stream in streams.items() if stream is not None}
-            found = find(config, checkpoints, models, drawn, read, context.is_writer)
-            _begin(metrics, checkpoints, found, is_writer=context.is_writer)
+            latest = find(config, checkpoints, models, drawn, read, context.is_writer)
+            _begin(metrics, checkpoints, latest, is_writer=context.is_writer)
             engine = build_engine(context)
             stack.callback(engine.close)
             metrics.watch(engine.health)
@@ -129,7 +129,7 @@ class Trainer:
                 keys=keys,
                 seen=seen,
                 timer=timer,
-                found=found,
+                latest=latest,
                 state=RunState(config, context.is_writer, models, requests, checkpoints, seen, timer, read),
             )
 
@@ -148,7 +148,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Resume from the newest complete checkpoint, if there is one, and give the engine the actor's weights."""
-        self.state.resume(self.found)
+        self.state.resume(self.latest)
         self.sync_engine()
         check_parity(self.requests, self.actor, self.weights, self.step)
 
@@ -258,21 +258,21 @@ class Trainer:
 def judge_counts(verifiers: Verifiers) -> dict[str, int]:
     """The judge's request counts since the last call. Logs how many responses got no verdict. Collective."""
     counts = summed_counts(verifiers)
-    if message := unreadable(counts):
+    if message := judge_warning(counts):
         log.info("%s", message)
     return counts
 
 
-def _begin(metrics: Metrics, checkpoints: Checkpoints, found: Found, *, is_writer: bool) -> None:
+def _begin(metrics: Metrics, checkpoints: Checkpoints, latest: LatestCheckpoint, *, is_writer: bool) -> None:
     """The first writes of a start. Collective."""
 
     def begin() -> None:
         metrics.begin()
-        if is_writer and found.path is None:
+        if is_writer and latest.path is None:
             checkpoints.note(None)
 
     raise_on_all_ranks(begin)
-    checkpoints.set_aside(found)
+    checkpoints.set_aside(latest)
 
 
 def _open_checkpoints(context: RunContext) -> Checkpoints:

@@ -18,7 +18,7 @@ from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.config.trained_with import ENTRY, trained_with
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import read_json
+from megatron_tempo.files import read_json
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
 from megatron_tempo.models.gpt import PackedGPT, ValueModel
@@ -109,8 +109,8 @@ def _is_exported(path: Path, origin: dict[str, Any] | None) -> bool:
         return False
     if origin is None:
         return True
-    found = folder.read_origin(path)
-    if found is not None and all(found.get(key) == value for key, value in origin.items() if key != "run"):
+    written = folder.read_origin(path)
+    if written is not None and all(written.get(key) == value for key, value in origin.items() if key != "run"):
         return True
     names = (path.with_name(f"{path.name}.other-{number}") for number in itertools.count(1))
     aside = next(name for name in names if not name.exists())

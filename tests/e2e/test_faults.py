@@ -133,7 +133,7 @@ def test_what_a_run_can_do_without(undisturbed: Path, tmp_path: Path) -> None:
     run.mkdir()
     for name in ("rollouts", "tensorboard"):  # files, where folders are wanted
         (run / name).touch()
-    for name in ("report.html", "heartbeat.json.new"):
+    for name in ("report.html", "heartbeat.json"):
         (run / name).mkdir()
     for name in ("samples.jsonl", "warnings.jsonl"):
         (run / name).symlink_to(tmp_path / "none" / name)
@@ -219,9 +219,12 @@ if __name__ == "__main__":
 
 
 def permitted() -> bool:
-    found = shutil.which("unshare")
+    program = shutil.which("unshare")
     mount = "mount -t tmpfs tmpfs /mnt"
-    return found is not None and subprocess.run([found, "-Urm", "sh", "-c", mount], capture_output=True).returncode == 0
+    return (
+        program is not None
+        and subprocess.run([program, "-Urm", "sh", "-c", mount], capture_output=True).returncode == 0
+    )
 
 
 @pytest.mark.skipif(not permitted(), reason="wants a mount namespace of its own, for a small disk: unshare -Urm")

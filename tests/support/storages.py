@@ -32,13 +32,13 @@ class Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         collective = func.namespace == "c10d" and func._schema.name not in _POINT_TO_POINT
-        found = (_on_copies if collective else _as_is)(func, args, kwargs or {})
-        for leaf in tree_leaves(found):
+        result = (_on_copies if collective else _as_is)(func, args, kwargs or {})
+        for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._add(leaf.untyped_storage())
         if self._most > self.peak:  # counting is slow: only if the peak may have risen
             self.peak = max(self.peak, self.now())
-        return found
+        return result
 
     def _add(self, storage: UntypedStorage) -> None:
         ref = StorageWeakRef(storage)

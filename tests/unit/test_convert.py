@@ -26,6 +26,7 @@ from megatron_tempo.checkpoint.convert import to_hugging_face, to_megatron
 from megatron_tempo.commands.convert import SCRIPTS
 from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.errors import InputError
+from megatron_tempo.files import temporaries_in
 from megatron_tempo.runtime.folder_lock import FolderLock
 from megatron_tempo.weights import distributed
 from megatron_tempo.weights.export import TARGETS, critic_changes
@@ -67,10 +68,10 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor
 
 def with_odd_numbers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """bfloat16, with numbers that are lost where a number is made another type and back, or computed with."""
-    found = {name: tensor.bfloat16() for name, tensor in weights.items()}
-    head = found["model.layers.1.mlp.down_proj.weight"]
+    converted = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    head = converted["model.layers.1.mlp.down_proj.weight"]
     head.view(torch.int16)[0, :4] = torch.tensor([0x7FC1, -32768, 0x0001, 0x7F80], dtype=torch.int16)
-    return found
+    return converted
 
 
 def repeated_head(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -79,8 +80,8 @@ def repeated_head(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def as_critic(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """In bfloat16, but for the head."""
-    found = {name: tensor.bfloat16() for name, tensor in weights.items() if name != "lm_head.weight"}
-    return found | {"score.weight": torch.randn(1, 32), "score.bias": torch.randn(1)}
+    converted = {name: tensor.bfloat16() for name, tensor in weights.items() if name != "lm_head.weight"}
+    return converted | {"score.weight": torch.randn(1, 32), "score.bias": torch.randn(1)}
 
 
 def write_critic(folder: Path) -> Path:
@@ -107,15 +108,15 @@ def test_there_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: s
     monkeypatch.setattr(distributed, "CHUNK_BYTES", 20 * ROW_BYTES)  # a vocabulary in chunks
     folder = FOLDERS[name](tmp_path / "folder")
     model = "critic" if name == "critic" else "actor"
-    with logged() as told:
+    with logged() as messages:
         size = to_megatron(folder, tmp_path / "megatron", model, PART)
     assert size == sum(path.stat().st_size for path in (tmp_path / "megatron").iterdir())
-    assert len(told) == len(list((tmp_path / "megatron").glob("*.distcp"))) - 1 > 1
-    with logged() as told:
+    assert len(messages) == len(list((tmp_path / "megatron").glob("*.distcp"))) - 1 > 1
+    with logged() as messages:
         size = to_hugging_face(tmp_path / "megatron", tmp_path / "back", model, folder, None, PART)
     assert size == sum(path.stat().st_size for path in (tmp_path / "back").iterdir())
     shards = list((tmp_path / "back").glob("*.safetensors"))
-    assert len(told) == len(shards) > 1
+    assert len(messages) == len(shards) > 1
     assert all(path.stat().st_size < PART + 5000 for path in shards)  # and the header
     expected = read(folder)
     if "head repeated" in name:
@@ -159,8 +160,8 @@ def test_safetensors_in_pieces(tmp_path: Path) -> None:
         size = write_safetensors(file, entries, iter([wide[:2], wide[2:].t().contiguous().t(), narrow]))
     assert (tmp_path / "file").stat().st_size == size
     assert equal(load_file(tmp_path / "file"), {"wide": wide, "narrow": narrow})
-    with safe_open(tmp_path / "file", "pt") as found:
-        assert found.metadata() == {"format": "pt"}
+    with safe_open(tmp_path / "file", "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
 
 
 # Refused
@@ -212,7 +213,7 @@ def converted(tmp_path: Path) -> tuple[Path, Path]:
 def test_a_checkpoint_that_is_of_another_model_is_refused(converted: tuple[Path, Path], tmp_path: Path) -> None:
     folder, checkpoint = converted
     small = write_model(tmp_path / "small", tied=True, layers=2, ffn=64)
-    for like, model, told in (
+    for like, model, message in (
         (
             folder,
             "critic",
@@ -222,7 +223,7 @@ def test_a_checkpoint_that_is_of_another_model_is_refused(converted: tuple[Path,
     ):
         with pytest.raises(InputError) as error:
             to_hugging_face(checkpoint, tmp_path / "out", model, like, None, PART)
-        assert all(text in str(error.value) for text in told)
+        assert all(text in str(error.value) for text in message)
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -276,11 +277,11 @@ class Stop(Exception):
 @contextmanager
 def stopped_after(lines: int) -> Iterator[None]:
     """Inside, a conversion stops when it has logged so many lines."""
-    told: list[logging.LogRecord] = []
+    messages: list[logging.LogRecord] = []
 
     def stop(record: logging.LogRecord) -> bool:
-        told.append(record)
-        if len(told) == lines:
+        messages.append(record)
+        if len(messages) == lines:
             raise Stop
         return True
 
@@ -321,9 +322,9 @@ def test_a_part_that_is_gone_is_made_again(tmp_path: Path) -> None:
         to_megatron(folder, tmp_path / "out", "actor", PART)
     (tmp_path / "out.partial/whole/__0_0.distcp").unlink()
     os.truncate(tmp_path / "out.partial/whole/__1_0.distcp", 10)
-    with logged() as told:
+    with logged() as messages:
         to_megatron(folder, tmp_path / "out", "actor", PART)
-    assert ["already done" in line for line in told] == [False, False, True, *(False for _ in told[3:])]
+    assert ["already done" in line for line in messages] == [False, False, True, *(False for _ in messages[3:])]
     to_hugging_face(tmp_path / "out", tmp_path / "back", "actor", folder, None, PART)
     assert equal(read(tmp_path / "back"), read(folder))
 
@@ -418,13 +419,13 @@ def test_killed_it_goes_on_behind_what_is_done(converted: tuple[Path, Path], tmp
         try:
             lines = [child.stdout.readline() for _ in range(2)]
             assert lines[1].split()[1:3] == ["2", "of"]
-            while not list(whole.glob("*.tmp")):  # the third is being written
+            while not temporaries_in(whole):  # the third is being written
                 time.sleep(0.001)
         finally:
             child.send_signal(signal.SIGKILL)
     assert child.returncode == -signal.SIGKILL
     assert not out.exists()
-    before = {path.name: path.stat().st_mtime_ns for path in whole.iterdir() if path.suffix != ".tmp"}
+    before = {path.name: path.stat().st_mtime_ns for path in {*whole.iterdir()} - {*temporaries_in(whole)}}
     assert len(before) >= 2
     done = subprocess.run(
         [sys.executable, *words], env=environment, capture_output=True, text=True, check=True, timeout=120
@@ -452,8 +453,8 @@ def test_killed_before_the_last_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
         patched.setattr(convert.ResumableFolder, "finish", stop)
         with pytest.raises(Stop):
             to_megatron(folder, tmp_path / "out", "actor", PART)
-    with logged() as told:
+    with logged() as messages:
         to_megatron(folder, tmp_path / "out", "actor", PART)
-    assert all("already done" in line for line in told)
+    assert all("already done" in line for line in messages)
     to_hugging_face(tmp_path / "out", tmp_path / "back", "actor", folder, None, PART)
     assert equal(read(tmp_path / "back"), read(folder))

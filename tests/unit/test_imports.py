@@ -23,34 +23,34 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
     "errors": set(),
-    "input_files": {"errors"},
+    "files": {"errors"},
     "types": set(),
-    "config": {"errors", "input_files"},
-    "observability": {"config", "errors", "input_files", "types"},
-    "runtime": {"config", "errors", "input_files", "observability"},
+    "config": {"errors", "files"},
+    "observability": {"config", "errors", "files", "types"},
+    "runtime": {"config", "errors", "files", "observability"},
     "kernels": {"config"},
     "algorithm": {"config", "kernels"},
-    "models": {"algorithm", "config", "errors", "input_files", "kernels", "runtime", "types"},
-    "weights": {"config", "errors", "input_files", "models", "runtime", "types"},
+    "models": {"algorithm", "config", "errors", "files", "kernels", "runtime", "types"},
+    "weights": {"config", "errors", "files", "models", "runtime", "types"},
     "methods": {"algorithm", "config", "kernels", "models", "types"},
-    "rewards": {"config", "errors", "input_files", "runtime", "types"},
-    "data": {"config", "errors", "input_files", "observability", "rewards", "runtime", "types"},
+    "rewards": {"config", "errors", "files", "runtime", "types"},
+    "data": {"config", "errors", "files", "observability", "rewards", "runtime", "types"},
     "rollout": {
-        *("config", "data.tokenizer", "errors", "input_files", "models.megatron_compat.torch_private", "rewards"),
+        *("config", "data.tokenizer", "errors", "files", "models.megatron_compat.torch_private", "rewards"),
         *("runtime", "types"),
     },
     "evaluation": {"config", "rewards", "rollout", "types"},
-    "checkpoint": {"config", "data", "errors", "input_files", "models", "observability", "runtime", "weights"},
-    "report": {"config", "errors", "input_files", "evaluation", "observability"},
-    "plan": {"config", "errors", "input_files", "report"},
-    "submit": {"config", "errors", "plan"},
+    "checkpoint": {"config", "data", "errors", "files", "models", "observability", "runtime", "weights"},
+    "report": {"config", "errors", "files", "evaluation", "observability"},
+    "plan": {"config", "errors", "files", "report"},
+    "submit": {"config", "errors", "files", "plan"},
     "training": {
         *(
             "checkpoint",
             "config",
             "data",
             "errors",
-            "input_files",
+            "files",
             "evaluation",
             "kernels",
             "methods",
@@ -64,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
         "config",
         "data",
         "errors",
-        "input_files",
+        "files",
         "observability",
         "rewards",
         "runtime",
@@ -98,6 +98,7 @@ WITHOUT_TORCH = {
     "commands",
     "config",
     "errors",
+    "files",
     "observability",
     "plan",
     "report",
@@ -108,13 +109,13 @@ WITH_TORCH = {"observability/profiler.py"}  # files of theirs that do
 
 def violations(package: Path) -> list[str]:
     """Every import below `package` that breaks a rule, as "file:line layer imports name"."""
-    found = []
+    broken = []
     for path in sorted(package.rglob("*.py")):
         file = path.relative_to(package).as_posix()
         for line, name in imports(path, package):
             if not permitted(file, name, package.name):
-                found.append(f"{package.name}/{file}:{line} {Path(Path(file).parts[0]).stem} imports {name}")
-    return found
+                broken.append(f"{package.name}/{file}:{line} {Path(Path(file).parts[0]).stem} imports {name}")
+    return broken
 
 
 def permitted(file: str, name: str, package: str) -> bool:
@@ -190,10 +191,10 @@ def test_a_planted_violation_is_found(tmp_path: Path, file: str, code: str, name
     path = tmp_path / "megatron_tempo" / file
     path.parent.mkdir(parents=True)
     path.write_text(f'"""A file."""\n{code}\n')
-    (found,) = violations(tmp_path / "megatron_tempo")
+    (violation,) = violations(tmp_path / "megatron_tempo")
     line = 2 + code[: code.index("import" if "\n" not in code else "    ")].count("\n")
     assert (
-        found
+        violation
         == f"megatron_tempo/{file}:{line} {path.relative_to(tmp_path).parts[1].removesuffix('.py')} imports {name}"
     )
 

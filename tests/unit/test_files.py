@@ -20,7 +20,7 @@ from megatron_tempo.config import resume
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.trained_with import read_trained_with
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import read_json, read_text, unreadable
+from megatron_tempo.files import read_json, read_text, why_unreadable
 from megatron_tempo.observability.heartbeat import read_heartbeat
 from megatron_tempo.observability.records import read
 from megatron_tempo.report.html import write_report
@@ -40,7 +40,7 @@ def no_files(folder: Path) -> dict[str, Path]:
 
 
 def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
-    said = {
+    messages = {
         "none": "does not exist",
         "folder": "is a folder, not a file",
         "pipe": "is a named pipe, not a file",
@@ -51,8 +51,8 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
         "null": "is no name of a file",
     }
     for name, path in no_files(tmp_path).items():
-        assert str(unreadable(path)).startswith(said[name]), name
-        with pytest.raises(InputError, match=said[name]):
+        assert str(why_unreadable(path)).startswith(messages[name]), name
+        with pytest.raises(InputError, match=messages[name]):
             read_json(path, dict)
 
 
@@ -83,9 +83,9 @@ def test_another_users_file(tmp_path: Path) -> None:
     path.write_text("{}")
     path.chmod(0)
     code = (
-        "import os; from pathlib import Path; from megatron_tempo.input_files import unreadable\n"
+        "import os; from pathlib import Path; from megatron_tempo.files import why_unreadable\n"
         "if os.getuid() == 0: os.setuid(65534)\n"
-        "print(unreadable(Path('a.json')))"  # of this folder, which the other user could not enter
+        "print(why_unreadable(Path('a.json')))"  # of this folder, which the other user could not enter
     )
     environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -181,9 +181,9 @@ def test_a_pipe_in_the_place_of_a_runs_file(
         (tmp_path / other).write_text("{}" if other == "config.json" else "")
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
-    told = cli.main([command, str(tmp_path)]), capsys.readouterr().err
+    output = cli.main([command, str(tmp_path)]), capsys.readouterr().err
     if command == "report" or name != "samples.jsonl":  # which status does not read
-        assert told == (2, f"error: {tmp_path / name} is a named pipe, not a file\n")
+        assert output == (2, f"error: {tmp_path / name} is a named pipe, not a file\n")
 
 
 @pytest.mark.parametrize("text", ["3", "{", "{}", '{"phase": 3}', '{"phase": "", "time": "x"}'])
@@ -239,9 +239,9 @@ def test_commands_name_a_config_that_is_none(
     else:
         path.write_text(kind)
     assert cli.main(WORDS[command](path)) == 2
-    told = capsys.readouterr().err
-    assert "config.json" in told
-    assert "Traceback" not in told
+    output = capsys.readouterr().err
+    assert "config.json" in output
+    assert "Traceback" not in output
 
 
 def test_text_is_utf8(tmp_path: Path) -> None:
