@@ -97,6 +97,8 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 
 def test_runs_that_have_hardly_begun(tmp_path: Path, runs: tuple[Path, Path]) -> None:
     (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path):
+        (folder / "config.json").write_text("{}")
     page = compare(tmp_path / "page.html", tmp_path / "empty", runs[0])
     assert "set score empty run unlabelled avg@16 - 0.690" in page.text
     assert "2 runs compared" in compare(tmp_path / "page.html", tmp_path / "empty", tmp_path).text

@@ -478,7 +478,7 @@ def test_the_picture_is_a_png(tmp_path: Path) -> None:
 def test_how_it_was_made(tmp_path: Path) -> None:
     run_dir = write_samples(tmp_path / "run")
     assert "How it was made" not in report(run_dir).text
-    first, second = start_record(0, 2, []), start_record(40, 4, ["NVIDIA H100", "NVIDIA H100"])
+    first, second = start_record(0, 2, [], {}), start_record(40, 4, ["NVIDIA H100", "NVIDIA H100"], {})
     append(run_dir / "starts.jsonl", first | {"commit": "0123abcd", "changed": True})
     page = report(run_dir).text
     assert f"Command {command_line()}" in page
