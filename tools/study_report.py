@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 from study import ARMS, ROOT, SEEDS, Arm, folder, is_done
 
-from megatron_tempo.observability.records import read, read_evaluations, write_whole
+from megatron_tempo.files import replace_file
+from megatron_tempo.observability.records import read, read_evaluations
 from megatron_tempo.report.plots import STYLE
 
 DOCUMENT = ROOT / "docs" / "study.md"
@@ -44,7 +45,7 @@ def finished_runs() -> Runs:
 
 def save_runs(runs: Runs) -> None:
     order = [(arm.name, seed) for arm in ARMS for seed in SEEDS if (arm.name, seed) in runs]
-    write_whole(CURVES, "".join(json.dumps(runs[run]) + "\n" for run in order))
+    replace_file(CURVES, "".join(json.dumps(runs[run]) + "\n" for run in order), fsync=False)
 
 
 def _line(arm: str, seed: int) -> dict[str, Any]:
@@ -218,4 +219,5 @@ def write() -> None:
         if one.part in parts:
             draw(runs, DOCUMENT.with_name(one.name), one.arms, one.panels)
             parts[one.part] += f"\n![{one.words}]({one.name})\n"
-    write_whole(DOCUMENT, replaced(DOCUMENT, {f"tools/study.py: {name}": made for name, made in parts.items()}))
+    text = replaced(DOCUMENT, {f"tools/study.py: {name}": made for name, made in parts.items()})
+    replace_file(DOCUMENT, text, fsync=False)

@@ -32,13 +32,13 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
 from megatron_tempo.checkpoint import manifest
-from megatron_tempo.checkpoint.saving import Saving, ShardWriter, partial_of
+from megatron_tempo.checkpoint.saving import Saving, ShardWriter
 from megatron_tempo.config.resume import step_folders
 from megatron_tempo.errors import InputError
+from megatron_tempo.files import partial_of, replace_file
 from megatron_tempo.models.parallel import COLLECTIVE_TIMEOUT, Layout
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.observability.console import readable
-from megatron_tempo.observability.records import write_whole
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 
 LAST = "last_checkpoint.json"  # in the run's folder: {"step": the last complete checkpoint's, or null}
@@ -185,7 +185,7 @@ class Checkpoints:
 
     def note(self, step: int | None) -> None:
         """Note the last complete checkpoint's step in the run's folder; None if there is none yet. On one rank."""
-        write_whole(self.folder.parent / LAST, json.dumps({"step": step}) + "\n")
+        replace_file(self.folder.parent / LAST, json.dumps({"step": step}) + "\n", fsync=True)
 
     def require(self, found: Found, models: dict[str, TrainedModel]) -> None:
         """Raises InputError if the checkpoint lacks one of the models. Other models in it are ignored."""
@@ -237,7 +237,7 @@ class Checkpoints:
         digests: list[manifest.Digests] = [{} for _ in range(self._layout.world_size)]
         dist.all_gather_object(digests, manifest.digests_or_errors(path, names), group=self._group)
         found = {name: digest for of_rank in digests for name, digest in of_rank.items()}
-        if fault := manifest.unreadable(found):
+        if fault := manifest.first_read_error(found):
             raise InputError(
                 f"{path}: {fault}; nothing was changed. Mend the disk, its mount or the permissions, then run the same "
                 f"command again; if the file is lost, rename {path.name} to {path.name}.damaged to use the one before"

@@ -24,9 +24,10 @@ from megatron_tempo.config.trained_with import ENTRY, trained_with
 from megatron_tempo.config.tree import read as read_config
 from megatron_tempo.data import seen
 from megatron_tempo.errors import InputError
+from megatron_tempo.files import atomic_write
 from megatron_tempo.weights import distributed, folder, tables
 from megatron_tempo.weights.export import critic_changes, last_targets, origin_of
-from megatron_tempo.weights.files import atomic, nbytes, write_safetensors
+from megatron_tempo.weights.files import nbytes, write_safetensors
 from megatron_tempo.weights.param_mapping import ParamMapping
 from megatron_tempo.weights.stream import plan
 
@@ -131,7 +132,7 @@ def _write_shards(
         held = [entry for mapping in shard for entry in entries[mapping]]
         note = work.note(name)
         if note is None:
-            with atomic(work.whole / name) as file:
+            with atomic_write(work.whole / name, fsync=True) as file:
                 write_safetensors(file, held, chain.from_iterable(stored.read(mapping, dtype) for mapping in shard))
             work.mark(name)
         progress.log(number, name, new=note is None)

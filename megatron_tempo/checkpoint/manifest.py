@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tempo.errors import InputError
-from megatron_tempo.observability.records import write_whole
+from megatron_tempo.files import replace_file
 from megatron_tempo.runtime import progress_marker
 
 MANIFEST = "MANIFEST.json"
@@ -59,7 +59,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def write(checkpoint: Path, written: Digests) -> None:
-    write_whole(checkpoint / MANIFEST, json.dumps(written, indent=1) + "\n")
+    replace_file(checkpoint / MANIFEST, json.dumps(written, indent=1) + "\n", fsync=True)
 
 
 def read(checkpoint: Path) -> Digests | str:
@@ -85,7 +85,7 @@ def difference(wanted: Digests, now: Digests) -> str | None:
     return None
 
 
-def unreadable(now: Digests) -> str | None:
+def first_read_error(now: Digests) -> str | None:
     """The first file that exists and could not be read, as a message. That is a fault of the disk or of permissions,
     and says nothing about the file."""
     faults = [(name, digest) for name, digest in now.items() if digest.startswith(UNREADABLE)]
@@ -102,7 +102,7 @@ def damage(checkpoint: Path, model: str) -> str | None:
         return manifest
     wanted = {file: digest for file, digest in manifest.items() if file == STATE or file.startswith(f"{model}/")}
     found = digests_or_errors(checkpoint, wanted)
-    if fault := unreadable(found):
+    if fault := first_read_error(found):
         raise InputError(f"{checkpoint}: {fault}; mend the disk or the permissions, then run the same command again")
     return difference(wanted, found)
 

@@ -10,14 +10,12 @@ OUT                appears when all parts are complete; OUT.partial is then remo
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import read_json
-from megatron_tempo.weights.files import TEMPORARY, atomic, sync, sync_folder
+from megatron_tempo.files import partial_of, publish_folder, read_json, replace_file, temporaries_in
 
 _INPUTS = "inputs.json"
 
@@ -30,7 +28,7 @@ class ResumableFolder:
 
         Raises InputError if the folder exists, or if its existing parts were made from other inputs.
         """
-        self._out, self._partial = out, out.with_name(out.name + ".partial")
+        self._out, self._partial = out, partial_of(out)
         self._inputs = json.loads(json.dumps(inputs))
         self.whole, self._done = self._partial / "whole", self._partial / "done"
         if out.exists() or out.is_symlink():
@@ -41,7 +39,7 @@ class ResumableFolder:
     @property
     def resumes(self) -> bool:
         """Whether an earlier call has begun it."""
-        return self._partial.exists() and any(path.suffix != TEMPORARY for path in self._partial.iterdir())
+        return self._partial.exists() and {*self._partial.iterdir()} > {*temporaries_in(self._partial)}
 
     def _compare(self) -> None:
         try:
@@ -68,11 +66,10 @@ class ResumableFolder:
             )
         if not self.resumes:
             self._partial.mkdir(parents=True, exist_ok=True)
-            with atomic(self._partial / _INPUTS) as file:
-                file.write(json.dumps(self._inputs, indent=1).encode())
+            replace_file(self._partial / _INPUTS, json.dumps(self._inputs, indent=1), fsync=True)
         for folder in (self.whole, self._done):
             folder.mkdir(exist_ok=True)
-            for abandoned in folder.glob(f"*{TEMPORARY}"):
+            for abandoned in temporaries_in(folder):
                 abandoned.unlink()
 
     def note(self, name: str) -> dict[str, Any] | None:
@@ -86,15 +83,13 @@ class ResumableFolder:
 
     def mark(self, name: str, **note: Any) -> None:
         """Record that a file in `whole` is complete, with `note`, which `self.note` returns."""
-        with atomic(self._done / name) as file:
-            file.write(json.dumps(note | {"bytes": (self.whole / name).stat().st_size}).encode())
+        note |= {"bytes": (self.whole / name).stat().st_size}
+        replace_file(self._done / name, json.dumps(note), fsync=True)
 
     def finish(self) -> int:
         """Rename the folder to its final name. Returns its bytes."""
-        sync(self.whole)
         size = sum(path.stat().st_size for path in self.whole.iterdir())
-        os.replace(self.whole, self._out)
-        sync_folder(self._out.absolute().parent)
+        publish_folder(self.whole, self._out)
         shutil.rmtree(self._partial)
         return size
 

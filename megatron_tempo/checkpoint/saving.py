@@ -8,7 +8,6 @@ and engine sockets is unsafe, and the fork of a killed trainer would continue to
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -21,10 +20,10 @@ from megatron.core.dist_checkpointing.core import save_config
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_tempo.checkpoint import manifest
+from megatron_tempo.files import partial_of, publish_folder
 from megatron_tempo.models.megatron_compat.checkpoint_writer import WritePlan, plan_writes, write_bucket
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
-from megatron_tempo.weights.files import sync, sync_folder
 
 
 @dataclass(slots=True)
@@ -119,11 +118,5 @@ class Saving:
         if not self._is_writer:
             return
         manifest.write(self._partial, {name: digest for of_rank in digests for name, digest in of_rank.items()})
-        sync(self._partial)
-        os.replace(self._partial, self.path)
-        sync_folder(self.path.parent)
+        publish_folder(self._partial, self.path)
         self._done()
-
-
-def partial_of(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")

@@ -12,7 +12,7 @@ from megatron_tempo.config.compose import GROUPS
 from megatron_tempo.config.problem import did_you_mean
 from megatron_tempo.config.shipped import REPOSITORY
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import read_text
+from megatron_tempo.files import read_text
 from megatron_tempo.observability.terminal import width
 
 _WHAT = {

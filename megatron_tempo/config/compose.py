@@ -39,7 +39,7 @@ from megatron_tempo.config.shipped import REPOSITORY
 from megatron_tempo.config.trained_with import defaults_for, lengths, read_trained_with
 from megatron_tempo.config.tree import MISSING, read, without_default_settings
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import read_json, read_text
+from megatron_tempo.files import read_json, read_text
 
 GROUPS = ("model", "data", "benchmark", "engine", "algorithm", "experiment", "cluster")
 _DEFAULT_ALGORITHM = "paper"  # as in configs/config.yaml

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import read_json
+from megatron_tempo.files import read_json
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LARGEST = 2**31 - 1  # of the sizes in a config.json

@@ -19,7 +19,7 @@ from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.tree import leaves, read, without_default_settings
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import unreadable
+from megatron_tempo.files import why_unreadable
 
 # Patterns of fields, `*` for any text, and why the experiment stays the same if they differ.
 MAY_CHANGE: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -167,7 +167,7 @@ def _recorded(run: Path) -> tuple[Path, Any]:
 def _json_of(path: Path) -> Any:
     """The value in a file. Raises OSError, and InputError for a pipe, which would block, or if it is not JSON."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise InputError(f"{path} {unreadable(path)}")
+        raise InputError(f"{path} {why_unreadable(path)}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_tempo.config.schema import Config, DatasetConfig, to_plain
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import read_json
+from megatron_tempo.files import read_json
 
 ENTRY = "tempo_trained_with"  # of config.json
 _ASKED = ("verifier", "verifier_field", "chat_template", "system", "suffix")

@@ -29,7 +29,7 @@ from megatron_tempo.config.stages import (
     load_method,
 )
 from megatron_tempo.errors import InputError, hidden
-from megatron_tempo.input_files import read_json
+from megatron_tempo.files import read_json
 
 MISSING = "???"  # Hydra's mark of a value that the user must give
 
@@ -58,7 +58,12 @@ def read(plain: Mapping[str, Any]) -> tuple[Config, list[Problem]]:
 def save(config: Config, path: str | Path) -> None:
     """Write the whole tree as JSON. Raises FileExistsError if the file exists."""
     with open(path, "x", encoding="utf-8") as file:
-        file.write(json.dumps(to_plain(config), indent=2) + "\n")
+        file.write(as_json(config))
+
+
+def as_json(config: Config) -> str:
+    """The text of a file of `save`."""
+    return json.dumps(to_plain(config), indent=2) + "\n"
 
 
 def load(path: str | Path) -> Config:

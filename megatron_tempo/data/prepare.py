@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from megatron_tempo.config.problem import show
 from megatron_tempo.data.public import read_public
 from megatron_tempo.data.questions import Question, Unusable, conversion
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import unreadable
+from megatron_tempo.files import atomic_paths, why_unreadable
 from megatron_tempo.rewards.scorer import Item
 from megatron_tempo.rewards.verifiers import Verifiers
 
@@ -117,7 +116,7 @@ def prepare(order: Order, verifiers: Verifiers) -> Report:
     parts = [(order.out, [q for q in questions if key_of(q) not in held])]
     if held:
         parts.append((heldout_path(order.out), [q for q in questions if key_of(q) in held]))
-    _write([(path, [_row(order, question) for question in part]) for path, part in parts])
+    _write({path: [_row(order, question) for question in part] for path, part in parts})
     report.written = {path: len(part) for path, part in parts}
     return report
 
@@ -145,7 +144,7 @@ def _check(order: Order) -> None:
     for path in [order.out, *([heldout_path(order.out)] if order.heldout else [])]:
         if not path.exists():
             continue
-        if (reason := unreadable(path)) is not None:
+        if (reason := why_unreadable(path)) is not None:
             raise InputError(f"{path} {reason}; give another name")
         if not order.force:
             raise InputError(f"{path} exists already; --force replaces it")
@@ -353,20 +352,11 @@ def _row(order: Order, question: Question) -> dict[str, Any]:
     return row
 
 
-def _write(parts: Iterable[tuple[Path, list[dict[str, Any]]]]) -> None:
+def _write(parts: dict[Path, list[dict[str, Any]]]) -> None:
     """Write all files under temporary names first, so that they appear together."""
-    ready: list[tuple[Path, Path]] = []
-    try:
-        for path, rows in parts:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.{os.getpid()}")
-            ready.append((partial, path))
-            with partial.open("w", encoding="utf-8") as file:
+    for path in parts:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_paths(list(parts), fsync=True) as temporaries:
+        for temporary, rows in zip(temporaries, parts.values(), strict=True):
+            with temporary.open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                file.flush()
-                os.fsync(file.fileno())
-        for partial, path in ready:
-            partial.replace(path)
-    finally:
-        for partial, _ in ready:
-            partial.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from megatron_tempo.data.rows import BATCH_ROWS, BOM, DataError
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import json_type, read_json, unreadable
+from megatron_tempo.files import json_type, read_json, why_unreadable
 
 ABOUT = (
     "dataset_info.json",
@@ -54,7 +54,7 @@ class PublicRow:
 def read_public(path: Path, pattern: str | None) -> Iterator[PublicRow]:
     """All rows of `path` in order. Raises DataError if a file is missing, unreadable, or of an unknown kind."""
     for file in find_files(path, pattern):
-        if (reason := unreadable(file)) is not None:
+        if (reason := why_unreadable(file)) is not None:
             raise DataError(file, [reason])
         read = READERS[file.suffix]
         try:
@@ -71,7 +71,7 @@ def read_public(path: Path, pattern: str | None) -> Iterator[PublicRow]:
 def find_files(path: Path, pattern: str | None) -> list[Path]:
     """The data files of `path`. If a folder has several: those that match `pattern`, or the shards of one split."""
     if not _is_folder(path):
-        if (reason := unreadable(path)) is not None:
+        if (reason := why_unreadable(path)) is not None:
             raise DataError(path, [reason])
         if path.suffix not in READERS:
             raise DataError(path, [f"the name ends in {path.suffix!r}; known are {', '.join(READERS)}"])

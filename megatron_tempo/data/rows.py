@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_tempo.config.extensions import Extension, call_failed, load_reader, wrong_result
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import json_type, unreadable
+from megatron_tempo.files import json_type, why_unreadable
 
 BATCH_ROWS = 1024
 REPORTED = 10
@@ -64,7 +64,7 @@ def read_rows(path: Path, names: Sequence[str], reader: Extension | None = None)
     """
     if reader is not None:
         return _read_imported(path, names, reader)
-    if (reason := unreadable(path)) is not None:
+    if (reason := why_unreadable(path)) is not None:
         raise DataError(path, [f"{reason}; check the dataset's `path`"])
     if path.suffix == ".parquet":
         return _read_parquet(path, names)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import read_json, readable
+from megatron_tempo.files import read_json, readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_tempo.errors import NotFiniteError
+from megatron_tempo.files import atomic_paths
 from megatron_tempo.models.trained import Step
 from megatron_tempo.types import Batch
 
@@ -75,6 +75,5 @@ def _write(path: Path, batch: Batch, rows: Tensor, step: Step, inputs: dict[str,
         **inputs,
     }
     about = {"prompt_ids": json.dumps(batch.prompt_ids), "grad_norm": str(step.grad_norm)}
-    partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, about)
-    os.replace(partial, path)
+    with atomic_paths([path], fsync=True) as (temporary,):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, about)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import read_json
+from megatron_tempo.files import read_json, replace_file
 
 if TYPE_CHECKING:
     from megatron_tempo.types import EngineHealth
@@ -95,10 +95,8 @@ class Heartbeat:
                 "since": now - (steady - self._since),
                 "engines": [asdict(engine) for engine in self._engines()],
             }
-            new = self._path.with_name(self._path.name + ".new")
             try:
-                new.write_text(json.dumps(self._record))
-                os.replace(new, self._path)
+                replace_file(self._path, json.dumps(self._record), fsync=False)
             except OSError as error:
                 if not self._warned:
                     log.warning("%s cannot be written (%s): status will show this run as dead", self._path, error)
@@ -113,9 +111,8 @@ def write_final_heartbeat(folder: Path, why: str, host: str, pid: int) -> None:
     record = read_heartbeat(folder)
     if record is not None and (record["host"], record["pid"]) == (host, pid):
         now = time.time()
-        new = folder / f"{HEARTBEAT}.{os.getpid()}"
-        new.write_text(json.dumps(record | {"time": now, "phase": "", "since": now, "ended": why}))
-        os.replace(new, folder / HEARTBEAT)
+        record |= {"time": now, "phase": "", "since": now, "ended": why}
+        replace_file(folder / HEARTBEAT, json.dumps(record), fsync=False)
 
 
 def read_heartbeat(folder: Path) -> dict[str, Any] | None:

@@ -6,14 +6,18 @@ a GPU the phases are NVTX ranges in every iteration, for Nsight.
 
 from __future__ import annotations
 
+import gzip
 import logging
-import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+
+from megatron_tempo.files import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +49,19 @@ class Profiler:
             finally:
                 self._tracing = False
         folder = self._folder / f"step_{step}"
-        partial = folder / f"partial_rank_{self._rank}.json.gz"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            trace.export_chrome_trace(str(partial))
-            os.replace(partial, folder / f"rank_{self._rank}.json.gz")
+            self._export(trace, folder / f"rank_{self._rank}.json.gz")
         except OSError as error:
             log.warning("the trace in %s cannot be written (%s): the run continues without it", folder, error)
+
+    def _export(self, trace: profile, path: Path) -> None:
+        """Write the trace, compressed. torch itself compresses by a file's ending, which a temporary file lacks."""
+        with tempfile.TemporaryDirectory() as scratch, atomic_write(path, fsync=False) as file:
+            plain = Path(scratch) / "trace.json"
+            trace.export_chrome_trace(str(plain))
+            with plain.open("rb") as source, gzip.open(file, "wb") as target:
+                shutil.copyfileobj(source, target)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import json_type, read_bytes
+from megatron_tempo.files import json_type, read_bytes, replace_file
 
 Record = dict[str, Any]
 
@@ -201,20 +201,7 @@ def drop(path: Path, unwanted: Callable[[Record], bool]) -> None:
     if before.startswith(content):
         os.truncate(path, len(content))
         return
-    new = path.with_name(path.name + ".new")
-    with new.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
-
-
-def write_whole(path: Path, text: str) -> Path:
-    """Writes a file and replaces an earlier one, all or nothing. Returns its path."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
-    return path
+    replace_file(path, content, fsync=True)
 
 
 def finite(record: Record) -> tuple[Record, list[str]]:

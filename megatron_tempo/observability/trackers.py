@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_tempo.observability.records import METRICS, write_whole
+from megatron_tempo.files import replace_file
+from megatron_tempo.observability.records import METRICS
 
 UPLOAD_SECONDS = 120.0  # time limit of Weights & Biases at a run's end
 
@@ -45,7 +46,7 @@ class WandbRun:
         self._run: Any = None
         try:
             if not id_file.exists():
-                write_whole(id_file, uuid.uuid4().hex)
+                replace_file(id_file, uuid.uuid4().hex, fsync=True)
             self._run = module.init(
                 project=project,
                 name=run_dir.name,

@@ -11,7 +11,7 @@ from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import MISSING
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import unreadable
+from megatron_tempo.files import why_unreadable
 
 # Entries of the models' own config.json; tests/unit/test_plan_parameters.py builds the transformers models from them.
 _QWEN3: dict[str, Any] = {
@@ -63,7 +63,7 @@ def shape_of(config: Config) -> tuple[ModelShape | None, list[Problem]]:
 def _read(folder: Path) -> tuple[ModelShape | None, list[Problem]]:
     fix = "give a folder with the config.json of a Qwen3 or OLMo3 model, or set model.shape instead of model.path"
     file = folder / "config.json"
-    if unreadable(file) == "does not exist":
+    if why_unreadable(file) == "does not exist":
         return None, [Problem("model.path", str(folder), "has no config.json", fix)]
     try:
         return read_model_shape(folder), []

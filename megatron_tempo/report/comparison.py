@@ -11,9 +11,10 @@ from urllib.parse import quote
 
 from megatron_tempo.config.tree import leaves
 from megatron_tempo.errors import InputError
+from megatron_tempo.files import replace_file
 from megatron_tempo.observability.console import readable
 from megatron_tempo.observability.progress import clock
-from megatron_tempo.observability.records import Record, write_whole
+from megatron_tempo.observability.records import Record
 from megatron_tempo.report import charts
 from megatron_tempo.report.charts import Chart, Labelled, labelled
 from megatron_tempo.report.html import WARNED, Sample, made_with, samples, scale, template, value_range_of
@@ -83,7 +84,8 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         scale=scale(),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    return write_whole(out, page)
+    replace_file(out, page, fsync=True)
+    return out
 
 
 def names(folders: Sequence[Path]) -> list[str]:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 
+from megatron_tempo.files import replace_file
 from megatron_tempo.observability.progress import clock
-from megatron_tempo.observability.records import Record, write_whole
+from megatron_tempo.observability.records import Record
 from megatron_tempo.report import charts
 from megatron_tempo.report.summary import (
     Milestone,
@@ -104,7 +105,9 @@ def write_report(run_dir: Path) -> Path:
         value_range=value_range_of(run),
         config=printable(json.dumps(run.config, indent=2, ensure_ascii=False)) if run.config else "",
     )
-    return write_whole(run_dir / "report.html", page)
+    path = run_dir / "report.html"
+    replace_file(path, page, fsync=True)
+    return path
 
 
 def template(name: str) -> Template:

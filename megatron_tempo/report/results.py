@@ -14,7 +14,8 @@ from megatron_tempo.config.tree import differences
 from megatron_tempo.config.tree import load as load_config
 from megatron_tempo.errors import InputError
 from megatron_tempo.evaluation.paired import Paired, paired
-from megatron_tempo.observability.records import RESPONSES, Record, read, write_whole
+from megatron_tempo.files import replace_file
+from megatron_tempo.observability.records import RESPONSES, Record, read
 from megatron_tempo.report.summary import plain_table, printable, seen_words
 
 RESULTS = "results.json"
@@ -148,4 +149,4 @@ def _listed(sets: dict[str, Any]) -> str:
 
 def write(path: Path, results: Record) -> None:
     """Writes results.json, all or nothing."""
-    write_whole(path, json.dumps(results, indent=2, allow_nan=False) + "\n")
+    replace_file(path, json.dumps(results, indent=2, allow_nan=False) + "\n", fsync=True)

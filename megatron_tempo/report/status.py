@@ -15,7 +15,7 @@ from megatron_tempo.config import schedule
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import read
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import read_json
+from megatron_tempo.files import read_json
 from megatron_tempo.observability.alerts import alerts
 from megatron_tempo.observability.console import readable
 from megatron_tempo.observability.heartbeat import BEAT, DONE, SILENT, read_heartbeat

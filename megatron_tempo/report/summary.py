@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_tempo.config.extensions import short_name
 from megatron_tempo.errors import InputError
 from megatron_tempo.errors import printable as printable
-from megatron_tempo.input_files import read_json
+from megatron_tempo.files import read_json
 from megatron_tempo.observability.alerts import Alert, alerts
 from megatron_tempo.observability.records import (
     Record,
@@ -204,7 +204,7 @@ def seen_words(seen: dict[str, int] | None, questions: int) -> str:
     return f"of the {questions} questions, the model was trained on {labelled} with answers and {unlabelled} without"
 
 
-def unreadable(counts: dict[str, int]) -> str | None:
+def judge_warning(counts: dict[str, int]) -> str | None:
     """A warning about responses for which the judge returned no readable verdict (`Verifiers.take_counts`), or None."""
     missing = counts.get("judge/unreadable", 0)
     if not missing:

@@ -26,7 +26,7 @@ import httpx
 from megatron_tempo.config.hosts import host_of, is_loopback
 from megatron_tempo.config.schema import JudgeConfig
 from megatron_tempo.errors import EngineError, InputError
-from megatron_tempo.input_files import read_text
+from megatron_tempo.files import read_text
 from megatron_tempo.rewards.answers import tail
 from megatron_tempo.rewards.scorer import Item
 from megatron_tempo.rewards.verdicts import VerdictCache

@@ -10,7 +10,7 @@ import uuid
 from pathlib import Path
 
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import read_bytes
+from megatron_tempo.files import read_bytes
 
 log = logging.getLogger(__name__)
 

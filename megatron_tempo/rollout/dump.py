@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import read_text
+from megatron_tempo.files import atomic_write, read_text
 from megatron_tempo.rollout.batches import batch_of
 from megatron_tempo.types import Batch, Completion, LabelledPrompt, UnlabelledPrompt
 
@@ -24,12 +23,10 @@ def path_of(folder: Path, stage: str, iteration: int) -> Path:
 def write(path: Path, labelled: Batch | None, unlabelled: Batch | None, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write an iteration's rollouts. The text is for people; replay reads the tokens. Answers are not written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
+    with atomic_write(path, fsync=True) as file:
         for batch in (labelled, unlabelled):
             for line in [] if batch is None else _lines(batch, tokenizer):
-                file.write(json.dumps(line) + "\n")
-    os.replace(partial, path)
+                file.write(json.dumps(line).encode() + b"\n")
 
 
 def _lines(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, object]]:

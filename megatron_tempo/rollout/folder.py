@@ -13,7 +13,7 @@ import transformers
 
 from megatron_tempo.config.choices import EnginePrecision
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import read_json
+from megatron_tempo.files import read_json
 
 # As in Hugging Face's FP8 folders (Qwen3-8B-FP8, DeepSeek-V3). `weights/precision.py` makes the tensors.
 FP8_CONFIG = {

@@ -8,7 +8,6 @@ FOLDER/
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from contextlib import ExitStack
@@ -18,7 +17,7 @@ import torch
 
 from megatron_tempo.config.schema import Config
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import read_text
+from megatron_tempo.files import read_text, replace_file
 from megatron_tempo.rollout.addresses import chosen_devices
 from megatron_tempo.rollout.build import engine_precision, server_adapter_of
 from megatron_tempo.rollout.server import Server
@@ -77,8 +76,6 @@ def _start(config: Config, folder: Path, key: str, index: int, port: int | None)
 
 
 def _publish_address(folder: Path, name: str, url: str) -> None:
-    """Write the address to a file that appears complete."""
+    """Write the address to a file that appears complete. It is of no use after a crash of the machine."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{name}.tmp"
-    partial.write_text(url + "\n")
-    os.replace(partial, folder / name)
+    replace_file(folder / name, url + "\n", fsync=False)

@@ -24,7 +24,7 @@ from megatron_tempo.config.hosts import is_loopback
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.data.tokenizer import end_tokens
 from megatron_tempo.errors import EngineError, InputError
-from megatron_tempo.input_files import read_text
+from megatron_tempo.files import read_text
 from megatron_tempo.rollout.addresses import chosen_devices, own_address, visible_devices
 from megatron_tempo.rollout.answer_checks import differing
 from megatron_tempo.rollout.engine import Request, Sampling

@@ -19,7 +19,7 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
-from megatron_tempo.input_files import read_json
+from megatron_tempo.files import read_json
 from megatron_tempo.rollout.cuda_memory import Pickler
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.folder import private_file, served_folder

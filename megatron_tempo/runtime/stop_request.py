@@ -24,6 +24,8 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
+from megatron_tempo.files import replace_file
+
 log = logging.getLogger(__name__)
 
 STOP = "stop"  # file in run.dir that requests a stop
@@ -111,7 +113,7 @@ class StopRequests:
         record = {"step": step, "why": why, "time": round(time.time(), 3)}
         try:
             (self._folder / STOP).unlink(missing_ok=True)
-            (self._folder / STOPPED).write_text(json.dumps(record) + "\n")
+            replace_file(self._folder / STOPPED, json.dumps(record) + "\n", fsync=True)
         except OSError as error:
             log.warning("%s cannot be written (%s)", self._folder / STOPPED, error)
 

@@ -13,7 +13,6 @@ ever overwritten: each submission gets the next number.
 from __future__ import annotations
 
 import filecmp
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from megatron_tempo.config.problem import ConfigErrors
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.shipped import source
 from megatron_tempo.config.tree import differences, load, save
+from megatron_tempo.files import atomic_folder
 
 CODE = ("megatron_tempo", "configs", "launch")
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "shipped")  # shipped: a wheel's copy of configs and launch
@@ -44,23 +44,18 @@ def take(folder: Path, repository: Path, config: Config, script: tuple[str, str]
 
     Raises FileExistsError if another submission has created the folder meanwhile, OSError if a file cannot be written.
     """
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    partial.mkdir(parents=True)
     try:
-        for name in CODE:
-            shutil.copytree(source(repository, name), partial / "code" / name, ignore=_LEFT_OUT)
-        save(config, partial / "config.json")
-        (partial / script[0]).write_text(script[1], encoding="utf-8")
-        (partial / script[0]).chmod(0o755)
-        if revision := _git(repository, "rev-parse", "HEAD"):
-            (partial / "revision.txt").write_text(revision)
-            (partial / "changes.diff").write_text(_git(repository, "diff", "HEAD", "--", *CODE))
-        if folder.exists():
-            raise FileExistsError(f"{folder} has just been created by another submission: try again")
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        with atomic_folder(folder) as partial:
+            for name in CODE:
+                shutil.copytree(source(repository, name), partial / "code" / name, ignore=_LEFT_OUT)
+            save(config, partial / "config.json")
+            (partial / script[0]).write_text(script[1], encoding="utf-8")
+            (partial / script[0]).chmod(0o755)
+            if revision := _git(repository, "rev-parse", "HEAD"):
+                (partial / "revision.txt").write_text(revision)
+                (partial / "changes.diff").write_text(_git(repository, "diff", "HEAD", "--", *CODE))
+    except FileExistsError as error:
+        raise FileExistsError(f"{folder} has just been created by another submission: try again") from error
 
 
 def changes(folder: Path, repository: Path, config: Config) -> Iterator[str]:

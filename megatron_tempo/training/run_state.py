@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -13,11 +12,11 @@ from typing import Any
 from megatron_tempo.checkpoint.checkpoints import Checkpoints, Found
 from megatron_tempo.config import schedule
 from megatron_tempo.config.schema import Config, to_plain
-from megatron_tempo.config.tree import differences
+from megatron_tempo.config.tree import as_json, differences
 from megatron_tempo.config.tree import load as load_config
-from megatron_tempo.config.tree import save as save_config
 from megatron_tempo.data.seen import Seen
 from megatron_tempo.errors import EngineError, Stopped, UnwrittenError
+from megatron_tempo.files import replace_file
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.runtime.stop_request import StopRequests
@@ -91,11 +90,8 @@ class RunState:
             self.timer.metrics.message(
                 "\n  ".join([f"the config differs from the last start's, kept as {older}:", *changes])
             )
-            os.replace(path, older)
-        partial = path.with_suffix(".partial")
-        partial.unlink(missing_ok=True)
-        save_config(self.config, partial)
-        os.replace(partial, path)
+            replace_file(older, path.read_bytes(), fsync=True)  # not renamed: there is always a config.json
+        replace_file(path, as_json(self.config), fsync=True)
 
     # Saving
 

@@ -30,7 +30,7 @@ from megatron_tempo.models.machine import described
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.observability.metrics import Metrics
 from megatron_tempo.observability.profiler import Profiler
-from megatron_tempo.report.summary import summary_table, unreadable
+from megatron_tempo.report.summary import judge_warning, summary_table
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.batches import summed_counts
 from megatron_tempo.rollout.engine import Engine
@@ -255,7 +255,7 @@ class Trainer:
 def judge_counts(verifiers: Verifiers, metrics: Metrics) -> dict[str, int]:
     """The judge's request counts since the last call. Logs how many responses got no verdict. Collective."""
     counts = summed_counts(verifiers)
-    if message := unreadable(counts):
+    if message := judge_warning(counts):
         metrics.message(message)
     return counts
 

@@ -44,8 +44,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.errors import InputError
+from megatron_tempo.files import atomic_write
 from megatron_tempo.models.megatron_compat.torch_private import write_result
-from megatron_tempo.weights.files import DTYPES, Entry, atomic
+from megatron_tempo.weights.files import DTYPES, Entry
 from megatron_tempo.weights.param_mapping import ParamMapping, ShardedVocab
 
 BACKEND = CheckpointingConfig("torch_dist", 1)
@@ -203,7 +204,7 @@ def write_part(path: Path, part: list[Chunk], files: dict[str, Path]) -> list[tu
     written.
     """
     places = []
-    with atomic(path) as file:
+    with atomic_write(path, fsync=True) as file:
         for chunk in part:
             start = file.tell()
             torch.save(_compact(chunk.read(files)), file)
@@ -234,12 +235,12 @@ def write_metadata(
             results.append(write_result(chunk.index, name, start, length))
     none = io.BytesIO()
     torch.save([None], none)
-    with atomic(folder / objects) as file:
+    with atomic_write(folder / objects, fsync=True) as file:
         for key in _extra_states([chunk.location for chunks in written.values() for chunk in chunks]):
             state[key] = BytesStorageMetadata()
             results.append(write_result(MetadataIndex(key), objects, file.tell(), len(none.getbuffer())))
             file.write(none.getbuffer())
-    with atomic(folder / "common.pt") as file:
+    with atomic_write(folder / "common.pt", fsync=True) as file:
         torch.save({}, file)
     FileSystemWriter(folder).finish(Metadata(state), [results])
     save_config(BACKEND, str(folder))

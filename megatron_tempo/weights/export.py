@@ -18,7 +18,7 @@ from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.config.trained_with import ENTRY, trained_with
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import read_json
+from megatron_tempo.files import read_json
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
 from megatron_tempo.models.gpt import PackedGPT, ValueModel

@@ -1,53 +1,16 @@
-"""Atomic writes: data is synced to disk before it gets its final name. safetensors files written piece by piece."""
+"""safetensors files written piece by piece."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-TEMPORARY = ".tmp"  # suffix of a file that is being written
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by their names in safetensors
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to write. It gets its name, or replaces an existing file, if the block ends without an error."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync(folder: Path) -> None:
-    """Sync every file and folder below `folder` to disk."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Sync a folder's entries to disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
 
 # A tensor of a safetensors file: name, type, shape.
 Entry = tuple[str, torch.dtype, tuple[int, ...]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import read_json, readable, unreadable
+from megatron_tempo.files import partial_of, publish_folder, read_json, readable, why_unreadable
 from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.runtime import progress_marker
@@ -58,7 +57,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         files = dict.fromkeys(_names(single), single)
     else:
         raise InputError(f"{folder} has neither model.safetensors nor {INDEX}")
-    absent = sorted({str(path) for path in files.values() if unreadable(path) == "does not exist"})
+    absent = sorted({str(path) for path in files.values() if why_unreadable(path) == "does not exist"})
     if absent:
         raise InputError(f"{index}: lists files that do not exist: {', '.join(absent)}")
     held = {path: set(_names(path)) for path in set(files.values())}
@@ -284,7 +283,7 @@ def save(
     """
     if layout.is_writer and folder.exists():
         raise FileExistsError(f"{folder} exists: move it away, or choose another run.dir")
-    partial = folder.with_name(folder.name + ".partial")
+    partial = partial_of(folder)
     weight_map: dict[str, str] = {}
     size = 0
     writes = layout.is_writer
@@ -307,7 +306,7 @@ def save(
                 shutil.copyfile(extra_file, partial / extra_file.name)
             if origin is not None:
                 write_origin(partial, origin)
-            os.replace(partial, folder)
+            publish_folder(partial, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         for _ in buckets:  # the other ranks still take part in the stream

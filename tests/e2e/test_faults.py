@@ -133,7 +133,7 @@ def test_what_a_run_can_do_without(undisturbed: Path, tmp_path: Path) -> None:
     run.mkdir()
     for name in ("rollouts", "tensorboard"):  # files, where folders are wanted
         (run / name).touch()
-    for name in ("report.html", "heartbeat.json.new"):
+    for name in ("report.html", "heartbeat.json"):
         (run / name).mkdir()
     for name in ("samples.jsonl", "warnings.jsonl"):
         (run / name).symlink_to(tmp_path / "none" / name)

@@ -495,7 +495,7 @@ def test_files_that_cannot_be_opened(files: Path, monkeypatch: pytest.MonkeyPatc
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return opened(path, *arguments)
 
-    monkeypatch.setattr("megatron_tempo.input_files.os.open", open_or_refuse)
+    monkeypatch.setattr("megatron_tempo.files.os.open", open_or_refuse)
     found = problems(
         files, "rewards.judge.key_file=TMP/key", "rewards.judge.url=http://h:1/v1", "rewards.judge.model=m"
     )

@@ -24,6 +24,7 @@ from megatron_tempo.checkpoint.convert import to_hugging_face, to_megatron
 from megatron_tempo.commands.convert import SCRIPTS
 from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.errors import InputError
+from megatron_tempo.files import temporaries_in
 from megatron_tempo.runtime.folder_lock import FolderLock
 from megatron_tempo.weights import distributed
 from megatron_tempo.weights.export import TARGETS, critic_changes
@@ -411,13 +412,13 @@ def test_killed_it_goes_on_behind_what_is_done(converted: tuple[Path, Path], tmp
         try:
             lines = [child.stdout.readline() for _ in range(2)]
             assert lines[1].split()[1:3] == ["2", "of"]
-            while not list(whole.glob("*.tmp")):  # the third is being written
+            while not temporaries_in(whole):  # the third is being written
                 time.sleep(0.001)
         finally:
             child.send_signal(signal.SIGKILL)
     assert child.returncode == -signal.SIGKILL
     assert not out.exists()
-    before = {path.name: path.stat().st_mtime_ns for path in whole.iterdir() if path.suffix != ".tmp"}
+    before = {path.name: path.stat().st_mtime_ns for path in {*whole.iterdir()} - {*temporaries_in(whole)}}
     assert len(before) >= 2
     done = subprocess.run(
         [sys.executable, *words], env=environment, capture_output=True, text=True, check=True, timeout=120

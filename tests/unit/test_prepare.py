@@ -370,7 +370,7 @@ def test_nothing_is_replaced_or_left_half_written(tmp_path: Path, monkeypatch: p
     heldout_path(tmp_path / "new.jsonl").write_text("mine\n")
     with pytest.raises(InputError, match=r"new_heldout\.jsonl exists already"):
         make(tmp_path, "math500", questions(5), out=tmp_path / "new.jsonl", heldout=1)
-    monkeypatch.setattr("megatron_tempo.data.prepare.os.fsync", fail)
+    monkeypatch.setattr("megatron_tempo.files.os.fsync", fail)
     with pytest.raises(OSError, match="no space"):
         make(tmp_path, "math500", questions(5), force=True)
     assert out.read_text() == before

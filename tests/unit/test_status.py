@@ -28,6 +28,7 @@ from megatron_tempo.rollout.fleet import Fleet
 from megatron_tempo.rollout.server_adapter import ServerAdapter
 from megatron_tempo.runtime.folder_lock import Holder
 from megatron_tempo.types import EngineHealth
+from tests.support.file_size import file_size_limit
 
 NOW = 1_764_000_000.0
 ENGINE = {"name": "vllm server 1", "state": "serving", "requests": 12, "restarts": 1, "address": "http://n2:30001"}
@@ -209,10 +210,11 @@ def test_an_error_is_the_last_sign(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_warned_of_and_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "heartbeat.json.new").symlink_to("/dev/full")
-    beat = Heartbeat(tmp_path)
-    beat.phase("generate")
-    beat.end("done")
+    with file_size_limit(0):
+        beat = Heartbeat(tmp_path)
+        beat.phase("generate")
+        beat.end("done")
+    assert list(tmp_path.iterdir()) == []
     assert caplog.text.count("heartbeat.json cannot be written") == 1
 
 

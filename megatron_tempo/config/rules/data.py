@@ -12,7 +12,7 @@ from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.problem import Problem, did_you_mean
 from megatron_tempo.config.schema import Config, DatasetConfig
 from megatron_tempo.config.tree import MISSING
-from megatron_tempo.input_files import unreadable
+from megatron_tempo.files import why_unreadable
 
 SUFFIXES = (".jsonl", ".parquet")
 
@@ -44,7 +44,7 @@ def check_file(field: str, dataset: DatasetConfig) -> Iterator[Problem]:
         return
     if path.suffix not in SUFFIXES:
         yield Problem(name, dataset.path, f"must end in {' or '.join(SUFFIXES)}", "convert it to JSONL or Parquet")
-    elif (reason := unreadable(path)) == "does not exist":
+    elif (reason := why_unreadable(path)) == "does not exist":
         where = "" if path.is_absolute() else f" (relative paths start at {Path.cwd()})"
         yield Problem(name, dataset.path, reason, f"give an existing file{where}")
     elif reason is not None:
@@ -65,7 +65,7 @@ def check_columns(field: str, dataset: DatasetConfig) -> Iterator[Problem]:
 
 def _first_columns(path: Path) -> list[str] | None:
     """The keys of the first JSON object of a file; None if that cannot be read."""
-    if path.suffix != ".jsonl" or unreadable(path) is not None:
+    if path.suffix != ".jsonl" or why_unreadable(path) is not None:
         return None
     try:
         with path.open("rb") as lines:

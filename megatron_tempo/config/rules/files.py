@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from megatron_tempo.input_files import unreadable
+from megatron_tempo.files import why_unreadable
 
 
 def wrong_with_folder(path: Path) -> str | None:
@@ -24,7 +24,7 @@ def wrong_with_folder(path: Path) -> str | None:
 
 def wrong_with_key(path: Path) -> str | None:
     """Why a file has no key; None if it has one. A key is a line of visible ASCII, as an HTTP header requires."""
-    if wrong := unreadable(path):
+    if wrong := why_unreadable(path):
         return wrong
     try:
         key = path.read_text(encoding="ascii").strip()

@@ -12,7 +12,7 @@ from megatron_tempo.config.rules.model_files import check_files
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import MISSING, walk
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import read_json, unreadable
+from megatron_tempo.files import read_json, why_unreadable
 
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
 _AS_SAVED = f"give a model of the family {', '.join(FAMILIES)}, as transformers' save_pretrained writes it"
@@ -66,7 +66,7 @@ def _weights(field: str, folder: Path) -> list[Problem]:
         shards = set(read_json(index, dict)["weight_map"].values())
     except (InputError, KeyError, TypeError, AttributeError):
         return [Problem(field, str(folder), f"{index.name} has no readable weight_map", _AS_SAVED)]
-    absent = sorted(str(name) for name in shards if unreadable(folder / str(name)) is not None)
+    absent = sorted(str(name) for name in shards if why_unreadable(folder / str(name)) is not None)
     if not absent:
         return []
     named = ", ".join(name[:100] for name in absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import read_json, readable
+from megatron_tempo.files import read_json, readable
 
 # Types of weights, by safetensors' names. Others are quantised or not weights.
 FLOATS = {"F64", "F32", "F16", "BF16"}

@@ -20,7 +20,7 @@ from megatron_tempo.config import resume
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.trained_with import read_trained_with
 from megatron_tempo.errors import InputError
-from megatron_tempo.input_files import read_json, read_text, unreadable
+from megatron_tempo.files import read_json, read_text, why_unreadable
 from megatron_tempo.observability.heartbeat import read_heartbeat
 from megatron_tempo.observability.records import read
 from megatron_tempo.report.html import write_report
@@ -51,7 +51,7 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
         "null": "is no name of a file",
     }
     for name, path in no_files(tmp_path).items():
-        assert str(unreadable(path)).startswith(said[name]), name
+        assert str(why_unreadable(path)).startswith(said[name]), name
         with pytest.raises(InputError, match=said[name]):
             read_json(path, dict)
 
@@ -83,9 +83,9 @@ def test_another_users_file(tmp_path: Path) -> None:
     path.write_text("{}")
     path.chmod(0)
     code = (
-        "import os; from pathlib import Path; from megatron_tempo.input_files import unreadable\n"
+        "import os; from pathlib import Path; from megatron_tempo.files import why_unreadable\n"
         "if os.getuid() == 0: os.setuid(65534)\n"
-        "print(unreadable(Path('a.json')))"  # of this folder, which the other user could not enter
+        "print(why_unreadable(Path('a.json')))"  # of this folder, which the other user could not enter
     )
     environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
