@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +156,17 @@ def read_model_shape(folder: Path) -> ModelShape:
         if str(file) in str(error):
             raise
         raise InputError(f"{file}: {error}") from error
+
+
+def shape_or_problem(folder: Path) -> tuple[ModelShape | None, str]:
+    """The shape of the model in a Hugging Face folder; or None, and what is wrong with the folder's config.json."""
+    file = folder / "config.json"
+    if not os.path.lexists(file):
+        return None, f"has no {file.name}"
+    try:
+        return read_model_shape(folder), ""
+    except InputError as error:
+        return None, f"{file.name}{str(error).removeprefix(str(file))}"
 
 
 def model_shape(entries: Mapping[str, Any]) -> ModelShape:

@@ -112,13 +112,7 @@ def policy_loss(
     else:
         sequence = _bounded(mean(raw_log_ratio)).exp().detach()
         ratio = rows.spread(sequence) * (logprobs - logprobs.detach()).exp()
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    objective = torch.minimum(ratio * advantages, clipped * advantages)
-    binding = ratio * advantages > objective
-    if config.dual_clip is not None:
-        floor = config.dual_clip * advantages
-        binding = torch.where(advantages < 0, binding | (objective < floor), binding)
-        objective = torch.where(advantages < 0, torch.maximum(objective, floor), objective)
+    objective, binding = _clipped(ratio, advantages, config)
     weight = torch.ones_like(ratio)
     if config.importance_cap is not None:
         assert given.engine_logprobs is not None
@@ -137,6 +131,17 @@ def policy_loss(
     ratios = [mean(ratio.detach()), *(x.exp() for x in log_extremes)]
     of_ratio, *extremes = [torch.where(lengths > 0, x, 1.0) for x in ratios]
     return loss, torch.stack([loss.detach(), of_entropy, of_ratio, *others, *extremes], dim=1)
+
+
+def _clipped(ratio: Tensor, advantages: Tensor, config: ActorUpdateConfig) -> tuple[Tensor, Tensor]:
+    """The clipped objective, min(ratio A, clip(ratio) A), and where the clip or the dual clip binds. All [T]."""
+    objective = torch.minimum(ratio * advantages, ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * advantages)
+    binding = ratio * advantages > objective
+    if config.dual_clip is not None:
+        floor = config.dual_clip * advantages
+        binding = torch.where(advantages < 0, binding | (objective < floor), binding)
+        objective = torch.where(advantages < 0, torch.maximum(objective, floor), objective)
+    return objective, binding
 
 
 def _bounded(log_ratio: Tensor) -> Tensor:

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tempo.config.choices import Published
-from megatron_tempo.config.model_shape import FULL, SLIDING, ModelShape, model_shape, read_model_shape
+from megatron_tempo.config.model_shape import FULL, SLIDING, ModelShape, model_shape, shape_or_problem
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import MISSING
-from megatron_tempo.errors import InputError
-from megatron_tempo.files import why_unreadable
 
 # Entries of the models' own config.json; tests/unit/test_plan_parameters.py builds the transformers models from them.
 _QWEN3: dict[str, Any] = {
@@ -61,12 +59,6 @@ def shape_of(config: Config) -> tuple[ModelShape | None, list[Problem]]:
 
 
 def _read(folder: Path) -> tuple[ModelShape | None, list[Problem]]:
+    shape, wrong = shape_or_problem(folder)
     fix = "give a folder with the config.json of a Qwen3 or OLMo3 model, or set model.shape instead of model.path"
-    file = folder / "config.json"
-    if why_unreadable(file) == "does not exist":
-        return None, [Problem("model.path", str(folder), "has no config.json", fix)]
-    try:
-        return read_model_shape(folder), []
-    except InputError as error:
-        wrong = str(error).removeprefix(f"{file}").lstrip(": ")
-        return None, [Problem("model.path", str(folder), f"config.json cannot be used: {wrong}", fix)]
+    return shape, [Problem("model.path", str(folder), wrong, fix)] if wrong else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_tempo.config.model_shape import FAMILIES, ModelShape, model_shape
+from megatron_tempo.config.model_shape import FAMILIES, ModelShape, shape_or_problem
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.rules.files import wrong_with_folder
 from megatron_tempo.config.rules.model_files import check_files
@@ -30,31 +30,17 @@ def read_models(config: Config) -> tuple[dict[str, ModelShape], list[Problem]]:
             problems.append(Problem(field, value, wrong_folder, _AS_SAVED))
             continue
         problems += _weights(field, folder)
-        problems += check_files(field, folder, tokenizer=field == "model.path")
+        of_files = list(check_files(field, folder, tokenizer=field == "model.path"))
+        problems += of_files
         if field == "model.path":
             problems += _tokenizer(config, folder)
-        shape, wrong = _shape(folder)
-        if wrong:
+        shape, wrong = shape_or_problem(folder)
+        if wrong and wrong.partition("; ")[0] not in [problem.wrong for problem in of_files]:
             problems.append(Problem(field, value, wrong, _AS_SAVED))
         if shape is not None:
             shapes[field] = shape
     problems += _same_vocabulary(config, shapes)
     return shapes, problems
-
-
-def _shape(folder: Path) -> tuple[ModelShape | None, str]:
-    """The shape in config.json, and what is wrong with the file ("" if nothing, or if check_files reports it)."""
-    file = folder / "config.json"
-    if not os.path.lexists(file):
-        return None, "has no config.json"
-    try:
-        entries = read_json(file, dict)
-    except InputError:
-        return None, ""
-    try:
-        return model_shape(entries), ""
-    except InputError as error:
-        return None, f"config.json: {error}"
 
 
 def _weights(field: str, folder: Path) -> list[Problem]:
