@@ -13,10 +13,10 @@ from packaging.specifiers import SpecifierSet
 # Prints the version of the NCCL that is loaded. torch.cuda.nccl.version() returns the one that torch was compiled with.
 NCCL_OF = """\
 import ctypes, torch
-found = ctypes.c_int()
-if ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(found)):
+version = ctypes.c_int()
+if ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(version)):
     raise SystemExit("ncclGetVersion failed")
-print(found.value)
+print(version.value)
 """
 
 
@@ -30,10 +30,10 @@ def main() -> None:
     if args.torch:
         problems += release_problems("torch", installed("torch"), args.torch)
     if args.transformer_engine:
-        found = installed("transformer-engine")
-        problems += release_problems("transformer-engine", found, args.transformer_engine)
-        if found:
-            problems += range_problems("transformer-engine", found, requires("megatron-core") or [])
+        version = installed("transformer-engine")
+        problems += release_problems("transformer-engine", version, args.transformer_engine)
+        if version:
+            problems += range_problems("transformer-engine", version, requires("megatron-core") or [])
         print("apex:", installed("apex") or "not installed; not needed with Transformer Engine")
     if args.engine:
         problems += nccl_problems(nccl(sys.executable), nccl(args.engine))
@@ -41,22 +41,22 @@ def main() -> None:
         raise SystemExit("\n".join(problems))
 
 
-def release_problems(project: str, found: str | None, wanted: str) -> list[str]:
+def release_problems(project: str, version: str | None, wanted: str) -> list[str]:
     """Problems unless `found` is release `wanted`, or a build or pre-release of it: 2.10.0a0+nv26.01 is 2.10.0."""
-    if found and SpecifierSet(f"=={wanted}.*").contains(found, prereleases=True):
+    if version and SpecifierSet(f"=={wanted}.*").contains(version, prereleases=True):
         return []
-    return [f"{project} is {found or 'not installed'}, not {wanted}: use another TRAINER_IMAGE, or give its versions"]
+    return [f"{project} is {version or 'not installed'}, not {wanted}: use another TRAINER_IMAGE, or give its versions"]
 
 
-def range_problems(project: str, found: str, requirements: list[str]) -> list[str]:
+def range_problems(project: str, version: str, requirements: list[str]) -> list[str]:
     """Problems unless `found` is in each range that another project requires of `project`, including its extras."""
     ranges = [r.specifier for r in map(Requirement, requirements) if r.name == project]
     if not ranges:
         return [f"megatron-core does not require {project}, so its versions cannot be checked"]
     return [
-        f"{project} is {found}, but megatron-core requires {specifier}"
+        f"{project} is {version}, but megatron-core requires {specifier}"
         for specifier in ranges
-        if not specifier.contains(found, prereleases=True)
+        if not specifier.contains(version, prereleases=True)
     ]
 
 

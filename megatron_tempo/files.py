@@ -189,8 +189,8 @@ def temporaries_in(folder: Path) -> list[Path]:
 
 def _named_by(temporary: str | Path) -> str | None:
     """The name that a temporary file becomes; None if the file is not one of `atomic_paths`."""
-    found = _TEMPORARY.fullmatch(os.path.basename(temporary))
-    return None if found is None else found[1]
+    match = _TEMPORARY.fullmatch(os.path.basename(temporary))
+    return None if match is None else match[1]
 
 
 def _mode(path: Path) -> int | None:

@@ -82,14 +82,14 @@ def _matches(words: str, prose: str) -> Iterator[re.Match[str]]:
 
 def find(prose: str) -> list[Finding]:
     """The phrases in a text, in their order."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for phrase in PHRASES:
         allowed = [match.span() for words in phrase.allowed for match in _matches(words, prose)]
         for form in phrase.forms:
             for match in _matches(form, prose):
                 if not any(start <= match.start() and match.end() <= end for start, end in allowed):
-                    found.append(Finding(prose.count("\n", 0, match.start()) + 1, form, phrase.instead))
-    return sorted(found, key=lambda finding: finding.line)
+                    findings.append(Finding(prose.count("\n", 0, match.start()) + 1, form, phrase.instead))
+    return sorted(findings, key=lambda finding: finding.line)
 
 
 def prose_of(path: Path) -> str:

@@ -92,9 +92,9 @@ class Group:
 def groups(root: type = Config) -> list[Group]:
     """Every dataclass of the tree below its root, in the order of the root's fields, less deep ones first."""
     order = list(typing.get_type_hints(root))
-    found = sorted(_nodes(root(), ""), key=lambda node: (order.index(node[0].split(".")[0]), node[0].count(".")))
+    nodes = sorted(_nodes(root(), ""), key=lambda node: (order.index(node[0].split(".")[0]), node[0].count(".")))
     merged: dict[type, Group] = {}
-    for place, node in found:
+    for place, node in nodes:
         merged.setdefault(type(node), Group(type(node), {})).by_path[place] = node
     return list(merged.values())
 
@@ -120,11 +120,11 @@ def comments_of(kind: type) -> dict[str, str]:
 
     Inherited fields are included.
     """
-    found: dict[str, str] = {}
+    comments: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if is_dataclass(base) or base is kind:
-            found |= _own_comments(base)
-    return found
+            comments |= _own_comments(base)
+    return comments
 
 
 def _own_comments(kind: type) -> dict[str, str]:
@@ -134,7 +134,7 @@ def _own_comments(kind: type) -> dict[str, str]:
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    found = {}
+    own = {}
     for node in _definition(source).body:
         if isinstance(node, ast.AnnAssign | ast.Assign):
             above, line = [], node.lineno - 1
@@ -143,8 +143,8 @@ def _own_comments(kind: type) -> dict[str, str]:
                 line -= 1
             inside = range(node.lineno, (node.end_lineno or node.lineno) + 1)
             target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-            found[ast.unparse(target)] = " ".join([*above, *(comments[row][0] for row in inside if row in comments)])
-    return found
+            own[ast.unparse(target)] = " ".join([*above, *(comments[row][0] for row in inside if row in comments)])
+    return own
 
 
 def docstring_of(kind: type) -> str:
@@ -154,9 +154,9 @@ def docstring_of(kind: type) -> str:
 
 
 def _definition(source: str) -> ast.ClassDef:
-    (found,) = ast.parse(source).body
-    assert isinstance(found, ast.ClassDef)
-    return found
+    (definition,) = ast.parse(source).body
+    assert isinstance(definition, ast.ClassDef)
+    return definition
 
 
 def meaning(comment: str, kind: Any) -> str:

@@ -46,7 +46,7 @@ def every_question() -> list[Question]:
             running = results(numbers, operators)
             if running is not None:
                 solutions.setdefault((numbers, running[-1]), []).append(operators)
-    return [Question(numbers, target, tuple(found)) for (numbers, target), found in solutions.items()]
+    return [Question(numbers, target, tuple(expressions)) for (numbers, target), expressions in solutions.items()]
 
 
 def misconception(numbers: tuple[int, ...], target: int) -> str | None:
@@ -90,8 +90,8 @@ def trace(question: Question, rng: random.Random) -> str:
         right = right and slipped == following
         value, operators = slipped, operators + operator
         running.append(value)
-    said = (right and value == question.target) != (rng.random() < CHECK_WRONG)
-    return render(question.numbers, operators, running, "y" if said else "n")
+    claimed = (right and value == question.target) != (rng.random() < CHECK_WRONG)
+    return render(question.numbers, operators, running, "y" if claimed else "n")
 
 
 def traces(questions: list[Question], seed: int) -> Iterator[str]:

@@ -49,15 +49,15 @@ def machine() -> dict[str, str]:
 
 def scores(folder: Path) -> list[dict[str, Any]]:
     """The scores of each set, before training and after each stage."""
-    found = []
+    rows = []
     for milestone in Run.read(folder).milestones():
         for name in SETS:
             record = milestone.scores[name]
             kept = {key: record[key] for key in ("set", "avg", "avg_se", "truncated", "questions")}
             kept |= {"after": milestone.stage, "pass": record["pass"]["8"], "pass_se": record["pass_se"]["8"]}
             critic = (record.get("calibration") or {}).get("last") or {}
-            found.append(kept | {key: critic.get(key) for key in ("auroc", "brier")})
-    return found
+            rows.append(kept | {key: critic.get(key) for key in ("auroc", "brier")})
+    return rows
 
 
 def table(runs: dict[str, list[dict[str, Any]]]) -> str:
@@ -75,8 +75,8 @@ def _short(score: float) -> str:
 
 def record(runs: dict[str, Path]) -> None:
     was = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {"runs": {}}
-    found = was["runs"] | {name: scores(folder) for name, folder in runs.items()}
-    RECORD.write_text(json.dumps({"machine": machine(), "runs": found}, indent=1) + "\n", encoding="utf-8")
+    recorded = was["runs"] | {name: scores(folder) for name, folder in runs.items()}
+    RECORD.write_text(json.dumps({"machine": machine(), "runs": recorded}, indent=1) + "\n", encoding="utf-8")
     if "seed0" in runs:
         plot_curves(runs["seed0"], PICTURE)
 

@@ -118,8 +118,8 @@ def folder(arm: str, seed: int) -> Path:
 
 def exported(seed: int) -> Path:
     """The folder with the actor and critic of a seed's stage 1."""
-    (found,) = folder("stage1", seed).glob("hf_step_*")
-    return found
+    (folder_of_export,) = folder("stage1", seed).glob("hf_step_*")
+    return folder_of_export
 
 
 def is_done(run: Path) -> bool:

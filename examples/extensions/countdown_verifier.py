@@ -51,10 +51,10 @@ class CountdownVerifier:
 
 def question(prompt: str) -> tuple[list[int], int]:
     """The numbers and the target."""
-    found = QUESTION.fullmatch(prompt)
-    if found is None:
+    match = QUESTION.fullmatch(prompt)
+    if match is None:
         raise ValueError(f"{prompt!r} is not a question such as '5 1 3 3 > 24 :'")
-    return [int(number) for number in found[1].split()], int(found[2])
+    return [int(number) for number in match[1].split()], int(match[2])
 
 
 verifier = CountdownVerifier()

@@ -48,7 +48,7 @@ _PARTIAL = re.compile(r"step_\d{8}\.partial")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class LatestCheckpoint:
     """The newest complete checkpoint, and the later ones that are damaged, with the reasons."""
 
     path: Path | None
@@ -151,7 +151,7 @@ class Checkpoints:
         if self._saving is not None:
             self._saving.wait()
 
-    def find(self) -> Found:
+    def find(self) -> LatestCheckpoint:
         """The newest complete checkpoint, and later damaged ones. Collective. Changes nothing.
 
         Raises InputError if one cannot be read for another reason: an I/O error or a missing permission is no damage.
@@ -160,15 +160,15 @@ class Checkpoints:
         for path in reversed(self._agreed(lambda: self._own(self._log))):
             problem = self._damage(path)
             if problem is None:
-                return Found(path, self._agreed(partial(manifest.read_state, path)), tuple(damaged))
+                return LatestCheckpoint(path, self._agreed(partial(manifest.read_state, path)), tuple(damaged))
             damaged.append((path, problem))
-        return Found(None, {}, tuple(damaged))
+        return LatestCheckpoint(None, {}, tuple(damaged))
 
-    def set_aside(self, found: Found) -> None:
+    def set_aside(self, latest: LatestCheckpoint) -> None:
         """Rename the damaged checkpoints, so that they are not read again. Nothing is removed."""
 
         def rename() -> None:
-            for path, problem in found.damaged if self._layout.is_writer else ():
+            for path, problem in latest.damaged if self._layout.is_writer else ():
                 aside = _free_name(path.with_name(path.name + ".damaged"))
                 self._log(
                     f"checkpoint {path} is damaged ({problem}): renamed to {aside.name}, the previous one is used"
@@ -180,32 +180,32 @@ class Checkpoints:
     def manifest_sha256(self, step: int) -> str | None:
         """A hash of all files of a checkpoint, None if there is none of this step. Collective."""
         path = self.path(step)
-        found: str | None = self._agreed(lambda: manifest.sha256(path) if path.exists() else None)
-        return found
+        digest: str | None = self._agreed(lambda: manifest.sha256(path) if path.exists() else None)
+        return digest
 
     def note(self, step: int | None) -> None:
         """Note the last complete checkpoint's step in the run's folder; None if there is none yet. On one rank."""
         replace_file(self.folder.parent / LAST, json.dumps({"step": step}) + "\n", fsync=True)
 
-    def require(self, found: Found, models: dict[str, TrainedModel]) -> None:
+    def require(self, latest: LatestCheckpoint, models: dict[str, TrainedModel]) -> None:
         """Raises InputError if the checkpoint lacks one of the models. Other models in it are ignored."""
-        for name in models.keys() - found.state["optimizer_steps"].keys():
+        for name in models.keys() - latest.state["optimizer_steps"].keys():
             raise InputError(
-                f"{found.path} has no {name}: no stage's method has used one so far; restore the stages' lengths, or "
+                f"{latest.path} has no {name}: no stage's method has used one so far; restore the stages' lengths, or "
                 f"give another run.dir"
             )
 
-    def load(self, found: Found, models: dict[str, TrainedModel]) -> None:
+    def load(self, latest: LatestCheckpoint, models: dict[str, TrainedModel]) -> None:
         """Load models and optimizers from a checkpoint of any layout. Raises what `require` raises."""
-        assert found.path is not None
-        self.require(found, models)
+        assert latest.path is not None
+        self.require(latest, models)
         for name, model in models.items():
             with model.at_work():
-                loaded = dist_checkpointing.load(_sharded(model, is_loading=True), str(found.path / name))
+                loaded = dist_checkpointing.load(_sharded(model, is_loading=True), str(latest.path / name))
                 model.net.load_state_dict(loaded["model"])
                 model.load_optimizer(loaded["optimizer"])
-            model.step_count = found.state["optimizer_steps"][name]
-        self.saved = found.state["step"]
+            model.step_count = latest.state["optimizer_steps"][name]
+        self.saved = latest.state["step"]
 
     def _own(self, log: Callable[[str], None] = lambda _: None) -> list[Path]:
         """The folders that are checkpoints by their names and their run.json, oldest first. `log`: reports others.
@@ -236,13 +236,13 @@ class Checkpoints:
         names = sorted(wanted)[self._layout.rank :: self._layout.world_size]
         digests: list[manifest.Digests] = [{} for _ in range(self._layout.world_size)]
         dist.all_gather_object(digests, manifest.digests_or_errors(path, names), group=self._group)
-        found = {name: digest for of_rank in digests for name, digest in of_rank.items()}
-        if fault := manifest.first_read_error(found):
+        now = {name: digest for of_rank in digests for name, digest in of_rank.items()}
+        if fault := manifest.first_read_error(now):
             raise InputError(
                 f"{path}: {fault}; nothing was changed. Mend the disk, its mount or the permissions, then run the same "
                 f"command again; if the file is lost, rename {path.name} to {path.name}.damaged to use the one before"
             )
-        return manifest.difference(wanted, found)
+        return manifest.difference(wanted, now)
 
     def _completed(self, step: int) -> None:
         """Note the checkpoint, and remove what is no longer needed. If that fails, the checkpoint is still complete."""
@@ -267,18 +267,18 @@ class Checkpoints:
 
     def _agreed(self, find: Callable[[], Any]) -> Any:
         """The result of `find`, which only reads, from the first rank, on all ranks. InputError for its OSError."""
-        found: Any = None
+        result: Any = None
         failure: str | None = None
         if self._layout.is_writer:
             try:
-                found = find()
+                result = find()
             except OSError as error:
                 failure = (
                     f"{error.filename or self.folder} cannot be read ({error.strerror or error}); nothing was changed. "
                     f"Mend the disk, its mount or the permissions, then run the same command again, or give another "
                     f"run.dir"
                 )
-        message = [found, failure]
+        message = [result, failure]
         dist.broadcast_object_list(message, src=0, group=self._group)
         if message[1] is not None:
             raise InputError(message[1])

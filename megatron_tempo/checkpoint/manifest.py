@@ -101,10 +101,10 @@ def damage(checkpoint: Path, model: str) -> str | None:
     if isinstance(manifest, str):
         return manifest
     wanted = {file: digest for file, digest in manifest.items() if file == STATE or file.startswith(f"{model}/")}
-    found = digests_or_errors(checkpoint, wanted)
-    if fault := first_read_error(found):
+    now = digests_or_errors(checkpoint, wanted)
+    if fault := first_read_error(now):
         raise InputError(f"{checkpoint}: {fault}; mend the disk or the permissions, then run the same command again")
-    return difference(wanted, found)
+    return difference(wanted, now)
 
 
 def sha256(checkpoint: Path) -> str:

@@ -145,9 +145,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _usage(parser: argparse.ArgumentParser, command: str) -> Callable[[str], object]:
     """Ends the program with a message and the usage of the command."""
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    found = commands.choices[command]
-    assert isinstance(found, argparse.ArgumentParser)
-    return found.error
+    subparser = commands.choices[command]
+    assert isinstance(subparser, argparse.ArgumentParser)
+    return subparser.error
 
 
 def _conversion(words: list[str], usage: Callable[[str], object]) -> list[str]:

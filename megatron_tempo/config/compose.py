@@ -287,7 +287,7 @@ def _parsed(text: str) -> tuple[str, Override]:
     So data=数学.jsonl and 'run.dir=runs/a (b)' are taken literally.
     """
     key, equals, value = text.partition("=")
-    quoted = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ("\\" + found[2] if found[2] else ""), value)
+    quoted = re.sub(r'(\\*)("|$)', lambda match: 2 * match[1] + ("\\" + match[2] if match[2] else ""), value)
     tried = [text] if not value or value[0] in "[{'\"" or not equals else [text, f'{key}="{quoted}"']
     for words in tried:
         try:

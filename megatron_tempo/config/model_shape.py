@@ -221,7 +221,7 @@ def _windowed(family: Family, given: Mapping[str, Any]) -> tuple[LayerAttention,
     kinds = _layer_types(given, [FULL if (layer + 1) % 4 == 0 else SLIDING for layer in range(layers)])
     by_kind = _of_kind("rope_parameters", given.get("rope_parameters") or {}, dict)
     scaling = _of_kind("rope_scaling", given.get("rope_scaling") or {}, dict)
-    found: dict[str, LayerAttention] = {}
+    attentions: dict[str, LayerAttention] = {}
     for kind in dict.fromkeys(kinds):
         if kind not in (FULL, SLIDING):
             raise _unsupported("layer_types", kind, SLIDING)
@@ -233,8 +233,8 @@ def _windowed(family: Family, given: Mapping[str, Any]) -> tuple[LayerAttention,
         window = given.get("sliding_window") if kind == SLIDING else None
         if kind == SLIDING and not _is_size(window):
             raise _unsupported("sliding_window", window, 4096)
-        found[kind] = LayerAttention(rope, window)
-    return tuple(found[kind] for kind in kinds)
+        attentions[kind] = LayerAttention(rope, window)
+    return tuple(attentions[kind] for kind in kinds)
 
 
 def _layer_types(given: Mapping[str, Any], usual: list[str]) -> list[str]:

@@ -114,8 +114,8 @@ def step_folders(folder: Path) -> list[Path]:
 
 def check_run_folder(config: Config) -> None:
     """Raises InputError for what `problem` finds."""
-    if found := problem(config):
-        raise InputError(str(found))
+    if refusal := problem(config):
+        raise InputError(str(refusal))
 
 
 def problem(config: Config) -> Problem | None:

@@ -98,10 +98,10 @@ def copies_between(sets: Sequence[QuestionSet], held: Sequence[str]) -> list[str
             continue
         if second.name.rpartition(".")[2] not in held:
             lines += _same(first, second)
-        if found := near.get((first.name, second.name)):
-            example = f"{found[0].first} and {found[0].second} share {found[0].shared:.0%} of their wording"
+        if pairs := near.get((first.name, second.name)):
+            example = f"{pairs[0].first} and {pairs[0].second} share {pairs[0].shared:.0%} of their wording"
             lines.append(
-                f"warning: {len({copy.first for copy in found})} questions of {first.name} are near copies of "
+                f"warning: {len({copy.first for copy in pairs})} questions of {first.name} are near copies of "
                 f"questions of {second.name}: {example}; remove them if a score depends on it"
             )
     return lines
@@ -145,17 +145,17 @@ def near_copies(sets: Sequence[QuestionSet]) -> dict[tuple[str, str], list[Copy]
     words: list[list[int]] = []
     for number, questions in enumerate(sets):
         for name, texts in questions.texts.items():
-            found = tokens("\n".join(texts)) if held[questions.keys[name]] == 1 else []
-            if len(found) >= SHINGLE + MIN_SHINGLES - 1:
+            own = tokens("\n".join(texts)) if held[questions.keys[name]] == 1 else []
+            if len(own) >= SHINGLE + MIN_SHINGLES - 1:
                 owners.append((number, name))
-                words.append([crc32(word.encode("utf-8", "surrogatepass")) for word in found])
+                words.append([crc32(word.encode("utf-8", "surrogatepass")) for word in own])
     if len({number for number, _ in owners}) < 2:
         return {}
     copies: dict[tuple[str, str], list[Copy]] = defaultdict(list)
     for one, other, shared in _alike(words, [number for number, _ in owners], COMMON * len(sets)):
         (number, first), (second_number, second) = owners[one], owners[other]
         copies[sets[number].name, sets[second_number].name].append(Copy(first, second, shared))
-    return {names: sorted(found, key=lambda copy: -copy.shared) for names, found in copies.items()}
+    return {names: sorted(pairs, key=lambda copy: -copy.shared) for names, pairs in copies.items()}
 
 
 def _alike(words: list[list[int]], group: list[int], common: int) -> list[tuple[int, int, float]]:

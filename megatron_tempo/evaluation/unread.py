@@ -60,7 +60,7 @@ def _is_any_read(items: Sequence[Item], verifiers: Verifiers) -> bool:
 def _other_verifier(items: Sequence[Item], verifiers: Verifiers) -> tuple[str, int, int] | None:
     """The verifier by which most responses are right, how many are, and of how many; None if none are by any."""
     every = max(len(items) // TRIED, 1)
-    found = []
+    rights = []
     for name in _BY_RULES:
         tried = [
             Item(name, item.prompt, item.response, item.answer) for item in items[::every] if item.verifier != name
@@ -69,8 +69,8 @@ def _other_verifier(items: Sequence[Item], verifiers: Verifiers) -> tuple[str, i
             right = int(sum(verifiers.score(tried)))
         except ValueError:  # the questions or answers are none of this verifier's
             continue
-        found.append((name, right, len(tried)))
-    best = max(found, key=lambda one: one[1], default=None)
+        rights.append((name, right, len(tried)))
+    best = max(rights, key=lambda one: one[1], default=None)
     return best if best is not None and best[1] > 0 else None
 
 

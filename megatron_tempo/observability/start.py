@@ -71,13 +71,13 @@ def _processor() -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name.replace("megatron-tempo", "megatron_tempo")] = version(name)
+            versions[name.replace("megatron-tempo", "megatron_tempo")] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _commit() -> tuple[str | None, bool]:

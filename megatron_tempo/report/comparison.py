@@ -128,12 +128,12 @@ def alike(runs: Sequence[Labelled], name: str) -> list[Alike]:
     if len(groups) == 1:
         return [Alike(name, printable(name), members) for members in groups.values()]
     used: dict[int, int] = {}
-    found = []
+    sets_alike = []
     for (_, questions), members in groups.items():
         used[questions] = used.get(questions, 0) + 1
         other = "" if used[questions] == 1 else f", set {used[questions]}"
-        found.append(Alike(name, printable(f"{name} ({questions} questions{other})"), members))
-    return found
+        sets_alike.append(Alike(name, printable(f"{name} ({questions} questions{other})"), members))
+    return sets_alike
 
 
 def _last_of(one: Labelled, name: str) -> Record | None:
@@ -172,8 +172,8 @@ def _best(last: Sequence[Record | None], k: str | None) -> int | None:
         first, second = last[place], last[highest]
         assert first is not None
         assert second is not None
-        found = compared(first, second, k)
-        if found is None or not found.is_real or found.difference <= 0:
+        comparison = compared(first, second, k)
+        if comparison is None or not comparison.is_real or comparison.difference <= 0:
             return None
     return highest
 

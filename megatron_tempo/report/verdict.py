@@ -54,28 +54,28 @@ def changes(first: Record, second: Record) -> list[Change]:
 
 def _change(first: Record, second: Record, k: str | None) -> Change:
     kind = f"avg@{second['avg_k']}" if k is None else f"pass@{k}"
-    found = compared(first, second, k)
-    if found is None:
+    comparison = compared(first, second, k)
+    if comparison is None:
         old, new = _value(first, k), _value(second, k)
         assert old is not None
         assert new is not None
         # Assumes independent questions: records of earlier versions have no results per question.
         error = hypot(_error(first, k), _error(second, k))
         return Change(kind, new - old, abs(new - old) > 2 * error > 0, f"{new - old:+.3f} ± {error:.3f}, unpaired")
-    if found.interval is None:
-        return Change(kind, found.difference, False, f"{found.difference:+.3f}, of one question")
-    low, high = found.interval
-    p = "p < 0.001" if (found.p or 0) < 0.001 else f"p = {found.p:.3f}"
-    words = f"{found.difference:+.3f} (95% interval {low:+.3f} to {high:+.3f}, {p})"
-    return Change(kind, found.difference, found.is_real, words)
+    if comparison.interval is None:
+        return Change(kind, comparison.difference, False, f"{comparison.difference:+.3f}, of one question")
+    low, high = comparison.interval
+    p = "p < 0.001" if (comparison.p or 0) < 0.001 else f"p = {comparison.p:.3f}"
+    words = f"{comparison.difference:+.3f} (95% interval {low:+.3f} to {high:+.3f}, {p})"
+    return Change(kind, comparison.difference, comparison.is_real, words)
 
 
 def verdict(subject: str, other: str, first: Record, second: Record) -> list[str]:
     """Whether `subject` improved the scores over `other`'s: a sentence on avg@k, and one on each pass@k."""
-    found = changes(first, second)
-    if not found:
+    all_changes = changes(first, second)
+    if not all_changes:
         return []
-    avg, *passes = found
+    avg, *passes = all_changes
     if not avg.is_real:
         head = f"{subject} and {other} do not differ in {avg.kind} by more than chance"
     else:

@@ -39,8 +39,8 @@ def last_boxed(text: str) -> str | None:
     >>> last_boxed(r"\boxed{1}, no: \boxed{\frac{1}{2}} \boxed{")
     '\\frac{1}{2}'
     """
-    found = boxes(text)
-    return text[slice(*found[-1])] if found else None
+    spans = boxes(text)
+    return text[slice(*spans[-1])] if spans else None
 
 
 def tail(response: str) -> str:
@@ -59,11 +59,11 @@ def statements(response: str) -> list[str]:
     ['B', 'A', 'That is all.']
     """
     text = narrow(tail(response))
-    mark, found = last_mark(text), boxes(text)
-    if mark is not None and (not found or mark[0] > found[-1][1]):
+    mark, spans = last_mark(text), boxes(text)
+    if mark is not None and (not spans or mark[0] > spans[-1][1]):
         return [mark[1]]
-    if found:
-        return [text[slice(*found[-1])]]
+    if spans:
+        return [text[slice(*spans[-1])]]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return sentences(text) + lines[-1:]
 
@@ -107,7 +107,7 @@ def plain(text: str) -> str:
 
 def boxes(text: str) -> list[tuple[int, int]]:
     """Where the content of each complete box starts and ends, in order. Boxes within a box are left out."""
-    found: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     opened: list[int | None] = []  # for each open brace, the start of a box's content
     for token in _BRACES.finditer(text):
         if token[1]:
@@ -117,10 +117,10 @@ def boxes(text: str) -> list[tuple[int, int]]:
         elif token[2] == "}" and opened:
             start = opened.pop()
             if start is not None:
-                while found and found[-1][0] > start:
-                    found.pop()
-                found.append((start, token.start()))
-    return found
+                while spans and spans[-1][0] > start:
+                    spans.pop()
+                spans.append((start, token.start()))
+    return spans
 
 
 def _last_tag(text: str) -> tuple[int, str] | None:

@@ -62,8 +62,8 @@ def gold(prompt: str, answer: str) -> frozenset[str]:
 
 
 def _letters(statement: str, known: dict[str, str]) -> frozenset[str] | None:
-    said = _words(statement)
-    named = [letter for letter, text in known.items() if said and _words(text) == said]
+    stated_words = _words(statement)
+    named = [letter for letter, text in known.items() if stated_words and _words(text) == stated_words]
     single = _SINGLE.fullmatch(statement[noun.end() :] if (noun := _NOUN.match(statement)) else statement)
     if single:
         return frozenset(single[1].upper())

@@ -33,8 +33,8 @@ def without_end(text: str) -> str:
     'The answer is 1/2'
     """
     end = len(text.rstrip())
-    while found := _END.search(text, max(0, end - _END_CHARS), end):
-        end = found.start()
+    while match := _END.search(text, max(0, end - _END_CHARS), end):
+        end = match.start()
         while end and text[end - 1].isspace():
             end -= 1
     return text[:end]

@@ -57,13 +57,13 @@ class Classes:
         """Equal numbers for equal answers, from 0 in the order of first appearance."""
         marks = Counter(_marks(answer) for answer in read if answer is not None)
         places = [place for place, answer in enumerate(read) if answer is not None]
-        found: dict[int, _Class] = {}
+        class_of: dict[int, _Class] = {}
         for place in sorted(places, key=lambda p: _order(read[p], marks, p)):
             answer = read[place]
             assert answer is not None
-            found[place] = self._join(answer)
+            class_of[place] = self._join(answer)
         order: dict[int, int] = {}
-        return [order.setdefault(id(found[p]), len(order)) if p in found else None for p in range(len(read))]
+        return [order.setdefault(id(class_of[p]), len(order)) if p in class_of else None for p in range(len(read))]
 
     def _join(self, answer: dict[str, Any]) -> _Class:
         joined, strikes = self._equal(answer)

@@ -51,8 +51,8 @@ def points(value: Any) -> list[list[float]] | None:
     """An answer's value at `POINTS` points: [real, imaginary] each. None if it has none, such as a set."""
     if isinstance(value, FiniteSet) and len(value) == 1:  # equals its element
         (value,) = value
-    found = _at_points(_scalar(value))
-    return None if found is None else [[float(part) for part in at.as_real_imag()] for at in found]
+    values = _at_points(_scalar(value))
+    return None if values is None else [[float(part) for part in at.as_real_imag()] for at in values]
 
 
 def face_and_value(reading: Reading) -> tuple[Any, Any]:
@@ -114,9 +114,9 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, MatrixBase) != isinstance(other, MatrixBase):
         one, other = as_tuple(one), as_tuple(other)
     mine, others = _scalar(one), _scalar(other)
-    found, wanted = _at_points(mine), _at_points(others)
-    if found is not None and wanted is not None and not _is_name(mine) and not _is_name(others):
-        apart = [_difference(a, b) for a, b in zip(found, wanted, strict=True)]
+    own, wanted = _at_points(mine), _at_points(others)
+    if own is not None and wanted is not None and not _is_name(mine) and not _is_name(others):
+        apart = [_difference(a, b) for a, b in zip(own, wanted, strict=True)]
         if any(difference > APART for difference in apart):
             return False
         exact = not mine.has(Float) and not others.has(Float)
@@ -137,13 +137,13 @@ def _is_name(value: Any) -> bool:
 
 @lru_cache(maxsize=512)
 def _values(value: Any) -> list[Any] | None:
-    found = []
+    values = []
     for number in range(POINTS):
         at = value.evalf(DIGITS, subs={symbol: _draw(symbol.name, number) for symbol in value.free_symbols})
         if not at.is_number or not at.is_finite:
             return None
-        found.append(at)
-    return found
+        values.append(at)
+    return values
 
 
 def _at_points(value: Any) -> list[Any] | None:

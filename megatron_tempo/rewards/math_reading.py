@@ -71,10 +71,10 @@ def read(statement: Statement) -> Reading:
         return read_whole(statement.text)
     bare = statement.text.strip("*_ ")
     if len(bare) <= ANSWER_CHARS and not _is_prose(bare):
-        found = read_whole(bare)
+        answer = read_whole(bare)
         # A last line that is not marked as the answer may be a step: math-verify takes its result.
-        if statement.marked or (found.value is not None and "=" not in bare):
-            return found
+        if statement.marked or (answer.value is not None and "=" not in bare):
+            return answer
     return _searched(statement.context)
 
 
@@ -87,8 +87,8 @@ def read_whole(text: str) -> Reading:
     if parts := _elements(core):
         core, marks = _common_marks(parts, core, marks)
     core = _unwrapped(core)
-    if found := _ANGLES.fullmatch(core):
-        core = f"({found[1]})"
+    if match := _ANGLES.fullmatch(core):
+        core = f"({match[1]})"
     words = _words_of(core)
     value = None if _is_word(words) else _value(core, marks)
     return Reading(_squeezed(spelled), value, _form(core), marks, words)
@@ -96,9 +96,9 @@ def read_whole(text: str) -> Reading:
 
 def _searched(context: str) -> Reading:
     """The answer that math-verify finds in prose."""
-    found = parse(narrow(context), parsing_timeout=None)
-    values = [value for value in found if not isinstance(value, str)]
-    texts = [value for value in found if isinstance(value, str)]
+    parsed = parse(narrow(context), parsing_timeout=None)
+    values = [value for value in parsed if not isinstance(value, str)]
+    texts = [value for value in parsed if isinstance(value, str)]
     return Reading(_squeezed(texts[0]) if texts else "", values[0] if values else None)
 
 
@@ -142,10 +142,10 @@ def _elements(core: str) -> list[str]:
 def _common_marks(parts: list[str], core: str, marks: Marks) -> tuple[str, Marks]:
     """A list without the marks of its elements, if all have the same marks or only the last one has any."""
     split = [units.split(part.strip()) for part in parts]
-    found = {mark for _, mark in split if mark != UNMARKED}
-    if not found:
+    distinct = {mark for _, mark in split if mark != UNMARKED}
+    if not distinct:
         return core, marks
-    (only, *others) = found
+    (only, *others) = distinct
     if others or marks not in (UNMARKED, only) or any(not part for part, _ in split):
         return core, marks
     if marks == UNMARKED and any(mark == UNMARKED for _, mark in split):  # in `5 cm, 6` the unit of 6 is unknown

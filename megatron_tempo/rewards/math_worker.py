@@ -136,8 +136,8 @@ def _serve(replies: TextIO, predecessor: int | None, memory: int, seconds: float
             reply, exhausted = {}, True
         # sympy's caches must leave enough memory for later items.
         retire = exhausted or process.memory_info().vms > memory / 2
-        said = {**reply, "id": request["id"], "exhausted": exhausted, "retire": retire}
-        print(json.dumps(said), file=replies, flush=True)
+        message = {**reply, "id": request["id"], "exhausted": exhausted, "retire": retire}
+        print(json.dumps(message), file=replies, flush=True)
 
 
 if __name__ == "__main__":

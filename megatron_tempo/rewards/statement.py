@@ -43,9 +43,9 @@ def stated(response: str) -> Statement | None:
     Statement(text='4, 9', whole=True, context='', marked=True)
     """
     text = tail(response)
-    found, sign = boxes(text), last_sign(text)
-    if found and (sign is None or sign[0] < found[-1][1]):
-        return _boxed(text, found)
+    spans, sign = boxes(text), last_sign(text)
+    if spans and (sign is None or sign[0] < spans[-1][1]):
+        return _boxed(text, spans)
     end = text[-TAIL_CHARS:]
     mark = sign or last_mark(text)
     if mark is not None:
@@ -58,17 +58,17 @@ def stated(response: str) -> Statement | None:
     return Statement(last[0].strip(), whole=False, context=end, marked=False) if last else None
 
 
-def _boxed(text: str, found: list[tuple[int, int]]) -> Statement | None:
+def _boxed(text: str, spans: list[tuple[int, int]]) -> Statement | None:
     """The statement of the last box, or of the row of boxes that it ends."""
-    parts = [text[slice(*place)].strip() for place in _row(text, found)]
+    parts = [text[slice(*place)].strip() for place in _row(text, spans)]
     joined = parts[0] if len(set(parts)) == 1 else ", ".join(filter(None, parts))
     return Statement(joined, whole=True) if parts[-1] and len(joined) <= ANSWER_CHARS else None
 
 
-def _row(text: str, found: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _row(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """The last box, and those before it that are separated only by commas, `and` and the like."""
-    row = [found[-1]]
-    for place in reversed(found[:-1]):
+    row = [spans[-1]]
+    for place in reversed(spans[:-1]):
         between = text[place[1] + 1 : row[0][0]]
         between = re.sub(r"\\boxed\s*\{\Z", "", between)
         if len(between) > _BETWEEN_CHARS or "\n\n" in between or not _BETWEEN.fullmatch(between):

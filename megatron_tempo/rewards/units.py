@@ -145,10 +145,10 @@ def _without_stop(text: str) -> str:
 
 
 def _based(text: str) -> tuple[str, Marks] | None:
-    found = _BASE.fullmatch(text)
-    digits, name = (found[1], found[2] or found[3]) if found else ("", "")
-    if not found and (found := _BASE_WORDS.fullmatch(text)):
-        digits, name = found[1], found[2]
+    match = _BASE.fullmatch(text)
+    digits, name = (match[1], match[2] or match[3]) if match else ("", "")
+    if not match and (match := _BASE_WORDS.fullmatch(text)):
+        digits, name = match[1], match[2]
     base = int(name) if name.isdigit() and len(name) < 3 else _BASES.get(name, 0)
     if not 2 <= base <= 36 or any(int(digit, 36) >= base for digit in digits):
         return None
@@ -156,12 +156,12 @@ def _based(text: str) -> tuple[str, Marks] | None:
 
 
 def _split_once(text: str, marks: Marks) -> tuple[str, Marks]:
-    if found := _PERCENT.search(text):
-        return text[: found.start()].rstrip(), replace(marks, percent=True)
-    if found := _TEMPERATURE.search(text):
-        return text[: found.start()].rstrip(), replace(marks, unit=f"degree {found[1].lower()}")
-    if found := _DEGREES.search(text):
-        return text[: found.start()].rstrip(), replace(marks, degrees=True)
+    if match := _PERCENT.search(text):
+        return text[: match.start()].rstrip(), replace(marks, percent=True)
+    if match := _TEMPERATURE.search(text):
+        return text[: match.start()].rstrip(), replace(marks, unit=f"degree {match[1].lower()}")
+    if match := _DEGREES.search(text):
+        return text[: match.start()].rstrip(), replace(marks, degrees=True)
     core, words, spaced = _words(text)
     if not words or not core:
         return text, marks
@@ -239,8 +239,8 @@ def _normal(words: str) -> str:
     words = re.sub(r"\b(?:cubic|cu\.?)\s+(\S+)", r"\1^3", words)
     words = re.sub(r"(\S+)\s+squared", r"\1^2", re.sub(r"(\S+)\s+cubed", r"\1^3", words))
 
-    def name(found: re.Match[str]) -> str:
-        word = found[0]
+    def name(match: re.Match[str]) -> str:
+        word = match[0]
         single = word if word in _ALIASES or len(word) < 4 or word.endswith("ss") else word.removesuffix("s")
         return _ALIASES.get(single, single)
 

@@ -23,16 +23,16 @@ def own_address(host: str) -> str:
     try:
         address = socket.gethostbyname(name)
     except (OSError, UnicodeError) as error:
-        found = _outward_address() if is_own else None
-        if found is not None:
-            return found
+        outward = _outward_address() if is_own else None
+        if outward is not None:
+            return outward
         fix = "give an IPv4 address of this machine, or a name that has one here"
         if (ip := ip_of(host)) is not None and ip.version == 6:
             raise InputError(
                 f"{_FIELD}={host} is an IPv6 address, which the engines' stores do not use: {fix}"
             ) from error
-        told = f"{_FIELD}={host}" if not is_own else f"{_FIELD}=hostname: this machine's name {name}"
-        raise InputError(f"{told} has no IPv4 address here ({error}): {fix}") from error
+        setting = f"{_FIELD}={host}" if not is_own else f"{_FIELD}=hostname: this machine's name {name}"
+        raise InputError(f"{setting} has no IPv4 address here ({error}): {fix}") from error
     return (_outward_address() or address) if is_own and is_loopback(address) else address
 
 
@@ -51,12 +51,12 @@ def visible_devices(environment: Mapping[str, str] = os.environ) -> list[str] | 
     text = environment.get("CUDA_VISIBLE_DEVICES")
     if text is None:
         return None
-    found = []
+    devices = []
     for word in text.split(","):
         if not word.strip() or word.strip().startswith("-"):  # CUDA looks no further
             break
-        found.append(word.strip())
-    return found
+        devices.append(word.strip())
+    return devices
 
 
 def chosen_devices(numbers: Sequence[int], environment: Mapping[str, str] = os.environ) -> list[str]:

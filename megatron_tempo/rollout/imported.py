@@ -65,18 +65,18 @@ class ImportedEngine:
         self._version = version
 
     def differences(self, weights: Weights) -> list[tuple[str, float]] | None:
-        found: Any = self._engine.differences(weights)
-        if found is None:
+        differences: Any = self._engine.differences(weights)
+        if differences is None:
             return None
         expected = "a list of (name of a tensor, relative difference), or None"
-        if not isinstance(found, list):
-            raise wrong_result(self._extension, found, expected)
-        for item in found:
+        if not isinstance(differences, list):
+            raise wrong_result(self._extension, differences, expected)
+        for item in differences:
             match item:
                 case (str(), int() | float()):
                     continue
             raise wrong_result(self._extension, item, expected)
-        return found
+        return differences
 
     def health(self) -> list[EngineHealth]:
         states: Any = self._engine.health()

@@ -34,11 +34,11 @@ def fingerprints(config: Config, sets: Mapping[str, list[LabelledPrompt]]) -> di
     The weight files are divided among the ranks.
     """
     model = Path(config.model.path)
-    found = {f"{_SET}{name}": fingerprint(prompts) for name, prompts in sets.items()}
-    found |= {f"model.path: {name}": _of_json(model / name) for name in _CONFIGS if (model / name).is_file()}
+    fingerprints = {f"{_SET}{name}": fingerprint(prompts) for name, prompts in sets.items()}
+    fingerprints |= {f"model.path: {name}": _of_json(model / name) for name in _CONFIGS if (model / name).is_file()}
     if any(stage.iterations > 0 and stage.actor.kl_coef > 0 for stage in config.stages().values()):
-        found[_WEIGHTS] = _of_weights(model)
-    return found
+        fingerprints[_WEIGHTS] = _of_weights(model)
+    return fingerprints
 
 
 def check(saved: Mapping[str, str], now: Mapping[str, str]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_tempo.checkpoint.checkpoints import LAST, Checkpoints, Found, last_step
+from megatron_tempo.checkpoint.checkpoints import LAST, Checkpoints, LatestCheckpoint, last_step
 from megatron_tempo.config import resume, schedule
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import read
@@ -29,7 +29,7 @@ def find(
     streams: Streams,
     read_now: Mapping[str, str],
     is_writer: bool,
-) -> Found:
+) -> LatestCheckpoint:
     """The checkpoint to resume from, if there is one. Sets the streams to its positions. Collective.
 
     `read_now`: fingerprints of this start's inputs other than training prompts (`training.inputs`).
@@ -38,22 +38,22 @@ def find(
     """
     run = Path(config.run.dir)
     raise_on_all_ranks(lambda: _check_records(config) if is_writer else None)
-    found = checkpoints.find()
-    if found.path is None:
-        raise_on_all_ranks(lambda: _check_nothing_lost(run, found) if is_writer else None)
+    latest = checkpoints.find()
+    if latest.path is None:
+        raise_on_all_ranks(lambda: _check_nothing_lost(run, latest) if is_writer else None)
     else:
-        if absent := [name for name in _ENTRIES if not isinstance(found.state.get(name), dict)]:
-            raise InputError(f"{found.path}/run.json has no {absent[0]}: no run has written it; give another run.dir")
-        checkpoints.require(found, models)
-        _check_config(config, found.path, found.state)
-        _check_position(config, found.state)
-        inputs.check(found.state.get("inputs", {}), read_now)
+        if absent := [name for name in _ENTRIES if not isinstance(latest.state.get(name), dict)]:
+            raise InputError(f"{latest.path}/run.json has no {absent[0]}: no run has written it; give another run.dir")
+        checkpoints.require(latest, models)
+        _check_config(config, latest.path, latest.state)
+        _check_position(config, latest.state)
+        inputs.check(latest.state.get("inputs", {}), read_now)
         for name, stream in streams.items():
-            if name in found.state["streams"]:
-                stream.restore(found.state["streams"][name])
-    if found.state.get("step", 0) < schedule.total(config):
+            if name in latest.state["streams"]:
+                stream.restore(latest.state["streams"][name])
+    if latest.state.get("step", 0) < schedule.total(config):
         checkpoints.check_room(models)
-    return found
+    return latest
 
 
 _ENTRIES = ("config", "position", "streams")  # of a run's state
@@ -66,10 +66,10 @@ def _check_records(config: Config) -> None:
         read_records(Path(config.run.dir) / name)
 
 
-def _check_nothing_lost(run: Path, found: Found) -> None:
+def _check_nothing_lost(run: Path, latest: LatestCheckpoint) -> None:
     """Raises InputError if a run that had a checkpoint has none now. Starting at 0 would erase its records."""
-    if found.damaged:
-        wrong = "; ".join(f"{path.name}: {problem}" for path, problem in found.damaged)
+    if latest.damaged:
+        wrong = "; ".join(f"{path.name}: {problem}" for path, problem in latest.damaged)
         raise InputError(_LOST.format(run=run, what=f"no checkpoint is whole ({wrong})"))
     if what := _evidence(run):
         raise InputError(_LOST.format(run=run, what=what))

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_tempo.checkpoint.checkpoints import Checkpoints, Found
+from megatron_tempo.checkpoint.checkpoints import Checkpoints, LatestCheckpoint
 from megatron_tempo.config import schedule
 from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.tree import as_json, differences
@@ -59,15 +59,15 @@ class RunState:
 
     # Resuming
 
-    def resume(self, found: Found) -> None:
+    def resume(self, latest: LatestCheckpoint) -> None:
         """Load the checkpoint that was found, if there is one, and cut the run's files back to its step. Collective."""
-        if found.path is not None:
-            self.checkpoints.load(found, self.models)
-        self.step = found.state.get("step", 0)
-        self.evaluated = found.state.get("evaluated", self.step > 0)
-        if found.path is not None:
-            self.timer.metrics.message(f"resumed from {found.path}, {self.step} iterations done")
-        raise_on_all_ranks(partial(self._restore_files, found.state.get("seen")))
+        if latest.path is not None:
+            self.checkpoints.load(latest, self.models)
+        self.step = latest.state.get("step", 0)
+        self.evaluated = latest.state.get("evaluated", self.step > 0)
+        if latest.path is not None:
+            self.timer.metrics.message(f"resumed from {latest.path}, {self.step} iterations done")
+        raise_on_all_ranks(partial(self._restore_files, latest.state.get("seen")))
 
     def _restore_files(self, seen: dict[str, Any] | None) -> None:
         metrics = self.timer.metrics

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tempo.checkpoint.checkpoints import Checkpoints, Found
+from megatron_tempo.checkpoint.checkpoints import Checkpoints, LatestCheckpoint
 from megatron_tempo.config.resume import check_run_folder
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import StageConfig
@@ -72,7 +72,7 @@ class Trainer:
     seen: Seen
     timer: PhaseTimer
     state: RunState
-    found: Found
+    latest: LatestCheckpoint
     reference: Actor | None = None  # loaded when it is first needed
 
     @classmethod
@@ -104,8 +104,8 @@ class Trainer:
             stack.callback(checkpoints.close)
             streams = {"labelled": labelled, "unlabelled": unlabelled}
             drawn = {name: stream for name, stream in streams.items() if stream is not None}
-            found = find(config, checkpoints, models, drawn, read, context.is_writer)
-            _begin(metrics, checkpoints, found, is_writer=context.is_writer)
+            latest = find(config, checkpoints, models, drawn, read, context.is_writer)
+            _begin(metrics, checkpoints, latest, is_writer=context.is_writer)
             engine = build_engine(context, metrics.warn)
             stack.callback(engine.close)
             metrics.watch(engine.health)
@@ -125,7 +125,7 @@ class Trainer:
                 keys=keys,
                 seen=seen,
                 timer=timer,
-                found=found,
+                latest=latest,
                 state=RunState(config, context.is_writer, models, requests, checkpoints, seen, timer, read),
             )
 
@@ -144,7 +144,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Resume from the newest complete checkpoint, if there is one, and give the engine the actor's weights."""
-        self.state.resume(self.found)
+        self.state.resume(self.latest)
         self.sync_engine()
         check_parity(self.requests, self.actor, self.weights, self.step)
 
@@ -260,16 +260,16 @@ def judge_counts(verifiers: Verifiers, metrics: Metrics) -> dict[str, int]:
     return counts
 
 
-def _begin(metrics: Metrics, checkpoints: Checkpoints, found: Found, *, is_writer: bool) -> None:
+def _begin(metrics: Metrics, checkpoints: Checkpoints, latest: LatestCheckpoint, *, is_writer: bool) -> None:
     """The first writes of a start. Collective."""
 
     def begin() -> None:
         metrics.begin()
-        if is_writer and found.path is None:
+        if is_writer and latest.path is None:
             checkpoints.note(None)
 
     raise_on_all_ranks(begin)
-    checkpoints.set_aside(found)
+    checkpoints.set_aside(latest)
 
 
 def _open_checkpoints(context: RunContext, metrics: Metrics) -> Checkpoints:

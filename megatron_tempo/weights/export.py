@@ -108,8 +108,8 @@ def _is_exported(path: Path, origin: dict[str, Any] | None, log: Callable[[str],
         return False
     if origin is None:
         return True
-    found = folder.read_origin(path)
-    if found is not None and all(found.get(key) == value for key, value in origin.items() if key != "run"):
+    written = folder.read_origin(path)
+    if written is not None and all(written.get(key) == value for key, value in origin.items() if key != "run"):
         return True
     names = (path.with_name(f"{path.name}.other-{number}") for number in itertools.count(1))
     aside = next(name for name in names if not name.exists())

@@ -114,8 +114,8 @@ def test_resumed_with_other_layers(
         launch(config, layout, tmp_path / f"ranks{iterations}", server)
         names = ("Transformer Engine 2.11.0", "Transformer Engine's FusedAdam")
         layers, optimizer = names if server is TE_FORK_SERVER else ("Megatron-Core and torch", "torch.optim.AdamW")
-        said = f"device: CPU; layers: {layers}, fp32; optimizer: {optimizer}"
-        assert said in (tmp_path / f"ranks{iterations}/rank0.log").read_text()
+        line = f"device: CPU; layers: {layers}, fp32; optimizer: {optimizer}"
+        assert line in (tmp_path / f"ranks{iterations}/rank0.log").read_text()
     assert_resumed(unchanged[kind], run, until, tmp_path)
 
 
@@ -124,12 +124,12 @@ def assert_resumed(unchanged: Path, run: Path, until: int, tmp_path: Path) -> No
     assert f"resumed from {run / 'checkpoints' / f'step_{until:08d}'}" in log
     folder = f"hf_step_{ITERATIONS:08d}"
     for model in ("actor", "critic"):
-        expected, found = (
+        expected, actual = (
             {name: tensor for bucket in tensors(path / folder / model) for name, tensor in bucket}
             for path in (unchanged, run)
         )
         for key in expected:
-            difference = torch.linalg.vector_norm(found[key] - expected[key])
+            difference = torch.linalg.vector_norm(actual[key] - expected[key])
             assert difference <= 1e-4 * torch.linalg.vector_norm(expected[key]), f"{model} {key}"
     for one, other in zip(read_metrics(unchanged), read_metrics(run), strict=True):
         for norm in [name for name in one if name.endswith("grad_norm")]:

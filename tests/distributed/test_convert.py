@@ -55,7 +55,7 @@ def differing(net: PackedGPT, checkpoint: Path) -> list[str]:
 
 
 def compare(models: dict[str, Path], checkpoints: dict[str, Path], tensor: int, pipeline: int) -> dict[str, list[str]]:
-    found = {}
+    equal = {}
     config = Config()
     config.parallel.tensor, config.parallel.pipeline = tensor, pipeline
     config.model.path = str(next(iter(models.values())))
@@ -63,8 +63,8 @@ def compare(models: dict[str, Path], checkpoints: dict[str, Path], tensor: int, 
         for kind, model in models.items():
             config.model.path = str(model)
             for name, build in (("actor", build_actor), ("critic", build_critic)):
-                found[f"{kind} {name}"] = differing(build(context).model.net, checkpoints[f"{kind} {name}"])
-    return found
+                equal[f"{kind} {name}"] = differing(build(context).model.net, checkpoints[f"{kind} {name}"])
+    return equal
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +86,9 @@ def test_a_converted_folder_loads_as_the_folder_does(
 ) -> None:
     """All that the network asks for is there, and nothing else (`raise_all`)."""
     tensor, pipeline, world = LAYOUTS[layout]
-    for found in run_ranks(compare, world, tmp_path, *converted, tensor, pipeline):
-        assert set(found) == set(converted[1])
-        assert not any(found.values())
+    for result in run_ranks(compare, world, tmp_path, *converted, tensor, pipeline):
+        assert set(result) == set(converted[1])
+        assert not any(result.values())
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +130,13 @@ def test_a_runs_checkpoint_becomes_what_the_run_exports(
     runs: dict[str, Path], tmp_path: Path, kind: str, model: str
 ) -> None:
     """Config and tokenizer come from where the run's did: `like` is not given."""
-    told: list[str] = []
-    to_hugging_face(runs[kind] / STEP, tmp_path / "out", model, None, None, PART, told.append)
-    assert "MANIFEST.json" in told[0]
+    messages: list[str] = []
+    to_hugging_face(runs[kind] / STEP, tmp_path / "out", model, None, None, PART, messages.append)
+    assert "MANIFEST.json" in messages[0]
     exported = runs[kind] / "hf_step_00000001" / model
-    expected, found = read(exported), read(tmp_path / "out")
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, actual = read(exported), read(tmp_path / "out")
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
     assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads((exported / "config.json").read_text())
     assert {path.name for path in exported.iterdir() if path.suffix != ".safetensors"} == {
         path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".safetensors"
@@ -191,7 +191,7 @@ def test_from_a_run_to_megatron_again(runs: dict[str, Path], tmp_path: Path) -> 
     exported = runs["tied"] / "hf_step_00000001/critic"
     to_megatron(exported, tmp_path / "megatron", "critic", PART, quiet)
     to_hugging_face(tmp_path / "megatron", tmp_path / "out", "critic", exported, None, PART, quiet)
-    expected, found = read(exported), read(tmp_path / "out")
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, actual = read(exported), read(tmp_path / "out")
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
     assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads((exported / "config.json").read_text())

@@ -71,13 +71,13 @@ def write_large(folder: Path, layers: int = 32, vocab: int = 151936) -> dict[str
 
 
 def checksums_of(folder: Path) -> dict[str, int]:
-    found = {}
+    checksums = {}
     for name, path in tensor_files(folder).items():
         with safe_open(path, "pt") as file:
             tensor = file.get_tensor(name)
         assert tensor.dtype is torch.bfloat16
-        found[name] = zlib.crc32(tensor.view(torch.int16).numpy().data)
-    return found
+        checksums[name] = zlib.crc32(tensor.view(torch.int16).numpy().data)
+    return checksums
 
 
 def convert(name: str, *words: object) -> tuple[str, int]:
@@ -86,11 +86,11 @@ def convert(name: str, *words: object) -> tuple[str, int]:
     command = [sys.executable, str(TOOLS / f"{name}.py"), *map(str, words)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
-        told = child.stdout.read().splitlines()
+        lines = child.stdout.read().splitlines()
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
-    assert child.returncode == 0, told
-    return told[-1], usage.ru_maxrss << 10
+    assert child.returncode == 0, lines
+    return lines[-1], usage.ru_maxrss << 10
 
 
 @pytest.mark.slow
@@ -101,14 +101,14 @@ def test_a_model_larger_than_the_memory_that_it_takes(tmp_path: Path) -> None:
     files = set(tensor_files(folder).values())
     assert len(files) > 3
     assert sum(path.stat().st_size for path in files) > 4 << 30
-    told, peak = convert("convert_hf_to_megatron", folder, checkpoint)
-    print(f"{told}; by the system {peak / 2**20:.0f} MiB")
+    lines, peak = convert("convert_hf_to_megatron", folder, checkpoint)
+    print(f"{lines}; by the system {peak / 2**20:.0f} MiB")
     assert peak < BOUND
     assert 4 <= len([path for path in checkpoint.glob("*.distcp") if path.stat().st_size > 1 << 20]) <= 6
     for path in files:
         path.unlink()
-    told, peak = convert("convert_megatron_to_hf", checkpoint, back, "--like", folder, "--shard-gb", "2")
-    print(f"{told}; by the system {peak / 2**20:.0f} MiB")
+    lines, peak = convert("convert_megatron_to_hf", checkpoint, back, "--like", folder, "--shard-gb", "2")
+    print(f"{lines}; by the system {peak / 2**20:.0f} MiB")
     assert peak < BOUND
     assert checksums_of(back) == checksums
     assert json.loads((back / "config.json").read_text())["dtype"] == "bfloat16"

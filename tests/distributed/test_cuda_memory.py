@@ -56,6 +56,6 @@ def test_another_process_reads_the_bucket() -> None:
         [sys.executable, "-c", script], input=json.dumps(given), capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert torch.tensor(found["bytes"], dtype=torch.uint8).equal(flat.cpu().view(torch.uint8))
-    assert found["named"] == {name: tensor.tolist() for name, tensor in bucket}
+    received = json.loads(done.stdout)
+    assert torch.tensor(received["bytes"], dtype=torch.uint8).equal(flat.cpu().view(torch.uint8))
+    assert received["named"] == {name: tensor.tolist() for name, tensor in bucket}

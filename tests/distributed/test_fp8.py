@@ -57,17 +57,17 @@ def tried(model: Path, precision: Precision, tensor: int, ends: int, recompute: 
         config.run.precision = precision
         critic = build_critic(context)
         head = critic.model.net.output_layer.weight
-        found: dict[str, Any] = {"said": described(config, context.machine), "head": head.dtype}
+        result: dict[str, Any] = {"layers": described(config, context.machine), "head": head.dtype}
         del record.calls[:], record.packed[:]
         updates = state.updates
-        found["before"] = critic.values(batch)
-        found["reading"], found["updates"] = list(map(seen, record.calls)), state.updates - updates
+        result["before"] = critic.values(batch)
+        result["reading"], result["updates"] = list(map(seen, record.calls)), state.updates - updates
         del record.calls[:]
         critic.update(batch, batch.correct, CriticUpdateConfig(), ROWS)
-        found |= {"training": list(map(seen, record.calls)), "after": critic.values(batch)}
-        found |= {"packed": list(record.packed), "learnt": head.detach().clone()}
-        found["micro"] = len(critic.model._packed(batch, torch.arange(len(batch))))
-        return found
+        result |= {"training": list(map(seen, record.calls)), "after": critic.values(batch)}
+        result |= {"packed": list(record.packed), "learnt": head.detach().clone()}
+        result["micro"] = len(critic.model._packed(batch, torch.arange(len(batch))))
+        return result
 
 
 def seen(call: Any) -> SimpleNamespace:
@@ -107,11 +107,11 @@ def test_what_is_in_fp8(
     recompute: Recompute,
 ) -> None:
     given = model, precision, tensor, ends, recompute
-    for found in run_ranks(tried, tensor, tmp_path / "ranks", *given, server=TE_FORK_SERVER):
+    for result in run_ranks(tried, tensor, tmp_path / "ranks", *given, server=TE_FORK_SERVER):
         delayed = precision is Precision.fp8_delayed
-        reading, recipe = found["reading"], CLASSES[precision]
-        assert len(reading) == 4 * LAYERS * (found["micro"] + delayed)
-        assert found["updates"] == delayed
+        reading, recipe = result["reading"], CLASSES[precision]
+        assert len(reading) == 4 * LAYERS * (result["micro"] + delayed)
+        assert result["updates"] == delayed
         by_pass = [reading[i : i + 4 * LAYERS] for i in range(0, len(reading), 4 * LAYERS)]
         inside = [recipe if ends <= layer < LAYERS - ends else None for layer in range(LAYERS) for _ in range(4)]
         for number, calls in enumerate(by_pass):
@@ -119,13 +119,13 @@ def test_what_is_in_fp8(
             # A weight is cast in the first micro-batch after it may have changed.
             assert {call.first for call in calls} == {number <= delayed}
             assert {call.grad for call in calls} == {delayed and number == 0}
-        for call in reading + found["training"]:
+        for call in reading + result["training"]:
             assert call.tokens % RECIPES[precision].multiple == 0
             assert call.group == (tensor if call.recipe else 1), "no replica waits for another"
-        assert {call.recipe for call in found["training"] if call.grad} == {*inside}
+        assert {call.recipe for call in result["training"] if call.grad} == {*inside}
         # Padding is a sequence of its own: what the rows' tokens give is as without it.
-        torch.testing.assert_close(found["before"], bf16["before"], atol=0.05, rtol=0.05)
-        torch.testing.assert_close(found["after"], bf16["after"], atol=0.05, rtol=0.05)
+        torch.testing.assert_close(result["before"], bf16["before"], atol=0.05, rtol=0.05)
+        torch.testing.assert_close(result["after"], bf16["after"], atol=0.05, rtol=0.05)
 
 
 def test_without_fp8_nothing_is_filled_up_or_cast(bf16: dict[str, Any]) -> None:
@@ -141,7 +141,7 @@ def test_the_value_head_is_fp32(bf16: dict[str, Any]) -> None:
 
 def test_the_log_names_layers_precision_and_optimizer(bf16: dict[str, Any]) -> None:
     wanted = "device: CPU; layers: Transformer Engine 2.11.0, bf16; optimizer: Transformer Engine's FusedAdam"
-    assert bf16["said"] == wanted
+    assert bf16["layers"] == wanted
 
 
 def actor_logprobs(model: Path) -> Tensor:

@@ -93,12 +93,12 @@ def test_an_iteration_does_not_depend_on_the_layout(
 
     before = {name: tensor for bucket in tensors(project / "model") for name, tensor in bucket}
     for model in ("actor", "critic"):
-        expected, found = weights(reference, model), weights(tmp_path / "run", model)
-        assert expected.keys() == found.keys()
+        expected, actual = weights(reference, model), weights(tmp_path / "run", model)
+        assert expected.keys() == actual.keys()
         for key in expected:
-            assert (found[key] - expected[key]).norm() <= 1e-5 * expected[key].norm(), f"{model} {key}"
+            assert (actual[key] - expected[key]).norm() <= 1e-5 * expected[key].norm(), f"{model} {key}"
             if key in before:
-                assert not torch.equal(found[key], before[key]), f"{model} {key} was not trained"
+                assert not torch.equal(actual[key], before[key]), f"{model} {key} was not trained"
     (one,), (other,) = read_metrics(reference), read_metrics(tmp_path / "run")
     for norm in ("actor/grad_norm", "critic/grad_norm"):
         assert one[norm] > 0

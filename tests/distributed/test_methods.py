@@ -53,7 +53,7 @@ def updated(model: Path) -> dict[Method, dict[str, Tensor]]:
     config = Config()
     config.model.path = str(model)
     config.parallel.micro_batch_tokens = 50
-    found = {}
+    results = {}
     batch = rollouts()
     with open_context(config) as context:
         for method in ADVANTAGES:
@@ -63,8 +63,8 @@ def updated(model: Path) -> dict[Method, dict[str, Tensor]]:
             unlabelled = None if method is Method.grpo else replace(batch, correct=None)
             METHODS[method](learner, Rollouts(labelled, unlabelled), stage_of(method), 0)
             weights = weights_of(actor.model, context.config).everywhere()
-            found[method] = {key: value.clone() for bucket in weights for key, value in bucket}
-    return found
+            results[method] = {key: value.clone() for bucket in weights for key, value in bucket}
+    return results
 
 
 def reference(model: Path, advantages: list[float]) -> tuple[dict[str, Tensor], list[float]]:

@@ -81,7 +81,7 @@ def measure(context: RunContext, model: Path, out: Path) -> dict[str, object]:
     context.config.model.path = str(model)
     actor = build_actor(context)
     buckets = list(weights_of(actor.model, context.config).everywhere())
-    found: dict[str, object] = {
+    measured: dict[str, object] = {
         "tensor_rank": context.layouts.actor.tensor_rank,
         "weights": {name: tensor for bucket in buckets for name, tensor in bucket},
     }
@@ -90,10 +90,10 @@ def measure(context: RunContext, model: Path, out: Path) -> dict[str, object]:
         actor.model.micro_batch_tokens = budget
         for kind in Logits:
             actor.model.net.logits = kind
-            found[f"logprobs/{budget}/{kind.name}"] = actor.logprobs(batch)
+            measured[f"logprobs/{budget}/{kind.name}"] = actor.logprobs(batch)
         with pytest.MonkeyPatch.context() as monkeypatch:
-            found[f"logits/{budget}"] = gather_logits(actor, batch, monkeypatch)
-    return found
+            measured[f"logits/{budget}"] = gather_logits(actor, batch, monkeypatch)
+    return measured
 
 
 def reference_logits(model: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,7 +132,7 @@ def test_logits_weights_and_export_agree_with_transformers(models: dict[str, Pat
     layout = LAYOUTS[name]
     by_rank = run_ranks(measure_all, layout[3], tmp_path / "ranks", models, layout, tmp_path, Layers.local)
     for kind, model in models.items():
-        ranks = [found[kind] for found in by_rank]
+        ranks = [measured[kind] for measured in by_rank]
         assert_logits(model, ranks)
         assert_weights(model, [rank["weights"] for rank in ranks], tmp_path / kind)
 

@@ -134,11 +134,11 @@ def measure(config: Config) -> dict[str, Any]:
             storages.restart()
             result = run()
             # Not beyond what was there just before: Megatron's buffer of gathered states stays from the first pass on.
-            found[name.name] = there(storages.peak) - sum(parts().values())
+            measured[name.name] = there(storages.peak) - sum(parts().values())
             return result
 
         gc.collect()
-        found: dict[str, Any] = {
+        measured: dict[str, Any] = {
             "place": {
                 Role.actor: context.layouts.actor.pipeline_rank,
                 Role.critic: context.layouts.critic.pipeline_rank,
@@ -152,7 +152,7 @@ def measure(config: Config) -> dict[str, Any]:
         phase(MemoryPhase.critic, critic.model, lambda: critic.update(batch, batch.correct, stage.critic, order))
         update = partial(actor.update, batch, given, Baseline.before_token, stage.actor, order)
         phase(MemoryPhase.actor, actor.model, update)
-    return found
+    return measured
 
 
 @pytest.mark.parametrize(
@@ -167,15 +167,15 @@ def test_the_plan_is_what_is_measured(models: dict[str, Path], kind: str, name: 
     count = ROWS * (PROMPT + RESPONSE) // BUDGET // (world // config.parallel.ranks_of_a_replica)
     micro = PlannedMicroBatch(BUDGET, BUDGET * RESPONSE // (PROMPT + RESPONSE), BUDGET, count)
     lines = []
-    for rank, found in enumerate(run_ranks(measure, world, tmp_path / "ranks", config)):
-        planned = place_memory(config, shape, found["place"], micro)
+    for rank, measured in enumerate(run_ranks(measure, world, tmp_path / "ranks", config)):
+        planned = place_memory(config, shape, measured["place"], micro)
         # The critic, which was built last, or with it the actor.
-        held = {part: planned[MemoryPhase.values][part] for part in found["parts"]}
-        rows = [(part.value, size, held[part]) for part, size in found["parts"].items()]
-        rows.append(("resident", found["resident"], sum(held.values())))
+        held = {part: planned[MemoryPhase.values][part] for part in measured["parts"]}
+        rows = [(part.value, size, held[part]) for part, size in measured["parts"].items()]
+        rows.append(("resident", measured["resident"], sum(held.values())))
         for phase in MOMENTS:
             moment = sum(size for part, size in planned[phase].items() if part not in held)
-            rows.append((phase.value, found[phase.name], moment))
+            rows.append((phase.value, measured[phase.name], moment))
         lines += [(f"{name} {kind} rank {rank} {what}", size, plan, plan / size - 1) for what, size, plan in rows]
     for line in lines:
         print(f"{line[0]}: measured {line[1]}, planned {line[2]:.0f}, {line[3]:+.1%}")

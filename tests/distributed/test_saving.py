@@ -69,10 +69,10 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 def different(one: Path, other: Path) -> list[str]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        found, expected = tensors(one), tensors(other)
-        assert found.keys() == expected.keys()
-        assert any("exp_avg_sq" in name for name in found)
-        return [name for name in found if not torch.equal(found[name], expected[name])]
+        actual, expected = tensors(one), tensors(other)
+        assert actual.keys() == expected.keys()
+        assert any("exp_avg_sq" in name for name in actual)
+        return [name for name in actual if not torch.equal(actual[name], expected[name])]
     finally:
         dist.destroy_process_group()
 
@@ -113,12 +113,12 @@ def cramped(config: Config, rank: int) -> str:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_file_that_cannot_be_written_ends_the_run_on_every_rank(tmp_path: Path, rank: int) -> None:
     config = run_config(write_project(tmp_path / "project"), tmp_path / "run")
-    told = run_ranks(cramped, 2, tmp_path / "cramped", config, rank)
-    assert told[0] == told[1]
+    messages = run_ranks(cramped, 2, tmp_path / "cramped", config, rank)
+    assert messages[0] == messages[1]
     below = tmp_path / "run/checkpoints"
-    assert told[0].startswith(f"{below}/step_00000004.partial/")
-    assert ".distcp: File too large; free disk space" in told[0]
-    assert f"; rerun the same command to resume from {below}/step_00000002" in told[0]
+    assert messages[0].startswith(f"{below}/step_00000004.partial/")
+    assert ".distcp: File too large; free disk space" in messages[0]
+    assert f"; rerun the same command to resume from {below}/step_00000002" in messages[0]
     assert [path.name for path in below.iterdir()] == ["step_00000002"], "what was begun of the other makes room again"
     run_ranks(train, 2, tmp_path / "again", config)
     undisturbed = run_config(tmp_path / "project", tmp_path / "undisturbed")

@@ -28,7 +28,7 @@ def engine_of(config: ServersConfig) -> ServersEngine:
 def places(addresses: list[list[str]]) -> list[list[int] | str]:
     """For each case (the addresses of the ranks' machines; none: no address), the nodes or the error."""
     dist.init_process_group("gloo")
-    rank, found = dist.get_rank(), []
+    rank, devices = dist.get_rank(), []
     os.environ["LOCAL_RANK"] = "0"
     for case in addresses:
 
@@ -42,11 +42,11 @@ def places(addresses: list[list[str]]) -> list[list[int] | str]:
         engine = engine_of(ServersConfig(host="hostname", each_node=True))
         engine._control = dist.group.WORLD
         try:
-            found.append(engine._nodes())
+            devices.append(engine._nodes())
         except InputError as error:
-            found.append(str(error))
+            devices.append(str(error))
     dist.destroy_process_group()
-    return found
+    return devices
 
 
 def test_all_ranks_agree(tmp_path: Path) -> None:

@@ -27,24 +27,24 @@ from tests.support.ranks import rank_environments, run_ranks
 def heard(folder: Path) -> list[str | None]:
     """What each of several questions is answered with, as things happen."""
     dist.init_process_group("gloo")
-    rank, told = dist.get_rank(), []
+    rank, messages = dist.get_rank(), []
     before = signal.getsignal(signal.SIGUSR1)
     with StopRequests(folder, grace_seconds=None) as stop_requests, stop_requests.agreed():
-        told.append(stop_requests.requested(is_writer=rank == 0))
+        messages.append(stop_requests.requested(is_writer=rank == 0))
         if rank == 1:
             (folder / "stop").touch()
         dist.barrier()
-        told.append(stop_requests.requested(is_writer=rank == 0))
+        messages.append(stop_requests.requested(is_writer=rank == 0))
         if rank == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-        told.append(stop_requests.requested(is_writer=rank == 0))
+        messages.append(stop_requests.requested(is_writer=rank == 0))
         if rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)  # as a launcher does, which has received it too
-        told.append(stop_requests.requested(is_writer=rank == 0))
+        messages.append(stop_requests.requested(is_writer=rank == 0))
     assert signal.getsignal(signal.SIGUSR1) is before
     dist.destroy_process_group()
-    return told
+    return messages
 
 
 def test_ranks_hear_of_what_reached_one_of_them(tmp_path: Path) -> None:
@@ -95,8 +95,8 @@ def ended_by(target: Callable[[str], None], folder: Path, *numbers: signal.Signa
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_before_the_group_is_up_it_ends_at_once(tmp_path: Path, number: signal.Signals) -> None:
     name = number.name.removeprefix("SIG")
-    code, told = ended_by(waits_for_a_missing_rank, tmp_path, number)
-    assert (code, told) == (128 + number, f"stopped by {name} before the run began\n")
+    code, output = ended_by(waits_for_a_missing_rank, tmp_path, number)
+    assert (code, output) == (128 + number, f"stopped by {name} before the run began\n")
 
 
 def test_an_evaluation_whose_ranks_are_missing_ends_too(tmp_path: Path) -> None:
@@ -104,9 +104,9 @@ def test_an_evaluation_whose_ranks_are_missing_ends_too(tmp_path: Path) -> None:
 
 
 def test_a_second_request_ends_a_stuck_process(tmp_path: Path) -> None:
-    code, told = ended_by(waits_for_good, tmp_path, signal.SIGINT, signal.SIGTERM)
+    code, output = ended_by(waits_for_good, tmp_path, signal.SIGINT, signal.SIGTERM)
     assert code == 143
-    assert told == "ended at once by a second TERM: the same command resumes from the last checkpoint\n"
+    assert output == "ended at once by a second TERM: the same command resumes from the last checkpoint\n"
 
 
 def test_a_long_wait_is_warned_of_once(tmp_path: Path) -> None:
@@ -155,10 +155,10 @@ def test_it_goes_on_to_the_same_end(tmp_path: Path) -> None:
         configs.append(load(tmp_path / f"{name}.json"))
     run = tmp_path / "stopped"
     # In the last iteration of a stage, behind which an evaluation is due: it is made when the run goes on.
-    told = run_ranks(stopped_at, 2, tmp_path / "first", configs[0], 1, 0, signal.SIGUSR1)
+    messages = run_ranks(stopped_at, 2, tmp_path / "first", configs[0], 1, 0, signal.SIGUSR1)
     where = run / "checkpoints/step_00000001"
     message = f"stopped after 1 iterations, as requested by USR1; rerun the same command to resume from {where}"
-    assert told == [message] * 2
+    assert messages == [message] * 2
     record = json.loads((run / "stopped.json").read_text())
     assert (record["step"], record["why"]) == (1, "USR1")
     assert where.exists()

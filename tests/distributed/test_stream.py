@@ -80,15 +80,15 @@ def stream(model: Path, tensor: int, pipeline: int) -> dict[str, Any]:
     """What this rank gets: three times from one stream, of weights doubled in between, and once in bfloat16."""
     with opened(model, tensor, pipeline) as (net, layout, mappings):
         weights = WeightStream(net, layout, mappings, LIMIT)
-        found: dict[str, Any] = {"sends": weights.sends, "place": (layout.tensor_rank, layout.data_rank)}
+        result: dict[str, Any] = {"sends": weights.sends, "place": (layout.tensor_rank, layout.data_rank)}
         half = WeightStream(net, layout, mappings, LIMIT, torch.bfloat16)
-        found["bfloat16"] = {way: copies(start(half)) for way, start in WAYS.items()}
+        result["bfloat16"] = {way: copies(start(half)) for way, start in WAYS.items()}
         for repeat in range(3):
-            found[f"float32/{repeat}"] = {way: copies(start(weights)) for way, start in WAYS.items()}
+            result[f"float32/{repeat}"] = {way: copies(start(weights)) for way, start in WAYS.items()}
             with torch.no_grad():
                 for parameter in net.parameters():
                     parameter.mul_(2)
-        return found
+        return result
 
 
 def copies(buckets: Iterable[Bucket]) -> list[tuple[str, Tensor]]:
@@ -116,10 +116,10 @@ def test_what_arrives_is_what_the_folder_holds(models: dict[str, Path], kind: st
             assert_same([pair for rank in ranks for pair in rank[key][way]], tensors)
 
 
-def assert_same(found: list[tuple[str, Tensor]], wanted: dict[str, Tensor]) -> None:
+def assert_same(tensors: list[tuple[str, Tensor]], wanted: dict[str, Tensor]) -> None:
     """To the bit, and every name once."""
-    assert sorted(name for name, _ in found) == sorted(wanted)
-    for name, tensor in found:
+    assert sorted(name for name, _ in tensors) == sorted(wanted)
+    for name, tensor in tensors:
         assert tensor.dtype == wanted[name].dtype
         assert torch.equal(tensor, wanted[name]), name
 
@@ -179,16 +179,16 @@ def test_the_last_two_buckets_stay_until_the_next_is_asked_for(
     models: dict[str, Path], name: str, tmp_path: Path
 ) -> None:
     tensor, pipeline, world = LAYOUTS[name]
-    for rank, found in enumerate(run_ranks(watch, world, tmp_path, models["untied"], tensor, pipeline)):
+    for rank, result in enumerate(run_ranks(watch, world, tmp_path, models["untied"], tensor, pipeline)):
         sends = tensor == 1 or rank == 0
-        assert bool(found["good"]) == sends
-        assert all(found["good"])
-        half = len(found["addresses"]) // 2
-        first, second = found["addresses"][:half], found["addresses"][half:]
+        assert bool(result["good"]) == sends
+        assert all(result["good"])
+        half = len(result["addresses"]) // 2
+        first, second = result["addresses"][:half], result["addresses"][half:]
         assert first == second
         assert len(set(first)) == (2 if sends else 0)
         assert all(a != b for a, b in pairwise(first))
-        assert found["files"] == [2 if sends else 0, 0]
+        assert result["files"] == [2 if sends else 0, 0]
 
 
 def stream_without_room(model: Path) -> str:
@@ -242,21 +242,21 @@ def measure(model: Path, tensor: int, pipeline: int) -> dict[str, Any]:
     with opened(model, tensor, pipeline) as (net, layout, mappings):
         limit = 50_000  # by turns 43 and 49 KB: a bucket that is kept too long is seen
         groups = plan(mappings, limit, 4)
-        found: dict[str, Any] = {"sends": layout.tensor_rank == 0, "buckets": len(groups)}
+        measured: dict[str, Any] = {"sends": layout.tensor_rank == 0, "buckets": len(groups)}
         largest = 4 * max(sum(mapping.numel for mapping in group) for group in groups)
         for way, start in WAYS.items():
             weights = WeightStream(net, layout, mappings, limit)
             with Storages(net.parameters()) as storages:
                 for bucket in start(weights):
                     del bucket
-            found[way] = storages.peak / largest
-        return found
+            measured[way] = storages.peak / largest
+        return measured
 
 
 def test_no_rank_holds_more_than_two_buckets(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", tied=False, ffn=192, layers=8)
-    for found in run_ranks(measure, 4, tmp_path / "ranks", model, 2, 2):
-        assert found["buckets"] > 10
-        assert 1 <= found["everywhere"] <= 2
-        assert found["shared"] == pytest.approx(2, abs=1e-2)  # and the few bytes of barriers and names
-        assert (1 if found["sends"] else 0) < found["messages"] <= (2 if found["sends"] else 1)
+    for measured in run_ranks(measure, 4, tmp_path / "ranks", model, 2, 2):
+        assert measured["buckets"] > 10
+        assert 1 <= measured["everywhere"] <= 2
+        assert measured["shared"] == pytest.approx(2, abs=1e-2)  # and the few bytes of barriers and names
+        assert (1 if measured["sends"] else 0) < measured["messages"] <= (2 if measured["sends"] else 1)

@@ -31,7 +31,7 @@ def test_logits_weights_and_export_agree_with_transformers(models: dict[str, Pat
     given = models, layout, tmp_path, TE
     by_rank = run_ranks(test_parity.measure_all, layout[3], tmp_path / "ranks", *given, server=TE_FORK_SERVER)
     for kind, model in models.items():
-        ranks = [found[kind] for found in by_rank]
+        ranks = [measured[kind] for measured in by_rank]
         test_parity.assert_logits(model, ranks)
         test_parity.assert_weights(model, [rank["weights"] for rank in ranks], tmp_path / kind)
 
@@ -51,5 +51,5 @@ def test_steps_agree_with_plain_torch(tmp_path: Path, model: str, layout: str) -
     path = write_model(tmp_path / "model", **test_update.MODELS[model])
     given = path, "plain", layout, TE
     world = test_update.LAYOUTS[layout][0]
-    found = run_ranks(test_update.updated, world, tmp_path / "ranks", *given, server=TE_FORK_SERVER)[0]
-    test_update.assert_steps(path, "plain", found)
+    result = run_ranks(test_update.updated, world, tmp_path / "ranks", *given, server=TE_FORK_SERVER)[0]
+    test_update.assert_steps(path, "plain", result)

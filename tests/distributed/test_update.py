@@ -196,14 +196,14 @@ def reference(model: Path, kind: str) -> dict[str, dict[str, Tensor]]:
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_steps_agree_with_plain_torch(tmp_path: Path, kind: str, model: str, layout: str) -> None:
     path = write_model(tmp_path / "model", **MODELS[model])
-    found = run_ranks(updated, LAYOUTS[layout][0], tmp_path / "ranks", path, kind, layout, Layers.local)[0]
-    assert_steps(path, kind, found)
+    result = run_ranks(updated, LAYOUTS[layout][0], tmp_path / "ranks", path, kind, layout, Layers.local)[0]
+    assert_steps(path, kind, result)
 
 
-def assert_steps(path: Path, kind: str, found: dict[str, dict[str, Tensor]]) -> None:
+def assert_steps(path: Path, kind: str, result: dict[str, dict[str, Tensor]]) -> None:
     expected = reference(path, kind)
     start = transformers.AutoModelForCausalLM.from_pretrained(path).state_dict()
-    for name, weights in found.items():
+    for name, weights in result.items():
         for key, weight in weights.items():
             torch.testing.assert_close(weight, expected[name][key], rtol=1e-4, atol=2e-6, msg=f"{name} {key}")
             if key in start:
@@ -222,15 +222,15 @@ def kept(model: Path, recompute: Recompute) -> int:
         critic = build_critic(context)
         net = critic.model.net
         weights = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
-        found: dict[int, Tensor] = {}  # the tensors too, so that no place in memory is used twice
+        tensors: dict[int, Tensor] = {}  # the tensors too, so that no place in memory is used twice
         sizes: list[int] = []
 
         def pack(tensor: Tensor) -> Tensor:
-            found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+            tensors.setdefault(tensor.untyped_storage().data_ptr(), tensor)
             return tensor
 
         def head(hidden: Tensor, micro: MicroBatch) -> Tensor:
-            sizes.append(sum(x.untyped_storage().nbytes() for place, x in found.items() if place not in weights))
+            sizes.append(sum(x.untyped_storage().nbytes() for place, x in tensors.items() if place not in weights))
             return type(net).head(net, hidden, micro)
 
         monkeypatch.setattr(net, "head", head)

@@ -52,9 +52,9 @@ def test_it_goes_on_from_a_checkpoint(tmp_path: Path, name: str) -> None:
     model = write_model(tmp_path / "model")
     (alone,) = run_ranks(steps, 1, tmp_path / "ranks", model, ParallelConfig(), tmp_path / "alone", 0, 1)
     run_ranks(steps, 2, tmp_path / "first", model, LAYOUTS[name], tmp_path / "parted", 0, 0)
-    (found,) = run_ranks(steps, 1, tmp_path / "then", model, ParallelConfig(), tmp_path / "parted", 1, 1)
+    (result,) = run_ranks(steps, 1, tmp_path / "then", model, ParallelConfig(), tmp_path / "parted", 1, 1)
     for key, expected in alone.items():
         # Sums in bf16 differ by the layout; an Adam that had lost its moments would be off by a whole step.
-        assert (found[key] - expected).abs().mean() < 0.1 * UPDATE.optimizer.lr + 2**-9 * expected.abs().mean(), key
-    head = found["score.weight"]
+        assert (result[key] - expected).abs().mean() < 0.1 * UPDATE.optimizer.lr + 2**-9 * expected.abs().mean(), key
+    head = result["score.weight"]
     assert not torch.equal(head, head.bfloat16().float())

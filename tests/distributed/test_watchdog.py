@@ -62,19 +62,19 @@ def run(folder: Path, kind: str) -> tuple[list[int], list[str]]:
 @pytest.mark.parametrize("kind", ["well", "slow"])
 def test_an_end_is_no_death(tmp_path: Path, kind: str) -> None:
     """Also where the rank with the store is at its end for longer than a rank may be silent."""
-    codes, said = run(tmp_path, kind)
-    assert codes == [0, 0], said
-    assert all("error" not in text and f"rank {rank} came to its end" in text for rank, text in enumerate(said))
+    codes, output = run(tmp_path, kind)
+    assert codes == [0, 0], output
+    assert all("error" not in text and f"rank {rank} came to its end" in text for rank, text in enumerate(output))
 
 
 @pytest.mark.parametrize(("kind", "lost"), [("killed", 1), ("first killed", 0)])
 def test_one_is_killed(tmp_path: Path, kind: str, lost: int) -> None:
-    codes, said = run(tmp_path, kind)
+    codes, output = run(tmp_path, kind)
     assert codes[lost] == -signal.SIGKILL
     assert codes[1 - lost] == 1
-    assert f"\nerror: rank {lost} ({socket.gethostname()}, process " in said[1 - lost]
-    assert " has died; last heartbeat at " in said[1 - lost]
-    assert "Traceback" not in said[1 - lost]
+    assert f"\nerror: rank {lost} ({socket.gethostname()}, process " in output[1 - lost]
+    assert " has died; last heartbeat at " in output[1 - lost]
+    assert "Traceback" not in output[1 - lost]
 
 
 def test_one_fails(tmp_path: Path) -> None:
@@ -88,8 +88,8 @@ def test_one_fails(tmp_path: Path) -> None:
 
 def test_all_fail(tmp_path: Path) -> None:
     """Each tells of its own error, and none of another's."""
-    codes, said = run(tmp_path, "all failed")
+    codes, output = run(tmp_path, "all failed")
     assert codes == [1, 1]
-    for rank, text in enumerate(said):
+    for rank, text in enumerate(output):
         assert text.rstrip().endswith(f"ValueError: of rank {rank}")
         assert "error: rank" not in text

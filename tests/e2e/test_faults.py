@@ -219,9 +219,12 @@ if __name__ == "__main__":
 
 
 def permitted() -> bool:
-    found = shutil.which("unshare")
+    program = shutil.which("unshare")
     mount = "mount -t tmpfs tmpfs /mnt"
-    return found is not None and subprocess.run([found, "-Urm", "sh", "-c", mount], capture_output=True).returncode == 0
+    return (
+        program is not None
+        and subprocess.run([program, "-Urm", "sh", "-c", mount], capture_output=True).returncode == 0
+    )
 
 
 @pytest.mark.skipif(not permitted(), reason="wants a mount namespace of its own, for a small disk: unshare -Urm")

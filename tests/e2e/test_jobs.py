@@ -101,20 +101,20 @@ def test_eval_keeps_responses_and_results(run: Path, tmp_path: Path) -> None:
     responses = read(out / "responses.jsonl")
     assert [(r["id"], r["sample"]) for r in responses] == [(f"unlabelled:{q}", s) for q in range(8) for s in range(3)]
     results = json.loads((out / "results.json").read_text())
-    found = results["sets"]["unlabelled"]
-    assert found["avg"]["value"] == pytest.approx(sum(r["correct"] for r in responses) / 24)
-    assert list(found["pass"]) == ["1", "2", "3"]
-    assert found["pass"]["1"]["value"] == pytest.approx(found["avg"]["value"])
-    assert found["response_length"]["mean"] == pytest.approx(sum(r["tokens"] for r in responses) / 24)
-    assert found["truncated"] == pytest.approx(sum(r["finish"] == "length" for r in responses) / 24)
+    result = results["sets"]["unlabelled"]
+    assert result["avg"]["value"] == pytest.approx(sum(r["correct"] for r in responses) / 24)
+    assert list(result["pass"]) == ["1", "2", "3"]
+    assert result["pass"]["1"]["value"] == pytest.approx(result["avg"]["value"])
+    assert result["response_length"]["mean"] == pytest.approx(sum(r["tokens"] for r in responses) / 24)
+    assert result["truncated"] == pytest.approx(sum(r["finish"] == "length" for r in responses) / 24)
     verdicts = [countdown.score(prompt_of(run, r["id"]), r["text"], "") for r in responses]
     assert [r["correct"] for r in responses] == verdicts, "the kept text is what was judged"
     # The exported model says what it was trained on: the unlabelled questions, without their answers.
     file = run.parent / "project/unlabelled.jsonl"
-    assert found["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert result["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     (start,) = read(out / "starts.jsonl")
     assert (start["processes"], start["versions"]["torch"]) == (2, torch.__version__)
-    assert found["seen"] == read_evaluations(run)[-1]["seen"] == {"with_answers": 0, "without_answers": 8}
+    assert result["seen"] == read_evaluations(run)[-1]["seen"] == {"with_answers": 0, "without_answers": 8}
     assert {r["step"] for r in read(run / "seen.jsonl") if r["labels"]} == {1}
     assert read_evaluations(run)[0]["seen"] == {"with_answers": 0, "without_answers": 0}, "before training"
     assert "8 without" in (run / "report.html").read_text()
@@ -320,10 +320,10 @@ def poisoned(config: Config) -> None:
     def values(*arguments: object) -> torch.Tensor:
         nonlocal count
         count += 1
-        found = final_values(*arguments)  # type: ignore[arg-type]
+        values = final_values(*arguments)  # type: ignore[arg-type]
         if count == 1:
-            found[0] = torch.nan
-        return found
+            values[0] = torch.nan
+        return values
 
     with unittest.mock.patch.object(tempo, "final_values", values):
         train(config)
@@ -360,9 +360,9 @@ def test_a_run_tells_of_a_skipped_step_and_goes_on(mended: Path) -> None:
 
 
 def test_a_trace_of_each_rank_names_the_phases(mended: Path) -> None:
-    found = sorted(path.relative_to(mended / "profile").as_posix() for path in (mended / "profile").rglob("*.json.gz"))
-    assert found == ["step_2/rank_0.json.gz", "step_2/rank_1.json.gz"]
-    for path in found:
+    names = sorted(path.relative_to(mended / "profile").as_posix() for path in (mended / "profile").rglob("*.json.gz"))
+    assert names == ["step_2/rank_0.json.gz", "step_2/rank_1.json.gz"]
+    for path in names:
         events = json.loads(gzip.decompress((mended / "profile" / path).read_bytes()))["traceEvents"]
         lasts = {event["name"]: event["dur"] for event in events if event.get("cat") == "user_annotation"}
         assert {"generate", "values", "critic", "logprobs", "actor", "sync"} <= lasts.keys()

@@ -18,9 +18,9 @@ from tests.support.ranks import run_ranks
 
 
 def by_rule(judge: Judge, body: dict[str, Any]) -> Reply:
-    found = quoted(body)
-    right = countdown.score(found["QUESTION"], f"{found['RESPONSE']} $", "")  # a judge gets no end tokens
-    return verdict(found["nonce"], "right" if right else "wrong")
+    parts = quoted(body)
+    right = countdown.score(parts["QUESTION"], f"{parts['RESPONSE']} $", "")  # a judge gets no end tokens
+    return verdict(parts["nonce"], "right" if right else "wrong")
 
 
 def asked(judge: Judge) -> list[str]:
@@ -75,7 +75,7 @@ def judged_eval(config: Config, judge: Judge, tmp_path: Path) -> None:
     verdicts = [[r["correct"] for r in read(tmp_path / name / "responses.jsonl")] for name in ("judge", "rule")]
     assert verdicts[0] == verdicts[1]
     assert 0 < sum(verdicts[0]) < len(verdicts[0])
-    found = json.loads((tmp_path / "judge/results.json").read_text())["sets"]["unlabelled"]
-    assert found["verifiers"] == ["judge"]
-    assert found["judge/asked"] == len(judge.asked)
-    assert found["judge/asked"] + found["judge/cached"] == len(verdicts[0])
+    result = json.loads((tmp_path / "judge/results.json").read_text())["sets"]["unlabelled"]
+    assert result["verifiers"] == ["judge"]
+    assert result["judge/asked"] == len(judge.asked)
+    assert result["judge/asked"] + result["judge/cached"] == len(verdicts[0])

@@ -114,10 +114,10 @@ def final_tensors(run: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_end(run: Path, reference: Path) -> None:
-    expected, found = final_tensors(reference), final_tensors(run)
-    assert expected.keys() == found.keys()
+    expected, actual = final_tensors(reference), final_tensors(run)
+    assert expected.keys() == actual.keys()
     assert any("exp_avg_sq" in name for name in expected), "the optimizer's state is in the comparison"
-    different = [name for name in expected if not torch.equal(expected[name], found[name])]
+    different = [name for name in expected if not torch.equal(expected[name], actual[name])]
     assert not different
     for file in ("actor/model-00001.safetensors", "critic/model-00001.safetensors"):
         path = Path(f"hf_step_{LAST:08d}") / file

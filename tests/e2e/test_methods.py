@@ -104,10 +104,10 @@ def test_ttrl_learns_on_two_ranks_as_on_one_and_from_a_record(project: Path, tmp
     one, two, replayed = (tmp_path / name for name in ("one", "two", "replayed"))
     run_ranks(train, 1, tmp_path / "ranks1", config_for(project, one, Method.ttrl, 1))
     run_ranks(train, 2, tmp_path / "ranks2", config_for(project, two, Method.ttrl, 1))
-    found = records(one)
-    assert len(found) == 8 * 6
-    assert {-1, 0, 1} <= {line["answer_class"] for line in found}
-    assert [line["answer_class"] for line in found] == [line["answer_class"] for line in records(two)]
+    metrics = records(one)
+    assert len(metrics) == 8 * 6
+    assert {-1, 0, 1} <= {line["answer_class"] for line in metrics}
+    assert [line["answer_class"] for line in metrics] == [line["answer_class"] for line in records(two)]
     config = config_for(project, replayed, Method.ttrl, 1)
     config.rollout.dump, config.rollout.replay = False, str(one / "rollouts")
     run_ranks(train, 1, tmp_path / "ranks3", config)

@@ -56,8 +56,8 @@ def test_soak(tmp_path: Path) -> None:
     series = run_ranks(
         soaked, RANKS, tmp_path / "ranks", config_for(write_project(tmp_path / "project"), run), timeout=840
     )
-    told = [{name: [round(x, 4) for x in windows(numbers)] for name, numbers in one.items()} for one in series]
-    print(json.dumps(told, indent=1))  # pytest -s: what docs/monitoring.md quotes
+    shown = [{name: [round(x, 4) for x in windows(numbers)] for name, numbers in one.items()} for one in series]
+    print(json.dumps(shown, indent=1))  # pytest -s: what docs/monitoring.md quotes
     assert len(read_metrics(run)) == len(series[0]["files"]) == FIRST + SECOND
     assert len(read_evaluations(run)) == 2 + FIRST // 10 + SECOND // 10 - 1
     assert len(list((run / "rollouts").iterdir())) == FIRST + SECOND

@@ -91,7 +91,7 @@ class Ranks:
             for environment, output in zip(rank_environments(world), self.logs, strict=True)
         ]
 
-    def said(self) -> str:
+    def output(self) -> str:
         return "\n".join(log.read_text(errors="replace") for log in self.logs)
 
     def wait(self) -> list[int]:
@@ -101,9 +101,9 @@ class Ranks:
         """The time of the fault."""
         deadline = time.monotonic() + 200
         while not self.mark.exists():
-            assert time.monotonic() < deadline, self.said()
+            assert time.monotonic() < deadline, self.output()
             alive = all(process.poll() is None for process in self.processes)
-            assert alive or self.mark.exists(), self.said()  # a killed one has left its mark just before
+            assert alive or self.mark.exists(), self.output()  # a killed one has left its mark just before
             time.sleep(0.02)
         return time.monotonic()
 
@@ -135,10 +135,10 @@ def write_config(project: Path, run: Path, hang_minutes: float | None = None) ->
     return path
 
 
-def told(ranks: Ranks) -> str:
+def error_of(ranks: Ranks) -> str:
     """The one error that was told of."""
-    lines = [line for line in ranks.said().splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, ranks.said()
+    lines = [line for line in ranks.output().splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, ranks.output()
     return lines[0]
 
 
@@ -178,7 +178,7 @@ def test_one_is_killed_twice_over_and_nothing_is_lost(project: Path, tmp_path: P
             assert time.monotonic() - since < AT_ONCE
             assert codes[rank] == -signal.SIGKILL
             assert codes[1 - rank] == 1
-            error = told(ranks)
+            error = error_of(ranks)
             assert f"rank {rank} ({socket.gethostname()}, process {pids[rank]}) has died; last heartbeat at " in error
             # The last heartbeat may be from before the iteration's end: they are sent at intervals.
             assert re.search(rf", ({step - 1}|{step}) iterations done, at ", error)
@@ -186,12 +186,12 @@ def test_one_is_killed_twice_over_and_nothing_is_lost(project: Path, tmp_path: P
             assert error.endswith(again)
             assert_status_tells(run, again)
     with started(config, tmp_path / "log2", 2) as ranks:
-        assert ranks.wait() == [0, 0], ranks.said()
-        assert "resumed from" in ranks.said()
+        assert ranks.wait() == [0, 0], ranks.output()
+        assert "resumed from" in ranks.output()
     undisturbed = tmp_path / "undisturbed"
     with started(write_config(project, undisturbed), tmp_path / "log3", 2) as ranks:
-        assert ranks.wait() == [0, 0], ranks.said()
-        assert "error" not in ranks.said()
+        assert ranks.wait() == [0, 0], ranks.output()
+        assert "error" not in ranks.output()
     assert outcome(run) == outcome(undisturbed)
 
 
@@ -204,8 +204,8 @@ def test_one_is_frozen(project: Path, tmp_path: Path, rank: int) -> None:
         codes = [ranks.processes[other].wait(timeout=200) for other in range(3) if other != rank]
         assert SILENT - 2 * BEAT < time.monotonic() - since < SILENT + AT_ONCE
         assert codes == [1, 1]
-        assert f"rank {rank} (" in told(ranks)
-        assert re.search(r"has sent no heartbeat for \d+ s: it is dead or frozen; last heartbeat at ", told(ranks))
+        assert f"rank {rank} (" in error_of(ranks)
+        assert re.search(r"has sent no heartbeat for \d+ s: it is dead or frozen; last heartbeat at ", error_of(ranks))
         assert_status_tells(tmp_path / "run", "it is dead or frozen")
         # When it goes on it finds the others gone, and knows whose fault that is.
         os.kill(ranks.processes[rank].pid, signal.SIGCONT)
@@ -220,7 +220,7 @@ def test_one_hangs(project: Path, tmp_path: Path) -> None:
     with started(write_config(project, run, minutes), tmp_path / "log", 2, "hangs", 1) as ranks:
         ranks.until_fault()
         assert ranks.wait() == [1, 1]
-        error = told(ranks)
+        error = error_of(ranks)
         assert error.startswith(
             "error: no rank made progress for run.hang_minutes=0.1; likely cause, since it does not"
         )
@@ -228,7 +228,7 @@ def test_one_hangs(project: Path, tmp_path: Path) -> None:
         assert "rank 0" not in error
         assert "between phases, 0 iterations done, at rollout/batches.py:" in error
         assert error.endswith(" in collect")
-        first, second = (line for line in ranks.said().splitlines() if line.startswith("  rank "))
+        first, second = (line for line in ranks.output().splitlines() if line.startswith("  rank "))
         assert first.startswith("  rank 1 (")
         assert ": hangs, between phases, " in first
         assert second.startswith("  rank 0 (")
@@ -244,7 +244,7 @@ def test_one_fails(project: Path, tmp_path: Path) -> None:
         since = ranks.until_fault()
         assert ranks.wait() == [1, 1]
         assert time.monotonic() - since < AT_ONCE
-        error = told(ranks)
+        error = error_of(ranks)
         assert "rank 1 (" in error
         assert "ended: OSError: [Errno 28] No space left on device: 'rollouts'" in error
         assert "error: " not in ranks.logs[1].read_text(), "there stands the traceback"
@@ -259,12 +259,12 @@ def test_all_are_paused(project: Path, tmp_path: Path) -> None:
     with started(write_config(project, run, 0.1), tmp_path / "log", 2) as ranks:
         deadline = time.monotonic() + 200
         while len(read_metrics(run)) < 1:
-            assert time.monotonic() < deadline, ranks.said()
+            assert time.monotonic() < deadline, ranks.output()
             time.sleep(0.02)
         for process in ranks.processes:
             os.kill(process.pid, signal.SIGSTOP)
         time.sleep(SILENT + 2)
         for process in ranks.processes:
             os.kill(process.pid, signal.SIGCONT)
-        assert ranks.wait() == [0, 0], ranks.said()
-        assert "error: " not in ranks.said()
+        assert ranks.wait() == [0, 0], ranks.output()
+        assert "error: " not in ranks.output()

@@ -105,10 +105,10 @@ def group_of(engine: ServersEngine, index: int) -> int:
 
 
 @contextmanager
-def opened(config: Config, told: list[str]) -> Iterator[tuple[RunContext, ServersEngine]]:
+def opened(config: Config, messages: list[str]) -> Iterator[tuple[RunContext, ServersEngine]]:
     """The engine of a config, in this rank's process groups. `told` collects its messages about its servers."""
     with open_context(config) as context:
-        engine = build_engine(context, told.append)
+        engine = build_engine(context, messages.append)
         assert isinstance(engine, ServersEngine)
         try:
             yield context, engine
@@ -118,18 +118,18 @@ def opened(config: Config, told: list[str]) -> Iterator[tuple[RunContext, Server
 
 def answers(engine: ServersEngine, requests: list[Request], sampling: Sampling) -> dict[int, list[Completion]]:
     """The answers that this rank gets. Asserts that each comes once."""
-    found: dict[int, list[Completion]] = {}
+    by_number: dict[int, list[Completion]] = {}
     for number, completions in engine.start(requests, sampling):
-        assert number not in found
-        found[number] = completions
-    return found
+        assert number not in by_number
+        by_number[number] = completions
+    return by_number
 
 
-def assert_said_by(model: Path, said: dict[int, list[Completion]], version: int, temperature: float) -> None:
+def assert_said_by(model: Path, completions_of: dict[int, list[Completion]], version: int, temperature: float) -> None:
     """Every request is answered, and the log-probabilities are those of transformers' model."""
     reference = transformers.AutoModelForCausalLM.from_pretrained(model)
-    assert sorted(said) == list(range(len(PROMPTS)))
-    for number, completions in said.items():
+    assert sorted(completions_of) == list(range(len(PROMPTS)))
+    for number, completions in completions_of.items():
         assert len(completions) == 3
         for completion in completions:
             assert completion.versions == ((version, len(completion.token_ids)),)

@@ -48,7 +48,7 @@ class Fault:
     """What became of a fault: seconds until it was told of, what was told, seconds until all was as before."""
 
     seen: float
-    told: list[str]
+    messages: list[str]
     healed: float
 
 
@@ -88,7 +88,9 @@ def healthy(engine: ServersEngine, weights: Weights) -> None:
         time.sleep(0.2)
 
 
-def while_generating(engine: ServersEngine, weights: Weights, told: list[str], disturb: Callable[[], None]) -> Fault:
+def while_generating(
+    engine: ServersEngine, weights: Weights, messages: list[str], disturb: Callable[[], None]
+) -> Fault:
     """Disturb in the middle of many requests; all of them must be answered once."""
     begun: list[float] = []
 
@@ -98,18 +100,18 @@ def while_generating(engine: ServersEngine, weights: Weights, told: list[str], d
         begun.append(time.monotonic())
         disturb()
 
-    told.clear()
+    messages.clear()
     thread = threading.Thread(target=later)
     thread.start()
     seen = []
-    watcher = threading.Thread(target=lambda: (wait_until(lambda: bool(told), 120), seen.append(time.monotonic())))
+    watcher = threading.Thread(target=lambda: (wait_until(lambda: bool(messages), 120), seen.append(time.monotonic())))
     watcher.start()
-    said = answers(engine, MANY, LONG)
+    completed = answers(engine, MANY, LONG)
     thread.join()
     watcher.join()
-    assert sorted(said) == list(range(len(MANY)))
-    assert all(len(completions) == 8 for completions in said.values())
-    first = list(told)
+    assert sorted(completed) == list(range(len(MANY)))
+    assert all(len(completions) == 8 for completions in completed.values())
+    first = list(messages)
     healthy(engine, weights)
     return Fault(seen[0] - begun[0], first, time.monotonic() - begun[0])
 
@@ -118,9 +120,9 @@ def scenario(kind: EngineKind, model: Path, run: Path) -> dict[str, object]:
     config = config_of(kind, model, run)
     config.rollout.servers.replicas = 2
     config.rollout.servers.hang_seconds, config.rollout.servers.restarts = HANG_SECONDS, 4
-    told: list[str] = []
-    found: dict[str, object] = {}
-    with opened(config, told) as (context, engine):
+    messages: list[str] = []
+    result: dict[str, object] = {}
+    with opened(config, messages) as (context, engine):
         actor = build_actor(context)
         weights = engine_weights(actor, context)
         engine.load_weights(weights, 0)
@@ -128,23 +130,23 @@ def scenario(kind: EngineKind, model: Path, run: Path) -> dict[str, object]:
         def kill(number: int) -> Callable[[], None]:
             return lambda: os.killpg(group_of(engine, 0), number)
 
-        found["killed"] = while_generating(engine, weights, told, kill(signal.SIGKILL))
-        found["hung"] = while_generating(engine, weights, told, kill(signal.SIGSTOP))
-        found["nonsense"] = while_generating(engine, weights, told, lambda: spoil(engine, context, actor))
+        result["killed"] = while_generating(engine, weights, messages, kill(signal.SIGKILL))
+        result["hung"] = while_generating(engine, weights, messages, kill(signal.SIGSTOP))
+        result["nonsense"] = while_generating(engine, weights, messages, lambda: spoil(engine, context, actor))
 
-        told.clear()
+        messages.clear()
         small = weights_of(actor.model, context.config)
         small._groups = [[slot] for group in small._groups for slot in group]
         begun = time.monotonic()
         engine.load_weights(Disturbed(small, kill(signal.SIGKILL)), 1)
-        seen, first = time.monotonic() - begun, list(told)
+        seen, first = time.monotonic() - begun, list(messages)
         engine.load_weights(weights, 2)
-        said = answers(engine, REQUESTS, Sampling(0.7, 8))
+        completions = answers(engine, REQUESTS, Sampling(0.7, 8))
         healthy(engine, weights)
-        found["killed in an update"] = Fault(seen, first, time.monotonic() - begun)
-        found["said after it"] = said
-        found["said by both"] = answers(engine, REQUESTS, Sampling(0.7, 8))
-    return found
+        result["killed in an update"] = Fault(seen, first, time.monotonic() - begun)
+        result["completions after it"] = completions
+        result["completions of both"] = answers(engine, REQUESTS, Sampling(0.7, 8))
+    return result
 
 
 def spoil(engine: ServersEngine, context: RunContext, actor: object) -> None:
@@ -162,15 +164,15 @@ def spoil(engine: ServersEngine, context: RunContext, actor: object) -> None:
 @pytest.mark.parametrize("kind", ENGINES)
 def test_no_answer_is_lost_or_comes_twice(tmp_path: Path, kind: EngineKind) -> None:
     model = write_model(tmp_path / "model")
-    (found,) = run_ranks(scenario, 1, tmp_path / "ranks", kind, model, tmp_path / "run", timeout=800)
-    print({name: fault for name, fault in found.items() if isinstance(fault, Fault)})
-    assert "did not answer" in found["killed"].told[0]
-    assert "unfinished requests are asked again" in found["killed"].told[0]
-    assert found["killed"].seen < AT_ONCE
-    assert "makes no progress" in found["hung"].told[0]
-    assert found["hung"].seen < 3 * HANG_SECONDS
-    assert "makes no sense" in found["nonsense"].told[0]
-    assert "weight update" in found["killed in an update"].told[0]
-    assert found["killed in an update"].seen < AT_ONCE
-    for name in ("said after it", "said by both"):
-        assert_said_by(model, found[name], 2, 0.7)
+    (result,) = run_ranks(scenario, 1, tmp_path / "ranks", kind, model, tmp_path / "run", timeout=800)
+    print({name: fault for name, fault in result.items() if isinstance(fault, Fault)})
+    assert "did not answer" in result["killed"].messages[0]
+    assert "unfinished requests are asked again" in result["killed"].messages[0]
+    assert result["killed"].seen < AT_ONCE
+    assert "makes no progress" in result["hung"].messages[0]
+    assert result["hung"].seen < 3 * HANG_SECONDS
+    assert "makes no sense" in result["nonsense"].messages[0]
+    assert "weight update" in result["killed in an update"].messages[0]
+    assert result["killed in an update"].seen < AT_ONCE
+    for name in ("completions after it", "completions of both"):
+        assert_said_by(model, result[name], 2, 0.7)

@@ -48,38 +48,38 @@ def spoilt(kind: EngineKind, model: Path, run: Path) -> dict[str, Any]:
     config = config_of(kind, model, run)
     config.rollout.servers.checksums_every = 1
     config.rollout.servers.restarts = 0
-    told: list[str] = []
-    found: dict[str, Any] = {}
-    with opened(config, told) as (context, engine):
+    messages: list[str] = []
+    result: dict[str, Any] = {}
+    with opened(config, messages) as (context, engine):
         right = engine_weights(build_actor(context), context)
         bucket: Bucket = [pair for part in right.everywhere() for pair in part]
         engine.load_weights(right, 0)
-        found["right"] = engine.differences(right)
+        result["right"] = engine.differences(right)
         url = engine._first._replicas[0].url
-        found["strangers"] = {path: httpx.post(f"{url}{path}", json={}).status_code for path in DOORS[kind]}
+        result["strangers"] = {path: httpx.post(f"{url}{path}", json={}).status_code for path in DOORS[kind]}
         moved = [(name, tensor * 1.5 if name == NAME else tensor) for name, tensor in bucket]
         engine.load_weights(Given([moved]), 1)
-        found["moved"] = engine.differences(right)
-        found["left out"] = refusal(engine, Given([[pair for pair in bucket if pair[0] != NAME]]), 2)
+        result["moved"] = engine.differences(right)
+        result["left out"] = refusal(engine, Given([[pair for pair in bucket if pair[0] != NAME]]), 2)
         wrong = NAME.replace("2", "9")
-        found["renamed"] = refusal(engine, Given([[(wrong if n == NAME else n, t) for n, t in bucket]]), 3)
-    return found | {"told": told}
+        result["renamed"] = refusal(engine, Given([[(wrong if n == NAME else n, t) for n, t in bucket]]), 3)
+    return result | {"messages": messages}
 
 
 @pytest.mark.parametrize("kind", ENGINES)
 def test_wrong_weights_are_named_and_strangers_are_not_answered(tmp_path: Path, kind: EngineKind) -> None:
     model = write_model(tmp_path / "model")
-    (found,) = run_ranks(spoilt, 1, tmp_path / "ranks", kind, model, tmp_path / "run", timeout=500)
-    assert found["right"] == []
-    assert set(found["strangers"].values()) == {401}
-    ((name, apart),) = found["moved"]
+    (result,) = run_ranks(spoilt, 1, tmp_path / "ranks", kind, model, tmp_path / "run", timeout=500)
+    assert result["right"] == []
+    assert set(result["strangers"].values()) == {401}
+    ((name, apart),) = result["moved"]
     assert name == NAME
     if kind is EngineKind.vllm:
         assert apart == pytest.approx(0.5)
-    assert "does not hold the actor's weights" in found["left out"]
-    assert "layers.2.mlp.down_proj" in found["left out"]
-    assert "down_proj" in found["renamed"] or any("weight update" in words for words in found["told"])
-    assert found["renamed"]
+    assert "does not hold the actor's weights" in result["left out"]
+    assert "layers.2.mlp.down_proj" in result["left out"]
+    assert "down_proj" in result["renamed"] or any("weight update" in words for words in result["messages"])
+    assert result["renamed"]
 
 
 @pytest.mark.parametrize("kind", ENGINES)
@@ -138,18 +138,18 @@ def on_found_servers(kind: EngineKind, model: Path, run: Path) -> list[Any]:
     try:
         theirs.wait()
         servers.addresses, servers.key_file = [theirs.url], str(key)
-        said: list[Any] = []
+        replies: list[Any] = []
         for version in (3, 7):
             with opened(config, []) as (context, engine):
                 engine.load_weights(engine_weights(build_actor(context), context), version)
-                said.append(answers(engine, REQUESTS, Sampling(0.7, 8)))
+                replies.append(answers(engine, REQUESTS, Sampling(0.7, 8)))
         servers.addresses, servers.start_seconds = [theirs.url.replace("127.0.0.1", "127.0.0.2")], 2.0
         try:
             with opened(config, []):
                 pass
         except ValueError as error:
-            said.append(str(error))
-        return said
+            replies.append(str(error))
+        return replies
     finally:
         theirs.close()
 
@@ -157,10 +157,10 @@ def on_found_servers(kind: EngineKind, model: Path, run: Path) -> list[Any]:
 @pytest.mark.parametrize("kind", ENGINES)
 def test_servers_that_run_already_are_used(tmp_path: Path, kind: EngineKind) -> None:
     model = write_model(tmp_path / "model")
-    (found,) = run_ranks(on_found_servers, 1, tmp_path / "ranks", kind, model, tmp_path / "run", timeout=500)
-    assert_said_by(model, found[0], 3, 0.7)
-    assert_said_by(model, found[1], 7, 0.7)
-    assert "no SGLang server at" in found[2] or "no vLLM server at" in found[2]
+    (result,) = run_ranks(on_found_servers, 1, tmp_path / "ranks", kind, model, tmp_path / "run", timeout=500)
+    assert_said_by(model, result[0], 3, 0.7)
+    assert_said_by(model, result[1], 7, 0.7)
+    assert "no SGLang server at" in result[2] or "no vLLM server at" in result[2]
 
 
 def on_each_node(model: Path, run: Path) -> list[Any]:

@@ -24,15 +24,15 @@ def after_syncs(
     config = config_of(kind, models[0], run)
     config.parallel.tensor = config.parallel.pipeline = 2
     config.rollout.servers.transport, config.rollout.servers.tensor = transport, tensor
-    said, told = [], []
-    with opened(config, told) as (context, engine):
+    completions, messages = [], []
+    with opened(config, messages) as (context, engine):
         for version, model in enumerate(models):
             config.model.path = str(model)
             weights = engine_weights(build_actor(context), context)
             engine.load_weights(weights, version)
-            said.append(answers(engine, REQUESTS, Sampling(temperature, max_tokens=8)))
-    assert told == []
-    return said
+            completions.append(answers(engine, REQUESTS, Sampling(temperature, max_tokens=8)))
+    assert messages == []
+    return completions
 
 
 CASES = [
@@ -56,18 +56,20 @@ def test_after_each_sync_it_speaks_with_the_new_weights(
     arguments = (kind, models, tmp_path / "run", transport, tensor, 0.7)
     by_rank = run_ranks(after_syncs, 4, tmp_path / "ranks", *arguments, timeout=500)
     for version, path in enumerate(models):
-        said = {number: completions for rank in by_rank for number, completions in rank[version].items()}
-        assert_said_by(path, said, version, 0.7)
-        assert len({completion.token_ids for completions in said.values() for completion in completions}) > len(PROMPTS)
+        by_number = {number: completions for rank in by_rank for number, completions in rank[version].items()}
+        assert_said_by(path, by_number, version, 0.7)
+        assert len({completion.token_ids for completions in by_number.values() for completion in completions}) > len(
+            PROMPTS
+        )
 
 
 def many_syncs(kind: EngineKind, model: Path, run: Path, transport: Transport) -> dict[str, Any]:
     """Memory of the trainer and of the server's processes after 40 and 240 updates, each compared by checksums."""
     config = config_of(kind, model, run)
     config.rollout.servers.transport = transport
-    told: list[str] = []
+    messages: list[str] = []
     resident: list[tuple[int, int]] = []
-    with opened(config, told) as (context, engine):
+    with opened(config, messages) as (context, engine):
         actor = build_actor(context)
         weights = engine_weights(actor, context)
         server = psutil.Process(group_of(engine, 0))
@@ -79,8 +81,8 @@ def many_syncs(kind: EngineKind, model: Path, run: Path, transport: Transport) -
                 processes = [server, *server.children(recursive=True)]
                 resident.append((psutil.Process().memory_info().rss, sum(p.memory_info().rss for p in processes)))
         # The last weights had the signs of the folder's.
-        said = answers(engine, REQUESTS, Sampling(0.7, 8))
-    return {"told": told, "resident": resident, "said": said}
+        completions = answers(engine, REQUESTS, Sampling(0.7, 8))
+    return {"messages": messages, "resident": resident, "completions": completions}
 
 
 @pytest.mark.parametrize(
@@ -88,10 +90,10 @@ def many_syncs(kind: EngineKind, model: Path, run: Path, transport: Transport) -
 )
 def test_200_syncs_leave_nothing_behind(tmp_path: Path, kind: EngineKind, transport: Transport) -> None:
     model = write_model(tmp_path / "model")
-    (found,) = run_ranks(many_syncs, 1, tmp_path / "ranks", kind, model, tmp_path / "run", transport, timeout=500)
-    assert found["told"] == []
-    (trainer, servers), (trainer_later, servers_later) = found["resident"]
+    (result,) = run_ranks(many_syncs, 1, tmp_path / "ranks", kind, model, tmp_path / "run", transport, timeout=500)
+    assert result["messages"] == []
+    (trainer, servers), (trainer_later, servers_later) = result["resident"]
     print(f"200 syncs: trainer {(trainer_later - trainer) >> 10} kB more, server {(servers_later - servers) >> 10} kB")
     assert trainer_later - trainer < 16 << 20
     assert servers_later - servers < 32 << 20
-    assert_said_by(model, found["said"], 240, 0.7)
+    assert_said_by(model, result["completions"], 240, 0.7)

@@ -38,12 +38,12 @@ def fuzz(arguments: argparse.Namespace) -> int:
     seed = arguments.seed
     while done.total() < arguments.cases and time.monotonic() < end:
         kind = kinds[seed % len(kinds)]
-        found = faults(maker(kind, seed), limits, arguments.keep)
+        problems = faults(maker(kind, seed), limits, arguments.keep)
         done[kind] += 1
-        for fault in found:
+        for fault in problems:
             bad[kind] += 1
             print(f"\nFAULT of {kind}, seed {seed}: {fault}")
-        if found:
+        if problems:
             print(f"  repeat it: python -m tests.fuzz --kind {kind} --seed {seed} --cases 1", flush=True)
         seed += 1
     counts = ", ".join(f"{kind} {done[kind]}" for kind in kinds)

@@ -63,14 +63,14 @@ def faults(make: Callable[[Path], Case], limits: Limits, keep: Path | None = Non
         folder, log = Path(made) / "case", Path(made) / "log"
         folder.mkdir()
         log.touch()
-        found = _in_child(lambda: _child(make, folder, log, limits), limits)
-        told = log.read_text(encoding="utf-8", errors="backslashreplace")
+        ending = _in_child(lambda: _child(make, folder, log, limits), limits)
+        output = log.read_text(encoding="utf-8", errors="backslashreplace")
         if keep is not None:
             shutil.copytree(made, keep, symlinks=True, ignore=_special, dirs_exist_ok=True)
         _make_removable(folder)
-        if found is not None:
-            told += f"\nFAULT the case {found}"
-        parts = told.split("\nFAULT ")
+        if ending is not None:
+            output += f"\nFAULT the case {ending}"
+        parts = output.split("\nFAULT ")
         return [f"{part.strip()}\n{parts[0].strip()}" for part in parts[1:]]
 
 
@@ -116,20 +116,20 @@ def _end_group(pid: int) -> None:
 
 
 def _child(make: Callable[[Path], Case], folder: Path, log: Path, limits: Limits) -> None:
-    with log.open("w", encoding="utf-8", errors="backslashreplace") as told:
+    with log.open("w", encoding="utf-8", errors="backslashreplace") as log_file:
         case = make(folder)
         os.chdir(folder)
-        told.write("".join(f"  damaged: {printable(line)}\n" for line in case.done))
+        log_file.write("".join(f"  damaged: {printable(line)}\n" for line in case.done))
         _as_a_user()
         for command in case.commands:
-            told.write(f"  command: {printable(command.text):.1000}\n")
-            told.flush()
+            log_file.write(f"  command: {printable(command.text):.1000}\n")
+            log_file.flush()
         for number, command in enumerate(case.commands):
             wrong, output = _one(command, case, folder, log.with_name(f"output{number}"), limits)
             if wrong:
-                told.write(f"\nFAULT `{printable(command.text):.160}` {'; '.join(wrong)}\n")
-                told.write(f"{_end_of(printable(output))}\n")
-            told.flush()
+                log_file.write(f"\nFAULT `{printable(command.text):.160}` {'; '.join(wrong)}\n")
+                log_file.write(f"{_end_of(printable(output))}\n")
+            log_file.flush()
 
 
 def _one(command: Command, case: Case, folder: Path, output: Path, limits: Limits) -> tuple[list[str], str]:
@@ -184,7 +184,7 @@ def _wrong_text(data: bytes, text: str, status: int, names: list[str]) -> list[s
 
 def snapshot(folder: Path) -> dict[str, str]:
     """By the name of everything below a folder: its kind and mode, and a hash of its contents."""
-    found = {}
+    contents = {}
     for path in _below(folder):
         status = path.lstat()
         content = b""
@@ -192,8 +192,8 @@ def snapshot(folder: Path) -> dict[str, str]:
             content = os.fsencode(os.readlink(path))
         elif stat.S_ISREG(status.st_mode) and os.access(path, os.R_OK, effective_ids=True):
             content = path.read_bytes()
-        found[str(path.relative_to(folder))] = f"{status.st_mode:o} {hashlib.sha256(content).hexdigest()}"
-    return found
+        contents[str(path.relative_to(folder))] = f"{status.st_mode:o} {hashlib.sha256(content).hexdigest()}"
+    return contents
 
 
 def _below(folder: Path) -> list[Path]:
@@ -241,7 +241,7 @@ def only(errors: tuple[type[Exception], ...], work: Callable[[], object]) -> int
     """Call a function as a command: 2 if it raises InputError or one of `errors`, whose message is printed, else 0."""
     try:
         work()
-    except (InputError, *errors) as found:
-        print(printable(f"error: {found}"))
+    except (InputError, *errors) as error:
+        print(printable(f"error: {error}"))
         return 2
     return 0

@@ -142,8 +142,8 @@ class Mutator:
 def _places(value: Any, path: str = "") -> list[tuple[Any, Any, str]]:
     """Every part of a JSON value: what it is in, its key or index there, and its path."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    found = []
+    places = []
     for key, item in items:
         here = f"{path}.{key}" if path else str(key)
-        found += [(value, key, here), *_places(item, here)]
-    return found
+        places += [(value, key, here), *_places(item, here)]
+    return places

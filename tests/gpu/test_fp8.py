@@ -75,8 +75,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bf16(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], float]:
     if wrong := refused(Precision.bf16, Layers.transformer_engine):
         pytest.skip(wrong)
-    (found,) = run_ranks(training, 1, tmp_path_factory.mktemp("bf16"), model, Precision.bf16)
-    return found
+    (result,) = run_ranks(training, 1, tmp_path_factory.mktemp("bf16"), model, Precision.bf16)
+    return result
 
 
 @pytest.mark.parametrize("precision", RECIPES, ids=lambda precision: precision.name)
@@ -118,6 +118,6 @@ def test_its_layers_are_as_near_to_fp32_as_ours(tmp_path: Path, family: str) -> 
         "ours": (Precision.bf16, Layers.local),
         "theirs": (Precision.bf16, Layers.transformer_engine),
     }
-    found = {name: run_ranks(logprobs, 1, tmp_path / name, model, *case)[0] for name, case in cases.items()}
-    ours, theirs = ((found[name] - found["exact"]).norm() for name in ("ours", "theirs"))
+    results = {name: run_ranks(logprobs, 1, tmp_path / name, model, *case)[0] for name, case in cases.items()}
+    ours, theirs = ((results[name] - results["exact"]).norm() for name in ("ours", "theirs"))
     assert 0 < theirs < SLACK * ours

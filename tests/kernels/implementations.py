@@ -32,10 +32,10 @@ class Implementation:
     def rows(self, lengths: Sequence[int]) -> Rows:
         return Rows.of(torch.tensor(lengths, dtype=torch.int64), self.device)
 
-    def close(self, found: Tensor, expected: Tensor | Sequence[Any]) -> None:
+    def close(self, actual: Tensor, expected: Tensor | Sequence[Any]) -> None:
         wanted = torch.as_tensor(expected, dtype=torch.float64)
         torch.testing.assert_close(
-            found.detach().cpu().double(), wanted.cpu(), rtol=self.tolerance, atol=self.tolerance
+            actual.detach().cpu().double(), wanted.cpu(), rtol=self.tolerance, atol=self.tolerance
         )
 
 

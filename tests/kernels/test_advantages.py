@@ -78,8 +78,8 @@ def test_advantages_are_those_of_a_loop(lengths: list[int], seed: int, baseline:
     for row, reward in zip(values.split([length + 1 for length in lengths]), rewards, strict=True):
         after = 1 if baseline is Baseline.paper else 0
         advantages += [(reward - row[t + after]).item() for t in range(len(row) - 1)]  # row[t] = V(x, y_1:t)
-    found = token_advantages(values, rewards, Rows.of(torch.tensor(lengths)), baseline)
-    assert found.tolist() == pytest.approx(advantages)
+    actual = token_advantages(values, rewards, Rows.of(torch.tensor(lengths)), baseline)
+    assert actual.tolist() == pytest.approx(advantages)
 
 
 # Whitening

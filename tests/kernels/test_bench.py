@@ -26,9 +26,9 @@ def rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str, **rep
 
 
 def test_every_variant_has_a_time_or_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found = rows(monkeypatch, tmp_path)
-    assert {row["operation"] for row in found} == {"policy", "value", "logprobs", "linear"}
-    for row in found:
+    results = rows(monkeypatch, tmp_path)
+    assert {row["operation"] for row in results} == {"policy", "value", "logprobs", "linear"}
+    for row in results:
         assert row["note"].startswith("not run") if row["variant"].startswith("liger") else row["seconds"] > 0, row
 
 

@@ -60,9 +60,9 @@ def compiled() -> dict[str, list[Compiled]]:
 
 
 def of(compiled: dict[str, list[Compiled]], kernel: str, case: str = "") -> list[Compiled]:
-    found = [one for name, many in compiled.items() if name.startswith(case) for one in many if one.name == kernel]
-    assert found
-    return found
+    matching = [one for name, many in compiled.items() if name.startswith(case) for one in many if one.name == kernel]
+    assert matching
+    return matching
 
 
 def test_every_kernel_is_there(compiled: dict[str, list[Compiled]]) -> None:

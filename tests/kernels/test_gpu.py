@@ -24,9 +24,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA")]
 VOCAB, HIDDEN = 151_936, 4096
 
 
-def apart(found: Tensor, exact: Tensor) -> float:
+def apart(actual: Tensor, exact: Tensor) -> float:
     """The distance over the length of what it should be, in float64."""
-    return float((found.double() - exact.double()).norm() / exact.double().norm())
+    return float((actual.double() - exact.double()).norm() / exact.double().norm())
 
 
 def noise(*shape: int, scale: float = 1.0) -> Tensor:
@@ -52,8 +52,8 @@ def test_bfloat16_hidden_states(rows: int, vocab: int, padded: int, hidden: int)
     outputs = triton().kernels.linear_logprobs_and_entropy(*leaves, targets, vocab, 0.9)
     sum(output @ grad for output, grad in zip(outputs, grads, strict=True)).backward()
     wanted = exact(*leaves, targets, vocab, *grads)
-    for found, value in zip(outputs, wanted, strict=False):
-        assert apart(found, value) < 1e-5, "products of bfloat16 are summed in fp32, and never rounded"
+    for actual, value in zip(outputs, wanted, strict=False):
+        assert apart(actual, value) < 1e-5, "products of bfloat16 are summed in fp32, and never rounded"
     for leaf, value in zip(leaves, wanted[2:], strict=True):
         assert leaf.grad is not None
         assert apart(leaf.grad, value) < 1e-2

@@ -41,8 +41,8 @@ def expected(
     return logprobs.detach(), entropy.detach(), wide.grad
 
 
-def close(found: Tensor, wanted: Tensor, scale: float = 1.0) -> None:
-    torch.testing.assert_close(found.detach().cpu().double(), wanted.double(), rtol=2e-5, atol=3e-6 * scale)
+def close(actual: Tensor, wanted: Tensor, scale: float = 1.0) -> None:
+    torch.testing.assert_close(actual.detach().cpu().double(), wanted.double(), rtol=2e-5, atol=3e-6 * scale)
 
 
 def run(
@@ -74,8 +74,8 @@ def test_values_and_gradients_are_those_of_float64(
 ) -> None:
     logits, targets, *grads = case(spread=spread)
     wanted = expected(logits, targets, VOCAB, temperature, *grads)
-    for found, value in zip(run(implementation, logits, targets, VOCAB, temperature, *grads), wanted, strict=True):
-        close(found, value)
+    for actual, value in zip(run(implementation, logits, targets, VOCAB, temperature, *grads), wanted, strict=True):
+        close(actual, value)
     by_log_softmax = (logits[:, :VOCAB].double() / temperature).log_softmax(1).gather(1, targets[:, None])[:, 0]
     close(run(implementation, logits, targets, VOCAB, temperature, *grads)[0], by_log_softmax)
 
@@ -87,8 +87,8 @@ def test_values_and_gradients_are_those_of_float64(
 def test_vocabularies_of_any_size(implementation: Implementation, vocab: int, padded: int) -> None:
     logits, targets, *grads = case(3, vocab=vocab, padded=padded)
     wanted = expected(logits, targets, vocab, 0.9, *grads)
-    for found, value in zip(run(implementation, logits, targets, vocab, 0.9, *grads), wanted, strict=True):
-        close(found, value)
+    for actual, value in zip(run(implementation, logits, targets, vocab, 0.9, *grads), wanted, strict=True):
+        close(actual, value)
 
 
 @pytest.mark.parametrize("outputs", ["logprobs", "entropy"])
@@ -120,30 +120,30 @@ def test_a_token_without_probability_has_no_nan_in_its_gradient(implementation: 
     """A logit so low that its probability is 0 in fp32, as where an engine masks a token."""
     logits = torch.tensor([[0.0, 1.0, -1e9, float("-inf")]])
     grads = torch.tensor([3.0]), torch.tensor([5.0])
-    found = run(implementation, logits, torch.tensor([1]), 4, 1.0, *grads)
+    actual = run(implementation, logits, torch.tensor([1]), 4, 1.0, *grads)
     p = torch.tensor([0.0, 1.0], dtype=torch.float64).softmax(0)
     h = float(-(p * p.log()).sum())
-    assert found[1].item() == pytest.approx(h, rel=1e-5)
+    assert actual[1].item() == pytest.approx(h, rel=1e-5)
     wanted = [3 * (i - q) - 5 * q * (q.log() + h) for i, q in enumerate(p)]
-    assert found[2][0].tolist() == pytest.approx([*map(float, wanted), 0.0, 0.0], rel=1e-5)
+    assert actual[2][0].tolist() == pytest.approx([*map(float, wanted), 0.0, 0.0], rel=1e-5)
 
 
 def test_no_rows_give_no_values_and_an_empty_gradient(implementation: Implementation) -> None:
-    found = run(
+    actual = run(
         implementation, torch.zeros(0, PADDED), torch.zeros(0, dtype=torch.int64), VOCAB, 1.0, *torch.zeros(2, 0)
     )
-    assert [x.shape for x in found] == [(0,), (0,), (0, PADDED)]
+    assert [x.shape for x in actual] == [(0,), (0,), (0, PADDED)]
 
 
 def test_bf16_logits_are_reckoned_in_fp32(implementation: Implementation) -> None:
     logits, targets, *grads = case()
-    found = run(implementation, logits.bfloat16(), targets, VOCAB, 1.0, *grads)
+    actual = run(implementation, logits.bfloat16(), targets, VOCAB, 1.0, *grads)
     wanted = expected(logits.bfloat16(), targets, VOCAB, 1.0, *grads)
-    assert found[0].dtype == torch.float32
-    close(found[0], wanted[0])
-    close(found[1], wanted[1])
-    assert found[2].dtype == torch.bfloat16
-    torch.testing.assert_close(found[2].cpu().double(), wanted[2], rtol=1e-2, atol=1e-3)
+    assert actual[0].dtype == torch.float32
+    close(actual[0], wanted[0])
+    close(actual[1], wanted[1])
+    assert actual[2].dtype == torch.bfloat16
+    torch.testing.assert_close(actual[2].cpu().double(), wanted[2], rtol=1e-2, atol=1e-3)
 
 
 def test_the_kernels_gradient_takes_the_place_of_the_logits_once() -> None:
@@ -152,8 +152,8 @@ def test_the_kernels_gradient_takes_the_place_of_the_logits_once() -> None:
     leaf = kernels(logits).requires_grad_()
     made = leaf * 1.0
     logprobs, _ = kernels.kernels.logprobs_and_entropy(made, kernels(targets), VOCAB, 1.0)
-    (found,) = torch.autograd.grad(logprobs.sum(), made, retain_graph=True)
-    assert found.data_ptr() == made.data_ptr()
+    (gradient,) = torch.autograd.grad(logprobs.sum(), made, retain_graph=True)
+    assert gradient.data_ptr() == made.data_ptr()
     with pytest.raises(RuntimeError, match="only one backward pass"):
         torch.autograd.grad(logprobs.sum(), made)
 
@@ -214,8 +214,8 @@ def test_from_hidden_states(
     hidden, weight, rest = linear_case(rows, vocab, padded)
     targets, *grads = rest
     wanted = linear_expected(hidden, weight, targets, vocab, temperature, *grads)
-    found = linear_run(implementation, way, hidden, weight, targets, vocab, temperature, *grads)
-    for mine, value in zip(found, wanted, strict=True):
+    actual = linear_run(implementation, way, hidden, weight, targets, vocab, temperature, *grads)
+    for mine, value in zip(actual, wanted, strict=True):
         close(mine, value, scale=5.0)
 
 
@@ -230,8 +230,8 @@ def test_blocks_of_rows_and_of_columns_add_up(
     monkeypatch.setattr(linear_logprobs_triton, "_BLOCK_BYTES", block_bytes)
     hidden, weight, rest = linear_case(150, 300, 310)
     wanted = linear_expected(hidden, weight, rest[0], 300, 0.9, *rest[1:])
-    found = linear_run(kernels, "recomputed", hidden, weight, rest[0], 300, 0.9, *rest[1:])
-    for mine, value in zip(found, wanted, strict=True):
+    actual = linear_run(kernels, "recomputed", hidden, weight, rest[0], 300, 0.9, *rest[1:])
+    for mine, value in zip(actual, wanted, strict=True):
         close(mine, value, scale=5.0)
 
 
@@ -246,19 +246,19 @@ def test_the_tiles_of_bfloat16(monkeypatch: pytest.MonkeyPatch, rows: int) -> No
     monkeypatch.setattr(linear_logprobs_triton, "_TILES", {torch.float32: tiles})
     hidden, weight, rest = linear_case(rows, 3000, 3001, hidden=72)
     wanted = linear_expected(hidden, weight, rest[0], 3000, 0.9, *rest[1:])
-    found = linear_run(kernels, "recomputed", hidden, weight, rest[0], 3000, 0.9, *rest[1:])
-    for mine, value in zip(found, wanted, strict=True):
+    actual = linear_run(kernels, "recomputed", hidden, weight, rest[0], 3000, 0.9, *rest[1:])
+    for mine, value in zip(actual, wanted, strict=True):
         close(mine, value, scale=20.0)
 
 
 def test_without_gradient_nothing_is_kept(implementation: Implementation) -> None:
     hidden, weight, rest = linear_case(6, 11, 14)
     with torch.no_grad():
-        found = implementation.kernels.linear_logprobs_and_entropy(
+        actual = implementation.kernels.linear_logprobs_and_entropy(
             *(implementation(x) for x in (hidden, weight, rest[0])), 11, 1.0
         )
     wanted = linear_expected(hidden, weight, rest[0], 11, 1.0, *rest[1:])
-    for mine, value in zip(found, wanted, strict=False):
+    for mine, value in zip(actual, wanted, strict=False):
         assert not mine.requires_grad
         close(mine, value, scale=5.0)
 
@@ -305,21 +305,21 @@ def test_neither_order_nor_company_nor_padding_matters(
 ) -> None:
     hidden, weight, rest = linear_case(rows, vocab, vocab)
     targets, *grads = rest
-    found = linear_run(implementation, way, hidden, weight, targets, vocab, 0.9, *grads)
+    actual = linear_run(implementation, way, hidden, weight, targets, vocab, 0.9, *grads)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
     padded = torch.cat([weight, 100.0 * torch.ones(padding, HIDDEN)])
     other = linear_run(
         implementation, way, hidden[order], padded, targets[order], vocab, 0.9, *(g[order] for g in grads)
     )
-    for mine, value in zip(other[:3], found[:3], strict=True):
+    for mine, value in zip(other[:3], actual[:3], strict=True):
         close(mine, value[order].cpu(), scale=5.0)
-    close(other[3][:vocab], found[3].cpu(), scale=5.0)
+    close(other[3][:vocab], actual[3].cpu(), scale=5.0)
     assert other[3][vocab:].abs().sum() == 0
     halves = [
         linear_run(implementation, way, hidden[at], weight, targets[at], vocab, 0.9, *(g[at] for g in grads))
         for at in (slice(0, rows // 2), slice(rows // 2, rows))
     ]
-    close(halves[0][3] + halves[1][3], found[3].cpu(), scale=5.0)
+    close(halves[0][3] + halves[1][3], actual[3].cpu(), scale=5.0)
 
 
 @pytest.mark.parametrize(("row_tiles", "tiles"), [(144, 594), (512, 594), (128, 75), (32, 594), (16, 75), (1, 594)])

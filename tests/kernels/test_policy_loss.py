@@ -93,8 +93,8 @@ def test_loss_and_gradient_by_hand(
 ) -> None:
     config = update(ratio, dual_clip=dual_clip)
     experience = by_hand([1.0, -1.0, last_advantage])
-    found, _, grad, _ = loss_of(implementation, [2, 1], config, NEW, torch.zeros(3), experience)
-    implementation.close(found, loss)
+    actual, _, grad, _ = loss_of(implementation, [2, 1], config, NEW, torch.zeros(3), experience)
+    implementation.close(actual, loss)
     implementation.close(grad, [g * weight for g, weight in zip(gradient, (0.5, 0.5, 1.5), strict=True)])
 
 
@@ -278,10 +278,10 @@ def assert_as_the_loop(
     experience, moments = case["experience"], None
     if whitened:
         rows, values, rewards = implementation.rows(lengths), experience.values, experience.rewards
-        found = implementation.kernels.advantage_moments(
+        actual_moments = implementation.kernels.advantage_moments(
             implementation(values), implementation(rewards), rows, baseline
         )
-        experience = replace(experience, moments=found)
+        experience = replace(experience, moments=actual_moments)
         raw = [
             (reward - value).item()
             for row, reward in zip(values.split([n + 1 for n in lengths]), rewards, strict=True)
@@ -335,8 +335,8 @@ def test_rows_of_65536_and_of_more_blocks_than_are_joined_at_a_time(
     config = update(ratio, clip_low=1e-4, clip_high=1e-4)
     case = random_case(lengths, 7, 0.05, config)
     wanted = loss_of(plain(), lengths, config, **case)
-    for found, expected in zip(loss_of(implementation, lengths, config, **case)[:3], wanted, strict=False):
-        implementation.close(found, expected)
+    for actual, expected in zip(loss_of(implementation, lengths, config, **case)[:3], wanted, strict=False):
+        implementation.close(actual, expected)
 
 
 # Whatever the company
@@ -418,8 +418,8 @@ def test_extreme_log_ratios_overflow_nothing(
             engine_logprobs=torch.zeros(6),
             reference_logprobs=away.clamp(max=1e4),
         )
-        for found in loss_of(implementation, [3, 2, 1], config, torch.zeros(6), torch.zeros(6), experience)[:3]:
-            assert found.isfinite().all()
+        for actual in loss_of(implementation, [3, 2, 1], config, torch.zeros(6), torch.zeros(6), experience)[:3]:
+            assert actual.isfinite().all()
 
 
 @pytest.mark.parametrize("ratio", list(Ratio))

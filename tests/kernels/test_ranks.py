@@ -173,6 +173,6 @@ def test_sequences_over_two_context_ranks(
     for i, rank in enumerate(ranks):
         implementation.close(rank[0], loss.detach())
         implementation.close(rank[1], metrics)
-        for found, grad in zip(rank[2:], grads, strict=True):
+        for actual, grad in zip(rank[2:], grads, strict=True):
             assert grad is not None
-            implementation.close(found, stretch(grad, i, LENGTHS))
+            implementation.close(actual, stretch(grad, i, LENGTHS))

@@ -56,16 +56,16 @@ class Site:
     def started(self, run: str, *words: str) -> Submitted:
         done = self.submit(run, *words)
         assert done.returncode == 0, done.stderr
-        found = re.search(r"submitted job ([\d> -]+) from (\S+);", done.stdout)
-        assert found is not None, done.stdout
-        return Submitted(self.folder / run, Path(found[2]), found[1].split(" -> "), done.stdout)
+        match = re.search(r"submitted job ([\d> -]+) from (\S+);", done.stdout)
+        assert match is not None, done.stdout
+        return Submitted(self.folder / run, Path(match[2]), match[1].split(" -> "), done.stdout)
 
 
 class Submitted:
     """One submission: its run, its job's folder and SLURM's numbers."""
 
-    def __init__(self, run: Path, folder: Path, ids: list[str], told: str) -> None:
-        self.run, self.folder, self.ids, self.told = run, folder, ids, told
+    def __init__(self, run: Path, folder: Path, ids: list[str], output: str) -> None:
+        self.run, self.folder, self.ids, self.output = run, folder, ids, output
 
     def log(self, link: int = 0) -> str:
         path = self.folder / f"{self.ids[link]}.out"

@@ -46,10 +46,10 @@ def test_told_to_stop_it_ends_as_if_it_had_not_been(
     disturb(job)
     facts = job.ended()
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1")
-    told = job.log()
-    assert f"asked to stop by {signal}" in told or f"as requested by {signal}" in told
-    assert "resumed from" in told
-    (stopped,) = (line for line in told.splitlines() if line.startswith("stopped after "))
+    log = job.log()
+    assert f"asked to stop by {signal}" in log or f"as requested by {signal}" in log
+    assert "resumed from" in log
+    (stopped,) = (line for line in log.splitlines() if line.startswith("stopped after "))
     assert 2 <= int(stopped.split()[2]) < LAST, "it was stopped in the middle of the run"
     assert weights(job.exported) == weights(undisturbed.exported)
     assert numbers(job.run) == numbers(undisturbed.run)
@@ -60,7 +60,7 @@ def test_submitted_again_it_says_what_is_otherwise(site: Site, undisturbed: Subm
     again = site.started("undisturbed", "metrics.tensorboard=true")
     command("scancel", again.ids[0])
     assert again.folder.name == "0002"
-    assert "metrics.tensorboard: False -> True" in again.told
+    assert "metrics.tensorboard: False -> True" in again.output
 
 
 def test_cancelled_it_stays_so(site: Site) -> None:
@@ -79,11 +79,11 @@ def test_a_hang_is_cut_short_and_the_second_failure_at_a_step_is_the_last(site: 
     command("scancel", "--batch", "--signal=USR1", job.ids[0])
     facts = job.ended()
     assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "2")
-    told = job.log()
-    assert "the trainer has not stopped in time" in told
-    assert told.count("RuntimeError: planted") >= 2
-    assert f'File "{job.folder}/code/megatron_tempo/training/jobs.py"' in told, "the snapshot is what runs"
-    assert "failed twice after step 2 (exit code " in told
+    log = job.log()
+    assert "the trainer has not stopped in time" in log
+    assert log.count("RuntimeError: planted") >= 2
+    assert f'File "{job.folder}/code/megatron_tempo/training/jobs.py"' in log, "the snapshot is what runs"
+    assert "failed twice after step 2 (exit code " in log
     assert (job.folder / "failures").read_text().startswith("step 2: exit code ")
     assert (job.run / "checkpoints/step_00000002").exists()
     # The other jobs of a chain would say so at once.
@@ -96,11 +96,11 @@ def test_servers_that_do_not_start_are_told_of(site: Site) -> None:
     job = site.started("no_servers", *words, "cluster.rollout_nodes=1", "parallel.pipeline=1")
     facts = job.ended()
     assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "1")
-    told = job.log()
-    assert "only 0 of 1 rollout servers are ready: training does not start" in told
-    assert "SGLang ended with exit code 3" in told
-    assert "RuntimeError: no GPU here" in told
-    assert "failed twice after step 0" in told
+    log = job.log()
+    assert "only 0 of 1 rollout servers are ready: training does not start" in log
+    assert "SGLang ended with exit code 3" in log
+    assert "RuntimeError: no GPU here" in log
+    assert "failed twice after step 0" in log
     keys = list((job.folder / "servers").glob("*/key"))
     assert len(keys) == 2
     assert {key.stat().st_mode & 0o777 for key in keys} == {0o600}

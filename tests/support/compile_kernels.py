@@ -85,11 +85,11 @@ CASES: dict[str, Callable[[], None]] = {
 
 
 def main(out: Path) -> None:
-    found: dict[str, list[Compiled]] = {}
+    compiled: dict[str, list[Compiled]] = {}
     for name, call in CASES.items():
-        with launches() as found[name]:
+        with launches() as compiled[name]:
             call()
-    out.write_bytes(pickle.dumps(found))
+    out.write_bytes(pickle.dumps(compiled))
 
 
 if __name__ == "__main__":

@@ -27,27 +27,27 @@ _MEANT = re.compile(r"(?:did you mean|one of) (.*?)(?:\?|;|$)")
 
 def offers(problem: Problem) -> list[list[str]]:
     """The alternatives that a fix offers, each a list of overrides to be given together."""
-    found: list[list[str]] = []
+    offered: list[list[str]] = []
     text, end = problem.fix, 0
     for match in _OVERRIDE.finditer(text):
         key, value = match[1], match[2].rstrip(",.:)")
         rest = text[match.start(2) + len(value) :]
         values = _values(value, rest)
         words = [_written(key, one) for one in values]
-        if found and text[end : match.start()].strip(" '") == "and":
-            found[-1] += words
+        if offered and text[end : match.start()].strip(" '") == "and":
+            offered[-1] += words
         else:
-            found += [[word] for word in words]
+            offered += [[word] for word in words]
         end = match.start(2) + len(value)
     for key, side, number in _BOUND.findall(text):
         step = -1 if side == "below" else 1
-        found.append([f"{key}={float(number) + step:.12g}"])
-    if not found and (match := _MEANT.search(text)):
+        offered.append([f"{key}={float(number) + step:.12g}"])
+    if not offered and (match := _MEANT.search(text)):
         names = re.split(r", | or ", match[1])
         value = problem.value if not isinstance(problem.value, list) else None
         unknown = problem.wrong == "there is no such field"
-        found = [[f"{name}={value}" if unknown else f"{problem.field}={name}"] for name in names]
-    return found
+        offered = [[f"{name}={value}" if unknown else f"{problem.field}={name}"] for name in names]
+    return offered
 
 
 def _values(value: str, rest: str) -> list[str]:

@@ -51,10 +51,10 @@ class Trace:
             if hasattr(_LIBC, "malloc_trim"):
                 _LIBC.malloc_trim(0)  # memory that is free but not returned to the system is not growth
             numbers["rss_mb"] = process.memory_info().rss / 2**20
-            found = gc.get_objects()
+            objects = gc.get_objects()
             # gc.get_objects does not return frozen objects. Training freezes all objects that exist when it starts.
-            numbers["objects"] = len(found) + gc.get_freeze_count()
-            numbers["tensors"] = sum(issubclass(type(thing), torch.Tensor) for thing in found)
+            numbers["objects"] = len(objects) + gc.get_freeze_count()
+            numbers["tensors"] = sum(issubclass(type(thing), torch.Tensor) for thing in objects)
         for name, number in numbers.items():
             self.series.setdefault(name, []).append(number)
         self._cpu, self._wall = time.process_time(), time.monotonic()  # the sample itself is not counted
@@ -68,9 +68,9 @@ def windows(numbers: Sequence[float]) -> tuple[float, float]:
 
 def growth(series: Mapping[str, Sequence[float]]) -> list[str]:
     """A message for each series that has grown by more than ALLOWED."""
-    found = []
+    growing = []
     for name, (most, share) in ALLOWED.items():
         early, late = windows(series[name])
         if late - early > most + share * early:
-            found.append(f"{name}: {early:.6g} after the warm-up, {late:.6g} at the end")
-    return found
+            growing.append(f"{name}: {early:.6g} after the warm-up, {late:.6g} at the end")
+    return growing

@@ -75,12 +75,12 @@ class _Hopper(DriverBase):
 @contextmanager
 def launches() -> Iterator[list[Compiled]]:
     """Collects the kernels that are launched in the block, in order."""
-    found: list[Compiled] = []
+    compiled: list[Compiled] = []
 
     def launch(kernel: JITFunction[Any], grid: Any) -> Callable[..., None]:
         def compile_it(*args: Any, **kwargs: Any) -> None:
             file = kernel.__module__.rpartition(".")[2].removesuffix("_triton")
-            found.append(_read(f"{file}.{kernel.__name__}", kernel.warmup(*args, grid=grid, **kwargs)))
+            compiled.append(_read(f"{file}.{kernel.__name__}", kernel.warmup(*args, grid=grid, **kwargs)))
 
         return compile_it
 
@@ -88,7 +88,7 @@ def launches() -> Iterator[list[Compiled]]:
     JITFunction.__getitem__ = launch  # type: ignore[method-assign, assignment]
     triton.runtime.driver.set_active(_Hopper())
     try:
-        yield found
+        yield compiled
     finally:
         JITFunction.__getitem__ = usual  # type: ignore[method-assign]
 

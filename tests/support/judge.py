@@ -37,21 +37,21 @@ class Judge:
 
 def quoted(body: dict[str, Any]) -> dict[str, str]:
     """The nonce of a request, and the texts between the lines with the nonce, as a correct judge reads them."""
-    said = body["messages"][1]["content"]
-    nonce = re.findall(r"^BEGIN QUESTION ([0-9a-f]{32})$", said, re.MULTILINE)[0]
-    found = {"nonce": nonce}
+    prompt = body["messages"][1]["content"]
+    nonce = re.findall(r"^BEGIN QUESTION ([0-9a-f]{32})$", prompt, re.MULTILINE)[0]
+    parts = {"nonce": nonce}
     for name in ("QUESTION", "REFERENCE ANSWER", "RESPONSE"):
-        (found[name],) = re.findall(
-            f"^BEGIN {name} {nonce}\n(.*?)\nEND {name} {nonce}$", said, re.DOTALL | re.MULTILINE
+        (parts[name],) = re.findall(
+            f"^BEGIN {name} {nonce}\n(.*?)\nEND {name} {nonce}$", prompt, re.DOTALL | re.MULTILINE
         )
-    return found
+    return parts
 
 
 def honest(judge: Judge, body: dict[str, Any]) -> Reply:
     """Answers "right" if the last word of the response is the reference answer."""
-    found = quoted(body)
-    right = found["RESPONSE"].split()[-1:] == [found["REFERENCE ANSWER"]]
-    return verdict(found["nonce"], "right" if right else "wrong")
+    parts = quoted(body)
+    right = parts["RESPONSE"].split()[-1:] == [parts["REFERENCE ANSWER"]]
+    return verdict(parts["nonce"], "right" if right else "wrong")
 
 
 def verdict(nonce: str, word: str) -> Reply:

@@ -32,13 +32,13 @@ class Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         collective = func.namespace == "c10d" and func._schema.name not in _POINT_TO_POINT
-        found = (_on_copies if collective else _as_is)(func, args, kwargs or {})
-        for leaf in tree_leaves(found):
+        result = (_on_copies if collective else _as_is)(func, args, kwargs or {})
+        for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._add(leaf.untyped_storage())
         if self._most > self.peak:  # counting is slow: only if the peak may have risen
             self.peak = max(self.peak, self.now())
-        return found
+        return result
 
     def _add(self, storage: UntypedStorage) -> None:
         ref = StorageWeakRef(storage)
@@ -83,8 +83,8 @@ def _on_copies(func: Any, args: Any, kwargs: Any) -> Any:
 
     copies: dict[int, Tensor] = {}
     given_args, given_kwargs = tree_map(copied, (args, kwargs))
-    found = func(*given_args, **given_kwargs)
-    for leaf in tree_leaves(found):
+    result = func(*given_args, **given_kwargs)
+    for leaf in tree_leaves(result):
         if isinstance(leaf, torch.ScriptObject):
             Work.unbox(leaf).wait()
     for copy in copies.values():
@@ -93,7 +93,7 @@ def _on_copies(func: Any, args: Any, kwargs: Any) -> Any:
     def handed_back(leaf: Any) -> Any:
         return FakeWork().boxed() if isinstance(leaf, torch.ScriptObject) else originals.get(id(leaf), leaf)
 
-    return tree_map(handed_back, found)
+    return tree_map(handed_back, result)
 
 
 def _bytes(ref: StorageWeakRef) -> int | None:

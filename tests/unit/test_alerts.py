@@ -111,11 +111,11 @@ def test_the_critics_auroc() -> None:
 def test_all_that_fired_in_the_order_of_the_steps() -> None:
     metrics = steps("truncated", [0.0] * 10 + [0.5] * 5)
     metrics[3]["actor/skipped"], metrics[3]["critic/skipped"] = 1.0, 2.0
-    found = alerts(metrics, evaluations(0.9, 0.5))
-    assert [alert.name for alert in found] == ["steps are skipped", "critic's AUROC falls", "truncated responses rise"]
-    assert found[0].seen == "1 of the actor's steps and 2 of the critic's steps were not finite"
-    assert found[2] == Alert(
-        found[2].name, found[2].advice, 12, 15, 4, "50% of the responses are truncated, was 0%", active=True
+    fired = alerts(metrics, evaluations(0.9, 0.5))
+    assert [alert.name for alert in fired] == ["steps are skipped", "critic's AUROC falls", "truncated responses rise"]
+    assert fired[0].seen == "1 of the actor's steps and 2 of the critic's steps were not finite"
+    assert fired[2] == Alert(
+        fired[2].name, fired[2].advice, 12, 15, 4, "50% of the responses are truncated, was 0%", active=True
     )
 
 

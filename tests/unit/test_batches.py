@@ -142,12 +142,12 @@ def test_any_number_of_ranks_collects_the_same(tmp_path: Path) -> None:
         assert rank["classes"] == [[]] * 3 + [[None, 0, 0]] * 2
         assert rank["same"]
     # Each unlabelled prompt's responses are classed once, together, by what is said alone.
-    classed = sorted(found for rank in ranks for found in rank["classed"])
+    classed = sorted(one for rank in ranks for one in rank["classed"])
     assert [(verifier, prompt, len(texts)) for verifier, prompt, texts in classed] == [
         ("math", "0", 3),
         ("math", "1", 3),
     ]
-    assert all(ANSWER not in text for found in classed for text in found[2])
+    assert all(ANSWER not in text for one in classed for text in one[2])
     # No response is verified twice, and each with its own prompt's text and answer.
     asked = [item for rank in ranks for item in rank["asked"]]
     assert sorted(item.prompt for item in asked) == ["0 1"] * 3 + ["1 2"] * 3 + ["2 3"] * 3
@@ -246,13 +246,13 @@ def with_a_failure(folder: Path, failing: str) -> tuple[str, list[int]]:
             collect(without_answers(asked), EchoVerifiers(), tokenizer)
         else:
             collect(asked, FailingVerifiers(), tokenizer)
-        told = "nothing"
+        message = "nothing"
     except EngineError as error:
-        told = str(error)
+        message = str(error)
     together = [0, 0]
     dist.all_gather_object(together, dist.get_rank())  # what a checkpoint does next
     dist.destroy_process_group()
-    return told, together
+    return message, together
 
 
 @pytest.mark.parametrize(
@@ -276,15 +276,15 @@ def test_a_batch_by_hand() -> None:
         [Completion((4,), (-0.4,), "length", ((41, 1),))],
     ]
     batch = batch_of(prompts, completions, [[1.0], [0.0]])
-    found = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in found.items()}
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in fields.items()}
     assert plain == {
         "prompt_ids": ("a", "b"), "group": [0, 1], "prompt_tokens": [5, 6, 7], "prompt_lengths": [2, 1],
         "response_tokens": [1, 2, 3, 4], "response_lengths": [3, 1],
         "engine_logprobs": pytest.approx([-0.1, -0.2, -0.3, -0.4]), "stopped": [True, False],
         "versions": [40, 40, 41, 41], "correct": [1.0, 0.0], "answer_class": None,
     }  # fmt: skip
-    assert {name: value.dtype for name, value in found.items() if isinstance(value, Tensor)} == {
+    assert {name: value.dtype for name, value in fields.items() if isinstance(value, Tensor)} == {
         "group": torch.int64, "prompt_tokens": torch.int64, "prompt_lengths": torch.int64,
         "response_tokens": torch.int64, "response_lengths": torch.int64, "engine_logprobs": torch.float32,
         "stopped": torch.bool, "versions": torch.int32, "correct": torch.float32,
@@ -362,15 +362,15 @@ def rollouts() -> tuple[Batch, Batch]:
 
 @pytest.fixture
 def path(rollouts: tuple[Batch, Batch], tokenizer: transformers.PreTrainedTokenizerBase, tmp_path: Path) -> Path:
-    found = dump.path_of(tmp_path / "rollouts", "stage2", 12)
-    dump.write(found, *rollouts, tokenizer)
-    return found
+    path_of_dump = dump.path_of(tmp_path / "rollouts", "stage2", 12)
+    dump.write(path_of_dump, *rollouts, tokenizer)
+    return path_of_dump
 
 
-def assert_equal(found: Batch | None, wanted: Batch) -> None:
-    assert found is not None
+def assert_equal(batch: Batch | None, wanted: Batch) -> None:
+    assert batch is not None
     for field in dataclasses.fields(wanted):
-        mine, theirs = getattr(found, field.name), getattr(wanted, field.name)
+        mine, theirs = getattr(batch, field.name), getattr(wanted, field.name)
         if isinstance(theirs, Tensor):
             assert mine.dtype == theirs.dtype, field.name
             assert torch.equal(mine, theirs), field.name
@@ -392,9 +392,9 @@ def test_one_of_the_two_may_be_absent(
 ) -> None:
     path = tmp_path / "x.jsonl"
     dump.write(path, rollouts[0] if which == 0 else None, rollouts[1] if which == 1 else None, tokenizer)
-    found = dump.read(path, LABELLED if which == 0 else [], UNLABELLED if which == 1 else [], 2)
-    assert_equal(found[which], rollouts[which])
-    assert found[1 - which] is None
+    batches = dump.read(path, LABELLED if which == 0 else [], UNLABELLED if which == 1 else [], 2)
+    assert_equal(batches[which], rollouts[which])
+    assert batches[1 - which] is None
 
 
 def test_a_record_shows_text_and_no_answers(path: Path) -> None:
@@ -486,8 +486,8 @@ def test_classes_are_written_and_read(classed: tuple[Path, Batch], rollouts: tup
     assert_equal(unasked, rollouts[1])
 
 
-@pytest.mark.parametrize("found", [None, -2, "0", True])
-def test_a_record_without_classes_is_refused_where_they_are_needed(classed: tuple[Path, Batch], found: object) -> None:
-    change(classed[0], 9, lambda line: line.update(answer_class=found))
-    with pytest.raises(ValueError, match=rf"classed\.jsonl, line 9 has the answer_class {found!r}"):
+@pytest.mark.parametrize("value", [None, -2, "0", True])
+def test_a_record_without_classes_is_refused_where_they_are_needed(classed: tuple[Path, Batch], value: object) -> None:
+    change(classed[0], 9, lambda line: line.update(answer_class=value))
+    with pytest.raises(ValueError, match=rf"classed\.jsonl, line 9 has the answer_class {value!r}"):
         dump.read(classed[0], LABELLED, UNLABELLED, 2, classes=True)

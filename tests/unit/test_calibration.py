@@ -41,7 +41,7 @@ def test_prefixes_are_read_at_the_rounded_position() -> None:
     # T = 4 and T = 2: index 2 and 1 at one half, 3 and round(1.5) = 2 at three quarters
     values = [np.array([0.0, 0.1, 0.2, 0.3, 0.4]), np.array([0.5, 0.6, 0.7])]
     result = by_prefix(values, np.array([0, 1]), fractions=(0.0, 0.5, 0.75, 1.0))
-    means = {fraction: [row.mean_value for row in found.bins] for fraction, found in result.items()}
+    means = {fraction: [row.mean_value for row in calibration.bins] for fraction, calibration in result.items()}
     assert means == {
         0.0: pytest.approx([0.0, 0.5]),
         0.5: pytest.approx([0.2, 0.6]),
@@ -52,7 +52,7 @@ def test_prefixes_are_read_at_the_rounded_position() -> None:
 
 def test_an_empty_response_has_one_value() -> None:
     result = by_prefix([np.array([0.3]), np.array([0.2, 0.8])], np.array([0, 1]))
-    assert {fraction: sorted(b.mean_value for b in found.bins) for fraction, found in result.items()} == {
+    assert {fraction: sorted(b.mean_value for b in calibration.bins) for fraction, calibration in result.items()} == {
         0.0: [0.2, 0.3],
         0.25: [0.2, 0.3],
         0.5: [0.2, 0.3],  # round(0.5) = 0

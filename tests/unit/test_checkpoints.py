@@ -65,11 +65,11 @@ def run(tmp_path: Path) -> Path:
     return run
 
 
-def opened(run: Path, told: list[str] | None = None) -> Checkpoints:
-    return Checkpoints(run / "checkpoints", 2, ALONE, ([] if told is None else told).append)
+def opened(run: Path, messages: list[str] | None = None) -> Checkpoints:
+    return Checkpoints(run / "checkpoints", 2, ALONE, ([] if messages is None else messages).append)
 
 
-def found(run: Path, config: Config | None = None) -> module.Found:
+def latest(run: Path, config: Config | None = None) -> module.LatestCheckpoint:
     config = config or config_of(run)
     check_run_folder(config)
     return find(config, opened(run), {}, {}, {}, is_writer=True)
@@ -91,13 +91,13 @@ def refusal(run: Path, config: Config | None = None) -> str:
     """Why a start is refused, which changes nothing."""
     before = snapshot(run)
     with pytest.raises(InputError) as raised:
-        found(run, config)
+        latest(run, config)
     assert snapshot(run) == before
     return str(raised.value)
 
 
 def test_the_newest_is_used(run: Path) -> None:
-    path = found(run).path
+    path = latest(run).path
     assert path is not None
     assert path.name == "step_00000006"
 
@@ -128,12 +128,12 @@ def test_other_names_are_neither_used_nor_touched(run: Path, name: str) -> None:
 def test_a_copy_under_another_number_is_not_used_nor_removed(run: Path) -> None:
     for name in ("step_00000001", "step_00000007"):
         write_checkpoint(run, name, 6)
-    told: list[str] = []
-    checkpoints = opened(run, told)
+    messages: list[str] = []
+    checkpoints = opened(run, messages)
     path = checkpoints.find().path
     assert path is not None
     assert path.name == "step_00000006"
-    assert told == [
+    assert messages == [
         f"{run}/checkpoints/{name} is not counted as a checkpoint: its run.json is of step 6"
         for name in ("step_00000001", "step_00000007")
     ]
@@ -170,11 +170,11 @@ def test_what_cannot_be_removed_does_not_end_the_run(run: Path, monkeypatch: pyt
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
     write_checkpoint(run, "step_00000008", 8)
-    told: list[str] = []
+    messages: list[str] = []
     monkeypatch.setattr(module.shutil, "rmtree", failing)
-    opened(run, told)._completed(8)
+    opened(run, messages)._completed(8)
     old = run / "checkpoints/step_00000004"
-    assert told == [f"warning: older checkpoints cannot be removed ({old}: Input/output error)"]
+    assert messages == [f"warning: older checkpoints cannot be removed ({old}: Input/output error)"]
     assert last_step(run) == 8
 
 
@@ -203,8 +203,8 @@ KINDS = [
 def test_a_damaged_one_is_set_aside_and_the_one_before_is_used(run: Path, kind: str) -> None:
     damaged(run / "checkpoints/step_00000006", kind)
     (run / "checkpoints/step_00000006.damaged").mkdir()  # of an earlier time: it is kept
-    before, told = snapshot(run), []
-    checkpoints = opened(run, told)
+    before, messages = snapshot(run), []
+    checkpoints = opened(run, messages)
     result = find(config_of(run), checkpoints, {}, {}, {}, is_writer=True)
     assert result.path is not None
     assert result.path.name == "step_00000004"
@@ -212,7 +212,7 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_is_used(run: Path, kind: 
     checkpoints.set_aside(result)
     names = ["step_00000004", "step_00000006.damaged", "step_00000006.damaged-2"]
     assert sorted(entry.name for entry in (run / "checkpoints").iterdir()) == names
-    assert "step_00000006 is damaged (" in told[0]
+    assert "step_00000006 is damaged (" in messages[0]
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.EACCES, errno.ESTALE, errno.ENOTCONN])
@@ -234,12 +234,12 @@ def test_what_cannot_be_read_is_no_damage(run: Path, what: str, error: int, monk
     with monkeypatch.context() as patch:
         patch.setattr(*patched, failing)
         with pytest.raises(InputError) as raised:
-            found(run)
+            latest(run)
     assert snapshot(run) == before
-    told = str(raised.value)
-    assert f"cannot be read ({os.strerror(error)})" in told
-    assert name in told
-    assert found(run).path is not None, "when it has passed, all is as before"
+    message = str(raised.value)
+    assert f"cannot be read ({os.strerror(error)})" in message
+    assert name in message
+    assert latest(run).path is not None, "when it has passed, all is as before"
 
 
 @pytest.mark.parametrize("kind", ["purged", "emptied", "unmounted", "all damaged", "renamed", "no records"])
@@ -259,14 +259,14 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_at_0(run: Path, tmp_pat
         below.symlink_to(tmp_path / "nowhere")
     elif kind == "no records":
         (run / "metrics.jsonl").unlink()
-    told = refusal(run)
-    assert ("no checkpoint is whole" if kind == "all damaged" else str(run)) in told
+    message = refusal(run)
+    assert ("no checkpoint is whole" if kind == "all damaged" else str(run)) in message
     if kind in ("purged", "emptied", "no records"):
-        assert "its checkpoint of step 6 is gone" in told
+        assert "its checkpoint of step 6 is gone" in message
         if kind == "emptied":
             below.rmdir()
         (tmp_path / "away").rename(below)  # what the message offers
-        assert found(run).path is not None
+        assert latest(run).path is not None
 
 
 def test_records_of_a_version_without_notes_are_kept_too(run: Path, tmp_path: Path) -> None:
@@ -298,8 +298,8 @@ def test_a_bad_line_in_what_the_model_was_trained_on_is_refused_too(tmp_path: Pa
 def test_a_run_that_had_no_checkpoint_yet_begins_anew(run: Path, tmp_path: Path) -> None:
     (run / "checkpoints").rename(tmp_path / "away")
     opened(run).note(None)
-    assert found(run).path is None
-    assert found(tmp_path / "new").path is None
+    assert latest(run).path is None
+    assert latest(tmp_path / "new").path is None
 
 
 def test_an_export_of_a_run_that_is_gone_is_not_taken_for_the_new_ones(run: Path, tmp_path: Path) -> None:
@@ -316,8 +316,8 @@ def test_another_configuration_is_refused_by_the_folder_and_by_the_checkpoint(ru
     (run / "config.json").unlink()
     assert "rollout.temperature: 1.0 -> 0.5" in refusal(run, other)
     save(other, run / "config.json")  # the folder's word alone does not do
-    told = refusal(run, other)
-    assert "step_00000006 is of a run with another configuration: rollout.temperature: 1.0 -> 0.5" in told
+    message = refusal(run, other)
+    assert "step_00000006 is of a run with another configuration: rollout.temperature: 1.0 -> 0.5" in message
 
 
 def test_a_state_that_no_run_has_written_is_refused(run: Path) -> None:
@@ -332,7 +332,7 @@ def test_a_state_that_no_run_has_written_is_refused(run: Path) -> None:
 def test_lengths_may_change_for_what_is_still_to_come(run: Path) -> None:
     config = config_of(run)
     config.stage2.iterations = 2
-    assert found(run, config).path is not None
+    assert latest(run, config).path is not None
     config.stage2.iterations = 1
     assert "stage2.iterations=1: the run in" in refusal(run, config)
     config.stage1.iterations, config.stage2.iterations = 5, 4

@@ -247,10 +247,10 @@ def test_files_of_equal_names_are_sets_of_their_own(
     assert cli.main(["eval", model, *(f"data={tmp_path / name}" for name in names)]) == 0
     sets = called[0][1].evaluation.sets
     assert sorted(s.path for s in sets.values()) == sorted(str(tmp_path / name) for name in names)
-    found = {str(Path(s.path).relative_to(tmp_path)): name for name, s in sets.items()}
-    assert found["gsm8k/test.jsonl"] == "gsm8k_test"
-    assert found["24game.jsonl"] == "set_24game"
-    assert (found["a-b.jsonl"], found["a_b.jsonl"]) == ("a_b", "a_b_2")
+    by_path = {str(Path(s.path).relative_to(tmp_path)): name for name, s in sets.items()}
+    assert by_path["gsm8k/test.jsonl"] == "gsm8k_test"
+    assert by_path["24game.jsonl"] == "set_24game"
+    assert (by_path["a-b.jsonl"], by_path["a_b.jsonl"]) == ("a_b", "a_b_2")
     assert all(s.verifier is not None and s.verifier.name == "math" for s in sets.values())
     # the names are told, and an override takes them
     change = "evaluation.sets.gsm8k_test.verifier=choice"

@@ -222,7 +222,7 @@ FILES += [f"config/rules/{path.name}" for path in (REPOSITORY / "megatron_tempo/
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Recorded:
     problem: Problem
     site: Site  # file and line that made it
 
@@ -235,26 +235,26 @@ class Recorder:
     """Notes where each problem is made."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.made: list[Found] = []
+        self.made: list[Recorded] = []
         original = Problem.__init__
 
         def init(problem: Problem, *words: Any, **named: Any) -> None:
             original(problem, *words, **named)
             frame = sys._getframe(1)
             file = os.path.relpath(frame.f_code.co_filename, REPOSITORY / "megatron_tempo")
-            self.made.append(Found(problem, (file, frame.f_lineno)))
+            self.made.append(Recorded(problem, (file, frame.f_lineno)))
 
         monkeypatch.setattr(Problem, "__init__", init)
 
-    def of(self, plain: dict[str, Any]) -> list[Found]:
+    def of(self, plain: dict[str, Any]) -> list[Recorded]:
         """The problems of a tree: those of `check`, and on a cluster those of `submit` and `plan` too."""
         self.made = []
         launched, purpose = plain.pop("launched", None), Purpose[plain.pop("purpose", "train")]
-        config, told = read(plain)
-        told += check(config, world_size=launched, purpose=purpose)
+        config, problems = read(plain)
+        problems += check(config, world_size=launched, purpose=purpose)
         if "cluster" in plain:
-            told += [*jobs.problems(config, jobs.Kind.train), *plan_problems(config)]
-        return [found for found in self.made if any(found.problem is one for one in told)]
+            problems += [*jobs.problems(config, jobs.Kind.train), *plan_problems(config)]
+        return [one_made for one_made in self.made if any(one_made.problem is one for one in problems)]
 
 
 @pytest.fixture(scope="module")
@@ -319,12 +319,12 @@ def tree(files: Path, given: Sequence[str], offered: Sequence[str] = ()) -> dict
     return plain
 
 
-def alternatives(found: Found) -> Iterator[list[str]]:
+def alternatives(recorded: Recorded) -> Iterator[list[str]]:
     """What the fix of a problem offers, as overrides."""
-    by_hand = [words for part, words in BY_HAND.items() if part in found.problem.fix]
-    known = [] if by_hand else offers(found.problem)
+    by_hand = [words for part, words in BY_HAND.items() if part in recorded.problem.fix]
+    known = [] if by_hand else offers(recorded.problem)
     yield from known
-    assert known or by_hand, f"neither an override nor known to this test: {found.problem}"
+    assert known or by_hand, f"neither an override nor known to this test: {recorded.problem}"
     if not known:
         yield from (words for words in by_hand[:1] if words is not None)
 
@@ -340,9 +340,9 @@ def without(given: Sequence[str], field: str) -> list[str]:
 )
 def test_every_fix_that_is_offered_works(given: list[str], files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch)
-    found = recorder.of(tree(files, given))
-    assert found, "no problem"
-    for one in found:
+    recorded = recorder.of(tree(files, given))
+    assert recorded, "no problem"
+    for one in recorded:
         for offered in alternatives(one):
             kept = without(given, one.problem.field)
             left = recorder.of(tree(files, kept, offered))
@@ -364,7 +364,7 @@ def sites(file: str) -> Iterator[tuple[str, range]]:
 def test_every_place_that_makes_a_problem_is_tried(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder, reached = Recorder(monkeypatch), set()
     for given in CASES:
-        reached |= {found.site for found in recorder.of(tree(files, given))}
+        reached |= {recorded.site for recorded in recorder.of(tree(files, given))}
     missed = [
         f"{file}:{lines.start} in {function}"
         for file in FILES

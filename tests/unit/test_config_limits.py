@@ -76,9 +76,9 @@ def test_no_number_costs_time_or_memory(huge: str, files: Path) -> None:
     start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     config, unread = read(plain)
     for purpose in Purpose:
-        told = [*unread, *check(config, world_size=None, purpose=purpose)]
-        assert told
-        assert all(len(str(problem)) < 1500 for problem in told)
+        problems = [*unread, *check(config, world_size=None, purpose=purpose)]
+        assert problems
+        assert all(len(str(problem)) < 1500 for problem in problems)
     assert time.process_time() - start < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB
 
@@ -134,9 +134,9 @@ def test_sizes_in_a_model_folder(size: object, files: Path) -> None:
     for name in ("num_hidden_layers", "num_attention_heads", "vocab_size"):
         write_model(files / f"bad_{name}", **{name: size})
         words = [*good_overrides(files), f"model.path={files}/bad_{name}"]
-        found = check(configure(words), world_size=None)
-        assert [problem.field for problem in found] == ["model.path"]
-        assert name in found[0].wrong
+        problems = check(configure(words), world_size=None)
+        assert [problem.field for problem in problems] == ["model.path"]
+        assert name in problems[0].wrong
         if not isinstance(size, str | float | bool):
             with pytest.raises(ConfigErrors, match=r"config\.json: "):
                 cli.build([*words, "cluster=h100x8"], purpose=Purpose.plan)
@@ -154,8 +154,8 @@ def test_paths_that_no_file_has(field: str, files: Path) -> None:
     (files / "a_file").write_text("")
     below = f"{files}/a_file/b.jsonl"
     for path in (f"{files}/{'a' * 300}.jsonl", f"{files}/{'a/' * 3000}.jsonl", str(loop), below, "~nobody/a.jsonl"):
-        found = check(configure([*good_overrides(files), *JUDGE, f"{field}={path}"]), world_size=None)
-        assert [problem.field for problem in found] in (
+        problems = check(configure([*good_overrides(files), *JUDGE, f"{field}={path}"]), world_size=None)
+        assert [problem.field for problem in problems] in (
             [field],
             [] if field == "run.dir" and path[0] == "~" else [field],
         )
@@ -206,9 +206,9 @@ def test_texts_that_a_model_reads_have_lines(files: Path) -> None:
 def test_errors_are_safe_to_print() -> None:
     hostile = "a\x1b]0;title\x07\x9b2J\u202eb\u2066\ud800\nc\td\r"
     for kind in (InputError, EngineError, Stopped, UnwrittenError):
-        told = str(kind(hostile))
-        assert hidden(told) is None
-        assert told == "a␛]0;title␇<U+009B>2J<U+202E>b<U+2066>\ufffd\nc\td␍"
+        message = str(kind(hostile))
+        assert hidden(message) is None
+        assert message == "a␛]0;title␇<U+009B>2J<U+202E>b<U+2066>\ufffd\nc\td␍"
     assert printable("é 数学 👩\u200d👧 \u0627") == "é 数学 👩\u200d👧 \u0627"
 
 
@@ -218,9 +218,9 @@ def test_errors_are_safe_to_print() -> None:
 def test_the_command_line_is_told_without_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         raise SystemExit(cli.main(arguments))
-    told = capsys.readouterr().err
-    assert told
-    assert hidden(told) is None
+    output = capsys.readouterr().err
+    assert output
+    assert hidden(output) is None
 
 
 def test_files_named_in_any_script(files: Path) -> None:
@@ -251,7 +251,7 @@ COMPOSED = {
 
 @pytest.mark.parametrize("word", COMPOSED)
 def test_a_fix_of_an_override_works(word: str, files: Path) -> None:
-    def told(word: str) -> str:
+    def report_of(word: str) -> str:
         try:
             cli.build([*good_overrides(files), word.replace("TMP", str(files))])
         except ConfigErrors as error:
@@ -259,10 +259,10 @@ def test_a_fix_of_an_override_works(word: str, files: Path) -> None:
         return ""
 
     name, _, value = COMPOSED[word].replace("TMP", str(files)).partition("=")
-    before = told(word)
+    before = report_of(word)
     assert (f"{name}={value}" in before) or f"did you mean {name}" in before or f"did you mean {value}" in before
     wrong = before.splitlines()[1].partition(": ")[2].partition(";")[0]
-    assert wrong not in told(COMPOSED[word])
+    assert wrong not in report_of(COMPOSED[word])
 
 
 BROKEN_FILES = {

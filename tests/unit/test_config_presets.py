@@ -165,9 +165,9 @@ def test_quickstart_stands_on_the_repository_from_anywhere(tmp_path: Path, monke
     model = REPOSITORY / "examples" / "quickstart" / "model"
     with pytest.raises(ConfigErrors) as caught:
         build(["experiment=quickstart", f"run.dir={tmp_path}", "data.labelled.path=none.jsonl", "run.seed=-1"])
-    told = {problem.field: problem.value for problem in caught.value.problems}
-    assert told["data.labelled.path"] == "none.jsonl"
-    assert told.get("model.path", str(model)) == str(model)
+    values = {problem.field: problem.value for problem in caught.value.problems}
+    assert values["data.labelled.path"] == "none.jsonl"
+    assert values.get("model.path", str(model)) == str(model)
 
 
 PROGRAM = r"(?:-m megatron_tempo|megatron-tempo) (train|check|eval) "
@@ -176,8 +176,8 @@ PROGRAM = r"(?:-m megatron_tempo|megatron-tempo) (train|check|eval) "
 def readme_commands() -> list[str]:
     """The commands in README.md's indented blocks, continued lines joined. One of `...` alone has nothing to check."""
     text = (REPOSITORY / "README.md").read_text().replace("\\\n", " ")
-    found = re.finditer(rf"^    (.*{PROGRAM}(?!\.\.\.$).*)$", text, re.MULTILINE)
-    return [match[1] for match in found]
+    matches = re.finditer(rf"^    (.*{PROGRAM}(?!\.\.\.$).*)$", text, re.MULTILINE)
+    return [match[1] for match in matches]
 
 
 def test_the_readme_shows_every_command() -> None:
@@ -224,10 +224,10 @@ def test_the_presets_hold_no_field_that_equals_its_default() -> None:
 
 
 def leaves(node: dict, path: str = "") -> list[tuple[str, object]]:
-    found: list[tuple[str, object]] = []
+    pairs: list[tuple[str, object]] = []
     for key, value in node.items():
         below = f"{path}.{key}" if path else str(key)
         if key == "defaults":
             continue
-        found += leaves(value, below) if isinstance(value, dict) else [(below, value)]
-    return found
+        pairs += leaves(value, below) if isinstance(value, dict) else [(below, value)]
+    return pairs

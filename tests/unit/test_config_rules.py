@@ -34,9 +34,9 @@ def problems(files: Path, *overrides: str, purpose: Purpose = Purpose.train) -> 
     return check(configure([*good_overrides(files), *changes]), world_size=None, purpose=purpose)
 
 
-def only(found: list[Problem]) -> Problem:
-    assert len(found) == 1, "\n".join(map(str, found))
-    return found[0]
+def only(problems: list[Problem]) -> Problem:
+    assert len(problems) == 1, "\n".join(map(str, problems))
+    return problems[0]
 
 
 def test_the_good_configuration_has_no_problem(files: Path) -> None:
@@ -450,8 +450,8 @@ def test_model_folder(files: Path, damage: Callable[[Path], None], wrong: str, f
 def test_every_family_passes_and_is_held_to_the_layout(files: Path, family: str) -> None:
     rewrite(model_type=family)(files / "model")
     assert problems(files, "parallel.tensor=4", "parallel.pipeline=3") == []
-    found = problems(files, "parallel.tensor=8", "parallel.pipeline=4")
-    assert [problem.field for problem in found[:2]] == ["parallel.tensor", "parallel.pipeline"]
+    report = problems(files, "parallel.tensor=8", "parallel.pipeline=4")
+    assert [problem.field for problem in report[:2]] == ["parallel.tensor", "parallel.pipeline"]
 
 
 def test_a_critic_to_be_given(files: Path) -> None:
@@ -469,17 +469,17 @@ def test_shards_that_are_all_there(files: Path) -> None:
 
 def test_a_critic_has_its_own_shape(files: Path) -> None:
     write_model(files / "small", num_hidden_layers=3, vocab_size=101)
-    found = problems(files, "model.critic_path=TMP/small", "parallel.pipeline=2")
-    assert [problem.field for problem in found] == ["model.critic_path", "parallel.pipeline"]
-    assert "model.path 100 and model.critic_path 101" in found[0].wrong
-    assert "3 layers of model.critic_path" in found[1].wrong
+    report = problems(files, "model.critic_path=TMP/small", "parallel.pipeline=2")
+    assert [problem.field for problem in report] == ["model.critic_path", "parallel.pipeline"]
+    assert "model.path 100 and model.critic_path 101" in report[0].wrong
+    assert "3 layers of model.critic_path" in report[1].wrong
 
 
 def test_no_chat_template(files: Path) -> None:
     (files / "model" / "tokenizer_config.json").unlink()
-    found = problems(files, "data.labelled.chat_template=false")
-    assert [p.field for p in found] == ["data.unlabelled.chat_template", "evaluation.sets.heldout.chat_template"]
-    assert "chat_template=false" in found[0].fix
+    report = problems(files, "data.labelled.chat_template=false")
+    assert [p.field for p in report] == ["data.unlabelled.chat_template", "evaluation.sets.heldout.chat_template"]
+    assert "chat_template=false" in report[0].fix
     (files / "model" / "chat_template.jinja").touch()
     assert problems(files) == []
 
@@ -496,13 +496,13 @@ def test_files_that_cannot_be_opened(files: Path, monkeypatch: pytest.MonkeyPatc
         return opened(path, *arguments)
 
     monkeypatch.setattr("megatron_tempo.files.os.open", open_or_refuse)
-    found = problems(
+    report = problems(
         files, "rewards.judge.key_file=TMP/key", "rewards.judge.url=http://h:1/v1", "rewards.judge.model=m"
     )
-    assert {problem.field for problem in found} == {"model.path", "data.labelled.path", "rewards.judge.key_file"}
-    assert all("cannot be read: Permission denied" in problem.wrong for problem in found)
-    told = " ".join(problem.wrong for problem in found)
-    assert all(name in told for name in ("tokenizer.json", "model.safetensors", "config.json"))
+    assert {problem.field for problem in report} == {"model.path", "data.labelled.path", "rewards.judge.key_file"}
+    assert all("cannot be read: Permission denied" in problem.wrong for problem in report)
+    message = " ".join(problem.wrong for problem in report)
+    assert all(name in message for name in ("tokenizer.json", "model.safetensors", "config.json"))
 
 
 @pytest.mark.parametrize("kind", ["pipe", "loop", "long name"])
@@ -590,8 +590,8 @@ def test_absent_tracker(files: Path, monkeypatch: pytest.MonkeyPatch, override: 
 
 def test_all_problems_at_once_in_the_order_of_the_tree(files: Path) -> None:
     bad = [row[0] for row in ONE_FIELD if row[1] in ("run.seed", "checkpoint.keep", "rollout.batch_rows")]
-    found = problems(files, *reversed(bad), "parallel.tensor=3")
-    assert [p.field for p in found] == ["run.seed", "parallel.tensor", "rollout.batch_rows", "checkpoint.keep"]
+    report = problems(files, *reversed(bad), "parallel.tensor=3")
+    assert [p.field for p in report] == ["run.seed", "parallel.tensor", "rollout.batch_rows", "checkpoint.keep"]
 
 
 def test_frozen_critic_after_stage_one_needs_no_labelled_set(files: Path) -> None:
@@ -766,9 +766,9 @@ JUDGES = [
 @pytest.mark.parametrize(("overrides", "fields", "wrong"), JUDGES, ids=[row[2] for row in JUDGES])
 def test_rules_on_the_judge(files: Path, overrides: tuple[str, ...], fields: list[str], wrong: str) -> None:
     (files / "empty").write_text("\n")
-    found = problems(files, *overrides)
-    assert [problem.field for problem in found] == fields, "\n".join(map(str, found))
-    assert wrong in found[0].wrong
+    report = problems(files, *overrides)
+    assert [problem.field for problem in report] == fields, "\n".join(map(str, report))
+    assert wrong in report[0].wrong
 
 
 def test_an_eval_needs_no_judge_for_training_sets(files: Path) -> None:

@@ -36,12 +36,12 @@ def test_every_field_and_group_says_what_it_is(tool: ModuleType) -> None:
 
 
 def test_every_field_is_told(tool: ModuleType) -> None:
-    told = set()
+    documented = set()
     for group in tool.groups():
         for path, *_ in group.rows():
-            told |= {f"{place}.{path.strip('`').rpartition('.')[2]}" for place in group.by_path}
+            documented |= {f"{place}.{path.strip('`').rpartition('.')[2]}" for place in group.by_path}
     whole = {"data.labelled", "data.unlabelled", "evaluation.sets"}  # rows that refer to a group of their own
-    assert told - whole == {path.removesuffix(".NAME") for path in field_paths(Config)}
+    assert documented - whole == {path.removesuffix(".NAME") for path in field_paths(Config)}
 
 
 def test_tables_and_links_hold(tool: ModuleType) -> None:

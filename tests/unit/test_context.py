@@ -48,8 +48,8 @@ def test_outputs_come_back_in_their_order() -> None:
     tokens, targets = torch.tensor([0, 1, 5, 14]), torch.tensor([10, 11, 12, 13])
     shards = [ContextShard.of(16, rank, 2) for rank in range(2)]
     outputs = [Outputs.of(shard, tokens, targets, CPU) for shard in shards]
-    found = torch.cat([shard.tokens[one.local] for shard, one in zip(shards, outputs, strict=True)])
-    assert all(one.order is not None and found[one.order].tolist() == tokens.tolist() for one in outputs)
+    actual = torch.cat([shard.tokens[one.local] for shard, one in zip(shards, outputs, strict=True)])
+    assert all(one.order is not None and actual[one.order].tolist() == tokens.tolist() for one in outputs)
     wanted = torch.cat([one.targets for one in outputs])
     assert wanted[outputs[0].order].tolist() == targets.tolist()
 
@@ -71,5 +71,5 @@ def plain(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int |
 def test_queries_that_are_the_last_tokens(queries: int, keys: int, window: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 2, size, 8, generator=generator) for size in (queries, keys, keys))
-    found = _last_queries(query, key, value, 0.3, window)
-    assert (found - plain(query, key, value, 0.3, window)).abs().max() < 1e-6
+    actual = _last_queries(query, key, value, 0.3, window)
+    assert (actual - plain(query, key, value, 0.3, window)).abs().max() < 1e-6

@@ -69,10 +69,10 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor
 
 def with_odd_numbers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """bfloat16, with numbers that are lost where a number is made another type and back, or computed with."""
-    found = {name: tensor.bfloat16() for name, tensor in weights.items()}
-    head = found["model.layers.1.mlp.down_proj.weight"]
+    converted = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    head = converted["model.layers.1.mlp.down_proj.weight"]
     head.view(torch.int16)[0, :4] = torch.tensor([0x7FC1, -32768, 0x0001, 0x7F80], dtype=torch.int16)
-    return found
+    return converted
 
 
 def repeated_head(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -81,8 +81,8 @@ def repeated_head(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def as_critic(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """In bfloat16, but for the head."""
-    found = {name: tensor.bfloat16() for name, tensor in weights.items() if name != "lm_head.weight"}
-    return found | {"score.weight": torch.randn(1, 32), "score.bias": torch.randn(1)}
+    converted = {name: tensor.bfloat16() for name, tensor in weights.items() if name != "lm_head.weight"}
+    return converted | {"score.weight": torch.randn(1, 32), "score.bias": torch.randn(1)}
 
 
 def write_critic(folder: Path) -> Path:
@@ -109,15 +109,15 @@ def test_there_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: s
     monkeypatch.setattr(distributed, "CHUNK_BYTES", 20 * ROW_BYTES)  # a vocabulary in chunks
     folder = FOLDERS[name](tmp_path / "folder")
     model = "critic" if name == "critic" else "actor"
-    told: list[str] = []
-    size = to_megatron(folder, tmp_path / "megatron", model, PART, told.append)
+    messages: list[str] = []
+    size = to_megatron(folder, tmp_path / "megatron", model, PART, messages.append)
     assert size == sum(path.stat().st_size for path in (tmp_path / "megatron").iterdir())
-    assert len(told) == len(list((tmp_path / "megatron").glob("*.distcp"))) - 1 > 1
-    told = []
-    size = to_hugging_face(tmp_path / "megatron", tmp_path / "back", model, folder, None, PART, told.append)
+    assert len(messages) == len(list((tmp_path / "megatron").glob("*.distcp"))) - 1 > 1
+    messages = []
+    size = to_hugging_face(tmp_path / "megatron", tmp_path / "back", model, folder, None, PART, messages.append)
     assert size == sum(path.stat().st_size for path in (tmp_path / "back").iterdir())
     shards = list((tmp_path / "back").glob("*.safetensors"))
-    assert len(told) == len(shards) > 1
+    assert len(messages) == len(shards) > 1
     assert all(path.stat().st_size < PART + 5000 for path in shards)  # and the header
     expected = read(folder)
     if "head repeated" in name:
@@ -161,8 +161,8 @@ def test_safetensors_in_pieces(tmp_path: Path) -> None:
         size = write_safetensors(file, entries, iter([wide[:2], wide[2:].t().contiguous().t(), narrow]))
     assert (tmp_path / "file").stat().st_size == size
     assert equal(load_file(tmp_path / "file"), {"wide": wide, "narrow": narrow})
-    with safe_open(tmp_path / "file", "pt") as found:
-        assert found.metadata() == {"format": "pt"}
+    with safe_open(tmp_path / "file", "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
 
 
 # Refused
@@ -214,7 +214,7 @@ def converted(tmp_path: Path) -> tuple[Path, Path]:
 def test_a_checkpoint_that_is_of_another_model_is_refused(converted: tuple[Path, Path], tmp_path: Path) -> None:
     folder, checkpoint = converted
     small = write_model(tmp_path / "small", tied=True, layers=2, ffn=64)
-    for like, model, told in (
+    for like, model, message in (
         (
             folder,
             "critic",
@@ -224,7 +224,7 @@ def test_a_checkpoint_that_is_of_another_model_is_refused(converted: tuple[Path,
     ):
         with pytest.raises(InputError) as error:
             to_hugging_face(checkpoint, tmp_path / "out", model, like, None, PART, quiet)
-        assert all(text in str(error.value) for text in told)
+        assert all(text in str(error.value) for text in message)
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -276,11 +276,11 @@ class Stop(Exception):
 
 
 def stopped_after(lines: int) -> Callable[[str], None]:
-    told: list[str] = []
+    messages: list[str] = []
 
     def tell(line: str) -> None:
-        told.append(line)
-        if len(told) == lines:
+        messages.append(line)
+        if len(messages) == lines:
             raise Stop
 
     return tell
@@ -315,9 +315,9 @@ def test_a_part_that_is_gone_is_made_again(tmp_path: Path) -> None:
         to_megatron(folder, tmp_path / "out", "actor", PART, stopped_after(3))
     (tmp_path / "out.partial/whole/__0_0.distcp").unlink()
     os.truncate(tmp_path / "out.partial/whole/__1_0.distcp", 10)
-    told: list[str] = []
-    to_megatron(folder, tmp_path / "out", "actor", PART, told.append)
-    assert ["already done" in line for line in told] == [False, False, True, *(False for _ in told[3:])]
+    messages: list[str] = []
+    to_megatron(folder, tmp_path / "out", "actor", PART, messages.append)
+    assert ["already done" in line for line in messages] == [False, False, True, *(False for _ in messages[3:])]
     to_hugging_face(tmp_path / "out", tmp_path / "back", "actor", folder, None, PART, quiet)
     assert equal(read(tmp_path / "back"), read(folder))
 
@@ -446,8 +446,8 @@ def test_killed_before_the_last_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
         patched.setattr(convert.ResumableFolder, "finish", stop)
         with pytest.raises(Stop):
             to_megatron(folder, tmp_path / "out", "actor", PART, quiet)
-    told: list[str] = []
-    to_megatron(folder, tmp_path / "out", "actor", PART, told.append)
-    assert all("already done" in line for line in told)
+    messages: list[str] = []
+    to_megatron(folder, tmp_path / "out", "actor", PART, messages.append)
+    assert all("already done" in line for line in messages)
     to_hugging_face(tmp_path / "out", tmp_path / "back", "actor", folder, None, PART, quiet)
     assert equal(read(tmp_path / "back"), read(folder))

@@ -209,13 +209,13 @@ BAD_LINES: dict[str, tuple[bytes, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", BAD_LINES)
 def test_bad_row_is_named(tmp_path: Path, name: str) -> None:
-    content, changes, said = BAD_LINES[name]
+    content, changes, message = BAD_LINES[name]
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
         load_labelled(labelled(path, **changes), TOKENIZER, 8)
     assert str(path) in str(caught.value)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_all_bad_rows_are_counted_and_ten_are_shown(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_words_of_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "rowless.parquet")
     pq.write_table(pa.table({"prompt": ["one"] * 50_000}), tmp_path / "cut.parquet")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "cut.parquet").read_bytes()[:-100])
-    said = {
+    messages = {
         "none.jsonl": "does not exist; check the dataset's `path`",
         ".": "is a folder, not a file",
         "a.json": "the name ends in '.json'; use .parquet, or .jsonl with one JSON object a line",
@@ -249,7 +249,7 @@ def test_words_of_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         "typo.parquet": "field 'prompt' is missing; did you mean 'promt'?",
         "rowless.parquet": "there are no rows in it",
     }
-    for name, words in said.items():
+    for name, words in messages.items():
         with pytest.raises(DataError) as caught:
             load_unlabelled(unlabelled(tmp_path / name), TOKENIZER, 8)
         assert words in str(caught.value)

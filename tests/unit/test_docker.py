@@ -67,15 +67,15 @@ def test_the_page_has_the_versions_of_the_dockerfile() -> None:
 
 def test_transformer_engine_is_in_the_range_of_megatron_core(check_versions: ModuleType) -> None:
     requirements = requires("megatron-core")
-    found = _argument("TRANSFORMER_ENGINE")
-    assert check_versions.range_problems("transformer-engine", f"{found}.0+c188b533", requirements) == []
+    version = _argument("TRANSFORMER_ENGINE")
+    assert check_versions.range_problems("transformer-engine", f"{version}.0+c188b533", requirements) == []
     [problem] = check_versions.range_problems("transformer-engine", "2.12.0", requirements)
     assert "2.12.0" in problem
-    assert check_versions.range_problems("transformer-engine", found, ["numpy>=1"]) != []
+    assert check_versions.range_problems("transformer-engine", version, ["numpy>=1"]) != []
 
 
 @pytest.mark.parametrize(
-    ("found", "wanted", "right"),
+    ("version", "wanted", "right"),
     [
         ("2.10.0a0+a36e1d39eb.nv26.1.42222806", "2.10.0", True),  # before 2.10.0 in PEP 440's order, and a build of it
         ("2.10.0", "2.10.0", True),
@@ -85,8 +85,8 @@ def test_transformer_engine_is_in_the_range_of_megatron_core(check_versions: Mod
         (None, "2.11", False),
     ],
 )
-def test_builds_of_a_release(check_versions: ModuleType, found: str | None, wanted: str, right: bool) -> None:
-    assert (check_versions.release_problems("torch", found, wanted) == []) == right
+def test_builds_of_a_release(check_versions: ModuleType, version: str | None, wanted: str, right: bool) -> None:
+    assert (check_versions.release_problems("torch", version, wanted) == []) == right
 
 
 def test_nccl_must_be_one(check_versions: ModuleType) -> None:

@@ -63,9 +63,9 @@ def commands() -> list[tuple[str, str]]:
 def test_what_is_to_be_installed_is_on_pypi_or_in_the_checkout() -> None:
     """This package is on no index. So a command names the checkout, with extras that it has, or other projects."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    found = commands()
-    assert len(found) >= 6
-    for file, command in found:
+    installs = commands()
+    assert len(installs) >= 6
+    for file, command in installs:
         assert "megatron-tempo" not in command, (file, command)
         assert "megatron_tempo" not in command, (file, command)
         for names in re.findall(r"\.\[([^\]]*)\]", command):

@@ -66,8 +66,8 @@ def flat(answers: list[list[Completion]]) -> list[Completion]:
     return [completion for row in answers for completion in row]
 
 
-def same(found: list[list[Completion]], wanted: list[list[Completion]]) -> None:
-    for mine, theirs in zip(flat(found), flat(wanted), strict=True):
+def same(actual: list[list[Completion]], wanted: list[list[Completion]]) -> None:
+    for mine, theirs in zip(flat(actual), flat(wanted), strict=True):
         assert mine.token_ids == theirs.token_ids
         assert mine.finish_reason == theirs.finish_reason
         assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)

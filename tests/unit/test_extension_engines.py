@@ -103,7 +103,7 @@ def test_an_engine_of_another_form_is_a_problem(files: Path, modules: Path, case
         assert wrong in problem.wrong
         assert fix in problem.fix
     planned = configure([*good_overrides(files), f"rollout.engine={NAME}"])
-    assert problem.wrong in [found.wrong for found in plan_problems(planned)]
+    assert problem.wrong in [other.wrong for other in plan_problems(planned)]
 
 
 def test_an_engine_of_the_right_form_passes(files: Path, modules: Path) -> None:

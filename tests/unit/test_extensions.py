@@ -118,12 +118,12 @@ def test_an_import_that_fails_is_a_problem_with_the_modules_own_error(files: Pat
 
 def test_all_problems_are_in_one_report(files: Path, modules: Path) -> None:
     write(modules, "def verifier(prompt): ...\nmethod = 3")
-    found = problems(
+    report = problems(
         files,
         *(f"{LABELLED}.verifier=import:mine:verifier", "stage1.method=import:mine:method"),
         *(f"{HELDOUT}.verifier=import:nowhere:verifier", "stage2.actor.mini_batch_prompts=7", "run.seed=-1"),
     )
-    assert [problem.field for problem in found] == [
+    assert [problem.field for problem in report] == [
         "run.seed", f"{LABELLED}.verifier", "stage1.method", "stage2.actor.mini_batch_prompts", f"{HELDOUT}.verifier"
     ]  # fmt: skip
 
@@ -312,7 +312,7 @@ def test_a_method_of_another_form_is_a_problem(files: Path, modules: Path, case:
     assert wrong in problem.wrong
     assert fix in problem.fix
     config = configure([*good_overrides(files), "stage1.method=import:mine:method"])
-    assert problem.wrong in [found.wrong for found in plan_problems(config)]
+    assert problem.wrong in [other.wrong for other in plan_problems(config)]
 
 
 def test_what_a_method_needs_decides_as_for_the_built_in_ones(files: Path, modules: Path) -> None:

@@ -72,10 +72,10 @@ def test_the_defaults_of_layer_types_and_attention_factor(olmo3: Path) -> None:
     rope = {"full_attention": PLAIN | yarn, "sliding_attention": PLAIN}
     shape = read_model_shape(changed(olmo3, rope_parameters=rope, layer_types=None))
     assert [layer.window for layer in shape.attention] == [WINDOW, WINDOW, WINDOW, None]
-    found = shape.attention[3].rope.yarn
-    assert found is not None
-    assert (found.beta_fast, found.beta_slow) == (32.0, 1.0)
-    assert found.attention_factor == pytest.approx(0.1 * math.log(4.0) + 1)
+    of_last_layer = shape.attention[3].rope.yarn
+    assert of_last_layer is not None
+    assert (of_last_layer.beta_fast, of_last_layer.beta_slow) == (32.0, 1.0)
+    assert of_last_layer.attention_factor == pytest.approx(0.1 * math.log(4.0) + 1)
 
 
 def test_a_qwen3_attends_alike_on_all_layers(tmp_path: Path) -> None:
@@ -100,8 +100,8 @@ def test_what_is_no_plain_qwen3_is_refused(tmp_path: Path, field: str, value: An
 
 
 def yarn(**changes: Any) -> dict[str, Any]:
-    told = PLAIN | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64} | changes
-    return {"full_attention": told, "sliding_attention": PLAIN}
+    entries = PLAIN | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64} | changes
+    return {"full_attention": entries, "sliding_attention": PLAIN}
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def no_files(folder: Path) -> dict[str, Path]:
 
 
 def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
-    said = {
+    messages = {
         "none": "does not exist",
         "folder": "is a folder, not a file",
         "pipe": "is a named pipe, not a file",
@@ -51,8 +51,8 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
         "null": "is no name of a file",
     }
     for name, path in no_files(tmp_path).items():
-        assert str(why_unreadable(path)).startswith(said[name]), name
-        with pytest.raises(InputError, match=said[name]):
+        assert str(why_unreadable(path)).startswith(messages[name]), name
+        with pytest.raises(InputError, match=messages[name]):
             read_json(path, dict)
 
 
@@ -181,9 +181,9 @@ def test_a_pipe_in_the_place_of_a_runs_file(
         (tmp_path / other).write_text("{}" if other == "config.json" else "")
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
-    told = cli.main([command, str(tmp_path)]), capsys.readouterr().err
+    output = cli.main([command, str(tmp_path)]), capsys.readouterr().err
     if command == "report" or name != "samples.jsonl":  # which status does not read
-        assert told == (2, f"error: {tmp_path / name} is a named pipe, not a file\n")
+        assert output == (2, f"error: {tmp_path / name} is a named pipe, not a file\n")
 
 
 @pytest.mark.parametrize("text", ["3", "{", "{}", '{"phase": 3}', '{"phase": "", "time": "x"}'])
@@ -239,9 +239,9 @@ def test_commands_name_a_config_that_is_none(
     else:
         path.write_text(kind)
     assert cli.main(WORDS[command](path)) == 2
-    told = capsys.readouterr().err
-    assert "config.json" in told
-    assert "Traceback" not in told
+    output = capsys.readouterr().err
+    assert "config.json" in output
+    assert "Traceback" not in output
 
 
 def test_text_is_utf8(tmp_path: Path) -> None:

@@ -138,13 +138,13 @@ def test_a_holder_on_another_machine_that_counts_is_alive(counting: Path) -> Non
 
 
 def test_a_holder_on_another_machine_that_does_not_count_is_dead(tmp_path: Path) -> None:
-    path, told = tmp_path / "lock.json", []
+    path, messages = tmp_path / "lock.json", []
     left(path, elsewhere(since=time.time() + 1e6))  # whatever its clock says
-    with lock(path, log=told.append):
+    with lock(path, log=messages.append):
         holder = parse(path.read_bytes())
         assert holder is not None
         assert holder.pid == os.getpid()
-    (line,) = told
+    (line,) = messages
     assert "process 4242 on node9" in line
     assert not path.exists()
 
@@ -179,10 +179,10 @@ def test_of_two_that_take_over_at_a_time_the_later_record_counts(
 
 
 def test_a_process_that_has_lost_its_lock_is_told(tmp_path: Path) -> None:
-    path, told, lost = tmp_path / "lock.json", [], threading.Event()
+    path, messages, lost = tmp_path / "lock.json", [], threading.Event()
 
     def note(why: str) -> None:
-        told.append(why)
+        messages.append(why)
         lost.set()
 
     held = lock(path, on_lost=note)
@@ -191,7 +191,7 @@ def test_a_process_that_has_lost_its_lock_is_told(tmp_path: Path) -> None:
     left(path, elsewhere())
     assert lost.wait(10)
     held.release()
-    assert "was taken over by process 4242 on node9" in told[0]
+    assert "was taken over by process 4242 on node9" in messages[0]
     assert path.exists(), "the lock is the other's"
 
 

@@ -78,8 +78,8 @@ PLANTED: dict[str, tuple[Callable[[], int], str]] = {
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_planted_fault_is_found(fault: str) -> None:
     run, words = PLANTED[fault]
-    (found,) = tried(run)
-    assert words in found
+    (reported,) = tried(run)
+    assert words in reported
 
 
 def test_good_commands_have_no_fault() -> None:
@@ -96,12 +96,12 @@ def test_a_fault_planted_in_the_program_is_found_and_repeated(
     options = ["--kind", "run", "--seed", "6", "--cases", "3", "--seconds", "100"]
     monkeypatch.setattr(records, "_wrong", lambda file, record, whole: None)
     assert program.main(options) == 1
-    found = re.findall(r"FAULT of run, seed (\d+): `(.*?) /.*?raises (\w+Error)", capsys.readouterr().out)
-    assert any(command.startswith("megatron-tempo") for _, command, _ in found)
-    assert program.main([*options[:2], "--seed", found[0][0], "--cases", "1"]) == 1
-    assert found[0][2] in capsys.readouterr().out
+    faults = re.findall(r"FAULT of run, seed (\d+): `(.*?) /.*?raises (\w+Error)", capsys.readouterr().out)
+    assert any(command.startswith("megatron-tempo") for _, command, _ in faults)
+    assert program.main([*options[:2], "--seed", faults[0][0], "--cases", "1"]) == 1
+    assert faults[0][2] in capsys.readouterr().out
     monkeypatch.undo()
-    assert program.main([*options[:2], "--seed", found[0][0], "--cases", "1"]) == 0
+    assert program.main([*options[:2], "--seed", faults[0][0], "--cases", "1"]) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

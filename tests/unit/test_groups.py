@@ -21,9 +21,9 @@ def test_advantages_by_hand() -> None:
     group = torch.tensor([4, 4, 4, 4, 7, 7, 7, 9, 9])
     half, third = 0.5 / (math.sqrt(1 / 3) + 1e-6), 1 / 3 / (math.sqrt(1 / 3) + 1e-6)
     wanted = [half, -half, -half, half, 2 * third, -third, -third, 0.0, 0.0]
-    found = group_advantages(rewards, group, divide=True)
-    assert found.dtype == torch.float32
-    assert found.tolist() == pytest.approx(wanted, abs=1e-7)
+    advantages = group_advantages(rewards, group, divide=True)
+    assert advantages.dtype == torch.float32
+    assert advantages.tolist() == pytest.approx(wanted, abs=1e-7)
     assert half == pytest.approx(0.8660239)
     centred = [0.5, -0.5, -0.5, 0.5, 2 / 3, -1 / 3, -1 / 3, 0.0, 0.0]
     assert group_advantages(rewards, group, divide=False).tolist() == pytest.approx(centred, abs=1e-7)
@@ -81,8 +81,8 @@ def test_against_counting(prompts: list[list[int]]) -> None:
         clusters = Counter(named)
         own += [clusters[c] / len(row) for c in named]
         entropy += [-sum(n / len(row) * math.log(n / len(row)) for n in clusters.values())] * len(row)
-    found = (*votes(classes, group), *shares(classes, group))
-    for mine, wanted in zip(found, (won, share, own, entropy), strict=True):
+    actual = (*votes(classes, group), *shares(classes, group))
+    for mine, wanted in zip(actual, (won, share, own, entropy), strict=True):
         assert mine.tolist() == pytest.approx(wanted, abs=1e-6)
 
 

@@ -58,8 +58,8 @@ def test_what_grows_is_named(name: str) -> None:
     series[name] = [number + int(i * each * 1e6) / 1e6 for i, number in enumerate(series[name])]
     if name in ("files", "threads", "children"):
         series[name] = [float(int(number)) for number in series[name]]
-    (found,) = growth(series)
-    assert found.startswith(f"{name}: ")
+    (growing,) = growth(series)
+    assert growing.startswith(f"{name}: ")
 
 
 def sleeper() -> subprocess.Popen[bytes]:

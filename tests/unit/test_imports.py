@@ -109,13 +109,13 @@ WITH_TORCH = {"observability/profiler.py"}  # files of theirs that do
 
 def violations(package: Path) -> list[str]:
     """Every import below `package` that breaks a rule, as "file:line layer imports name"."""
-    found = []
+    broken = []
     for path in sorted(package.rglob("*.py")):
         file = path.relative_to(package).as_posix()
         for line, name in imports(path, package):
             if not permitted(file, name, package.name):
-                found.append(f"{package.name}/{file}:{line} {Path(Path(file).parts[0]).stem} imports {name}")
-    return found
+                broken.append(f"{package.name}/{file}:{line} {Path(Path(file).parts[0]).stem} imports {name}")
+    return broken
 
 
 def permitted(file: str, name: str, package: str) -> bool:
@@ -191,10 +191,10 @@ def test_a_planted_violation_is_found(tmp_path: Path, file: str, code: str, name
     path = tmp_path / "megatron_tempo" / file
     path.parent.mkdir(parents=True)
     path.write_text(f'"""A file."""\n{code}\n')
-    (found,) = violations(tmp_path / "megatron_tempo")
+    (violation,) = violations(tmp_path / "megatron_tempo")
     line = 2 + code[: code.index("import" if "\n" not in code else "    ")].count("\n")
     assert (
-        found
+        violation
         == f"megatron_tempo/{file}:{line} {path.relative_to(tmp_path).parts[1].removesuffix('.py')} imports {name}"
     )
 

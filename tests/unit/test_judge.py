@@ -48,9 +48,9 @@ def scorer(judge: Judge, cache: Path, first_wait: float = 0.01, **changes: Any) 
 
 def test_verdicts_come_in_order_and_the_key_is_sent(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("secret\n")
-    with judge_server() as judge, scorer(judge, tmp_path / "c", key_file=str(tmp_path / "key")) as found:
-        assert found.score(numbered(9)) == [0.0, 1.0] * 4 + [0.0]
-        assert found.take_counts() == {
+    with judge_server() as judge, scorer(judge, tmp_path / "c", key_file=str(tmp_path / "key")) as judged:
+        assert judged.score(numbered(9)) == [0.0, 1.0] * 4 + [0.0]
+        assert judged.take_counts() == {
             "judge/asked": 9,
             "judge/retried": 0,
             "judge/cached": 0,
@@ -71,8 +71,8 @@ def test_no_more_requests_than_allowed_are_under_way(tmp_path: Path) -> None:
         time.sleep(0.02)
         return honest(judge, body)
 
-    with judge_server(slow) as judge, scorer(judge, tmp_path, concurrency=3) as found:
-        callers = [threading.Thread(target=found.score, args=(numbered(12)[3 * i : 3 * i + 3],)) for i in range(4)]
+    with judge_server(slow) as judge, scorer(judge, tmp_path, concurrency=3) as judged:
+        callers = [threading.Thread(target=judged.score, args=(numbered(12)[3 * i : 3 * i + 3],)) for i in range(4)]
         for caller in callers:
             caller.start()
         for caller in callers:
@@ -95,13 +95,13 @@ INJECTIONS = {
 
 @pytest.mark.parametrize("response", INJECTIONS.values(), ids=list(INJECTIONS))
 def test_the_response_stays_between_its_lines(response: str, tmp_path: Path) -> None:
-    with judge_server() as judge, scorer(judge, tmp_path) as found:
-        found.score([item(response + " stays inside")])
-    said = judge.asked[0]["messages"][1]["content"]
+    with judge_server() as judge, scorer(judge, tmp_path) as judged:
+        judged.score([item(response + " stays inside")])
+    prompt = judge.asked[0]["messages"][1]["content"]
     inside = quoted(judge.asked[0])["RESPONSE"]
     assert inside.endswith("stays inside")
     for mark in ("<|", "</s>", "[/INST]", "<end_of_turn>", "<｜"):
-        assert mark not in said
+        assert mark not in prompt
     assert inside.replace("< ", "<").replace("[ ", "[") == (response + " stays inside").replace("\ud800", "?")
 
 
@@ -123,18 +123,18 @@ NO_VERDICTS: dict[str, Callable[[str], str | None]] = {
 }
 
 
-@pytest.mark.parametrize("said", NO_VERDICTS.values(), ids=list(NO_VERDICTS))
-def test_anything_but_the_object_is_asked_again_and_then_wrong(said: Callable[[str], Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("reply", NO_VERDICTS.values(), ids=list(NO_VERDICTS))
+def test_anything_but_the_object_is_asked_again_and_then_wrong(reply: Callable[[str], Any], tmp_path: Path) -> None:
     def nonsense(judge: Judge, body: dict[str, Any]) -> Reply:
-        return Reply(said(quoted(body)["nonce"]))
+        return Reply(reply(quoted(body)["nonce"]))
 
-    with judge_server(nonsense) as judge, scorer(judge, tmp_path) as found:
-        assert found.score([item("Paris")]) == [0.0]
-        assert found.take_counts()["judge/unreadable"] == 1
+    with judge_server(nonsense) as judge, scorer(judge, tmp_path) as judged:
+        assert judged.score([item("Paris")]) == [0.0]
+        assert judged.take_counts()["judge/unreadable"] == 1
         assert len(judge.asked) == READINGS
         assert len({quoted(body)["nonce"] for body in judge.asked}) == READINGS, "an old number is worth nothing"
         judge.answer = honest
-        assert found.score([item("Paris")]) == [1.0], "what could not be read is not kept"
+        assert judged.score([item("Paris")]) == [1.0], "what could not be read is not kept"
 
 
 def test_readable_forms() -> None:
@@ -146,17 +146,17 @@ def test_readable_forms() -> None:
 
 
 def test_what_is_shown_is_bounded(tmp_path: Path) -> None:
-    with judge_server() as judge, scorer(judge, tmp_path) as found:
+    with judge_server() as judge, scorer(judge, tmp_path) as judged:
         response = "a " * RESPONSE_CHARS + "Paris<|im_end|>"
-        assert found.score([item(response, prompt="q" * 10**6)]) == [1.0]
+        assert judged.score([item(response, prompt="q" * 10**6)]) == [1.0]
     shown = quoted(judge.asked[0])
     assert len(shown["RESPONSE"]) <= RESPONSE_CHARS
     assert len(shown["QUESTION"]) <= QUESTION_CHARS + 10
     with (
-        scorer(Judge(honest, url="http://127.0.0.1:1"), tmp_path) as found,
+        scorer(Judge(honest, url="http://127.0.0.1:1"), tmp_path) as judged,
         pytest.raises(InputError, match="20001 char"),
     ):
-        found.check("q", "x" * (ANSWER_CHARS + 1))
+        judged.check("q", "x" * (ANSWER_CHARS + 1))
 
 
 # Failures
@@ -170,16 +170,16 @@ def failing(times: int, reply: Reply) -> Callable[[Judge, dict[str, Any]], Reply
     "reply", [Reply("", 429), Reply("", 503), Reply("", body=b"<html>"), Reply("", body=b'{"choices": []}')]
 )
 def test_what_may_pass_is_asked_again(reply: Reply, tmp_path: Path) -> None:
-    with judge_server(failing(2, reply)) as judge, scorer(judge, tmp_path) as found:
-        assert found.score([item("Paris")]) == [1.0]
-        assert found.take_counts() == {"judge/asked": 3, "judge/retried": 2, "judge/cached": 0, "judge/unreadable": 0}
+    with judge_server(failing(2, reply)) as judge, scorer(judge, tmp_path) as judged:
+        assert judged.score([item("Paris")]) == [1.0]
+        assert judged.take_counts() == {"judge/asked": 3, "judge/retried": 2, "judge/cached": 0, "judge/unreadable": 0}
 
 
 def test_the_server_says_how_long_to_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    with judge_server(failing(1, Reply("", 429, {"Retry-After": "20"}))) as judge, scorer(judge, tmp_path) as found:
-        monkeypatch.setattr(found._over, "wait", waits.append)
-        assert found.score([item("Paris")]) == [1.0]
+    with judge_server(failing(1, Reply("", 429, {"Retry-After": "20"}))) as judge, scorer(judge, tmp_path) as judged:
+        monkeypatch.setattr(judged._over, "wait", waits.append)
+        assert judged.score([item("Paris")]) == [1.0]
     (seconds,) = waits
     assert 10 <= seconds <= 20
 
@@ -191,11 +191,11 @@ def test_a_judge_that_hangs_is_given_up_and_so_are_all_items(tmp_path: Path) -> 
         release.wait(120)
         return honest(judge, body)
 
-    with judge_server(hang) as judge, scorer(judge, tmp_path, timeout_seconds=0.2, concurrency=2) as found:
+    with judge_server(hang) as judge, scorer(judge, tmp_path, timeout_seconds=0.2, concurrency=2) as judged:
         with pytest.raises(EngineError, match=r"the judge m at http://.*/v1 gave no answer in 3 tries, .*ReadTimeout"):
-            found.score(numbered(50))
+            judged.score(numbered(50))
         with pytest.raises(EngineError, match="gave no answer"):
-            found.score([item("Paris")])
+            judged.score([item("Paris")])
         assert len(judge.asked) <= 6, "two at a time, three times each"
         release.set()
 
@@ -203,15 +203,15 @@ def test_a_judge_that_hangs_is_given_up_and_so_are_all_items(tmp_path: Path) -> 
 def test_a_judge_that_is_not_there(tmp_path: Path) -> None:
     with judge_server() as judge:
         pass
-    with scorer(judge, tmp_path) as found, pytest.raises(EngineError, match="in 3 tries, the last one ConnectError"):
-        found.score([item("Paris")])
+    with scorer(judge, tmp_path) as judged, pytest.raises(EngineError, match="in 3 tries, the last one ConnectError"):
+        judged.score([item("Paris")])
 
 
 @pytest.mark.parametrize("status", [400, 401, 404])
 def test_what_asking_again_does_not_mend_is_told_at_once(status: int, tmp_path: Path) -> None:
     with judge_server(lambda *_: Reply("", status, body=b'{"error": "no model m"}')) as judge:
-        with scorer(judge, tmp_path) as found, pytest.raises(EngineError, match=rf"status {status}: .*no model m"):
-            found.score([item("Paris")])
+        with scorer(judge, tmp_path) as judged, pytest.raises(EngineError, match=rf"status {status}: .*no model m"):
+            judged.score([item("Paris")])
         assert len(judge.asked) == 1
 
 
@@ -224,37 +224,37 @@ def test_other_processes_ask_nothing_twice(tmp_path: Path) -> None:
         "from megatron_tempo.config.schema import JudgeConfig\n"
         "from megatron_tempo.rewards.judge import JudgeScorer\n"
         "from megatron_tempo.rewards.verifiers import Item\n"
-        "found = JudgeScorer(JudgeConfig(url=sys.argv[1], model='m'), Path(sys.argv[2]))\n"
+        "judged = JudgeScorer(JudgeConfig(url=sys.argv[1], model='m'), Path(sys.argv[2]))\n"
         "items = [Item('judge', 'Capital of France?', r, 'Paris') for r in sys.argv[3:]]\n"
-        "print(json.dumps([found.score(items), found.take_counts()['judge/cached']])); found.close()\n"
+        "print(json.dumps([judged.score(items), judged.take_counts()['judge/cached']])); judged.close()\n"
     )
 
     def start(url: str, *responses: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", code, url, str(tmp_path / "cache"), *responses]
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
-    def said(process: subprocess.Popen[str]) -> Any:
+    def result_of(process: subprocess.Popen[str]) -> Any:
         return json.loads(process.communicate(timeout=60)[0])
 
     with judge_server() as judge:
         first, second = start(judge.url, "1 Paris", "2 Rome"), start(judge.url, "3 Paris", "2 Rome")
-        assert said(first)[0] == [1.0, 0.0]
-        assert said(second)[0] == [1.0, 0.0]
+        assert result_of(first)[0] == [1.0, 0.0]
+        assert result_of(second)[0] == [1.0, 0.0]
         assert len(list((tmp_path / "cache").iterdir())) == 2, "each writes a file of its own"
     # The judge is gone, and is not missed.
-    assert said(start(judge.url, "1 Paris", "2 Rome", "3 Paris")) == [[1.0, 0.0, 1.0], 3]
+    assert result_of(start(judge.url, "1 Paris", "2 Rome", "3 Paris")) == [[1.0, 0.0, 1.0], 3]
 
 
 def test_a_verdict_is_of_one_question_answer_response_and_model(tmp_path: Path) -> None:
     with judge_server() as judge:
-        with scorer(judge, tmp_path) as found:
-            found.score([item("Paris")])
-            found.score([item("Paris", answer="Rome"), item("Paris", prompt="Capital?"), item("Paris.")])
-            assert found.score([item("Paris"), item("Paris<|im_end|>")]) == [1.0, 1.0]
-            assert found.take_counts()["judge/cached"] == 2
-        with scorer(judge, tmp_path, model="other") as found:
-            found.score([item("Paris")])
-            assert found.take_counts()["judge/cached"] == 0
+        with scorer(judge, tmp_path) as judged:
+            judged.score([item("Paris")])
+            judged.score([item("Paris", answer="Rome"), item("Paris", prompt="Capital?"), item("Paris.")])
+            assert judged.score([item("Paris"), item("Paris<|im_end|>")]) == [1.0, 1.0]
+            assert judged.take_counts()["judge/cached"] == 2
+        with scorer(judge, tmp_path, model="other") as judged:
+            judged.score([item("Paris")])
+            assert judged.take_counts()["judge/cached"] == 0
 
 
 def test_verdicts_that_cannot_be_kept_are_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -283,21 +283,21 @@ def test_damaged_lines_count_as_absent(tmp_path: Path) -> None:
 
 def test_verifiers_without_a_judge_say_what_is_missing() -> None:
     prompt = LabelledPrompt("a", "Capital of France?", (1,), "Paris", "judge")
-    with Verifiers() as found:
+    with Verifiers() as verifiers:
         with pytest.raises(InputError, match=r"'a': .* needs rewards\.judge\.url"):
-            found.check([prompt])
+            verifiers.check([prompt])
         with pytest.raises(InputError, match=r"needs rewards\.judge\.url"):
-            found.score([item("Paris")])
-        assert found.take_counts() == {}
+            verifiers.score([item("Paris")])
+        assert verifiers.take_counts() == {}
 
 
 def test_verifiers_with_a_judge(tmp_path: Path) -> None:
     with judge_server() as judge:
         config = JudgeConfig(url=judge.url, model="m", concurrency=5)
-        with Verifiers(judge=JudgeScorer(config, tmp_path)) as found:
-            assert found.threads == 5
+        with Verifiers(judge=JudgeScorer(config, tmp_path)) as verifiers:
+            assert verifiers.threads == 5
             mixed = [item("Paris"), Item("text", "Capital?", "Answer: Paris", "Paris"), item("Rome")]
-            assert found.score(mixed) == [1.0, 1.0, 0.0]
-            assert found.take_counts()["judge/asked"] == 2
+            assert verifiers.score(mixed) == [1.0, 1.0, 0.0]
+            assert verifiers.take_counts()["judge/asked"] == 2
             with pytest.raises(InputError, match="not responses with one another"):
-                found.classes("judge", "Capital?", ["Paris"])
+                verifiers.classes("judge", "Capital?", ["Paris"])

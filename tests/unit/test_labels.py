@@ -117,30 +117,30 @@ def reachable(*roots: object) -> Iterator[object]:
     seen: set[int] = set()
     stack = list(roots)
     while stack:
-        found = stack.pop()
-        if id(found) in seen or isinstance(found, type | ModuleType | torch.nn.Module | Model):
+        item = stack.pop()
+        if id(item) in seen or isinstance(item, type | ModuleType | torch.nn.Module | Model):
             continue
-        seen.add(id(found))
-        yield found
-        if isinstance(found, FunctionType):
-            stack += [cell.cell_contents for cell in found.__closure__ or ()]
-        elif not isinstance(found, MethodType | Tensor | np.ndarray):
-            stack += gc.get_referents(found)
+        seen.add(id(item))
+        yield item
+        if isinstance(item, FunctionType):
+            stack += [cell.cell_contents for cell in item.__closure__ or ()]
+        elif not isinstance(item, MethodType | Tensor | np.ndarray):
+            stack += gc.get_referents(item)
 
 
-def holds_sentinel(found: object) -> bool:
-    if isinstance(found, str):
-        return SENTINEL in found
-    if isinstance(found, Tensor | np.ndarray):
-        found = found.tolist() if found.ndim == 1 else []
-    if isinstance(found, Sequence) and not isinstance(found, bytes):
+def holds_sentinel(item: object) -> bool:
+    if isinstance(item, str):
+        return SENTINEL in item
+    if isinstance(item, Tensor | np.ndarray):
+        item = item.tolist() if item.ndim == 1 else []
+    if isinstance(item, Sequence) and not isinstance(item, bytes):
         size = len(SENTINEL_TOKENS)
-        return any(tuple(found[i : i + size]) == SENTINEL_TOKENS for i in range(len(found) - size + 1))
+        return any(tuple(item[i : i + size]) == SENTINEL_TOKENS for i in range(len(item) - size + 1))
     return False
 
 
 def traces(*roots: object) -> list[object]:
-    return [found for found in reachable(*roots) if holds_sentinel(found)]
+    return [item for item in reachable(*roots) if holds_sentinel(item)]
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def traces_of_an_iteration(
 
     Verdicts on unlabelled rows, which follow from an answer, are traces too.
     """
-    found = {"stream": 0, "rollouts": 0, "steps": 0, "evaluation": 0}
+    counts = {"stream": 0, "rollouts": 0, "steps": 0, "evaluation": 0}
     seen: list[int] = []
     step, rollouts = TrainedModel.step, Trainer.rollouts
 
@@ -163,7 +163,7 @@ def traces_of_an_iteration(
         return batch.correct is not None and any(name.startswith("unlabelled:") for name in batch.prompt_ids)
 
     def watched_step(self: TrainedModel, *args: Any) -> Any:
-        found["steps"] += len(traces(*args)) + verdicts(args[0])
+        counts["steps"] += len(traces(*args)) + verdicts(args[0])
         seen.append(len(list(reachable(*args))))
         return step(self, *args)
 
@@ -172,7 +172,7 @@ def traces_of_an_iteration(
         assert (answer.labelled is not None) == (method is Method.tempo)
         assert answer.unlabelled is not None
         assert all(name.startswith("unlabelled:") for name in answer.unlabelled.prompt_ids)
-        found["rollouts"] += len(traces(answer)) + verdicts(answer.unlabelled)
+        counts["rollouts"] += len(traces(answer)) + verdicts(answer.unlabelled)
         return answer
 
     monkeypatch.setattr(TrainedModel, "step", watched_step)
@@ -180,22 +180,22 @@ def traces_of_an_iteration(
     config = config_for(project, out, method)
     with open_context(config) as context, Trainer.open(context) as run:
         run.sync_engine()
-        found["stream"] = len(traces(run.requests.unlabelled))
-        found["evaluation"] = len(traces(run.evaluator.sets))
+        counts["stream"] = len(traces(run.requests.unlabelled))
+        counts["evaluation"] = len(traces(run.evaluator.sets))
         for stage_name, stage, iteration in remaining(config, 0):
             run.iterate(stage_name, stage, iteration)
     assert len(seen) == (4 if method is Method.tempo else 2), "two steps of the critic, if any, and two of the actor"
     assert min(seen) > 20, "the search comes through to what the steps are given"
-    return found
+    return counts
 
 
 @pytest.mark.parametrize("method", UNLABELLED)
 def test_no_training_step_is_given_an_answer_of_the_unlabelled_set(
     sentinel_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Method
 ) -> None:
-    found = traces_of_an_iteration(sentinel_project, tmp_path, monkeypatch, method)
-    assert found.pop("evaluation") > 0, "the search finds the answers where they may be"
-    assert found == {"stream": 0, "rollouts": 0, "steps": 0}
+    counts = traces_of_an_iteration(sentinel_project, tmp_path, monkeypatch, method)
+    assert counts.pop("evaluation") > 0, "the search finds the answers where they may be"
+    assert counts == {"stream": 0, "rollouts": 0, "steps": 0}
 
 
 @pytest.mark.parametrize("field", ["id", "tokens"])
@@ -212,8 +212,8 @@ def test_an_answer_that_leaks_is_found(
         return QuestionSet(name, keys, texts)
 
     monkeypatch.setattr(QuestionSet, "read", planted)
-    found = traces_of_an_iteration(sentinel_project, tmp_path, monkeypatch)
-    assert all(count > 0 for count in found.values()), found
+    counts = traces_of_an_iteration(sentinel_project, tmp_path, monkeypatch)
+    assert all(count > 0 for count in counts.values()), counts
 
 
 def test_a_verdict_that_leaks_is_found(sentinel_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,9 +221,9 @@ def test_a_verdict_that_leaks_is_found(sentinel_project: Path, tmp_path: Path, m
         return batch_of(prompts, completions, verdicts or [[0.0] * len(row) for row in completions])
 
     monkeypatch.setattr(rollout_requests, "batch_of", judging)
-    found = traces_of_an_iteration(sentinel_project, tmp_path, monkeypatch)
-    assert found["rollouts"] > 0
-    assert found["steps"] > 0
+    counts = traces_of_an_iteration(sentinel_project, tmp_path, monkeypatch)
+    assert counts["rollouts"] > 0
+    assert counts["steps"] > 0
 
 
 # What training makes

@@ -66,10 +66,10 @@ def test_srun_without_ranks_starts_nothing(
     write_all(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    for local, told in (("0", 1), ("1", 0)):  # once a node
+    for local, lines in (("0", 1), ("1", 0)):  # once a node
         monkeypatch.setenv("SLURM_LOCALID", local)
         assert cli.main(["train", *good_overrides(tmp_path)]) == 2
-        assert capsys.readouterr().err.count("srun started 2 processes") == told
+        assert capsys.readouterr().err.count("srun started 2 processes") == lines
     assert not (tmp_path / "run").exists()
     assert cli.main(["check", *good_overrides(tmp_path)]) == 0
 

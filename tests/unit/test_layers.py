@@ -33,9 +33,11 @@ def micro() -> MicroBatch:
         rank=0, world_size=4, tensor_rank=0, tensor=4, pipeline_rank=0, pipeline=1, data_rank=0, data=1,
         context_rank=0, context=1, sequence_parallel=True,
     )  # fmt: skip
-    (found,) = micro_batches(ragged_batch(7, seed=3, per_prompt=1), torch.arange(7), layout, 999, torch.device("cpu"))
-    assert found.padding > 0
-    return found
+    (micro_batch,) = micro_batches(
+        ragged_batch(7, seed=3, per_prompt=1), torch.arange(7), layout, 999, torch.device("cpu")
+    )
+    assert micro_batch.padding > 0
+    return micro_batch
 
 
 def naive_attention(
@@ -89,8 +91,8 @@ def test_packed_attention_is_the_attention_of_each_sequence(
     wanted = naive_attention(query, key, value, sequences, (scale or DIM**-0.5) * softmax_scale_multiplier, window)
     (wanted * back).sum().backward()
     torch.testing.assert_close(out[:, 0], wanted, rtol=1e-10, atol=1e-12)
-    for found, expected in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-10, atol=1e-12)
+    for actual, expected in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-10, atol=1e-12)
 
 
 def test_a_sequence_does_not_see_its_neighbours(micro: MicroBatch) -> None:
@@ -122,9 +124,9 @@ def test_rms_norm_and_its_gradient_by_formula() -> None:
     wide, weight = x.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()
     wanted = wide / (wide.square().sum(-1, keepdim=True) / 12 + 1e-3).sqrt() * weight
     (wanted * back).sum().backward()
-    for found, expected in [(out, wanted), (x.grad, wide.grad), (norm.weight.grad, weight.grad)]:
-        assert found is not None
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    for actual, expected in [(out, wanted), (x.grad, wide.grad), (norm.weight.grad, weight.grad)]:
+        assert actual is not None
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_rms_norm_reckons_bf16_in_fp32() -> None:
@@ -167,13 +169,13 @@ def test_the_norm_over_all_heads_and_its_gradient_by_formula(tmp_path: Path, ten
     weight = torch.rand(HEADS, DIM, generator=generator) + 0.5
     back = torch.randn(5, 1, HEADS, DIM, generator=generator)
     ranks = run_ranks(of_a_rank, tensor, tmp_path, x, weight, back, tensor)
-    found = [torch.cat(parts, dim=-2) for parts in zip(*ranks, strict=True)]
+    actual = [torch.cat(parts, dim=-2) for parts in zip(*ranks, strict=True)]
 
     wide, scale = x.double().requires_grad_(), weight.double().requires_grad_()
     mean = wide.square().sum((-2, -1), keepdim=True) / (HEADS * DIM)
     wanted = wide / (mean + 1e-3).sqrt() * scale
     (wanted * back).sum().backward()
-    for one, expected in zip(found, (wanted, wide.grad, scale.grad), strict=True):
+    for one, expected in zip(actual, (wanted, wide.grad, scale.grad), strict=True):
         assert expected is not None
         torch.testing.assert_close(one.double(), expected, rtol=1e-5, atol=1e-6)
 

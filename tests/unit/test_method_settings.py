@@ -246,15 +246,15 @@ def test_a_method_without_settings_has_none(files: Path, modules: Path) -> None:
 
 def test_what_is_wrong_with_the_settings_is_in_the_report(files: Path, modules: Path) -> None:
     write(modules, METHOD)
-    found = problems_of(
+    report = problems_of(
         files, "stage2.kind=softt", "stage2.weight=much", "stage2.wieght=1", "stage2.iteratons=2", "run.seed=-1"
     )
-    told = {problem.field: (problem.wrong, problem.fix) for problem in found}
-    assert told["stage2.kind"] == ("must be one of hard, soft", "did you mean soft?")
-    assert told["stage2.weight"][0] == "must be a number"
-    assert told["stage2.wieght"] == ("there is no such field", "did you mean stage2.weight?")
-    assert told["stage2.iteratons"][1] == "did you mean stage2.iterations?"
-    assert "run.seed" in told
+    by_field = {problem.field: (problem.wrong, problem.fix) for problem in report}
+    assert by_field["stage2.kind"] == ("must be one of hard, soft", "did you mean soft?")
+    assert by_field["stage2.weight"][0] == "must be a number"
+    assert by_field["stage2.wieght"] == ("there is no such field", "did you mean stage2.weight?")
+    assert by_field["stage2.iteratons"][1] == "did you mean stage2.iterations?"
+    assert "run.seed" in by_field
     (problem,) = problems_of(files, "stage2.weight=3")
     assert (problem.field, problem.wrong) == ("stage2.method", "rejects its settings: weight=3 is unlucky")
 

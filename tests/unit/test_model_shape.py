@@ -56,8 +56,8 @@ def of_transformers(entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain(shape: ModelShape) -> dict[str, Any]:
-    found: dict[str, Any] = {name: getattr(shape, name) for name in ModelShape.__slots__ if name != "family"}
-    found["attention"] = [
+    fields: dict[str, Any] = {name: getattr(shape, name) for name in ModelShape.__slots__ if name != "family"}
+    fields["attention"] = [
         (
             layer.rope.theta,
             layer.rope.yarn and (layer.rope.yarn.factor, layer.rope.yarn.trained_positions),
@@ -65,7 +65,7 @@ def plain(shape: ModelShape) -> dict[str, Any]:
         )
         for layer in shape.attention
     ]
-    return found
+    return fields
 
 
 def entries() -> st.SearchStrategy[dict[str, Any]]:
@@ -101,8 +101,8 @@ def entries() -> st.SearchStrategy[dict[str, Any]]:
 
 @settings(max_examples=200, deadline=None)
 @given(entries())
-def test_it_is_what_transformers_reads(said: dict[str, Any]) -> None:
-    assert plain(model_shape(said)) == of_transformers(said)
+def test_it_is_what_transformers_reads(config_entries: dict[str, Any]) -> None:
+    assert plain(model_shape(config_entries)) == of_transformers(config_entries)
 
 
 def test_sizes_that_are_left_out_are_transformers_own() -> None:

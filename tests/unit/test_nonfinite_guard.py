@@ -26,8 +26,8 @@ def test_if_a_dump_cannot_be_written_the_run_warns_and_continues(
     trained: Any = SimpleNamespace(step=lambda *_: step)
     loss: Any = None
     guard = NonFiniteGuard("actor", tmp_path / "skipped", limit=2, is_writer=True)
-    found = run_mini_batches(trained, guard, batch, [rows], loss, 1, OptimizerConfig(), lambda rows: {}, 3)
-    assert found.skipped == 1
+    metrics = run_mini_batches(trained, guard, batch, [rows], loss, 1, OptimizerConfig(), lambda rows: {}, 3)
+    assert metrics.skipped == 1
     assert "step_00000003_actor_1.safetensors cannot be written (" in caplog.text
     with pytest.raises(NotFiniteError, match="2 optimizer steps in a row"):
         run_mini_batches(trained, guard, batch, [rows], loss, 1, OptimizerConfig(), lambda rows: {}, 3)

@@ -172,9 +172,9 @@ def test_a_rank_without_rows_gets_one_micro_batch_of_padding_alone(tensor: int, 
     (micro,) = second
     assert micro.tokens.tolist() == [[0] * padding]
     assert micro.padding == padding
-    for found in (micro.rows, micro.predicting.local, micro.valued.local, micro.response_cells, micro.value_cells):
-        assert found.tolist() == []
-        assert found.dtype == torch.int64
+    for indices in (micro.rows, micro.predicting.local, micro.valued.local, micro.response_cells, micro.value_cells):
+        assert indices.tolist() == []
+        assert indices.dtype == torch.int64
     assert len(micro.response_rows) == len(micro.value_rows) == 0
 
 

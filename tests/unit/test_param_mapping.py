@@ -49,8 +49,8 @@ def roundtrip(sharding: TPSharding, sources: list[Tensor], size: int) -> list[Te
     wholes = [torch.full_like(source, -1) for source in sources]
     for rank, shard in enumerate(shards):
         sharding.scatter(shard, wholes, rank, size)
-    for found, source in zip(wholes, sources, strict=True):
-        assert torch.equal(found, source)
+    for whole, source in zip(wholes, sources, strict=True):
+        assert torch.equal(whole, source)
     return shards
 
 
@@ -187,8 +187,8 @@ def test_a_slot_counts_all_its_tensors() -> None:
 @pytest.fixture(scope="module")
 def layout() -> Iterator[Layout]:
     install_cpu_backend()
-    with parallel_groups(ParallelConfig(), torch.device("cpu"), 0) as found:
-        yield found.actor
+    with parallel_groups(ParallelConfig(), torch.device("cpu"), 0) as groups:
+        yield groups.actor
 
 
 @pytest.fixture(scope="module")
@@ -230,13 +230,13 @@ def test_a_folder_comes_back_as_it_was(model: Path, layout: Layout, tmp_path: Pa
     out = tmp_path / "a/b"
     saved(load(model, layout), layout, out, model)
     original = load_file(model / "model.safetensors")
-    found = {
+    tensors_of = {
         name: tensor
         for bucket in folder.FolderWeights(out, layout, torch.float32).everywhere()
         for name, tensor in bucket
     }
-    assert found.keys() == original.keys()
-    assert all(torch.equal(found[name], original[name]) for name in original)
+    assert tensors_of.keys() == original.keys()
+    assert all(torch.equal(tensors_of[name], original[name]) for name in original)
     assert json.loads((out / "config.json").read_text())["comment"] == "changed"
     assert (out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
     index = json.loads((out / folder.INDEX).read_text())

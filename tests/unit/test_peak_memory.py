@@ -34,11 +34,11 @@ def test_a_peak_is_its_phases_alone_and_those_around_it(peaks: PeakMemory) -> No
         use_memory()
     with peaks.phase("after"):
         pass
-    found = {name.removeprefix("memory_gb/"): size for name, size in peaks.take().items()}
+    sizes = {name.removeprefix("memory_gb/"): size for name, size in peaks.take().items()}
     least = MEGABYTES * 2**20 / 1e9
-    assert found["inner"] == found["outer"] >= 0.99 * least
-    assert found["outer"] < least + 0.1
-    assert all(found.get(name, 0.0) < 0.1 for name in ("before", "after"))
+    assert sizes["inner"] == sizes["outer"] >= 0.99 * least
+    assert sizes["outer"] < least + 0.1
+    assert all(sizes.get(name, 0.0) < 0.1 for name in ("before", "after"))
     assert peaks.take() == {}
 
 

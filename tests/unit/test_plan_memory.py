@@ -41,8 +41,8 @@ def test_the_constants_are_those_of_the_code() -> None:
 
 def test_the_constants_are_those_of_the_kernel() -> None:
     kernel = pytest.importorskip("megatron_tempo.kernels.linear_logprobs_triton")
-    found = (kernel._BLOCK_ROWS, kernel._BLOCK_BYTES, kernel._MOST_SHARES)
-    assert found == (head.BLOCK_ROWS, head.BLOCK_BYTES, head.MOST_SHARES)
+    constants = (kernel._BLOCK_ROWS, kernel._BLOCK_BYTES, kernel._MOST_SHARES)
+    assert constants == (head.BLOCK_ROWS, head.BLOCK_BYTES, head.MOST_SHARES)
 
 
 @pytest.mark.parametrize("precision", [None, *EnginePrecision])
@@ -161,13 +161,13 @@ def test_models_stay_and_a_reference_joins_them() -> None:
     for parts in phases.values():
         assert parts[Part.weights] == weights
         assert parts[Part.reference] == pytest.approx(2 * 8.19e9 / 4, rel=1e-3)
-    found = memory(config, shape)
+    by_phase = memory(config, shape)
     assert (
-        found.phases[MemoryPhase.sync][Part.buffers] == 2 * 2 * 151936 * 4096
+        by_phase.phases[MemoryPhase.sync][Part.buffers] == 2 * 2 * 151936 * 4096
     )  # the embedding is larger than a bucket
-    assert Part.cache in found.phases[MemoryPhase.generate]
-    assert Part.cache not in found.phases[MemoryPhase.actor]
-    assert found.phases[MemoryPhase.actor][Part.engine] == pytest.approx(2 * 8.19e9, rel=1e-3)
+    assert Part.cache in by_phase.phases[MemoryPhase.generate]
+    assert Part.cache not in by_phase.phases[MemoryPhase.actor]
+    assert by_phase.phases[MemoryPhase.actor][Part.engine] == pytest.approx(2 * 8.19e9, rel=1e-3)
 
 
 def test_a_stage_without_a_critic_needs_none() -> None:
@@ -189,9 +189,9 @@ def test_a_stage_without_a_critic_needs_none() -> None:
     mixed = planned("parallel.tensor=4", *later)
     assert problems(mixed) == []
     assert place_memory(mixed, shape, FIRST).keys() == both.keys()
-    found = times(mixed, shape, memory(mixed, shape))
-    assert MemoryPhase.values not in found, "in the last stage no value is read"
-    assert MemoryPhase.critic not in found
+    seconds = times(mixed, shape, memory(mixed, shape))
+    assert MemoryPhase.values not in seconds, "in the last stage no value is read"
+    assert MemoryPhase.critic not in seconds
 
 
 def test_responses_that_only_vote_are_generated_and_not_learnt_from() -> None:
@@ -235,9 +235,9 @@ def test_a_colocated_server_keeps_its_memory() -> None:
     config = planned("parallel.tensor=4", "rollout.engine=vllm")
     shape, _ = shape_of(config)
     assert shape is not None
-    found = memory(config, shape)
-    assert MemoryPhase.serve not in found.phases
-    for parts in found.phases.values():
+    phases = memory(config, shape)
+    assert MemoryPhase.serve not in phases.phases
+    for parts in phases.phases.values():
         assert parts[Part.engine] + parts[Part.cache] == pytest.approx(72e9)
 
 

@@ -18,9 +18,9 @@ NAME = "model.layers.0.mlp.down_proj.weight"
 
 def one(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix in FP8, and its scales."""
-    ((found,),) = [list(quantised([[(NAME, matrix)]]))]
-    assert [name for name, _ in found] == [NAME, NAME + "_scale_inv"]
-    return found[0][1], found[1][1]
+    ((quantised_tensors,),) = [list(quantised([[(NAME, matrix)]]))]
+    assert [name for name, _ in quantised_tensors] == [NAME, NAME + "_scale_inv"]
+    return quantised_tensors[0][1], quantised_tensors[1][1]
 
 
 def e4m3(codes: Tensor) -> NDArray[np.float64]:
@@ -107,11 +107,11 @@ def test_only_the_layers_matrices_are_quantised() -> None:
     taken = [f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkvo"]
     taken += [f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
     buckets: list[Bucket] = [[(name, torch.randn(4, 4)) for name in part] for part in (left[:3], taken, left[3:])]
-    found = list(quantised(buckets))
-    assert [name for name, _ in found[0] + found[2]] == left
-    for (_, tensor), (_, original) in zip(found[0] + found[2], buckets[0] + buckets[2], strict=True):
+    results = list(quantised(buckets))
+    assert [name for name, _ in results[0] + results[2]] == left
+    for (_, tensor), (_, original) in zip(results[0] + results[2], buckets[0] + buckets[2], strict=True):
         assert tensor is original
-    assert [name for name, _ in found[1]] == [part for name in taken for part in (name, name + "_scale_inv")]
+    assert [name for name, _ in results[1]] == [part for name in taken for part in (name, name + "_scale_inv")]
 
 
 def test_a_bucket_is_asked_for_when_it_is_wanted() -> None:

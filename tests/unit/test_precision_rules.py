@@ -113,10 +113,10 @@ BROKEN = [
 
 @pytest.mark.parametrize(("words", "field", "wrong", "fix"), BROKEN)
 def test_what_is_refused(files: Path, words: str, field: str, wrong: str, fix: str) -> None:
-    (found,) = problems(files, *words.split())
-    assert found.field == field
-    assert wrong in found.wrong
-    assert fix in found.fix
+    (problem,) = problems(files, *words.split())
+    assert problem.field == field
+    assert wrong in problem.wrong
+    assert fix in problem.fix
 
 
 def test_every_uneven_size_of_every_model_is_told(files: Path) -> None:
@@ -166,10 +166,10 @@ ELSEWHERE = [
 def test_where_a_job_starts(
     machine: Machine, precision: Precision, layers: Layers, field: str, wrong: str, fix: str
 ) -> None:
-    (found,) = on(machine, precision, layers)
-    assert found.field == field
-    assert wrong in found.wrong
-    assert fix in found.fix
+    (problem,) = on(machine, precision, layers)
+    assert problem.field == field
+    assert wrong in problem.wrong
+    assert fix in problem.fix
 
 
 def test_what_auto_means() -> None:

@@ -396,10 +396,10 @@ def test_the_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     source.write_text("".join(json.dumps(row) + "\n" for row in [*kinds, kinds[0] | {"label": None}]))
     prepare = ["prepare", "agieval"]
     assert cli.main([*prepare, str(source), "--out", str(out)]) == 0
-    told = capsys.readouterr().out
-    assert "4 rows read, 3 questions kept, 1 rows dropped" in told
-    assert "1 dropped: has no answer (sat-math:3)" in told
-    assert f"{out}: 3 questions" in told
+    output = capsys.readouterr().out
+    assert "4 rows read, 3 questions kept, 1 rows dropped" in output
+    assert "1 dropped: has no answer (sat-math:3)" in output
+    assert f"{out}: 3 questions" in output
     assert cli.main([*prepare, str(source), "--out", str(out)]) == 2
     assert "exists already" in capsys.readouterr().err
     assert cli.main([*prepare, str(tmp_path / "none"), "--out", str(out), "--force"]) == 2
@@ -411,9 +411,9 @@ def test_the_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 
     check_answers = load_tool("check_answers", monkeypatch)
     assert run(check_answers, monkeypatch, out) == 0
-    told = capsys.readouterr().out
-    assert "choice: 1 of 1 found right: boxed" in told
-    assert "math: 2 of 2 found wrong: one digit changed" in told
+    output = capsys.readouterr().out
+    assert "choice: 1 of 1 found right: boxed" in output
+    assert "math: 2 of 2 found wrong: one digit changed" in output
     out.write_text(json.dumps({"id": "1", "prompt": "P", "answer": "1/8 or \\text{(E)}", "verifier": "math"}) + "\n")
     assert run(check_answers, monkeypatch, out) == 1
     assert "not " in capsys.readouterr().out

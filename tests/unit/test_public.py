@@ -52,7 +52,7 @@ def test_a_file_of_each_form(tmp_path: Path, name: str) -> None:
 def test_nested_columns_of_parquet(tmp_path: Path) -> None:
     row = {"prompt": [{"role": "user", "content": "x"}], "reward_model": {"ground_truth": "34", "style": "rule"}}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "dapo.parquet")
-    assert [found.fields for found in read_public(tmp_path / "dapo.parquet", None)] == [row]
+    assert [row_read.fields for row_read in read_public(tmp_path / "dapo.parquet", None)] == [row]
 
 
 def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:

@@ -115,8 +115,8 @@ def test_near_copies_are_found_and_templates_are_not() -> None:
     made = [template.format(NAMES[i % 10], 7 * i + 90, i % 5 + 1, i % 9 + 2) for i in range(40)]
     labelled = questions("data.labelled", [problem(50), copy, half, *made[:20]])
     test = questions("evaluation.sets.test", [*original, *made[20:]])
-    found = near_copies([labelled, test])
-    assert [(copy.first, copy.second) for copy in found["data.labelled", "evaluation.sets.test"]] == [
+    copies = near_copies([labelled, test])
+    assert [(copy.first, copy.second) for copy in copies["data.labelled", "evaluation.sets.test"]] == [
         ("labelled:1", "test:3")
     ]
     (line,) = copies_between([labelled, test], held=["test"])

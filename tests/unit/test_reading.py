@@ -138,7 +138,7 @@ def test_classes_agree_with_scores() -> None:
 
 
 @pytest.mark.parametrize(
-    ("response", "found"),
+    ("response", "expected"),
     [
         ("\\boxed{1} \\boxed{2}", ["2"]),
         ("Answer: 1\n\\boxed{2}", ["2"]),
@@ -153,8 +153,8 @@ def test_classes_agree_with_scores() -> None:
         ("", []),
     ],
 )
-def test_statements(response: str, found: list[str]) -> None:
-    assert statements(response) == found
+def test_statements(response: str, expected: list[str]) -> None:
+    assert statements(response) == expected
 
 
 @pytest.mark.parametrize(

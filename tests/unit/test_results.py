@@ -43,18 +43,18 @@ def scored(correct: np.ndarray) -> ScoredResponses:
 
 
 def test_a_sets_results_by_hand() -> None:
-    found = result(scored(RIGHT))
+    results = result(scored(RIGHT))
     by_question = [1 / 4, 1 / 2, 1.0]
     low, high = stats.t.interval(0.95, 2, np.mean(by_question), stats.sem(by_question))
     assert low < 0 < 1 < high, "so both ends are cut"
     expected = {"value": np.mean(by_question), "se": stats.sem(by_question), "low": 0.0, "high": 1.0}
-    assert found["avg"] == pytest.approx(expected)
+    assert results["avg"] == pytest.approx(expected)
     # 1 - C(n - c, 2) / C(4, 2): 1 - 3/6, 1 - 1/6, 1
-    assert found["pass"]["2"]["value"] == pytest.approx((1 / 2 + 5 / 6 + 1) / 3)
-    assert list(found["pass"]) == ["1", "2", "3", "4"]
-    assert (found["questions"], found["samples"], found["verifiers"]) == (3, 4, ["math"])
-    assert found["response_length"] == {"mean": 2.5, "max": 4}
-    assert found["truncated"] == pytest.approx(1 / 4)
+    assert results["pass"]["2"]["value"] == pytest.approx((1 / 2 + 5 / 6 + 1) / 3)
+    assert list(results["pass"]) == ["1", "2", "3", "4"]
+    assert (results["questions"], results["samples"], results["verifiers"]) == (3, 4, ["math"])
+    assert results["response_length"] == {"mean": 2.5, "max": 4}
+    assert results["truncated"] == pytest.approx(1 / 4)
     alone = result(scored(RIGHT[:1]))["avg"]
     assert (alone["se"], alone["low"], alone["high"]) == (None, None, None)
 
@@ -91,24 +91,24 @@ def test_the_table_has_intervals_and_what_was_trained_on() -> None:
 def test_questions_are_paired_by_what_they_are_not_by_their_place() -> None:
     keys = {"q:0": "b", "q:1": "a", "q:2": "c"}
     whole = scored(RIGHT)
-    found = by_question(whole, keys)
-    assert found["right"] == [2, 1, 4], "in the order of the keys"
+    by_key = by_question(whole, keys)
+    assert by_key["right"] == [2, 1, 4], "in the order of the keys"
     turned = ScoredResponses(whole.prompts[::-1], whole.batch, whole.correct[::-1])
-    assert by_question(turned, keys) == found
+    assert by_question(turned, keys) == by_key
     for change in ({"answer": "3"}, {"verifier": "choice"}):
         prompts = [replace(whole.prompts[0], **change), *whole.prompts[1:]]
         other = by_question(ScoredResponses(prompts, whole.batch, whole.correct), keys)
-        assert other["questions_hash"] != found["questions_hash"]
-    assert by_question(whole, keys | {"q:0": "d"})["questions_hash"] != found["questions_hash"]
+        assert other["questions_hash"] != by_key["questions_hash"]
+    assert by_question(whole, keys | {"q:0": "d"})["questions_hash"] != by_key["questions_hash"]
 
 
 def test_a_paired_test_of_many_questions_is_that_of_scipy() -> None:
     rng = np.random.default_rng(0)
     first, gain = rng.random(3000), rng.normal(0.01, 0.3, 3000)
-    found = paired(first, first + gain)
+    own = paired(first, first + gain)
     reference = stats.ttest_rel(first + gain, first)
-    assert found.p == pytest.approx(reference.pvalue, abs=0.02)
-    assert found.interval == pytest.approx(tuple(reference.confidence_interval(0.95)))
+    assert own.p == pytest.approx(reference.pvalue, abs=0.02)
+    assert own.interval == pytest.approx(tuple(reference.confidence_interval(0.95)))
     with pytest.raises(ValueError, match="paired scores need"):
         paired(first, gain[:-1])
 
@@ -139,23 +139,23 @@ def test_differences_are_paired(tmp_path: Path) -> None:
     order = [f"q:{i}" for i in range(12)]
     first = eval_folder(tmp_path / "a", a.tolist())
     second = eval_folder(tmp_path / "b", b.tolist()[::-1], order[::-1])  # another order, another number of samples
-    (found,) = differences_of(first, second)
+    (difference,) = differences_of(first, second)
     shares = a.mean(axis=1), b.mean(axis=1)
     reference = stats.ttest_rel(shares[1], shares[0])
-    assert found.paired.difference == pytest.approx(b.mean() - a.mean())
-    assert found.paired.interval == pytest.approx(tuple(reference.confidence_interval(0.95)))
-    assert (found.first, found.second) == ((pytest.approx(a.mean()), 8), (pytest.approx(b.mean()), 4))
+    assert difference.paired.difference == pytest.approx(b.mean() - a.mean())
+    assert difference.paired.interval == pytest.approx(tuple(reference.confidence_interval(0.95)))
+    assert (difference.first, difference.second) == ((pytest.approx(a.mean()), 8), (pytest.approx(b.mean()), 4))
     # all 2^12 signs, counted here one by one
     change = shares[1] - shares[0]
     means = [np.dot(signs, change) / 12 for signs in itertools.product((-1, 1), repeat=12)]
     tail = np.mean(np.array(means) >= abs(change.mean()) - 1e-12)
-    assert found.paired.p == pytest.approx(2 * tail)
+    assert difference.paired.p == pytest.approx(2 * tail)
 
 
 def test_equal_runs_do_not_differ(tmp_path: Path) -> None:
     first, second = (eval_folder(tmp_path / name, RIGHT.tolist()) for name in "ab")
-    (found,) = differences_of(first, second)
-    assert (found.paired.difference, found.paired.interval, found.paired.p) == (0.0, (0.0, 0.0), 1.0)
+    (difference,) = differences_of(first, second)
+    assert (difference.paired.difference, difference.paired.interval, difference.paired.p) == (0.0, (0.0, 0.0), 1.0)
     (alone,) = differences_of(*(eval_folder(tmp_path / name, [[1, 0]]) for name in "cd"))
     assert (alone.paired.interval, alone.paired.p) == (None, None)
 

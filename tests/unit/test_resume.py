@@ -79,9 +79,9 @@ ALLOWED = {
 
 @pytest.mark.parametrize("field", REFUSED)
 def test_what_makes_another_experiment_is_refused(field: str) -> None:
-    told, *others = resume.refused_changes(config_with_set(), changed(**{field: REFUSED[field]}))
+    message, *others = resume.refused_changes(config_with_set(), changed(**{field: REFUSED[field]}))
     assert not others or field == "stage2__method"  # whose settings come and go with it
-    assert told.startswith(f"{field.replace('__', '.')}: ")
+    assert message.startswith(f"{field.replace('__', '.')}: ")
     assert resume.fingerprint(config_with_set()) != resume.fingerprint(changed(**{field: REFUSED[field]}))
 
 
@@ -143,12 +143,12 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_config_that_cannot_be_compared_is_not_the_users_override(tmp_path: Path, kind: str) -> None:
-    content, told = BAD[kind]
+    content, message = BAD[kind]
     run = write_run(tmp_path / "run", config_with_set())
     (run / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     problem = resume.problem(changed(run__dir=str(run)))
     assert problem is not None
-    assert told in problem.wrong
+    assert message in problem.wrong
     if kind != "newer":  # what the message offers
         (run / "config.json").rename(run / "config.bad")
         step = run / "checkpoints/step_00000001"
@@ -169,9 +169,9 @@ def test_a_link_to_what_is_not_mounted(tmp_path: Path, name: str, capsys: pytest
     write_all(tmp_path / "files")
     overrides = good_overrides(tmp_path / "files")
     assert cli.main(["check", *overrides, f"run.dir={run}"]) == 2
-    told = capsys.readouterr().err
-    assert str(tmp_path / name) in told
-    assert "mount it" in told
+    output = capsys.readouterr().err
+    assert str(tmp_path / name) in output
+    assert "mount it" in output
 
 
 def test_check_refuses_it_before_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,6 +182,6 @@ def test_check_refuses_it_before_a_run(tmp_path: Path, capsys: pytest.CaptureFix
     write_run(Path(config.run.dir), config)
     assert cli.main(["check", *overrides]) == 0
     assert cli.main(["check", *overrides, "stage2.actor.clip_low=0.1"]) == 2
-    told = capsys.readouterr().err
-    assert "stage2.actor.clip_low: 0.0003 -> 0.1; fix: give another run.dir" in told
+    output = capsys.readouterr().err
+    assert "stage2.actor.clip_low: 0.0003 -> 0.1; fix: give another run.dir" in output
     assert cli.main(["check", *overrides, "stage2.actor.clip_low=0.1", f"run.dir={tmp_path}/other"]) == 0

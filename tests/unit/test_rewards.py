@@ -60,21 +60,21 @@ def item(answer: str, response: str) -> Item:
 
 def workers_of(process: psutil.Process) -> list[psutil.Process]:
     """The math workers below a process, each of which has a child that answers."""
-    found = []
+    workers = []
     for worker in process.children():
         with contextlib.suppress(psutil.NoSuchProcess):
             if "megatron_tempo.rewards.math_worker" in " ".join(worker.cmdline()):
-                found.append(worker)
-    return found
+                workers.append(worker)
+    return workers
 
 
 def children() -> list[psutil.Process]:
     """The processes that answer."""
-    found = []
+    processes = []
     for worker in workers_of(psutil.Process()):
         with contextlib.suppress(psutil.NoSuchProcess):
-            found += worker.children()
-    return found
+            processes += worker.children()
+    return processes
 
 
 @pytest.fixture(scope="module")
@@ -175,12 +175,12 @@ def test_right_and_wrong_responses_are_never_of_one_class(verifiers: Verifiers) 
     for verdict, kind in ((1.0, "equivalent"), (0.0, "wrong")):
         for answer, response in PAIRS[kind]:
             by_answer.setdefault(answer, []).append((response, verdict))
-    mixed = {answer: found for answer, found in by_answer.items() if len({verdict for _, verdict in found}) == 2}
+    mixed = {answer: judged for answer, judged in by_answer.items() if len({verdict for _, verdict in judged}) == 2}
     assert len(mixed) >= 5
-    for answer, found in mixed.items():
-        classes = verifiers.classes("math", "", [response for response, _ in found])
+    for answer, judged in mixed.items():
+        classes = verifiers.classes("math", "", [response for response, _ in judged])
         verdicts: dict[int, set[float]] = {}
-        for number, (_, verdict) in zip(classes, found, strict=True):
+        for number, (_, verdict) in zip(classes, judged, strict=True):
             if number is not None:
                 verdicts.setdefault(number, set()).add(verdict)
         assert all(len(of_class) == 1 for of_class in verdicts.values()), answer

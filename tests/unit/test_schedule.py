@@ -59,9 +59,9 @@ def test_remaining_iterations() -> None:
     one, two = config.stage1, config.stage2
     steps = [("stage1", one, 0), ("stage1", one, 1), ("stage2", two, 0), ("stage2", two, 1), ("stage2", two, 2)]
     for done in range(6):
-        found = list(remaining(config, done))
-        assert found == steps[done:]
-        assert all(stage is wanted for (_, stage, _), (_, wanted, _) in zip(found, steps[done:], strict=True))
+        iterations = list(remaining(config, done))
+        assert iterations == steps[done:]
+        assert all(stage is wanted for (_, stage, _), (_, wanted, _) in zip(iterations, steps[done:], strict=True))
     assert [name for name, _, _ in remaining(config_of(0, 2, 1), 0)] == ["stage2", "stage2"]
     assert [name for name, _, _ in remaining(config_of(2, 0, 1), 1)] == ["stage1"]
     assert list(remaining(config_of(0, 0, 1), 0)) == []

@@ -29,9 +29,9 @@ class Sleeper:
 def keep():
     config = ServersConfig(python=sys.executable)
     server = Server(Sleeper(), config, Path("model"), Path(sys.argv[1]), "key", EnginePrecision.fp32, "")
-    while not (said := server.log.read_text()).endswith("\\n"):
+    while not (output := server.log.read_text()).endswith("\\n"):
         time.sleep(0.01)
-    print(server.process.pid, said, flush=True)
+    print(server.process.pid, output, flush=True)
     started.set()
     threading.Event().wait()
 

@@ -62,11 +62,11 @@ def write_run(folder: Path, done: int = 30, **beat: Any) -> Path:
 
 def rows(folder: Path, now: float | None = NOW) -> dict[str, str]:
     """What stands behind each label; `now`: none is the clock's."""
-    found, label = {}, ""
+    by_label, label = {}, ""
     for line in status(folder, now).text.splitlines():
         label = line[:12].strip() or label
-        found[label] = f"{found.get(label, '')} {line[12:]}".strip()
-    return found
+        by_label[label] = f"{by_label.get(label, '')} {line[12:]}".strip()
+    return by_label
 
 
 def test_a_run_under_way(tmp_path: Path) -> None:
@@ -75,18 +75,18 @@ def test_a_run_under_way(tmp_path: Path) -> None:
         scores = {"avg": avg, "avg_se": 0.02, "avg_k": 16, "pass": {"8": 0.7}, "pass_se": {"8": None}}
         place = {"set": "aime", "step": step, "point": "during", "time": NOW, "seconds": 7.0, "calibration": None}
         append(run / "evaluations.jsonl", place | scores)
-    told = rows(run)
+    shown = rows(run)
     assert status(run, NOW).well
-    assert told["run"] == f"{run}, Qwen3-8B"
-    assert told["state"] == "running on node7, process 42, for 1:01:40"
-    assert told["step"] == "30 of 100, 30%; stage 1/2 PPO, iteration 31/40"
-    assert told["doing"] == "generate for 0:30, usually 1:00"
-    assert told["rate"] == "36 iterations/hour, 100 s each, 2,000 tokens/s"
-    assert told["left"] == "about 1:56:40"  # 70 iterations of 100 s
-    assert told["evaluation"] == ("aime at step 20: avg@16 0.500 ± 0.020, pass@8 0.700; avg@16 was 0.250 at step 0")
-    assert told["memory"] == "peak of a process, GB: actor 80"
-    assert told["engines"] == "vllm server 1: serving, 12 running requests, 1 restarts, http://n2:30001"
-    assert told["alerts"] == "none"
+    assert shown["run"] == f"{run}, Qwen3-8B"
+    assert shown["state"] == "running on node7, process 42, for 1:01:40"
+    assert shown["step"] == "30 of 100, 30%; stage 1/2 PPO, iteration 31/40"
+    assert shown["doing"] == "generate for 0:30, usually 1:00"
+    assert shown["rate"] == "36 iterations/hour, 100 s each, 2,000 tokens/s"
+    assert shown["left"] == "about 1:56:40"  # 70 iterations of 100 s
+    assert shown["evaluation"] == ("aime at step 20: avg@16 0.500 ± 0.020, pass@8 0.700; avg@16 was 0.250 at step 0")
+    assert shown["memory"] == "peak of a process, GB: actor 80"
+    assert shown["engines"] == "vllm server 1: serving, 12 running requests, 1 restarts, http://n2:30001"
+    assert shown["alerts"] == "none"
 
 
 def test_alerts_and_the_last_warnings(tmp_path: Path) -> None:
@@ -96,13 +96,13 @@ def test_alerts_and_the_last_warnings(tmp_path: Path) -> None:
         append(run / "metrics.jsonl", last | {"truncated": 0.5, "critic/skipped": float(step == 33)})
     for number in range(7):
         append(run / "warnings.jsonl", {"time": NOW, "text": f"vllm server {number} did not answer\x1b[31m"})
-    told = rows(run)
-    assert "steps are skipped, step 33 (over): 1 of the critic's steps were not finite" in told["alerts"]
-    assert "truncated responses rise, steps 32 to 36: 50% of the responses are truncated, was 0%" in told["alerts"]
-    assert told["warnings"].startswith("last 5 of 7")
-    assert "server 6" in told["warnings"]
-    assert "server 1 " not in told["warnings"]
-    assert "\x1b" not in told["warnings"]
+    shown = rows(run)
+    assert "steps are skipped, step 33 (over): 1 of the critic's steps were not finite" in shown["alerts"]
+    assert "truncated responses rise, steps 32 to 36: 50% of the responses are truncated, was 0%" in shown["alerts"]
+    assert shown["warnings"].startswith("last 5 of 7")
+    assert "server 6" in shown["warnings"]
+    assert "server 1 " not in shown["warnings"]
+    assert "\x1b" not in shown["warnings"]
 
 
 STATES: dict[str, tuple[int, dict[str, Any], str, bool]] = {
@@ -195,18 +195,18 @@ def test_a_clock_that_is_set_is_right_at_the_next_sign(
         before = rows(tmp_path, None)["state"]
         assert before.startswith("looks dead" if jump > 0 else "unknown: its last heartbeat is 5:00:00 ahead")
         with metrics.phase("sync"):
-            found = rows(tmp_path, None)
-            assert re.fullmatch(r"running on .*, for 0:0\d", found["state"])
-            assert re.fullmatch(r"generate/sync for 0:0\d", found["doing"])
+            shown = rows(tmp_path, None)
+            assert re.fullmatch(r"running on .*, for 0:0\d", shown["state"])
+            assert re.fullmatch(r"generate/sync for 0:0\d", shown["doing"])
 
 
 def test_an_error_is_the_last_sign(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), Metrics(tmp_path, MetricsConfig(), is_writer=True):
         raise RuntimeError("no vllm server is left")
-    found = read_heartbeat(tmp_path)
-    assert found is not None
-    assert found["ended"] == "RuntimeError: no vllm server is left"
-    assert found["time"] == pytest.approx(time.time(), abs=30)
+    heartbeat_read = read_heartbeat(tmp_path)
+    assert heartbeat_read is not None
+    assert heartbeat_read["ended"] == "RuntimeError: no vllm server is left"
+    assert heartbeat_read["time"] == pytest.approx(time.time(), abs=30)
 
 
 def test_a_full_disk_is_warned_of_and_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -260,8 +260,8 @@ def test_a_start_that_has_sent_no_heartbeat_yet(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", time=now - 9000, ended="Stopped: as requested by TERM")
     assert rows(run, now)["state"].startswith("stopped at ")
     (run / "lock.json").write_text(json.dumps(asdict(replace(here, since=now - 90))))
-    told = status(run, now)
-    assert told.well
+    report = status(run, now)
+    assert report.well
     assert rows(run, now)["state"] == f"starting on {here.host}, process {here.pid}, for 1:30"
     assert "doing" not in rows(run, now)
     assert rows(run, now + 1000)["state"].startswith("stopped at "), "a lock that is not renewed says nothing"

@@ -41,7 +41,7 @@ def values(script: str) -> dict[str, list[str]]:
     show = "; ".join(f"printf '%s\\0' {name} \"${{{name}[@]}}\"; printf '\\1\\0'" for name in names)
     done = subprocess.run(["bash", "-c", f"{block(script)}\n{show}"], capture_output=True, text=True, check=True)
     parts = [part.split("\0") for part in done.stdout.split("\1\0") if part]
-    return {name: found[:-1] for name, *found in parts}
+    return {name: values_of[:-1] for name, *values_of in parts}
 
 
 def options(script: str) -> list[str]:
@@ -62,11 +62,11 @@ def test_a_dry_run_prints_plan_and_script_and_writes_nothing(
     assert "on 16 x H100 of 80 GB" in out
     assert re.search(r"^(fits|does not fit): ", out, re.MULTILINE)
     script = out[out.index("#!/usr/bin/env bash") :]
-    found = values(script)
-    assert found["JOB"] == [f"{tmp_path}/run/jobs/0001"]
-    assert found["CONFIG"] == [f"{tmp_path}/run/jobs/0001/config.json"]
-    assert (found["TRAIN_NODES"], found["PROCESSES"], found["ROLLOUT_NODES"]) == (["2"], ["8"], ["0"])
-    assert found["PYTHON"] == [sys.executable]
+    assigned = values(script)
+    assert assigned["JOB"] == [f"{tmp_path}/run/jobs/0001"]
+    assert assigned["CONFIG"] == [f"{tmp_path}/run/jobs/0001/config.json"]
+    assert (assigned["TRAIN_NODES"], assigned["PROCESSES"], assigned["ROLLOUT_NODES"]) == (["2"], ["8"], ["0"])
+    assert assigned["PYTHON"] == [sys.executable]
     assert {"--nodes=2", "--ntasks-per-node=8", "--gres=gpu:8", "--signal=B:USR1@600", "--requeue"} <= set(
         options(script)
     )
@@ -107,13 +107,17 @@ def test_what_a_site_says_comes_into_the_script(good: list[str], capsys: pytest.
         "--requeue",
     ]
     assert options(script)[-1] == "--qos=high"
-    found = values(script)
-    assert found["MODULES"] == ["cuda/12.8", "gcc"]
-    assert found["ENVIRONMENT"] == ["NCCL_IB_HCA=mlx5", 'NOTE=a "b" $c']
-    assert (found["INTERFACE"], found["CONTAINER"], found["PYTHON"]) == (["ib0"], ["docker://image:1"], ["python3"])
-    run = found["RUN"][0]
-    assert found["MOUNTS"] == [f"{run}:{run}", f"{Path.cwd()}:{Path.cwd()}", "/data:/data:ro"]
-    assert (found["GRES"], found["CPUS"], found["GRACE"]) == (["gpu:h100:8"], ["96"], ["900"])
+    assigned = values(script)
+    assert assigned["MODULES"] == ["cuda/12.8", "gcc"]
+    assert assigned["ENVIRONMENT"] == ["NCCL_IB_HCA=mlx5", 'NOTE=a "b" $c']
+    assert (assigned["INTERFACE"], assigned["CONTAINER"], assigned["PYTHON"]) == (
+        ["ib0"],
+        ["docker://image:1"],
+        ["python3"],
+    )
+    run = assigned["RUN"][0]
+    assert assigned["MOUNTS"] == [f"{run}:{run}", f"{Path.cwd()}:{Path.cwd()}", "/data:/data:ro"]
+    assert (assigned["GRES"], assigned["CPUS"], assigned["GRACE"]) == (["gpu:h100:8"], ["96"], ["900"])
 
 
 SERVED = ["rollout.engine=vllm", "rollout.servers.host=hostname", "rollout.servers.tensor=2"]
@@ -123,8 +127,8 @@ def test_servers_take_gpus_of_each_node_or_nodes_of_their_own(
     good: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     beside = ["rollout.servers.devices=[4,5,6,7]", "rollout.servers.replicas=2", "rollout.servers.each_node=true"]
-    found = values(dry(capsys, *good, *SERVED, *beside))
-    assert [found[name] for name in ("TRAIN_NODES", "PROCESSES", "ROLLOUT_NODES", "SERVERS")] == [
+    assigned = values(dry(capsys, *good, *SERVED, *beside))
+    assert [assigned[name] for name in ("TRAIN_NODES", "PROCESSES", "ROLLOUT_NODES", "SERVERS")] == [
         ["2"],
         ["4"],
         ["0"],
@@ -137,14 +141,14 @@ def test_servers_take_gpus_of_each_node_or_nodes_of_their_own(
         "rollout.servers.start_seconds=90",
     ]
     script = dry(capsys, *good, *SERVED, *away)
-    found = values(script)
-    assert [found[name] for name in ("TRAIN_NODES", "PROCESSES", "ROLLOUT_NODES", "SERVERS")] == [
+    assigned = values(script)
+    assert [assigned[name] for name in ("TRAIN_NODES", "PROCESSES", "ROLLOUT_NODES", "SERVERS")] == [
         ["4"],
         ["8"],
         ["2"],
         ["4"],
     ]
-    assert found["START_SECONDS"] == ["90"]
+    assert assigned["START_SECONDS"] == ["90"]
     assert "--nodes=6" in options(script)
 
 
@@ -205,9 +209,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_is_refused(words: str, good: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    told = words.replace("ROLLOUT", " ".join(SERVED)).replace("{A-B: c}", "{A-B:c}").split()
+    given = words.replace("ROLLOUT", " ".join(SERVED)).replace("{A-B: c}", "{A-B:c}").split()
     base = [word for word in good if words != "~cluster" or not word.startswith("cluster=")]
-    assert cli.main(["submit", *base, *(told if words != "~cluster" else [])]) == 2
+    assert cli.main(["submit", *base, *(given if words != "~cluster" else [])]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert REFUSED[words] in captured.err
@@ -247,10 +251,10 @@ def test_whatever_a_field_holds_is_one_word(good: list[str], tmp_path: Path) -> 
     slurm.modules, slurm.environment, slurm.options = [HOSTILE], {"NOTE": HOSTILE}, [f"--comment={HOSTILE}"]
     config.run.dir = str(tmp_path / HOSTILE)
     script = render(Job(Kind.train, config, ()), LAUNCH, tmp_path / HOSTILE, tmp_path / HOSTILE)
-    found = values(script)
-    assert [found[name] for name in ("INTERFACE", "MODULES", "CONTAINER", "PYTHON")] == [[HOSTILE]] * 4
-    assert found["ENVIRONMENT"] == [f"NOTE={HOSTILE}"]
-    assert found["RUN"] == found["JOB"] == found["WORK"] == [str(tmp_path / HOSTILE)]
+    assigned = values(script)
+    assert [assigned[name] for name in ("INTERFACE", "MODULES", "CONTAINER", "PYTHON")] == [[HOSTILE]] * 4
+    assert assigned["ENVIRONMENT"] == [f"NOTE={HOSTILE}"]
+    assert assigned["RUN"] == assigned["JOB"] == assigned["WORK"] == [str(tmp_path / HOSTILE)]
     parsed = [as_sbatch_reads(line) for line in options(script)]
     assert {f"--partition={HOSTILE}", f"--account={HOSTILE}", f"--comment={HOSTILE}"} <= set(parsed)
     assert f"--output={tmp_path}/{HOSTILE.replace('%', '%%')}/%j.out" in parsed
@@ -377,14 +381,14 @@ def test_from_inside_an_allocation_none_of_it_goes_along(
         monkeypatch.setenv(name, "1")
     queue._program("sbatch", f"env >{queue.folder}/environment; echo 101")
 
-    def told() -> set[str]:
+    def variables() -> set[str]:
         assert cli.main(["submit", *good]) == 0
         return {line.partition("=")[0] for line in (queue.folder / "environment").read_text().splitlines()}
 
     monkeypatch.delenv("RANK")
-    assert {"SLURM_MEM_PER_CPU", "CUDA_VISIBLE_DEVICES"} <= told(), "a user's own, where there is no allocation"
+    assert {"SLURM_MEM_PER_CPU", "CUDA_VISIBLE_DEVICES"} <= variables(), "a user's own, where there is no allocation"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    inside = told()
+    inside = variables()
     assert not inside & {*of_it, "SLURM_JOB_ID"}
     assert {"SLURM_CONF", "SBATCH_ACCOUNT", "WANDB_API_KEY", "PATH"} <= inside
 

@@ -20,7 +20,7 @@ def verifiers() -> Iterator[Verifiers]:
         yield verifiers
 
 
-def told(
+def warning_of(
     verifiers: Verifiers,
     verifier: str,
     texts: Sequence[str],
@@ -39,24 +39,24 @@ def told(
 
 
 def test_a_right_response_ends_the_search(verifiers: Verifiers) -> None:
-    assert told(verifiers, "choice", ["none"], right=True) == (None, False)
+    assert warning_of(verifiers, "choice", ["none"], right=True) == (None, False)
 
 
 def test_no_response_can_be_read(verifiers: Verifiers) -> None:
-    message, is_meaningless = told(verifiers, "choice", ["I do not know.", "..."])
+    message, is_meaningless = warning_of(verifiers, "choice", ["I do not know.", "..."])
     assert is_meaningless
     assert message is not None
     assert message.startswith("mine: none of the 2 responses could be read by the verifier choice (the first response")
     assert "evaluation.sets.mine.verifier" in message
     assert "cut off" not in message
-    message, _ = told(verifiers, "choice", ["I do not", "..."], finish="length")
+    message, _ = warning_of(verifiers, "choice", ["I do not", "..."], finish="length")
     assert "100% of them are cut off: raise evaluation.max_response_tokens" in str(message)
 
 
 def test_another_verifier_finds_them_right(verifiers: Verifiers) -> None:
     """The quickstart's questions under the default verifier, which reads a number where there is an expression."""
     response = "2 * 4 = 8 + 5 = 13 - 6 = 7 y $"
-    message, is_meaningless = told(verifiers, "math", [response, "x"], "2 4 5 6 > 7 :", "*+-")
+    message, is_meaningless = warning_of(verifiers, "math", [response, "x"], "2 4 5 6 > 7 :", "*+-")
     assert is_meaningless
     assert message == (
         "mine: none of the 2 responses is right by the verifier math, but 1 of 2 are by countdown: "
@@ -65,7 +65,7 @@ def test_another_verifier_finds_them_right(verifiers: Verifiers) -> None:
 
 
 def test_wrong_answers_are_the_models(verifiers: Verifiers) -> None:
-    message, is_meaningless = told(verifiers, "choice", ["Answer: C", "what?"])
+    message, is_meaningless = warning_of(verifiers, "choice", ["Answer: C", "what?"])
     assert not is_meaningless
     assert message is not None
     assert message.startswith("warning: mine: none of the 2 responses is right by the verifier choice; the first")

@@ -277,11 +277,11 @@ def test_where_a_thread_stands() -> None:
     thread = threading.Thread(target=beat, args=(holder,), daemon=True)
     thread.start()
     deadline = time.monotonic() + 120
-    while not (found := watchdog._location_of(thread.ident))[0]:
+    while not (location := watchdog._location_of(thread.ident))[0]:
         assert time.monotonic() < deadline
-    assert found[0].startswith("observability/heartbeat.py:")
-    assert found[0].endswith(" in _beat")
-    assert not found[1]
+    assert location[0].startswith("observability/heartbeat.py:")
+    assert location[0].endswith(" in _beat")
+    assert not location[1]
     holder._closed.set()
     thread.join()
     assert watchdog._location_of(thread.ident) == ("", False)

@@ -16,7 +16,7 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return load_tool("check_words", monkeypatch)
 
 
-def found(tool: ModuleType, path: Path, text: str) -> list[tuple[int, str]]:
+def findings(tool: ModuleType, path: Path, text: str) -> list[tuple[int, str]]:
     path.write_text(text)
     return [(finding.line, finding.form) for finding in tool.find(tool.prose_of(path))]
 
@@ -34,7 +34,7 @@ def found(tool: ModuleType, path: Path, text: str) -> list[tuple[int, str]]:
     ],
 )
 def test_pages(tool: ModuleType, tmp_path: Path, text: str, expected: list[tuple[int, str]]) -> None:
-    assert found(tool, tmp_path / "page.md", text) == expected
+    assert findings(tool, tmp_path / "page.md", text) == expected
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_pages(tool: ModuleType, tmp_path: Path, text: str, expected: list[tuple
     ],
 )
 def test_programs(tool: ModuleType, tmp_path: Path, text: str, expected: list[tuple[int, str]]) -> None:
-    assert found(tool, tmp_path / "program.py", text) == expected
+    assert findings(tool, tmp_path / "program.py", text) == expected
 
 
 def test_every_form_is_found_and_has_a_substitute(tool: ModuleType) -> None:
