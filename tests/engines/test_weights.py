@@ -58,9 +58,8 @@ def test_after_each_sync_it_speaks_with_the_new_weights(
     for version, path in enumerate(models):
         by_number = {number: completions for rank in by_rank for number, completions in rank[version].items()}
         assert_said_by(path, by_number, version, 0.7)
-        assert len({completion.token_ids for completions in by_number.values() for completion in completions}) > len(
-            PROMPTS
-        )
+        texts = {completion.token_ids for completions in by_number.values() for completion in completions}
+        assert len(texts) > len(PROMPTS)
 
 
 def many_syncs(kind: EngineKind, model: Path, run: Path, transport: Transport) -> dict[str, Any]:

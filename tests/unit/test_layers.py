@@ -33,9 +33,8 @@ def micro() -> MicroBatch:
         rank=0, world_size=4, tensor_rank=0, tensor=4, pipeline_rank=0, pipeline=1, data_rank=0, data=1,
         context_rank=0, context=1, sequence_parallel=True,
     )  # fmt: skip
-    (micro_batch,) = micro_batches(
-        ragged_batch(7, seed=3, per_prompt=1), torch.arange(7), layout, 999, torch.device("cpu")
-    )
+    batch = ragged_batch(7, seed=3, per_prompt=1)
+    (micro_batch,) = micro_batches(batch, torch.arange(7), layout, 999, torch.device("cpu"))
     assert micro_batch.padding > 0
     return micro_batch
 
