@@ -83,8 +83,8 @@ def _on_copies(func: Any, args: Any, kwargs: Any) -> Any:
 
     copies: dict[int, Tensor] = {}
     given_args, given_kwargs = tree_map(copied, (args, kwargs))
-    found = func(*given_args, **given_kwargs)
-    for leaf in tree_leaves(found):
+    result = func(*given_args, **given_kwargs)
+    for leaf in tree_leaves(result):
         if isinstance(leaf, torch.ScriptObject):
             Work.unbox(leaf).wait()
     for copy in copies.values():
@@ -93,7 +93,7 @@ def _on_copies(func: Any, args: Any, kwargs: Any) -> Any:
     def handed_back(leaf: Any) -> Any:
         return FakeWork().boxed() if isinstance(leaf, torch.ScriptObject) else originals.get(id(leaf), leaf)
 
-    return tree_map(handed_back, found)
+    return tree_map(handed_back, result)
 
 
 def _bytes(ref: StorageWeakRef) -> int | None:
