@@ -386,7 +386,7 @@ def test_a_file_that_fails_after_it_was_checked_is_named(run: Path, monkeypatch:
     assert torch.equal(whole["w"], torch.ones(64))
     lose(folder / name)
     before = snapshot(run)
-    result = module.Found(folder.parent, {"step": 6, "optimizer_steps": {"actor": 1}}, ())
+    result = module.LatestCheckpoint(folder.parent, {"step": 6, "optimizer_steps": {"actor": 1}}, ())
     with pytest.raises(InputError) as raised:
         opened(run).load(result, {"actor": model})
     assert str(raised.value).startswith(f"{folder.parent}: ")
