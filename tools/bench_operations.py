@@ -169,7 +169,8 @@ def usual(by: Callable[[Kernels], Call], plain: Call, leaves: int, setup: Setup)
 
 
 def liger_policy(rows: Rows, config: ActorUpdateConfig, setup: Setup) -> Variant:
-    is_token = torch.arange(int(rows.lengths.max()), device=setup.device) < rows.lengths[:, None]
+    longest = int(ragged(rows.total).max())  # the rows' own lengths are on the GPU
+    is_token = torch.arange(longest, device=setup.device) < rows.lengths[:, None]
 
     def convert(given: list[Tensor]) -> list[Tensor]:
         logprobs, _, old, _, rewards = given

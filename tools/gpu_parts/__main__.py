@@ -1,0 +1,49 @@
+"""The process of one part: python -m gpu_parts NAME SETTING. Its output is the part's log."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+
+from gpu_parts.catalog import Part, named
+from gpu_parts.records import Records
+from gpu_parts.setting import Setting, is_null_gpu
+
+MISSING = 3  # exit status: a package or the GPU is not there; the log's last line says which
+
+
+def missing(part: Part, setting: Setting) -> list[str]:
+    """The modules of the part that are not installed, and "a GPU" if torch finds none and it needs one."""
+    needs = [*part.needs, *(part.cuda_needs if setting.device == "cuda" else ())]
+    absent = [name for name in needs if not is_installed(name)]
+    if setting.device == "cuda" and "torch" in needs and "torch" not in absent:
+        import torch
+
+        if not torch.cuda.is_available():
+            absent.append("a GPU that torch finds")
+    return absent
+
+
+def is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the package above it
+        return False
+
+
+def main(name: str, written: str) -> int:
+    (part,), setting = named([name]), Setting.read(written)
+    if absent := missing(part, setting):
+        print("missing: " + ", ".join(absent))
+        return MISSING
+    if is_null := is_null_gpu():
+        importlib.import_module("gpu_parts.null").prepare()
+    with (setting.folder / f"{name}.records").open("w", encoding="utf-8") as file:
+        records = Records(file, has_numbers=not is_null)
+        importlib.import_module(f"gpu_parts.{name}").run(setting, records)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,32 @@
+"""What the null GPU needs to run to the end: nothing computes there, so no number may decide what happens next.
+
+Only `__main__` calls this, and only where the null GPU is loaded (`setting.is_null_gpu`). Results are read from memory
+that no kernel has written. They may be NaN, which a run refuses, so all numbers are taken to be finite.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+
+def prepare() -> None:
+    def isfinite(tensor: Tensor) -> Tensor:
+        return torch.ones(tensor.shape, dtype=torch.bool)
+
+    torch.Tensor.isfinite = torch.isfinite = isfinite  # type: ignore[method-assign, assignment]
+    if importlib.util.find_spec("megatron") is None:
+        return
+    from megatron.core.optimizer import ChainedOptimizer
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+    for optimizer in (MegatronOptimizer, ChainedOptimizer):
+        original = optimizer.get_grad_norm
+
+        def grad_norm(self: object, original: object = original) -> float:
+            original(self)  # type: ignore[operator]
+            return 1.0
+
+        optimizer.get_grad_norm = grad_norm
