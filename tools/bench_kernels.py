@@ -211,8 +211,10 @@ def printed(row: Row) -> str:
     return LAYOUT.format(*fields, number(row.tflops, "{:.3g}"))
 
 
-def compared(name: str, tokens: int, setup: Setup, rates: tuple[float, float]) -> Iterator[Row]:
-    """The rows of an operation at one size."""
+def compared(
+    name: str, tokens: int, setup: Setup, rates: tuple[float, float], without: frozenset[str] = frozenset()
+) -> Iterator[Row]:
+    """The rows of an operation at one size. `without`: names of variants that are left out."""
     torch.manual_seed(0)
     torch.compiler.reset()
     try:
@@ -224,6 +226,8 @@ def compared(name: str, tokens: int, setup: Setup, rates: tuple[float, float]) -
     for backward, graph in itertools.product([False, True], graphs):
         ours = None
         for variant in operation.variants:
+            if variant.name in without:
+                continue
             row = Row(name, tokens, backward, variant.name + (" graph" if graph else ""))
             row = measured(operation, row, variant, graph, setup, rates[name == "linear"])
             if variant is operation.variants[0]:

@@ -6,6 +6,7 @@ that no kernel has written. They may be NaN, which a run refuses, so all numbers
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 
 import torch
@@ -13,6 +14,10 @@ from torch import Tensor
 
 
 def prepare() -> None:
+    """Take all numbers to be finite, and all gradient norms to be 1. Where the trainer refuses the null GPU, declare
+    this process a rehearsal."""
+    if importlib.util.find_spec("megatron_tempo.nullgpu") is not None:
+        importlib.import_module("megatron_tempo.nullgpu.guard").rehearse()
     def isfinite(tensor: Tensor) -> Tensor:
         return torch.ones(tensor.shape, dtype=torch.bool)
 

@@ -13,7 +13,7 @@ from gpu_parts.made import write_model
 from gpu_parts.rank_steps import LAYOUTS, PROBE, batch_of, configured, of_layout, result, sizes_of
 from gpu_parts.records import Records
 from gpu_parts.setting import Setting
-from gpu_parts.training import Seen, mean_difference
+from gpu_parts.training import Seen, mean_difference, share_apart
 from gpu_parts.two import WORLD, free_port, last_words, start
 
 # From one process: sums have another order, and bf16 rounds each.
@@ -72,7 +72,7 @@ def compare(name: str, setting: Setting, alone: Seen, records: Records) -> None:
             apart = mean_difference(seen.values[step], alone.values[step])
             records.at_most(f"{where}: values after {step} steps", apart, VALUES)
         for metric in ("actor/grad_norm", "critic/grad_norm", "critic/loss"):
-            share = abs(seen.metric(1, metric) / alone.metric(1, metric) - 1)
+            share = share_apart(seen.metric(1, metric), alone.metric(1, metric))
             records.at_most(f"{where}: {metric}, share from one process", share, SHARE)
         for what, count in stream.items():
             if "differ" in what:

@@ -94,3 +94,8 @@ def narrow(setting: Setting) -> Precision:
 
 def mean_difference(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().mean())
+
+
+def share_apart(found: float, wanted: float) -> float:
+    """The difference as a share of `wanted`."""
+    return abs(found - wanted) / max(abs(wanted), 1e-12)
