@@ -15,8 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent)]  # also where it is loaded as a module
-
 from gpu_parts import catalog, driver
 from gpu_parts.setting import Setting
 from gpu_parts.wheels import WheelError, make_environment
@@ -28,6 +26,8 @@ def arguments() -> argparse.ArgumentParser:
     names = [part.name for part in catalog.PARTS]
     parser.add_argument("--only", nargs="+", choices=names, default=[], metavar="PART", help="run these parts only")
     parser.add_argument("--seconds", type=float, default=600.0, help="time limit of all parts together (default 600)")
+    words = "factor of each part's own time limit, for a machine that is busy or slow (default 1)"
+    parser.add_argument("--patience", type=float, default=1.0, metavar="FACTOR", help=words)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: at small sizes")
     parser.add_argument("--small", action="store_true", help="small sizes on a GPU too")
     words = "new or empty, for logs and results (default runs/gpu-check-TIME)"
@@ -60,7 +60,7 @@ def main(words: list[str] | None = None) -> int:
         except (WheelError, OSError) as error:
             print(error, file=sys.stderr)
             return 2
-    outcomes = driver.run_parts(parts, setting, asked.seconds, driver.default_command, python)
+    outcomes = driver.run_parts(parts, setting, asked.seconds, driver.default_command, python, asked.patience)
     print(f"\n{driver.table(outcomes)}\n\n{out / driver.RESULTS}")
     return driver.exit_status(outcomes)
 

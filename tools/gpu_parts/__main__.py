@@ -38,7 +38,7 @@ def main(name: str, written: str) -> int:
         print("missing: " + ", ".join(absent))
         return MISSING
     if is_null := is_null_gpu():
-        importlib.import_module("gpu_parts.null").prepare()
+        importlib.import_module("gpu_parts.null").prepare(trains="megatron.core" in part.needs)
     with (setting.folder / f"{name}.records").open("w", encoding="utf-8") as file:
         records = Records(file, has_numbers=not is_null)
         importlib.import_module(f"gpu_parts.{name}").run(setting, records)

@@ -8,6 +8,7 @@ import time
 import torch
 from bench_kernels import ceilings, compared
 from bench_operations import OPERATIONS, Setup
+
 from gpu_parts.records import Records
 from gpu_parts.setting import Setting
 

@@ -23,10 +23,14 @@ class Part:
 PARTS = (
     Part("versions", "GPU, driver, packages, and the environment variables that change results", 60, (), ()),
     Part("kernels", "each kernel against float64 at full size: error, time, bytes", 120),
-    Part("steps", "three steps of actor and critic: bf16 against fp32, recomputation, offload, a resume", 120, MEGATRON),
+    Part(
+        "steps", "three steps of actor and critic: bf16 against fp32, recomputation, offload, a resume", 120, MEGATRON
+    ),
     Part("memory", "four layers of Qwen3-8B, 18,432 tokens: peaks against the plan, syncs, a profile", 150, MEGATRON),
     Part("ranks", "two ranks on one GPU: TP2 + SP, PP2, DP2, CP2, and the weights they stream", 120, MEGATRON),
-    Part("transfer", "a bucket of 512 MB from a sender to a receiver, and a receiver that is killed", 90, ("torch",), ()),
+    Part(
+        "transfer", "a bucket of 512 MB from a sender to a receiver, and a receiver that is killed", 90, ("torch",), ()
+    ),
     Part("quickstart", "the quickstart in bf16, cut short", 150, TRAINER),
     Part("kernel_tests", "the tests that are marked gpu", 180, MEGATRON),
     Part("bench", "tools/bench_kernels.py, the smallest sizes first", 120),

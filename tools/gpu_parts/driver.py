@@ -68,14 +68,19 @@ class Outcome:
         return [record for record in self.records if record.verdict == Verdict.failed.value]
 
 
-def run_parts(parts: Sequence[Part], setting: Setting, total: float, command: Command, python: str) -> list[Outcome]:
-    """Run the parts within `total` seconds; those for which no time is left are skipped. Ctrl-C ends the run."""
+def run_parts(
+    parts: Sequence[Part], setting: Setting, total: float, command: Command, python: str, patience: float = 1.0
+) -> list[Outcome]:
+    """Run the parts within `total` seconds; those for which no time is left are skipped. Ctrl-C ends the run.
+
+    `patience`: a factor of each part's time limit.
+    """
     setting.folder.mkdir(parents=True, exist_ok=True)
     deadline, outcomes = time.monotonic() + total, []
     with (setting.folder / RESULTS).open("w", encoding="utf-8") as results:
         for part in parts:
             left = deadline - time.monotonic()
-            limit = min(part.seconds, left)
+            limit = min(patience * part.seconds, left)
             if left < LEAST:
                 outcome = Outcome(part.name, Status.skipped, 0.0, f"the total of {total:.0f} s is used up")
             else:
@@ -168,7 +173,9 @@ def table(outcomes: Sequence[Outcome]) -> str:
     for one in outcomes:
         compared = [record for record in one.records if record.verdict]
         passed = sum(record.verdict == Verdict.passed.value for record in compared)
+        unchecked = sum(record.verdict == Verdict.unchecked.value for record in compared)
         checks = f"{passed} of {len(compared)} passed" if compared else ""
+        checks += f", {unchecked} not checked" if unchecked else ""
         words = "; ".join(word for word in (checks, one.message) if word)
         lines.append(f"{one.part:13} {one.status.value:24} {one.seconds:5.0f}  {words}".rstrip())
     for one in outcomes:
@@ -185,5 +192,3 @@ def exit_status(outcomes: Sequence[Outcome]) -> int:
     if any(one.status is Status.interrupted for one in outcomes):
         return 130
     return int(not all(one.status.is_good for one in outcomes))
-
-

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from bench_kernels import Bound, error_of
 from bench_operations import OPERATIONS, Setup
+from torch import Tensor
+
 from gpu_parts.measured import apart, peak_bytes, seconds_of
 from gpu_parts.records import Records
 from gpu_parts.setting import Setting
-from torch import Tensor
-
 from megatron_tempo.kernels import Kernels, kernels_for
 
 TEMPERATURE = 0.9

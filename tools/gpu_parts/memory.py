@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+
 from gpu_parts.made import FOUR_OF_8B, SMALL, Sizes, rollouts, write_model
 from gpu_parts.measured import synchronize
 from gpu_parts.records import Records
 from gpu_parts.setting import ROOT, Setting
-from gpu_parts.training import Pair, Seen, config_of, narrow, opened
-from torch.profiler import ProfilerActivity, profile
-
+from gpu_parts.training import Pair, config_of, narrow, opened
 from megatron_tempo.config.choices import Recompute
 from megatron_tempo.config.schema import ClusterConfig, Config
 from megatron_tempo.config.stages import Baseline, PpoSettings, StageConfig

@@ -13,16 +13,19 @@ import torch
 from torch import Tensor
 
 
-def prepare() -> None:
-    """Take all numbers to be finite, and all gradient norms to be 1. Where the trainer refuses the null GPU, declare
-    this process a rehearsal."""
+def prepare(*, trains: bool) -> None:
+    """Take all numbers to be finite and, if the process `trains`, all gradient norms to be 1.
+
+    Where the trainer refuses the null GPU, this process is declared a rehearsal.
+    """
     if importlib.util.find_spec("megatron_tempo.nullgpu") is not None:
         importlib.import_module("megatron_tempo.nullgpu.guard").rehearse()
+
     def isfinite(tensor: Tensor) -> Tensor:
         return torch.ones(tensor.shape, dtype=torch.bool)
 
     torch.Tensor.isfinite = torch.isfinite = isfinite  # type: ignore[method-assign, assignment]
-    if importlib.util.find_spec("megatron") is None:
+    if not trains:
         return
     from megatron.core.optimizer import ChainedOptimizer
     from megatron.core.optimizer.optimizer import MegatronOptimizer

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from gpu_parts.records import Records
 from gpu_parts.setting import Setting
-
 from megatron_tempo import cli
 from megatron_tempo.observability.records import read_metrics
 

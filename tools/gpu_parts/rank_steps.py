@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
+
 from gpu_parts.made import MIDDLE, SMALL, Sizes, rollouts
 from gpu_parts.setting import Setting, is_null_gpu
 from gpu_parts.training import Pair, Seen, config_of, narrow, opened
 from gpu_parts.two import through_host_memory
-from safetensors.torch import load_file
-
 from megatron_tempo.config.schema import Config
 from megatron_tempo.types import Batch
 from megatron_tempo.weights.export import weights_of
@@ -99,7 +99,7 @@ def main(written: str, way: str, *cases: str) -> None:
     if is_null_gpu():
         from gpu_parts import null
 
-        null.prepare()
+        null.prepare(trains=True)
     for case in cases:
         name, _, port = case.rpartition("=")
         os.environ["MASTER_PORT"] = port

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 
 import torch
+
 from gpu_parts.made import write_model
 from gpu_parts.rank_steps import LAYOUTS, PROBE, batch_of, configured, of_layout, result, sizes_of
 from gpu_parts.records import Records

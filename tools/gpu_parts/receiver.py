@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpu_parts.setting import Setting, is_null_gpu
 from torch import Tensor
 
+from gpu_parts.setting import Setting, is_null_gpu
 from megatron_tempo.models.megatron_compat.torch_private import join_separate_group
 from megatron_tempo.rollout.checksum import checksum
 
@@ -69,7 +69,7 @@ def opened(handle: list[Any]) -> torch.UntypedStorage:
 
 def serve(receiver: Receiver, setting: Setting) -> None:
     class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # noqa: N802 (the library's name)
+        def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             getattr(receiver, self.path.removeprefix("/"))(body)
             self.send_response(200)
@@ -88,7 +88,7 @@ def main(written: str, dies_at: str) -> None:
     if is_null_gpu():
         from gpu_parts import null
 
-        null.prepare()
+        null.prepare(trains=False)
     serve(Receiver(setting, int(dies_at)), setting)
 
 

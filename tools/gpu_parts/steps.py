@@ -9,11 +9,11 @@ from itertools import product
 from pathlib import Path
 
 import torch
+
 from gpu_parts.made import MIDDLE, SMALL, rollouts, write_model
 from gpu_parts.records import Records
 from gpu_parts.setting import Setting
 from gpu_parts.training import Seen, config_of, mean_difference, narrow, opened, share_apart
-
 from megatron_tempo.checkpoint.checkpoints import Checkpoints
 from megatron_tempo.config.choices import Layers, Precision, Recompute
 from megatron_tempo.config.schema import Config

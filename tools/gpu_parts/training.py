@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_parts.setting import Setting
 from torch import Tensor
 
+from gpu_parts.setting import Setting
 from megatron_tempo.config.choices import Device, Layers, Precision
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import ActorUpdateConfig, Baseline, CriticUpdateConfig, OptimizerConfig

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from torch import Tensor
+
 from gpu_parts.measured import synchronize
 from gpu_parts.receiver import PORT, RECEIVED
 from gpu_parts.records import Records
 from gpu_parts.setting import Setting
-from torch import Tensor
-
 from megatron_tempo.config.choices import Transport
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.rollout.checksum import checksum
@@ -34,7 +34,6 @@ from megatron_tempo.types import Bucket
 BUCKETS, DIES_AT = 3, 2
 UPDATE_SECONDS = 15.0  # after which a receiver that does not answer has failed
 SLACK = 10.0  # seconds in which the sender must be free again after that
-START_SECONDS = 60.0
 
 
 class Adapter:
@@ -91,9 +90,7 @@ def run(setting: Setting, records: Records) -> None:
         killed(weights, backend, setting, records)
 
 
-def complete(
-    name: str, transport: Transport, weights: Made, backend: str, setting: Setting, records: Records
-) -> None:
+def complete(name: str, transport: Transport, weights: Made, backend: str, setting: Setting, records: Records) -> None:
     """All buckets arrive as they were sent."""
     with receiver(setting, dies_at=0) as target, senders(transport, backend) as sender:
         started = time.perf_counter()
@@ -123,7 +120,9 @@ def killed(weights: Made, backend: str, setting: Setting, records: Records) -> N
             failed, _ = sender.send(weights, [target], 2, compare=False)
             lines = (setting.folder / RECEIVED).read_text(encoding="utf-8").splitlines()
         words = str(failed or f"{len(lines)} buckets")
-        records.holds("killed receiver: the next one gets all", not failed and len(lines) == BUCKETS, words, numeric=False)
+        records.holds(
+            "killed receiver: the next one gets all", not failed and len(lines) == BUCKETS, words, numeric=False
+        )
         started = time.perf_counter()
     records.between("killed receiver: the sender closes", time.perf_counter() - started, 0.0, SLACK, "s", numeric=False)
 
@@ -147,7 +146,7 @@ def receiver(setting: Setting, dies_at: int) -> Iterator[Target]:
     command = [sys.executable, "-m", "gpu_parts.receiver", setting.written(), str(dies_at)]
     with subprocess.Popen(command) as process:
         try:
-            deadline = time.monotonic() + START_SECONDS
+            deadline = time.monotonic() + setting.seconds
             while not port.exists():
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"the receiver has not started: exit status {process.poll()}")
@@ -155,5 +154,3 @@ def receiver(setting: Setting, dies_at: int) -> Iterator[Target]:
             yield Target(0, process.pid, f"http://127.0.0.1:{port.read_text(encoding='utf-8')}")
         finally:
             process.kill()
-
-

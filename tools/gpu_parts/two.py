@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpu_parts.setting import Setting
 from torch import Tensor
+
+from gpu_parts.setting import Setting
 
 WORLD = 2
 BACKEND = "staged"
@@ -53,7 +54,7 @@ class Staged(dist.ProcessGroup):
         self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
         self._group_name = ""
 
-    def getBackendName(self) -> str:  # noqa: N802 (torch's name)
+    def getBackendName(self) -> str:
         return BACKEND
 
     @property
