@@ -11,7 +11,7 @@ WORKERS ?= logical
 PYTEST = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(BIN)/python -m pytest \
 	--numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart help test test-quick test-slow test-engines test-slurm test-gpu engines plan-tables configuration-page \
+.PHONY: quickstart help test test-quick test-slow test-engines test-slurm test-gpu gpu-check engines plan-tables configuration-page \
 	study docker-cpu fuzz lint clean
 
 quickstart: .venv/installed  ## install into .venv, train a small model, evaluate, write a report
@@ -40,6 +40,9 @@ test-slurm: .venv/installed-test .venv-sglang/installed  ## the job scripts on a
 
 test-gpu: .venv/installed-test  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+gpu-check: .venv/installed-test  ## the first hour on a GPU, in ten minutes (docs/gpu.md)
+	$(BIN)/python tools/gpu_check.py $(ARGS)
 
 engines: .venv-sglang/installed .venv-vllm/installed  ## install the servers' environments for test-engines
 

@@ -34,7 +34,7 @@ def run(setting: Setting, records: Records) -> None:
             records.figure(what, row.seconds * 1e6, "us")
             for figure, value, unit in (
                 ("over the floor", row.to_floor, ""),
-                ("peak beside results", row.beside_results_bytes and row.beside_results_bytes / 2**30, "GiB"),
+                ("peak in addition to results", row.beside_results_bytes and row.beside_results_bytes / 2**30, "GiB"),
                 ("rate", row.tflops, "TFLOP/s"),
             ):
                 if value is not None:

@@ -132,8 +132,8 @@ def compare(
 
     records.figure(f"{what}: forward", 1e3 * seconds_of(forward), "ms")
     records.figure(f"{what}: forward and backward", 1e3 * seconds_of(both), "ms")
-    records.figure(f"{what}: forward, peak beside inputs", peak_bytes(forward) / 1e9, "GB")
-    records.figure(f"{what}: forward and backward, peak beside inputs", peak_bytes(both) / 1e9, "GB")
+    records.figure(f"{what}: forward, peak in addition to inputs", peak_bytes(forward) / 1e9, "GB")
+    records.figure(f"{what}: forward and backward, peak in addition to inputs", peak_bytes(both) / 1e9, "GB")
     worst: dict[str, float] = {}
     for name, found, exact in blocks(both()):
         error = apart(found, exact)

@@ -35,7 +35,7 @@ def run(setting: Setting, records: Records) -> None:
         for name in made:
             compare(name, setting, alone, records)
         left = left[len(made) :]
-        if left:  # the pair ended in this layout: a new pair goes on with the next one
+        if left:  # the pair ended in this layout: a new pair takes the next one
             words = last_words(setting, "rank_steps")
             records.holds(f"{left.pop(0)}: runs to its end", False, words, numeric=False)
     for name in left:

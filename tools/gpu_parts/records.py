@@ -71,7 +71,7 @@ class Records:
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:
-        """One case of a part. An exception in it is a failed record, and the part goes on. On every device."""
+        """One case of a part. An exception in it is a failed record, and the part continues. On every device."""
         try:
             yield
         except Exception as error:  # noqa: BLE001 (whatever a case raises is its result)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterator
 from itertools import product
@@ -17,6 +16,7 @@ from gpu_parts.training import Seen, config_of, mean_difference, narrow, opened,
 from megatron_tempo.checkpoint.checkpoints import Checkpoints
 from megatron_tempo.config.choices import Layers, Precision, Recompute
 from megatron_tempo.config.schema import Config
+from megatron_tempo.models.machine import machine_of
 from megatron_tempo.types import Batch
 
 STEPS, SAVED = 3, 2  # steps; the one after which the run is saved
@@ -61,7 +61,7 @@ def variants(setting: Setting, model: Path) -> Iterator[tuple[str, Config]]:
         config = config_of(setting, model, narrow(setting))
         config.parallel.recompute, config.parallel.offload = recompute, offload
         yield f"{config.run.precision.value}, recompute {recompute.value}, offload {'on' if offload else 'off'}", config
-    if setting.device == "cuda" and importlib.util.find_spec("transformer_engine_torch"):
+    if setting.device == "cuda" and machine_of(torch.device("cuda", 0)).te is not None:
         yield "bf16, Transformer Engine", config_of(setting, model, Precision.bf16, Layers.transformer_engine)
 
 
