@@ -279,7 +279,8 @@ def test_a_made_model_has_the_tensors_of_a_qwen3(tool: ModuleType, tmp_path: Pat
 def test_all_parts_run_at_small_sizes(tmp_path: Path) -> None:
     """Every line of the kit runs here, on a CPU. What it shows of a GPU is nothing."""
     command = [sys.executable, str(TOOLS / "gpu_check.py"), "--device", "cpu", "--out", str(tmp_path / "out")]
-    done = subprocess.run([*command, "--seconds", "550", "--patience", "4"], capture_output=True, text=True, check=False)
+    command += ["--seconds", "550", "--patience", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in (tmp_path / "out/gpu_check.jsonl").read_text().splitlines()]
     assert len(lines) == 9
