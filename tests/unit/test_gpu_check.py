@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 
 from megatron_tempo.config.model_shape import read_model_shape
+from megatron_tempo.plan.memory import MemoryPhase
 from megatron_tempo.weights import tables
 from tests.support.tools import TOOLS, load_tool
 
@@ -187,9 +188,17 @@ def test_a_part_names_what_it_misses(tool: ModuleType, tmp_path: Path) -> None:
 
     part = Part("p", "", 1.0, ("json", "no_such_package", "no_such.module"), ("no_cuda_package",))
     assert missing(part, Setting("cpu", True, str(tmp_path), 1.0)) == ["no_such_package", "no_such.module"]
-    part = Part("p", "", 1.0, ("torch",), ("no_cuda_package",))
-    found = missing(part, Setting("cuda", True, str(tmp_path), 1.0))
-    assert found == ["no_cuda_package", *([] if torch.cuda.is_available() else ["a GPU that torch finds"])]
+    assert missing(part, Setting("cuda", True, str(tmp_path), 1.0))[-1] == "no_cuda_package"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="finds a GPU")
+def test_a_machine_without_a_gpu_is_no_success(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tool.main(["--only", "versions", "kernels", "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().out
+    assert "kernels       not run: no GPU" in said
+    assert "torch finds no GPU: check the driver and CUDA_VISIBLE_DEVICES, or give --device cpu" in said
 
 
 def test_every_part_is_listed_and_is_a_module(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -273,6 +282,22 @@ def test_a_made_model_has_the_tensors_of_a_qwen3(tool: ModuleType, tmp_path: Pat
     assert found == wanted
     assert sum(math.prod(size) for size in found.values()) == 2 * 151_936 * 4096 + 4096 + 4 * 192_946_432
     assert (folder / "model.safetensors").stat().st_blocks * 512 < 1 << 20, "its data is a hole"
+
+
+def test_a_rehearsals_peaks_are_read(tool: ModuleType, tmp_path: Path) -> None:
+    from gpu_parts.memory import against_rehearsal, rehearsed
+    from gpu_parts.records import Records
+
+    path, file = tmp_path / "rehearsal.json", io.StringIO()
+    phases = [{"phase": "actor", "peak": 40_000_000_000, "reserved": 1}, {"phase": "sync", "peak": 5}]
+    path.write_text(json.dumps({"ranks": [{"phases": phases}, {"phases": []}], "rows": 2}))
+    against_rehearsal(path, {MemoryPhase.actor: 44_000_000_000, MemoryPhase.values: 1}, Records(file))
+    found = {record["name"]: record["value"] for record in map(json.loads, file.getvalue().splitlines())}
+    assert found == {"actor: rehearsed peak": 40.0, "actor: peak / rehearsed peak": 1.1}
+    for text in ("{}", "[", '{"ranks": []}', '{"ranks": [{"phases": [{"peak": 1}]}]}', '"text"'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="is not the JSON of a rehearsal"):
+            rehearsed(path)
 
 
 @pytest.mark.slow

@@ -11,19 +11,22 @@ from gpu_parts.catalog import Part, named
 from gpu_parts.records import Records
 from gpu_parts.setting import Setting, is_null_gpu
 
-MISSING = 3  # exit status: a package or the GPU is not there; the log's last line says which
+MISSING, NO_GPU = 3, 4  # exit statuses: a package is not installed, which the log's last line names; no GPU is found
 
 
 def missing(part: Part, setting: Setting) -> list[str]:
-    """The modules of the part that are not installed, and "a GPU" if torch finds none and it needs one."""
+    """The modules of the part that are not installed."""
     needs = [*part.needs, *(part.cuda_needs if setting.device == "cuda" else ())]
-    absent = [name for name in needs if not is_installed(name)]
-    if setting.device == "cuda" and "torch" in needs and "torch" not in absent:
-        import torch
+    return [name for name in needs if not is_installed(name)]
 
-        if not torch.cuda.is_available():
-            absent.append("a GPU that torch finds")
-    return absent
+
+def lacks_gpu(part: Part, setting: Setting) -> bool:
+    """Whether the part runs on a GPU, and torch finds none."""
+    if setting.device != "cuda" or "torch" not in part.needs:
+        return False
+    import torch
+
+    return not torch.cuda.is_available()
 
 
 def is_installed(name: str) -> bool:
@@ -38,6 +41,9 @@ def main(name: str, written: str) -> int:
     if absent := missing(part, setting):
         print("missing: " + ", ".join(absent))
         return MISSING
+    if lacks_gpu(part, setting):
+        print("torch finds no GPU: check the driver and CUDA_VISIBLE_DEVICES, or give --device cpu")
+        return NO_GPU
     if is_null := is_null_gpu():
         importlib.import_module("gpu_parts.null").prepare(trains="megatron.core" in part.needs)
     with (setting.folder / f"{name}.records").open("w", encoding="utf-8") as file:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 
-from gpu_parts.__main__ import MISSING
+from gpu_parts.__main__ import MISSING, NO_GPU
 from gpu_parts.catalog import Part
 from gpu_parts.records import Record, Verdict, read
 from gpu_parts.setting import ROOT, Setting
@@ -42,6 +42,7 @@ class Status(Enum):
     crashed = "CRASHED"
     timed_out = "TIME LIMIT"
     missing = "not run: missing"
+    no_gpu = "not run: no GPU"
     skipped = "not run: no time left"
     interrupted = "interrupted"
 
@@ -136,6 +137,8 @@ def outcome_of(part: Part, code: int | Status, seconds: float, log: Path, record
         return Outcome(part.name, code, seconds, f"{after}; {log}", records)
     if code == MISSING:
         return Outcome(part.name, Status.missing, seconds, last.removeprefix("missing: "))
+    if code == NO_GPU:
+        return Outcome(part.name, Status.no_gpu, seconds, last)
     if code < 0:
         return Outcome(part.name, Status.crashed, seconds, f"signal {signal.Signals(-code).name}; {log}", records)
     if code:

@@ -52,15 +52,16 @@ def run(setting: Setting, records: Records) -> None:
         for model in (pair.actor.model, pair.critic.model):
             assert isinstance(model, TrainedModel)
             randomize(model)
-        phases = phases_of(pair, batch)
+        phases, peaks = phases_of(pair, batch), {}
         for phase, call in phases.items():
             seconds, peak, reserved = measured(pair, phase, call)
+            peaks[phase] = peak - before
             records.figure(f"{phase.value}: first call", seconds, "s")
             if setting.device == "cuda":
                 records.figure(f"{phase.value}: reserved", reserved / GB, "GB")
-                of_peak(f"{phase.value}: peak", (peak - before) / GB, plan[phase] / GB, records)
+                of_peak(f"{phase.value}: peak", peaks[phase] / GB, plan[phase] / GB, records)
         if setting.rehearsal:
-            against_rehearsal(Path(setting.rehearsal), records)
+            against_rehearsal(Path(setting.rehearsal), peaks, records)
         for phase, call in phases.items():
             seconds, _, _ = measured(pair, phase, call)
             records.figure(f"{phase.value}: second call", seconds, "s")
@@ -182,6 +183,20 @@ def profiled(call: Callable[[], object], setting: Setting, records: Records) -> 
         records.note(f"kernel {row.key[:80]}", f"{row.self_device_time_total / 1e3:.2f} ms in {row.count} calls")
 
 
-def against_rehearsal(path: Path, records: Records) -> None:
-    """Record a rehearsal's JSON next to the peaks."""
-    records.note("rehearsal", json.dumps(json.loads(path.read_text(encoding="utf-8")))[:2000])
+def rehearsed(path: Path) -> dict[str, float]:
+    """The peaks of a rehearsal's first rank by phase, in bytes. Raises ValueError if the file is of another form."""
+    try:
+        phases = json.loads(path.read_text(encoding="utf-8"))["ranks"][0]["phases"]
+        return {str(phase["phase"]): float(phase["peak"]) for phase in phases}
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not the JSON of a rehearsal (megatron-tempo rehearse --json FILE)") from error
+
+
+def against_rehearsal(path: Path, peaks: dict[MemoryPhase, int], records: Records) -> None:
+    """Put a rehearsal's peaks next to those measured. Nothing is compared: it may have been of another layout."""
+    with records.attempt("rehearsal"):
+        found = rehearsed(path)
+        for phase, peak in peaks.items():
+            if phase.value in found:
+                records.figure(f"{phase.value}: rehearsed peak", found[phase.value] / GB, "GB")
+                records.figure(f"{phase.value}: peak / rehearsed peak", peak / max(found[phase.value], 1.0))
