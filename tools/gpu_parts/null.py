@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +27,12 @@ def prepare(*, trains: bool) -> None:
     def isfinite(tensor: Tensor) -> Tensor:
         return torch.ones(tensor.shape, dtype=torch.bool)
 
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN asks the real driver; flash attention needs only launches
+    os.environ["NVTE_DISABLE_NVRTC"] = "1"  # Transformer Engine would compile for the driver
     torch.Tensor.isfinite = torch.isfinite = isfinite  # type: ignore[method-assign, assignment]
     if not trains:
         return
+    from megatron.core.extensions.transformer_engine import HAVE_TE
     from megatron.core.optimizer import ChainedOptimizer
     from megatron.core.optimizer.optimizer import MegatronOptimizer
 
@@ -39,6 +44,24 @@ def prepare(*, trains: bool) -> None:
             return 1.0
 
         optimizer.get_grad_norm = grad_norm
+    if HAVE_TE:
+        answer_te_attention()
+
+
+def answer_te_attention() -> None:
+    """Transformer Engine 2.11's attention is cuDNN's, which asks the real driver: answer with tensors of its shapes."""
+    te = importlib.import_module("transformer_engine_torch")
+    queries = 13  # the position of queries, before keys and values, among the arguments of both calls
+
+    def forward(*given: Any) -> list[Tensor]:
+        query = given[queries]
+        seed = torch.empty(2, dtype=torch.int64, device=query.device)
+        return [torch.empty_like(query), torch.empty(*query.shape[:2], 1, device=query.device), seed]
+
+    def backward(*given: Any) -> list[Tensor]:
+        return [torch.empty_like(tensor) for tensor in given[queries : queries + 3]]
+
+    te.fused_attn_fwd, te.fused_attn_bwd = forward, backward
 
 
 def make_up_rollouts() -> None:
