@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from safetensors import safe_open
@@ -238,13 +239,13 @@ def test_bad_options(
     assert not (tmp_path / "runs").exists()
 
 
-def wheel(folder: Path, version: str) -> Path:
+def wheel(folder: Path, name: str, version: str) -> Path:
     """A wheel with one module, written by hand."""
-    path = folder / f"hello_gpu-{version}-py3-none-any.whl"
-    info = f"hello_gpu-{version}.dist-info"
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    info = f"{name}-{version}.dist-info"
     with zipfile.ZipFile(path, "w") as file:
-        file.writestr("hello_gpu.py", f"VERSION = {version!r}\n")
-        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: hello-gpu\nVersion: {version}\n")
+        file.writestr(f"{name}.py", f"VERSION = {version!r}\n")
+        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         file.writestr(
             f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
@@ -258,12 +259,13 @@ def test_wheels_are_installed_beside_the_packages_that_are_there(tool: ModuleTyp
 
     wheels = tmp_path / "wheels"
     wheels.mkdir()
-    wheel(wheels, "1.0")
+    wheel(wheels, "hello_gpu", "1.0")
+    wheel(wheels, "pluggy", "0.1")  # pytest's, of another version
     python = make_environment(wheels, tmp_path / "out/venv")
-    words = "import hello_gpu, pytest, sys; print(hello_gpu.VERSION, pytest.__version__)"
+    words = "import hello_gpu, pluggy, numpy; print(hello_gpu.VERSION, pluggy.VERSION, numpy.__version__)"
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run([python, "-c", words], capture_output=True, text=True, env=clean, check=False)
-    assert done.stdout.split() == ["1.0", pytest.__version__], done.stderr
+    assert done.stdout.split() == ["1.0", "0.1", numpy.__version__], done.stderr
     (wheels / "broken-1.0-py3-none-any.whl").write_bytes(b"no zip")
     with pytest.raises(WheelError, match="pip cannot install them"):
         make_environment(wheels, tmp_path / "out/venv")

@@ -47,6 +47,7 @@ def run(setting: Setting, records: Records) -> None:
     config = configured(setting, sizes, prompt, response)
     plan = planned(config, prompt, response)
     batch = rollouts(sizes.vocab, [(prompt, response)] * ROWS)
+    records.note("model", f"{sizes}, layers: {config.model.layers.value}, recompute: layers, offload: on")
     before = torch.cuda.memory_allocated() if setting.device == "cuda" else 0
     with opened(config) as pair:
         for model in (pair.actor.model, pair.critic.model):

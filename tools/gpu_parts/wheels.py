@@ -29,7 +29,9 @@ def make_environment(wheels: Path, folder: Path) -> str:
     if sys.prefix != sys.base_prefix:
         (packages / "above.pth").write_text("\n".join(site.getsitepackages()) + "\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps"]
-    done = subprocess.run([*command, *map(str, files)], capture_output=True, text=True, check=False)
+    # Else pip leaves out what is installed elsewhere, of this version or another.
+    command += ["--ignore-installed", *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise WheelError(f"--wheels {wheels}: pip cannot install them:\n{done.stdout}{done.stderr}".rstrip())
     return str(python)
