@@ -79,14 +79,14 @@ def of_resume(config: Config, batch: Batch, folder: Path) -> Seen:
     """Two steps and a checkpoint; then, with models built anew, the third step."""
     seen = Seen()
     with opened(config) as pair:
-        checkpoints = Checkpoints(folder, 1, pair.context.layouts.actor, print)
+        checkpoints = Checkpoints(folder, 1, pair.context.layouts.actor)
         for step in range(1, SAVED + 1):
             pair.step(seen, step, batch)
         checkpoints.save(SAVED, pair.models(), {})
         checkpoints.wait()
         checkpoints.close()
     with opened(config) as pair:
-        checkpoints = Checkpoints(folder, 1, pair.context.layouts.actor, print)
+        checkpoints = Checkpoints(folder, 1, pair.context.layouts.actor)
         checkpoints.load(checkpoints.find(), pair.models())
         for step in range(SAVED + 1, STEPS + 1):
             pair.step(seen, step, batch)
