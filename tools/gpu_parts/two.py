@@ -169,9 +169,9 @@ def through_host_memory() -> Iterator[None]:
 
 
 def start(module: str, setting: Setting, arguments: Sequence[str], seconds: float) -> list[int]:
-    """Run `python -m module RANK SETTING arguments` as both ranks. Returns the exit codes; -9 for a rank over time.
+    """Run `python -m gpu_parts.MODULE SETTING ARGUMENTS` as both ranks. Returns the exit codes; -9 for a killed rank.
 
-    Their output is in FOLDER/rankN.log, N from 0; the last rank's failure is not waited for.
+    Their output is in FOLDER/MODULE-rankN.log. A rank is killed after `seconds`, or 5 s after the other has failed.
     """
     shared = os.environ | {"WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"}
     shared["MASTER_PORT"] = str(free_port())
