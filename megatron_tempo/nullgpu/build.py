@@ -33,10 +33,10 @@ HEADERS = {
     "cublasLt.h": "nvidia-cublas",
     "nccl.h": "nvidia-nccl-cu13",
 }
-# Whose functions are replaced: the runtime's (its registration functions and error texts work without a device),
+# Whose functions are replaced: the runtime's (its registration functions work without a device),
 # cuBLAS's and NCCL's.
 WANTED = re.compile(r"^(cuda[A-Z]\w*|__cuda(LaunchKernel|InitModule|GetKernel)|cublas[A-Z]\w*|nccl[A-Z]\w*)$")
-KEPT = re.compile(r"^(cudaGetError(Name|String)|cublas(Lt)?GetStatus(Name|String))$")
+KEPT = re.compile(r"^cublas(Lt)?GetStatus(Name|String)$")  # texts, by NVIDIA's own library
 GET_CUDA = (
     "A rehearsal needs torch with CUDA, and no GPU: make .venv-cuda/installed, or, in an environment of its own, "
     "pip install torch=={version} without an index of CPU builds (the wheel for Linux on the default index has CUDA)"

@@ -132,7 +132,15 @@ DEFINE(nvmlSystemGetDriverVersion, char *text, unsigned length)
     return SUCCESS;
 }
 
-/* No NVLink and no fabric: torch's symmetric memory is not offered. */
+/* A struct whose version has its size in the lower bytes. All zero says: no fabric, so no memory for one. */
+DEFINE(nvmlDeviceGetGpuFabricInfoV, void *handle, unsigned *info)
+{
+    size_t size = *info & 0xffffff;
+    if (size > sizeof *info) memset(info + 1, 0, size - sizeof *info);
+    return SUCCESS;
+}
+
+/* No NVLink: torch's symmetric memory is not offered. */
 DEFINE(nvmlDeviceGetNvLinkRemoteDeviceType, void *handle, unsigned link, int *type)
 {
     *type = 255; /* NVML_NVLINK_DEVICE_TYPE_UNKNOWN */
@@ -141,4 +149,3 @@ DEFINE(nvmlDeviceGetNvLinkRemoteDeviceType, void *handle, unsigned link, int *ty
 
 DEFINE(nvmlDeviceGetNvLinkRemotePciInfo_v2, void *handle, unsigned link, struct pci *pci) { return NOT_SUPPORTED; }
 DEFINE(nvmlDeviceGetNvLinkState, void *handle, unsigned link, int *is_active) { return NOT_SUPPORTED; }
-DEFINE(nvmlDeviceGetGpuFabricInfoV, void *handle, void *info) { return NOT_SUPPORTED; }

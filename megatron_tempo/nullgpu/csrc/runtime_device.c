@@ -1,27 +1,10 @@
-/* The runtime's devices, and the last error of a thread. */
+/* The runtime's devices. */
 #include "runtime.h"
 
 #include <stdio.h>
 #include <string.h>
 
 #pragma GCC visibility push(default)
-
-static __thread cudaError_t last_error;
-
-cudaError_t nullgpu_failed(cudaError_t error)
-{
-    last_error = error;
-    return error;
-}
-
-cudaError_t cudaPeekAtLastError(void) { return last_error; }
-
-cudaError_t cudaGetLastError(void)
-{
-    cudaError_t error = last_error;
-    last_error = cudaSuccess;
-    return error;
-}
 
 static bool is_device(int device) { return device >= 0 && device < nullgpu_settings()->devices; }
 
