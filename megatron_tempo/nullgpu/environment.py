@@ -12,7 +12,8 @@ from megatron_tempo.nullgpu.guard import MARKER
 MAX_DEVICES = 16  # NULLGPU_MAX_DEVICES of csrc/nullgpu.h
 COPY_MAX_BYTES = 1 << 20
 # Variables that would hide the device, or send a library past it.
-REMOVED = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "TRITON_INTERPRET", "CUDA_LAUNCH_BLOCKING")
+REMOVED = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "TRITON_INTERPRET")
+NULL = "(null)"  # ends each device's name: whatever is written about it shows what it was
 
 
 def environment(
@@ -20,15 +21,15 @@ def environment(
     devices: int = 1,
     memory_gb: float = 80.0,
     capability: int = 90,
-    name: str = "NVIDIA H100 80GB HBM3 (null)",
+    name: str = "NVIDIA H100 80GB HBM3",
     copy_max_bytes: int = COPY_MAX_BYTES,
     stub_log: Path | None = None,
 ) -> dict[str, str]:
     """The whole environment of a child process that has the null GPU: this process's, with what it takes.
 
-    memory_gb: of each device, in 10^9 bytes. capability: 90 for sm_90. copy_max_bytes: copies of more bytes are counted
-    and not made, so that memory stays unwritten. stub_log: a file that gets a line for each stub that is called.
-    Builds the libraries if they do not exist; raises InputError as `libraries` does, or for a number out of bounds.
+    memory_gb: of each device, in 10^9 bytes. capability: 90 for sm_90. name: of each device, which gets " (null)".
+    copy_max_bytes: copies of more bytes are counted and not made, so that memory stays unwritten. stub_log: a file that
+    gets a line for each stub that is called. Builds the libraries if they do not exist; raises InputError as `libraries` does, or for a number out of bounds.
 
     cuDNN is not replaced, and requires a real driver: call `without_cudnn` in the child after importing torch.
     """
@@ -52,7 +53,7 @@ def environment(
         "NULLGPU_DEVICES": str(devices),
         "NULLGPU_MEMORY_BYTES": str(round(memory_gb * 1e9)),
         "NULLGPU_CAPABILITY": str(capability),
-        "NULLGPU_NAME": name,
+        "NULLGPU_NAME": name if name.endswith(NULL) else f"{name} {NULL}",
         "NULLGPU_COPY_MAX_BYTES": str(copy_max_bytes),
         "NULLGPU_STUB_LOG": str(stub_log or ""),
         MARKER: "1",

@@ -1,6 +1,6 @@
 """Keeps everything but a rehearsal from running on the null GPU.
 
-What computes asks `refuse`. The library is recognised by a function that only it has, whoever loaded it and under
+What computes asks `refuse_null_gpu`. The library is recognised by a function that only it has, whoever loaded it and under
 whatever name. A rehearsal says so in its own process (`rehearse`): no variable of a shell, which might be left over
 from one, can say it.
 """
@@ -45,7 +45,7 @@ def is_rehearsal() -> bool:
     return _rehearsing
 
 
-def refuse(work: str) -> None:
+def refuse_null_gpu(work: str) -> None:
     """Raises InputError if `work`, such as "train", would run on the null GPU outside of a rehearsal."""
     if is_loaded() and not _rehearsing:
         raise InputError(
