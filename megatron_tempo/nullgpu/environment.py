@@ -29,7 +29,9 @@ def environment(
 
     memory_gb: of each device, in 10^9 bytes. capability: 90 for sm_90. name: of each device, which gets " (null)".
     copy_max_bytes: copies of more bytes are counted and not made, so that memory stays unwritten. stub_log: a file that
-    gets a line for each stub that is called. Builds the libraries if they do not exist; raises InputError as `libraries` does, or for a number out of bounds.
+    gets a line for each stub that is called. Builds the libraries if they do not exist.
+
+    Raises InputError as `libraries` does, or for a number out of bounds.
 
     cuDNN is not replaced, and requires a real driver: call `without_cudnn` in the child after importing torch.
     """

@@ -1,8 +1,8 @@
 """Keeps everything but a rehearsal from running on the null GPU.
 
-What computes asks `refuse_null_gpu`. The library is recognised by a function that only it has, whoever loaded it and under
-whatever name. A rehearsal says so in its own process (`rehearse`): no variable of a shell, which might be left over
-from one, can say it.
+What computes asks `refuse_null_gpu`. The library is recognised by a function that only it has, whoever loaded it and
+under whatever name. A rehearsal says so in its own process (`rehearse`): no variable of a shell, which might be left
+over from one, can say it.
 """
 
 from __future__ import annotations
