@@ -258,6 +258,14 @@ CUresult cuGetErrorString(CUresult error, const char **text)
     return CUDA_SUCCESS;
 }
 
+/* Tables of functions without names, through which NVIDIA's libraries talk to their own driver. There are none: those
+ * that cannot do without (cuSOLVER, cuDNN) report an error, and NVRTC compiles without a cache. */
+CUresult cuGetExportTable(const void **table, const CUuuid *id)
+{
+    *table = NULL;
+    return CUDA_ERROR_NOT_FOUND;
+}
+
 /* By name, in the version that headers of CUDA 12 and later ask for: the second, where there is one. */
 CUresult cuGetProcAddress(const char *symbol, void **function, int version, cuuint64_t flags,
                           CUdriverProcAddressQueryResult *result)
