@@ -13,7 +13,7 @@ from megatron_tempo.nullgpu.guard import refuse_null_gpu
 # By the Makefile's target: minutes on two cores with nothing else running, as measured, and what is left out.
 ABOUT = {
     "test-quick": ("1.5", "what needs several processes or more than two seconds (make test)"),
-    "test": ("7", "slow tests, engines, SLURM and GPUs (make test-slow, test-engines, test-slurm, test-gpu)"),
+    "test": ("7", "slow tests, engines, SLURM, GPUs and rehearsals (make test-slow, test-engines, ...)"),
     "test-slow": ("4", "all but the slow tests"),
     "test-engines": ("5", "all but the tests against real inference servers"),
     "test-slurm": ("3", "all but the tests on a real SLURM"),

@@ -13,12 +13,15 @@ from megatron_tempo.nullgpu.environment import environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HEAD = """\
-import json, sys
+import json, os, sys
 import torch
 from megatron_tempo.nullgpu import counters, guard
 from megatron_tempo.nullgpu.environment import without_cudnn
 without_cudnn()
 def tell(value): print("TOLD " + json.dumps(value))
+def end():
+    sys.stdout.flush()
+    os._exit(0)  # at once: a backward pass leaves a thread that torch may find in the interpreter's way as it ends
 def raised(call):
     try:
         call()
@@ -30,7 +33,7 @@ def raised(call):
 
 def on_null_gpu(code: str, *, variables: dict[str, str] | None = None, **device: Any) -> Any:
     """What `code` gives to `tell`. The process must end with status 0. `device`: arguments of `environment`."""
-    done = run(HEAD + textwrap.dedent(code), environment(**device) | (variables or {}))
+    done = run(f"{HEAD}{textwrap.dedent(code)}\nend()", environment(**device) | (variables or {}))
     assert done.returncode == 0, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
     told = [line.removeprefix("TOLD ") for line in done.stdout.splitlines() if line.startswith("TOLD ")]
     assert len(told) == 1, done.stdout

@@ -9,28 +9,23 @@ from tests.nullgpu.child import on_null_gpu
 pytestmark = pytest.mark.nullgpu
 
 GROUP = """
-import os
 import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
-def group(backend, rank, size):
-    torch.cuda.set_device(0)
-    store = dist.HashStore()
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=4)
 """
 
 
-def in_group(code: str, *, backend: str = "nccl", devices: int = 1) -> object:
+def in_group(code: str) -> object:
     lines = [line.strip() for line in code.strip().splitlines()]
-    body = "\n".join([GROUP, f"group({backend!r}, 0, 4)", *lines, "import os; sys.stdout.flush(); os._exit(0)"])
-    return on_null_gpu(body, devices=devices)
+    body = "\n".join([GROUP, *lines])
+    return on_null_gpu(body)
 
 
 def test_collectives_are_counted_by_kind_in_bytes_of_the_larger_buffer() -> None:
     told = in_group(
         """
-        x = torch.ones(1000, device="cuda", dtype=torch.bfloat16)
-        whole = torch.zeros(4000, device="cuda", dtype=torch.bfloat16)
+        x = torch.ones(1000, dtype=torch.bfloat16).cuda()
+        whole = torch.empty(4000, device="cuda", dtype=torch.bfloat16)
         dist.all_reduce(x)
         dist.all_gather_into_tensor(whole, x)
         gathered = whole.tolist()
