@@ -177,7 +177,9 @@ def _compile(gcc: list[str], includes: list[Path], torch: Torch, folder: Path) -
     runtime = [compiled(path) for path in sorted(SOURCES.glob("*.c")) if path.name not in (*DRIVER, *NVML)]
     linked(PRELOAD, runtime, stub_source(_wanted(torch) - _defined(runtime)))
     driver = [compiled(SOURCES / name) for name in DRIVER]
-    linked("libcuda.so.1", driver, stub_source(driver_names(includes) - _defined(driver)))
+    versions = "".join(f'"{name}", ' for name in current_versions(includes))
+    table = f"const char *const nullgpu_current_versions[] = {{{versions}NULL}};\n"
+    linked("libcuda.so.1", driver, stub_source(driver_names(includes) - _defined(driver)) + table)
     linked("libnvidia-ml.so.1", [compiled(SOURCES / name) for name in NVML], stub_source(set()))
     shutil.rmtree(objects)
 
@@ -213,11 +215,19 @@ def _wanted(torch: Torch) -> set[str]:
 
 def driver_names(includes: list[Path]) -> set[str]:
     """Every function that cuda.h declares, by the name that a library has for it (cuMemAlloc is cuMemAlloc_v2)."""
-    header = next(folder / "cuda.h" for folder in includes if (folder / "cuda.h").exists())
-    text = header.read_text(encoding="utf-8", errors="replace")
-    declared = set(re.findall(r"CUresult\s+CUDAAPI\s+(cu[A-Z]\w+)\s*\(", text))
-    versions = set(re.findall(r"^\s*#\s*define\s+cu[A-Z]\w+\s+(cu[A-Z]\w+)\s*$", text, re.MULTILINE))
-    return declared | {name for name in versions if re.search(r"_v\d+$", name)}
+    declared = set(re.findall(r"CUresult\s+CUDAAPI\s+(cu[A-Z]\w+)\s*\(", _driver_header(includes)))
+    return declared | set(current_versions(includes))
+
+
+def current_versions(includes: list[Path]) -> list[str]:
+    """The functions whose current version cuda.h names by a macro: cuMemAlloc_v2, and not cuStreamGetCtx_v2."""
+    macro = r"^\s*#\s*define\s+(cu[A-Z]\w+)\s+(?:__CUDA_API_PT\w+\()?(\1_v\d+)\)?\s*$"
+    return sorted({version for _, version in re.findall(macro, _driver_header(includes), re.MULTILINE)})
+
+
+def _driver_header(includes: list[Path]) -> str:
+    path = next(folder / "cuda.h" for folder in includes if (folder / "cuda.h").exists())
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def stub_source(names: set[str]) -> str:

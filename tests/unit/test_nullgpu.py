@@ -22,6 +22,8 @@ LIBRARIES = {"libnullgpu.so", "libcuda.so.1", "libnvidia-ml.so.1"}
 # What the build takes from NVIDIA's header for the driver.
 CUDA_H = """\
 #define cuMemAlloc                          cuMemAlloc_v2
+    #define cuMemcpyHtoD                    __CUDA_API_PTDS(cuMemcpyHtoD_v2)
+#define cuMemcpy                            __CUDA_API_PTDS(cuMemcpy)
 #define CUDA_VERSION 13000
 CUresult CUDAAPI cuInit(unsigned int Flags);
 CUresult CUDAAPI cuMemAlloc(CUdeviceptr *dptr, size_t bytesize);
@@ -197,7 +199,9 @@ def test_a_build_that_fails_leaves_nothing_and_can_be_repeated(site: Path, monke
 
 
 def test_the_driver_has_the_names_that_its_header_makes(site: Path) -> None:
-    assert build.driver_names([headers_in(site)]) == {"cuInit", "cuMemAlloc", "cuMemAlloc_v2", "cuStreamCreate"}
+    includes = [headers_in(site)]
+    assert build.current_versions(includes) == ["cuMemAlloc_v2", "cuMemcpyHtoD_v2"]
+    assert build.driver_names(includes) == {"cuInit", "cuMemAlloc", "cuStreamCreate", "cuMemAlloc_v2", "cuMemcpyHtoD_v2"}
 
 
 def test_a_stub_is_reported_unless_doing_nothing_is_the_answer() -> None:

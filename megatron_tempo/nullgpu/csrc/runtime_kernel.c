@@ -3,7 +3,6 @@
 #include "runtime.h"
 
 #include <dlfcn.h>
-#include <stdio.h>
 #include <string.h>
 
 #pragma GCC visibility push(default)
@@ -96,16 +95,15 @@ cudaError_t cudaLibraryGetKernel(cudaKernel_t *kernel, cudaLibrary_t library, co
     return cudaSuccess;
 }
 
-/* torch and Transformer Engine ask for the driver's functions by name. Those with a second version are wanted in it:
- * the first is of CUDA 3. */
+/* torch and Transformer Engine ask for the driver's functions by name. */
 cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **function, unsigned version,
                                              unsigned long long flags, enum cudaDriverEntryPointQueryResult *result)
 {
     void *driver = dlopen("libcuda.so.1", RTLD_NOW);
-    char second[256];
-    snprintf(second, sizeof second, "%s_v2", symbol);
-    *function = driver ? dlsym(driver, second) : NULL;
-    if (driver && !*function) *function = dlsym(driver, symbol);
+    int (*look_up)(const char *, void **, int, uint64_t, int *) =
+        driver ? (__typeof__(look_up))dlsym(driver, "cuGetProcAddress_v2") : NULL;
+    *function = NULL;
+    if (look_up) look_up(symbol, function, (int)version, flags, NULL);
     if (result) *result = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
     return cudaSuccess;
 }
