@@ -141,7 +141,7 @@ def include_folders() -> list[Path]:
 
 
 def _build(torch: Torch, folder: Path) -> None:
-    """Builds in a folder beside the wanted one, and renames it: processes that start at once get a whole one."""
+    """Builds in a folder of its own, and renames it: processes that start at once get a whole one."""
     gcc, includes = compiler(), include_folders()
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))

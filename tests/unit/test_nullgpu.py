@@ -201,7 +201,13 @@ def test_a_build_that_fails_leaves_nothing_and_can_be_repeated(site: Path, monke
 def test_the_driver_has_the_names_that_its_header_makes(site: Path) -> None:
     includes = [headers_in(site)]
     assert build.current_versions(includes) == ["cuMemAlloc_v2", "cuMemcpyHtoD_v2"]
-    assert build.driver_names(includes) == {"cuInit", "cuMemAlloc", "cuStreamCreate", "cuMemAlloc_v2", "cuMemcpyHtoD_v2"}
+    assert build.driver_names(includes) == {
+        "cuInit",
+        "cuMemAlloc",
+        "cuStreamCreate",
+        "cuMemAlloc_v2",
+        "cuMemcpyHtoD_v2",
+    }
 
 
 def test_a_stub_is_reported_unless_doing_nothing_is_the_answer() -> None:
