@@ -18,11 +18,11 @@ GB = 10**9
 
 
 def test_every_source_compiles_without_a_warning_against_nvidias_headers(tmp_path: Path) -> None:
-    assert {"-Wall", "-Wextra", "-Werror"} < set(build.FLAGS)
+    assert {"-Wall", "-Wextra"} < set(build.FLAGS)
     includes = [f"-I{folder}" for folder in build.include_folders()]
     for source in sorted(build.SOURCES.glob("*.c")):
-        command = ["gcc", *build.FLAGS, *includes, "-idirafter", str(build.SOURCES / "shim"), f"-I{build.SOURCES}"]
-        command += ["-c", str(source), "-o", str(tmp_path / "a.o")]
+        command = ["gcc", *build.FLAGS, *build.STRICT, *includes, "-idirafter", str(build.SOURCES / "shim")]
+        command += [f"-I{build.SOURCES}", "-c", str(source), "-o", str(tmp_path / "a.o")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, ""), source.name
 

@@ -92,7 +92,8 @@ def test_a_pointer_to_host_memory_gets_nccls_own_error() -> None:
         nccl.ncclGetUniqueId(byref(unique))
         found = [nccl.ncclCommInitRank(byref(comm), c_int(2), unique, c_int(2)), nccl.ncclGetLastError(None).decode()]
         nccl.ncclCommInitRank(byref(comm), c_int(2), unique, c_int(1))
-        def reduce(a, b): return nccl.ncclAllReduce(c_void_p(a), c_void_p(b), c_size_t(4), c_int(7), c_int(0), comm, None)
+        def reduce(a, b):
+            return nccl.ncclAllReduce(c_void_p(a), c_void_p(b), c_size_t(4), c_int(7), c_int(0), comm, None)
         host, device = torch.ones(4), torch.ones(4, device="cuda")
         pinned, other = torch.ones(4).pin_memory(), torch.ones(4, device="cuda:1")
         found += [reduce(device.data_ptr(), device.data_ptr()), reduce(pinned.data_ptr(), device.data_ptr())]

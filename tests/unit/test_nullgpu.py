@@ -9,13 +9,16 @@ import re
 import shutil
 import subprocess
 import threading
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megatron_tempo import cli
+from megatron_tempo.config.choices import Device
 from megatron_tempo.errors import InputError
+from megatron_tempo.models.device import select_device
 from megatron_tempo.nullgpu import build, environment, guard
 
 LIBRARIES = {"libnullgpu.so", "libcuda.so.1", "libnvidia-ml.so.1"}
@@ -198,6 +201,33 @@ def test_a_build_that_fails_leaves_nothing_and_can_be_repeated(site: Path, monke
     assert (build.libraries() / "done").exists()
 
 
+def test_a_cache_that_cannot_be_written_is_named(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch_in(site)
+    headers_in(site)
+    monkeypatch.setattr(build, "compiler", lambda: ["gcc"])
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(InputError, match=r"file/megatron_tempo/nullgpu, .*: Not a directory.*XDG_CACHE_HOME"):
+        build.libraries()
+
+
+def test_a_wheel_carries_every_source() -> None:
+    root = Path(__file__).resolve().parents[2]
+    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    package = root / "megatron_tempo" / "nullgpu"
+    carried = {path for pattern in patterns["megatron_tempo.nullgpu"] for path in package.glob(pattern)}
+    sources = {path for path in build.SOURCES.rglob("*") if path.is_file()}
+    assert len(sources) > 15
+    assert sources <= carried
+
+
+def test_a_device_is_not_selected_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What train and eval do first when they are called as functions."""
+    monkeypatch.setattr(guard, "is_loaded", lambda: True)
+    with pytest.raises(InputError, match=r"^run\.device=auto: this process has the null GPU"):
+        select_device(Device.auto, 0)
+
+
 def test_the_driver_has_the_names_that_its_header_makes(site: Path) -> None:
     includes = [headers_in(site)]
     assert build.current_versions(includes) == ["cuMemAlloc_v2", "cuMemcpyHtoD_v2"]
@@ -219,7 +249,7 @@ def test_a_stub_is_reported_unless_doing_nothing_is_the_answer() -> None:
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
 def test_the_files_without_nvidia_headers_compile_without_a_warning(tmp_path: Path) -> None:
     for name in ("counters.c", "memory.c", "host_memory.c"):
-        command = ["gcc", *build.FLAGS, f"-I{build.SOURCES}", "-c", str(build.SOURCES / name)]
+        command = ["gcc", *build.FLAGS, *build.STRICT, f"-I{build.SOURCES}", "-c", str(build.SOURCES / name)]
         done = subprocess.run([*command, "-o", str(tmp_path / "a.o")], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")
 
