@@ -83,13 +83,9 @@ def installed_torch() -> Torch:
 
 def transformer_engine() -> list[Path]:
     """The libraries of Transformer Engine that are installed: its core, and its part for torch."""
-    core, torch_part = (
-        importlib.util.find_spec("transformer_engine"),
-        importlib.util.find_spec("transformer_engine_torch"),
-    )
-    places = [] if core is None else list(core.submodule_search_locations or ())
-    found = [path for place in places for path in sorted(Path(place).rglob("libtransformer_engine*.so"))]
-    return found if torch_part is None or torch_part.origin is None else [*found, Path(torch_part.origin)]
+    found = importlib.util.find_spec("transformer_engine")
+    places = [] if found is None else list(found.submodule_search_locations or ())
+    return [path for place in places for path in sorted(Path(place).rglob("*transformer_engine*.so"))]
 
 
 def cache_root() -> Path:

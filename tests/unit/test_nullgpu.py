@@ -51,7 +51,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _spec(folder: Path, name: str, found: Callable[..., object]) -> object:
-    if name in ("torch", "nvidia", "transformer_engine", "transformer_engine_torch"):
+    if name in ("torch", "nvidia", "transformer_engine"):
         return build.importlib.machinery.PathFinder.find_spec(name, [str(folder)])
     return found(name)
 
