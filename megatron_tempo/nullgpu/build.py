@@ -18,7 +18,10 @@ from pathlib import Path
 from megatron_tempo.errors import InputError
 
 SOURCES = Path(__file__).parent / "csrc"
-DRIVER, NVML = ("driver.c", "driver_memory.c"), ("nvml.c",)  # files of libcuda.so.1 and libnvidia-ml.so.1
+DRIVER, NVML = (
+    ("driver.c", "driver_memory.c", "driver_runtime.c"),
+    ("nvml.c",),
+)  # files of libcuda.so.1 and libnvidia-ml.so.1
 PRELOAD = "libnullgpu.so"
 FLAGS = (
     *("-std=gnu11", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-fno-builtin-malloc", "-fno-builtin-free"),

@@ -347,6 +347,46 @@ def add(x, y, n, BLOCK: tl.constexpr):
     assert "cannot be accessed from Triton (cpu tensor?)" in told[4][1]
 
 
+def test_programs_that_go_past_the_runtime_get_the_same_device() -> None:
+    """By NVIDIA's Python bindings of the driver, which torch depends on."""
+    told = on_null_gpu(
+        """
+        from cuda.bindings import driver as cu
+        def check(answer):
+            if answer[0] != cu.CUresult.CUDA_SUCCESS:
+                raise RuntimeError(answer[0].name)
+            return answer[1] if len(answer) == 2 else answer[1:]
+        check(cu.cuInit(0))
+        context = check(cu.cuDevicePrimaryCtxRetain(1))
+        check(cu.cuCtxPushCurrent(context))
+        at = check(cu.cuMemAlloc(3 << 20))
+        used = [counters.used_bytes(0), counters.used_bytes(1)]
+        data, back = bytes(range(100)), bytearray(100)
+        check(cu.cuMemcpyHtoD(at, data, 100))
+        check(cu.cuMemcpyDtoH(back, at, 100))
+        full = raised(lambda: check(cu.cuMemAlloc(2 * 10**9)))
+        check(cu.cuMemFree(at))
+        twice = raised(lambda: check(cu.cuMemFree(at)))
+        event = check(cu.cuEventCreate(0))
+        check(cu.cuEventRecord(event, 0))
+        check(cu.cuCtxPopCurrent())
+        tell([used, list(back) == list(data), full, twice, check(cu.cuEventElapsedTime(event, event)),
+              counters.used_bytes(1), int(check(cu.cuCtxGetDevice())), raised(lambda: check(cu.cuCtxPopCurrent())),
+              raised(lambda: check(cu.cuStreamBeginCapture(0, cu.CUstreamCaptureMode(0)))), counters.stub_calls()])
+        """,
+        devices=2,
+        memory_gb=2,
+    )
+    assert told[0] == [0, 4 * MIB]
+    assert told[1] is True
+    assert told[2][1] == "CUDA_ERROR_OUT_OF_MEMORY"
+    assert told[3][1] == "CUDA_ERROR_INVALID_VALUE"
+    assert told[4:7] == [1.0, 0, 0]
+    assert told[7][1] == "CUDA_ERROR_INVALID_CONTEXT"
+    assert told[8][1] == "CUDA_ERROR_NOT_SUPPORTED"
+    assert told[9] == []
+
+
 def test_memory_of_another_process_has_its_size_and_is_counted_once() -> None:
     told = on_null_gpu(
         """

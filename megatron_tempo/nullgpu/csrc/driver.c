@@ -85,6 +85,24 @@ CUresult cuCtxSetCurrent(CUcontext context)
     return CUDA_SUCCESS;
 }
 
+/* The stack of contexts: what torch pushes, it pops again. */
+static __thread int pushed[64], depth;
+
+CUresult cuCtxPushCurrent(CUcontext context)
+{
+    if (!context || depth == 64) return CUDA_ERROR_INVALID_VALUE;
+    pushed[depth++] = nullgpu_current_device();
+    return cuCtxSetCurrent(context);
+}
+
+CUresult cuCtxPopCurrent(CUcontext *context)
+{
+    if (!depth) return CUDA_ERROR_INVALID_CONTEXT;
+    if (context) *context = context_of(nullgpu_current_device());
+    nullgpu_set_current_device(pushed[--depth]);
+    return CUDA_SUCCESS;
+}
+
 CUresult cuCtxGetDevice(CUdevice *device)
 {
     *device = nullgpu_current_device();
@@ -255,6 +273,9 @@ CUresult cuLaunchCooperativeKernel(CUfunction function, unsigned grid_x, unsigne
 CUresult cuGetErrorName(CUresult error, const char **text)
 {
     switch (error) {
+    case CUDA_ERROR_INVALID_HANDLE: *text = "CUDA_ERROR_INVALID_HANDLE"; break;
+    case CUDA_ERROR_INVALID_CONTEXT: *text = "CUDA_ERROR_INVALID_CONTEXT"; break;
+    case CUDA_ERROR_NOT_FOUND: *text = "CUDA_ERROR_NOT_FOUND"; break;
     case CUDA_SUCCESS: *text = "CUDA_SUCCESS"; break;
     case CUDA_ERROR_INVALID_VALUE: *text = "CUDA_ERROR_INVALID_VALUE"; break;
     case CUDA_ERROR_OUT_OF_MEMORY: *text = "CUDA_ERROR_OUT_OF_MEMORY"; break;
@@ -269,6 +290,9 @@ CUresult cuGetErrorName(CUresult error, const char **text)
 CUresult cuGetErrorString(CUresult error, const char **text)
 {
     switch (error) {
+    case CUDA_ERROR_INVALID_HANDLE: *text = "invalid resource handle"; break;
+    case CUDA_ERROR_INVALID_CONTEXT: *text = "invalid device context"; break;
+    case CUDA_ERROR_NOT_FOUND: *text = "named symbol not found"; break;
     case CUDA_SUCCESS: *text = "no error"; break;
     case CUDA_ERROR_INVALID_VALUE: *text = "invalid argument"; break;
     case CUDA_ERROR_OUT_OF_MEMORY: *text = "out of memory"; break;
