@@ -107,7 +107,7 @@ lint: .venv/installed-test  ## ruff, mypy, shellcheck, hadolint and the word lis
 # 15 minutes of one core, 3 GB of memory. The headers are those of torch's dependencies, and crt's (nvidia-cuda-crt).
 TE := 2.11.0
 .venv-cuda/te: .venv-cuda/installed
-	.venv-cuda/bin/pip install --quiet pybind11 setuptools wheel ninja packaging einops onnx onnxscript \
+	.venv-cuda/bin/pip install --quiet pybind11 setuptools wheel ninja packaging pydantic importlib-metadata einops onnx onnxscript \
 		"nvidia-cuda-crt==$$(.venv-cuda/bin/python -c 'import torch; print(torch.version.cuda)').*"
 	.venv-cuda/bin/pip install --quiet --no-deps transformer-engine==$(TE) transformer-engine-cu13==$(TE)
 	CPATH=$$(echo .venv-cuda/lib/python3*/site-packages/nvidia/*/include | sed "s|\.venv-cuda|$$PWD/&|g; s| |:|g") \
