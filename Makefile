@@ -11,8 +11,8 @@ WORKERS ?= logical
 PYTEST = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(BIN)/python -m pytest \
 	--numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart help test test-quick test-slow test-engines test-slurm test-gpu test-rehearsal engines plan-tables configuration-page \
-	study docker-cpu fuzz lint clean
+.PHONY: quickstart help test test-quick test-slow test-engines test-slurm test-gpu test-rehearsal engines plan-tables \
+	configuration-page study docker-cpu fuzz lint clean
 
 quickstart: .venv/installed  ## install into .venv, train a small model, evaluate, write a report
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) \
@@ -107,8 +107,8 @@ lint: .venv/installed-test  ## ruff, mypy, shellcheck, hadolint and the word lis
 # 15 minutes of one core, 3 GB of memory. The headers are those of torch's dependencies, and crt's (nvidia-cuda-crt).
 TE := 2.11.0
 .venv-cuda/te: .venv-cuda/installed
-	.venv-cuda/bin/pip install --quiet pybind11 setuptools wheel ninja packaging pydantic importlib-metadata einops onnx onnxscript \
-		"nvidia-cuda-crt==$$(.venv-cuda/bin/python -c 'import torch; print(torch.version.cuda)').*"
+	.venv-cuda/bin/pip install --quiet pybind11 setuptools wheel ninja packaging pydantic importlib-metadata einops onnx \
+		onnxscript "nvidia-cuda-crt==$$(.venv-cuda/bin/python -c 'import torch; print(torch.version.cuda)').*"
 	.venv-cuda/bin/pip install --quiet --no-deps transformer-engine==$(TE) transformer-engine-cu13==$(TE)
 	CPATH=$$(echo .venv-cuda/lib/python3*/site-packages/nvidia/*/include | sed "s|\.venv-cuda|$$PWD/&|g; s| |:|g") \
 		CXXFLAGS=-O0 NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE .venv-cuda/bin/pip install --quiet --no-deps \
