@@ -24,8 +24,8 @@ from megatron_tempo.config.schema import Config
 from megatron_tempo.config.summary import summary
 from megatron_tempo.config.tree import read
 from megatron_tempo.errors import EngineError, InputError, NotFiniteError, Stopped, UnwrittenError, printable
-from megatron_tempo.observability import logs
 from megatron_tempo.nullgpu.guard import refuse_null_gpu
+from megatron_tempo.observability import logs
 from megatron_tempo.observability.terminal import standard_streams
 from megatron_tempo.plan.search import plan_of, search
 from megatron_tempo.plan.shapes import shape_of
