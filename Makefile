@@ -42,7 +42,7 @@ test-gpu: .venv/installed-test  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 # One test at a time: a rehearsal takes gigabytes. CUDA_VISIBLE_DEVICES: a real GPU is not touched.
-test-rehearsal: .venv-cuda/installed  ## the GPU program on a null GPU: downloads 5 GB, runs without a GPU
+test-rehearsal: .venv-cuda/installed  ## the GPU program on a null GPU: needs 6 GB of disk and no GPU
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ .venv-cuda/bin/python -m pytest -m nullgpu $(ARGS)
 
 engines: .venv-sglang/installed .venv-vllm/installed  ## install the servers' environments for test-engines
@@ -104,7 +104,7 @@ lint: .venv/installed-test  ## ruff, mypy, shellcheck, hadolint and the word lis
 	touch $@
 
 # Transformer Engine: its core from a wheel, its part for torch compiled against the torch that is there. No nvcc:
-# 15 minutes of one core, 3 GB of memory. The headers are those of torch's dependencies, and crt's (nvidia-cuda-crt).
+# 11 minutes of one core, 3 GB of memory. The headers are those of torch's dependencies, and crt's (nvidia-cuda-crt).
 TE := 2.11.0
 .venv-cuda/te: .venv-cuda/installed
 	.venv-cuda/bin/pip install --quiet pybind11 setuptools wheel ninja packaging pydantic importlib-metadata einops onnx \
