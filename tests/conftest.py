@@ -7,10 +7,13 @@ import signal
 
 import pytest
 
+from megatron_tempo.errors import InputError
+from megatron_tempo.nullgpu.guard import refuse_null_gpu
+
 # By the Makefile's target: minutes on two cores with nothing else running, as measured, and what is left out.
 ABOUT = {
     "test-quick": ("1.5", "what needs several processes or more than two seconds (make test)"),
-    "test": ("7", "slow tests, engines, SLURM and GPUs (make test-slow, test-engines, test-slurm, test-gpu)"),
+    "test": ("7", "slow tests, engines, SLURM, GPUs and rehearsals (make test-slow, test-engines, ...)"),
     "test-slow": ("4", "all but the slow tests"),
     "test-engines": ("5", "all but the tests against real inference servers"),
     "test-slurm": ("3", "all but the tests on a real SLURM"),
@@ -28,8 +31,13 @@ def pytest_report_header() -> list[str]:
 def pytest_configure(config: pytest.Config) -> None:
     """Workers of pytest-xdist share the cores: one thread each.
 
-    A shell's background job ignores Ctrl-C, and so would all processes that tests start.
+    A shell's background job ignores Ctrl-C, and so would all processes that tests start. On the null GPU no test says
+    anything: those of tests/nullgpu give it to processes of their own.
     """
+    try:
+        refuse_null_gpu("pytest")
+    except InputError as error:
+        raise pytest.UsageError(str(error)) from error
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -34,6 +34,8 @@ import torch
 from bench_operations import OPERATIONS, Call, Operation, Setup, Variant, size
 from torch import Tensor
 
+from megatron_tempo.nullgpu.guard import is_loaded
+
 WARMUP, LEAST, BUDGET = 3, 5, 2.0  # untimed calls; minimum of timed calls; seconds after which no more are made
 SAMPLE = 256  # tokens that are compared if tokens are independent and there are too many to compare all
 LARGE = 1e12  # operations from which products are compared in float32
@@ -247,6 +249,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=50 if cuda else 5, help="maximum; the median is reported")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the run to FILE, as one line")
     asked = parser.parse_args()
+    if is_loaded():
+        parser.error("this process has the null GPU, which computes nothing: unset LD_PRELOAD")
     dtype = torch.bfloat16 if cuda else torch.float32
     packages = ("torch", "triton", "liger-kernel")
     versions = {x: version(x) if importlib.util.find_spec(x.replace("-", "_")) else "none" for x in packages}

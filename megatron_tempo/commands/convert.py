@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_tempo.errors import InputError, printable
+from megatron_tempo.nullgpu.guard import refuse_null_gpu
 from megatron_tempo.observability.terminal import say
 from megatron_tempo.runtime.folder_lock import FolderLock
 
@@ -76,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     out = arguments.out
     lock = FolderLock(out.with_name(out.name + ".lock"), str(out), "convert", "choose another name")
     try:
+        refuse_null_gpu("convert")
         convert = _conversion(arguments)
         with lock:
             size = convert()

@@ -7,14 +7,16 @@ import torch
 from megatron_tempo.config.choices import Device
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.megatron_compat.cpu_backend import install_cpu_backend
+from megatron_tempo.nullgpu.guard import refuse_null_gpu
 
 
 def select_device(requested: Device, local_rank: int) -> torch.device:
     """Select the device of this process and make it current. On a CPU, install Megatron-Core's CPU backend.
 
-    Raises InputError if `requested` is cuda and there is no CUDA device, or if `requested` is cpu and there is one
-    (Megatron would use it anyway).
+    Raises InputError if `requested` is cuda and there is no CUDA device, if `requested` is cpu and there is one
+    (Megatron would use it anyway), or if the device is the null GPU and this is no rehearsal.
     """
+    refuse_null_gpu(f"run.device={requested.value}")
     if requested is Device.cuda and not torch.cuda.is_available():
         raise InputError("run.device=cuda: torch finds no CUDA device. Check the driver, or set run.device=cpu")
     if torch.cuda.is_available():

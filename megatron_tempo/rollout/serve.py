@@ -19,6 +19,7 @@ import torch
 from megatron_tempo.config.schema import Config
 from megatron_tempo.errors import InputError
 from megatron_tempo.files import read_text, replace_file
+from megatron_tempo.nullgpu.guard import refuse_null_gpu
 from megatron_tempo.rollout.addresses import chosen_devices
 from megatron_tempo.rollout.build import engine_precision, server_adapter_of
 from megatron_tempo.rollout.server import Server
@@ -32,8 +33,9 @@ def serve(config: Config, folder: Path) -> None:
     """Start `rollout.servers.replicas` servers here and keep them running until this process ends.
 
     A server that ends is restarted at its address, `rollout.servers.restarts` times. Raises EngineError with the end of
-    its log if one does not become ready, InputError if there is no key.
+    its log if one does not become ready, InputError if there is no key, or on the null GPU.
     """
+    refuse_null_gpu("serve")
     try:
         key = read_text(folder / "key").strip()
     except InputError as error:
