@@ -49,7 +49,8 @@ def open_context(config: Config) -> Iterator[RunContext]:
     """
     run = Path(config.run.dir).absolute().name
     logs.configure(rank=logs.rank_of(), run=run, level=config.metrics.log_level.value)
-    device = select_device(config.run.device, int(os.environ.get("LOCAL_RANK", "0")))
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = select_device(config.run.device, rank, deterministic=config.run.deterministic)
     machine = machine_of(device)
     if problems := list(check_machine(config, machine)):
         raise ConfigErrors(problems)
