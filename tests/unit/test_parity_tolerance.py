@@ -53,7 +53,9 @@ def test_the_default_follows_from_the_precisions(
     with pytest.raises(EngineError) as caught:
         checked(config, tolerance * 1.02)
     other = (engine or EnginePrecision[trainer.numbers.name]).name
-    wanted = f"rollout.parity_tolerance={tolerance:g} (default for {trainer.name} in the trainer, {other} in the engine)"
+    wanted = (
+        f"rollout.parity_tolerance={tolerance:g} (default for {trainer.name} in the trainer, {other} in the engine)"
+    )
     assert wanted in str(caught.value)
 
 
