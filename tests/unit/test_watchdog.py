@@ -178,8 +178,8 @@ def test_a_hang_in_which_all_wait_for_one_another() -> None:
     assert set(diagnosis.dump) == {0, 1, 2}
 
 
-# What the ranks say of a hang: (they wait by their lines, collectives begun in groups a and b), who is suspected, and who
-# waits. Under NCCL a line says nothing of a collective: the rank stands where it next needs a number from its GPU.
+# What the ranks say of a hang: (they wait by their lines, collectives begun in groups a and b), who is suspected, and
+# who waits. Under NCCL a line says nothing of a collective: the rank stands where it next needs a number from its GPU.
 HANGS = {
     "one sleeps, and the others' lines do not tell": ([(0, 5, 7), (0, 5, None), (0, 4, 7)], {2}, {0, 1}),
     "one sleeps, the others wait for their GPUs": ([(1, 5, 7), (1, 5, None), (0, 4, 7)], {2}, {0, 1}),
