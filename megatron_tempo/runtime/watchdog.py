@@ -67,8 +67,8 @@ class Watchdog:
     def __init__(
         self, folder: Path, hang_minutes: float | None, collectives: Callable[[], Mapping[str, int]] = dict
     ) -> None:
-        """`folder`: the run's. `hang_minutes`: None to detect no hangs. `collectives`: called from another thread, tells
-        how many collectives this process has begun in each of its process groups."""
+        """`folder`: the run's. `hang_minutes`: None to detect no hangs. `collectives`: how many this
+        process has begun in each of its process groups; called from another thread."""
         self._folder, self._rank, self._world = folder, dist.get_rank(), dist.get_world_size()
         # Under torchrun the launcher's process holds the store, else the first rank's.
         launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -1,4 +1,4 @@
-"""Records the calls of the layers, for the tests."""
+"""Records the calls of the layers, for the tests, which may also set what TE decides by itself."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ class Call:
     grad: bool
 
 
+backend = "fused"  # the attention that TE chooses: flash, fused or unfused
+out_of_memory = False  # whether the attention fails
 calls: list[Call] = []
 # Windows and scales of the attentions that were built, and (sequences, tokens) of their passes.
 attentions: list[tuple[tuple[int, int], float]] = []
