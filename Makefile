@@ -23,7 +23,7 @@ help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 test: .venv/installed-test  ## unit and distributed tests: about 15 minutes on two cores
-	$(PYTEST) -m "not slow and not gpu and not engine and not slurm" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu and not engine and not slurm and not nullgpu" $(ARGS)
 
 test-quick: .venv/installed-test  ## the unit tests that take less than two seconds each
 	$(PYTEST) -m "not long and not slow and not gpu" tests/unit $(ARGS)

@@ -42,6 +42,10 @@ FINE = [
     "run.precision=fp8_blockwise parallel.tensor=2 cluster.gpu=H100",
     "run.precision=fp8_blockwise model.layers=transformer_engine cluster.gpu=B200",
     "run.precision=mxfp8 cluster.gpu=B200",
+    "run.precision=fp8_delayed parallel.tensor=2 parallel.critic.pipeline=3",
+    "run.precision=fp8_delayed parallel.tensor=2 parallel.critic.tensor=1 parallel.critic.context=2",
+    "run.precision=fp8_delayed parallel.tensor=2 parallel.critic.tensor=2",
+    "run.precision=fp8_tensorwise parallel.tensor=2 parallel.critic.tensor=1",
     "run.precision=fp8_delayed cluster.gpu=L40S",
     "run.precision=mxfp8 cluster.gpu=unheard-of",  # nothing is known of it; where the job starts it is looked at
     "run.precision=fp32 model.layers=local cluster.gpu=A100",
@@ -55,6 +59,18 @@ def test_what_is_let_through(files: Path, words: str) -> None:
 
 # overrides, field, a part of what is wrong, the fix
 BROKEN = [
+    (
+        "run.precision=fp8_delayed parallel.tensor=2 parallel.critic.tensor=1",
+        "parallel.critic.tensor",
+        "shares scales over tensor * context ranks",
+        "parallel.critic.tensor=null, or run.precision=fp8_tensorwise",
+    ),
+    (
+        "run.precision=fp8_delayed parallel.critic.context=2",
+        "parallel.critic.context",
+        "shares scales",
+        "parallel.critic.context=null, or",
+    ),
     ("run.precision=fp8_delayed run.device=cpu", "run.precision", "on a CPU", "run.precision=fp32, or run.device=cuda"),
     ("run.precision=mxfp8 model.layers=local", "model.layers", "Transformer Engine's", "model.layers=auto"),
     ("model.layers=transformer_engine", "model.layers", "for bf16", "run.precision=bf16"),

@@ -38,7 +38,7 @@ BROKEN = {
     ),
     "parts of different versions": (
         {"__init__.py": LENIENT, "pytorch/__init__.py": "assert False, 'package version mismatch.\\nFound 2.9'"},
-        "AssertionError: package version mismatch.",
+        "AssertionError: package version mismatch",
     ),
     "no parts at all": (
         {"__init__.py": "raise RuntimeError('Found empty `transformer-engine` meta package installed')"},

@@ -26,6 +26,8 @@ from megatron_tempo.config.recipes import (
 from megatron_tempo.config.rules.layout import Laid, divisors, folders_of, laid_of
 from megatron_tempo.config.schema import Config
 
+_UNSHARED = f"run.precision={Precision.fp8_tensorwise.name}"  # scales are those of the tensor itself
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -50,6 +52,7 @@ def check(config: Config, shapes: dict[str, ModelShape]) -> Iterator[Problem]:
         wrong = "Transformer Engine's fast attentions are for bf16"
         yield Problem("model.layers", config.model.layers, wrong, "run.precision=bf16, or model.layers=auto")
     yield from _ends(config)
+    yield from _maxima(config)
     problems: list[Problem] = []
     for role, folder in folders_of(config).items():
         if recipe is not None and folder in shapes:
@@ -104,6 +107,25 @@ def _ends(config: Config) -> Iterator[Problem]:
             wrong,
             "model.num_bf16_layers_at_ends=0, or run.precision=fp8_tensorwise",
         )
+
+
+def _maxima(config: Config) -> Iterator[Problem]:
+    """Actor and critic must share the ranks over which delayed scaling reduces the largest magnitudes.
+
+    At the end of each pass, Transformer Engine reduces those of all models of the process, each over the group of its
+    own layout (`reduce_and_update_fp8_tensors` of its pytorch/quantization.py). If the ranks of one model's group
+    belong to different replicas of the other, they make different numbers of passes: one waits for ever.
+    """
+    actor, critic = config.parallel, config.parallel.of_critic()
+    if config.run.precision is not Precision.fp8_delayed:
+        return
+    if actor.tensor * actor.context != critic.tensor * critic.context:
+        changed = [name for name in ("tensor", "context") if getattr(actor, name) != getattr(critic, name)]
+        wrong = (
+            "fp8_delayed shares scales over tensor * context ranks, which must be as many for the critic as the actor"
+        )
+        fix = " ".join(f"parallel.critic.{name}=null" for name in changed)
+        yield Problem(f"parallel.critic.{changed[0]}", getattr(critic, changed[0]), wrong, f"{fix}, or {_UNSHARED}")
 
 
 def _ends_of(config: Config, laid: Laid, folder: str, shape: ModelShape) -> Iterator[Problem]:

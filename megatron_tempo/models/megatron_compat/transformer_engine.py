@@ -41,7 +41,7 @@ def check_import() -> None:
 
 
 def _fault(error: Exception) -> str:
-    words = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+    words = f"{type(error).__name__}: {error}".split("\n", 1)[0].rstrip(".")
     found = {part: version for part in _PARTS if (version := _version(part))}
     spec = importlib.util.find_spec("transformer_engine")
     origin = spec.origin if spec is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 
@@ -22,6 +23,8 @@ class Call:
 backend = "fused"  # the attention that TE chooses: flash, fused or unfused
 out_of_memory = False  # whether the attention fails
 calls: list[Call] = []
+# How often delayed scaling reduces the largest magnitudes of a pass, by the ranks of the group.
+reductions: Counter[tuple[int, ...]] = Counter()
 # Windows and scales of the attentions that were built, and (sequences, tokens) of their passes.
 attentions: list[tuple[tuple[int, int], float]] = []
 packed: list[tuple[int, int]] = []

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from transformer_engine.pytorch import record
-from transformer_engine.pytorch.linear import TransformerEngineBaseModule
+from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 from transformer_engine.pytorch.record import attentions, packed
 
 # What TE chose for the last pass: one of the three, and why not another it only logs.
