@@ -3,7 +3,7 @@
     python -m tests.support.te_signatures tests/fixtures/te_signatures.json    # where the real one is installed
 
 The file is the record of the real one, with its version. tests/unit/test_te_api.py compares the stand-in with it, and
-tests/nullgpu/test_te.py the record with the installed TE. Nothing is computed, so no GPU is needed.
+tests/nullgpu/test_te_api.py the record with the installed TE. Nothing is computed, so no GPU is needed.
 """
 
 from __future__ import annotations

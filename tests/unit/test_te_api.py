@@ -1,6 +1,6 @@
 """The stand-in for Transformer Engine against the recorded names and signatures of the real one.
 
-So a stand-in that takes what the real one refuses fails here. tests/nullgpu/test_te.py compares the record with the
+So a stand-in that takes what the real one refuses fails here. tests/nullgpu/test_te_api.py compares the record with the
 installed Transformer Engine.
 """
 
