@@ -1,4 +1,4 @@
-"""What torch chooses on a Hopper GPU before and after `select_device`. It chooses without computing anything."""
+"""What torch chooses on a Hopper GPU before and after `set_cuda_numerics`. It chooses without computing anything."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ child: Any = pytest.importorskip("tests.nullgpu.child")
 CODE = """
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.bias import causal_lower_right
-from megatron_tempo.config.choices import Device
-from megatron_tempo.models.device import select_device
+from megatron_tempo.models.device import set_cuda_numerics
 
 def chosen():
     found = {}
@@ -27,7 +26,7 @@ def chosen():
 
 torch.backends.cuda.enable_cudnn_sdp(True)  # as in a process that nobody has prepared
 before = chosen()
-select_device(Device.cuda, 0, deterministic=True)
+set_cuda_numerics(deterministic=True)
 tf32 = [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
 tell([before, chosen(), os.environ["CUBLAS_WORKSPACE_CONFIG"], tf32])
 """
