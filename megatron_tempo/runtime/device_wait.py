@@ -1,7 +1,7 @@
 """Whether a thread waits for a GPU, from its bytecode.
 
-NCCL's collectives only queue work on the GPU. A rank whose peers do not come goes on until it needs a number from the
-GPU, such as in `loss.item()`, and stays there. That call is a C function, so it has no frame of its own. The
+NCCL's collectives only queue work on the GPU. A rank whose peers do not come continues until it needs a number from
+the GPU, such as in `loss.item()`, and stays there. That call is a C function, so it has no frame of its own. The
 instruction at which the innermost frame stands names it.
 """
 
@@ -13,7 +13,7 @@ from types import FrameType
 # Calls that copy from the GPU to the host, or wait for it. On a CPU they take no time, so a thread that is found in one
 # for minutes waits for a device.
 _CALLS = {"item", "tolist", "cpu", "numpy", "to", "copy_", "nonzero", "unique", "masked_select", "equal", "is_nonzero"}
-_CALLS |= {"synchronize", "_cuda_synchronize", "float", "int", "bool", "repr", "str", "print", "format"}
+_CALLS |= {"synchronize", "_cuda_synchronize", "float", "int", "bool"}
 # Instructions that ask a tensor for its truth value.
 _TRUTH = ("TO_BOOL", "UNARY_NOT", "POP_JUMP", "JUMP_IF")
 

@@ -28,7 +28,7 @@ PLACES = {
     "transformer_engine.pytorch.module.linear": "transformer_engine.pytorch.module",
     "transformer_engine.pytorch.absent": "transformer_engine.pytorch",
 }
-# Keywords of Megatron-Core that TE drops without a word. Any other such keyword is an error in the stand-in.
+# Keywords of Megatron-Core that TE drops without a message. Any other such keyword is an error in the stand-in.
 DROPPED = {
     "transformer_engine.common.recipe.DelayedScaling": ("override_linear_precision", "params_dtype", "device"),
 }

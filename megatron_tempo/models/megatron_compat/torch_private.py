@@ -6,6 +6,7 @@ This file imports torch only, so that the rollout engines can use it without Meg
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -46,9 +47,10 @@ def begun_collectives() -> dict[str, int]:
     counts = {}
     for group, name in list(_world.pg_names.items()):
         for device in group._device_types if name.isdecimal() else ():
-            backend: Any = group._get_backend(device)  # torch's stubs lack the method
-            if group is default or backend.name() != "gloo":
-                counts[f"{name} {device.type}"] = backend._get_sequence_number_for_group()
+            with suppress(RuntimeError):  # of a group that another thread closes
+                backend: Any = group._get_backend(device)  # torch's stubs lack the method
+                if group is default or backend.name() != "gloo":
+                    counts[f"{name} {device.type}"] = backend._get_sequence_number_for_group()
     return counts
 
 

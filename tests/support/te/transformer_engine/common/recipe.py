@@ -1,7 +1,7 @@
 """The recipes, with the fields of TE 2.11's.
 
 TE's are pydantic dataclasses: they check the types of their fields, and drop keywords that they do not know without a
-word. Here such a keyword is an error, except those that Megatron-Core 0.16.1 passes and TE drops.
+message. Here such a keyword is an error, except those that Megatron-Core 0.16.1 passes and TE drops.
 """
 
 from __future__ import annotations
