@@ -29,6 +29,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM ${TRAINER_IMAGE} AS trainer
 ARG TORCH=2.10.0
 ARG TRANSFORMER_ENGINE=2.11
+# The image allows TF32 in fp32 products. megatron_tempo/models/device.py says why not here.
+ENV TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0 CUBLAS_WORKSPACE_CONFIG=:4096:8
 WORKDIR /opt/megatron-tempo
 COPY docker/requirements.py docker/check_versions.py docker/
 COPY pyproject.toml ./

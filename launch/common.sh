@@ -22,6 +22,8 @@ prepare() {
         "PYTHONPATH=$CODE" PYTHONSAFEPATH=1 # only the snapshot, not the working folder, which may have changed
         "MASTER_ADDR=${HOSTS[0]}" "MASTER_PORT=$((15000 + SLURM_JOB_ID % 5000))"
         PYTHONUNBUFFERED=1 "OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}"
+        # models/device.py says why. torch reads the second one when it is imported.
+        CUBLAS_WORKSPACE_CONFIG=:4096:8 TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0
     )
     if [[ $INTERFACE ]]; then SETTINGS+=("NCCL_SOCKET_IFNAME=$INTERFACE" "GLOO_SOCKET_IFNAME=$INTERFACE"); fi
     SETTINGS+=("${ENVIRONMENT[@]}")

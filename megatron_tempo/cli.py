@@ -152,6 +152,9 @@ def _run(command: str, config: Config) -> None:
     # Before the imports that take the longest: torch, transformers, Megatron.
     training = [config.data.labelled, config.data.unlabelled] if command == "train" else []
     check_rows(filter(None, [*training, *config.evaluation.sets.values()]))
+    from megatron_tempo.models.megatron_compat.transformer_engine import check_import
+
+    check_import()  # before the first import of Megatron-Core
     if command == "train":
         from megatron_tempo.training.jobs import train
 

@@ -93,6 +93,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _conversion(arguments: argparse.Namespace) -> Callable[[], int]:
+    from megatron_tempo.models.megatron_compat.transformer_engine import check_import
+
+    check_import()  # before the first import of Megatron-Core
     from megatron_tempo.checkpoint.convert import DTYPES, to_hugging_face, to_megatron  # slow imports: torch, Megatron
 
     source, out, model = arguments.source, arguments.out, arguments.model

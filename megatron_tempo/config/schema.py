@@ -159,8 +159,9 @@ class RolloutConfig:
     servers: ServersConfig = field(default_factory=ServersConfig)
     # actor updates between a token's generation and its use, 0 or 1; 1: generate the next batch while this one trains
     max_staleness: int = 0
-    # allowed difference between engine and trainer log-probabilities at each start, in nats, averaged over tokens
-    parity_tolerance: float = 0.05
+    # allowed difference between engine and trainer log-probabilities at each start, in nats, averaged over tokens;
+    # None: 0.05, or 0.1 if trainer or servers compute in FP8, 0.15 if both do (docs/gpu.md)
+    parity_tolerance: float | None = None
     max_prompt_tokens: int = 2048  # maximum tokens of a prompt; a longer one is an error
     max_response_tokens: int = 16384  # maximum tokens of a response; a longer one is cut off
     temperature: float = 1.0  # sampling temperature of training responses

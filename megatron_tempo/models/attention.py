@@ -43,6 +43,9 @@ class RotatedAttention(SelfAttention):
 class PackedAttention(nn.Module):
     """Causal attention on packed sequences with torch's scaled_dot_product_attention. Supports grouped queries.
 
+    On CUDA, torch takes flash attention, or its memory-efficient one for a mask. It must not take cuDNN's, which builds
+    a plan for each shape of the grid: `set_cuda_numerics` of models/device.py switches it off.
+
     With a `window`, a token attends to itself and the `window` - 1 tokens before it. `softmax_scale_multiplier`
     multiplies the scores.
     """

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatron_tempo.config.choices import Logits
+from megatron_tempo.config.choices import Layers, Logits
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.kernels import Kernels
@@ -50,6 +50,7 @@ class PackedGPT(GPTModel):
         self.rotary = Rotary(shape.ropes, shape.head_dim)
         self.kernels = kernels
         self.token_multiple = token_multiple(config)
+        self.attends_on_grid = config.transformer_impl == Layers.local.name
 
     def weights(self) -> dict[str, nn.Parameter]:
         """The parameters, by the names that weight tables and checkpoints use."""

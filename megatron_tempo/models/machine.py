@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
@@ -20,7 +22,8 @@ def machine_of(device: torch.device) -> Machine:
     if device.type != "cuda":
         return Machine("", None, None, te)
     cuda = tuple(int(part) for part in (torch.version.cuda or "0").split("."))
-    return Machine(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), cuda, te)
+    flash = importlib.util.find_spec("flash_attn") is not None
+    return Machine(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), cuda, te, flash)
 
 
 def chosen_layers(config: Config, machine: Machine) -> Layers:

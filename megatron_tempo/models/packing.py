@@ -24,9 +24,10 @@ class Packing(PackedSeqParams):
     rotary embedding gets each token's position, so only the attention needs the boundaries of sequences.
 
     `cu_seqlens_q`, `cu_seqlens_kv`: int32 [sequences + 1], the start of each sequence and the end of the last one.
-    `grid`: int64 [sequences, longest], the token at each position, -1 after a sequence's end. `cells`: int64 [tokens],
-    each token's index in the flattened grid. Under context parallelism there are instead `pieces`, of this rank's
-    tokens, and `order`: int64 [S], each token's index in the concatenation of the ranks' tokens.
+    `grid`: int64 [rows, longest], the token at each position, -1 after a row's end. `cells`: int64 [tokens], each
+    token's index in the flattened grid, 0 for padding. Under context parallelism there are instead `pieces`, of this
+    rank's tokens, and `order`: int64 [S], each token's index in the concatenation of the ranks' tokens. Transformer
+    Engine's attention needs neither.
     """
 
     grid: Tensor | None = None
@@ -93,11 +94,19 @@ def divide_by_budget(lengths: Tensor, budget: int) -> list[Tensor]:
 
 
 def micro_batches(
-    batch: Batch, rows: Tensor, layout: Layout, budget: int, device: torch.device, token_multiple: int = 1
+    batch: Batch,
+    rows: Tensor,
+    layout: Layout,
+    budget: int,
+    device: torch.device,
+    token_multiple: int = 1,
+    *,
+    with_grid: bool = True,
 ) -> list[MicroBatch]:
     """This rank's share of the given rows of `batch`, packed. Returns at least one micro-batch, if only of padding.
 
     The tokens of each rank, also under sequence parallelism, are padded to a multiple of `token_multiple`.
+    `with_grid`: whether the attention works on the grid of `Packing`.
     """
     lengths = batch.lengths[rows]
     mine = rows[data_share(lengths, layout.data_rank, layout.data)]
@@ -105,7 +114,7 @@ def micro_batches(
     multiple = token_multiple * (layout.tensor if layout.sequence_parallel else 1)
     multiple *= 2 * layout.context if layout.context > 1 else 1
     texts = (batch.prompts(), batch.responses())  # splits the whole batch, so once for all micro-batches
-    return [_pack(batch, texts, mine[group], layout, multiple, device) for group in groups]
+    return [_pack(batch, texts, mine[group], layout, multiple, device, with_grid=with_grid) for group in groups]
 
 
 def _pack(
@@ -115,6 +124,8 @@ def _pack(
     layout: Layout,
     multiple: int,
     device: torch.device,
+    *,
+    with_grid: bool,
 ) -> MicroBatch:
     lengths = batch.lengths[rows]
     prompts, responses = batch.prompt_lengths[rows], batch.response_lengths[rows]
@@ -131,9 +142,12 @@ def _pack(
     targets = torch.cat([all_responses[row] for row in rows.tolist()]) if len(rows) else tokens[:0]
     response_starts = (batch.response_lengths.cumsum(0) - batch.response_lengths)[rows]
     shard = ContextShard.of(total + padding, layout.context_rank, layout.context)
-    packing = (
-        _packing(sequences, positions, device) if layout.context == 1 else _context_packing(sequences, shard, device)
-    )
+    if layout.context > 1:
+        packing = _context_packing(sequences, shard, device)
+    else:
+        packing = _packing(sequences, device)
+        if with_grid:
+            packing.grid, packing.cells = (x.to(device) for x in _grid(lengths, padding))
     valued = _ranges(first, responses + 1)
     return MicroBatch(
         rows=rows,
@@ -162,12 +176,8 @@ def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
     return torch.arange(int(lengths.sum())) + torch.repeat_interleave(starts - offsets, lengths)
 
 
-def _packing(sequences: Tensor, positions: Tensor, device: torch.device) -> Packing:
+def _packing(sequences: Tensor, device: torch.device) -> Packing:
     longest = int(sequences.max())
-    row_of = torch.repeat_interleave(torch.arange(len(sequences)), sequences)
-    cells = row_of * longest + positions
-    grid = torch.full((len(sequences) * longest,), -1, dtype=torch.int64)
-    grid[cells] = torch.arange(len(cells))
     ends = torch.nn.functional.pad(sequences.cumsum(0), (1, 0)).to(device, torch.int32)
     return Packing(
         qkv_format="sbhd",
@@ -175,9 +185,24 @@ def _packing(sequences: Tensor, positions: Tensor, device: torch.device) -> Pack
         cu_seqlens_kv=ends,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        grid=grid.view(len(sequences), longest).to(device),
-        cells=cells.to(device),
     )
+
+
+def _grid(lengths: Tensor, padding: int) -> tuple[Tensor, Tensor]:
+    """The grid and the cells of `Packing` for rows of these lengths, followed by `padding` tokens.
+
+    Padding is not a row of the grid, because one token of padding would double the grid of a single long row. A padding
+    token gets the output of the first cell instead. Nothing reads it, so its gradient is zero. Only if there are no
+    rows is the padding the one row.
+    """
+    if len(lengths) == 0:
+        lengths, padding = torch.tensor([padding]), 0
+    total, longest = int(lengths.sum()), int(lengths.max())
+    cells = torch.repeat_interleave(torch.arange(len(lengths)), lengths) * longest
+    cells += _ranges(torch.zeros_like(lengths), lengths)
+    grid = torch.full((len(lengths) * longest,), -1, dtype=torch.int64)
+    grid[cells] = torch.arange(total)
+    return grid.view(len(lengths), longest), torch.nn.functional.pad(cells, (0, padding))
 
 
 def _context_packing(sequences: Tensor, shard: ContextShard, device: torch.device) -> Packing:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from copy import copy
 from typing import Any
 
+import torch
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelLinear,
     TEDotProductAttention,
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from megatron_tempo.config.model_shape import LayerAttention, ModelShape
 from megatron_tempo.models.attention import PackedAttention
 from megatron_tempo.models.decoder import Norms, Parts, layer_of
+from megatron_tempo.models.megatron_compat.transformer_engine import refuse_unfused_attention
 from megatron_tempo.models.norms import PostNorm
 from megatron_tempo.models.packing import Packing
 
@@ -98,7 +100,14 @@ class PackedTEAttention(TEDotProductAttention):
             max_seqlen_kv=packed_seq_params.max_seqlen_kv,
         )
         parts = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        out = super().forward(*parts, attention_mask, attn_mask_type, packed_seq_params=packing)
+        # Transformer Engine chooses again whenever a pass differs from the last one, such as the first of a step.
+        in_fp8 = bool(self.config.fp8)
+        try:
+            out = super().forward(*parts, attention_mask, attn_mask_type, packed_seq_params=packing)
+        except torch.OutOfMemoryError:
+            refuse_unfused_attention(in_fp8=in_fp8)  # the likely cause
+            raise
+        refuse_unfused_attention(in_fp8=in_fp8)
         return out.reshape(query.shape[0], 1, -1)
 
 

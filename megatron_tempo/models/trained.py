@@ -108,7 +108,13 @@ class Model:
 
     def _packed(self, batch: Batch, rows: Tensor) -> list[MicroBatch]:
         return micro_batches(
-            batch, rows, self.layout, self.micro_batch_tokens, self.device, token_multiple=self.net.token_multiple
+            batch,
+            rows,
+            self.layout,
+            self.micro_batch_tokens,
+            self.device,
+            token_multiple=self.net.token_multiple,
+            with_grid=self.net.attends_on_grid,
         )
 
     def _warm_up_fp8_scales(self, parts: list[MicroBatch], loss: Loss, *, forward_only: bool) -> None:

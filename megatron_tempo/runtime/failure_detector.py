@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_tempo.observability.progress import clock
 
@@ -29,10 +29,11 @@ class RankHeartbeat:
     phase: str
     step: int  # completed iterations
     location: str  # the main thread's innermost line in this package
-    is_waiting: bool  # waits for other ranks, inside that line
+    is_waiting: bool  # waits for other ranks or for its GPU, inside that line
     progress: float
     idle_seconds: float  # seconds since its last progress
     ended: str | None = None  # `DONE`, or the error that ended it
+    collectives: Mapping[str, int] = field(default_factory=dict)  # how many it has begun in each process group
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,20 +171,48 @@ class FailureDetector:
         if self._hang is None or now - self._progress < self._hang:
             return None
         at_work = {rank: heartbeat for rank, heartbeat in self._heartbeats.items() if heartbeat.ended is None}
-        order = sorted(at_work.items(), key=lambda item: (item[1].is_waiting, -item[1].idle_seconds, item[0]))
-        stuck = [rank for rank, heartbeat in order if not heartbeat.is_waiting]
-        who = ", ".join(f"{_name(rank, at_work[rank])}, {_activity(at_work[rank])}" for rank in stuck)
+        stuck, ahead, cause = _suspects(at_work)
+        order = sorted(at_work.items(), key=lambda item: (item[0] not in stuck, -item[1].idle_seconds, item[0]))
+        who = ", ".join(
+            f"{_name(rank, heartbeat)}, {_activity(heartbeat)}" for rank, heartbeat in order if rank in stuck
+        )
         reason = f"no rank made progress for run.hang_minutes={self._hang / 60:g}; " + (
-            f"likely cause, since it does not wait for other ranks: {who}"
-            if stuck
-            else "all ranks wait for one another"
+            f"likely cause, since it {cause}: {who}" if stuck else "all ranks wait for one another"
         )
         lines = [
-            f"  {_name(rank, heartbeat)}: {'waits for others' if heartbeat.is_waiting else 'hangs'}, "
+            f"  {_name(rank, heartbeat)}: {_state(heartbeat, rank in stuck, rank in ahead)}, "
             f"{_activity(heartbeat)}, since {_at(heartbeat.idle_seconds)}, {clock(heartbeat.idle_seconds)} ago"
             for rank, heartbeat in order
         ]
-        return Diagnosis(reason, "\n".join([reason, *lines]), tuple(stuck or at_work))
+        dump = tuple(rank for rank, _ in order if rank in stuck or not stuck)
+        return Diagnosis(reason, "\n".join([reason, *lines]), dump)
+
+
+def _suspects(at_work: Mapping[int, RankHeartbeat]) -> tuple[set[int], set[int], str]:
+    """The ranks that keep the others waiting, those that wait in a collective for others, and why the first do.
+
+    A rank that has begun more collectives of a group than another one waits for it, whatever line it stands at: under
+    NCCL it may stand anywhere, because a collective is only queued on the GPU. One that is behind in a group, and ahead
+    in none, waits for nobody by this count. It is suspected first if its own line does not wait either, as when it
+    hangs on the host. If all lines wait, it is suspected for a hang on its GPU.
+    """
+    numbers: dict[str, list[int]] = {}
+    for heartbeat in at_work.values():
+        for group, number in heartbeat.collectives.items():
+            numbers.setdefault(group, []).append(number)
+    counts = {rank: heartbeat.collectives.items() for rank, heartbeat in at_work.items()}
+    ahead = {rank for rank, own in counts.items() if any(n > min(numbers[group]) for group, n in own)}
+    behind = {rank for rank, own in counts.items() if any(n < max(numbers[group]) for group, n in own)} - ahead
+    free = {rank for rank, heartbeat in at_work.items() if not heartbeat.is_waiting} - ahead
+    if free:
+        return (behind & free) or free, ahead, "does not wait for other ranks"
+    return behind, ahead, "has not begun a collective in which others wait"
+
+
+def _state(heartbeat: RankHeartbeat, is_suspect: bool, is_ahead: bool) -> str:
+    if is_suspect:
+        return "hangs"
+    return "waits for others" if heartbeat.is_waiting or is_ahead else "does not wait"
 
 
 def _at(ago: float) -> str:

@@ -24,7 +24,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -38,6 +38,7 @@ from megatron_tempo.config.resume import checkpoint_folders
 from megatron_tempo.errors import Stopped
 from megatron_tempo.observability.heartbeat import write_final_heartbeat
 from megatron_tempo.runtime import failure_detector, progress_marker
+from megatron_tempo.runtime.device_wait import waits_for_device
 from megatron_tempo.runtime.failure_detector import DONE, Diagnosis, FailureDetector, RankHeartbeat
 from megatron_tempo.runtime.folder_lock import machine
 
@@ -63,8 +64,11 @@ class Watchdog:
         ...
     """
 
-    def __init__(self, folder: Path, hang_minutes: float | None) -> None:
-        """`folder`: the run's. `hang_minutes`: None to detect no hangs."""
+    def __init__(
+        self, folder: Path, hang_minutes: float | None, collectives: Callable[[], Mapping[str, int]] = dict
+    ) -> None:
+        """`folder`: the run's. `hang_minutes`: None to detect no hangs. `collectives`: how many this
+        process has begun in each of its process groups; called from another thread."""
         self._folder, self._rank, self._world = folder, dist.get_rank(), dist.get_world_size()
         # Under torchrun the launcher's process holds the store, else the first rank's.
         launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -73,6 +77,7 @@ class Watchdog:
             self._rank, self._world, self._host, hang_minutes and hang_minutes * 60, now=time.monotonic()
         )
         self._needed = self._world > 1 or hang_minutes is not None
+        self._collectives = collectives
         self._beat, self._silent = failure_detector.BEAT, failure_detector.SILENT
         self._own = RankHeartbeat(0, socket.gethostname(), os.getpid(), machine(), "", 0, "", False, 0.0, 0.0)
         self._ended: str | None = None
@@ -180,6 +185,7 @@ class Watchdog:
             progress=state.last,
             idle_seconds=time.monotonic() - state.last,
             ended=self._ended,
+            collectives=dict(self._collectives()),
         )
 
     def _finish(self, ending: str) -> None:
@@ -295,8 +301,9 @@ def _within(seconds: float, make: Callable[[], _T]) -> _T | None:
 
 
 def _location_of(thread: int | None) -> tuple[str, bool]:
-    """The innermost line of this package that a thread executes, and whether it waits for other ranks there."""
-    frame, is_waiting = sys._current_frames().get(thread or 0), False
+    """The innermost line of this package that a thread executes, and whether it waits there: for ranks or for a GPU."""
+    frame = sys._current_frames().get(thread or 0)
+    is_waiting = frame is not None and waits_for_device(frame)
     while frame is not None:
         file, function = frame.f_code.co_filename, frame.f_code.co_name
         is_waiting = is_waiting or any(file.endswith(path) and name in ("", function) for path, name in _WAITING)

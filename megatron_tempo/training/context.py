@@ -17,6 +17,7 @@ from megatron_tempo.config.rules.precision import Machine, check_machine
 from megatron_tempo.config.schema import Config
 from megatron_tempo.models.device import select_device
 from megatron_tempo.models.machine import machine_of
+from megatron_tempo.models.megatron_compat.torch_private import begun_collectives
 from megatron_tempo.models.offload import ModelOffloader
 from megatron_tempo.models.parallel import Layouts, parallel_groups
 from megatron_tempo.observability import logs
@@ -49,7 +50,8 @@ def open_context(config: Config) -> Iterator[RunContext]:
     """
     run = Path(config.run.dir).absolute().name
     logs.configure(rank=logs.rank_of(), run=run, level=config.metrics.log_level.value)
-    device = select_device(config.run.device, int(os.environ.get("LOCAL_RANK", "0")))
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = select_device(config.run.device, rank, deterministic=config.run.deterministic)
     machine = machine_of(device)
     if problems := list(check_machine(config, machine)):
         raise ConfigErrors(problems)
@@ -60,7 +62,7 @@ def open_context(config: Config) -> Iterator[RunContext]:
     transformers.utils.logging.disable_progress_bar()
     with (
         parallel_groups(config.parallel, device, config.run.seed, collective_timeout(config)) as layouts,
-        Watchdog(Path(config.run.dir), config.run.hang_minutes),
+        Watchdog(Path(config.run.dir), config.run.hang_minutes, begun_collectives),
     ):
         yield RunContext(config, layouts, device, ModelOffloader(one_at_a_time=config.parallel.offload), machine)
 

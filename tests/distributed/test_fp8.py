@@ -144,6 +144,37 @@ def test_the_log_names_layers_precision_and_optimizer(bf16: dict[str, Any]) -> N
     assert bf16["layers"] == wanted
 
 
+def reduced(model: Path, critic_tensor: int | None) -> dict[tuple[int, ...], int]:
+    """How often each group reduces magnitudes in an iteration of an actor at tensor 2 and a critic of another layout.
+
+    The rules refuse it; they are passed by.
+    """
+    config = Config()
+    config.model.path, config.model.layers = str(model), Layers.transformer_engine
+    config.parallel.tensor, config.parallel.critic.tensor = 2, critic_tensor
+    config.parallel.micro_batch_tokens = 1  # a row each: a step of three rows is uneven over two replicas
+    record = importlib.import_module("transformer_engine.pytorch.record")
+    batch = ragged_batch(8)
+    assert batch.correct is not None
+    with open_context(config) as context:
+        config.run.precision = Precision.fp8_delayed
+        actor, critic = build_actor(context), build_critic(context)
+        actor.logprobs(batch)
+        critic.update(batch, batch.correct, CriticUpdateConfig(), [torch.arange(3)])
+    return dict(record.reductions)
+
+
+@pytest.mark.parametrize("critic_tensor", [None, 1])
+def test_delayed_scaling_reduces_as_often_on_every_rank_of_a_group(
+    model: Path, tmp_path: Path, critic_tensor: int | None
+) -> None:
+    """Else one of them waits for ever. A critic of another tensor size has it so: hence the rule on the layouts."""
+    first, second = run_ranks(reduced, 2, tmp_path / "ranks", model, critic_tensor, server=TE_FORK_SERVER)
+    assert set(first) == set(second) == {(0, 1)}
+    assert min(first[0, 1], second[0, 1]) > 0
+    assert (first == second) == (critic_tensor is None)
+
+
 def actor_logprobs(model: Path) -> Tensor:
     config = Config()
     config.model.path = str(model)

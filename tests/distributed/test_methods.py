@@ -1,4 +1,7 @@
-"""A step of each method without a critic, against the same step by transformers' model and torch's own Adam."""
+"""A step of each method without a critic, against the same step by transformers' model and torch's own Adam.
+
+Also on the layers and the optimizer that a GPU has, by the stand-in for Transformer Engine.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from megatron_tempo.config.choices import Layers
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import Method, StageConfig, settings_of
 from megatron_tempo.methods import METHODS
@@ -19,6 +23,7 @@ from megatron_tempo.training.context import open_context
 from megatron_tempo.training.setup import build_actor
 from megatron_tempo.types import Batch
 from megatron_tempo.weights.export import weights_of
+from tests.support.fork_server import TE_FORK_SERVER
 from tests.support.ranks import run_ranks
 from tests.support.tiny import ragged_batch, write_model
 
@@ -48,10 +53,10 @@ def stage_of(method: Method) -> StageConfig:
     return stage
 
 
-def updated(model: Path) -> dict[Method, dict[str, Tensor]]:
+def updated(model: Path, layers: Layers) -> dict[Method, dict[str, Tensor]]:
     """The actor's weights after one iteration of each method, by Hugging Face's names."""
     config = Config()
-    config.model.path = str(model)
+    config.model.path, config.model.layers = str(model), layers
     config.parallel.micro_batch_tokens = 50
     results = {}
     batch = rollouts()
@@ -97,10 +102,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def steps(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Method, dict[str, Tensor]]]:
     out = tmp_path_factory.mktemp("ranks")
-    return {str(world): run_ranks(updated, world, out / str(world), model)[0] for world in (1, 2)}
+    found = {str(world): run_ranks(updated, world, out / str(world), model, Layers.local)[0] for world in (1, 2)}
+    given = model, Layers.transformer_engine
+    return found | {"te": run_ranks(updated, 1, out / "te", *given, server=TE_FORK_SERVER)[0]}
 
 
-@pytest.mark.parametrize("world", ["1", "2"])
+@pytest.mark.parametrize("world", ["1", "2", "te"])
 @pytest.mark.parametrize("method", ADVANTAGES)
 def test_a_step_agrees_with_plain_torch(
     model: Path, steps: dict[str, dict[Method, dict[str, Tensor]]], method: Method, world: str

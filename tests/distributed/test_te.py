@@ -6,15 +6,21 @@ That Transformer Engine itself computes the same, tests/gpu/test_fp8.py asks a G
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_tempo.config.choices import Layers
+from megatron_tempo.config.schema import Config
+from megatron_tempo.errors import InputError
+from megatron_tempo.training.context import open_context
+from megatron_tempo.training.setup import build_actor
 from tests.distributed import test_parity, test_update
 from tests.support.fork_server import TE_FORK_SERVER
 from tests.support.ranks import run_ranks
-from tests.support.tiny import write_model
+from tests.support.tiny import ragged_batch, write_model
 
 TE = Layers.transformer_engine
 
@@ -53,3 +59,40 @@ def test_steps_agree_with_plain_torch(tmp_path: Path, model: str, layout: str) -
     world = test_update.LAYOUTS[layout][0]
     result = run_ranks(test_update.updated, world, tmp_path / "ranks", *given, server=TE_FORK_SERVER)[0]
     test_update.assert_steps(path, "plain", result)
+
+
+def refused(model: Path, layers: Layers, backend: str, out_of_memory: bool) -> tuple[str, bool]:
+    """What a pass says where Transformer Engine chooses this attention, and whether a micro-batch has a grid."""
+    config = Config()
+    config.model.path, config.model.layers = str(model), layers
+    record = importlib.import_module("transformer_engine.pytorch.record")
+    record.backend, record.out_of_memory = backend, out_of_memory
+    with open_context(config) as context:
+        actor = build_actor(context)
+        (micro,) = actor.model._packed(ragged_batch(2), torch.arange(2))
+        try:
+            actor.logprobs(ragged_batch(2))
+            return "", micro.packing.grid is not None
+        except (InputError, torch.OutOfMemoryError) as error:
+            return f"{type(error).__name__}: {error}", micro.packing.grid is not None
+
+
+CHOICES = [
+    (TE, "fused", False, "", False),
+    (TE, "flash", True, "OutOfMemoryError: CUDA out of memory", False),
+    (TE, "unfused", False, "InputError: Transformer Engine chose its unfused attention on this machine: ", False),
+    (TE, "unfused", True, "InputError: Transformer Engine chose its unfused attention on this machine: ", False),
+    (Layers.local, "unfused", True, "", True),
+]
+
+
+@pytest.mark.parametrize(("layers", "backend", "out_of_memory", "message", "grid"), CHOICES)
+def test_an_attention_that_keeps_all_scores_is_refused(
+    models: dict[str, Path], tmp_path: Path, layers: Layers, backend: str, out_of_memory: bool, message: str, grid: bool
+) -> None:
+    """The first pass may run out of memory before the choice can be read. Only local layers have a grid."""
+    given = models["tied"], layers, backend, out_of_memory
+    [(said, has_grid)] = run_ranks(refused, 1, tmp_path / "ranks", *given, server=TE_FORK_SERVER)
+    assert said.startswith(message)
+    assert bool(said) == bool(message)
+    assert has_grid == grid

@@ -1,4 +1,8 @@
-"""Ranks that watch one another, without a run: how each of them ends. tests/e2e/test_watchdog.py has whole runs."""
+"""Ranks that watch one another, without a run: how each of them ends. tests/e2e/test_watchdog.py has whole runs.
+
+On a GPU a rank does not wait in a collective, which is only queued, but where it next needs a number. Here it queues
+one by `async_op`, and its "GPU" is a lock that nobody releases.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +17,34 @@ from tests.support.ranks import rank_environments
 
 # The ranks are plain processes, and rank 0 holds the store. `KIND` is what rank 1 does, or rank 0 where it says so.
 SCRIPT = """
-import os, signal, sys, time
+import os, signal, sys, threading, time
 from pathlib import Path
+from types import SimpleNamespace
 import torch, torch.distributed as dist
-from megatron_tempo.runtime import failure_detector, watchdog
+from megatron_tempo.models.megatron_compat.torch_private import begun_collectives
+from megatron_tempo.runtime import failure_detector, progress_marker, watchdog
 
 failure_detector.BEAT, failure_detector.SILENT, failure_detector.ENDED = 0.1, 2.0, 1.0
 kind, folder = sys.argv[1], Path(sys.argv[2])
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-with watchdog.Watchdog(folder, None):
+lock = threading.Lock()
+lock.acquire()
+device = SimpleNamespace(item=lock.acquire)
+hangs = kind.startswith("hang")
+with watchdog.Watchdog(folder, 3 / 60 if hangs else None, begun_collectives):
     dist.barrier()
+    if hangs and rank != 1:
+        work = dist.all_reduce(torch.ones(1), async_op=True)
+        (folder / f"queued{rank}").touch()
+        device.item()
+    while hangs and len(list(folder.glob("queued*"))) < dist.get_world_size() - 1:
+        progress_marker.mark()
+        time.sleep(0.01)
+    if kind == "hang on the host":
+        time.sleep(600)
+    if kind == "hang of the gpu":
+        device.item()
     if kind == "killed" and rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "first killed" and rank == 0:
@@ -42,14 +63,14 @@ dist.destroy_process_group()
 """
 
 
-def run(folder: Path, kind: str) -> tuple[list[int], list[str]]:
-    """The exit codes of two ranks, and what each said."""
+def run(folder: Path, kind: str, world: int = 2) -> tuple[list[int], list[str]]:
+    """The exit codes of the ranks, and what each said."""
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    logs = [folder / f"rank{rank}.log" for rank in range(2)]
+    logs = [folder / f"rank{rank}.log" for rank in range(world)]
     processes = [
         FORK_SERVER.script(script, kind, folder, environment=environment, log=log)
-        for environment, log in zip(rank_environments(2), logs, strict=True)
+        for environment, log in zip(rank_environments(world), logs, strict=True)
     ]
     try:
         codes = [process.wait(timeout=120) for process in processes]
@@ -93,3 +114,20 @@ def test_all_fail(tmp_path: Path) -> None:
     for rank, text in enumerate(output):
         assert text.rstrip().endswith(f"ValueError: of rank {rank}")
         assert "error: rank" not in text
+
+
+@pytest.mark.parametrize("kind", ["hang on the host", "hang of the gpu"])
+def test_a_hang_is_of_the_rank_that_has_not_begun_the_collective(tmp_path: Path, kind: str) -> None:
+    codes, said = run(tmp_path, kind, world=3)
+    assert codes == [1, 1, 1], said
+    [report] = [text for text in said if "error: no rank made progress for run.hang_minutes=0.05" in text]
+    first, *lines = [line for line in report.splitlines() if "(" + socket.gethostname() in line]
+    assert "rank 1 (" in first
+    assert "rank 0 (" not in first
+    assert "rank 2 (" not in first
+    assert {line.split()[1]: line.partition("): ")[2].partition(",")[0] for line in lines if line[:2] == "  "} == {
+        "1": "hangs",
+        "0": "waits for others",
+        "2": "waits for others",
+    }
+    assert [f"stacks of rank {rank}, " in text for rank, text in enumerate(said)] == [False, True, False]

@@ -40,7 +40,7 @@ def test_a_run_stops_before_it_learns_from_a_wrong_engine(tmp_path: Path, shift:
     (message,) = run_ranks(started, 1, tmp_path / "ranks", config, shift)
     if shift:
         assert message.startswith("the engine's log-probabilities are 0.2 nats from the actor's")
-        assert "rollout.parity_tolerance=0.05: every tensor is as it should be" in message
+        assert "rollout.parity_tolerance=0.05 (default for fp32 in the trainer, fp32 in the engine): every" in message
         assert not list((tmp_path / "run").glob("checkpoints/step_*"))
         assert not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").read_text()
     else:

@@ -13,6 +13,8 @@ from types import ModuleType
 
 import pytest
 
+from megatron_tempo.models.device import REPRODUCIBLE_WORKSPACES
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 PAGE = (ROOT / "docs/install.md").read_text()
@@ -127,3 +129,13 @@ def test_no_registry_is_named() -> None:
     for image in re.findall(r"^(?:ARG \w+_IMAGE=|FROM )(\S+)", DOCKERFILE, re.MULTILINE):
         host = image.partition("/")[0] if "/" in image else ""
         assert not re.search(r"[.:]", host), image
+
+
+def test_job_scripts_and_image_have_the_numerics_of_the_trainer() -> None:
+    """torch reads the variable for TF32 when it is imported, before the trainer can set it."""
+    [line] = re.findall(r"^ENV (.*TF32.*)$", DOCKERFILE, re.MULTILINE)
+    assert "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0" in (ROOT / "launch/common.sh").read_text()
+    assert "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0" in line
+    for text in (line, (ROOT / "launch/common.sh").read_text()):
+        [workspace] = re.findall(r"CUBLAS_WORKSPACE_CONFIG=(\S+)", text)
+        assert workspace in REPRODUCIBLE_WORKSPACES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,8 @@ def test_packed_attention_is_the_attention_of_each_sequence(
 ) -> None:
     sequences = [int((row >= 0).sum()) for row in micro.packing.grid]
     assert max(sequences) == 22
-    size = sum(sequences)
+    own, size = sum(sequences), micro.tokens.numel()
+    assert size == own + micro.padding
     generator = torch.Generator().manual_seed(0)
     shapes = [(size, 1, heads, DIM) for heads in (HEADS, groups, groups)]
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
@@ -83,15 +85,43 @@ def test_packed_attention_is_the_attention_of_each_sequence(
     )
     out = attention(*mine, None, packed_seq_params=micro.packing)
     assert out.shape == (size, 1, HEADS * DIM)
-    (out[:, 0] * back).sum().backward()
+    out = out[:own]  # nothing reads the output of padding
+    (out[:, 0] * back[:own]).sum().backward()
 
     theirs = [x.clone().requires_grad_() for x in inputs]
     query, key, value = (x[:, 0] for x in theirs)
     wanted = naive_attention(query, key, value, sequences, (scale or DIM**-0.5) * softmax_scale_multiplier, window)
-    (wanted * back).sum().backward()
+    (wanted * back[:own]).sum().backward()
     torch.testing.assert_close(out[:, 0], wanted, rtol=1e-10, atol=1e-12)
     for actual, expected in zip(mine, theirs, strict=True):
         torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_padding_in_the_grid_would_change_no_bit(
+    micro: MicroBatch, dtype: torch.dtype, window: int | None
+) -> None:
+    """Of what is read: the outputs of the rows' tokens and their gradients. The grid is smaller without it."""
+    assert micro.packing.grid is not None
+    assert micro.packing.cells is not None
+    size, longest = micro.tokens.numel(), micro.packing.grid.shape[1]
+    own = size - micro.padding
+    row = torch.full((1, longest), -1)
+    row[0, : micro.padding] = torch.arange(own, size)
+    cells = micro.packing.cells.clone()
+    cells[own:] = micro.packing.grid.numel() + torch.arange(micro.padding)
+    padded = replace(micro.packing, grid=torch.cat([micro.packing.grid, row]), cells=cells)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(size, 1, heads, DIM, generator=generator).to(dtype) for heads in (HEADS, 3, 3)]
+    back = torch.randn(own, 1, HEADS * DIM, generator=generator).to(dtype)
+    found = []
+    for packing in (micro.packing, padded):
+        mine = [x.clone().requires_grad_() for x in inputs]
+        out = PackedAttention(config(), window=window)(*mine, None, packed_seq_params=packing)[:own]
+        out.backward(back)
+        found.append([out, *(x.grad for x in mine)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_a_sequence_does_not_see_its_neighbours(micro: MicroBatch) -> None:

@@ -155,13 +155,33 @@ def _check_one(micro: MicroBatch, batch: Batch, budget: int, multiple: int) -> N
     assert micro.response_rows.lengths.tolist() == batch.response_lengths[rows].tolist()
 
     sequences = [len(whole[row]) for row in rows] + ([micro.padding] if micro.padding else [])
-    longest, start, grid = max(sequences), 0, []
-    for length in sequences:
-        grid.append([*range(start, start + length), *[-1] * (longest - length)])
+    assert micro.packing.max_seqlen_q == micro.packing.max_seqlen_kv == max(sequences)
+    assert micro.packing.cu_seqlens_q.tolist() == [sum(sequences[:i]) for i in range(len(sequences) + 1)]
+    own = sequences[: len(rows)] or sequences  # padding is a row of the grid only if there is nothing else
+    start, grid = 0, []
+    for length in own:
+        grid.append([*range(start, start + length), *[-1] * (max(own) - length)])
         start += length
     assert micro.packing.grid.tolist() == grid
-    assert micro.packing.grid.flatten()[micro.packing.cells].tolist() == list(range(size))
-    assert micro.packing.max_seqlen_q == micro.packing.max_seqlen_kv == longest
+    wanted = [*range(start), *[0] * (size - start)]
+    assert micro.packing.grid.flatten()[micro.packing.cells].tolist() == wanted
+
+
+@pytest.mark.parametrize(("lengths", "grid"), [([(1, 16380)], (1, 16381)), ([(2, 8), (2, 3)], (2, 10))])
+def test_padding_is_no_row_of_the_grid(lengths: list[tuple[int, int]], grid: tuple[int, int]) -> None:
+    """A row of 16,381 tokens under sequence parallelism took a grid of twice its size."""
+    batch = batch_of(lengths)
+    ((micro,),) = every(batch, torch.arange(len(lengths)), 1, 16384, tensor=2)
+    assert micro.padding == 1
+    assert micro.packing.grid.shape == grid
+
+
+def test_without_a_grid_none_is_built() -> None:
+    batch = batch_of([(2, 3), (4, 1)])
+    for wanted in (True, False):
+        (micro,) = micro_batches(batch, torch.arange(2), layout(), 99, CPU, with_grid=wanted)
+        assert (micro.packing.grid is not None) == (micro.packing.cells is not None) == wanted
+        assert micro.packing.cu_seqlens_q.tolist() == [0, 5, 10]
 
 
 @pytest.mark.parametrize(("tensor", "padding"), [(1, 1), (4, 4)])

@@ -42,6 +42,10 @@ FINE = [
     "run.precision=fp8_blockwise parallel.tensor=2 cluster.gpu=H100",
     "run.precision=fp8_blockwise model.layers=transformer_engine cluster.gpu=B200",
     "run.precision=mxfp8 cluster.gpu=B200",
+    "run.precision=fp8_delayed parallel.tensor=2 parallel.critic.pipeline=3",
+    "run.precision=fp8_delayed parallel.tensor=2 parallel.critic.tensor=1 parallel.critic.context=2",
+    "run.precision=fp8_delayed parallel.tensor=2 parallel.critic.tensor=2",
+    "run.precision=fp8_tensorwise parallel.tensor=2 parallel.critic.tensor=1",
     "run.precision=fp8_delayed cluster.gpu=L40S",
     "run.precision=mxfp8 cluster.gpu=unheard-of",  # nothing is known of it; where the job starts it is looked at
     "run.precision=fp32 model.layers=local cluster.gpu=A100",
@@ -55,6 +59,18 @@ def test_what_is_let_through(files: Path, words: str) -> None:
 
 # overrides, field, a part of what is wrong, the fix
 BROKEN = [
+    (
+        "run.precision=fp8_delayed parallel.tensor=2 parallel.critic.tensor=1",
+        "parallel.critic.tensor",
+        "shares scales over tensor * context ranks",
+        "parallel.critic.tensor=null, or run.precision=fp8_tensorwise",
+    ),
+    (
+        "run.precision=fp8_delayed parallel.critic.context=2",
+        "parallel.critic.context",
+        "shares scales",
+        "parallel.critic.context=null, or",
+    ),
     ("run.precision=fp8_delayed run.device=cpu", "run.precision", "on a CPU", "run.precision=fp32, or run.device=cuda"),
     ("run.precision=mxfp8 model.layers=local", "model.layers", "Transformer Engine's", "model.layers=auto"),
     ("model.layers=transformer_engine", "model.layers", "for bf16", "run.precision=bf16"),
@@ -142,11 +158,14 @@ def on(machine: Machine, precision: Precision, layers: Layers = Layers.auto) -> 
 def test_the_machines_that_run_each_recipe() -> None:
     for precision, recipe in RECIPES.items():
         for gpu, capability in GPUS.items():
-            machine = Machine(gpu, capability, (12, 9), (2, 11))
+            machine = Machine(gpu, capability, (12, 9), (2, 11), flash_attn=True)
             runs = recipe.capability <= capability
             assert (on(machine, precision) == []) is runs, (precision, gpu)
 
 
+TE = Layers.transformer_engine
+B200 = replace(H100, capability=(10, 0), flash_attn=True)
+A100 = replace(H100, capability=(8, 0))
 CPU = Machine("", None, None, None)
 # machine, precision, layers, field, parts of what is wrong and of the fix
 ELSEWHERE = [
@@ -157,8 +176,11 @@ ELSEWHERE = [
     (replace(H100, te=(2, 1)), Precision.fp8_tensorwise, Layers.auto, "run.precision", "2.2 or later", "2.2"),
     (replace(H100, te=(1, 13)), Precision.bf16, Layers.transformer_engine, "model.layers", "2.1 or later", "2.1"),
     (replace(H100, cuda=(12, 6)), Precision.fp8_blockwise, Layers.auto, "run.precision", "CUDA 12.9", "tensorwise"),
-    (replace(H100, capability=(12, 0)), Precision.mxfp8, Layers.auto, "run.precision", "below 12.0", "delayed"),
-    (replace(H100, capability=(7, 5)), Precision.bf16, Layers.auto, "run.precision", "8.0 or more", "fp32"),
+    (replace(B200, capability=(12, 0)), Precision.mxfp8, Layers.auto, "run.precision", "below 12.0", "delayed"),
+    (replace(B200, capability=(7, 5)), Precision.bf16, Layers.auto, "run.precision", "8.0 or more", "fp32"),
+    (A100, Precision.bf16, Layers.auto, "model.layers", "needs flash-attn on", "install flash-attn, or model.layers="),
+    (replace(A100, capability=(8, 9)), Precision.fp8_delayed, Layers.auto, "model.layers", "flash-attn", "=bf16 with"),
+    (replace(B200, flash_attn=False), Precision.bf16, TE, "model.layers", "deterministic step", "run.deterministic="),
 ]
 
 
@@ -170,6 +192,24 @@ def test_where_a_job_starts(
     assert problem.field == field
     assert wrong in problem.wrong
     assert fix in problem.fix
+
+
+def test_where_transformer_engine_s_attention_is_not_unfused() -> None:
+    def found(machine: Machine, *, deterministic: bool = True, context: int = 1, layers: Layers = TE) -> list[Problem]:
+        config = Config()
+        config.run.precision, config.run.deterministic, config.model.layers = Precision.bf16, deterministic, layers
+        config.parallel.context = context
+        return list(check_machine(config, machine))
+
+    unfused = replace(B200, flash_attn=False)
+    assert found(unfused)
+    assert not found(unfused, deterministic=False)
+    assert not found(unfused, context=2), "the attention is ours"
+    assert not found(unfused, layers=Layers.local)
+    assert not found(replace(unfused, te=None), layers=Layers.auto)
+    assert not found(H100), "cuDNN's is deterministic on Hopper"
+    assert found(A100, deterministic=False)
+    assert not found(replace(A100, flash_attn=True))
 
 
 def test_what_auto_means() -> None:

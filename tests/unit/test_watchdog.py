@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -178,6 +178,44 @@ def test_a_hang_in_which_all_wait_for_one_another() -> None:
     assert set(diagnosis.dump) == {0, 1, 2}
 
 
+# What the ranks say of a hang: (they wait by their lines, collectives begun in groups a and b), who is suspected, and
+# who waits. Under NCCL a line says nothing of a collective: the rank stands where it next needs a number from its GPU.
+HANGS = {
+    "one sleeps, and the others' lines do not tell": ([(0, 5, 7), (0, 5, None), (0, 4, 7)], {2}, {0, 1}),
+    "one sleeps, the others wait for their GPUs": ([(1, 5, 7), (1, 5, None), (0, 4, 7)], {2}, {0, 1}),
+    "one's GPU hangs": ([(1, 5, None), (1, 4, None), (1, 5, None)], {1}, {0, 2}),
+    "a chain: 0 waits for 1 in a, 1 for 2 in b": ([(0, 5, None), (0, 4, 8), (0, None, 7)], {2}, {0, 1}),
+    "one behind waits for a message of one that sleeps": ([(1, 5, None), (1, 4, None), (0, None, 7)], {2}, {0, 1}),
+    "different orders": ([(1, 5, 7), (1, 4, 8), (1, 4, 7)], {2}, {0, 1}),
+    "two cross": ([(1, 5, 7), (1, 4, 8), (1, None, None)], set(), {0, 1, 2}),
+    "no counts": ([(1, None, None), (0, None, None), (0, None, None)], {1, 2}, {0}),
+}
+
+
+@pytest.mark.parametrize("name", HANGS)
+def test_in_a_hang_the_lowest_number_of_collectives_is_suspected(name: str) -> None:
+    ranks, suspects, waiting = HANGS[name]
+    world = World()
+    world.idle = {0, 1, 2}
+    for rank, (is_waiting, a, b) in enumerate(ranks):
+        counts = {group: number for group, number in (("a", a), ("b", b)) if number is not None}
+        heartbeat = replace(world.heartbeats[rank], is_waiting=bool(is_waiting), collectives=counts)
+        world.heartbeats[rank] = heartbeat
+    diagnosis, _ = world.until_diagnosis(2 * HANG)
+    words = {int(line.split()[1]): line.partition("): ")[2] for line in diagnosis.text.splitlines()[1:]}
+    assert {rank for rank, text in words.items() if text.startswith("hangs, ")} == suspects
+    assert {rank for rank, text in words.items() if text.startswith("waits for others, ")} == waiting
+    assert set(diagnosis.dump) == (suspects or {0, 1, 2})
+    assert all((f"rank {rank} (" in diagnosis.reason) == (rank in suspects) for rank in range(WORLD))
+
+
+def test_ranks_that_are_at_different_numbers_and_get_on_do_not_hang() -> None:
+    world = World()
+    for rank in range(WORLD):
+        world.heartbeats[rank] = replace(world.heartbeats[rank], collectives={"a": rank})
+    quiet_for(world, 3 * HANG)
+
+
 @pytest.mark.parametrize("rank", range(WORLD))
 def test_as_long_as_one_gets_on_nothing_hangs(rank: int) -> None:
     world = World()
@@ -285,6 +323,68 @@ def test_where_a_thread_stands() -> None:
     holder._closed.set()
     thread.join()
     assert watchdog._location_of(thread.ident) == ("", False)
+
+
+class Device:
+    """A tensor whose GPU does not answer. Its calls are C functions, as torch's are, so they have no frame."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.lock.acquire()
+        self.item = self.cpu = self.tolist = self.append = self.lock.acquire
+        self.truth = type("Truth", (), {"__bool__": self.lock.acquire})()  # such as of `loss > limit`
+
+
+def by_item(x: Device) -> object:
+    return [x.item() for _ in range(1)]
+
+
+def by_cpu(x: Device) -> object:
+    values = {"a": 1.0}
+    values["b"] = float(len([x, x])) + (
+        x  # a call over several lines
+        .cpu()
+    )  # fmt: skip
+    return values
+
+
+def by_argument(x: Device) -> object:
+    return max(1, len(str(x.tolist())), 2)
+
+
+def by_truth(x: Device) -> object:
+    if x.truth:
+        return 1
+    return 2
+
+
+def by_nothing(x: Device) -> object:
+    return len([x.item.__name__, x.append()])  # of another kind
+
+
+def by_event(x: Device) -> object:
+    return x.lock.acquire()
+
+
+@pytest.mark.parametrize(
+    ("wait", "expected"),
+    [*((wait, True) for wait in (by_item, by_cpu, by_argument, by_truth)), (by_nothing, False), (by_event, False)],
+)
+def test_a_wait_for_the_gpu_is_a_wait(wait: Callable[[Device], object], expected: bool) -> None:
+    device = Device()
+    thread = threading.Thread(target=wait, args=(device,), daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 120
+    while True:  # until it stands in the call: the same instruction a hundred times
+        frame = sys._current_frames().get(thread.ident or 0)
+        if frame is not None and frame.f_code.co_filename == __file__:
+            found = {watchdog._location_of(thread.ident)[1] for _ in range(100)}
+            if found == {expected}:
+                break
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    device.lock.release()
+    thread.join()
 
 
 def test_processes_that_are_gone() -> None:

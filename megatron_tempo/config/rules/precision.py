@@ -26,6 +26,9 @@ from megatron_tempo.config.recipes import (
 from megatron_tempo.config.rules.layout import Laid, divisors, folders_of, laid_of
 from megatron_tempo.config.schema import Config
 
+_CUDNN_CAPABILITY, _BLACKWELL = (9, 0), (10, 0)
+_UNSHARED = f"run.precision={Precision.fp8_tensorwise.name}"  # scales are those of the tensor itself
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -38,6 +41,7 @@ class Machine:
     capability: Version | None  # of the GPU; None if there is none
     cuda: Version | None  # that torch is built with
     te: Version | None  # of Transformer Engine; None if it is not installed or Megatron-Core cannot import it
+    flash_attn: bool = False  # whether flash-attn is installed
 
 
 def check(config: Config, shapes: dict[str, ModelShape]) -> Iterator[Problem]:
@@ -50,6 +54,7 @@ def check(config: Config, shapes: dict[str, ModelShape]) -> Iterator[Problem]:
         wrong = "Transformer Engine's fast attentions are for bf16"
         yield Problem("model.layers", config.model.layers, wrong, "run.precision=bf16, or model.layers=auto")
     yield from _ends(config)
+    yield from _maxima(config)
     problems: list[Problem] = []
     for role, folder in folders_of(config).items():
         if recipe is not None and folder in shapes:
@@ -65,6 +70,7 @@ def check_machine(config: Config, machine: Machine) -> Iterator[Problem]:
     """Problems of the machine on which a job starts."""
     precision, layers = config.run.precision, config.model.layers
     recipe = RECIPES.get(precision)
+    yield from _attention(config, machine)
     if machine.capability is None and precision is not Precision.fp32:
         yield Problem("run.precision", precision, "requires a GPU, and there is none", "run.precision=fp32")
         return
@@ -86,6 +92,27 @@ def check_machine(config: Config, machine: Machine) -> Iterator[Problem]:
         yield Problem(field, value, wrong, f"install {dotted(wanted)} or later, or {field}=another")
 
 
+def _attention(config: Config, machine: Machine) -> Iterator[Problem]:
+    """Where TE would use its unfused attention, whose scores take the square of a row's tokens.
+
+    By `get_attention_backend` of TE 2.11 (pytorch/attention/dot_product_attention/utils.py), for packed sequences in
+    bf16 without flash-attn: cuDNN's attention requires Hopper, and on Blackwell its backward pass is not deterministic.
+    The real choice was read for each of these GPUs on the null GPU (tests/nullgpu/test_numerics.py).
+    """
+    layers, precision, capability = config.model.layers, config.run.precision, machine.capability
+    uses_te = layers is Layers.transformer_engine or (layers is Layers.auto and precision is not Precision.fp32)
+    ours = min(config.parallel.context, config.parallel.of_critic().context) > 1  # the attention is not TE's
+    if capability is None or machine.te is None or machine.flash_attn or not uses_te or ours:
+        return
+    local = "model.layers=local" if precision not in RECIPES else "run.precision=bf16 with model.layers=local"
+    wrong = f"Transformer Engine needs flash-attn on {machine.gpu}, and would keep the scores of all pairs of tokens"
+    if capability < _CUDNN_CAPABILITY:
+        yield Problem("model.layers", layers, wrong, f"install flash-attn, or {local}")
+    elif capability >= _BLACKWELL and config.run.deterministic:
+        wrong += " in a deterministic step"
+        yield Problem("model.layers", layers, wrong, f"run.deterministic=false, or install flash-attn, or {local}")
+
+
 def _ends(config: Config) -> Iterator[Problem]:
     ends, precision = config.model.num_bf16_layers_at_ends, config.run.precision
     if ends > 0 and precision not in RECIPES:
@@ -104,6 +131,25 @@ def _ends(config: Config) -> Iterator[Problem]:
             wrong,
             "model.num_bf16_layers_at_ends=0, or run.precision=fp8_tensorwise",
         )
+
+
+def _maxima(config: Config) -> Iterator[Problem]:
+    """Actor and critic must share the ranks over which delayed scaling reduces the largest magnitudes.
+
+    At the end of each pass, Transformer Engine reduces those of all models of the process, each over the group of its
+    own layout (`reduce_and_update_fp8_tensors` of its pytorch/quantization.py). If the ranks of one model's group
+    belong to different replicas of the other, they make different numbers of passes: one waits for ever.
+    """
+    actor, critic = config.parallel, config.parallel.of_critic()
+    if config.run.precision is not Precision.fp8_delayed:
+        return
+    if actor.tensor * actor.context != critic.tensor * critic.context:
+        changed = [name for name in ("tensor", "context") if getattr(actor, name) != getattr(critic, name)]
+        wrong = (
+            "fp8_delayed shares scales over tensor * context ranks, which must be as many for the critic as the actor"
+        )
+        fix = " ".join(f"parallel.critic.{name}=null" for name in changed)
+        yield Problem(f"parallel.critic.{changed[0]}", getattr(critic, changed[0]), wrong, f"{fix}, or {_UNSHARED}")
 
 
 def _ends_of(config: Config, laid: Laid, folder: str, shape: ModelShape) -> Iterator[Problem]:

@@ -5,7 +5,8 @@
     checkpoint_writer.py   Megatron's checkpoint writer without its processes
     gloo_devices.py        one gloo device for all process groups of a rank
     group_globals.py       Megatron's process groups, which are module globals
-    torch_private.py       torch's process groups apart from the default one, checkpoint records, shared GPU memory
+    transformer_engine.py  whether Transformer Engine can be imported, and which attention it chose
+    torch_private.py       torch's process groups and their counters, checkpoint records, shared GPU memory
 
 Each function states the version that it is for, where the cause is in that version's source, and what breaks without
 it.

@@ -1,4 +1,4 @@
-"""Private names of torch: process groups apart from the default one, checkpoint records, shared GPU memory.
+"""Private names of torch: process groups and their counters, checkpoint records, shared GPU memory.
 
 This file imports torch only, so that the rollout engines can use it without Megatron-Core.
 """
@@ -6,6 +6,7 @@ This file imports torch only, so that the rollout engines can use it without Meg
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -31,6 +32,26 @@ def join_separate_group(
     )
     _world.pg_group_ranks[group] = {member: member for member in range(world)}
     return group
+
+
+def begun_collectives() -> dict[str, int]:
+    """How many collectives this process has begun in each of its process groups, by a name that its members share.
+
+    torch 2.10 to 2.13 (distributed/distributed_c10d.py, `_World`; csrc/distributed/c10d, `getSequenceNumberForGroup`).
+    No public function tells it. Without it, a hang under NCCL cannot be told from waiting: all ranks stand at the line
+    where they next need a number from the GPU. NCCL does not count messages from one rank to another. gloo does, so its
+    groups are left out, except the default one, in which no such messages are sent. So are groups of
+    `join_separate_group`: torch names its own ones by numbers. May be called from any thread.
+    """
+    default = _world.default_pg
+    counts = {}
+    for group, name in list(_world.pg_names.items()):
+        for device in group._device_types if name.isdecimal() else ():
+            with suppress(RuntimeError):  # of a group that another thread closes
+                backend: Any = group._get_backend(device)  # torch's stubs lack the method
+                if group is default or backend.name() != "gloo":
+                    counts[f"{name} {device.type}"] = backend._get_sequence_number_for_group()
+    return counts
 
 
 def write_result(index: MetadataIndex, file: str, offset: int, length: int) -> WriteResult:

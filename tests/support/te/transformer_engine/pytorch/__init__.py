@@ -1,10 +1,10 @@
 """The part for torch."""
 
-from transformer_engine.pytorch import distributed, fp8, optimizers, record
-from transformer_engine.pytorch.absent import GroupedLinear, ops
+from transformer_engine.pytorch import distributed, fp8, ops, optimizers, record
+from transformer_engine.pytorch.absent import GroupedLinear
 from transformer_engine.pytorch.attention import DotProductAttention
 from transformer_engine.pytorch.fp8 import fp8_autocast
-from transformer_engine.pytorch.linear import LayerNormLinear, Linear
+from transformer_engine.pytorch.module.linear import LayerNormLinear, Linear
 
 __all__ = [
     "DotProductAttention",

@@ -53,12 +53,13 @@ class FusedAdam(torch.optim.Optimizer):
         parameter.add_(change + group["weight_decay"] * parameter, alpha=-group["lr"])
 
 
-class FusedSGD(torch.optim.SGD):
-    pass
+class FusedSGD:
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise NotImplementedError("the optimizer is Adam")
 
 
-def multi_tensor_applier(op: Any, flag: Tensor, lists: list[list[Tensor]], *args: Any) -> Any:
-    return op(2048 * 32, flag, lists, *args)
+def multi_tensor_applier(op: Any, noop_flag_buffer: Tensor, tensor_lists: list[list[Tensor]], *args: Any) -> Any:
+    return op(2048 * 32, noop_flag_buffer, tensor_lists, *args)
 
 
 def multi_tensor_l2norm(_: int, flag: Tensor, lists: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:

@@ -1,7 +1,8 @@
-"""Records the calls of the layers, for the tests."""
+"""Records the calls of the layers, for the tests, which may also set what TE decides by itself."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 
@@ -19,7 +20,11 @@ class Call:
     grad: bool
 
 
+backend = "fused"  # the attention that TE chooses: flash, fused or unfused
+out_of_memory = False  # whether the attention fails
 calls: list[Call] = []
+# How often delayed scaling reduces the largest magnitudes of a pass, by the ranks of the group.
+reductions: Counter[tuple[int, ...]] = Counter()
 # Windows and scales of the attentions that were built, and (sequences, tokens) of their passes.
 attentions: list[tuple[tuple[int, int], float]] = []
 packed: list[tuple[int, int]] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -12,28 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from transformer_engine.pytorch.distributed import Gathered, Reduced, ReducedInBackward, Scattered
+from transformer_engine.pytorch.collectives import Gathered, Reduced, ReducedInBackward, Scattered
 from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 from transformer_engine.pytorch.record import Call, calls
 
 # What `is_quantizable` of a recipe's quantizer asks of a tensor that is gathered over tensor ranks.
 _BLOCKS = {"Float8BlockScaling": 128, "MXFP8BlockScaling": 32}
-
-
-class TransformerEngineBaseModule(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fp8_recipe: str | None = None  # of the last pass
-
-    def get_extra_state(self) -> Tensor:
-        if self.fp8_recipe is None:
-            return torch.empty(0, dtype=torch.uint8)
-        return torch.frombuffer(bytearray(pickle.dumps({"recipe": self.fp8_recipe})), dtype=torch.uint8)
-
-    def set_extra_state(self, state: Tensor | None) -> None:
-        if state is None or state.numel() == 0:
-            return
-        self.fp8_recipe = pickle.loads(state.numpy().tobytes())["recipe"]
 
 
 class Linear(TransformerEngineBaseModule):
@@ -97,6 +81,7 @@ class Linear(TransformerEngineBaseModule):
         self.fp8_recipe = type(state.recipe).__name__ if state.enabled else None
         tokens = math.prod(inp.shape[:-1])
         if state.enabled:
+            state.add_fp8_tensors_to_global_buffer(self.fp8_meta)
             for outer, inner in ((tokens, inp.shape[-1]), self.weight.shape):
                 assert outer % 8 == 0, f"FP8 execution requires dimensions divisible by 8 and 16, got {outer}, {inner}"
                 assert inner % 16 == 0, f"FP8 execution requires dimensions divisible by 8 and 16, got {outer}, {inner}"
@@ -114,11 +99,6 @@ class LayerNormLinear(Linear):
         in_features: int,
         out_features: int,
         eps: float = 1e-5,
-        normalization: str = "LayerNorm",
-        return_layernorm_output: bool = False,
-        zero_centered_gamma: bool = False,
-        params_dtype: torch.dtype | None = None,
-        device: torch.device | str = "cuda",
         sequence_parallel: bool = False,
         fuse_wgrad_accumulation: bool = False,
         tp_group: dist.ProcessGroup | None = None,
@@ -126,8 +106,13 @@ class LayerNormLinear(Linear):
         get_rng_state_tracker: Callable[[], Any] | None = None,
         init_method: Callable[[Tensor], Any] | None = None,
         bias: bool = True,
+        normalization: str = "LayerNorm",
         return_bias: bool = False,
+        params_dtype: torch.dtype | None = None,
         parallel_mode: str | None = None,
+        return_layernorm_output: bool = False,
+        zero_centered_gamma: bool = False,
+        device: torch.device | str = "cuda",
         name: str | None = None,
     ) -> None:
         super().__init__(

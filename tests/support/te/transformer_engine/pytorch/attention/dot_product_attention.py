@@ -11,8 +11,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from transformer_engine.pytorch.linear import TransformerEngineBaseModule
+from transformer_engine.pytorch import record
+from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 from transformer_engine.pytorch.record import attentions, packed
+
+# What TE chose for the last pass: one of the three, and why not another it only logs.
+_attention_backends: dict[str, Any] = {
+    "attention_params": None,
+    "use_flash_attention": None,
+    "flash_attention_backend": None,
+    "use_fused_attention": None,
+    "fused_attention_backend": None,
+    "use_unfused_attention": None,
+    "backend_selection_requires_update": False,
+}
 
 
 class DotProductAttention(TransformerEngineBaseModule):
@@ -84,6 +96,10 @@ class DotProductAttention(TransformerEngineBaseModule):
         assert ends[-1] == tokens
         assert max(b - a for a, b in pairwise(ends)) == max_seqlen_q == max_seqlen_kv
         packed.append((len(ends) - 1, tokens))
+        for backend in ("flash", "fused", "unfused"):
+            _attention_backends[f"use_{backend}_attention"] = backend == record.backend
+        if record.out_of_memory:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return torch.cat(
             [
                 self._of_sequence(*(x[start:end] for x in (query_layer, key_layer, value_layer)))
