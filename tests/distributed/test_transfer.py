@@ -159,6 +159,8 @@ def test_no_wait_is_unbounded(
     def join(*arguments: Any) -> Any:
         if stuck == "join":
             never.wait()
+        else:
+            senders._links[TARGET]._seconds = 0.2  # for what follows
         return "the group"
 
     def broadcast(*arguments: Any, **options: Any) -> Any:
@@ -174,7 +176,7 @@ def test_no_wait_is_unbounded(
     monkeypatch.setattr(transfer, "abort_separate_group", abort)
     monkeypatch.setattr(transfer, "_ABORT_SECONDS", 0.1)
     monkeypatch.setattr(dist, "broadcast", broadcast)
-    senders = senders_of(tmp_path / "place", 0.2)
+    senders = senders_of(tmp_path / "place", 0.2 if stuck == "join" else 300.0)
     failed, _ = senders.send(Given([[("a", torch.zeros(2))]]), [TARGET], 0, compare=False)
     senders.close()
     assert failed == {0: "failed in a weight update: took no weights for rollout.servers.update_seconds=0.2"}
@@ -187,7 +189,7 @@ def test_a_healthy_group_is_left_without_waiting(
 ) -> None:
     """torch's destroy_process_group waits under NCCL for what was launched."""
     monkeypatch.setattr(transfer, "join_separate_group", lambda *arguments: "the group")
-    senders = senders_of(tmp_path / "place", 5.0)
+    senders = senders_of(tmp_path / "place", 300.0)
     senders._connect([TARGET], {})
     # The server was started anew: the link to its earlier life is closed.
     senders._connect([Target(0, 1, TARGET.url)], {})
@@ -224,14 +226,14 @@ def test_a_group_gets_tensors_of_its_device_only(
 
     monkeypatch.setattr(transfer, "join_separate_group", join)
     monkeypatch.setattr(dist, "broadcast", refusing)
-    senders = senders_of(tmp_path / "place", 5.0, torch.device(device))
+    senders = senders_of(tmp_path / "place", 300.0, torch.device(device))
     bucket = [("a", torch.zeros(2)), ("b", torch.zeros(3))]
     failed, _ = senders.send(Given([bucket]), [TARGET], 0, compare=False)
     senders.close()
     assert failed == {}
     assert arrived == [20]
     # Under NCCL torch ends the process at the group's own limit, which is past a link's.
-    assert backends == [("gloo", 5.0)] if device == "cpu" else [("nccl", 70.0)]
+    assert backends == [("gloo", 300.0)] if device == "cpu" else [("nccl", 660.0)]
 
 
 def test_shared_memory_opens_no_group(tmp_path: Path, aborted: list[object]) -> None:
