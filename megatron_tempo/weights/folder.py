@@ -300,8 +300,8 @@ def save(
     """Write a stream as a Hugging Face folder that transformers opens, with the config and tokenizer of `like`.
 
     Collective, because the stream is. The first rank writes one file per bucket. It joins the parts of a tensor in its
-    own memory. The folder gets its name when it is
-    complete. `extra_file` is copied into it if it exists. `origin`: the content of `ORIGIN`.
+    own memory. The folder gets its name when it is complete. `extra_file` is copied into it if it exists. `origin`: the
+    content of `ORIGIN`.
 
     Raises on the first rank: FileExistsError if the folder exists; OSError if it cannot be written. The OSError comes
     at the end of the stream, and the partial folder is deleted.

@@ -279,7 +279,7 @@ def measure_large(model: Path) -> dict[str, Any]:
         measured: dict[str, Any] = {"sends": layout.tensor_rank == 0, "largest": largest / limit, "parts": set()}
         for way, start in WAYS.items():
             weights = WeightStream(net, layout, mappings, limit)
-            with Storages(net.parameters(), settled=0.0) as storages:
+            with Storages(net.parameters()) as storages:
                 for bucket in start(weights):
                     measured["parts"] |= {(way, whole_name(n)) for n, _ in bucket if isinstance(n, PartName)}
                     del bucket
