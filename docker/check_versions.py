@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -65,7 +66,9 @@ def nccl_problems(trainer: str, engine: str) -> list[str]:
 
 
 def nccl(python: str) -> str:
-    done = subprocess.run([python, "-c", NCCL_OF], stdout=subprocess.PIPE, text=True, check=True)
+    # A run starts a server without the image's PYTHONPATH.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([python, "-c", NCCL_OF], stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return done.stdout.split()[-1]
 
 

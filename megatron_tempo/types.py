@@ -181,7 +181,36 @@ class EngineHealth:
     address: str = ""
 
 
-Bucket = list[tuple[str, Tensor]]  # tensors of a model by their Hugging Face names
+class PartName(str):
+    """The name of consecutive rows of a tensor, where a bucket has only a part of it.
+
+    Rows `start` to `stop` of the `rows` rows of `whole`. Parts of a tensor follow one another in the order of its rows.
+
+    >>> PartName("lm_head.weight", 4096, 8192, 151936)
+    'lm_head.weight[4096:8192]'
+    """
+
+    whole: str
+    start: int
+    stop: int
+    rows: int
+
+    def __new__(cls, whole: str, start: int, stop: int, rows: int) -> PartName:
+        name = super().__new__(cls, f"{whole}[{start}:{stop}]")
+        name.whole, name.start, name.stop, name.rows = whole, start, stop, rows
+        return name
+
+    def __getnewargs__(self) -> tuple[str, int, int, int]:  # type: ignore[override]  # for pickle
+        return self.whole, self.start, self.stop, self.rows
+
+
+def whole_name(name: str) -> str:
+    """The name of the tensor that a tensor of a bucket is, or is a part of."""
+    return name.whole if isinstance(name, PartName) else name
+
+
+# Tensors of a model by their Hugging Face names. Names of parts are `PartName`s, in streams that are asked for parts.
+Bucket = list[tuple[str, Tensor]]
 
 
 class Weights(Protocol):
@@ -195,11 +224,15 @@ class Weights(Protocol):
         """Whether this rank gets buckets from `from_stages`."""
         ...
 
-    def everywhere(self) -> Iterator[Bucket]:
-        """All weights on every rank."""
+    def everywhere(self, *, parts: bool = False) -> Iterator[Bucket]:
+        """All weights on every rank.
+
+        With `parts`, a tensor that is larger than a bucket arrives in parts, each in a bucket of its own. Without, it
+        arrives whole, in a bucket that exceeds the bound.
+        """
         ...
 
-    def from_stages(self, *, shared: bool = False) -> Iterator[Bucket]:
+    def from_stages(self, *, shared: bool = False, parts: bool = False) -> Iterator[Bucket]:
         """All weights, each on one rank: each pipeline stage's own weights on one of its ranks. Others get nothing.
 
         With `shared`, buckets are in memory that this machine's processes can open. On a CPU two buffers are used in

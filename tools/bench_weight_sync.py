@@ -73,7 +73,7 @@ from megatron_tempo.training import setup
 from megatron_tempo.training.context import RunContext, open_context
 from megatron_tempo.types import Bucket, Weights
 from megatron_tempo.weights import folder, tables
-from megatron_tempo.weights.stream import plan
+from megatron_tempo.weights.pieces import plan
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "examples/quickstart/model"
@@ -116,12 +116,12 @@ class GatherAll:
     def __init__(self, weights: Weights) -> None:
         self._weights, self.sends = weights, dist.get_rank() == 0
 
-    def everywhere(self) -> Iterator[Bucket]:
-        return iter(list(self._weights.everywhere()))
+    def everywhere(self, *, parts: bool = False) -> Iterator[Bucket]:
+        return iter(list(self._weights.everywhere(parts=parts)))
 
-    def from_stages(self, *, shared: bool = False) -> Iterator[Bucket]:
+    def from_stages(self, *, shared: bool = False, parts: bool = False) -> Iterator[Bucket]:
         assert not shared
-        whole = self.everywhere()
+        whole = self.everywhere(parts=parts)
         if self.sends:
             yield from whole
 

@@ -29,7 +29,7 @@ from megatron_tempo.weights import distributed, folder, tables
 from megatron_tempo.weights.export import critic_changes, last_targets, origin_of
 from megatron_tempo.weights.files import nbytes, write_safetensors
 from megatron_tempo.weights.param_mapping import ParamMapping
-from megatron_tempo.weights.stream import plan
+from megatron_tempo.weights.pieces import plan
 
 log = logging.getLogger(__name__)
 

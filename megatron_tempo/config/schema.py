@@ -81,7 +81,7 @@ class ParallelConfig:
     offload: bool = False  # one model at a time on the GPU; the others are in page-locked host memory
     # tokens of a packed micro-batch, over its context ranks; a longer row is a micro-batch of its own
     micro_batch_tokens: int = 16384
-    bucket_mb: int = 512  # MiB of each bucket of a weight sync
+    bucket_mb: int = 512  # MiB of each bucket of a weight sync; larger tensors are sent in parts, not to SGLang
 
     @property
     def ranks_of_a_replica(self) -> int:
@@ -134,7 +134,7 @@ class ServersConfig:
     # address at which started servers and the trainer's weight senders listen; `hostname`: each node's own
     host: str = "127.0.0.1"
     # GPUs of a node, in order, `tensor` for each server, counted from 0 among those that the job sees
-    # (CUDA_VISIBLE_DEVICES); None: all of these
+    # (CUDA_VISIBLE_DEVICES); None: the first ones that the trainer does not use
     devices: list[int] | None = None
     tensor: int = 1  # tensor parallelism of each server
     precision: EnginePrecision | None = None  # number format; None: run.precision, or bf16 if that is FP8

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from megatron_tempo.config.choices import EnginePrecision, Logits, Precision
+from megatron_tempo.config.choices import EngineKind, EnginePrecision, Logits, Precision
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import StageConfig
@@ -341,19 +341,23 @@ class _Phases:
         return batch | {Part.activations: held + layers}
 
     def _buckets(self, stage: int) -> float:
-        """Two buckets (weights/stream.py) of `parallel.bucket_mb`, or of the largest mapping if that is more, as the
-        embedding often is. The embedded engine receives every bucket on every rank. An FP8 bucket is built next to its
-        bf16 bucket."""
+        """A bucket of `parallel.bucket_mb` and the messages that fill it, at most as much again (weights/pieces.py).
+
+        The embedded engine receives every bucket on every rank. It and vLLM take a large tensor in parts. SGLang and
+        engines of the user's own take it whole: their largest bucket is the largest mapping, often the embedding. An
+        FP8 bucket is built next to its bf16 bucket."""
         config, shape = self.config, self.shape
         precision = engine.precision_of(config)
         size = 4 if precision is EnginePrecision.fp32 else 2
         slots = [2 * shape.ffn * shape.hidden, (shape.queries + 2 * shape.keys) * shape.hidden]
         if not config.rollout.is_served or stage in (0, self.layouts[Role.actor].pipeline - 1):
             slots.append(shape.vocab * shape.hidden)
-        largest = max(config.parallel.bucket_mb << 20, size * max(slots))
-        return min(largest, size * shape.layers * layer_parameters(shape) + size * slots[-1]) * (
-            2.5 if precision is EnginePrecision.fp8 else 2
-        )
+        bound = largest = config.parallel.bucket_mb << 20
+        if config.rollout.engine not in (EngineKind.embedded, EngineKind.vllm):
+            largest = max(bound, size * max(slots))
+        whole = size * shape.layers * layer_parameters(shape) + size * slots[-1]
+        fp8 = 0.5 if precision is EnginePrecision.fp8 else 0.0
+        return min(largest, whole) * (1 + fp8) + min(bound, whole)
 
     def _gathered(self, role: Role) -> Parts:
         """Megatron's fully reshardable format gathers a model's fp32 main weights and moments over the data-parallel

@@ -33,9 +33,9 @@ class Split:
 def split_of(config: Config) -> Split:
     """Divide the GPUs as docs/engines.md describes.
 
-    Servers take their `devices` of each node that they are started on, the trainer the node's other GPUs. If
-    `parallel.world_size` is set, its processes take each node's first GPUs. Without `devices` all servers see all GPUs
-    of a node and start with the first. `cluster.rollout_nodes` do not train.
+    Servers take their `devices` of each node that they are started on, the trainer the node's other GPUs, from the
+    first on. If `parallel.world_size` is set, its processes take each node's first GPUs. Without `devices` servers take
+    the GPUs after the trainer's. `cluster.rollout_nodes` do not train.
     """
     machines, servers = config.cluster, config.rollout.servers
     assert machines is not None
@@ -46,16 +46,10 @@ def split_of(config: Config) -> Split:
         count = servers.replicas * away
         return Split(world or machines.training_nodes * node, count, count * servers.tensor, 0)
     nodes = machines.nodes if servers.each_node else 1
-    devices = servers.devices
-    taken = servers.tensor if devices is None else len(set(devices))
-    if world is None:
-        trainers = node - taken if devices is not None and taken < node else node
-        world = trainers * machines.nodes
-    else:
-        trainers = -(-world // machines.nodes)
-    free = trainers + taken <= node and devices is not None
-    crowd = servers.replicas if devices is None else 1
-    return Split(world, servers.replicas * nodes, taken * nodes, 0 if free else crowd)
+    taken, trainers = cluster.servers_on_node(servers), cluster.trainers_on_node(config, world) or node
+    first = trainers if servers.devices is None else min(servers.devices, default=trainers)
+    free = first >= trainers and (servers.devices is not None or trainers + taken <= node)
+    return Split(world or trainers * machines.nodes, servers.replicas * nodes, taken * nodes, 0 if free else 1)
 
 
 def problems(config: Config) -> list[Problem]:
@@ -76,7 +70,7 @@ def laid_out(config: Config, shape: ModelShape) -> list[Problem]:
     fields = ["model.path"] + (["model.critic_path"] if config.model.critic_path is not None else [])
     shapes = dict.fromkeys(fields, shape)
     problems = [*layout.check(config, shapes, world), *precision.check(config, shapes), *_devices(config)]
-    problems += [problem for problem in rollout.check(config) if not problem.field.startswith(_ELSEWHERE)]
+    problems += [problem for problem in rollout.check(config, world) if not problem.field.startswith(_ELSEWHERE)]
     return problems + list(stages.check_data_parallel(config, world))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from megatron_tempo.data.tokenizer import end_tokens
 from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.runtime import progress_marker
-from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
+from megatron_tempo.types import Completion, EngineHealth, PartName, TokenCount, Weights, whole_name
 
 # Ended rows are removed from the cache once they are this share of the batch. Each removal copies the cache.
 ENDED_SHARE = 1 / 16
@@ -47,33 +48,36 @@ class EmbeddedEngine:
 
     @torch.no_grad()
     def load_weights(self, weights: Weights, version: int) -> None:
-        parameters = dict(self._model.named_parameters())
+        parameters: dict[str, Tensor] = dict(self._model.named_parameters())
         # The second name of a tied matrix: published folders may repeat it.
         repeated = {name for name, _ in self._model.named_parameters(remove_duplicate=False)} - set(parameters)
         left = set(parameters)
-        for bucket in weights.everywhere():
+        for bucket in weights.everywhere(parts=True):
             for name, tensor in bucket:
-                if name in repeated:
+                if whole_name(name) in repeated:
                     continue
-                target = parameters.get(name)
+                target = _rows(parameters, name)
                 if target is None or target.shape != tensor.shape:
                     expected = "no such tensor" if target is None else f"shape {tuple(target.shape)}"
                     raise ValueError(
                         f"weight {name} of shape {tuple(tensor.shape)} does not fit the engine: {expected}"
                     )
                 target.copy_(tensor)
-                left.discard(name)
+                if not isinstance(name, PartName) or name.stop == name.rows:  # parts arrive in order
+                    left.discard(whole_name(name))
         if left:
             raise ValueError(f"the weight update left out {len(left)} tensors: {', '.join(sorted(left)[:5])}")
         self._version = version
 
     def differences(self, weights: Weights) -> list[tuple[str, float]]:
-        parameters = dict(self._model.named_parameters())
-        differences = []
-        for name, tensor in (pair for bucket in weights.everywhere() for pair in bucket):
-            if name in parameters and not torch.equal(parameters[name], tensor):
-                apart = (parameters[name] - tensor).norm() / tensor.norm()
-                differences.append((name, float(apart)))
+        parameters: dict[str, Tensor] = dict(self._model.named_parameters())
+        sums: dict[str, tuple[float, float]] = {}  # of each tensor: the squares of its differences, and of its elements
+        for name, tensor in (pair for bucket in weights.everywhere(parts=True) for pair in bucket):
+            if (held := _rows(parameters, name)) is not None:
+                apart, size = sums.get(whole_name(name), (0.0, 0.0))
+                of_part = 0.0 if torch.equal(held, tensor) else float((held - tensor).norm()) ** 2
+                sums[whole_name(name)] = apart + of_part, size + float(tensor.norm()) ** 2
+        differences = [(name, (apart / size) ** 0.5 if size else inf) for name, (apart, size) in sums.items() if apart]
         return sorted(differences, key=lambda item: -item[1])
 
     def start(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
@@ -236,6 +240,14 @@ class _Decoding:
             answers.append(flat[at : at + request.samples])
             at += request.samples
         return answers
+
+
+def _rows(parameters: dict[str, Tensor], name: str) -> Tensor | None:
+    """The parameter that a tensor of a bucket is for, or its rows that the tensor is a part of."""
+    if not isinstance(name, PartName):
+        return parameters.get(name)
+    whole = parameters.get(name.whole)
+    return None if whole is None or len(whole) != name.rows else whole[name.start : name.stop]
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import httpx
@@ -24,7 +25,8 @@ from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout.addresses import own_address
 from megatron_tempo.rollout.folder import private_folder
-from megatron_tempo.rollout.server_adapter import ServerAdapter, Start, authorised
+from megatron_tempo.rollout.nccl import align_nccl
+from megatron_tempo.rollout.server_adapter import Launch, ServerAdapter, Start, authorised
 from megatron_tempo.runtime import progress_marker
 
 
@@ -39,12 +41,12 @@ class Server:
         folder: Path,
         key: str,
         precision: EnginePrecision,
-        devices: str | None,
+        devices: str,
         port: int | None = None,
     ) -> None:
         """Start it, without waiting. It writes below `folder`.
 
-        `devices`: its CUDA_VISIBLE_DEVICES; None if it inherits this process's. `port`: None for a free one.
+        `devices`: its CUDA_VISIBLE_DEVICES. `port`: None for a free one.
         """
         private_folder(folder)
         host = own_address(config.host)
@@ -53,8 +55,7 @@ class Server:
         self._adapter, self._seconds, self._key = adapter, config.start_seconds, key
         self.log = folder / f"{adapter.name.lower()}.log"
         launch = adapter.launch(Start(config, model, folder, host, port, key, precision))
-        environment = {name: value for name, value in os.environ.items() if not _is_kept_back(name)}
-        environment |= launch.environment | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
+        environment = environment_of(launch, devices)
         command = [sys.executable, "-c", _WITH_ITS_PARENT, config.python, *launch.command]
         # SGLang logs its arguments, including the key.
         with os.fdopen(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
@@ -97,6 +98,16 @@ class Server:
         )
 
 
+def environment_of(launch: Launch, devices: str, inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of a server. `devices`: its CUDA_VISIBLE_DEVICES. `inherited`: the starting process's variables.
+
+    PYTHONPATH is the adapter's own: the trainer's leads to packages of another environment.
+    """
+    environment = {name: value for name, value in inherited.items() if not _is_kept_back(name)}
+    align_nccl(environment)
+    return environment | launch.environment | {"CUDA_VISIBLE_DEVICES": devices}
+
+
 def last_words(log: Path, key: str) -> str:
     """The first errors in a log, which may have caused the later ones, and its end. Long lines are cut.
 
@@ -124,10 +135,12 @@ def _is_kept_back(name: str) -> bool:
     """Whether a server must not inherit a variable.
 
     A server that sees the trainer's rank variables waits for other ranks. One that sees a proxy sends requests to its
-    own processes through it, and a server fetches nothing from elsewhere.
+    own processes through it, and a server fetches nothing from elsewhere. One that sees the trainer's module paths
+    imports the trainer's torch.
     """
     ranks = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
-    return name.startswith(ranks) or name.lower() in ("http_proxy", "https_proxy", "all_proxy")
+    others = ("http_proxy", "https_proxy", "all_proxy", "pythonpath", "pythonhome")
+    return name.startswith(ranks) or name.lower() in others
 
 
 def _free_port(host: str) -> int:

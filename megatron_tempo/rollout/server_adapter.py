@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from megatron_tempo.config.choices import EnginePrecision
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.rollout.engine import Request, Sampling
-from megatron_tempo.types import Bucket
+from megatron_tempo.types import Bucket, whole_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +81,9 @@ CACHE_BYTES_ON_CPU = 512 << 20
 
 
 def described(bucket: Bucket) -> dict[str, list[Any]]:
-    """The description of a bucket's bytes that a receiver needs."""
+    """The description of a bucket's bytes that a receiver needs. A part of a tensor has the tensor's name."""
     return {
-        "names": [name for name, _ in bucket],
+        "names": [whole_name(name) for name, _ in bucket],
         "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
         "shapes": [list(tensor.shape) for _, tensor in bucket],
     }
@@ -98,6 +98,7 @@ class ServerAdapter(Protocol):
     """Made for servers of `tensor` workers, on a CPU or on GPUs."""
 
     name: str
+    takes_parts: bool  # whether `update` takes a tensor that is larger than a bucket in parts
     health: Call  # answered with 200 by a server that is ready
     progress: Call  # shows progress, to tell a slow server from a hung one
 

@@ -27,8 +27,10 @@ from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.files import read_text
 from megatron_tempo.rollout.addresses import chosen_devices, own_address, visible_devices
 from megatron_tempo.rollout.answer_checks import differing
+from megatron_tempo.rollout.checksum import whole_checksums
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.fleet import Fleet
+from megatron_tempo.rollout.placement import own_gpu, placed, visible_gpus
 from megatron_tempo.rollout.replica import Answered, Event, Failed, GenerationJob, Starter
 from megatron_tempo.rollout.server import Server
 from megatron_tempo.rollout.server_adapter import ServerAdapter
@@ -68,14 +70,15 @@ class ServersEngine:
         self._version = -1
         self._updates = 0
         self._closing = ExitStack()
-        nodes = self._nodes()
+        nodes, trainers = self._nodes(device)
         self.replicas = config.replicas * len(nodes) if config.addresses is None else len(config.addresses)
         key = self._agree(self._key)
-        self._senders = Senders(adapter, config, key, "gloo" if device.type == "cpu" else "nccl")
+        self._senders = Senders(adapter, config, key, device)
         self._closing.callback(self._senders.close)
+        gpus = self._placed(nodes, trainers) if config.addresses is None and device.type == "cuda" else []
 
         def make(index: int) -> Server:
-            return Server(adapter, config, model, work / str(index), key, precision, self._devices(index, device))
+            return Server(adapter, config, model, work / str(index), key, precision, self._devices(index, gpus))
 
         self._fleet: Fleet | None = None
         self._supervisor: ServerSupervisor | None = None
@@ -105,9 +108,9 @@ class ServersEngine:
         if self._adapter.checksums() is None:
             return None
         expected: dict[str, tuple[str, float]] = {}
-        for bucket in weights.from_stages(shared=False):
+        for bucket in weights.from_stages(parts=self._adapter.takes_parts):
             expected |= self._adapter.expected(bucket)
-        expected = self._joined(expected)
+        expected = self._joined(whole_checksums(expected))
         held = self._agree(lambda: self._first.checksums())
         return max((differing(expected, worker) for worker in held), key=len, default=[])
 
@@ -145,10 +148,10 @@ class ServersEngine:
 
     # Starting servers
 
-    def _nodes(self) -> list[int]:
-        """The first rank of each node that servers are started on.
+    def _nodes(self, device: torch.device) -> tuple[list[int], set[str]]:
+        """The first rank of each node that servers are started on, and the GPUs of the ranks on this node.
 
-        Raises InputError if some ranks could not reach them.
+        Raises InputError if some ranks could not reach the servers, or if two ranks have one GPU.
         """
         host = self._config.host
         places: list[Any] = [None] * dist.get_world_size()
@@ -156,13 +159,14 @@ class ServersEngine:
             address, wrong = own_address(host), ""
         except InputError as error:
             address, wrong = "", str(error)
-        mine = (socket.gethostname(), int(os.environ.get("LOCAL_RANK", dist.get_rank())), address, wrong)
+        own = socket.gethostname()
+        mine = (own, int(os.environ.get("LOCAL_RANK", dist.get_rank())), address, wrong, own_gpu(device))
         dist.all_gather_object(places, mine, group=self._control)
-        known: list[tuple[str, int, str, str]] = places
-        if failed := [f"{machine}: {wrong}" for machine, _, _, wrong in known if wrong]:
+        known: list[tuple[str, int, str, str, str]] = places
+        if failed := [f"{machine}: {wrong}" for machine, _, _, wrong, _ in known if wrong]:
             raise InputError(failed[0])
         machines = {machine for machine, *_ in known}
-        alone = [(machine, address) for machine, _, address, _ in known if is_loopback(address)]
+        alone = [(machine, address) for machine, _, address, *_ in known if is_loopback(address)]
         if len(machines) > 1 and alone:
             fix = "give an address that the others reach" if host == "hostname" else "give hostname"
             raise InputError(
@@ -171,7 +175,24 @@ class ServersEngine:
             )
         if len(machines) > 1 and self._config.transport is Transport.shared:
             raise InputError("rollout.servers.transport=shared is for runs on one machine: give group")
-        return [rank for rank, (_, local, *_) in enumerate(known) if local == 0] if self._config.each_node else [0]
+        nodes = [rank for rank, (_, local, *_) in enumerate(known) if local == 0] if self._config.each_node else [0]
+        return nodes, {gpu for machine, *_, gpu in known if machine == own}
+
+    def _placed(self, nodes: list[int], trainers: set[str]) -> list[int]:
+        """The GPUs of this node's servers (`placement.placed`); none on ranks that start no server.
+
+        Raises InputError on every rank if the servers of a node cannot be placed.
+        """
+        gpus: list[int] = []
+        wrong: dict[int, str] = {}
+        if dist.get_rank() in nodes:
+            try:
+                gpus = placed(self._config, visible_gpus(), trainers)
+            except InputError as error:
+                wrong[dist.get_rank()] = f"{socket.gethostname()}: {error}"
+        if wrong := self._joined(wrong):
+            raise InputError(next(iter(wrong.values())))
+        return gpus
 
     def _key(self) -> str:
         if self._config.key_file is not None:
@@ -195,15 +216,11 @@ class ServersEngine:
             self._closing.callback(self._supervisor.close)
         return None if store is None else SupervisedServers(store, self._config.replicas)
 
-    def _devices(self, index: int, device: torch.device) -> str | None:
-        """CUDA_VISIBLE_DEVICES of a server; None if it inherits this process's."""
-        if device.type == "cpu":
-            return ""
-        if self._config.devices is None:
-            return None
+    def _devices(self, index: int, gpus: list[int]) -> str:
+        """CUDA_VISIBLE_DEVICES of a server. `gpus`: those of this node's servers; none on a CPU."""
         first = index % self._config.replicas * self._config.tensor
-        own = chosen_devices(self._config.devices[first : first + self._config.tensor])
-        if self._config.transport is Transport.shared:
+        own = chosen_devices(gpus[first : first + self._config.tensor])
+        if own and self._config.transport is Transport.shared:
             # Its own GPUs, followed by the trainer's, whose memory it opens.
             ours = visible_devices()
             ours = [str(number) for number in range(torch.cuda.device_count())] if ours is None else ours

@@ -1,5 +1,8 @@
 """SGLang's adapter.
 
+It takes whole tensors only: its vocabulary layers refuse others (0.5.23, `srt/layers/vocab_parallel_embedding.py`,
+`weight_loader`), and it receives a bucket as one broadcast. So a bucket here is as large as its largest tensor.
+
 SGLang reports success for an update that misses a tensor or names one wrongly. On a CPU its checksum of a tensor is
 that of the tensor's bytes, so every tensor can be compared. On a GPU it is another function.
 """
@@ -66,6 +69,7 @@ class Sglang:
     """A `ServerAdapter`, for SGLang 0.5.23. The seeds of requests are not used: it draws its own random numbers."""
 
     name = "SGLang"
+    takes_parts = False
     health = Call("/health")
     # Answers once the scheduler has made progress, or has generated a token of a request of its own.
     progress = Call("/health_generate")

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from itertools import accumulate
+from threading import Thread
+from typing import TypeVar
 
 import httpx
 import torch
@@ -22,20 +25,26 @@ from torch import Tensor
 from megatron_tempo.config.choices import Transport
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.errors import EngineError
-from megatron_tempo.models.megatron_compat.torch_private import join_separate_group
+from megatron_tempo.models.megatron_compat.torch_private import abort_separate_group, join_separate_group
 from megatron_tempo.rollout.addresses import own_address
 from megatron_tempo.rollout.answer_checks import checked
+from megatron_tempo.rollout.checksum import whole_checksums
 from megatron_tempo.rollout.replica import LIMITS, Target
 from megatron_tempo.rollout.server_adapter import Call, ServerAdapter, WeightGroupInfo, authorised
 from megatron_tempo.rollout.supervisor import private_store
 from megatron_tempo.types import Bucket, Weights
 
+_POLL = 0.0005  # seconds between two looks at a broadcast
+_ABORT_SECONDS = 30.0  # limit on leaving a group
+_T = TypeVar("_T")
+
 
 class Senders:
     """The links of a rank that sends weights: one to each server."""
 
-    def __init__(self, adapter: ServerAdapter, config: ServersConfig, key: str, backend: str) -> None:
-        self._adapter, self._config, self._key, self._backend = adapter, config, key, backend
+    def __init__(self, adapter: ServerAdapter, config: ServersConfig, key: str, device: torch.device) -> None:
+        """`device`: this rank's, from which buckets are sent."""
+        self._adapter, self._config, self._key, self._device = adapter, config, key, device
         self._links: dict[Target, _Link] = {}
         self._pool = ThreadPoolExecutor(thread_name_prefix="sender")
 
@@ -44,7 +53,8 @@ class Senders:
     ) -> tuple[dict[int, str], dict[str, tuple[str, float]]]:
         """Send this rank's buckets to all servers. Returns (failures by server, the tensors' checksums if requested).
 
-        The next bucket is made while the servers load the previous one. Collective, as `weights` is.
+        The next bucket is made while the servers load the previous one. A server that fails loses its link at once.
+        Collective, as `weights` is.
         """
         shared = self._config.transport is Transport.shared
         failed: dict[int, str] = {}
@@ -52,23 +62,18 @@ class Senders:
             self._connect(targets, failed)
         expected: dict[str, tuple[str, float]] = {}
         loading: dict[Target, Future[httpx.Response]] = {}
-        for bucket in weights.from_stages(shared=shared):
+        for bucket in weights.from_stages(shared=shared, parts=self._adapter.takes_parts):
             if compare:
                 expected |= self._adapter.expected(bucket)
-            _collect_failures(loading, failed)
+            self._collect(loading, failed)
             left = [target for target in targets if target.index not in failed]
             sent = {target: self._pool.submit(self._links[target].send, bucket, version, compare) for target in left}
-            loading = {}
-            for target, future in sent.items():
-                try:
-                    loading[target] = future.result()
-                except (httpx.HTTPError, EngineError, RuntimeError) as error:
-                    failed[target.index] = _describe(error)
+            loading = self._collect(sent, failed)
             del bucket  # before the next one is made
-        _collect_failures(loading, failed)
+        self._collect(loading, failed)
         if shared and torch.cuda.is_available():
             torch.cuda.ipc_collect()  # what servers have released
-        return failed, expected
+        return failed, whole_checksums(expected)
 
     def close(self) -> None:
         for link in self._links.values():
@@ -81,23 +86,22 @@ class Senders:
         for target in set(self._links) - set(targets):
             if any(target.index == new.index for new in targets):
                 self._links.pop(target).close()
-        news = [target for target in targets if target not in self._links]
-        made = {target: self._pool.submit(_Link, self._adapter, self._config, self._key, target) for target in news}
-        for target, future in made.items():
-            self._links[target] = link = future.result()
-            if self._config.transport is Transport.group:
-                try:
-                    link.join_group(self._backend)
-                except (httpx.HTTPError, EngineError, RuntimeError) as error:
-                    failed[target.index] = _describe(error)
+        for target in targets:
+            if target not in self._links:
+                self._links[target] = link = _Link(self._adapter, self._config, self._key, target, self._device)
+                if self._config.transport is Transport.group:
+                    self._collect({target: self._pool.submit(link.join_group)}, failed)
 
-
-def _collect_failures(loading: dict[Target, Future[httpx.Response]], failed: dict[int, str]) -> None:
-    for target, future in loading.items():
-        try:
-            future.result()
-        except (httpx.HTTPError, EngineError) as error:
-            failed[target.index] = _describe(error)
+    def _collect(self, futures: dict[Target, Future[_T]], failed: dict[int, str]) -> dict[Target, _T]:
+        """The results, without the failures, which are noted; the links of those servers are closed."""
+        results = {}
+        for target, future in futures.items():
+            try:
+                results[target] = future.result()
+            except (httpx.HTTPError, EngineError, RuntimeError) as error:
+                failed[target.index] = _describe(error)
+                self._links.pop(target).close()
+        return results
 
 
 def _describe(error: Exception) -> str:
@@ -106,56 +110,101 @@ def _describe(error: Exception) -> str:
 
 
 class _Link:
-    """The connection from one sender to one server."""
+    """The connection from one sender to one server.
 
-    def __init__(self, adapter: ServerAdapter, config: ServersConfig, key: str, target: Target) -> None:
-        self._adapter, self._config = adapter, config
-        timeout = config.update_seconds
+    No wait here is longer than `rollout.servers.update_seconds`. Calls that torch does not bound run in threads that do
+    not keep the process alive: NCCL opens a communicator with a group's first broadcast, and waits for a lost member
+    for ever.
+    """
+
+    def __init__(
+        self, adapter: ServerAdapter, config: ServersConfig, key: str, target: Target, device: torch.device
+    ) -> None:
+        self._adapter, self._config, self._device = adapter, config, device
+        self._seconds = config.update_seconds
         self._client = httpx.Client(
-            base_url=target.url, headers=authorised(key), timeout=timeout, limits=LIMITS, trust_env=False
+            base_url=target.url, headers=authorised(key), timeout=self._seconds, limits=LIMITS, trust_env=False
         )
         self._posting = ThreadPoolExecutor(1, thread_name_prefix="link")
         self._name = f"megatron_tempo_{secrets.token_hex(4)}"
         self._group: dist.ProcessGroup | None = None
 
-    def join_group(self, backend: str) -> None:
+    def join_group(self) -> None:
         """Open a process group with the server's workers, of which this is rank 0."""
-        world, seconds = 1 + self._config.tensor, self._config.update_seconds
-        timeout = timedelta(seconds=seconds)
+        world, seconds, cpu = 1 + self._config.tensor, self._seconds, self._device.type == "cpu"
+        backend = "gloo" if cpu else "nccl"
         host = own_address(self._config.host)
-        self._store = private_store(host, timeout)
+        self._store = private_store(host, timedelta(seconds=seconds))
         call = self._adapter.join_group(WeightGroupInfo(host, self._store.port, self._name, world, backend, seconds))
         joined = self._post(call)
         store = dist.PrefixStore(self._name, self._store)
-        self._group = join_separate_group(store, self._name, 0, world, backend, timeout)
+        # torch's NCCL watchdog ends this process when a broadcast takes longer. A link gives up before.
+        timeout = timedelta(seconds=seconds if cpu else 2 * seconds + 60)
+        opened = _in_thread(lambda: join_separate_group(store, self._name, 0, world, backend, timeout))
+        self._wait(opened.done, joined)
+        self._group = opened.result()
         joined.result()
 
     def send(self, bucket: Bucket, version: int, compare: bool) -> Future[httpx.Response]:
-        """Send a bucket. The returned future completes when the server has loaded it."""
-        in_group = self._group is not None
-        call = self._adapter.update(bucket, self._name if in_group else None, version, compare=compare)
+        """Send a bucket. The returned future completes when the server has loaded it.
+
+        Raises httpx.HTTPError, EngineError or RuntimeError if the server rejects it or does not receive it in time.
+        """
+        group = self._group
+        call = self._adapter.update(bucket, None if group is None else self._name, version, compare=compare)
         answer = self._post(call)
-        if in_group:
-            work = dist.broadcast(
-                joined_bytes([tensor for _, tensor in bucket]), src=0, group=self._group, async_op=True
-            )
+        if group is not None:
+            # NCCL sends from GPUs only, gloo from the CPU: weights that lie elsewhere are copied.
+            flat = joined_bytes([tensor for _, tensor in bucket]).to(self._device)
+            begun = _in_thread(lambda: dist.broadcast(flat, src=0, group=group, async_op=True))
+            self._wait(lambda: begun.done() and (begun.exception() is not None or _is_over(begun.result())), answer)
+            work = begun.result()
             assert work is not None
-            while not work.is_completed():
-                if answer.done() and answer.exception() is not None:
-                    answer.result()  # rejected: nobody will receive it
-                time.sleep(0.0005)
-            work.wait()
+            work.wait()  # raises what it failed with
         return answer
+
+    def _wait(self, is_done: Callable[[], bool], answer: Future[httpx.Response]) -> None:
+        """Until `is_done`. Raises the server's error if it rejects the call, EngineError if it takes too long."""
+        deadline = time.monotonic() + self._seconds
+        while not is_done():
+            if answer.done() and answer.exception() is not None:
+                answer.result()  # nobody will receive it
+            if time.monotonic() > deadline:
+                raise EngineError(f"took no weights for rollout.servers.update_seconds={self._seconds:g}")
+            time.sleep(_POLL)
 
     def _post(self, call: Call) -> Future[httpx.Response]:
         return self._posting.submit(lambda: checked(self._client.post(call.path, json=call.body), call))
 
     def close(self) -> None:
+        """Leave the group, even in the middle of a broadcast that nobody receives."""
+        group, self._group = self._group, None
+        if group is not None:
+            left = _in_thread(lambda: abort_separate_group(group))
+            with suppress(TimeoutError, RuntimeError, ValueError):
+                left.result(_ABORT_SECONDS)
         self._client.close()
         self._posting.shutdown(wait=False, cancel_futures=True)
-        if self._group is not None:
-            dist.destroy_process_group(self._group)
-            self._group = None
+
+
+def _is_over(work: dist.Work | None) -> bool:
+    return work is None or work.is_completed()
+
+
+def _in_thread(make: Callable[[], _T]) -> Future[_T]:
+    """The future result of `make`, which runs in a thread of its own that no exit waits for."""
+    future: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            result = make()
+        except (RuntimeError, OSError, ValueError) as error:  # raised where the result is read
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    Thread(target=run, daemon=True).start()
+    return future
 
 
 def joined_bytes(tensors: Sequence[Tensor]) -> Tensor:

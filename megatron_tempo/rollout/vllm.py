@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_tempo.rollout.checksum import checksum, root_mean_square
+from megatron_tempo.rollout.checksum import checksums_of
 from megatron_tempo.rollout.cuda_memory import handle
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.folder import private_file, served_folder
@@ -28,7 +28,7 @@ from megatron_tempo.rollout.server_adapter import (
     WeightGroupInfo,
     described,
 )
-from megatron_tempo.types import Bucket
+from megatron_tempo.types import Bucket, PartName
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 # Counters that grow with every step that generates tokens or reads a prompt.
@@ -39,6 +39,7 @@ class Vllm:
     """A `ServerAdapter`, for vLLM 0.32. The seeds of requests are not used: it draws its own random numbers."""
 
     name = "vLLM"
+    takes_parts = True
     health = Call("/health")
     progress = Call("/metrics")
 
@@ -68,6 +69,9 @@ class Vllm:
             "MEGATRON_TEMPO_KEY": str(key),
             "VLLM_SERVER_DEV_MODE": "1",  # opens the paths that change weights; the key guards all paths
             "VLLM_NO_USAGE_STATS": "1",
+            # 1 (vllm/envs.py, distributed/parallel_state.py of 0.32.0) binds the default group to a device, and torch
+            # then splits each further group off it, but the group with the trainer has a member outside.
+            "VLLM_DISTRIBUTED_USE_SPLIT_GROUP": "0",
         }
         flags = ["--tokens-only", "--no-enable-log-requests", "--disable-uvicorn-access-log"]
         if self._cpu:
@@ -122,7 +126,8 @@ class Vllm:
         return [Call("/pause?mode=keep", {}), abandon, Call("/start_weight_update", {})]
 
     def update(self, bucket: Bucket, group: str | None, version: int, *, compare: bool) -> Call:
-        info: dict[str, Any] = {**described(bucket), "checksums": compare}
+        parts = [[name.start, name.rows] if isinstance(name, PartName) else None for name, _ in bucket]
+        info: dict[str, Any] = {**described(bucket), "parts": parts, "checksums": compare}
         storage = bucket[0][1].untyped_storage()
         if group is not None:
             info["group"] = group
@@ -143,7 +148,7 @@ class Vllm:
         return Call("/collective_rpc", {"method": "checksums"})
 
     def expected(self, bucket: Bucket) -> dict[str, tuple[str, float]]:
-        return {name: (checksum(tensor), root_mean_square(tensor)) for name, tensor in bucket}
+        return checksums_of(bucket)
 
     def parse_checksums(self, answer: Any) -> list[dict[str, tuple[str, float]]]:
         """A parameter that was not loaded has an empty checksum."""

@@ -57,7 +57,8 @@ class UpdateInfo(WeightTransferUpdateInfo):
     """A bucket: the tensors' bytes, one tensor after another without gaps.
 
     They come as one uint8 broadcast in `group`, or lie in `shared` memory (its manager's handle, its own handle,
-    bytes), or in a GPU's memory, of which `cuda` has a handle for each worker.
+    bytes), or in a GPU's memory, of which `cuda` has a handle for each worker. `parts` has the first row and the number
+    of rows of each tensor of which the bucket has only some rows.
     """
 
     names: list[str]
@@ -67,6 +68,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
     shared: tuple[str, str, int] | None = None
     cuda: list[list[Any]] | None = None
     checksums: bool = False
+    parts: list[list[int] | None] | None = None
 
     def sizes(self) -> list[int]:
         """Bytes of each tensor."""
@@ -86,6 +88,7 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._parameters = {name for name, _ in self.model.named_parameters()}
         self._received: dict[str, tuple[str, str]] = {}
         self._missing = self._parameters
+        self._begun: dict[str, Tensor] = {}  # tensors of which some parts have arrived
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Join a group. A group of the same name from an earlier trainer is abandoned."""
@@ -108,11 +111,12 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._drop_unfinished()
         self._received = {}
         self._missing = self._parameters
+        self._begun = {}
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         flat = self._bytes(update_info)
-        tensors = _tensors(flat, update_info)
+        tensors = joined(_tensors(flat, update_info), update_info, self._begun)
         if update_info.checksums:
             self._received |= {name: (checksum(one), str(root_mean_square(one))) for name, one in tensors.items()}
         if self.model_config.hf_config.tie_word_embeddings and _EMBEDDING in tensors:
@@ -123,6 +127,7 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def finish_weight_update(self) -> None:
         self._missing = self._missing | self._incomplete()
+        self._begun = {}
         finalize_layerwise_reload(self.model, self.model_config)
 
     def checksums(self) -> dict[str, Any]:
@@ -141,11 +146,9 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         if update_info.shared is not None:
             manager, handle, nbytes = update_info.shared
             memory = torch.UntypedStorage._new_shared_filename_cpu(manager.encode(), handle.encode(), nbytes)
-            return torch.empty(0, dtype=torch.uint8).set_(memory)
+            return bytes_on(memory, torch.device("cpu"))
         if update_info.cuda is not None:
-            return torch.empty(0, dtype=torch.uint8, device="cuda").set_(
-                opened(update_info.cuda[self.parallel_config.rank])
-            )
+            return bytes_on(opened(update_info.cuda[self.parallel_config.rank]), self.device)
         if update_info.group not in self._groups:
             raise ValueError(f"{update_info.group} is not a group that was joined")
         flat = torch.empty(sum(update_info.sizes()), dtype=torch.uint8, device=self.device)
@@ -234,6 +237,25 @@ def _tensors(flat: Tensor, update_info: UpdateInfo) -> dict[str, Tensor]:
     return tensors
 
 
+def joined(tensors: dict[str, Tensor], update_info: UpdateInfo, begun: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that are whole with this bucket. vLLM's loaders take whole tensors: parts wait in `begun`.
+
+    A sender sends the parts of a tensor one after another.
+    """
+    whole = {}
+    for (name, tensor), part in zip(tensors.items(), update_info.parts or [None] * len(tensors), strict=True):
+        if part is None:
+            whole[name] = tensor
+            continue
+        first, rows = part
+        if first == 0:
+            begun[name] = tensor.new_empty(rows, *tensor.shape[1:])
+        begun[name][first : first + len(tensor)].copy_(tensor)
+        if first + len(tensor) == rows:
+            whole[name] = begun.pop(name)
+    return whole
+
+
 def opened(handle: list[Any]) -> torch.UntypedStorage:
     """Memory of a GPU, by its UUID and the other arguments of `UntypedStorage._new_shared_cuda`, bytes as base64."""
     torch.cuda.init()
@@ -244,14 +266,23 @@ def opened(handle: list[Any]) -> torch.UntypedStorage:
     return torch.UntypedStorage._new_shared_cuda(uuids.index(handle[0]), *rest)
 
 
+def bytes_on(storage: torch.UntypedStorage, device: torch.device) -> Tensor:
+    """A storage's bytes, uint8 [bytes], on `device`: a view if they are there already, else a copy.
+
+    The trainer's memory is on the GPU of the rank that sends, which need not be this worker's.
+    """
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).to(device)
+
+
 def _dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def checksum(tensor: Tensor) -> str:
+def checksum(tensor: Tensor, first: int = 0) -> str:
     """The sum over i of (2i + 1) * w_i modulo 2**64, as 16 hexadecimal digits.
 
-    w_i are the tensor's bytes as little-endian signed 32-bit integers, padded with zero bytes.
+    w_i are the tensor's bytes as little-endian signed 32-bit integers, padded with zero bytes; i counts from `first`.
+    So the checksum of a tensor is the sum of its parts', each counted from its own place.
     """
     data = tensor.detach().contiguous().flatten().view(torch.uint8)
     odd = torch.arange(1, 2 * _CHUNK, 2, device=data.device)
@@ -259,7 +290,7 @@ def checksum(tensor: Tensor) -> str:
     for start in range(0, len(data), 4 * _CHUNK):
         part = data[start : start + 4 * _CHUNK]
         words = torch.nn.functional.pad(part, (0, -len(part) % 4)).view(torch.int32).long()
-        total += (odd[: len(words)] * words).sum() + start // 2 * words.sum()
+        total += (odd[: len(words)] * words).sum() + (2 * first + start // 2) * words.sum()
     return f"{int(total) % 2**64:016x}"
 
 

@@ -15,12 +15,13 @@ import transformers
 from megatron_tempo.config.problem import ConfigErrors
 from megatron_tempo.config.rules.precision import Machine, check_machine
 from megatron_tempo.config.schema import Config
-from megatron_tempo.models.device import select_device
+from megatron_tempo.models.device import refuse_shared_gpus, select_device
 from megatron_tempo.models.machine import machine_of
 from megatron_tempo.models.megatron_compat.torch_private import begun_collectives
 from megatron_tempo.models.offload import ModelOffloader
 from megatron_tempo.models.parallel import Layouts, parallel_groups
 from megatron_tempo.observability import logs
+from megatron_tempo.rollout.nccl import align_nccl
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.runtime.folder_lock import LOCK, FolderLock
 from megatron_tempo.runtime.watchdog import Watchdog
@@ -50,8 +51,10 @@ def open_context(config: Config) -> Iterator[RunContext]:
     """
     run = Path(config.run.dir).absolute().name
     logs.configure(rank=logs.rank_of(), run=run, level=config.metrics.log_level.value)
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = select_device(config.run.device, rank, deterministic=config.run.deterministic)
+    if config.rollout.is_served:
+        align_nccl()  # before the first communicator
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = select_device(config.run.device, local_rank, deterministic=config.run.deterministic)
     machine = machine_of(device)
     if problems := list(check_machine(config, machine)):
         raise ConfigErrors(problems)
@@ -64,6 +67,7 @@ def open_context(config: Config) -> Iterator[RunContext]:
         parallel_groups(config.parallel, device, config.run.seed, collective_timeout(config)) as layouts,
         Watchdog(Path(config.run.dir), config.run.hang_minutes, begun_collectives),
     ):
+        refuse_shared_gpus(device, local_rank)
         yield RunContext(config, layouts, device, ModelOffloader(one_at_a_time=config.parallel.offload), machine)
 
 

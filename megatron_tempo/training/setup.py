@@ -35,7 +35,7 @@ from megatron_tempo.training.context import RunContext, collective_timeout
 from megatron_tempo.types import LabelledPrompt, Weights
 from megatron_tempo.weights import folder
 from megatron_tempo.weights.export import mappings_of, weights_of
-from megatron_tempo.weights.precision import Quantised
+from megatron_tempo.weights.precision import BLOCK, Quantised
 
 
 def build_actor(context: RunContext) -> Actor:
@@ -118,15 +118,16 @@ def engine_weights(actor: Actor, context: RunContext) -> Weights:
 
 def folder_weights(context: RunContext) -> Weights:
     """The unchanged weights of `model.path`, in the engine's precision."""
+    path, bucket_bytes = Path(context.config.model.path), context.config.parallel.bucket_mb << 20
     return _in_engine_precision(
-        context, partial(folder.FolderWeights, Path(context.config.model.path), context.layouts.actor)
+        context, partial(folder.FolderWeights, path, context.layouts.actor, bucket_bytes, context.device)
     )
 
 
 def _in_engine_precision(context: RunContext, weights: Callable[..., Weights]) -> Weights:
     precision = engine_precision(context.config)
     if precision is EnginePrecision.fp8:
-        return Quantised(weights(dtype=torch.bfloat16))
+        return Quantised(weights(dtype=torch.bfloat16, multiple=BLOCK))
     return weights(dtype=DTYPES[Precision[precision.name]])
 
 

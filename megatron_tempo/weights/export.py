@@ -27,6 +27,7 @@ from megatron_tempo.models.trained import Model
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.weights import folder, tables
 from megatron_tempo.weights.param_mapping import ParamMapping
+from megatron_tempo.weights.pieces import EVEN
 from megatron_tempo.weights.stream import WeightStream
 
 log = logging.getLogger(__name__)
@@ -44,12 +45,14 @@ def targets_of(critic: Path) -> CriticTargets:
     return CriticTargets[name]
 
 
-def weights_of(model: Model, config: Config, dtype: torch.dtype | None = None) -> WeightStream:
-    """A stream of a model's current weights by their Hugging Face names. `dtype`: None for the model's type."""
+def weights_of(model: Model, config: Config, dtype: torch.dtype | None = None, multiple: int = EVEN) -> WeightStream:
+    """A stream of a model's current weights by their Hugging Face names. `dtype`: None for the model's type.
+
+    `multiple`: the rows of a part of a tensor are a multiple of it.
+    """
     net, layout, bucket_bytes = model.net, model.layout, config.parallel.bucket_mb << 20
-    return WeightStream(
-        net, layout, mappings_of(net, layout), bucket_bytes, dtype, partial(model.offloader.load, model)
-    )
+    load = partial(model.offloader.load, model)
+    return WeightStream(net, layout, mappings_of(net, layout), bucket_bytes, dtype, load, multiple)
 
 
 def origin_of(config: Config, step: int, checkpoint: str | None) -> dict[str, Any]:
@@ -96,7 +99,7 @@ def export_hf(
         dist.broadcast_object_list(exists, src=0)
         if not exists[0]:
             dtype = str(trained.net.config.params_dtype).removeprefix("torch.")
-            buckets = weights_of(trained, config).everywhere()
+            buckets = weights_of(trained, config).everywhere(parts=True)
             changed = {**changes, "dtype": dtype}
             raise_on_all_ranks(
                 partial(folder.save, buckets, out / name, Path(like), trained.layout, changed, seen, origin)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -24,9 +23,10 @@ from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
-from megatron_tempo.types import Bucket
+from megatron_tempo.types import Bucket, PartName, whole_name
 from megatron_tempo.weights import tables
 from megatron_tempo.weights.param_mapping import ParamMapping
+from megatron_tempo.weights.pieces import EVEN, JoinedParts, planned_buckets
 from megatron_tempo.weights.shared_memory import in_shared_memory
 
 INDEX = "model.safetensors.index.json"
@@ -85,34 +85,58 @@ def _names(path: Path) -> list[str]:
 
 
 class FolderWeights:
-    """A stream of a folder's tensors, in `dtype`, one layer per bucket. Feeds an engine without a Megatron model.
+    """A stream of a folder's tensors in the buckets of a `WeightStream`. Feeds an engine without a Megatron model.
 
     Published folders may store a tied matrix under a second name. It is left out.
     """
 
-    def __init__(self, folder: Path, layout: Layout, dtype: torch.dtype) -> None:
-        """Collective. Raises InputError as `load` does; for values that are not finite, when they are read."""
-        self._folder, self._dtype = folder, dtype
-        self._files = raise_on_all_ranks(partial(_checked_actor, folder, layout))
+    def __init__(
+        self,
+        folder: Path,
+        layout: Layout,
+        bucket_bytes: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        multiple: int = EVEN,
+    ) -> None:
+        """Buckets are on `device`, this rank's: NCCL sends nothing else. `multiple`: as in `WeightStream`.
+
+        Collective. Raises InputError as `load` does; for values that are not finite, when they are read.
+        """
+        self._folder, self._device, self._dtype = folder, device, dtype
+        self._files, mappings = raise_on_all_ranks(partial(_checked_actor, folder, layout))
+        self._buckets = {
+            parts: planned_buckets(mappings, bucket_bytes, dtype.itemsize, parts=parts, multiple=multiple)
+            for parts in (False, True)
+        }
         self.sends = layout.is_writer
 
-    def everywhere(self) -> Iterator[Bucket]:
-        by_layer: dict[str, list[str]] = {}
-        for name in self._files:
-            layer = re.match(r".*\.layers\.\d+\.", name)
-            by_layer.setdefault(layer.group() if layer else name, []).append(name)
+    def everywhere(self, *, parts: bool = False) -> Iterator[Bucket]:
         with ExitStack() as stack:
             opened = {path: stack.enter_context(safe_open(path, "pt")) for path in set(self._files.values())}
-            for names in by_layer.values():
+            for planned in self._buckets[parts]:
                 progress_marker.mark()
-                bucket = [(name, opened[self._files[name]].get_tensor(name).to(self._dtype)) for name in names]
-                _refuse_nonfinite([name for name, tensor in bucket if not _is_finite(tensor)], self._folder)
+                flat = torch.empty(planned.numel, dtype=self._dtype, device=self._device)
+                bucket = planned.filled(flat)
+                for name, tensor in bucket:
+                    self._read(opened, name, tensor)
+                _refuse_nonfinite([whole_name(name) for name, tensor in bucket if not _is_finite(tensor)], self._folder)
                 yield bucket
 
-    def from_stages(self, *, shared: bool = False) -> Iterator[Bucket]:
-        """The whole model, on the first rank only. With `shared`, each bucket has its own shared memory."""
+    def _read(self, opened: dict[Path, Any], name: str, out: Tensor) -> None:
+        """Fill `out` with a tensor, or with the rows of it that `name` says."""
+        stored = opened[self._files[whole_name(name)]].get_slice(whole_name(name))
+        first = name.start if isinstance(name, PartName) else 0
+        for start in range(0, len(out), _ROWS):
+            stop = min(start + _ROWS, len(out))
+            out[start:stop].copy_(stored[first + start : first + stop])
+
+    def from_stages(self, *, shared: bool = False, parts: bool = False) -> Iterator[Bucket]:
+        """The whole model, on the first rank only. With `shared`, each bucket has its own memory, which other processes
+        can open: on a CPU by its file's name, on a GPU by a CUDA handle."""
         if self.sends:
-            yield from map(in_shared_memory, self.everywhere()) if shared else self.everywhere()
+            buckets = self.everywhere(parts=parts)
+            yield from map(in_shared_memory, buckets) if shared and self._device.type == "cpu" else buckets
 
 
 def load(net: PackedGPT, layout: Layout, mappings: list[ParamMapping], folder: Path) -> None:
@@ -153,15 +177,15 @@ def _load(net: PackedGPT, layout: Layout, mappings: list[ParamMapping], folder: 
     _refuse_nonfinite(bad, folder)
 
 
-def _checked_actor(folder: Path, layout: Layout) -> dict[str, Path]:
-    """The files of an actor's tensors, without the second name of a tied matrix."""
+def _checked_actor(folder: Path, layout: Layout) -> tuple[dict[str, Path], list[ParamMapping]]:
+    """The files of an actor's tensors, without the second name of a tied matrix, and its mappings."""
     shape, files = read_model_shape(folder), tensor_files(folder)
     mappings = tables.mappings(shape, 1, critic=False)
     check(files, mappings, folder)
     if layout.is_writer:
         _check_tied_head(files, mappings, folder)
     wanted = {name for mapping in mappings for name in mapping.names}
-    return {name: path for name, path in files.items() if name in wanted}
+    return {name: path for name, path in files.items() if name in wanted}, mappings
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -275,8 +299,9 @@ def save(
 ) -> None:
     """Write a stream as a Hugging Face folder that transformers opens, with the config and tokenizer of `like`.
 
-    Collective, because the stream is. The first rank writes one file per bucket. The folder gets its name when it is
-    complete. `extra_file` is copied into it if it exists. `origin`: the content of `ORIGIN`.
+    Collective, because the stream is. The first rank writes one file per bucket. It joins the parts of a tensor in its
+    own memory. The folder gets its name when it is complete. `extra_file` is copied into it if it exists. `origin`: the
+    content of `ORIGIN`.
 
     Raises on the first rank: FileExistsError if the folder exists; OSError if it cannot be written. The OSError comes
     at the end of the stream, and the partial folder is deleted.
@@ -291,12 +316,14 @@ def save(
         if writes:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        for number, bucket in enumerate(buckets):
-            if not writes:
-                continue
-            file = f"model-{number + 1:05d}.safetensors"
+        number, joined = 0, JoinedParts(torch.device("cpu"))
+        for bucket in buckets:
             # The bucket's tensors share one storage, which safetensors refuses: each is copied for the write.
-            tensors = {name: tensor.cpu().clone() for name, tensor in bucket}
+            tensors = {name: tensor.cpu().clone() for name, tensor in joined.add(bucket)} if writes else {}
+            if not tensors:
+                continue
+            number += 1
+            file = f"model-{number:05d}.safetensors"
             save_file(tensors, partial / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)
             size += sum(tensor.nbytes for tensor in tensors.values())

@@ -2,7 +2,7 @@
 
 `shard` cuts a tensor-parallel rank's shard out of whole Hugging Face tensors, or out of slices of a file, of which it
 reads only the part that it needs. `scatter` writes a rank's shard into whole Hugging Face tensors. They are complete
-when the shards of all tensor ranks are scattered.
+when the shards of all tensor ranks are scattered. `runs` says the same row by row, for a part of a tensor.
 """
 
 from __future__ import annotations
@@ -17,6 +17,19 @@ from torch import Tensor
 from megatron_tempo.config.sizes import padded_vocab
 
 
+@dataclass(frozen=True, slots=True)
+class RowRun:
+    """Consecutive rows of a whole tensor that are consecutive rows of a rank's shard.
+
+    >>> RowRun(row=1024, shard_row=0, count=512)  # all columns
+    """
+
+    row: int  # the first one in the whole tensor
+    shard_row: int  # and in the shard
+    count: int
+    columns: tuple[int, int] | None = None  # of the whole tensor, if the shard has only these
+
+
 class TPSharding(Protocol):
     """A kind of tensor-parallel sharding. `sources`: whole tensors, or file slices that are indexed like tensors.
 
@@ -26,6 +39,10 @@ class TPSharding(Protocol):
     def shard(self, sources: Sequence[Any], rank: int, size: int) -> Tensor: ...
 
     def scatter(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None: ...
+
+    def runs(self, tensor: int, rows: int, rank: int, size: int) -> list[RowRun]:
+        """What a rank holds of the mapping's tensor number `tensor`, which has `rows` rows."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +54,9 @@ class Replicated:
 
     def scatter(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None:
         wholes[0].copy_(shard)
+
+    def runs(self, tensor: int, rows: int, rank: int, size: int) -> list[RowRun]:
+        return [RowRun(0, 0, rows)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +73,10 @@ class ShardedDim0:
         part = self.height // size
         wholes[0][rank * part : (rank + 1) * part].copy_(shard)
 
+    def runs(self, tensor: int, rows: int, rank: int, size: int) -> list[RowRun]:
+        part = self.height // size
+        return [RowRun(rank * part, 0, part)]
+
 
 @dataclass(frozen=True, slots=True)
 class ShardedDim1:
@@ -67,6 +91,10 @@ class ShardedDim1:
     def scatter(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None:
         part = self.width // size
         wholes[0][:, rank * part : (rank + 1) * part].copy_(shard)
+
+    def runs(self, tensor: int, rows: int, rank: int, size: int) -> list[RowRun]:
+        part = self.width // size
+        return [RowRun(0, 0, rows, (rank * part, (rank + 1) * part))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +113,10 @@ class ShardedVocab:
         rows = wholes[0][rank * part : (rank + 1) * part]
         rows.copy_(shard[: len(rows)])
 
+    def runs(self, tensor: int, rows: int, rank: int, size: int) -> list[RowRun]:
+        part = padded_vocab(self.vocab, size) // size
+        return [RowRun(rank * part, 0, max(0, min(part, self.vocab - rank * part)))]
+
 
 @dataclass(frozen=True, slots=True)
 class ShardedGateUp:
@@ -100,6 +132,10 @@ class ShardedGateUp:
         part = self.ffn // size
         for whole, half in zip(wholes, shard.chunk(2), strict=True):
             whole[rank * part : (rank + 1) * part].copy_(half)
+
+    def runs(self, tensor: int, rows: int, rank: int, size: int) -> list[RowRun]:
+        part = self.ffn // size
+        return [RowRun(rank * part, tensor * part, part)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +163,14 @@ class ShardedQKV:
             span = part * heads_per_group * self.head_dim
             parts.append(source[rank * span : (rank + 1) * span].unflatten(0, (part, -1)))
         return parts
+
+    def runs(self, tensor: int, rows: int, rank: int, size: int) -> list[RowRun]:
+        counts = [self.heads // self.groups * self.head_dim, self.head_dim, self.head_dim]  # rows of a group
+        part, before = self.groups // size, sum(counts[:tensor])
+        return [
+            RowRun((rank * part + group) * counts[tensor], group * sum(counts) + before, counts[tensor])
+            for group in range(part)
+        ]
 
 
 @dataclass(frozen=True, slots=True)

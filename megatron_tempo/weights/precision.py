@@ -12,33 +12,34 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_tempo.types import Bucket, Weights
+from megatron_tempo.types import Bucket, PartName, Weights, whole_name
 
-_BLOCK = 128
+BLOCK = 128
 _FP8 = torch.float8_e4m3fn
 
 
 class Quantised:
-    """A weight stream in FP8, for an FP8 engine. Quantises whole tensors, after the shards are gathered."""
+    """A weight stream in FP8, for an FP8 engine. Quantises whole tensors, after the shards are gathered, or parts of
+    them that have a multiple of `BLOCK` rows."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
         self.sends = weights.sends
 
-    def everywhere(self) -> Iterator[Bucket]:
-        return quantised(self._weights.everywhere())
+    def everywhere(self, *, parts: bool = False) -> Iterator[Bucket]:
+        return quantised(self._weights.everywhere(parts=parts))
 
-    def from_stages(self, *, shared: bool = False) -> Iterator[Bucket]:
+    def from_stages(self, *, shared: bool = False, parts: bool = False) -> Iterator[Bucket]:
         """`shared` is not supported: the configuration rules require `rollout.servers.transport=group`."""
         assert not shared
-        return quantised(self._weights.from_stages())
+        return quantised(self._weights.from_stages(parts=parts))
 
 
 def quantised(buckets: Iterable[Bucket]) -> Iterator[Bucket]:
     """The buckets with the matrices of the decoder layers' projections in FP8, each followed by its scales.
 
     NAME.weight [out, in] is followed by NAME.weight_scale_inv [ceil(out / 128), ceil(in / 128)]. Embeddings, norms and
-    heads stay as they are.
+    heads stay as they are. A part of a matrix is followed by its scales, which are a part of the matrix's scales.
     """
     return map(_quantised, buckets)
 
@@ -46,20 +47,28 @@ def quantised(buckets: Iterable[Bucket]) -> Iterator[Bucket]:
 def _quantised(bucket: Bucket) -> Bucket:
     quantised: Bucket = []
     for name, tensor in bucket:
-        if name.endswith("_proj.weight"):
+        if whole_name(name).endswith("_proj.weight"):
             weight, scales = _blockwise(tensor)
-            quantised += [(name, weight), (f"{name}_scale_inv", scales)]
+            quantised += [(name, weight), (_scale_name(name), scales)]
         else:
             quantised.append((name, tensor))
     return quantised
+
+
+def _scale_name(name: str) -> str:
+    if not isinstance(name, PartName):
+        return f"{name}_scale_inv"
+    assert name.start % BLOCK == 0
+    start, stop, rows = (-(-number // BLOCK) for number in (name.start, name.stop, name.rows))
+    return PartName(f"{name.whole}_scale_inv", start, stop, rows)
 
 
 @torch.no_grad()
 def _blockwise(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """[out, in] -> float8_e4m3fn [out, in], float32 [ceil(out / 128), ceil(in / 128)]."""
     rows, columns = matrix.shape
-    padded = functional.pad(matrix.float(), (0, -columns % _BLOCK, 0, -rows % _BLOCK))
-    blocks = padded.unflatten(1, (-1, _BLOCK)).unflatten(0, (-1, _BLOCK))  # [R, 128, C, 128]
+    padded = functional.pad(matrix.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))  # [R, 128, C, 128]
     largest = blocks.abs().amax(dim=(1, 3))
     # A subnormal scale is rounded coarsely. Quotients would exceed e4m3's largest number and become NaN.
     scales = (largest / torch.finfo(_FP8).max).clamp(min=torch.finfo(torch.float32).tiny)

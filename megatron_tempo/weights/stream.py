@@ -1,14 +1,17 @@
 """Streams the weights of a Megatron model as buckets of (Hugging Face name, tensor), for weight sync and export.
 
-All ranks compute the same plan from the model's shape and the layout, without communication. A bucket holds the tensors
-of some mappings of one pipeline stage, as views of one flat tensor. While a bucket is made, a rank holds at most one
-more bucket of received shards. So it needs at most two buckets in addition to its own shards. A bucket that the
-consumer keeps adds to that; a `for` loop's variable keeps one until the next bucket arrives.
+All ranks compute the same plan from the model's shape and the layout, without communication (`pieces.py`). A bucket
+holds the tensors of some mappings of one pipeline stage, as views of one flat tensor. While a bucket is made, a rank
+holds at most one more bucket of received shards. So it needs at most two buckets in addition to its own shards. A
+tensor that is larger than a bucket arrives in parts if the consumer asks for parts. Otherwise its bucket is as large as
+it is, and the received shards are still at most one bucket. A bucket that the consumer keeps adds to that; a `for`
+loop's variable keeps one until the next bucket arrives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,28 +23,12 @@ from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import Bucket
-from megatron_tempo.weights.param_mapping import ParamMapping, Replicated
+from megatron_tempo.weights.param_mapping import ParamMapping
+from megatron_tempo.weights.pieces import EVEN, BucketPiece, PlannedBucket, is_sharded, planned_buckets
 from megatron_tempo.weights.shared_memory import shared_buffers
 
-# Each mapping's Hugging Face tensors.
-Wholes = dict[ParamMapping, list[Tensor]]
-
-
-def plan(mappings: list[ParamMapping], bucket_bytes: int, element_size: int) -> list[list[ParamMapping]]:
-    """Divide the mappings, in order, into groups of one stage and at most `bucket_bytes`.
-
-    A mapping that is larger is a group of its own.
-    """
-    groups: list[list[ParamMapping]] = []
-    room = 0
-    for mapping in mappings:
-        size = mapping.numel * element_size
-        if not groups or size > room or groups[-1][-1].stage != mapping.stage:
-            groups.append([])
-            room = bucket_bytes
-        groups[-1].append(mapping)
-        room -= size
-    return groups
+# Pieces of a bucket, each with its place in the bucket's flat tensor.
+Message = list[tuple[BucketPiece, Tensor]]
 
 
 class WeightStream:
@@ -58,37 +45,44 @@ class WeightStream:
         bucket_bytes: int,
         dtype: torch.dtype | None = None,
         load: Callable[[], None] = lambda: None,
+        multiple: int = EVEN,
     ) -> None:
         """`dtype`: the type in which tensors are sent and yielded; None for the model's. `load` loads the model.
 
-        `load` is called before a stream starts, because the model may be offloaded.
+        `load` is called before a stream starts, because the model may be offloaded. `multiple`: the rows of a part of a
+        tensor are a multiple of it.
         """
         self._parameters = net.weights()
         self._device = next(net.parameters()).device
         self._dtype = dtype or net.config.params_dtype
         self._layout = layout
-        self._groups = plan(mappings, bucket_bytes, self._dtype.itemsize)
+        self._buckets = {
+            parts: planned_buckets(mappings, bucket_bytes, self._dtype.itemsize, parts=parts, multiple=multiple)
+            for parts in (False, True)
+        }
         self._load_model = load
         with layout.groups.current():
             self._tensor_ranks = parallel_state.get_tensor_model_parallel_group()
             self._stages = parallel_state.get_pipeline_model_parallel_group()
-        self._buffers: list[Tensor] = []  # of `from_stages(shared=True)`, created by its first call
+        # Of `from_stages(shared=True)`, created by its first call, for buckets with parts and without.
+        self._buffers: dict[bool, list[Tensor]] = {}
 
     @property
     def sends(self) -> bool:
         """Whether this rank yields its stage's buckets in `from_stages`: tensor rank 0 of the first copy."""
         return self._layout.tensor_rank == 0 and self._layout.is_first_copy
 
-    def everywhere(self) -> Iterator[Bucket]:
-        """The whole model on every rank, on the model's device."""
+    def everywhere(self, *, parts: bool = False) -> Iterator[Bucket]:
+        """The whole model on every rank, on the model's device. `parts`: a large tensor arrives in parts."""
         self._load_model()
-        for group in self._groups:
-            yield self._gather_on_all(group)
+        for bucket in self._buckets[parts]:
+            yield self._gather_on_all(bucket)
 
-    def from_stages(self, *, shared: bool = False) -> Iterator[Bucket]:
+    def from_stages(self, *, shared: bool = False, parts: bool = False) -> Iterator[Bucket]:
         """Each pipeline stage's own weights, on the one rank of it that `sends`, independently of the other stages.
 
-        The other ranks of the first copy take part and get nothing. Ranks of other copies do nothing.
+        The other ranks of the first copy take part and get nothing. Ranks of other copies do nothing. `parts`: a tensor
+        that is larger than a bucket arrives in parts.
 
         `shared` is for engines on the same machine. On a GPU it changes nothing, because other processes open GPU
         memory by CUDA handles. On a CPU, the tensors are then in memory that other processes map by its file's name.
@@ -98,128 +92,121 @@ class WeightStream:
         """
         self._load_model()
         if self._layout.is_first_copy:
-            groups = [group for group in self._groups if group[0].stage == self._layout.pipeline_rank]
+            buckets = [bucket for bucket in self._buckets[parts] if bucket.stage == self._layout.pipeline_rank]
             mapped = shared and self._device.type == "cpu"
-            yield from self._from_shared_memory(groups) if mapped else self._from_messages(groups)
+            yield from self._from_shared_memory(buckets, parts) if mapped else self._from_messages(buckets)
 
-    def _from_messages(self, groups: list[list[ParamMapping]]) -> Iterator[Bucket]:
-        for group in groups:
+    def _from_messages(self, buckets: list[PlannedBucket]) -> Iterator[Bucket]:
+        for bucket in buckets:
             if self.sends:
-                yield self._gather_on_sender(group)
+                yield self._gather_on_sender(bucket)
             else:
-                self._send(group)
+                self._send(bucket)
 
-    def _from_shared_memory(self, groups: list[list[ParamMapping]]) -> Iterator[Bucket]:
-        if not self._buffers:
-            size = max(_numel(group) for group in groups)
+    def _from_shared_memory(self, buckets: list[PlannedBucket], parts: bool) -> Iterator[Bucket]:
+        if parts not in self._buffers:
+            size = max(bucket.numel for bucket in buckets)
             storages = shared_buffers(2, size * self._dtype.itemsize, self._tensor_ranks)
-            self._buffers = [torch.empty(0, dtype=self._dtype).set_(storage) for storage in storages]
-        for number, group in enumerate(groups):
-            wholes = _wholes(group, self._buffers[number % 2])
+            self._buffers[parts] = [torch.empty(0, dtype=self._dtype).set_(storage) for storage in storages]
+        for number, bucket in enumerate(buckets):
+            flat = self._buffers[parts][number % 2]
             dist.barrier(self._tensor_ranks)  # the consumer is done with what the buffer held
-            self._scatter_own(group if self.sends else self._sharded(group), wholes)
+            self._place_own(bucket, flat, replicated=self.sends)
             dist.barrier(self._tensor_ranks)  # every rank has written its parts
             if self.sends:
-                yield _bucket(wholes)
+                yield bucket.filled(flat)
 
     @torch.no_grad()
-    def _gather_on_all(self, group: list[ParamMapping]) -> Bucket:
+    def _gather_on_all(self, bucket: PlannedBucket) -> Bucket:
         """A bucket on every rank: its stage's tensor ranks exchange their shards, then send it to the other stages."""
-        layout, flat = self._layout, self._empty(_numel(group))
-        wholes = _wholes(group, flat)
-        if layout.pipeline_rank == group[0].stage:
-            self._scatter_own(group, wholes)
-            if sharded := self._sharded(group):
+        layout, flat = self._layout, self._empty(bucket.numel)
+        if layout.pipeline_rank == bucket.stage:
+            self._place_own(bucket, flat, replicated=True)
+            for message in self._sharded(bucket, flat):
                 for rank in range(layout.tensor):
-                    self._exchange(sharded, wholes, rank)
+                    self._exchange(message, rank)
         if layout.pipeline > 1:
-            dist.broadcast(flat, group=self._stages, group_src=group[0].stage)
-        return _bucket(wholes)
+            dist.broadcast(flat, group=self._stages, group_src=bucket.stage)
+        return bucket.filled(flat)
 
-    def _exchange(self, sharded: list[ParamMapping], wholes: Wholes, rank: int) -> None:
-        """Broadcast tensor rank `rank`'s shards to the other tensor ranks."""
+    def _exchange(self, message: Message, rank: int) -> None:
+        """Broadcast what tensor rank `rank` holds of a message's pieces to the other tensor ranks."""
         mine = rank == self._layout.tensor_rank
-        packed = self._pack(sharded) if mine else self._empty(self._packed_size(sharded))
+        if not self._held(message, rank):
+            return
+        packed = self._pack(message) if mine else self._empty(self._held(message, rank))
         dist.broadcast(packed, group=self._tensor_ranks, group_src=rank)
         if not mine:
-            self._scatter_packed(packed, sharded, wholes, rank)
+            self._unpack(packed, message, rank)
 
     @torch.no_grad()
-    def _gather_on_sender(self, group: list[ParamMapping]) -> Bucket:
-        """A bucket on the sender: its own shards, and one message from each of the other tensor ranks."""
-        wholes = _wholes(group, self._empty(_numel(group)))
-        sharded = self._sharded(group)
-        others = range(1, self._layout.tensor) if sharded else ()
-        packed = {rank: self._empty(self._packed_size(sharded)) for rank in others}
+    def _gather_on_sender(self, bucket: PlannedBucket) -> Bucket:
+        """A bucket on the sender: its own shards, and messages from the other tensor ranks."""
+        flat = self._empty(bucket.numel)
+        messages = list(self._sharded(bucket, flat))
+        if not messages:
+            self._place_own(bucket, flat, replicated=True)
+        for number, message in enumerate(messages):
+            self._receive(message, partial(self._place_own, bucket, flat, replicated=True) if number == 0 else None)
+        return bucket.filled(flat)
+
+    def _receive(self, message: Message, meanwhile: Callable[[], None] | None) -> None:
+        """Receive what the other tensor ranks hold of a message's pieces. `meanwhile` is called before it is here."""
+        held = {rank: self._held(message, rank) for rank in range(1, self._layout.tensor)}
+        packed = {rank: self._empty(size) for rank, size in held.items() if size}
         works = _messages(dist.irecv, packed, self._tensor_ranks)
-        self._scatter_own(group, wholes)  # while the messages arrive
+        if meanwhile is not None:
+            meanwhile()
         _wait(works)
-        for rank in others:
-            self._scatter_packed(packed[rank], sharded, wholes, rank)
-        return _bucket(wholes)
+        for rank, received in packed.items():
+            self._unpack(received, message, rank)
 
     @torch.no_grad()
-    def _send(self, group: list[ParamMapping]) -> None:
+    def _send(self, bucket: PlannedBucket) -> None:
         """Send this rank's shards of a bucket to the sender."""
-        if sharded := self._sharded(group):
-            _wait(_messages(dist.isend, {0: self._pack(sharded)}, self._tensor_ranks))
+        for message in self._sharded(bucket, self._empty(0)):
+            if self._held(message, self._layout.tensor_rank):
+                _wait(_messages(dist.isend, {0: self._pack(message)}, self._tensor_ranks))
 
-    def _sharded(self, group: list[ParamMapping]) -> list[ParamMapping]:
-        """The mappings that are sharded over the tensor ranks."""
-        return [
-            mapping for mapping in group if self._layout.tensor > 1 and not isinstance(mapping.sharding, Replicated)
-        ]
+    def _sharded(self, bucket: PlannedBucket, flat: Tensor) -> Iterator[Message]:
+        """The messages of a bucket: the pieces that are sharded over the tensor ranks, and their places in `flat`."""
+        if self._layout.tensor > 1:
+            for message in bucket.placed(flat):
+                if sharded := [(piece, place) for piece, place in message if is_sharded(piece)]:
+                    yield sharded
 
     @torch.no_grad()
-    def _scatter_own(self, mappings: list[ParamMapping], wholes: Wholes) -> None:
-        for mapping in mappings:
-            shard = self._parameters[mapping.megatron]
-            mapping.sharding.scatter(shard, wholes[mapping], self._layout.tensor_rank, self._layout.tensor)
+    def _place_own(self, bucket: PlannedBucket, flat: Tensor, *, replicated: bool) -> None:
+        """Copy this rank's shards to their places in `flat`, with or without what every tensor rank holds."""
+        progress_marker.mark()
+        for message in bucket.placed(flat):
+            for piece, place in message:
+                if replicated or is_sharded(piece):
+                    piece.place(self._shard(piece), place, self._layout.tensor_rank, self._layout.tensor)
 
-    def _scatter_packed(self, packed: Tensor, mappings: list[ParamMapping], wholes: Wholes, rank: int) -> None:
-        for mapping, shard in zip(mappings, self._unpack(packed, mappings), strict=True):
-            mapping.sharding.scatter(shard, wholes[mapping], rank, self._layout.tensor)
+    def _unpack(self, packed: Tensor, message: Message, rank: int) -> None:
+        parts = packed.split([piece.held(self._shard(piece), rank, self._layout.tensor) for piece, _ in message])
+        for (piece, place), part in zip(message, parts, strict=True):
+            piece.unpack(part, place, self._shard(piece), rank, self._layout.tensor)
 
-    def _pack(self, mappings: list[ParamMapping]) -> Tensor:
-        """This rank's shards, concatenated: [sum of their sizes]."""
-        packed = self._empty(self._packed_size(mappings))
-        for mapping, shard in zip(mappings, self._unpack(packed, mappings), strict=True):
-            shard.copy_(self._parameters[mapping.megatron])
+    def _pack(self, message: Message) -> Tensor:
+        """What this rank holds of a message's pieces, concatenated: [sum of their sizes]."""
+        rank, size = self._layout.tensor_rank, self._layout.tensor
+        packed = self._empty(self._held(message, rank))
+        sizes = [piece.held(self._shard(piece), rank, size) for piece, _ in message]
+        for (piece, _), part in zip(message, packed.split(sizes), strict=True):
+            piece.pack(self._shard(piece), part, rank, size)
         return packed
 
-    def _unpack(self, packed: Tensor, mappings: list[ParamMapping]) -> list[Tensor]:
-        """Views of the shards in a packed tensor. A mapping's shards have the same shape on every rank."""
-        shapes = [self._parameters[mapping.megatron].shape for mapping in mappings]
-        parts = packed.split([shape.numel() for shape in shapes])
-        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    def _held(self, message: Message, rank: int) -> int:
+        return sum(piece.held(self._shard(piece), rank, self._layout.tensor) for piece, _ in message)
 
-    def _packed_size(self, mappings: list[ParamMapping]) -> int:
-        return sum(self._parameters[mapping.megatron].numel() for mapping in mappings)
+    def _shard(self, piece: BucketPiece) -> Tensor:
+        """This rank's parameter. A mapping's shards have the same shape on every rank."""
+        return self._parameters[piece.mapping.megatron]
 
     def _empty(self, size: int) -> Tensor:
         return torch.empty(size, dtype=self._dtype, device=self._device)
-
-
-def _numel(group: list[ParamMapping]) -> int:
-    return sum(mapping.numel for mapping in group)
-
-
-def _wholes(group: list[ParamMapping], flat: Tensor) -> Wholes:
-    """The tensors of a group as consecutive views of a flat tensor, which is large enough for all of them."""
-    progress_marker.mark()
-    wholes: Wholes = {}
-    at = 0
-    for mapping in group:
-        wholes[mapping] = []
-        for shape in mapping.shapes:
-            size = torch.Size(shape).numel()
-            wholes[mapping].append(flat[at : at + size].view(shape))
-            at += size
-    return wholes
-
-
-def _bucket(wholes: Wholes) -> Bucket:
-    return [pair for mapping, tensors in wholes.items() for pair in zip(mapping.names, tensors, strict=True)]
 
 
 def _messages(kind: Callable[..., Any], tensors: dict[int, Tensor], group: dist.ProcessGroup) -> list[dist.Work]:

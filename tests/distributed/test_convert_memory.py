@@ -20,7 +20,7 @@ from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.weights import tables
 from megatron_tempo.weights.files import Entry, write_safetensors
 from megatron_tempo.weights.folder import describe, tensor_files
-from megatron_tempo.weights.stream import plan
+from megatron_tempo.weights.pieces import plan
 from tests.support.tools import TOOLS
 
 SHARD = 1 << 30

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def places(addresses: list[list[str]]) -> list[list[int] | str]:
         engine = engine_of(ServersConfig(host="hostname", each_node=True))
         engine._control = dist.group.WORLD
         try:
-            devices.append(engine._nodes())
+            devices.append(engine._nodes(torch.device("cpu"))[0])
         except InputError as error:
             devices.append(str(error))
     dist.destroy_process_group()
@@ -77,5 +78,36 @@ def test_what_a_server_sees(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     engine = engine_of(ServersConfig(devices=[2, 3], replicas=2, transport=transport))
-    assert [engine._devices(index, torch.device("cuda")) for index in (0, 1)] == [first, second]
-    assert engine._devices(0, torch.device("cpu")) == ""
+    assert [engine._devices(index, [2, 3]) for index in (0, 1)] == [first, second]
+    assert engine._devices(0, []) == ""  # on a CPU
+
+
+def gpus(cases: list[dict[str, Any]]) -> list[list[int] | str]:
+    """For each case, where servers are placed on a machine of two ranks and four GPUs, or the error."""
+    dist.init_process_group("gloo")
+    rank, found = dist.get_rank(), []
+    os.environ["LOCAL_RANK"] = str(rank)
+    servers.own_gpu = lambda device: f"GPU-{rank}"
+    servers.visible_gpus = lambda: [f"GPU-{number}" for number in range(4)]
+    for case in cases:
+        engine = engine_of(ServersConfig(**case))
+        engine._control = dist.group.WORLD
+        try:
+            found.append(engine._placed(*engine._nodes(torch.device("cpu"))))
+        except InputError as error:
+            found.append(str(error))
+    dist.destroy_process_group()
+    return found
+
+
+def test_all_ranks_agree_where_servers_are_placed(tmp_path: Path) -> None:
+    """The first rank starts the servers, and knows the other rank's GPU."""
+    cases = [{}, {"replicas": 2}, {"devices": [1]}, {"devices": [1], "transport": Transport.shared}, {"tensor": 4}]
+    first, second = run_ranks(gpus, 2, tmp_path, cases)
+    assert first[:2] == [[2], [2, 3]]
+    assert second[:2] == [[], []]
+    assert first[2] == second[2]
+    assert "rollout.servers.devices=[1]: the trainer uses GPU 1 too" in first[2]
+    assert (first[3], second[3]) == ([1], [])
+    assert first[4] == second[4]
+    assert "rollout.servers.devices=null" in first[4]

@@ -31,10 +31,11 @@ from megatron_tempo.models.families import transformer_config
 from megatron_tempo.models.gpt import LanguageModel, PackedGPT
 from megatron_tempo.models.megatron_compat.cpu_backend import install_cpu_backend
 from megatron_tempo.models.parallel import Layout, parallel_groups
-from megatron_tempo.types import Bucket
+from megatron_tempo.types import Bucket, PartName, whole_name
 from megatron_tempo.weights import folder, tables
-from megatron_tempo.weights.param_mapping import ParamMapping, Replicated, TPSharding
-from megatron_tempo.weights.stream import WeightStream, plan
+from megatron_tempo.weights.param_mapping import ParamMapping, Replicated, RowRun, TPSharding
+from megatron_tempo.weights.pieces import JoinedParts, plan
+from megatron_tempo.weights.stream import WeightStream
 from tests.support.fork_server import ROOT
 from tests.support.ranks import run_ranks
 from tests.support.storages import Storages
@@ -47,6 +48,9 @@ WAYS: dict[str, Callable[[WeightStream], Iterator[Bucket]]] = {
     "everywhere": lambda weights: weights.everywhere(),
     "messages": lambda weights: weights.from_stages(),
     "shared": lambda weights: weights.from_stages(shared=True),
+    "everywhere, in parts": lambda weights: weights.everywhere(parts=True),
+    "messages, in parts": lambda weights: weights.from_stages(parts=True),
+    "shared, in parts": lambda weights: weights.from_stages(shared=True, parts=True),
 }
 
 
@@ -109,15 +113,17 @@ def test_what_arrives_is_what_the_folder_holds(models: dict[str, Path], kind: st
     wanted["bfloat16"] = {n: t.bfloat16() for n, t in original.items()}
     for key, tensors in wanted.items():
         for rank in ranks:
-            assert_same(rank[key]["everywhere"], tensors)
-        for way in ("messages", "shared"):
+            for way in ("everywhere", "everywhere, in parts"):
+                assert_same(rank[key][way], tensors)
+        for way in ("messages", "shared", "messages, in parts", "shared, in parts"):
             assert not any(rank[key][way] for rank in ranks if not rank["sends"])
             assert all(rank[key][way] for rank in ranks if rank["sends"])
             assert_same([pair for rank in ranks for pair in rank[key][way]], tensors)
 
 
 def assert_same(tensors: list[tuple[str, Tensor]], wanted: dict[str, Tensor]) -> None:
-    """To the bit, and every name once."""
+    """To the bit, and every name once, or every row of it."""
+    tensors = JoinedParts(torch.device("cpu")).add(tensors)
     assert sorted(name for name, _ in tensors) == sorted(wanted)
     for name, tensor in tensors:
         assert tensor.dtype == wanted[name].dtype
@@ -139,6 +145,10 @@ class Slow:
     def scatter(self, shard: Tensor, wholes: Sequence[Tensor], rank: int, size: int) -> None:
         time.sleep(0.02)
         self.of.scatter(shard, wholes, rank, size)
+
+    def runs(self, tensor: int, rows: int, rank: int, size: int) -> list[RowRun]:
+        time.sleep(0.02)
+        return self.of.runs(tensor, rows, rank, size)
 
 
 def watch(model: Path, tensor: int, pipeline: int) -> dict[str, Any]:
@@ -260,3 +270,31 @@ def test_no_rank_holds_more_than_two_buckets(tmp_path: Path) -> None:
         assert 1 <= measured["everywhere"] <= 2
         assert measured["shared"] == pytest.approx(2, abs=1e-2)  # and the few bytes of barriers and names
         assert (1 if measured["sends"] else 0) < measured["messages"] <= (2 if measured["sends"] else 1)
+
+
+def measure_large(model: Path) -> dict[str, Any]:
+    """The peak of each way, in buckets, where no vocabulary matrix and no projection fits into a bucket."""
+    with opened(model, 2, 1) as (net, layout, mappings):
+        largest, limit = 4 * max(mapping.numel for mapping in mappings), 4_000
+        measured: dict[str, Any] = {"sends": layout.tensor_rank == 0, "largest": largest / limit, "parts": set()}
+        for way, start in WAYS.items():
+            weights = WeightStream(net, layout, mappings, limit)
+            with Storages(net.parameters()) as storages:
+                for bucket in start(weights):
+                    measured["parts"] |= {(way, whole_name(n)) for n, _ in bucket if isinstance(n, PartName)}
+                    del bucket
+            measured[way] = storages.peak / limit
+        return measured
+
+
+def test_a_large_tensor_takes_no_more_than_two_buckets_either(tmp_path: Path) -> None:
+    """Its parts are bounded. Where it is whole, it is in memory once, and what other ranks send of it is bounded."""
+    model = write_model(tmp_path / "model", tied=False, ffn=192)
+    for measured in run_ranks(measure_large, 2, tmp_path / "ranks", model):
+        assert measured["largest"] > 6
+        names = {name for way, name in measured["parts"]}
+        assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"} <= names
+        assert all(way.endswith("in parts") for way, _ in measured["parts"])
+        for way in WAYS:
+            whole = 0 if way.endswith("in parts") else measured["largest"] - 1
+            assert measured[way] <= (2 if way.startswith("shared") else 1) * whole + 2 + 1e-2, way

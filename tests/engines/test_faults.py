@@ -21,6 +21,7 @@ from megatron_tempo.training.context import RunContext
 from megatron_tempo.training.setup import build_actor, engine_weights
 from megatron_tempo.types import Bucket, Weights
 from megatron_tempo.weights.export import weights_of
+from megatron_tempo.weights.pieces import PlannedBucket
 from tests.engines.servers import (
     ENGINES,
     REQUESTS,
@@ -60,11 +61,11 @@ class Disturbed:
     def __init__(self, weights: Weights, disturb: Callable[[], None]) -> None:
         self._weights, self._disturb = weights, disturb
 
-    def everywhere(self) -> Iterator[Bucket]:
-        return self._weights.everywhere()
+    def everywhere(self, *, parts: bool = False) -> Iterator[Bucket]:
+        return self._weights.everywhere(parts=parts)
 
-    def from_stages(self, *, shared: bool = False) -> Iterator[Bucket]:
-        for number, bucket in enumerate(self._weights.from_stages(shared=shared)):
+    def from_stages(self, *, shared: bool = False, parts: bool = False) -> Iterator[Bucket]:
+        for number, bucket in enumerate(self._weights.from_stages(shared=shared, parts=parts)):
             if number == 1:
                 self._disturb()
             yield bucket
@@ -136,7 +137,8 @@ def scenario(kind: EngineKind, model: Path, run: Path) -> dict[str, object]:
 
         messages.clear()
         small = weights_of(actor.model, context.config)
-        small._groups = [[slot] for group in small._groups for slot in group]
+        pieces = [piece for bucket in small._buckets[False] for message in bucket.messages for piece in message]
+        small._buckets = {key: [PlannedBucket(((one,),), (one.mapping,)) for one in pieces] for key in (False, True)}
         begun = time.monotonic()
         engine.load_weights(Disturbed(small, kill(signal.SIGKILL)), 1)
         seen, first = time.monotonic() - begun, list(messages)

@@ -24,9 +24,9 @@ class Given:
     def __init__(self, buckets: Sequence[Bucket]) -> None:
         self.buckets = buckets
 
-    def everywhere(self) -> Iterator[Bucket]:
+    def everywhere(self, *, parts: bool = False) -> Iterator[Bucket]:
         yield from self.buckets
 
-    def from_stages(self, *, shared: bool = False) -> Iterator[Bucket]:
+    def from_stages(self, *, shared: bool = False, parts: bool = False) -> Iterator[Bucket]:
         assert not shared
         yield from self.buckets

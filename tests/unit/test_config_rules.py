@@ -659,6 +659,45 @@ def test_a_server_that_cannot_be_started(files: Path) -> None:
         assert "give 1 of them" in second.fix
 
 
+NODE = ["cluster.nodes=1", "cluster.gpus_per_node=8", "cluster.gpu=H100"]
+
+
+@pytest.mark.parametrize(
+    ("launched", "words", "wrong"),
+    [
+        # Nothing says how many nodes there are: the first process has the first GPU.
+        (None, ["devices=[0]"], "the trainer uses GPU 0 too"),
+        (8, ["devices=[1]"], None),
+        (None, ["devices=[0]", "transport=shared"], None),
+        (8, [], None),
+        # On a known node.
+        (4, ["devices=[3]", *NODE], "the trainer uses GPU 3 too"),
+        (4, ["devices=[4]", *NODE], None),
+        (None, ["devices=[4]", "parallel.world_size=5", *NODE], "the trainer uses GPU 4 too"),
+        (None, ["devices=[3]", *NODE], "the trainer uses GPU 3 too"),  # seven processes
+        (None, ["devices=[7]", *NODE], None),
+        (4, ["devices=[2,3]", "tensor=2", "transport=shared", *NODE], None),
+        # devices=null: the GPUs after the trainer's
+        (4, ["tensor=4", *NODE], None),
+        (4, ["tensor=4", "replicas=2", *NODE], "4 processes of the trainer and 2 x 4 GPUs"),
+        (8, [*NODE], "8 processes of the trainer and 1 x 1 GPUs"),
+        (8, ["transport=shared", *NODE], "8 processes of the trainer and 1 x 1 GPUs"),
+        (None, ["tensor=8", *NODE], "8 processes of the trainer and 1 x 8 GPUs"),
+        (8, ["tensor=4", "host=hostname", "cluster.rollout_nodes=1", *NODE, "cluster.nodes=2"], None),
+    ],
+)
+def test_trainer_and_server_on_one_gpu_need_shared_memory(
+    files: Path, launched: int | None, words: list[str], wrong: str | None
+) -> None:
+    """NCCL refuses two members of a group on one GPU."""
+    words = [word if word.startswith(("cluster.", "parallel.")) else f"rollout.servers.{word}" for word in words]
+    words += ["rollout.engine=vllm", f"rollout.servers.python={sys.executable}"]
+    problems = check(configure([*good_overrides(files), *words]), world_size=launched)
+    found = [problem for problem in problems if problem.field == "rollout.servers.devices"]
+    assert [wrong in problem.wrong for problem in found if wrong] == ([True] if wrong else [])
+    assert len(found) == (wrong is not None)
+
+
 FOUND = ["rollout.engine=vllm", "rollout.servers.python=/none"]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +15,13 @@ from types import ModuleType
 
 import pytest
 
+from megatron_tempo.config.choices import EnginePrecision
+from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.models.device import REPRODUCIBLE_WORKSPACES
+from megatron_tempo.rollout.server import environment_of
+from megatron_tempo.rollout.server_adapter import Start
+from megatron_tempo.rollout.vllm import WORKER, Vllm
+from tests.support.tiny import write_model
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -107,15 +115,57 @@ def test_requirements_are_split_at_torch() -> None:
     assert sorted(only + without) == sorted(everything)
 
 
-def test_an_engine_runs_without_the_paths_of_the_image(tmp_path: Path) -> None:
-    (tmp_path / "python").write_text('#!/bin/sh\necho "$LD_LIBRARY_PATH|$PYTHONPATH|$KEPT|$*"\n')
-    (tmp_path / "python").chmod(0o755)
-    (tmp_path / "engine-python").write_bytes((ROOT / "docker/engine-python").read_bytes())
-    (tmp_path / "engine-python").chmod(0o755)
-    environment = {"PATH": "/usr/bin:/bin", "LD_LIBRARY_PATH": "/torch", "PYTHONPATH": "/image", "KEPT": "yes"}
-    command = [str(tmp_path / "engine-python"), "-m", "two words"]
+def engine_python(folder: Path, python: str) -> Path:
+    """The program that the images start servers with, next to a `python` of this text."""
+    (folder / "python").write_text(python)
+    (folder / "engine-python").write_bytes((ROOT / "docker/engine-python").read_bytes())
+    for file in ("python", "engine-python"):
+        (folder / file).chmod(0o755)
+    return folder / "engine-python"
+
+
+def test_an_engine_runs_without_the_libraries_of_the_image(tmp_path: Path) -> None:
+    program = engine_python(tmp_path, '#!/bin/sh\necho "$LD_LIBRARY_PATH|$PYTHONPATH|$KEPT|$*"\n')
+    environment = {"PATH": "/usr/bin:/bin", "LD_LIBRARY_PATH": "/torch", "PYTHONPATH": "/of the run", "KEPT": "yes"}
+    command = [str(program), "-m", "two words"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "||yes|-m two words\n"
+    assert done.stdout == "|/of the run|yes|-m two words\n"
+
+
+WORKER_STUB = """
+import sys, types
+for name in sys.argv[1].split(): sys.modules[name] = types.ModuleType(name)
+class Anything:
+    def __class_getitem__(cls, item): return cls
+    @staticmethod
+    def register_engine(*args): print(*args[:1])
+for module, names in [word.split(":") for word in sys.argv[2].split()]:
+    for name in names.split(","): setattr(sys.modules[module], name, type(name, (Anything,), {}))
+import vllm_worker
+print(vllm_worker.__file__, vllm_worker.WorkerExtension.__name__, vllm_worker.KeyMiddleware.__name__)
+"""
+
+
+def test_an_engine_in_an_image_finds_its_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started as a server is: the adapter's environment, from a process whose PYTHONPATH is the trainer's."""
+    for name, value in (("PYTHONPATH", "/the trainer's"), ("PYTHONHOME", "/none"), ("LD_LIBRARY_PATH", "/torch")):
+        monkeypatch.setenv(name, value)
+    (tmp_path / "bin").mkdir()
+    program = engine_python(tmp_path / "bin", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    model = write_model(tmp_path / "theirs", tied=True, layers=1)
+    start = Start(ServersConfig(), model, tmp_path, "127.0.0.1", 1, "key", EnginePrecision.fp32)
+    launch = Vllm(cpu=True, tensor=1).launch(start)
+    environment = environment_of(launch, "", os.environ)
+    assert environment["PYTHONPATH"] == str(tmp_path / "python")
+    tree = ast.parse(WORKER.read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "vllm" in (node.module or "")]
+    names = [f"{node.module}:{','.join(alias.name for alias in node.names)}" for node in imports]
+    modules = {".".join(words[:i]) for node in imports if (words := node.module.split(".")) for i in range(1, 9)}
+    command = [str(program), "-c", WORKER_STUB, " ".join(sorted(modules)), " ".join(names)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = f"{tmp_path}/python/vllm_worker.py WorkerExtension KeyMiddleware"
+    assert done.stdout.splitlines() == ["megatron_tempo", found]
 
 
 def test_every_image_runs_as_a_user() -> None:

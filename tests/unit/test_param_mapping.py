@@ -37,7 +37,8 @@ from megatron_tempo.weights.param_mapping import (
     ShardedVocab,
     TPSharding,
 )
-from megatron_tempo.weights.stream import WeightStream, plan
+from megatron_tempo.weights.pieces import plan
+from megatron_tempo.weights.stream import WeightStream
 from tests.support.tiny import VOCAB, write_model
 
 # Cuts
@@ -232,7 +233,7 @@ def test_a_folder_comes_back_as_it_was(model: Path, layout: Layout, tmp_path: Pa
     original = load_file(model / "model.safetensors")
     tensors_of = {
         name: tensor
-        for bucket in folder.FolderWeights(out, layout, torch.float32).everywhere()
+        for bucket in folder.FolderWeights(out, layout, 5000, torch.device("cpu"), torch.float32).everywhere()
         for name, tensor in bucket
     }
     assert tensors_of.keys() == original.keys()
@@ -363,21 +364,21 @@ def test_training_and_evaluation_refuse_the_same_weights(model: Path, layout: La
     with pytest.raises(InputError, match=words):
         load(model, layout)
     with pytest.raises(InputError, match=words):
-        list(folder.FolderWeights(model, layout, torch.float32).everywhere())
+        list(folder.FolderWeights(model, layout, 5000, torch.device("cpu"), torch.float32).everywhere())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_every_type_of_floats_is_taken(model: Path, layout: Layout, dtype: torch.dtype) -> None:
     rewrite(model, **{name: tensor.to(dtype) for name, tensor in load_file(model / "model.safetensors").items()})
     load(model, layout)
-    assert len(list(folder.FolderWeights(model, layout, torch.float32).everywhere())) > 3
+    assert len(list(folder.FolderWeights(model, layout, 5000, torch.device("cpu"), torch.float32).everywhere())) > 3
 
 
 def test_a_quantised_config_is_refused(model: Path, layout: Layout) -> None:
     config = json.loads((model / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"quantised \(quantization_config: fp8\)"):
-        folder.FolderWeights(model, layout, torch.float32)
+        folder.FolderWeights(model, layout, 5000, torch.device("cpu"), torch.float32)
 
 
 def test_an_output_matrix_that_differs_from_a_tied_embedding_is_refused(tmp_path: Path, layout: Layout) -> None:
@@ -385,10 +386,17 @@ def test_an_output_matrix_that_differs_from_a_tied_embedding_is_refused(tmp_path
     embedding = load_file(model / "model.safetensors")["model.embed_tokens.weight"]
     rewrite(model, lm_head__weight=embedding.clone())
     load(model, layout)
-    names = [name for bucket in folder.FolderWeights(model, layout, torch.float32).everywhere() for name, _ in bucket]
+    names = [
+        name
+        for bucket in folder.FolderWeights(model, layout, 5000, torch.device("cpu"), torch.float32).everywhere()
+        for name, _ in bucket
+    ]
     assert "lm_head.weight" not in names, "published folders may repeat the matrix"
     rewrite(model, lm_head__weight=embedding * 1.01)
-    for read in (lambda: load(model, layout), lambda: folder.FolderWeights(model, layout, torch.float32)):
+    for read in (
+        lambda: load(model, layout),
+        lambda: folder.FolderWeights(model, layout, 5000, torch.device("cpu"), torch.float32),
+    ):
         with pytest.raises(InputError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
             read()
     load(model, layout, critic=True)  # which has a head of its own

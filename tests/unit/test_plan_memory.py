@@ -140,7 +140,10 @@ SPLITS = {
     "rollout.engine=vllm rollout.servers.devices=[4,5,6,7] rollout.servers.replicas=4": Split(4, 4, 4, 0),
     "rollout.engine=vllm rollout.servers.devices=[6,7] rollout.servers.tensor=2 cluster.nodes=2 "
     "rollout.servers.each_node=true": Split(12, 2, 4, 0),
-    "rollout.engine=vllm": Split(8, 1, 1, 1),
+    "rollout.engine=vllm": Split(7, 1, 1, 0),
+    "rollout.engine=vllm rollout.servers.replicas=2 rollout.servers.tensor=2": Split(4, 2, 4, 0),
+    "rollout.engine=vllm rollout.servers.tensor=2 parallel.world_size=4": Split(4, 1, 2, 0),
+    "rollout.engine=vllm rollout.servers.devices=[0,1,2,3] rollout.servers.replicas=4": Split(4, 4, 4, 1),
     "rollout.engine=vllm rollout.servers.devices=[0,1,2,3,4,5,6,7] rollout.servers.replicas=8": Split(8, 8, 8, 1),
     "rollout.engine=vllm rollout.servers.addresses=[http://a:1]": Split(8, 0, 0, 0),
 }
@@ -162,12 +165,30 @@ def test_models_stay_and_a_reference_joins_them() -> None:
         assert parts[Part.weights] == weights
         assert parts[Part.reference] == pytest.approx(2 * 8.19e9 / 4, rel=1e-3)
     by_phase = memory(config, shape)
-    assert (
-        by_phase.phases[MemoryPhase.sync][Part.buffers] == 2 * 2 * 151936 * 4096
-    )  # the embedding is larger than a bucket
+    assert by_phase.phases[MemoryPhase.sync][Part.buffers] == 2 * (512 << 20), "the embedding arrives in parts"
     assert Part.cache in by_phase.phases[MemoryPhase.generate]
     assert Part.cache not in by_phase.phases[MemoryPhase.actor]
     assert by_phase.phases[MemoryPhase.actor][Part.engine] == pytest.approx(2 * 8.19e9, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "buffers"),
+    [
+        (["rollout.engine=vllm"], 2 * 2**29),
+        (["rollout.engine=vllm", "parallel.bucket_mb=64"], 2 * 2**26),
+        (["rollout.engine=vllm", "rollout.servers.precision=fp8"], 2.5 * 2**29),
+        # SGLang takes tensors whole: the embedding, and a message of a bucket.
+        (["rollout.engine=sglang"], 2 * 151936 * 4096 + 2**29),
+        (["rollout.engine=sglang", "parallel.bucket_mb=64"], 2 * 151936 * 4096 + 2**26),
+        (["rollout.engine=sglang", "parallel.bucket_mb=2048"], 2 * 2**31),
+    ],
+)
+def test_the_buffers_of_a_weight_sync(words: list[str], buffers: float) -> None:
+    config = planned("parallel.tensor=4", "rollout.servers.tensor=4", *words)
+    shape, _ = shape_of(config)
+    assert shape is not None
+    assert problems(config) == []
+    assert place_memory(config, shape, FIRST)[MemoryPhase.sync][Part.buffers] == buffers
 
 
 def test_a_stage_without_a_critic_needs_none() -> None:
@@ -232,9 +253,11 @@ def test_fp8_adds_its_copies_of_the_matrices(precision: Precision) -> None:
 
 
 def test_a_colocated_server_keeps_its_memory() -> None:
-    config = planned("parallel.tensor=4", "rollout.engine=vllm")
+    colocated = ["parallel.world_size=8", "rollout.servers.devices=[0]", "rollout.servers.transport=shared"]
+    config = planned("parallel.tensor=4", "rollout.engine=vllm", *colocated)
     shape, _ = shape_of(config)
     assert shape is not None
+    assert problems(config) == []
     phases = memory(config, shape)
     assert MemoryPhase.serve not in phases.phases
     for parts in phases.phases.values():

@@ -56,7 +56,7 @@ def check(config: Config, *, world_size: int | None, purpose: Purpose = Purpose.
     problems += _missing(config, purpose)
     problems += layout.check(config, shapes, world_size)
     problems += precision.check(config, shapes)
-    problems += rollout.check(config)
+    problems += rollout.check(config, world_size)
     problems += rewards.check(config, training=purpose is Purpose.train)
     problems += evaluation.check(config, required=purpose is Purpose.eval)
     problems += extensions.check(config, training=purpose is Purpose.train)

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_tempo.config.choices import Transport
 from megatron_tempo.config.hosts import is_loopback
 from megatron_tempo.config.problem import Problem
-from megatron_tempo.config.schema import Config
+from megatron_tempo.config.schema import Config, ServersConfig
 from megatron_tempo.config.tree import MISSING
 
 # sbatch's time limits: minutes, minutes:seconds, hours:minutes:seconds, each optionally after days.
@@ -48,6 +48,24 @@ def rollout_nodes(config: Config) -> Iterator[Problem]:
     if is_loopback(servers.host):
         wrong = "is reached from one machine alone, and the servers are on others"
         yield Problem("rollout.servers.host", servers.host, wrong, "rollout.servers.host=hostname")
+
+
+def trainers_on_node(config: Config, world: int | None) -> int | None:
+    """The processes of the trainer on a node, which use its first GPUs. `world`: all of them; None: one for each GPU
+    that no server takes. The result is None if nothing says how many nodes there are."""
+    cluster, servers = config.cluster, config.rollout.servers
+    if cluster is None or cluster.training_nodes < 1:
+        return None
+    if world is not None:
+        return -(-world // cluster.training_nodes)
+    node, starts = cluster.gpus_per_node, config.rollout.is_served and servers.addresses is None
+    taken = servers_on_node(servers) if starts and not cluster.rollout_nodes else 0
+    return node - taken if taken < node else node
+
+
+def servers_on_node(servers: ServersConfig) -> int:
+    """The GPUs that servers take of each node that they are started on."""
+    return servers.replicas * servers.tensor if servers.devices is None else len(set(servers.devices))
 
 
 def site(config: Config) -> Iterator[Problem]:

@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_tempo.config.choices import EngineKind, EnginePrecision, Transport
+from megatron_tempo.config.choices import Device, EngineKind, EnginePrecision, Transport
 from megatron_tempo.config.extensions import Extension, ExtensionError, load_engine
 from megatron_tempo.config.hosts import host_of, ip_of, is_loopback
 from megatron_tempo.config.problem import Problem
+from megatron_tempo.config.rules.cluster import servers_on_node, trainers_on_node
 from megatron_tempo.config.rules.files import wrong_with_key
 from megatron_tempo.config.rules.numbers import DEVICES
 from megatron_tempo.config.schema import Config, ServersConfig
@@ -18,7 +19,8 @@ from megatron_tempo.config.schema import Config, ServersConfig
 _ADDRESS = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[^/\s:@\[\]]+):\d+")
 
 
-def check(config: Config) -> Iterator[Problem]:
+def check(config: Config, world_size: int | None = None) -> Iterator[Problem]:
+    """`world_size`: number of launched processes; None: `parallel.world_size`."""
     rollout = config.rollout
     if rollout.max_staleness:
         yield from _ahead(config)
@@ -26,7 +28,7 @@ def check(config: Config) -> Iterator[Problem]:
         return
     servers = rollout.servers
     yield from _host(servers)
-    yield from _started(rollout.engine.name, servers) if servers.addresses is None else _found(servers)
+    yield from _started(config, world_size) if servers.addresses is None else _found(servers)
     if servers.transport is Transport.shared:
         yield from _shared(servers)
 
@@ -71,15 +73,20 @@ def _host(servers: ServersConfig) -> Iterator[Problem]:
         yield Problem(field, host, "is no host", f"{field}=hostname, or an IPv4 address")
 
 
-def _started(engine: str, servers: ServersConfig) -> Iterator[Problem]:
+def _started(config: Config, launched: int | None) -> Iterator[Problem]:
+    engine, servers = config.rollout.engine.name, config.rollout.servers
     if shutil.which(servers.python) is None:
         fix = f"give rollout.servers.python=ENVIRONMENT/bin/python, of the environment that has {engine}"
         yield Problem("rollout.servers.python", servers.python, "is no program that can be run", fix)
     wanted = servers.replicas * servers.tensor
     if servers.devices is not None and len(servers.devices) != wanted:
-        fix = f"give {wanted} of them: rollout.servers.devices=[{','.join(map(str, range(min(wanted, DEVICES))))}]"
+        first = min(_trainers(config, launched), max(0, DEVICES - wanted))
+        some = ",".join(map(str, range(first, first + min(wanted, DEVICES))))
+        fix = f"give {wanted} of them: rollout.servers.devices=[{some}]"
         wrong = f"are {len(servers.devices)} devices for {servers.replicas} x {servers.tensor} (replicas x tensor)"
         yield Problem("rollout.servers.devices", servers.devices, wrong, fix)
+    elif config.run.device is not Device.cpu:
+        yield from _colocated(config, launched)
     if servers.key_file is not None:
         fix = "rollout.servers.key_file=null, or give rollout.servers.addresses"
         yield Problem("rollout.servers.key_file", servers.key_file, "servers that we start get a key of ours", fix)
@@ -116,3 +123,33 @@ def _shared(servers: ServersConfig) -> Iterator[Problem]:
     if servers.precision is EnginePrecision.fp8:
         wrong = "matrices are made FP8 where they are whole, which is not so in shared memory"
         yield Problem("rollout.servers.transport", "shared", wrong, fix)
+
+
+def _trainers(config: Config, launched: int | None) -> int:
+    """The processes of the trainer on a node; if nothing says how many: at least the first one, on the first GPU."""
+    return trainers_on_node(config, config.parallel.world_size if launched is None else launched) or 1
+
+
+def _colocated(config: Config, launched: int | None) -> Iterator[Problem]:
+    """Servers on GPUs of the trainer, whose processes use the first ones of a node."""
+    servers, cluster = config.rollout.servers, config.cluster
+    if cluster is not None and cluster.rollout_nodes:  # all servers are there
+        return
+    trainers = _trainers(config, launched)
+    field = "rollout.servers.devices"
+    if servers.devices is None:
+        node, wanted = (0, 0) if cluster is None else (cluster.gpus_per_node, servers_on_node(servers))
+        if wanted and trainers + wanted > node:
+            wrong = f"{trainers} processes of the trainer and {servers.replicas} x {servers.tensor} GPUs of servers "
+            wrong += f"(replicas x tensor) are more than the {node} of a node"
+            fix = "fewer servers (rollout.servers.replicas, rollout.servers.tensor), or rollout.engine=embedded"
+            if cluster is not None and wanted < node:
+                processes = (node - wanted) * cluster.training_nodes
+                fix += f", or launch {processes} processes" if launched else f", or parallel.world_size={processes}"
+            yield Problem(field, None, wrong, fix)
+        return
+    both = sorted({device for device in servers.devices if device < trainers})
+    if both and servers.transport is Transport.group:
+        wrong = f"the trainer uses GPU {both[0]} too, and NCCL has no group with two members on one GPU"
+        fix = "rollout.servers.transport=shared, or other devices"
+        yield Problem(field, servers.devices, wrong, fix)

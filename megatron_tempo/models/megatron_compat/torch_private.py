@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.distributed_c10d import GroupName, _new_process_group_helper, _world
+from torch.distributed.distributed_c10d import GroupName, _abort_process_group, _new_process_group_helper, _world
 
 
 def join_separate_group(
@@ -52,6 +52,16 @@ def begun_collectives() -> dict[str, int]:
                 if group is default or backend.name() != "gloo":
                     counts[f"{name} {device.type}"] = backend._get_sequence_number_for_group()
     return counts
+
+
+def abort_separate_group(group: dist.ProcessGroup) -> None:
+    """Leave a group of `join_separate_group`, whatever it still does.
+
+    torch 2.10 to 2.13 (distributed/distributed_c10d.py, `_abort_process_group`). `dist.destroy_process_group` waits
+    under NCCL for what has been launched, for ever if a member is lost. And torch's NCCL watchdog ends the process if a
+    collective exceeds the group's timeout.
+    """
+    _abort_process_group(group)
 
 
 def write_result(index: MetadataIndex, file: str, offset: int, length: int) -> WriteResult:
