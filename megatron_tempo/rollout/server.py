@@ -136,11 +136,12 @@ def _is_kept_back(name: str) -> bool:
 
     A server that sees the trainer's rank variables waits for other ranks. One that sees a proxy sends requests to its
     own processes through it, and a server fetches nothing from elsewhere. One that sees the trainer's module paths
-    imports the trainer's torch.
+    imports the trainer's torch. What the trainer sets for its own products (`models.device`) slows a server's.
     """
     ranks = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
-    others = ("http_proxy", "https_proxy", "all_proxy", "pythonpath", "pythonhome")
-    return name.startswith(ranks) or name.lower() in others
+    proxies = ("http_proxy", "https_proxy", "all_proxy")
+    others = ("PYTHONPATH", "PYTHONHOME", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE")
+    return name.startswith(ranks) or name.lower() in proxies or name in others
 
 
 def _free_port(host: str) -> int:

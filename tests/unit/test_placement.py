@@ -126,7 +126,7 @@ def test_a_run_with_servers_aligns_nccl_before_its_first_communicator(
         del os.environ[name]
     seen: list[dict[str, str | None]] = []
 
-    def select(requested: Device, local_rank: int) -> torch.device:
+    def select(requested: Device, local_rank: int, *, deterministic: bool) -> torch.device:
         seen.append({name: os.environ.get(name) for name in SETTINGS})
         raise InputError("no further")
 
@@ -138,11 +138,13 @@ def test_a_run_with_servers_aligns_nccl_before_its_first_communicator(
     assert seen == [dict.fromkeys(SETTINGS) if engine is EngineKind.embedded else SETTINGS]
 
 
-def test_a_server_does_not_get_what_leads_to_the_trainers_packages() -> None:
+def test_a_server_does_not_get_what_is_the_trainers_own() -> None:
     inherited = {
         "PYTHONPATH": "/code",
         "PYTHONHOME": "/python",
         "RANK": "3",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "NVIDIA_TF32_OVERRIDE": "0",
         "HTTPS_PROXY": "http://p",
         "HOME": "/home",
     }
