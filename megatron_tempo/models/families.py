@@ -1,4 +1,4 @@
-"""The supported model families (FAMILIES), and their networks in Megatron-Core."""
+"""The networks of the model families (`config.model_shape`) in Megatron-Core."""
 
 from __future__ import annotations
 
