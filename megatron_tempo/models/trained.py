@@ -26,6 +26,7 @@ from megatron_tempo.models.megatron_compat.optimizer import (
     optimizer_parts,
     without_bucket_padding,
 )
+from megatron_tempo.models.megatron_compat.optimizer_gather import gathered_in_pieces
 from megatron_tempo.models.offload import ModelOffloader
 from megatron_tempo.models.packing import MicroBatch, micro_batches
 from megatron_tempo.models.parallel import Layout, sum_over_ranks
@@ -253,7 +254,7 @@ class TrainedModel(Model):
         self, weights: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool
     ) -> dict[str, Any]:
         """The optimizer's part of a checkpoint. `weights`: the sharded weights of the same model. Collective."""
-        with without_bucket_padding(self.optimizer):
+        with without_bucket_padding(self.optimizer), gathered_in_pieces(self.optimizer):
             return self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
 
     def load_optimizer(self, state: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from enum import Enum
 from megatron_tempo.config.choices import EnginePrecision, Logits, Precision
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.schema import Config
+from megatron_tempo.config.sizes import GATHERED_BYTES
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.plan import activations, engine, head
 from megatron_tempo.plan.layout import (
@@ -356,12 +357,12 @@ class _Phases:
         )
 
     def _gathered(self, role: Role) -> Parts:
-        """Megatron's fully reshardable format gathers a model's fp32 main weights and moments over the data-parallel
-        ranks, one of the three at a time, on every rank's GPU, in addition to its own share. They then move to host
-        memory."""
+        """The fully reshardable format gathers a model's fp32 main weights and moments over the data-parallel ranks, in
+        pieces (models/megatron_compat/optimizer_gather.py): a piece of all ranks, and this rank's part of it. They then
+        move to host memory."""
         layout = self.layouts[role]
-        count = parameters(self.shape, layout, role, self.place[role])
-        return {Part.buffers: 4.0 * count * (1 + 1 / (layout.data * layout.context))}
+        gathered = min(GATHERED_BYTES, 4.0 * parameters(self.shape, layout, role, self.place[role]))
+        return {Part.buffers: gathered * (1 + 1 / (layout.data * layout.context))}
 
 
 def update_moments(
