@@ -9,6 +9,7 @@ consumer keeps adds to that; a `for` loop's variable keeps one until the next bu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_tempo.models.gpt import PackedGPT
+from megatron_tempo.models.megatron_compat.torch_private import shareable_memory
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import Bucket
@@ -90,22 +92,22 @@ class WeightStream:
 
         The other ranks of the first copy take part and get nothing. Ranks of other copies do nothing.
 
-        `shared` is for engines on the same machine. On a GPU it changes nothing, because other processes open GPU
-        memory by CUDA handles. On a CPU, the tensors are then in memory that other processes map by its file's name.
-        Two buffers are used in turn. When you request a bucket, every earlier one except the last may be overwritten;
-        when you start a new stream, all may be. Raises InputError if /dev/shm has too little free space for the
-        buffers.
+        `shared` is for engines on the same machine. On a GPU, other processes open the tensors by CUDA handles, which
+        the allocator must make possible. On a CPU, the tensors are then in memory that other processes map by its
+        file's name. Two buffers are used in turn. When you request a bucket, every earlier one except the last may be
+        overwritten; when you start a new stream, all may be. Raises InputError if /dev/shm has too little free space
+        for the buffers.
         """
         self._load_model()
         if self._layout.is_first_copy:
             groups = [group for group in self._groups if group[0].stage == self._layout.pipeline_rank]
             mapped = shared and self._device.type == "cpu"
-            yield from self._from_shared_memory(groups) if mapped else self._from_messages(groups)
+            yield from self._from_shared_memory(groups) if mapped else self._from_messages(groups, shared=shared)
 
-    def _from_messages(self, groups: list[list[ParamMapping]]) -> Iterator[Bucket]:
+    def _from_messages(self, groups: list[list[ParamMapping]], *, shared: bool) -> Iterator[Bucket]:
         for group in groups:
             if self.sends:
-                yield self._gather_on_sender(group)
+                yield self._gather_on_sender(group, shared=shared)
             else:
                 self._send(group)
 
@@ -145,9 +147,10 @@ class WeightStream:
             self._scatter_packed(packed, sharded, wholes, rank)
 
     @torch.no_grad()
-    def _gather_on_sender(self, group: list[ParamMapping]) -> Bucket:
+    def _gather_on_sender(self, group: list[ParamMapping], *, shared: bool) -> Bucket:
         """A bucket on the sender: its own shards, and one message from each of the other tensor ranks."""
-        wholes = _wholes(group, self._empty(_numel(group)))
+        with shareable_memory() if shared and self._device.type == "cuda" else nullcontext():
+            wholes = _wholes(group, self._empty(_numel(group)))
         sharded = self._sharded(group)
         others = range(1, self._layout.tensor) if sharded else ()
         packed = {rank: self._empty(self._packed_size(sharded)) for rank in others}
