@@ -319,7 +319,7 @@ class _Phases:
         """A mini-batch is one optimizer step.
 
         Its peak is in the backward pass of the head or of the layers, or in the step itself, after the activations are
-        freed. On CUDA, torch's Adam then allocates an fp32 tensor per parameter.
+        freed. On CUDA, torch's Adam then allocates an fp32 tensor per parameter; Transformer Engine's does not.
         """
         if role is Role.actor:
             rows = max(one.actor.mini_batch_prompts * one.responses_per_prompt for one in self.stages)
@@ -334,7 +334,7 @@ class _Phases:
         )
         held += self._left_behind(role, micro)
         own = parameters(self.shape, layout, role, stage)
-        step = 4.0 * own / (layout.data * layout.context) if self.machine.cuda else 0.0
+        step = 4.0 * own / (layout.data * layout.context) if self.machine.cuda and not self.machine.te else 0.0
         if step > held + max(layers, ending):
             return batch | {Part.optimizer: step}
         if ending > layers:
