@@ -37,6 +37,7 @@ def test_torch_knows_the_setting() -> None:
 def test_segments_grow_from_the_first_allocation_on(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(device, "set_cuda_numerics", lambda **_: None)  # of the whole process
     monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: settings.append(str(chosen)))
     device.select_device(Device.cuda, 0)
     assert settings == [ON, "cuda:0"]
