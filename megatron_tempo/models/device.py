@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_tempo.config.choices import Device
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.megatron_compat.cpu_backend import install_cpu_backend
+from megatron_tempo.models.megatron_compat.torch_private import use_expandable_segments
 from megatron_tempo.nullgpu.guard import refuse_null_gpu
 
 # The values with which cuBLAS gives the same bits in each run ("Results reproducibility" in its documentation).
@@ -20,6 +21,9 @@ REPRODUCIBLE_WORKSPACES = (":4096:8", ":16:8")
 
 def select_device(requested: Device, local_rank: int, *, deterministic: bool = True) -> torch.device:
     """Select the device of this process and make it current. On a CPU, install Megatron-Core's CPU backend.
+
+    On CUDA, torch's allocator gets expandable segments, before it allocates anything: models that take turns on the
+    device (models/offload.py), and micro-batches of many shapes, leave gaps in segments of fixed size.
 
     `deterministic`: `run.deterministic`, for `set_cuda_numerics`. Raises InputError if `requested` is cuda and there is
     no CUDA device, if `requested` is cpu and there is one (Megatron would use it anyway), or if the device is the null
@@ -41,6 +45,7 @@ def select_device(requested: Device, local_rank: int, *, deterministic: bool = T
                 f"devices, or hide them with CUDA_VISIBLE_DEVICES='' to run on the CPU"
             )
         set_cuda_numerics(deterministic=deterministic)  # before the first call that starts CUDA's libraries
+        use_expandable_segments()
         # Where a launcher shows each process one GPU, its own, that GPU is number 0 in every process.
         device = torch.device("cuda", local_rank % count)
         torch.cuda.set_device(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from megatron_tempo.models.megatron_compat.optimizer import (
     optimizer_parts,
     without_bucket_padding,
 )
+from megatron_tempo.models.megatron_compat.optimizer_gather import gathered_in_pieces
 from megatron_tempo.models.offload import ModelOffloader
 from megatron_tempo.models.packing import MicroBatch, micro_batches
 from megatron_tempo.models.parallel import Layout, sum_over_ranks
@@ -96,7 +97,7 @@ class Model:
         def collect(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
             cells, values = extract(micro, output)
             if self.layout.is_reporter:
-                result[cells] = values.float().cpu()
+                result[cells] = values.detach().float().cpu()  # the pass that warms up FP8 scales has gradients
             return output.new_zeros(()), cells
 
         with self.at_work():
@@ -121,11 +122,12 @@ class Model:
         """Warm up FP8 delayed scaling with one throw-away micro-batch.
 
         Its scales start at 1. With these, FP8 loses most of a weight and all of a gradient. Transformer Engine updates
-        the scales only in passes with gradient.
+        the scales only in passes with gradient. A pass without a backward keeps nothing for one: layers are recomputed
+        in training only, so the whole network's activations would not fit.
         """
         config, required = self.net.config, 1 if forward_only else 2
         if config.fp8 and config.fp8_recipe == "delayed" and self.fp8_scales_ready < required:
-            with torch.enable_grad():
+            with torch.enable_grad(), _nothing_saved() if forward_only else nullcontext():
                 self._run(parts[:1], loss, forward_only=forward_only)
             self.fp8_scales_ready = required
 
@@ -253,7 +255,7 @@ class TrainedModel(Model):
         self, weights: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool
     ) -> dict[str, Any]:
         """The optimizer's part of a checkpoint. `weights`: the sharded weights of the same model. Collective."""
-        with without_bucket_padding(self.optimizer):
+        with without_bucket_padding(self.optimizer), gathered_in_pieces(self.optimizer):
             return self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
@@ -270,6 +272,15 @@ class TrainedModel(Model):
             group["weight_decay"] = config.weight_decay * group.get("wd_mult", 1.0)
             group["betas"] = (config.beta1, config.beta2)
             group["eps"] = config.eps
+
+
+def _nothing_saved() -> AbstractContextManager[None]:
+    """Inside, autograd builds its graph without the tensors that a backward pass would need."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, _unsaved)
+
+
+def _unsaved(_: None) -> Tensor:
+    raise RuntimeError("no backward pass was planned: its tensors were not saved")
 
 
 def _on_device(net: PackedGPT, device: torch.device) -> Any:

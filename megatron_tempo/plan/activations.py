@@ -93,9 +93,11 @@ def feed_forward(w: Widths, machine: PlannedMachine) -> float:
 
 def layer(shape: ModelShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch) -> float:
     """All that one layer saves for its backward pass, in bytes. With `Recompute.attention`, the inputs of the attention
-    kernel, q + 2 k, instead of what the kernel saves."""
+    kernel instead of what the kernel saves: rotated queries and keys, and values, which are a view of the joint
+    projection, q + 2 k. In fp32 the norms save that too."""
     w = Widths.of(shape, layout)
-    given = machine.size * (w.q + 2 * w.k) * micro.tokens
+    joint = w.q + 2 * w.k if machine.mixed else 0
+    given = machine.size * (w.q + w.k + joint) * micro.tokens
     inside = given if layout.recompute is Recompute.attention else on_grid(w, machine, layout, micro)
     by_token = 2 * norm(w, machine) + feed_forward(w, machine)
     return by_token * micro.tokens + attention(w, machine, micro) + inside

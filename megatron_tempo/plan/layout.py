@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_tempo.config.choices import Device, Precision, Recompute
+from megatron_tempo.config.choices import Device, Layers, Precision, Recompute
+from megatron_tempo.config.recipes import RECIPES
 from megatron_tempo.config.schema import Config, ParallelConfig
 from megatron_tempo.config.sizes import GRID_SLACK
 
@@ -39,6 +40,7 @@ class PlannedMachine:
 
     size: int = 2  # bytes per number: 2 in bf16, 4 in fp32
     cuda: bool = True
+    te: bool = False  # Transformer Engine: its layers, and its Adam, which needs no memory for a step
 
     @property
     def mixed(self) -> bool:
@@ -62,8 +64,11 @@ class PlannedMicroBatch:
 
 
 def machine_of(config: Config) -> PlannedMachine:
-    """The precision and the device of a configuration."""
-    return PlannedMachine(4 if config.run.precision is Precision.fp32 else 2, config.run.device is not Device.cpu)
+    """The precision, the device and the layers of a configuration. Whether `model.layers=auto` finds Transformer Engine
+    is not known here: local layers need more."""
+    cuda = config.run.device is not Device.cpu
+    te = config.run.precision in RECIPES or config.model.layers is Layers.transformer_engine
+    return PlannedMachine(4 if config.run.precision is Precision.fp32 else 2, cuda, te and cuda)
 
 
 def layout_of(own: ParallelConfig, world: int) -> PlannedLayout:

@@ -14,6 +14,7 @@ from enum import Enum
 from megatron_tempo.config.choices import EngineKind, EnginePrecision, Logits, Precision
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.schema import Config
+from megatron_tempo.config.sizes import GATHERED_BYTES
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.plan import activations, engine, head
 from megatron_tempo.plan.layout import (
@@ -318,7 +319,7 @@ class _Phases:
         """A mini-batch is one optimizer step.
 
         Its peak is in the backward pass of the head or of the layers, or in the step itself, after the activations are
-        freed. On CUDA, torch's Adam then allocates an fp32 tensor per parameter.
+        freed. On CUDA, torch's Adam then allocates an fp32 tensor per parameter; Transformer Engine's does not.
         """
         if role is Role.actor:
             rows = max(one.actor.mini_batch_prompts * one.responses_per_prompt for one in self.stages)
@@ -333,7 +334,7 @@ class _Phases:
         )
         held += self._left_behind(role, micro)
         own = parameters(self.shape, layout, role, stage)
-        step = 4.0 * own / (layout.data * layout.context) if self.machine.cuda else 0.0
+        step = 4.0 * own / (layout.data * layout.context) if self.machine.cuda and not self.machine.te else 0.0
         if step > held + max(layers, ending):
             return batch | {Part.optimizer: step}
         if ending > layers:
@@ -360,12 +361,12 @@ class _Phases:
         return min(largest, whole) * (1 + fp8) + min(bound, whole)
 
     def _gathered(self, role: Role) -> Parts:
-        """Megatron's fully reshardable format gathers a model's fp32 main weights and moments over the data-parallel
-        ranks, one of the three at a time, on every rank's GPU, in addition to its own share. They then move to host
-        memory."""
+        """The fully reshardable format gathers a model's fp32 main weights and moments over the data-parallel ranks, in
+        pieces (models/megatron_compat/optimizer_gather.py): a piece of all ranks, and this rank's part of it. They then
+        move to host memory."""
         layout = self.layouts[role]
-        count = parameters(self.shape, layout, role, self.place[role])
-        return {Part.buffers: 4.0 * count * (1 + 1 / (layout.data * layout.context))}
+        gathered = min(GATHERED_BYTES, 4.0 * parameters(self.shape, layout, role, self.place[role]))
+        return {Part.buffers: gathered * (1 + 1 / (layout.data * layout.context))}
 
 
 def update_moments(

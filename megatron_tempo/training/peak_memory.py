@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_tempo.config.choices import Layers
 from megatron_tempo.config.schema import ClusterConfig, Config
 from megatron_tempo.observability.console import readable
 from megatron_tempo.plan.memory import GB, MemoryPhase, memory
@@ -93,12 +94,14 @@ class PeakMemory:
         return f"memory of a process, planned / peak, GB: {', '.join(words)}"
 
 
-def planned(config: Config, world_size: int, device: torch.device) -> dict[MemoryPhase, float]:
-    """Bytes of a trainer's process by phase, as `megatron-tempo plan` computes them, for `world_size` processes."""
+def planned(config: Config, layers: Layers, world_size: int, device: torch.device) -> dict[MemoryPhase, float]:
+    """Bytes of a trainer's process by phase, as `megatron-tempo plan` computes them, for `world_size` processes and the
+    layers that were chosen for this machine."""
     shape, problems = shape_of(config)
     assert shape is not None, problems  # the check has read the same file
     cluster = config.cluster or _machines(world_size, device)
-    here = replace(config, cluster=cluster, parallel=replace(config.parallel, world_size=world_size))
+    model, parallel = replace(config.model, layers=layers), replace(config.parallel, world_size=world_size)
+    here = replace(config, cluster=cluster, model=model, parallel=parallel)
     needed = memory(here, shape)
     return {phase: needed.total(phase) for phase in needed.phases if phase is not MemoryPhase.serve}
 

@@ -27,7 +27,7 @@ from megatron_tempo.methods import iterate_of
 from megatron_tempo.methods.learner import Learner, Rollouts
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
-from megatron_tempo.models.machine import described
+from megatron_tempo.models.machine import chosen_layers, described
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.observability.metrics import Metrics
 from megatron_tempo.observability.profiler import Profiler
@@ -99,7 +99,8 @@ class Trainer:
             for line in tokenizer_findings(config, tokenizer, [*firsts, *sets.values()]):
                 log.info("%s", line)
             read = inputs.fingerprints(config, sets)
-            peaks = PeakMemory(context.device, planned(config, dist.get_world_size(), context.device))
+            layers = chosen_layers(config, context.machine)
+            peaks = PeakMemory(context.device, planned(config, layers, dist.get_world_size(), context.device))
             log.info("%s", described(config, context.machine))
             log.info("%s", peaks.plan())
             actor, critic = build_actor(context), build_critic(context) if config.has_critic else None

@@ -27,7 +27,7 @@ from megatron_tempo.types import Bucket, PartName, whole_name
 from megatron_tempo.weights import tables
 from megatron_tempo.weights.param_mapping import ParamMapping
 from megatron_tempo.weights.pieces import EVEN, JoinedParts, planned_buckets
-from megatron_tempo.weights.shared_memory import in_shared_memory
+from megatron_tempo.weights.shared_memory import flat_buffer, in_shared_memory
 
 INDEX = "model.safetensors.index.json"
 ORIGIN = "tempo_origin.json"  # in an exported folder: the run, step, configuration and checkpoint it comes from
@@ -112,11 +112,14 @@ class FolderWeights:
         self.sends = layout.is_writer
 
     def everywhere(self, *, parts: bool = False) -> Iterator[Bucket]:
+        yield from self._filled(parts=parts, shared=False)
+
+    def _filled(self, *, parts: bool, shared: bool) -> Iterator[Bucket]:
         with ExitStack() as stack:
             opened = {path: stack.enter_context(safe_open(path, "pt")) for path in set(self._files.values())}
             for planned in self._buckets[parts]:
                 progress_marker.mark()
-                flat = torch.empty(planned.numel, dtype=self._dtype, device=self._device)
+                flat = flat_buffer(planned.numel, self._dtype, self._device, shared=shared)
                 bucket = planned.filled(flat)
                 for name, tensor in bucket:
                     self._read(opened, name, tensor)
@@ -135,7 +138,7 @@ class FolderWeights:
         """The whole model, on the first rank only. With `shared`, each bucket has its own memory, which other processes
         can open: on a CPU by its file's name, on a GPU by a CUDA handle."""
         if self.sends:
-            buckets = self.everywhere(parts=parts)
+            buckets = self._filled(parts=parts, shared=shared)
             yield from map(in_shared_memory, buckets) if shared and self._device.type == "cpu" else buckets
 
 

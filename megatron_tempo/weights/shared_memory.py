@@ -1,4 +1,4 @@
-"""Memory that processes on one machine share, through a file in /dev/shm.
+"""Memory that processes on one machine share: on a CPU through a file in /dev/shm, on a GPU through a CUDA handle.
 
 torch's manager process, `torch_shm_manager`, removes the file when the last process has closed it or is dead.
 """
@@ -6,13 +6,21 @@ torch's manager process, `torch_shm_manager`, removes the file when the last pro
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_tempo.errors import InputError
+from megatron_tempo.models.megatron_compat.torch_private import shareable_memory
 from megatron_tempo.types import Bucket
+
+
+def flat_buffer(size: int, dtype: torch.dtype, device: torch.device, *, shared: bool) -> torch.Tensor:
+    """A tensor of `size` elements. `shared`: if it is on a GPU, other processes can open it by a CUDA handle."""
+    with shareable_memory() if shared and device.type == "cuda" else nullcontext():
+        return torch.empty(size, dtype=dtype, device=device)
 
 
 def shared_buffers(count: int, nbytes: int, group: dist.ProcessGroup) -> list[torch.UntypedStorage]:

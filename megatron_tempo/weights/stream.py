@@ -25,7 +25,7 @@ from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import Bucket
 from megatron_tempo.weights.param_mapping import ParamMapping
 from megatron_tempo.weights.pieces import EVEN, BucketPiece, PlannedBucket, is_sharded, planned_buckets
-from megatron_tempo.weights.shared_memory import shared_buffers
+from megatron_tempo.weights.shared_memory import flat_buffer, shared_buffers
 
 # Pieces of a bucket, each with its place in the bucket's flat tensor.
 Message = list[tuple[BucketPiece, Tensor]]
@@ -84,22 +84,25 @@ class WeightStream:
         The other ranks of the first copy take part and get nothing. Ranks of other copies do nothing. `parts`: a tensor
         that is larger than a bucket arrives in parts.
 
-        `shared` is for engines on the same machine. On a GPU it changes nothing, because other processes open GPU
-        memory by CUDA handles. On a CPU, the tensors are then in memory that other processes map by its file's name.
-        Two buffers are used in turn. When you request a bucket, every earlier one except the last may be overwritten;
-        when you start a new stream, all may be. Raises InputError if /dev/shm has too little free space for the
-        buffers.
+        `shared` is for engines on the same machine. On a GPU, other processes open the tensors by CUDA handles, which
+        the allocator must make possible. On a CPU, the tensors are then in memory that other processes map by its
+        file's name. Two buffers are used in turn. When you request a bucket, every earlier one except the last may be
+        overwritten; when you start a new stream, all may be. Raises InputError if /dev/shm has too little free space
+        for the buffers.
         """
         self._load_model()
         if self._layout.is_first_copy:
             buckets = [bucket for bucket in self._buckets[parts] if bucket.stage == self._layout.pipeline_rank]
             mapped = shared and self._device.type == "cpu"
-            yield from self._from_shared_memory(buckets, parts) if mapped else self._from_messages(buckets)
+            if mapped:
+                yield from self._from_shared_memory(buckets, parts)
+            else:
+                yield from self._from_messages(buckets, shared=shared)
 
-    def _from_messages(self, buckets: list[PlannedBucket]) -> Iterator[Bucket]:
+    def _from_messages(self, buckets: list[PlannedBucket], *, shared: bool) -> Iterator[Bucket]:
         for bucket in buckets:
             if self.sends:
-                yield self._gather_on_sender(bucket)
+                yield self._gather_on_sender(bucket, shared=shared)
             else:
                 self._send(bucket)
 
@@ -140,9 +143,9 @@ class WeightStream:
             self._unpack(packed, message, rank)
 
     @torch.no_grad()
-    def _gather_on_sender(self, bucket: PlannedBucket) -> Bucket:
+    def _gather_on_sender(self, bucket: PlannedBucket, *, shared: bool) -> Bucket:
         """A bucket on the sender: its own shards, and messages from the other tensor ranks."""
-        flat = self._empty(bucket.numel)
+        flat = flat_buffer(bucket.numel, self._dtype, self._device, shared=shared)
         messages = list(self._sharded(bucket, flat))
         if not messages:
             self._place_own(bucket, flat, replicated=True)

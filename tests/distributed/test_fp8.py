@@ -5,6 +5,7 @@ Nothing is computed in FP8 here. The stand-in's layers refuse the shapes that Tr
 
 from __future__ import annotations
 
+import gc
 import importlib
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,7 @@ from megatron_tempo.training.context import open_context
 from megatron_tempo.training.setup import build_actor, build_critic
 from tests.support.fork_server import TE_FORK_SERVER
 from tests.support.ranks import run_ranks
+from tests.support.storages import Storages
 from tests.support.tiny import ragged_batch, write_model
 
 LAYERS = 4
@@ -126,6 +128,40 @@ def test_what_is_in_fp8(
         # Padding is a sequence of its own: what the rows' tokens give is as without it.
         torch.testing.assert_close(result["before"], bf16["before"], atol=0.05, rtol=0.05)
         torch.testing.assert_close(result["after"], bf16["after"], atol=0.05, rtol=0.05)
+
+
+def warmed_up(model: Path) -> dict[str, Any]:
+    """The first and the second pass of a critic with delayed scaling: what they need, leave behind and saw."""
+    config = Config()
+    config.model.path, config.model.layers = str(model), Layers.transformer_engine
+    config.parallel.micro_batch_tokens = 64
+    record = importlib.import_module("transformer_engine.pytorch.record")
+    batch, found = ragged_batch(8), {}
+    with open_context(config) as context, Storages() as storages:
+        config.run.precision = Precision.fp8_delayed
+        critic = build_critic(context)
+        for name in ("first", "second"):
+            del record.calls[:]
+            gc.collect()
+            before = storages.restart()
+            values = critic.values(batch)
+            peak = storages.peak - before
+            gc.collect()
+            left = storages.now() - before - values.untyped_storage().nbytes()
+            found[name] = {"peak": peak, "left": left, "grad": values.requires_grad, "calls": list(record.calls)}
+            found[name]["largest"] = [call.largest for call in found[name].pop("calls")]
+    return found
+
+
+def test_the_pass_for_the_first_scales_keeps_nothing(model: Path, tmp_path: Path) -> None:
+    first, second = run_ranks(warmed_up, 1, tmp_path, model, server=TE_FORK_SERVER)[0].values()
+    assert not first["grad"]
+    assert first["left"] <= second["left"] + 1024
+    assert first["peak"] <= 1.1 * second["peak"]
+    of_pass = 4 * LAYERS
+    assert len(first["largest"]) == len(second["largest"]) + of_pass
+    # The scales are made of these: as of the same micro-batch in a pass that keeps everything, or nothing.
+    assert first["largest"][:of_pass] == first["largest"][of_pass : 2 * of_pass] == second["largest"][:of_pass]
 
 
 def test_without_fp8_nothing_is_filled_up_or_cast(bf16: dict[str, Any]) -> None:

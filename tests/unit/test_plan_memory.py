@@ -6,12 +6,13 @@ import pytest
 
 from megatron_tempo.config.choices import EnginePrecision, Logits, Precision, Published, Recompute
 from megatron_tempo.config.schema import Config
+from megatron_tempo.config.sizes import GATHERED_BYTES
 from megatron_tempo.kernels import linear_logprobs
 from megatron_tempo.models import packing
 from megatron_tempo.plan import activations, engine, head, layout
 from megatron_tempo.plan.layout import PlannedLayout, PlannedMachine, PlannedMicroBatch, micro_batch_of
 from megatron_tempo.plan.memory import MemoryPhase, Part, memory, place_memory
-from megatron_tempo.plan.parameters import Role
+from megatron_tempo.plan.parameters import Role, parameters
 from megatron_tempo.plan.shapes import PUBLISHED, shape_of
 from megatron_tempo.plan.split import Split, problems, split_of
 from megatron_tempo.plan.times import row_operations, times
@@ -104,6 +105,26 @@ def test_the_head_by_hand() -> None:
         head.reading(TINY, PlannedLayout(), BF16, MICRO, Logits.recomputed, Role.actor)
         == 4 * 800 + 2 * 640 + 16 * 80 * 17
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "step"),
+    [("model.layers=local", 4.0), ("model.layers=transformer_engine", 0.0), ("run.precision=fp8_blockwise", 0.0)],
+)
+def test_a_step_of_torchs_adam_takes_a_tensor_of_each_parameter(words: str, step: float) -> None:
+    layout = "parallel.tensor=4 parallel.sequence=true parallel.world_size=4 parallel.recompute=layers"
+    config = planned(*layout.split(), words)
+    phases = place_memory(config, PUBLISHED[Published.qwen3_8b], FIRST)
+    count = parameters(PUBLISHED[Published.qwen3_8b], PlannedLayout(tensor=4), Role.actor, 0)
+    grown = phases[MemoryPhase.actor][Part.optimizer] - phases[MemoryPhase.logprobs][Part.optimizer]
+    assert grown == step * count
+
+
+def test_a_save_takes_a_piece_and_this_ranks_part_of_it() -> None:
+    config = planned("parallel.tensor=4")
+    phases = place_memory(config, PUBLISHED[Published.qwen3_8b], FIRST)
+    beyond = sum(phases[MemoryPhase.checkpoint].values()) - sum(phases[MemoryPhase.generate].values())
+    assert beyond == GATHERED_BYTES * 1.5  # of two replicas
 
 
 def test_context_parallelism_divides_the_tokens() -> None:

@@ -1,12 +1,13 @@
-"""Private names of torch: process groups and their counters, checkpoint records, shared GPU memory.
+"""Private names of torch: process groups and their counters, checkpoint records, GPU memory.
 
 This file imports torch only, so that the rollout engines can use it without Megatron-Core.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +17,9 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.distributed_c10d import GroupName, _abort_process_group, _new_process_group_helper, _world
+
+# Where a user gives the allocator's settings. torch reads them when CUDA starts.
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
 def join_separate_group(
@@ -81,3 +85,31 @@ def share_cuda_storage(storage: torch.UntypedStorage) -> Sequence[Any]:
     """
     handle: Sequence[Any] = storage._share_cuda_()
     return handle
+
+
+def use_expandable_segments(environment: Mapping[str, str] = os.environ) -> None:
+    """Let torch's allocator grow its segments of GPU memory, unless the user's environment has settings of its own.
+
+    torch 2.10 to 2.13 (torch/csrc/DeviceAccelerator.cpp, `_accelerator_setAllocatorSettings`). The public way is an
+    environment variable, which servers that this process starts would inherit. vLLM opens torch's memory from its other
+    workers by CUDA handles, which expandable segments do not have.
+    """
+    if not any(environment.get(name) for name in _ALLOCATOR_VARIABLES):
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
+@contextmanager
+def shareable_memory(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """Inside the block, other processes can open GPU memory that is allocated: it is in segments of fixed size.
+
+    torch 2.10 to 2.13 (c10/cuda/CUDACachingAllocator.cpp): while the setting is off, the allocator uses no block of an
+    expandable segment. A user's own settings stay as they are.
+    """
+    if any(environment.get(name) for name in _ALLOCATOR_VARIABLES):
+        yield
+        return
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
+    try:
+        yield
+    finally:
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")

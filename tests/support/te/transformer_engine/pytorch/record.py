@@ -18,6 +18,7 @@ class Call:
     outer: int  # outputs of this rank
     first: bool | None  # is_first_microbatch
     grad: bool
+    largest: float  # magnitude in the input, of which delayed scaling makes the next scale
 
 
 backend = "fused"  # the attention that TE chooses: flash, fused or unfused

@@ -90,7 +90,8 @@ class Linear(TransformerEngineBaseModule):
                 assert tokens % block == inp.shape[-1] % block == 0, "All-gather requires quantizable tensor"
         group = 1 if state.group is None else state.group.size()
         sizes = tokens, self.in_features, self.out_features
-        calls.append(Call(self.parallel_mode, self.fp8_recipe, group, *sizes, first, torch.is_grad_enabled()))
+        largest = float(inp.detach().abs().max()) if inp.numel() else 0.0
+        calls.append(Call(self.parallel_mode, self.fp8_recipe, group, *sizes, first, torch.is_grad_enabled(), largest))
 
 
 class LayerNormLinear(Linear):
