@@ -1,0 +1,104 @@
+"""Measures the phases of a rehearsal: memory by torch's own allocator, and what the null GPU counted."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_tempo.nullgpu import counters
+from megatron_tempo.plan.memory import GB
+from megatron_tempo.training.peak_memory import PeakMemory
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A phase: bytes on the GPU by torch's allocator, and work by the null GPU's counts."""
+
+    name: str
+    before: int  # allocated
+    peak: int  # allocated
+    reserved: int  # at its peak
+    after: int  # allocated
+    largest_free: int  # the largest free piece of the reserved memory, at the end
+    seconds: float  # on this machine's CPU
+    counts: dict[str, float] = field(default_factory=dict)
+
+
+class Compilations:
+    """Counts Triton kernels that are compiled, and graphs that Dynamo compiles."""
+
+    def __init__(self) -> None:
+        self.triton = 0
+        import triton  # only with CUDA builds of torch
+
+        triton.knobs.runtime.jit_post_compile_hook = self._compiled
+
+    def _compiled(self, **_: Any) -> None:
+        self.triton += 1
+
+    def counts(self) -> dict[str, float]:
+        from torch._dynamo.utils import counters as dynamo  # no public name
+
+        return {"triton_compilations": self.triton, "dynamo_graphs": dynamo["stats"]["unique_graphs"]}
+
+
+class PhaseMeter(PeakMemory):
+    """Stands for the trainer's `PeakMemory`: keeps a `Measured` of each phase that ends, and tells the running one.
+
+    `began`: called at the start of each phase with its name.
+    """
+
+    def __init__(self, device: torch.device, began: Callable[[str], None]) -> None:
+        super().__init__(device, {})
+        self.phases: list[Measured] = []
+        self.running = "start"
+        self._began = began
+        self._compilations = Compilations()
+        self._stage = ""
+
+    def stage(self, name: str) -> None:
+        """The phases from now on are those of stage `name`."""
+        self._stage = name
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.running = f"{self._stage} {name}".strip()
+        self._began(self.running)
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        started, counted, before = time.monotonic(), self._counts(), torch.cuda.memory_allocated()
+        yield
+        seconds = time.monotonic() - started
+        counts = {key: value - counted[key] for key, value in self._counts().items()}
+        stats = torch.cuda.memory_stats()
+        self.phases.append(
+            Measured(
+                self.running,
+                before,
+                stats["allocated_bytes.all.peak"],
+                stats["reserved_bytes.all.peak"],
+                torch.cuda.memory_allocated(),
+                largest_free(),
+                seconds,
+                counts,
+            )
+        )
+        self.running = f"after {self.running}"
+
+    def take(self) -> dict[str, float]:
+        return {f"memory_gb/{phase.name}": phase.peak / GB for phase in self.phases}
+
+    def _counts(self) -> dict[str, float]:
+        return {**asdict(counters.read()), **self._compilations.counts()}
+
+
+def largest_free() -> int:
+    """Bytes of the largest free piece of the memory that torch's allocator holds."""
+    blocks = (block for segment in torch.cuda.memory_snapshot() for block in segment["blocks"])
+    return max((block["size"] for block in blocks if block["state"] == "inactive"), default=0)
