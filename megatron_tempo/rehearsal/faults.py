@@ -32,16 +32,23 @@ OUT_OF_MEMORY = "out of memory"
 # Kinds of faults, the first that fits: by the exception's class and its message.
 _KINDS: tuple[tuple[str, Callable[[str, str], object]], ...] = (
     (OUT_OF_MEMORY, lambda kind, text: kind == "OutOfMemoryError"),
-    ("Transformer Engine cannot be imported", lambda kind, text: "mporterror" in kind.lower() and "transformer" in text),
+    (
+        "Transformer Engine cannot be imported",
+        lambda kind, text: "mporterror" in kind.lower() and "transformer" in text,
+    ),
     ("a module cannot be imported", lambda kind, text: kind in ("ImportError", "ModuleNotFoundError")),
     (
         "a kernel does not compile",
-        lambda kind, text: kind in ("CompilationError", "OutOfResources", "PTXASError", "UnsupportedLanguageConstruct")
-        or "ptxas" in text,
+        lambda kind, text: (
+            kind in ("CompilationError", "OutOfResources", "PTXASError", "UnsupportedLanguageConstruct")
+            or "ptxas" in text
+        ),
     ),
     (
         "a CPU tensor in an NCCL group, or a CUDA tensor in a CPU group",
-        lambda kind, text: re.search(r"No backend type associated with device type|Tensors must be CUDA and dense", text),
+        lambda kind, text: re.search(
+            r"No backend type associated with device type|Tensors must be CUDA and dense", text
+        ),
     ),
     (
         "tensors on different devices",
@@ -57,7 +64,9 @@ _KINDS: tuple[tuple[str, Callable[[str, str], object]], ...] = (
     ),
     (
         "a wrong type of numbers",
-        lambda kind, text: re.search(r"(?i)dtype|scalar type|must have the same type|expected .* but (got|found)", text),
+        lambda kind, text: re.search(
+            r"(?i)dtype|scalar type|must have the same type|expected .* but (got|found)", text
+        ),
     ),
     ("a wrong shape", lambda kind, text: re.search(r"(?i)shape|size of tensor|sizes|dimension", text)),
 )

@@ -2,12 +2,13 @@
 
     python -m megatron_tempo.rehearsal.forks JOB.json
 
-Prints a line of JSON for each rank that ends: {"rank": 0, "ended": null or why it was ended}.
+Prints a line of JSON when the imports are done, and one for each rank that ends.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import re
@@ -15,8 +16,12 @@ import signal
 import sys
 import time
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from megatron_tempo.nullgpu import guard
+from megatron_tempo.rehearsal.faults import fault_of
 
 _LOOK = 0.1  # seconds between looks at a rank's process
 _ANONYMOUS = re.compile(r"RssAnon:\s+(\d+) kB")
@@ -25,29 +30,35 @@ _ANONYMOUS = re.compile(r"RssAnon:\s+(\d+) kB")
 def main(job: Path) -> int:
     """Run the ranks of a job one after another. Returns the exit status."""
     given = json.loads(job.read_text())
-    # imports here: an error in one of them, such as half an installation, is a finding of the rehearsal
+    fault = None
     try:
-        _imports(Path(given["model"]), Path(given["shape"]))
-    except Exception:  # noqa: BLE001
-        _say({"rank": None, "ended": traceback.format_exc()})
-        return 0
-    for rank in given["ranks"]:
-        _say({"rank": rank, "ended": _bounded(given, rank)})
+        _prepare(Path(given["folder"]))
+    except Exception as error:  # noqa: BLE001 - an import that fails, as of half an installation, is a finding
+        fault = asdict(fault_of(error, "imports"))
+    _say({"fault": fault})
+    for rank in given["ranks"] if fault is None else ():
+        _say({"fault": None, "rank": rank} | _bounded(given, rank))
     return 0
 
 
-def _imports(model: Path, shape: Path) -> None:
-    """What a rank imports, once for all; and the model's folder, for which the weights' names are needed."""
+def _prepare(folder: Path) -> None:
+    """Import what a rank imports, once for all, and write the model's folder."""
     import megatron.core.pipeline_parallel.p2p_communication
     import torch
 
     import megatron_tempo.rehearsal.rank_run
-    from megatron_tempo.config.model_shape import read_model_shape
+    from megatron_tempo.config.tree import load
+    from megatron_tempo.plan.shapes import shape_of
     from megatron_tempo.rehearsal.model_folder import write_model_folder
 
-    write_model_folder(model, read_model_shape(shape))
+    guard.rehearse()
+    shape, problems = shape_of(load(folder / "config.json"))
+    assert shape is not None, problems
+    write_model_folder(folder / "model", shape)
     assert not torch.cuda.is_initialized(), "a fork needs a CUDA that nobody has started"
-    # torch refuses CUDA in a fork, for real drivers do; the null GPU's state is plain memory
+    gc.collect()
+    gc.freeze()  # half a million objects of the imports, which each phase's garbage collection would look at
+    # torch refuses CUDA in a fork, because real drivers do; the null GPU's state is plain memory
     torch.cuda._is_in_bad_fork = lambda: False
 
 
@@ -55,25 +66,25 @@ def _say(record: dict[str, Any]) -> None:
     print(json.dumps(record), flush=True)
 
 
-def _bounded(given: dict[str, Any], rank: int) -> str | None:
-    """Run a rank in a fork. Returns why it was ended, None if it ended by itself."""
+def _bounded(given: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Run a rank in a fork. Returns why it was ended (None: it ended by itself), its seconds, and its memory's peak."""
     pid = os.fork()
     if not pid:
         _in_fork(given, rank)
-    started = time.monotonic()
+    started, most, reason = time.monotonic(), 0, None
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
+        seconds = time.monotonic() - started
         if done:
-            return None if status == 0 else _died(status)
-        reason = None
-        if (held := _anonymous(pid)) > given["host_gb"] * 1e9:
-            reason = f"memory: its process holds {held / 1e9:.1f} GB of this machine's memory"
-        elif time.monotonic() - started > given["seconds"]:
-            reason = f"time: it runs for more than {given['seconds']:g} s"
+            reason = reason or (None if status == 0 else _died(status))
+            return {"ended": reason, "seconds": seconds, "host": most}
+        most = max(most, _anonymous(pid))
+        if most > given["host_gb"] * 1e9:
+            reason = f"its process holds {most / 1e9:.1f} GB of this machine's memory: allow more with --host-gb"
+        elif seconds > given["seconds"]:
+            reason = f"it runs for more than {given['seconds']:g} s: allow more with --seconds"
         if reason is not None:
             os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            return reason
         time.sleep(_LOOK)
 
 
@@ -82,15 +93,16 @@ def _in_fork(given: dict[str, Any], rank: int) -> None:
     code = 1
     try:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it does not outlive this process
-        log = os.open(Path(given["results"]) / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        folder = Path(given["folder"])
+        log = os.open(folder / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
         from megatron_tempo.config.tree import load
         from megatron_tempo.rehearsal.lengths import Lengths
         from megatron_tempo.rehearsal.rank_run import Task, rehearse_rank, with_folders
 
-        config = with_folders(load(given["config"]), Path(given["results"]) / f"run_{rank}", Path(given["model"]))
-        result = Path(given["results"]) / f"rank_{rank}.json"
+        config = with_folders(load(folder / "config.json"), folder / f"run_{rank}", folder / "model")
+        result = folder / f"rank_{rank}.json"
         rehearse_rank(Task(config, rank, given["world"], Lengths(*given["lengths"]), result, given["shared"]))
         code = 0
     except BaseException:  # noqa: BLE001 - the fork must not return into the caller

@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class Measured:
     reserved: int  # at its peak
     after: int  # allocated
     largest_free: int  # the largest free piece of the reserved memory, at the end
+    retries: int  # how often the allocator gave back all free pieces because none was large enough
     seconds: float  # on this machine's CPU
     counts: dict[str, float] = field(default_factory=dict)
 
@@ -73,6 +74,7 @@ class PhaseMeter(PeakMemory):
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
         started, counted, before = time.monotonic(), self._counts(), torch.cuda.memory_allocated()
+        retries = torch.cuda.memory_stats().get("num_alloc_retries", 0)
         yield
         seconds = time.monotonic() - started
         counts = {key: value - counted[key] for key, value in self._counts().items()}
@@ -85,6 +87,7 @@ class PhaseMeter(PeakMemory):
                 stats["reserved_bytes.all.peak"],
                 torch.cuda.memory_allocated(),
                 largest_free(),
+                stats["num_alloc_retries"] - retries,
                 seconds,
                 counts,
             )
@@ -95,7 +98,20 @@ class PhaseMeter(PeakMemory):
         return {f"memory_gb/{phase.name}": phase.peak / GB for phase in self.phases}
 
     def _counts(self) -> dict[str, float]:
-        return {**asdict(counters.read()), **self._compilations.counts()}
+        read = counters.read()
+        host = [read.copies[kind].bytes for kind in ("host_to_device", "device_to_host")]
+        return {
+            "flops": read.flops,
+            "kernel_launches": read.kernel_launches,
+            "triton_launches": read.triton_launches,
+            "products": read.products,
+            "nccl_calls": sum(tally.calls for tally in read.nccl.values()),
+            "nccl_bytes": sum(tally.bytes for tally in read.nccl.values()),
+            "host_bytes": sum(host),
+            "host_copies": sum(read.copies[kind].calls for kind in ("host_to_device", "device_to_host")),
+            "synchronisations": sum(read.synchronisations.values()),
+            **self._compilations.counts(),
+        }
 
 
 def largest_free() -> int:

@@ -27,7 +27,7 @@ from megatron_tempo.rehearsal.lengths import Lengths
 from megatron_tempo.rehearsal.meter import PhaseMeter
 from megatron_tempo.rehearsal.rollouts import MadeUpRequests, WeightSink
 from megatron_tempo.rehearsal.scaled import rehearsed_iteration
-from megatron_tempo.rehearsal.takeover import take_over, unfilled_host_memory
+from megatron_tempo.rehearsal.takeover import UnfilledHostMemory, take_over
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.training.context import RunContext, open_context
 from megatron_tempo.training.phases import PhaseTimer
@@ -50,7 +50,7 @@ class Task:
 
 def rehearse_rank(task: Task) -> None:
     """Run a rank, and write `task.result` at the start of each phase and at the end."""
-    assert guard.is_loaded(), "only the null GPU may run a rehearsal"
+    assert guard.is_rehearsal(), "only the null GPU may run a rehearsal"
     record: dict[str, Any] = {"rank": task.rank, "phases": [], "running": "imports", "fault": None, "machine": ""}
     meter: PhaseMeter | None = None
 
@@ -78,7 +78,7 @@ def _trainer(context: RunContext, task: Task, meter: PhaseMeter) -> Iterator[Tra
     """The trainer without data, verifiers, evaluation and checkpoints: what those parts would do is taken over."""
     config, below = context.config, Path(context.config.run.dir)
     with Metrics(below, config.metrics, is_writer=False) as metrics, Verifiers(1, 1.0) as verifiers:
-        with meter.phase("start"):
+        with meter.phase("start"), UnfilledHostMemory():
             actor, critic = build_actor(context), build_critic(context) if config.has_critic else None
             engine: Any = WeightSink(task.shared)
             if not config.rollout.is_served:
@@ -117,7 +117,7 @@ def _run(trainer: Trainer, meter: PhaseMeter) -> None:
     meter.stage("")
     with trainer.phase("checkpoint"):
         for model in trainer.state.models.values():
-            with model.at_work(), unfilled_host_memory():
+            with model.at_work(), UnfilledHostMemory():
                 sharded_state(model, is_loading=False)
     torch.cuda.synchronize()
 
@@ -132,4 +132,3 @@ def with_folders(config: Config, run: Path, model: Path) -> Config:
         rollout=replace(config.rollout, dump=False, replay=None),
         metrics=metrics,
     )
-

@@ -50,7 +50,10 @@ def kinds_of(config: Config, world: int, rows: int) -> list[RankKind]:
         of_actor, of_critic = (_Position.of(rank, world, own) for own in (actor, critic))
         if rank % actor.tensor or (config.has_critic and rank % critic.tensor):
             continue
-        key = (*_key(of_actor, world, actor, rows), *(_key(of_critic, world, critic, rows) if config.has_critic else ()))
+        key = (
+            *_key(of_actor, world, actor, rows),
+            *(_key(of_critic, world, critic, rows) if config.has_critic else ()),
+        )
         if key not in found:
             label = ", ".join(_words(of_actor, of_critic, config, world, rows))
             found[key] = RankKind(rank, world, of_actor.stage, of_critic.stage, label)

@@ -10,14 +10,14 @@
    Engine's returns tensors of its shapes.
 6. Rollouts, engine and evaluation: `rollouts.MadeUpRequests` and `rollouts.WeightSink` (an embedded engine is real, and
    generates nothing); nothing is evaluated.
-7. A checkpoint's copy in host memory is not filled (`unfilled_host_memory`), and is not written.
+7. Host memory: the weights that are read from the model's folder, and a checkpoint's copy, are not filled
+   (`UnfilledHostMemory`). A checkpoint is not written.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -36,7 +36,7 @@ _WITHOUT_MONITORS = {
     "TORCH_NCCL_ENABLE_MONITORING": "0",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
 }
-_LARGE = 1 << 20  # elements of a tensor whose contents a rehearsal does not copy
+_LARGE = 1 << 18  # elements of a CPU tensor whose contents a rehearsal does not compute
 
 
 def take_over(rank: int, world: int) -> Callable[[str, timedelta], None]:
@@ -92,24 +92,33 @@ def _states(micro: MicroBatch, config: Any) -> tuple[int, int, int]:
     return micro.tokens.numel() // shared, 1, config.hidden_size
 
 
-@contextmanager
-def unfilled_host_memory() -> Iterator[None]:
-    """Inside, large CPU tensors are allocated and not filled: their pages take no memory."""
-    with _Unfilled():
-        yield
+class UnfilledHostMemory(TorchFunctionMode):
+    """Inside, the contents of large CPU tensors are neither computed nor copied: their pages take no memory or time.
 
+    Copies to and from the GPU are made as ever, of tensors that nobody filled.
+    """
 
-class _Unfilled(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
         if func is torch.zeros and str(given.get("device", "")) == "cpu":
             return torch.empty(*args, **given)
-        if func is Tensor.copy_ and _is_large(args[0]) and _is_large(args[1]):
-            return args[0]
-        if func is torch.cat and all(_is_large(tensor) and tensor.dim() == 1 for tensor in args[0]):
-            return torch.empty(sum(map(len, args[0])), dtype=args[0][0].dtype)
+        if func is torch.cat and all(isinstance(part, Tensor) for part in args[0]) and any(map(_is_large, args[0])):
+            return _joined(args[0], given.get("dim", args[1] if len(args) > 1 else 0))
+        if func is Tensor.copy_ and _is_large(args[1]):
+            target, source = args[0], args[1]
+            return target if _is_large(target) else func(target, _unfilled(source), *args[2:], **given)
         return func(*args, **given)
 
 
 def _is_large(tensor: object) -> bool:
     return isinstance(tensor, Tensor) and tensor.device.type == "cpu" and tensor.numel() > _LARGE
+
+
+def _unfilled(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    return torch.empty(shape, dtype=parts[0].dtype, device=parts[0].device)

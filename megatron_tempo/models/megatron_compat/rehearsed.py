@@ -77,7 +77,9 @@ def echo_objects() -> None:
 
     for module in (dist, distributed_c10d):
         vars(module).update(
-            all_gather_object=all_gather_object, gather_object=gather_object, broadcast_object_list=broadcast_object_list
+            all_gather_object=all_gather_object,
+            gather_object=gather_object,
+            broadcast_object_list=broadcast_object_list,
         )
 
 
