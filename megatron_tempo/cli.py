@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status.
 
     0: success. 1: an engine or a disk failed (a rerun may succeed), the loss was not finite, a plan does not fit, a
-    rehearsal found a fault, or a run needs attention (`status`). 2: the user's input is wrong. STOPPED: the run was asked to stop; 0 under
-    torchrun --max-restarts. 130: Ctrl-C.
+    rehearsal found a fault, or a run needs attention (`status`). 2: the user's input is wrong. STOPPED: the run was
+    asked to stop; 0 under torchrun --max-restarts. 130: Ctrl-C.
     """
     _quiet()
     logs.configure(rank=logs.rank_of())

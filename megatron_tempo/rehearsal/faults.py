@@ -11,13 +11,15 @@ from pathlib import Path
 _PACKAGE = Path(__file__).resolve().parents[1]
 _HERE = Path(__file__).resolve().parent
 
+OUT_OF_MEMORY = "out of memory"
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
     """An error that a GPU run would have met.
 
-    `where`: the innermost frame in this package, outside of the rehearsal. `wanted`: bytes that were asked for, of an
-    error out of memory.
+    `where`: the innermost frame in this package, outside of the rehearsal. Bytes: `wanted` are those that were asked
+    for, of an error out of memory; `allocated`, `reserved` and `largest_free` (piece) are torch's allocator's then.
     """
 
     kind: str
@@ -26,9 +28,17 @@ class Fault:
     message: str
     wanted: int = 0
     traceback: str = ""
+    allocated: int = 0
+    reserved: int = 0
+    largest_free: int = 0
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether the memory that was asked for was free, but not in one piece."""
+        free = self.reserved - self.allocated
+        return self.kind == OUT_OF_MEMORY and 0 < self.wanted <= free
 
 
-OUT_OF_MEMORY = "out of memory"
 # Kinds of faults, the first that fits: by the exception's class and its message.
 _KINDS: tuple[tuple[str, Callable[[str, str], object]], ...] = (
     (OUT_OF_MEMORY, lambda kind, text: kind == "OutOfMemoryError"),
@@ -65,7 +75,8 @@ _KINDS: tuple[tuple[str, Callable[[str, str], object]], ...] = (
     (
         "a wrong type of numbers",
         lambda kind, text: re.search(
-            r"(?i)dtype|scalar type|must have the same type|expected .* but (got|found)", text
+            r"(?i)dtype|scalar type|must have the same type|expected .* but (got|found) (float|double|half|bfloat|int|long)",
+            text,
         ),
     ),
     ("a wrong shape", lambda kind, text: re.search(r"(?i)shape|size of tensor|sizes|dimension", text)),

@@ -43,10 +43,8 @@ def main(job: Path) -> int:
 
 def _prepare(folder: Path) -> None:
     """Import what a rank imports, once for all, and write the model's folder."""
-    import megatron.core.pipeline_parallel.p2p_communication
     import torch
 
-    import megatron_tempo.rehearsal.rank_run
     from megatron_tempo.config.tree import load
     from megatron_tempo.plan.shapes import shape_of
     from megatron_tempo.rehearsal.model_folder import write_model_folder

@@ -46,7 +46,7 @@ class Lengths:
         """Tokens of `rows` responses, each from 1 to `longest`. The same seed gives the same lengths."""
         if self.mean is None:
             return [longest] * rows
-        draws = random.Random(seed)  # noqa: S311 - no secret
+        draws = random.Random(seed)
         centre = math.log(self.mean) - self.sigma**2 / 2
         return [min(longest, max(1, round(draws.lognormvariate(centre, self.sigma)))) for _ in range(rows)]
 

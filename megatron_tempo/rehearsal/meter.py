@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_tempo.models.offload import ModelOffloader, Offloadable
 from megatron_tempo.nullgpu import counters
 from megatron_tempo.plan.memory import GB
 from megatron_tempo.training.peak_memory import PeakMemory
@@ -22,7 +23,8 @@ class Measured:
 
     name: str
     before: int  # allocated
-    peak: int  # allocated
+    loading: int  # allocated, at the peak until the phase's model is loaded and the one before is offloaded
+    peak: int  # allocated, from then on
     reserved: int  # at its peak
     after: int  # allocated
     largest_free: int  # the largest free piece of the reserved memory, at the end
@@ -59,7 +61,9 @@ class PhaseMeter(PeakMemory):
         super().__init__(device, {})
         self.phases: list[Measured] = []
         self.running = "start"
+        self.at_fault: dict[str, int] = {}  # memory where an error was raised: allocated, reserved, largest free piece
         self._began = began
+        self._loading: int | None = None
         self._compilations = Compilations()
         self._stage = ""
 
@@ -67,15 +71,30 @@ class PhaseMeter(PeakMemory):
         """The phases from now on are those of stage `name`."""
         self._stage = name
 
+    def loaded(self) -> None:
+        """The phase's model is loaded. Called again, in a phase that loads several, it changes nothing."""
+        if self._loading is None:
+            self._loading = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         self.running = f"{self._stage} {name}".strip()
         self._began(self.running)
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
+        self._loading = None
         started, counted, before = time.monotonic(), self._counts(), torch.cuda.memory_allocated()
         retries = torch.cuda.memory_stats().get("num_alloc_retries", 0)
-        yield
+        try:
+            yield
+        except Exception:
+            self.at_fault = {
+                "allocated": torch.cuda.memory_allocated(),
+                "reserved": torch.cuda.memory_reserved(),
+                "largest_free": largest_free(),
+            }
+            raise
         seconds = time.monotonic() - started
         counts = {key: value - counted[key] for key, value in self._counts().items()}
         stats = torch.cuda.memory_stats()
@@ -83,6 +102,7 @@ class PhaseMeter(PeakMemory):
             Measured(
                 self.running,
                 before,
+                self._loading or before,
                 stats["allocated_bytes.all.peak"],
                 stats["reserved_bytes.all.peak"],
                 torch.cuda.memory_allocated(),
@@ -112,6 +132,18 @@ class PhaseMeter(PeakMemory):
             "synchronisations": sum(read.synchronisations.values()),
             **self._compilations.counts(),
         }
+
+
+class MeteredOffloader(ModelOffloader):
+    """The trainer's offloader, which tells the meter when a model is loaded."""
+
+    def __init__(self, *, one_at_a_time: bool, meter: PhaseMeter) -> None:
+        super().__init__(one_at_a_time=one_at_a_time)
+        self._meter = meter
+
+    def load(self, model: Offloadable) -> None:
+        super().load(model)
+        self._meter.loaded()
 
 
 def largest_free() -> int:

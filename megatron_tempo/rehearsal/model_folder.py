@@ -1,4 +1,4 @@
-"""A Hugging Face folder of any size that takes no disk space: its description, and weights that are a hole in a file."""
+"""A Hugging Face folder of any size that takes no disk space: its weights are a hole in a file."""
 
 from __future__ import annotations
 

@@ -20,12 +20,14 @@ from megatron_tempo.rehearsal.ranks import RankKind
 class PhaseResult:
     """A phase of a rank: the largest of the stages that have it. Bytes on the GPU; the work of one iteration.
 
-    `planned`: what `plan` computes for the rows that were rehearsed. `corrected`: the peak with all rows of the
-    configuration, whose numbers of tokens lie on the GPU too: measured, plus what `plan` adds for them.
+    `loading`: the peak until its model is loaded. `planned`: what `plan` computes for the rows that were rehearsed.
+    `corrected`: the peak with all rows of the configuration, whose tokens lie on the GPU too: what is measured, and
+    what `plan` adds for them.
     """
 
     phase: str
     before: int
+    loading: int
     peak: int
     reserved: int
     after: int
@@ -141,13 +143,14 @@ class Planned:
         return PhaseResult(
             phase=name,
             before=largest["before"],
+            loading=max(one["loading"] for one in ones),
             peak=largest["peak"],
             reserved=max(one["reserved"] for one in ones),
             after=largest["after"],
             largest_free=largest["largest_free"],
             retries=sum(one["retries"] for one in ones),
             planned=planned,
-            corrected=largest["peak"] + max(more, 0.0),
+            corrected=max(largest["peak"] + max(more, 0.0), *(one["loading"] for one in ones)),
             limit=self.limit,
             counts=largest["counts"],
             roofline=roofline(largest["counts"], self.config.cluster, across=across),
@@ -167,9 +170,10 @@ def roofline(counts: Mapping[str, float], cluster: ClusterConfig, *, across: boo
     return arithmetic + messages + copies
 
 
+_IN_PIECES = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, because the memory is free, but in pieces"
 _TENSOR = "a larger parallel.tensor or parallel.pipeline"
 _KNOBS = {
-    Part.activations: f"parallel.recompute=layers, a smaller parallel.micro_batch_tokens, parallel.context, or {_TENSOR}",
+    Part.activations: f"parallel.recompute=layers, fewer micro_batch_tokens, more context ranks, or {_TENSOR}",
     Part.head: "model.logits=recomputed, or a smaller parallel.micro_batch_tokens",
     Part.batch: "fewer prompts or responses in an iteration",
     Part.optimizer: f"parallel.offload=true, more data-parallel ranks, or {_TENSOR}",
@@ -193,13 +197,16 @@ def over(planned: Planned, rank: RankResult) -> list[str]:
     if rank.fault is not None and rank.fault.kind == OUT_OF_MEMORY:
         phase = rank.fault.phase.split()[-1]
         plan = sum(planned.phases(rank.kind, small=True).get(phase, {}).values())
+        fault = rank.fault
+        help_ = _IN_PIECES if fault.in_pieces else helps(planned, rank.kind, phase)
         lines.append(
-            f"{rank.fault.phase} runs out of memory at {rank.fault.where}: {rank.fault.wanted / GB:.2f} GB more are "
-            f"wanted than {planned.limit / GB:.1f} GB have left; plan says {plan / GB:.1f} GB. "
-            f"What helps: {helps(planned, rank.kind, phase)}"
+            f"{fault.phase} runs out of memory at {fault.where}: it asks for {fault.wanted / GB:.2f} GB when "
+            f"{fault.allocated / GB:.1f} GB are allocated and {fault.reserved / GB:.1f} GB reserved, of "
+            f"{planned.limit / GB:.1f} GB (largest free piece: {fault.largest_free / GB:.2f} GB); plan says "
+            f"{plan / GB:.1f} GB. What helps: {help_}"
         )
     lines += [
-        f"{phase.phase} needs {phase.corrected / GB:.1f} GB with all rows, and a process has {phase.limit / GB:.1f} GB. "
+        f"{phase.phase} needs {phase.corrected / GB:.1f} GB with all rows, and a process has {phase.limit / GB:.1f}. "
         f"What helps: {helps(planned, rank.kind, phase.phase)}"
         for phase in rank.phases
         if not phase.fits

@@ -1,4 +1,4 @@
-"""What keeps a configuration from being rehearsed: all that `check` refuses, except what only the job's machines have."""
+"""What keeps a configuration from being rehearsed: all that `check` refuses, except files of the job's machines."""
 
 from __future__ import annotations
 

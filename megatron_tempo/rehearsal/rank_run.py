@@ -1,4 +1,4 @@
-"""One rank's rehearsal: builds the trainer's models and runs an iteration of each stage, a weight sync, a checkpoint."""
+"""One rank's rehearsal: the trainer's models, an iteration of each stage, weight syncs, a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_tempo.observability.metrics import Metrics
 from megatron_tempo.observability.profiler import Profiler
 from megatron_tempo.rehearsal.faults import fault_of
 from megatron_tempo.rehearsal.lengths import Lengths
-from megatron_tempo.rehearsal.meter import PhaseMeter
+from megatron_tempo.rehearsal.meter import MeteredOffloader, PhaseMeter
 from megatron_tempo.rehearsal.rollouts import MadeUpRequests, WeightSink
 from megatron_tempo.rehearsal.scaled import rehearsed_iteration
 from megatron_tempo.rehearsal.takeover import UnfilledHostMemory, take_over
@@ -63,13 +63,16 @@ def rehearse_rank(task: Task) -> None:
 
     write("start")
     try:
-        with open_context(task.config, take_over(task.rank, task.world), watched=False) as context:
-            record["machine"] = described(task.config, context.machine)
-            meter = PhaseMeter(context.device, write)
+        with open_context(task.config, take_over(task.rank, task.world), watched=False) as opened:
+            record["machine"] = described(task.config, opened.machine)
+            meter = PhaseMeter(opened.device, write)
+            offloader = MeteredOffloader(one_at_a_time=task.config.parallel.offload, meter=meter)
+            context = replace(opened, offloader=offloader)
             with _trainer(context, task, meter) as trainer:
                 _run(trainer, meter)
     except Exception as error:  # noqa: BLE001 - every error on the GPU path is a finding
         record["fault"] = asdict(fault_of(error, record["running"] if meter is None else meter.running))
+        record["fault"] |= {} if meter is None else meter.at_fault
     write("end")
 
 

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from megatron_tempo.rehearsal.faults import Fault
 from megatron_tempo.rehearsal.lengths import Lengths
 from megatron_tempo.rehearsal.outcome import Outcome, Planned, RankResult
 from megatron_tempo.rehearsal.ranks import RankKind, kinds_of
-from megatron_tempo.rehearsal.scaled import least_rows, scaled
+from megatron_tempo.rehearsal.scaled import scaled
 
 HOST_GB, SECONDS = 8.0, 300.0  # bounds of each rank's process
 _TAIL = 2000  # characters of a process's output that a report quotes
@@ -36,7 +36,7 @@ _TAIL = 2000  # characters of a process's output that a report quotes
 class Options:
     """How to rehearse. `rows`: responses of each kind, over all ranks; None: as few as fill the micro-batches."""
 
-    lengths: Lengths = Lengths()
+    lengths: Lengths = field(default_factory=Lengths)
     rows: int | None = None
     host_gb: float = HOST_GB
     seconds: float = SECONDS
@@ -58,8 +58,8 @@ def rehearse(config: Config, options: Options, say: Callable[[str], None]) -> tu
     planned = Planned.of(config, small, shape, world)
     if planned.limit <= 0:
         raise InputError(
-            f"rollout.servers: the servers on a trainer's GPU hold {planned.beside / GB:.1f} GB, and nothing is left of "
-            f"cluster.memory_gb={config.cluster.memory_gb:g}: give the servers a smaller share, or GPUs of their own"
+            f"rollout.servers: the servers on a trainer's GPU hold {planned.beside / GB:.1f} GB, and nothing is left "
+            f"of cluster.memory_gb={config.cluster.memory_gb:g}: give the servers a smaller share, or GPUs of their own"
         )
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="megatron-tempo-rehearsal-") as folder:
@@ -80,7 +80,8 @@ def _check(options: Options) -> None:
 
 def _notes(config: Config) -> Iterator[str]:
     if config.model.critic_path is not None:
-        yield f"model.critic_path={config.model.critic_path}: the critic is taken to have the actor's decoder, as in plan"
+        path = config.model.critic_path
+        yield f"model.critic_path={path}: the critic is taken to have the actor's decoder, as in plan"
     if not config.rollout.is_served:
         yield "the embedded engine's weights are on the GPU; it generates nothing, so its cache is in no figure"
 
@@ -105,7 +106,7 @@ class _Job:
             capability=10 * major + minor,
             name=f"{self.config.cluster.gpu} (null GPU)",
         )
-        # torch counts devices without starting CUDA, which it would refuse in the forks of a process that has started it
+        # torch counts devices without starting CUDA, which it would refuse in a fork of such a process
         given |= {
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
             "OMP_NUM_THREADS": "1",

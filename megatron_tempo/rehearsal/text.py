@@ -63,7 +63,7 @@ def _rank(rank: RankResult, planned: Planned) -> Iterator[str]:
 
 
 def _memory(phase: PhaseResult) -> tuple[str, ...]:
-    sizes = (phase.before, phase.peak, phase.reserved, phase.after, phase.largest_free)
+    sizes = (phase.before, phase.loading, phase.peak, phase.reserved, phase.after, phase.largest_free)
     plan = ("", "") if phase.planned is None or phase.error is None else (_gb(phase.planned), f"{phase.error:+.1%}")
     return (phase.phase, *map(_gb, sizes), str(phase.retries), *plan, _gb(phase.corrected))
 

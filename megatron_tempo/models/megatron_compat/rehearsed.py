@@ -57,7 +57,6 @@ def join_alone(rank: int, world: int, timeout: Any) -> None:
     torch 2.10 to 2.13 (testing/_internal/distributed/fake_pg.py): the backend "fake" returns at once, with whatever the
     tensors hold. CPU tensors take it, in place of gloo; CUDA tensors take NCCL, whose library does nothing here.
     """
-    import torch.testing._internal.distributed.fake_pg  # registers the backend
 
     dist.init_process_group("cpu:fake,cuda:nccl", store=_STORE, rank=rank, world_size=world, timeout=timeout)
 
