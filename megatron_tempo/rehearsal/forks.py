@@ -65,17 +65,18 @@ def _say(record: dict[str, Any]) -> None:
 
 
 def _bounded(given: dict[str, Any], rank: int) -> dict[str, Any]:
-    """Run a rank in a fork. Returns why it was ended (None: it ended by itself), its seconds, and its memory's peak."""
+    """Run a rank in a fork. Returns why it was ended (None: it ended by itself), its seconds, its peak of memory."""
     pid = os.fork()
     if not pid:
         _in_fork(given, rank)
     started, most, reason = time.monotonic(), 0, None
     while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
+        done, status, used = os.wait4(pid, os.WNOHANG)
         seconds = time.monotonic() - started
         if done:
             reason = reason or (None if status == 0 else _died(status))
-            return {"ended": reason, "seconds": seconds, "host": most}
+            cpu = used.ru_utime + used.ru_stime
+            return {"ended": reason, "seconds": seconds, "cpu_seconds": cpu, "host": most}
         most = max(most, _anonymous(pid))
         if most > given["host_gb"] * 1e9:
             reason = f"its process holds {most / 1e9:.1f} GB of this machine's memory: allow more with --host-gb"

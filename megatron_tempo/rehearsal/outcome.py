@@ -51,12 +51,13 @@ class PhaseResult:
 
 @dataclass(frozen=True, slots=True)
 class RankResult:
-    """A rank: its phases up to the fault, if there is one. `seconds`: on this machine. `host`: bytes it held there."""
+    """A rank: its phases up to the fault, if there is one. `seconds` and `cpu_seconds`: on this machine. `host`: bytes there."""
 
     kind: RankKind
     machine: str
     phases: tuple[PhaseResult, ...]
     seconds: float
+    cpu_seconds: float
     host: int
     fault: Fault | None
     ended: str | None = None  # why the rehearsal ended it: this machine's memory or the time given were used up

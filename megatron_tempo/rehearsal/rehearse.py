@@ -104,7 +104,7 @@ class _Job:
             devices=1,
             memory_gb=self.limit / GB,
             capability=10 * major + minor,
-            name=f"{self.config.cluster.gpu} (null GPU)",
+            name=self.config.cluster.gpu,
         )
         # torch counts devices without starting CUDA, which it would refuse in a fork of such a process
         given |= {
@@ -161,7 +161,8 @@ class _Job:
             ended = f"in phase {found.get('running', 'start')}: {ended}{tail and f': {tail}'}"
         fault = None if found["fault"] is None else Fault(**found["fault"])
         phases = planned.results(kind, found["phases"])
-        return RankResult(kind, found["machine"], phases, record["seconds"], record["host"], fault, ended)
+        took = record["seconds"], record["cpu_seconds"], record["host"]
+        return RankResult(kind, found["machine"], phases, *took, fault, ended)
 
 
 def _lines(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:

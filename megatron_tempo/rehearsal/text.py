@@ -36,15 +36,7 @@ def as_json(outcome: Outcome, planned: Planned) -> dict[str, Any]:
 
 
 _MEMORY = (
-    "GB of the GPU",
-    "before",
-    "peak",
-    "reserved",
-    "after",
-    "free piece",
-    "retries",
-    "plan",
-    "plan off",
+    *("GB of the GPU", "before", "loading", "peak", "reserved", "after", "free piece", "retries", "plan", "plan off"),
     "all rows",
 )
 _WORK = (
@@ -59,7 +51,8 @@ def _rank(rank: RankResult, planned: Planned) -> Iterator[str]:
     yield from _table([_MEMORY, *(_memory(phase) for phase in rank.phases)])
     yield ""
     yield from _table([_WORK, *(_work(phase) for phase in rank.phases)])
-    yield f"it took {rank.seconds:.1f} s and {rank.host / GB:.1f} GB of this machine's memory"
+    took = f"{rank.seconds:.1f} s, {rank.cpu_seconds:.1f} s of processor time"
+    yield f"it took {took} and {rank.host / GB:.1f} GB of this machine's memory"
 
 
 def _memory(phase: PhaseResult) -> tuple[str, ...]:
@@ -89,14 +82,11 @@ def _gb(size: float) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        first, *rest = (cell.ljust(width) if not i else cell.rjust(width) for i, (cell, width) in _cells(row, widths))
-        yield "  ".join(["", first, *rest]).rstrip()
-
-
-def _cells(row: Sequence[str], widths: Sequence[int]) -> Iterator[tuple[int, tuple[str, int]]]:
-    return enumerate(zip(row, widths, strict=True))
+    """Columns of text. The first is flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *rest in rows:
+        numbers = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
+        yield "  ".join(["", first.ljust(widths[0]), *numbers]).rstrip()
 
 
 def _verdict(outcome: Outcome, planned: Planned) -> Iterator[str]:
