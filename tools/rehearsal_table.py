@@ -135,7 +135,7 @@ def run(again: str | None, only: str) -> None:
     """Rehearse the cases that have no figures, and keep the figures of each as soon as they are there."""
     for name, words in cases().items():
         results = _read()
-        if (name in results and not (again and name.startswith(again))) or only not in name:
+        if (name in results and not (again and name.startswith(again))) or only not in ("", name):
             continue
         results[name] = rehearsed(words)
         RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
@@ -175,7 +175,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("what", choices=("run", "write"))
     parser.add_argument("--again", metavar="NAME", help="also cases that have figures, if their names begin so")
-    parser.add_argument("--only", metavar="TEXT", default="", help="only cases whose names contain this")
+    parser.add_argument("--only", metavar="NAME", default="", help="only the case of this name")
     given = parser.parse_args()
     if given.what == "run":
         run(given.again, given.only)
