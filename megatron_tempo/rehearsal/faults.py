@@ -75,7 +75,7 @@ _KINDS: tuple[tuple[str, Callable[[str, str], object]], ...] = (
     (
         "a wrong type of numbers",
         lambda kind, text: re.search(
-            r"(?i)dtype|scalar type|must have the same type|expected .* but (got|found) (float|double|half|bf|int|long)",
+            r"(?i)dtype|scalar type|must have the same type|expected .* (got|found) (float|double|half|bf|int|long)",
             text,
         ),
     ),

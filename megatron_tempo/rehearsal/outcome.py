@@ -51,7 +51,7 @@ class PhaseResult:
 
 @dataclass(frozen=True, slots=True)
 class RankResult:
-    """A rank: its phases up to the fault, if there is one. `seconds`, `cpu_seconds`, `host` (bytes): of this machine."""
+    """A rank: its phases up to the fault, if there is one. `seconds`, `cpu_seconds`, `host`: of this machine."""
 
     kind: RankKind
     machine: str

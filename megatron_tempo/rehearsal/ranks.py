@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_tempo.config.schema import Config, ParallelConfig
@@ -73,17 +72,15 @@ def _has_more_rows(at: _Position, world: int, own: ParallelConfig, rows: int) ->
     return at.data < rows % (world // own.ranks_of_a_replica)
 
 
-def _words(of_actor: _Position, of_critic: _Position, config: Config, world: int, rows: int) -> Iterator[str]:
+def _words(of_actor: _Position, of_critic: _Position, config: Config, world: int, rows: int) -> list[str]:
     actor, critic = config.parallel, config.parallel.of_critic()
-    pairs = [("actor", of_actor, actor), ("critic", of_critic, critic)]
+    pairs = [("actor ", of_actor, actor), ("critic ", of_critic, critic)]
     if not config.has_critic or actor == critic:
         pairs = [("", of_actor, actor)]
     staged = [pair for pair in pairs if pair[2].pipeline > 1 or len(pairs) > 1]
-    for name, at, own in staged:
-        yield f"{name} stage {at.stage + 1} of {own.pipeline}".strip()
+    words = [f"{name}stage {at.stage + 1} of {own.pipeline}" for name, at, own in staged]
     if actor.context > 1:
-        yield f"context rank {of_actor.context}"
+        words.append(f"context rank {of_actor.context}")
     if rows % (world // actor.ranks_of_a_replica):
-        yield "with a row more" if _has_more_rows(of_actor, world, actor, rows) else "with a row less"
-    if not staged and actor.context == 1:
-        yield "every rank"
+        words.append("with a row more" if _has_more_rows(of_actor, world, actor, rows) else "with a row less")
+    return words or ["every rank"]

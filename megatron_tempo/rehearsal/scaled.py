@@ -37,8 +37,8 @@ def _scaled(stage: StageConfig, rows: int) -> StageConfig:
         labelled_prompts=1,
         unlabelled_prompts=1,
         responses_per_prompt=rows,
-        actor=replace(stage.actor, mini_batch_prompts=2, epochs=1),
-        critic=replace(stage.critic, mini_batch_prompts=2, epochs=1),
+        actor=replace(stage.actor, mini_batch_prompts=len(stage.actor_prompts()), epochs=1),
+        critic=replace(stage.critic, mini_batch_prompts=1, epochs=1),
     )
 
 
