@@ -11,11 +11,13 @@ import ctypes
 import gc
 import json
 import os
+import pkgutil
 import re
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,17 +34,18 @@ def main(job: Path) -> int:
     given = json.loads(job.read_text())
     fault = None
     try:
-        _prepare(Path(given["folder"]))
+        _prepare([Path(case["folder"]) for case in given["cases"]])
     except Exception as error:  # noqa: BLE001 - an import that fails, as of half an installation, is a finding
         fault = asdict(fault_of(error, "imports"))
     _say({"fault": fault})
-    for rank in given["ranks"] if fault is None else ():
-        _say({"fault": None, "rank": rank} | _bounded(given, rank))
+    for case in given["cases"] if fault is None else ():
+        for rank in case["ranks"]:
+            _say({"fault": None, "rank": rank} | _bounded(case, rank))
     return 0
 
 
-def _prepare(folder: Path) -> None:
-    """Import what a rank imports, once for all, and write the model's folder."""
+def _prepare(folders: Sequence[Path]) -> None:
+    """Import what a rank imports, once for all, and write each case's model folder."""
     import torch
 
     from megatron_tempo.config.tree import load
@@ -50,9 +53,10 @@ def _prepare(folder: Path) -> None:
     from megatron_tempo.rehearsal.model_folder import write_model_folder
 
     guard.rehearse()
-    shape, problems = shape_of(load(folder / "config.json"))
-    assert shape is not None, problems
-    write_model_folder(folder / "model", shape)
+    for folder in folders:
+        shape, problems = shape_of(load(folder / "config.json"))
+        assert shape is not None, problems
+        write_model_folder(folder / "model", shape)
     assert not torch.cuda.is_initialized(), "a fork needs a CUDA that nobody has started"
     gc.collect()
     gc.freeze()  # half a million objects of the imports, which each phase's garbage collection would look at
@@ -102,6 +106,8 @@ def _in_fork(given: dict[str, Any], rank: int) -> None:
 
         config = with_folders(load(folder / "config.json"), folder / f"run_{rank}", folder / "model")
         result = folder / f"rank_{rank}.json"
+        if given["plant"] is not None:
+            pkgutil.resolve_name(given["plant"])()
         rehearse_rank(Task(config, rank, given["world"], Lengths(*given["lengths"]), result, given["shared"]))
         code = 0
     except BaseException:  # noqa: BLE001 - the fork must not return into the caller

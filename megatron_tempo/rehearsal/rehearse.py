@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.recipes import GPUS
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import save
@@ -40,6 +39,7 @@ class Options:
     rows: int | None = None
     host_gb: float = HOST_GB
     seconds: float = SECONDS
+    plant: str | None = None  # a function that each rank calls first, as module:name; tests plant faults with it
 
 
 def rehearse(config: Config, options: Options, say: Callable[[str], None]) -> tuple[Outcome, Planned]:
@@ -47,28 +47,26 @@ def rehearse(config: Config, options: Options, say: Callable[[str], None]) -> tu
 
     Raises InputError if this machine cannot: torch without CUDA, no C compiler, or a bound of `options` that is none.
     """
-    _check(options)
-    shape, _ = shape_of(config)
-    assert shape is not None
-    assert config.cluster is not None
-    world = split_of(config).trainers
-    small = scaled(config, world, options.rows)
-    rows = next(stage.responses_per_prompt for stage in small.stages().values())
-    kinds = kinds_of(config, world, rows)
-    planned = Planned.of(config, small, shape, world)
-    if planned.limit <= 0:
-        raise InputError(
-            f"rollout.servers: the servers on a trainer's GPU hold {planned.beside / GB:.1f} GB, and nothing is left "
-            f"of cluster.memory_gb={config.cluster.memory_gb:g}: give the servers a smaller share, or GPUs of their own"
-        )
+    ((outcome, planned),) = rehearse_all([(config, options)], say)
+    return outcome, planned
+
+
+def rehearse_all(cases: Sequence[tuple[Config, Options]], say: Callable[[str], None]) -> list[tuple[Outcome, Planned]]:
+    """Rehearse several configurations of one GPU in one process: what they import, they import once.
+
+    The GPU has the memory that the first one leaves to its trainer. Raises InputError as `rehearse` does.
+    """
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="megatron-tempo-rehearsal-") as folder:
-        job = _Job(Path(folder), small, shape, kinds, options, planned.limit)
-        ranks, fault = job.run(say, planned)
-    outcome = Outcome(
-        tuple(ranks), rows, str(options.lengths), time.monotonic() - started, fault, tuple(_notes(config))
-    )
-    return outcome, planned
+        made = [_Case.of(config, options, Path(folder) / str(i)) for i, (config, options) in enumerate(cases)]
+        ranks, fault = _run(made, Path(folder), say)
+    found = []
+    for case, results in zip(made, ranks, strict=True):
+        seconds, notes = time.monotonic() - started, tuple(_notes(case.config))
+        case_fault = fault if len(results) < len(case.kinds) else None
+        lengths = str(case.options.lengths)
+        found.append((Outcome(tuple(results), case.rows, lengths, seconds, case_fault, notes), case.planned))
+    return found
 
 
 def _check(options: Options) -> None:
@@ -87,58 +85,40 @@ def _notes(config: Config) -> Iterator[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    folder: Path
+class _Case:
+    """A configuration to rehearse. `small`: with few rows. `folder`: its files, which the ranks read and write."""
+
     config: Config
-    shape: ModelShape
-    kinds: Sequence[RankKind]
+    small: Config
     options: Options
-    limit: float  # bytes of the GPU
+    rows: int
+    kinds: Sequence[RankKind]
+    planned: Planned
+    folder: Path
 
-    def run(self, say: Callable[[str], None], planned: Planned) -> tuple[list[RankResult], Fault | None]:
-        """The ranks that ran, and the fault that came before any did."""
-        self._write()
-        assert self.config.cluster is not None
-        major, minor = GPUS[self.config.cluster.gpu]
-        given = environment(
-            devices=1,
-            memory_gb=self.limit / GB,
-            capability=10 * major + minor,
-            name=self.config.cluster.gpu,
-        )
-        # torch counts devices without starting CUDA, which it would refuse in a fork of such a process
-        given |= {
-            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONWARNINGS": "ignore",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        command = [sys.executable, "-m", "megatron_tempo.rehearsal.forks", str(self.folder / "job.json")]
-        log = self.folder / "forks.log"
-        results: list[RankResult] = []
-        with log.open("w") as errors:
-            process = subprocess.Popen(command, env=given, stdout=subprocess.PIPE, stderr=errors, text=True)
-            try:
-                for record, kind in zip(_lines(process), [None, *self.kinds], strict=False):
-                    if record["fault"] is not None:
-                        return results, Fault(**record["fault"])
-                    if kind is not None:
-                        results.append(self._result(kind, record, planned))
-                    if len(results) < len(self.kinds):
-                        begun = self.kinds[len(results)]
-                        say(f"rank {begun.rank} of {begun.world}: {begun.label}")
-            finally:
-                process.kill()
-                process.wait()
-        if len(results) < len(self.kinds):
-            message = f"the process under the null GPU ended: {log.read_text(errors='replace').strip()[-_TAIL:]}"
-            return results, Fault("a crash", "start", "megatron_tempo.rehearsal.forks", message, traceback=message)
-        return results, None
+    @classmethod
+    def of(cls, config: Config, options: Options, folder: Path) -> _Case:
+        _check(options)
+        shape, _ = shape_of(config)
+        assert shape is not None
+        assert config.cluster is not None
+        world = split_of(config).trainers
+        small = scaled(config, world, options.rows)
+        rows = small.stage2.responses_per_prompt
+        planned = Planned.of(config, small, shape, world)
+        if planned.limit <= 0:
+            raise InputError(
+                f"rollout.servers: the servers on a trainer's GPU hold {planned.beside / GB:.1f} GB, and nothing is "
+                f"left of cluster.memory_gb={config.cluster.memory_gb:g}: give the servers a smaller share, or GPUs of "
+                f"their own"
+            )
+        return cls(config, small, options, rows, kinds_of(config, world, rows), planned, folder)
 
-    def _write(self) -> None:
-        """The job's files, all in its own folder."""
-        save(self.config, self.folder / "config.json")
-        job: dict[str, Any] = {
+    def write(self) -> dict[str, Any]:
+        """Write the case's folder. Returns what the process has to know of it."""
+        self.folder.mkdir()
+        save(self.small, self.folder / "config.json")
+        return {
             "folder": str(self.folder),
             "ranks": [kind.rank for kind in self.kinds],
             "world": self.kinds[0].world,
@@ -146,23 +126,66 @@ class _Job:
             "shared": bool(split_of(self.config).shared),
             "host_gb": self.options.host_gb,
             "seconds": self.options.seconds,
+            "plant": self.options.plant,
         }
-        (self.folder / "job.json").write_text(json.dumps(job))
 
-    def _result(self, kind: RankKind, record: dict[str, Any], planned: Planned) -> RankResult:
-        path = self.folder / f"rank_{kind.rank}.json"
+    def result(self, kind: RankKind, record: dict[str, Any]) -> RankResult:
+        """The result of a rank that has ended, from its files."""
+        path, log = (self.folder / f"rank_{kind.rank}.{suffix}" for suffix in ("json", "log"))
         found = json.loads(path.read_text()) if path.exists() else {"phases": [], "machine": "", "fault": None}
         ended = record["ended"]
         if ended is not None:
-            log = self.folder / f"rank_{kind.rank}.log"
-            tail = (
-                log.read_text(errors="replace").strip()[-_TAIL:] if ended.startswith("crash") and log.exists() else ""
-            )
+            crashed = ended.startswith("crash") and log.exists()
+            tail = log.read_text(errors="replace").strip()[-_TAIL:] if crashed else ""
             ended = f"in phase {found.get('running', 'start')}: {ended}{tail and f': {tail}'}"
         fault = None if found["fault"] is None else Fault(**found["fault"])
-        phases = planned.results(kind, found["phases"])
+        phases = self.planned.results(kind, found["phases"])
         took = record["seconds"], record["cpu_seconds"], record["host"]
         return RankResult(kind, found["machine"], phases, *took, fault, ended)
+
+
+def _run(
+    cases: Sequence[_Case], folder: Path, say: Callable[[str], None]
+) -> tuple[list[list[RankResult]], Fault | None]:
+    """The results of each case's ranks that ran, and the fault after which none did."""
+    job, log = folder / "job.json", folder / "forks.log"
+    job.write_text(json.dumps({"cases": [case.write() for case in cases]}))
+    results: list[list[RankResult]] = [[] for _ in cases]
+    left = [(i, kind) for i, case in enumerate(cases) for kind in case.kinds]
+    command = [sys.executable, "-m", "megatron_tempo.rehearsal.forks", str(job)]
+    given = _environment(cases[0])
+    with log.open("w") as errors:
+        process = subprocess.Popen(command, env=given, stdout=subprocess.PIPE, stderr=errors, text=True)
+        try:
+            for number, record in enumerate(_lines(process)):
+                if record["fault"] is not None:
+                    return results, Fault(**record["fault"])
+                if number:  # the first line says that the imports are done
+                    i, kind = left.pop(0)
+                    results[i].append(cases[i].result(kind, record))
+                if left:
+                    begun = left[0][1]
+                    say(f"rank {begun.rank} of {begun.world}: {begun.label}")
+        finally:
+            process.kill()
+            process.wait()
+    if not left:
+        return results, None
+    message = f"the process under the null GPU ended: {log.read_text(errors='replace').strip()[-_TAIL:]}"
+    return results, Fault("a crash", "start", "megatron_tempo.rehearsal.forks", message, traceback=message)
+
+
+def _environment(case: _Case) -> dict[str, str]:
+    assert case.config.cluster is not None
+    gpu = case.config.cluster.gpu
+    major, minor = GPUS[gpu]
+    return environment(devices=1, memory_gb=case.planned.limit / GB, capability=10 * major + minor, name=gpu) | {
+        # torch counts devices without starting CUDA, which it would refuse in a fork of such a process
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
 def _lines(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:

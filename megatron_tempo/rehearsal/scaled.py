@@ -23,8 +23,7 @@ def scaled(config: Config, world: int, rows: int | None) -> Config:
     `rows`: None for the least. The lengths of the stages stay; a rehearsal runs one iteration of each.
     """
     count = max(2, least_rows(config, world) if rows is None else rows)
-    stages = {name: _scaled(stage, count) for name, stage in config.stages().items()}
-    return replace(config, **stages)
+    return replace(config, stage1=_scaled(config.stage1, count), stage2=_scaled(config.stage2, count))
 
 
 def _scaled(stage: StageConfig, rows: int) -> StageConfig:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -131,7 +132,7 @@ def replace_te_attention() -> None:
     C++ part by position: query, key and value are the arguments 13 to 15 of both.
     """
     try:
-        import transformer_engine_torch as tex
+        tex = importlib.import_module("transformer_engine_torch")
     except ImportError:
         return
 
@@ -143,4 +144,4 @@ def replace_te_attention() -> None:
     def backward(*given: Any) -> list[torch.Tensor]:
         return [torch.empty_like(tensor) for tensor in given[13:16]]
 
-    tex.fused_attn_fwd, tex.fused_attn_bwd = forward, backward
+    vars(tex).update(fused_attn_fwd=forward, fused_attn_bwd=backward)
