@@ -42,7 +42,7 @@ LAYOUTS = {
     "tensor 4, critic tensor 2": ["parallel.critic.tensor=2"],
 }
 PRECISIONS = {
-    "bf16": [],
+    "bf16": ["model.layers=local"],
     "bf16, Transformer Engine": ["model.layers=transformer_engine"],
     "fp8_blockwise": ["run.precision=fp8_blockwise"],
     "fp8_tensorwise": ["run.precision=fp8_tensorwise"],
@@ -76,7 +76,7 @@ def cases() -> dict[str, list[str]]:
     for preset, cluster in CLUSTERS.items():
         base = [f"experiment={preset}", f"cluster={cluster}"]
         for layout, words in LAYOUTS.items():
-            found[f"{preset} | {layout} | bf16"] = base + words
+            found[f"{preset} | {layout} | bf16"] = base + words + PRECISIONS["bf16"]
         for precision, words in PRECISIONS.items():
             found[f"{preset} | as shipped | {precision}"] = base + words
         if preset == FIRST:
@@ -84,7 +84,12 @@ def cases() -> dict[str, list[str]]:
                 for precision, more in PRECISIONS.items():
                     found[f"{preset} | {layout} | {precision}"] = base + words + more
             for method, words in METHODS.items():
-                found[f"{preset} | as shipped, {method} | bf16"] = [*base, *_with_classes(method), *words]
+                found[f"{preset} | as shipped, {method} | bf16"] = [
+                    *base,
+                    *_with_classes(method),
+                    *words,
+                    *PRECISIONS["bf16"],
+                ]
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import json
 import tempfile
 from functools import cache
@@ -48,7 +48,7 @@ TE_CASES = {
     name: (f"run.precision={name}", "model.layers=transformer_engine")
     for name in ("bf16", "fp8_blockwise", "fp8_tensorwise", "fp8_delayed")
 }
-HAS_TE = importlib.util.find_spec("transformer_engine_torch") is not None
+HAS_TE = any(one.name.replace("_", "-") == "transformer-engine-torch" for one in importlib.metadata.distributions())
 
 
 @pytest.fixture(scope="session")
