@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,7 +80,6 @@ class PhaseMeter(PeakMemory):
     def phase(self, name: str) -> Iterator[None]:
         self.running = f"{self._stage} {name}".strip()
         self._began(self.running)
-        gc.collect()
         torch.cuda.reset_peak_memory_stats()
         self._loading = None
         started, counted, before = time.monotonic(), self._counts(), torch.cuda.memory_allocated()
