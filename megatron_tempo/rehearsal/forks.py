@@ -47,6 +47,7 @@ def main(job: Path) -> int:
 def _prepare(folders: Sequence[Path]) -> None:
     """Import what a rank imports, once for all, and write each case's model folder."""
     import torch
+    from triton.runtime.cache import triton_key
 
     from megatron_tempo.config.tree import load
     from megatron_tempo.plan.shapes import shape_of
@@ -58,8 +59,9 @@ def _prepare(folders: Sequence[Path]) -> None:
         assert shape is not None, problems
         write_model_folder(folder / "model", shape)
     assert not torch.cuda.is_initialized(), "a fork needs a CUDA that nobody has started"
+    triton_key()  # a hash of Triton's files, which each rank would compute anew
     gc.collect()
-    gc.freeze()  # half a million objects of the imports, which each phase's garbage collection would look at
+    gc.freeze()  # half a million objects of the imports, as the trainer does
     # torch refuses CUDA in a fork, because real drivers do; the null GPU's state is plain memory
     torch.cuda._is_in_bad_fork = lambda: False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Iterator
@@ -92,6 +93,7 @@ def _trainer(context: RunContext, task: Task, meter: PhaseMeter) -> Iterator[Tra
         models = {"actor": actor.model, "critic": None if critic is None else critic.model}
         trained = {name: model for name, model in models.items() if isinstance(model, TrainedModel)}
         nothing: Any = None
+        gc.freeze()  # Megatron collects garbage for each model of a checkpoint
         yield Trainer(
             config=config,
             context=context,

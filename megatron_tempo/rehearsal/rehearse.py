@@ -153,7 +153,7 @@ def _run(
     results: list[list[RankResult]] = [[] for _ in cases]
     left = [(i, kind) for i, case in enumerate(cases) for kind in case.kinds]
     command = [sys.executable, "-m", "megatron_tempo.rehearsal.forks", str(job)]
-    given = _environment(cases[0])
+    given = _environment(cases[0]) | {"TMPDIR": str(folder)}
     with log.open("w") as errors:
         process = subprocess.Popen(command, env=given, stdout=subprocess.PIPE, stderr=errors, text=True)
         try:

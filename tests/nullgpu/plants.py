@@ -1,12 +1,14 @@
-"""Faults that a rank of a rehearsal plants in its own process, in the trainer's GPU path: each is one that a GPU refuses."""
+"""Faults that a rank of a rehearsal plants in its own process: each is one that a GPU refuses."""
 
 from __future__ import annotations
+
+import time
 
 import torch
 import torch.distributed as dist
 
 from megatron_tempo.models import actor, critic, trained
-from megatron_tempo.models.gpt import LanguageModel
+from megatron_tempo.models.attention import PackedAttention
 from megatron_tempo.training.trainer import Trainer
 
 
@@ -33,19 +35,17 @@ def cpu_tensor_in_nccl_group() -> None:
 
 
 def wrong_type() -> None:
-    """The output layer gets hidden states in fp32 next to weights in bf16."""
-    original = LanguageModel.forward
+    """Attention gets keys in fp32 next to queries in bf16."""
+    original = PackedAttention.forward
 
-    def forward(net, *given, **named):
-        layer = net.output_layer
-        layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
-        return original(net, *given, **named)
+    def forward(net, query, key, *given, **named):
+        return original(net, query, key.float(), *given, **named)
 
-    LanguageModel.forward = forward
+    PackedAttention.forward = forward
 
 
 def hoarder() -> None:
-    """Each pass of a model keeps 300 MB of host memory that it writes."""
+    """Each pass of a model keeps 600 MB of host memory that it writes."""
     original, kept = trained.Model.read, []
 
     def read(model, *given):
@@ -57,7 +57,6 @@ def hoarder() -> None:
 
 def sleeper() -> None:
     """The critic's update never ends."""
-    import time
 
     def update(*_):
         time.sleep(3600)
