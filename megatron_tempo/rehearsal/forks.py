@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import os
 import pkgutil
@@ -25,6 +26,13 @@ from typing import Any
 from megatron_tempo.nullgpu import guard
 from megatron_tempo.rehearsal.faults import fault_of
 
+# What a rank would otherwise import late, each anew.
+_LATE = (
+    "megatron.core.pipeline_parallel.p2p_communication",
+    "triton.compiler",
+    "torch._dynamo",
+    "triton.experimental.gluon",
+)
 _LOOK = 0.1  # seconds between looks at a rank's process
 _ANONYMOUS = re.compile(r"RssAnon:\s+(\d+) kB")
 
@@ -46,6 +54,9 @@ def main(job: Path) -> int:
 
 def _prepare(folders: Sequence[Path]) -> None:
     """Import what a rank imports, once for all, and write each case's model folder."""
+    importlib.import_module("megatron_tempo.rehearsal.rank_run")
+    for name in _LATE:
+        importlib.import_module(name)
     import torch
     from triton.runtime.cache import triton_key
 
