@@ -50,9 +50,9 @@ PRECISIONS = {
 }
 METHODS = {
     "ppo": ["stage2.iterations=0"],
-    "grpo": ["algorithm=grpo"],
-    "ttrl": ["algorithm=ttrl"],
-    "empo": ["algorithm=empo"],
+    "grpo": ["stage1.iterations=0", "algorithm=grpo"],
+    "ttrl": ["stage1.iterations=0", "algorithm=ttrl"],
+    "empo": ["stage1.iterations=0", "algorithm=empo"],
 }
 FIRST = "qwen3_8b_aime"
 ROOM_GB = 120  # added to the GPU's memory for the figures of what does not fit

@@ -40,9 +40,9 @@ CASES = {
     "KL": ("stage2.actor.kl_coef=0.01", "parallel.recompute=attention"),
     "fp32": ("run.precision=fp32", "parallel.tensor=2"),
     "ppo": ("stage2.iterations=0",),
-    "grpo": ("algorithm=grpo",),
-    "ttrl": ("algorithm=ttrl", "data.unlabelled.verifier=math"),
-    "empo": ("algorithm=empo", "data.unlabelled.verifier=math"),
+    "grpo": ("stage1.iterations=0", "algorithm=grpo"),
+    "ttrl": ("stage1.iterations=0", "algorithm=ttrl", "data.unlabelled.verifier=math"),
+    "empo": ("stage1.iterations=0", "algorithm=empo", "data.unlabelled.verifier=math"),
 }
 TE_CASES = {
     name: (f"run.precision={name}", "model.layers=transformer_engine")
@@ -118,7 +118,7 @@ PLANTED = {
 
 @pytest.fixture(scope="session")
 def planted(model: Path) -> dict[str, Outcome]:
-    config = built(model, "parallel.recompute=none")
+    config = built(model, "parallel.recompute=none", "model.layers=local")
     given = [(config, Options(plant=f"tests.nullgpu.plants:{name}")) for name in PLANTED]
     given.append((config, Options(plant="tests.nullgpu.plants:hoarder", host_gb=1.4)))
     given.append((config, Options(plant="tests.nullgpu.plants:sleeper", seconds=20)))
