@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tempo.config.model_shape import FULL, SLIDING, ModelShape, Rope
+from megatron_tempo.weights import folder as folder_of_weights
 from megatron_tempo.weights import tables
+
+_FILE_BYTES = 4_000_000_000
 
 
 def config_entries(shape: ModelShape) -> dict[str, Any]:
@@ -50,17 +53,37 @@ def _rope(rope: Rope) -> dict[str, Any]:
 
 
 def write_model_folder(folder: Path, shape: ModelShape) -> None:
-    """Write config.json, and model.safetensors in bf16 whose tensors are zeros that no disk block holds."""
+    """Write config.json, and weights in bf16: zeros that no disk block holds, in files of a few GB.
+
+    Linux refuses to map a single file that is larger than the machine's memory.
+    """
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config_entries(shape), indent=1) + "\n")
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    files: list[dict[str, tuple[int, ...]]] = [{}]
+    size = 0
     for mapping in tables.mappings(shape, 1, critic=False):
         for name, sizes in zip(mapping.names, mapping.shapes, strict=True):
-            start, end = end, end + 2 * math.prod(sizes)
-            header[name] = {"dtype": "BF16", "shape": list(sizes), "data_offsets": [start, end]}
+            if files[-1] and size + 2 * math.prod(sizes) > _FILE_BYTES:
+                files.append({})
+                size = 0
+            files[-1][name] = sizes
+            size += 2 * math.prod(sizes)
+    names = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+    for file, tensors in zip(names, files, strict=True):
+        _write_zeros(folder / file, tensors)
+    index = {tensor: file for file, tensors in zip(names, files, strict=True) for tensor in tensors}
+    (folder / folder_of_weights.INDEX).write_text(json.dumps({"weight_map": index}) + "\n")
+
+
+def _write_zeros(path: Path, tensors: dict[str, tuple[int, ...]]) -> None:
+    """A safetensors file: the length of its header, the header, the tensors."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, sizes in tensors.items():
+        start, end = end, end + 2 * math.prod(sizes)
+        header[name] = {"dtype": "BF16", "shape": list(sizes), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # safetensors wants its tensors aligned
-    with (folder / "model.safetensors").open("wb") as file:
+    with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)

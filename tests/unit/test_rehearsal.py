@@ -14,6 +14,7 @@ from megatron.core.parallel_state import RankGenerator
 from safetensors import safe_open
 
 from megatron_tempo import cli
+from megatron_tempo.config.choices import Published
 from megatron_tempo.config.model_shape import model_shape
 from megatron_tempo.config.rules import Purpose
 from megatron_tempo.config.schema import Config
@@ -29,6 +30,7 @@ from megatron_tempo.rehearsal.ranks import RankKind, kinds_of
 from megatron_tempo.rehearsal.rollouts import MadeUpRequests
 from megatron_tempo.rehearsal.scaled import least_rows, rehearsed_iteration, scaled
 from megatron_tempo.rehearsal.text import as_json, report
+from megatron_tempo.weights.folder import tensor_files
 from tests.support.shapes import qwen3_shape
 
 BASE = ["experiment=qwen3_8b_aime", "cluster=h100x8"]
@@ -114,15 +116,20 @@ def test_a_shapes_config_json_is_read_back_as_the_shape(shape) -> None:
 
 def test_the_models_folder_has_all_tensors_and_takes_no_disk_space(tmp_path: Path) -> None:
     write_model_folder(tmp_path / "model", TINY)
-    file = tmp_path / "model" / "model.safetensors"
+    (file,) = (tmp_path / "model").glob("*.safetensors")
+    assert tensor_files(tmp_path / "model").keys() == set(safe_open(file, "pt").keys())
     with safe_open(file, "pt") as opened:
         assert len(opened.keys()) == 3 + 11 * TINY.layers  # embedding, head, last norm; 7 matrices and 4 norms a layer
         assert opened.get_tensor("model.layers.1.mlp.down_proj.weight").shape == (8, 16)
         assert not opened.get_tensor("lm_head.weight").any()
-    write_model_folder(tmp_path / "large", next(iter(PUBLISHED.values())))
-    large = (tmp_path / "large" / "model.safetensors").stat()
-    assert large.st_size > 16e9
-    assert 512 * large.st_blocks < 1e6
+
+
+def test_a_large_models_folder_has_no_file_larger_than_a_small_machines_memory(tmp_path: Path) -> None:
+    write_model_folder(tmp_path / "large", PUBLISHED[Published.qwen3_14b])
+    sizes = [path.stat() for path in (tmp_path / "large").glob("*.safetensors")]
+    assert sum(size.st_size for size in sizes) > 29e9
+    assert max(size.st_size for size in sizes) < 4.1e9
+    assert sum(512 * size.st_blocks for size in sizes) < 1e6
 
 
 def test_as_few_rows_as_fill_the_micro_batches_of_both_models() -> None:
