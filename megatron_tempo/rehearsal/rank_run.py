@@ -86,7 +86,7 @@ def _trainer(context: RunContext, task: Task, meter: PhaseMeter) -> Iterator[Tra
             actor, critic = build_actor(context), build_critic(context) if config.has_critic else None
             engine: Any = WeightSink(task.shared)
             if not config.rollout.is_served:
-                engine = build_engine(context, metrics.warn)
+                engine = build_engine(context)
         requests: Any = MadeUpRequests(config, read_model_shape(Path(config.model.path)).vocab, task.lengths, verifiers)
         seen = Seen(below, {}, {}, is_writer=False)
         timer = PhaseTimer(metrics, meter, Profiler([], below, context.device, task.rank))
@@ -107,7 +107,7 @@ def _trainer(context: RunContext, task: Task, meter: PhaseMeter) -> Iterator[Tra
             seen=seen,
             timer=timer,
             state=RunState(config, False, trained, requests, nothing, seen, timer),
-            found=nothing,
+            latest=nothing,
         )
         engine.close()
 

@@ -60,7 +60,6 @@ ALLOWED: dict[str, set[str]] = {
         ),
         *("plan", "report", "rewards", "rollout", "runtime", "types", "weights"),
     },
-    "nullgpu": {"errors"},
     "rehearsal": {
         *("checkpoint", "config", "data", "errors", "methods", "models", "nullgpu", "observability", "plan", "rewards"),
         *("rollout", "training", "types", "weights"),
