@@ -6,12 +6,11 @@ from dataclasses import replace
 
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import StageConfig
-from megatron_tempo.plan.layout import row_tokens
 
 
 def least_rows(config: Config, world: int) -> int:
     """Rows over all replicas that fill the pipeline of either model with full micro-batches, at least two of them."""
-    longest = row_tokens(config)
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     full = max(1, config.parallel.micro_batch_tokens // longest)
     layouts = [config.parallel, config.parallel.of_critic()]
     return max(world // own.ranks_of_a_replica * full * max(2, own.pipeline) for own in layouts)
