@@ -83,7 +83,7 @@ def _write_zeros(path: Path, tensors: dict[str, tuple[int, ...]]) -> None:
         start, end = end, end + 2 * math.prod(sizes)
         header[name] = {"dtype": "BF16", "shape": list(sizes), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # safetensors wants its tensors aligned
+    text += b" " * (-len(text) % 8)  # as safetensors aligns its tensors
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
