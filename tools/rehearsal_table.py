@@ -142,9 +142,9 @@ def run(again: str | None, only: str) -> None:
         results = _read()
         if (name in results and not (again and name.startswith(again))) or only not in ("", name):
             continue
-        results[name] = rehearsed(words)
-        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-        print(name, {key: results[name][key] for key in ("fits", "seconds")}, results[name].get("worst"), flush=True)
+        figures = rehearsed(words)
+        RESULTS.write_text(json.dumps(_read() | {name: figures}, indent=1, sort_keys=True) + "\n")
+        print(name, {key: figures[key] for key in ("fits", "seconds")}, figures.get("worst"), flush=True)
 
 
 def _read() -> dict[str, Any]:
