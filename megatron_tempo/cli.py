@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from megatron_tempo.commands import convert, prepare
+from megatron_tempo.commands import convert, prepare, rehearse
 from megatron_tempo.commands.arguments import READERS, parse
 from megatron_tempo.commands.presets import listing
 from megatron_tempo.config.compose import REPOSITORY, attributed, compose_tree, meant_group
-from megatron_tempo.config.problem import ConfigErrors
+from megatron_tempo.config.problem import ConfigErrors, Problem
 from megatron_tempo.config.rules import Purpose, check
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.summary import summary
@@ -31,6 +31,7 @@ from megatron_tempo.plan.search import plan_of, search
 from megatron_tempo.plan.shapes import shape_of
 from megatron_tempo.plan.split import problems as plan_problems
 from megatron_tempo.plan.table import report
+from megatron_tempo.rehearsal.problems import problems as rehearsal_problems
 from megatron_tempo.report.status import status
 from megatron_tempo.runtime.launcher import is_restarted_on_failure, launched_processes
 from megatron_tempo.submit import job as jobs
@@ -44,9 +45,9 @@ REPORT_SECONDS = 5.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status.
 
-    0: success. 1: an engine or a disk failed (a rerun may succeed), the loss was not finite, a plan does not fit, or a
-    run needs attention (`status`). 2: the user's input is wrong. STOPPED: the run was asked to stop; 0 under
-    torchrun --max-restarts. 130: Ctrl-C.
+    0: success. 1: an engine or a disk failed (a rerun may succeed), the loss was not finite, a plan does not fit, a
+    rehearsal found a fault, or a run needs attention (`status`). 2: the user's input is wrong. STOPPED: the run was
+    asked to stop; 0 under torchrun --max-restarts. 130: Ctrl-C.
     """
     _quiet()
     logs.configure(rank=logs.rank_of())
@@ -82,6 +83,8 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         )
         if arguments.command == "plan":
             return _plan(config, arguments.picture)
+        if arguments.command == "rehearse":
+            return rehearse.run(config, arguments)
         if kind is not None:
             return _submit(config, kind, arguments)
         if arguments.command == "serve":
@@ -238,6 +241,15 @@ def _planned(config: Config) -> str:
 _FOLLOWING = {"model": r"model\..*", "data": r"evaluation\.sets"}
 
 
+def _violations(config: Config, world_size: int | None, purpose: Purpose) -> list[Problem]:
+    """The rules that a configuration breaks, for what is to be done with it."""
+    if purpose is Purpose.plan:
+        return plan_problems(config)
+    if purpose is Purpose.rehearse:
+        return rehearsal_problems(config)
+    return check(config, world_size=world_size, purpose=purpose)
+
+
 def build(
     overrides: Sequence[str],
     *,
@@ -264,8 +276,7 @@ def build(
         violations = list(jobs.problems(config, submitted)) if submitted is not None else []
         if submitted is not None and not violations and purpose is not Purpose.convert:
             world_size = jobs.processes(config)
-        planned = purpose is Purpose.plan
-        violations += plan_problems(config) if planned else check(config, world_size=world_size, purpose=purpose)
+        violations += _violations(config, world_size, purpose)
         if submitted is not None:
             violations = [problem for problem in violations if not jobs.elsewhere(config, problem)]
         violations = [problem for problem in violations if problem.field not in reported]

@@ -120,7 +120,7 @@ class Checkpoints:
         writers = {}
         for name, model in models.items():
             with model.at_work():
-                writers[name] = ShardWriter.of(_sharded(model, is_loading=False), partial_of(path) / name)
+                writers[name] = ShardWriter.of(sharded_state(model, is_loading=False), partial_of(path) / name)
         counts = {name: model.step_count for name, model in models.items()}
         state = state | {"step": step, "optimizer_steps": counts}
         self._saving = Saving(path, writers, state, self._group, partial(self._completed, step))
@@ -311,7 +311,7 @@ def _state_problem(path: Path) -> str | None:
 def _loaded(model: TrainedModel, folder: Path) -> dict[str, Any]:
     """Megatron's part of a checkpoint for one model."""
     try:
-        return dist_checkpointing.load(_sharded(model, is_loading=True), str(folder))
+        return dist_checkpointing.load(sharded_state(model, is_loading=True), str(folder))
     except (CheckpointException, Exception) as error:
         if (fault := _io_fault(error)) is None:
             raise
@@ -366,8 +366,11 @@ def _gb(size: int) -> str:
     return f"{readable(size / 1e9)} GB"
 
 
-def _sharded(model: TrainedModel, *, is_loading: bool) -> dict[str, Any]:
-    # This sharding of the optimizer state can be read back under any tensor, pipeline and data parallelism.
+def sharded_state(model: TrainedModel, *, is_loading: bool) -> dict[str, Any]:
+    """A model's part of a checkpoint: its weights and its optimizer's state. The model is at work. Collective.
+
+    This sharding of the optimizer state can be read back under any tensor, pipeline and data parallelism.
+    """
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,

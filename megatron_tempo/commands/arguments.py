@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 import megatron_tempo
-from megatron_tempo.commands import convert, prepare
+from megatron_tempo.commands import convert, prepare, rehearse
 from megatron_tempo.config.shipped import PACKAGE
 from megatron_tempo.errors import printable
 from megatron_tempo.submit.job import Kind
@@ -61,6 +61,13 @@ CONFIGURED = {
     "plan": _Command(
         "predict memory and time of a configuration, and list the layouts that fit, without torch",
         ("megatron-tempo plan experiment=qwen3_8b_aime cluster=h100x16 --picture memory.png",),
+    ),
+    "rehearse": _Command(
+        "run a configuration's GPU program without a GPU: memory, faults, what it does (docs/rehearsal.md)",
+        (
+            "megatron-tempo rehearse experiment=qwen3_8b_aime cluster=h100x8",
+            "megatron-tempo rehearse experiment=qwen3_8b_aime cluster=h100x8 --lengths lognormal:6000 --json FILE",
+        ),
     ),
     "eval": _Command(
         "measure avg@k and pass@k of a model",
@@ -173,6 +180,8 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--config", metavar="FILE", help="start from this config.json instead of the defaults")
         if name == "plan":
             added.add_argument("--picture", metavar="FILE", help="plot the memory of each phase, as .png, .svg or .pdf")
+        elif name == "rehearse":
+            rehearse.add_options(added)
         elif name == "submit":
             _submit_options(added)
         elif name == "serve":

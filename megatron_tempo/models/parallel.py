@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -103,23 +103,34 @@ class Layouts:
     critic: Layout
 
 
+Join = Callable[[str, timedelta], None]  # opens the default process group with a backend and a timeout
+
+
+def join_launched(backend: str, timeout: timedelta) -> None:
+    """Join the processes that were launched: by torchrun's rendezvous, or without torchrun as a single process."""
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
 @contextmanager
 def parallel_groups(
-    config: ParallelConfig, device: torch.device, seed: int, timeout: timedelta = COLLECTIVE_TIMEOUT
+    config: ParallelConfig,
+    device: torch.device,
+    seed: int,
+    timeout: timedelta = COLLECTIVE_TIMEOUT,
+    join: Join = join_launched,
 ) -> Iterator[Layouts]:
     """Open the process groups of a run and close them at the end of the block. Inside, the actor's groups are current.
 
-    `timeout`: how long a rank waits for the others in a collective.
+    `timeout`: how long a rank waits for the others in a collective. `join`: how this process joins the others.
 
-    Under torchrun, its rendezvous is used. Without torchrun, the run is a single process. On CUDA, gloo still sends CPU
-    tensors, so the replicated `Batch` does not use the GPUs' links.
+    On CUDA, gloo still sends CPU tensors, so the replicated `Batch` does not use the GPUs' links.
     """
     with shared_gloo_devices():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        join(backend, timeout)
         try:
             actor = initialize_model_parallel(config, seed, timeout)
             critic = actor

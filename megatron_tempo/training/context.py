@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +19,7 @@ from megatron_tempo.models.device import refuse_shared_gpus, select_device
 from megatron_tempo.models.machine import machine_of
 from megatron_tempo.models.megatron_compat.torch_private import begun_collectives
 from megatron_tempo.models.offload import ModelOffloader
-from megatron_tempo.models.parallel import Layouts, parallel_groups
+from megatron_tempo.models.parallel import Join, Layouts, join_launched, parallel_groups
 from megatron_tempo.observability import logs
 from megatron_tempo.rollout.nccl import align_nccl
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
@@ -44,10 +44,11 @@ class RunContext:
 
 
 @contextmanager
-def open_context(config: Config) -> Iterator[RunContext]:
+def open_context(config: Config, join: Join = join_launched, *, watched: bool = True) -> Iterator[RunContext]:
     """The device and the process groups of a job, and its log on the console.
 
-    The watchdog aborts the job if a rank is dead or hangs.
+    The watchdog aborts the job if a rank is dead or hangs. `join`: how this process joins the others. `watched`: false
+    where there are no others, as in a rehearsal.
     """
     run = Path(config.run.dir).absolute().name
     logs.configure(rank=logs.rank_of(), run=run, level=config.metrics.log_level.value)
@@ -64,8 +65,8 @@ def open_context(config: Config) -> Iterator[RunContext]:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     transformers.utils.logging.disable_progress_bar()
     with (
-        parallel_groups(config.parallel, device, config.run.seed, collective_timeout(config)) as layouts,
-        Watchdog(Path(config.run.dir), config.run.hang_minutes, begun_collectives),
+        parallel_groups(config.parallel, device, config.run.seed, collective_timeout(config), join) as layouts,
+        Watchdog(Path(config.run.dir), config.run.hang_minutes, begun_collectives) if watched else nullcontext(),
     ):
         refuse_shared_gpus(device, local_rank)
         yield RunContext(config, layouts, device, ModelOffloader(one_at_a_time=config.parallel.offload), machine)

@@ -123,7 +123,7 @@ class FolderWeights:
                 bucket = planned.filled(flat)
                 for name, tensor in bucket:
                     self._read(opened, name, tensor)
-                _refuse_nonfinite([whole_name(name) for name, tensor in bucket if not _is_finite(tensor)], self._folder)
+                _refuse_nonfinite([whole_name(name) for name, tensor in bucket if not is_finite(tensor)], self._folder)
                 yield bucket
 
     def _read(self, opened: dict[Path, Any], name: str, out: Tensor) -> None:
@@ -175,7 +175,7 @@ def _load(net: PackedGPT, layout: Layout, mappings: list[ParamMapping], folder: 
                 sources.append(opened[path].get_slice(name))
             parameter = parameters[mapping.megatron]
             parameter.copy_(mapping.sharding.shard(sources, layout.tensor_rank, layout.tensor))
-            bad += [] if _is_finite(parameter) else mapping.names
+            bad += [] if is_finite(parameter) else mapping.names
         _load_tied_copy(net, layout, mappings, opened, files, stack)
     _refuse_nonfinite(bad, folder)
 
@@ -191,7 +191,7 @@ def _checked_actor(folder: Path, layout: Layout) -> tuple[dict[str, Path], list[
     return {name: path for name, path in files.items() if name in wanted}, mappings
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Without a copy of the tensor's size: extremes are NaN where a value is."""
     return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 

@@ -60,6 +60,10 @@ ALLOWED: dict[str, set[str]] = {
         ),
         *("plan", "report", "rewards", "rollout", "runtime", "types", "weights"),
     },
+    "rehearsal": {
+        *("checkpoint", "config", "data", "errors", "methods", "models", "nullgpu", "observability", "plan", "rewards"),
+        *("rollout", "training", "types", "weights"),
+    },
     "commands": {
         "checkpoint",
         "config",
@@ -69,6 +73,7 @@ ALLOWED: dict[str, set[str]] = {
         "models.megatron_compat.transformer_engine",
         "nullgpu.guard",
         "observability",
+        "rehearsal",
         "rewards",
         "runtime",
         "submit",
@@ -82,6 +87,7 @@ ALLOWED: dict[str, set[str]] = {
         "nullgpu.guard",
         "observability",
         "plan",
+        "rehearsal",
         "report",
         "rollout",
         "runtime.launcher",

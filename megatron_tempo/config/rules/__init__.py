@@ -32,6 +32,7 @@ from megatron_tempo.config.tree import MISSING, walk
 class Purpose(Enum):
     train = "train"
     eval = "eval"  # without stages, training data and checkpoints
+    rehearse = "rehearse"  # the rules of megatron_tempo/rehearsal/problems.py instead
     plan = "plan"  # the rules of megatron_tempo/plan/split.py instead
     serve = "serve"  # numbers, and the rules of the engine
     convert = "convert"  # only numbers: a converter reads no configuration

@@ -1,0 +1,179 @@
+"""Rehearsals of a tiny model: every layout, method, kind of layers and precision; planted faults."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from megatron_tempo import cli
+from megatron_tempo.config.rules import Purpose
+from megatron_tempo.config.schema import Config
+from megatron_tempo.rehearsal.model_folder import config_entries
+from megatron_tempo.rehearsal.outcome import Outcome, over
+from megatron_tempo.rehearsal.rehearse import Options, rehearse, rehearse_all
+from megatron_tempo.rehearsal.text import report
+from tests.support.shapes import qwen3_shape
+
+pytestmark = [pytest.mark.nullgpu, pytest.mark.timeout(1800)]
+TINY = qwen3_shape(
+    layers=4, hidden=512, heads=8, groups=4, head_dim=64, ffn=1024, vocab=2048, max_positions=4096, tied=False
+)
+BASE = (
+    *("experiment=qwen3_8b_aime", "cluster=h100x16", "rollout.max_prompt_tokens=128"),
+    *("rollout.max_response_tokens=384", "parallel.micro_batch_tokens=512"),
+)
+PIPELINE = ("parallel.tensor=1", "parallel.pipeline=2", "parallel.sequence=false")
+CASES = {
+    "tensor 4": (),
+    "tensor 2": ("parallel.tensor=2",),
+    "data 8": ("parallel.tensor=1", "parallel.sequence=false"),
+    "pipeline 2": PIPELINE,
+    "pipeline 4": (*PIPELINE, "parallel.pipeline=4"),
+    "context 2": ("parallel.tensor=2", "parallel.context=2"),
+    "critic apart": ("parallel.critic.tensor=2", "parallel.critic.pipeline=2"),
+    "resident, no recomputation": ("parallel.offload=false", "parallel.recompute=none", "model.logits=stored"),
+    "KL": ("stage2.actor.kl_coef=0.01", "parallel.recompute=attention"),
+    "fp32": ("run.precision=fp32", "parallel.tensor=2"),
+    "ppo": ("stage2.iterations=0",),
+    "grpo": ("stage1.iterations=0", "algorithm=grpo"),
+    "ttrl": ("stage1.iterations=0", "algorithm=ttrl", "data.unlabelled.verifier=math"),
+    "empo": ("stage1.iterations=0", "algorithm=empo", "data.unlabelled.verifier=math"),
+}
+TE_CASES = {
+    name: (f"run.precision={name}", "model.layers=transformer_engine")
+    for name in ("bf16", "fp8_blockwise", "fp8_tensorwise", "fp8_delayed")
+}
+HAS_TE = any(one.name.replace("_", "-") == "transformer-engine-torch" for one in importlib.metadata.distributions())
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with config.json alone: no weights, no tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(config_entries(TINY)))
+    return folder
+
+
+def built(model: Path, *words: str) -> Config:
+    return cli.build([*BASE, f"model.path={model}", *words], purpose=Purpose.rehearse)
+
+
+@pytest.fixture(scope="session")
+def outcomes(model: Path) -> dict[str, tuple[Outcome, str]]:
+    """All cases, in one process: outcome and report by name."""
+    cases = CASES | (TE_CASES if HAS_TE else {})
+    layers = ("model.layers=local",)  # torch's, also where Transformer Engine is installed
+    given = [(built(model, *(layers if name in CASES else ()), *words), Options()) for name, words in cases.items()]
+    found = rehearse_all(given, print)
+    return {name: (one, report(one, plan)) for name, (one, plan) in zip(cases, found, strict=True)}
+
+
+@cache
+def kinds(name: str) -> int:
+    """How many kinds of ranks a case has."""
+    return {"pipeline 2": 2, "pipeline 4": 3, "context 2": 2, "critic apart": 2}.get(name, 1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_layout_and_method_runs(outcomes: dict[str, tuple[Outcome, str]], name: str) -> None:
+    outcome, text = outcomes[name]
+    assert outcome.fits, text
+    assert len(outcome.ranks) == kinds(name)
+    has_critic = name not in ("grpo", "ttrl", "empo")
+    for rank in outcome.ranks:
+        phases = {phase.phase: phase for phase in rank.phases}
+        wanted = {"start", "sync", "generate", "logprobs", "actor", "checkpoint"}
+        assert phases.keys() == wanted | ({"values", "critic"} if has_critic else set())
+        for phase in phases.values():
+            assert phase.before <= phase.reserved
+            assert phase.peak <= phase.reserved
+        assert phases["actor"].counts["products"] > 4 * 4  # more than one for each matrix of the layers
+        assert phases["actor"].counts["kernel_launches"] > 100
+        assert phases["start"].counts["host_bytes"] > 0
+    if "parallel.tensor=1" not in CASES[name] or name.startswith("pipeline"):
+        assert all(phase.counts["nccl_calls"] > 0 for phase in outcome.ranks[0].phases if phase.phase == "actor")
+    last = outcome.ranks[-1].phases
+    assert sum(phase.counts["triton_launches"] for phase in last) > 0  # of the losses, on the last stage
+
+
+@pytest.mark.skipif(not HAS_TE, reason="Transformer Engine is not installed")
+@pytest.mark.parametrize("name", TE_CASES)
+def test_every_precision_of_transformer_engine_runs(outcomes: dict[str, tuple[Outcome, str]], name: str) -> None:
+    outcome, text = outcomes[name]
+    assert outcome.fits, text
+    assert f"Transformer Engine 2.11.0, {name}" in outcome.ranks[0].machine
+
+
+PLANTED = {
+    "device_mix": ("tensors on different devices", "actor", "megatron_tempo/kernels/"),
+    "cpu_tensor_in_nccl_group": ("a CPU tensor in an NCCL group, or a CUDA tensor in a CPU group", "sync", ""),
+    "wrong_type": ("a wrong type of numbers", "values", "megatron_tempo/models/attention.py"),
+}
+
+
+@pytest.fixture(scope="session")
+def planted(model: Path) -> dict[str, Outcome]:
+    config = built(model, "parallel.recompute=none", "model.layers=local")
+    given = [(config, Options(plant=f"tests.nullgpu.plants:{name}")) for name in PLANTED]
+    given.append((config, Options(plant="tests.nullgpu.plants:hoarder", host_gb=1.4)))
+    given.append((config, Options(plant="tests.nullgpu.plants:sleeper", seconds=20)))
+    found = rehearse_all(given, print)
+    return {name: one for name, (one, _) in zip([*PLANTED, "hoarder", "sleeper"], found, strict=True)}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_fault_is_found_and_named(planted: dict[str, Outcome], name: str) -> None:
+    kind, phase, where = PLANTED[name]
+    outcome = planted[name]
+    fault = outcome.ranks[0].fault
+    assert fault is not None
+    assert (fault.kind, fault.phase.split()[-1]) == (kind, phase), fault
+    assert fault.where.startswith(where)
+    assert not outcome.fits
+
+
+def test_too_much_memory_of_this_machine_ends_the_rank(planted: dict[str, Outcome]) -> None:
+    ended = planted["hoarder"].ranks[0].ended
+    assert ended is not None
+    assert "of this machine's memory: allow more with --host-gb" in ended
+    assert ended.startswith("in phase stage")
+
+
+def test_a_rank_that_hangs_is_ended(planted: dict[str, Outcome]) -> None:
+    ended = planted["sleeper"].ranks[0].ended
+    assert ended is not None
+    assert ended.endswith(": it runs for more than 20 s: allow more with --seconds")
+
+
+def test_too_little_memory_of_the_gpu_tells_the_phase(model: Path) -> None:
+    config = built(model, "parallel.recompute=none", "cluster.memory_gb=6.105", "parallel.bucket_mb=4")
+    outcome, planned = rehearse(config, Options(), print)
+    (rank,) = outcome.ranks
+    assert rank.fault is not None
+    assert rank.fault.kind == "out of memory"
+    assert rank.fault.wanted > 0
+    assert rank.fault.where.startswith("megatron_tempo/")
+    (line,) = over(planned, rank)
+    assert line.startswith(f"{rank.fault.phase} runs out of memory at megatron_tempo/")
+
+
+def test_nothing_is_left_behind(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    temporary, run = tmp_path / "tmp", tmp_path / "run"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    before = sorted(path.name for path in model.iterdir())
+    words = [*BASE, f"model.path={model}", f"run.dir={run}", "stage1.iterations=0", "model.layers=local"]
+    code = cli.main(["rehearse", *words, "--lengths", "lognormal:200", "--json", str(tmp_path / "out.json")])
+    text = capsys.readouterr().out
+    assert code == 0, text
+    assert text.startswith("REHEARSAL: nothing is trained.")
+    assert list(temporary.iterdir()) == []
+    assert not run.exists()
+    assert sorted(path.name for path in model.iterdir()) == before
+    assert json.loads((tmp_path / "out.json").read_text())["fits"]
