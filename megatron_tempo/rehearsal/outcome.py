@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megatron_tempo.config.choices import Layers
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.schema import ClusterConfig, Config
 from megatron_tempo.plan.engine import embedded
@@ -61,6 +62,7 @@ class RankResult:
     host: int
     fault: Fault | None
     ended: str | None = None  # why the rehearsal ended it: this machine's memory or the time given were used up
+    layers: Layers | None = None  # as the rank chose them; None if it ended before
 
     @property
     def fits(self) -> bool:
@@ -100,6 +102,13 @@ class Planned:
     def of(cls, config: Config, small: Config, shape: ModelShape, world: int) -> Planned:
         config, small = (replace(one, parallel=replace(one.parallel, world_size=world)) for one in (config, small))
         return cls(config, small, shape, memory(config, shape))
+
+    def with_layers(self, layers: Layers | None) -> Planned:
+        """The same for the layers that the ranks chose. None: for those of the configuration."""
+        if layers is None or layers is self.config.model.layers:
+            return self
+        config, small = (replace(one, model=replace(one.model, layers=layers)) for one in (self.config, self.small))
+        return replace(self, config=config, small=small, whole=memory(config, self.shape))
 
     @property
     def beside(self) -> float:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from megatron_tempo.checkpoint.checkpoints import sharded_state
+from megatron_tempo.config.choices import EngineKind
 from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.config.schema import Config
 from megatron_tempo.data.seen import Seen
 from megatron_tempo.data.sets import QuestionKeys
-from megatron_tempo.models.machine import described
+from megatron_tempo.models.machine import chosen_layers, described
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.nullgpu import guard
 from megatron_tempo.observability.metrics import Metrics
@@ -53,6 +54,7 @@ def rehearse_rank(task: Task) -> None:
     """Run a rank, and write `task.result` at the start of each phase and at the end."""
     assert guard.is_rehearsal(), "only the null GPU may run a rehearsal"
     record: dict[str, Any] = {"rank": task.rank, "phases": [], "running": "imports", "fault": None, "machine": ""}
+    record["layers"] = None
     meter: PhaseMeter | None = None
 
     def write(running: str) -> None:
@@ -66,6 +68,7 @@ def rehearse_rank(task: Task) -> None:
     try:
         with open_context(task.config, take_over(task.rank, task.world), watched=False) as opened:
             record["machine"] = described(task.config, opened.machine)
+            record["layers"] = chosen_layers(task.config, opened.machine).value
             meter = PhaseMeter(opened.device, write)
             offloader = MeteredOffloader(one_at_a_time=task.config.parallel.offload, meter=meter)
             context = replace(opened, offloader=offloader)
@@ -84,7 +87,7 @@ def _trainer(context: RunContext, task: Task, meter: PhaseMeter) -> Iterator[Tra
     with Metrics(below, config.metrics, is_writer=False) as metrics, Verifiers(1, 1.0) as verifiers:
         with meter.phase("start"), UnfilledHostMemory():
             actor, critic = build_actor(context), build_critic(context) if config.has_critic else None
-            engine: Any = WeightSink(task.shared)
+            engine: Any = WeightSink(task.shared, parts=config.rollout.engine is EngineKind.vllm)
             if not config.rollout.is_served:
                 engine = build_engine(context)
         requests: Any = MadeUpRequests(config, read_model_shape(Path(config.model.path)).vocab, task.lengths, verifiers)

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_tempo.config.recipes import GPUS
+from megatron_tempo.config.choices import Layers
+from megatron_tempo.config.recipes import GPUS, RECIPES
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import save
 from megatron_tempo.errors import InputError
@@ -62,10 +63,11 @@ def rehearse_all(cases: Sequence[tuple[Config, Options]], say: Callable[[str], N
         ranks, fault = _run(made, Path(folder), say)
     found = []
     for case, results in zip(made, ranks, strict=True):
-        seconds, notes = time.monotonic() - started, tuple(_notes(case.config))
+        layers = results[0].layers if results else None
+        seconds, notes = time.monotonic() - started, tuple(_notes(case.config, layers))
         case_fault = fault if len(results) < len(case.kinds) else None
-        lengths = str(case.options.lengths)
-        found.append((Outcome(tuple(results), case.rows, lengths, seconds, case_fault, notes), case.planned))
+        outcome = Outcome(tuple(results), case.rows, str(case.options.lengths), seconds, case_fault, notes)
+        found.append((outcome, case.planned.with_layers(layers)))
     return found
 
 
@@ -76,7 +78,13 @@ def _check(options: Options) -> None:
             raise InputError(f"{name}={value:g}: give a number of at least {least}")
 
 
-def _notes(config: Config) -> Iterator[str]:
+def _notes(config: Config, layers: Layers | None) -> Iterator[str]:
+    is_auto = config.model.layers is Layers.auto and config.run.precision not in RECIPES
+    if layers is Layers.transformer_engine and is_auto:
+        yield (
+            "model.layers=auto: Transformer Engine is installed here and was used, and plan counts it here; "
+            "megatron-tempo plan does with model.layers=transformer_engine"
+        )
     if config.model.critic_path is not None:
         path = config.model.critic_path
         yield f"model.critic_path={path}: the critic is taken to have the actor's decoder, as in plan"
@@ -133,15 +141,16 @@ class _Case:
         """The result of a rank that has ended, from its files."""
         path, log = (self.folder / f"rank_{kind.rank}.{suffix}" for suffix in ("json", "log"))
         found = json.loads(path.read_text()) if path.exists() else {"phases": [], "machine": "", "fault": None}
+        layers = None if found.get("layers") is None else Layers(found["layers"])
         ended = record["ended"]
         if ended is not None:
             crashed = ended.startswith("crash") and log.exists()
             tail = log.read_text(errors="replace").strip()[-_TAIL:] if crashed else ""
             ended = f"in phase {found.get('running', 'start')}: {ended}{tail and f': {tail}'}"
         fault = None if found["fault"] is None else Fault(**found["fault"])
-        phases = self.planned.results(kind, found["phases"])
+        phases = self.planned.with_layers(layers).results(kind, found["phases"])
         took = record["seconds"], record["cpu_seconds"], record["host"]
-        return RankResult(kind, found["machine"], phases, *took, fault, ended)
+        return RankResult(kind, found["machine"], phases, *took, fault, ended, layers)
 
 
 def _run(

@@ -67,12 +67,13 @@ class WeightSink:
     """An engine that takes the weight stream, counts its bytes, and answers nothing."""
 
     shared: bool  # as a colocated server would take it: in memory that other processes can open
+    parts: bool  # as vLLM takes it: tensors that are larger than a bucket, in parts
     counted: TokenCount = field(default_factory=TokenCount)
     replicas: int = 1
     bytes_taken: int = 0
 
     def load_weights(self, weights: Weights, version: int) -> None:
-        for bucket in weights.from_stages(shared=self.shared):
+        for bucket in weights.from_stages(shared=self.shared, parts=self.parts):
             self.bytes_taken += sum(tensor.nbytes for _, tensor in bucket)
             del bucket  # before the next one is made, as rollout/transfer.py does
 

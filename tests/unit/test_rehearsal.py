@@ -306,7 +306,7 @@ def test_running_out_of_memory_names_phase_place_and_bytes() -> None:
 
 
 def test_servers_on_the_trainers_gpus_leave_less_of_them() -> None:
-    shared = planned("rollout.servers.devices=null", "rollout.servers.replicas=1")
+    shared = planned("rollout.servers.devices=[0]", "rollout.servers.replicas=1", "rollout.servers.transport=shared")
     assert planned().beside == 0.0
     assert shared.beside > 0.0
     assert shared.limit == 74e9 - shared.beside
