@@ -129,7 +129,7 @@ def rehearsed(words: list[str]) -> dict[str, Any]:
 
 
 def _run(words: list[str]) -> tuple[Outcome, list[str]]:
-    outcome, planned = rehearse(build(words, purpose=Purpose.rehearse), Options(), lambda _: None)
+    outcome, planned = rehearse(build(words, purpose=Purpose.rehearse), Options())
     faults = [outcome.fault, *(rank.fault for rank in outcome.ranks)]
     lines = [f"{one.phase}: {one.kind}: {one.where}: {one.message}" for one in faults if one is not None]
     lines += [line for rank in outcome.ranks for line in over(planned, rank)]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_tempo.config.schema import Config
 from megatron_tempo.errors import InputError, printable
+from megatron_tempo.files import replace_file
 from megatron_tempo.rehearsal.lengths import LONGEST, Lengths
 from megatron_tempo.rehearsal.outcome import Outcome
 from megatron_tempo.rehearsal.rehearse import HOST_GB, SECONDS, Options, rehearse
@@ -51,9 +52,9 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
         if (file := getattr(arguments, name)) is not None:
             _check_folder(name, Path(file))
     print(BANNER, file=sys.stderr)
-    outcome, planned = rehearse(config, options, lambda line: print(printable(line), file=sys.stderr))
+    outcome, planned = rehearse(config, options)
     if arguments.json is not None:
-        Path(arguments.json).write_text(json.dumps(as_json(outcome, planned), indent=1) + "\n")
+        replace_file(Path(arguments.json), json.dumps(as_json(outcome, planned), indent=1) + "\n", fsync=False)
     print(printable(report(outcome, planned)))
     if texts := _tracebacks(outcome):
         print(printable(f"tracebacks: {_written(texts, arguments.tracebacks)}"))

@@ -11,11 +11,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tempo.errors import InputError
+from megatron_tempo.files import atomic_folder
 
 SOURCES = Path(__file__).parent / "csrc"
 DRIVER, NVML = (
@@ -141,26 +141,17 @@ def include_folders() -> list[Path]:
 
 
 def _build(torch: Torch, folder: Path) -> None:
-    """Builds in a folder of its own, and renames it: processes that start at once get a whole one."""
+    """Of processes that build at once, the first to finish gives its folder the name."""
     gcc, includes = compiler(), include_folders()
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+        with atomic_folder(folder) as temporary:
+            _compile(gcc, includes, torch, temporary)
     except OSError as error:
-        raise InputError(
-            f"{folder.parent}, where the null GPU is kept, cannot be written: {error.strerror}. Set "
-            "XDG_CACHE_HOME to a folder that can"
-        ) from error
-    try:
-        _compile(gcc, includes, torch, temporary)
-        temporary.chmod(0o755)
-        try:
-            temporary.rename(folder)
-        except OSError:  # another process was first
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not folder.is_dir():
+            raise InputError(
+                f"{folder.parent}, where the null GPU is kept, cannot be written: {error.strerror}. Set "
+                "XDG_CACHE_HOME to a folder that can"
+            ) from error
 
 
 def _compile(gcc: list[str], includes: list[Path], torch: Torch, folder: Path) -> None:

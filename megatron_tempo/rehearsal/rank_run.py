@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +18,7 @@ from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.config.schema import Config
 from megatron_tempo.data.seen import Seen
 from megatron_tempo.data.sets import QuestionKeys
+from megatron_tempo.files import replace_file
 from megatron_tempo.models.machine import chosen_layers, described
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.nullgpu import guard
@@ -60,9 +60,7 @@ def rehearse_rank(task: Task) -> None:
     def write(running: str) -> None:
         record["running"] = running
         record["phases"] = [] if meter is None else [asdict(phase) for phase in meter.phases]
-        partial = task.result.with_suffix(".partial")
-        partial.write_text(json.dumps(record))
-        os.replace(partial, task.result)
+        replace_file(task.result, json.dumps(record), fsync=False)
 
     write("start")
     try:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ from megatron_tempo.rehearsal.outcome import Outcome, Planned, RankResult
 from megatron_tempo.rehearsal.ranks import RankKind, kinds_of
 from megatron_tempo.rehearsal.scaled import scaled
 
+log = logging.getLogger(__name__)
+
 HOST_GB, SECONDS = 8.0, 300.0  # bounds of each rank's process
 _TAIL = 2000  # characters of a process's output that a report quotes
 
@@ -43,16 +46,16 @@ class Options:
     plant: str | None = None  # a function that each rank calls first, as module:name; tests plant faults with it
 
 
-def rehearse(config: Config, options: Options, say: Callable[[str], None]) -> tuple[Outcome, Planned]:
-    """Rehearse a configuration that has passed `problems`. `say`: gets a line when a rank begins.
+def rehearse(config: Config, options: Options) -> tuple[Outcome, Planned]:
+    """Rehearse a configuration that has passed `problems`. Logs when a rank begins.
 
     Raises InputError if this machine cannot: torch without CUDA, no C compiler, or a bound of `options` that is none.
     """
-    ((outcome, planned),) = rehearse_all([(config, options)], say)
+    ((outcome, planned),) = rehearse_all([(config, options)])
     return outcome, planned
 
 
-def rehearse_all(cases: Sequence[tuple[Config, Options]], say: Callable[[str], None]) -> list[tuple[Outcome, Planned]]:
+def rehearse_all(cases: Sequence[tuple[Config, Options]]) -> list[tuple[Outcome, Planned]]:
     """Rehearse several configurations of one GPU in one process: what they import, they import once.
 
     The GPU has the memory that the first one leaves to its trainer. Raises InputError as `rehearse` does.
@@ -60,7 +63,7 @@ def rehearse_all(cases: Sequence[tuple[Config, Options]], say: Callable[[str], N
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="megatron-tempo-rehearsal-") as folder:
         made = [_Case.of(config, options, Path(folder) / str(i)) for i, (config, options) in enumerate(cases)]
-        ranks, fault = _run(made, Path(folder), say)
+        ranks, fault = _run(made, Path(folder))
     found = []
     for case, results in zip(made, ranks, strict=True):
         layers = results[0].layers if results else None
@@ -153,17 +156,15 @@ class _Case:
         return RankResult(kind, found["machine"], phases, *took, fault, ended, layers)
 
 
-def _run(
-    cases: Sequence[_Case], folder: Path, say: Callable[[str], None]
-) -> tuple[list[list[RankResult]], Fault | None]:
+def _run(cases: Sequence[_Case], folder: Path) -> tuple[list[list[RankResult]], Fault | None]:
     """The results of each case's ranks that ran, and the fault after which none did."""
-    job, log = folder / "job.json", folder / "forks.log"
+    job, output = folder / "job.json", folder / "forks.log"
     job.write_text(json.dumps({"cases": [case.write() for case in cases]}))
     results: list[list[RankResult]] = [[] for _ in cases]
     left = [(i, kind) for i, case in enumerate(cases) for kind in case.kinds]
     command = [sys.executable, "-m", "megatron_tempo.rehearsal.forks", str(job)]
     given = _environment(cases[0]) | {"TMPDIR": str(folder)}
-    with log.open("w") as errors:
+    with output.open("w") as errors:
         process = subprocess.Popen(command, env=given, stdout=subprocess.PIPE, stderr=errors, text=True)
         try:
             for number, record in enumerate(_lines(process)):
@@ -174,13 +175,13 @@ def _run(
                     results[i].append(cases[i].result(kind, record))
                 if left:
                     begun = left[0][1]
-                    say(f"rank {begun.rank} of {begun.world}: {begun.label}")
+                    log.info("rank %d of %d: %s", begun.rank, begun.world, begun.label)
         finally:
             process.kill()
             process.wait()
     if not left:
         return results, None
-    message = f"the process under the null GPU ended: {log.read_text(errors='replace').strip()[-_TAIL:]}"
+    message = f"the process under the null GPU ended: {output.read_text(errors='replace').strip()[-_TAIL:]}"
     return results, Fault("a crash", "start", "megatron_tempo.rehearsal.forks", message, traceback=message)
 
 

@@ -29,7 +29,8 @@ def as_json(outcome: Outcome, planned: Planned) -> dict[str, Any]:
     """The same as plain data. Bytes, seconds and counts are not rounded."""
     plain = asdict(outcome)
     for rank, given in zip(outcome.ranks, plain["ranks"], strict=True):
-        given |= {"fits": rank.fits, "phases": list(given["phases"])}
+        layers = None if rank.layers is None else rank.layers.value
+        given |= {"fits": rank.fits, "phases": list(given["phases"]), "layers": layers}
         for phase, one in zip(rank.phases, given["phases"], strict=True):
             one |= {"plan_error": phase.error, "fits": phase.fits}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}

@@ -69,7 +69,7 @@ def outcomes(model: Path) -> dict[str, tuple[Outcome, str]]:
     cases = CASES | (TE_CASES if HAS_TE else {})
     layers = ("model.layers=local",)  # torch's, also where Transformer Engine is installed
     given = [(built(model, *(layers if name in CASES else ()), *words), Options()) for name, words in cases.items()]
-    found = rehearse_all(given, print)
+    found = rehearse_all(given)
     return {name: (one, report(one, plan)) for name, (one, plan) in zip(cases, found, strict=True)}
 
 
@@ -122,7 +122,7 @@ def planted(model: Path) -> dict[str, Outcome]:
     given = [(config, Options(plant=f"tests.nullgpu.plants:{name}")) for name in PLANTED]
     given.append((config, Options(plant="tests.nullgpu.plants:hoarder", host_gb=1.4)))
     given.append((config, Options(plant="tests.nullgpu.plants:sleeper", seconds=20)))
-    found = rehearse_all(given, print)
+    found = rehearse_all(given)
     return {name: one for name, (one, _) in zip([*PLANTED, "hoarder", "sleeper"], found, strict=True)}
 
 
@@ -152,7 +152,7 @@ def test_a_rank_that_hangs_is_ended(planted: dict[str, Outcome]) -> None:
 
 def test_too_little_memory_of_the_gpu_tells_the_phase(model: Path) -> None:
     config = built(model, "parallel.recompute=none", "cluster.memory_gb=6.105", "parallel.bucket_mb=4")
-    outcome, planned = rehearse(config, Options(), print)
+    outcome, planned = rehearse(config, Options())
     (rank,) = outcome.ranks
     assert rank.fault is not None
     assert rank.fault.kind == "out of memory"

@@ -379,7 +379,7 @@ def test_a_file_that_fails_after_it_was_checked_is_named(run: Path, monkeypatch:
     install_cpu_backend()
     dist_checkpointing.save({"w": ShardedTensor.from_rank_offsets("w", torch.ones(64)), "extra": 1}, str(folder))
     monkeypatch.setattr(
-        module, "_sharded", lambda model, is_loading: {"w": ShardedTensor.from_rank_offsets("w", torch.zeros(64))}
+        module, "sharded_state", lambda model, is_loading: {"w": ShardedTensor.from_rank_offsets("w", torch.zeros(64))}
     )
     model: Any = SimpleNamespace(at_work=nullcontext)
     whole = module._loaded(model, folder)
@@ -417,7 +417,7 @@ def test_only_what_cannot_be_read_is_told_so(
     def fail(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr(module, "_sharded", lambda model, is_loading: {})
+    monkeypatch.setattr(module, "sharded_state", lambda model, is_loading: {})
     monkeypatch.setattr(module.dist_checkpointing, "load", fail)
     with pytest.raises((InputError, type(raised))) as caught:
         module._loaded(SimpleNamespace(), run / "checkpoints/step_00000006/actor")  # type: ignore[arg-type]

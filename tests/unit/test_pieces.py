@@ -148,7 +148,7 @@ def test_a_folder_is_sent_from_the_ranks_device(
     models: dict[str, Path], layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As evaluation builds it. torch's meta device stands for the GPU, from which alone NCCL sends."""
-    monkeypatch.setattr(folder, "_is_finite", lambda tensor: True)
+    monkeypatch.setattr(folder, "is_finite", lambda tensor: True)
     config = Config()
     config.model.path, config.rollout.engine, config.run.precision = (
         str(models["qwen3"]),

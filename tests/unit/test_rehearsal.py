@@ -14,7 +14,7 @@ from megatron.core.parallel_state import RankGenerator
 from safetensors import safe_open
 
 from megatron_tempo import cli
-from megatron_tempo.config.choices import Published
+from megatron_tempo.config.choices import Layers, Published
 from megatron_tempo.config.model_shape import model_shape
 from megatron_tempo.config.rules import Purpose
 from megatron_tempo.config.schema import Config
@@ -247,7 +247,9 @@ def planned(*words: str) -> Planned:
 
 
 def outcome_of(plan: Planned, *phases: dict[str, object], fault: Fault | None = None) -> Outcome:
-    result = RankResult(EVERY_RANK, "device: H100", plan.results(EVERY_RANK, phases), 9.0, 7.0, 10**9, fault)
+    result = RankResult(
+        EVERY_RANK, "device: H100", plan.results(EVERY_RANK, phases), 9.0, 7.0, 10**9, fault, layers=Layers.local
+    )
     return Outcome((result,), 2, "longest", 12.0)
 
 
@@ -326,6 +328,7 @@ def test_the_report_has_every_phase_and_says_what_corrects_the_plan() -> None:
     plain = as_json(outcome, plan)
     assert json.loads(json.dumps(plain)) == plain
     assert plain["fits"]
+    assert plain["ranks"][0]["layers"] == "local"
     assert [phase["phase"] for phase in plain["ranks"][0]["phases"]] == ["sync", "actor"]
 
 
@@ -409,3 +412,13 @@ def test_a_torch_without_cuda_is_named_with_its_fix(capsys, tmp_path: Path, monk
     assert code == 2
     assert "is a build without CUDA. A rehearsal needs torch with CUDA" in text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_counts_the_layers_that_the_ranks_chose() -> None:
+    """Transformer Engine's Adam needs no memory in a step; torch's needs some for each parameter."""
+    plan = planned("model.layers=auto")
+    engine = plan.with_layers(Layers.transformer_engine)
+    given = planned("model.layers=transformer_engine")
+    actor = [sum(one.phases(EVERY_RANK, small=True)["actor"].values()) for one in (plan, engine, given)]
+    assert actor[0] > actor[1] == actor[2]
+    assert plan.with_layers(None) is plan
