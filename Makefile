@@ -107,11 +107,13 @@ lint: .venv/installed-test  ## ruff, mypy, shellcheck, hadolint and the word lis
 	touch $@
 
 # Transformer Engine: its core from a wheel, its part for torch compiled against the torch that is there. No nvcc:
-# 11 minutes of one core, 3 GB of memory. The headers are those of torch's dependencies, and crt's (nvidia-cuda-crt).
+# 11 minutes of one core, 3 GB of memory. The headers are those of torch's dependencies and of two packages more.
 TE := 2.11.0
 .venv-cuda/te: .venv-cuda/installed
 	.venv-cuda/bin/pip install --quiet pybind11 setuptools wheel ninja packaging pydantic importlib-metadata einops onnx \
-		onnxscript "nvidia-cuda-crt==$$(.venv-cuda/bin/python -c 'import torch; print(torch.version.cuda)').*"
+		onnxscript
+	cuda=$$(.venv-cuda/bin/python -c 'import torch; print(torch.version.cuda)') && .venv-cuda/bin/pip install --quiet \
+		--no-deps "nvidia-cuda-crt==$$cuda.*" "nvidia-cuda-cccl==$$cuda.*"
 	.venv-cuda/bin/pip install --quiet --no-deps transformer-engine==$(TE) transformer-engine-cu13==$(TE)
 	CPATH=$$(echo .venv-cuda/lib/python3*/site-packages/nvidia/*/include | sed "s|\.venv-cuda|$$PWD/&|g; s| |:|g") \
 		CXXFLAGS=-O0 NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE .venv-cuda/bin/pip install --quiet --no-deps \
