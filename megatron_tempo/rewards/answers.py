@@ -13,7 +13,10 @@ from megatron_tempo.rewards.endings import without_end
 from megatron_tempo.rewards.math import RESPONSE_CHARS
 from megatron_tempo.rewards.spelling import narrow
 
-_BRACES = re.compile(r"(\\boxed\s*\{)|\\.|([{}])", re.DOTALL)
+_BRACES = re.compile(  # TeX takes `\boxed 7` too
+    r"(\\f?boxed\s*\{|\\fbox\s*\{)|\\boxed\s*(-?\d+(?:\.\d+)?(?![\d.]?\d)|(?<=\s)[A-Za-z](?![A-Za-z]))|\\.|([{}])",
+    re.DOTALL,
+)
 _LINE = re.compile(
     r"[ \t>*_#-]*(?:(?:the )?(?:correct |final |best )*answer[ \t*_]*[:：]"
     r"|(?:最终|最后|正确|参考|所以|因此|综上|故|的|，|,)*答案?[ \t*_]*[:：]|【(?:参考|最终)?答案】[:：]?)(.*)",
@@ -112,9 +115,11 @@ def boxes(text: str) -> list[tuple[int, int]]:
     for token in _BRACES.finditer(text):
         if token[1]:
             opened.append(token.end())
-        elif token[2] == "{":
+        elif token[2] and not opened:
+            spans.append(token.span(2))
+        elif token[3] == "{":
             opened.append(None)
-        elif token[2] == "}" and opened:
+        elif token[3] == "}" and opened:
             start = opened.pop()
             if start is not None:
                 while spans and spans[-1][0] > start:

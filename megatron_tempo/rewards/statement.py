@@ -53,7 +53,8 @@ def stated(response: str) -> Statement | None:
         context = bare if sign else text[mark[0] :]
         return Statement(bare, whole=False, context=context[:TAIL_CHARS]) if bare else None
     for piece in sentences(text):
-        return Statement(piece, whole=False, context=end)
+        # `The answer is not 13` states nothing: read as a whole it has no value.
+        return Statement(piece, whole=piece.casefold().startswith("not "), context=end)
     last = end.strip().splitlines()[-1:]
     return Statement(last[0].strip(), whole=False, context=end, marked=False) if last else None
 
