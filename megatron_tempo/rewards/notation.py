@@ -23,6 +23,9 @@ _NUMBERS = re.compile(r"\\mathbb\s*([A-Z])|\{\\bf\s+([RZQNC])\}")
 _PROBABILITY = re.compile(
     r"(?:P|\\Pr|\\mathbb\{[PE]\}|E)\s*\([^()]*(?:[=<>|]|\\(?:[lg]eq?|mid|cap|cup))[^()]*\)\s*=(?!=)"
 )
+_PARENTHESISED_UNIT = re.compile(  # `12 (cm)`
+    r"(?<=[\d}])(\s*)\((?:\\(?:text|mathrm)\s*\{)?\s*([A-Za-z]{2,}(?:\^\{?\d\}?)?)\s*\}?\)$"
+)
 _NAMES = {
     "infinity": r"\infty", "+infinity": r"\infty", "positive infinity": r"\infty", "-infinity": r"-\infty",
     "negative infinity": r"-\infty", "all real numbers": r"\mathbb{R}", "all reals": r"\mathbb{R}",
@@ -43,6 +46,7 @@ def known(text: str) -> str:
     text = _DOTTED.sub(_dotted, text)
     text = _NUMBERS.sub(lambda letter: f"\\mathbb{{{letter[1] or letter[2]}}}", text)
     text = _ANGLE.sub(r"\1(\2\\pi /180)", text)
+    text = _PARENTHESISED_UNIT.sub(r"\1 \\text{\2}", text)
     text = _FACTORS.sub(r"\\cdot ", text)
     return text[assigned.end() :].strip() if (assigned := _PROBABILITY.match(text)) else text
 
