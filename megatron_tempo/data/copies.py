@@ -91,7 +91,8 @@ def copies_between(sets: Sequence[QuestionSet], held: Sequence[str]) -> list[str
 
     `held`: the names of evaluation sets whose questions are left out of training.
     """
-    lines: list[str] = []
+    evaluated = [one for one in sets if not one.name.startswith("data.")]
+    lines = [line for one in evaluated if (line := repeated(one.name, one.keys))]
     near = near_copies(sets)
     for first, second in combinations(sets, 2):
         if not first.name.startswith("data."):  # evaluation sets may share questions
@@ -105,6 +106,21 @@ def copies_between(sets: Sequence[QuestionSet], held: Sequence[str]) -> list[str
                 f"questions of {second.name}: {example}; remove them if a score depends on it"
             )
     return lines
+
+
+def repeated(name: str, keys: Mapping[str, str]) -> str | None:
+    """A warning of questions that a set has more than once; None if there are none. `keys`: by id."""
+    ids: dict[str, list[str]] = defaultdict(list)
+    for one, key in keys.items():
+        ids[key].append(one)
+    groups = [same for same in ids.values() if len(same) > 1]
+    if not groups:
+        return None
+    return (
+        f"warning: {len(groups)} questions of {name} are in it more than once, such as "
+        f"{' and '.join(groups[0][:2])}: each copy counts, and the interval of a score takes copies as independent "
+        "questions; remove them"
+    )
 
 
 def held_out(name: str, own: Mapping[str, str], held: Mapping[str, Mapping[str, str]]) -> str | None:

@@ -18,6 +18,7 @@ from megatron_tempo.config.benchmarks import BENCHMARKS
 from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.problem import show
 from megatron_tempo.data.public import read_public
+from megatron_tempo.data.question_keys import matching_key
 from megatron_tempo.data.questions import Question, Unusable, conversion
 from megatron_tempo.errors import InputError
 from megatron_tempo.files import atomic_paths, why_unreadable
@@ -32,6 +33,7 @@ NO_ANSWER = "has no answer"
 UNREAD = "its verifier does not recognise the answer"
 SPELLING = "the verifier cannot parse the answer, so that only a response with the same spelling is right"
 TWICE = "the same question as an earlier row"
+TYPESET = "the same question as an earlier row, in another typesetting"
 SURROGATE = "has half a surrogate pair, which is no text"
 CONTRADICTED = "the same question as another row, with another answer"
 
@@ -216,10 +218,18 @@ class _Distinct:
         self._kept: list[tuple[Question, str]] = []
         self._first: dict[str, int] = {}
         self._others: dict[int, list[tuple[Question, str]]] = defaultdict(list)  # with an answer in other words
+        self._typeset: dict[str, int] = {}  # the first question of each matching key and answer
         self._ids: set[str] = set()
 
     def add(self, question: Question, place: str) -> None:
         first = self._first.setdefault(key_of(question), len(self._kept))
+        if self._drop and first == len(self._kept) and question.answer is not None:
+            # With another answer it may be another question: `x^{12}` and `x_{12}` have the same key.
+            typeset = f"{matching_key(text_of(question))} {question.answer.strip()}"
+            if self._typeset.setdefault(typeset, first) < first:
+                del self._first[key_of(question)]
+                self._report.drop(TYPESET, place)
+                return
         if first < len(self._kept) and self._drop:
             if self._answers and question.answer != self._kept[first][0].answer:
                 self._others[first].append((question, place))

@@ -65,12 +65,18 @@ class Question:
     verifier: Verifier | None = None
 
 
+# The last line of a solution in the form of GSM8K; the lines before it are steps.
+_MARKED = re.compile(r"^[ \t]*####[ \t]*([^\s#][^\n]*?)\s*\Z", re.MULTILINE)
+
 Convert = Callable[[PublicRow, Mapping, int], Question]  # of a row, its columns, and the seed of shuffled options
 
 
 def simple(row: PublicRow, names: Mapping, seed: int) -> Question:
     """A column with the question, text or chat messages, and one with the answer."""
-    return Question(_id(row, names), _prompt(row, names), _answer(column(row, names.answer)))
+    asked, prompt = _id(row, names), _prompt(row, names)
+    answer = _answer(column(row, names.answer))
+    marked = None if answer is None else _MARKED.search(answer)
+    return Question(asked, prompt, marked[1] if marked else answer)
 
 
 def bbh(row: PublicRow, names: Mapping, seed: int) -> Question:

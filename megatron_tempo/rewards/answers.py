@@ -13,20 +13,33 @@ from megatron_tempo.rewards.endings import without_end
 from megatron_tempo.rewards.math import RESPONSE_CHARS
 from megatron_tempo.rewards.spelling import narrow
 
-_BRACES = re.compile(r"(\\boxed\s*\{)|\\.|([{}])", re.DOTALL)
+_BRACES = re.compile(  # TeX takes `\boxed 7` too
+    r"(\\f?boxed\s*\{|\\fbox\s*\{)|\\boxed\s*(-?\d+(?:\.\d+)?(?![\d.]?\d)|(?<=\s)[A-Za-z](?![A-Za-z]))|\\.|([{}])",
+    re.DOTALL,
+)
 _LINE = re.compile(
     r"[ \t>*_#-]*(?:(?:the )?(?:correct |final |best )*answer[ \t*_]*[:：]"
     r"|(?:最终|最后|正确|参考|所以|因此|综上|故|的|，|,)*答案?[ \t*_]*[:：]|【(?:参考|最终)?答案】[:：]?)(.*)",
     re.IGNORECASE,
 )
 _SENTENCE = re.compile(
-    r"\banswer(?: is| are| must be| should be| would be|:)(?!\w)|(?:答案|选项)应?[是为选]"
-    r"|(?:应|故|所以|因此|本题)选择?",
+    r"\banswers?(?: is| are| must be| should be| would be|:)(?!\w)|(?:答案|选项)应?[是为选]"
+    r"|\b(?:correct|right|best) (?:option|choice)s?(?: is| are|:)(?!\w)|\bI(?: would|'d)? (?:choose|pick|select)(?!\w)"
+    r"|(?:应|故|所以|因此|本题)选择?|选择?(?=\s*\(?[A-Z](?![A-Za-z]))",
     re.IGNORECASE,
 )
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _HASHES = re.compile(r"[ \t]*####[ \t]*(?=[^\s#])(.+)")
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？；]")
+_SENTENCE_END = re.compile(  # the full stop of `St. Louis` and of `U.S. Senate` is none
+    r"(?<!\bSt)(?<!\bMt)(?<!\bFt)(?<!\bDr)(?<!\bMr)(?<!\bMs)(?<!\bMrs)(?<!\bProf)(?<!\b[A-Z]\.[A-Z])[.](?=\s)"
+    r"|[.](?=$)|[!?](?=\s|$)|[。！？；]"
+)
+# Boxes with only this between them are parts of one answer.
+_BETWEEN = re.compile(
+    r"(?:[\s,;、，；$~]|\\[,;:! ()\[\]]|\\q?quad(?![A-Za-z])"
+    r"|(?:\\text\s*\{\s*(?:and|or)\s*,?\s*\}|(?<![A-Za-z])(?:and|or)(?![A-Za-z])|[和或及]))*"
+)
+_BETWEEN_CHARS = 60
 _WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|mathtt|operatorname|boxed)\s*\{([^{}]*)\}")
 _SPACE = re.compile(r"\\(?:[,;:!> ]|q?quad\b)|~")
 _MARKUP = re.compile(r"\*\*|__|`|\$|\\[()\[\]]|\\(?:left|right|displaystyle)\b")
@@ -63,7 +76,7 @@ def statements(response: str) -> list[str]:
     if mark is not None and (not spans or mark[0] > spans[-1][1]):
         return [mark[1]]
     if spans:
-        return [text[slice(*spans[-1])]]
+        return [", ".join(dict.fromkeys(text[slice(*place)].strip() for place in row(text, spans)))]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return sentences(text) + lines[-1:]
 
@@ -112,15 +125,29 @@ def boxes(text: str) -> list[tuple[int, int]]:
     for token in _BRACES.finditer(text):
         if token[1]:
             opened.append(token.end())
-        elif token[2] == "{":
+        elif token[2] and not opened:
+            spans.append(token.span(2))
+        elif token[3] == "{":
             opened.append(None)
-        elif token[2] == "}" and opened:
+        elif token[3] == "}" and opened:
             start = opened.pop()
             if start is not None:
                 while spans and spans[-1][0] > start:
                     spans.pop()
                 spans.append((start, token.start()))
     return spans
+
+
+def row(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The last of the boxes `spans`, and those before it that are separated only by commas, `and` and the like."""
+    row = [spans[-1]]
+    for place in reversed(spans[:-1]):
+        between = text[place[1] + 1 : row[0][0]]
+        between = re.sub(r"\\(?:f?boxed|fbox)\s*\{\Z", "", between)
+        if len(between) > _BETWEEN_CHARS or "\n\n" in between or not _BETWEEN.fullmatch(between):
+            break
+        row.insert(0, place)
+    return row
 
 
 def _last_tag(text: str) -> tuple[int, str] | None:

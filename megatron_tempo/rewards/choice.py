@@ -15,10 +15,18 @@ from megatron_tempo.rewards.answers import plain, statements
 STATEMENT_CHARS = 2000  # a longer statement is not a choice
 
 _OPTION = re.compile(r"^[ \t]*\(?([A-Z])[).:、][ \t]*(.*)$", re.MULTILINE)
-_NOUN = re.compile(r"(?:the )?(?:correct |right )?(?:option|choice|letter|选项)[ \t]*", re.IGNORECASE)
+_NOUN = re.compile(r"(?:the )?(?:correct |right )?(?:(?:option|choice|letter)s?|选项)[ \t]*", re.IGNORECASE)
+_START = re.compile(r"(?:(?:therefore|thus|hence|so|both)[ ,]+)+", re.IGNORECASE)
+_END = re.compile(
+    r"\s*(?:\b(?:is|are) (?:both |all |the )?(?:correct|right|best|true)(?: (?:answer|option|choice)s?)?"
+    r"|是?(?:正确|对)的?)[.。]?$",
+    re.IGNORECASE,
+)
+_QUOTES = " \"'“”‘’"
 _SINGLE = re.compile(r"\(?([A-Za-z])[).:,。]*")
 _LABELLED = re.compile(r"\(?([A-Z])(?:\)|\.(?=\s)|[:：、]|\s*[-–—](?=\s))\s*(.*)", re.DOTALL)
 _FOLLOWED = re.compile(r"([B-HJ-Z]|A(?=[,;]?\s+(?:because|since|as|for)\b))[,;]?\s+(.*)", re.DOTALL)
+_REASON = re.compile(r"\b(?:because|since|not|rather than|instead of)\b", re.IGNORECASE)
 _MARKED = re.compile(r"\(([A-Z])\)")
 _BARE = re.compile(r"\b([B-HJ-Z])\b")
 _BETWEEN = re.compile(r"[\s()\[\],;、/&.]|\b(?:and|or)\b|[和或与及]")
@@ -45,7 +53,7 @@ def read(prompt: str, response: str) -> frozenset[str] | None:
     for statement in statements(response):
         if len(statement) > STATEMENT_CHARS or re.match("not ", statement, re.IGNORECASE):
             return None
-        if letters := _letters(plain(statement), known):
+        if letters := _letters(_bare(plain(statement)), known):
             return letters if not known or letters <= known.keys() else None
     return None
 
@@ -59,6 +67,13 @@ def gold(prompt: str, answer: str) -> frozenset[str]:
     if known and not set(letters) <= known.keys():
         raise InputError(f"the answer {answer!r} is not among the options {', '.join(known)}")
     return frozenset(letters)
+
+
+def _bare(statement: str) -> str:
+    """A statement without quotation marks, `therefore` before it and `are correct` after it."""
+    full_stop = "." if statement.endswith(".") else ""
+    quoted = statement.removesuffix(".").strip(_QUOTES) + full_stop
+    return _END.sub("", _START.sub("", quoted, count=1) if _START.match(quoted) else quoted)
 
 
 def _letters(statement: str, known: dict[str, str]) -> frozenset[str] | None:
@@ -80,7 +95,7 @@ def _letters(statement: str, known: dict[str, str]) -> frozenset[str] | None:
     if labelled:
         return frozenset((labelled[1], *_MARKED.findall(labelled[2])))
     if followed := _FOLLOWED.match(statement):
-        return frozenset((followed[1], *_BARE.findall(followed[2])))
+        return frozenset((followed[1], *_BARE.findall(_REASON.split(followed[2], maxsplit=1)[0])))
     return None
 
 

@@ -27,6 +27,7 @@ By = Literal["any", "face", "value"]
 POINTS = 3
 DIGITS = 30  # of the values that are compared
 SAME = Rational(1, 10**20)  # relative difference up to which values are equal
+ZERO = Rational(1, 10**40)  # a smaller value may be 0 but for rounding
 APART = Rational(1, 10**5)  # relative or absolute difference above which math-verify never takes values as equal
 
 
@@ -119,6 +120,9 @@ def _same(one: Any, other: Any) -> bool:
         apart = [_difference(a, b) for a, b in zip(own, wanted, strict=True)]
         if any(difference > APART for difference in apart):
             return False
+        # math-verify rounds to six places, where 1.6e-19 and 1.7e-19 are both 0.
+        if not (mine.free_symbols or others.free_symbols) and _relative(own[0], wanted[0]) > APART:
+            return False
         exact = not mine.has(Float) and not others.has(Float)
         if exact and mine.free_symbols and all(difference < SAME for difference in apart):
             return True
@@ -166,3 +170,10 @@ def _draw(name: str, number: int) -> Rational:
 def _difference(one: Any, other: Any) -> Any:
     gap = abs(one - other)
     return gap / max(1, abs(one), abs(other))
+
+
+def _relative(one: Any, other: Any) -> Any:
+    """The difference of two numbers, relative to the larger one; 0 if one is 0 and the other 0 but for rounding."""
+    larger = max(abs(one), abs(other))
+    is_zero = larger < ZERO and (one == 0 or other == 0)
+    return Integer(0) if is_zero or larger == 0 else abs(one - other) / larger

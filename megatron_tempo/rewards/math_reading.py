@@ -16,11 +16,13 @@ from latex2sympy2_extended.latex2sympy2 import latex2sympy, normalize_latex
 from latex2sympy2_extended.sets import FiniteSet
 from math_verify import LatexExtractionConfig, parse
 from math_verify.grader import should_treat_as_complex
-from sympy import Eq, Integer, Tuple
+from sympy import And, Eq, Integer, Tuple, Union
+from sympy.core.relational import Relational
 from sympy.matrices import MatrixBase
 
 from megatron_tempo.rewards import units
 from megatron_tempo.rewards.math import ANSWER_CHARS
+from megatron_tempo.rewards.notation import known
 from megatron_tempo.rewards.spelling import latex, narrow
 from megatron_tempo.rewards.statement import Statement
 from megatron_tempo.rewards.units import Marks
@@ -31,6 +33,7 @@ _COMMAND = re.compile(r"\\[A-Za-z]+")
 _TEXT = re.compile(r"\\(?:text(?:rm|it|bf|normal|sf)?|mbox|hbox|math(?:rm|it|bf|sf)|operatorname)\s*\{([^{}]*)\}")
 _NESTED_TEXT = re.compile(r"\\(?:text(?:rm|it|bf)?|mbox|math(?:rm|it|bf))\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _AND = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*(?:and|or)\s*,?\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))\s*")
+_OR = re.compile(r"(?<![A-Za-z\\])or(?![A-Za-z])|\\(?:lor|vee)(?![A-Za-z])")
 _PROSE = re.compile(r"[A-Za-z]{4,}")
 _FUNCTIONS = frozenset(["sqrt", "sinh", "cosh", "tanh", "arcsin", "arccos", "arctan", "frac", "text", "operatorname"])
 _NO_VALUE = re.compile(  # dots, two numbers next to each other, words and signs that the parser misreads
@@ -80,7 +83,7 @@ def read(statement: Statement) -> Reading:
 
 def read_whole(text: str) -> Reading:
     """The whole `text` as an answer, which may be boxed, in dollars, or bare."""
-    spelled = latex(_unwrapped(text.strip()))
+    spelled = known(latex(_unwrapped(text.strip())))
     if (whole := _TEXT.fullmatch(spelled)) and re.search(r"\d", spelled):
         spelled = whole[1].strip()
     core, marks = units.split(spelled)
@@ -91,6 +94,8 @@ def read_whole(text: str) -> Reading:
         core = f"({match[1]})"
     words = _words_of(core)
     value = None if _is_word(words) else _value(core, marks)
+    if _OR.search(core):
+        value = _either(value)
     return Reading(_squeezed(spelled), value, _form(core), marks, words)
 
 
@@ -229,6 +234,18 @@ def scaled(value: Any, factor: Any) -> Any:
     if isinstance(value, Tuple):
         return Tuple(*(scaled(element, factor) for element in value.args))
     return value * factor
+
+
+def _either(value: Any) -> Any:
+    """Inequalities joined by `or`, each of one variable and numbers, as the set of their solutions; else unchanged."""
+    if not isinstance(value, FiniteSet) or len(value.args) < 2 or len(value.free_symbols) != 1:
+        return value
+    simple = [part for whole in value.args for part in (whole.args if isinstance(whole, And) else (whole,))]
+    if any(not isinstance(part, Relational) or not (part.lhs.is_Symbol or part.rhs.is_Symbol) for part in simple):
+        return value
+    if all(isinstance(part, Eq) for part in simple):
+        return value
+    return Union(*(part.as_set() for part in value.args))
 
 
 def as_tuple(value: Any) -> Any:

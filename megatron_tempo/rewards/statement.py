@@ -6,21 +6,13 @@ marks after it; the last line `Answer: ...` or `答案：...`; what follows `the
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-from megatron_tempo.rewards.answers import boxes, last_mark, last_sign, sentences, tail
+from megatron_tempo.rewards.answers import boxes, last_mark, last_sign, row, sentences, tail
 from megatron_tempo.rewards.math import ANSWER_CHARS
 
 # Regular expressions of math-verify take quadratic time on a response without an answer.
 TAIL_CHARS = 4000
-
-# Boxes with only this between them are parts of one answer.
-_BETWEEN = re.compile(
-    r"(?:[\s,;、，；$~]|\\[,;:! ()\[\]]|\\q?quad(?![A-Za-z])"
-    r"|(?:\\text\s*\{\s*(?:and|or)\s*,?\s*\}|(?<![A-Za-z])(?:and|or)(?![A-Za-z])|[和或及]))*"
-)
-_BETWEEN_CHARS = 60
 
 
 @dataclass(frozen=True)
@@ -53,25 +45,14 @@ def stated(response: str) -> Statement | None:
         context = bare if sign else text[mark[0] :]
         return Statement(bare, whole=False, context=context[:TAIL_CHARS]) if bare else None
     for piece in sentences(text):
-        return Statement(piece, whole=False, context=end)
+        # `The answer is not 13` states nothing: read as a whole it has no value.
+        return Statement(piece, whole=piece.casefold().startswith("not "), context=end)
     last = end.strip().splitlines()[-1:]
     return Statement(last[0].strip(), whole=False, context=end, marked=False) if last else None
 
 
 def _boxed(text: str, spans: list[tuple[int, int]]) -> Statement | None:
     """The statement of the last box, or of the row of boxes that it ends."""
-    parts = [text[slice(*place)].strip() for place in _row(text, spans)]
+    parts = [text[slice(*place)].strip() for place in row(text, spans)]
     joined = parts[0] if len(set(parts)) == 1 else ", ".join(filter(None, parts))
     return Statement(joined, whole=True) if parts[-1] and len(joined) <= ANSWER_CHARS else None
-
-
-def _row(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The last box, and those before it that are separated only by commas, `and` and the like."""
-    row = [spans[-1]]
-    for place in reversed(spans[:-1]):
-        between = text[place[1] + 1 : row[0][0]]
-        between = re.sub(r"\\boxed\s*\{\Z", "", between)
-        if len(between) > _BETWEEN_CHARS or "\n\n" in between or not _BETWEEN.fullmatch(between):
-            break
-        row.insert(0, place)
-    return row

@@ -18,6 +18,7 @@ from megatron_tempo.rewards.answers import plain, statements
 ANSWER_CHARS = 2000  # a longer statement is not a short answer
 
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d{1,60})(?:\.\d{1,60})?|[+-]?\.\d{1,60}", re.ASCII)
+_SIGNS = str.maketrans("−–‐‑’‘ʼ“”", "----'''\"\"")
 _BRACKETS = re.compile(r"[()\[\]{}<>]+")
 
 
@@ -37,7 +38,7 @@ def gold(prompt: str, answer: str) -> Hashable:
 def _form(text: str) -> Hashable | None:
     if len(text) > ANSWER_CHARS:
         return None
-    text = unicodedata.normalize("NFKC", plain(text)).replace("−", "-").strip(" \t\n\"'*_:;,!")
+    text = unicodedata.normalize("NFKC", plain(text)).translate(_SIGNS).strip(" \t\n\"'*_:;,!")
     text = text.removesuffix(".").rstrip()
     brackets = "".join(text.split())
     if _BRACKETS.fullmatch(brackets):

@@ -54,6 +54,21 @@ _SAYS_MORE = frozenset(
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "sixteen": 16}
 
+_HAN_SCALES = {"百": 2, "千": 3, "万": 4, "亿": 8}
+_HAN_SAYS_MORE = frozenset(
+    "以上下不大小于约至或和与到多少无没非余整左右半成折之一二三四五六七八九十百千万亿零错误对是的模"
+)
+_HAN_UNITS = {
+    "厘米": "cm", "毫米": "mm", "米": "m", "千米": "km", "公里": "km", "克": "g", "千克": "kg", "公斤": "kg",
+    "秒": "s", "分钟": "min", "小时": "h", "年": "year", "天": "day", "元": "yuan", "美元": "dollar", "升": "l",
+    "毫升": "ml", "个": "", "单位": "", "平方单位": "", "立方单位": "", "弧度": "",
+}  # fmt: skip
+_HAN = "[\u4e00-\u9fff]"
+_HAN_AT_END = re.compile(rf"(?:(?<=[\d)}}$])\s*({_HAN}{{1,12}})|\\text\s*\{{\s*({_HAN}{{1,12}})\s*\}})\s*$")
+_INTEGER = re.compile(  # at the end of `2k\pi, k \in \mathbb{Z}`
+    r"(?:[,;]?\s*\\text\s*\{[^{}\w]*(?:where|for|with|and)?[^{}\w]*\}|[,;(]|\bwhere|\bfor)\s*"
+    r"\(?([a-z])\s*\\in\s*(?:\\mathbb\s*)?\{?([ZN])\}?\s*\)?$"
+)
 _PERCENT = re.compile(
     r"(?:\\?%|\\text\s*\{\s*(?:\\?%|per ?cent|pct)\s*\}|(?<![A-Za-z])(?:per ?cent|pct))\s*$", re.IGNORECASE
 )
@@ -160,6 +175,10 @@ def _split_once(text: str, marks: Marks) -> tuple[str, Marks]:
         return text[: match.start()].rstrip(), replace(marks, percent=True)
     if match := _TEMPERATURE.search(text):
         return text[: match.start()].rstrip(), replace(marks, unit=f"degree {match[1].lower()}")
+    if match := _INTEGER.search(text):
+        return text[: match.start()].rstrip(), replace(marks, unit=_joined(f"{match[1]} in {match[2]}", marks.unit))
+    if match := _HAN_AT_END.search(text):
+        return _split_han(text, match[1] or match[2], text[: match.start()].rstrip(), marks)
     if match := _DEGREES.search(text):
         return text[: match.start()].rstrip(), replace(marks, degrees=True)
     core, words, spaced = _words(text)
@@ -169,6 +188,19 @@ def _split_once(text: str, marks: Marks) -> tuple[str, Marks]:
     unit = _unit(words, core, spaced=spaced) if words else ""
     if unit is None or (scale and not re.search(r"[\d)}]$", core)):
         return text, marks
+    return core, replace(marks, unit=_joined(unit, marks.unit), scale=marks.scale + scale)
+
+
+def _split_han(text: str, words: str, core: str, marks: Marks) -> tuple[str, Marks]:
+    """As `_split_once`, for Chinese words."""
+    scale = _HAN_SCALES.get(words[0], 0)
+    words = words[1:] if scale else words
+    if not set(words).isdisjoint(_HAN_SAYS_MORE):
+        return text, marks
+    if words == "度":
+        return core, replace(marks, degrees=True)
+    area = {"平方": "^2", "立方": "^3"}.get(words[:2], "")
+    unit = _HAN_UNITS.get(words[2:] if area else words, words[2:] if area else words) + area
     return core, replace(marks, unit=_joined(unit, marks.unit), scale=marks.scale + scale)
 
 

@@ -20,6 +20,7 @@ from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.config.trained_with import defaults_for, read_trained_with
 from megatron_tempo.config.tree import save as save_config
+from megatron_tempo.data.copies import repeated
 from megatron_tempo.data.seen import read_seen, seen_of
 from megatron_tempo.data.sets import QuestionKeys, evaluation_sets, tokenizer_findings, unchanged_files
 from megatron_tempo.data.tokenizer import load_tokenizer
@@ -138,7 +139,8 @@ def _evaluate(config: Config, out: Path) -> None:
         with unchanged_files(config) as digests:
             sets = evaluation_sets(config, tokenizer, verifiers)
             keys = QuestionKeys.evaluated(config)
-        for line in tokenizer_findings(config, tokenizer, sets.values()):
+        copies = [line for name in sets if (line := repeated(f"evaluation.sets.{name}", keys[name]))]
+        for line in [*tokenizer_findings(config, tokenizer, sets.values()), *copies]:
             log.info("%s", line)
         weights, critic_path = folder_weights(context), config.model.critic_path
         critic = build_critic(context) if critic_path else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from megatron_tempo.observability.records import STARTS, read_metrics
 from megatron_tempo.observability.records import read as read_records
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.training import inputs
+
+log = logging.getLogger(__name__)
 
 Streams = Mapping[str, PromptStream[Any]]
 
@@ -48,6 +51,8 @@ def find(
         _check_config(config, latest.path, latest.state)
         _check_position(config, latest.state)
         inputs.check(latest.state.get("inputs", {}), read_now)
+        if is_writer:
+            _warn_of_lost_records(run, latest.state["step"])
         for name, stream in streams.items():
             if name in latest.state["streams"]:
                 stream.restore(latest.state["streams"][name])
@@ -73,6 +78,13 @@ def _check_nothing_lost(run: Path, latest: LatestCheckpoint) -> None:
         raise InputError(_LOST.format(run=run, what=f"no checkpoint is whole ({wrong})"))
     if what := _evidence(run):
         raise InputError(_LOST.format(run=run, what=what))
+
+
+def _warn_of_lost_records(run: Path, step: int) -> None:
+    recorded = max((record.get("step", 0) for record in read_metrics(run)), default=0)
+    if recorded < step:  # an iteration is recorded before its checkpoint is saved
+        text = "%s/metrics.jsonl has no records of iterations %d to %d, which the checkpoint has: the report lacks them"
+        log.warning(text, run, recorded + 1, step)
 
 
 _LOST = (

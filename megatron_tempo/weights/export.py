@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.resume import fingerprint
+from megatron_tempo.config.rules.model_files import check_files
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.config.trained_with import ENTRY, trained_with
@@ -83,8 +84,8 @@ def export_hf(
 
     `seen`: the file that lists the questions they were trained on; it is copied into both folders, and its summary goes
     into both config.json. `origin`: what they
-    come from (`origin_of`). A folder that exists and comes from the same step of the same run stays as it is: it is
-    complete, because folders are written atomically. Any other folder of that name is renamed.
+    come from (`origin_of`). A folder that exists, comes from the same step of the same run and still has all its files
+    stays as it is. Any other folder of that name is renamed.
     Raises UnwrittenError if a folder cannot be written.
     """
     model = config.model
@@ -113,14 +114,28 @@ def _is_exported(path: Path, origin: dict[str, Any] | None) -> bool:
     if origin is None:
         return True
     written = folder.read_origin(path)
-    if written is not None and all(written.get(key) == value for key, value in origin.items() if key != "run"):
+    if written is None or any(written.get(key) != value for key, value in origin.items() if key != "run"):
+        wrong = f"does not come from this run's step {origin['step']}"
+    elif (absent := _absent(path)) is None:
         return True
+    else:
+        wrong = f"is not whole ({absent})"
     names = (path.with_name(f"{path.name}.other-{number}") for number in itertools.count(1))
     aside = next(name for name in names if not name.exists())
     os.replace(path, aside)
-    text = "%s does not come from this run's step %s: renamed to %s, and exported anew"
-    log.warning(text, path, origin["step"], aside.name)
+    log.warning("%s %s: renamed to %s, and exported anew", path, wrong, aside.name)
     return False
+
+
+def _absent(path: Path) -> str | None:
+    """What is wrong with the files of an export: one that is gone, or one that is cut short. None if nothing is."""
+    try:
+        files = {"config.json", *read_json(path / folder.INDEX, dict)["weight_map"].values()}
+    except (InputError, KeyError, TypeError, AttributeError) as error:
+        return f"{folder.INDEX}: {error}"
+    if gone := sorted(name for name in files if not (path / str(name)).is_file()):
+        return f"{gone[0]} is gone"
+    return next((problem.wrong for problem in check_files("model.path", path, tokenizer=True)), None)
 
 
 def critic_changes(shape: ModelShape, targets: CriticTargets | None) -> dict[str, Any]:

@@ -160,6 +160,8 @@ MORE = [
     [*CLUSTER, "model.path='???'"],
     [*CLUSTER, "model.path=TMP/empty"],
     [*CLUSTER, "model.path=TMP/plain"],
+    ["model.path=TMP/export"],
+    ["model.critic_path=TMP/export"],
 ]
 CASES = [
     *([row[0]] for row in rules.ONE_FIELD),
@@ -280,6 +282,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "plain/tokenizer.json").unlink()
     (folder / "plain/config.json").write_text("{")
     (write_model(folder / "untemplated") / "tokenizer_config.json").write_text("{}")
+    write_model(folder / "export/actor")
+    write_model(folder / "export/critic")
     (write_model(folder / "unindexed") / "model.safetensors.index.json").write_text("{}")
     rules.shard(write_model(folder / "sharded"))
     (folder / "empty").mkdir()

@@ -29,9 +29,9 @@ from megatron_tempo.errors import InputError
 from megatron_tempo.files import temporaries_in
 from megatron_tempo.runtime.folder_lock import FolderLock
 from megatron_tempo.weights import distributed
-from megatron_tempo.weights.export import TARGETS, critic_changes
+from megatron_tempo.weights.export import TARGETS, _is_exported, critic_changes
 from megatron_tempo.weights.files import write_safetensors
-from megatron_tempo.weights.folder import INDEX, tensor_files
+from megatron_tempo.weights.folder import INDEX, ORIGIN, tensor_files
 from tests.support.logged import logged
 from tests.support.tiny import VOCAB, write_model
 from tests.support.tools import TOOLS
@@ -458,3 +458,30 @@ def test_killed_before_the_last_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all("already done" in line for line in messages)
     to_hugging_face(tmp_path / "out", tmp_path / "back", "actor", folder, None, PART)
     assert equal(read(tmp_path / "back"), read(folder))
+
+
+@pytest.mark.parametrize(
+    ("damage", "wrong"),
+    [
+        (lambda actor: (actor / "model.safetensors").unlink(), "model.safetensors is gone"),
+        (lambda actor: (actor / "config.json").unlink(), "config.json is gone"),
+        (lambda actor: os.truncate(actor / "model.safetensors", 40), "model.safetensors"),
+        (lambda actor: (actor / INDEX).write_text("{"), INDEX),
+    ],
+)
+def test_an_export_that_lost_a_file_is_made_anew(tmp_path: Path, damage: Callable[[Path], None], wrong: str) -> None:
+    origin = {"run": "/elsewhere", "step": 2, "checkpoint_sha256": "abc"}
+    actor = tmp_path / "actor"
+    actor.mkdir()
+    save_file({"model.norm.weight": torch.ones(4)}, actor / "model.safetensors")
+    (actor / "config.json").write_text("{}")
+    (actor / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "model.safetensors"}}))
+    (actor / ORIGIN).write_text(json.dumps(origin))
+    assert _is_exported(actor, origin | {"run": "/moved"})
+    damage(actor)
+    with logged() as lines:
+        assert not _is_exported(actor, origin)
+    assert not actor.exists()
+    assert (tmp_path / "actor.other-1").is_dir()
+    assert "is not whole" in str(lines)
+    assert wrong in str(lines)

@@ -449,3 +449,19 @@ def test_answers_that_want_a_judge_are_told_of(tmp_path: Path) -> None:
     made, report = make(tmp_path, "dolci_general", [row])
     assert "verifier" not in made[0]
     assert any("want a judge; none was checked" in line for line in report.lines(Order("dolci_general", [], tmp_path)))
+
+
+def test_a_custom_question_in_two_typesettings_is_kept_once(tmp_path: Path) -> None:
+    asked = ["What is $9$ plus $5$?", "what is 9 plus 5 ?", "What is x^{12}?", "What is x_{12}?", "What is  x^{12} ?"]
+    rows = [{"q": q, "a": a} for q, a in zip(asked, ["14", "14", "1", "2", "1"], strict=True)]
+    changes = {"verifier": Verifier.math, "prompt_field": "q", "answer_field": "a"}
+    written, report = make(tmp_path, CUSTOM, rows, **changes)
+    assert [row["prompt"] for row in written] == [asked[0], asked[2], asked[3]]
+    assert report.dropped == {"the same question as an earlier row, in another typesetting": 2}
+
+
+def test_of_a_solution_in_the_form_of_gsm8k_only_the_answer_is_kept(tmp_path: Path) -> None:
+    answers = ["She has 2 * 3 = <<2*3=6>>6.\n#### 6", "#### 1,200", "#### Steps\nIt is 7"]
+    rows = [{"q": f"Question {i}?", "a": answer} for i, answer in enumerate(answers)]
+    changes = {"verifier": Verifier.math, "prompt_field": "q", "answer_field": "a"}
+    assert [row["answer"] for row in make(tmp_path, CUSTOM, rows, **changes)[0]] == ["6", "1,200", answers[2]]

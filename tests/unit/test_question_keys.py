@@ -12,7 +12,7 @@ import pytest
 
 from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.schema import Config, DatasetConfig
-from megatron_tempo.data.copies import QuestionSet, check_data, copies_between, near_copies, same_questions
+from megatron_tempo.data.copies import QuestionSet, check_data, copies_between, near_copies, repeated, same_questions
 from megatron_tempo.data.question_keys import exact_key, matching_key
 from megatron_tempo.data.rows import DataError
 
@@ -139,6 +139,16 @@ def test_the_same_question_is_no_near_copy_and_is_told_of_where_it_is_not_meant(
         "data.held_out=[test] leaves them out of training",
     ]
     assert copies_between([labelled, test], held=["test"]) == []
+
+
+def test_an_evaluation_set_with_a_question_twice_is_told_of() -> None:
+    one, other = problem(1), problem(2)
+    twice = questions("evaluation.sets.test", [one, other, f"${one.upper()}$"])
+    assert copies_between([questions("data.labelled", [problem(3), problem(3)]), twice], held=[]) == [
+        "warning: 1 questions of evaluation.sets.test are in it more than once, such as test:0 and test:2: each copy "
+        "counts, and the interval of a score takes copies as independent questions; remove them"
+    ]
+    assert repeated("test", {"a": "x", "b": "y"}) is None
 
 
 def test_pairs_of_same_questions() -> None:

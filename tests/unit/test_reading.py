@@ -140,7 +140,8 @@ def test_classes_agree_with_scores() -> None:
 @pytest.mark.parametrize(
     ("response", "expected"),
     [
-        ("\\boxed{1} \\boxed{2}", ["2"]),
+        ("\\boxed{1} \\boxed{2}", ["1, 2"]),
+        ("\\boxed{1}. No: \\boxed{2}", ["2"]),
         ("Answer: 1\n\\boxed{2}", ["2"]),
         ("\\boxed{1}\nAnswer: 2", ["2"]),
         ("Answer: \\boxed{2}", ["2"]),

@@ -29,6 +29,9 @@ def read_models(config: Config) -> tuple[dict[str, ModelShape], list[Problem]]:
         if wrong_folder := wrong_with_folder(folder):
             problems.append(Problem(field, value, wrong_folder, _AS_SAVED))
             continue
+        if within := _model_within(folder, "actor" if field == "model.path" else "critic"):
+            problems.append(Problem(field, value, "is not a model, but holds one", f"{field}={within}"))
+            continue
         problems += _weights(field, folder)
         of_files = list(check_files(field, folder, tokenizer=field == "model.path"))
         problems += of_files
@@ -41,6 +44,14 @@ def read_models(config: Config) -> tuple[dict[str, ModelShape], list[Problem]]:
             shapes[field] = shape
     problems += _same_vocabulary(config, shapes)
     return shapes, problems
+
+
+def _model_within(folder: Path, name: str) -> Path | None:
+    """The model in the folder of an export, or in the latest export of a run's folder."""
+    if any(folder.glob("*.safetensors")):
+        return None
+    places = [folder / name, *sorted(folder.glob(f"hf_step_*/{name}"), reverse=True)]
+    return next((place for place in places if any(place.glob("*.safetensors"))), None)
 
 
 def _weights(field: str, folder: Path) -> list[Problem]:
