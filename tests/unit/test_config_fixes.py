@@ -213,7 +213,7 @@ BY_HAND: dict[str, list[str] | None] = {
 }
 # Places that make a problem of what a user's machine or a user's code is; they are tried in other tests.
 OUTSIDE = {
-    "config/rules/precision.py": {"check_machine", "_gpu"},
+    "config/rules/precision.py": {"check_machine", "_gpu", "_attention"},
     "config/rules/extensions.py": {"_verifier", "_graded"},
     "config/rules/evaluation.py": {"_trackers"},
     "config/rules/rollout.py": {"check_serve", "_ahead"},

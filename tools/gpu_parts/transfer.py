@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor
 
 from gpu_parts.measured import synchronize
 from gpu_parts.receiver import PORT, RECEIVED
@@ -30,6 +29,7 @@ from megatron_tempo.rollout.replica import Target
 from megatron_tempo.rollout.server_adapter import Call, ServerAdapter, WeightGroupInfo
 from megatron_tempo.rollout.transfer import Senders
 from megatron_tempo.types import Bucket
+from megatron_tempo.weights.shared_memory import flat_buffer
 
 BUCKETS, DIES_AT = 3, 2
 UPDATE_SECONDS = 15.0  # after which a receiver that does not answer has failed
@@ -38,6 +38,8 @@ SLACK = 10.0  # seconds in which the sender must be free again after that
 
 class Adapter:
     """What `Senders` asks of an engine: the calls that `receiver` understands."""
+
+    takes_parts = False
 
     def join_group(self, info: WeightGroupInfo) -> Call:
         names = ("host", "port", "group", "world", "backend", "seconds")
@@ -64,12 +66,12 @@ class Made:
     size: int
     sends: bool = True
 
-    def everywhere(self) -> Iterator[Bucket]:
-        return self.from_stages()
+    def everywhere(self, *, parts: bool = False) -> Iterator[Bucket]:
+        return self.from_stages(parts=parts)
 
-    def from_stages(self, *, shared: bool = False) -> Iterator[Bucket]:
+    def from_stages(self, *, shared: bool = False, parts: bool = False) -> Iterator[Bucket]:
         for number in range(BUCKETS):
-            flat: Tensor = torch.randn(self.size // 2, device=self.device, dtype=torch.bfloat16)
+            flat = flat_buffer(self.size // 2, torch.bfloat16, self.device, shared=shared).normal_()
             first, second = flat.split([self.size // 8, self.size // 2 - self.size // 8])
             synchronize()
             yield [(f"bucket {number}", first), (f"bucket {number}, second", second)]
@@ -130,7 +132,9 @@ def killed(weights: Made, backend: str, setting: Setting, records: Records) -> N
 @contextmanager
 def senders(transport: Transport, backend: str) -> Iterator[Senders]:
     config = ServersConfig(transport=transport, update_seconds=UPDATE_SECONDS)
-    made = Senders(cast(ServerAdapter, Adapter()), config, "no key", backend)
+    # The device that it sends from chooses the group's backend.
+    device = torch.device("cpu" if backend == "gloo" else "cuda")
+    made = Senders(cast(ServerAdapter, Adapter()), config, "no key", device)
     try:
         yield made
     finally:
