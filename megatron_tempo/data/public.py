@@ -8,7 +8,6 @@ files. All columns are read. Columns of CSV stay text: `025` is not 25.
 from __future__ import annotations
 
 import csv
-import json
 import re
 import stat
 from collections import Counter
@@ -20,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_tempo.data.rows import BATCH_ROWS, BOM, DataError
+from megatron_tempo.data.rows import BATCH_ROWS, BOM, DataError, parse_json
 from megatron_tempo.errors import InputError
 from megatron_tempo.files import json_type, read_json, why_unreadable
 
@@ -30,6 +29,7 @@ ABOUT = (
     "dataset_dict.json",
     "state.json",
 )  # files of `datasets` that are not data
+_NO_UTF8 = "is no UTF-8; save the file as UTF-8"
 CSV_FIELD_CHARS = 2**27  # Python's default limit of 128 KiB is too small for some solutions
 
 Fields = dict[str, Any]
@@ -123,7 +123,10 @@ def _is_data(file: Path, folder: Path) -> bool:
 
 
 def _read_json(path: Path) -> Iterator[Fields]:
-    value = json.loads(path.read_bytes().removeprefix(BOM))
+    try:
+        value = parse_json(path.read_bytes().removeprefix(BOM).decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(path, [f"line {_undecodable_line(path)} {_NO_UTF8}"]) from error
     if isinstance(value, dict):
         lists = [item for item in value.values() if isinstance(item, list)]
         if len(lists) != 1:
@@ -139,7 +142,9 @@ def _read_jsonl(path: Path) -> Iterator[Fields]:
         for number, line in enumerate(lines, start=1):
             if content := (line.removeprefix(BOM) if number == 1 else line).strip():
                 try:
-                    value = json.loads(content)
+                    value = parse_json(content.decode("utf-8"))
+                except UnicodeDecodeError as error:
+                    raise DataError(path, [f"line {number} {_NO_UTF8}"]) from error
                 except (ValueError, RecursionError) as error:
                     raise DataError(path, [f"line {number}: {error}"]) from error
                 if not isinstance(value, dict):
@@ -181,7 +186,7 @@ def _read_csv(path: Path) -> Iterator[Fields]:
     except csv.Error as error:
         raise DataError(path, [f"line {line}: {error}"]) from error
     except UnicodeDecodeError as error:
-        raise DataError(path, [f"line {_undecodable_line(path)} is no UTF-8; save the file as UTF-8"]) from error
+        raise DataError(path, [f"line {_undecodable_line(path)} {_NO_UTF8}"]) from error
     finally:
         csv.field_size_limit(before)
 

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -139,9 +140,9 @@ def texts_of(name: str, value: object) -> tuple[str, ...]:
 
 def answer_of(name: str, value: object) -> str:
     """An answer as text. Raises BadRow."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise BadRow(f"field {name!r} is {shown(value)}; an answer is text or a number")
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, float | Decimal) and not math.isfinite(value):
         raise BadRow(f"field {name!r} is {value}; an answer is a finite number or text")
     if isinstance(value, str) and not value.strip():
         raise BadRow(f"field {name!r} is empty; give the answer or remove the row")

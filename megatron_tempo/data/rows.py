@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from megatron_tempo.files import json_type, why_unreadable
 BATCH_ROWS = 1024
 REPORTED = 10
 BOM = b"\xef\xbb\xbf"
+_LARGEST_EXPONENT = 400  # of a number that is written out without an exponent
 
 
 class DataError(InputError):
@@ -40,6 +41,33 @@ def answer_text(value: object) -> str:
     if isinstance(value, float | Decimal):
         return format(value if isinstance(value, Decimal) else Decimal(repr(value)), "f")
     return str(value)
+
+
+def parse_json(text: str) -> Any:
+    """The JSON of a data file. A number with a fraction or an exponent is a Decimal, because a float would round it.
+
+    Raises ValueError also for a name that an object has twice, and for numbers beyond 1e+-400.
+    """
+    return json.loads(text, parse_float=_exact, object_pairs_hook=_object)
+
+
+def _exact(text: str) -> Decimal:
+    try:
+        value = Decimal(text)
+    except InvalidOperation:  # an exponent of 20 digits
+        value = Decimal("Infinity")
+    if not value.is_finite() or abs(value.adjusted()) > _LARGEST_EXPONENT:
+        raise ValueError(f"the number {text[:20]}{'...' if len(text) > 20 else ''} is beyond 1e+-{_LARGEST_EXPONENT}")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {json.dumps(twice)} is there twice; keep one")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +151,7 @@ def _read_jsonl(path: Path, names: Sequence[str]) -> Iterator[Row]:
 
 def _parse_object(content: bytes, names: Sequence[str]) -> dict[str, Any]:
     try:
-        value = json.loads(content.decode("utf-8"))
+        value = parse_json(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRow(f"byte {error.start + 1} of the line is no UTF-8; save the file as UTF-8") from error
     except json.JSONDecodeError as error:

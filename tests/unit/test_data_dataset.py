@@ -205,6 +205,7 @@ BAD_LINES: dict[str, tuple[bytes, dict[str, Any], str]] = {
     ),
     "invalid utf-8": (line() + b'{"prompt": "caf\xe9"}\n', {}, "bad.jsonl:2: byte 16 of the line is no UTF-8"),
     "utf-16": (line().decode().encode("utf-16"), {}, "bad.jsonl:1: byte 1 of the line is no UTF-8"),
+    "a name twice": (b'{"prompt": "one", "prompt": "two"}\n', {}, 'the name "prompt" is there twice; keep one'),
     "empty file": (b"", {}, "there are no rows in it"),
     "blank file": (b"\n \n", {}, "there are no rows in it"),
     "same ids": (

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_tempo.data.public import read_public
-from megatron_tempo.data.rows import DataError
+from megatron_tempo.data.rows import DataError, answer_text
 from megatron_tempo.errors import InputError
 
 ROWS = [{"problem": 'What is "1+1"?\nSay, in digits.', "answer": "025"}, {"problem": "Was ist 2×3?", "answer": "6"}]
@@ -169,3 +169,38 @@ def test_a_long_field_of_csv(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a\n" + "x" * 2**18 + "\n")
     (row,) = read_public(tmp_path / "a.csv", None)
     assert len(row.fields["a"]) == 2**18
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        ("123456789012345678.5", "123456789012345678.5"),
+        ("0." + 40 * "9", "0." + 40 * "9"),
+        ("3.50", "3.50"),
+        ("1e-30", "0." + 29 * "0" + "1"),
+        ("-25E2", "-2500"),
+    ],
+)
+def test_numbers_keep_their_digits(tmp_path: Path, name: str, number: str, text: str) -> None:
+    row = f'{{"answer": {number}}}'
+    (tmp_path / name).write_text(row if name.endswith("l") else f"[{row}]")
+    (read,) = read_public(tmp_path / name, None)
+    assert answer_text(read.fields["answer"]) == text
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"answer": 1, "answer": 2}', 'the name "answer" is there twice; keep one'),
+        (b'{"answer": 1e999999999}', "the number 1e999999999 is beyond 1e+-400"),
+        (b'{"answer": 1e99999999999999999999}', "the number 1e999999999999999999... is beyond 1e+-400"),
+        ('{"answer": 1}'.encode("utf-16"), "line 1 is no UTF-8; save the file as UTF-8"),
+    ],
+)
+def test_what_json_would_read_otherwise_is_told(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as error:
+        list(read_public(tmp_path / name, None))
+    assert words in str(error.value)
