@@ -269,10 +269,10 @@ def _quoted(value: str) -> str:
 _OPENING = ("[", "{", "'", '"', "")  # how a value that is no plain text begins
 
 
-def _parsed(text: str) -> tuple[str, Override]:
+def _parsed(text: str, meant: str | None = None) -> tuple[str, Override]:
     """An override, and its text as Hydra's grammar has it: a value that needs quotes gets them.
 
-    So data=数学.jsonl and 'run.dir=runs/a (b)' are taken literally.
+    So data=数学.jsonl and 'run.dir=runs/a (b)' are taken literally. `meant`: the fix of what cannot be read, if known.
     """
     key, equals, value = text.partition("=")
     tried = [text] if not equals or value[:1] in _OPENING else [text, f"{key}={_quoted(value)}"]
@@ -284,7 +284,18 @@ def _parsed(text: str) -> tuple[str, Override]:
     if key and not _KEY.fullmatch(key) and equals:
         fix = "a field is named with letters, digits, _ and dots, as in docs/configuration.md"
         raise _refused(text, "is no name of a field", fix)
-    raise _refused(text, "cannot be read", "write KEY=VALUE; quote a value with special characters: 'KEY=\"VALUE\"'")
+    fix = meant or "write KEY=VALUE; quote a value with special characters: 'KEY=\"VALUE\"'"
+    raise _refused(text, "cannot be read", fix)
+
+
+def _meant(word: str, presets: Callable[[str], list[str]], purpose: Purpose) -> str | None:
+    """The override that a word without `=` stands for; None if nothing suggests one."""
+    if word in presets("experiment"):
+        return f"experiment={word}"
+    if purpose is Purpose.eval and Path(word).exists():
+        key = "model" if Path(word).is_dir() else "data"
+        return f"'{key}={_quoted(word)}'" if "," in word else f"{key}={word}"
+    return None
 
 
 _KEY = re.compile(r"[+~]{0,2}[A-Za-z_][\w@:/.-]*", re.ASCII)
@@ -294,13 +305,15 @@ def _translate(
     text: str, presets: Callable[[str], list[str]], purpose: Purpose, set_names: Mapping[str, str]
 ) -> list[str]:
     """A user's override in the form for Hydra. Raises ConfigErrors."""
-    text, override = _parsed(text)
+    text, override = _parsed(text, _meant(text, presets, purpose))
     key = override.key_or_group
     if override.is_sweep_override():
         value = text.partition("=")[2]
         fix = f"give one value, a list as {key}=[{value}], or text with a comma in quotes: '{key}=\"{value}\"'"
         if key in GROUPS and key != "benchmark":
-            fix = f"{key}=[{value}]" if purpose is Purpose.eval and key == "data" else f"{key}=one of {value}"
+            fix = f"{key}=one of {value}"
+            if purpose is Purpose.eval and key == "data":
+                fix = f"'data={_quoted(value)}'" if Path(value).exists() else f"data=[{value}]"
         raise _refused(text, "sweeps over several values are not supported", fix)
     if key.startswith("hydra"):
         raise _refused(text, "Hydra's own settings are not used", "for your own presets use --config-dir")

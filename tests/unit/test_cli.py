@@ -302,6 +302,14 @@ def test_a_list_of_files_is_a_set_for_each(
         f"data={first},b.jsonl": f"sweeps over several values are not supported; fix: data=[{first},b.jsonl]",
     }.items():
         assert f"{word}: {fix}" in report(capsys, "eval", model, word)
+    # a file whose name has a comma, and words without a key
+    odd = first.with_name("h,1.jsonl")
+    odd.write_bytes(first.read_bytes())
+    fix = f"sweeps over several values are not supported; fix: 'data=\"{odd}\"'"
+    assert f"data={odd}: {fix}" in report(capsys, "eval", model, f"data={odd}")
+    for word, fix in {str(first): f"data={first}", str(odd.parent): f"model={odd.parent}"}.items():
+        assert f"{word}=: cannot be read; fix: {fix}" in report(capsys, "eval", word)
+    assert "quickstart=: cannot be read; fix: experiment=quickstart" in report(capsys, "check", "quickstart")
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])
