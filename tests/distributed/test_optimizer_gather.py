@@ -78,7 +78,7 @@ def gather(config: Config) -> dict[str, Any]:
                 found.setdefault("same", []).extend(same_as_megatron(model, patched))
                 patched.setattr(optimizer_gather, "GATHERED_BYTES", PIECE)
                 storages.restart()
-                state = checkpoints._sharded(model, is_loading=False)
+                state = checkpoints.sharded_state(model, is_loading=False)
                 # On a CPU the gathered state itself, which stays, counts too.
                 found.setdefault("beyond", []).append(storages.peak - storages.now())
                 del state
