@@ -39,6 +39,7 @@ _ANONYMOUS = re.compile(r"RssAnon:\s+(\d+) kB")
 
 def main(job: Path) -> int:
     """Run the ranks of a job one after another. Returns the exit status."""
+    _end_with(os.getppid())
     given = json.loads(job.read_text())
     fault = None
     try:
@@ -54,6 +55,9 @@ def main(job: Path) -> int:
 
 def _prepare(folders: Sequence[Path]) -> None:
     """Import what a rank imports, once for all, and write each case's model folder."""
+    from megatron_tempo.models.megatron_compat.transformer_engine import check_import
+
+    check_import()  # before the first import of Megatron-Core
     importlib.import_module("megatron_tempo.rehearsal.rank_run")
     for name in _LATE:
         importlib.import_module(name)
@@ -108,7 +112,7 @@ def _in_fork(given: dict[str, Any], rank: int) -> None:
     """The rest of a rank's process."""
     code = 1
     try:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it does not outlive this process
+        _end_with(os.getppid())
         folder = Path(given["folder"])
         log = os.open(folder / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
@@ -129,6 +133,13 @@ def _in_fork(given: dict[str, Any], rank: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _end_with(parent: int) -> None:
+    """Let Linux end this process when its parent ends, however that ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it has ended meanwhile
+        os._exit(1)
 
 
 def _died(status: int) -> str:

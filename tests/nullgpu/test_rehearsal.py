@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -113,6 +114,14 @@ PLANTED = {
     "device_mix": ("tensors on different devices", "actor", "megatron_tempo/kernels/"),
     "cpu_tensor_in_nccl_group": ("a CPU tensor in an NCCL group, or a CUDA tensor in a CPU group", "sync", ""),
     "wrong_type": ("a wrong type of numbers", "values", "megatron_tempo/models/attention.py"),
+    "kernel_with_a_type_error": ("a kernel does not compile", "critic", "megatron_tempo/kernels/value_loss_triton.py"),
+    "kernel_with_too_much_shared_memory": (
+        *("a kernel does not compile", "critic", "megatron_tempo/kernels/value_loss_triton.py"),
+    ),
+}
+SAYS = {
+    "kernel_with_a_type_error": "CompilationError: ",
+    "kernel_with_too_much_shared_memory": "out of resource: shared memory, Required: ",
 }
 
 
@@ -134,7 +143,29 @@ def test_a_planted_fault_is_found_and_named(planted: dict[str, Outcome], name: s
     assert fault is not None
     assert (fault.kind, fault.phase.split()[-1]) == (kind, phase), fault
     assert fault.where.startswith(where)
+    assert SAYS.get(name, "") in fault.traceback
     assert not outcome.fits
+
+
+def test_half_an_installation_of_transformer_engine_is_named(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As TE 2.11's core raises where its part for torch is missing."""
+    engine = tmp_path / "transformer_engine"
+    engine.mkdir()
+    (engine / "__init__.py").write_text("raise FileNotFoundError('Could not find shared object file: torch')\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    tracebacks = tmp_path / "tracebacks.txt"
+    code = cli.main(["rehearse", *BASE, f"model.path={model}", "--tracebacks", str(tracebacks)])
+    console = "".join(capsys.readouterr())
+    assert code == 1, console
+    assert "Traceback" not in console
+    assert (
+        "FAULT before any rank ran: Transformer Engine cannot be imported, at megatron_tempo/models/megatron_compat/"
+        "transformer_engine.py:"
+    ) in console
+    assert "FileNotFoundError: Could not find shared object file: torch. Reinstall it" in console
+    assert tracebacks.read_text().startswith("Tracebacks of a rehearsal\n\nimports: Transformer Engine cannot be")
 
 
 def test_too_much_memory_of_this_machine_ends_the_rank(planted: dict[str, Outcome]) -> None:
@@ -172,7 +203,7 @@ def test_nothing_is_left_behind(model: Path, tmp_path: Path, monkeypatch: pytest
     code = cli.main(["rehearse", *words, "--lengths", "lognormal:200", "--json", str(tmp_path / "out.json")])
     text = capsys.readouterr().out
     assert code == 0, text
-    assert text.startswith("REHEARSAL: nothing is trained.")
+    assert "\nREHEARSAL: nothing is trained." in text  # after the lines of the log
     assert list(temporary.iterdir()) == []
     assert not run.exists()
     assert sorted(path.name for path in model.iterdir()) == before
