@@ -117,8 +117,8 @@ def compiler() -> list[str]:
     for tool, package in ((words[0], "gcc"), ("nm", "binutils")):
         if shutil.which(tool) is None:
             raise InputError(
-                f"{tool} is not on PATH: it compiles the null GPU at first use, and Triton's launchers. Install it (apt-get install {package}, "
-                f"dnf install {package}, or module load {package})"
+                f"{tool} is not on PATH: the null GPU and Triton's launchers are compiled at first use. Install it "
+                f"(apt-get install {package}, dnf install {package}, or module load {package})"
                 + (", or name one that is there, such as CC=gcc-13" if tool == words[0] else "")
             )
     return words
