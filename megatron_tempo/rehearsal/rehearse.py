@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -161,7 +162,7 @@ class _Case:
 def _run(cases: Sequence[_Case], folder: Path) -> tuple[list[list[RankResult]], Fault | None]:
     """The results of each case's ranks that ran, and the fault after which none did."""
     job, output = folder / "job.json", folder / "forks.log"
-    job.write_text(json.dumps({"cases": [case.write() for case in cases]}))
+    job.write_text(json.dumps({"parent": os.getpid(), "cases": [case.write() for case in cases]}))
     results: list[list[RankResult]] = [[] for _ in cases]
     left = [(i, kind) for i, case in enumerate(cases) for kind in case.kinds]
     command = [sys.executable, "-m", "megatron_tempo.rehearsal.forks", str(job)]

@@ -14,10 +14,12 @@ import pytest
 from megatron_tempo import cli
 from megatron_tempo.config.rules import Purpose
 from megatron_tempo.config.schema import Config
+from megatron_tempo.config.stages import Method
 from megatron_tempo.rehearsal.model_folder import config_entries
 from megatron_tempo.rehearsal.outcome import Outcome, over
 from megatron_tempo.rehearsal.rehearse import Options, rehearse, rehearse_all
 from megatron_tempo.rehearsal.text import report
+from tests.nullgpu.child import REPOSITORY
 from tests.support.shapes import qwen3_shape
 
 pytestmark = [pytest.mark.nullgpu, pytest.mark.timeout(1800)]
@@ -41,6 +43,9 @@ CASES = {
     "KL": ("stage2.actor.kl_coef=0.01", "parallel.recompute=attention"),
     "fp32": ("run.precision=fp32", "parallel.tensor=2"),
     "ppo": ("stage2.iterations=0",),
+    "ppo in stage 2": ("stage1.iterations=0", "algorithm=ppo"),
+    "reference": ("stage1.iterations=0", "algorithm=reference"),
+    "frozen critic": ("algorithm=frozen_critic",),
     "grpo": ("stage1.iterations=0", "algorithm=grpo"),
     "ttrl": ("stage1.iterations=0", "algorithm=ttrl", "data.unlabelled.verifier=math"),
     "empo": ("stage1.iterations=0", "algorithm=empo", "data.unlabelled.verifier=math"),
@@ -85,11 +90,11 @@ def test_every_layout_and_method_runs(outcomes: dict[str, tuple[Outcome, str]], 
     outcome, text = outcomes[name]
     assert outcome.fits, text
     assert len(outcome.ranks) == kinds(name)
-    has_critic = name not in ("grpo", "ttrl", "empo")
+    critic = set() if name in ("grpo", "ttrl", "empo") else {"values", "critic"}
     for rank in outcome.ranks:
         phases = {phase.phase: phase for phase in rank.phases}
         wanted = {"start", "sync", "generate", "logprobs", "actor", "checkpoint"}
-        assert phases.keys() == wanted | ({"values", "critic"} if has_critic else set())
+        assert phases.keys() == wanted | critic
         for phase in phases.values():
             assert phase.before <= phase.reserved
             assert phase.peak <= phase.reserved
@@ -100,6 +105,14 @@ def test_every_layout_and_method_runs(outcomes: dict[str, tuple[Outcome, str]], 
         assert all(phase.counts["nccl_calls"] > 0 for phase in outcome.ranks[0].phases if phase.phase == "actor")
     last = outcome.ranks[-1].phases
     assert sum(phase.counts["triton_launches"] for phase in last) > 0  # of the losses, on the last stage
+
+
+def test_every_method_and_algorithm_is_among_the_cases(model: Path) -> None:
+    words = {word for words in CASES.values() for word in words}
+    presets = {f"algorithm={path.stem}" for path in (REPOSITORY / "configs" / "algorithm").glob("*.yaml")}
+    assert presets - words == {"algorithm=paper"}  # the default
+    configs = [built(model, *words) for words in CASES.values()]
+    assert {stage.method for one in configs for stage in one.stages().values() if stage.iterations} == set(Method)
 
 
 @pytest.mark.skipif(not HAS_TE, reason="Transformer Engine is not installed")
