@@ -65,6 +65,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@cache
 def built(model: Path, *words: str) -> Config:
     return cli.build([*BASE, f"model.path={model}", *words], purpose=Purpose.rehearse)
 
