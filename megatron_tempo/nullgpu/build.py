@@ -63,6 +63,7 @@ def libraries() -> Path:
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         raise InputError(f"the null GPU is made of libraries for Linux with glibc, and this is {platform.platform()}")
     torch = installed_torch()
+    compiler()  # also if the libraries are there: Triton compiles with it each kernel's launcher
     folder = cache_root() / key(torch)
     if not folder.is_dir():
         _build(torch, folder)
@@ -116,8 +117,8 @@ def compiler() -> list[str]:
     for tool, package in ((words[0], "gcc"), ("nm", "binutils")):
         if shutil.which(tool) is None:
             raise InputError(
-                f"{tool} is not on PATH: the null GPU is compiled at first use. Install it (apt-get install {package}, "
-                f"dnf install {package}, or module load {package})"
+                f"{tool} is not on PATH: the null GPU and Triton's launchers are compiled at first use. Install it "
+                f"(apt-get install {package}, dnf install {package}, or module load {package})"
                 + (", or name one that is there, such as CC=gcc-13" if tool == words[0] else "")
             )
     return words

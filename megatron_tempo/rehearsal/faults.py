@@ -44,7 +44,10 @@ _KINDS: tuple[tuple[str, Callable[[str, str], object]], ...] = (
     (OUT_OF_MEMORY, lambda kind, text: kind == "OutOfMemoryError"),
     (
         "Transformer Engine cannot be imported",
-        lambda kind, text: "mporterror" in kind.lower() and "transformer" in text,
+        lambda kind, text: (
+            text.startswith("Transformer Engine is installed")
+            or ("mporterror" in kind.lower() and "transformer" in text)
+        ),
     ),
     ("a module cannot be imported", lambda kind, text: kind in ("ImportError", "ModuleNotFoundError")),
     (
@@ -106,7 +109,7 @@ def _frame(error: BaseException) -> str:
 
 def _first_lines(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(lines[:2])[:400] or "no message"
+    return " ".join(lines[:2])[:700] or "no message"
 
 
 _UNITS = {"B": 1, "bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}

@@ -40,6 +40,7 @@ _ANONYMOUS = re.compile(r"RssAnon:\s+(\d+) kB")
 def main(job: Path) -> int:
     """Run the ranks of a job one after another. Returns the exit status."""
     given = json.loads(job.read_text())
+    _end_with(given["parent"])
     fault = None
     try:
         _prepare([Path(case["folder"]) for case in given["cases"]])
@@ -54,6 +55,9 @@ def main(job: Path) -> int:
 
 def _prepare(folders: Sequence[Path]) -> None:
     """Import what a rank imports, once for all, and write each case's model folder."""
+    from megatron_tempo.models.megatron_compat.transformer_engine import check_import
+
+    check_import()  # before the first import of Megatron-Core
     importlib.import_module("megatron_tempo.rehearsal.rank_run")
     for name in _LATE:
         importlib.import_module(name)
@@ -83,9 +87,9 @@ def _say(record: dict[str, Any]) -> None:
 
 def _bounded(given: dict[str, Any], rank: int) -> dict[str, Any]:
     """Run a rank in a fork. Returns why it was ended (None: it ended by itself), its seconds, its peak of memory."""
-    pid = os.fork()
+    parent, pid = os.getpid(), os.fork()
     if not pid:
-        _in_fork(given, rank)
+        _in_fork(given, rank, parent)
     started, most, reason = time.monotonic(), 0, None
     while True:
         done, status, used = os.wait4(pid, os.WNOHANG)
@@ -104,11 +108,11 @@ def _bounded(given: dict[str, Any], rank: int) -> dict[str, Any]:
         time.sleep(_LOOK)
 
 
-def _in_fork(given: dict[str, Any], rank: int) -> None:
+def _in_fork(given: dict[str, Any], rank: int, parent: int) -> None:
     """The rest of a rank's process."""
     code = 1
     try:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it does not outlive this process
+        _end_with(parent)
         folder = Path(given["folder"])
         log = os.open(folder / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
@@ -129,6 +133,13 @@ def _in_fork(given: dict[str, Any], rank: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _end_with(parent: int) -> None:
+    """Let Linux end this process when its parent ends, however that ends. `parent`: its process id."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it has ended meanwhile
+        os._exit(1)
 
 
 def _died(status: int) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from megatron_tempo.errors import InputError
 
 LONGEST = "longest"
+LONGEST_MEAN, LARGEST_SIGMA = 1e9, 10.0  # far beyond any response: what lies beyond overflows a float
 SIGMA = 0.8  # of the logarithm of a response's length, if none is given: long reasoning varies by about this much
 
 
@@ -34,11 +35,12 @@ class Lengths:
             values = [float(part) for part in parts]
         except ValueError:
             values = []
-        usable = all(math.isfinite(value) and value > 0 for value in values)
+        bounds = (LONGEST_MEAN, LARGEST_SIGMA)
+        usable = all(0 < value <= most for value, most in zip(values, bounds, strict=False))
         if name != "lognormal" or not 1 <= len(values) <= 2 or not usable:
             raise InputError(
-                f"--lengths={text}: give {LONGEST}, or lognormal:MEAN or lognormal:MEAN,SIGMA with numbers above 0, "
-                f"such as --lengths lognormal:6000"
+                f"--lengths={text}: give {LONGEST}, or lognormal:MEAN or lognormal:MEAN,SIGMA with numbers above 0 and "
+                f"up to {LONGEST_MEAN:,.0f} and {LARGEST_SIGMA:g}, such as --lengths lognormal:6000"
             )
         return cls(*values)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -32,12 +33,16 @@ from megatron_tempo.rehearsal.scaled import scaled
 log = logging.getLogger(__name__)
 
 HOST_GB, SECONDS = 8.0, 300.0  # bounds of each rank's process
+_MOST = 999_999_999  # of each option that is a number
 _TAIL = 2000  # characters of a process's output that a report quotes
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to rehearse. `rows`: responses of each kind, over all ranks; None: as few as fill the micro-batches."""
+    """How to rehearse. `rows`: responses of each kind, over all ranks; None: as few as fill the micro-batches.
+
+    Raises InputError for a bound that is none.
+    """
 
     lengths: Lengths = field(default_factory=Lengths)
     rows: int | None = None
@@ -45,11 +50,17 @@ class Options:
     seconds: float = SECONDS
     plant: str | None = None  # a function that each rank calls first, as module:name; tests plant faults with it
 
+    def __post_init__(self) -> None:
+        bounds = (("--rows", self.rows, 2), ("--host-gb", self.host_gb, 1), ("--seconds", self.seconds, 1))
+        for name, value, least in bounds:
+            if value is not None and not least <= value <= _MOST:
+                raise InputError(f"{name}={value}: give a number from {least} to {_MOST:,}")
+
 
 def rehearse(config: Config, options: Options) -> tuple[Outcome, Planned]:
     """Rehearse a configuration that has passed `problems`. Logs when a rank begins.
 
-    Raises InputError if this machine cannot: torch without CUDA, no C compiler, or a bound of `options` that is none.
+    Raises InputError if this machine cannot: torch without CUDA, or no C compiler.
     """
     ((outcome, planned),) = rehearse_all([(config, options)])
     return outcome, planned
@@ -72,13 +83,6 @@ def rehearse_all(cases: Sequence[tuple[Config, Options]]) -> list[tuple[Outcome,
         outcome = Outcome(tuple(results), case.rows, str(case.options.lengths), seconds, case_fault, notes)
         found.append((outcome, case.planned.with_layers(layers)))
     return found
-
-
-def _check(options: Options) -> None:
-    bounds = (("--rows", options.rows, 2), ("--host-gb", options.host_gb, 1), ("--seconds", options.seconds, 1))
-    for name, value, least in bounds:
-        if value is not None and not least <= value < 1e9:
-            raise InputError(f"{name}={value:g}: give a number of at least {least}")
 
 
 def _notes(config: Config, layers: Layers | None) -> Iterator[str]:
@@ -109,7 +113,6 @@ class _Case:
 
     @classmethod
     def of(cls, config: Config, options: Options, folder: Path) -> _Case:
-        _check(options)
         shape, _ = shape_of(config)
         assert shape is not None
         assert config.cluster is not None
@@ -159,7 +162,7 @@ class _Case:
 def _run(cases: Sequence[_Case], folder: Path) -> tuple[list[list[RankResult]], Fault | None]:
     """The results of each case's ranks that ran, and the fault after which none did."""
     job, output = folder / "job.json", folder / "forks.log"
-    job.write_text(json.dumps({"cases": [case.write() for case in cases]}))
+    job.write_text(json.dumps({"parent": os.getpid(), "cases": [case.write() for case in cases]}))
     results: list[list[RankResult]] = [[] for _ in cases]
     left = [(i, kind) for i, case in enumerate(cases) for kind in case.kinds]
     command = [sys.executable, "-m", "megatron_tempo.rehearsal.forks", str(job)]

@@ -6,7 +6,10 @@ import time
 
 import torch
 import torch.distributed as dist
+import triton
+import triton.language as tl
 
+from megatron_tempo.kernels import value_loss_triton
 from megatron_tempo.models import actor, critic, trained
 from megatron_tempo.models.attention import PackedAttention
 from megatron_tempo.training.trainer import Trainer
@@ -42,6 +45,38 @@ def wrong_type() -> None:
         return original(net, query, key.float(), *given, **named)
 
     PackedAttention.forward = forward
+
+
+def kernel_with_a_type_error() -> None:
+    """A kernel adds a text to a number."""
+    _instead_of_a_kernel(_adds_text)
+
+
+def kernel_with_too_much_shared_memory() -> None:
+    """A kernel whose two operands of a product need 512 KB of shared memory: an H100 has 227."""
+    _instead_of_a_kernel(_large_product)
+
+
+@triton.jit
+def _adds_text(pointer, size: tl.constexpr):
+    tl.store(pointer, tl.load(pointer) + "one")
+
+
+@triton.jit
+def _large_product(pointer, size: tl.constexpr):
+    at = tl.arange(0, size)[:, None] * size + tl.arange(0, size)[None, :]
+    left, right = tl.load(pointer + at), tl.load(pointer + size * size + at)
+    tl.store(pointer + at, tl.dot(left, right))
+
+
+def _instead_of_a_kernel(kernel) -> None:
+    """The value loss launches `kernel`."""
+
+    def loss(*_):
+        kernel[(1,)](torch.zeros(2 * 256 * 256, device="cuda"), size=256)
+        raise AssertionError("the kernel was compiled")
+
+    value_loss_triton._ValueLoss.forward = staticmethod(loss)
 
 
 def hoarder() -> None:

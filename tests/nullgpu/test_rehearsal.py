@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -13,10 +14,12 @@ import pytest
 from megatron_tempo import cli
 from megatron_tempo.config.rules import Purpose
 from megatron_tempo.config.schema import Config
+from megatron_tempo.config.stages import Method
 from megatron_tempo.rehearsal.model_folder import config_entries
 from megatron_tempo.rehearsal.outcome import Outcome, over
 from megatron_tempo.rehearsal.rehearse import Options, rehearse, rehearse_all
 from megatron_tempo.rehearsal.text import report
+from tests.nullgpu.child import REPOSITORY
 from tests.support.shapes import qwen3_shape
 
 pytestmark = [pytest.mark.nullgpu, pytest.mark.timeout(1800)]
@@ -40,6 +43,9 @@ CASES = {
     "KL": ("stage2.actor.kl_coef=0.01", "parallel.recompute=attention"),
     "fp32": ("run.precision=fp32", "parallel.tensor=2"),
     "ppo": ("stage2.iterations=0",),
+    "ppo in stage 2": ("stage1.iterations=0", "algorithm=ppo"),
+    "reference": ("stage1.iterations=0", "algorithm=reference"),
+    "frozen critic": ("algorithm=frozen_critic",),
     "grpo": ("stage1.iterations=0", "algorithm=grpo"),
     "ttrl": ("stage1.iterations=0", "algorithm=ttrl", "data.unlabelled.verifier=math"),
     "empo": ("stage1.iterations=0", "algorithm=empo", "data.unlabelled.verifier=math"),
@@ -59,6 +65,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@cache
 def built(model: Path, *words: str) -> Config:
     return cli.build([*BASE, f"model.path={model}", *words], purpose=Purpose.rehearse)
 
@@ -84,11 +91,11 @@ def test_every_layout_and_method_runs(outcomes: dict[str, tuple[Outcome, str]], 
     outcome, text = outcomes[name]
     assert outcome.fits, text
     assert len(outcome.ranks) == kinds(name)
-    has_critic = name not in ("grpo", "ttrl", "empo")
+    critic = set() if name in ("grpo", "ttrl", "empo") else {"values", "critic"}
     for rank in outcome.ranks:
         phases = {phase.phase: phase for phase in rank.phases}
         wanted = {"start", "sync", "generate", "logprobs", "actor", "checkpoint"}
-        assert phases.keys() == wanted | ({"values", "critic"} if has_critic else set())
+        assert phases.keys() == wanted | critic
         for phase in phases.values():
             assert phase.before <= phase.reserved
             assert phase.peak <= phase.reserved
@@ -99,6 +106,14 @@ def test_every_layout_and_method_runs(outcomes: dict[str, tuple[Outcome, str]], 
         assert all(phase.counts["nccl_calls"] > 0 for phase in outcome.ranks[0].phases if phase.phase == "actor")
     last = outcome.ranks[-1].phases
     assert sum(phase.counts["triton_launches"] for phase in last) > 0  # of the losses, on the last stage
+
+
+def test_every_method_and_algorithm_is_among_the_cases(model: Path) -> None:
+    words = {word for words in CASES.values() for word in words}
+    presets = {f"algorithm={path.stem}" for path in (REPOSITORY / "configs" / "algorithm").glob("*.yaml")}
+    assert presets - words == {"algorithm=paper"}  # the default
+    configs = [built(model, *words) for words in CASES.values()]
+    assert {stage.method for one in configs for stage in one.stages().values() if stage.iterations} == set(Method)
 
 
 @pytest.mark.skipif(not HAS_TE, reason="Transformer Engine is not installed")
@@ -113,6 +128,14 @@ PLANTED = {
     "device_mix": ("tensors on different devices", "actor", "megatron_tempo/kernels/"),
     "cpu_tensor_in_nccl_group": ("a CPU tensor in an NCCL group, or a CUDA tensor in a CPU group", "sync", ""),
     "wrong_type": ("a wrong type of numbers", "values", "megatron_tempo/models/attention.py"),
+    "kernel_with_a_type_error": ("a kernel does not compile", "critic", "megatron_tempo/kernels/value_loss_triton.py"),
+    "kernel_with_too_much_shared_memory": (
+        *("a kernel does not compile", "critic", "megatron_tempo/kernels/value_loss_triton.py"),
+    ),
+}
+SAYS = {
+    "kernel_with_a_type_error": "CompilationError: ",
+    "kernel_with_too_much_shared_memory": "out of resource: shared memory, Required: ",
 }
 
 
@@ -134,7 +157,29 @@ def test_a_planted_fault_is_found_and_named(planted: dict[str, Outcome], name: s
     assert fault is not None
     assert (fault.kind, fault.phase.split()[-1]) == (kind, phase), fault
     assert fault.where.startswith(where)
+    assert SAYS.get(name, "") in fault.traceback
     assert not outcome.fits
+
+
+def test_half_an_installation_of_transformer_engine_is_named(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As TE 2.11's core raises where its part for torch is missing."""
+    engine = tmp_path / "transformer_engine"
+    engine.mkdir()
+    (engine / "__init__.py").write_text("raise FileNotFoundError('Could not find shared object file: torch')\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    tracebacks = tmp_path / "tracebacks.txt"
+    code = cli.main(["rehearse", *BASE, f"model.path={model}", "--tracebacks", str(tracebacks)])
+    console = "".join(capsys.readouterr())
+    assert code == 1, console
+    assert "Traceback" not in console
+    assert (
+        "FAULT before any rank ran: Transformer Engine cannot be imported, at megatron_tempo/models/megatron_compat/"
+        "transformer_engine.py:"
+    ) in console
+    assert "FileNotFoundError: Could not find shared object file: torch. Reinstall it" in console
+    assert tracebacks.read_text().startswith("Tracebacks of a rehearsal\n\nimports: Transformer Engine cannot be")
 
 
 def test_too_much_memory_of_this_machine_ends_the_rank(planted: dict[str, Outcome]) -> None:
@@ -172,7 +217,7 @@ def test_nothing_is_left_behind(model: Path, tmp_path: Path, monkeypatch: pytest
     code = cli.main(["rehearse", *words, "--lengths", "lognormal:200", "--json", str(tmp_path / "out.json")])
     text = capsys.readouterr().out
     assert code == 0, text
-    assert text.startswith("REHEARSAL: nothing is trained.")
+    assert "\nREHEARSAL: nothing is trained." in text  # after the lines of the log
     assert list(temporary.iterdir()) == []
     assert not run.exists()
     assert sorted(path.name for path in model.iterdir()) == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import statistics
 from dataclasses import replace
 from functools import cache
@@ -21,6 +22,7 @@ from megatron_tempo.config.schema import Config
 from megatron_tempo.errors import InputError
 from megatron_tempo.plan.memory import MemoryPhase
 from megatron_tempo.plan.shapes import PUBLISHED, shape_of
+from megatron_tempo.plan.split import split_of
 from megatron_tempo.rehearsal import ranks as rehearsed_ranks
 from megatron_tempo.rehearsal.faults import OUT_OF_MEMORY, Fault, fault_of
 from megatron_tempo.rehearsal.lengths import Lengths
@@ -33,6 +35,7 @@ from megatron_tempo.rehearsal.text import as_json, report
 from megatron_tempo.weights.folder import tensor_files
 from tests.support.shapes import qwen3_shape
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 BASE = ["experiment=qwen3_8b_aime", "cluster=h100x8"]
 EVERY_RANK = RankKind(0, 4, 0, 0, "every rank")
 TINY = qwen3_shape(layers=2, hidden=8, heads=4, groups=2, head_dim=2, ffn=16, vocab=32, max_positions=64)
@@ -392,16 +395,94 @@ def test_files_that_only_the_jobs_machines_have_are_not_asked_for() -> None:
 
 
 @pytest.mark.parametrize(("words", "expected"), [
-    (("--rows", "1"), "--rows=1: give a number of at least 2"),
-    (("--host-gb", "nan"), "--host-gb=nan: give a number of at least 1"),
-    (("--seconds", "0"), "--seconds=0: give a number of at least 1"),
+    (("--rows", "1"), "--rows=1: give a number from 2 to 999,999,999"),
+    (("--rows", "10000000000000000000"), "--rows=10000000000000000000: give a number from 2 to 999,999,999"),
+    (("--host-gb", "nan"), "--host-gb=nan: give a number from 1 to 999,999,999"),
+    (("--host-gb", "inf"), "--host-gb=inf: give a number from 1 to 999,999,999"),
+    (("--seconds", "0"), "--seconds=0.0: give a number from 1 to 999,999,999"),
     (("--json", "/no/such/folder/x.json"), "--json=/no/such/folder/x.json: give a file in a folder that exists"),
+    (("--json", "/"), "--json=/: give a file in a folder that exists"),
+    (("--tracebacks", ""), "--tracebacks=.: give a file in a folder that exists"),
     (("--lengths", "x"), "--lengths=x: give longest"),
+    (("--lengths", "lognormal:1e308,1"), "with numbers above 0 and up to 1,000,000,000 and 10, such as --lengths"),
+    (("--lengths", "lognormal:6000,1e200"), "with numbers above 0 and up to 1,000,000,000 and 10, such as --lengths"),
 ])  # fmt: skip
 def test_bad_options_are_refused_before_work_begins(capsys, words: tuple[str, ...], expected: str) -> None:
     code, text = command(capsys, *BASE, *words)
     assert code == 2
     assert expected in text
+    assert "REHEARSAL" not in text
+
+
+@pytest.mark.parametrize("lengths", ["lognormal:1e9,10", "lognormal:1e-300,1e-300", "lognormal:6000,10"])
+def test_lengths_within_the_bounds_are_drawn(lengths: str) -> None:
+    drawn = Lengths.parse(lengths).draw(1000, 500, seed=1)
+    assert all(1 <= length <= 500 for length in drawn)
+
+
+@pytest.mark.parametrize("option", ["--json", "--tracebacks"])
+@pytest.mark.parametrize("text", ['{"run": {"dir": "runs/one"}}', "[1]", "notes", "\x00"])
+def test_a_file_that_no_rehearsal_wrote_is_not_replaced(capsys, tmp_path: Path, option: str, text: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    code, told = command(capsys, *BASE, option, str(file))
+    assert code == 2
+    assert f"{option}={file}: this file is not of an earlier rehearsal; give another, or move it away" in told
+    assert file.read_text() == text
+
+
+def test_the_files_of_an_earlier_rehearsal_are_replaced(capsys, tmp_path: Path, monkeypatch) -> None:
+    plan = planned()
+    fault = fault_of(raised(lambda: [].pop()), "stage1 actor")
+    outcome = outcome_of(plan, measured("sync", 38e9), fault=fault)
+    monkeypatch.setattr("megatron_tempo.commands.rehearse.rehearse", lambda *_: (outcome, plan))
+    files = tmp_path / "out.json", tmp_path / "tracebacks.txt"
+    files[0].touch()  # as mktemp makes it
+    for _ in range(2):
+        code, _ = command(capsys, *BASE, "--json", str(files[0]), "--tracebacks", str(files[1]))
+        assert code == 1
+    assert json.loads(files[0].read_text())["ranks"]
+    assert "IndexError" in files[1].read_text()
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_rehearsal_as_ctrl_c_does(monkeypatch, signal_: signal.Signals) -> None:
+    """So that its folder is removed. Handlers are as they were afterwards."""
+    before = signal.getsignal(signal_)
+    monkeypatch.setattr("megatron_tempo.commands.rehearse.rehearse", lambda *_: signal.raise_signal(signal_))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["rehearse", *BASE])
+    assert ended.value.code == 128 + signal_
+    assert signal.getsignal(signal_) is before
+
+
+def presets(group: str, *without: str) -> list[str]:
+    return [f"{group}={path.stem}" for path in sorted((CONFIGS / group).glob("*.yaml")) if path.stem not in without]
+
+
+PRESETS = {
+    **{word: (word, "cluster=h100x16") for word in presets("experiment")},
+    **{word: ("experiment=qwen3_8b_aime", word) for word in presets("cluster")},
+    **{
+        word: (*BASE, word)
+        # the quickstart's model has 64 positions, and its experiment rehearses it
+        for word in [*presets("model", "quickstart"), *(w for g in ("data", "engine", "algorithm") for w in presets(g))]
+    },
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_be_rehearsed(name: str) -> None:
+    config = cli.build(PRESETS[name], purpose=Purpose.rehearse)
+    world, shape = split_of(config).trainers, shape_of(config)[0]
+    assert shape is not None
+    small = scaled(config, world, None)
+    plan = Planned.of(config, small, shape, world)
+    assert 0 < plan.limit <= plan.whole.limit
+    kinds = kinds_of(config, world, small.stage2.responses_per_prompt)
+    assert kinds[0].rank == 0
+    for kind in kinds:
+        assert {"sync", "logprobs", "actor", "checkpoint"} <= plan.phases(kind, small=True).keys()
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
