@@ -17,6 +17,7 @@ ABOUT = {
     "test-slow": ("4", "all but the slow tests"),
     "test-engines": ("5", "all but the tests against real inference servers"),
     "test-slurm": ("3", "all but the tests on a real SLURM"),
+    "test-rehearsal": ("4", "all but the tests on the null GPU"),
 }
 
 
