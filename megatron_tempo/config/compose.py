@@ -290,10 +290,12 @@ def _parsed(text: str, meant: str | None = None) -> tuple[str, Override]:
 
 def _meant(word: str, presets: Callable[[str], list[str]], purpose: Purpose) -> str | None:
     """The override that a word without `=` stands for; None if nothing suggests one."""
+    if "=" in word:
+        return None
     if word in presets("experiment"):
         return f"experiment={word}"
-    if purpose is Purpose.eval and Path(word).exists():
-        key = "model" if Path(word).is_dir() else "data"
+    if purpose is Purpose.eval and os.path.exists(word):  # unlike Path.exists, False for names that are too long
+        key = "model" if os.path.isdir(word) else "data"
         return f"'{key}={_quoted(word)}'" if "," in word else f"{key}={word}"
     return None
 
@@ -313,7 +315,7 @@ def _translate(
         if key in GROUPS and key != "benchmark":
             fix = f"{key}=one of {value}"
             if purpose is Purpose.eval and key == "data":
-                fix = f"'data={_quoted(value)}'" if Path(value).exists() else f"data=[{value}]"
+                fix = f"'data={_quoted(value)}'" if os.path.exists(value) else f"data=[{value}]"
         raise _refused(text, "sweeps over several values are not supported", fix)
     if key.startswith("hydra"):
         raise _refused(text, "Hydra's own settings are not used", "for your own presets use --config-dir")

@@ -310,6 +310,8 @@ def test_a_list_of_files_is_a_set_for_each(
     for word, fix in {str(first): f"data={first}", str(odd.parent): f"model={odd.parent}"}.items():
         assert f"{word}=: cannot be read; fix: {fix}" in report(capsys, "eval", word)
     assert "quickstart=: cannot be read; fix: experiment=quickstart" in report(capsys, "check", "quickstart")
+    for word in (5000 * "x", "data=" + 5000 * "x" + ",y", "~a." + 300 * "[", "a\0b"):
+        assert any("fix: " in line for line in report(capsys, "eval", word))
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])
