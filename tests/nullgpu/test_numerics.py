@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
 
 import pytest
 
 from megatron_tempo.config.choices import Precision
 from megatron_tempo.config.rules.precision import Machine, check_machine
 from megatron_tempo.config.schema import Config
+from tests.nullgpu.child import on_null_gpu
 
 pytestmark = pytest.mark.nullgpu
-child: Any = pytest.importorskip("tests.nullgpu.child")
 
 CODE = """
 from torch.nn.attention import SDPBackend
@@ -39,7 +38,7 @@ tell([before, chosen(), os.environ["CUBLAS_WORKSPACE_CONFIG"], tf32])
 
 def test_attention_is_flash_and_fp32_is_fp32() -> None:
     variables = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}  # as in NVIDIA's containers
-    before, after, workspace, tf32 = child.on_null_gpu(CODE, variables=variables)
+    before, after, workspace, tf32 = on_null_gpu(CODE, variables=variables)
     assert before["torch.bfloat16"] == ["CUDNN_ATTENTION", "CUDNN_ATTENTION"], (
         "if torch no longer does, say so in gpu.md"
     )
@@ -71,7 +70,7 @@ def test_the_rule_on_flash_attn_is_transformer_engine_s_own_choice(capability: t
     pytest.importorskip("transformer_engine.pytorch")
     if importlib.util.find_spec("flash_attn") is not None:
         pytest.skip("with flash-attn installed it has another choice")
-    unfused = child.on_null_gpu(BACKENDS, capability=10 * capability[0] + capability[1])
+    unfused = on_null_gpu(BACKENDS, capability=10 * capability[0] + capability[1])
     for deterministic, expected in zip((False, True), unfused, strict=True):
         config = Config()
         config.run.precision, config.run.deterministic = Precision.bf16, deterministic
@@ -96,6 +95,6 @@ tell([before, begun_collectives()])
 
 def test_collectives_of_nccl_are_counted() -> None:
     """The watchdog names the rank with the lowest count."""
-    before, after = child.on_null_gpu(COLLECTIVES)
+    before, after = on_null_gpu(COLLECTIVES)
     assert before == {"0 cuda": 0, "0 cpu": 0, "1 cuda": 0}
     assert after == {"0 cuda": 0, "0 cpu": 1, "1 cuda": 3}
