@@ -33,7 +33,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     runs = [write_run(folder / "a"), write_run(folder / "b-with-a-long-name", scores=(0.17, 0.28, 0.4))]
     runs += [write_run(folder / f"seed{seed}", stage2=20, calibrated=False) for seed in range(6)]
-    append(runs[0] / "starts.jsonl", start_record(0, 2, []))
+    append(runs[0] / "starts.jsonl", start_record(0, 2, [], {}))
     (folder / "evaluated").mkdir()
     append(folder / "evaluated" / "evaluations.jsonl", evaluation_record(0, "alone", "aime", 0.5))
     short = write_run(folder / "short", stage1=1, stage2=0, calibrated=False)
