@@ -111,7 +111,7 @@ class Planned:
         return replace(self, config=config, small=small, whole=memory(config, self.shape))
 
     @property
-    def beside(self) -> float:
+    def server_bytes(self) -> float:
         """Bytes of the GPU that servers hold all the time, in processes of their own."""
         if not split_of(self.config).shared:
             return 0.0
@@ -121,7 +121,7 @@ class Planned:
     @property
     def limit(self) -> float:
         """Bytes of the GPU that the trainer's process may use."""
-        return self.whole.limit - self.beside
+        return self.whole.limit - self.server_bytes
 
     def phases(self, kind: RankKind, *, small: bool) -> dict[str, Parts]:
         """The parts of each phase in the process of such a rank."""

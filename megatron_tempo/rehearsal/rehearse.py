@@ -122,9 +122,9 @@ class _Case:
         planned = Planned.of(config, small, shape, world)
         if planned.limit <= 0:
             raise InputError(
-                f"rollout.servers: the servers on a trainer's GPU hold {planned.beside / GB:.1f} GB, and nothing is "
-                f"left of cluster.memory_gb={config.cluster.memory_gb:g}: give the servers a smaller share, or GPUs of "
-                f"their own"
+                f"rollout.servers: the servers on a trainer's GPU hold {planned.server_bytes / GB:.1f} GB, and nothing "
+                f"is left of cluster.memory_gb={config.cluster.memory_gb:g}: give the servers a smaller share, or GPUs "
+                f"of their own"
             )
         return cls(config, small, options, rows, kinds_of(config, world, rows), planned, folder)
 

@@ -34,7 +34,7 @@ def as_json(outcome: Outcome, planned: Planned) -> dict[str, Any]:
         for phase, one in zip(rank.phases, given["phases"], strict=True):
             one |= {"plan_error": phase.error, "fits": phase.fits}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
-    return plain | {"fits": outcome.fits, "limit": planned.limit, "servers_hold": planned.beside}
+    return plain | {"fits": outcome.fits, "limit": planned.limit, "servers_hold": planned.server_bytes}
 
 
 _MEMORY = (

@@ -59,21 +59,26 @@ def resumed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return dict(zip(kinds, zip(found[: len(kinds)], found[len(kinds) :], strict=True), strict=True))
 
 
-def told(outcome: Outcome) -> str:
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest, resumed: dict[str, tuple[Outcome, Outcome]]) -> str:
+    name: str = request.param
+    if name not in resumed:
+        pytest.skip("Transformer Engine is not installed")
+    return name
+
+
+def fault_text(outcome: Outcome) -> str:
     """Why a rank did not come to its end; empty if it did."""
     (rank,) = outcome.ranks
     return f"{rank.ended or ''}{rank.fault.traceback if rank.fault else ''}"
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_layers_reads_every_other_s_checkpoint(
     resumed: dict[str, tuple[Outcome, Outcome]], folder: Path, kind: str
 ) -> None:
-    if kind not in resumed:
-        pytest.skip("Transformer Engine is not installed")
     saved, read = resumed[kind]
-    assert not told(saved)
-    assert not told(read)
+    assert not fault_text(saved)
+    assert not fault_text(read)
     found = json.loads((folder / f"{kind}.json").read_text())
     assert found.keys() == resumed.keys()
     for name, one in found.items():
@@ -81,12 +86,7 @@ def test_every_kind_of_layers_reads_every_other_s_checkpoint(
         assert one["steps"]["actor"] > 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_files_hold_the_shapes_of_the_model_whatever_the_layers(
-    resumed: dict[str, tuple[Outcome, Outcome]], folder: Path, kind: str
-) -> None:
-    if kind not in resumed:
-        pytest.skip("Transformer Engine is not installed")
+def test_the_files_hold_the_shapes_of_the_model_whatever_the_layers(folder: Path, kind: str) -> None:
     for role in ("actor", "critic"):
         sizes = sizes_of(folder / kind / f"step_{STEP:08d}" / role)
         assert sizes == sizes_of(folder / LOCAL / f"step_{STEP:08d}" / role)

@@ -276,7 +276,7 @@ class Stop(Exception):
 
 @contextmanager
 def stopped_after(lines: int) -> Iterator[None]:
-    """Inside, a conversion stops when it has logged so many lines."""
+    """Inside, a conversion stops when it has logged this number of lines."""
     messages: list[logging.LogRecord] = []
 
     def stop(record: logging.LogRecord) -> bool:

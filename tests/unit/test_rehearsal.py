@@ -313,9 +313,9 @@ def test_running_out_of_memory_names_phase_place_and_bytes() -> None:
 def test_servers_on_the_trainers_gpus_leave_less_of_them() -> None:
     servers = {"devices": "[0,1,2,3]", "each_node": "false", "transport": "shared"}
     shared = planned("parallel.world_size=4", *(f"rollout.servers.{name}={value}" for name, value in servers.items()))
-    assert planned().beside == 0.0
-    assert shared.beside > 0.0
-    assert shared.limit == 74e9 - shared.beside
+    assert planned().server_bytes == 0.0
+    assert shared.server_bytes > 0.0
+    assert shared.limit == 74e9 - shared.server_bytes
 
 
 def test_the_report_has_every_phase_and_says_what_corrects_the_plan() -> None:
