@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -41,21 +41,29 @@ class LabelledPrompt:
     verifier: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Completion:
-    """One sampled response, as an engine returns it.
+    """One sampled response of t tokens, as an engine returns it. Its tensors are on the CPU.
 
-    `logprobs[t]`: log pi(token_ids[t] | prompt, token_ids[:t]) in nats, after temperature. `versions`: the weights that
+    `logprobs[i]`: log pi(token_ids[i] | prompt, token_ids[:i]) in nats, after temperature. `versions`: the weights that
     generated the tokens, as (version, number of tokens) in order; the version is the run's iteration.
     `finish_reason`: "stop" (the response ends with an end token, which is part of it) or "length".
 
-    >>> Completion(token_ids=(12, 66), logprobs=(-0.7, -0.01), finish_reason="stop", versions=((40, 2),))
+    >>> Completion(token_ids=[12, 66], logprobs=[-0.7, -0.01], finish_reason="stop", versions=((40, 2),))
     """
 
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    token_ids: Tensor  # int32 [t]; may be a view of an array of several completions, as logprobs may be
+    logprobs: Tensor  # float32 [t]
     finish_reason: str
     versions: tuple[tuple[int, int], ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the own tokens only. A tensor would be pickled with all of the array that it is a view of."""
+        return _unpickled, (self.token_ids.numpy(), self.logprobs.numpy(), self.finish_reason, self.versions)
+
+
+def _unpickled(token_ids: Any, logprobs: Any, finish_reason: str, versions: tuple[tuple[int, int], ...]) -> Completion:
+    return Completion(torch.from_numpy(token_ids), torch.from_numpy(logprobs), finish_reason, versions)
 
 
 @dataclass(slots=True)

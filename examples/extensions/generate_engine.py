@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_tempo.rollout.embedded import end_tokens
@@ -71,15 +72,14 @@ class GenerateEngine:
             )
         tokens = out.sequences[:, prompt.shape[1] :]
         logprobs = torch.stack(out.scores, dim=1).float().log_softmax(-1).gather(2, tokens[..., None]).squeeze(2)
-        return [self.completion(*row) for row in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
+        return [self.completion(*row) for row in zip(tokens.int().cpu(), logprobs.cpu(), strict=True)]
 
-    def completion(self, tokens: list[int], logprobs: list[float]) -> Completion:
+    def completion(self, tokens: Tensor, logprobs: Tensor) -> Completion:
         """A row up to its first end token. Behind it is padding."""
-        end = next((i for i, token in enumerate(tokens) if token in self.ends), None)
-        n = len(tokens) if end is None else end + 1
+        ends = torch.isin(tokens, torch.tensor(self.ends)).nonzero()
+        n = int(ends[0]) + 1 if len(ends) else len(tokens)
         assert self.version is not None, "load_weights comes first"
-        reason = "length" if end is None else "stop"
-        return Completion(tuple(tokens[:n]), tuple(logprobs[:n]), reason, ((self.version, n),))
+        return Completion(tokens[:n], logprobs[:n], "stop" if len(ends) else "length", ((self.version, n),))
 
     def health(self) -> list[EngineHealth]:
         return [EngineHealth("generate", "empty" if self.version is None else "serving")]

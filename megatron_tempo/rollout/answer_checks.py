@@ -8,6 +8,7 @@ from dataclasses import replace
 import httpx
 
 from megatron_tempo.errors import EngineError
+from megatron_tempo.rollout.arrays import logprob_tensor, run_tuples, token_tensor
 from megatron_tempo.rollout.replica import Ask
 from megatron_tempo.rollout.server_adapter import Answer, Call, ServerAdapter
 from megatron_tempo.types import Completion
@@ -70,8 +71,8 @@ def checked_completions(
 
 
 def _completion(answer: Answer, ask: Ask, vocab: int, newest: int) -> Completion:
-    versions = tuple((int(version), count) for version, count in answer.versions if count)
-    completion = Completion(tuple(answer.token_ids), tuple(answer.logprobs), answer.reason, versions)
+    versions = run_tuples([(int(version), count) for version, count in answer.versions if count])
+    completion = Completion(token_tensor(answer.token_ids), logprob_tensor(answer.logprobs), answer.reason, versions)
     if wrong := doubts(completion, ask.sampling.max_tokens, vocab, range(ask.job.oldest, newest + 1)):
         raise EngineError(f"gave a response that makes no sense: {'; '.join(wrong)}")
     return without_rounding(completion)
@@ -79,18 +80,19 @@ def _completion(answer: Answer, ask: Ask, vocab: int, newest: int) -> Completion
 
 def without_rounding(completion: Completion) -> Completion:
     """The completion with log-probabilities clipped to at most 0: rounding can lift that of a certain token above 0."""
-    return replace(completion, logprobs=tuple(min(p, 0.0) for p in completion.logprobs))
+    return replace(completion, logprobs=completion.logprobs.clamp(max=0.0))
 
 
 def doubts(completion: Completion, longest: int, vocab: int, versions: range) -> list[str]:
     """What is invalid in a response of at most `longest` tokens by weights of these `versions`."""
-    tokens, logprobs, spans = completion.token_ids, completion.logprobs, list(completion.versions)
+    tokens, logprobs, spans = completion.token_ids.numpy(), completion.logprobs.numpy(), list(completion.versions)
     checks = [
         (completion.finish_reason not in ("stop", "length"), f"ended by {completion.finish_reason}"),
         (not 1 <= len(tokens) <= longest, f"{len(tokens)} tokens of at most {longest}"),
         (len(logprobs) != len(tokens), f"{len(logprobs)} log-probabilities of {len(tokens)} tokens"),
-        (any(not 0 <= token < vocab for token in tokens), "a token out of the vocabulary"),
-        (any(not _LEAST < p < 1e-3 for p in logprobs), "a log-probability that is none"),
+        (len(tokens) > 0 and not 0 <= tokens.min() <= tokens.max() < vocab, "a token out of the vocabulary"),
+        # The extremes of an array with a NaN are NaN, which is in no range.
+        (len(logprobs) > 0 and not _LEAST < logprobs.min() <= logprobs.max() < 1e-3, "a log-probability that is none"),
         (
             any(version not in versions for version, _ in spans),
             f"weights of version {spans}, not {versions.start} to {versions.stop - 1}",

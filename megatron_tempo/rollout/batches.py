@@ -99,10 +99,10 @@ def _texts(
     The end token is removed by its position, whatever its text is. A thought that the prompt began gets its tag.
     """
     if view is View.everything:
-        return [tokenizer.decode(completion.token_ids) for completion in completions]
+        return [tokenizer.decode(completion.token_ids.tolist()) for completion in completions]
     thought = begun_thought(tokenizer.decode(prompt.token_ids[-PROMPT_END:])) if view is View.answer else ""
     return [
-        thought + tokenizer.decode(answer.token_ids[:-1] if answer.finish_reason == "stop" else answer.token_ids)
+        thought + tokenizer.decode(answer.token_ids[: -1 if answer.finish_reason == "stop" else None].tolist())
         for answer in completions
     ]
 
@@ -127,18 +127,15 @@ def batch_of(
 ) -> Batch:
     """The completions as a batch of rows, prompt after prompt."""
     rows = [(i, prompt, answer) for i, prompt in enumerate(prompts) for answer in completions[i]]
-
-    def flat(lists: list[tuple[int, ...]]) -> torch.Tensor:
-        return torch.tensor([token for tokens in lists for token in tokens], dtype=torch.int64)
-
+    prompt_tokens = [torch.tensor(prompt.token_ids, dtype=torch.int64) for prompt in prompts]
     return Batch(
         prompt_ids=tuple(prompt.id for _, prompt, _ in rows),
         group=torch.tensor([i for i, _, _ in rows], dtype=torch.int64),
-        prompt_tokens=flat([prompt.token_ids for _, prompt, _ in rows]),
+        prompt_tokens=_flat([prompt_tokens[i] for i, _, _ in rows], torch.int64),
         prompt_lengths=torch.tensor([len(prompt.token_ids) for _, prompt, _ in rows], dtype=torch.int64),
-        response_tokens=flat([answer.token_ids for _, _, answer in rows]),
+        response_tokens=_flat([answer.token_ids for _, _, answer in rows], torch.int64),
         response_lengths=torch.tensor([len(answer.token_ids) for _, _, answer in rows], dtype=torch.int64),
-        engine_logprobs=torch.tensor([logprob for _, _, answer in rows for logprob in answer.logprobs]),
+        engine_logprobs=_flat([answer.logprobs for _, _, answer in rows], torch.float32),
         stopped=torch.tensor([answer.finish_reason == "stop" for _, _, answer in rows], dtype=torch.bool),
         versions=_by_token([span for _, _, answer in rows for span in answer.versions]),
         correct=None if verdicts is None else torch.tensor([v for row in verdicts for v in row]),
@@ -146,6 +143,11 @@ def batch_of(
         if classes is None
         else torch.tensor([-1 if c is None else c for row in classes for c in row], dtype=torch.int64),
     )
+
+
+def _flat(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The parts, one behind the other."""
+    return torch.cat(list(parts)).to(dtype) if parts else torch.zeros(0, dtype=dtype)
 
 
 def _by_token(spans: Sequence[tuple[int, int]]) -> torch.Tensor:

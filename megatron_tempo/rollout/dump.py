@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_tempo.errors import InputError
 from megatron_tempo.files import atomic_write, read_text
+from megatron_tempo.rollout.arrays import logprob_tensor, token_tensor
 from megatron_tempo.rollout.batches import batch_of
 from megatron_tempo.types import Batch, Completion, LabelledPrompt, UnlabelledPrompt
 
@@ -101,27 +102,38 @@ def _response(where: str, text: str, prompt: LabelledPrompt | UnlabelledPrompt) 
     try:
         line = json.loads(text)
         recorded, asked = line["prompt_id"], tuple(line["prompt_tokens"])
-        tokens, logprobs = tuple(line["response_tokens"]), tuple(line["logprobs"])
+        tokens, logprobs = line["response_tokens"], line["logprobs"]
         reason, correct = "stop" if line["stopped"] else "length", line["correct"]
         versions = tuple((int(version), int(count)) for version, count in line.get("versions", [[-1, len(tokens)]]))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"rollout.replay: {where} is not a recorded response ({error!r})") from error
-    if not all(type(token) is int and token >= 0 for token in tokens):
-        raise InputError(f"rollout.replay: {where} has response_tokens that are no token ids")
-    if not all(type(logprob) in (int, float) for logprob in logprobs):
-        raise InputError(f"rollout.replay: {where} has logprobs that are no numbers")
+    completion = _completion(where, tokens, logprobs, reason, versions)
     if asked != prompt.token_ids:
         raise InputError(
             f"rollout.replay: {where} answers {recorded!r}, this run asks {prompt.id!r}: the data, run.seed or the "
             "stage's counts differ from the recorded run's"
         )
-    if not tokens or len(tokens) != len(logprobs):
+    if not len(tokens) or len(tokens) != len(logprobs):
         raise InputError(f"rollout.replay: {where} has {len(tokens)} response tokens and {len(logprobs)} logprobs")
     if sum(count for _, count in versions) != len(tokens):
         raise InputError(f"rollout.replay: {where} has {len(tokens)} response tokens, its versions others: {versions}")
-    completion = Completion(tokens, logprobs, reason, versions)
     if isinstance(prompt, UnlabelledPrompt):
         return completion, 0.0
     if not isinstance(correct, int | float) or not 0 <= correct <= 1:
         raise InputError(f"rollout.replay: {where} has the verdict {correct!r}; a labelled prompt's is from 0.0 to 1.0")
     return completion, float(correct)
+
+
+def _completion(
+    where: str, tokens: object, logprobs: object, reason: str, versions: tuple[tuple[int, int], ...]
+) -> Completion:
+    try:
+        token_ids = token_tensor(tokens)
+    except ValueError as error:
+        raise InputError(f"rollout.replay: {where} has response_tokens that are no token ids ({error})") from error
+    if len(token_ids) and int(token_ids.min()) < 0:
+        raise InputError(f"rollout.replay: {where} has response_tokens that are no token ids")
+    try:
+        return Completion(token_ids, logprob_tensor(logprobs), reason, versions)
+    except ValueError as error:
+        raise InputError(f"rollout.replay: {where} has logprobs that are no numbers ({error})") from error

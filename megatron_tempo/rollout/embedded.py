@@ -227,12 +227,12 @@ class _Decoding:
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
 
     def completions(self, requests: list[Request], version: int) -> list[list[Completion]]:
-        tokens, logprobs = self.tokens.tolist(), self.logprobs.tolist()
         lengths, stopped = self.lengths.tolist(), self.stopped.tolist()
+        written = torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None]
+        tokens = self.tokens[written].to(torch.int32).cpu().split(lengths)
+        logprobs = self.logprobs[written].cpu().split(lengths)
         flat = [
-            Completion(
-                tuple(tokens[i][:n]), tuple(logprobs[i][:n]), "stop" if stopped[i] else "length", ((version, n),)
-            )
+            Completion(tokens[i], logprobs[i], "stop" if stopped[i] else "length", ((version, n),))
             for i, n in enumerate(lengths)
         ]
         answers, at = [], 0

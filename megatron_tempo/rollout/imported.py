@@ -12,13 +12,13 @@ from megatron_tempo.config.extensions import (
     Extension,
     ExtensionError,
     call_failed,
-    described,
     load_engine,
     shown,
     wrong_result,
 )
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rollout.answer_checks import doubts, without_rounding
+from megatron_tempo.rollout.arrays import logprob_tensor, run_tuples, token_tensor
 from megatron_tempo.rollout.engine import EngineSetup, Request, Sampling
 from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
 
@@ -131,18 +131,23 @@ class ImportedEngine:
         samples = requests[number].samples
         if len(completions) != samples or not all(isinstance(c, Completion) for c in completions):
             raise wrong_result(self._extension, completions, f"{samples} of megatron_tempo.types.Completion, as asked")
-        for completion in completions:
-            self._check(completion, sampling, oldest)
-        return number, [without_rounding(completion) for completion in completions]
+        return number, [self._converted(completion, sampling, oldest) for completion in completions]
 
-    def _check(self, completion: Completion, sampling: Sampling, oldest: int) -> None:
-        versions = range(oldest, self._version + 1)
+    def _converted(self, given: Completion, sampling: Sampling, oldest: int) -> Completion:
+        """What the user's engine returned, as tensors and checked. Its tensors are not changed."""
         try:
-            wrong = doubts(completion, sampling.max_tokens, self._vocab, versions)
-        except (TypeError, ValueError) as error:  # not tuples of numbers
-            wrong = [described(error)]
+            completion = Completion(
+                token_tensor(given.token_ids),
+                logprob_tensor(given.logprobs),
+                given.finish_reason,
+                run_tuples(given.versions),
+            )
+            wrong = doubts(completion, sampling.max_tokens, self._vocab, range(oldest, self._version + 1))
+        except ValueError as error:  # not sequences of numbers
+            wrong = [str(error)]
         if wrong:
             raise ExtensionError(
                 f"{self._extension} returned a response that makes no sense: {'; '.join(wrong)}",
                 "correct what its Completion holds",
             )
+        return without_rounding(completion)

@@ -23,7 +23,7 @@ def started(config: Config, shift: float) -> str:
 
     def wrong(self: EmbeddedEngine, *args: object) -> Iterator[tuple[int, list[Completion]]]:
         for i, answer in generate(self, *args):  # type: ignore[arg-type]
-            yield i, [replace(c, logprobs=tuple(p - shift for p in c.logprobs)) for c in answer]
+            yield i, [replace(c, logprobs=c.logprobs - shift) for c in answer]
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(EmbeddedEngine, "generate", wrong)

@@ -142,4 +142,4 @@ def assert_said_by(model: Path, completions_of: dict[int, list[Completion]], ver
             with torch.no_grad():
                 logs = (reference(tokens[None]).logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
             wanted = logs.gather(1, tokens[len(prompt) :, None])[:, 0]
-            torch.testing.assert_close(torch.tensor(completion.logprobs), wanted, atol=1e-4, rtol=0)
+            torch.testing.assert_close(completion.logprobs, wanted, atol=1e-4, rtol=0)

@@ -65,7 +65,9 @@ def test_after_each_sync_it_speaks_with_the_new_weights(
     for version, path in enumerate(models):
         by_number = {number: completions for rank in by_rank for number, completions in rank[version].items()}
         assert_said_by(path, by_number, version, 0.7)
-        texts = {completion.token_ids for completions in by_number.values() for completion in completions}
+        texts = {
+            tuple(completion.token_ids.tolist()) for completions in by_number.values() for completion in completions
+        }
         assert len(texts) > len(PROMPTS)
 
 

@@ -30,6 +30,7 @@ from megatron_tempo.types import (
     Weights,
     seed_of,
 )
+from tests.support.completions import completion, plains
 from tests.support.ranks import run_ranks
 from tests.support.tiny import WORDS, ragged_batch, write_model
 
@@ -49,15 +50,15 @@ class CountingEngine:
             yield i, self.answer(requests[i], sampling)
 
     def answer(self, request: Request, sampling: Sampling) -> list[Completion]:
-        return [self.completion(request, sampling, sample) for sample in range(request.samples)]
+        return [self.sampled(request, sampling, sample) for sample in range(request.samples)]
 
     @staticmethod
-    def completion(request: Request, sampling: Sampling, sample: int) -> Completion:
+    def sampled(request: Request, sampling: Sampling, sample: int) -> Completion:
         end = (WORDS.index("$"),) * (sample % 2)
         tokens = (request.seed % 50, *request.token_ids, sample, *end)[: sampling.max_tokens]
-        return Completion(
+        return completion(
             tokens,
-            tuple(-0.1 * (t + 1) for t in range(len(tokens))),
+            [-0.1 * (t + 1) for t in range(len(tokens))],
             "stop" if end else "length",
             ((3, len(tokens)),) if sample else ((2, 1), (3, len(tokens) - 1)),
         )
@@ -120,9 +121,10 @@ def over_ranks(folder: Path) -> dict[str, Any]:
     verifiers.asked = verifiers.asked[: len(verifiers.asked) // 2]
     none = collect(ask(engine, [], 3, SAMPLING), verifiers, tokenizer)
     dist.destroy_process_group()
-    return {"completions": completions, "verdicts": verdicts, "asked": verifiers.asked, "none": none,
+    return {"completions": plains(completions), "verdicts": verdicts, "asked": verifiers.asked, "none": none,
             "unread": unread, "classes": with_classes.classes, "classed": verifiers.classed,
-            "same": with_classes[:2] == (completions, verdicts)}  # fmt: skip
+            "same": plains(with_classes.completions) == plains(completions) and with_classes.verdicts == verdicts,
+            }  # fmt: skip
 
 
 @pytest.mark.long
@@ -135,7 +137,7 @@ def test_any_number_of_ranks_collects_the_same(tmp_path: Path) -> None:
         for i, tokens in enumerate([(0, 1), (1, 2), (2, 3), (40,), (41,)])
     ]
     for rank in ranks:
-        assert rank["completions"] == wanted
+        assert rank["completions"] == plains(wanted)
         assert rank["verdicts"] == [[1.0, 0.0, 1.0]] * 3 + [[]] * 2
         assert rank["none"] == ([], [], [])
         assert rank["unread"] == [[]] * 5
@@ -178,10 +180,11 @@ def test_a_verifier_sees_no_end_token_but_where_it_is_part_of_the_answer(
 ) -> None:
     """The end token goes by its place: no list of end tokens has the quickstart's `$`."""
     verifiers = Keeping()
-    completion = Completion((4, 7, WORDS.index("$")), (-0.1, -0.2, -0.3), reason, ((0, 3),))
+    answer = completion((4, 7, WORDS.index("$")), (-0.1, -0.2, -0.3), reason)
     prompt = dataclasses.replace(LABELLED[0], verifier=verifier)
-    asked = Asked([prompt], iter([(0, [completion])]))
-    assert collect(asked, verifiers, tokenizer) == ([[completion]], [[1.0]], [[]])
+    asked = Asked([prompt], iter([(0, [answer])]))
+    completions, verdicts, classes = collect(asked, verifiers, tokenizer)
+    assert (plains(completions), verdicts, classes) == (plains([[answer]]), [[1.0]], [[]])
     assert [item.response for item in verifiers.asked] == [seen]
 
 
@@ -194,7 +197,7 @@ def test_a_thought_that_the_prompt_began_is_a_thought_of_the_response() -> None:
             return "".join(map(chr, tokens))
 
     prompt = UnlabelledPrompt("a", "How many?", tuple(map(ord, "How many?<bot><think>\n")))
-    answer = Completion(tuple(map(ord, "4?</think>5$")), (), "stop", ())
+    answer = completion(list(map(ord, "4?</think>5$")), (), "stop", ())
     for view, text in ((View.answer, "<think>4?</think>5"), (View.response, "4?</think>5"),
                        (View.everything, "4?</think>5$")):  # fmt: skip
         assert _texts(prompt, [answer], Letters(), view) == [text]  # type: ignore[arg-type]
@@ -272,8 +275,8 @@ def test_a_batch_by_hand() -> None:
     """The example of `Batch`: prompts (5, 6) and (7,), responses (1, 2, 3) and (4,)."""
     prompts = [LabelledPrompt("a", "", (5, 6), "1", "math"), LabelledPrompt("b", "", (7,), "1", "math")]
     completions = [
-        [Completion((1, 2, 3), (-0.1, -0.2, -0.3), "stop", ((40, 2), (41, 1)))],
-        [Completion((4,), (-0.4,), "length", ((41, 1),))],
+        [completion((1, 2, 3), (-0.1, -0.2, -0.3), "stop", ((40, 2), (41, 1)))],
+        [completion((4,), (-0.4,), "length", ((41, 1),))],
     ]
     batch = batch_of(prompts, completions, [[1.0], [0.0]])
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
@@ -298,8 +301,8 @@ def test_a_batch_by_hand() -> None:
 
 
 def test_samples_of_a_prompt_are_a_group_also_where_a_prompt_comes_twice() -> None:
-    completion = Completion((1,), (-0.1,), "stop", ((0, 1),))
-    batch = batch_of([UNLABELLED[0], UNLABELLED[1], UNLABELLED[0]], [[completion] * 2] * 3, None)
+    answer = completion((1,), (-0.1,))
+    batch = batch_of([UNLABELLED[0], UNLABELLED[1], UNLABELLED[0]], [[answer] * 2] * 3, None)
     assert batch.group.tolist() == [0, 0, 1, 1, 2, 2]
     assert batch.prompt_ids == ("u:0", "u:0", "u:1", "u:1", "u:0", "u:0")
 

@@ -25,13 +25,15 @@ from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.plan.split import problems as plan_problems
 from megatron_tempo.rollout.engine import Engine, EngineSetup, Request, Sampling
 from megatron_tempo.rollout.imported import ImportedEngine
-from megatron_tempo.types import Completion, TokenCount
+from megatron_tempo.types import TokenCount
+from tests.support.completions import completion, plain
 from tests.support.ranks import run_ranks
 from tests.unit.config_files import configure, good_overrides, write_all
 from tests.unit.extension_modules import assert_refused, problems, write
 
 ENGINE = """
 from megatron_tempo.types import Completion, EngineHealth, TokenCount
+import array, numpy, torch
 
 class Fixed:
     def __init__(self, setup):
@@ -166,6 +168,7 @@ def engine_of(folder: Path) -> ImportedEngine:
     return engine
 
 
+ANSWER = 'Completion((5, 6), (-0.5, 1e-6), "stop", ((0, 2),))'
 REQUESTS = [Request((1, 2), samples=2, seed=0), Request((3,), samples=1, seed=1)]
 SAMPLING = Sampling(temperature=1.0, max_tokens=2)
 
@@ -174,11 +177,38 @@ def test_an_engine_answers(modules: Path, group: None) -> None:
     write(modules, ENGINE)
     engine = engine_of(modules)
     answers = dict(engine.start(REQUESTS, SAMPLING))
-    expected = Completion((5, 6), (-0.5, 0.0), "stop", ((0, 2),))  # 1e-6 is rounding
-    assert answers == {0: [expected] * 2, 1: [expected]}
+    expected = plain(completion((5, 6), (-0.5, 0.0)))  # 1e-6 is rounding
+    assert {i: [plain(one) for one in row] for i, row in answers.items()} == {0: [expected] * 2, 1: [expected]}
     assert (engine.counted, engine.replicas) == (TokenCount(6, 0), 1)
     assert engine.differences(None) == [("a", 0.5)]  # type: ignore[arg-type]
     assert [state.name for state in engine.health()] == ["fixed"]
+
+
+GIVEN = {
+    "lists": "Completion([5, 6], [-0.5, 0], 'stop', [[0, 2]])",
+    "a range": "Completion(range(5, 7), (-0.5, 0), 'stop', ((0, 1), (0, 1)))",
+    "numpy": "Completion(numpy.array([5, 6], 'u2'), numpy.array([-0.5, 0]), 'stop', ((0, numpy.int64(2)),))",
+    "numbers of numpy": "Completion(list(numpy.array([5, 6])), list(numpy.float32([-0.5, 0])), 'stop', ((0, 2),))",
+    "tensors": "Completion(torch.tensor([5, 6]), torch.tensor([-0.5, 0]).bfloat16(), 'stop', ((0, 2),))",
+    "a tensor with a gradient": "Completion((5, 6), torch.tensor([-0.5, 0], requires_grad=True), 'stop', ((0, 2),))",
+    "an array of Python": "Completion(array.array('i', [5, 6]), array.array('f', [-0.5, 0]), 'stop', ((0, 2),))",
+}
+
+
+@pytest.mark.parametrize("case", list(GIVEN))
+def test_an_engine_may_answer_in_any_numbers(modules: Path, group: None, case: str) -> None:
+    write(modules, ENGINE.replace(ANSWER, GIVEN[case]))
+    (answer,) = dict(engine_of(modules).start(REQUESTS, SAMPLING))[1]
+    assert plain(answer)[:3] == ((5, 6), (-0.5, 0.0), "stop")
+
+
+def test_what_an_engine_keeps_is_not_changed(modules: Path, group: None) -> None:
+    text = ENGINE.replace("self.setup = setup", "self.kept = torch.tensor([-0.5, 1e-6])")
+    write(modules, text.replace("(-0.5, 1e-6)", "self.kept"))
+    engine = engine_of(modules)
+    (answer,) = dict(engine.start(REQUESTS, SAMPLING))[1]
+    assert answer.logprobs.tolist() == [-0.5, 0.0]
+    assert engine._engine.kept[1] > 0
 
 
 def test_an_engine_may_count_for_itself(modules: Path, group: None) -> None:
@@ -190,7 +220,7 @@ def test_an_engine_may_count_for_itself(modules: Path, group: None) -> None:
 
 
 MADE = {
-    "1 / 0": "import:mine:Fixed raised ZeroDivisionError: division by zero ({folder}/mine.py:6); fix: correct it",
+    "1 / 0": "import:mine:Fixed raised ZeroDivisionError: division by zero ({folder}/mine.py:7); fix: correct it",
     "self.counted = 3": "import:mine:Fixed: counted is 3 (int); fix: self.counted = TokenCount()",
     "self.replicas = 0": "import:mine:Fixed: replicas is 0 (int); fix: self.replicas = 1 or more",
 }
@@ -204,7 +234,6 @@ def test_an_engine_that_cannot_be_made_is_named(modules: Path, text: str) -> Non
     assert str(caught.value).startswith(MADE[text].format(folder=modules))
 
 
-ANSWER = 'Completion((5, 6), (-0.5, 1e-6), "stop", ((0, 2),))'
 YIELD = "yield number, [self.answer(request) for _ in range(request.samples)]"
 ANSWERED = {
     "no iterator": (ENGINE.replace("for number, request", "return 3\n        for number, request").replace(
@@ -215,16 +244,27 @@ ANSWERED = {
     "no completion": (ENGINE.replace(ANSWER, '"text"'), "returned ['text', 'text'] (list); fix: return 2 of"),
     "twice": (ENGINE.replace(YIELD, f"{YIELD}; {YIELD}"), "answered request 0 2 times over all ranks; fix: answer"),
     "one left out": (ENGINE.replace("enumerate(requests)", "enumerate(requests[:1])"), "answered request 1 0 times"),
-    "an error": (ENGINE.replace(YIELD, "1 / 0"), "raised ZeroDivisionError: division by zero ({folder}/mine.py:9)"),
+    "an error": (ENGINE.replace(YIELD, "1 / 0"), "raised ZeroDivisionError: division by zero ({folder}/mine.py:10)"),
     "an error of its start": (ENGINE.replace("for number, request in enumerate(requests)", "for number in 3")
-        .replace(YIELD, "yield"), "raised TypeError: 'int' object is not iterable ({folder}/mine.py:8)"),
+        .replace(YIELD, "yield"), "raised TypeError: 'int' object is not iterable ({folder}/mine.py:9)"),
     "a long one": (ENGINE.replace(ANSWER, 'Completion((5,) * 3, (-0.5,) * 3, "stop", ((0, 3),))'), "3 tokens of at m"),
     "no log-probability": (ENGINE.replace("1e-6", "float('nan')"), "a log-probability that is none"),
     "a positive one": (ENGINE.replace("1e-6", "0.5"), "a log-probability that is none"),
     "a foreign token": (ENGINE.replace("(5, 6)", "(5, 9)"), "a token out of the vocabulary"),
     "another end": (ENGINE.replace('"stop"', '"eos"'), "ended by eos"),
     "newer weights": (ENGINE.replace("((0, 2),)", "((1, 2),)"), "weights of version [(1, 2)], not 0 to 0"),
-    "no numbers": (ENGINE.replace("(5, 6)", "None"), "a response that makes no sense: TypeError"),
+    "no numbers": (ENGINE.replace("(5, 6)", "None"), "makes no sense: token_ids is None, not a sequence"),
+    "half a token": (ENGINE.replace("(5, 6)", "(5, 6.0)"), "makes no sense: token_ids has 6.0 (float)"),
+    "a token as a word": (ENGINE.replace("(5, 6)", '"56"'), "makes no sense: token_ids has '5' (str)"),
+    "a token beyond 64 bits": (ENGINE.replace("(5, 6)", "(5, 2**70)"), "token_ids has numbers that are too large"),
+    "a token beyond 32 bits": (ENGINE.replace("(5, 6)", "(5, 2**32 + 6)"), "a token out of the vocabulary"),
+    "a grid of tokens": (ENGINE.replace("(5, 6)", "torch.tensor([[5, 6]])"), "token_ids is an array int64 [1, 2]"),
+    "tokens as floats": (ENGINE.replace("(5, 6)", "torch.tensor([5.0, 6.0])"), "token_ids is an array float32 [2]"),
+    "no logprobs": (ENGINE.replace("(-0.5, 1e-6)", "[None, None]"), "makes no sense: logprobs has None"),
+    "an infinite one": (ENGINE.replace("1e-6", "-1e300"), "a log-probability that is none"),
+    "one less": (ENGINE.replace("(-0.5, 1e-6)", "torch.zeros(1)"), "1 log-probabilities of 2 tokens"),
+    "no versions": (ENGINE.replace("((0, 2),)", "0"), "makes no sense: versions is 0 (int), not (version, number"),
+    "a version of minus tokens": (ENGINE.replace("((0, 2),)", "((0, 3), (0, -1))"), "a negative number of tokens"),
 }  # fmt: skip
 
 

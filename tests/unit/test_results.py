@@ -23,7 +23,8 @@ from megatron_tempo.evaluation.results import result
 from megatron_tempo.observability.records import extend
 from megatron_tempo.report.results import differences_of, results_table, write
 from megatron_tempo.rollout.batches import batch_of
-from megatron_tempo.types import Completion, LabelledPrompt
+from megatron_tempo.types import LabelledPrompt
+from tests.support.completions import completion
 
 RIGHT = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
 
@@ -31,10 +32,7 @@ RIGHT = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
 def scored(correct: np.ndarray) -> ScoredResponses:
     prompts = [LabelledPrompt(f"q:{i}", "Find it.", (1,), "2", "math") for i in range(len(correct))]
     completions = [
-        [
-            Completion((5,) * (1 + s), (0.0,) * (1 + s), "stop" if s else "length", ((0, 1 + s),))
-            for s in range(len(row))
-        ]
+        [completion((5,) * (1 + s), (0.0,) * (1 + s), "stop" if s else "length") for s in range(len(row))]
         for row in correct
     ]
     return ScoredResponses(

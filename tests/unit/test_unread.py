@@ -11,7 +11,8 @@ from megatron_tempo.evaluation.evaluator import ScoredResponses
 from megatron_tempo.evaluation.unread import diagnose
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.batches import batch_of
-from megatron_tempo.types import Completion, LabelledPrompt
+from megatron_tempo.types import LabelledPrompt
+from tests.support.completions import completion
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def warning_of(
 ) -> tuple[str | None, bool]:
     """What is said of a set of one question with these responses."""
     prompts = [LabelledPrompt("q:0", prompt, (1,), answer, verifier)]
-    completions = [[Completion((5,), (0.0,), finish, ((0, 1),)) for _ in texts]]
+    completions = [[completion((5,), (0.0,), finish) for _ in texts]]
     correct = np.full((1, len(texts)), float(right))
     scored = ScoredResponses(prompts, batch_of(prompts, completions, correct.tolist()), correct)
     return diagnose("mine", scored, texts, verifiers)

@@ -82,7 +82,7 @@ def make_up_rollouts() -> None:
             generator = torch.Generator().manual_seed(request.seed)
             tokens = torch.randint(self._model.config.vocab_size, (request.samples, count), generator=generator)
             versions = ((self._version or 0, count),)
-            yield index, [Completion(tuple(row), (-1.0,) * count, "length", versions) for row in tokens.tolist()]
+            yield index, [Completion(row, torch.full((count,), -1.0), "length", versions) for row in tokens.int()]
 
     EmbeddedEngine.generate = generate  # type: ignore[method-assign]
     trainer.check_parity = lambda *_: None
