@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.sizes import GRID_SLACK
 from megatron_tempo.kernels.rows import Rows
 from megatron_tempo.models.context import ContextShard, Outputs, Piece
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.types import Batch
+
+BALANCED = 0.005  # `divide` stops to swap rows once no rank has more than this share above the mean
 
 
 @dataclass(kw_only=True)
@@ -58,20 +64,64 @@ class MicroBatch:
     value_cells: Tensor  # int64 [R + m]: index of each value in the batch's flat [T + n]
 
 
-def data_share(lengths: Tensor, data_rank: int, data: int) -> Tensor:
-    """The rows of a data-parallel rank, balanced by tokens. Every rank computes the same division.
+def row_work(lengths: Tensor, shape: ModelShape, outputs: Tensor | None = None) -> Tensor:
+    """Multiply-adds of a forward pass over each row: int64 [n]. A backward pass costs twice that, so shares are equal.
 
-    `lengths`: int64 [n]. Returns int64 [about n / data]. Rows are assigned from the longest to the shortest, each to
-    the rank with the fewest tokens so far.
+    A token costs one for each number of the matrices of all layers. A pair of tokens that attend costs two products of
+    the queries' width: a layer has about n^2 / 2 pairs, or n w - w^2 / 2 with a window of w.
+
+    `lengths`: int64 [n], tokens of each row. `outputs`: int64 [n], how many of them pass the output layer; None for a
+    critic, which has none.
     """
-    loads = [0] * data
-    mine = []
-    for row in torch.argsort(lengths, descending=True, stable=True).tolist():
-        rank = loads.index(min(loads))
-        loads[rank] += int(lengths[row])
-        if rank == data_rank:
-            mine.append(row)
-    return torch.tensor(mine, dtype=torch.int64)
+    matrices = (2 * shape.queries + 2 * shape.keys + 3 * shape.ffn) * shape.hidden
+    work = lengths * (shape.layers * matrices)
+    for window, layers in Counter(layer.window for layer in shape.attention).items():
+        seen = lengths if window is None else lengths.clamp(max=window)
+        work += layers * 2 * shape.queries * (lengths * seen - seen * (seen - 1) // 2)
+    return work if outputs is None else work + outputs * (shape.hidden * shape.vocab)
+
+
+def divide(work: Tensor, data: int) -> Tensor:
+    """The data-parallel rank that computes each row, so that all ranks have about the same work: int64 [n].
+
+    `work`: int64 [n]. Every rank computes the same division: rows go from the largest to the smallest, each to the rank
+    with the least work so far. Then the ranks with the most and the least work swap rows while this helps.
+    """
+    loads = [(0, rank) for rank in range(data)]  # a heap
+    ranks: list[list[int]] = [[] for _ in range(data)]
+    amounts = work.tolist()
+    for row in torch.argsort(work, descending=True, stable=True).tolist():
+        load, rank = loads[0]
+        ranks[rank].append(row)
+        heapreplace(loads, (load + amounts[row], rank))
+    mean = sum(amounts) / data
+    for _ in range(data):
+        (least, lightest), (most, heaviest) = min(loads), max(loads)
+        if most <= (1 + BALANCED) * mean or not _swapped(ranks[heaviest], ranks[lightest], most - least, amounts):
+            break
+        changed = {rank: sum(amounts[row] for row in ranks[rank]) for rank in (lightest, heaviest)}
+        loads = [(changed.get(rank, load), rank) for load, rank in loads]
+    owners = torch.zeros(len(work), dtype=torch.int64)
+    for rank, rows in enumerate(ranks):
+        owners[rows] = rank
+    return owners
+
+
+def _swapped(heavy: list[int], light: list[int], gap: int, amounts: list[int]) -> bool:
+    """Swap the two rows that leave the two ranks most alike, in place. False if no swap brings them closer."""
+    pairs = itertools.product(range(len(heavy)), range(len(light)))
+    apart = [(abs(gap - 2 * (amounts[heavy[i]] - amounts[light[j]])), i, j) for i, j in pairs]
+    left, i, j = min(apart, default=(gap, 0, 0))
+    if left >= gap:
+        return False
+    heavy[i], light[j] = light[j], heavy[i]
+    return True
+
+
+def data_share(work: Tensor, data_rank: int, data: int) -> Tensor:
+    """The rows of a data-parallel rank by `divide`, from the largest to the smallest: int64 [about n / data]."""
+    order = torch.argsort(work, descending=True, stable=True)
+    return order[divide(work, data)[order] == data_rank]
 
 
 def divide_by_budget(lengths: Tensor, budget: int) -> list[Tensor]:
