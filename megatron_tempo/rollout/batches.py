@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,15 +11,10 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tempo.errors import EngineError, InputError
-from megatron_tempo.rewards.endings import begun_thought
-from megatron_tempo.rewards.scorer import Item
-from megatron_tempo.rewards.verifiers import Verifiers, View
+from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.engine import Engine, Request, Sampling
-from megatron_tempo.types import Batch, Completion, LabelledPrompt, UnlabelledPrompt, seed_of
-
-Prompt = LabelledPrompt | UnlabelledPrompt
-
-PROMPT_END = 16  # tokens at the end of a prompt that may begin a thought
+from megatron_tempo.rollout.verification import Prompt, Verification
+from megatron_tempo.types import Batch, Completion, seed_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,29 +49,19 @@ def collect(
 
     `classes_by`: the verifier that decides which answers to an unlabelled prompt are equal; None: do not compare them.
     Responses are verified while others are still being generated, on the rank that has them. A verifier sees the text
-    of a response without the token at which the engine ended it (`_texts`). Collective. Raises EngineError on every
-    rank if the engine or a verifier fails on one.
+    of a response without the token at which the engine ended it (`Verification`). Collective. Raises EngineError on
+    every rank if the engine or a verifier fails on one.
     """
     mine: dict[int, list[Completion]] = {}
-    judged: dict[int, Future[list[float]]] = {}
-    classed: dict[int, Future[list[int | None]]] = {}
-    with ThreadPoolExecutor(verifiers.threads) as verifying:
-        verdicts: dict[int, Any] = {}
-        classes: dict[int, Any] = {}
-        failure = None
+    verdicts: dict[int, Any] = {}
+    classes: dict[int, Any] = {}
+    failure = None
+    with Verification(verifiers, tokenizer, classes_by) as verification:
         try:
             for i, completions in asked.answers:
                 mine[i] = completions
-                prompt = asked.prompts[i]
-                if isinstance(prompt, LabelledPrompt):
-                    texts = _texts(prompt, completions, tokenizer, verifiers.view(prompt.verifier))
-                    items = [Item(prompt.verifier, prompt.text, text, prompt.answer) for text in texts]
-                    judged[i] = verifying.submit(verifiers.score, items)
-                elif classes_by is not None:
-                    texts = _texts(prompt, completions, tokenizer, verifiers.view(classes_by))
-                    classed[i] = verifying.submit(verifiers.classes, classes_by, prompt.text, texts)
-            verdicts = {i: future.result() for i, future in judged.items()}
-            classes = {i: future.result() for i, future in classed.items()}
+                verification.submit(i, asked.prompts[i], completions)
+            verdicts, classes = verification.results()
         except (EngineError, InputError) as error:  # of this rank's engine or judge; of a user's own verifier
             failure = str(error)
     shares: list[Any] = [None] * dist.get_world_size()
@@ -89,22 +73,6 @@ def collect(
     return Collected(
         [of_all[i] for i in places], [verdicts.get(i, []) for i in places], [classes.get(i, []) for i in places]
     )
-
-
-def _texts(
-    prompt: Prompt, completions: Sequence[Completion], tokenizer: PreTrainedTokenizerBase, view: View
-) -> list[str]:
-    """Responses as a verifier sees them, except for what depends on their text (`Verifiers`).
-
-    The end token is removed by its position, whatever its text is. A thought that the prompt began gets its tag.
-    """
-    if view is View.everything:
-        return [tokenizer.decode(completion.token_ids.tolist()) for completion in completions]
-    thought = begun_thought(tokenizer.decode(prompt.token_ids[-PROMPT_END:])) if view is View.answer else ""
-    return [
-        thought + tokenizer.decode(answer.token_ids[: -1 if answer.finish_reason == "stop" else None].tolist())
-        for answer in completions
-    ]
 
 
 def summed_counts(verifiers: Verifiers) -> dict[str, int]:
