@@ -27,6 +27,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from megatron_tempo.config.benchmarks import BENCHMARKS, preset
 from megatron_tempo.config.choices import Verifier
+from megatron_tempo.config.own_presets import check_presets
 from megatron_tempo.config.problem import ConfigErrors, Problem, did_you_mean, show
 from megatron_tempo.config.rules import Purpose
 from megatron_tempo.config.rules.data import SUFFIXES
@@ -37,7 +38,7 @@ from megatron_tempo.config.shipped import REPOSITORY
 from megatron_tempo.config.trained_with import defaults_for, lengths, read_trained_with
 from megatron_tempo.config.tree import MISSING, read, without_default_settings
 from megatron_tempo.errors import InputError
-from megatron_tempo.files import read_json, read_text
+from megatron_tempo.files import read_json
 
 GROUPS = ("model", "data", "benchmark", "engine", "algorithm", "experiment", "cluster")
 _DEFAULT_ALGORITHM = "paper"  # as in configs/config.yaml
@@ -56,7 +57,7 @@ def compose_tree(
     if config_dir is not None and (wrong := wrong_with_folder(Path(config_dir))):
         raise ConfigErrors([Problem("--config-dir", config_dir, wrong, "give the folder of your presets")])
     if config_dir is not None:
-        _check_presets(Path(config_dir))
+        check_presets(Path(config_dir), GROUPS, overrides)
     store = ConfigStore.instance()
     store.store(name="defaults", node=without_default_settings(to_plain(Config()) if whole is None else _whole(whole)))
     for name in (name for name, benchmark in BENCHMARKS.items() if not benchmark.training):
@@ -98,18 +99,6 @@ def compose_tree(
         if purpose is not Purpose.eval and whole is None:
             _own_folder(plain, overrides)
         return plain, problems
-
-
-def _check_presets(folder: Path) -> None:
-    """Raises ConfigErrors for a preset that cannot be read: Hydra would wait for a pipe, and show a traceback."""
-    problems = []
-    for path in sorted(path for group in GROUPS for path in (folder / group).glob("*.yaml")):
-        try:
-            read_text(path)
-        except InputError as error:
-            problems.append(Problem("--config-dir", str(folder), str(error), f"mend {path} or move it away"))
-    if problems:
-        raise ConfigErrors(problems)
 
 
 def _own_folder(plain: dict[str, Any], overrides: Sequence[str]) -> None:

@@ -147,6 +147,11 @@ def test_presets_of_ones_own(good: list[str], tmp_path: Path, capsys: pytest.Cap
     (line,) = report(capsys, *arguments, "experiment=broken")[1:]
     assert line.startswith("experiment=broken: ")
     assert "broken.yaml" in line
+    (folder / "elsewhere.yaml").write_text("# @package _lobal_\nrun: {seed: 5}\n")
+    (folder / "bare.yaml").write_text("# My run.\n# @package _global_\nrun: {seed: 5}\n")  # Hydra reads no header here
+    for name, package in [("elsewhere", "_lobal_"), ("bare", "experiment")]:
+        (line,) = report(capsys, *arguments, f"experiment={name}")[1:]
+        assert f"{name}.yaml puts its fields into {package}, which is no section of a configuration; fix: begin" in line
     assert report(capsys, "check", "--config-dir", "nowhere")[1].startswith("--config-dir=nowhere: does not exist")
 
 
