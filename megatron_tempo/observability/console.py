@@ -13,14 +13,15 @@ from megatron_tempo.observability.records import Record
 COLUMNS = (
     (1, "reward {:6.3f}", "reward/labelled"),
     (2, "value {:5.3f}", "reward/unlabelled_value"),
-    (5, "agreement {:5.3f}", "reward/unlabelled"),
+    (6, "agreement {:5.3f}", "reward/unlabelled"),
     (3, "entropy {:5.3f}", "actor/entropy"),
-    (6, "clip {:5.3f}", "actor/clip_fraction"),
-    (8, "actor grad {:>6}", "actor/grad_norm"),
-    (7, "critic loss {:5.3f}", "critic/loss"),
-    (9, "critic grad {:>6}", "critic/grad_norm"),
-    (10, "{:6,.0f} tok/s", "tokens_per_second"),
-    (4, "{:5.1f} s", "seconds"),
+    (7, "clip {:5.3f}", "actor/clip_fraction"),
+    (9, "actor grad {:>6}", "actor/grad_norm"),
+    (8, "critic loss {:5.3f}", "critic/loss"),
+    (10, "critic grad {:>6}", "critic/grad_norm"),
+    (11, "{:6,.0f} tok/s", "tokens_per_second"),
+    (4, "idle {:3.0%}", "idle_share"),
+    (5, "{:5.1f} s", "seconds"),
 )
 
 

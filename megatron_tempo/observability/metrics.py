@@ -19,6 +19,7 @@ from megatron_tempo.errors import InputError
 from megatron_tempo.observability.alerts import Watch
 from megatron_tempo.observability.console import evaluation_line, is_number, step_line
 from megatron_tempo.observability.heartbeat import DONE, Heartbeat
+from megatron_tempo.observability.idle import PhaseSpan, Span, idle_share
 from megatron_tempo.observability.logs import ALERT, PACKAGE
 from megatron_tempo.observability.progress import Forecast, ProgressBar
 from megatron_tempo.observability.records import (
@@ -34,7 +35,7 @@ from megatron_tempo.observability.records import (
     read_evaluations,
     read_metrics,
 )
-from megatron_tempo.observability.terminal import width
+from megatron_tempo.observability.terminal import IN_A_FILE, width
 from megatron_tempo.observability.trackers import tensorboard_writer, wandb_run
 from megatron_tempo.types import EngineHealth
 
@@ -65,7 +66,8 @@ class Metrics:
         self._config = config
         self._is_writer = is_writer
         self._open: list[tuple[str, float]] = []  # phases that are running, outermost first, and their starts
-        self._times: dict[str, float] = {}  # seconds by phase since the last record
+        self._phases: list[PhaseSpan] = []  # those that ended since the last record
+        self._engine_work: Callable[[float], Iterable[Span]] = lambda since: ()
         self._mark = time.monotonic()  # time of the last record
         self._purge_step: int | None = None
         self._forecast: Forecast | None = None
@@ -139,19 +141,19 @@ class Metrics:
             yield
         finally:
             path, since = self._open.pop()
-            self._times[path] = self._times.get(path, 0.0) + time.monotonic() - since
+            self._phases.append((path, since, time.monotonic()))
             self._show()
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Writes the record of an iteration: stage, method, iteration, step and numbers by name (see records.py)."""
         if not self._is_writer:
             return
-        line = self._complete(record)
+        line = self._complete(record, with_idle=True)
         if self._forecast is not None:
             self._forecast.step(line["stage"], line["iteration"], line["seconds"])
         append(self._dir / METRICS, line)
         self._watch.metrics(line)
-        log.info("%s", step_line(line, *self._ahead(line), width()))
+        log.info("%s", step_line(line, *self._ahead(line), width(IN_A_FILE)))
         self._alert()
         self._track({name: value for name, value in line.items() if is_number(value) and name != "time"}, line["step"])
         self._show()
@@ -165,7 +167,7 @@ class Metrics:
             self._forecast.evaluation(line["seconds"])
         self._replace(EVALUATIONS, [line])
         self._watch.evaluation(line)
-        log.info("%s", evaluation_line(line, width()))
+        log.info("%s", evaluation_line(line, width(IN_A_FILE)))
         self._alert()
         scores = {f"avg@{line['avg_k']}": line["avg"]} | {f"pass@{k}": value for k, value in line["pass"].items()}
         if line.get("calibration"):
@@ -195,8 +197,16 @@ class Metrics:
             self._close_tensorboard()
             self._open_tensorboard(purge_step=step + 1)
 
-    def watch(self, engines: Callable[[], list[EngineHealth]]) -> None:
-        """Include these engines in the heartbeat. `engines` is called from any thread."""
+    def watch(
+        self,
+        engines: Callable[[], list[EngineHealth]],
+        work: Callable[[float], Iterable[Span]] = lambda since: (),
+    ) -> None:
+        """Include these engines in the heartbeat, and their work in `idle_share`.
+
+        `engines` is called from any thread. `work(since)`: (begin, end) of the requests that ended after `since`.
+        """
+        self._engine_work = work
         if self._heartbeat is not None:
             self._heartbeat.watch(engines)
 
@@ -251,18 +261,26 @@ class Metrics:
                 self._printed.add(alert.name)
                 log.log(ALERT, "%s", alert.line())
 
-    def _complete(self, record: Mapping[str, Any]) -> Record:
-        """The record with its time, the seconds since the last record, and the phases. NaN and infinity become None."""
+    def _complete(self, record: Mapping[str, Any], *, with_idle: bool = False) -> Record:
+        """The record with its time, the seconds since the last record, and the phases. NaN and infinity become None.
+
+        `with_idle`: with the share of those seconds in which neither a model nor the engine worked.
+        """
         now = time.monotonic()
-        for i, (path, since) in enumerate(self._open):
-            self._times[path] = self._times.get(path, 0.0) + now - since
-            self._open[i] = (path, now)
-        times = {f"time/{path}": round(seconds, 4) for path, seconds in sorted(self._times.items())}
+        self._phases += [(path, since, now) for path, since in self._open]
+        self._open = [(path, now) for path, _ in self._open]
+        seconds = dict.fromkeys(sorted(path for path, _, _ in self._phases), 0.0)
+        for path, begin, end in self._phases:
+            seconds[path] += end - begin
+        times: dict[str, float] = {f"time/{path}": round(spent, 4) for path, spent in seconds.items()}
+        if with_idle:
+            window = (self._mark, now)
+            times["idle_share"] = round(idle_share(window, self._phases, self._engine_work(self._mark)), 4)
         line, bad = finite({"time": round(time.time(), 3), **record, "seconds": round(now - self._mark, 4), **times})
         if bad:
             step, names = line.get("step"), ", ".join(bad)
             log.warning("step %s: NaN or infinity, written as null: %s", step, names, extra=_UNRECORDED)
-        self._times.clear()
+        self._phases.clear()
         self._mark = now
         return line
 

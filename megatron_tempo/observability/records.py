@@ -1,7 +1,8 @@
 """The JSONL files of a run: one flat record per line. The run appends to them; the report reads them.
 
 metrics.jsonl      one line per iteration: time (unix), stage, method, iteration (from 1 in the stage), step (from 1 in
-                   the run), seconds, numbers by name: reward/labelled, actor/loss, critic/grad_norm, time/generate, ...
+                   the run), seconds, idle_share (the share of them in which neither a model nor the engine worked),
+                   numbers by name: reward/labelled, actor/loss, critic/grad_norm, time/generate, ...
 evaluations.jsonl  one line per set and point: time, stage, iteration, step, set, avg, avg_se, avg_k, pass and pass_se
                    by k, questions, response_length, truncated, seen (how many questions were trained on; null if
                    unknown), calibration, point (before, between, after, during; of the eval command: alone), right
@@ -71,7 +72,7 @@ _SHOWN: dict[str, dict[str, Any]] = {
 # Optional entries of a record, and their forms.
 _FORMS: dict[str, Any] = {
     **dict.fromkeys(("step", "iteration", "processes"), _WHOLE),
-    **dict.fromkeys(("time", "seconds", "tokens_per_second", "questions", "truncated"), _NUMBER),
+    **dict.fromkeys(("time", "seconds", "idle_share", "tokens_per_second", "questions", "truncated"), _NUMBER),
     **dict.fromkeys(("stage", "method", "verifier", "command", "folder", "commit", "hardware", "host"), _TEXT),
     "seen": ({"with_answers": _WHOLE, "without_answers": _WHOLE}, None),
     "calibration": ({"last": _CALIBRATION, "by_prefix": {str: _CALIBRATION}}, None),

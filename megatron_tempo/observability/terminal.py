@@ -15,14 +15,15 @@ from contextlib import contextmanager, suppress
 
 from megatron_tempo.errors import printable
 
+IN_A_FILE = 100  # columns of a run's lines in a log file
 GONE = 141  # exit status if nobody reads the output any more: what a shell reports for SIGPIPE
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PLAIN = {"±": "+-", "→": "->", "…": "...", "–": "-", "—": "-", "×": "x", "·": "|", "−": "-"}
 
 
-def width() -> int:
-    """Columns of the terminal, or of $COLUMNS; 80 without either."""
-    return shutil.get_terminal_size((80, 24)).columns
+def width(without: int = 80) -> int:
+    """Columns of the terminal, or of $COLUMNS; `without` if there is neither."""
+    return shutil.get_terminal_size((without, 24)).columns
 
 
 def say(text: str) -> None:

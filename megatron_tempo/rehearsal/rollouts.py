@@ -12,7 +12,7 @@ from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import Prompts, StageConfig
 from megatron_tempo.methods.learner import Rollouts
 from megatron_tempo.rehearsal.lengths import Lengths
-from megatron_tempo.rollout.engine import Request, Sampling
+from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
 from megatron_tempo.types import Batch, Completion, EngineHealth, TokenCount, Weights, seed_of
 
 _SEED = 0
@@ -69,6 +69,7 @@ class WeightSink:
     shared: bool  # as a colocated server would take it: in memory that other processes can open
     parts: bool  # as vLLM takes it: tensors that are larger than a bucket, in parts
     counted: TokenCount = field(default_factory=TokenCount)
+    work: EngineWork = field(default_factory=EngineWork)
     replicas: int = 1
     bytes_taken: int = 0
 

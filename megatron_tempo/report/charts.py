@@ -46,6 +46,7 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...], bool], ...] = (
     ("Response length", "tokens", (("response_length/mean", "mean"),), False),
     ("Truncated responses", "fraction of responses", (("truncated", "truncated"),), False),
     ("Throughput", "tokens per second", (("tokens_per_second", "tokens"),), False),
+    ("Idle", "share of time without work of a model or the engine", (("idle_share", "idle"),), False),
 )
 
 

@@ -156,7 +156,9 @@ def _rate(metrics: Sequence[Record]) -> str:
     seconds = fmean(record["seconds"] for record in recent)
     tokens = [record["tokens_per_second"] for record in recent if record.get("tokens_per_second")]
     words = f"{readable(3600 / max(seconds, 1e-9))} iterations/hour, {readable(seconds)} s each"
-    return words + (f", {fmean(tokens):,.0f} tokens/s" if tokens else "")
+    words += f", {fmean(tokens):,.0f} tokens/s" if tokens else ""
+    idle = [record["idle_share"] for record in recent if record.get("idle_share") is not None]
+    return words + (f", idle {fmean(idle):.0%}" if idle else "")
 
 
 # Numbers of the last iteration that are shown if the record has them.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_tempo.data.tokenizer import end_tokens
 from megatron_tempo.errors import EngineError
-from megatron_tempo.rollout.engine import Request, Sampling
+from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import Completion, EngineHealth, PartName, TokenCount, Weights, whole_name
 
@@ -44,6 +44,7 @@ class EmbeddedEngine:
         self._end_tokens = torch.tensor(end_tokens(folder), device=device)
         self._version: int | None = None
         self.counted = TokenCount()
+        self.work = EngineWork()
         self.replicas = 1
 
     @torch.no_grad()
@@ -83,8 +84,10 @@ class EmbeddedEngine:
     def start(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
         """Each rank answers its share, one batch at a time, as the answers are read."""
         mine = range(dist.get_rank(), len(requests), dist.get_world_size())
+        number = self.work.begin()
         for i, completions in self.generate([requests[i] for i in mine], sampling):
             yield mine[i], completions
+        self.work.end(number)
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:

@@ -5,13 +5,18 @@ Implementations: `embedded.py`; `servers.py`, for any number of servers; `import
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 
 from megatron_tempo.config.schema import RolloutConfig
 from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
@@ -52,14 +57,61 @@ class EngineSetup:
     log: logging.Logger  # its warnings are shown by `status` and the report too
 
 
+class EngineWork:
+    """When an engine had requests that it had not answered, as this rank knows. Callable from any thread.
+
+    Times are seconds of `time.monotonic`.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._begun: dict[int, float] = {}  # when the requests under way were submitted, by number
+        self._ended: list[tuple[float, float]] = []
+
+    def begin(self) -> int:
+        """Requests are submitted now. Returns their number, for `end`."""
+        with self._lock:
+            number = next(self._numbers)
+            self._begun[number] = time.monotonic()
+            return number
+
+    def end(self, number: int, at: float | None = None) -> None:
+        """The last of these requests is answered, at this time or now. Nothing happens if they have ended before."""
+        with self._lock:
+            if (begun := self._begun.pop(number, None)) is not None:
+                self._ended.append((begun, time.monotonic() if at is None else at))
+
+    def spans(self, since: float = -math.inf) -> list[tuple[float, float]]:
+        """(begin, end) of all requests that end after `since`; those under way end now. Earlier ones are forgotten."""
+        with self._lock:
+            self._ended = [span for span in self._ended if span[1] > since]
+            return [*self._ended, *((begun, time.monotonic()) for begun in self._begun.values())]
+
+    def end_with_slowest(self) -> None:
+        """Let this rank's last requests end when the last rank's did: each rank may have an engine. Collective.
+
+        Clocks of two machines are not compared: a rank says how long ago its engine ended. So the ranks must have
+        waited for one another just before.
+        """
+        now = time.monotonic()
+        ago = torch.tensor(now - self._ended[-1][1] if self._ended else math.inf, dtype=torch.float64)
+        dist.all_reduce(ago, dist.ReduceOp.MIN)
+        with self._lock:
+            if self._ended:
+                self._ended[-1] = (self._ended[-1][0], max(self._ended[-1][1], now - float(ago)))
+
+
 class Engine(Protocol):
     """Generates with the weights that it loaded last. All methods are collective, unless they say otherwise.
 
     `counted`: what went through its model, as far as it knows. `replicas`: how many copies of the model answer.
+    `work`: when it had requests.
     """
 
     counted: TokenCount
     replicas: int
+    work: EngineWork
 
     def start(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
         """Begin to answer requests, the same on every rank.

@@ -21,7 +21,7 @@ from megatron_tempo.config.choices import Dispatch
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rollout.answer_checks import CannotAnswer, checked, checked_completions, differing, reason
-from megatron_tempo.rollout.engine import Request, Sampling
+from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
 from megatron_tempo.rollout.replica import (
     LIMITS,
     Answered,
@@ -55,10 +55,12 @@ class Fleet:
         key: str,
         end_tokens: Sequence[int],
         vocab: int,
+        work: EngineWork,
     ) -> None:
-        """`vocab`: number of tokens that a response may contain."""
+        """`vocab`: number of tokens that a response may contain. `work`: gets the times of the jobs."""
         self._adapter, self._config, self._starter = adapter, config, starter
         self._key, self._end_tokens, self._vocab = key, end_tokens, vocab
+        self._work = work
         self._replicas = [Replica(i) for i in range(replicas)]
         self._waiting: deque[Ask] = deque()
         self._jobs: set[GenerationJob] = set()
@@ -76,7 +78,7 @@ class Fleet:
         """Begin to answer requests, by all servers that have the weights."""
 
         async def begin() -> GenerationJob:
-            job = GenerationJob(len(requests), self._version)
+            job = GenerationJob(len(requests), self._version, self._work.begin())
             asks = [Ask(job, i, request, sampling) for i, request in enumerate(requests)]
             if self._config.dispatch is Dispatch.longest_first:
                 asks.sort(key=lambda ask: -len(ask.request.token_ids))
@@ -102,6 +104,7 @@ class Fleet:
 
         async def forget() -> None:
             self._jobs.discard(job)
+            self._work.end(job.work)  # of a job that failed
             self._waiting = deque(ask for ask in self._waiting if ask.job is not job)
 
         self._do(forget())
@@ -230,6 +233,7 @@ class Fleet:
         call = self._adapter.generate(ask.request, ask.sampling, self._end_tokens)
         try:
             response = await self._send(replica, call)
+            received = time.monotonic()
             completions = checked_completions(response, ask, self._adapter, self._vocab, self._version)
         except CannotAnswer as error:
             self._fail(ask.job, str(error))
@@ -240,6 +244,9 @@ class Fleet:
         else:
             progress_marker.mark()
             ask.job.events.put(Answered(ask.number, completions))
+            ask.job.received = max(ask.job.received, received)
+            if ask.job.left == 1:
+                self._work.end(ask.job.work, ask.job.received)
             ask.job.left -= 1  # last: at 0 nobody waits any longer
         del replica.asks[task]
         self._dispatch()

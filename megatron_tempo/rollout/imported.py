@@ -19,7 +19,7 @@ from megatron_tempo.config.extensions import (
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rollout.answer_checks import doubts, without_rounding
 from megatron_tempo.rollout.arrays import logprob_tensor, run_tuples, token_tensor
-from megatron_tempo.rollout.engine import EngineSetup, Request, Sampling
+from megatron_tempo.rollout.engine import EngineSetup, EngineWork, Request, Sampling
 from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
 
 
@@ -45,12 +45,14 @@ class ImportedEngine:
             raise ExtensionError(f"{extension}: replicas is {shown(replicas)}", "self.replicas = 1 or more models")
         self._counts_itself = counted is not None
         self.counted = TokenCount() if counted is None else counted
+        self.work = EngineWork()
         self.replicas: int = replicas
         self._version = -1
 
     def start(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
         started: Iterable[Any] = ()
         failure: Exception | None = None
+        work = self.work.begin()
         try:
             given: Any = self._engine.start(requests, sampling)
             if not isinstance(given, Iterable):
@@ -58,7 +60,7 @@ class ImportedEngine:
             started = given
         except Exception as error:  # noqa: BLE001 - reported to the other ranks when the answers are read
             failure = error
-        return self._answers(started, requests, sampling, self._version, failure)
+        return self._answers(started, requests, sampling, self._version, failure, work)
 
     def load_weights(self, weights: Weights, version: int) -> None:
         self._engine.load_weights(weights, version)
@@ -94,8 +96,12 @@ class ImportedEngine:
         sampling: Sampling,
         oldest: int,
         failure: Exception | None,
+        work: int,
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """The answers of this rank. At the end the ranks compare: all raise, or each request has one answer."""
+        """The answers of this rank. At the end the ranks compare: all raise, or each request has one answer.
+
+        `work`: the requests' number in `EngineWork`.
+        """
         numbers: list[int] = []
         try:
             for item in started:
@@ -106,6 +112,7 @@ class ImportedEngine:
                 yield number, completions
         except Exception as error:  # noqa: BLE001 - all ranks raise it below
             failure = error
+        self.work.end(work)
         shares: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(shares, (failure and self._describe(failure), numbers))
         if failures := [words for words, _ in shares if words is not None]:

@@ -80,9 +80,12 @@ class Event(Enum):
 class GenerationJob:
     """The requests of one `submit`."""
 
-    def __init__(self, requests: int, oldest: int) -> None:
+    def __init__(self, requests: int, oldest: int, work: int) -> None:
+        """`oldest`: the version of the weights at its start. `work`: its number in the engine's `EngineWork`."""
         self.left = requests
         self.oldest = oldest
+        self.work = work
+        self.received = 0.0  # when the last byte of the last answer so far was read, by `time.monotonic`
         self.events: queue.SimpleQueue[Answered | Failed | Event] = queue.SimpleQueue()
 
 

@@ -28,7 +28,7 @@ from megatron_tempo.files import read_text
 from megatron_tempo.rollout.addresses import chosen_devices, own_address, visible_devices
 from megatron_tempo.rollout.answer_checks import differing
 from megatron_tempo.rollout.checksum import whole_checksums
-from megatron_tempo.rollout.engine import Request, Sampling
+from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
 from megatron_tempo.rollout.fleet import Fleet
 from megatron_tempo.rollout.placement import own_gpu, placed, visible_gpus
 from megatron_tempo.rollout.replica import Answered, Event, Failed, GenerationJob, Starter
@@ -64,6 +64,7 @@ class ServersEngine:
         Raises InputError if a server does not start, or cannot be reached from the trainer.
         """
         self.counted = TokenCount()
+        self.work = EngineWork()
         self._adapter, self._config = adapter, config
         self._control = dist.new_group(backend="gloo", timeout=timeout)
         self._weights: Weights | None = None
@@ -84,7 +85,7 @@ class ServersEngine:
         self._supervisor: ServerSupervisor | None = None
         starter = self._external(key) if config.addresses is not None else self._supervised(nodes, make)
         if starter is not None:
-            self._fleet = Fleet(adapter, config, starter, self.replicas, key, end_tokens(model), vocab)
+            self._fleet = Fleet(adapter, config, starter, self.replicas, key, end_tokens(model), vocab, self.work)
             self._closing.callback(self._fleet.close)
         try:
             self._agree(lambda: self._first.open())

@@ -60,6 +60,7 @@ class RolloutRequests:
             self.request(stage_name, stage, iteration)
         current = self.pending[0]
         completions, verdicts, classes = collect(current.asked, self.verifiers, self.tokenizer, classes_by)
+        self.engine.work.end_with_slowest()
         if self.config.rollout.max_staleness and iteration + 1 < stage.iterations:
             self.request(stage_name, stage, iteration + 1)
         labelled, unlabelled = current.labelled, current.unlabelled

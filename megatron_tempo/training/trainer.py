@@ -113,7 +113,7 @@ class Trainer:
             _begin(metrics, checkpoints, latest, is_writer=context.is_writer)
             engine = build_engine(context)
             stack.callback(engine.close)
-            metrics.watch(engine.health)
+            metrics.watch(engine.health, engine.work.spans)
             requests = RolloutRequests(config, engine, tokenizer, verifiers, labelled, unlabelled)
             seen = Seen(below, keys.labelled, keys.unlabelled, context.is_writer)
             profiler = Profiler(config.profile.steps, below / "profile", context.device, dist.get_rank())

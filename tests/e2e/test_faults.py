@@ -54,7 +54,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def numbers(records: list[Record]) -> list[Record]:
     """Records without the time that things took."""
-    timing = ("time", "seconds", "tokens_per_second")
+    timing = ("time", "seconds", "idle_share", "tokens_per_second")
     return [
         {k: v for k, v in record.items() if k not in timing and not k.startswith(("time/", "memory_gb/"))}
         for record in records

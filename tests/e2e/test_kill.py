@@ -124,7 +124,7 @@ def assert_same_end(run: Path, reference: Path) -> None:
         assert (run / path).read_bytes() == (reference / path).read_bytes()
 
     def numbers(records: list[dict]) -> list[dict]:
-        timing = ("time", "seconds", "tokens_per_second")
+        timing = ("time", "seconds", "idle_share", "tokens_per_second")
         return [
             {k: v for k, v in r.items() if k not in timing and not k.startswith(("time/", "memory_gb/"))}
             for r in records

@@ -153,7 +153,7 @@ def assert_status_tells(run: Path, what: str) -> None:
 
 def outcome(run: Path) -> tuple[list[dict], dict[str, bytes]]:
     """Figures and weights at the end, times apart."""
-    timing = ("time", "seconds", "tokens_per_second")
+    timing = ("time", "seconds", "idle_share", "tokens_per_second")
     metrics = [
         {k: v for k, v in r.items() if k not in timing and not k.startswith(("time/", "memory_gb/"))}
         for r in read_metrics(run)

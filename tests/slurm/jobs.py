@@ -105,7 +105,7 @@ def command(*words: str) -> str:
 
 def numbers(run: Path) -> list[dict[str, Any]]:
     """The run's metrics without its times."""
-    timing = ("time", "seconds", "tokens_per_second")
+    timing = ("time", "seconds", "idle_share", "tokens_per_second")
     return [
         {k: v for k, v in record.items() if k not in timing and not k.startswith(("time/", "memory_gb/"))}
         for record in read_metrics(run)

@@ -19,7 +19,7 @@ from megatron_tempo.rewards.scorer import Item
 from megatron_tempo.rewards.verifiers import Verifiers, View
 from megatron_tempo.rollout import dump
 from megatron_tempo.rollout.batches import Asked, ask, batch_of, collect, summed_counts
-from megatron_tempo.rollout.engine import Request, Sampling
+from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
 from megatron_tempo.rollout.verification import texts_of
 from megatron_tempo.types import (
     Batch,
@@ -44,7 +44,7 @@ SAMPLING = Sampling(1.0, 9)
 class CountingEngine:
     """Answers each request by numbers that tell its seed, its prompt and the sample; the last request first."""
 
-    counted, replicas = TokenCount(), 1
+    counted, replicas, work = TokenCount(), 1, EngineWork()
 
     def start(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
         for i in reversed(range(dist.get_rank(), len(requests), dist.get_world_size())):

@@ -25,6 +25,7 @@ from megatron_tempo.observability.heartbeat import Heartbeat, read_heartbeat
 from megatron_tempo.observability.metrics import Metrics
 from megatron_tempo.observability.records import append
 from megatron_tempo.report.status import status
+from megatron_tempo.rollout.engine import EngineWork
 from megatron_tempo.rollout.fleet import Fleet
 from megatron_tempo.rollout.server_adapter import ServerAdapter
 from megatron_tempo.runtime.folder_lock import Holder
@@ -246,7 +247,7 @@ class OneComes:
 
 def test_the_health_of_servers() -> None:
     named = cast(ServerAdapter, SimpleNamespace(name="vllm"))
-    fleet = Fleet(named, ServersConfig(), OneComes(), 2, "key", [0], 10)
+    fleet = Fleet(named, ServersConfig(), OneComes(), 2, "key", [0], 10, EngineWork())
     try:
         assert fleet.health() == [EngineHealth(f"vllm server {i}", "starting") for i in (0, 1)]
         with pytest.raises(InputError, match="does not come up"):
