@@ -202,7 +202,7 @@ def random_actor(context: RunContext) -> Actor:
 
 def measured(job: BenchmarkJob, context: RunContext, actor: Actor) -> dict[str, Any]:
     parallel, dtype = context.config.parallel, DTYPES[Precision[engine_precision(context.config).name]]
-    mappings = tables.mappings(actor.model.net.shape, parallel.pipeline, critic=False)
+    mappings = tables.mappings(actor.model.net.shape, parallel.pipeline_layers, critic=False)
     groups = plan(mappings, parallel.bucket_mb << 20, dtype.itemsize)
     buckets = [sum(mapping.numel for mapping in group) * dtype.itemsize for group in groups]
     versions, timings = itertools.count(), {}

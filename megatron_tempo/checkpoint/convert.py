@@ -145,7 +145,7 @@ def _read(hugging_face: Path, model: str) -> tuple[ModelShape, list[ParamMapping
     if not (hugging_face / "config.json").is_file():
         raise InputError(f"{hugging_face} is not a Hugging Face folder: it has no config.json; give a folder with one")
     shape = read_model_shape(hugging_face)
-    return shape, tables.mappings(shape, 1, critic=model == "critic")
+    return shape, tables.mappings(shape, critic=model == "critic")
 
 
 @dataclass(frozen=True, slots=True)

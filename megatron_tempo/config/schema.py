@@ -26,6 +26,7 @@ from megatron_tempo.config.choices import (
     Verifier,
 )
 from megatron_tempo.config.extensions import Extension
+from megatron_tempo.config.pipeline_layers import PipelineLayers
 from megatron_tempo.config.stages import CriticTargets, PpoSettings, StageConfig, TempoSettings
 
 
@@ -63,6 +64,9 @@ class CriticLayoutConfig:
 
     tensor: int | None = None  # as parallel.tensor
     pipeline: int | None = None  # as parallel.pipeline
+    # as parallel.num_layers_in_first_pipeline_stage if the critic has as many stages, else like the other stages
+    num_layers_in_first_pipeline_stage: int | None = None
+    num_layers_in_last_pipeline_stage: int | None = None  # the same for the last stage
     context: int | None = None  # as parallel.context
     sequence: bool | None = None  # as parallel.sequence
 
@@ -72,7 +76,12 @@ class ParallelConfig:
     """How the trainer's processes (ranks) share a model. The remaining factor is data parallelism."""
 
     tensor: int = 1  # ranks that share each layer's matrices
-    pipeline: int = 1  # pipeline stages, one rank each
+    # pipeline stages, one rank each; layers are divided evenly, and a remainder goes to stages before the last one
+    pipeline: int = 1
+    # layers of the first stage, the one with the input embedding; None: like the other stages
+    num_layers_in_first_pipeline_stage: int | None = None
+    # layers of the last stage, the one with the output layer; None: like the other stages
+    num_layers_in_last_pipeline_stage: int | None = None
     context: int = 1  # ranks that share the tokens of each micro-batch
     sequence: bool = False  # sequence parallelism: the ranks of `tensor` share the tokens between the matrices
     critic: CriticLayoutConfig = field(default_factory=CriticLayoutConfig)
@@ -88,9 +97,19 @@ class ParallelConfig:
         """Processes that share one copy of the model."""
         return self.tensor * self.pipeline * self.context
 
+    @property
+    def pipeline_layers(self) -> PipelineLayers:
+        """How layers are divided over the pipeline stages."""
+        ends = self.num_layers_in_first_pipeline_stage, self.num_layers_in_last_pipeline_stage
+        return PipelineLayers(self.pipeline, *ends)
+
     def of_critic(self) -> ParallelConfig:
-        """The critic's layout."""
+        """The critic's layout. The layers of the actor's first and last stage are the critic's only if the critic has
+        as many stages."""
         own = {name: value for name in self.critic.__slots__ if (value := getattr(self.critic, name)) is not None}
+        ends = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+        if own.get("pipeline", self.pipeline) != self.pipeline:
+            own = dict.fromkeys(ends) | own
         return replace(self, **own, critic=CriticLayoutConfig())
 
 

@@ -38,7 +38,10 @@ def layout_words(own: ParallelConfig, replicas: int | None) -> str:
     data = f"data {replicas}" if replicas else "data by the number of processes"
     sequence = ", sequence parallel" if own.sequence else ""
     context = f"context {own.context} x " if own.context > 1 else ""
-    return f"tensor {own.tensor} x pipeline {own.pipeline} x {context}{data}{sequence}"
+    ends = {"first": own.num_layers_in_first_pipeline_stage, "last": own.num_layers_in_last_pipeline_stage}
+    uneven = ", ".join(f"{count} layers {end}" for end, count in ends.items() if count is not None)
+    pipeline = f"pipeline {own.pipeline}" + (f" ({uneven})" if uneven else "")
+    return f"tensor {own.tensor} x {pipeline} x {context}{data}{sequence}"
 
 
 def _stage(config: Config, stage: StageConfig) -> str:

@@ -72,6 +72,7 @@ def transformer_config(
         output_layer_init_method=_no_init,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        pipeline_model_parallel_layout=_uneven_stages(shape, layout),
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence_parallel,
         # Micro-batches have different lengths, so pipeline stages must send the shapes too.
@@ -84,6 +85,20 @@ def transformer_config(
         **_RECOMPUTE[recompute],
         **_fp8(precision, num_bf16_layers_at_ends),
     )
+
+
+def _uneven_stages(shape: ModelShape, layout: Layout) -> list[list[str]] | None:
+    """What each pipeline stage has, in Megatron's words; None if all have equally many layers.
+
+    Megatron numbers layers by it, in checkpoints and for FP8. Its own fields for the first and the last stage would do
+    only if all other stages had equally many layers.
+    """
+    if layout.pipeline_layers.is_even(shape.layers):
+        return None
+    stages = [["decoder"] * count for count in layout.pipeline_layers.counts(shape.layers)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
 
 
 def _fp8(precision: Precision, num_bf16_layers_at_ends: int) -> dict[str, Any]:
@@ -119,10 +134,9 @@ def _no_init(weight: Tensor) -> Tensor:
 
 def block_spec(config: TransformerConfig, shape: ModelShape, layout: Layout) -> TransformerBlockSubmodules:
     """The layers of this rank's pipeline stage, and the norm after the model's last layer."""
-    of_stage = shape.layers // layout.pipeline
-    first = layout.pipeline_rank * of_stage
+    of_stage = layout.pipeline_layers.ranges(shape.layers)[layout.pipeline_rank]
     layer, norms = _layer(Layers[config.transformer_impl]), _norms(shape)
-    specs = [layer(shape, attention, norms) for attention in shape.attention[first : first + of_stage]]
+    specs = [layer(shape, attention, norms) for attention in shape.attention[of_stage.start : of_stage.stop]]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
 
 

@@ -20,6 +20,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
+from megatron_tempo.config.pipeline_layers import PipelineLayers
 from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.megatron_compat.gloo_devices import shared_gloo_devices
@@ -69,12 +70,19 @@ class Layout:
     context_rank: int
     context: int
     sequence_parallel: bool
+    first_stage_layers: int | None = None  # as in `PipelineLayers`
+    last_stage_layers: int | None = None
     groups: Groups = field(default_factory=lambda: Groups({}), repr=False, compare=False)  # empty: the current groups
 
     @property
     def is_writer(self) -> bool:
         """Whether this rank writes the run's files, except checkpoints, which all ranks write."""
         return self.rank == 0
+
+    @property
+    def pipeline_layers(self) -> PipelineLayers:
+        """How layers are divided over the pipeline stages."""
+        return PipelineLayers(self.pipeline, self.first_stage_layers, self.last_stage_layers)
 
     @property
     def is_first_stage(self) -> bool:
@@ -175,6 +183,8 @@ def initialize_model_parallel(config: ParallelConfig, seed: int, timeout: timede
         context_rank=parallel_state.get_context_parallel_rank(),
         context=config.context,
         sequence_parallel=config.sequence,
+        first_stage_layers=config.num_layers_in_first_pipeline_stage,
+        last_stage_layers=config.num_layers_in_last_pipeline_stage,
         groups=Groups.read(),
     )
 

@@ -118,7 +118,7 @@ def kept(
     final norm. In bf16 the norms save copies; a stage keeps what it received from the previous stage and what it sent
     to the next one.
     """
-    w, layers, last = Widths.of(shape, layout), shape.layers // layout.pipeline, layout.pipeline - 1
+    w, layers, last = Widths.of(shape, layout), layout.pipeline_layers.counts(shape.layers)[stage], layout.pipeline - 1
     states = machine.size * w.h * micro.tokens
     if layout.recompute is Recompute.layers:
         return (layers + 1) * states

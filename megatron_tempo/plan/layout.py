@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_tempo.config.choices import Device, Layers, Precision, Recompute
+from megatron_tempo.config.pipeline_layers import PipelineLayers
 from megatron_tempo.config.recipes import RECIPES
 from megatron_tempo.config.schema import Config, ParallelConfig
 from megatron_tempo.config.sizes import GRID_SLACK
@@ -24,6 +25,13 @@ class PlannedLayout:
     sequence: bool = False
     context: int = 1
     recompute: Recompute = Recompute.none
+    first_stage_layers: int | None = None  # as in `PipelineLayers`
+    last_stage_layers: int | None = None
+
+    @property
+    def pipeline_layers(self) -> PipelineLayers:
+        """How layers are divided over the pipeline stages."""
+        return PipelineLayers(self.pipeline, self.first_stage_layers, self.last_stage_layers)
 
     @property
     def world(self) -> int:
@@ -74,7 +82,8 @@ def machine_of(config: Config) -> PlannedMachine:
 def layout_of(own: ParallelConfig, world: int) -> PlannedLayout:
     """The layout over `world` processes. The configuration has passed the rules."""
     data = world // own.ranks_of_a_replica
-    return PlannedLayout(own.tensor, own.pipeline, data, own.sequence, own.context, own.recompute)
+    ends = own.num_layers_in_first_pipeline_stage, own.num_layers_in_last_pipeline_stage
+    return PlannedLayout(own.tensor, own.pipeline, data, own.sequence, own.context, own.recompute, *ends)
 
 
 def row_tokens(config: Config) -> int:

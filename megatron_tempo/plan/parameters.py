@@ -46,9 +46,9 @@ def fp8_copies(config: Config, shape: ModelShape, layout: PlannedLayout, stage: 
     """
     if config.run.precision not in RECIPES:
         return 0.0
-    of_stage = shape.layers // layout.pipeline
+    of_stage = layout.pipeline_layers.ranges(shape.layers)[stage]
     ends = config.model.num_bf16_layers_at_ends
-    inside = sum(ends <= layer < shape.layers - ends for layer in range(stage * of_stage, (stage + 1) * of_stage))
+    inside = sum(ends <= layer < shape.layers - ends for layer in of_stage)
     matrices = (2 * shape.queries + 2 * shape.keys + 3 * shape.ffn) * shape.hidden / layout.tensor
     return (2.0 if trained else 1.0) * inside * matrices
 
@@ -61,7 +61,7 @@ def parameters(shape: ModelShape, layout: PlannedLayout, role: Role, stage: int)
     """
     tensor, last = layout.tensor, layout.pipeline - 1
     table = padded_vocab(shape.vocab, tensor) // tensor * shape.hidden
-    total = shape.layers // layout.pipeline * layer_parameters(shape, tensor)
+    total = layout.pipeline_layers.counts(shape.layers)[stage] * layer_parameters(shape, tensor)
     if stage == 0:
         total += table
     if stage == last:

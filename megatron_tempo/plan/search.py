@@ -2,8 +2,9 @@
 
 The search varies tensor and pipeline parallelism (data parallelism follows), how many GPUs of each node serve and with
 which tensor parallelism, and, if that saves memory, the token budget, recomputation, offload and the embedded engine's
-rows. Context parallelism stays as configured. A tensor-parallel group stays inside a node, and sequence parallelism
-follows tensor parallelism. Colocated servers are not searched, because they do not work yet (docs/status.md).
+rows. The layers of the first and last pipeline stage stay as configured while the number of stages does. Context
+parallelism stays as configured. A tensor-parallel group stays inside a node, and sequence parallelism follows tensor
+parallelism. Colocated servers are not searched, because they do not work yet (docs/status.md).
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from megatron_tempo.plan.times import iteration, times
 SERVERS = EngineKind.vllm  # the served engine that is tried if the configuration has the embedded one
 # Parameters from which on it is tried: a smaller model generates in no time, and a server takes a minute to start.
 SERVED = 100_000_000
+
+_ENDS = {f"parallel.{name}": name for name in
+         ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")}  # fmt: skip
 
 # Tried if nothing fits: multiples of the number of nodes, fractions of the response length.
 MORE, SHORTER = (2, 4, 8), (2, 4, 8, 16)
@@ -120,12 +124,15 @@ def _training(config: Config, shape: ModelShape, trainers: int) -> Iterator[dict
     kinds = dict.fromkeys([config.parallel.recompute, Recompute.layers])  # in this order, independent of hashes
     turns = dict.fromkeys([config.parallel.offload, True])
     for tensor in (n for n in divisors(shape.heads) if inside % n == 0):
-        for pipeline in (n for n in divisors(shape.layers) if trainers % (tensor * n) == 0):
+        for pipeline in (n for n in divisors(trainers // tensor) if n <= shape.layers):
+            ends = {path: getattr(config.parallel, name) for path, name in _ENDS.items()}
+            if pipeline != config.parallel.pipeline:
+                ends = dict.fromkeys(_ENDS)
             # Keep the configuration's own choice where possible: one override less.
             sequence = tensor > 1 and (config.parallel.sequence or tensor != config.parallel.tensor)
             for sequenced in {sequence, tensor > 1}:
                 for budget, recompute, offload in product(budgets, kinds, turns):
-                    yield {
+                    yield ends | {
                         "parallel.tensor": tensor,
                         "parallel.pipeline": pipeline,
                         "parallel.sequence": sequenced,

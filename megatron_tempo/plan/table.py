@@ -72,12 +72,12 @@ def _memory(own: Plan) -> list[str]:
 
 
 def _models(shape: ModelShape, own: Plan) -> list[str]:
-    """Bytes of each model on the first and the last pipeline stage."""
+    """Bytes of each model on the first and the last pipeline stage, and on the one with most layers."""
     machine = machine_of(own.config)
     rows = [["GB resident", "weights", "gradients", "optimizer"]]
     for role in Role:
-        last = own.layouts[role].pipeline - 1
-        for stage in sorted({0, last}):
+        last, counts = own.layouts[role].pipeline - 1, own.layouts[role].pipeline_layers.counts(shape.layers)
+        for stage in sorted({0, last, counts.index(max(counts))}):
             held = resident(shape, own.layouts[role], machine, role, stage)
             name = role.value + (f", stage {stage + 1} of {last + 1}" if last else "")
             rows.append([name, *(f"{size / GB:.1f}" for size in (held.weights, held.gradients, held.optimizer))])

@@ -99,21 +99,24 @@ class _Passes:
 
     def _pass(self, rows: int, operations: float, exchanges: int, steps: int) -> float:
         """Seconds of arithmetic, and of `exchanges` all-reduces of the hidden states per layer over the tensor ranks
-        (Shoeybi et al. 2019): 2 (t - 1) / t times their bytes. The pipeline idles for (stages - 1) / micro-batches."""
+        (Shoeybi et al. 2019): 2 (t - 1) / t times their bytes. The pipeline idles for (stages - 1) / micro-batches. All
+        stages wait for the one with most layers."""
         layout, cluster, shape = self.layout, self.cluster, self.shape
         rate = layout.world * cluster.bf16_tflops * 1e12 * cluster.compute_share
         states = self.size * row_tokens(self.config) * shape.hidden
         t = layout.tensor
-        sent = exchanges * shape.layers / layout.pipeline * 2 * (t - 1) / t * states * rows / layout.data
+        most = max(layout.pipeline_layers.counts(shape.layers))
+        sent = exchanges * most * 2 * (t - 1) / t * states * rows / layout.data
         link = cluster.nvlink_gbs if t <= cluster.gpus_per_node else cluster.network_gbs
         micro = micro_batch_of(self.config, layout, max(1, rows // steps))
-        busy = rows * operations / rate + sent / (link * 1e9 * cluster.link_share)
+        waiting = most * layout.pipeline / shape.layers
+        busy = rows * operations / rate * waiting + sent / (link * 1e9 * cluster.link_share)
         return busy * (1 + (layout.pipeline - 1) / micro.count)
 
     def _reduce(self, role: Role) -> float:
         """Seconds per optimizer step to reduce-scatter fp32 gradients and all-gather weights: a ring over replicas."""
         layout, cluster = self.layout, self.cluster
-        count = max(parameters(self.shape, layout, role, stage) for stage in (0, layout.pipeline - 1))
+        count = max(parameters(self.shape, layout, role, stage) for stage in range(layout.pipeline))
         link = cluster.nvlink_gbs if layout.world <= cluster.gpus_per_node else cluster.network_gbs
         return (4 + self.size) * count * (layout.data - 1) / layout.data / (link * 1e9 * cluster.link_share)
 

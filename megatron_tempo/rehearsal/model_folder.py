@@ -61,7 +61,7 @@ def write_model_folder(folder: Path, shape: ModelShape) -> None:
     (folder / "config.json").write_text(json.dumps(config_entries(shape), indent=1) + "\n")
     files: list[dict[str, tuple[int, ...]]] = [{}]
     size = 0
-    for mapping in tables.mappings(shape, 1, critic=False):
+    for mapping in tables.mappings(shape, critic=False):
         for name, sizes in zip(mapping.names, mapping.shapes, strict=True):
             if files[-1] and size + 2 * math.prod(sizes) > _FILE_BYTES:
                 files.append({})

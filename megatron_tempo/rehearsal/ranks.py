@@ -36,12 +36,13 @@ class _Position:
         return cls(rest % own.context, rest // own.context % data, rest // own.context // data)
 
 
-def kinds_of(config: Config, world: int, rows: int) -> list[RankKind]:
+def kinds_of(config: Config, world: int, rows: int, layers: int) -> list[RankKind]:
     """One rank of each kind. `rows`: rows of a pass over all replicas, which decides whether their shares differ.
+    `layers`: of either model.
 
     Ranks are alike if they have the same pipeline stages of actor and critic, unless these are middle stages, which are
-    alike too; if they are the first or another context rank; and if their share of the rows has the same size.
-    Tensor ranks do the same work, except that the first one reports: it stands for all of them.
+    alike too if they have equally many layers; if they are the first or another context rank; and if their share of the
+    rows has the same size. Tensor ranks do the same work, except that the first one reports: it stands for all of them.
     """
     actor, critic = config.parallel, config.parallel.of_critic()
     found: dict[tuple[object, ...], RankKind] = {}
@@ -50,8 +51,8 @@ def kinds_of(config: Config, world: int, rows: int) -> list[RankKind]:
         if rank % actor.tensor or (config.has_critic and rank % critic.tensor):
             continue
         key = (
-            *_key(of_actor, world, actor, rows),
-            *(_key(of_critic, world, critic, rows) if config.has_critic else ()),
+            *_key(of_actor, world, actor, rows, layers),
+            *(_key(of_critic, world, critic, rows, layers) if config.has_critic else ()),
         )
         if key not in found:
             label = ", ".join(_words(of_actor, of_critic, config, world, rows))
@@ -59,8 +60,9 @@ def kinds_of(config: Config, world: int, rows: int) -> list[RankKind]:
     return list(found.values())
 
 
-def _key(at: _Position, world: int, own: ParallelConfig, rows: int) -> tuple[object, ...]:
-    return (_stage_kind(at.stage, own.pipeline), min(at.context, 1), _has_more_rows(at, world, own, rows))
+def _key(at: _Position, world: int, own: ParallelConfig, rows: int, layers: int) -> tuple[object, ...]:
+    count = own.pipeline_layers.counts(layers)[at.stage]
+    return (_stage_kind(at.stage, own.pipeline), count, min(at.context, 1), _has_more_rows(at, world, own, rows))
 
 
 def _stage_kind(stage: int, pipeline: int) -> str:

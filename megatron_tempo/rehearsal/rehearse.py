@@ -126,7 +126,7 @@ class _Case:
                 f"is left of cluster.memory_gb={config.cluster.memory_gb:g}: give the servers a smaller share, or GPUs "
                 f"of their own"
             )
-        return cls(config, small, options, rows, kinds_of(config, world, rows), planned, folder)
+        return cls(config, small, options, rows, kinds_of(config, world, rows, shape.layers), planned, folder)
 
     def write(self) -> dict[str, Any]:
         """Write the case's folder. Returns what the process has to know of it."""

@@ -155,4 +155,4 @@ def last_targets(config: Config) -> CriticTargets:
 
 def mappings_of(net: PackedGPT, layout: Layout) -> list[ParamMapping]:
     """The table of a network's parameters and their Hugging Face tensors."""
-    return tables.mappings(net.shape, layout.pipeline, critic=isinstance(net, ValueModel))
+    return tables.mappings(net.shape, layout.pipeline_layers, critic=isinstance(net, ValueModel))

@@ -183,7 +183,7 @@ def _load(net: PackedGPT, layout: Layout, mappings: list[ParamMapping], folder: 
 def _checked_actor(folder: Path, layout: Layout) -> tuple[dict[str, Path], list[ParamMapping]]:
     """The files of an actor's tensors, without the second name of a tied matrix, and its mappings."""
     shape, files = read_model_shape(folder), tensor_files(folder)
-    mappings = tables.mappings(shape, 1, critic=False)
+    mappings = tables.mappings(shape, critic=False)
     check(files, mappings, folder)
     if layout.is_writer:
         _check_tied_head(files, mappings, folder)

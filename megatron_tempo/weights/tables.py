@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_tempo.config.model_shape import ModelShape
+from megatron_tempo.config.pipeline_layers import PipelineLayers
 from megatron_tempo.weights import olmo3, qwen3
 from megatron_tempo.weights.param_mapping import (
     Norm,
@@ -17,9 +18,10 @@ from megatron_tempo.weights.param_mapping import (
 )
 
 NORMS: dict[str, Callable[[ModelShape], list[Norm]]] = {"olmo3": olmo3.norms, "qwen3": qwen3.norms}
+WITHOUT_PIPELINE = PipelineLayers()
 
 
-def mappings(shape: ModelShape, pipeline: int, *, critic: bool) -> list[ParamMapping]:
+def mappings(shape: ModelShape, pipeline: PipelineLayers = WITHOUT_PIPELINE, *, critic: bool) -> list[ParamMapping]:
     """Every parameter of the model, layer by layer. The same list on every rank.
 
     In Hugging Face's format, the critic is the family's token classifier with one label. A tied output matrix is not
@@ -33,13 +35,13 @@ def mappings(shape: ModelShape, pipeline: int, *, critic: bool) -> list[ParamMap
         ShardedVocab(shape.vocab),
         0,
     )
-    per_stage = shape.layers // pipeline
     layers = [
         mapping
-        for layer in range(shape.layers)
-        for mapping in _layer(shape, layer, layer % per_stage, stage=layer // per_stage)
+        for stage, of_stage in enumerate(pipeline.ranges(shape.layers))
+        for local, layer in enumerate(of_stage)
+        for mapping in _layer(shape, layer, local, stage)
     ]
-    last = pipeline - 1
+    last = pipeline.stages - 1
     norm = ParamMapping("decoder.final_layernorm.weight", ("model.norm.weight",), ((hidden,),), Replicated(), last)
     return [embedding, *layers, norm, *_head(shape, last, critic=critic)]
 

@@ -19,14 +19,15 @@ from tests.support.weights import tensors
 
 ITERATIONS = 3  # the first of them the critic's warm-up: the actor's optimizer has then no state yet
 ONE, TP2 = (1, 1, 1, 1), (2, 1, 1, 2)
-# name: (tensor, pipeline, context, processes) of the iterations until the checkpoint, then of the rest
-CHANGES = {
+# name: (tensor, pipeline, context, processes, perhaps layers of the first stage) until the checkpoint, then of the rest
+CHANGES: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], int]] = {
     "tp2-pp2 to one process": ("untied", (2, 2, 1, 4), (1, 1, 1, 1), 2),
     "one process to tp2-pp2": ("untied", (1, 1, 1, 1), (2, 2, 1, 4), 2),
     "dp2 to tp2, in the warm-up": ("untied", (1, 1, 1, 2), (2, 1, 1, 2), 1),
     "cp2-pp2 to dp2": ("untied", (1, 2, 2, 4), (1, 1, 1, 2), 2),
     # Where the pipeline parts a tied embedding's two ends, it has a gradient bucket of its own.
     "tied, pp2 to pp2": ("tied", (1, 2, 1, 2), (1, 2, 1, 2), 2),
+    "tied, stages of 1, 2 and 1 layers to 3 and 1": ("tied", (1, 3, 1, 3), (1, 2, 1, 2, 3), 2),
     "tied, dp2-pp2 to one process": ("tied", (1, 2, 1, 4), (1, 1, 1, 1), 2),
     # Its norms over all heads are cut over the tensor ranks.
     "olmo3, tp2-pp2 to one process": ("olmo3", (2, 2, 1, 4), (1, 1, 1, 1), 2),
@@ -44,9 +45,10 @@ def run_config(project: Path, run: Path, iterations: int) -> Config:
     return config
 
 
-def launch(config: Config, layout: tuple[int, int, int, int], out: Path, server: ForkServer = FORK_SERVER) -> None:
+def launch(config: Config, layout: tuple[int, ...], out: Path, server: ForkServer = FORK_SERVER) -> None:
     """`server`: with Transformer Engine's stand-in, its layers and its optimizer are used."""
-    config.parallel.tensor, config.parallel.pipeline, config.parallel.context, world = layout
+    config.parallel.tensor, config.parallel.pipeline, config.parallel.context, world, *first = layout
+    config.parallel.num_layers_in_first_pipeline_stage = first[0] if first else None
     config.model.layers = Layers.transformer_engine if server is TE_FORK_SERVER else Layers.local
     run_ranks(train, world, out, config, server=server)
 

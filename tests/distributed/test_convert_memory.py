@@ -56,7 +56,7 @@ def write_large(folder: Path, layers: int = 32, vocab: int = 151936) -> dict[str
             yield piece.view(torch.bfloat16)
 
     weight_map: dict[str, str] = {}
-    for number, group in enumerate(plan(tables.mappings(read_model_shape(folder), 1, critic=False), SHARD, 2)):
+    for number, group in enumerate(plan(tables.mappings(read_model_shape(folder), critic=False), SHARD, 2)):
         entries = [
             (name, torch.bfloat16, shape)
             for mapping in group

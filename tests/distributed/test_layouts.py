@@ -41,6 +41,24 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+# Of models with four layers.
+UNEVEN: dict[str, tuple[int, dict[str, Any]]] = {
+    "pp3": (3, {"pipeline": 3}),  # 1, 2, 1
+    "pp2-first-3-critic-first-1": (
+        2,
+        {
+            "pipeline": 2,
+            "num_layers_in_first_pipeline_stage": 3,
+            "critic": CriticLayoutConfig(num_layers_in_first_pipeline_stage=1),
+        },
+    ),
+    "tp2-pp2-last-3-sequence": (
+        4,
+        {"tensor": 2, "pipeline": 2, "sequence": True, "num_layers_in_last_pipeline_stage": 3},
+    ),
+}
+
+
 KINDS = ("untied", *RANDOM)
 
 
@@ -71,13 +89,14 @@ def weights(run: Path, model: str) -> dict[str, torch.Tensor]:
 
 
 def in_layout(config: Config, name: str) -> int:
-    world, layout = LAYOUTS[name]
+    world, layout = (LAYOUTS | UNEVEN)[name]
     config.parallel = replace(config.parallel, **{"micro_batch_tokens": 300, **layout})
     return world
 
 
 CASES = [("untied", name) for name in LAYOUTS] + [("tied", "tp2"), ("tied", "pp2"), ("tied", "dp2-pp2")]
 CASES += [("tied", "critic-tp2-cp2-actor-pp2-dp2-offload")]
+CASES += [("tied", "pp3"), ("tied", "pp2-first-3-critic-first-1"), ("olmo3", "tp2-pp2-last-3-sequence")]
 CASES += [("olmo3", "tp2"), ("olmo3", "tp2-sequence"), ("olmo3", "tp2-pp2-sequence-small-budget")]
 
 

@@ -42,7 +42,14 @@ from tests.support.storages import Storages
 from tests.support.tiny import write_model
 
 # name: tensor, pipeline, processes
-LAYOUTS = {"tp2-pp2": (2, 2, 4), "dp2-tp2": (2, 1, 4), "tp2": (2, 1, 2), "dp2": (1, 1, 2), "pp2": (1, 2, 2)}
+LAYOUTS = {
+    "tp2-pp2": (2, 2, 4),
+    "dp2-tp2": (2, 1, 4),
+    "tp2": (2, 1, 2),
+    "dp2": (1, 1, 2),
+    "pp2": (1, 2, 2),
+    "pp3": (1, 3, 3),
+}
 LIMIT = 20_000  # bytes: several mappings in some buckets, and the larger mappings alone
 WAYS: dict[str, Callable[[WeightStream], Iterator[Bucket]]] = {
     "everywhere": lambda weights: weights.everywhere(),
@@ -62,7 +69,7 @@ def opened(model: Path, tensor: int, pipeline: int) -> Iterator[tuple[PackedGPT,
         shape, layout = read_model_shape(model), layouts.actor
         config = transformer_config(shape, layout, Precision.fp32)
         net = LanguageModel(config, shape, layout, REFERENCE, Logits.recomputed, temperature=1.0)
-        mappings = tables.mappings(shape, pipeline, critic=False)
+        mappings = tables.mappings(shape, layout.pipeline_layers, critic=False)
         folder.load(net, layout, mappings, model)
         yield net, layout, mappings
 

@@ -50,6 +50,8 @@ def test_a_column_may_name_the_verifiers(files: Path) -> None:
 
 S1, S2 = "stage1.actor", "stage2.critic"
 
+FIRST, LAST = (f"parallel.num_layers_in_{end}_pipeline_stage" for end in ("first", "last"))
+
 # overrides, field, a part of what is wrong, a part of the fix
 ONE_FIELD = [
     ("run.seed=-1", "run.seed", "0 or more", "run.seed=0"),
@@ -124,11 +126,13 @@ ONE_FIELD = [
     # layout
     ("parallel.tensor=3", "parallel.tensor", "8 attention heads and the 4 key-value heads", "one of 1, 2, 4"),
     ("parallel.tensor=8", "parallel.tensor", "4 key-value heads", "one of 1, 2, 4"),
-    ("parallel.pipeline=4", "parallel.pipeline", "6 layers", "one of 1, 2, 3, 6"),
+    ("parallel.pipeline=7", "parallel.pipeline", "6 layers", "parallel.pipeline=6 or less"),
+    (f"{FIRST}=2", FIRST, "parallel.pipeline is 1", f"{FIRST}=null"),
+    (f"parallel.critic.{FIRST[9:]}=2", f"parallel.critic.{FIRST[9:]}", "parallel.pipeline is 1", "=null"),
     ("parallel.sequence=true", "parallel.sequence", "parallel.tensor is 1", "parallel.tensor=2"),
     ("parallel.critic.tensor=3", "parallel.critic.tensor", "8 attention heads", "critic.tensor=one of 1, 2, 4"),
     ("parallel.critic.tensor=0", "parallel.critic.tensor", "1 or more", "parallel.critic.tensor=1"),
-    ("parallel.critic.pipeline=4", "parallel.critic.pipeline", "6 layers", "critic.pipeline=one of 1, 2, 3, 6"),
+    ("parallel.critic.pipeline=7", "parallel.critic.pipeline", "6 layers", "critic.pipeline=6 or less"),
     ("parallel.critic.sequence=true", "parallel.critic.sequence", "parallel.tensor is 1", "parallel.tensor=2"),
     ("rollout.max_response_tokens=30721", "rollout.max_response_tokens", "32768 positions", "=30720 or less"),
     ("rollout.max_prompt_tokens=32768", "rollout.max_response_tokens", "32768", "max_prompt_tokens=16384 or less"),
@@ -207,6 +211,35 @@ SEVERAL_FIELDS = [
         "parallel.critic.sequence=false",
     ),
     (
+        "a first stage that leaves nothing to the others",
+        ["parallel.pipeline=3", f"{FIRST}=5"],
+        FIRST,
+        "each of the other 2 stages needs one of the 6 layers",
+        f"{FIRST}=4 or less",
+    ),
+    (
+        "a last stage of the critic that leaves nothing to the others",
+        ["parallel.critic.pipeline=2", f"parallel.critic.{LAST[9:]}=6"],
+        f"parallel.critic.{LAST[9:]}",
+        "each of the other 1 stages needs one of the 6 layers",
+        f"parallel.critic.{LAST[9:]}=5 or less",
+    ),
+    ("an empty stage", ["parallel.pipeline=2", f"{LAST}=0"], LAST, "1 or more", f"{LAST}=1"),
+    (
+        "two stages that are not the whole model",
+        ["parallel.pipeline=2", f"{FIRST}=3", f"{LAST}=2"],
+        LAST,
+        f"{FIRST}=3 leaves 3 of the 6 layers",
+        f"{LAST}=3",
+    ),
+    (
+        "first and last stages that leave nothing to those between",
+        ["parallel.pipeline=4", f"{FIRST}=2", f"{LAST}=3"],
+        LAST,
+        f"{FIRST}=2 leaves 4 of the 6 layers of model.path, and each stage between them (2) needs one",
+        f"{LAST}=2 or less",
+    ),
+    (
         "rows and the critic's replicas",
         [
             "parallel.world_size=3",
@@ -275,6 +308,22 @@ SEVERAL_FIELDS = [
         "letters, digits",
     ),
 ]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel.pipeline=4"],  # 6 layers: 1, 2, 2, 1
+        ["parallel.pipeline=6"],
+        ["parallel.pipeline=2", f"{FIRST}=5"],
+        ["parallel.pipeline=2", f"{FIRST}=2", f"{LAST}=4"],
+        ["parallel.pipeline=4", f"{FIRST}=2", f"{LAST}=2"],
+        ["parallel.pipeline=2", f"{FIRST}=5", "parallel.critic.pipeline=1"],  # not the critic's
+    ],
+    ids=" ".join,
+)
+def test_stages_may_have_unequally_many_layers(files: Path, overrides: list[str]) -> None:
+    assert problems(files, *overrides) == []
 
 
 @pytest.mark.parametrize(
@@ -450,7 +499,7 @@ def test_model_folder(files: Path, damage: Callable[[Path], None], wrong: str, f
 def test_every_family_passes_and_is_held_to_the_layout(files: Path, family: str) -> None:
     rewrite(model_type=family)(files / "model")
     assert problems(files, "parallel.tensor=4", "parallel.pipeline=3") == []
-    report = problems(files, "parallel.tensor=8", "parallel.pipeline=4")
+    report = problems(files, "parallel.tensor=8", "parallel.pipeline=7")
     assert [problem.field for problem in report[:2]] == ["parallel.tensor", "parallel.pipeline"]
 
 
@@ -469,10 +518,10 @@ def test_shards_that_are_all_there(files: Path) -> None:
 
 def test_a_critic_has_its_own_shape(files: Path) -> None:
     write_model(files / "small", num_hidden_layers=3, vocab_size=101)
-    report = problems(files, "model.critic_path=TMP/small", "parallel.pipeline=2")
+    report = problems(files, "model.critic_path=TMP/small", "parallel.pipeline=4")
     assert [problem.field for problem in report] == ["model.critic_path", "parallel.pipeline"]
     assert "model.path 100 and model.critic_path 101" in report[0].wrong
-    assert "3 layers of model.critic_path" in report[1].wrong
+    assert "model.critic_path has 3 layers" in report[1].wrong
 
 
 def test_no_chat_template(files: Path) -> None:

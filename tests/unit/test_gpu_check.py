@@ -276,7 +276,7 @@ def test_a_made_model_has_the_tensors_of_a_qwen3(tool: ModuleType, tmp_path: Pat
 
     folder = write_model(tmp_path / "model", FOUR_OF_8B, empty=True)
     shape = read_model_shape(folder)
-    mappings = tables.mappings(shape, 1, critic=False)
+    mappings = tables.mappings(shape, critic=False)
     wanted = {name: size for mapping in mappings for name, size in zip(mapping.names, mapping.shapes, strict=True)}
     with safe_open(folder / "model.safetensors", "pt") as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no dict

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_tempo.config.choices import Logits, Precision
 from megatron_tempo.config.model_shape import FAMILIES, LayerAttention, ModelShape, Rope, read_model_shape
+from megatron_tempo.config.pipeline_layers import PipelineLayers
 from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.errors import InputError
@@ -144,7 +145,7 @@ def test_the_table_lists_transformers_own_tensors(family: str, tied: bool, tmp_p
     for model, is_critic in ((actor, False), (critic, True)):
         theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         for pipeline in (1, 2, 4):
-            mappings = tables.mappings(shape, pipeline, critic=is_critic)
+            mappings = tables.mappings(shape, PipelineLayers(pipeline), critic=is_critic)
             ours = [pair for mapping in mappings for pair in zip(mapping.names, mapping.shapes, strict=True)]
             assert len(ours) == len(theirs)
             assert dict(ours) == theirs
@@ -153,12 +154,25 @@ def test_the_table_lists_transformers_own_tensors(family: str, tied: bool, tmp_p
 
 
 def test_stages_count_their_layers_from_zero() -> None:
-    mappings = {mapping.names[0]: mapping for mapping in tables.mappings(SHAPE, 2, critic=False)}
+    mappings = {mapping.names[0]: mapping for mapping in tables.mappings(SHAPE, PipelineLayers(2), critic=False)}
     place = {name: (mapping.stage, mapping.megatron) for name, mapping in mappings.items()}
     assert place["model.embed_tokens.weight"][0] == 0
     assert place["model.layers.1.mlp.down_proj.weight"] == (0, "decoder.layers.1.mlp.linear_fc2.weight")
     assert place["model.layers.2.mlp.down_proj.weight"] == (1, "decoder.layers.0.mlp.linear_fc2.weight")
     assert place["model.norm.weight"] == (1, "decoder.final_layernorm.weight")
+    assert place["lm_head.weight"] == (1, "output_layer.weight")
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_uneven_stages_have_their_own_layers(first: int) -> None:
+    whole = tables.mappings(SHAPE, critic=False)
+    mappings = tables.mappings(SHAPE, PipelineLayers(2, first), critic=False)
+    assert [mapping.names for mapping in mappings] == [mapping.names for mapping in whole]
+    place = {mapping.names[0]: (mapping.stage, mapping.megatron) for mapping in mappings}
+    for layer in range(4):
+        stage, local = (0, layer) if layer < first else (1, layer - first)
+        down = place[f"model.layers.{layer}.mlp.down_proj.weight"]
+        assert down == (stage, f"decoder.layers.{local}.mlp.linear_fc2.weight")
     assert place["lm_head.weight"] == (1, "output_layer.weight")
 
 
@@ -168,7 +182,7 @@ def test_stages_count_their_layers_from_zero() -> None:
 @pytest.mark.parametrize("limit", [1, 10_000, 40_000, 10**9])
 @pytest.mark.parametrize("pipeline", [1, 2])
 def test_buckets_keep_order_stage_and_size(limit: int, pipeline: int) -> None:
-    mappings = tables.mappings(SHAPE, pipeline, critic=False)
+    mappings = tables.mappings(SHAPE, PipelineLayers(pipeline), critic=False)
     groups = plan(mappings, limit, 4)
     assert [mapping for group in groups for mapping in group] == mappings
     for group in groups:
@@ -209,7 +223,7 @@ def load(path: Path, layout: Layout, *, critic: bool = False) -> PackedGPT:
     shape = read_model_shape(path)
     common = transformer_config(shape, layout, Precision.fp32), shape, layout, REFERENCE
     net = ValueModel(*common) if critic else LanguageModel(*common, Logits.recomputed, temperature=1.0)
-    folder.load(net, layout, tables.mappings(shape, 1, critic=critic), path)
+    folder.load(net, layout, tables.mappings(shape, critic=critic), path)
     return net
 
 
@@ -222,7 +236,7 @@ def rewrite(path: Path, **changes: Tensor | None) -> None:
 
 
 def saved(net: PackedGPT, layout: Layout, out: Path, like: Path, limit: int = 5000) -> None:
-    mappings = tables.mappings(net.shape, 1, critic=isinstance(net, ValueModel))
+    mappings = tables.mappings(net.shape, critic=isinstance(net, ValueModel))
     buckets = WeightStream(net, layout, mappings, limit).everywhere()
     folder.save(buckets, out, like, layout, {"comment": "changed"})
 

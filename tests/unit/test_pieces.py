@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_tempo.config.choices import EngineKind, Precision, Published
 from megatron_tempo.config.model_shape import ModelShape, read_model_shape
+from megatron_tempo.config.pipeline_layers import PipelineLayers
 from megatron_tempo.config.schema import Config, ParallelConfig
 from megatron_tempo.models.megatron_compat.cpu_backend import install_cpu_backend
 from megatron_tempo.models.parallel import Layout, parallel_groups
@@ -59,7 +60,7 @@ def shape_of(models: dict[str, Path], kind: str) -> ModelShape:
 @pytest.mark.parametrize("kind", ["qwen3", "olmo3"])
 @pytest.mark.parametrize("limit", [2_000, 5_000, 40_000, 10**9])
 def test_no_bucket_or_message_exceeds_the_bound(models: dict[str, Path], kind: str, limit: int, parts: bool) -> None:
-    mappings = tables.mappings(shape_of(models, kind), 2, critic=False)
+    mappings = tables.mappings(shape_of(models, kind), PipelineLayers(2), critic=False)
     buckets = planned_buckets(mappings, limit, 4, parts=parts)
     named: dict[str, int] = {}
     for bucket in buckets:
@@ -79,7 +80,7 @@ def test_no_bucket_or_message_exceeds_the_bound(models: dict[str, Path], kind: s
 
 def test_the_vocabulary_of_a_published_model_keeps_to_the_bound() -> None:
     """Qwen3-8B: the embedding takes 1.24 GB in bf16."""
-    mapping = tables.mappings(PUBLISHED[Published.qwen3_8b], 1, critic=False)[0]
+    mapping = tables.mappings(PUBLISHED[Published.qwen3_8b], critic=False)[0]
     assert mapping.shapes == ((151936, 4096),)
     parts = planned_buckets([mapping], 512 << 20, 2, parts=True)
     assert [2 * part.numel <= 512 << 20 for part in parts] == [True] * 3
@@ -89,7 +90,7 @@ def test_the_vocabulary_of_a_published_model_keeps_to_the_bound() -> None:
 
 @pytest.mark.parametrize("multiple", [EVEN, BLOCK])
 def test_parts_begin_at_a_multiple(models: dict[str, Path], multiple: int) -> None:
-    mappings = tables.mappings(shape_of(models, "qwen3"), 1, critic=False)
+    mappings = tables.mappings(shape_of(models, "qwen3"), critic=False)
     for bucket in planned_buckets(mappings, 3_000, 2, parts=True, multiple=multiple):
         for message in bucket.messages:
             assert all(piece.start % multiple == 0 for piece in message if isinstance(piece, TensorRows))
@@ -107,7 +108,7 @@ def test_parts_of_shards_are_those_of_the_whole(models: dict[str, Path], kind: s
     if shape.groups % size:
         size = shape.groups
     tensors = load_file(models[kind] / "model.safetensors")
-    for mapping in tables.mappings(shape, 1, critic=False):
+    for mapping in tables.mappings(shape, critic=False):
         sources = [tensors[name] for name in mapping.names]
         shards = [mapping.sharding.shard(sources, rank, size) for rank in range(size)]
         for bucket in planned_buckets([mapping], limit, 4, parts=True):
@@ -202,7 +203,7 @@ def test_the_name_of_a_part() -> None:
 
 
 def test_unequal_pieces_of_one_message_lie_one_after_another(models: dict[str, Path]) -> None:
-    mappings = tables.mappings(shape_of(models, "qwen3"), 1, critic=False)
+    mappings = tables.mappings(shape_of(models, "qwen3"), critic=False)
     bucket: PlannedBucket = planned_buckets(mappings, 10**9, 4, parts=True)[0]
     flat: Tensor = torch.arange(bucket.numel)
     (placed,) = bucket.placed(flat)

@@ -61,11 +61,11 @@ def test_what_is_suggested_fits(experiment: str, cluster: str, capsys: pytest.Ca
 def test_the_papers_experiments_fit_as_shipped(
     experiment: str, cluster: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """But for 14 billion parameters on a single node of 80 GB, which is told what it wants."""
+    """But for 14 billion parameters on a single node of 80 GB: 40 layers fit on 6 GPUs, as stages of 13, 14 and 13."""
     status, out, _ = plan(capsys, f"experiment={experiment}", f"cluster={cluster}")
     if (experiment, cluster) == ("qwen3_14b_aime", "h100x8"):
         assert status == 1
-        assert "change that fits: cluster.nodes=2\n" in out
+        assert re.search(r"^smallest change that fits: .* parallel.tensor=2 parallel.pipeline=3$", out, re.MULTILINE)
     else:
         assert status == 0
     assert "page-locked host memory per node: 4 processes x " in out
@@ -105,7 +105,7 @@ def test_the_search_keeps_to_the_rules() -> None:
         assert one.over is None
         assert laid_out(one.config, shape) == []
         layout = one.layout
-        assert 40 % layout.tensor == 8 % layout.tensor == 17408 % layout.tensor == 40 % layout.pipeline == 0
+        assert 40 % layout.tensor == 8 % layout.tensor == 17408 % layout.tensor == 0 < layout.pipeline <= 40
         assert layout.tensor * layout.pipeline * layout.data == one.split.trainers
         assert one.split.trainers + one.split.serving <= 16
         assert (one.split.trainers // 2) % layout.tensor == 0  # inside a node

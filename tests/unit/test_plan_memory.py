@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_tempo.config.choices import EnginePrecision, Logits, Precision, Published, Recompute
@@ -88,6 +90,16 @@ def test_the_first_stage_holds_as_many_micro_batches_as_there_are_stages() -> No
     four = PlannedLayout(pipeline=4)
     assert [activations.in_flight(four, stage, 8) for stage in range(4)] == [4, 3, 2, 1]
     assert activations.in_flight(four, 0, 2) == 2
+
+
+def test_a_stage_keeps_the_activations_of_its_own_layers() -> None:
+    """bf16: a layer's activations for each layer, and the states that the stage received or sent, 2 x 8 x 100 bytes."""
+    shape, one = replace(TINY, layers=5), activations.layer(TINY, PlannedLayout(), BF16, MICRO)
+    uneven = PlannedLayout(pipeline=3, first_stage_layers=2)  # 2, 2, 1
+    kept = [activations.kept(shape, uneven, BF16, MICRO, stage) for stage in range(3)]
+    assert kept == [2 * one + 1600, 2 * one + 2 * 1600, one + 1600]
+    layers = replace(uneven, recompute=Recompute.layers)  # each layer's input, and the stage's output
+    assert [activations.kept(shape, layers, BF16, MICRO, stage) for stage in range(3)] == [4800, 4800, 3200]
 
 
 def test_the_head_by_hand() -> None:

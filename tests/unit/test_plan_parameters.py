@@ -77,6 +77,18 @@ def test_shards_by_hand() -> None:
     assert parameters(TINY, PlannedLayout(tensor=2, pipeline=2), Role.critic, 1) == half + 8 + 9
 
 
+def test_uneven_stages_by_hand() -> None:
+    """Three layers of 596 parameters over two stages: two and one; or one and two."""
+    three = qwen3_shape(layers=3, hidden=8, heads=4, groups=2, head_dim=2, ffn=16, vocab=32, max_positions=64)
+    for layout, counts in (
+        (PlannedLayout(pipeline=2), (2, 1)),
+        (PlannedLayout(pipeline=2, last_stage_layers=2), (1, 2)),
+    ):
+        stages = [parameters(three, layout, Role.actor, stage) for stage in (0, 1)]
+        assert stages == [counts[0] * 596 + 256, counts[1] * 596 + 8 + 256]
+        assert sum(stages) == total_parameters(three)
+
+
 def test_a_tied_matrix_is_there_twice_under_pipeline_parallelism() -> None:
     tied = qwen3_shape(2, 8, 4, 2, 2, 16, 32, 64, tied=True)
     assert parameters(tied, PlannedLayout(), Role.actor, 0) == total_parameters(tied)

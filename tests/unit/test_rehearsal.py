@@ -47,7 +47,7 @@ def built(*words: str) -> Config:
 
 
 def chosen(world: int, rows: int, *words: str) -> list[tuple[int, str]]:
-    return [(kind.rank, kind.label) for kind in kinds_of(built(*words), world, rows)]
+    return [(kind.rank, kind.label) for kind in kinds_of(built(*words), world, rows, 36)]
 
 
 def test_alike_ranks_are_rehearsed_once() -> None:
@@ -58,6 +58,13 @@ def test_alike_ranks_are_rehearsed_once() -> None:
 def test_each_pipeline_stage_is_rehearsed_and_one_middle_stage_for_all() -> None:
     stages = ("parallel.tensor=1", "parallel.pipeline=4", "parallel.sequence=false")
     assert chosen(8, 8, *stages) == [(0, "stage 1 of 4"), (2, "stage 2 of 4"), (6, "stage 4 of 4")]
+
+
+def test_middle_stages_with_more_layers_are_rehearsed_too() -> None:
+    """36 layers over 8 stages: 4, 4, 4, 5, 5, 5, 5, 4."""
+    stages = ("cluster=h100x16", "parallel.tensor=1", "parallel.pipeline=8", "parallel.sequence=false")
+    labels = [(0, "stage 1 of 8"), (1, "stage 2 of 8"), (3, "stage 4 of 8"), (7, "stage 8 of 8")]
+    assert chosen(8, 8, *stages) == labels
 
 
 def test_replicas_with_a_row_less_are_rehearsed_too() -> None:
@@ -479,7 +486,7 @@ def test_every_preset_can_be_rehearsed(name: str) -> None:
     small = scaled(config, world, None)
     plan = Planned.of(config, small, shape, world)
     assert 0 < plan.limit <= plan.whole.limit
-    kinds = kinds_of(config, world, small.stage2.responses_per_prompt)
+    kinds = kinds_of(config, world, small.stage2.responses_per_prompt, shape.layers)
     assert kinds[0].rank == 0
     for kind in kinds:
         assert {"sync", "logprobs", "actor", "checkpoint"} <= plan.phases(kind, small=True).keys()

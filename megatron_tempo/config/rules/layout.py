@@ -101,11 +101,43 @@ def _tensor(laid: Laid, folder: str, shape: ModelShape) -> Iterator[Problem]:
 
 
 def _pipeline(laid: Laid, folder: str, shape: ModelShape) -> Iterator[Problem]:
+    """Every stage has at least one layer."""
     pipeline, field, layers = laid.parallel.pipeline, laid.fields["pipeline"], shape.layers
-    if pipeline > 0 and layers % pipeline:
-        fits = ", ".join(map(str, divisors(layers)))
-        wrong = f"does not divide the {layers} layers of {folder}"
-        yield Problem(field, pipeline, wrong, f"{field}=one of {fits}")
+    if pipeline > layers:
+        wrong = f"each stage needs a layer, and {folder} has {layers} layers"
+        yield Problem(field, pipeline, wrong, f"{field}={layers} or less")
+    elif pipeline > 0:
+        yield from _ends(laid, folder, layers)
+
+
+def _ends(laid: Laid, folder: str, layers: int) -> Iterator[Problem]:
+    """The layers of the first and of the last stage, where they are given."""
+    stages, split = laid.parallel.pipeline, laid.parallel.pipeline_layers
+    fields = [laid.fields[f"num_layers_in_{end}_pipeline_stage"] for end in ("first", "last")]
+    ends = zip(fields, (split.first, split.last), strict=True)
+    given = {field: value for field, value in ends if value is not None and value > 0}
+    most = layers - (stages - 1)
+    if stages == 1:
+        for field, value in given.items():
+            wrong = f"it needs several pipeline stages, and {laid.fields['pipeline']} is 1"
+            yield Problem(field, value, wrong, f"{field}=null")
+    elif too_many := {field: value for field, value in given.items() if value > most}:
+        for field, value in too_many.items():
+            wrong = f"each of the other {stages - 1} stages needs one of the {layers} layers of {folder}"
+            yield Problem(field, value, wrong, f"{field}={most} or less")
+    elif len(given) == 2:
+        yield from _both_ends(given, folder, layers, stages)
+
+
+def _both_ends(given: dict[str, int], folder: str, layers: int, stages: int) -> Iterator[Problem]:
+    (first, of_first), (last, of_last) = given.items()
+    left, between = layers - of_first, stages - 2
+    wrong = f"{first}={of_first} leaves {left} of the {layers} layers of {folder}"
+    if not between and of_last != left:
+        yield Problem(last, of_last, wrong, f"{last}={left}")
+    elif of_last > left - between:
+        wrong += f", and each stage between them ({between}) needs one"
+        yield Problem(last, of_last, wrong, f"{last}={left - between} or less")
 
 
 def _lengths(config: Config, field: str, shape: ModelShape) -> Iterator[Problem]:

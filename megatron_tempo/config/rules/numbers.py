@@ -78,12 +78,20 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
     schema.ParallelConfig: {
         "tensor": _RANKS,
         "pipeline": _RANKS,
+        "num_layers_in_first_pipeline_stage": _ONE_TO_COUNT,
+        "num_layers_in_last_pipeline_stage": _ONE_TO_COUNT,
         "context": _RANKS,
         "world_size": _RANKS,
         "micro_batch_tokens": _ONE_TO_TOKENS,
         "bucket_mb": _ONE_TO_COUNT,
     },
-    schema.CriticLayoutConfig: {"tensor": _RANKS, "pipeline": _RANKS, "context": _RANKS},
+    schema.CriticLayoutConfig: {
+        "tensor": _RANKS,
+        "pipeline": _RANKS,
+        "num_layers_in_first_pipeline_stage": _ONE_TO_COUNT,
+        "num_layers_in_last_pipeline_stage": _ONE_TO_COUNT,
+        "context": _RANKS,
+    },
     schema.DatasetConfig: {"limit": _from(1, 10_000_000_000)},
     schema.RolloutConfig: {
         "max_prompt_tokens": _ONE_TO_TOKENS,
