@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_tempo.models.context import gather_tokens
+from megatron_tempo.models.grid import from_grid, to_grid
 from megatron_tempo.models.packing import Packing
 
 
@@ -84,26 +85,20 @@ class PackedAttention(nn.Module):
             return self._in_pieces(query, key, value, packed_seq_params)
         assert packed_seq_params.grid is not None
         assert packed_seq_params.cells is not None
-        # Any token will do after a sequence's end, because of the causal mask.
-        grid = packed_seq_params.grid.clamp(min=0)
-        repeats = query.shape[2] // key.shape[2]
-
-        def on_grid(x: Tensor, times: int) -> Tensor:
-            return x[grid, 0].repeat_interleave(times, dim=2).transpose(1, 2)
-
-        parts = on_grid(query, 1), on_grid(key, repeats), on_grid(value, repeats)
+        grid, cells = packed_seq_params.grid, packed_seq_params.cells
+        parts = [to_grid(x[:, 0], grid, cells).transpose(1, 2) for x in (query, key, value)]
         out = _causal(*parts, self.scale) if self.window is None else _windowed(*parts, self.scale, self.window)
-        return out.transpose(1, 2).flatten(2).flatten(0, 1)[packed_seq_params.cells, None]
+        return from_grid(out.transpose(1, 2).flatten(2), grid, cells, len(query))[:, None]
 
     def _in_pieces(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
         """Attend from this rank's queries to the keys and values of all ranks, one sequence at a time."""
         assert packing.pieces is not None
         assert packing.order is not None
-        groups = key.shape[2]
         both = gather_tokens(torch.cat([key, value], dim=2), packing.order)[:, 0]  # [S, 2 * groups, d]
-        both = both.repeat_interleave(query.shape[2] // groups, dim=1).transpose(0, 1)[None]
-        keys, values = both.chunk(2, dim=1)
+        keys, values = both.transpose(0, 1)[None].chunk(2, dim=1)
         queries = query[:, 0].transpose(0, 1)[None]  # [1, heads, S / c, d]
+        if self.window is not None or not _groups_queries(queries, keys, values):
+            keys, values = _for_all_heads(queries, keys, values)
         outputs = [
             _last_queries(queries[:, :, p.queries], keys[:, :, p.keys], values[:, :, p.keys], self.scale, self.window)
             for p in packing.pieces
@@ -112,16 +107,41 @@ class PackedAttention(nn.Module):
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """[sequences, heads, tokens, d] three times -> the same."""
-    return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    """[sequences, heads, tokens, d], and twice [sequences, groups, tokens, d] -> as the first."""
+    if not _groups_queries(query, key, value):
+        key, value = _for_all_heads(query, key, value)
+    grouped = query.shape[1] != key.shape[1]
+    return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+
+
+def _groups_queries(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether torch has a kernel for grouped queries here that does not keep the scores of all pairs of tokens.
+
+    On CUDA its flash attention takes them, its memory-efficient one does not. On a CPU its backward pass adds up the
+    gradients of a group's heads in the type of the weights, so bf16 would lose digits.
+    """
+    if query.device.type != "cuda":
+        return not torch.is_grad_enabled()
+    params = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, False, True)
+    return torch.backends.cuda.can_use_flash_attention(params)
+
+
+def _for_all_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of each group, once for each of its heads."""
+    times = query.shape[1] // key.shape[1]
+    if times == 1:
+        return key, value
+    return key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)
 
 
 def _last_queries(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-    """Attention of the last n of m tokens: queries [1, heads, n, d], keys and values [1, heads, m, d] -> as queries.
+    """Attention of the last n of m tokens: queries [1, heads, n, d], keys and values [1, groups, m, d] -> as queries.
 
-    With a window, queries are processed in blocks. A block attends to at most its own keys and a window before them.
+    With a window, there is a group for each head, and queries are processed in blocks. A block attends to at most its
+    own keys and a window before them.
     """
     n, before = query.shape[2], key.shape[2] - query.shape[2]
+    grouped = query.shape[1] != key.shape[1]
     outputs = []
     for start in range(0, n, window or n):
         end = min(start + (window or n), n)
@@ -135,17 +155,18 @@ def _last_queries(query: Tensor, key: Tensor, value: Tensor, scale: float, windo
             offset = before + start - first
             mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(offset).triu(offset - window + 1)
         parts = query[:, :, start:end], key[:, :, seen], value[:, :, seen]
-        outputs.append(functional.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale))
+        outputs.append(functional.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale, enable_gqa=grouped))
     return torch.cat(outputs, dim=2)
 
 
 def _windowed(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
-    """[sequences, heads, tokens, d] three times -> the same. A token attends to the last `window` tokens up to itself.
+    """As `_causal`. A token attends to the last `window` tokens up to itself.
 
     A block of `window` queries needs the keys of its own block and of the previous one. So the first block is a causal
     attention. Each of the others is a sequence of `window` queries with twice as many keys. Work and memory grow with
-    tokens * window.
+    tokens * window. torch's kernel for a mask needs keys and values for each head.
     """
+    key, value = _for_all_heads(query, key, value)
     tokens = query.shape[2]
     blocks = -(-tokens // window)
     first = _causal(query[:, :, :window], key[:, :, :window], value[:, :, :window], scale)

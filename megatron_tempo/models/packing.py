@@ -30,10 +30,10 @@ class Packing(PackedSeqParams):
     rotary embedding gets each token's position, so only the attention needs the boundaries of sequences.
 
     `cu_seqlens_q`, `cu_seqlens_kv`: int32 [sequences + 1], the start of each sequence and the end of the last one.
-    `grid`: int64 [rows, longest], the token at each position, -1 after a row's end. `cells`: int64 [tokens], each
-    token's index in the flattened grid, 0 for padding. Under context parallelism there are instead `pieces`, of this
-    rank's tokens, and `order`: int64 [S], each token's index in the concatenation of the ranks' tokens. Transformer
-    Engine's attention needs neither.
+    `grid`: int64 [rows, longest], the token at each position, -1 after a row's end. `cells`: int64 [tokens
+    without padding], each token's index in the flattened grid. Under context parallelism there are instead `pieces`, of
+    this rank's tokens, and `order`: int64 [S], each token's index in the concatenation of the ranks' tokens.
+    Transformer Engine's attention needs neither.
     """
 
     grid: Tensor | None = None
@@ -241,18 +241,17 @@ def _packing(sequences: Tensor, device: torch.device) -> Packing:
 def _grid(lengths: Tensor, padding: int) -> tuple[Tensor, Tensor]:
     """The grid and the cells of `Packing` for rows of these lengths, followed by `padding` tokens.
 
-    Padding is not a row of the grid, because one token of padding would double the grid of a single long row. A padding
-    token gets the output of the first cell instead. Nothing reads it, so its gradient is zero. Only if there are no
-    rows is the padding the one row.
+    Padding is not a row of the grid, because one token of padding would double the grid of a single long row. It has no
+    cells: nothing reads its output. Only if there are no rows is the padding the one row.
     """
     if len(lengths) == 0:
-        lengths, padding = torch.tensor([padding]), 0
+        lengths = torch.tensor([padding])
     total, longest = int(lengths.sum()), int(lengths.max())
     cells = torch.repeat_interleave(torch.arange(len(lengths)), lengths) * longest
     cells += _ranges(torch.zeros_like(lengths), lengths)
     grid = torch.full((len(lengths) * longest,), -1, dtype=torch.int64)
     grid[cells] = torch.arange(total)
-    return grid.view(len(lengths), longest), torch.nn.functional.pad(cells, (0, padding))
+    return grid.view(len(lengths), longest), cells
 
 
 def _context_packing(sequences: Tensor, shard: ContextShard, device: torch.device) -> Packing:

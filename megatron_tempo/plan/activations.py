@@ -72,17 +72,25 @@ def attention(w: Widths, machine: PlannedMachine, micro: PlannedMicroBatch) -> f
     return (norms + 4 * (w.heads + w.groups) + 4 * a * w.d + a * w.q) * micro.tokens
 
 
-def on_grid(w: Widths, machine: PlannedMachine, layout: PlannedLayout, micro: PlannedMicroBatch) -> float:
-    """What the attention kernel saves, in bytes.
+def on_grid(w: Widths, machine: PlannedMachine, layout: PlannedLayout, micro: PlannedMicroBatch, kv: float) -> float:
+    """What the attention kernel saves, in bytes. `kv`: the width of the keys that the kernel reads (`kernel_keys`).
 
-    On the grid, keys and values are repeated to the number of query heads: q, k, v and the output, 4 a q; log-sum-exps,
-    4 per head; the grid's int64 indices, 8. Over c context ranks there is no grid: a rank's queries and outputs by
-    token, 2 a q, and keys and values of all ranks' tokens, once as gathered, 2 a k, and once repeated, 2 a q.
+    On the grid: queries and the output, 2 a q, keys and values, 2 a kv, and log-sum-exps, 4 per head. Rows of one
+    length need no copies of queries and the output; a full micro-batch can always be of rows of different lengths.
+    Over c context ranks there is no grid: a rank's queries and outputs by token, 2 a q, and keys and values of all
+    ranks' tokens, 2 a kv.
     """
     a, S = machine.size, micro.tokens
     if layout.context > 1:
-        return (2 * a * w.q + 4 * w.heads) * S + 2 * a * w.q * S * layout.context
-    return (4 * a * w.q + 4 * w.heads + 8) * micro.grid
+        return (2 * a * w.q + 4 * w.heads) * S + 2 * a * kv * S * layout.context
+    return (2 * a * (w.q + kv) + 4 * w.heads) * micro.grid
+
+
+def kernel_keys(w: Widths, shape: ModelShape, machine: PlannedMachine) -> float:
+    """The width of the keys that the attention kernel reads in training. torch's flash attention takes grouped queries:
+    on CUDA, in bf16, without a window. Otherwise keys are repeated to the number of query heads."""
+    grouped = machine.cuda and machine.mixed and not shape.windowed_layers
+    return w.k if grouped else w.q
 
 
 def feed_forward(w: Widths, machine: PlannedMachine) -> float:
@@ -98,7 +106,8 @@ def layer(shape: ModelShape, layout: PlannedLayout, machine: PlannedMachine, mic
     w = Widths.of(shape, layout)
     joint = w.q + 2 * w.k if machine.mixed else 0
     given = machine.size * (w.q + w.k + joint) * micro.tokens
-    inside = given if layout.recompute is Recompute.attention else on_grid(w, machine, layout, micro)
+    read = kernel_keys(w, shape, machine)
+    inside = given if layout.recompute is Recompute.attention else on_grid(w, machine, layout, micro, read)
     by_token = 2 * norm(w, machine) + feed_forward(w, machine)
     return by_token * micro.tokens + attention(w, machine, micro) + inside
 

@@ -109,8 +109,7 @@ def test_a_row_of_padding_in_the_grid_would_change_no_bit(
     own = size - micro.padding
     row = torch.full((1, longest), -1)
     row[0, : micro.padding] = torch.arange(own, size)
-    cells = micro.packing.cells.clone()
-    cells[own:] = micro.packing.grid.numel() + torch.arange(micro.padding)
+    cells = torch.cat([micro.packing.cells, micro.packing.grid.numel() + torch.arange(micro.padding)])
     padded = replace(micro.packing, grid=torch.cat([micro.packing.grid, row]), cells=cells)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(size, 1, heads, DIM, generator=generator).to(dtype) for heads in (HEADS, 3, 3)]

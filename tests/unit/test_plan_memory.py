@@ -59,12 +59,12 @@ def test_the_engines_precision_is_the_runs_or_its_own(precision: EnginePrecision
 def test_a_layer_by_hand() -> None:
     # bf16, bytes a token. Norms: 2 (4 x 8 + 2 x 8 + 4) = 104. Feed-forward: 5 x 2 x 16 = 160. Attention: queries and
     # keys in fp32 4 (8 + 4) = 48, roots 4 (4 + 2) = 24, cosines and sines 4 x 2 x 2 = 16, output 16; a cell of the
-    # grid: 4 x 2 x 8 + 16 + 8.
-    assert activations.layer(TINY, PlannedLayout(), BF16, MICRO) == (104 + 160 + 48 + 24 + 16 + 16) * 100 + 88 * 120
+    # grid: queries and output 2 x 2 x 8, keys and values 2 x 2 x 4, log-sum-exps 16.
+    assert activations.layer(TINY, PlannedLayout(), BF16, MICRO) == (104 + 160 + 48 + 24 + 16 + 16) * 100 + 64 * 120
     # fp32 on a CPU. Norms: 2 (12 x 8 + 4) = 200. Feed-forward: 320. Attention: joint 4 x 16, queries' copy and both
-    # normed 4 x (8 + 12), roots 24, cosines and sines 32, output 32; a cell: 4 x 4 x 8 + 16 + 8.
+    # normed 4 x (8 + 12), roots 24, cosines and sines 32, output 32; a cell: 4 x 4 x 8 + 16.
     assert (
-        activations.layer(TINY, PlannedLayout(), FP32, MICRO) == (200 + 320 + 64 + 80 + 24 + 32 + 32) * 100 + 152 * 120
+        activations.layer(TINY, PlannedLayout(), FP32, MICRO) == (200 + 320 + 64 + 80 + 24 + 32 + 32) * 100 + 144 * 120
     )
 
 
@@ -72,7 +72,7 @@ def test_tensor_ranks_divide_a_layer_and_sequence_parallelism_the_rest() -> None
     whole = activations.layer(TINY, PlannedLayout(), BF16, MICRO)
     half = activations.layer(TINY, PlannedLayout(tensor=2), BF16, MICRO)
     less = activations.layer(TINY, PlannedLayout(tensor=2, sequence=True), BF16, MICRO)
-    undivided = (104 + 16) * 100 + 8 * 120  # norms, cosines and sines, the grid
+    undivided = (104 + 16) * 100  # norms, cosines and sines
     assert half == (whole - undivided) / 2 + undivided
     assert half - less == 48 * 100  # half of the norms but for their roots
 
