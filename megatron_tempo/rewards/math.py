@@ -8,9 +8,8 @@ is counted, and its worker continues with a fresh process.
 from __future__ import annotations
 
 import queue
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 from megatron_tempo.rewards.math_classes import Classes
@@ -34,13 +33,21 @@ class AnswerPair(Protocol):
 
 
 class MathScorer:
-    """Workers that take items from one queue. They start when first needed and live until `close`."""
+    """Workers that take items from one queue. They start when first needed and live until `close`.
+
+    Several threads may call `score` and `classes` at a time: a worker that has no more items of one call takes those of
+    another.
+    """
 
     def __init__(self, workers: int, seconds: float) -> None:
         if workers < 1 or seconds <= 0:
             raise ValueError(f"workers={workers}, seconds={seconds}; give at least one worker and some time")
         self._seconds = seconds
         self._workers = [Worker(seconds) for _ in range(workers)]
+        self._free: queue.LifoQueue[Worker] = queue.LifoQueue()  # the one that was used last is taken first
+        for worker in self._workers:
+            self._free.put(worker)
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="math")
 
     def check(self, prompt: str, answer: str) -> None:
         if len(answer) > ANSWER_CHARS:
@@ -57,7 +64,7 @@ class MathScorer:
     def classes(self, prompt: str, responses: Sequence[str]) -> list[int | None]:
         """The classes of `math_classes.Classes`. Raises RuntimeError if no worker can start."""
         read = self._map(lambda worker, response: worker.read(response[-RESPONSE_CHARS:]), responses)
-        return Classes(self._workers[0], self._seconds).numbers(read)
+        return self._submit(lambda worker: Classes(worker, self._seconds).numbers(read)).result()
 
     def has_value(self, answers: Sequence[str]) -> list[bool]:
         """Whether each answer can be parsed. One that cannot equals only its own spelling."""
@@ -73,29 +80,25 @@ class MathScorer:
         return {f"math/{name}": count for name, count in counts.items()}
 
     def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
             worker.close()
 
     def _map(self, work: Callable[[Worker, _T], _R], items: Sequence[_T]) -> list[_R]:
         """The results of `work` for each item, on the next free worker."""
-        results: dict[int, _R] = {}
-        stop = threading.Event()
-        jobs: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for i in range(len(items)):
-            jobs.put(i)
+        jobs = [self._submit(lambda worker, item=item: work(worker, item)) for item in items]  # type: ignore[misc]
+        try:
+            return [job.result() for job in jobs]
+        finally:
+            for job in jobs:
+                job.cancel()
 
-        def serve(worker: Worker) -> None:
-            while not stop.is_set():
-                try:
-                    i = jobs.get_nowait()
-                except queue.Empty:
-                    return
-                results[i] = work(worker, items[i])
-
-        with ThreadPoolExecutor(max_workers=len(self._workers)) as threads:
+    def _submit(self, work: Callable[[Worker], _R]) -> Future[_R]:
+        def run() -> _R:
+            worker = self._free.get()  # there are as many workers as threads
             try:
-                for done in [threads.submit(serve, worker) for worker in self._workers[: len(items)]]:
-                    done.result()
+                return work(worker)
             finally:
-                stop.set()
-        return [results[i] for i in range(len(items))]
+                self._free.put(worker)
+
+        return self._threads.submit(run)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from enum import Enum
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from megatron_tempo.config.extensions import Extension
 from megatron_tempo.errors import InputError
-from megatron_tempo.rewards import choice, countdown, grid, text
-from megatron_tempo.rewards.endings import behind_thoughts, without_end
 from megatron_tempo.rewards.imported import ImportedScorer
 from megatron_tempo.rewards.math import MathScorer
-from megatron_tempo.rewards.reading import ReadingScorer, numbered
+from megatron_tempo.rewards.quick import quick_verifiers
+from megatron_tempo.rewards.responses import Decodes, Responses, View, seen
 from megatron_tempo.rewards.scorer import Item, Scorer
+from megatron_tempo.rewards.text_process import TextProcess
 from megatron_tempo.runtime import progress_marker
 
 if TYPE_CHECKING:
@@ -26,41 +25,9 @@ if TYPE_CHECKING:
     from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
 
 REPORTED = 10
-
-
-class View(Enum):
-    """The part of a response that a verifier sees."""
-
-    answer = "behind its last thought, without end tokens"
-    response = "without end tokens"
-    everything = "all its tokens"
-
-
-class _InProcess:
-    """A verifier of two cheap functions with bounded cost.
-
-    `function`: judges prompt, response and answer. `answer_of`: reads from prompt and response a value that is the same
-    for equal answers, None if there is no answer.
-    """
-
-    def __init__(
-        self, function: Callable[[str, str, str], float], answer_of: Callable[[str, str], Hashable | None]
-    ) -> None:
-        self._function = function
-        self._answer_of = answer_of
-
-    def check(self, prompt: str, answer: str) -> None:
-        self._function(prompt, "", answer)
-
-    def score(self, items: Sequence[Item]) -> list[float]:
-        return [self._function(item.prompt, item.response, item.answer) for item in items]
-
-    def classes(self, prompt: str, responses: Sequence[str]) -> list[int | None]:
-        self._answer_of(prompt, "")  # raises if it is not a question
-        return numbered(self._answer_of(prompt, response) for response in responses)
-
-    def close(self) -> None:
-        pass
+TOKENS_HERE = (
+    2**14
+)  # of the responses to a prompt: fewer are decoded in 2 ms, so another process is not started for them
 
 
 class _NoJudge:
@@ -84,15 +51,13 @@ class Verifiers:
     """All verifiers by name. Worker processes start on first use; `close` ends them.
 
     `workers`: number of math processes. `seconds`: time limit of one item there. `judge`: the language model that
-    judges, if any. `imported`: the user's own. `threads`: how many threads may usefully call `score` at a time; only
-    the judge works on several calls at once.
+    judges, if any. `imported`: the user's own. `threads`: how many threads may usefully call `verify` at a time, and
+    `judge_threads` for the judge's items. Threads take turns at the user's own verifiers.
 
     A verifier sees the text after the last thought of a response, without its end tokens (`endings`). If the thought
     does not end, it sees nothing, or with `read_unfinished_thoughts` the whole response. The user's own verifiers also
     see thoughts. Countdown also sees the end token, which is part of its answers (`View`).
     """
-
-    threads = 1
 
     def __init__(
         self,
@@ -106,15 +71,14 @@ class Verifiers:
         self._judge = judge
         self._read_unfinished_thoughts = read_unfinished_thoughts
         self._one_at_a_time = threading.Lock()
-        if judge is not None:
-            self.threads = judge.concurrency
+        self.threads = workers + 1  # one of them decodes while the workers compare
+        self.judge_threads = 0 if judge is None else judge.concurrency
+        self._texts = TextProcess()
+        self._quick = quick_verifiers()
         self._math = MathScorer(workers, seconds)
         self._scorers: dict[str, Scorer] = {
             "math": self._math,
-            "countdown": _InProcess(countdown.score, countdown.reached),
-            "choice": ReadingScorer(choice.read, choice.gold),
-            "text": ReadingScorer(text.read, text.gold),
-            "grid": ReadingScorer(grid.read, grid.gold),
+            **self._quick,
             "judge": _NoJudge() if judge is None else judge,
             **{extension.name: ImportedScorer(extension) for extension in imported},
         }
@@ -139,6 +103,33 @@ class Verifiers:
 
         _report(prompts, check)
 
+    def verify(self, responses: Responses, tokenizer: Decodes) -> list[float] | list[int | None]:
+        """The verdicts on responses to a labelled prompt (`score`), or the classes of others (`classes`).
+
+        Short responses are decoded in this process, long ones by another, which also runs the quick verifiers.
+        """
+        name, prompt, view = responses.verifier, responses.prompt, self.view(responses.verifier)
+        texts: Sequence[str] | None = None
+        if responses.tokens.size >= TOKENS_HERE:
+            reply = self._texts.ask(
+                responses,
+                tokenizer,
+                view,
+                quick=name in self._quick,
+                read_unfinished_thoughts=self._read_unfinished_thoughts,
+            )
+            if reply is not None and "error" in reply:
+                raise InputError(reply["error"])
+            if reply is not None and "result" in reply:
+                result: list[float] | list[int | None] = reply["result"]
+                return result
+            texts = None if reply is None else reply["texts"]
+        if texts is None:
+            texts = [self._part(name, text) for text in responses.texts(tokenizer, view)]
+        if responses.answer is None:
+            return self.classes(name, prompt, texts)
+        return self.score([Item(name, prompt, text, responses.answer) for text in texts])
+
     def score(self, items: Sequence[Item]) -> list[float]:
         """The verdict on each item: 1.0 or 0.0; for a graded verifier also between.
 
@@ -150,7 +141,7 @@ class Verifiers:
             places[item.verifier].append(place)
         verdicts = [0.0] * len(items)
         for name, group in places.items():
-            with nullcontext() if name == "judge" else self._one_at_a_time:
+            with self._turn(name):
                 scores = self._scorers[name].score([self._part_of(items[place]) for place in group])
             progress_marker.mark()
             for place, score in zip(group, scores, strict=True):
@@ -160,7 +151,7 @@ class Verifiers:
     def classes(self, verifier: str, prompt: str, responses: Sequence[str]) -> list[int | None]:
         """Which responses to a question have equal answers, as in `Scorer.classes`. No reference answer is read."""
         scorer = self._scorer(verifier)
-        with self._one_at_a_time:
+        with self._turn(verifier):
             classes = scorer.classes(prompt, [self._part(verifier, response) for response in responses])
         progress_marker.mark()
         return classes
@@ -173,14 +164,14 @@ class Verifiers:
 
     def has_value(self, verifier: str, answers: Sequence[str]) -> list[bool]:
         """Whether `verifier` may accept other spellings of each answer."""
-        with self._one_at_a_time:
-            return self._math.has_value(answers) if verifier == "math" else [True] * len(answers)
+        return self._math.has_value(answers) if verifier == "math" else [True] * len(answers)
 
     def take_counts(self) -> dict[str, int]:
         """Counts since the last call, by name: `math/` (`MathScorer.take_counts`), and `judge/` with a judge."""
         return self._math.take_counts() | ({} if self._judge is None else self._judge.take_counts())
 
     def close(self) -> None:
+        self._texts.close()
         for scorer in self._scorers.values():
             scorer.close()
 
@@ -196,10 +187,11 @@ class Verifiers:
         return replace(item, response=self._part(item.verifier, item.response))
 
     def _part(self, verifier: str, response: str) -> str:
-        view = self.view(verifier)
-        if view is View.answer:
-            response = behind_thoughts(response, read_unfinished=self._read_unfinished_thoughts)
-        return response if view is View.everything else without_end(response)
+        return seen(response, self.view(verifier), read_unfinished_thoughts=self._read_unfinished_thoughts)
+
+    def _turn(self, verifier: str) -> AbstractContextManager[Any]:
+        """What threads take turns at: the user's own verifiers need not allow several threads."""
+        return self._one_at_a_time if isinstance(self._scorers[verifier], ImportedScorer) else nullcontext()
 
     def _check(self, verifier: str, prompt: str, answer: object) -> None:
         scorer = self._scorer(verifier)

@@ -12,17 +12,22 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rewards.verifiers import Verifiers
-from megatron_tempo.rollout.engine import Engine, Request, Sampling
+from megatron_tempo.rollout.engine import AnswersOnFirstRank, Engine, Request, Sampling
 from megatron_tempo.rollout.verification import Prompt, Verification
+from megatron_tempo.rollout.verifying_nodes import VerifyingNodes
 from megatron_tempo.types import Batch, Completion, seed_of
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Prompts that an engine is answering. Every rank must read `answers` to its end."""
+    """Prompts that an engine is answering. Every rank must read `answers` to its end.
+
+    `nodes`: those that share the verification, if only the first rank gets answers and there are several.
+    """
 
     prompts: Sequence[Prompt]
     answers: Iterator[tuple[int, list[Completion]]]
+    nodes: VerifyingNodes | None = None
 
 
 class Collected(NamedTuple):
@@ -39,7 +44,8 @@ def ask(engine: Engine, prompts: Sequence[Prompt], samples: int, sampling: Sampl
     The seed of a completion depends on `seed` and on the prompt's position, not on the number of ranks.
     """
     requests = [Request(prompt.token_ids, samples, seed_of(*seed, i)) for i, prompt in enumerate(prompts)]
-    return Asked(prompts, engine.start(requests, sampling))
+    nodes = engine.nodes if isinstance(engine, AnswersOnFirstRank) else None
+    return Asked(prompts, engine.start(requests, sampling), nodes)
 
 
 def collect(
@@ -48,15 +54,15 @@ def collect(
     """The completions of each prompt, the verdicts on each labelled one's, and the classes of each unlabelled one's.
 
     `classes_by`: the verifier that decides which answers to an unlabelled prompt are equal; None: do not compare them.
-    Responses are verified while others are still being generated, on the rank that has them. A verifier sees the text
-    of a response without the token at which the engine ended it (`Verification`). Collective. Raises EngineError on
-    every rank if the engine or a verifier fails on one.
+    Responses are verified while others are still being generated, on the rank that has them or on all nodes. A verifier
+    sees the text of a response without the token at which the engine ended it (`Verification`). Collective. Raises
+    EngineError on every rank if the engine or a verifier fails on one.
     """
     mine: dict[int, list[Completion]] = {}
     verdicts: dict[int, Any] = {}
     classes: dict[int, Any] = {}
     failure = None
-    with Verification(verifiers, tokenizer, classes_by) as verification:
+    with Verification(verifiers, tokenizer, classes_by, asked.nodes) as verification:
         try:
             for i, completions in asked.answers:
                 mine[i] = completions

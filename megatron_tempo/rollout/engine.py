@@ -13,12 +13,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 
 from megatron_tempo.config.schema import RolloutConfig
+from megatron_tempo.rollout.verifying_nodes import VerifyingNodes
 from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
 
 
@@ -140,3 +141,10 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class AnswersOnFirstRank(Protocol):
+    """An engine whose answers come to the first rank alone. `nodes`: those that verify them; None if there is one."""
+
+    nodes: VerifyingNodes | None

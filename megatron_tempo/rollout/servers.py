@@ -36,6 +36,7 @@ from megatron_tempo.rollout.server import Server
 from megatron_tempo.rollout.server_adapter import ServerAdapter
 from megatron_tempo.rollout.supervisor import ExternalServers, ServerSupervisor, SupervisedServers, private_store
 from megatron_tempo.rollout.transfer import Senders
+from megatron_tempo.rollout.verifying_nodes import joined
 from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
 
 # Seconds after which waiting ranks are sent "nothing new": well within the timeout of their groups.
@@ -73,6 +74,9 @@ class ServersEngine:
         self._closing = ExitStack()
         nodes, trainers = self._nodes(device)
         self.replicas = config.replicas * len(nodes) if config.addresses is None else len(config.addresses)
+        self.nodes = joined(self._control, self._open_store)  # every node has taken part in the above: it is reachable
+        if self.nodes is not None:
+            self._closing.callback(self.nodes.close)
         key = self._agree(self._key)
         self._senders = Senders(adapter, config, key, device)
         self._closing.callback(self._senders.close)
@@ -209,13 +213,16 @@ class ServersEngine:
 
     def _supervised(self, nodes: list[int], make: Callable[[int], Server]) -> Starter | None:
         """Start a supervisor on the first rank of each node, and on rank 0 the `Starter` that gives them orders."""
-        rank = dist.get_rank()
-        store = private_store(own_address(self._config.host), timedelta(days=365)) if rank == 0 else None
+        rank, store = dist.get_rank(), self._open_store()
         host, port = self._agree(lambda: (store.host, store.port) if store is not None else ("", 0))
         if rank in nodes:
             self._supervisor = ServerSupervisor((host, port), nodes.index(rank), make)
             self._closing.callback(self._supervisor.close)
         return None if store is None else SupervisedServers(store, self._config.replicas)
+
+    def _open_store(self) -> dist.TCPStore | None:
+        """A store that all ranks reach, on the first rank; None on the others."""
+        return private_store(own_address(self._config.host), timedelta(days=365)) if dist.get_rank() == 0 else None
 
     def _devices(self, index: int, gpus: list[int]) -> str:
         """CUDA_VISIBLE_DEVICES of a server. `gpus`: those of this node's servers; none on a CPU."""

@@ -2,75 +2,174 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_tempo.rewards.endings import begun_thought
-from megatron_tempo.rewards.scorer import Item
-from megatron_tempo.rewards.verifiers import Verifiers, View
+from megatron_tempo.rewards.responses import Responses
+from megatron_tempo.rewards.verifiers import Verifiers
+from megatron_tempo.rollout.verifying_nodes import Lane, Result, VerifyingNodes, serve
 from megatron_tempo.types import Completion, LabelledPrompt, UnlabelledPrompt
 
 Prompt = LabelledPrompt | UnlabelledPrompt
 
 PROMPT_END = 16  # tokens at the end of a prompt that may begin a thought
+JUDGE = "judge"
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """The responses to one prompt. Their text exists only while they are verified."""
+
+    i: int
+    prompt: Prompt
+    completions: Sequence[Completion]
+    verifier: str
+
+    def responses(self) -> Responses:
+        return responses_of(self.prompt, self.completions, self.verifier)
+
+
+_Jobs = queue.SimpleQueue[_Job | None]
 
 
 class Verification:
-    """Verifies the responses of one collection, on the rank that has them. A context manager.
+    """Verifies the responses of one collection. A context manager.
 
     `classes_by`: the verifier that decides which answers to an unlabelled prompt are equal; None: do not compare them.
-    A verifier sees the text of a response without the token at which the engine ended it (`texts_of`).
+    `nodes`: given if only the first rank has responses. Then the first ranks of all nodes verify them, and a node takes
+    the next prompt when it has finished one. Every rank must enter, and leave before the next collection. The judge's
+    items stay on the first rank: it waits for them, and knows the verdicts that it has got before.
     """
 
-    def __init__(self, verifiers: Verifiers, tokenizer: PreTrainedTokenizerBase, classes_by: str | None) -> None:
-        self._verifiers, self._tokenizer, self._classes_by = verifiers, tokenizer, classes_by
-        self._verifying = ThreadPoolExecutor(verifiers.threads)
-        self._judged: dict[int, Future[list[float]]] = {}
-        self._classed: dict[int, Future[list[int | None]]] = {}
+    def __init__(
+        self,
+        verifiers: Verifiers,
+        tokenizer: PreTrainedTokenizerBase,
+        classes_by: str | None,
+        nodes: VerifyingNodes | None = None,
+    ) -> None:
+        self._verifiers, self._tokenizer, self._classes_by, self._nodes = verifiers, tokenizer, classes_by, nodes
+        self._jobs, self._for_judge = _Jobs(), _Jobs()
+        self._threads: list[tuple[threading.Thread, _Jobs]] = []
+        self._changed = threading.Condition()
+        self._left = 0
+        self._failure: BaseException | None = None
+        self._verdicts: dict[int, list[float]] = {}
+        self._classes: dict[int, list[int | None]] = {}
+        self._is_over = False
 
     def submit(self, i: int, prompt: Prompt, completions: Sequence[Completion]) -> None:
         """Begin to verify the responses to prompt `i`. Returns at once."""
-        verifiers, tokenizer, by = self._verifiers, self._tokenizer, self._classes_by
-        if isinstance(prompt, LabelledPrompt):
-            texts = texts_of(prompt, completions, tokenizer, verifiers.view(prompt.verifier))
-            items = [Item(prompt.verifier, prompt.text, text, prompt.answer) for text in texts]
-            self._judged[i] = self._verifying.submit(verifiers.score, items)
-        elif by is not None:
-            texts = texts_of(prompt, completions, tokenizer, verifiers.view(by))
-            self._classed[i] = self._verifying.submit(verifiers.classes, by, prompt.text, texts)
+        verifier = prompt.verifier if isinstance(prompt, LabelledPrompt) else self._classes_by
+        if verifier is None:
+            return
+        with self._changed:
+            self._left += 1
+        if not self._threads:
+            self._start()
+        jobs = self._for_judge if verifier == JUDGE else self._jobs
+        jobs.put(_Job(i, prompt, completions, verifier))
 
     def results(self) -> tuple[dict[int, list[float]], dict[int, list[int | None]]]:
         """The verdicts on each labelled prompt's responses and the classes of each unlabelled one's, by prompt.
 
-        Waits for all that was submitted on this rank. Raises EngineError if a judge fails, InputError if a user's own
-        verifier does.
+        Waits for all that was submitted on this rank. Raises EngineError if a judge fails or a node is lost, InputError
+        if a user's own verifier fails.
         """
-        verdicts = {i: future.result() for i, future in self._judged.items()}
-        return verdicts, {i: future.result() for i, future in self._classed.items()}
+        with self._changed:
+            self._changed.wait_for(lambda: not self._left or self._failure is not None)
+            if self._failure is not None:
+                raise self._failure
+            return self._verdicts, self._classes
 
     def __enter__(self) -> Verification:
+        nodes = self._nodes
+        if nodes is not None:
+            nodes.sessions += 1
+            if nodes.own is not None:
+                for lane in range(self._verifiers.threads):
+                    arguments = (nodes, nodes.sessions, lane, self._verify_packed)
+                    threading.Thread(target=serve, args=arguments, name="verification-serve", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._verifying.shutdown()
+        """Wait for what is being verified; what is not begun is dropped."""
+        self._is_over = True
+        if self._nodes is not None and self._nodes.store is not None and not self._threads:
+            self._start()  # the other nodes wait for the end of their lanes
+        for _, jobs in self._threads:
+            jobs.put(None)
+        for thread, _ in self._threads:
+            thread.join()
+
+    def _start(self) -> None:
+        verifiers, nodes = self._verifiers, self._nodes
+        runs: list[tuple[Callable[[_Jobs], None], _Jobs]] = [(self._work, self._jobs)] * verifiers.threads
+        runs += [(self._work, self._for_judge)] * verifiers.judge_threads
+        if nodes is not None and nodes.store is not None:
+            for lane in range(verifiers.threads):
+                for place in range(len(nodes.others)):
+                    lanes = Lane(nodes, nodes.sessions, place, lane)
+                    runs.append((lambda jobs, lane=lanes: self._send(jobs, lane), self._jobs))  # type: ignore[misc]
+        for run, jobs in runs:
+            thread = threading.Thread(target=run, args=(jobs,), name="verification", daemon=True)
+            self._threads.append((thread, jobs))
+            thread.start()
+
+    def _work(self, jobs: _Jobs) -> None:
+        """Verify in this process."""
+        while (job := jobs.get()) is not None:
+            self._finish(job, lambda job=job: self._verifiers.verify(job.responses(), self._tokenizer))  # type: ignore[misc]
+
+    def _send(self, jobs: _Jobs, lane: Lane) -> None:
+        """Let another node verify."""
+        try:
+            while (job := jobs.get()) is not None:
+                self._finish(job, lambda job=job: lane.verify(job.responses().pack(), self._ended))  # type: ignore[misc]
+        finally:
+            lane.end()
+
+    def _finish(self, job: _Job, verify: Callable[[], Result | None]) -> None:
+        if self._ended():
+            return
+        failure: BaseException | None = None
+        result: Result | None = None
+        try:
+            result = verify()
+        except BaseException as error:  # noqa: BLE001 - raised by `results`
+            failure = error
+        with self._changed:
+            self._left -= 1
+            self._failure = self._failure or failure
+            if result is not None:
+                kept = self._verdicts if isinstance(job.prompt, LabelledPrompt) else self._classes
+                kept[job.i] = result  # type: ignore[assignment]
+            self._changed.notify_all()
+
+    def _ended(self) -> bool:
+        return self._is_over or self._failure is not None
+
+    def _verify_packed(self, order: bytes) -> Result:
+        return self._verifiers.verify(Responses.unpack(order), self._tokenizer)
 
 
-def texts_of(
-    prompt: Prompt, completions: Sequence[Completion], tokenizer: PreTrainedTokenizerBase, view: View
-) -> list[str]:
-    """Responses as a verifier sees them, except for what depends on their text (`Verifiers`).
-
-    The end token is removed by its position, whatever its text is. A thought that the prompt began gets its tag.
-    """
-    if view is View.everything:
-        return [tokenizer.decode(completion.token_ids.tolist()) for completion in completions]
-    thought = begun_thought(tokenizer.decode(prompt.token_ids[-PROMPT_END:])) if view is View.answer else ""
-    return [
-        thought + tokenizer.decode(answer.token_ids[: -1 if answer.finish_reason == "stop" else None].tolist())
-        for answer in completions
-    ]
+def responses_of(prompt: Prompt, completions: Sequence[Completion], verifier: str) -> Responses:
+    """What a verifier needs. The reference answer is that of a labelled prompt alone."""
+    rows = [completion.token_ids.numpy() for completion in completions]
+    return Responses(
+        verifier,
+        prompt.text,
+        prompt.answer if isinstance(prompt, LabelledPrompt) else None,
+        tuple(prompt.token_ids[-PROMPT_END:]),
+        tuple(len(row) for row in rows),
+        tuple(completion.finish_reason == "stop" for completion in completions),
+        np.concatenate(rows) if rows else np.zeros(0, np.int32),
+    )

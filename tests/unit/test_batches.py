@@ -15,12 +15,13 @@ import transformers
 from torch import Tensor
 
 from megatron_tempo.errors import EngineError
+from megatron_tempo.rewards.responses import View
 from megatron_tempo.rewards.scorer import Item
-from megatron_tempo.rewards.verifiers import Verifiers, View
+from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout import dump
 from megatron_tempo.rollout.batches import Asked, ask, batch_of, collect, summed_counts
 from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
-from megatron_tempo.rollout.verification import texts_of
+from megatron_tempo.rollout.verification import responses_of
 from megatron_tempo.types import (
     Batch,
     Completion,
@@ -201,9 +202,9 @@ def test_a_thought_that_the_prompt_began_is_a_thought_of_the_response() -> None:
     answer = completion(list(map(ord, "4?</think>5$")), (), "stop", ())
     for view, text in ((View.answer, "<think>4?</think>5"), (View.response, "4?</think>5"),
                        (View.everything, "4?</think>5$")):  # fmt: skip
-        assert texts_of(prompt, [answer], Letters(), view) == [text]  # type: ignore[arg-type]
+        assert [*responses_of(prompt, [answer], "math").texts(Letters(), view)] == [text]
     plain = dataclasses.replace(prompt, token_ids=tuple(map(ord, "How many?")))
-    assert texts_of(plain, [answer], Letters(), View.answer) == ["4?</think>5"]  # type: ignore[arg-type]
+    assert [*responses_of(plain, [answer], "math").texts(Letters(), View.answer)] == ["4?</think>5"]
 
 
 def test_counts_are_summed_over_what_each_rank_has(monkeypatch: pytest.MonkeyPatch) -> None:

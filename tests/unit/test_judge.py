@@ -295,7 +295,7 @@ def test_verifiers_with_a_judge(tmp_path: Path) -> None:
     with judge_server() as judge:
         config = JudgeConfig(url=judge.url, model="m", concurrency=5)
         with Verifiers(judge=JudgeScorer(config, tmp_path)) as verifiers:
-            assert verifiers.threads == 5
+            assert verifiers.judge_threads == 5
             mixed = [item("Paris"), Item("text", "Capital?", "Answer: Paris", "Paris"), item("Rome")]
             assert verifiers.score(mixed) == [1.0, 1.0, 0.0]
             assert verifiers.take_counts()["judge/asked"] == 2
