@@ -19,15 +19,33 @@ from megatron_tempo.rewards.answers import tail
 Grid = frozenset[tuple[str, str, str]]  # (house, attribute, value)
 
 _RULE = re.compile(r"[\s|:-]+")
+_BRACE = re.compile(r"\{(?=[ \t\n\r]*[\"}])")  # where an object may begin
+# Characters that may be read in vain, for each of the text: objects that do not end may be nested in one another.
+_ATTEMPTS = 8
+
+
+class _Repeated(dict[str, Any]):
+    """An object with a key that is there twice, or with such an object in it."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    is_sound = len(found) == len(pairs) and not any(_has_repeated(value) for value in found.values())
+    return found if is_sound else _Repeated(found)
+
+
+def _has_repeated(value: Any) -> bool:
+    return isinstance(value, _Repeated) or (isinstance(value, list) and any(map(_has_repeated, value)))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) != len(pairs):
+    found = dict(pairs)
+    if len(found) != len(pairs):
         raise ValueError("a key is there twice")
-    return dict(pairs)
+    return found
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def read(prompt: str, response: str) -> Grid | None:
@@ -40,24 +58,35 @@ def read(prompt: str, response: str) -> Grid | None:
 def gold(prompt: str, answer: str) -> Grid:
     """The grid of an answer. Raises InputError if it is not one."""
     try:
-        return _grid(_DECODER.decode(answer))
+        value = _DECODER.decode(answer)
+        if _has_repeated(value):
+            raise ValueError("a key is there twice")
+        return _grid(value)
     except (ValueError, RecursionError) as error:
         example = '{"House 1": {"Name": "Eric"}, ...}'
         raise InputError(f"the answer {answer[:80]!r} is no grid ({error}); write it as {example}") from error
 
 
 def _last_object(text: str) -> tuple[int, Grid] | None:
-    """Where the last JSON grid ends, and the grid. Other braces in the text are ignored."""
-    last, place = None, text.find("{")
-    while place >= 0:
+    """Where the last JSON grid ends, and the grid. Other braces in the text are ignored.
+
+    Linear: a text in which too much is read in vain has no further grid.
+    """
+    last, read, end = None, 0, 0
+    while (brace := _BRACE.search(text, end)) and read <= _ATTEMPTS * len(text):
+        place = brace.start()
         try:
             value, end = _DECODER.raw_decode(text, place)
-        except (ValueError, RecursionError):
-            end = place + 1
+        except json.JSONDecodeError as error:
+            read, end = read + error.pos - place, place + 1
+        except (ValueError, RecursionError):  # a number that is too long, or objects in one another
+            read, end = read + len(text) - place, place + 1
         else:
+            if _has_repeated(value):
+                read, end = read + end - place, place + 1
+                continue
             with contextlib.suppress(ValueError):
                 last = end, _grid(value.get("solution", value))
-        place = text.find("{", end)
     return last
 
 

@@ -75,7 +75,6 @@ Reply with one JSON object and nothing else: {{"nonce": "{nonce}", "verdict": "r
 
 # Marks of chat templates: servers may convert them to control tokens anywhere in a text.
 _MARKS = re.compile(r"<(?=[|｜]|/?\w{1,40}>)|\[(?=/?(?:INST|SYS|SYSTEM_PROMPT)\b)")
-_FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 
 class JudgeScorer:
@@ -222,9 +221,10 @@ def read_verdict(reply: str, nonce: str) -> bool | None:
     >>> read_verdict('{"nonce": "0000", "verdict": "right"}', "17f3")
     """
     text = reply.rpartition("</think>")[2].strip()
-    fenced = _FENCE.fullmatch(text)
+    if text.startswith("```") and text.endswith("```"):
+        text = text[3:-3].removeprefix("json")
     try:
-        pairs = json.loads(fenced[1] if fenced else text, object_pairs_hook=list)
+        pairs = json.loads(text, object_pairs_hook=list)
     except (ValueError, RecursionError):
         return None
     # As pairs, so that repeated and unknown keys are rejected.

@@ -62,8 +62,9 @@ class Responses:
     @staticmethod
     def unpack(packed: bytes) -> Responses:
         head, _, tokens = packed.partition(b"\n")
-        verifier, prompt, answer, *numbers = json.loads(head)
-        return Responses(verifier, prompt, answer, *map(tuple, numbers), np.frombuffer(tokens, "<i4"))  # type: ignore[arg-type]
+        verifier, prompt, answer, end, lengths, stopped = json.loads(head)
+        row = np.frombuffer(tokens, "<i4")
+        return Responses(verifier, prompt, answer, tuple(end), tuple(lengths), tuple(stopped), row)
 
 
 def seen(text: str, view: View, *, read_unfinished_thoughts: bool) -> str:

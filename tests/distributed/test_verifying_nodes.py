@@ -1,0 +1,191 @@
+"""Responses that only the first rank has are verified by all nodes: the verdicts are the same, and errors arrive."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import transformers
+
+from megatron_tempo.errors import EngineError, InputError
+from megatron_tempo.rewards import verifiers as verifiers_module
+from megatron_tempo.rewards.scorer import Item
+from megatron_tempo.rewards.verifiers import Verifiers
+from megatron_tempo.rollout import verifying_nodes
+from megatron_tempo.rollout.batches import ask, collect, summed_counts
+from megatron_tempo.rollout.engine import AnswersOnFirstRank, Request, Sampling
+from megatron_tempo.rollout.supervisor import private_store
+from megatron_tempo.rollout.verification import Verification
+from megatron_tempo.rollout.verifying_nodes import VerifyingNodes, joined
+from megatron_tempo.types import Completion, EngineHealth, LabelledPrompt, TokenCount, UnlabelledPrompt, Weights
+from tests.support.ranks import run_ranks
+from tests.support.tiny import WORDS, write_model
+
+SAMPLES, WAIT = 3, 60.0
+LABELLED = [LabelledPrompt(f"l:{i}", f"{i}", (i,), str(i % 3), "text") for i in range(12)]
+UNLABELLED = [UnlabelledPrompt(f"u:{i}", f"{i}", (i,)) for i in range(8)]
+EXPECTED = (
+    [[float((i + sample) % 3 == i % 3) for sample in range(SAMPLES)] for i in range(12)] + [[]] * 8,
+    [[]] * 12 + [[0, 1, 2]] * 8,
+)
+
+
+class FirstRankEngine:
+    """Only the first rank has the answers, as with servers. Sample s of prompt i says (i + s) % 3, and ends."""
+
+    counted, replicas = TokenCount(), 1
+
+    def __init__(self, nodes: VerifyingNodes | None) -> None:
+        self.nodes = nodes
+
+    def start(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
+        for i, request in enumerate(requests if dist.get_rank() == 0 else []):
+            rows = [((request.token_ids[0] + s) % 3, WORDS.index("$")) for s in range(request.samples)]
+            yield i, [Completion(row, (-0.5, -0.5), "stop", ((0, 2),)) for row in rows]
+
+    def load_weights(self, weights: Weights, version: int) -> None:
+        raise NotImplementedError
+
+    def differences(self, weights: Weights) -> list[tuple[str, float]]:
+        raise NotImplementedError
+
+    def health(self) -> list[EngineHealth]:
+        raise NotImplementedError
+
+    def close(self) -> None: ...
+
+
+class Meeting(Verifiers):
+    """The first rank begins its second item when the other node has verified one. Counts its items."""
+
+    def __init__(self, flag: Path) -> None:
+        super().__init__(1)
+        self._flag, self.items, self.fail = flag, 0, False
+
+    def score(self, items: Sequence[Item]) -> list[float]:
+        rank = dist.get_rank()
+        deadline = time.monotonic() + WAIT
+        while rank == 0 and not self._flag.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.items += len(items)
+        if rank != 0:
+            self._flag.touch()
+            if self.fail:
+                raise InputError("import:mine:verifier failed on this node")
+        return super().score(items)
+
+    def take_counts(self) -> dict[str, int]:
+        return {"items": self.items}
+
+
+def as_two_nodes() -> VerifyingNodes | None:
+    """Ranks 0 and 1 are one node, 2 and 3 the other."""
+    rank = dist.get_rank()
+    os.environ["LOCAL_RANK"] = str(rank % 2)
+    socket.gethostname = lambda: f"node{rank // 2}"  # type: ignore[assignment]
+    year = timedelta(days=365)
+    assert dist.group.WORLD is not None
+    return joined(dist.group.WORLD, lambda: private_store("127.0.0.1", year) if rank == 0 else None)
+
+
+def spread(model: Path, flags: Path) -> dict[str, Any]:
+    dist.init_process_group("gloo")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    nodes = as_two_nodes()
+    assert nodes is not None
+    engine, found = FirstRankEngine(nodes), []
+    assert isinstance(engine, AnswersOnFirstRank)
+    prompts = [*LABELLED, *UNLABELLED]
+    with Meeting(flags / "met") as verifiers:
+        for at_least in (2**60, 0):  # decoded in the process itself, and by another
+            verifiers_module.TOKENS_HERE = at_least
+            collected = collect(ask(engine, prompts, SAMPLES, Sampling(1.0, 9)), verifiers, tokenizer, "text")
+            found.append((collected.verdicts, collected.classes))
+        counts, own = summed_counts(verifiers), verifiers.items
+        verifiers.fail, message = True, ""
+        verifiers._flag = flags / "again"
+        verifiers_module.TOKENS_HERE = 2**60
+        try:
+            collect(ask(engine, prompts, SAMPLES, Sampling(1.0, 9)), verifiers, tokenizer, "text")
+        except EngineError as error:
+            message = str(error)
+        verifiers.fail = False
+        collected = collect(ask(engine, prompts, SAMPLES, Sampling(1.0, 9)), verifiers, tokenizer, "text")
+        found.append((collected.verdicts, collected.classes))
+    keys = nodes.store.num_keys() if nodes.store is not None else 0
+    dist.destroy_process_group()
+    return {"found": found, "counts": counts, "own": own, "message": message, "others": nodes.others, "keys": keys}
+
+
+def test_two_nodes_find_what_one_finds(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", tied=True, layers=1)
+    ranks = run_ranks(spread, 4, tmp_path / "ranks", model, tmp_path)
+    for rank in ranks:
+        assert rank["found"] == [EXPECTED] * 3
+        assert rank["message"] == "import:mine:verifier failed on this node"
+        assert [(node.rank, node.host) for node in rank["others"]] == [(2, "node1")]
+        # The quick verifiers of the second collection run in other processes and are not counted.
+        assert rank["counts"] == {"items": len(LABELLED) * SAMPLES}
+    assert ranks[0]["own"] > 0
+    assert ranks[2]["own"] > 0
+    assert (ranks[1]["own"], ranks[3]["own"]) == (0, 0)
+    # What was ordered and answered is not kept: a sign of life, and the last order of a lane that was given up.
+    assert ranks[0]["keys"] < 10
+
+
+class Blocked(Verifiers):
+    """Verifies nothing until `go`, so that the other node has its share."""
+
+    def __init__(self, workers: int) -> None:
+        super().__init__(workers)
+        self.go = threading.Event()
+
+    def score(self, items: Sequence[Item]) -> list[float]:
+        assert self.go.wait(WAIT)
+        return super().score(items)
+
+
+def stopped(model: Path) -> str:
+    """The second node's process stands still, as one does whose machine is gone."""
+    dist.init_process_group("gloo")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    os.environ["LOCAL_RANK"] = "0"
+    verifying_nodes.ALIVE_SECONDS, verifying_nodes.LOST_SECONDS = 0.05, 0.5
+    year, rank = timedelta(days=365), dist.get_rank()
+    assert dist.group.WORLD is not None
+    nodes = joined(dist.group.WORLD, lambda: private_store("127.0.0.1", year) if rank == 0 else None)
+    pids: list[Any] = [None, None]
+    dist.all_gather_object(pids, os.getpid())
+    message, verifiers = "", Blocked(1)
+    with verifiers, Verification(verifiers, tokenizer, None, nodes) as verification:
+        if rank == 0:
+            os.kill(pids[1], signal.SIGSTOP)
+            try:
+                for i, prompt in enumerate(LABELLED):
+                    verification.submit(i, prompt, [Completion((1,), (-0.5,), "length", ((0, 1),))])
+                verification.results()
+            except EngineError as error:
+                message = str(error)
+            finally:
+                os.kill(pids[1], signal.SIGCONT)
+        verifiers.go.set()
+    dist.barrier()
+    dist.destroy_process_group()
+    return message
+
+
+def test_a_node_that_is_lost_is_named(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", tied=True, layers=1)
+    messages = run_ranks(stopped, 2, tmp_path / "ranks", model)
+    assert messages[0].startswith(
+        f"rank 1 on {socket.gethostname()}, which verifies responses, has not been heard from"
+    )
+    assert messages[1] == ""
