@@ -36,7 +36,19 @@ LONG = " and so it goes on, 1, 2, {x}" * (RESPONSE_CHARS // 20)
 PIECES = (
     *("<think>", "</think>", "<thinking>", "[THINK]", "[/THINK]", "◁/think▷", "<|channel|>analysis<|message|>"),
     *("<|channel|>final<|message|>", r"\boxed{A}", r"\boxed{12", "}", "\nAnswer: B\n", "The answer is B.", "#### 7\n"),
-    *("<answer>two</answer>", "<|im_end|>", "</s>", " \n", "x", "{", '{"House 1": {"Name": "Eric"}}', "\n\n", LONG),
+    *(
+        "<answer>two</answer>",
+        "<|im_end|>",
+        "</s>",
+        " \n",
+        "x",
+        "{",
+        '{"House 1": {"Name": "Eric"}}',
+        "\n\n",
+        LONG,
+        LONG,
+        LONG,
+    ),
     *("é", "数", "🙂", "\n| House | Name |\n|-|-|\n| 1 | Bob |\n"),
 )
 
