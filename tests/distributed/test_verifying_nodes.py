@@ -21,11 +21,12 @@ from megatron_tempo.rewards.scorer import Item
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout import verifying_nodes
 from megatron_tempo.rollout.batches import ask, collect, summed_counts
-from megatron_tempo.rollout.engine import AnswersOnFirstRank, Request, Sampling
+from megatron_tempo.rollout.engine import AnswersOnFirstRank, EngineWork, Request, Sampling
 from megatron_tempo.rollout.supervisor import private_store
 from megatron_tempo.rollout.verification import Verification
 from megatron_tempo.rollout.verifying_nodes import VerifyingNodes, joined
 from megatron_tempo.types import Completion, EngineHealth, LabelledPrompt, TokenCount, UnlabelledPrompt, Weights
+from tests.support.completions import completion
 from tests.support.ranks import run_ranks
 from tests.support.tiny import WORDS, write_model
 
@@ -41,7 +42,7 @@ EXPECTED = (
 class FirstRankEngine:
     """Only the first rank has the answers, as with servers. Sample s of prompt i says (i + s) % 3, and ends."""
 
-    counted, replicas = TokenCount(), 1
+    counted, replicas, work = TokenCount(), 1, EngineWork()
 
     def __init__(self, nodes: VerifyingNodes | None) -> None:
         self.nodes = nodes
@@ -49,7 +50,7 @@ class FirstRankEngine:
     def start(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
         for i, request in enumerate(requests if dist.get_rank() == 0 else []):
             rows = [((request.token_ids[0] + s) % 3, WORDS.index("$")) for s in range(request.samples)]
-            yield i, [Completion(row, (-0.5, -0.5), "stop", ((0, 2),)) for row in rows]
+            yield i, [completion(row, (-0.5, -0.5)) for row in rows]
 
     def load_weights(self, weights: Weights, version: int) -> None:
         raise NotImplementedError
@@ -170,7 +171,7 @@ def stopped(model: Path) -> str:
             os.kill(pids[1], signal.SIGSTOP)
             try:
                 for i, prompt in enumerate(LABELLED):
-                    verification.submit(i, prompt, [Completion((1,), (-0.5,), "length", ((0, 1),))])
+                    verification.submit(i, prompt, [completion((1,), (-0.5,), "length")])
                 verification.results()
             except EngineError as error:
                 message = str(error)

@@ -30,6 +30,7 @@ from megatron_tempo.rewards.text_process import STARTS, TextProcess
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.verification import Verification, responses_of
 from megatron_tempo.types import Completion, LabelledPrompt, UnlabelledPrompt
+from tests.support.completions import completion
 
 PROMPT = "Which?\n(A) one\n(B) two"
 LONG = " and so it goes on, 1, 2, {x}" * (RESPONSE_CHARS // 20)
@@ -292,8 +293,8 @@ def labelled(i: int, verifier: str = "math", answer: str = "1") -> LabelledPromp
     return LabelledPrompt(str(i), "?", (1,), answer, verifier)
 
 
-def completion(first: int) -> list[Completion]:
-    return [Completion((first, 2), (-0.1, -0.1), "length", ((0, 2),))]
+def said(first: int) -> list[Completion]:
+    return [completion((first, 2), (-0.1, -0.1), "length")]
 
 
 def test_no_more_prompts_than_threads_have_texts_at_a_time() -> None:
@@ -301,7 +302,7 @@ def test_no_more_prompts_than_threads_have_texts_at_a_time() -> None:
     with Verification(stub, None, "math") as verification:  # type: ignore[arg-type]
         for i in range(40):
             prompt = labelled(i) if i % 2 else UnlabelledPrompt(str(i), "?", (1,))
-            verification.submit(i, prompt, completion(i))
+            verification.submit(i, prompt, said(i))
         for _ in range(stub.threads):
             stub.entered.acquire(timeout=60)
         stub.go.set()
@@ -316,9 +317,9 @@ def test_the_judge_keeps_no_other_verifier_waiting() -> None:
     stub = Stub()
     with Verification(stub, None, None) as verification:  # type: ignore[arg-type]
         for i in range(10):
-            verification.submit(i, labelled(i, "judge"), completion(i))
+            verification.submit(i, labelled(i, "judge"), said(i))
         for i in range(10, 13):
-            verification.submit(i, labelled(i), completion(i))
+            verification.submit(i, labelled(i), said(i))
         for _ in range(5):
             assert stub.entered.acquire(timeout=60)
         stub.go.set()
@@ -329,13 +330,13 @@ def test_the_judge_keeps_no_other_verifier_waiting() -> None:
 def test_after_a_failure_nothing_more_is_begun() -> None:
     stub = Stub()
     with Verification(stub, None, None) as verification:  # type: ignore[arg-type]
-        verification.submit(0, labelled(0, answer="wrong"), completion(0))
+        verification.submit(0, labelled(0, answer="wrong"), said(0))
         assert stub.entered.acquire(timeout=60)
         stub.go.set()
         with pytest.raises(InputError, match="cannot use it"):
             verification.results()
         for i in range(1, 30):
-            verification.submit(i, labelled(i), completion(i))
+            verification.submit(i, labelled(i), said(i))
         with pytest.raises(InputError, match="cannot use it"):
             verification.results()
     assert stub.seen == 1
@@ -344,6 +345,6 @@ def test_after_a_failure_nothing_more_is_begun() -> None:
 def test_nothing_to_verify_starts_no_thread() -> None:
     before = threading.active_count()
     with Verification(Stub(), None, None) as verification:  # type: ignore[arg-type]
-        verification.submit(0, UnlabelledPrompt("0", "?", (1,)), completion(0))
+        verification.submit(0, UnlabelledPrompt("0", "?", (1,)), said(0))
         assert threading.active_count() == before
         assert verification.results() == ({}, {})
