@@ -210,6 +210,22 @@ def _name_path(error: OSError, paths: Sequence[Path]) -> None:
             del error.filename2  # of a rename; None would be shown
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError of the block, which writes `path`, name the file.
+
+    A write to an open file does not name it. And after one that failed, torch's writer raises another error, about the
+    incomplete file.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, cause.filename or str(path)) from error
+
+
 def partial_of(folder: Path) -> Path:
     """Where a folder is written until it is complete. Several ranks, or the next start, must find it by its name."""
     return folder.with_name(folder.name + ".partial")

@@ -26,16 +26,15 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
-from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_tempo.checkpoint import manifest
-from megatron_tempo.checkpoint.saving import Saving, ShardWriter
+from megatron_tempo.checkpoint import manifest, optimizer_files
+from megatron_tempo.checkpoint.host_memory import HostMemory
+from megatron_tempo.checkpoint.loading import FORMAT, GATHERED, cannot_read, load_model
+from megatron_tempo.checkpoint.saving import ModelShare, Saving, reserve
 from megatron_tempo.config.resume import step_folders
 from megatron_tempo.errors import InputError
 from megatron_tempo.files import partial_of, replace_file
@@ -79,6 +78,7 @@ class Checkpoints:
         self._asynchronous = asynchronous
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._saving: Saving | None = None
+        self._memory: dict[str, HostMemory] = {}  # by model name; kept until the end
         self.saved: int | None = None  # step of the latest checkpoint that was complete when written or read
 
     def path(self, step: int) -> Path:
@@ -94,6 +94,16 @@ class Checkpoints:
         if free < wanted * size and self._layout.is_writer:
             advice = "free disk space, or keep fewer"
             log.warning("%s, but checkpoint.keep=%d needs space for %d more; %s", space, self._keep, wanted, advice)
+
+    def reserve(self, models: dict[str, TrainedModel]) -> None:
+        """Allocate the host memory that checkpoints are copied to. Raises InputError, on every rank, if that fails."""
+
+        def allocate() -> None:
+            for name, model in models.items():
+                with model.at_work():
+                    reserve(model, self._memory.setdefault(name, HostMemory()))
+
+        raise_on_all_ranks(allocate, self._group)
 
     def save(self, step: int, models: dict[str, TrainedModel], state: dict[str, Any]) -> None:
         """Begin to write a checkpoint. When it is complete, all but the last `keep` are removed. `state`: JSON data.
@@ -114,16 +124,16 @@ class Checkpoints:
                 words = f"the checkpoint takes {_gb(size)}, and the disk has {_gb(self._free())} free"
                 raise OSError(errno.ENOSPC, words, str(path))
             for name in models:
-                (partial_of(path) / name).mkdir(parents=True)
+                (partial_of(path) / name / optimizer_files.FOLDER).mkdir(parents=True)
 
         raise_on_all_ranks(begin, self._group)
-        writers = {}
+        shares = {}
         for name, model in models.items():
             with model.at_work():
-                writers[name] = ShardWriter.of(sharded_state(model, is_loading=False), partial_of(path) / name)
+                shares[name] = ModelShare.of(model, self._memory.setdefault(name, HostMemory()))
         counts = {name: model.step_count for name, model in models.items()}
-        state = state | {"step": step, "optimizer_steps": counts}
-        self._saving = Saving(path, writers, state, self._group, partial(self._completed, step))
+        state = state | {"step": step, "format": FORMAT, "optimizer_steps": counts}
+        self._saving = Saving(path, shares, state, self._group, partial(self._completed, step))
         if not self._asynchronous:
             self.wait()
 
@@ -205,9 +215,7 @@ class Checkpoints:
         self.require(latest, models)
         for name, model in models.items():
             with model.at_work():
-                loaded = _loaded(model, latest.path / name)
-                model.net.load_state_dict(loaded["model"])
-                model.load_optimizer(loaded["optimizer"])
+                load_model(model, latest.path / name, latest.state.get("format", GATHERED), self._group)
             model.step_count = latest.state["optimizer_steps"][name]
         self.saved = latest.state["step"]
 
@@ -244,7 +252,7 @@ class Checkpoints:
         dist.all_gather_object(digests, manifest.digests_or_errors(path, names), group=self._group)
         now = {name: digest for of_rank in digests for name, digest in of_rank.items()}
         if fault := manifest.first_read_error(now):
-            raise _cannot_read(path, fault)
+            raise cannot_read(path, fault)
         return manifest.difference(wanted, now)
 
     def _completed(self, step: int) -> None:
@@ -308,40 +316,6 @@ def _state_problem(path: Path) -> str | None:
     return None
 
 
-def _loaded(model: TrainedModel, folder: Path) -> dict[str, Any]:
-    """Megatron's part of a checkpoint for one model."""
-    try:
-        return dist_checkpointing.load(sharded_state(model, is_loading=True), str(folder))
-    except (CheckpointException, Exception) as error:
-        if (fault := _io_fault(error)) is None:
-            raise
-        raise _cannot_read(folder.parent, fault) from error
-
-
-def _io_fault(error: BaseException) -> str | None:
-    """What cannot be read, if that is the cause of an error of Megatron's or torch's loading; else None."""
-    if isinstance(error, CheckpointException):  # torch gathers the errors of all ranks
-        return next(filter(None, (_io_fault(wrapped[0]) for wrapped in error.failures.values())), None)
-    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    if isinstance(error, EOFError | UnpicklingError | json.JSONDecodeError) or "PytorchStreamReader" in str(error):
-        return f"a file is not as it was written ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-    if _UNREAD_INDEX in str(error):  # torch keeps only the text of this one
-        return str(error).partition(_UNREAD_INDEX)[2].splitlines()[0]
-    inner = error.__cause__ or error.__context__  # Megatron fails while it handles a missing common.pt
-    return _io_fault(inner) if inner is not None else None
-
-
-_UNREAD_INDEX = "metadata read failed: "
-
-
-def _cannot_read(path: Path, fault: str) -> InputError:
-    return InputError(
-        f"{path}: {fault}; nothing was changed. Mend the disk, its mount or the permissions, then run the same "
-        f"command again; if the file is lost, rename {path.name} to {path.name}.damaged to use the one before"
-    )
-
-
 def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
@@ -364,19 +338,3 @@ def _size(models: dict[str, TrainedModel]) -> int:
 
 def _gb(size: int) -> str:
     return f"{readable(size / 1e9)} GB"
-
-
-def sharded_state(model: TrainedModel, *, is_loading: bool) -> dict[str, Any]:
-    """A model's part of a checkpoint: its weights and its optimizer's state. The model is at work. Collective.
-
-    This sharding of the optimizer state can be read back under any tensor, pipeline and data parallelism.
-    """
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "chained_optim_avoid_prefix": True,
-        "singleton_local_shards": False,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-    weights = model.net.sharded_state_dict(metadata=metadata)
-    return {"model": weights, "optimizer": model.sharded_optimizer(weights, metadata, is_loading=is_loading)}

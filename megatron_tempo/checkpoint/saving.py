@@ -1,8 +1,9 @@
 """Writes a checkpoint to the disk while training continues.
 
-A rank's share is copied to host memory first. A thread writes it from there, synchronised with the threads of the other
-ranks over a separate process group. Megatron uses a forked process instead. Forking a process with CUDA, gloo threads
-and engine sockets is unsafe, and the fork of a killed trainer would continue to write.
+A rank's share is copied to host memory first, without a message to another rank. A thread writes it from there,
+synchronised with the threads of the other ranks over a separate process group. Megatron uses a forked process instead.
+Forking a process with CUDA, gloo threads and engine sockets is unsafe, and the fork of a killed trainer would continue
+to write.
 """
 
 from __future__ import annotations
@@ -10,46 +11,109 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import save_config
-from torch.distributed.checkpoint.storage import WriteResult
+from torch import Tensor
 
 from megatron_tempo.checkpoint import manifest
+from megatron_tempo.checkpoint.host_memory import HostCopy, HostMemory
+from megatron_tempo.checkpoint.optimizer_files import (
+    FOLDER,
+    OptimizerShare,
+    SavedSlice,
+    WrittenSlices,
+    write_index,
+    write_share,
+)
+from megatron_tempo.checkpoint.weight_files import (
+    WeightShare,
+    WrittenItem,
+    describe_weights,
+    in_host_memory,
+    weight_share,
+    write_weights,
+)
 from megatron_tempo.files import partial_of, publish_folder
-from megatron_tempo.models.megatron_compat.checkpoint_writer import WritePlan, plan_writes, write_bucket
-from megatron_tempo.runtime import progress_marker
+from megatron_tempo.models.gpt import EMBEDDING
+from megatron_tempo.models.megatron_compat.optimizer import STATES, adam_step, optimizer_slices
+from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 
 
-@dataclass(slots=True)
-class ShardWriter:
-    """This rank's share of one model: its files' contents in host memory."""
+@dataclass(frozen=True, slots=True)
+class WrittenShare:
+    """What one rank has written of a model. The first rank describes the checkpoint with those of all ranks."""
 
-    plan: WritePlan
+    weights: list[WrittenItem]
+    optimizer: WrittenSlices
+
+
+@dataclass(slots=True)
+class ModelShare:
+    """This rank's share of one model's checkpoint, in host memory."""
+
+    weights: WeightShare
+    optimizer: OptimizerShare
+    copy: HostCopy
 
     @classmethod
-    def of(cls, sharded: dict[str, Any], folder: Path) -> ShardWriter:
-        """Copy this rank's share of a sharded state to host memory, to be written to `folder`. Collective."""
-        return cls(plan_writes(sharded, folder))
+    def of(cls, model: TrainedModel, memory: HostMemory) -> ModelShare:
+        """Copy this rank's share to `memory`. The model is at work. Not collective.
 
-    def write(self) -> list[WriteResult]:
-        """Write this rank's files to the disk, and free their contents. Raises OSError."""
-        results: list[WriteResult] = []
-        while self.plan.files:
-            results += write_bucket(self.plan.writer, self.plan.files.pop(0))
-            progress_marker.mark()
-        return results
+        On a GPU the copy runs while the model is used, until its next optimizer step or until it is offloaded.
+        """
+        weights, optimizer = share_of(model)
+        copy = memory.copy(_tensors(weights, optimizer), model.device)
+        model.copied = copy.done
+        if copy.done is not None and model.offloader.one_at_a_time:
+            torch.cuda.current_stream(model.device).wait_event(copy.done)
+        count = len(optimizer.slices) * len(STATES)
+        states = iter(copy.tensors[:count])
+        slices = [replace(one, tensors={state: next(states) for state in STATES}) for one in optimizer.slices]
+        return cls(in_host_memory(weights, copy.tensors[count:]), replace(optimizer, slices=slices), copy)
 
-    def describe(self, results: list[list[WriteResult]], folder: Path) -> None:
-        """Write the metadata of all ranks' files. On the first rank."""
-        assert self.plan.metadata is not None
-        self.plan.writer.finish(self.plan.metadata, results)
-        save_config(self.plan.config, str(folder))
+
+def reserve(model: TrainedModel, memory: HostMemory) -> None:
+    """Allocate the host memory for this rank's share of a model, which is at work."""
+    memory.reserve(_tensors(*share_of(model)), model.device)
+
+
+def share_of(model: TrainedModel) -> tuple[WeightShare, OptimizerShare]:
+    """What this rank writes of a model, which is at work: the tensors themselves."""
+    layout, names = model.layout, model.net.names_in_checkpoints()
+    # A tied matrix has a copy, with the same numbers, on the last stage. The first stage writes it.
+    slices = [
+        SavedSlice(names[one.parameter], one.start, one.stop, one.tensors)
+        for one in optimizer_slices(model.optimizer)
+        if names[one.parameter] != EMBEDDING or layout.is_first_stage
+    ]
+    share = OptimizerShare(slices, adam_step(model.optimizer), layout.tensor_rank, layout.tensor)
+    return weight_share([model.net]), share
+
+
+def _tensors(weights: WeightShare, optimizer: OptimizerShare) -> list[Tensor]:
+    states = [one.tensors[state] for one in optimizer.slices for state in STATES]
+    return states + [chunk.data for chunk in weights.chunks]
+
+
+def write_model(share: ModelShare, folder: Path, rank: int) -> WrittenShare:
+    """Write this rank's files of a model to the disk. Raises OSError."""
+    share.copy.wait()
+    weights = write_weights(folder / f"__{rank}_0.distcp", share.weights)
+    path = folder / FOLDER / f"rank_{rank:05d}.safetensors"
+    return WrittenShare(weights, write_share(path, share.optimizer))
+
+
+def describe_model(folder: Path, written: Sequence[WrittenShare]) -> None:
+    """Write what describes all ranks' files of a model. On the first rank. Raises OSError."""
+    describe_weights(folder, chain.from_iterable(of_rank.weights for of_rank in written))
+    write_index(folder / FOLDER, [of_rank.optimizer for of_rank in written])
 
 
 class Saving:
@@ -61,17 +125,18 @@ class Saving:
     def __init__(
         self,
         path: Path,
-        writers: dict[str, ShardWriter],
+        shares: dict[str, ModelShare],
         state: dict[str, Any],
         group: dist.ProcessGroup,
         done: Callable[[], None],
     ) -> None:
-        """`writers`: by model name. `state`: JSON data. `done`: called on the first rank when it is complete."""
+        """`shares`: by model name. `state`: JSON data. `done`: called on the first rank when it is complete."""
         self.path = path
         self.error: Exception | None = None  # once it has ended: why it is not complete, on any rank
         self._partial = partial_of(path)
-        self._writers, self._state, self._group, self._done = writers, state, group, done
-        self._is_writer = dist.get_rank() == 0
+        self._shares, self._state, self._group, self._done = shares, state, group, done
+        self._rank = dist.get_rank()
+        self._is_writer = self._rank == 0
         self._thread = threading.Thread(target=self._run, name=f"saving {path.name}", daemon=True)
         self._thread.start()
 
@@ -100,19 +165,21 @@ class Saving:
         dist.all_gather_object(digests, raise_on_all_ranks(self._read_back, self._group), group=self._group)
         raise_on_all_ranks(lambda: self._finish(digests), self._group)
 
-    def _write_files(self) -> dict[str, list[WriteResult]]:
-        return {name: writer.write() for name, writer in self._writers.items()}
+    def _write_files(self) -> dict[str, WrittenShare]:
+        written = {name: write_model(share, self._partial / name, self._rank) for name, share in self._shares.items()}
+        self._shares = {}
+        return written
 
-    def _describe(self, results: list[dict[str, list[WriteResult]]]) -> None:
-        """Write Megatron's metadata of the files, and the run's state."""
+    def _describe(self, written: list[dict[str, WrittenShare]]) -> None:
+        """Write the description of all ranks' files, and the run's state."""
         if not self._is_writer:
             return
-        for name, writer in self._writers.items():
-            writer.describe([of_rank[name] for of_rank in results], self._partial / name)
+        for name in written[0]:
+            describe_model(self._partial / name, [of_rank[name] for of_rank in written])
         (self._partial / manifest.STATE).write_text(json.dumps(self._state, indent=1) + "\n")
 
     def _read_back(self) -> manifest.Digests:
-        return manifest.digests(self._partial, manifest.files(self._partial)[dist.get_rank() :: dist.get_world_size()])
+        return manifest.digests(self._partial, manifest.files(self._partial)[self._rank :: dist.get_world_size()])
 
     def _finish(self, digests: list[manifest.Digests]) -> None:
         if not self._is_writer:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 # The padded grid of a micro-batch in attention has at most this multiple of the micro-batch's token budget.
 GRID_SLACK = 1.25
-# A checkpoint gathers the optimizer's state over the data-parallel ranks in pieces of this size, on the device.
-GATHERED_BYTES = 256 << 20
 
 
 def padded_vocab(vocab: int, tensor: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -24,6 +25,9 @@ from megatron_tempo.models.families import block_spec, token_multiple
 from megatron_tempo.models.packing import MicroBatch
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.models.rotary import Rotary
+
+EMBEDDING = "embedding.word_embeddings.weight"
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
 class PackedGPT(GPTModel):
@@ -60,6 +64,20 @@ class PackedGPT(GPTModel):
                 name = name.replace(ours, theirs)
             weights[name] = parameter
         return weights
+
+    def names_in_checkpoints(self) -> dict[nn.Parameter, str]:
+        """A name for each parameter that does not depend on the layout: the one that it has without pipeline stages.
+
+        A tied output matrix, which the last of several stages has, has the name of the input embedding.
+        """
+        names = {}
+        for name, parameter in self.weights().items():
+            if layer := _LAYER.match(name):
+                number = self.decoder.layers[int(layer[1])].layer_number - 1  # Megatron counts from 1, over all stages
+                name = f"decoder.layers.{number}.{name[layer.end() :]}"
+            tied = name == "output_layer.weight" and self.share_embeddings_and_output_weights
+            names[parameter] = EMBEDDING if tied else name
+        return names
 
     def forward(self, micro: MicroBatch) -> Tensor:
         """Returns hidden states [S / c (/ tensor), 1, hidden], or on the last stage the head's output."""

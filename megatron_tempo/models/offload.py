@@ -52,14 +52,14 @@ class ModelOffloader:
     """
 
     def __init__(self, *, one_at_a_time: bool) -> None:
-        self._one_at_a_time = one_at_a_time
+        self.one_at_a_time = one_at_a_time
         self._loaded: Offloadable | None = None
         self._offloaded: dict[int, list[_OffloadedStorage]] = {}  # by the model's id
         self._hosts: dict[int, Tensor] = {}  # host memory by the model's id, kept for the next offload
 
     def load(self, model: Offloadable) -> None:
         """Load `model` to the device. At its first load it must be on the device already."""
-        if not self._one_at_a_time or self._loaded is model:
+        if not self.one_at_a_time or self._loaded is model:
             return
         outgoing = self._offload()
         _exchange(model.device, outgoing, self._offloaded.pop(id(model), []))
@@ -81,7 +81,9 @@ class ModelOffloader:
         total = sum(storage.nbytes() for storage in persistent.values())
         host = self._hosts.get(id(model))
         if host is None or len(host) < total:
-            host = self._hosts[id(model)] = _host_memory(total, model.device)
+            host = self._hosts[id(model)] = host_memory(
+                total, model.device, "parallel.offload=true", "set parallel.offload=false"
+            )
         offloaded, at = [], 0
         for storage in sorted(persistent.values(), key=lambda storage: -storage.nbytes()):
             offloaded.append(_OffloadedStorage(storage, storage.nbytes(), host[at : at + storage.nbytes()]))
@@ -101,8 +103,8 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
     return {address: storage for address, storage in storages.items() if address}
 
 
-def _host_memory(size: int, device: torch.device) -> Tensor:
-    """uint8 [size], page-locked if the device is a GPU.
+def host_memory(size: int, device: torch.device, what: str, fix: str) -> Tensor:
+    """uint8 [size], page-locked if the device is a GPU. `what` it is for, and another `fix`, are for the error.
 
     It is registered with CUDA by hand, because torch rounds page-locked memory up to a power of two.
     """
@@ -112,8 +114,8 @@ def _host_memory(size: int, device: torch.device) -> Tensor:
         error = int(cudart.cudaHostRegister(address, size, 0))
         if error:
             raise InputError(
-                f"parallel.offload=true needs {size / 1e9:.1f} GB of page-locked host memory per process, which CUDA "
-                f"refuses (error {error}): raise the job's memory and `ulimit -l`, or set parallel.offload=false"
+                f"{what} needs {size / 1e9:.1f} GB of page-locked host memory per process, which CUDA refuses (error "
+                f"{error}): raise the job's memory and `ulimit -l`, or {fix}"
             )
         weakref.finalize(host, cudart.cudaHostUnregister, address)
     return host

@@ -26,7 +26,6 @@ from megatron_tempo.models.megatron_compat.optimizer import (
     optimizer_parts,
     without_bucket_padding,
 )
-from megatron_tempo.models.megatron_compat.optimizer_gather import gathered_in_pieces
 from megatron_tempo.models.offload import ModelOffloader
 from megatron_tempo.models.packing import MicroBatch, micro_batches
 from megatron_tempo.models.parallel import Layout, sum_over_ranks
@@ -157,6 +156,7 @@ class TrainedModel(Model):
 
     optimizer: MegatronOptimizer = field(kw_only=True)
     step_count: int = 0
+    copied: torch.cuda.Event | None = None  # when a checkpoint's copy of the weights and the optimizer is complete
 
     @classmethod
     def wrap(
@@ -246,17 +246,18 @@ class TrainedModel(Model):
         metrics, losses = summed.view_as(table).split((num_metrics, 1), dim=1)
         made = float(bad) == 0.0 and bool(losses.isfinite().all())
         if made:
+            if self.copied is not None:
+                torch.cuda.current_stream(self.device).wait_event(self.copied)
+                self.copied = None
             self.optimizer.step()
             self.step_count += 1
         self.optimizer.zero_grad()  # now, because its fp32 copy of the gradients would stay until the next step
         return Step(metrics, losses.flatten(), grad_norm, made)
 
-    def sharded_optimizer(
-        self, weights: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool
-    ) -> dict[str, Any]:
-        """The optimizer's part of a checkpoint. `weights`: the sharded weights of the same model. Collective."""
-        with without_bucket_padding(self.optimizer), gathered_in_pieces(self.optimizer):
-            return self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
+    def sharded_optimizer(self, weights: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+        """What to read of a checkpoint of an earlier version. `weights`: the sharded weights of the same model."""
+        with without_bucket_padding(self.optimizer):
+            return self.optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata)
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
         """Load a state that `sharded_optimizer` returned and that a checkpoint filled."""

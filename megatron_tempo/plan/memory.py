@@ -14,7 +14,6 @@ from enum import Enum
 from megatron_tempo.config.choices import EngineKind, EnginePrecision, Logits, Precision
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.sizes import GATHERED_BYTES
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.plan import activations, engine, head
 from megatron_tempo.plan.layout import (
@@ -172,11 +171,15 @@ def host_bytes(config: Config, shape: ModelShape, place: Place) -> float:
 
 
 def saved_bytes(config: Config, shape: ModelShape, place: Place) -> float:
-    """Host memory of a process with the stages `place` while its share of a checkpoint waits to be written: weights,
-    fp32 main weights and moments of all models. Of the processes with the same weights, only one needs it."""
+    """Host memory of a process with the stages `place` for its share of checkpoints, page-locked and kept for the whole
+    run: weights, fp32 main weights and moments of all models, shared out among the ranks with the same weights."""
     layouts = layouts_of(config, split_of(config).trainers)
     width = 4 if config.run.precision is Precision.fp32 else 2
-    return sum((width + 12.0) * parameters(shape, layouts[role], role, place[role]) for role in _roles(config))
+    return sum(
+        (width + 12.0) * parameters(shape, layout, role, place[role]) / (layout.data * layout.context)
+        for role in _roles(config)
+        for layout in [layouts[role]]
+    )
 
 
 def _roles(config: Config) -> list[Role]:
@@ -248,10 +251,8 @@ class _Phases:
 
     def of(self, phase: MemoryPhase) -> Parts:
         """What is resident, plus the peak of the phase beyond it."""
-        if phase is MemoryPhase.checkpoint:  # models are saved one after the other
-            return max(
-                (_joined(self._residents(role), self._gathered(role)) for role in _roles(self.config)), key=_total
-            )
+        if phase is MemoryPhase.checkpoint:  # models are copied to host memory, one after the other
+            return max((self._residents(role) for role in _roles(self.config)), key=_total)
         # During generation the actor is on the GPU: it was the last model to be trained and sent.
         role = Role.critic if phase in (MemoryPhase.values, MemoryPhase.critic) else Role.actor
         return _joined(self._residents(role), self._moment(phase, role))
@@ -359,14 +360,6 @@ class _Phases:
         whole = size * shape.layers * layer_parameters(shape) + size * slots[-1]
         fp8 = 0.5 if precision is EnginePrecision.fp8 else 0.0
         return min(largest, whole) * (1 + fp8) + min(bound, whole)
-
-    def _gathered(self, role: Role) -> Parts:
-        """The fully reshardable format gathers a model's fp32 main weights and moments over the data-parallel ranks, in
-        pieces (models/megatron_compat/optimizer_gather.py): a piece of all ranks, and this rank's part of it. They then
-        move to host memory."""
-        layout = self.layouts[role]
-        gathered = min(GATHERED_BYTES, 4.0 * parameters(self.shape, layout, role, self.place[role]))
-        return {Part.buffers: gathered * (1 + 1 / (layout.data * layout.context))}
 
 
 def update_moments(

@@ -85,19 +85,15 @@ def _models(shape: ModelShape, own: Plan) -> list[str]:
 
 
 def _host(shape: ModelShape, own: Plan) -> Iterator[str]:
-    """The host memory of offloaded models, and of a checkpoint that is being written."""
+    """The host memory of offloaded models, and of each process's share of a checkpoint."""
     cluster, config = own.config.cluster, own.config
     assert cluster is not None
     places, count = places_of(config, own.split.trainers), -(-own.split.trainers // cluster.nodes)
     if config.parallel.offload:
         most = max(host_bytes(config, shape, place) for place in places)
         yield f"page-locked host memory per node: {count} processes x {most / GB:.1f} = {count * most / GB:.0f} GB"
-    if config.checkpoint.asynchronous:
-        most = max(saved_bytes(config, shape, place) for place in places)
-        layout = own.layouts[Role.actor]
-        count = min(count, layout.tensor * layout.pipeline)
-        size = f"{count} processes x {most / GB:.1f} = {count * most / GB:.0f} GB"
-        yield f"host memory per node while a checkpoint is written: {size}"
+    most = max(saved_bytes(config, shape, place) for place in places)
+    yield f"host memory per node for checkpoints: {count} processes x {most / GB:.1f} = {count * most / GB:.0f} GB"
 
 
 def _times(own: Plan) -> list[str]:

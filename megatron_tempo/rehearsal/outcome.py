@@ -10,7 +10,7 @@ from megatron_tempo.config.choices import Layers
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.schema import ClusterConfig, Config
 from megatron_tempo.plan.engine import embedded
-from megatron_tempo.plan.memory import GB, Memory, MemoryPhase, Part, Parts, memory, place_memory
+from megatron_tempo.plan.memory import GB, Memory, Part, Parts, memory, place_memory
 from megatron_tempo.plan.parameters import Role
 from megatron_tempo.plan.split import split_of
 from megatron_tempo.rehearsal.faults import OUT_OF_MEMORY, Fault
@@ -195,8 +195,6 @@ _KNOBS = {
 def helps(planned: Planned, kind: RankKind, phase: str) -> str:
     """What would make room in a phase: the setting of the largest part that one can change."""
     parts = planned.phases(kind, small=False).get(phase, {})
-    if phase == MemoryPhase.checkpoint.value:
-        return f"{_TENSOR}: saving gathers a model's optimizer state on every rank"
     movable = {part: size for part, size in parts.items() if part in _KNOBS}
     return _KNOBS[max(movable, key=lambda part: movable[part])] if movable else _TENSOR
 

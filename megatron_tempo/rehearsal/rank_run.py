@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from megatron_tempo.checkpoint.checkpoints import sharded_state
+from megatron_tempo.checkpoint.host_memory import HostMemory
+from megatron_tempo.checkpoint.saving import ModelShare
 from megatron_tempo.config.choices import EngineKind
 from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.config.schema import Config
@@ -94,7 +95,7 @@ def _trainer(context: RunContext, task: Task, meter: PhaseMeter) -> Iterator[Tra
         models = {"actor": actor.model, "critic": None if critic is None else critic.model}
         trained = {name: model for name, model in models.items() if isinstance(model, TrainedModel)}
         nothing: Any = None
-        gc.freeze()  # Megatron collects garbage for each model of a checkpoint
+        gc.freeze()  # as in a run
         yield Trainer(
             config=config,
             context=context,
@@ -124,7 +125,7 @@ def _run(trainer: Trainer, meter: PhaseMeter) -> None:
     with trainer.phase("checkpoint"):
         for model in trainer.state.models.values():
             with model.at_work(), UnfilledHostMemory():
-                sharded_state(model, is_loading=False)
+                ModelShare.of(model, HostMemory()).copy.wait()
     torch.cuda.synchronize()
 
 

@@ -99,8 +99,7 @@ def _record_start(context: RunContext, metrics: Metrics, step: int) -> None:
 def _short_garbage_collections() -> Iterator[None]:
     """Exempt all objects that exist now from garbage collection. The imports alone make half a million.
 
-    Megatron-Core collects garbage while it prepares each model's part of a checkpoint: 0.25 to 0.5 s on one CPU core,
-    milliseconds with this.
+    A full collection, which Python begins on its own, takes 0.25 to 0.5 s on one CPU core; milliseconds with this.
     """
     gc.collect()
     gc.freeze()

@@ -58,6 +58,7 @@ def find(
                 stream.restore(latest.state["streams"][name])
     if latest.state.get("step", 0) < schedule.total(config):
         checkpoints.check_room(models)
+        checkpoints.reserve(models)
     return latest
 
 

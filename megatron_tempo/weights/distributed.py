@@ -41,6 +41,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.errors import InputError
@@ -240,9 +241,14 @@ def write_metadata(
             state[key] = BytesStorageMetadata()
             results.append(write_result(MetadataIndex(key), objects, file.tell(), len(none.getbuffer())))
             file.write(none.getbuffer())
+    write_description(folder, Metadata(state), results)
+
+
+def write_description(folder: Path, metadata: Metadata, results: list[WriteResult]) -> None:
+    """Turn files into a checkpoint that Megatron reads. `results`: where the chunks and objects of `metadata` are."""
     with atomic_write(folder / "common.pt", fsync=True) as file:
         torch.save({}, file)
-    FileSystemWriter(folder).finish(Metadata(state), [results])
+    FileSystemWriter(folder).finish(metadata, [results])
     save_config(BACKEND, str(folder))
 
 

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_tempo.checkpoint import saving
 from megatron_tempo.config.schema import Config
 from megatron_tempo.training.jobs import train
 from megatron_tempo.training.trainer import Trainer
+from tests.support.checkpoints import different
 from tests.support.project import config_of, write_project
 from tests.support.ranks import run_ranks
 
@@ -25,7 +23,7 @@ ITERATIONS = 4
 
 
 def run_config(project: Path, run: Path, pipeline: int = 2) -> Config:
-    """Of two pipeline stages, so that both ranks have something to write."""
+    """Of two pipeline stages by default."""
     config = config_of(project, run)
     config.parallel.pipeline = pipeline
     config.stage2.iterations = ITERATIONS
@@ -37,9 +35,9 @@ def run_config(project: Path, run: Path, pipeline: int = 2) -> Config:
 
 def held_up(config: Config) -> None:
     """Train, with the first checkpoint's files held up until one more iteration is done."""
-    write, iterate, go = saving.write_bucket, Trainer.iterate, threading.Event()
+    write, iterate, go = saving.write_model, Trainer.iterate, threading.Event()
 
-    def held(*args: Any, **kwargs: Any) -> list[WriteResult]:
+    def held(*args: Any, **kwargs: Any) -> saving.WrittenShare:
         assert go.wait(100)
         return write(*args, **kwargs)
 
@@ -50,31 +48,11 @@ def held_up(config: Config) -> None:
             go.set()
         return metrics
 
-    saving.write_bucket, Trainer.iterate = held, iterated
+    saving.write_model, Trainer.iterate = held, iterated
     try:
         train(config)
     finally:
-        saving.write_bucket, Trainer.iterate = write, iterate
-
-
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{model}/{name}": tensor
-        for model in ("actor", "critic")
-        for name, tensor in dist_checkpointing.load_plain_tensors(str(checkpoint / model)).items()
-        if isinstance(tensor, torch.Tensor)
-    }
-
-
-def different(one: Path, other: Path) -> list[str]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        actual, expected = tensors(one), tensors(other)
-        assert actual.keys() == expected.keys()
-        assert any("exp_avg_sq" in name for name in actual)
-        return [name for name in actual if not torch.equal(actual[name], expected[name])]
-    finally:
-        dist.destroy_process_group()
+        saving.write_model, Trainer.iterate = write, iterate
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -117,7 +95,7 @@ def test_a_file_that_cannot_be_written_ends_the_run_on_every_rank(tmp_path: Path
     assert messages[0] == messages[1]
     below = tmp_path / "run/checkpoints"
     assert messages[0].startswith(f"{below}/step_00000004.partial/")
-    assert ".distcp: File too large; free disk space" in messages[0]
+    assert ": File too large; free disk space" in messages[0]
     assert f"; rerun the same command to resume from {below}/step_00000002" in messages[0]
     assert [path.name for path in below.iterdir()] == ["step_00000002"], "what was begun of the other makes room again"
     run_ranks(train, 2, tmp_path / "again", config)
@@ -128,9 +106,9 @@ def test_a_file_that_cannot_be_written_ends_the_run_on_every_rank(tmp_path: Path
 
 def goes_down(config: Config) -> str:
     """Train, with an error in the iteration that follows the first checkpoint, whose files take their time."""
-    write, iterate = saving.write_bucket, Trainer.iterate
+    write, iterate = saving.write_model, Trainer.iterate
 
-    def slow(*args: Any, **kwargs: Any) -> list[WriteResult]:
+    def slow(*args: Any, **kwargs: Any) -> saving.WrittenShare:
         time.sleep(0.5)
         return write(*args, **kwargs)
 
@@ -140,13 +118,13 @@ def goes_down(config: Config) -> str:
             raise ZeroDivisionError
         return iterate(run, *args)
 
-    saving.write_bucket, Trainer.iterate = slow, iterated
+    saving.write_model, Trainer.iterate = slow, iterated
     try:
         train(config)
     except ZeroDivisionError:
         return "down"
     finally:
-        saving.write_bucket, Trainer.iterate = write, iterate
+        saving.write_model, Trainer.iterate = write, iterate
     return "up"
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 
 from megatron_tempo.config.tree import save
 from megatron_tempo.observability.records import read_evaluations, read_metrics
+from tests.support.checkpoints import saved_tensors
 from tests.support.fork_server import FORK_SERVER, Forked
 from tests.support.project import config_of, write_project
 from tests.support.ranks import rank_environments
@@ -104,13 +104,7 @@ def kill_when(processes: list[Forked], moment: Callable[[], bool]) -> None:
 
 def final_tensors(run: Path) -> dict[str, torch.Tensor]:
     """Weights and optimizer states of actor and critic at the end."""
-    folder = checkpoint_folder(run, LAST)
-    return {
-        f"{model}/{name}": tensor
-        for model in ("actor", "critic")
-        for name, tensor in dist_checkpointing.load_plain_tensors(str(folder / model)).items()
-        if isinstance(tensor, torch.Tensor)
-    }
+    return saved_tensors(checkpoint_folder(run, LAST))
 
 
 def assert_same_end(run: Path, reference: Path) -> None:
@@ -163,7 +157,10 @@ def test_two_processes_killed_twice(project: Path, tmp_path: Path) -> None:
     assert_same_end(run, undisturbed)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no manifest"])
+VICTIMS = {"truncated": "*.distcp", "flipped": "*.safetensors", "missing": "*.distcp", "no manifest": "*.distcp"}
+
+
+@pytest.mark.parametrize("damage", VICTIMS)
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     project: Path, undisturbed: Path, tmp_path: Path, damage: str
@@ -172,7 +169,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     config, log = write_config(project, run), tmp_path / "log"
     kill_when(start(config, log), lambda: checkpoint_folder(run, 4).exists())
     newest = checkpoint_folder(run, 4)
-    victim = max(newest.rglob("*.distcp"), key=lambda path: path.stat().st_size)
+    victim = max(newest.rglob(VICTIMS[damage]), key=lambda path: path.stat().st_size)
     content = bytearray(victim.read_bytes())
     if damage == "truncated":
         victim.write_bytes(content[: len(content) // 2])

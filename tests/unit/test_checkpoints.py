@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tempo.checkpoint import checkpoints as module
-from megatron_tempo.checkpoint import manifest
+from megatron_tempo.checkpoint import loading, manifest
 from megatron_tempo.checkpoint.checkpoints import LAST, Checkpoints, last_step
 from megatron_tempo.config.resume import check_run_folder
 from megatron_tempo.config.schema import Config, to_plain
@@ -379,10 +379,12 @@ def test_a_file_that_fails_after_it_was_checked_is_named(run: Path, monkeypatch:
     install_cpu_backend()
     dist_checkpointing.save({"w": ShardedTensor.from_rank_offsets("w", torch.ones(64)), "extra": 1}, str(folder))
     monkeypatch.setattr(
-        module, "sharded_state", lambda model, is_loading: {"w": ShardedTensor.from_rank_offsets("w", torch.zeros(64))}
+        loading,
+        "_wanted",
+        lambda model, with_optimizer: {"w": ShardedTensor.from_rank_offsets("w", torch.zeros(64))},
     )
     model: Any = SimpleNamespace(at_work=nullcontext)
-    whole = module._loaded(model, folder)
+    whole = loading._loaded(model, folder, with_optimizer=False)
     assert torch.equal(whole["w"], torch.ones(64))
     lose(folder / name)
     before = snapshot(run)
@@ -417,9 +419,10 @@ def test_only_what_cannot_be_read_is_told_so(
     def fail(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr(module, "sharded_state", lambda model, is_loading: {})
-    monkeypatch.setattr(module.dist_checkpointing, "load", fail)
+    monkeypatch.setattr(loading, "_wanted", lambda model, with_optimizer: {})
+    monkeypatch.setattr(loading.dist_checkpointing, "load", fail)
+    model: Any = SimpleNamespace()
     with pytest.raises((InputError, type(raised))) as caught:
-        module._loaded(SimpleNamespace(), run / "checkpoints/step_00000006/actor")  # type: ignore[arg-type]
+        loading._loaded(model, run / "checkpoints/step_00000006/actor", with_optimizer=False)
     assert (caught.value is raised) == (words is None)
     assert words is None or words in str(caught.value)

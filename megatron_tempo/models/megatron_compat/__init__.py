@@ -1,8 +1,7 @@
 """All uses of private names of Megatron-Core and torch, and all workarounds for faults in them.
 
-    optimizer.py           the distributed optimizer's groups, Adam state and checkpoint layout
+    optimizer.py           the distributed optimizer's groups, Adam state and who has what of it
     cpu_backend.py         Megatron-Core's CUDA calls on a machine without CUDA
-    checkpoint_writer.py   Megatron's checkpoint writer without its processes
     gloo_devices.py        one gloo device for all process groups of a rank
     group_globals.py       Megatron's process groups, which are module globals
     transformer_engine.py  whether Transformer Engine can be imported, and which attention it chose

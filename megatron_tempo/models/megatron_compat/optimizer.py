@@ -4,10 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor, nn
+
+STATES = ("main", "exp_avg", "exp_avg_sq")  # of a parameter: its fp32 main weight and Adam's two moments
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSlice:
+    """What this rank's optimizer has of a parameter: the numbers [start, stop) of the parameter, flat.
+
+    `tensors`: by the names in STATES, fp32 [stop - start], the ones that the optimizer updates. An fp32 parameter is
+    its own main weight.
+    """
+
+    parameter: nn.Parameter
+    start: int
+    stop: int
+    tensors: dict[str, Tensor]
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
@@ -38,8 +56,51 @@ def note_param_order(optimizer: MegatronOptimizer) -> None:
                 part.model_param_group_index_map[parameter] = (group, index)
 
 
+def optimizer_slices(optimizer: MegatronOptimizer) -> Iterator[OptimizerSlice]:
+    """This rank's part of the optimizer's state, parameter by parameter.
+
+    Megatron-Core 0.16.1 (optimizer/distrib_optimizer.py, `gbuf_ranges`): each rank of the data-parallel group, with
+    context parallelism, owns an equal range of each gradient bucket, which need not begin or end with a parameter. The
+    public `sharded_state_dict` either gathers the state on every rank, or depends on the number of ranks.
+    """
+    for part in optimizer_parts(optimizer):
+        buckets = (bucket for ranges in part.gbuf_ranges for of_type in ranges.values() for bucket in of_type)
+        for parameter, ranges in (item for bucket in buckets for item in bucket["param_map"].items()):
+            group, index = part.model_param_group_index_map[parameter]
+            main = part.optimizer.param_groups[group]["params"][index]
+            state = part.optimizer.state[main]
+            tensors = {"main": main.detach(), **{name: state[name] for name in STATES[1:]}}
+            yield OptimizerSlice(parameter, ranges["param"].start, ranges["param"].end, tensors)
+
+
+def adam_step(optimizer: MegatronOptimizer) -> int | None:
+    """The steps that Adam counts. None if this rank has no part of any parameter.
+
+    Megatron-Core 0.16.1: torch's Adam counts them for each parameter, a fused one for each group.
+    """
+    counted, steps = torch_optimizers(optimizer), set()
+    for inner in (part.optimizer for part in optimizer_parts(optimizer)):
+        for group in (group for group in inner.param_groups if group["params"]):
+            own = [inner.state[one]["step"] for one in group["params"]] if inner in counted else [group.get("step", 0)]
+            steps.update(int(step) for step in own)
+    assert len(steps) <= 1, f"all parameters make the same steps: {steps}"
+    return next(iter(steps), None)
+
+
+def set_adam_step(optimizer: MegatronOptimizer, step: int) -> None:
+    """Let Adam go on from this number of steps."""
+    counted = torch_optimizers(optimizer)
+    for inner in (part.optimizer for part in optimizer_parts(optimizer)):
+        if inner in counted:
+            for state in inner.state.values():
+                state["step"].fill_(float(step))
+        else:
+            for group in inner.param_groups:
+                group["step"] = step
+
+
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Load a state that `optimizer.sharded_state_dict` described and a checkpoint filled.
+    """Load a state that `optimizer.sharded_state_dict` described and a checkpoint of an earlier version filled.
 
     Megatron-Core 0.16.1 (optimizer/distrib_optimizer.py, `load_parameter_state_from_fully_reshardable`) with torch's
     Adam fails on the step counters while it loads the moments. It also gives all parameters the same counter object,
