@@ -74,10 +74,10 @@ def test_the_papers_experiments_fit_as_shipped(
 def test_the_host_memory_that_a_checkpoint_takes(capsys: pytest.CaptureFixture[str]) -> None:
     """14 bytes for each of 8.19 billion parameters of the actor and 7.57 of the critic, which has no output layer.
 
-    Two tensor ranks hold half of them each, which four data-parallel ranks share."""
+    Two tensor ranks hold half of them each, which two data-parallel ranks share."""
     words = ["experiment=qwen3_8b_aime", "cluster=h100x8", "parallel.pipeline=1", "parallel.tensor=2"]
     _, out, _ = plan(capsys, *words)
-    assert "host memory per node for checkpoints: 8 processes x 27.6 = 221 GB" in out
+    assert "host memory per node for checkpoints: 4 processes x 55.2 = 221 GB" in out
 
 
 def test_the_first_thing_over_is_named(capsys: pytest.CaptureFixture[str]) -> None:

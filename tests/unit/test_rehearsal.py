@@ -298,7 +298,9 @@ def test_a_phase_that_does_not_fit_is_told_with_what_helps() -> None:
     outcome = outcome_of(plan, measured("sync", 38e9), measured("checkpoint", 75e9))
     assert not outcome.fits
     (line,) = over(plan, outcome.ranks[0])
-    assert line.startswith("checkpoint needs 75.0 GB with all rows, and a process has 74.0. What helps: a larger")
+    assert line.startswith(
+        "checkpoint needs 75.0 GB with all rows, and a process has 74.0. What helps: parallel.offload=true, more "
+    )
     assert f"DOES NOT FIT: rank 0 (every rank): {line}" in report(outcome, plan)
 
 
