@@ -57,7 +57,7 @@ class Folders:
 
 def mappings_of(model: Path, role: str) -> dict[str, ParamMapping]:
     shape = read_model_shape(model)
-    return {mapping.megatron: mapping for mapping in tables.mappings(shape, 1, critic=role == "critic")}
+    return {mapping.megatron: mapping for mapping in tables.mappings(shape, critic=role == "critic")}
 
 
 def step(model: TrainedModel, number: int, mappings: dict[str, ParamMapping]) -> None:
