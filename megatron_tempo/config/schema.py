@@ -87,6 +87,10 @@ class ParallelConfig:
     critic: CriticLayoutConfig = field(default_factory=CriticLayoutConfig)
     world_size: int | None = None  # processes of the trainer: `check` needs it for data parallelism; None: as launched
     recompute: Recompute = Recompute.none
+    overlap_grad_reduce: bool = True  # sum gradients over the replicas during the backward pass, bucket by bucket
+    overlap_param_gather: bool = True  # gather updated weights during the next forward pass
+    # parameters of a bucket of the overlaps; None: Megatron's, the larger of 40 million and a million for each replica
+    ddp_bucket_size: int | None = None
     offload: bool = False  # one model at a time on the GPU; the others are in page-locked host memory
     # tokens of a packed micro-batch, over its context ranks; a longer row is a micro-batch of its own
     micro_batch_tokens: int = 16384

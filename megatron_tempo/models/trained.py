@@ -10,14 +10,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.config.stages import OptimizerConfig
+from megatron_tempo.models.ddp import WeightGather, ddp_config, reduces_at_last_micro_batch
 from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.megatron_compat.optimizer import (
     init_adam_state,
@@ -73,6 +75,21 @@ class Model:
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """Load the model and make its process groups current. All access to its tensors happens inside the block."""
+        self.load()
+        with self.layout.groups.current():
+            yield
+
+    def load(self) -> None:
+        """Load the model to the device, with all its weights up to date."""
+        self.offloader.load(self)
+        self.wait_for_weights()
+
+    def wait_for_weights(self) -> None:
+        """Wait for weights that other replicas send. Not collective."""
+
+    @contextmanager
+    def _in_pass(self) -> Iterator[None]:
+        """`at_work` for the network's own passes, in which each layer waits for its own weights."""
         self.offloader.load(self)
         with self.layout.groups.current():
             yield
@@ -99,7 +116,7 @@ class Model:
                 result[cells] = values.detach().float().cpu()  # the pass that warms up FP8 scales has gradients
             return output.new_zeros(()), cells
 
-        with self.at_work():
+        with self._in_pass():
             self.module.eval()
             parts = self._packed(batch, torch.arange(len(batch)))
             self._warm_up_fp8_scales(parts, collect, forward_only=True)
@@ -155,25 +172,20 @@ class TrainedModel(Model):
     """A network under Megatron's data parallelism and distributed optimizer. `step_count`: optimizer steps taken."""
 
     optimizer: MegatronOptimizer = field(kw_only=True)
+    gather: WeightGather | None = None  # None: the optimizer's step gathers the weights
     step_count: int = 0
     copied: torch.cuda.Event | None = None  # when a checkpoint's copy of the weights and the optimizer is complete
 
     @classmethod
     def wrap(
-        cls, net: PackedGPT, layout: Layout, device: torch.device, micro_batch_tokens: int, offloader: ModelOffloader
+        cls, net: PackedGPT, layout: Layout, device: torch.device, parallel: ParallelConfig, offloader: ModelOffloader
     ) -> TrainedModel:
         """Wrap a network whose weights are loaded already: the optimizer copies them as its fp32 main weights.
 
         The layout's process groups must be current.
         """
         config = net.config
-        ddp = DistributedDataParallel(
-            config,
-            DistributedDataParallelConfig(
-                use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
-            ),
-            _on_device(net, device),
-        )
+        ddp = DistributedDataParallel(config, ddp_config(parallel, layout), _on_device(net, device))
         optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -189,12 +201,16 @@ class TrainedModel(Model):
         note_param_order(optimizer)
         init_adam_state(optimizer)
         config.finalize_model_grads_func = finalize_model_grads
-        model = cls(net, layout, device, micro_batch_tokens, ddp, offloader, optimizer=optimizer)
+        gather = WeightGather(ddp, net) if ddp.ddp_config.overlap_param_gather else None
+        model = cls(
+            net, layout, device, parallel.micro_batch_tokens, ddp, offloader, optimizer=optimizer, gather=gather
+        )
         offloader.load(model)
         return model
 
     def persistent_tensors(self) -> Iterable[Tensor]:
         """The weights, the optimizer's main weights and its moments."""
+        self.wait_for_weights()
         yield from self.net.parameters()
         for inner in (part.optimizer for part in optimizer_parts(self.optimizer)):
             for group in inner.param_groups:
@@ -206,12 +222,16 @@ class TrainedModel(Model):
         """The gradients."""
         return (buffer.grad_data for buffer in self.module.buffers)
 
+    def wait_for_weights(self) -> None:
+        if self.gather is not None:
+            self.gather.wait()
+
     def step(self, batch: Batch, rows: Tensor, loss: Loss, num_metrics: int, config: OptimizerConfig) -> Step:
         """One optimizer step on the mean loss over `rows`. Skipped if a loss or the gradient is not finite.
 
         `loss` turns a micro-batch and the model's output into (loss [m], metrics [m, `num_metrics`]), per row.
         """
-        with self.at_work():
+        with self._in_pass():
             return self._step(batch, rows, loss, num_metrics, config)
 
     def _step(self, batch: Batch, rows: Tensor, loss: Loss, num_metrics: int, config: OptimizerConfig) -> Step:
@@ -235,7 +255,8 @@ class TrainedModel(Model):
         self.net.config.grad_scale_func = self.optimizer.scale_loss
         self._warm_up_fp8_scales(parts, scaled, forward_only=False)
         self.module.zero_grad_buffer()
-        self._run(parts, scaled, forward_only=False)
+        with reduces_at_last_micro_batch(self.module):
+            self._run(parts, scaled, forward_only=False)
         self.net.config.grad_scale_func = None
         self._set_hyperparameters(config)
         self.optimizer.prepare_grads()
@@ -251,6 +272,8 @@ class TrainedModel(Model):
                 self.copied = None
             self.optimizer.step()
             self.step_count += 1
+        if self.gather is not None:
+            self.gather.start() if made else self.gather.skip()
         self.optimizer.zero_grad()  # now, because its fp32 copy of the gradients would stay until the next step
         return Step(metrics, losses.flatten(), grad_norm, made)
 

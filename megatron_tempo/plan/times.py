@@ -95,7 +95,9 @@ class _Passes:
         again = self.layout.recompute is Recompute.layers
         operations = layers * (4 if again else 3) + ending * (4 if self.config.model.logits is Logits.recomputed else 3)
         steps = max(1, rows // (update.mini_batch_prompts * self.stage.responses_per_prompt))
-        return self._pass(rows, operations, exchanges=6 if again else 4, steps=steps) + steps * self._reduce(role)
+        passes = self._pass(rows, operations, exchanges=6 if again else 4, steps=steps)
+        count = micro_batch_of(self.config, self.layout, max(1, rows // steps)).count
+        return passes + steps * self._reduce(role, passes / (steps * count), again=again)
 
     def _pass(self, rows: int, operations: float, exchanges: int, steps: int) -> float:
         """Seconds of arithmetic, and of `exchanges` all-reduces of the hidden states per layer over the tensor ranks
@@ -113,12 +115,19 @@ class _Passes:
         busy = rows * operations / rate * waiting + sent / (link * 1e9 * cluster.link_share)
         return busy * (1 + (layout.pipeline - 1) / micro.count)
 
-    def _reduce(self, role: Role) -> float:
-        """Seconds per optimizer step to reduce-scatter fp32 gradients and all-gather weights: a ring over replicas."""
-        layout, cluster = self.layout, self.cluster
+    def _reduce(self, role: Role, micro: float, *, again: bool) -> float:
+        """Seconds per optimizer step in which the replicas only communicate: they reduce-scatter fp32 gradients and
+        all-gather weights, in a ring. The former runs during the last micro-batch's backward pass, the latter during
+        the first one's forward pass, if they overlap. `micro`: seconds of a micro-batch; `again`: it has two forward
+        passes, the second in the backward pass."""
+        layout, cluster, parallel = self.layout, self.cluster, self.config.parallel
         count = max(parameters(self.shape, layout, role, stage) for stage in range(layout.pipeline))
         link = cluster.nvlink_gbs if layout.world <= cluster.gpus_per_node else cluster.network_gbs
-        return (4 + self.size) * count * (layout.data - 1) / layout.data / (link * 1e9 * cluster.link_share)
+        of_byte = count * (layout.data - 1) / layout.data / (link * 1e9 * cluster.link_share)
+        forward = micro / (4 if again else 3)
+        behind_gradients = micro - forward if parallel.overlap_grad_reduce else 0.0
+        behind_weights = forward if parallel.overlap_param_gather else 0.0
+        return max(0.0, 4 * of_byte - behind_gradients) + max(0.0, self.size * of_byte - behind_weights)
 
 
 def _generate(

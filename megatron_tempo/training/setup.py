@@ -156,7 +156,7 @@ def _network(context: RunContext, kind: Callable[..., PackedGPT], path: Path, la
 
 
 def _trained(context: RunContext, net: PackedGPT, layout: Layout) -> TrainedModel:
-    return TrainedModel.wrap(net, layout, context.device, context.config.parallel.micro_batch_tokens, context.offloader)
+    return TrainedModel.wrap(net, layout, context.device, context.config.parallel, context.offloader)
 
 
 def _guard(context: RunContext, model: str) -> NonFiniteGuard:

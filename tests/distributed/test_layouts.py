@@ -26,7 +26,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, {"pipeline": 2}),
     "tp2-pp2": (4, {"tensor": 2, "pipeline": 2}),
     "tp2-pp2-sequence-small-budget": (4, {"tensor": 2, "pipeline": 2, "sequence": True, "micro_batch_tokens": 60}),
-    "dp2-pp2": (4, {"pipeline": 2}),
+    "dp2-pp2": (4, {"pipeline": 2, "ddp_bucket_size": 1}),  # a bucket for each parameter
     "critic-pp2-actor-tp2": (2, {"tensor": 2, "critic": CriticLayoutConfig(tensor=1, pipeline=2)}),
     "critic-tp2-cp2-actor-pp2-dp2-offload": (
         4,
@@ -34,10 +34,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
             "pipeline": 2,
             "critic": CriticLayoutConfig(tensor=2, pipeline=1, context=2, sequence=True),
             "offload": True,
+            "ddp_bucket_size": 300,
         },
     ),
     "critic-dp2-actor-cp2-offload": (2, {"context": 2, "critic": CriticLayoutConfig(context=1), "offload": True}),
-    "cp2-dp2-small-budget": (4, {"context": 2, "micro_batch_tokens": 60, "recompute": Recompute.layers}),
+    "cp2-dp2-small-budget": (
+        4,
+        {"context": 2, "micro_batch_tokens": 60, "recompute": Recompute.layers, "ddp_bucket_size": 1},
+    ),
+    "dp2-no-overlap": (2, {"overlap_grad_reduce": False, "overlap_param_gather": False}),
 }
 
 

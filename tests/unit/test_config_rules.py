@@ -59,6 +59,13 @@ ONE_FIELD = [
     ("parallel.pipeline=-2", "parallel.pipeline", "1 or more", "parallel.pipeline=1"),
     ("parallel.micro_batch_tokens=0", "parallel.micro_batch_tokens", "1 or more", "micro_batch_tokens=1"),
     ("parallel.bucket_mb=0", "parallel.bucket_mb", "1 or more", "bucket_mb=1"),
+    ("parallel.ddp_bucket_size=0", "parallel.ddp_bucket_size", "1 or more", "ddp_bucket_size=1"),
+    (
+        "parallel.overlap_grad_reduce=false",
+        "parallel.overlap_param_gather",
+        "gathers by the buckets of parallel.overlap_grad_reduce, which is false",
+        "parallel.overlap_param_gather=false, or parallel.overlap_grad_reduce=true",
+    ),
     ("data.labelled.limit=0", "data.labelled.limit", "1 or more", "limit=1"),
     ("rollout.max_prompt_tokens=0", "rollout.max_prompt_tokens", "1 or more", "max_prompt_tokens=1"),
     ("rollout.temperature=0", "rollout.temperature", "above 0", "temperature=1"),

@@ -53,6 +53,10 @@ def check(config: Config, shapes: dict[str, ModelShape], world_size: int | None)
     if world_size is not None and parallel.world_size is not None and world_size != parallel.world_size:
         wrong = f"{world_size} processes were launched"
         yield Problem("parallel.world_size", parallel.world_size, wrong, f"parallel.world_size={world_size} or null")
+    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
+        wrong = "gathers by the buckets of parallel.overlap_grad_reduce, which is false"
+        fix = "parallel.overlap_param_gather=false, or parallel.overlap_grad_reduce=true"
+        yield Problem("parallel.overlap_param_gather", True, wrong, fix)
     problems: list[Problem] = []
     for role, folder in folders_of(config).items():
         laid = laid_of(config, role)

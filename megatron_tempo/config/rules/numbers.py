@@ -84,6 +84,7 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
         "world_size": _RANKS,
         "micro_batch_tokens": _ONE_TO_TOKENS,
         "bucket_mb": _ONE_TO_COUNT,
+        "ddp_bucket_size": _ONE_TO_COUNT,
     },
     schema.CriticLayoutConfig: {
         "tensor": _RANKS,
