@@ -267,15 +267,21 @@ class TrainedModel(Model):
         metrics, losses = summed.view_as(table).split((num_metrics, 1), dim=1)
         made = float(bad) == 0.0 and bool(losses.isfinite().all())
         if made:
-            if self.copied is not None:
-                torch.cuda.current_stream(self.device).wait_event(self.copied)
-                self.copied = None
-            self.optimizer.step()
-            self.step_count += 1
-        if self.gather is not None:
-            self.gather.start() if made else self.gather.skip()
+            self._update_weights()
+        elif self.gather is not None:
+            self.gather.skip()
         self.optimizer.zero_grad()  # now, because its fp32 copy of the gradients would stay until the next step
         return Step(metrics, losses.flatten(), grad_norm, made)
+
+    def _update_weights(self) -> None:
+        """The optimizer's step, once the gradients are reduced. Collective."""
+        if self.copied is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.copied)
+            self.copied = None
+        self.optimizer.step()
+        self.step_count += 1
+        if self.gather is not None:
+            self.gather.start()
 
     def sharded_optimizer(self, weights: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
         """What to read of a checkpoint of an earlier version. `weights`: the sharded weights of the same model."""

@@ -70,9 +70,8 @@ def step(model: TrainedModel, number: int, mappings: dict[str, ParamMapping]) ->
             grad: Any = parameter
             grad.main_grad.copy_(mappings[name].sharding.shard(wholes, layout.tensor_rank, layout.tensor))
         model._set_hyperparameters(OptimizerConfig(lr=1e-2, clip_grad=0.0, warmup_steps=0))
-        model.optimizer.step()
+        model._update_weights()
         model.optimizer.zero_grad()
-        model.step_count += 1
 
 
 def built(context: RunContext) -> dict[str, TrainedModel]:
