@@ -6,26 +6,23 @@ import math
 from dataclasses import replace
 
 import httpx
+import numpy as np
+import torch
 
 from megatron_tempo.errors import EngineError
-from megatron_tempo.rollout.arrays import logprob_tensor, run_tuples, token_tensor
+from megatron_tempo.rollout.answer_reader import RawAnswers, refusal
 from megatron_tempo.rollout.replica import Ask
-from megatron_tempo.rollout.server_adapter import Answer, Call, ServerAdapter
+from megatron_tempo.rollout.server_adapter import Call
 from megatron_tempo.types import Completion
 
 # Nats: a token this unlikely is never sampled. vLLM returns -9999 instead of NaN.
 _LEAST = -1000.0
 
 
-class CannotAnswer(EngineError):
-    """A request that no server would answer."""
-
-
 def checked(response: httpx.Response, call: Call) -> httpx.Response:
     """The response of a successful call. Raises EngineError for any other."""
     if response.status_code != 200:
-        kind = CannotAnswer if response.status_code in (400, 413, 422) else EngineError
-        raise kind(f"answered {call.path} with {response.status_code}: {response.text[:500]}")
+        raise refusal(response.status_code, call.path, response.text)
     if response.headers.get("content-type", "").startswith("application/json"):
         body = response.json() if len(response.content) < 10_000 else None
         if isinstance(body, dict) and body.get("success") is False:
@@ -54,28 +51,24 @@ def reason(error: Exception) -> str:
     return f"did not answer: {type(error).__name__} {error}".rstrip()
 
 
-def checked_completions(
-    response: httpx.Response, ask: Ask, adapter: ServerAdapter, vocab: int, newest: int
-) -> list[Completion]:
-    """The completions of a response. They are checked first: an invalid response would be trained on unnoticed.
+def checked_completions(answers: RawAnswers, ask: Ask, vocab: int, newest: int) -> list[Completion]:
+    """The completions of an answer, as views of its arrays. An invalid response would be trained on unnoticed.
 
     `newest` is the version of the latest weights. Raises EngineError.
     """
-    try:
-        answers = [_completion(answer, ask, vocab, newest) for answer in adapter.answers(response.json())]
-    except (ValueError, LookupError, TypeError) as error:  # of another form, or null instead of a number
-        raise EngineError(f"gave a response that makes no sense: {error!r}") from error
-    if len(answers) != ask.request.samples:
-        raise EngineError(f"gave {len(answers)} responses where {ask.request.samples} were asked for")
-    return answers
-
-
-def _completion(answer: Answer, ask: Ask, vocab: int, newest: int) -> Completion:
-    versions = run_tuples([(int(version), count) for version, count in answer.versions if count])
-    completion = Completion(token_tensor(answer.token_ids), logprob_tensor(answer.logprobs), answer.reason, versions)
-    if wrong := doubts(completion, ask.sampling.max_tokens, vocab, range(ask.job.oldest, newest + 1)):
-        raise EngineError(f"gave a response that makes no sense: {'; '.join(wrong)}")
-    return without_rounding(completion)
+    if len(answers.rows) != ask.request.samples:
+        raise EngineError(f"gave {len(answers.rows)} responses where {ask.request.samples} were asked for")
+    tokens = torch.from_numpy(answers.tokens).split([row.tokens for row in answers.rows])
+    logprobs = torch.from_numpy(answers.logprobs).split([row.logprobs for row in answers.rows])
+    completions = [
+        Completion(tokens[i], logprobs[i], row.reason, tuple(row.versions)) for i, row in enumerate(answers.rows)
+    ]
+    versions = range(ask.job.oldest, newest + 1)
+    for completion in completions:
+        if wrong := doubts(completion, ask.sampling.max_tokens, vocab, versions):
+            raise EngineError(f"gave a response that makes no sense: {'; '.join(wrong)}")
+    np.minimum(answers.logprobs, 0.0, out=answers.logprobs)  # as `without_rounding`
+    return completions
 
 
 def without_rounding(completion: Completion) -> Completion:

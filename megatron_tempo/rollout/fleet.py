@@ -20,10 +20,11 @@ import httpx
 from megatron_tempo.config.choices import Dispatch
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.errors import EngineError, InputError
-from megatron_tempo.rollout.answer_checks import CannotAnswer, checked, checked_completions, differing, reason
+from megatron_tempo.rollout.answer_checks import checked, checked_completions, differing, reason
+from megatron_tempo.rollout.answer_reader import AnswerReader, CannotAnswer
+from megatron_tempo.rollout.connections import CONNECT_SECONDS, LIMITS, authorised
 from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
 from megatron_tempo.rollout.replica import (
-    LIMITS,
     Answered,
     Ask,
     Event,
@@ -34,7 +35,7 @@ from megatron_tempo.rollout.replica import (
     State,
     Target,
 )
-from megatron_tempo.rollout.server_adapter import Call, ServerAdapter, authorised
+from megatron_tempo.rollout.server_adapter import Call, ServerAdapter
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import EngineHealth
 
@@ -44,7 +45,10 @@ _T = TypeVar("_T")
 
 
 class Fleet:
-    """The trainer's thread calls all public methods. They wait for the event loop."""
+    """The trainer's thread calls all public methods. They wait for the event loop.
+
+    Requests for responses go through a process of their own (`answer_reader.py`), all others are sent from here.
+    """
 
     def __init__(
         self,
@@ -67,6 +71,7 @@ class Fleet:
         self._version = -1
         self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._reader = AnswerReader(adapter.answer_format, key, config.answer_seconds)
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
         self._thread.start()
 
@@ -176,6 +181,7 @@ class Fleet:
             for replica in self._replicas:
                 if replica.client is not None:
                     await replica.client.aclose()
+            await self._reader.close()
 
         self._do(end())
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -193,6 +199,7 @@ class Fleet:
         task.add_done_callback(self._tasks.discard)
 
     async def _open(self) -> None:
+        await self._reader.open()
         starts = [self._starter.start(replica.index) for replica in self._replicas]
         for replica, url in zip(self._replicas, await asyncio.gather(*starts, return_exceptions=True), strict=True):
             if isinstance(url, EngineError):
@@ -206,7 +213,7 @@ class Fleet:
         replica.client = httpx.AsyncClient(
             base_url=url,
             headers=authorised(self._key),
-            timeout=httpx.Timeout(self._config.answer_seconds, connect=30.0),
+            timeout=httpx.Timeout(self._config.answer_seconds, connect=CONNECT_SECONDS),
             limits=LIMITS,
             trust_env=False,
         )
@@ -232,9 +239,8 @@ class Fleet:
         assert task is not None
         call = self._adapter.generate(ask.request, ask.sampling, self._end_tokens)
         try:
-            response = await self._send(replica, call)
-            received = time.monotonic()
-            completions = checked_completions(response, ask, self._adapter, self._vocab, self._version)
+            answers = await self._reader.ask(replica.url, call.path, call.body or {})
+            completions = checked_completions(answers, ask, self._vocab, self._version)
         except CannotAnswer as error:
             self._fail(ask.job, str(error))
         except (httpx.HTTPError, EngineError) as error:
@@ -244,7 +250,7 @@ class Fleet:
         else:
             progress_marker.mark()
             ask.job.events.put(Answered(ask.number, completions))
-            ask.job.received = max(ask.job.received, received)
+            ask.job.received = max(ask.job.received, answers.received)
             if ask.job.left == 1:
                 self._work.end(ask.job.work, ask.job.received)
             ask.job.left -= 1  # last: at 0 nobody waits any longer

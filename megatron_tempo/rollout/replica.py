@@ -13,10 +13,6 @@ import httpx
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.types import Completion
 
-# Clients of servers are made with `trust_env=False`: a proxy of the login shell does not know a run's own servers.
-# Servers close a connection that was idle for 5 s. Reusing one at that moment fails, so clients close it earlier.
-LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
-
 
 class State(Enum):
     starting = "starting"
@@ -85,7 +81,7 @@ class GenerationJob:
         self.left = requests
         self.oldest = oldest
         self.work = work
-        self.received = 0.0  # when the last byte of the last answer so far was read, by `time.monotonic`
+        self.received = 0.0  # when the last answer so far began to arrive, by `time.monotonic`
         self.events: queue.SimpleQueue[Answered | Failed | Event] = queue.SimpleQueue()
 
 

@@ -24,9 +24,10 @@ from megatron_tempo.config.choices import EnginePrecision
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout.addresses import own_address
+from megatron_tempo.rollout.connections import authorised
 from megatron_tempo.rollout.folder import private_folder
 from megatron_tempo.rollout.nccl import align_nccl
-from megatron_tempo.rollout.server_adapter import Launch, ServerAdapter, Start, authorised
+from megatron_tempo.rollout.server_adapter import Launch, ServerAdapter, Start
 from megatron_tempo.runtime import progress_marker
 
 

@@ -1,6 +1,6 @@
 """What differs between SGLang and vLLM: how a server is started, which requests it takes and what it answers.
 
-An adapter sends nothing itself: it builds calls and parses answers. Dispatch, fault handling and weight updates are
+An adapter sends nothing itself: it builds calls and reads answers. Dispatch, fault handling and weight updates are
 written once, in `fleet.py` and `servers.py`.
 """
 
@@ -50,16 +50,6 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """One response of a server, unchecked. `versions` are (version, number of tokens)."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    reason: str
-    versions: list[tuple[str, int]]
-
-
-@dataclass(frozen=True, slots=True)
 class WeightGroupInfo:
     """Where a sender of weights waits for a server's workers: a torch store, and the group's name in it."""
 
@@ -89,11 +79,6 @@ def described(bucket: Bucket) -> dict[str, list[Any]]:
     }
 
 
-def authorised(key: str) -> dict[str, str]:
-    """The header of every request to a server."""
-    return {"Authorization": f"Bearer {key}"}
-
-
 class ServerAdapter(Protocol):
     """Made for servers of `tensor` workers, on a CPU or on GPUs."""
 
@@ -101,6 +86,7 @@ class ServerAdapter(Protocol):
     takes_parts: bool  # whether `update` takes a tensor that is larger than a bucket in parts
     health: Call  # answered with 200 by a server that is ready
     progress: Call  # shows progress, to tell a slow server from a hung one
+    answer_format: str  # of the answers to `generate`: a key of `answer_formats.ANSWER_FORMATS`
 
     def launch(self, start: Start) -> Launch: ...
 
@@ -109,8 +95,6 @@ class ServerAdapter(Protocol):
         ...
 
     def generate(self, request: Request, sampling: Sampling, end_tokens: Sequence[int]) -> Call: ...
-
-    def answers(self, answer: Any) -> list[Answer]: ...
 
     def join_group(self, group_info: WeightGroupInfo) -> Call: ...
 

@@ -30,7 +30,6 @@ from megatron_tempo.rollout.server_adapter import (
     CACHE_BYTES_ON_CPU,
     DTYPES,
     ON_CPU,
-    Answer,
     Call,
     Launch,
     Start,
@@ -73,6 +72,7 @@ class Sglang:
     health = Call("/health")
     # Answers once the scheduler has made progress, or has generated a token of a request of its own.
     progress = Call("/health_generate")
+    answer_format = "sglang"
 
     def __init__(self, *, cpu: bool, tensor: int) -> None:
         self._cpu, self._tensor = cpu, tensor
@@ -109,17 +109,6 @@ class Sglang:
         }
         body = {"input_ids": [list(request.token_ids)], "sampling_params": parameters, "return_logprob": True}
         return Call("/generate", body)
-
-    def answers(self, answer: Any) -> list[Answer]:
-        return [
-            Answer(
-                token_ids=one["output_ids"],
-                logprobs=[entry[0] for entry in one["meta_info"]["output_token_logprobs"]],
-                reason=one["meta_info"]["finish_reason"]["type"],
-                versions=[(s["version"], s["end"] - s["start"]) for s in one["meta_info"]["weight_versions"]],
-            )
-            for one in answer
-        ]
 
     def join_group(self, group_info: WeightGroupInfo) -> Call:
         body = {

@@ -21,8 +21,9 @@ import torch.distributed as dist
 
 from megatron_tempo.config.hosts import host_of
 from megatron_tempo.errors import EngineError, InputError
+from megatron_tempo.rollout.connections import authorised
 from megatron_tempo.rollout.server import Server
-from megatron_tempo.rollout.server_adapter import ServerAdapter, authorised
+from megatron_tempo.rollout.server_adapter import ServerAdapter
 from megatron_tempo.runtime import progress_marker
 
 _FOREVER = timedelta(days=365)

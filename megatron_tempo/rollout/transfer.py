@@ -29,8 +29,9 @@ from megatron_tempo.models.megatron_compat.torch_private import abort_separate_g
 from megatron_tempo.rollout.addresses import own_address
 from megatron_tempo.rollout.answer_checks import checked
 from megatron_tempo.rollout.checksum import whole_checksums
-from megatron_tempo.rollout.replica import LIMITS, Target
-from megatron_tempo.rollout.server_adapter import Call, ServerAdapter, WeightGroupInfo, authorised
+from megatron_tempo.rollout.connections import LIMITS, authorised
+from megatron_tempo.rollout.replica import Target
+from megatron_tempo.rollout.server_adapter import Call, ServerAdapter, WeightGroupInfo
 from megatron_tempo.rollout.supervisor import private_store
 from megatron_tempo.types import Bucket, Weights
 

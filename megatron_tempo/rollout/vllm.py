@@ -21,7 +21,6 @@ from megatron_tempo.rollout.server_adapter import (
     CACHE_BYTES_ON_CPU,
     DTYPES,
     ON_CPU,
-    Answer,
     Call,
     Launch,
     Start,
@@ -42,6 +41,7 @@ class Vllm:
     takes_parts = True
     health = Call("/health")
     progress = Call("/metrics")
+    answer_format = "vllm"
 
     def __init__(self, *, cpu: bool, tensor: int) -> None:
         self._cpu, self._tensor = cpu, tensor
@@ -97,17 +97,6 @@ class Vllm:
             "detokenize": False,
         }
         return Call("/inference/v1/generate", {"token_ids": list(request.token_ids), "sampling_params": parameters})
-
-    def answers(self, answer: Any) -> list[Answer]:
-        return [
-            Answer(
-                token_ids=one["token_ids"],
-                logprobs=[entry["logprob"] for entry in one["logprobs"]["content"]],
-                reason=one["finish_reason"],
-                versions=[(span["version"], span["end"] - span["start"]) for span in one["weight_versions"]],
-            )
-            for one in answer["choices"]
-        ]
 
     def join_group(self, group_info: WeightGroupInfo) -> Call:
         info = {

@@ -168,9 +168,9 @@ def test_the_engine_that_ends_last_counts(check: Any, tmp_path: Path) -> None:
 
 
 class Answers:
-    """An `adapter` and a transport: a server that takes three seconds to answer, and whose answer takes two to read."""
+    """An adapter, a transport and a reader of answers: a server that takes three seconds to answer."""
 
-    name = "stub"
+    name = answer_format = "stub"
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -188,8 +188,15 @@ class Answers:
         return [Call("/resume", {})]
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
-        self._clock.now += 3.0 if request.url.path == "/generate" else 0.0
         return httpx.Response(200, json={})
+
+    async def open(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def ask(self, *_: Any) -> Any:
+        self._clock.now += 3.0
+        return SimpleNamespace(received=self._clock.now)
 
 
 class Comes:
@@ -207,6 +214,7 @@ def fleet(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, 
         "AsyncClient",
         lambda **given: client(**given, transport=httpx.MockTransport(answers)),
     )
+    monkeypatch.setattr(fleet_module, "AnswerReader", lambda *_: answers)
     fleet = fleet_module.Fleet(cast(Any, answers), ServersConfig(), Comes(), 1, "key", [0], 10, work)
     fleet.open()
     fleet.end_update(fleet.begin_update(empty_only=False), {}, 0, {})
@@ -239,7 +247,7 @@ def test_parsing_an_answer_is_not_the_engine_at_work(
     monkeypatch.setattr(fleet_module, "checked_completions", parse)
     begun = clock.now
     assert len(_answered(asked, 1)) == 1
-    assert work.spans() == [(begun, begun + 3.0)], "the last byte came after 3 s, and was read for 2 s"
+    assert work.spans() == [(begun, begun + 3.0)], "the answer came after 3 s, and was read for 2 s"
 
 
 def test_requests_that_no_server_answers_end(

@@ -1,0 +1,148 @@
+"""The forms of servers' answers, and how they become flat arrays. No torch: `answer_worker.py` runs this.
+
+msgspec makes objects of the named fields alone and skips all others: a token costs 0.12 us (SGLang) and 0.16 us (vLLM)
+of a processor, where orjson takes 0.35 and 1.8 us, and Python's json 0.5 and 2.4 us. The classes below have `gc=False`:
+the collector of cyclic garbage need not look at millions of objects that cannot form cycles.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import msgspec
+from msgspec import Struct
+
+_MOST = 2**31  # above all versions and numbers of tokens
+
+
+class AnswerRow(Struct, array_like=True, gc=False):
+    """One response of a server: how many of the flat tokens and log-probabilities are its own, in order."""
+
+    tokens: int
+    logprobs: int
+    reason: str
+    versions: list[tuple[int, int]]  # (version, number of tokens)
+
+
+@dataclass(slots=True)
+class FlatAnswers:
+    """The responses to one request, unchecked but for their form."""
+
+    rows: list[AnswerRow] = field(default_factory=list)
+    tokens: array[int] = field(default_factory=lambda: array("i"))  # of all rows
+    logprobs: array[float] = field(default_factory=lambda: array("f"))
+
+    def add(self, token_ids: list[int], logprobs: list[float], reason: str, spans: Iterable[_Span]) -> None:
+        """Append a response. Raises ValueError for numbers that fit no response."""
+        try:
+            self.tokens.fromlist(token_ids)
+        except OverflowError:
+            raise ValueError("a token out of the vocabulary") from None
+        self.logprobs.fromlist(logprobs)
+        versions = [_run(span) for span in spans if span.end != span.start]
+        self.rows.append(AnswerRow(len(token_ids), len(logprobs), reason, versions))
+
+
+class _Span(Struct, gc=False):
+    version: str | int
+    start: int
+    end: int
+
+
+def _run(span: _Span) -> tuple[int, int]:
+    version, tokens = str(span.version), span.end - span.start
+    if not (version.isascii() and version.isdecimal() and len(version) < 11 and int(version) < _MOST):
+        raise ValueError(f"weights of version {version[:40]!r}")
+    if not 0 < tokens < _MOST:
+        raise ValueError(f"{str(tokens)[:40]} tokens of version {version}")
+    return int(version), tokens
+
+
+# SGLang 0.5.23: a list of responses. A token's entry is [log-probability, token, text].
+
+
+class _SglangEntry(Struct, array_like=True, gc=False):
+    logprob: float
+
+
+class _SglangReason(Struct, gc=False):
+    type: str
+
+
+class _SglangMeta(Struct, gc=False):
+    output_token_logprobs: list[_SglangEntry]
+    finish_reason: _SglangReason
+    weight_versions: list[_Span]
+
+
+class _SglangResponse(Struct, gc=False):
+    output_ids: list[int]
+    meta_info: _SglangMeta
+
+
+_SGLANG = msgspec.json.Decoder(list[_SglangResponse])
+
+
+def sglang_answers(body: bytes | bytearray) -> FlatAnswers:
+    answers = FlatAnswers()
+    for one in _SGLANG.decode(body):
+        meta = one.meta_info
+        logprobs = [entry.logprob for entry in meta.output_token_logprobs]
+        answers.add(one.output_ids, logprobs, meta.finish_reason.type, meta.weight_versions)
+    return answers
+
+
+# vLLM 0.32.
+
+
+class _VllmEntry(Struct, gc=False):
+    logprob: float
+
+
+class _VllmLogprobs(Struct, gc=False):
+    content: list[_VllmEntry]
+
+
+class _VllmChoice(Struct, gc=False):
+    token_ids: list[int]
+    logprobs: _VllmLogprobs
+    finish_reason: str
+    weight_versions: list[_Span]
+
+
+class _VllmResponse(Struct, gc=False):
+    choices: list[_VllmChoice]
+
+
+_VLLM = msgspec.json.Decoder(_VllmResponse)
+
+
+def vllm_answers(body: bytes | bytearray) -> FlatAnswers:
+    answers = FlatAnswers()
+    for one in _VLLM.decode(body).choices:
+        logprobs = [entry.logprob for entry in one.logprobs.content]
+        answers.add(one.token_ids, logprobs, one.finish_reason, one.weight_versions)
+    return answers
+
+
+# By `ServerAdapter.answer_format`.
+ANSWER_FORMATS: dict[str, Callable[[bytes | bytearray], FlatAnswers]] = {
+    "sglang": sglang_answers,
+    "vllm": vllm_answers,
+}
+
+
+class _Refusal(Struct, gc=False):
+    success: bool
+    message: str | None = None
+
+
+def refusal_in(body: bytes | bytearray) -> str | None:
+    """The message of a short answer {"success": false, "message": ...}; None for any other answer."""
+    try:
+        refusal = msgspec.json.decode(body, type=_Refusal) if len(body) < 10_000 else None
+    except msgspec.MsgspecError:
+        return None
+    return None if refusal is None or refusal.success else str(refusal.message)
