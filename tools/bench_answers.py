@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import importlib
 import json
 import random
 import subprocess
@@ -28,10 +29,6 @@ import httpx
 import numpy as np
 import psutil
 
-from megatron_tempo.rollout.answer_checks import checked_completions
-from megatron_tempo.rollout.answer_reader import AnswerReader
-from megatron_tempo.rollout.engine import Request, Sampling
-from megatron_tempo.rollout.replica import Ask, GenerationJob
 from tests.support.answers import BODIES, Said
 
 VOCAB = 150_000
@@ -93,6 +90,11 @@ async def in_a_thread(url: str, args: argparse.Namespace, kept: list[Any]) -> fl
 
 async def in_a_process(url: str, args: argparse.Namespace, kept: list[Any]) -> float:
     """Returns the worker's seconds of processor time."""
+    from megatron_tempo.rollout.answer_checks import checked_completions
+    from megatron_tempo.rollout.answer_reader import AnswerReader
+    from megatron_tempo.rollout.engine import Request, Sampling
+    from megatron_tempo.rollout.replica import Ask, GenerationJob
+
     reader = AnswerReader(args.engine, "key", 600.0)
     await reader.open()
     assert reader.process is not None
@@ -139,6 +141,7 @@ def main(words: list[str] | None = None) -> dict[str, dict[str, float]]:
     args = parser.parse_args(words)
     if args.serve:
         serve(made_up(args.engine, args.samples, args.tokens))
+    importlib.import_module("megatron_tempo.rollout.answer_checks")  # with torch: no part of what is measured
     shape = [f"--engine={args.engine}", f"--samples={args.samples}", f"--tokens={args.tokens}"]
     with subprocess.Popen([sys.executable, __file__, "--serve", *shape], stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None

@@ -34,7 +34,7 @@ class WorkerSettings(Struct, array_like=True):
 
 
 class RequestOrder(Struct, array_like=True):
-    """Send the raw bytes to `url`, as JSON; without a `url`, abandon the request of this number."""
+    """Send the raw bytes to `url`, as JSON. Without a `url`: abandon the request of this number, or reply to `PING`."""
 
     number: int
     url: str = ""
@@ -55,6 +55,7 @@ class AnswerReply(Struct, array_like=True):
 
 
 READY = -1
+PING = -2
 NO_STATUS = 0
 
 

@@ -23,6 +23,7 @@ from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout.answer_formats import AnswerRow
 from megatron_tempo.rollout.answer_frames import (
     NO_STATUS,
+    PING,
     READY,
     AnswerReply,
     Piece,
@@ -38,6 +39,9 @@ log = logging.getLogger(__name__)
 DEATHS = 3  # in a row, without an answer between them, before requests fail
 START_SECONDS = 120.0  # for Python and httpx to load, on a busy machine
 END_SECONDS = 2.0  # for the worker to end by itself
+PING_SECONDS = 30.0  # between checks that it responds
+HANG_SECONDS = 120.0  # for it to respond
+_SIGNALS = {one.value: one.name for one in signal.Signals}
 
 
 class CannotAnswer(EngineError):
@@ -73,6 +77,7 @@ class AnswerReader:
         self._deaths = 0
         self._broken: str | None = None
         self._running: asyncio.Task[None] | None = None
+        self._heard = asyncio.Event()
         self.process: subprocess.Popen[bytes] | None = None
 
     async def open(self) -> None:
@@ -116,38 +121,56 @@ class AnswerReader:
 
     async def _run(self) -> None:
         """Keep a worker until it has died too often."""
-        while self._broken is None:
-            ours, theirs = socket.socketpair()
-            ours.setblocking(False)
-            with ours:
-                with theirs:
-                    process = self.process = _start(theirs)
-                try:
-                    await self._talk(ours)
-                finally:
-                    ours.close()
-                    code = await _ended(process)
-            self._died(code)
+        try:
+            while self._broken is None:
+                ours, theirs = socket.socketpair()
+                ours.setblocking(False)
+                with ours:
+                    with theirs:
+                        process = self.process = _start(theirs)
+                    try:
+                        await self._talk(ours, process)
+                    finally:
+                        ours.close()
+                        code = await _ended(process)
+                self._died(code)
+        except Exception as error:  # noqa: BLE001 - otherwise requests would wait for ever
+            self._give_up(f"the process that reads the servers' answers cannot be kept: {error!r}")
 
-    async def _talk(self, connection: socket.socket) -> None:
+    async def _talk(self, connection: socket.socket, process: subprocess.Popen[bytes]) -> None:
         """Until the worker is gone."""
         self._orders = asyncio.Queue()
         for frame in (packed(self._settings), *(one.frame for one in self._pending.values() if one.frame)):
             self._orders.put_nowait(frame)
-        writing = asyncio.create_task(self._write(connection))
+        helpers = [asyncio.create_task(self._write(connection)), asyncio.create_task(self._watch(process))]
         try:
             with contextlib.suppress(OSError):
                 while (reply := await receive(connection, AnswerReply)) is not None:
                     self._take(*reply)
         finally:
-            writing.cancel()
+            for helper in helpers:
+                helper.cancel()
 
     async def _write(self, connection: socket.socket) -> None:
         with contextlib.suppress(OSError):  # `_talk` sees that the worker is gone
             while True:
                 await send(connection, await self._orders.get())
 
+    async def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        """Kill a worker that does not respond."""
+        while True:
+            await asyncio.sleep(PING_SECONDS)
+            self._heard.clear()
+            self._orders.put_nowait(packed(RequestOrder(PING)))
+            limit = HANG_SECONDS
+            try:
+                await asyncio.wait_for(self._heard.wait(), limit)
+            except TimeoutError:
+                log.warning("the process that reads the servers' answers has not responded for %g s", limit)
+                process.kill()
+
     def _take(self, reply: AnswerReply, raw: bytearray) -> None:
+        self._heard.set()
         pending = self._pending.pop(reply.number, None)
         if pending is None or pending.reply.done():  # cancelled meanwhile
             return
@@ -162,19 +185,24 @@ class AnswerReader:
 
     def _died(self, code: int) -> None:
         self._deaths += 1
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        how = f"was killed by {_SIGNALS.get(-code, -code)}" if code < 0 else f"ended with exit code {code}"
         if self._deaths < DEATHS:
-            again = f"; its {len(self._pending)} unfinished requests are asked again" if self._pending else ""
+            unfinished = sum(number != READY for number in self._pending)
+            again = f"; its {unfinished} unfinished requests are asked again" if unfinished else ""
             log.warning("the process that reads the servers' answers %s%s", how, again)
             return
-        self._broken = (
+        self._give_up(
             f"the process that reads the servers' answers died {self._deaths} times in a row and {how}: if not by lack "
             "of memory, its error is on stderr"
         )
+
+    def _give_up(self, why: str) -> None:
+        """All requests fail, and those to come."""
+        self._broken = why
         pending, self._pending = self._pending, {}
         for one in pending.values():
             if not one.reply.done():
-                one.reply.set_exception(CannotAnswer(self._broken))
+                one.reply.set_exception(CannotAnswer(why))
 
 
 def refusal(status: int, path: str, text: str) -> EngineError:

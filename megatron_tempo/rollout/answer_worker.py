@@ -24,6 +24,7 @@ import msgspec
 from megatron_tempo.rollout.answer_formats import ANSWER_FORMATS, FlatAnswers, refusal_in
 from megatron_tempo.rollout.answer_frames import (
     NO_STATUS,
+    PING,
     READY,
     AnswerReply,
     Piece,
@@ -82,6 +83,8 @@ class AnswerWorker:
             if order.url:
                 task = self._tasks[order.number] = asyncio.create_task(self._answer(order, body))
                 task.add_done_callback(partial(self._forget, order.number))
+            elif order.number == PING:
+                await self._reply(AnswerReply(PING, NO_STATUS))
             elif order.number in self._tasks:
                 self._tasks[order.number].cancel()
 

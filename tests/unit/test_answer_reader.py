@@ -267,6 +267,54 @@ def test_a_process_that_cannot_start_is_said_so(monkeypatch: pytest.MonkeyPatch)
         asyncio.run(opened())
 
 
+def test_a_process_that_cannot_be_made_fails_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the machine has no memory or no file descriptor left."""
+
+    def start(connection: socket.socket) -> subprocess.Popen[bytes]:
+        raise OSError(12, "Cannot allocate memory")
+
+    async def opened() -> None:
+        reader = AnswerReader("sglang", "key", SECONDS)
+        try:
+            await reader.open()
+        finally:
+            await reader.close()
+
+    monkeypatch.setattr(answer_reader, "_start", start)
+    with pytest.raises(EngineError, match=r"cannot be kept: OSError\(12, 'Cannot allocate memory'\)"):
+        asyncio.run(opened())
+
+
+def test_a_process_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, usual, pids = answer_reader._start, answer_reader.HANG_SECONDS, []
+    monkeypatch.setattr(answer_reader, "PING_SECONDS", 0.01)
+
+    def started(connection: socket.socket) -> subprocess.Popen[bytes]:
+        monkeypatch.setattr(answer_reader, "HANG_SECONDS", usual)
+        process = start(connection)
+        pids.append(process.pid)
+        return process
+
+    def answer(path: str, body: Any) -> Answer:
+        if len(pids) == 1:
+            monkeypatch.setattr(answer_reader, "HANG_SECONDS", 0.1)
+            os.kill(pids[0], signal.SIGSTOP)
+        return Answer(GOOD["sglang"])
+
+    monkeypatch.setattr(answer_reader, "_start", started)
+    with answering(answer) as server, logged(logging.WARNING) as messages:
+
+        async def work(reader: AnswerReader) -> None:
+            assert (await reader.ask(server.url, "/generate", ASKED)).tokens.tolist() == [5, 6, 7, 8]
+
+        run(work)
+    assert len(pids) == len(server.requests) == 2
+    assert messages == [
+        "the process that reads the servers' answers has not responded for 0.1 s",
+        "the process that reads the servers' answers was killed by SIGKILL; its 1 unfinished requests are asked again",
+    ]
+
+
 def test_signals_for_the_trainer_leave_it_alone() -> None:
     """Slurm sends SIGTERM to every process of a job, and the trainer then saves a checkpoint."""
     with answering(lambda path, body: Answer(GOOD["sglang"])) as server, logged(logging.WARNING) as messages:
@@ -341,7 +389,7 @@ def test_room_bounds_what_is_held_but_lets_a_larger_one_in_alone() -> None:
 
 def test_answers_wait_in_the_servers_while_nobody_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten answers, of which two have room: the bodies of the others are not read until arrays are taken."""
-    tokens = [150_000] * 60_000  # 480 kB of arrays, more than a socket holds
+    tokens = [150_000] * 30_000  # 240 kB of arrays, more than a socket holds
     body = json.dumps(BODIES["sglang"]([Said(tokens, [-0.5] * len(tokens), [("0", 0, len(tokens))])])).encode()
     monkeypatch.setattr(answer_worker, "ROOM", 2 * len(body))
     read: list[str] = []
