@@ -31,7 +31,7 @@ from megatron_tempo.errors import InputError
 from megatron_tempo.files import naming, read_json, replace_file
 from megatron_tempo.models.megatron_compat.optimizer import STATES
 from megatron_tempo.runtime import progress_marker
-from megatron_tempo.weights.files import write_safetensors
+from megatron_tempo.weights.files import Entry, write_safetensors
 from megatron_tempo.weights.param_mapping import ParamMapping, Replicated
 
 FOLDER = "optimizer"
@@ -80,11 +80,14 @@ def write_share(path: Path, share: OptimizerShare) -> WrittenSlices:
     written = WrittenSlices(path.name, share.step, share.tensor_rank, share.tensor, slices)
     if not slices:
         return written
-    entries = [
-        (_name(one.parameter, share.tensor_rank, share.tensor, one.start, one.stop, state), torch.float32, shape)
+    entries: list[Entry] = [
+        (
+            _name(one.parameter, share.tensor_rank, share.tensor, one.start, one.stop, state),
+            torch.float32,
+            (one.stop - one.start,),
+        )
         for one in share.slices
         for state in STATES
-        for shape in [(one.stop - one.start,)]
     ]
     with naming(path), path.open("wb") as file:
         write_safetensors(file, entries, _pieces(share))

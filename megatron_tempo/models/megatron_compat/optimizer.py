@@ -78,7 +78,7 @@ def adam_step(optimizer: MegatronOptimizer) -> int | None:
 
     Megatron-Core 0.16.1: torch's Adam counts them for each parameter, a fused one for each group.
     """
-    counted, steps = torch_optimizers(optimizer), set()
+    counted, steps = torch_optimizers(optimizer), set[int]()
     for inner in (part.optimizer for part in optimizer_parts(optimizer)):
         for group in (group for group in inner.param_groups if group["params"]):
             own = [inner.state[one]["step"] for one in group["params"]] if inner in counted else [group.get("step", 0)]
