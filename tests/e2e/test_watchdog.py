@@ -226,8 +226,8 @@ def test_one_hangs(project: Path, tmp_path: Path) -> None:
         )
         assert f"rank 1 ({socket.gethostname()}, process {ranks.processes[1].pid})" in error
         assert "rank 0" not in error
-        assert "between phases, 0 iterations done, at rollout/batches.py:" in error
-        assert error.endswith(" in collect")
+        assert "between phases, 0 iterations done, at rollout/verification.py:" in error
+        assert error.endswith(" in results")
         first, second = (line for line in ranks.output().splitlines() if line.startswith("  rank "))
         assert first.startswith("  rank 1 (")
         assert ": hangs, between phases, " in first
