@@ -100,6 +100,14 @@ class Recompute(Enum):
     layers = "layers"  # all except each layer's input
 
 
+class Fusions(Enum):
+    """Operations of a decoder layer that run as one kernel: rotary embedding, SwiGLU, and a weight gradient with its
+    addition to the gradients in fp32."""
+
+    auto = "auto"  # all three with Transformer Engine's layers; weight gradients with Apex's kernel; else none
+    none = "none"  # one kernel for each operation, as without them
+
+
 class Logits(Enum):
     """Whether the actor's logits are stored between the forward and the backward pass."""
 

@@ -28,7 +28,10 @@ MAY_CHANGE: tuple[tuple[tuple[str, ...], str], ...] = (
         ("run.device", "run.deterministic", "run.hang_minutes", "run.max_consecutive_nonfinite_steps"),
         "where the run computes, and when it gives up",
     ),
-    (("parallel", "parallel.*", "model.layers", "model.logits"), "the layout: checkpoints load in any"),
+    (
+        ("parallel", "parallel.*", "model.layers", "model.fusions", "model.logits"),
+        "the layout: checkpoints load in any",
+    ),
     (
         ("stage1.iterations", "stage2.iterations"),
         "lengths of what is still to come; the iterations that are done must stay in their stage",

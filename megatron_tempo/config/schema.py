@@ -16,6 +16,7 @@ from megatron_tempo.config.choices import (
     Dispatch,
     EngineKind,
     EnginePrecision,
+    Fusions,
     Layers,
     Logits,
     LogLevel,
@@ -52,6 +53,7 @@ class ModelConfig:
     path: str = "???"  # Hugging Face folder of the actor: config, safetensors, tokenizer
     critic_path: str | None = None  # the same for the critic; None: the actor's decoder with a value head of zeros
     layers: Layers = Layers.auto
+    fusions: Fusions = Fusions.auto
     # layers at each end of the model that stay in bf16 when run.precision is an FP8 format
     num_bf16_layers_at_ends: int = 0
     logits: Logits = Logits.recomputed

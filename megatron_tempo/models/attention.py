@@ -86,8 +86,8 @@ class PackedAttention(nn.Module):
         assert packed_seq_params.grid is not None
         assert packed_seq_params.cells is not None
         grid, cells = packed_seq_params.grid, packed_seq_params.cells
-        parts = [to_grid(x[:, 0], grid, cells).transpose(1, 2) for x in (query, key, value)]
-        out = _causal(*parts, self.scale) if self.window is None else _windowed(*parts, self.scale, self.window)
+        q, k, v = (to_grid(x[:, 0], grid, cells).transpose(1, 2) for x in (query, key, value))
+        out = _causal(q, k, v, self.scale) if self.window is None else _windowed(q, k, v, self.scale, self.window)
         return from_grid(out.transpose(1, 2).flatten(2), grid, cells, len(query))[:, None]
 
     def _in_pieces(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:

@@ -48,6 +48,7 @@ class Parts:
     column: Any  # linear layers into attention and MLP
     row: Any  # linear layers out of them
     core_attention: Callable[..., Any]  # also takes `window` and `softmax_scale_multiplier`
+    swiglu: Any = None  # one operation, if Megatron's config asks for it; None: Megatron's own operations
 
 
 def local_layer(shape: ModelShape, attention: LayerAttention, norms: Norms) -> ModuleSpec:
@@ -82,7 +83,7 @@ def layer_of(parts: Parts, shape: ModelShape, attention: LayerAttention, norms: 
             self_attention=ModuleSpec(RotatedAttention, rotated, inner),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=parts.norm,
-            mlp=ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row)),
+            mlp=ModuleSpec(MLP, submodules=MLPSubmodules(parts.column, parts.swiglu, parts.row)),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=NORMS_WITHIN,
         ),

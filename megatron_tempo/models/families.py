@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from megatron_tempo.config.choices import Layers, Precision, Recompute
 from megatron_tempo.config.model_shape import LayerAttention, ModelShape
 from megatron_tempo.config.recipes import RECIPES
 from megatron_tempo.models.decoder import Norms, local_layer
+from megatron_tempo.models.fusions import Fused
 from megatron_tempo.models.norms import ProjectionNorm, RMSNorm
 from megatron_tempo.models.parallel import Layout
 
@@ -29,6 +31,13 @@ _RECOMPUTE: dict[Recompute, dict[str, Any]] = {
 DTYPES = {precision: torch.float32 if precision is Precision.fp32 else torch.bfloat16 for precision in Precision}
 
 
+@dataclass
+class NetworkConfig(TransformerConfig):
+    """Megatron's config, and what it has no field for."""
+
+    fuses_te_weight_gradients: bool = False  # in Transformer Engine's linear layers alone
+
+
 def transformer_config(
     shape: ModelShape,
     layout: Layout,
@@ -36,14 +45,16 @@ def transformer_config(
     recompute: Recompute = Recompute.none,
     layers: Layers = Layers.local,
     num_bf16_layers_at_ends: int = 0,
-) -> TransformerConfig:
+    fused: Fused = Fused(),  # noqa: B008 - frozen
+) -> NetworkConfig:
     """Megatron's config for this shape and layout. Weights are not initialised, because they are always loaded.
 
     `layers` is not auto: `models.machine.chosen_layers` resolves auto for this machine.
     """
     assert layers is not Layers.auto
     dtype = DTYPES[precision]
-    return TransformerConfig(
+    local = layers is Layers.local
+    return NetworkConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
         num_attention_heads=shape.heads,
@@ -63,8 +74,11 @@ def transformer_config(
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        apply_rope_fusion=fused.rotary,
+        use_te_activation_func=fused.swiglu,
+        # Megatron's own output layer requires Apex's kernel for it, and does not use it here.
+        gradient_accumulation_fusion=local and fused.weight_gradients,
+        fuses_te_weight_gradients=not local and fused.weight_gradients,
         persist_layer_norm=False,
         # Megatron marks its sharded parameters while it initialises them. Without the mark, the gradient norm skips
         # them. So the initialisation must run, even though it does not write anything.

@@ -14,6 +14,9 @@ from megatron_tempo.config.choices import Layers, Precision
 from megatron_tempo.config.recipes import RECIPES, dotted
 from megatron_tempo.config.rules.precision import Machine
 from megatron_tempo.config.schema import Config
+from megatron_tempo.models.fusions import Fused, fused
+
+APEX_GRADIENTS = "fused_weight_gradient_mlp_cuda"  # the module that Megatron-Core's linear layers import
 
 
 def machine_of(device: torch.device) -> Machine:
@@ -22,8 +25,8 @@ def machine_of(device: torch.device) -> Machine:
     if device.type != "cuda":
         return Machine("", None, None, te)
     cuda = tuple(int(part) for part in (torch.version.cuda or "0").split("."))
-    flash = importlib.util.find_spec("flash_attn") is not None
-    return Machine(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), cuda, te, flash)
+    flash, apex = (importlib.util.find_spec(name) is not None for name in ("flash_attn", APEX_GRADIENTS))
+    return Machine(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), cuda, te, flash, apex)
 
 
 def chosen_layers(config: Config, machine: Machine) -> Layers:
@@ -32,6 +35,11 @@ def chosen_layers(config: Config, machine: Machine) -> Layers:
         return config.model.layers
     fast = machine.capability is not None and config.run.precision is not Precision.fp32
     return Layers.transformer_engine if fast and machine.te is not None else Layers.local
+
+
+def chosen_fusions(config: Config, machine: Machine) -> Fused:
+    """The fused operations of the layers. The config has passed the rules for this machine."""
+    return fused(config.model.fusions, chosen_layers(config, machine), machine)
 
 
 def described(config: Config, machine: Machine) -> str:
@@ -44,5 +52,6 @@ def described(config: Config, machine: Machine) -> str:
     words = [f"device: {where}", f"layers: {layers}, {config.run.precision.name}"]
     if config.run.precision in RECIPES and config.model.num_bf16_layers_at_ends:
         words[-1] += f", except the first and the last {config.model.num_bf16_layers_at_ends} layers in bf16"
-    fused = "Transformer Engine's FusedAdam" if USING_TE_OPTIMIZER else "Apex's FusedAdam"
-    return "; ".join([*words, f"optimizer: {'torch.optim.AdamW' if USING_PYTORCH_OPTIMIZER else fused}"])
+    words.append(f"fused: {chosen_fusions(config, machine)}")
+    adam = "Transformer Engine's FusedAdam" if USING_TE_OPTIMIZER else "Apex's FusedAdam"
+    return "; ".join([*words, f"optimizer: {'torch.optim.AdamW' if USING_PYTORCH_OPTIMIZER else adam}"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core.extensions.transformer_engine import (
+    TEActivationOp,
     TEColumnParallelLinear,
     TEDotProductAttention,
     TELayerNormColumnParallelLinear,
@@ -34,9 +35,9 @@ from megatron_tempo.models.packing import Packing
 def te_layer(shape: ModelShape, attention: LayerAttention, norms: Norms) -> ModuleSpec:
     """The spec of a layer with this attention. A norm before a linear layer is fused with it."""
     if norms.pre_norm:
-        parts = Parts(IdentityOp, TELayerNormColumnParallelLinear, TERowParallelLinear, _core_attention)
+        parts = Parts(IdentityOp, TENormedColumn, TERow, _core_attention, TESwiGLU)
     else:
-        parts = Parts(IdentityOp, TEColumnParallelLinear, TENormedRowParallelLinear, _core_attention)
+        parts = Parts(IdentityOp, TEColumn, TENormedRow, _core_attention, TESwiGLU)
     return layer_of(parts, shape, attention, norms)
 
 
@@ -111,5 +112,42 @@ class PackedTEAttention(TEDotProductAttention):
         return out.reshape(query.shape[0], 1, -1)
 
 
-class TENormedRowParallelLinear(PostNorm, TERowParallelLinear):
-    """Transformer Engine's row-parallel layer, followed by a norm."""
+class TESwiGLU:
+    """Transformer Engine's operation: both halves of the first product [..., 2 f] -> silu(first) * second [..., f].
+
+    Not a module: it has no parameters, and Megatron would ask it for its part of a checkpoint.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        self._operation = TEActivationOp(config)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = self._operation(x)
+        return out
+
+
+class _WeightGradients:
+    """Mixin for the class of a linear layer of Transformer Engine: it adds its weight's gradient to the parameter's
+    `main_grad`, in the product itself, if the network fuses that. Megatron's config has one setting for all layers."""
+
+    def __init__(self, *sizes: int, config: TransformerConfig, **others: Any) -> None:
+        if getattr(config, "fuses_te_weight_gradients", False):
+            config = copy(config)
+            config.gradient_accumulation_fusion = True
+        super().__init__(*sizes, config=config, **others)
+
+
+class TENormedColumn(_WeightGradients, TELayerNormColumnParallelLinear):
+    """A norm and a column-parallel layer."""
+
+
+class TEColumn(_WeightGradients, TEColumnParallelLinear):
+    """A column-parallel layer."""
+
+
+class TERow(_WeightGradients, TERowParallelLinear):
+    """A row-parallel layer."""
+
+
+class TENormedRow(PostNorm, TERow):
+    """A row-parallel layer, followed by a norm."""

@@ -62,14 +62,16 @@ def attention(w: Widths, machine: PlannedMachine, micro: PlannedMicroBatch) -> f
     Norms of queries and keys: in bf16, fp32 copies, 4 (q + k). In fp32, the joint projection q + 2 k, of which the keys
     are a view, and a copy of its queries, q, if the rank has several groups (with one group they are a view too); on a
     CPU also both after their norms. Reciprocal roots: 4 per head and group. Rotary: a cosine and a sine per position,
-    for queries and for keys, 4 a d. The output by token, which the projection saves: a q.
+    for queries and for keys, 4 a d; fused, nothing of the layer's own. The output by token, which the projection saves:
+    a q.
     """
     a = machine.size
     if machine.mixed:
         norms = 4 * (w.q + w.k)
     else:
         norms = a * (w.q + 2 * w.k + (w.q if w.groups > 1 else 0) + (0 if machine.cuda else w.q + w.k))
-    return (norms + 4 * (w.heads + w.groups) + 4 * a * w.d + a * w.q) * micro.tokens
+    angles = 0 if machine.fused else 4 * a * w.d
+    return (norms + 4 * (w.heads + w.groups) + angles + a * w.q) * micro.tokens
 
 
 def on_grid(w: Widths, machine: PlannedMachine, layout: PlannedLayout, micro: PlannedMicroBatch, kv: float) -> float:
@@ -95,8 +97,9 @@ def kernel_keys(w: Widths, shape: ModelShape, machine: PlannedMachine) -> float:
 
 def feed_forward(w: Widths, machine: PlannedMachine) -> float:
     """What the feed-forward part saves, in bytes per token: both halves of the first product, 2 f, silu of the gate, f,
-    the other half again (Megatron adds an offset of 0), f, and the input of the second product, f."""
-    return 5 * machine.size * w.f
+    the other half again (Megatron adds an offset of 0), f, and the input of the second product, f. Fused, the first and
+    the last of these."""
+    return (3 if machine.fused else 5) * machine.size * w.f
 
 
 def layer(shape: ModelShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch) -> float:
@@ -176,13 +179,15 @@ def backward(
       16 h; on CUDA one in, one out, and one in the type of the weights;
     - in the last layer's feed-forward part: the gradients of the residual stream, a h, and of SwiGLU's product and one
       of its halves, 2 a f; or instead of the latter the gradient of the second weight, a f h, under sequence
-      parallelism with the gathered gradient of the states. What the norm saved is freed by then.
+      parallelism with the gathered gradient of the states. Fused, there is no such gradient of a weight, and SwiGLU has
+      the gradients of its product and of both halves, 3 a f. What the norm saved is freed by then.
 
     With `Recompute.layers` the activations of one layer are added.
     """
     w, a, S, last = Widths.of(shape, layout), machine.size, micro.tokens, stage == layout.pipeline - 1
-    second_weight = a * (w.f * S + w.f * w.full + (w.full * S if w.sequence else 0))
-    gating = a * w.h * S + max(second_weight, 2 * a * w.f * S)
+    weight = 0 if machine.fused else w.f * w.full
+    second_weight = a * (w.f * S + weight + (w.full * S if w.sequence else 0))
+    gating = a * w.h * S + max(second_weight, (3 if machine.fused else 2) * a * w.f * S)
     if layout.recompute is Recompute.layers:
         gating += whole_layer(shape, layout, machine, micro)
     if not last:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_tempo.config.choices import Device, Layers, Precision, Recompute
+from megatron_tempo.config.choices import Device, Fusions, Layers, Precision, Recompute
 from megatron_tempo.config.pipeline_layers import PipelineLayers
 from megatron_tempo.config.recipes import RECIPES
 from megatron_tempo.config.schema import Config, ParallelConfig
@@ -49,6 +49,7 @@ class PlannedMachine:
     size: int = 2  # bytes per number: 2 in bf16, 4 in fp32
     cuda: bool = True
     te: bool = False  # Transformer Engine: its layers, and its Adam, which needs no memory for a step
+    fused: bool = False  # its layers' fused operations: rotary embedding, SwiGLU, weight gradients
 
     @property
     def mixed(self) -> bool:
@@ -76,7 +77,9 @@ def machine_of(config: Config) -> PlannedMachine:
     is not known here: local layers need more."""
     cuda = config.run.device is not Device.cpu
     te = config.run.precision in RECIPES or config.model.layers is Layers.transformer_engine
-    return PlannedMachine(4 if config.run.precision is Precision.fp32 else 2, cuda, te and cuda)
+    te = te and cuda
+    size = 4 if config.run.precision is Precision.fp32 else 2
+    return PlannedMachine(size, cuda, te, te and config.model.fusions is Fusions.auto)
 
 
 def layout_of(own: ParallelConfig, world: int) -> PlannedLayout:

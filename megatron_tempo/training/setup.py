@@ -21,7 +21,7 @@ from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
 from megatron_tempo.models.families import DTYPES, transformer_config
 from megatron_tempo.models.gpt import LanguageModel, PackedGPT, ValueModel
-from megatron_tempo.models.machine import chosen_layers
+from megatron_tempo.models.machine import chosen_fusions, chosen_layers
 from megatron_tempo.models.nonfinite_guard import NonFiniteGuard
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.models.trained import Model, TrainedModel
@@ -149,6 +149,7 @@ def _network(context: RunContext, kind: Callable[..., PackedGPT], path: Path, la
         given.parallel.recompute,
         chosen_layers(given, context.machine),
         given.model.num_bf16_layers_at_ends,
+        chosen_fusions(given, context.machine),
     )
     net = kind(config, shape, layout, kernels_for(context.device))
     folder.load(net, layout, mappings_of(net, layout), path)

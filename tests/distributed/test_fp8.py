@@ -176,7 +176,8 @@ def test_the_value_head_is_fp32(bf16: dict[str, Any]) -> None:
 
 
 def test_the_log_names_layers_precision_and_optimizer(bf16: dict[str, Any]) -> None:
-    wanted = "device: CPU; layers: Transformer Engine 2.11.0, bf16; optimizer: Transformer Engine's FusedAdam"
+    wanted = "device: CPU; layers: Transformer Engine 2.11.0, bf16; fused: rotary embedding, SwiGLU, weight gradients; "
+    wanted += "optimizer: Transformer Engine's FusedAdam"
     assert bf16["layers"] == wanted
 
 

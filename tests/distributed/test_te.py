@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tempo.config.choices import Layers
+from megatron_tempo.config.choices import Fusions, Layers
 from megatron_tempo.config.schema import Config
 from megatron_tempo.errors import InputError
 from megatron_tempo.training.context import open_context
@@ -59,6 +59,26 @@ def test_steps_agree_with_plain_torch(tmp_path: Path, model: str, layout: str) -
     world = test_update.LAYOUTS[layout][0]
     result = run_ranks(test_update.updated, world, tmp_path / "ranks", *given, server=TE_FORK_SERVER)[0]
     test_update.assert_steps(path, "plain", result)
+
+
+def fused(model: Path, fusions: Fusions) -> tuple[set[str], dict[str, dict[str, torch.Tensor]]]:
+    """The fused operations that steps of actor and critic run, and the weights after them."""
+    record = importlib.import_module("transformer_engine.pytorch.record")
+    weights = test_update.updated(model, "plain", "dp2", TE, fusions)
+    return record.fused, weights
+
+
+def test_fused_operations_take_the_same_steps(tmp_path: Path) -> None:
+    """Of which the stand-in's products leave nothing of use in a weight's own gradient, as TE's do."""
+    path = write_model(tmp_path / "model")
+    ran, weights = run_ranks(fused, 2, tmp_path / "auto", path, Fusions.auto, server=TE_FORK_SERVER)[0]
+    assert ran == {"rotary", "swiglu", "weight gradient"}
+    test_update.assert_steps(path, "plain", weights)
+    ran, plain = run_ranks(fused, 2, tmp_path / "none", path, Fusions.none, server=TE_FORK_SERVER)[0]
+    assert ran == set()
+    for one, tensors in plain.items():
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(weights[one][key], tensor, rtol=1e-5, atol=1e-6, msg=f"{one} {key}")
 
 
 def refused(model: Path, layers: Layers, backend: str, out_of_memory: bool) -> tuple[str, bool]:

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from megatron_tempo.config.choices import Layers, Logits, Recompute
+from megatron_tempo.config.choices import Fusions, Layers, Logits, Recompute
 from megatron_tempo.config.schema import Config, CriticLayoutConfig, ParallelConfig
 from megatron_tempo.config.stages import ActorUpdateConfig, Baseline, CriticUpdateConfig
 from megatron_tempo.kernels.policy_loss import Experience
@@ -94,10 +94,12 @@ CASES += [("untied", "offload"), ("tied", "pp2-critic-tp2-offload")]
 CASES += [("olmo3", layout) for layout in ("cp2", "cp2-tp2-sequence", "tp2-pp2-sequence-layers")]
 
 
-def updated(model: Path, kind: str, layout: str, layers: Layers) -> dict[str, dict[str, Tensor]]:
+def updated(
+    model: Path, kind: str, layout: str, layers: Layers, fusions: Fusions = Fusions.auto
+) -> dict[str, dict[str, Tensor]]:
     """The weights after the steps, by Hugging Face's names."""
     config = Config()
-    config.model.path, config.model.layers = str(model), layers
+    config.model.path, config.model.layers, config.model.fusions = str(model), layers, fusions
     _, config.parallel, config.model.logits = LAYOUTS[layout]
     config.parallel.micro_batch_tokens = 50
     batch = ragged_batch(8)

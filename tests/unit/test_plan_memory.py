@@ -60,6 +60,12 @@ def test_a_layer_by_hand() -> None:
     # keys in fp32 4 (8 + 4) = 48, roots 4 (4 + 2) = 24, cosines and sines 4 x 2 x 2 = 16, output 16; a cell of the
     # grid: queries and output 2 x 2 x 8, keys and values 2 x 2 x 4, log-sum-exps 16.
     assert activations.layer(TINY, PlannedLayout(), BF16, MICRO) == (104 + 160 + 48 + 24 + 16 + 16) * 100 + 64 * 120
+    # Fused, 2 x 2 x 16 less in SwiGLU, and no cosines and sines.
+    fused = PlannedMachine(2, te=True, fused=True)
+    assert (
+        activations.layer(TINY, PlannedLayout(), BF16, MICRO) - activations.layer(TINY, PlannedLayout(), fused, MICRO)
+        == (64 + 16) * 100
+    )
     # fp32 on a CPU. Norms: 2 (12 x 8 + 4) = 200. Feed-forward: 320. Attention: joint 4 x 16, queries' copy and both
     # normed 4 x (8 + 12), roots 24, cosines and sines 32, output 32; a cell: 4 x 4 x 8 + 16.
     assert (

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from megatron_tempo.config import Problem, check
-from megatron_tempo.config.choices import Layers, Precision
+from megatron_tempo.config.choices import Fusions, Layers, Precision
 from megatron_tempo.config.recipes import GPUS, RECIPES
 from megatron_tempo.config.rules.precision import Machine, check_machine
 from megatron_tempo.config.schema import Config
+from megatron_tempo.models.fusions import Fused, fused
 from megatron_tempo.models.machine import chosen_layers
 from tests.unit.config_files import configure, good_overrides, write_all, write_model
 
@@ -210,6 +211,22 @@ def test_where_transformer_engine_s_attention_is_not_unfused() -> None:
     assert not found(H100), "cuDNN's is deterministic on Hopper"
     assert found(A100, deterministic=False)
     assert not found(replace(A100, flash_attn=True))
+
+
+def test_what_is_fused() -> None:
+    """By layers: all of Transformer Engine's, and of Apex the one kernel that Megatron's own layers take."""
+    whole, weights = Fused(rotary=True, swiglu=True, weight_gradients=True), Fused(weight_gradients=True)
+    apex = replace(H100, apex_gradients=True)
+    assert fused(Fusions.auto, TE, H100) == fused(Fusions.auto, TE, apex) == whole
+    assert fused(Fusions.auto, Layers.local, H100) == fused(Fusions.auto, Layers.local, CPU) == Fused()
+    assert fused(Fusions.auto, Layers.local, apex) == weights
+    assert fused(Fusions.auto, Layers.local, replace(CPU, apex_gradients=True)) == Fused()
+    assert fused(Fusions.none, TE, apex) == fused(Fusions.none, Layers.local, apex) == Fused()
+    assert [str(one) for one in (whole, weights, Fused())] == [
+        "rotary embedding, SwiGLU, weight gradients",
+        "weight gradients",
+        "none",
+    ]
 
 
 def test_what_auto_means() -> None:

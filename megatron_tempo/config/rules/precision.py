@@ -42,6 +42,7 @@ class Machine:
     cuda: Version | None  # that torch is built with
     te: Version | None  # of Transformer Engine; None if it is not installed or Megatron-Core cannot import it
     flash_attn: bool = False  # whether flash-attn is installed
+    apex_gradients: bool = False  # whether Apex's kernel for weight gradients is installed
 
 
 def check(config: Config, shapes: dict[str, ModelShape]) -> Iterator[Problem]:

@@ -24,6 +24,7 @@ class Call:
 backend = "fused"  # the attention that TE chooses: flash, fused or unfused
 out_of_memory = False  # whether the attention fails
 calls: list[Call] = []
+fused: set[str] = set()  # fused operations that have run: rotary, swiglu, weight gradient
 # How often delayed scaling reduces the largest magnitudes of a pass, by the ranks of the group.
 reductions: Counter[tuple[int, ...]] = Counter()
 # Windows and scales of the attentions that were built, and (sequences, tokens) of their passes.

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from transformer_engine.pytorch.collectives import Gathered, Reduced, ReducedInBackward, Scattered
+from transformer_engine.pytorch.collectives import Accumulating, Gathered, Reduced, ReducedInBackward, Scattered
 from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 from transformer_engine.pytorch.record import Call, calls
@@ -40,7 +40,8 @@ class Linear(TransformerEngineBaseModule):
         name: str | None = None,
     ) -> None:
         super().__init__()
-        assert not any((bias, return_bias, fuse_wgrad_accumulation, rng_tracker_name)), "our models have none of these"
+        assert not any((bias, return_bias, rng_tracker_name)), "our models have none of these"
+        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         assert parallel_mode in ("column", "row")
         assert tp_group is not None
         assert tp_size == tp_group.size()
@@ -71,9 +72,14 @@ class Linear(TransformerEngineBaseModule):
         self._noted(inp, is_first_microbatch)
         if self.parallel_mode == "column":
             kind = Gathered if self.sequence_parallel else ReducedInBackward
-            return functional.linear(kind.apply(inp, self.tp_group), self.weight)
+            return self._product(kind.apply(inp, self.tp_group))
         kind = Scattered if self.sequence_parallel else Reduced
-        return kind.apply(functional.linear(inp, self.weight), self.tp_group)
+        return kind.apply(self._product(inp), self.tp_group)
+
+    def _product(self, inp: Tensor) -> Tensor:
+        if self.fuse_wgrad_accumulation:
+            return Accumulating.apply(inp, self.weight)
+        return functional.linear(inp, self.weight)
 
     def _noted(self, inp: Tensor, first: bool | None) -> None:
         """Record the call, and refuse the shapes that TE refuses in FP8."""
