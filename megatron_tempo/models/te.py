@@ -134,7 +134,7 @@ class _WeightGradients:
         if getattr(config, "fuses_te_weight_gradients", False):
             config = copy(config)
             config.gradient_accumulation_fusion = True
-        super().__init__(*sizes, config=config, **others)
+        super().__init__(*sizes, config=config, **others)  # type: ignore[call-arg]
 
 
 class TENormedColumn(_WeightGradients, TELayerNormColumnParallelLinear):
