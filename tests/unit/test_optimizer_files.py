@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -65,7 +66,7 @@ def write(folder: Path, tensor: int, cuts: tuple[float, ...] = (0.0, 0.3, 1.0)) 
     folder.mkdir()
     written = []
     for rank in range(tensor):
-        for data, (low, high) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        for data, (low, high) in enumerate(itertools.pairwise(cuts)):
             slices = []
             for name, mapping in MAPPINGS.items():
                 states = {state: shard(mapping, state, rank, tensor) for state in STATES}
