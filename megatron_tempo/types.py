@@ -94,32 +94,57 @@ class TokenCount:
 
 
 @dataclass(frozen=True, slots=True)
+class Owners:
+    """The data-parallel rank that computes each row of a batch, in the layouts of actor and critic: int64 [n] each."""
+
+    actor: Tensor
+    critic: Tensor
+
+    @staticmethod
+    def join(first: Owners, second: Owners) -> Owners:
+        return Owners(torch.cat([first.actor, second.actor]), torch.cat([first.critic, second.critic]))
+
+    def select(self, rows: Tensor) -> Owners:
+        return Owners(self.actor[rows], self.critic[rows])
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """Rollouts of n responses, jagged: the tokens of all rows are concatenated, without padding.
+    """Rollouts of n responses, on the CPU: the columns of all rows on every rank, the tokens only of the rows it holds.
 
-    Every rank holds the same `Batch`, on the CPU. A model selects the rows of its data-parallel rank.
+    Row numbers count all rows, so mini-batches, rewards and metrics are the same on every rank. Tokens are jagged:
+    those of the held rows one after another, in ascending order of the rows, without padding. Results of a model, such
+    as values, follow the same order; a rank has them for the rows that it owns.
 
-    Two rows, prompts (5, 6) and (7,), responses (1, 2, 3) and (4,):
+    Two rows, prompts (5, 6) and (7,), responses (1, 2, 3) and (4,), on a rank that holds both:
 
     >>> Batch(prompt_ids=("a", "b"), group=[0, 1], prompt_tokens=[5, 6, 7], prompt_lengths=[2, 1],
     ...       response_tokens=[1, 2, 3, 4], response_lengths=[3, 1], engine_logprobs=[-.1, -.2, -.3, -.4],
-    ...       stopped=[True, False], versions=[40, 40, 41, 41], correct=[1., 0.], answer_class=None)
+    ...       stopped=[True, False], versions=[[0, 40, 2], [0, 41, 1], [1, 41, 1]], correct=[1., 0.])
 
-    Shapes: n rows, P prompt tokens and T response tokens in total.
+    Shapes: n rows, of which m are held, with P prompt tokens and T response tokens in total.
     """
 
     prompt_ids: tuple[str, ...]  # n: the id of each row's prompt
     group: Tensor  # int64 [n]: rows with the same number answer the same prompt
-    prompt_tokens: Tensor  # int64 [P]
+    prompt_tokens: Tensor  # int32 [P]
     prompt_lengths: Tensor  # int64 [n]
-    response_tokens: Tensor  # int64 [T]
+    response_tokens: Tensor  # int32 [T]
     response_lengths: Tensor  # int64 [n]
     engine_logprobs: Tensor  # float32 [T]: engine log-probabilities
     stopped: Tensor  # bool [n]: the response ends with an end token
-    versions: Tensor  # int32 [T]: version of the weights that generated the token (the run's iteration); -1: unknown
+    # int64 [runs, 3], of all rows: row, version of the weights that generated the tokens (the run's iteration; -1:
+    # unknown), number of tokens; in order
+    versions: Tensor
     correct: Tensor | None = None  # float32 [n] in [0, 1]: the verifier's verdict; None for unlabelled prompts
     # int64 [n]: equal numbers are equal answers to a prompt; -1: no answer; None: answers were not compared
     answer_class: Tensor | None = None
+    held: Tensor = None  # type: ignore[assignment]  # int64 [m]: the held rows, ascending; not given: all rows
+    owners: Owners | None = None  # None: every rank holds all rows, and a model divides them itself
+
+    def __post_init__(self) -> None:
+        if self.held is None:
+            object.__setattr__(self, "held", torch.arange(len(self)))
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -129,14 +154,26 @@ class Batch:
         """Tokens of each row, prompt and response: int64 [n]."""
         return self.prompt_lengths + self.response_lengths
 
+    @property
+    def held_responses(self) -> Tensor:
+        """Response tokens of each held row: int64 [m]."""
+        return self.response_lengths[self.held]
+
+    @property
+    def places(self) -> Tensor:
+        """The place of each row among the held ones, -1 for a row that is not held: int64 [n]."""
+        return torch.full((len(self),), -1).index_put((self.held,), torch.arange(len(self.held)))
+
     def prompts(self) -> Sequence[Tensor]:
-        return self.prompt_tokens.split(self.prompt_lengths.tolist())
+        """The prompt of each held row."""
+        return self.prompt_tokens.split(self.prompt_lengths[self.held].tolist())
 
     def responses(self) -> Sequence[Tensor]:
-        return self.response_tokens.split(self.response_lengths.tolist())
+        """The response of each held row."""
+        return self.response_tokens.split(self.held_responses.tolist())
 
     def rows(self) -> Iterator[Tensor]:
-        """Prompt and response of each row, concatenated: int64 [prompt + response]."""
+        """Prompt and response of each held row, concatenated: int32 [prompt + response]."""
         for prompt, response in zip(self.prompts(), self.responses(), strict=True):
             yield torch.cat((prompt, response))
 
@@ -144,6 +181,7 @@ class Batch:
     def join(first: Batch, second: Batch) -> Batch:
         """The rows of both, without verdicts and answer classes: a batch to train the actor on."""
         shift = int(first.group.max()) + 1 if len(first) else 0
+        owned = first.owners is not None and second.owners is not None
         return Batch(
             prompt_ids=first.prompt_ids + second.prompt_ids,
             group=torch.cat([first.group, second.group + shift]),
@@ -153,29 +191,50 @@ class Batch:
             response_lengths=torch.cat([first.response_lengths, second.response_lengths]),
             engine_logprobs=torch.cat([first.engine_logprobs, second.engine_logprobs]),
             stopped=torch.cat([first.stopped, second.stopped]),
-            versions=torch.cat([first.versions, second.versions]),
+            versions=torch.cat([first.versions, second.versions + torch.tensor([len(first), 0, 0])]),
+            held=torch.cat([first.held, second.held + len(first)]),
+            owners=Owners.join(first.owners, second.owners) if owned else None,  # type: ignore[arg-type]
         )
 
     def select(self, rows: Tensor) -> Batch:
-        """The given rows, in the given order. `rows`: int64 [m]."""
-
-        def pick(flat: Tensor, lengths: Tensor) -> Tensor:
-            parts = flat.split(lengths.tolist())
-            return torch.cat([parts[i] for i in rows.tolist()]) if len(rows) else flat[:0]
-
+        """The given rows, in the given order. `rows`: int64 [m]. Of these, the rank holds those that it holds here."""
+        places = self.places[rows]
+        held = (places >= 0).nonzero().flatten()
+        chosen = places[held]
+        prompts, responses = self.prompt_lengths[self.held], self.held_responses
         return Batch(
             prompt_ids=tuple(self.prompt_ids[i] for i in rows.tolist()),
             group=self.group[rows],
-            prompt_tokens=pick(self.prompt_tokens, self.prompt_lengths),
+            prompt_tokens=picked(self.prompt_tokens, prompts, chosen),
             prompt_lengths=self.prompt_lengths[rows],
-            response_tokens=pick(self.response_tokens, self.response_lengths),
+            response_tokens=picked(self.response_tokens, responses, chosen),
             response_lengths=self.response_lengths[rows],
-            engine_logprobs=pick(self.engine_logprobs, self.response_lengths),
+            engine_logprobs=picked(self.engine_logprobs, responses, chosen),
             stopped=self.stopped[rows],
-            versions=pick(self.versions, self.response_lengths),
+            versions=self._versions_of(rows),
             correct=None if self.correct is None else self.correct[rows],
             answer_class=None if self.answer_class is None else self.answer_class[rows],
+            held=held,
+            owners=None if self.owners is None else self.owners.select(rows),
         )
+
+    def _versions_of(self, rows: Tensor) -> Tensor:
+        counts = torch.bincount(self.versions[:, 0], minlength=len(self))
+        starts = (counts.cumsum(0) - counts)[rows]
+        runs = self.versions[ranges(starts, counts[rows])]
+        return torch.cat([torch.repeat_interleave(torch.arange(len(rows)), counts[rows])[:, None], runs[:, 1:]], dim=1)
+
+
+def picked(flat: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
+    """The given rows (int64 [k]) of a flat tensor of rows of these lengths (int64 [m]), one after another."""
+    parts = flat.split(lengths.tolist())
+    return torch.cat([parts[i] for i in rows.tolist()]) if len(rows) else flat[:0]
+
+
+def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """Concatenates the ranges start, start + 1, ... of `length` numbers for each pair: int64 [sum of lengths]."""
+    offsets = lengths.cumsum(0) - lengths
+    return torch.arange(int(lengths.sum())) + torch.repeat_interleave(starts - offsets, lengths)
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,21 +52,22 @@ def calibration(values: np.ndarray, correct: np.ndarray, bins: int = 10) -> Cali
     )
 
 
+def prefixes_of(lengths: np.ndarray, fractions: Sequence[float] = FRACTIONS) -> np.ndarray:
+    """The tokens after which the values of `by_prefix` are read, round(f * T_i): int64 [n] -> int64 [n, fractions]."""
+    return np.rint(np.multiply.outer(lengths, np.array(fractions))).astype(np.int64)
+
+
 def by_prefix(
-    values: Sequence[np.ndarray], correct: np.ndarray, fractions: Sequence[float] = FRACTIONS
+    values: np.ndarray, correct: np.ndarray, fractions: Sequence[float] = FRACTIONS
 ) -> dict[float, Calibration]:
     """Calibration of the values after a fraction of each response.
 
-    `values[i]`: [T_i + 1], before the first token, then after each of the T_i tokens. For a fraction f, V is read at
-    index round(f * T_i). `correct`: [n].
+    `values`: [n, fractions], each response's values after its first `prefixes_of` tokens. `correct`: [n].
     """
-    return {
-        fraction: calibration(np.array([row[round(fraction * (len(row) - 1))] for row in values]), correct)
-        for fraction in fractions
-    }
+    return {fraction: calibration(column, correct) for fraction, column in zip(fractions, values.T, strict=True)}
 
 
-def calibration_record(values: Sequence[np.ndarray], correct: np.ndarray) -> dict[str, Any]:
+def calibration_record(values: np.ndarray, correct: np.ndarray) -> dict[str, Any]:
     """The `calibration` field of a line of evaluations.jsonl; shapes as in `by_prefix`."""
     prefixes = by_prefix(values, correct)
     return {

@@ -5,34 +5,51 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tempo.config.schema import EvaluationConfig
 from megatron_tempo.config.stages import CriticTargets
-from megatron_tempo.evaluation.calibration import calibration_record
+from megatron_tempo.evaluation.calibration import calibration_record, prefixes_of
 from megatron_tempo.evaluation.scores import avg_at_k, avg_at_k_se, pass_at_k, pass_at_k_se
 from megatron_tempo.evaluation.token_texts import token_texts
 from megatron_tempo.rewards.verifiers import Verifiers
-from megatron_tempo.rollout.batches import ask, batch_of, collect
+from megatron_tempo.rollout.batches import ask, collect, receive
 from megatron_tempo.rollout.engine import Engine, Sampling
 from megatron_tempo.types import Batch, LabelledPrompt
 
 SHOWN = 12  # responses kept for the report: the first sample of this many questions
+
+# The critic's values after given numbers of tokens of each response, int64 [n, k] -> float32 [n, k], on every rank.
+ValuesAt = Callable[[Batch, Tensor], Tensor]
+
+
+class RowDivision(Protocol):
+    """Says which rows the critic's ranks compute (`training.row_owners.RowOwners`)."""
+
+    def of_batch(self, batch: Batch) -> Batch:
+        """The batch with owners."""
+        ...
+
+    def held(self, batch: Batch) -> Tensor:
+        """The rows of such a batch that this rank needs: int64, ascending."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluator:
     """Evaluates the sets of a job. All methods are collective and return the same on every rank.
 
-    `values` returns the critic's values of a batch, float32 [T + n]; None if there is no critic. `seed` seeds the
+    `values` returns the critic's values; None if there is no critic. `rows` says which rows it needs. `seed` seeds the
     sampling. It is the same at every evaluation of a run, so the points of a curve differ only by the weights. `keys`
-    are the keys of each set's questions, by id.
+    are the keys of each set's questions, by id. With `keeps_all` the first rank holds all responses; otherwise it holds
+    those that are shown, as every rank does.
     """
 
     engine: Engine
@@ -43,7 +60,9 @@ class Evaluator:
     config: EvaluationConfig
     max_tokens: int
     seed: int
-    values: Callable[[Batch], Tensor] | None
+    values: ValuesAt | None
+    rows: RowDivision
+    keeps_all: bool = False
 
     def evaluate(self, name: str, targets: CriticTargets, *, show: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """A set's scores and a few responses: the fields of lines of evaluations.jsonl and samples.jsonl."""
@@ -66,13 +85,20 @@ class Evaluator:
         sampling = Sampling(config.temperature, config.max_response_tokens or self.max_tokens)
         seed = f"{self.seed}/evaluation/{name}"
         asked = ask(self.engine, prompts, config.samples, sampling, seed)
-        completions, verdicts, _ = collect(asked, self.verifiers, self.tokenizer)
-        return ScoredResponses(prompts, batch_of(prompts, completions, verdicts), np.array(verdicts))
+        collected = collect(asked, self.verifiers, self.tokenizer).take(0, len(prompts), verdicts=True)
+        columns = self.rows.of_batch(collected.columns)
+        held = torch.zeros(len(columns), dtype=torch.bool)
+        held[self.rows.held(columns)] = True
+        held[_shown_rows(len(prompts), config.samples)] = True
+        held |= self.keeps_all and dist.get_rank() == 0
+        batch = receive(replace(collected, columns=columns), held.nonzero().flatten())
+        assert batch.correct is not None
+        return ScoredResponses(prompts, batch, batch.correct.double().view(len(prompts), config.samples).numpy())
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredResponses:
-    """The questions of a set, each with `samples` verified responses. `correct`: float [questions, samples]."""
+    """The questions of a set, each with `samples` verified responses. `correct`: float64 [questions, samples]."""
 
     prompts: Sequence[LabelledPrompt]
     batch: Batch
@@ -110,28 +136,34 @@ def by_question(scored: ScoredResponses, keys: Mapping[str, str]) -> dict[str, A
     }
 
 
-def calibrate(scored: ScoredResponses, values: Callable[[Batch], Tensor], targets: CriticTargets) -> dict[str, Any]:
-    """The critic's calibration on these responses: the `calibration` field. `values` returns [T + n]; collective."""
-    flat = values(scored.batch)
+def calibrate(scored: ScoredResponses, values: ValuesAt, targets: CriticTargets) -> dict[str, Any]:
+    """The critic's calibration on these responses: the `calibration` field. Collective."""
+    positions = torch.from_numpy(prefixes_of(scored.batch.response_lengths.numpy()))
+    table = values(scored.batch, positions)
     if targets is CriticTargets.plus_minus_one:
-        flat = (flat + 1) / 2
-    rows = [row.numpy() for row in flat.split((scored.batch.response_lengths + 1).tolist())]
-    return calibration_record(rows, scored.correct.flatten())
+        table = (table + 1) / 2
+    return calibration_record(table.numpy(), scored.correct.flatten())
 
 
-def shown(
-    scored: ScoredResponses, tokenizer: PreTrainedTokenizerBase, values: Callable[[Batch], Tensor] | None
-) -> list[dict[str, Any]]:
-    """A few responses in full, with their token values: the fields of lines of samples.jsonl. `values` as above."""
-    samples = scored.correct.shape[1]
-    rows = torch.arange(0, min(SHOWN, len(scored.prompts)) * samples, samples)
-    batch = scored.batch.select(rows)
-    by_row = values(batch).split((batch.response_lengths + 1).tolist()) if values is not None else None
+def _shown_rows(questions: int, samples: int) -> Tensor:
+    """The first response to each of the first questions: int64."""
+    return torch.arange(0, min(SHOWN, questions) * samples, samples)
+
+
+def shown(scored: ScoredResponses, tokenizer: PreTrainedTokenizerBase, values: ValuesAt | None) -> list[dict[str, Any]]:
+    """A few responses in full, with their token values: the fields of lines of samples.jsonl. Collective."""
+    batch = scored.batch.select(_shown_rows(*scored.correct.shape))
+    by_row: list[list[float]] | None = None
+    if values is not None and len(batch):
+        lengths = batch.response_lengths
+        positions = torch.arange(int(lengths.max()) + 1).clamp(max=lengths[:, None])
+        table = values(batch, positions)
+        by_row = [row[: length + 1].tolist() for row, length in zip(table, lengths.tolist(), strict=True)]
     return [
         {
             "prompt": prompt.text,
             "tokens": token_texts(tokenizer, response.tolist()),
-            "values": None if by_row is None else by_row[i].tolist(),
+            "values": None if by_row is None else by_row[i],
             "correct": int(scored.correct[i, 0]),
             "answer": prompt.answer,
             "verifier": prompt.verifier,

@@ -14,7 +14,10 @@ from megatron_tempo.evaluation.scores import avg_at_k, avg_at_k_se, pass_at_k, p
 def response_records(
     name: str, scored: ScoredResponses, keys: Mapping[str, str], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict[str, Any]]:
-    """Every response to the set `name`, as the lines of responses.jsonl. `keys`: its questions' keys by id."""
+    """Every response to the set `name`, as the lines of responses.jsonl, on a rank that holds all rows.
+
+    `keys`: the questions' keys by id.
+    """
     samples, batch = scored.correct.shape[1], scored.batch
     for row, tokens in enumerate(batch.responses()):
         question, sample = divmod(row, samples)

@@ -65,6 +65,8 @@ LOG_RATIO_BOUND = 20.0
 class Experience:
     """The constant inputs of the policy loss: n rows with T tokens in total, without gradient, all float32.
 
+    In an update, `rewards` has all rows of the batch, and the others the rows that the rank holds (`types.Batch`).
+
     >>> Experience(old_logprobs=[-.1, -.2, -.3], values=[.5, .6, .9, .5, .2], rewards=[.9, .2])  # rows of 2 and 1
     """
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
+
+import torch
+from torch import Tensor
 
 from megatron_tempo.config.extensions import Extension, wrong_result
 from megatron_tempo.config.stages import Method, StageConfig, load_method
 from megatron_tempo.methods import empo, grpo, ppo, tempo, ttrl
-from megatron_tempo.methods.learner import Learner, Rollouts
+from megatron_tempo.methods.learner import Learner, Rollouts, critic_rows, mini_batches
+from megatron_tempo.types import Batch
 
 
 class Iterate(Protocol):
@@ -25,6 +30,32 @@ METHODS: dict[Method, Iterate] = {
     Method.empo: empo.iterate,
     Method.grpo: grpo.iterate,
 }
+
+
+# The rows that a method trains the actor on, from a batch's columns; methods that are not here train on all rows.
+_ACTOR_ROWS: dict[Method | Extension, Callable[[Batch, StageConfig], Tensor]] = {
+    Method.ttrl: ttrl.actor_rows,
+    Method.empo: empo.actor_rows,
+}
+
+
+def actor_order(batch: Batch, stage: StageConfig, seed: str) -> list[Tensor]:
+    """The rows of each mini-batch, int64, of the actor's first epoch on `batch`, which needs no tokens for this.
+
+    `seed`: as the learner's.
+    """
+    choose = _ACTOR_ROWS.get(stage.method)
+    rows = torch.arange(len(batch)) if choose is None else choose(batch, stage)
+    chosen = mini_batches(batch.group[rows], stage.actor.mini_batch_prompts, 1, f"{seed}/actor")
+    return [rows[part] for part in chosen]
+
+
+def critic_order(batch: Batch, stage: StageConfig, seed: str) -> list[Tensor]:
+    """As `actor_order`, of the critic."""
+    dropped = critic_rows(batch, stage)
+    rows = torch.arange(len(batch)) if dropped is None else dropped
+    chosen = mini_batches(batch.group[rows], stage.critic.mini_batch_prompts, 1, f"{seed}/critic")
+    return [rows[part] for part in chosen]
 
 
 def iterate_of(method: Method | Extension) -> Iterate:

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
+
 from megatron_tempo.algorithm.groups import group_advantages, shares
 from megatron_tempo.config.stages import EmpoSettings, StageConfig
 from megatron_tempo.methods.learner import Learner, Rollouts
+from megatron_tempo.types import Batch
 
 
 def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration: int) -> dict[str, float]:
@@ -23,10 +26,7 @@ def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration:
     assert batch is not None
     assert batch.answer_class is not None
     rewards, entropy = shares(batch.answer_class, batch.group)
-    settings = stage.settings_as(EmpoSettings)
-    low = -math.inf if settings.entropy_low is None else settings.entropy_low
-    high = math.inf if settings.entropy_high is None else settings.entropy_high
-    kept = ((low < entropy) & (entropy < high)).nonzero().flatten()
+    settings, kept = stage.settings_as(EmpoSettings), actor_rows(batch, stage)
     metrics = {
         "reward/unlabelled": float(rewards.mean()),
         "answers/entropy": float(entropy.mean()),
@@ -36,3 +36,13 @@ def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration:
         return metrics
     advantages = group_advantages(rewards, batch.group, divide=settings.group_std)
     return metrics | learner.reinforce(batch.select(kept), advantages[kept], stage)
+
+
+def actor_rows(batch: Batch, stage: StageConfig) -> Tensor:
+    """The rows, int64, whose prompt's entropy is within bounds."""
+    assert batch.answer_class is not None
+    _, entropy = shares(batch.answer_class, batch.group)
+    settings = stage.settings_as(EmpoSettings)
+    low = -math.inf if settings.entropy_low is None else settings.entropy_low
+    high = math.inf if settings.entropy_high is None else settings.entropy_high
+    return ((low < entropy) & (entropy < high)).nonzero().flatten()

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_tempo.algorithm.outcomes import mixed_groups, value_targets
-from megatron_tempo.config.stages import StageConfig
+from megatron_tempo.algorithm.outcomes import final_values, mixed_groups, value_targets
+from megatron_tempo.config.stages import Baseline, StageConfig
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
@@ -41,32 +41,37 @@ class Learner:
         """Fit the critic's values to the verdicts (E-step, Eq. 6)."""
         config = stage.critic
         assert self.critic is not None
-        assert labelled.correct is not None
-        batch = labelled
-        if config.drop_uniform_groups:
-            batch = labelled.select(mixed_groups(labelled.correct, labelled.group))
+        rows = critic_rows(labelled, stage)
+        batch = labelled if rows is None else labelled.select(rows)
         if len(batch) == 0:
             return {"critic/rows": 0.0}
         assert batch.correct is not None
-        order = mini_batches(batch, config.mini_batch_prompts, config.epochs, f"{self.seed}/critic")
+        order = mini_batches(batch.group, config.mini_batch_prompts, config.epochs, f"{self.seed}/critic")
         with self.phase("critic"):
             targets = value_targets(batch.correct, config.targets)
             metrics = self.critic.update(batch, targets, config, order, self.iteration)
         return metrics | {"critic/rows": float(len(batch))}
 
     def values(self, batch: Batch) -> Tensor:
-        """The critic's values of every token: float32 [T + n]."""
+        """The critic's values of every token, of the rows that this rank owns: float32 [T + m], zeros for others."""
         assert self.critic is not None
         with self.phase("values"):
             return self.critic.values(batch)
 
+    def final_values(self, batch: Batch, values: Tensor, baseline: Baseline) -> Tensor:
+        """The critic's value of each whole response, on every rank: float32 [n]. `values`: those of `values`.
+
+        `Baseline.reference` reads the value one token earlier (`algorithm.outcomes.final_values`).
+        """
+        return self.actor.gather(batch, final_values(values, batch.held_responses, baseline))
+
     def reinforce(self, batch: Batch, advantages: Tensor, stage: StageConfig) -> dict[str, float]:
         """Clipped policy gradient with one advantage for all tokens of a response. `advantages`: [n]."""
-        nothing = torch.zeros(int(batch.response_lengths.sum()) + len(batch))
+        nothing = torch.zeros(len(batch.response_tokens) + len(batch.held))
         return self.improve_actor(batch, nothing, advantages, stage)
 
     def improve_actor(self, batch: Batch, values: Tensor, rewards: Tensor, stage: StageConfig) -> dict[str, float]:
-        """Clipped policy gradient with A_t = R - V (M-step, Eq. 11 and 12). `values`: [T + n], `rewards`: [n]."""
+        """Clipped policy gradient with A_t = R - V (M-step, Eq. 11 and 12). `values`: [T + m], `rewards`: [n]."""
         config, baseline = stage.actor, stage.method_settings.baseline
         with self.phase("logprobs"):
             old = self.actor.logprobs(batch)
@@ -78,24 +83,38 @@ class Learner:
             engine_logprobs=batch.engine_logprobs,
             reference_logprobs=reference,
         )
-        order = mini_batches(batch, config.mini_batch_prompts, config.epochs, f"{self.seed}/actor")
+        order = mini_batches(batch.group, config.mini_batch_prompts, config.epochs, f"{self.seed}/actor")
         with self.phase("actor"):
             metrics = self.actor.update(batch, experience, baseline, config, order, self.iteration)
-        gap = (old - batch.engine_logprobs).abs()
-        return metrics | {"engine/logprob_gap_mean": float(gap.mean()), "engine/logprob_gap_max": float(gap.max())}
+        mean, greatest = self.actor.gap_to_engine(batch, old)
+        return metrics | {"engine/logprob_gap_mean": mean, "engine/logprob_gap_max": greatest}
 
 
-def mini_batches(batch: Batch, prompts: int, epochs: int, seed: str) -> list[Tensor]:
+def iteration_seed(seed: int, stage: str, iteration: int) -> str:
+    """What identifies a stage's iteration, from 0, in the seeds of its mini-batches. `seed`: the run's."""
+    return f"{seed}/{stage}/{iteration}"
+
+
+def critic_rows(labelled: Batch, stage: StageConfig) -> Tensor | None:
+    """The rows that the critic is fitted to, int64; None for all."""
+    if not stage.critic.drop_uniform_groups:
+        return None
+    assert labelled.correct is not None
+    return mixed_groups(labelled.correct, labelled.group)
+
+
+def mini_batches(group: Tensor, prompts: int, epochs: int, seed: str) -> list[Tensor]:
     """Row indices (int64) of each mini-batch: `prompts` prompts with all their rows, shuffled again in each epoch.
 
-    The last mini-batch of an epoch is smaller if the number of prompts is not divisible.
+    `group`: int64 [n], the prompt of each row. The last mini-batch of an epoch is smaller if the number of prompts is
+    not divisible.
     """
-    groups = batch.group.unique().tolist()
-    rows = {group: (batch.group == group).nonzero().flatten() for group in groups}
+    _, prompt, sizes = group.unique(return_inverse=True, return_counts=True)
+    rows = prompt.argsort(stable=True).split(sizes.tolist())
     batches = []
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed(seed_of(seed, epoch))
-        order = torch.randperm(len(groups), generator=generator).tolist()
-        for start in range(0, len(groups), prompts):
-            batches.append(torch.cat([rows[groups[i]] for i in order[start : start + prompts]]))
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        for start in range(0, len(rows), prompts):
+            batches.append(torch.cat([rows[i] for i in order[start : start + prompts]]))
     return batches

@@ -7,7 +7,7 @@ M-step   unlabelled prompts:          R = V(x, y_1:T);  A_t = R - V(x, y_<t)    
 
 from __future__ import annotations
 
-from megatron_tempo.algorithm.outcomes import final_values, value_targets
+from megatron_tempo.algorithm.outcomes import value_targets
 from megatron_tempo.config.stages import StageConfig, TempoSettings, ValueTiming
 from megatron_tempo.methods.learner import Learner, Rollouts
 from megatron_tempo.types import Batch
@@ -34,7 +34,7 @@ def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration:
     if batch is None or unlabelled is None:  # the critic's warm-up
         return metrics
     values = learner.values(batch) if early is None else early
-    rewards = final_values(values, batch.response_lengths, settings.baseline)
+    rewards = learner.final_values(batch, values, settings.baseline)
     metrics["reward/unlabelled_value"] = float(rewards[: len(unlabelled)].mean())
     if settings.actor_on_labelled:
         assert labelled is not None

@@ -9,9 +9,12 @@ and 32.)
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from megatron_tempo.algorithm.groups import first_of_each, group_advantages, votes
 from megatron_tempo.config.stages import StageConfig, TtrlSettings
 from megatron_tempo.methods.learner import Learner, Rollouts
+from megatron_tempo.types import Batch
 
 
 def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration: int) -> dict[str, float]:
@@ -24,8 +27,13 @@ def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration:
         "vote/agreement": float(agreement.mean()),
         "vote/answered": float((polled.answer_class >= 0).float().mean()),
     }
-    rows = first_of_each(polled.group, stage.responses_per_prompt)
+    rows = actor_rows(polled, stage)
     batch, rewards = polled.select(rows), won[rows]
     metrics["reward/unlabelled"] = float(rewards.mean())
     advantages = group_advantages(rewards, batch.group, divide=stage.settings_as(TtrlSettings).group_std)
     return metrics | learner.reinforce(batch, advantages, stage)
+
+
+def actor_rows(polled: Batch, stage: StageConfig) -> Tensor:
+    """The rows, int64, that are trained on: the first ones of each prompt."""
+    return first_of_each(polled.group, stage.responses_per_prompt)

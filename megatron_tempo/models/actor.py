@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,8 +14,9 @@ from megatron_tempo.kernels.advantages import token_advantages
 from megatron_tempo.kernels.policy_loss import ROW_METRICS, Experience
 from megatron_tempo.kernels.rows import Rows
 from megatron_tempo.models.gpt import LanguageModel
-from megatron_tempo.models.nonfinite_guard import NonFiniteGuard
-from megatron_tempo.models.packing import MicroBatch, data_share, value_cells
+from megatron_tempo.models.nonfinite_guard import LossInputs, NonFiniteGuard
+from megatron_tempo.models.packing import MicroBatch, row_owners, row_work, value_cells
+from megatron_tempo.models.parallel import gather_rows
 from megatron_tempo.models.trained import Model, TrainedModel
 from megatron_tempo.models.update import Steps, run_mini_batches
 from megatron_tempo.types import Batch
@@ -30,12 +32,37 @@ class Actor:
         self.kernels = model.net.kernels
 
     def logprobs(self, batch: Batch) -> Tensor:
-        """log pi(y_t | x, y_<t) of every response token: float32 [T], on every rank."""
+        """log pi(y_t | x, y_<t) of every response token of the rows that this rank owns: float32 [T]."""
 
-        def extract(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
-            return micro.response_cells, output[0]
+        def cells(micro: MicroBatch) -> Tensor:
+            return micro.response_cells
 
-        return self.model.read(batch, int(batch.response_lengths.sum()), extract)
+        return self.model.read(batch, self.owners(batch), len(batch.response_tokens), cells, lambda output: output[0])
+
+    def owners(self, batch: Batch) -> Tensor:
+        """The data-parallel rank that computes each row: int64 [n]."""
+        return self.divided(batch) if batch.owners is None else batch.owners.actor
+
+    def divided(self, batch: Batch, order: Sequence[Tensor] = ()) -> Tensor:
+        """The rows divided by work, each mini-batch of `order` and all other rows: a data-parallel rank each, [n]."""
+        work = row_work(batch.lengths, self.model.net.shape, batch.response_lengths)
+        return row_owners(work, order, self.model.layout.data)
+
+    def gather(self, batch: Batch, of_held: Tensor) -> Tensor:
+        """Numbers of each row, from its owner, on every rank: [m, ...], of the held rows, -> [n, ...]. Collective."""
+        own = self.owners(batch)[batch.held] == self.model.layout.data_rank
+        return gather_rows(of_held[own], batch.held[own], len(batch), self.model.layout)
+
+    def gap_to_engine(self, batch: Batch, logprobs: Tensor) -> tuple[float, float]:
+        """Mean and maximum of |log pi - engine log-probability| over all tokens, for `logprobs` [T]. Collective.
+
+        Sums of rows are added in double precision in the order of the rows, so the layout does not matter.
+        """
+        gaps = (logprobs - batch.engine_logprobs).abs().split(batch.held_responses.tolist())
+        by_row = [torch.stack([gap.double().sum(), gap.double().max()]) for gap in gaps]
+        table = self.gather(batch, torch.stack(by_row) if by_row else torch.zeros(0, 2, dtype=torch.float64))
+        total = max(int(batch.response_lengths.sum()), 1)
+        return float(table[:, 0].sum()) / total, float(table[:, 1].max()) if len(table) else 0.0
 
     def update(
         self,
@@ -48,8 +75,8 @@ class Actor:
     ) -> dict[str, float]:
         """Take one optimizer step on `policy_loss` for each mini-batch of rows in `order` (int64 each).
 
-        `experience`: of the whole batch, on the CPU. `iteration`: the run's, from 1; 0 outside a run. Returns metrics
-        over all steps that were not skipped. Raises NotFiniteError.
+        `experience`: on the CPU, rewards of all rows and the rest of the held rows. `iteration`: the run's, from 1; 0
+        outside a run. Returns metrics over all steps that were not skipped. Raises NotFiniteError.
         """
         assert isinstance(self.model, TrainedModel)
         assert self.guard is not None
@@ -64,19 +91,21 @@ class Actor:
             given = _of_micro_batch(experience, micro)
             return self.kernels.policy_loss(logprobs, entropy, given, micro.response_rows, baseline, config)
 
-        def given(rows: Tensor) -> dict[str, Tensor]:
-            return _loss_inputs(batch, experience, baseline, rows)
+        def given() -> LossInputs:
+            return _loss_inputs(batch, experience, baseline)
 
+        owners, metrics = self.owners(batch), len(ROW_METRICS)
         steps = run_mini_batches(
-            self.model, self.guard, batch, order, loss, len(ROW_METRICS), config.optimizer, given, iteration
+            self.model, self.guard, batch, owners, order, loss, metrics, config.optimizer, given, iteration
         )
-        metrics = _summary(steps, batch.response_lengths[steps.rows]) if len(steps.rows) else {}
-        return metrics | {"actor/skipped": float(steps.skipped)}
+        summary = _summary(steps, batch.response_lengths[steps.rows]) if len(steps.rows) else {}
+        return summary | {"actor/skipped": float(steps.skipped)}
 
     def _moments(self, batch: Batch, experience: Experience, baseline: Baseline) -> Tensor:
         """The moments of all advantages of the batch. Each data-parallel rank computes those of its share."""
         layout, device = self.model.layout, self.model.device
-        mine = data_share(batch.response_lengths, layout.data_rank, layout.data)
+        longest_first = torch.argsort(batch.response_lengths, descending=True, stable=True)
+        mine = longest_first[self.owners(batch)[longest_first] == layout.data_rank]
         values = experience.values[value_cells(batch, mine)].to(device)
         rows = Rows.of(batch.response_lengths[mine], device)
         with layout.groups.current():
@@ -101,23 +130,16 @@ def _of_micro_batch(experience: Experience, micro: MicroBatch) -> Experience:
     )
 
 
-def _loss_inputs(batch: Batch, experience: Experience, baseline: Baseline, rows: Tensor) -> dict[str, Tensor]:
-    """The inputs of the loss of these rows, to be written to disk for the analysis of a skipped step."""
-    lengths = batch.response_lengths
-    advantages = token_advantages(experience.values, experience.rewards, Rows.of(lengths, lengths.device), baseline)
+def _loss_inputs(batch: Batch, experience: Experience, baseline: Baseline) -> LossInputs:
+    """The inputs of the loss, to be written to disk for the analysis of a skipped step."""
+    rows = Rows.of(batch.held_responses, batch.held.device)
     by_token = {
         "old_logprobs": experience.old_logprobs,
         "reference_logprobs": experience.reference_logprobs,
-        "advantages": advantages,
+        "advantages": token_advantages(experience.values, experience.rewards[batch.held], rows, baseline),
     }
-    picked = {name: _select_rows(flat, lengths, rows) for name, flat in by_token.items() if flat is not None}
-    values = _select_rows(experience.values, lengths + 1, rows)
-    return {**picked, "values": values, "rewards": experience.rewards[rows]}
-
-
-def _select_rows(flat: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
-    parts = flat.split(lengths.tolist())
-    return torch.cat([parts[row] for row in rows.tolist()])
+    given = {name: flat for name, flat in by_token.items() if flat is not None}
+    return LossInputs({"rewards": experience.rewards}, given, {"values": experience.values})
 
 
 def _summary(steps: Steps, lengths: Tensor) -> dict[str, float]:

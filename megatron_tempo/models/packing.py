@@ -17,7 +17,7 @@ from megatron_tempo.config.sizes import GRID_SLACK
 from megatron_tempo.kernels.rows import Rows
 from megatron_tempo.models.context import ContextShard, Outputs, Piece
 from megatron_tempo.models.parallel import Layout
-from megatron_tempo.types import Batch
+from megatron_tempo.types import Batch, ranges
 
 BALANCED = 0.005  # `divide` stops to swap rows once no rank has more than this share above the mean
 
@@ -60,8 +60,9 @@ class MicroBatch:
     value_rows: Rows  # the m rows' values: one more than response tokens per row
     predicting: Outputs  # R: the tokens whose outputs predict the response tokens, row after row
     valued: Outputs  # R + m: the tokens where a critic's values are read: `predicting`, and each row's last token
-    response_cells: Tensor  # int64 [R]: index of each response token in the batch's flat [T]
-    value_cells: Tensor  # int64 [R + m]: index of each value in the batch's flat [T + n]
+    # Where they are in the flat tensors of the rows that the rank holds: response tokens in [T], values in [T + held]
+    response_cells: Tensor  # int64 [R]
+    value_cells: Tensor  # int64 [R + m]
 
 
 def row_work(lengths: Tensor, shape: ModelShape, outputs: Tensor | None = None) -> Tensor:
@@ -118,10 +119,17 @@ def _swapped(heavy: list[int], light: list[int], gap: int, amounts: list[int]) -
     return True
 
 
-def data_share(work: Tensor, data_rank: int, data: int) -> Tensor:
-    """The rows of a data-parallel rank by `divide`, from the largest to the smallest: int64 [about n / data]."""
-    order = torch.argsort(work, descending=True, stable=True)
-    return order[divide(work, data)[order] == data_rank]
+def row_owners(work: Tensor, order: Sequence[Tensor], data: int) -> Tensor:
+    """The data-parallel rank of each row: int64 [n]. Each mini-batch is divided by work, and so are the other rows.
+
+    `work`: int64 [n]. `order`: rows of each mini-batch, int64 each. If a row is in several, the last one counts.
+    """
+    owners = torch.full((len(work),), -1)
+    for rows in order:
+        owners[rows] = divide(work[rows], data)
+    rest = (owners < 0).nonzero().flatten()
+    owners[rest] = divide(work[rest], data)
+    return owners
 
 
 def divide_by_budget(lengths: Tensor, budget: int) -> list[Tensor]:
@@ -153,18 +161,16 @@ def micro_batches(
     *,
     with_grid: bool = True,
 ) -> list[MicroBatch]:
-    """This rank's share of the given rows of `batch`, packed. Returns at least one micro-batch, if only of padding.
+    """The given rows of `batch`, which this rank holds, packed. Returns at least one micro-batch, if only of padding.
 
     The tokens of each rank, also under sequence parallelism, are padded to a multiple of `token_multiple`.
     `with_grid`: whether the attention works on the grid of `Packing`.
     """
-    lengths = batch.lengths[rows]
-    mine = rows[data_share(lengths, layout.data_rank, layout.data)]
-    groups = divide_by_budget(batch.lengths[mine], budget) or [torch.zeros(0, dtype=torch.int64)]
+    groups = divide_by_budget(batch.lengths[rows], budget) or [torch.zeros(0, dtype=torch.int64)]
     multiple = token_multiple * (layout.tensor if layout.sequence_parallel else 1)
     multiple *= 2 * layout.context if layout.context > 1 else 1
-    texts = (batch.prompts(), batch.responses())  # splits the whole batch, so once for all micro-batches
-    return [_pack(batch, texts, mine[group], layout, multiple, device, with_grid=with_grid) for group in groups]
+    texts = (batch.prompts(), batch.responses())  # splits all held rows, so once for all micro-batches
+    return [_pack(batch, texts, rows[group], layout, multiple, device, with_grid=with_grid) for group in groups]
 
 
 def _pack(
@@ -182,15 +188,16 @@ def _pack(
     total = int(lengths.sum())
     padding = max(-total % multiple, multiple if total == 0 else 0)
     all_prompts, all_responses = texts
-    pieces = [piece for row in rows.tolist() for piece in (all_prompts[row], all_responses[row])]
-    tokens = torch.cat([*pieces, torch.zeros(padding, dtype=torch.int64)])
+    places = batch.places[rows].tolist()
+    assert min(places, default=0) >= 0, "a rank packs rows that it holds"
+    pieces = [piece for place in places for piece in (all_prompts[place], all_responses[place])]
+    tokens = torch.cat([*pieces, torch.zeros(padding, dtype=torch.int32)]).long()
 
     sequences = torch.cat([lengths, torch.full((1,), padding)]) if padding else lengths
-    positions = _ranges(torch.zeros_like(sequences), sequences)
+    positions = ranges(torch.zeros_like(sequences), sequences)
     starts = lengths.cumsum(0) - lengths
     first = starts + prompts - 1
-    targets = torch.cat([all_responses[row] for row in rows.tolist()]) if len(rows) else tokens[:0]
-    response_starts = (batch.response_lengths.cumsum(0) - batch.response_lengths)[rows]
+    targets = torch.cat([all_responses[place] for place in places]).long() if places else tokens[:0]
     shard = ContextShard.of(total + padding, layout.context_rank, layout.context)
     if layout.context > 1:
         packing = _context_packing(sequences, shard, device)
@@ -198,7 +205,7 @@ def _pack(
         packing = _packing(sequences, device)
         if with_grid:
             packing.grid, packing.cells = (x.to(device) for x in _grid(lengths, padding))
-    valued = _ranges(first, responses + 1)
+    valued = ranges(first, responses + 1)
     return MicroBatch(
         rows=rows,
         tokens=tokens[None, shard.tokens].to(device),
@@ -207,23 +214,23 @@ def _pack(
         padding=padding,
         response_rows=Rows.of(responses, device),
         value_rows=Rows.of(responses + 1, device),
-        predicting=Outputs.of(shard, _ranges(first, responses), targets, device),
+        predicting=Outputs.of(shard, ranges(first, responses), targets, device),
         valued=Outputs.of(shard, valued, torch.zeros_like(valued), device),
-        response_cells=_ranges(response_starts, responses),
+        response_cells=_cells(batch, rows, 0),
         value_cells=value_cells(batch, rows),
     )
 
 
 def value_cells(batch: Batch, rows: Tensor) -> Tensor:
-    """The indices of the given rows' values in the batch's flat [T + n]: int64 [m] -> int64 [R + m]."""
-    starts = (batch.response_lengths + 1).cumsum(0) - batch.response_lengths - 1
-    return _ranges(starts[rows], batch.response_lengths[rows] + 1)
+    """The indices of the given rows' values in the flat tensor of the held rows' values: int64 [m] -> int64 [R + m]."""
+    return _cells(batch, rows, 1)
 
 
-def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
-    """Concatenates the ranges start, start + 1, ... of `length` numbers for each pair: int64 [sum of lengths]."""
-    offsets = lengths.cumsum(0) - lengths
-    return torch.arange(int(lengths.sum())) + torch.repeat_interleave(starts - offsets, lengths)
+def _cells(batch: Batch, rows: Tensor, more: int) -> Tensor:
+    """Indices of the given rows' numbers in the flat tensor of the held rows': one a response token, and `more`."""
+    counts = batch.held_responses + more
+    starts = (counts.cumsum(0) - counts)[batch.places[rows]]
+    return ranges(starts, batch.response_lengths[rows] + more)
 
 
 def _packing(sequences: Tensor, device: torch.device) -> Packing:
@@ -248,7 +255,7 @@ def _grid(lengths: Tensor, padding: int) -> tuple[Tensor, Tensor]:
         lengths = torch.tensor([padding])
     total, longest = int(lengths.sum()), int(lengths.max())
     cells = torch.repeat_interleave(torch.arange(len(lengths)), lengths) * longest
-    cells += _ranges(torch.zeros_like(lengths), lengths)
+    cells += ranges(torch.zeros_like(lengths), lengths)
     grid = torch.full((len(lengths) * longest,), -1, dtype=torch.int64)
     grid[cells] = torch.arange(total)
     return grid.view(len(lengths), longest), cells

@@ -102,6 +102,11 @@ class Layout:
         """Whether this rank reports its replica's outputs: last stage, first tensor and context rank."""
         return self.is_last_stage and self.tensor_rank == 0 and self.context_rank == 0
 
+    def has_replicas_of(self, other: Layout) -> bool:
+        """Whether the same ranks form the same data-parallel ranks as in another layout of this world."""
+        mine, theirs = ((of.tensor, of.context, of.pipeline) for of in (self, other))
+        return mine == theirs
+
 
 @dataclass(frozen=True, slots=True)
 class Layouts:
@@ -134,7 +139,7 @@ def parallel_groups(
 
     `timeout`: how long a rank waits for the others in a collective. `join`: how this process joins the others.
 
-    On CUDA, gloo still sends CPU tensors, so the replicated `Batch` does not use the GPUs' links.
+    On CUDA, gloo still sends CPU tensors, so rollouts do not use the GPUs' links.
     """
     with shared_gloo_devices():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -193,3 +198,26 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     """Sum over all ranks, in place. If all ranks but one hold zeros, this is an exact gather."""
     dist.all_reduce(tensor)
     return tensor
+
+
+def share_reported(tensor: Tensor, layout: Layout) -> Tensor:
+    """Give all ranks of a replica the CPU tensor of its reporter (`Layout.is_reporter`), in place. Collective."""
+    with layout.groups.current():
+        if layout.is_last_stage and layout.tensor * layout.context > 1:
+            dist.broadcast(tensor, group=parallel_state.get_tensor_and_context_parallel_group(), group_src=0)
+        if layout.pipeline > 1:
+            group = parallel_state.get_pipeline_model_parallel_group()
+            dist.broadcast(tensor, group=group, group_src=layout.pipeline - 1)
+    return tensor
+
+
+def gather_rows(own: Tensor, rows: Tensor, count: int, layout: Layout) -> Tensor:
+    """Numbers of each row, from the replica that owns it, on every rank: [m, ...] -> [count, ...]. Collective.
+
+    `rows`: int64 [m], the rows that this rank's replica owns; each row has one owner. The result does not depend on the
+    layout: all ranks but one add zeros.
+    """
+    table = own.new_zeros(count, *own.shape[1:])
+    if layout.is_reporter:
+        table[rows] = own
+    return sum_over_ranks(table)

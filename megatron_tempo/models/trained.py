@@ -30,13 +30,13 @@ from megatron_tempo.models.megatron_compat.optimizer import (
 )
 from megatron_tempo.models.offload import ModelOffloader
 from megatron_tempo.models.packing import MicroBatch, micro_batches
-from megatron_tempo.models.parallel import Layout, sum_over_ranks
+from megatron_tempo.models.parallel import Layout, share_reported, sum_over_ranks
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import Batch, TokenCount
 
-# Functions of a micro-batch and the model's output on the last stage; see `TrainedModel.step` and `Model.read`.
+# Functions of a micro-batch, and of the model's output on the last stage; see `TrainedModel.step` and `Model.read`.
 Loss = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor]]
-Extract = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor]]
+Cells = Callable[[MicroBatch], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,31 +102,41 @@ class Model:
         return ()
 
     @torch.no_grad()
-    def read(self, batch: Batch, size: int, extract: Extract) -> Tensor:
-        """One pass without gradient: float32 [size], the same on every rank.
+    def read(self, batch: Batch, owners: Tensor, size: int, cells: Cells, numbers: Callable[[Any], Tensor]) -> Tensor:
+        """One pass over the rows that this data-parallel rank owns, without gradient: float32 [size].
 
-        `extract` is called on the last pipeline stage. It turns a micro-batch and the model's output into
-        (int64 [m], float [m]): indices in the result, and the numbers at these indices.
+        The rank has the numbers of these rows, whichever rows it holds besides; the others are zero.
+
+        Args:
+            batch, owners: the batch, and the data-parallel rank of each of its rows, int64 [n].
+            size: length of the result.
+            cells: the indices in the result of a micro-batch's numbers, int64 [m].
+            numbers: these numbers from the model's output, float [m]. Called on the last pipeline stage.
         """
-        result = torch.zeros(size)
+        parts = self._packed(batch, torch.arange(len(batch)), owners)
+        own = {id(part): torch.zeros(len(cells(part))) for part in parts}
 
-        def collect(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
-            cells, values = extract(micro, output)
+        def collect(micro: MicroBatch, output: Any) -> tuple[Tensor, Tensor]:
+            read = numbers(output)
             if self.layout.is_reporter:
-                result[cells] = values.detach().float().cpu()  # the pass that warms up FP8 scales has gradients
-            return output.new_zeros(()), cells
+                own[id(micro)].copy_(read.detach().float())  # the pass that warms up FP8 scales has gradients
+            nothing = read.new_zeros(())  # what is returned is kept until the end of the pass
+            return nothing, nothing
 
         with self._in_pass():
             self.module.eval()
-            parts = self._packed(batch, torch.arange(len(batch)))
             self._warm_up_fp8_scales(parts, collect, forward_only=True)
             self._run(parts, collect, forward_only=True)
-        return sum_over_ranks(result)
+        shared = share_reported(torch.cat(list(own.values())), self.layout)
+        result = torch.zeros(size)
+        for part, flat in zip(parts, shared.split([len(flat) for flat in own.values()]), strict=True):
+            result[cells(part)] = flat
+        return result
 
-    def _packed(self, batch: Batch, rows: Tensor) -> list[MicroBatch]:
+    def _packed(self, batch: Batch, rows: Tensor, owners: Tensor) -> list[MicroBatch]:
         return micro_batches(
             batch,
-            rows,
+            rows[owners[rows] == self.layout.data_rank],
             self.layout,
             self.micro_batch_tokens,
             self.device,
@@ -226,17 +236,22 @@ class TrainedModel(Model):
         if self.gather is not None:
             self.gather.wait()
 
-    def step(self, batch: Batch, rows: Tensor, loss: Loss, num_metrics: int, config: OptimizerConfig) -> Step:
+    def step(
+        self, batch: Batch, rows: Tensor, owners: Tensor, loss: Loss, num_metrics: int, config: OptimizerConfig
+    ) -> Step:
         """One optimizer step on the mean loss over `rows`. Skipped if a loss or the gradient is not finite.
 
-        `loss` turns a micro-batch and the model's output into (loss [m], metrics [m, `num_metrics`]), per row.
+        `owners`: int64 [n], the data-parallel rank of each row of the batch. `loss` turns a micro-batch and the model's
+        output into (loss [m], metrics [m, `num_metrics`]), per row.
         """
         with self._in_pass():
-            return self._step(batch, rows, loss, num_metrics, config)
+            return self._step(batch, rows, owners, loss, num_metrics, config)
 
-    def _step(self, batch: Batch, rows: Tensor, loss: Loss, num_metrics: int, config: OptimizerConfig) -> Step:
+    def _step(
+        self, batch: Batch, rows: Tensor, owners: Tensor, loss: Loss, num_metrics: int, config: OptimizerConfig
+    ) -> Step:
         self.module.train()
-        parts = self._packed(batch, rows)
+        parts = self._packed(batch, rows, owners)
         # Megatron divides by the micro-batches of this rank and averages over the data-parallel ranks.
         scale = len(parts) * self.layout.data / len(rows)
         index = torch.full((len(batch),), -1).index_put((rows,), torch.arange(len(rows)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,27 +28,30 @@ def run_mini_batches(
     trained: TrainedModel,
     guard: NonFiniteGuard,
     batch: Batch,
+    owners: Tensor,
     order: Sequence[Tensor],
     loss: Loss,
     num_metrics: int,
     config: OptimizerConfig,
-    inputs: LossInputs,
+    inputs: Callable[[], LossInputs],
     iteration: int,
 ) -> Steps:
     """Take one step for each mini-batch of rows in `order` (int64 each); see `TrainedModel.step`. Collective.
 
+    `owners`: int64 [n], the data-parallel rank of each row. `inputs`: what the loss is computed from.
     Steps whose loss or gradient is not finite are skipped. `guard` counts them and writes them to files, which it names
     by `iteration`, the run's, from 1. At the guard's limit, raises NotFiniteError on every rank. The weights are then
     those before the first of the consecutive skipped steps.
     """
     made: list[tuple[Tensor, Step]] = []
     for number, rows in enumerate(order, start=1):
-        step = trained.step(batch, rows, loss, num_metrics, config)
+        step = trained.step(batch, rows, owners, loss, num_metrics, config)
         if step.made:
             guard.made()
             made.append((rows, step))
         else:
-            guard.skipped(iteration, number, batch, rows, step, inputs)
+            reported = (owners == trained.layout.data_rank) & trained.layout.is_reporter
+            guard.skipped(iteration, number, batch, rows, step, inputs(), reported)
     return Steps(
         torch.cat([rows for rows, _ in made]) if made else torch.empty(0, dtype=torch.int64),
         torch.cat([step.metrics for _, step in made]) if made else torch.empty(0, num_metrics),

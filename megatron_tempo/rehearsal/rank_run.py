@@ -34,6 +34,7 @@ from megatron_tempo.rehearsal.takeover import UnfilledHostMemory, take_over
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.training.context import RunContext, open_context
 from megatron_tempo.training.phases import PhaseTimer
+from megatron_tempo.training.row_owners import RowOwners
 from megatron_tempo.training.run_state import RunState
 from megatron_tempo.training.setup import build_actor, build_critic, build_engine, engine_weights
 from megatron_tempo.training.trainer import Trainer
@@ -89,7 +90,8 @@ def _trainer(context: RunContext, task: Task, meter: PhaseMeter) -> Iterator[Tra
             engine: Any = WeightSink(task.shared, parts=config.rollout.engine is EngineKind.vllm)
             if not config.rollout.is_served:
                 engine = build_engine(context)
-        requests: Any = MadeUpRequests(config, read_model_shape(Path(config.model.path)).vocab, task.lengths, verifiers)
+        vocab, owners = read_model_shape(Path(config.model.path)).vocab, RowOwners(actor, critic)
+        requests: Any = MadeUpRequests(config, vocab, task.lengths, owners, verifiers)
         seen = Seen(below, {}, {}, is_writer=False)
         timer = PhaseTimer(metrics, meter, Profiler([], below, context.device, task.rank))
         models = {"actor": actor.model, "critic": None if critic is None else critic.model}

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import Prompts, StageConfig
-from megatron_tempo.methods.learner import Rollouts
+from megatron_tempo.methods.learner import Rollouts, iteration_seed
 from megatron_tempo.rehearsal.lengths import Lengths
 from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
+from megatron_tempo.training.row_owners import RowOwners
 from megatron_tempo.types import Batch, Completion, EngineHealth, TokenCount, Weights, seed_of
 
 _SEED = 0
@@ -29,33 +30,50 @@ class MadeUpRequests:
     config: Config
     vocab: int
     lengths: Lengths
+    owners: RowOwners
     verifiers: Any = None
 
-    def generate(self, stage_name: str, stage: StageConfig, iteration: int) -> Rollouts:
-        """Rollouts of the stage's numbers of prompts and responses."""
+    def generate(self, stage_name: str, stage: StageConfig, iteration: int, recorder: None = None) -> Rollouts:
+        """Rollouts of the stage's numbers of prompts and responses. This rank has the tokens of the rows it holds."""
         needed = stage.prompts_at(iteration)
         counts = {Prompts.labelled: stage.labelled_prompts, Prompts.unlabelled: stage.unlabelled_prompts}
-        made = {kind: self._batch(kind, counts[kind], stage) for kind in needed}
-        return Rollouts(made.get(Prompts.labelled), made.get(Prompts.unlabelled))
+        made = {kind: self._columns(kind, counts[kind], stage) for kind in needed}
+        columns = Rollouts(made.get(Prompts.labelled), made.get(Prompts.unlabelled))
+        seed = iteration_seed(self.config.run.seed, stage_name, iteration)
+        owned = self.owners.of_iteration(columns, stage, iteration, seed)
+        return Rollouts(self._with_tokens(owned.labelled), self._with_tokens(owned.unlabelled))
 
-    def _batch(self, kind: Prompts, prompts: int, stage: StageConfig) -> Batch:
+    def _columns(self, kind: Prompts, prompts: int, stage: StageConfig) -> Batch:
         rows, rollout = prompts * stage.samples, self.config.rollout
         responses = self.lengths.draw(rows, rollout.max_response_tokens, seed_of(_SEED, kind.name))
-        total = sum(responses)
         parity = torch.arange(rows) % 2
         classed = kind is Prompts.unlabelled and stage.needs.classes
         return Batch(
             prompt_ids=tuple(f"{kind.name}:{row // stage.samples}" for row in range(rows)),
             group=torch.arange(rows) // stage.samples,
-            prompt_tokens=torch.arange(rows * rollout.max_prompt_tokens) % self.vocab,
+            prompt_tokens=torch.empty(0, dtype=torch.int32),
             prompt_lengths=torch.full((rows,), rollout.max_prompt_tokens),
-            response_tokens=torch.arange(total) % self.vocab,
+            response_tokens=torch.empty(0, dtype=torch.int32),
             response_lengths=torch.tensor(responses),
-            engine_logprobs=torch.zeros(total),
+            engine_logprobs=torch.empty(0),
             stopped=torch.ones(rows, dtype=torch.bool),
-            versions=torch.zeros(total, dtype=torch.int32),
+            versions=torch.tensor([[row, 0, tokens] for row, tokens in enumerate(responses)]).view(-1, 3),
             correct=parity.float() if kind is Prompts.labelled else None,
             answer_class=parity if classed else None,
+            held=torch.empty(0, dtype=torch.int64),
+        )
+
+    def _with_tokens(self, columns: Batch | None) -> Batch | None:
+        if columns is None:
+            return None
+        held = self.owners.held(columns)
+        prompts, responses = int(columns.prompt_lengths[held].sum()), int(columns.response_lengths[held].sum())
+        return replace(
+            columns,
+            prompt_tokens=torch.arange(prompts, dtype=torch.int32) % self.vocab,
+            response_tokens=torch.arange(responses, dtype=torch.int32) % self.vocab,
+            engine_logprobs=torch.zeros(responses),
+            held=held,
         )
 
     def discard_oldest(self) -> None:

@@ -4,8 +4,9 @@
    library does nothing; CPU tensors to torch's "fake" backend in place of gloo.
 2. Object collectives: every rank says what this one says.
 3. Pipeline: a neighbour's messages about shapes are answered with the shapes of this rank's micro-batches.
-4. Numbers that no kernel has computed: sums over ranks on the CPU are zero, the gradient norm is 1, weights count as
-   finite. So a step is neither skipped nor clipped, and a model not refused, for what the memory happens to hold.
+4. Numbers that no kernel has computed: sums over ranks on the CPU, and what a model reads, are zero, the gradient norm
+   is 1, weights count as finite. So a step is neither skipped nor clipped, and a model not refused, for what the memory
+   happens to hold.
 5. Attention: cuDNN asks the real driver. torch's is turned off, so torch takes its flash attention; Transformer
    Engine's returns tensors of its shapes.
 6. Rollouts, engine and evaluation: `rollouts.MadeUpRequests` and `rollouts.WeightSink` (an embedded engine is real, and
@@ -28,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from megatron_tempo.models import trained
 from megatron_tempo.models.megatron_compat import rehearsed
 from megatron_tempo.models.packing import MicroBatch
+from megatron_tempo.models.parallel import Layout
 from megatron_tempo.weights import folder
 
 # torch's threads that watch NCCL would ask the store for other ranks' states.
@@ -46,6 +48,7 @@ def take_over(rank: int, world: int) -> Callable[[str, timedelta], None]:
     rehearsed.echo_objects()
     _answer_for_neighbours()
     trained.sum_over_ranks = _zeros
+    trained.share_reported = _no_results
     rehearsed.replace_grad_norm(1.0)
     folder.is_finite = _is_finite
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -59,6 +62,11 @@ def take_over(rank: int, world: int) -> Callable[[str, timedelta], None]:
 
 def _zeros(tensor: Tensor) -> Tensor:
     """Stands for `sum_over_ranks`."""
+    return tensor.zero_()
+
+
+def _no_results(tensor: Tensor, layout: Layout) -> Tensor:
+    """Stands for `share_reported`."""
     return tensor.zero_()
 
 

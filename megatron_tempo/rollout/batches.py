@@ -1,13 +1,18 @@
-"""From prompts to batches: the engine answers, responses are verified meanwhile, and every rank gets all of them."""
+"""From prompts to batches: the engine answers, responses are verified meanwhile, and each rank gets the rows it needs.
+
+All ranks first learn the columns, some numbers a row. When it is decided which rank holds which rows, the tokens move,
+in windows of bounded size.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tempo.errors import EngineError, InputError
@@ -15,7 +20,11 @@ from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.engine import AnswersOnFirstRank, Engine, Request, Sampling
 from megatron_tempo.rollout.verification import Prompt, Verification
 from megatron_tempo.rollout.verifying_nodes import VerifyingNodes
+from megatron_tempo.runtime.row_windows import WINDOW, row_windows
 from megatron_tempo.types import Batch, Completion, seed_of
+
+# Gets some rows of a batch, and their tokens (int32) and log-probabilities (float32), one row after another.
+Watch = Callable[[range, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +39,42 @@ class Asked:
     nodes: VerifyingNodes | None = None
 
 
-class Collected(NamedTuple):
-    """What was collected: one entry per prompt, the same on every rank."""
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What this rank has of the answers to prompts, by the number of the prompt."""
 
-    completions: list[list[Completion]]
-    verdicts: list[list[float]]  # of a labelled prompt's responses; empty for unlabelled prompts
-    classes: list[list[int | None]]  # of an unlabelled prompt's responses, if they were requested
+    completions: Mapping[int, Sequence[Completion]]
+    verdicts: Mapping[int, Sequence[float]]  # on the responses to labelled prompts
+    classes: Mapping[int, Sequence[int | None]]  # of the responses to unlabelled prompts, if they were requested
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """Answers whose tokens are where they arrived. `columns`: the batch, the same on every rank; it holds no rows.
+
+    `correct` and `answer_class` of a row without a verdict or class are 0 and -1.
+    """
+
+    prompts: Sequence[Prompt]
+    columns: Batch
+    sources: Tensor  # int64 [n]: the rank that has the tokens of each row
+    completions: dict[int, Completion]  # of the rows that this rank has; `receive` takes them out
+
+    def take(self, first: int, last: int, *, verdicts: bool = False, classes: bool = False) -> Collected:
+        """The rows of prompts `first` to `last` - 1, moved out of this. Without `verdicts`: of unlabelled prompts."""
+        whole = self.columns
+        rows = ((whole.group >= first) & (whole.group < last)).nonzero().flatten()
+        chosen = whole.select(rows)
+        columns = replace(
+            chosen,
+            group=chosen.group - first,
+            correct=chosen.correct if verdicts else None,
+            answer_class=chosen.answer_class if classes else None,
+        )
+        start = int(rows[0]) if len(rows) else 0
+        own = [row for row in self.completions if start <= row < start + len(rows)]
+        completions = {row - start: self.completions.pop(row) for row in own}
+        return Collected(self.prompts[first:last], columns, self.sources[rows], completions)
 
 
 def ask(engine: Engine, prompts: Sequence[Prompt], samples: int, sampling: Sampling, *seed: object) -> Asked:
@@ -59,8 +98,8 @@ def collect(
     EngineError on every rank if the engine or a verifier fails on one.
     """
     mine: dict[int, list[Completion]] = {}
-    verdicts: dict[int, Any] = {}
-    classes: dict[int, Any] = {}
+    verdicts: dict[int, list[float]] = {}
+    classes: dict[int, list[int | None]] = {}
     failure = None
     with Verification(verifiers, tokenizer, classes_by, asked.nodes) as verification:
         try:
@@ -70,15 +109,128 @@ def collect(
             verdicts, classes = verification.results()
         except (EngineError, InputError) as error:  # of this rank's engine or judge; of a user's own verifier
             failure = str(error)
-    shares: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, (mine, verdicts, classes, failure))
-    if failures := [share[3] for share in shares if share[3] is not None]:
-        raise EngineError(failures[0])
-    of_all, verdicts, classes = (_joined([share[kind] for share in shares]) for kind in range(3))
-    places = range(len(asked.prompts))
-    return Collected(
-        [of_all[i] for i in places], [verdicts.get(i, []) for i in places], [classes.get(i, []) for i in places]
+    _raise_failures(failure)
+    return share_columns(asked.prompts, Answers(mine, verdicts, classes))
+
+
+def _raise_failures(failure: str | None) -> None:
+    """Raise the failure of the first rank that has one, as EngineError on every rank. Collective."""
+    world = dist.get_world_size()
+    first = torch.tensor(world if failure is None else dist.get_rank())
+    dist.all_reduce(first, op=dist.ReduceOp.MIN)
+    if int(first) < world:
+        words = [failure]
+        dist.broadcast_object_list(words, int(first))
+        raise EngineError(words[0])
+
+
+def share_columns(prompts: Sequence[Prompt], answers: Answers) -> Collected:
+    """Let all ranks know the columns of all rows. Each prompt is answered on one rank. Collective.
+
+    A column has a number a row, and another one for each run of versions. The ranks that have nothing of a row add
+    zeros. So neither the calls nor their sizes depend on the number of ranks.
+    """
+    counts = torch.zeros(len(prompts), 3, dtype=torch.int64)  # ranks that answered, responses, the rank
+    for i, completions in answers.completions.items():
+        counts[i] = torch.tensor([1, len(completions), dist.get_rank()])
+    answered, samples, ranks = _summed(counts).unbind(1)
+    assert bool((answered == 1).all()), "each prompt is answered on one rank"
+    starts = (samples.cumsum(0) - samples).tolist()
+    own = {starts[i] + j: one for i, of in answers.completions.items() for j, one in enumerate(of)}
+    columns, runs = _gathered(int(samples.sum()), own, starts, answers)
+    group = torch.repeat_interleave(torch.arange(len(prompts)), samples)
+    of_row = group.tolist()
+    prompt_lengths = torch.tensor([len(prompt.token_ids) for prompt in prompts], dtype=torch.int64)
+    batch = Batch(
+        prompt_ids=tuple(prompts[i].id for i in of_row),
+        group=group,
+        prompt_tokens=torch.empty(0, dtype=torch.int32),
+        prompt_lengths=prompt_lengths[group],
+        response_tokens=torch.empty(0, dtype=torch.int32),
+        response_lengths=columns[:, 0].clone(),
+        engine_logprobs=torch.empty(0),
+        stopped=columns[:, 1].bool(),
+        versions=runs,
+        correct=columns[:, 2].int().view(torch.float32),
+        answer_class=columns[:, 3] - 1,
+        held=torch.empty(0, dtype=torch.int64),
     )
+    return Collected(prompts, batch, ranks[group], own)
+
+
+def _gathered(
+    rows: int, completions: Mapping[int, Completion], starts: Sequence[int], answers: Answers
+) -> tuple[Tensor, Tensor]:
+    """Of each row its length, end, verdict (the bits of a float32), class + 1 and runs: [n, 5]. The runs: [runs, 3]."""
+    columns = torch.zeros(rows, 5, dtype=torch.int64)
+    own = sorted(completions)
+    ones = [completions[row] for row in own]
+    at = torch.tensor(own, dtype=torch.int64)
+    columns[at, 0] = torch.tensor([len(one.token_ids) for one in ones], dtype=torch.int64)
+    columns[at, 1] = torch.tensor([one.finish_reason == "stop" for one in ones], dtype=torch.int64)
+    versions = [[run for run in one.versions if run[1]] for one in ones]  # runs without tokens say nothing
+    columns[at, 4] = torch.tensor([len(of) for of in versions], dtype=torch.int64)
+    for i, verdicts in answers.verdicts.items():
+        bits = torch.tensor(verdicts, dtype=torch.float32).view(torch.int32)
+        columns[starts[i] : starts[i] + len(verdicts), 2] = bits.long()
+    for i, classes in answers.classes.items():
+        numbers = [0 if of is None else of + 1 for of in classes]
+        columns[starts[i] : starts[i] + len(classes), 3] = torch.tensor(numbers, dtype=torch.int64)
+    columns = _summed(columns)
+    counts = columns[:, 4]
+    firsts = (counts.cumsum(0) - counts).tolist()
+    runs = torch.zeros(int(counts.sum()), 2, dtype=torch.int64)
+    for row, of in zip(own, versions, strict=True):
+        runs[firsts[row] : firsts[row] + len(of)] = torch.tensor(of, dtype=torch.int64).view(-1, 2)
+    of_row = torch.repeat_interleave(torch.arange(rows), counts)
+    return columns, torch.cat([of_row[:, None], _summed(runs)], dim=1)
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def receive(collected: Collected, held: Tensor, watch: Watch | None = None, window: int = WINDOW) -> Batch:
+    """The batch with the tokens of the rows `held` (int64, ascending), which each rank chooses for itself. Collective.
+
+    `watch`: is called with the tokens of all rows, in order, on the ranks that give one. `window`: tokens that move at
+    once. `collected` loses its completions as they are sent.
+    """
+    columns, completions = collected.columns, collected.completions
+    lengths = columns.response_lengths
+    own_lengths = lengths[held]
+    tokens = torch.empty(int(own_lengths.sum()), dtype=torch.int32)
+    logprobs = torch.empty(len(tokens))
+    places = {row: place for place, row in enumerate(held.tolist())}
+    parts = tuple(zip(tokens.split(own_lengths.tolist()), logprobs.split(own_lengths.tolist()), strict=True))
+
+    def fill(row: int) -> tuple[Tensor, Tensor] | None:
+        one = completions.pop(row, None)
+        return None if one is None else (one.token_ids, one.logprobs)
+
+    for rows, moved in row_windows(lengths, fill, 2, collected.sources, window):
+        ids, floats = moved[0], moved[1].view(torch.float32)
+        sizes = lengths[rows.start : rows.stop].tolist()
+        for row, own_ids, own_floats in zip(rows, ids.split(sizes), floats.split(sizes), strict=True):
+            if (place := places.get(row)) is not None:
+                parts[place][0].copy_(own_ids)
+                parts[place][1].copy_(own_floats)
+        if watch is not None:
+            watch(rows, ids, floats)
+    return replace(
+        columns,
+        prompt_tokens=_prompt_tokens(collected.prompts, columns.group[held].tolist()),
+        response_tokens=tokens,
+        engine_logprobs=logprobs,
+        held=held,
+    )
+
+
+def _prompt_tokens(prompts: Sequence[Prompt], chosen: Sequence[int]) -> Tensor:
+    """The tokens of the chosen prompts, one after another: int32."""
+    tokens = {i: torch.tensor(prompts[i].token_ids, dtype=torch.int32) for i in dict.fromkeys(chosen)}
+    return torch.cat([torch.empty(0, dtype=torch.int32), *(tokens[i] for i in chosen)])
 
 
 def summed_counts(verifiers: Verifiers) -> dict[str, int]:
@@ -87,44 +239,3 @@ def summed_counts(verifiers: Verifiers) -> dict[str, int]:
     dist.all_gather_object(shares, verifiers.take_counts())
     names = dict.fromkeys(name for share in shares for name in share)  # a rank without such items has none
     return {name: sum(share.get(name, 0) for share in shares) for name in names}
-
-
-def _joined(shares: list[dict[int, Any]]) -> dict[int, Any]:
-    return {i: part for share in shares for i, part in share.items()}
-
-
-def batch_of(
-    prompts: Sequence[Prompt],
-    completions: Sequence[Sequence[Completion]],
-    verdicts: Sequence[Sequence[float]] | None,
-    classes: Sequence[Sequence[int | None]] | None = None,
-) -> Batch:
-    """The completions as a batch of rows, prompt after prompt."""
-    rows = [(i, prompt, answer) for i, prompt in enumerate(prompts) for answer in completions[i]]
-    prompt_tokens = [torch.tensor(prompt.token_ids, dtype=torch.int64) for prompt in prompts]
-    return Batch(
-        prompt_ids=tuple(prompt.id for _, prompt, _ in rows),
-        group=torch.tensor([i for i, _, _ in rows], dtype=torch.int64),
-        prompt_tokens=_flat([prompt_tokens[i] for i, _, _ in rows], torch.int64),
-        prompt_lengths=torch.tensor([len(prompt.token_ids) for _, prompt, _ in rows], dtype=torch.int64),
-        response_tokens=_flat([answer.token_ids for _, _, answer in rows], torch.int64),
-        response_lengths=torch.tensor([len(answer.token_ids) for _, _, answer in rows], dtype=torch.int64),
-        engine_logprobs=_flat([answer.logprobs for _, _, answer in rows], torch.float32),
-        stopped=torch.tensor([answer.finish_reason == "stop" for _, _, answer in rows], dtype=torch.bool),
-        versions=_by_token([span for _, _, answer in rows for span in answer.versions]),
-        correct=None if verdicts is None else torch.tensor([v for row in verdicts for v in row]),
-        answer_class=None
-        if classes is None
-        else torch.tensor([-1 if c is None else c for row in classes for c in row], dtype=torch.int64),
-    )
-
-
-def _flat(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """The parts, one behind the other."""
-    return torch.cat(list(parts)).to(dtype) if parts else torch.zeros(0, dtype=dtype)
-
-
-def _by_token(spans: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """The version of each token: int32 [sum of the spans' tokens]."""
-    versions, tokens = torch.tensor(spans, dtype=torch.int64).reshape(-1, 2).unbind(1)
-    return torch.repeat_interleave(versions, tokens).to(torch.int32)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -13,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from megatron_tempo.errors import InputError
 from megatron_tempo.files import atomic_write, read_text
 from megatron_tempo.rollout.arrays import logprob_tensor, token_tensor
-from megatron_tempo.rollout.batches import batch_of
+from megatron_tempo.rollout.batches import Answers, Watch
+from megatron_tempo.rollout.verification import Prompt
 from megatron_tempo.types import Batch, Completion, LabelledPrompt, UnlabelledPrompt
 
 
@@ -21,38 +25,79 @@ def path_of(folder: Path, stage: str, iteration: int) -> Path:
     return folder / f"{stage}-{iteration:06d}.jsonl"
 
 
-def write(path: Path, labelled: Batch | None, unlabelled: Batch | None, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write an iteration's rollouts. The text is for people; replay reads the tokens. Answers are not written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, fsync=True) as file:
-        for batch in (labelled, unlabelled):
-            for line in [] if batch is None else _lines(batch, tokenizer):
-                file.write(json.dumps(line).encode() + b"\n")
+class Recorder:
+    """Writes an iteration's rollouts while they pass: a batch after another, rows in order. A context manager.
+
+    The text is for people; replay reads the tokens. Answers are not written. The ranks wait for one another meanwhile,
+    so a file that cannot be written raises OSError only at the end of the block. It has its name then, or is not there.
+    """
+
+    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._path, self._tokenizer = path, tokenizer
+        self._open = ExitStack()
+        self._file: BinaryIO | None = None
+        self._failure: OSError | None = None
+
+    def __enter__(self) -> Recorder:
+        self._attempt(self._begin)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._failure is None:
+            self._open.__exit__(kind, error, trace)
+        elif error is None:
+            raise self._failure
+
+    def of(self, prompts: Sequence[Prompt], columns: Batch) -> Watch:
+        """What `receive` calls with the rows of the batch that has these columns, in answer to these prompts."""
+        versions = columns.versions[:, 1:].split(
+            torch.bincount(columns.versions[:, 0], minlength=len(columns)).tolist()
+        )
+
+        def write(rows: range, tokens: Tensor, logprobs: Tensor) -> None:
+            sizes = columns.response_lengths[rows.start : rows.stop].tolist()
+            for row, ids, floats in zip(rows, tokens.split(sizes), logprobs.split(sizes), strict=True):
+                prompt = prompts[int(columns.group[row])]
+                line = _line(columns, row, prompt, ids.tolist(), floats.tolist(), versions[row].tolist())
+                line["response"] = self._tokenizer.decode(line["response_tokens"])
+                assert self._file is not None
+                self._file.write(json.dumps(line).encode() + b"\n")
+
+        return lambda *given: self._attempt(lambda: write(*given))
+
+    def _begin(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._open.enter_context(atomic_write(self._path, fsync=True))
+
+    def _attempt(self, act: Callable[[], None]) -> None:
+        """Do it, unless something has failed before. After a failure the unfinished file is removed."""
+        if self._failure is not None:
+            return
+        try:
+            act()
+        except OSError as error:
+            self._failure = error
+            with suppress(OSError):
+                self._open.__exit__(type(error), error, error.__traceback__)
 
 
-def _lines(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, object]]:
-    logprobs = batch.engine_logprobs.split(batch.response_lengths.tolist())
-    versions = batch.versions.split(batch.response_lengths.tolist())
-    return [
-        {
-            "prompt_id": batch.prompt_ids[i],
-            "prompt_tokens": prompt.tolist(),
-            "response": tokenizer.decode(response),
-            "response_tokens": response.tolist(),
-            "logprobs": logprobs[i].tolist(),
-            "versions": [list(span) for span in _spans(versions[i])],
-            "stopped": bool(batch.stopped[i]),
-            "correct": None if batch.correct is None else float(batch.correct[i]),
-            **({} if batch.answer_class is None else {"answer_class": int(batch.answer_class[i])}),
-        }
-        for i, (prompt, response) in enumerate(zip(batch.prompts(), batch.responses(), strict=True))
-    ]
-
-
-def _spans(versions: Tensor) -> list[tuple[int, int]]:
-    """(version, number of tokens) in order."""
-    values, counts = torch.unique_consecutive(versions, return_counts=True)
-    return list(zip(values.tolist(), counts.tolist(), strict=True))
+def _line(
+    columns: Batch, row: int, prompt: Prompt, tokens: list[int], logprobs: list[float], versions: list[list[int]]
+) -> dict[str, Any]:
+    """A row as the fields of a line."""
+    return {
+        "prompt_id": columns.prompt_ids[row],
+        "prompt_tokens": list(prompt.token_ids),
+        "response": "",  # set by the caller, which has the tokenizer
+        "response_tokens": tokens,
+        "logprobs": logprobs,
+        "versions": versions,
+        "stopped": bool(columns.stopped[row]),
+        "correct": None if columns.correct is None else float(columns.correct[row]),
+        **({} if columns.answer_class is None else {"answer_class": int(columns.answer_class[row])}),
+    }
 
 
 def read(
@@ -62,8 +107,8 @@ def read(
     samples: int,
     *,
     classes: bool = False,
-) -> tuple[Batch | None, Batch | None]:
-    """The rollouts that were written for these prompts, as batches. `classes`: of unlabelled answers too.
+) -> Answers:
+    """The answers that were recorded to these prompts, labelled ones first. `classes`: of unlabelled answers too.
 
     Raises InputError with file and line if the file does not have `samples` responses to each of these prompts.
     """
@@ -74,15 +119,15 @@ def read(
     if len(lines) != len(prompts) * samples:
         raise InputError(f"rollout.replay: {path} has {len(lines)} responses, this run needs {len(prompts) * samples}")
     rows = [_response(f"{path}, line {i + 1}", line, prompts[i // samples]) for i, line in enumerate(lines)]
-    completions = [[completion for completion, _ in rows[i : i + samples]] for i in range(0, len(rows), samples)]
-    verdicts = [[correct for _, correct in rows[i : i + samples]] for i in range(0, len(labelled) * samples, samples)]
-    n = len(labelled)
-    classed = None
-    if classes:
-        classed = [[_class(f"{path}, line {i + 1}", lines[i]) for i in range(n * samples, len(lines))]]
-    return (
-        batch_of(labelled, completions[:n], verdicts) if labelled else None,
-        batch_of(unlabelled, completions[n:], None, classed) if unlabelled else None,
+
+    def of(prompt: int) -> range:
+        return range(prompt * samples, (prompt + 1) * samples)
+
+    n, every = len(labelled), range(len(prompts))
+    return Answers(
+        {i: [rows[row][0] for row in of(i)] for i in every},
+        {i: [rows[row][1] for row in of(i)] for i in every[:n]},
+        {i: [_class(f"{path}, line {row + 1}", lines[row]) for row in of(i)] for i in every[n:]} if classes else {},
     )
 
 

@@ -148,7 +148,7 @@ def _evaluate(config: Config, out: Path) -> None:
         engine = stack.enter_context(closing(build_engine(context)))
         metrics.watch(engine.health)
         engine.load_weights(weights, version=0)
-        evaluator = build_evaluator(config, engine, verifiers, tokenizer, sets, keys, critic)
+        evaluator = build_evaluator(config, engine, verifiers, tokenizer, sets, keys, critic, keeps_all=True)
         where = {"stage": "stage1", "iteration": 0, "step": 0, "point": "alone"}
         raise_on_all_ranks(lambda: save_config(config, out / "config.json") if context.is_writer else None)
         _record_start(context, metrics, 0)
@@ -163,8 +163,8 @@ def _evaluate(config: Config, out: Path) -> None:
             metrics.samples({**where, "set": name, **sample} for sample in samples)
             file = {"path": config.evaluation.sets[name].path, "sha256": digests[name]}
             results["sets"][name] = result(answered) | {"seen": seen, **counts, **file}
-            responses = list(response_records(name, answered, keys[name], tokenizer))
-            raise_on_all_ranks(partial(extend, out / RESPONSES, responses if context.is_writer else ()))
+            responses = list(response_records(name, answered, keys[name], tokenizer)) if context.is_writer else []
+            raise_on_all_ranks(partial(extend, out / RESPONSES, responses))
             if context.is_writer:
                 texts = [response["text"] for response in responses]
                 message, is_meaningless = diagnose(name, answered, texts, verifiers)

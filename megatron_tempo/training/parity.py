@@ -24,7 +24,7 @@ def check_parity(requests: RolloutRequests, actor: Actor, weights: Weights, step
     another policy than the actor.
     """
     batch = requests.sample_for_parity(step)
-    gap = float((actor.logprobs(batch) - batch.engine_logprobs).abs().mean())
+    gap, _ = actor.gap_to_engine(batch, actor.logprobs(batch))
     tolerance, origin = _tolerance(requests.config)
     if not gap <= tolerance:
         tokens = int(batch.response_lengths.sum())

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import Prompts, StageConfig
 from megatron_tempo.data.stream import PromptStream
-from megatron_tempo.methods.learner import Rollouts
+from megatron_tempo.methods.learner import Rollouts, iteration_seed
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout import dump
-from megatron_tempo.rollout.batches import Asked, ask, batch_of, collect
+from megatron_tempo.rollout.batches import Answers, Asked, Collected, ask, collect, receive, share_columns
 from megatron_tempo.rollout.engine import Engine, Sampling
+from megatron_tempo.runtime.collective_call import raise_on_all_ranks
+from megatron_tempo.training.row_owners import RowOwners
 from megatron_tempo.types import Batch, LabelledPrompt, UnlabelledPrompt
 
 # Prompts for each replica of an engine, and tokens for each response, when the engine is checked.
 PARITY_PROMPTS, PARITY_TOKENS = 4, 256
+
+_NOTHING = Answers({}, {}, {})
 
 _P = TypeVar("_P", LabelledPrompt, UnlabelledPrompt)
 
@@ -47,11 +52,15 @@ class RolloutRequests:
     verifiers: Verifiers
     labelled: PromptStream[LabelledPrompt] | None
     unlabelled: PromptStream[UnlabelledPrompt] | None
+    owners: RowOwners
     pending: list[_Pending] = field(default_factory=list)
 
-    def generate(self, stage_name: str, stage: StageConfig, iteration: int) -> Rollouts:
+    def generate(
+        self, stage_name: str, stage: StageConfig, iteration: int, recorder: dump.Recorder | None = None
+    ) -> Rollouts:
         """Rollouts of this iteration's prompts, labelled and unlabelled in one pass; labelled ones are verified.
 
+        `recorder`: of the rank that writes them to disk, if they are to be written.
         With `rollout.max_staleness` this also asks for the next iteration's rollouts, within a stage. The engine
         generates them while the run trains on this iteration's. Collective.
         """
@@ -59,17 +68,11 @@ class RolloutRequests:
         if not self.pending:
             self.request(stage_name, stage, iteration)
         current = self.pending[0]
-        completions, verdicts, classes = collect(current.asked, self.verifiers, self.tokenizer, classes_by)
+        collected = collect(current.asked, self.verifiers, self.tokenizer, classes_by)
         self.engine.work.end_with_slowest()
         if self.config.rollout.max_staleness and iteration + 1 < stage.iterations:
             self.request(stage_name, stage, iteration + 1)
-        labelled, unlabelled = current.labelled, current.unlabelled
-        n = len(labelled)
-        classed = classes_by is not None
-        return Rollouts(
-            batch_of(labelled, completions[:n], verdicts[:n]) if labelled else None,
-            batch_of(unlabelled, completions[n:], None, classes[n:] if classed else None) if unlabelled else None,
-        )
+        return self._received(collected, len(current.labelled), stage_name, stage, iteration, recorder)
 
     def request(self, stage_name: str, stage: StageConfig, iteration: int) -> None:
         """Draw an iteration's prompts and let the engine start on them. Collective."""
@@ -81,18 +84,23 @@ class RolloutRequests:
         self.pending.append(_Pending(labelled, unlabelled, asked, before))
 
     def replay(self, stage_name: str, stage: StageConfig, iteration: int) -> Rollouts:
-        """This iteration's rollouts from the folder `rollout.replay`, without the engine."""
+        """This iteration's rollouts from the folder `rollout.replay`, without the engine: the first rank reads them."""
         folder = self.config.rollout.replay
         assert folder is not None
         labelled, unlabelled = self._draw(stage, iteration)
         path = dump.path_of(Path(folder), stage_name, iteration + 1)
-        classed = self._classes_by(stage) is not None
-        return Rollouts(*dump.read(path, labelled, unlabelled, stage.samples, classes=classed))
+        classed, is_first = self._classes_by(stage) is not None, dist.get_rank() == 0
 
-    def write_dump(self, rollouts: Rollouts, stage_name: str, iteration: int) -> None:
-        """Write an iteration's rollouts to the run's folder. Raises OSError."""
+        def read() -> Answers:
+            return dump.read(path, labelled, unlabelled, stage.samples, classes=classed) if is_first else _NOTHING
+
+        collected = share_columns([*labelled, *unlabelled], raise_on_all_ranks(read))
+        return self._received(collected, len(labelled), stage_name, stage, iteration, None)
+
+    def recorder(self, stage_name: str, iteration: int) -> dump.Recorder:
+        """What writes an iteration's rollouts to the run's folder."""
         path = dump.path_of(Path(self.config.run.dir) / "rollouts", stage_name, iteration + 1)
-        dump.write(path, rollouts.labelled, rollouts.unlabelled, self.tokenizer)
+        return dump.Recorder(path, self.tokenizer)
 
     def discard_oldest(self) -> None:
         """Forget the prompts of a completed iteration: a resumed run does not request them again."""
@@ -105,11 +113,37 @@ class RolloutRequests:
         prompts = stream.first(PARITY_PROMPTS * self.engine.replicas)
         sampling = Sampling(config.temperature, min(config.max_response_tokens, PARITY_TOKENS))
         asked = ask(self.engine, prompts, 1, sampling, self.config.run.seed, "parity", step)
-        return batch_of(prompts, collect(asked, self.verifiers, self.tokenizer).completions, None)
+        collected = collect(asked, self.verifiers, self.tokenizer).take(0, len(prompts))
+        owned = self.owners.of_batch(collected.columns)
+        return receive(replace(collected, columns=owned), self.owners.held(owned))
 
     def resume_point(self) -> dict[str, Any]:
         """The streams' states for a checkpoint. A resumed run draws and requests the pending prompts again."""
         return self.pending[0].streams_before if self.pending else self._stream_states()
+
+    def _received(
+        self,
+        collected: Collected,
+        labelled: int,
+        stage_name: str,
+        stage: StageConfig,
+        iteration: int,
+        recorder: dump.Recorder | None,
+    ) -> Rollouts:
+        """The rollouts with the rows that this rank holds. `labelled`: how many of the prompts are, the first ones."""
+        total, seed = len(collected.prompts), iteration_seed(self.config.run.seed, stage_name, iteration)
+        first = collected.take(0, labelled, verdicts=True) if labelled else None
+        second = collected.take(labelled, total, classes=stage.needs.classes) if labelled < total else None
+        columns = Rollouts(*(None if part is None else part.columns for part in (first, second)))
+        owned = self.owners.of_iteration(columns, stage, iteration, seed)
+
+        def received(part: Collected | None, columns: Batch | None) -> Batch | None:
+            if part is None or columns is None:
+                return None
+            watch = None if recorder is None else recorder.of(part.prompts, columns)
+            return receive(replace(part, columns=columns), self.owners.held(columns), watch)
+
+        return Rollouts(received(first, owned.labelled), received(second, owned.unlabelled))
 
     def _draw(self, stage: StageConfig, iteration: int) -> tuple[list[LabelledPrompt], list[UnlabelledPrompt]]:
         needed = stage.prompts_at(iteration)

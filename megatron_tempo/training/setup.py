@@ -32,6 +32,7 @@ from megatron_tempo.rollout.embedded import EmbeddedEngine
 from megatron_tempo.rollout.engine import Engine, EngineSetup
 from megatron_tempo.rollout.imported import ImportedEngine
 from megatron_tempo.training.context import RunContext, collective_timeout
+from megatron_tempo.training.row_owners import RowOwners
 from megatron_tempo.types import LabelledPrompt, Weights
 from megatron_tempo.weights import folder
 from megatron_tempo.weights.export import mappings_of, weights_of
@@ -55,7 +56,8 @@ def build_critic(context: RunContext) -> Critic:
     path = Path(context.config.model.critic_path or context.config.model.path)
     layout = context.layouts.critic
     with layout.groups.current():
-        return Critic(_trained(context, _network(context, ValueModel, path, layout), layout), _guard(context, "critic"))
+        model = _trained(context, _network(context, ValueModel, path, layout), layout)
+        return Critic(model, _guard(context, "critic"), context.layouts.actor)
 
 
 def build_engine(context: RunContext) -> Engine:
@@ -103,12 +105,14 @@ def build_evaluator(
     sets: dict[str, list[LabelledPrompt]],
     keys: dict[str, dict[str, str]],
     critic: Critic | None,
+    *,
+    keeps_all: bool = False,
 ) -> Evaluator:
-    """The evaluator of these sets. `keys`: the keys of each set's questions, by id."""
-    values = None if critic is None else critic.values
-    length = config.rollout.max_response_tokens
-    seed = config.run.seed
-    return Evaluator(engine, verifiers, tokenizer, sets, keys, config.evaluation, length, seed, values)
+    """The evaluator of these sets. `keys`: the keys of each set's questions, by id. `keeps_all`: see `Evaluator`."""
+    values = None if critic is None else critic.values_at
+    length, seed, rows = config.rollout.max_response_tokens, config.run.seed, RowOwners(None, critic)
+    of_config = (config.evaluation, length, seed)
+    return Evaluator(engine, verifiers, tokenizer, sets, keys, *of_config, values, rows, keeps_all)
 
 
 def engine_weights(actor: Actor, context: RunContext) -> Weights:

@@ -24,7 +24,7 @@ from megatron_tempo.data.sets import SAMPLED, QuestionKeys, evaluation_sets, pro
 from megatron_tempo.data.tokenizer import load_tokenizer
 from megatron_tempo.evaluation.evaluator import Evaluator
 from megatron_tempo.methods import iterate_of
-from megatron_tempo.methods.learner import Learner, Rollouts
+from megatron_tempo.methods.learner import Learner, Rollouts, iteration_seed
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
 from megatron_tempo.models.machine import chosen_layers, described
@@ -44,6 +44,7 @@ from megatron_tempo.training.peak_memory import PeakMemory, planned
 from megatron_tempo.training.phases import PhaseTimer
 from megatron_tempo.training.resume_point import find
 from megatron_tempo.training.rollout_requests import RolloutRequests
+from megatron_tempo.training.row_owners import RowOwners
 from megatron_tempo.training.run_state import RunState
 from megatron_tempo.training.setup import (
     build_actor,
@@ -114,7 +115,8 @@ class Trainer:
             engine = build_engine(context)
             stack.callback(engine.close)
             metrics.watch(engine.health, engine.work.spans)
-            requests = RolloutRequests(config, engine, tokenizer, verifiers, labelled, unlabelled)
+            owners = RowOwners(actor, critic)
+            requests = RolloutRequests(config, engine, tokenizer, verifiers, labelled, unlabelled, owners)
             seen = Seen(below, keys.labelled, keys.unlabelled, context.is_writer)
             profiler = Profiler(config.profile.steps, below / "profile", context.device, dist.get_rank())
             timer = PhaseTimer(metrics, peaks, profiler)
@@ -163,7 +165,7 @@ class Trainer:
             self.critic,
             self.reference_logprobs,
             self.phase,
-            seed=f"{self.config.run.seed}/{stage_name}/{iteration}",
+            seed=iteration_seed(self.config.run.seed, stage_name, iteration),
             iteration=number,
         )
         metrics = iterate_of(stage.method)(learner, rollouts, stage, iteration)
@@ -188,12 +190,12 @@ class Trainer:
         config = self.config.rollout
         if config.replay is not None:
             return self.requests.replay(stage_name, stage, iteration)
-        with self.phase("generate"):
-            rollouts = self.requests.generate(stage_name, stage, iteration)
-        if config.dump and self.context.is_writer:
-            with self.metrics.spare("rollouts/"):
-                self.requests.write_dump(rollouts, stage_name, iteration)
-        return rollouts
+        with self.phase("generate"), ExitStack() as stack:
+            recorder = None
+            if config.dump and self.context.is_writer:
+                stack.enter_context(self.metrics.spare("rollouts/"))
+                recorder = stack.enter_context(self.requests.recorder(stage_name, iteration))
+            return self.requests.generate(stage_name, stage, iteration, recorder)
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
         """Log-probabilities of the initial policy, which is loaded on first use."""
@@ -300,11 +302,12 @@ def _rollout_metrics(rollouts: Rollouts, step: int, seconds: float) -> dict[str,
     batches = [batch for batch in (rollouts.labelled, rollouts.unlabelled) if batch is not None]
     lengths = torch.cat([batch.response_lengths for batch in batches]).float()
     stopped = torch.cat([batch.stopped for batch in batches]).float()
-    staleness = step - torch.cat([batch.versions for batch in batches]).double()
+    runs = torch.cat([batch.versions for batch in batches])
+    staleness, tokens = (step - runs[:, 1]).double(), runs[:, 2].double()
     metrics = {
         "response_length/mean": float(lengths.mean()),
         "truncated": 1.0 - float(stopped.mean()),
-        "engine/staleness_mean": float(staleness.mean()),
+        "engine/staleness_mean": float((staleness * tokens).sum() / tokens.sum()),
         "engine/staleness_max": float(staleness.max()),
         "tokens_per_second": sum(int(batch.lengths.sum()) for batch in batches) / seconds,
     }

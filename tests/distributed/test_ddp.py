@@ -28,6 +28,7 @@ from megatron_tempo.training.context import open_context
 from megatron_tempo.training.setup import build_actor, build_critic
 from megatron_tempo.weights.export import weights_of
 from tests.support.ranks import run_ranks
+from tests.support.rows import from_owners
 from tests.support.tiny import ragged_batch, write_model
 
 # Rows of many lengths on two replicas, which have different numbers of micro-batches. One row: one has padding alone.
@@ -97,14 +98,16 @@ def trained(model: Path, layout: dict[str, Any]) -> dict[str, Any]:
             for number, rows in enumerate(MINI_BATCHES):
                 for one in models.values():
                     assert isinstance(one.model, TrainedModel)
-                    step = one.model.step(batch, rows, loss if number != 2 else not_finite, 1, optimizer)
+                    step = one.model.step(
+                        batch, rows, one.owners(batch), loss if number != 2 else not_finite, 1, optimizer
+                    )
                     assert step.made == (number != 2)
                     found["norms"].append(step.grad_norm)
                 if layout.get("offload"):  # nothing arrives in memory that the critic has now
                     assert all(group.param_gather_handle is None for group in buckets_of(models["actor"].model))
                 if number == 1:  # a pass without gradient, then an offload in between
                     found["values"] = models["critic"].values(batch)
-                    found["logprobs"] = models["actor"].logprobs(batch)
+                    found["logprobs"] = from_owners(models["actor"], batch, models["actor"].logprobs(batch))
         found |= {name: weights(one, config) for name, one in models.items()}
         found["waits"] = Late.waits
     return found

@@ -68,7 +68,7 @@ def tried(model: Path, precision: Precision, tensor: int, ends: int, recompute: 
         critic.update(batch, batch.correct, CriticUpdateConfig(), ROWS)
         result |= {"training": list(map(seen, record.calls)), "after": critic.values(batch)}
         result |= {"packed": list(record.packed), "learnt": head.detach().clone()}
-        result["micro"] = len(critic.model._packed(batch, torch.arange(len(batch))))
+        result["micro"] = len(critic.model._packed(batch, torch.arange(len(batch)), critic.owners(batch)))
         return result
 
 

@@ -27,6 +27,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2-pp2": (4, {"tensor": 2, "pipeline": 2}),
     "tp2-pp2-sequence-small-budget": (4, {"tensor": 2, "pipeline": 2, "sequence": True, "micro_batch_tokens": 60}),
     "dp2-pp2": (4, {"pipeline": 2, "ddp_bucket_size": 1}),  # a bucket for each parameter
+    "dp4": (4, {}),
+    "dp2-tp2-critic-dp4": (4, {"tensor": 2, "critic": CriticLayoutConfig(tensor=1)}),
     "critic-pp2-actor-tp2": (2, {"tensor": 2, "critic": CriticLayoutConfig(tensor=1, pipeline=2)}),
     "critic-tp2-cp2-actor-pp2-dp2-offload": (
         4,
@@ -65,6 +67,8 @@ UNEVEN: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 KINDS = ("untied", *RANDOM)
+# What an iteration's line says that must not depend on the layout
+FIGURES = ("actor/", "critic/", "advantage/", "reward/", "engine/", "response_length/", "truncated")
 
 
 def project_config(project: Path, run: Path) -> Config:
@@ -127,5 +131,10 @@ def test_an_iteration_does_not_depend_on_the_layout(
     for norm in ("actor/grad_norm", "critic/grad_norm"):
         assert one[norm] > 0
         assert other[norm] == pytest.approx(one[norm], rel=1e-5)
+    figures = [name for name in one if name.startswith(FIGURES)]
+    assert len(figures) > 20
+    assert {name: other[name] for name in figures} == pytest.approx(
+        {name: one[name] for name in figures}, rel=1e-4, abs=1e-6
+    )
     assert other["padding"] < 0.05
     assert {"memory_gb/critic", "memory_gb/values", "memory_gb/logprobs", "memory_gb/actor"} <= other.keys()

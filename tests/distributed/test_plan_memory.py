@@ -27,6 +27,7 @@ from megatron_tempo.training.setup import build_actor, build_critic
 from megatron_tempo.types import Batch
 from tests.support.ranks import run_ranks
 from tests.support.storages import Storages, bytes_of
+from tests.support.tiny import one_version
 
 # name: processes, and the layout
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -87,7 +88,7 @@ def batch_of_rows(vocab: int) -> Batch:
     lengths = RESPONSE - torch.arange(ROWS) // 3
 
     def tokens(count: int) -> torch.Tensor:
-        return torch.randint(0, vocab, (count,), generator=generator)
+        return torch.randint(0, vocab, (count,), generator=generator).int()
 
     return Batch(
         prompt_ids=tuple(map(str, range(ROWS))),
@@ -98,7 +99,7 @@ def batch_of_rows(vocab: int) -> Batch:
         response_lengths=lengths,
         engine_logprobs=torch.zeros(int(lengths.sum())),
         stopped=torch.ones(ROWS, dtype=torch.bool),
-        versions=torch.zeros(int(lengths.sum()), dtype=torch.int32),
+        versions=one_version(lengths),
         correct=torch.ones(ROWS),
     )
 

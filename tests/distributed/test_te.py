@@ -89,7 +89,7 @@ def refused(model: Path, layers: Layers, backend: str, out_of_memory: bool) -> t
     record.backend, record.out_of_memory = backend, out_of_memory
     with open_context(config) as context:
         actor = build_actor(context)
-        (micro,) = actor.model._packed(ragged_batch(2), torch.arange(2))
+        (micro,) = actor.model._packed(ragged_batch(2), torch.arange(2), torch.zeros(2, dtype=torch.int64))
         try:
             actor.logprobs(ragged_batch(2))
             return "", micro.packing.grid is not None

@@ -15,7 +15,6 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from megatron_tempo.algorithm.outcomes import final_values
 from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import CriticUpdateConfig, OptimizerConfig
@@ -23,7 +22,7 @@ from megatron_tempo.config.tree import load
 from megatron_tempo.data.seen import seen_of
 from megatron_tempo.data.sets import QuestionKeys, prompt_streams
 from megatron_tempo.errors import InputError, NotFiniteError
-from megatron_tempo.methods import tempo
+from megatron_tempo.methods.learner import Learner
 from megatron_tempo.models.packing import MicroBatch
 from megatron_tempo.models.trained import Loss, Step, TrainedModel
 from megatron_tempo.observability.records import read, read_evaluations, read_metrics
@@ -245,7 +244,13 @@ def updated(model: Path, out: Path, wrong: list[str]) -> tuple[dict[str, float],
         step, count = TrainedModel.step, 0
 
         def steep(
-            self: TrainedModel, batch: Batch, rows: torch.Tensor, loss: Loss, metrics: int, config: OptimizerConfig
+            self: TrainedModel,
+            batch: Batch,
+            rows: torch.Tensor,
+            owners: torch.Tensor,
+            loss: Loss,
+            metrics: int,
+            config: OptimizerConfig,
         ) -> Step:
             """The step by a loss that is as it was, but whose gradient is infinite, where that is to be."""
             nonlocal count
@@ -256,7 +261,7 @@ def updated(model: Path, out: Path, wrong: list[str]) -> tuple[dict[str, float],
                 by_row, metrics = loss(micro, values)
                 return by_row + (values.mean() - values.mean().detach()).sqrt(), metrics
 
-            return step(self, batch, rows, changed if kind == "gradient" else loss, metrics, config)
+            return step(self, batch, rows, owners, changed if kind == "gradient" else loss, metrics, config)
 
         metrics, error = {}, ""
         try:
@@ -325,7 +330,8 @@ def poisoned(config: Config) -> None:
             values[0] = torch.nan
         return values
 
-    with unittest.mock.patch.object(tempo, "final_values", values):
+    final_values = Learner.final_values
+    with unittest.mock.patch.object(Learner, "final_values", values):
         train(config)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
 from transformers.modeling_layers import GenericForTokenClassification
 from transformers.models.olmo3.modeling_olmo3 import Olmo3PreTrainedModel
 
-from megatron_tempo.types import Batch
+from megatron_tempo.types import Batch, picked
 
 WORDS = [*map(str, range(50)), *"+-*=>:yrn$?", "<pad>", "a", "b", "c", "d", "e"]
 VOCAB = len(WORDS)
@@ -95,6 +97,23 @@ def _olmo3(layers: int) -> dict[str, Any]:
     }
 
 
+def one_version(lengths: Tensor) -> Tensor:
+    """`Batch.versions` of rows of these lengths by weights of version 0."""
+    rows = torch.arange(len(lengths))
+    return torch.stack([rows, torch.zeros_like(rows), lengths], dim=1)
+
+
+def held_by(batch: Batch, rows: Tensor) -> Batch:
+    """The batch, all of whose rows are held, as a rank has it that holds these (int64, ascending)."""
+    return replace(
+        batch,
+        prompt_tokens=picked(batch.prompt_tokens, batch.prompt_lengths, rows),
+        response_tokens=picked(batch.response_tokens, batch.response_lengths, rows),
+        engine_logprobs=picked(batch.engine_logprobs, batch.response_lengths, rows),
+        held=rows,
+    )
+
+
 def ragged_batch(rows: int, seed: int = 1, *, per_prompt: int = 2, correct: bool = True) -> Batch:
     """Random tokens in rows of many lengths, one of them a response of a single token."""
     generator = torch.Generator().manual_seed(seed)
@@ -107,12 +126,12 @@ def ragged_batch(rows: int, seed: int = 1, *, per_prompt: int = 2, correct: bool
     return Batch(
         prompt_ids=tuple(f"p{i}" for i in group.tolist()),
         group=group,
-        prompt_tokens=torch.randint(0, VOCAB, (int(prompt_lengths.sum()),), generator=generator),
+        prompt_tokens=torch.randint(0, VOCAB, (int(prompt_lengths.sum()),), generator=generator).int(),
         prompt_lengths=prompt_lengths,
-        response_tokens=torch.randint(0, VOCAB, (total,), generator=generator),
+        response_tokens=torch.randint(0, VOCAB, (total,), generator=generator).int(),
         response_lengths=response_lengths,
         engine_logprobs=-torch.rand(total, generator=generator),
         stopped=torch.ones(rows, dtype=torch.bool),
-        versions=torch.zeros(total, dtype=torch.int32),
+        versions=one_version(response_lengths),
         correct=torch.randint(0, 2, (rows,), generator=generator).float() if correct else None,
     )

@@ -8,12 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from megatron_tempo.config import extensions
 from megatron_tempo.config.stages import load_method
 from megatron_tempo.observability import logs
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples/extensions"
+
+
+@pytest.fixture
+def single() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture

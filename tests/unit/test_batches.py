@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from megatron_tempo.rewards.responses import View
 from megatron_tempo.rewards.scorer import Item
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout import dump
-from megatron_tempo.rollout.batches import Asked, ask, batch_of, collect, summed_counts
+from megatron_tempo.rollout.batches import Asked, Collected, ask, collect, receive, share_columns, summed_counts
 from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
 from megatron_tempo.rollout.verification import responses_of
 from megatron_tempo.types import (
@@ -27,14 +28,15 @@ from megatron_tempo.types import (
     Completion,
     EngineHealth,
     LabelledPrompt,
+    Owners,
     TokenCount,
     UnlabelledPrompt,
     Weights,
     seed_of,
 )
-from tests.support.completions import completion, plains
+from tests.support.completions import batch_of, completion
 from tests.support.ranks import run_ranks
-from tests.support.tiny import WORDS, ragged_batch, write_model
+from tests.support.tiny import WORDS, held_by, ragged_batch, write_model
 
 ANSWER = "sentinel-answer"
 LABELLED = [LabelledPrompt(f"l:{i}", f"{i} {i + 1}", (i, i + 1), ANSWER, "math") for i in range(3)]
@@ -100,60 +102,83 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> transformers.PreTrain
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.fixture
-def single() -> Any:
-    """A group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 # Over the ranks
+
+
+def batches_of(collected: Collected, labelled: int, held: Callable[[Batch], Tensor], *, classes: bool) -> list[Batch]:
+    """The labelled and the unlabelled batch with the rows that `held` chooses, moved in windows of seven tokens."""
+    parts = [
+        collected.take(0, labelled, verdicts=True),
+        collected.take(labelled, len(collected.prompts), classes=classes),
+    ]
+    assert collected.completions == {}, "they are moved"
+    return [receive(part, held(part.columns), window=7) for part in parts]
+
+
+def held_here(batch: Batch) -> Tensor:
+    """Every second row on the second rank, all rows on the first, none on the third."""
+    rank = dist.get_rank()
+    return torch.arange(len(batch))[rank :: rank + 1] if rank < 2 else torch.zeros(0, dtype=torch.int64)
+
+
+class OnTheFirst(CountingEngine):
+    """As an engine of servers."""
+
+    def start(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
+        for i in reversed(range(len(requests) if dist.get_rank() == 0 else 0)):
+            yield i, self.answer(requests[i], sampling)
 
 
 def over_ranks(folder: Path) -> dict[str, Any]:
     dist.init_process_group("gloo")
-    engine, verifiers = CountingEngine(), EchoVerifiers()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    asked = ask(engine, [*LABELLED, *UNLABELLED], 3, SAMPLING, 5, "stage1", 0)
-    completions, verdicts, unread = collect(asked, verifiers, tokenizer)
-    assert verifiers.classed == []
-    asked = ask(engine, [*LABELLED, *UNLABELLED], 3, SAMPLING, 5, "stage1", 0)
-    with_classes = collect(asked, verifiers, tokenizer, "math")
-    verifiers.asked = verifiers.asked[: len(verifiers.asked) // 2]
-    none = collect(ask(engine, [], 3, SAMPLING), verifiers, tokenizer)
+    result: dict[str, Any] = {"batches": {}}
+    for engine in (CountingEngine(), OnTheFirst()):
+        for by in (None, "math"):
+            verifiers = EchoVerifiers()
+            asked = ask(engine, [*LABELLED, *UNLABELLED], 3, SAMPLING, 5, "stage1", 0)
+            collected = collect(asked, verifiers, tokenizer, by)
+            batches = batches_of(collected, len(LABELLED), held_here, classes=by is not None)
+            result["batches"][type(engine).__name__, by] = batches
+            if isinstance(engine, CountingEngine) and not isinstance(engine, OnTheFirst):
+                result[by] = verifiers.asked, verifiers.classed
+    none = collect(ask(CountingEngine(), [], 3, SAMPLING), EchoVerifiers(), tokenizer)
+    result["none"] = receive(none.take(0, 0), torch.zeros(0, dtype=torch.int64))
     dist.destroy_process_group()
-    return {"completions": plains(completions), "verdicts": verdicts, "asked": verifiers.asked, "none": none,
-            "unread": unread, "classes": with_classes.classes, "classed": verifiers.classed,
-            "same": plains(with_classes.completions) == plains(completions) and with_classes.verdicts == verdicts,
-            }  # fmt: skip
+    return result
 
 
 @pytest.mark.long
 def test_any_number_of_ranks_collects_the_same(tmp_path: Path) -> None:
-    """Two ranks share five prompts; each rank gets everything, in the prompts' order."""
+    """Three ranks share five prompts, or the first has them all; each rank gets the rows that it holds."""
     folder = write_model(tmp_path / "model", tied=True, layers=1)
-    ranks = run_ranks(over_ranks, 2, tmp_path / "ranks", folder)
-    wanted = [
+    ranks = run_ranks(over_ranks, 3, tmp_path / "ranks", folder)
+    answers = [
         CountingEngine().answer(Request(tokens, 3, seed_of(5, "stage1", 0, i)), SAMPLING)
         for i, tokens in enumerate([(0, 1), (1, 2), (2, 3), (40,), (41,)])
     ]
-    for rank in ranks:
-        assert rank["completions"] == plains(wanted)
-        assert rank["verdicts"] == [[1.0, 0.0, 1.0]] * 3 + [[]] * 2
-        assert rank["none"] == ([], [], [])
-        assert rank["unread"] == [[]] * 5
-        assert rank["classes"] == [[]] * 3 + [[None, 0, 0]] * 2
-        assert rank["same"]
+    labelled = batch_of(LABELLED, answers[:3], [[1.0, 0.0, 1.0]] * 3)
+    unlabelled = batch_of(UNLABELLED, answers[3:], None)
+    classed_too = batch_of(UNLABELLED, answers[3:], None, [[None, 0, 0]] * 2)
+    held = [torch.arange(9), torch.arange(1, 9, 2), torch.zeros(0, dtype=torch.int64)]
+    for rank, rows in zip(ranks, held, strict=True):
+        assert len(rank["batches"]) == 4
+        for (_, by), batches in rank["batches"].items():
+            wanted = [labelled, classed_too if by else unlabelled]
+            for batch, whole in zip(batches, wanted, strict=True):
+                assert_equal(batch, held_by(whole, rows[rows < len(whole)]))
+        assert len(rank["none"]) == 0
+    # Without classes none are asked for.
+    assert all(rank[None][1] == [] for rank in ranks)
     # Each unlabelled prompt's responses are classed once, together, by what is said alone.
-    classed = sorted(one for rank in ranks for one in rank["classed"])
+    classed = sorted(one for rank in ranks for one in rank["math"][1])
     assert [(verifier, prompt, len(texts)) for verifier, prompt, texts in classed] == [
         ("math", "0", 3),
         ("math", "1", 3),
     ]
     assert all(ANSWER not in text for one in classed for text in one[2])
     # No response is verified twice, and each with its own prompt's text and answer.
-    asked = [item for rank in ranks for item in rank["asked"]]
+    asked = [item for rank in ranks for item in rank[None][0]]
     assert sorted(item.prompt for item in asked) == ["0 1"] * 3 + ["1 2"] * 3 + ["2 3"] * 3
     for item in asked:
         assert item.response.split()[1:-1] == item.prompt.split()
@@ -185,8 +210,8 @@ def test_a_verifier_sees_no_end_token_but_where_it_is_part_of_the_answer(
     answer = completion((4, 7, WORDS.index("$")), (-0.1, -0.2, -0.3), reason)
     prompt = dataclasses.replace(LABELLED[0], verifier=verifier)
     asked = Asked([prompt], iter([(0, [answer])]))
-    completions, verdicts, classes = collect(asked, verifiers, tokenizer)
-    assert (plains(completions), verdicts, classes) == (plains([[answer]]), [[1.0]], [[]])
+    collected = collect(asked, verifiers, tokenizer).take(0, 1, verdicts=True)
+    assert_equal(receive(collected, torch.arange(1)), batch_of([prompt], [[answer]], [[1.0]]))
     assert [item.response for item in verifiers.asked] == [seen]
 
 
@@ -270,6 +295,48 @@ def test_what_fails_on_one_rank_fails_on_all(tmp_path: Path, failing: str, words
     assert ranks == [(words, [0, 1])] * 2
 
 
+def noted(calls: list[tuple[str, int]], name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(first: Any, *args: Any, **given: Any) -> Any:
+        calls.append((name, first.nbytes if isinstance(first, Tensor) else -1))
+        return call(first, *args, **given)
+
+    return counted
+
+
+def counted_calls(folder: Path) -> tuple[list[tuple[str, int]], int, int]:
+    """The collective calls of a collection of which each rank holds a share, with their bytes; bytes and rows held."""
+    dist.init_process_group("gloo")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    calls: list[tuple[str, int]] = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name in ("all_reduce", "broadcast", "all_gather", "all_gather_object", "broadcast_object_list"):
+            monkeypatch.setattr(dist, name, noted(calls, name, getattr(dist, name)))
+        asked = ask(OnTheFirst(), [*LABELLED, *UNLABELLED], 4, SAMPLING)
+        part = collect(asked, Keeping(), tokenizer).take(0, 5)
+        held = torch.arange(20)[dist.get_rank() :: dist.get_world_size()]
+        batch = receive(part, held, window=40)
+    dist.destroy_process_group()
+    return calls, batch.response_tokens.nbytes + batch.engine_logprobs.nbytes, len(batch.held)
+
+
+def test_calls_and_their_bytes_do_not_grow_with_the_ranks(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", tied=True, layers=1)
+    two, four = (run_ranks(counted_calls, world, tmp_path / str(world), folder) for world in (2, 4))
+    lengths = [3 + len(prompt.token_ids) - 1 + sample % 2 for prompt in LABELLED + UNLABELLED for sample in range(4)]
+    for ranks in (two, four):
+        assert all(calls == two[0][0] for calls, _, _ in ranks)
+        # Every token is held once: 8 bytes each.
+        assert sum(held for _, held, _ in ranks) == 8 * sum(lengths)
+        assert [rows for _, _, rows in ranks] == [20 // len(ranks)] * len(ranks)
+    # Whether a rank failed; the answers to each prompt; columns and runs of versions of each row; three windows.
+    assert sum(lengths) == 82
+    assert [name for name, _ in two[0][0]] == ["all_reduce"] * 4 + ["broadcast"] * 3
+    sizes = [size for _, size in two[0][0]]
+    assert sizes[:4] == [8, 5 * 3 * 8, 20 * 5 * 8, (20 + 5) * 2 * 8]
+    assert max(sizes[4:]) <= 40 * 8
+    assert sum(sizes[4:]) == 82 * 8
+
+
 # Batches
 
 
@@ -287,12 +354,13 @@ def test_a_batch_by_hand() -> None:
         "prompt_ids": ("a", "b"), "group": [0, 1], "prompt_tokens": [5, 6, 7], "prompt_lengths": [2, 1],
         "response_tokens": [1, 2, 3, 4], "response_lengths": [3, 1],
         "engine_logprobs": pytest.approx([-0.1, -0.2, -0.3, -0.4]), "stopped": [True, False],
-        "versions": [40, 40, 41, 41], "correct": [1.0, 0.0], "answer_class": None,
+        "versions": [[0, 40, 2], [0, 41, 1], [1, 41, 1]], "correct": [1.0, 0.0], "answer_class": None,
+        "held": [0, 1], "owners": None,
     }  # fmt: skip
     assert {name: value.dtype for name, value in fields.items() if isinstance(value, Tensor)} == {
-        "group": torch.int64, "prompt_tokens": torch.int64, "prompt_lengths": torch.int64,
-        "response_tokens": torch.int64, "response_lengths": torch.int64, "engine_logprobs": torch.float32,
-        "stopped": torch.bool, "versions": torch.int32, "correct": torch.float32,
+        "group": torch.int64, "prompt_tokens": torch.int32, "prompt_lengths": torch.int64,
+        "response_tokens": torch.int32, "response_lengths": torch.int64, "engine_logprobs": torch.float32,
+        "stopped": torch.bool, "versions": torch.int64, "correct": torch.float32, "held": torch.int64,
     }  # fmt: skip
     assert [row.tolist() for row in batch.rows()] == [[5, 6, 1, 2, 3], [7, 4]]
     assert batch_of(prompts, completions, None).correct is None
@@ -310,20 +378,28 @@ def test_samples_of_a_prompt_are_a_group_also_where_a_prompt_comes_twice() -> No
 
 
 def rows_of(batch: Batch) -> list[tuple[Any, ...]]:
-    logprobs = batch.engine_logprobs.split(batch.response_lengths.tolist())
-    versions = batch.versions.split(batch.response_lengths.tolist())
+    """Each row with all that is known of it; tokens only of the held ones."""
+    logprobs = batch.engine_logprobs.split(batch.held_responses.tolist())
+    tokens = dict(zip(batch.held.tolist(), zip(batch.prompts(), batch.responses(), logprobs, strict=True), strict=True))
     return [
-        (batch.prompt_ids[i], prompt.tolist(), response.tolist(), logprobs[i].tolist(), bool(batch.stopped[i]),
-         versions[i].tolist(),
+        (batch.prompt_ids[i], [part.tolist() for part in tokens.get(i, ())], bool(batch.stopped[i]),
+         int(batch.prompt_lengths[i]), int(batch.response_lengths[i]),
+         batch.versions[batch.versions[:, 0] == i, 1:].tolist(),
+         None if batch.owners is None else (int(batch.owners.actor[i]), int(batch.owners.critic[i])),
          None if batch.correct is None else float(batch.correct[i]),
          None if batch.answer_class is None else int(batch.answer_class[i]))
-        for i, (prompt, response) in enumerate(zip(batch.prompts(), batch.responses(), strict=True))
+        for i in range(len(batch))
     ]  # fmt: skip
 
 
-def test_selected_and_joined_rows_are_the_rows() -> None:
+@pytest.mark.parametrize("held", [range(8), [0, 3, 6, 7], []], ids=["all", "some", "none"])
+def test_selected_and_joined_rows_are_the_rows(held: Sequence[int]) -> None:
     batch = dataclasses.replace(ragged_batch(8), answer_class=torch.tensor([0, 1, 0, -1, 0, 0, 2, 1]))
     batch.stopped[3] = False
+    runs = torch.cat([torch.tensor([[row, 7, 1], [row, 8 + row, 2]]) for row in range(8)])  # as if of two versions each
+    owners = Owners(torch.arange(8) % 3, torch.arange(8) % 2)
+    batch = held_by(dataclasses.replace(batch, versions=runs, owners=owners), torch.tensor(held, dtype=torch.int64))
+    assert [bool(tokens) for _, tokens, *_ in rows_of(batch)] == [row in held for row in range(8)]
     order = [6, 0, 3, 3]
     assert rows_of(batch.select(torch.tensor(order))) == [rows_of(batch)[i] for i in order]
     assert batch.select(torch.tensor(order)).group.tolist() == [3, 0, 1, 1]
@@ -331,7 +407,8 @@ def test_selected_and_joined_rows_are_the_rows() -> None:
     assert len(empty) == 0
     assert rows_of(empty) == []
 
-    other = ragged_batch(4, seed=9)
+    other = held_by(ragged_batch(4, seed=9), torch.tensor([1, 2]))
+    other = dataclasses.replace(other, owners=Owners(torch.arange(4), torch.arange(4)))
     joined = Batch.join(batch, other)
     assert rows_of(joined) == [(*row[:-2], None, None) for row in rows_of(batch) + rows_of(other)]
     assert joined.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
@@ -368,8 +445,32 @@ def rollouts() -> tuple[Batch, Batch]:
 @pytest.fixture
 def path(rollouts: tuple[Batch, Batch], tokenizer: transformers.PreTrainedTokenizerBase, tmp_path: Path) -> Path:
     path_of_dump = dump.path_of(tmp_path / "rollouts", "stage2", 12)
-    dump.write(path_of_dump, *rollouts, tokenizer)
+    write(path_of_dump, rollouts, tokenizer)
     return path_of_dump
+
+
+def write(path: Path, batches: Sequence[Batch | None], tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    """Write labelled and unlabelled rollouts in windows of two rows."""
+    with dump.Recorder(path, tokenizer) as recorder:
+        for prompts, batch in zip((LABELLED, UNLABELLED), batches, strict=True):
+            if batch is None:
+                continue
+            watch, rows = recorder.of(prompts, batch), torch.arange(len(batch))
+            for pair in rows.split(2):
+                part = batch.select(pair)
+                watch(range(int(pair[0]), int(pair[-1]) + 1), part.response_tokens, part.engine_logprobs)
+
+
+def read(
+    path: Path, labelled: list[LabelledPrompt], unlabelled: list[UnlabelledPrompt], *, classes: bool = False
+) -> list[Batch | None]:
+    """What a run of one process replays."""
+    collected = share_columns([*labelled, *unlabelled], dump.read(path, labelled, unlabelled, 2, classes=classes))
+    parts = [
+        collected.take(0, len(labelled), verdicts=True),
+        collected.take(len(labelled), len(collected.prompts), classes=classes),
+    ]
+    return [receive(part, torch.arange(len(part.columns))) if part.prompts else None for part in parts]
 
 
 def assert_equal(batch: Batch | None, wanted: Batch) -> None:
@@ -377,15 +478,16 @@ def assert_equal(batch: Batch | None, wanted: Batch) -> None:
     for field in dataclasses.fields(wanted):
         mine, theirs = getattr(batch, field.name), getattr(wanted, field.name)
         if isinstance(theirs, Tensor):
+            assert isinstance(mine, Tensor), field.name
             assert mine.dtype == theirs.dtype, field.name
             assert torch.equal(mine, theirs), field.name
         else:
             assert mine == theirs, field.name
 
 
-def test_what_is_written_is_read_bit_by_bit(rollouts: tuple[Batch, Batch], path: Path) -> None:
+def test_what_is_written_is_read_bit_by_bit(single: None, rollouts: tuple[Batch, Batch], path: Path) -> None:
     assert path.name == "stage2-000012.jsonl"
-    labelled, unlabelled = dump.read(path, LABELLED, UNLABELLED, 2)
+    labelled, unlabelled = read(path, LABELLED, UNLABELLED)
     assert_equal(labelled, rollouts[0])
     assert_equal(unlabelled, rollouts[1])
     assert [file.name for file in path.parent.iterdir()] == [path.name]
@@ -393,13 +495,55 @@ def test_what_is_written_is_read_bit_by_bit(rollouts: tuple[Batch, Batch], path:
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_of_the_two_may_be_absent(
-    rollouts: tuple[Batch, Batch], tokenizer: transformers.PreTrainedTokenizerBase, tmp_path: Path, which: int
+    single: None,
+    rollouts: tuple[Batch, Batch],
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    tmp_path: Path,
+    which: int,
 ) -> None:
     path = tmp_path / "x.jsonl"
-    dump.write(path, rollouts[0] if which == 0 else None, rollouts[1] if which == 1 else None, tokenizer)
-    batches = dump.read(path, LABELLED if which == 0 else [], UNLABELLED if which == 1 else [], 2)
+    write(path, [rollouts[0] if which == 0 else None, rollouts[1] if which == 1 else None], tokenizer)
+    batches = read(path, LABELLED if which == 0 else [], UNLABELLED if which == 1 else [])
     assert_equal(batches[which], rollouts[which])
     assert batches[1 - which] is None
+
+
+class Full:
+    """A file on a disk that is full from the third line on."""
+
+    def __init__(self) -> None:
+        self.lines = 0
+
+    def write(self, line: bytes) -> None:
+        self.lines += 1
+        if self.lines == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        assert self.lines < 3, "nothing is written after a failure"
+
+
+def failing(path: Path, rollouts: tuple[Batch, Batch], tokenizer: Any, passed: list[int]) -> None:
+    with dump.Recorder(path, tokenizer) as recorder:
+        recorder._file = Full()  # type: ignore[assignment]
+        watch = recorder.of(LABELLED, rollouts[0])
+        for row in range(len(rollouts[0])):
+            part = rollouts[0].select(torch.tensor([row]))
+            watch(range(row, row + 1), part.response_tokens, part.engine_logprobs)
+            passed.append(row)
+
+
+def test_a_file_that_cannot_be_written_is_told_of_at_the_end(
+    rollouts: tuple[Batch, Batch], tokenizer: transformers.PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """The other ranks wait in the next window meanwhile."""
+    passed: list[int] = []
+    with pytest.raises(OSError, match="No space left"):
+        failing(tmp_path / "x.jsonl", rollouts, tokenizer, passed)
+    assert passed == [0, 1, 2, 3, 4, 5]
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "rollouts").touch()  # a file, where a folder is wanted
+    with pytest.raises(OSError, match="rollouts"):
+        failing(tmp_path / "rollouts/x.jsonl", rollouts, tokenizer, passed)
+    assert passed == [0, 1, 2, 3, 4, 5] * 2
 
 
 def test_a_record_shows_text_and_no_answers(path: Path) -> None:
@@ -464,9 +608,10 @@ def test_a_line_that_holds_no_response_is_named(path: Path, edit: Callable[[dict
         dump.read(path, LABELLED, UNLABELLED, 2)
 
 
-def test_a_verdict_on_an_unlabelled_prompt_is_not_read(path: Path) -> None:
+def test_a_verdict_on_an_unlabelled_prompt_is_not_read(single: None, path: Path) -> None:
     change(path, 8, lambda line: line.update(correct=1.0))
-    _, unlabelled = dump.read(path, LABELLED, UNLABELLED, 2)
+    assert set(dump.read(path, LABELLED, UNLABELLED, 2).verdicts) == {0, 1, 2}
+    _, unlabelled = read(path, LABELLED, UNLABELLED)
     assert unlabelled is not None
     assert unlabelled.correct is None
 
@@ -478,16 +623,16 @@ def classed(
     """A record with the classes of the unlabelled prompts' answers."""
     unlabelled = dataclasses.replace(rollouts[1], answer_class=torch.tensor([0, -1, 0, 1]))
     path = tmp_path / "classed.jsonl"
-    dump.write(path, rollouts[0], unlabelled, tokenizer)
+    write(path, [rollouts[0], unlabelled], tokenizer)
     return path, unlabelled
 
 
-def test_classes_are_written_and_read(classed: tuple[Path, Batch], rollouts: tuple[Batch, Batch]) -> None:
+def test_classes_are_written_and_read(single: None, classed: tuple[Path, Batch], rollouts: tuple[Batch, Batch]) -> None:
     path, wanted = classed
-    labelled, unlabelled = dump.read(path, LABELLED, UNLABELLED, 2, classes=True)
+    labelled, unlabelled = read(path, LABELLED, UNLABELLED, classes=True)
     assert_equal(labelled, rollouts[0])
     assert_equal(unlabelled, wanted)
-    _, unasked = dump.read(path, LABELLED, UNLABELLED, 2)
+    _, unasked = read(path, LABELLED, UNLABELLED)
     assert_equal(unasked, rollouts[1])
 
 

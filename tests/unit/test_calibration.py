@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from megatron_tempo.evaluation.calibration import by_prefix, calibration, calibration_record
+from megatron_tempo.evaluation.calibration import by_prefix, calibration, calibration_record, prefixes_of
 
 VALUES = np.array([0.1, 0.2, 0.2, 0.9])
 CORRECT = np.array([0, 1, 0, 1])
@@ -40,7 +40,11 @@ def test_one_class_has_no_auroc(verdict: int) -> None:
 def test_prefixes_are_read_at_the_rounded_position() -> None:
     # T = 4 and T = 2: index 2 and 1 at one half, 3 and round(1.5) = 2 at three quarters
     values = [np.array([0.0, 0.1, 0.2, 0.3, 0.4]), np.array([0.5, 0.6, 0.7])]
-    result = by_prefix(values, np.array([0, 1]), fractions=(0.0, 0.5, 0.75, 1.0))
+    fractions = (0.0, 0.5, 0.75, 1.0)
+    places = prefixes_of(np.array([4, 2]), fractions)
+    assert places.tolist() == [[0, 2, 3, 4], [0, 1, 2, 2]]
+    read = np.array([row[at] for row, at in zip(values, places, strict=True)])
+    result = by_prefix(read, np.array([0, 1]), fractions)
     means = {fraction: [row.mean_value for row in calibration.bins] for fraction, calibration in result.items()}
     assert means == {
         0.0: pytest.approx([0.0, 0.5]),
@@ -51,7 +55,9 @@ def test_prefixes_are_read_at_the_rounded_position() -> None:
 
 
 def test_an_empty_response_has_one_value() -> None:
-    result = by_prefix([np.array([0.3]), np.array([0.2, 0.8])], np.array([0, 1]))
+    places = prefixes_of(np.array([0, 1]))
+    read = np.array([row[at] for row, at in zip([np.array([0.3]), np.array([0.2, 0.8])], places, strict=True)])
+    result = by_prefix(read, np.array([0, 1]))
     assert {fraction: sorted(b.mean_value for b in calibration.bins) for fraction, calibration in result.items()} == {
         0.0: [0.2, 0.3],
         0.25: [0.2, 0.3],
@@ -62,7 +68,8 @@ def test_an_empty_response_has_one_value() -> None:
 
 
 def test_the_record_is_json() -> None:
-    record = json.loads(json.dumps(calibration_record([VALUES, VALUES[::-1]], np.array([1, 0]))))
+    values = np.array([VALUES, VALUES[::-1]])[:, [0, 1, 2, 2, 3]]
+    record = json.loads(json.dumps(calibration_record(values, np.array([1, 0]))))
     assert list(record["by_prefix"]) == ["0.0", "0.25", "0.5", "0.75", "1.0"]
     assert record["last"] == record["by_prefix"]["1.0"]
     assert record["last"]["auroc"] == 1.0

@@ -30,8 +30,7 @@ from megatron_tempo.data.copies import QuestionSet
 from megatron_tempo.data.dataset import load_unlabelled
 from megatron_tempo.models.trained import Model, TrainedModel
 from megatron_tempo.observability.records import read_evaluations, read_metrics
-from megatron_tempo.rollout.batches import batch_of
-from megatron_tempo.training import rollout_requests
+from megatron_tempo.rollout.batches import Collected
 from megatron_tempo.training.context import open_context
 from megatron_tempo.training.jobs import train
 from megatron_tempo.training.trainer import Trainer
@@ -217,10 +216,12 @@ def test_an_answer_that_leaks_is_found(
 
 
 def test_a_verdict_that_leaks_is_found(sentinel_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def judging(prompts: Any, completions: Any, verdicts: Any, classes: Any = None) -> Batch:
-        return batch_of(prompts, completions, verdicts or [[0.0] * len(row) for row in completions])
+    take = Collected.take
 
-    monkeypatch.setattr(rollout_requests, "batch_of", judging)
+    def judging(self: Collected, first: int, last: int, **given: Any) -> Collected:
+        return take(self, first, last, **{**given, "verdicts": True})
+
+    monkeypatch.setattr(Collected, "take", judging)
     counts = traces_of_an_iteration(sentinel_project, tmp_path, monkeypatch)
     assert counts["rollouts"] > 0
     assert counts["steps"] > 0

@@ -32,7 +32,7 @@ def test_mini_batches_hold_whole_prompts_and_every_row_once_an_epoch(
     prompts: int, per_prompt: int, size: int, epochs: int
 ) -> None:
     batch = ragged_batch(prompts * per_prompt, per_prompt=per_prompt)
-    order = mini_batches(batch, size, epochs, "seed")
+    order = mini_batches(batch.group, size, epochs, "seed")
     per_epoch = -(-prompts // size)
     assert len(order) == epochs * per_epoch
     for epoch in range(epochs):
@@ -48,18 +48,18 @@ def test_mini_batches_hold_whole_prompts_and_every_row_once_an_epoch(
 def test_mini_batches_are_shuffled_by_seed_and_epoch() -> None:
     batch = ragged_batch(40)
     one, again, other = (
-        [rows.tolist() for rows in mini_batches(batch, 5, 2, seed)] for seed in ("a", "a", "b")
+        [rows.tolist() for rows in mini_batches(batch.group, 5, 2, seed)] for seed in ("a", "a", "b")
     )  # fmt: skip
     assert one == again
     assert one != other
     assert one[:4] != one[4:]
-    assert torch.cat(mini_batches(batch, 5, 1, "a")).tolist() != list(range(40))
+    assert torch.cat(mini_batches(batch.group, 5, 1, "a")).tolist() != list(range(40))
 
 
 def test_mini_batches_of_chosen_rows() -> None:
     """A batch whose groups are not counted from 0, as after `drop_uniform_groups`."""
     batch = ragged_batch(12).select(torch.tensor([4, 5, 10, 11, 8, 9]))
-    order = mini_batches(batch, 2, 1, "seed")
+    order = mini_batches(batch.group, 2, 1, "seed")
     assert [len(rows) for rows in order] == [4, 2]
     assert sorted(torch.cat(order).tolist()) == list(range(6))
 
@@ -109,6 +109,13 @@ class Fakes:
 
         class Actor:
             logprobs = staticmethod(fakes.logprobs)
+
+            def gather(self, batch: Batch, of_held: Tensor) -> Tensor:
+                return of_held
+
+            def gap_to_engine(self, batch: Batch, logprobs: Tensor) -> tuple[float, float]:
+                gap = (logprobs - batch.engine_logprobs).abs()
+                return float(gap.mean()), float(gap.max())
 
             def update(
                 self,

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tempo.models.packing import GRID_SLACK, MicroBatch, data_share, divide_by_budget, micro_batches
+from megatron_tempo.models.packing import GRID_SLACK, MicroBatch, divide, divide_by_budget, micro_batches, row_owners
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.types import Batch
+from tests.support.tiny import held_by, one_version
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 40), min_size=0, max_size=30)
@@ -29,21 +30,23 @@ def batch_of(lengths: list[tuple[int, int]]) -> Batch:
     return Batch(
         prompt_ids=tuple(map(str, range(n))),
         group=torch.arange(n),
-        prompt_tokens=torch.arange(1, p + 1),
+        prompt_tokens=torch.arange(1, p + 1, dtype=torch.int32),
         prompt_lengths=prompts,
-        response_tokens=torch.arange(p + 1, p + t + 1),
+        response_tokens=torch.arange(p + 1, p + t + 1, dtype=torch.int32),
         response_lengths=responses,
         engine_logprobs=torch.zeros(t),
         stopped=torch.ones(n, dtype=torch.bool),
-        versions=torch.zeros(t, dtype=torch.int32),
+        versions=one_version(responses),
     )
 
 
 def every(batch: Batch, rows: torch.Tensor, data: int, budget: int, tensor: int = 1) -> list[list[MicroBatch]]:
-    """The micro-batches of each data rank, sequence parallel where tensor > 1."""
+    """The micro-batches of each data rank, which holds its own rows; sequence parallel where tensor > 1."""
+    owners = row_owners(batch.lengths, [rows], data)
     return [
         micro_batches(
-            batch, rows, layout(data=data, data_rank=rank, tensor=tensor, sequence=tensor > 1), budget, CPU
+            held_by(batch, (owners == rank).nonzero().flatten()), rows[owners[rows] == rank],
+            layout(data=data, data_rank=rank, tensor=tensor, sequence=tensor > 1), budget, CPU
         )
         for rank in range(data)
     ]  # fmt: skip
@@ -55,9 +58,9 @@ def every(batch: Batch, rows: torch.Tensor, data: int, budget: int, tensor: int 
 @given(LENGTHS, st.integers(1, 5))
 def test_the_ranks_share_all_rows_in_balance(lengths: list[int], data: int) -> None:
     flat = torch.tensor(lengths, dtype=torch.int64)
-    shares = [data_share(flat, rank, data) for rank in range(data)]
-    assert sorted(torch.cat(shares).tolist()) == list(range(len(lengths)))
-    loads = [sum(lengths[i] for i in share.tolist()) for share in shares]
+    owners = divide(flat, data).tolist()
+    assert set(owners) <= set(range(data))
+    loads = [int(flat[torch.tensor(owners, dtype=torch.int64) == rank].sum()) for rank in range(data)]
     assert max(loads) - min(loads) <= max(lengths, default=0)  # what longest-first guarantees
 
 
@@ -85,8 +88,16 @@ def test_division_by_hand() -> None:
     lengths = torch.tensor([3, 9, 4, 2, 12])
     assert [group.tolist() for group in divide_by_budget(lengths, 10)] == [[4], [1], [2, 0, 3]]
     # longest first to the lighter rank: 12 | 9 | 4 to the 9 | 3 to the 12 | 2 to the 13
-    assert data_share(lengths, 0, 2).tolist() == [4, 0]
-    assert data_share(lengths, 1, 2).tolist() == [1, 2, 3]
+    assert divide(lengths, 2).tolist() == [0, 1, 1, 1, 0]
+
+
+def test_each_mini_batch_is_divided_and_so_are_the_other_rows() -> None:
+    """By hand: 12 | 9, then 9 | 8 | 1 to the 8; the rest, 2 | 1."""
+    lengths = torch.tensor([9, 1, 12, 2, 9, 8, 1])
+    owners = row_owners(lengths, [torch.tensor([0, 2]), torch.tensor([5, 6, 4])], 2)
+    assert owners.tolist() == [1, 1, 0, 0, 0, 1, 1]
+    assert row_owners(lengths, [], 1).tolist() == [0] * 7
+    assert row_owners(lengths[:0], [torch.zeros(0, dtype=torch.int64)], 3).tolist() == []
 
 
 # Micro-batches
@@ -109,19 +120,23 @@ def test_micro_batches_are_those_of_a_naive_construction(
     rows = torch.randperm(len(lengths), generator=generator)[:keep]  # a mini-batch: some rows, in any order
     ranks = every(batch, rows, data, budget, tensor)
     micros = [micro for rank in ranks for micro in rank]
+    owners = row_owners(batch.lengths, [rows], data)
 
     assert sorted(row for micro in micros for row in micro.rows.tolist()) == sorted(rows.tolist())
     assert all(rank for rank in ranks)
-    for micro in micros:
-        _check_one(micro, batch, budget, tensor)
-    if keep == len(lengths):
-        cells = torch.cat([micro.response_cells for micro in micros])
-        assert sorted(cells.tolist()) == list(range(int(batch.response_lengths.sum())))
-        cells = torch.cat([micro.value_cells for micro in micros])
-        assert sorted(cells.tolist()) == list(range(int(batch.response_lengths.sum()) + len(batch)))
+    for data_rank, own in enumerate(ranks):
+        held = (owners == data_rank).nonzero().flatten().tolist()
+        for micro in own:
+            _check_one(micro, batch, held, budget, tensor)
+        if keep == len(lengths):
+            tokens = int(batch.response_lengths[held].sum())
+            cells = torch.cat([micro.response_cells for micro in own])
+            assert sorted(cells.tolist()) == list(range(tokens))
+            cells = torch.cat([micro.value_cells for micro in own])
+            assert sorted(cells.tolist()) == list(range(tokens + len(held)))
 
 
-def _check_one(micro: MicroBatch, batch: Batch, budget: int, multiple: int) -> None:
+def _check_one(micro: MicroBatch, batch: Batch, held: list[int], budget: int, multiple: int) -> None:
     rows = micro.rows.tolist()
     whole = [row.tolist() for row in batch.rows()]
     places = [(row, at) for row in rows for at in range(len(whole[row]))]
@@ -136,8 +151,8 @@ def _check_one(micro: MicroBatch, batch: Batch, budget: int, multiple: int) -> N
 
     # The token before a response token predicts it; a value is read at the same places and at the row's last token.
     predicting, targets, valued, response_cells, value_cells = [], [], [], [], []
-    flat = [(row, t) for row in range(len(batch)) for t in range(int(batch.response_lengths[row]))]
-    flat_values = [(row, t) for row in range(len(batch)) for t in range(int(batch.response_lengths[row]) + 1)]
+    flat = [(row, t) for row in held for t in range(int(batch.response_lengths[row]))]
+    flat_values = [(row, t) for row in held for t in range(int(batch.response_lengths[row]) + 1)]
     for row in rows:
         prompt, response = int(batch.prompt_lengths[row]), int(batch.response_lengths[row])
         for t in range(response + 1):

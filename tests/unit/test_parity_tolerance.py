@@ -22,7 +22,8 @@ def checked(config: Config, gap: float) -> None:
     batch = SimpleNamespace(engine_logprobs=torch.full((4,), -gap), response_lengths=torch.tensor([4]))
     engine = SimpleNamespace(differences=lambda _: [])
     requests = SimpleNamespace(config=config, engine=engine, sample_for_parity=lambda _: batch)
-    check_parity(cast(Any, requests), cast(Any, SimpleNamespace(logprobs=lambda _: torch.zeros(4))), cast(Any, None), 0)
+    actor = SimpleNamespace(logprobs=lambda _: torch.zeros(4), gap_to_engine=lambda *_: (gap, gap))
+    check_parity(cast(Any, requests), cast(Any, actor), cast(Any, None), 0)
 
 
 def config_of(trainer: Precision, engine: EnginePrecision | None, tolerance: float | None = None) -> Config:

@@ -8,6 +8,8 @@ import statistics
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -165,14 +167,18 @@ def test_the_rehearsed_iteration_has_all_phases() -> None:
 def test_made_up_rollouts_are_what_a_method_needs(method: str) -> None:
     config = scaled(built(f"algorithm={method}", "data.unlabelled.verifier=math"), 4, 4)
     stage = config.stage2
-    made = MadeUpRequests(config, 1000, Lengths(3000)).generate("stage2", stage, rehearsed_iteration(stage))
+    every = torch.arange(4)  # a rank that holds the first two rows
+    owners: Any = SimpleNamespace(of_iteration=lambda rollouts, *_: rollouts, held=lambda batch: every[:2])
+    made = MadeUpRequests(config, 1000, Lengths(3000), owners).generate("stage2", stage, rehearsed_iteration(stage))
     batches = [batch for batch in (made.labelled, made.unlabelled) if batch is not None]
     assert batches
     for batch in batches:
         assert len(batch) == 4
         assert batch.lengths.max() <= 2048 + 16384
         assert int(batch.response_tokens.max()) < 1000
-        assert len(batch.response_tokens) == int(batch.response_lengths.sum()) == len(batch.versions)
+        assert len(batch.response_tokens) == int(batch.response_lengths[:2].sum()) == len(batch.engine_logprobs)
+        assert len(batch.prompt_tokens) == int(batch.prompt_lengths[:2].sum())
+        assert batch.versions[:, 2].tolist() == batch.response_lengths.tolist()
     if made.labelled is not None:
         assert set(made.labelled.correct.tolist()) == {0.0, 1.0}
     if stage.needs.classes:

@@ -134,8 +134,8 @@ def made_up_right(avg: float, questions: int = 128, samples: int = 16) -> list[i
 def made_up_calibration(rng: np.random.Generator, sharpness: float) -> dict[str, Any]:
     correct = rng.random(400) < 0.4
     ends = 1 / (1 + np.exp(-sharpness * (correct - 0.5) - rng.normal(0, 1, 400)))
-    values = [np.linspace(0.4, end, 16) + rng.normal(0, 0.05, 16) for end in ends]
-    return calibration_record(values, correct)
+    values = np.stack([np.linspace(0.4, end, 16) + rng.normal(0, 0.05, 16) for end in ends])
+    return calibration_record(values[:, [0, 4, 8, 11, 15]], correct)
 
 
 def sample_record(step: int, point: str, correct: int, rng: np.random.Generator) -> dict[str, Any]:

@@ -22,9 +22,8 @@ from megatron_tempo.evaluation.paired import paired
 from megatron_tempo.evaluation.results import result
 from megatron_tempo.observability.records import extend
 from megatron_tempo.report.results import differences_of, results_table, write
-from megatron_tempo.rollout.batches import batch_of
 from megatron_tempo.types import LabelledPrompt
-from tests.support.completions import completion
+from tests.support.completions import batch_of, completion
 
 RIGHT = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
 

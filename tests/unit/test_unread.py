@@ -10,9 +10,8 @@ import pytest
 from megatron_tempo.evaluation.evaluator import ScoredResponses
 from megatron_tempo.evaluation.unread import diagnose
 from megatron_tempo.rewards.verifiers import Verifiers
-from megatron_tempo.rollout.batches import batch_of
 from megatron_tempo.types import LabelledPrompt
-from tests.support.completions import completion
+from tests.support.completions import batch_of, completion
 
 
 @pytest.fixture(scope="module")

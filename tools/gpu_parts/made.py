@@ -114,12 +114,12 @@ def rollouts(vocab: int, lengths: list[tuple[int, int]], *, per_prompt: int = 2)
     return Batch(
         prompt_ids=tuple(f"p{i}" for i in group.tolist()),
         group=group,
-        prompt_tokens=torch.randint(0, vocab, (int(prompts.sum()),), generator=generator),
+        prompt_tokens=torch.randint(0, vocab, (int(prompts.sum()),), generator=generator).int(),
         prompt_lengths=prompts,
-        response_tokens=torch.randint(0, vocab, (total,), generator=generator),
+        response_tokens=torch.randint(0, vocab, (total,), generator=generator).int(),
         response_lengths=responses,
         engine_logprobs=-torch.rand(total, generator=generator),
         stopped=torch.ones(rows, dtype=torch.bool),
-        versions=torch.zeros(total, dtype=torch.int32),
+        versions=torch.stack([torch.arange(rows), torch.zeros(rows, dtype=torch.int64), responses], dim=1),
         correct=(torch.arange(rows) % 2).float(),
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from gpu_parts.setting import Setting
 from megatron_tempo.config.choices import Device, Layers, Precision
@@ -52,7 +53,14 @@ class Pair:
         return {"actor": self.actor.model, "critic": self.critic.model}
 
     def look(self, seen: Seen, step: int, batch: Batch) -> None:
-        seen.logprobs[step], seen.values[step] = self.actor.logprobs(batch), self.critic.values(batch)
+        seen.logprobs[step] = self._of_all(batch, self.actor.logprobs(batch))
+        seen.values[step] = self.critic.values(batch)  # of all rows on every rank: the batch has no owners
+
+    def _of_all(self, batch: Batch, own: Tensor) -> Tensor:
+        """Log-probabilities of all tokens on every rank, from those of the rows that each rank owns: [T] -> [T]."""
+        lengths = batch.response_lengths.tolist()
+        table = self.actor.gather(batch, pad_sequence(own.split(lengths), batch_first=True))
+        return torch.cat([row[:length] for row, length in zip(table, lengths, strict=True)])
 
     def step(self, seen: Seen, step: int, batch: Batch) -> None:
         """One optimizer step of the critic, then one of the actor, on all rows."""
