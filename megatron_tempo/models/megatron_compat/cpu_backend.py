@@ -3,26 +3,48 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 _CUDA_TYPE_NAMES = {
     torch.float32: "torch.cuda.FloatTensor",
     torch.float16: "torch.cuda.HalfTensor",
     torch.bfloat16: "torch.cuda.BFloat16Tensor",
 }
+# Megatron-Core's modules that create tensors with device="cuda", as far as a run here gets to them.
+_MODULES = (
+    "dist_checkpointing.exchange_utils",
+    "dist_checkpointing.strategies.state_dict_saver",
+    "distributed.param_and_grad_buffer",
+    "optimizer.clip_grads",
+    "optimizer.distrib_optimizer",
+    "optimizer.grad_scaler",
+    "optimizer.optimizer",
+    "pipeline_parallel.schedules",
+    "rerun_state_machine",
+    "tensor_parallel.data",
+    "tensor_parallel.random",
+    "transformer.utils",
+    "utils",
+)
+_FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "full", "ones", "rand", "randn", "tensor", "zeros")
 
 
 def install_cpu_backend() -> None:
     """Redirect Megatron-Core's CUDA calls in this process to the CPU. A second call does nothing.
 
-    Megatron-Core 0.16.1 uses the device "cuda" in many calls (tensor_parallel/random.py,
-    distributed/param_and_grad_buffer.py), and its optimizers accept only CUDA's tensor types
-    (optimizer/distrib_optimizer.py, `model_param.type()`). Without this, no model can be built without a GPU.
+    Megatron-Core 0.16.1 uses the device "cuda" in many calls (optimizer/clip_grads.py, pipeline_parallel/schedules.py),
+    and its optimizers accept only CUDA's tensor types (optimizer/distrib_optimizer.py, `model_param.type()`). Without
+    this, no model can be built without a GPU.
+
+    Only names are replaced, so that other calls cost nothing more. A call that is missed here fails, because there is
+    no CUDA.
     """
     if torch.cuda.is_available():
         raise RuntimeError("the CPU backend of Megatron-Core must not be installed where CUDA is available")
@@ -32,12 +54,15 @@ def install_cpu_backend() -> None:
         setattr(torch.cuda, name, _Replacement(answer))
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+    torch.Tensor.type = _type  # type: ignore[method-assign]
+    on_cpu = _TorchOnCpu()
+    for name in _MODULES:
+        vars(importlib.import_module(f"megatron.core.{name}"))["torch"] = on_cpu
 
     from megatron.core.tensor_parallel import random as megatron_random
 
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    _CudaNamesOnCpu().__enter__()
 
 
 class _Replacement:
@@ -62,14 +87,33 @@ _CUDA_REPLACEMENTS: dict[str, Callable[..., Any]] = {
 }
 
 
-class _CudaNamesOnCpu(TorchFunctionMode):
-    """Rewrites device="cuda" to the CPU, and gives tensor types CUDA's names, which Megatron's optimizers check."""
+class _TorchOnCpu(ModuleType):
+    """torch for Megatron's modules: what they create on the device "cuda" is on the CPU."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if kwargs and "cuda" in str(kwargs.get("device", "")):
-            kwargs = {**kwargs, "device": "cpu"}
-        if func is Tensor.type and len(args) == 1 and not kwargs and args[0].dtype in _CUDA_TYPE_NAMES:
-            return _CUDA_TYPE_NAMES[args[0].dtype]
-        if func is Tensor.to and len(args) > 1 and "cuda" in str(args[1]):
-            args = (args[0], "cpu", *args[2:])
-        return func(*args, **(kwargs or {}))
+    def __init__(self) -> None:
+        super().__init__("torch")
+        vars(self).update(vars(torch))
+        vars(self).update((name, _on_cpu(getattr(torch, name))) for name in _FACTORIES)
+
+    def __getattr__(self, name: str) -> Any:  # torch imports some of its modules when they are first used
+        return getattr(torch, name)
+
+
+def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(factory)
+    def on_cpu(*args: Any, **kwargs: Any) -> Tensor:
+        if "cuda" in str(kwargs.get("device", "")):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return on_cpu
+
+
+_torch_type = torch.Tensor.type
+
+
+def _type(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`Tensor.type`, but the name of a tensor's type is CUDA's, which Megatron's optimizers check."""
+    if not args and not kwargs and self.dtype in _CUDA_TYPE_NAMES:
+        return _CUDA_TYPE_NAMES[self.dtype]
+    return _torch_type(self, *args, **kwargs)
