@@ -4,6 +4,8 @@ from __future__ import annotations
 
 # The padded grid of a micro-batch in attention has at most this multiple of the micro-batch's token budget.
 GRID_SLACK = 1.25
+# Tokens by which the embedded engine's KV cache grows at a time: a cache without room is copied for each token.
+CACHE_ROOM = 32
 
 
 def padded_vocab(vocab: int, tensor: int) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from megatron_tempo.config.choices import EnginePrecision
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.schema import Config
+from megatron_tempo.config.sizes import CACHE_ROOM
 from megatron_tempo.plan.layout import row_tokens
 from megatron_tempo.plan.parameters import layer_parameters, total_parameters
 from megatron_tempo.plan.split import Split
@@ -81,12 +82,12 @@ def embedded(config: Config, shape: ModelShape, rows: int, least: int, split: Sp
     """The whole model in every process (rollout/embedded.py), for `rows` rows over all processes.
 
     A process decodes `rollout.batch_rows` rows together, or all its rows if there are fewer, but at least `least`. On
-    top of the cache: when a token is appended, the keys or values of one layer are copied, and both are repeated to the
-    number of query heads. While it is sampled, a row has its logits in fp32 twice and in float64 three times: 32 bytes
-    per token of the vocabulary.
+    top of the cache: when its room is used up, the keys or values of one layer are copied, and for each token both are
+    repeated to the number of query heads. While it is sampled, a row has its logits in fp32 twice and in float64 three
+    times: 32 bytes per token of the vocabulary.
     """
     rows = max(least, min(config.rollout.batch_rows, -(-rows // split.trainers)))
-    sequence = token_bytes(config, shape) * row_tokens(config)
+    sequence = token_bytes(config, shape) * (row_tokens(config) + CACHE_ROOM)
     copies = 1 + (0.5 + shape.heads / shape.groups) / shape.layers
     drawing = 32.0 * rows * shape.vocab
     return EngineMemory(weight_bytes(config, shape), rows * sequence * copies, drawing, rows, sequence)

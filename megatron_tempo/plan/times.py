@@ -138,8 +138,8 @@ def _generate(
     Each decoding step reads the weights, and the keys and values of the running rows, at half the response length on
     average; or it takes as long as its arithmetic, if that is longer. Rows that do not fit wait.
 
-    The embedded engine accesses its cache more than once per step: it copies the cache to append a token (read and
-    written), and repeats it to the number of query heads (read, written, and read as often).
+    The embedded engine accesses its cache more than once per step: it repeats it to the number of query heads (read,
+    written, and read as often).
     """
     servers = config.rollout.servers
     alone = not config.rollout.is_served
@@ -154,7 +154,7 @@ def _generate(
     length = prompt + response / 2
     seen = min(length, shape.window or length)
     tokens = length + (seen - length) * shape.windowed_layers / shape.layers
-    handled = 3 + 2 * shape.heads / shape.groups if alone else 1
+    handled = 1 + 2 * shape.heads / shape.groups if alone else 1
     cache = handled * rows * tokens * engine.token_bytes(config, shape, tensor)
     read = engine.weight_bytes(config, shape) / tensor + cache
     rate = tensor * cluster.bf16_tflops * 1e12 * cluster.compute_share

@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_tempo.data.tokenizer import end_tokens
 from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
+from megatron_tempo.rollout.kv_cache import attention_for, new_cache
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import Completion, EngineHealth, PartName, TokenCount, Weights, whole_name
 
@@ -35,7 +36,9 @@ class EmbeddedEngine:
         """`folder` has the config and the end tokens. `load_weights` provides the weights."""
         with device:
             config = transformers.AutoConfig.from_pretrained(folder)
-            self._model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            attention = attention_for(device)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+            self._model: Any = model.eval()
         # Renamed during transformers 5; the old name gives a warning for each call, until 5.40 removes it.
         arguments = inspect.signature(self._model.forward).parameters
         self._cache_argument = "cache" if "cache" in arguments else "past_key_values"
@@ -118,7 +121,7 @@ class EmbeddedEngine:
     def _decode(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
         prompts, mask = _left_padded([request.token_ids for request in requests], self._device)
         self.counted.add(mask.numel(), int(mask.numel() - mask.sum()))
-        cache = transformers.DynamicCache()
+        cache = new_cache()
         logits = self._forward(prompts, mask, cache, mask.cumsum(1).sub(1).clamp(min=0))
         copies = torch.repeat_interleave(
             torch.arange(len(requests)), torch.tensor([request.samples for request in requests])
