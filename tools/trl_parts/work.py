@@ -75,7 +75,7 @@ def write(work: Work, folder: Path) -> tuple[Path, Path]:
 
 
 def _write_model(sizes: dict[str, int], positions: int, folder: Path) -> None:
-    """An untrained Qwen3: all tokens are about equally likely, so a response goes on with probability 1 - ends / vocab.
+    """An untrained Qwen3: all tokens are about equally likely. A token is an end with probability ends / vocab.
 
     Its last tokens each end a response. So lengths are geometric, cut off at the longest.
     """
@@ -139,7 +139,7 @@ class Turns:
         self._since = time.process_time()
 
     def done(self, tokens: int) -> None:
-        """The end of an iteration with so many response tokens."""
+        """The end of an iteration. `tokens`: of its responses."""
         seconds = time.process_time() - self._since
         self._say({"seconds": seconds, "phases": dict(self.phases), "tokens": tokens})
 

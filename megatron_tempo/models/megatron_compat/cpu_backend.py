@@ -54,7 +54,7 @@ def install_cpu_backend() -> None:
         setattr(torch.cuda, name, _Replacement(answer))
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
-    torch.Tensor.type = _type  # type: ignore[method-assign]
+    torch.Tensor.type = _type  # type: ignore[method-assign, assignment]
     on_cpu = _TorchOnCpu()
     for name in _MODULES:
         vars(importlib.import_module(f"megatron.core.{name}"))["torch"] = on_cpu
