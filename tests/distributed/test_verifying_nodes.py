@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 import transformers
 
+from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rewards import verifiers as verifiers_module
 from megatron_tempo.rewards.scorer import Item
@@ -22,6 +23,7 @@ from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout import verifying_nodes
 from megatron_tempo.rollout.batches import ask, collect, summed_counts
 from megatron_tempo.rollout.engine import AnswersOnFirstRank, EngineWork, Request, Sampling
+from megatron_tempo.rollout.servers import ServersEngine
 from megatron_tempo.rollout.supervisor import private_store
 from megatron_tempo.rollout.verification import Verification
 from megatron_tempo.rollout.verifying_nodes import VerifyingNodes, joined
@@ -92,9 +94,10 @@ def as_two_nodes() -> VerifyingNodes | None:
     rank = dist.get_rank()
     os.environ["LOCAL_RANK"] = str(rank % 2)
     socket.gethostname = lambda: f"node{rank // 2}"  # type: ignore[assignment]
-    year = timedelta(days=365)
+    engine = ServersEngine.__new__(ServersEngine)  # it only knows where servers are reached
+    engine._config = ServersConfig(host="127.0.0.1")
     assert dist.group.WORLD is not None
-    return joined(dist.group.WORLD, lambda: private_store("127.0.0.1", year) if rank == 0 else None)
+    return joined(dist.group.WORLD, engine._open_store)
 
 
 def spread(model: Path, flags: Path) -> dict[str, Any]:
