@@ -107,7 +107,7 @@ class Responses:
 
 
 class Delays:
-    """How late a thread of this process wakes up that wants to run every millisecond: it waits for Python's lock."""
+    """How late a thread wakes up that sleeps for a millisecond at a time: it waits for Python's lock."""
 
     def __init__(self) -> None:
         self.late: list[float] = []

@@ -26,9 +26,11 @@ LENGTH_BYTES = 8
 
 
 def receive(stream: BinaryIO) -> bytes | None:
-    """The next message; None if the stream has ended."""
-    length = stream.read(LENGTH_BYTES)
-    return stream.read(int.from_bytes(length, "little")) if len(length) == LENGTH_BYTES else None
+    """The next message; None if the stream has ended, perhaps in its middle."""
+    head = stream.read(LENGTH_BYTES)
+    length = int.from_bytes(head, "little")
+    message = stream.read(length) if len(head) == LENGTH_BYTES else b""
+    return message if len(head) == LENGTH_BYTES and len(message) == length else None
 
 
 def framed(message: bytes) -> bytes:
