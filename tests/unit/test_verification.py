@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_tempo.config.extensions import Extension
-from megatron_tempo.errors import InputError
+from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rewards import choice, grid, text, verifiers
 from megatron_tempo.rewards.answers import tail
 from megatron_tempo.rewards.endings import behind_thoughts, without_end
@@ -28,7 +29,10 @@ from megatron_tempo.rewards.scorer import Item
 from megatron_tempo.rewards.statement import stated
 from megatron_tempo.rewards.text_process import STARTS, TextProcess
 from megatron_tempo.rewards.verifiers import Verifiers
+from megatron_tempo.rollout import verifying_nodes
+from megatron_tempo.rollout.supervisor import private_store
 from megatron_tempo.rollout.verification import Verification, responses_of
+from megatron_tempo.rollout.verifying_nodes import Lane, Node, VerifyingNodes, serve
 from megatron_tempo.types import Completion, LabelledPrompt, UnlabelledPrompt
 from tests.support.completions import completion
 
@@ -348,3 +352,66 @@ def test_nothing_to_verify_starts_no_thread() -> None:
         verification.submit(0, UnlabelledPrompt("0", "?", (1,)), said(0))
         assert threading.active_count() == before
         assert verification.results() == ({}, {})
+
+
+# Another node
+
+
+@pytest.fixture
+def lane(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Lane, Callable[[Callable[[bytes], Any]], None]]]:
+    """The first rank's end of a lane to a thread that plays another node, and what lets it serve by a function."""
+    monkeypatch.setattr(verifying_nodes, "ALIVE_SECONDS", 0.01)
+    store = private_store("127.0.0.1", timedelta(minutes=1))
+    node, address = Node(4, "node1"), (store.host, store.port)
+    first = VerifyingNodes(address, [node], None, store)
+    other = VerifyingNodes(address, [node], 0, None)
+    threads: list[threading.Thread] = []
+
+    def play(verify: Callable[[bytes], Any]) -> None:
+        threads.append(threading.Thread(target=serve, args=(other, 1, 0, verify)))
+        threads[0].start()
+
+    lane = Lane(first, 1, 0, 0)
+    yield lane, play
+    lane.end()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+
+
+def test_errors_of_another_node_keep_their_kind(lane: Any) -> None:
+    def verify(order: bytes) -> list[float]:
+        if order == b"user":
+            raise InputError("import:mine failed")
+        if order == b"engine":
+            raise EngineError("the judge is lost")
+        if order == b"bug":
+            raise KeyError("x")
+        return [float(len(order))]
+
+    ours, play = lane
+    play(verify)
+    assert ours.verify(bytes(range(256)), lambda: False) == [256.0]
+    for order, kind, words in (
+        (b"user", InputError, "import:mine failed"),
+        (b"engine", EngineError, "the judge is lost"),
+        (b"bug", RuntimeError, "rank 4 on node1 verified responses: KeyError: 'x'"),
+    ):
+        with pytest.raises(kind, match=words):
+            ours.verify(order, lambda: False)
+    assert ours.verify(b"abc", lambda: False) == [3.0]
+
+
+def test_an_order_that_nobody_needs_any_more_is_not_waited_for(lane: Any) -> None:
+    """The node ends its lane when it has finished the order."""
+    begun, go = threading.Event(), threading.Event()
+
+    def verify(order: bytes) -> list[float]:
+        begun.set()
+        assert go.wait(60)
+        return []
+
+    ours, play = lane
+    play(verify)
+    assert ours.verify(b"long", begun.is_set) is None
+    go.set()
