@@ -35,8 +35,8 @@ from tests.support.tiny import VOCAB, write_model
 # Each layout goes on from the checkpoint that the one before has saved: its processes, and how it shares the work.
 LAYOUTS = {
     "one": (1, ParallelConfig()),
-    "dp4": (4, ParallelConfig()),
-    "pp2-dp2": (4, ParallelConfig(pipeline=2)),
+    "dp4": (4, ParallelConfig(ddp_bucket_size=1)),  # a bucket of its own, with padding, for each parameter
+    "pp2-dp2": (4, ParallelConfig(pipeline=2, ddp_bucket_size=300)),
     "actor tp2, critic pp2": (4, ParallelConfig(tensor=2, critic=CriticLayoutConfig(tensor=1, pipeline=2))),
     "tp2-pp2": (4, ParallelConfig(tensor=2, pipeline=2)),
     "cp2": (2, ParallelConfig(context=2)),
