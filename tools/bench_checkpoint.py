@@ -3,7 +3,7 @@
 Trains nothing: it builds an actor of random weights in bf16, whose share of a checkpoint is `--gb` GB on each rank, and
 saves it several times. Under `torchrun --nproc-per-node N` the N ranks are data-parallel, and the share is a rank's.
 
-    pause     until `Checkpoints.save` returns, and training may go on; the processor time of the calling thread too
+    pause     until `Checkpoints.save` returns, and training continues; the processor time of the calling thread too
     memcpy    the same number of bytes, from one tensor to another, between memory that is resident already
     memory    what the saves add to the resident memory of the process at its peak, until all is on the disk
 

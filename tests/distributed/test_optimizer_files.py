@@ -38,7 +38,10 @@ LAYOUTS = {
     "dp4": (4, ParallelConfig(ddp_bucket_size=1)),  # a bucket of its own, with padding, for each parameter
     "pp2-dp2": (4, ParallelConfig(pipeline=2, ddp_bucket_size=300)),
     "actor tp2, critic pp2": (4, ParallelConfig(tensor=2, critic=CriticLayoutConfig(tensor=1, pipeline=2))),
-    "tp2-pp2": (4, ParallelConfig(tensor=2, pipeline=2)),
+    "tp2, stages of 1 and 3 layers": (
+        4,
+        ParallelConfig(tensor=2, pipeline=2, num_layers_in_first_pipeline_stage=1),
+    ),
     "cp2": (2, ParallelConfig(context=2)),
 }
 KINDS = {"tied": Precision.bf16, "olmo3": Precision.fp32}  # by the model

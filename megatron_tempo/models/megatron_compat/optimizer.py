@@ -88,7 +88,7 @@ def adam_step(optimizer: MegatronOptimizer) -> int | None:
 
 
 def set_adam_step(optimizer: MegatronOptimizer, step: int) -> None:
-    """Let Adam go on from this number of steps."""
+    """Let Adam continue from this number of steps."""
     counted = torch_optimizers(optimizer)
     for inner in (part.optimizer for part in optimizer_parts(optimizer)):
         if inner in counted:
