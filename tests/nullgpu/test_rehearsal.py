@@ -15,6 +15,8 @@ from megatron_tempo import cli
 from megatron_tempo.config.rules import Purpose
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import Method
+from megatron_tempo.plan.memory import saved_bytes
+from megatron_tempo.plan.parameters import Role
 from megatron_tempo.rehearsal.model_folder import config_entries
 from megatron_tempo.rehearsal.outcome import Outcome, over
 from megatron_tempo.rehearsal.rehearse import Options, rehearse, rehearse_all
@@ -103,10 +105,20 @@ def test_every_layout_and_method_runs(outcomes: dict[str, tuple[Outcome, str]], 
         assert phases["actor"].counts["products"] > 4 * 4  # more than one for each matrix of the layers
         assert phases["actor"].counts["kernel_launches"] > 100
         assert phases["start"].counts["host_bytes"] > 0
+        assert phases["checkpoint"].counts["nccl_calls"] == 0
     if "parallel.tensor=1" not in CASES[name] or name.startswith("pipeline"):
         assert all(phase.counts["nccl_calls"] > 0 for phase in outcome.ranks[0].phases if phase.phase == "actor")
     last = outcome.ranks[-1].phases
     assert sum(phase.counts["triton_launches"] for phase in last) > 0  # of the losses, on the last stage
+
+
+def test_a_checkpoint_copies_a_rank_s_share_once(outcomes: dict[str, tuple[Outcome, str]], model: Path) -> None:
+    name = "resident, no recomputation"  # so that nothing else is copied
+    config = built(model, "model.layers=local", *CASES[name])
+    phases = {phase.phase: phase for phase in outcomes[name][0].ranks[0].phases}
+    share = saved_bytes(config, TINY, dict.fromkeys(Role, 0))
+    assert phases["checkpoint"].counts["host_bytes"] == pytest.approx(share, rel=0.001)
+    assert phases["checkpoint"].peak == phases["checkpoint"].before
 
 
 def test_every_method_and_algorithm_is_among_the_cases(model: Path) -> None:
