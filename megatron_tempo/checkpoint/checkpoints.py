@@ -32,9 +32,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_tempo.checkpoint import manifest, optimizer_files
-from megatron_tempo.checkpoint.host_memory import HostMemory
 from megatron_tempo.checkpoint.loading import FORMAT, GATHERED, cannot_read, load_model
-from megatron_tempo.checkpoint.saving import ModelShare, Saving, reserve
+from megatron_tempo.checkpoint.saving import ModelSource, Saving
 from megatron_tempo.config.resume import step_folders
 from megatron_tempo.errors import InputError
 from megatron_tempo.files import partial_of, replace_file
@@ -78,7 +77,7 @@ class Checkpoints:
         self._asynchronous = asynchronous
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._saving: Saving | None = None
-        self._memory: dict[str, HostMemory] = {}  # by model name; kept until the end
+        self._sources: dict[str, ModelSource] = {}  # by model name
         self.saved: int | None = None  # step of the latest checkpoint that was complete when written or read
 
     def path(self, step: int) -> Path:
@@ -101,7 +100,7 @@ class Checkpoints:
         def allocate() -> None:
             for name, model in models.items():
                 with model.at_work():
-                    reserve(model, self._memory.setdefault(name, HostMemory()))
+                    self._source(name, model).reserve()
 
         raise_on_all_ranks(allocate, self._group)
 
@@ -130,7 +129,7 @@ class Checkpoints:
         shares = {}
         for name, model in models.items():
             with model.at_work():
-                shares[name] = ModelShare.of(model, self._memory.setdefault(name, HostMemory()))
+                shares[name] = self._source(name, model).copy()
         counts = {name: model.step_count for name, model in models.items()}
         state = state | {"step": step, "format": FORMAT, "optimizer_steps": counts}
         self._saving = Saving(path, shares, state, self._group, partial(self._completed, step))
@@ -218,6 +217,9 @@ class Checkpoints:
                 load_model(model, latest.path / name, latest.state.get("format", GATHERED), self._group)
             model.step_count = latest.state["optimizer_steps"][name]
         self.saved = latest.state["step"]
+
+    def _source(self, name: str, model: TrainedModel) -> ModelSource:
+        return self._sources.setdefault(name, ModelSource(model))
 
     def _own(self, *, logged: bool = False) -> list[Path]:
         """The folders that are checkpoints by their names and their run.json, oldest first. `logged`: log others.

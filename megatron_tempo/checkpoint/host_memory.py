@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_tempo.models.megatron_compat.torch_private import copy_all
 from megatron_tempo.models.offload import host_memory
 
 _ALIGNMENT = 8  # bytes; the largest type's size
@@ -36,35 +37,39 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
+        self._sources: Sequence[Tensor] | None = None
+        self._copies: list[Tensor] = []  # of `_sources`
 
     def reserve(self, tensors: Sequence[Tensor], device: torch.device) -> None:
-        """Allocate what `copy` of these tensors needs. Raises InputError if CUDA refuses to page-lock it."""
-        size = _places(tensors)[-1]
-        if self._buffer is None or self._buffer.numel() < size:
-            self._buffer = None  # before the larger one is allocated
-            buffer = host_memory(size, device, _WHAT, _FIX)
+        """Prepare `copy` of this sequence of tensors. Raises InputError if CUDA refuses to page-lock the memory."""
+        if self._sources is tensors:
+            return
+        places = _places(tensors)
+        if self._buffer is None or self._buffer.numel() < places[-1]:
+            self._buffer, self._copies = None, []  # before the larger one is allocated
+            buffer = host_memory(places[-1], device, _WHAT, _FIX)
             self._buffer = buffer if device.type == "cuda" else buffer.zero_()  # its pages exist before the first copy
+        self._sources = tensors
+        self._copies = [
+            self._buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for start, tensor in zip(places, tensors, strict=False)
+        ]
 
+    @torch.no_grad()
     def copy(self, tensors: Sequence[Tensor], device: torch.device) -> HostCopy:
         """Copy the tensors, each contiguous, into this memory. The previous copy must no longer be in use.
 
         On CUDA the copies run on a stream of their own. Whoever changes the tensors lets its stream wait for `done`.
         """
         self.reserve(tensors, device)
-        assert self._buffer is not None
-        copies = [
-            self._buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            for start, tensor in zip(_places(tensors), tensors, strict=False)
-        ]
+        copies = self._copies
         if device.type != "cuda":
-            for copy, tensor in zip(copies, tensors, strict=True):
-                copy.copy_(tensor)
+            copy_all(copies, tensors, non_blocking=False)
             return HostCopy(copies, None)
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            for copy, tensor in zip(copies, tensors, strict=True):
-                copy.copy_(tensor, non_blocking=True)
+            copy_all(copies, tensors, non_blocking=True)
             return HostCopy(copies, stream.record_event())
 
 

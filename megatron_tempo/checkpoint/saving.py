@@ -62,26 +62,71 @@ class ModelShare:
     optimizer: OptimizerShare
     copy: HostCopy
 
-    @classmethod
-    def of(cls, model: TrainedModel, memory: HostMemory) -> ModelShare:
-        """Copy this rank's share to `memory`. The model is at work. Not collective.
+
+@dataclass(frozen=True, slots=True)
+class _Copied:
+    """A share in host memory, made of these tensors there."""
+
+    tensors: list[Tensor]
+    weights: WeightShare
+    optimizer: OptimizerShare
+
+
+class ModelSource:
+    """Where this rank's share of one model comes from, and the host memory that it is copied to.
+
+    Both are kept between checkpoints: to find the tensors again takes as long as to copy them, for a small share.
+    """
+
+    def __init__(self, model: TrainedModel) -> None:
+        self._model = model
+        self._memory = HostMemory()
+        self._share: tuple[WeightShare, OptimizerShare] | None = None
+        self._tensors: list[Tensor] = []  # of the share
+        self._found: list[object] = []  # what the share was made from
+        self._copied: _Copied | None = None
+
+    def reserve(self) -> None:
+        """Allocate the host memory. The model is at work. Raises InputError if CUDA refuses."""
+        self._current()
+        self._memory.reserve(self._tensors, self._model.device)
+
+    def copy(self) -> ModelShare:
+        """Copy this rank's share to host memory. The model is at work. Not collective.
 
         On a GPU the copy runs while the model is used, until its next optimizer step or until it is offloaded.
         """
-        weights, optimizer = share_of(model)
-        copy = memory.copy(_tensors(weights, optimizer), model.device)
+        model, (weights, optimizer) = self._model, self._current()
+        copy = self._memory.copy(self._tensors, model.device)
         model.copied = copy.done
         if copy.done is not None and model.offloader.one_at_a_time:
             torch.cuda.current_stream(model.device).wait_event(copy.done)
-        count = len(optimizer.slices) * len(STATES)
-        states = iter(copy.tensors[:count])
-        slices = [replace(one, tensors={state: next(states) for state in STATES}) for one in optimizer.slices]
-        return cls(in_host_memory(weights, copy.tensors[count:]), replace(optimizer, slices=slices), copy)
+        if self._copied is None or self._copied.tensors is not copy.tensors:
+            count = len(optimizer.slices) * len(STATES)
+            states = iter(copy.tensors[:count])
+            slices = [replace(one, tensors={state: next(states) for state in STATES}) for one in optimizer.slices]
+            weights = in_host_memory(weights, copy.tensors[count:])
+            self._copied = _Copied(copy.tensors, weights, replace(optimizer, slices=slices))
+        copied = self._copied
+        return ModelShare(copied.weights, replace(copied.optimizer, step=adam_step(model.optimizer)), copy)
+
+    def _current(self) -> tuple[WeightShare, OptimizerShare]:
+        """The share, found anew if a tensor of the model has been replaced or has moved, or if objects may change."""
+        found: list[object] = [(parameter, parameter.data_ptr()) for parameter in self._model.net.parameters()]
+        found += (state for one in optimizer_slices(self._model.optimizer) for state in one.tensors.values())
+        share = self._share
+        same = len(found) == len(self._found) and all(map(_is_same, found, self._found))
+        if share is None or not same or any(value is not None for value in share[0].objects.values()):
+            share = self._share = share_of(self._model)
+            self._found, self._tensors = found, _tensors(*share)
+        return share
 
 
-def reserve(model: TrainedModel, memory: HostMemory) -> None:
-    """Allocate the host memory for this rank's share of a model, which is at work."""
-    memory.reserve(_tensors(*share_of(model)), model.device)
+def _is_same(one: object, other: object) -> bool:
+    """Whether two tensors are one object, or two parameters with their addresses."""
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return one[0] is other[0] and one[1] == other[1]
+    return one is other
 
 
 def share_of(model: TrainedModel) -> tuple[WeightShare, OptimizerShare]:

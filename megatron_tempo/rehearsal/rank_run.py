@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_tempo.checkpoint.host_memory import HostMemory
-from megatron_tempo.checkpoint.saving import ModelShare
+from megatron_tempo.checkpoint.saving import ModelSource
 from megatron_tempo.config.choices import EngineKind
 from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.config.schema import Config
@@ -127,7 +126,7 @@ def _run(trainer: Trainer, meter: PhaseMeter) -> None:
     with trainer.phase("checkpoint"):
         for model in trainer.state.models.values():
             with model.at_work(), UnfilledHostMemory():
-                ModelShare.of(model, HostMemory()).copy.wait()
+                ModelSource(model).copy().copy.wait()
     torch.cuda.synchronize()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -154,9 +155,7 @@ def test_a_runs_checkpoint_that_is_damaged_is_refused(runs: dict[str, Path], tmp
     for path in (runs["untied"] / STEP).iterdir():
         (step / path.name).symlink_to(path)
     (step / "actor").unlink()
-    (step / "actor").mkdir()
-    for path in (runs["untied"] / STEP / "actor").iterdir():
-        (step / "actor" / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(runs["untied"] / STEP / "actor", step / "actor")
     file = step / "actor/__1_0.distcp"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

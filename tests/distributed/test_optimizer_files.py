@@ -286,12 +286,12 @@ def loads_the_old(parallel: ParallelConfig, model: Path, old: Path, out: Path) -
     config.parallel, config.model.path = parallel, str(model)
     with open_context(config) as context:
         models = built(context)
-        checkpoints = Checkpoints(old, 9, context.layouts.actor)
+        checkpoints, written = (Checkpoints(folder, 9, context.layouts.actor) for folder in (old, out))
+        written.reserve(models)  # as at a run's start; Megatron's loading then replaces the optimizer's tensors
         checkpoints.load(checkpoints.find(), models)
         for role, one in models.items():
             assert isinstance(one.net, ValueModel) == (role == "critic")
             step(one, BEFORE, mappings_of(model, role))
-        written = Checkpoints(out, 9, context.layouts.actor)
         written.save(AFTER, models, {})
         written.wait()
 

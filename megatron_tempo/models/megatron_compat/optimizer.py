@@ -69,7 +69,7 @@ def optimizer_slices(optimizer: MegatronOptimizer) -> Iterator[OptimizerSlice]:
             group, index = part.model_param_group_index_map[parameter]
             main = part.optimizer.param_groups[group]["params"][index]
             state = part.optimizer.state[main]
-            tensors = {"main": main.detach(), **{name: state[name] for name in STATES[1:]}}
+            tensors = {"main": main, **{name: state[name] for name in STATES[1:]}}
             yield OptimizerSlice(parameter, ranges["param"].start, ranges["param"].end, tensors)
 
 
