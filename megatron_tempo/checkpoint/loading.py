@@ -45,7 +45,7 @@ def load_model(model: TrainedModel, folder: Path, form: int, group: dist.Process
 def _load_optimizer(model: TrainedModel, folder: Path) -> None:
     """Fill this rank's part of the optimizer's state. Not collective. Raises InputError."""
     net, layout = model.net, model.layout
-    mappings = tables.mappings(net.shape, critic=isinstance(net, ValueModel))
+    mappings = tables.mappings(net.shape, critic=isinstance(net.chunks[0], ValueModel))
     by_name = {mapping.megatron: mapping for mapping in mappings}
     names = net.names_in_checkpoints()
     try:

@@ -139,7 +139,7 @@ def share_of(model: TrainedModel) -> tuple[WeightShare, OptimizerShare]:
         if names[one.parameter] != EMBEDDING or layout.is_first_stage
     ]
     share = OptimizerShare(slices, adam_step(model.optimizer), layout.tensor_rank, layout.tensor)
-    return weight_share([model.net]), share
+    return weight_share(model.net.chunks), share
 
 
 def _tensors(weights: WeightShare, optimizer: OptimizerShare) -> list[Tensor]:

@@ -12,43 +12,58 @@ class PipelineLayers:
     """How a model's layers are divided over pipeline stages.
 
     `first`, `last`: layers of the first and of the last stage, as Megatron's `num_layers_in_first_pipeline_stage` and
-    `num_layers_in_last_pipeline_stage`; None: like the other stages.
+    `num_layers_in_last_pipeline_stage`; None: like the other stages. `virtual`: chunks of each stage, as Megatron's
+    `virtual_pipeline_model_parallel_size`. Chunk c of stage s is part c * stages + s of the model.
 
-    The other stages have equally many layers. A remainder goes to stages before the last one, one layer each, the later
-    ones first: the last stage also has the output layer, and earlier stages hold more micro-batches under 1F1B.
+    The other stages have equally many layers. A remainder goes to parts before the last one, one layer each, the later
+    ones first: the last part also has the output layer, and earlier stages hold more micro-batches under 1F1B.
 
     >>> PipelineLayers(8).counts(36)
     (4, 4, 4, 5, 5, 5, 5, 4)
     >>> PipelineLayers(4, last=6).counts(36)
     (10, 10, 10, 6)
+    >>> PipelineLayers(2, virtual=2).chunks(8)
+    ((range(0, 2), range(4, 6)), (range(2, 4), range(6, 8)))
     """
 
     stages: int = 1
     first: int | None = None
     last: int | None = None
+    virtual: int = 1
 
     def counts(self, layers: int) -> tuple[int, ...]:
         """Layers of each stage of a model with `layers` layers. The rules of `config.rules.layout` hold."""
-        return _counts(self, layers)
+        return tuple(sum(map(len, chunks)) for chunks in self.chunks(layers))
 
-    def ranges(self, layers: int) -> list[range]:
-        """The layers of each stage, counted over the whole model."""
-        counts = self.counts(layers)
-        ends = list(accumulate(counts))
-        return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+    def chunks(self, layers: int) -> tuple[tuple[range, ...], ...]:
+        """The layers of each chunk of each stage, counted over the whole model."""
+        return _chunks(self, layers)
 
     def is_even(self, layers: int) -> bool:
-        """Whether all stages have equally many layers."""
-        return len(set(self.counts(layers))) == 1
+        """Whether all chunks of all stages have equally many layers."""
+        return len({len(chunk) for chunks in self.chunks(layers) for chunk in chunks}) == 1
 
 
 @lru_cache(maxsize=1024)  # a search of layouts asks millions of times
-def _counts(split: PipelineLayers, layers: int) -> tuple[int, ...]:
+def _chunks(split: PipelineLayers, layers: int) -> tuple[tuple[range, ...], ...]:
+    parts = range(split.stages * split.virtual)
     given = {0: split.first, split.stages - 1: split.last}
-    counts = {stage: count for stage, count in given.items() if count is not None}
-    free = [stage for stage in range(split.stages) if stage not in counts]
+    of_stage = {stage: count // split.virtual for stage, count in given.items() if count is not None}
+    counts = {part: of_stage[part % split.stages] for part in parts if part % split.stages in of_stage}
+    free = [part for part in parts if part not in counts]
     each, more = divmod(layers - sum(counts.values()), len(free)) if free else (0, 0)
     counts |= dict.fromkeys(free, each)
-    for stage in [stage for stage in free if stage < split.stages - 1][::-1][:more]:
-        counts[stage] += 1
-    return tuple(counts[stage] for stage in range(split.stages))
+    for part in [part for part in free if part < parts[-1]][::-1][:more]:
+        counts[part] += 1
+    ends = list(accumulate(counts[part] for part in parts))
+    ranges = [range(end - counts[part], end) for part, end in zip(parts, ends, strict=True)]
+    return tuple(tuple(ranges[stage :: split.stages]) for stage in range(split.stages))
+
+
+def micro_batch_group(count: int, stages: int) -> int:
+    """Micro-batches that pass a chunk one after the other, before the rank turns to its next chunk.
+
+    Megatron's schedule needs groups of at least one micro-batch for each stage, also the last group. Small groups keep
+    less activations. `count` is at least `stages`.
+    """
+    return next(size for size in range(stages, count + 1) if count % size == 0 or count % size >= stages)

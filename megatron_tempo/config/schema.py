@@ -69,6 +69,7 @@ class CriticLayoutConfig:
     # as parallel.num_layers_in_first_pipeline_stage if the critic has as many stages, else like the other stages
     num_layers_in_first_pipeline_stage: int | None = None
     num_layers_in_last_pipeline_stage: int | None = None  # the same for the last stage
+    virtual_pipeline: int | None = None  # as parallel.virtual_pipeline if the critic has as many stages, else 1
     context: int | None = None  # as parallel.context
     sequence: bool | None = None  # as parallel.sequence
 
@@ -84,6 +85,8 @@ class ParallelConfig:
     num_layers_in_first_pipeline_stage: int | None = None
     # layers of the last stage, the one with the output layer; None: like the other stages
     num_layers_in_last_pipeline_stage: int | None = None
+    # virtual pipeline stages of each stage: its layers are in as many chunks, and Megatron's schedule interleaves them
+    virtual_pipeline: int = 1
     context: int = 1  # ranks that share the tokens of each micro-batch
     sequence: bool = False  # sequence parallelism: the ranks of `tensor` share the tokens between the matrices
     critic: CriticLayoutConfig = field(default_factory=CriticLayoutConfig)
@@ -107,15 +110,14 @@ class ParallelConfig:
     def pipeline_layers(self) -> PipelineLayers:
         """How layers are divided over the pipeline stages."""
         ends = self.num_layers_in_first_pipeline_stage, self.num_layers_in_last_pipeline_stage
-        return PipelineLayers(self.pipeline, *ends)
+        return PipelineLayers(self.pipeline, *ends, self.virtual_pipeline)
 
     def of_critic(self) -> ParallelConfig:
-        """The critic's layout. The layers of the actor's first and last stage are the critic's only if the critic has
-        as many stages."""
+        """The critic's layout. What the actor's stages have is the critic's only if the critic has as many stages."""
         own = {name: value for name in self.critic.__slots__ if (value := getattr(self.critic, name)) is not None}
-        ends = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
         if own.get("pipeline", self.pipeline) != self.pipeline:
-            own = dict.fromkeys(ends) | own
+            ends = {"num_layers_in_first_pipeline_stage": None, "num_layers_in_last_pipeline_stage": None}
+            own = {**ends, "virtual_pipeline": 1, **own}
         return replace(self, **own, critic=CriticLayoutConfig())
 
 

@@ -39,8 +39,9 @@ def layout_words(own: ParallelConfig, replicas: int | None) -> str:
     sequence = ", sequence parallel" if own.sequence else ""
     context = f"context {own.context} x " if own.context > 1 else ""
     ends = {"first": own.num_layers_in_first_pipeline_stage, "last": own.num_layers_in_last_pipeline_stage}
-    uneven = ", ".join(f"{count} layers {end}" for end, count in ends.items() if count is not None)
-    pipeline = f"pipeline {own.pipeline}" + (f" ({uneven})" if uneven else "")
+    details = [f"{count} layers {end}" for end, count in ends.items() if count is not None]
+    details += [f"virtual {own.virtual_pipeline}"] if own.virtual_pipeline > 1 else []
+    pipeline = f"pipeline {own.pipeline}" + (f" ({', '.join(details)})" if details else "")
     return f"tensor {own.tensor} x {pipeline} x {context}{data}{sequence}"
 
 

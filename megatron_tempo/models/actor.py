@@ -27,7 +27,7 @@ class Actor:
 
     def __init__(self, model: Model, guard: NonFiniteGuard | None = None) -> None:
         """`guard`: None if the model is not trained."""
-        assert isinstance(model.net, LanguageModel)
+        assert all(isinstance(chunk, LanguageModel) for chunk in model.net.chunks)
         self.model, self.guard = model, guard
         self.kernels = model.net.kernels
 

@@ -24,7 +24,7 @@ class Critic:
 
     def __init__(self, model: TrainedModel, guard: NonFiniteGuard, of_actor: Layout | None = None) -> None:
         """`of_actor`: the layout of the actor, if there is one with a layout of its own."""
-        assert isinstance(model.net, ValueModel)
+        assert all(isinstance(chunk, ValueModel) for chunk in model.net.chunks)
         self.model, self.guard = model, guard
         self.kernels = model.net.kernels
         self.shares_replicas = of_actor is None or of_actor.has_replicas_of(model.layout)

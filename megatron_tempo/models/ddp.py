@@ -8,7 +8,7 @@ the update.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,14 +34,16 @@ def ddp_config(parallel: ParallelConfig, layout: Layout) -> DistributedDataParal
 
 
 @contextmanager
-def reduces_at_last_micro_batch(ddp: DistributedDataParallel) -> Iterator[None]:
+def reduces_at_last_micro_batch(ddps: Sequence[DistributedDataParallel]) -> Iterator[None]:
     """Inside the block, Megatron's schedule reduces a bucket of gradients in the last micro-batch's backward pass.
 
-    Replicas may have different numbers of micro-batches: a bucket's reduction waits for the slowest.
+    Replicas may have different numbers of micro-batches: a bucket's reduction waits for the slowest. `ddps`: a rank's
+    chunks of the model; with several, Megatron's schedule takes a function for each.
     """
-    config = ddp.config
+    config, overlaps = ddps[0].config, ddps[0].ddp_config.overlap_grad_reduce
+    functions = [ddp.no_sync for ddp in ddps]
     # Set only during the pass, as the other functions of the config: see `TrainedModel._step`.
-    config.no_sync_func = ddp.no_sync if ddp.ddp_config.overlap_grad_reduce else None
+    config.no_sync_func = None if not overlaps else functions if len(functions) > 1 else functions[0]
     try:
         yield
     finally:
@@ -55,11 +57,12 @@ class WeightGather:
     way calls `wait` first. Only `start` is collective.
     """
 
-    def __init__(self, ddp: DistributedDataParallel, net: PackedGPT) -> None:
-        self._groups = in_forward_order(ddp)
+    def __init__(self, ddps: Sequence[DistributedDataParallel], chunks: Sequence[PackedGPT]) -> None:
+        """`ddps`: the wrapped `chunks` of the model on this rank."""
+        self._groups = [group for ddp in ddps for group in in_forward_order(ddp)]
         self.skip()
         # The head multiplies by the output layer's weight, but does not call that layer.
-        net.decoder.register_forward_hook(self._after_decoder)
+        chunks[-1].decoder.register_forward_hook(self._after_decoder)
 
     def start(self) -> None:
         """Start all gathers, first those of the layers that the forward pass needs first. Collective."""

@@ -87,6 +87,7 @@ def transformer_config(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         pipeline_model_parallel_layout=_uneven_stages(shape, layout),
+        **_interleaved(layout),
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence_parallel,
         # Micro-batches have different lengths, so pipeline stages must send the shapes too.
@@ -102,17 +103,30 @@ def transformer_config(
 
 
 def _uneven_stages(shape: ModelShape, layout: Layout) -> list[list[str]] | None:
-    """What each pipeline stage has, in Megatron's words; None if all have equally many layers.
+    """What each part of the model has, in Megatron's words; None if all have equally many layers.
 
     Megatron numbers layers by it, in checkpoints and for FP8. Its own fields for the first and the last stage would do
     only if all other stages had equally many layers.
     """
     if layout.pipeline_layers.is_even(shape.layers):
         return None
-    stages = [["decoder"] * count for count in layout.pipeline_layers.counts(shape.layers)]
-    stages[0].insert(0, "embedding")
-    stages[-1].append("loss")
-    return stages
+    chunks = zip(*layout.pipeline_layers.chunks(shape.layers), strict=True)  # by chunk, by stage: the model's order
+    parts = [["decoder"] * len(part) for stages in chunks for part in stages]
+    parts[0].insert(0, "embedding")
+    parts[-1].append("loss")
+    return parts
+
+
+def _interleaved(layout: Layout) -> dict[str, Any]:
+    """Megatron's settings for virtual pipeline stages.
+
+    In one batch of messages it can send to the next and to the previous stage, but with two stages these are the same
+    rank, which would take one message for the other. So messages overlap with computation instead, one at a time.
+    """
+    if layout.virtual_pipeline == 1:
+        return {}
+    sizes = {"virtual_pipeline_model_parallel_size": layout.virtual_pipeline}
+    return {**sizes, "overlap_p2p_comm": True, "batch_p2p_comm": False}
 
 
 def _fp8(precision: Precision, num_bf16_layers_at_ends: int) -> dict[str, Any]:
@@ -146,11 +160,13 @@ def _no_init(weight: Tensor) -> Tensor:
     return weight
 
 
-def block_spec(config: TransformerConfig, shape: ModelShape, layout: Layout) -> TransformerBlockSubmodules:
-    """The layers of this rank's pipeline stage, and the norm after the model's last layer."""
-    of_stage = layout.pipeline_layers.ranges(shape.layers)[layout.pipeline_rank]
+def block_spec(
+    config: TransformerConfig, shape: ModelShape, layout: Layout, chunk: int = 0
+) -> TransformerBlockSubmodules:
+    """The layers of a chunk of this rank's pipeline stage, and the norm after the model's last layer."""
+    of_chunk = layout.pipeline_layers.chunks(shape.layers)[layout.pipeline_rank][chunk]
     layer, norms = _layer(Layers[config.transformer_impl]), _norms(shape)
-    specs = [layer(shape, attention, norms) for attention in shape.attention[of_stage.start : of_stage.stop]]
+    specs = [layer(shape, attention, norms) for attention in shape.attention[of_chunk.start : of_chunk.stop]]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
 
 

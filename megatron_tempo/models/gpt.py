@@ -34,19 +34,29 @@ class PackedGPT(GPTModel):
     """Megatron's GPT model whose forward takes a packed `MicroBatch` of S tokens, or a context rank's S / c of them.
 
     Rotary angles depend on each token's position in its own sequence. This replaces Megatron's thd path, which loops
-    over sequences. `kernels`: for the head, and for the losses on its outputs.
+    over sequences. `kernels`: for the head, and for the losses on its outputs. `chunk`: under virtual pipeline stages,
+    which of this rank's chunks of the model this is (see `chunks.ModelChunks`).
     """
 
     def __init__(
-        self, config: TransformerConfig, shape: ModelShape, layout: Layout, kernels: Kernels, *, tied: bool
+        self,
+        config: TransformerConfig,
+        shape: ModelShape,
+        layout: Layout,
+        kernels: Kernels,
+        *,
+        tied: bool,
+        chunk: int = 0,
     ) -> None:
+        last_chunk = layout.virtual_pipeline - 1
         super().__init__(
             config,
-            block_spec(config, shape, layout),
+            block_spec(config, shape, layout, chunk),
             vocab_size=padded_vocab(shape.vocab, layout.tensor),
             max_sequence_length=shape.max_positions,
-            pre_process=layout.is_first_stage,
-            post_process=layout.is_last_stage,
+            pre_process=layout.is_first_stage and chunk == 0,
+            post_process=layout.is_last_stage and chunk == last_chunk,
+            vp_stage=chunk if last_chunk else None,
             share_embeddings_and_output_weights=tied,
             position_embedding_type="none",  # Megatron has only one rotary embedding for all layers; see `Rotary`
         )
@@ -55,6 +65,11 @@ class PackedGPT(GPTModel):
         self.kernels = kernels
         self.token_multiple = token_multiple(config)
         self.attends_on_grid = config.transformer_impl == Layers.local.name
+
+    @property
+    def chunks(self) -> list[PackedGPT]:
+        """This rank's chunks of the model: itself."""
+        return [self]
 
     def weights(self) -> dict[str, nn.Parameter]:
         """The parameters, by the names that weight tables and checkpoints use."""
@@ -108,8 +123,9 @@ class LanguageModel(PackedGPT):
         kernels: Kernels,
         logits: Logits,
         temperature: float,
+        chunk: int = 0,
     ) -> None:
-        super().__init__(config, shape, layout, kernels, tied=shape.tied)
+        super().__init__(config, shape, layout, kernels, tied=shape.tied, chunk=chunk)
         self.logits = logits
         self.temperature = temperature
 
@@ -163,8 +179,10 @@ class ValueHead(nn.Module):
 class ValueModel(PackedGPT):
     """The critic's network: the same decoder with a scalar head, which returns a micro-batch's R + m values."""
 
-    def __init__(self, config: TransformerConfig, shape: ModelShape, layout: Layout, kernels: Kernels) -> None:
-        super().__init__(config, shape, layout, kernels, tied=False)
+    def __init__(
+        self, config: TransformerConfig, shape: ModelShape, layout: Layout, kernels: Kernels, chunk: int = 0
+    ) -> None:
+        super().__init__(config, shape, layout, kernels, tied=False, chunk=chunk)
         if self.post_process:
             self.output_layer = ValueHead(config)
 

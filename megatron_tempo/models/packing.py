@@ -160,13 +160,16 @@ def micro_batches(
     token_multiple: int = 1,
     *,
     with_grid: bool = True,
+    at_least: int = 1,
 ) -> list[MicroBatch]:
-    """The given rows of `batch`, which this rank holds, packed. Returns at least one micro-batch, if only of padding.
+    """The given rows of `batch`, which this rank holds, packed. Returns at least `at_least` micro-batches, if only of
+    padding.
 
     The tokens of each rank, also under sequence parallelism, are padded to a multiple of `token_multiple`.
     `with_grid`: whether the attention works on the grid of `Packing`.
     """
-    groups = divide_by_budget(batch.lengths[rows], budget) or [torch.zeros(0, dtype=torch.int64)]
+    groups = divide_by_budget(batch.lengths[rows], budget)
+    groups += [torch.zeros(0, dtype=torch.int64)] * (at_least - len(groups))
     multiple = token_multiple * (layout.tensor if layout.sequence_parallel else 1)
     multiple *= 2 * layout.context if layout.context > 1 else 1
     texts = (batch.prompts(), batch.responses())  # splits all held rows, so once for all micro-batches

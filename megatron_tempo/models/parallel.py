@@ -72,6 +72,7 @@ class Layout:
     sequence_parallel: bool
     first_stage_layers: int | None = None  # as in `PipelineLayers`
     last_stage_layers: int | None = None
+    virtual_pipeline: int = 1
     groups: Groups = field(default_factory=lambda: Groups({}), repr=False, compare=False)  # empty: the current groups
 
     @property
@@ -82,7 +83,7 @@ class Layout:
     @property
     def pipeline_layers(self) -> PipelineLayers:
         """How layers are divided over the pipeline stages."""
-        return PipelineLayers(self.pipeline, self.first_stage_layers, self.last_stage_layers)
+        return PipelineLayers(self.pipeline, self.first_stage_layers, self.last_stage_layers, self.virtual_pipeline)
 
     @property
     def is_first_stage(self) -> bool:
@@ -171,6 +172,7 @@ def initialize_model_parallel(config: ParallelConfig, seed: int, timeout: timede
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
         context_parallel_size=config.context,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
@@ -190,6 +192,7 @@ def initialize_model_parallel(config: ParallelConfig, seed: int, timeout: timede
         sequence_parallel=config.sequence,
         first_stage_layers=config.num_layers_in_first_pipeline_stage,
         last_stage_layers=config.num_layers_in_last_pipeline_stage,
+        virtual_pipeline=config.virtual_pipeline,
         groups=Groups.read(),
     )
 

@@ -17,8 +17,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from megatron_tempo.config.pipeline_layers import micro_batch_group
 from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.config.stages import OptimizerConfig
+from megatron_tempo.models.chunks import ModelChunks, WrappedChunks
 from megatron_tempo.models.ddp import WeightGather, ddp_config, reduces_at_last_micro_batch
 from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.megatron_compat.optimizer import (
@@ -53,22 +55,27 @@ class Step:
 class Model:
     """A network under Megatron's 1F1B schedule. `net`: this rank's shard of the network, without wrappers."""
 
-    net: PackedGPT
+    net: PackedGPT | ModelChunks
     layout: Layout
     device: torch.device
     micro_batch_tokens: int
-    module: Any  # the network with its wrappers, as it is called
+    module: Any  # the network with its wrappers, as it is called; `WrappedChunks` under virtual pipeline stages
     offloader: ModelOffloader  # shared by the models of a run
     counted: TokenCount = field(default_factory=TokenCount)
     fp8_scales_ready: int = 0  # delayed scaling: 1 if forward scales are known, 2 if backward scales are known too
 
     @classmethod
     def frozen(
-        cls, net: PackedGPT, layout: Layout, device: torch.device, micro_batch_tokens: int, offloader: ModelOffloader
+        cls,
+        net: PackedGPT | ModelChunks,
+        layout: Layout,
+        device: torch.device,
+        micro_batch_tokens: int,
+        offloader: ModelOffloader,
     ) -> Model:
         """A network without gradients and optimizer."""
-        module = _on_device(net, device).requires_grad_(False)
-        model = cls(net, layout, device, micro_batch_tokens, module, offloader)
+        modules = [_on_device(chunk, device).requires_grad_(False) for chunk in net.chunks]
+        model = cls(net, layout, device, micro_batch_tokens, _as_one(modules), offloader)
         offloader.load(model)
         return model
 
@@ -142,7 +149,18 @@ class Model:
             self.device,
             token_multiple=self.net.token_multiple,
             with_grid=self.net.attends_on_grid,
+            at_least=self._least_micro_batches,
         )
+
+    @property
+    def _least_micro_batches(self) -> int:
+        """Micro-batches that Megatron's schedule needs: one for each stage if it interleaves chunks."""
+        return self.layout.pipeline if self.layout.virtual_pipeline > 1 else 1
+
+    @property
+    def _wrapped_chunks(self) -> list[Any]:
+        """This rank's chunks of the model with their wrappers; several under virtual pipeline stages."""
+        return self.module.chunks if isinstance(self.module, WrappedChunks) else [self.module]
 
     def _warm_up_fp8_scales(self, parts: list[MicroBatch], loss: Loss, *, forward_only: bool) -> None:
         """Warm up FP8 delayed scaling with one throw-away micro-batch.
@@ -154,7 +172,7 @@ class Model:
         config, required = self.net.config, 1 if forward_only else 2
         if config.fp8 and config.fp8_recipe == "delayed" and self.fp8_scales_ready < required:
             with torch.enable_grad(), _nothing_saved() if forward_only else nullcontext():
-                self._run(parts[:1], loss, forward_only=forward_only)
+                self._run(parts[: self._least_micro_batches], loss, forward_only=forward_only)
             self.fp8_scales_ready = required
 
     def _run(self, parts: list[MicroBatch], loss: Loss, *, forward_only: bool) -> None:
@@ -166,10 +184,14 @@ class Model:
             micro = next(batches)
             return model(micro), partial(loss, micro)
 
+        chunks = self._wrapped_chunks
+        if len(chunks) > 1:
+            group = micro_batch_group(len(parts), self.layout.pipeline)
+            self.net.config.microbatch_group_size_per_vp_stage = group
         get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(parts),
-            model=[self.module],
+            data_iterator=[iter(parts) for _ in chunks] if len(chunks) > 1 else iter(parts),
+            model=chunks,
             num_microbatches=len(parts),
             seq_length=max(part.tokens.numel() for part in parts),  # unused: lengths vary
             micro_batch_size=1,
@@ -188,14 +210,20 @@ class TrainedModel(Model):
 
     @classmethod
     def wrap(
-        cls, net: PackedGPT, layout: Layout, device: torch.device, parallel: ParallelConfig, offloader: ModelOffloader
+        cls,
+        net: PackedGPT | ModelChunks,
+        layout: Layout,
+        device: torch.device,
+        parallel: ParallelConfig,
+        offloader: ModelOffloader,
     ) -> TrainedModel:
         """Wrap a network whose weights are loaded already: the optimizer copies them as its fp32 main weights.
 
         The layout's process groups must be current.
         """
         config = net.config
-        ddp = DistributedDataParallel(config, ddp_config(parallel, layout), _on_device(net, device))
+        data_parallel = ddp_config(parallel, layout)
+        ddps = [DistributedDataParallel(config, data_parallel, _on_device(chunk, device)) for chunk in net.chunks]
         optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -205,16 +233,15 @@ class TrainedModel(Model):
                 params_dtype=config.params_dtype,
                 use_distributed_optimizer=True,
             ),
-            [ddp],
+            ddps,
             use_gloo_process_groups=False,
         )
         note_param_order(optimizer)
         init_adam_state(optimizer)
         config.finalize_model_grads_func = finalize_model_grads
-        gather = WeightGather(ddp, net) if ddp.ddp_config.overlap_param_gather else None
-        model = cls(
-            net, layout, device, parallel.micro_batch_tokens, ddp, offloader, optimizer=optimizer, gather=gather
-        )
+        gather = WeightGather(ddps, net.chunks) if data_parallel.overlap_param_gather else None
+        module, tokens = _as_one(ddps), parallel.micro_batch_tokens
+        model = cls(net, layout, device, tokens, module, offloader, optimizer=optimizer, gather=gather)
         offloader.load(model)
         return model
 
@@ -270,7 +297,7 @@ class TrainedModel(Model):
         self.net.config.grad_scale_func = self.optimizer.scale_loss
         self._warm_up_fp8_scales(parts, scaled, forward_only=False)
         self.module.zero_grad_buffer()
-        with reduces_at_last_micro_batch(self.module):
+        with reduces_at_last_micro_batch(self._wrapped_chunks):
             self._run(parts, scaled, forward_only=False)
         self.net.config.grad_scale_func = None
         self._set_hyperparameters(config)
@@ -326,6 +353,10 @@ def _nothing_saved() -> AbstractContextManager[None]:
 
 def _unsaved(_: None) -> Tensor:
     raise RuntimeError("no backward pass was planned: its tensors were not saved")
+
+
+def _as_one(modules: list[Any]) -> Any:
+    return modules[0] if len(modules) == 1 else WrappedChunks(modules)
 
 
 def _on_device(net: PackedGPT, device: torch.device) -> Any:

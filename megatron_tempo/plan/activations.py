@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from megatron_tempo.config.choices import Recompute
 from megatron_tempo.config.model_shape import ModelShape
+from megatron_tempo.config.pipeline_layers import micro_batch_group
 from megatron_tempo.plan.layout import PlannedLayout, PlannedMachine, PlannedMicroBatch
 
 
@@ -123,25 +124,36 @@ def whole_layer(shape: ModelShape, layout: PlannedLayout, machine: PlannedMachin
 def kept(
     shape: ModelShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch, stage: int
 ) -> float:
-    """What the layers of a stage save for one micro-batch between its forward and its backward pass, in bytes.
+    """What the layers of a stage's chunk save for one micro-batch between its forward and its backward pass, in bytes.
 
-    With `Recompute.layers` only the layers' inputs, a h each. In addition the stage's input and output, a h each: in
-    fp32 the input is the first norm's input, which is counted already, and the last layer's output is the input of the
-    final norm. In bf16 the norms save copies; a stage keeps what it received from the previous stage and what it sent
-    to the next one.
+    Without virtual pipeline stages the chunk is the stage, else it has the mean number of layers. With
+    `Recompute.layers` only the layers' inputs, a h each. In addition the chunk's input and output, a h each: in fp32
+    the input is the first norm's input, which is counted already, and the last layer's output is the input of the final
+    norm. In bf16 the norms save copies; a chunk keeps what it received from the part of the model before it and what it
+    sent to the one after it.
     """
-    w, layers, last = Widths.of(shape, layout), layout.pipeline_layers.counts(shape.layers)[stage], layout.pipeline - 1
+    w, chunks = Widths.of(shape, layout), layout.virtual_pipeline
+    layers = layout.pipeline_layers.counts(shape.layers)[stage] / chunks
     states = machine.size * w.h * micro.tokens
     if layout.recompute is Recompute.layers:
         return (layers + 1) * states
-    edges = (stage > 0) + (stage < last) if machine.mixed else 1
+    ends = (stage == 0) + (stage == layout.pipeline - 1)  # of the model, in one of the stage's chunks
+    edges = 2 - ends / chunks if machine.mixed else 1
     return layers * layer(shape, layout, machine, micro) + edges * states
 
 
 def in_flight(layout: PlannedLayout, stage: int, count: int) -> int:
     """Micro-batches between their forward and backward pass under 1F1B (Narayanan et al. 2021, section 2.2): one per
-    stage on the first stage, a single one on the last stage."""
-    return min(layout.pipeline - stage, count)
+    stage on the first stage, a single one on the last stage.
+
+    With virtual pipeline stages, passes of a micro-batch through a chunk: a stage begins with all chunks but the last
+    of a group of micro-batches, and two passes for each later stage (Megatron-Core's `get_pp_rank_microbatches`)."""
+    later = layout.pipeline - 1 - stage
+    if layout.virtual_pipeline == 1:
+        return min(later + 1, count)
+    count = max(count, layout.pipeline)
+    group = micro_batch_group(count, layout.pipeline)
+    return min(2 * later + (layout.virtual_pipeline - 1) * group + 1, layout.virtual_pipeline * count)
 
 
 def held(
@@ -151,13 +163,14 @@ def held(
 
     All micro-batches in flight. On the last stage, what the final norm saves: in bf16 its input in fp32, on a CPU the
     normed input. Under sequence parallelism, Megatron's one buffer for gathered states, a S h, for the whole run. On
-    all stages but the first, the gradient that was sent to the previous stage, a h, until the next one is sent.
+    all stages but the first (on all with virtual ones), the gradient that was sent to the previous stage, a h, until
+    the next one is sent.
     """
     w = Widths.of(shape, layout)
     total = in_flight(layout, stage, micro.count) * kept(shape, layout, machine, micro, stage)
     if stage == layout.pipeline - 1:
         total += 4 * w.h * micro.tokens * (machine.mixed + (not machine.cuda))
-    if stage > 0:
+    if stage > 0 or layout.virtual_pipeline > 1:
         total += machine.size * w.h * micro.tokens
     return total + (machine.size * w.full * micro.tokens if w.sequence else 0)
 
@@ -165,9 +178,10 @@ def held(
 def left_behind(
     shape: ModelShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch, stage: int
 ) -> float:
-    """Bytes that the other model keeps from its last pass: Megatron stores a stage's input in an attribute of the
+    """Bytes that the other model keeps from its last pass: Megatron stores a chunk's input in an attribute of the
     model until the next pass."""
-    return machine.size * Widths.of(shape, layout).h * micro.tokens if stage > 0 else 0.0
+    inputs = layout.virtual_pipeline - (stage == 0)
+    return inputs * machine.size * Widths.of(shape, layout).h * micro.tokens
 
 
 def backward(
@@ -217,5 +231,6 @@ def reading(
     attending = a * (w.h + joint) * S + (4 * a * w.q + 4 * w.heads) * micro.grid
     gating = a * (2 * w.h + 5 * w.f) * S
     summing = a * (joint + w.q + w.full * (1 if machine.cuda else 2) + 2 * w.h) * S if w.sequence else 0
-    around = 2 * w.h + (w.h if stage < layout.pipeline - 1 else 0) + (w.full if w.sequence else 0)
+    sends = stage < layout.pipeline - 1 or layout.virtual_pipeline > 1
+    around = 2 * w.h + (w.h if sends else 0) + (w.full if w.sequence else 0)
     return (a * around + 4 * w.d) * S + max(attending, gating, summing)

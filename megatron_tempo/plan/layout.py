@@ -27,11 +27,12 @@ class PlannedLayout:
     recompute: Recompute = Recompute.none
     first_stage_layers: int | None = None  # as in `PipelineLayers`
     last_stage_layers: int | None = None
+    virtual_pipeline: int = 1
 
     @property
     def pipeline_layers(self) -> PipelineLayers:
         """How layers are divided over the pipeline stages."""
-        return PipelineLayers(self.pipeline, self.first_stage_layers, self.last_stage_layers)
+        return PipelineLayers(self.pipeline, self.first_stage_layers, self.last_stage_layers, self.virtual_pipeline)
 
     @property
     def world(self) -> int:
@@ -85,7 +86,7 @@ def machine_of(config: Config) -> PlannedMachine:
 def layout_of(own: ParallelConfig, world: int) -> PlannedLayout:
     """The layout over `world` processes. The configuration has passed the rules."""
     data = world // own.ranks_of_a_replica
-    ends = own.num_layers_in_first_pipeline_stage, own.num_layers_in_last_pipeline_stage
+    ends = own.num_layers_in_first_pipeline_stage, own.num_layers_in_last_pipeline_stage, own.virtual_pipeline
     return PlannedLayout(own.tensor, own.pipeline, data, own.sequence, own.context, own.recompute, *ends)
 
 

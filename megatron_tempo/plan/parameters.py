@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
 
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.recipes import RECIPES
@@ -46,7 +47,7 @@ def fp8_copies(config: Config, shape: ModelShape, layout: PlannedLayout, stage: 
     """
     if config.run.precision not in RECIPES:
         return 0.0
-    of_stage = layout.pipeline_layers.ranges(shape.layers)[stage]
+    of_stage = chain.from_iterable(layout.pipeline_layers.chunks(shape.layers)[stage])
     ends = config.model.num_bf16_layers_at_ends
     inside = sum(ends <= layer < shape.layers - ends for layer in of_stage)
     matrices = (2 * shape.queries + 2 * shape.keys + 3 * shape.ffn) * shape.hidden / layout.tensor

@@ -2,9 +2,9 @@
 
 The search varies tensor and pipeline parallelism (data parallelism follows), how many GPUs of each node serve and with
 which tensor parallelism, and, if that saves memory, the token budget, recomputation, offload and the embedded engine's
-rows. The layers of the first and last pipeline stage stay as configured while the number of stages does. Context
-parallelism stays as configured. A tensor-parallel group stays inside a node, and sequence parallelism follows tensor
-parallelism. Colocated servers are not searched, because they do not work yet (docs/status.md).
+rows. The layers of the pipeline's ends, and its virtual stages, stay as configured while the number of stages does.
+Context parallelism stays as configured. A tensor-parallel group stays inside a node, and sequence parallelism follows
+tensor parallelism. Colocated servers are not searched, because they do not work yet (docs/status.md).
 """
 
 from __future__ import annotations
@@ -31,8 +31,12 @@ SERVERS = EngineKind.vllm  # the served engine that is tried if the configuratio
 # Parameters from which on it is tried: a smaller model generates in no time, and a server takes a minute to start.
 SERVED = 100_000_000
 
-_ENDS = {f"parallel.{name}": name for name in
-         ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")}  # fmt: skip
+# What belongs to a number of pipeline stages, and its value for other numbers.
+_STAGES: dict[str, int | None] = {
+    "num_layers_in_first_pipeline_stage": None,
+    "num_layers_in_last_pipeline_stage": None,
+    "virtual_pipeline": 1,
+}
 
 # Tried if nothing fits: multiples of the number of nodes, fractions of the response length.
 MORE, SHORTER = (2, 4, 8), (2, 4, 8, 16)
@@ -125,14 +129,16 @@ def _training(config: Config, shape: ModelShape, trainers: int) -> Iterator[dict
     turns = dict.fromkeys([config.parallel.offload, True])
     for tensor in (n for n in divisors(shape.heads) if inside % n == 0):
         for pipeline in (n for n in divisors(trainers // tensor) if n <= shape.layers):
-            ends = {path: getattr(config.parallel, name) for path, name in _ENDS.items()}
-            if pipeline != config.parallel.pipeline:
-                ends = dict.fromkeys(_ENDS)
+            given = pipeline == config.parallel.pipeline
+            stages = {
+                f"parallel.{name}": getattr(config.parallel, name) if given else other
+                for name, other in _STAGES.items()
+            }
             # Keep the configuration's own choice where possible: one override less.
             sequence = tensor > 1 and (config.parallel.sequence or tensor != config.parallel.tensor)
             for sequenced in {sequence, tensor > 1}:
                 for budget, recompute, offload in product(budgets, kinds, turns):
-                    yield ends | {
+                    yield stages | {
                         "parallel.tensor": tensor,
                         "parallel.pipeline": pipeline,
                         "parallel.sequence": sequenced,

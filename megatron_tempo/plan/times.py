@@ -101,8 +101,8 @@ class _Passes:
 
     def _pass(self, rows: int, operations: float, exchanges: int, steps: int) -> float:
         """Seconds of arithmetic, and of `exchanges` all-reduces of the hidden states per layer over the tensor ranks
-        (Shoeybi et al. 2019): 2 (t - 1) / t times their bytes. The pipeline idles for (stages - 1) / micro-batches. All
-        stages wait for the one with most layers."""
+        (Shoeybi et al. 2019): 2 (t - 1) / t times their bytes. The pipeline idles for (stages - 1) / micro-batches, or
+        the virtual stages' part of that (Narayanan et al. 2021). All stages wait for the one with most layers."""
         layout, cluster, shape = self.layout, self.cluster, self.shape
         rate = layout.world * cluster.bf16_tflops * 1e12 * cluster.compute_share
         states = self.size * row_tokens(self.config) * shape.hidden
@@ -113,7 +113,7 @@ class _Passes:
         micro = micro_batch_of(self.config, layout, max(1, rows // steps))
         waiting = most * layout.pipeline / shape.layers
         busy = rows * operations / rate * waiting + sent / (link * 1e9 * cluster.link_share)
-        return busy * (1 + (layout.pipeline - 1) / micro.count)
+        return busy * (1 + (layout.pipeline - 1) / (layout.virtual_pipeline * micro.count))
 
     def _reduce(self, role: Role, micro: float, *, again: bool) -> float:
         """Seconds per optimizer step in which the replicas only communicate: they reduce-scatter fp32 gradients and

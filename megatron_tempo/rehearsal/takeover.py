@@ -18,7 +18,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -84,10 +84,13 @@ def _answer_for_neighbours() -> None:
     def wrapped() -> Callable[..., Any]:
         run = schedule_of()
 
-        def scheduled(*, data_iterator: Iterable[MicroBatch], model: Sequence[Any], **given: Any) -> Any:
-            parts = list(data_iterator)
-            shapes.expect([_states(part, model[0].config) for part in parts])
-            return run(data_iterator=iter(parts), model=model, **given)
+        def scheduled(*, data_iterator: Any, model: Sequence[Any], **given: Any) -> Any:
+            interleaved = isinstance(data_iterator, list)
+            parts = list(data_iterator[0] if interleaved else data_iterator)
+            states = [_states(part, model[0].config) for part in parts]
+            shapes.expect(states, model[0].config if interleaved else None)
+            iterators = [iter(parts) for _ in model]
+            return run(data_iterator=iterators if interleaved else iterators[0], model=model, **given)
 
         return scheduled
 

@@ -18,6 +18,7 @@ from megatron_tempo.config.schema import Config
 from megatron_tempo.evaluation.evaluator import Evaluator
 from megatron_tempo.kernels import kernels_for
 from megatron_tempo.models.actor import Actor
+from megatron_tempo.models.chunks import ModelChunks
 from megatron_tempo.models.critic import Critic
 from megatron_tempo.models.families import DTYPES, transformer_config
 from megatron_tempo.models.gpt import LanguageModel, PackedGPT, ValueModel
@@ -135,14 +136,16 @@ def _in_engine_precision(context: RunContext, weights: Callable[..., Weights]) -
     return weights(dtype=DTYPES[Precision[precision.name]])
 
 
-def _language_model(context: RunContext) -> PackedGPT:
+def _language_model(context: RunContext) -> PackedGPT | ModelChunks:
     """The actor's network, with the weights of `model.path`."""
     config = context.config
     kind = partial(LanguageModel, logits=config.model.logits, temperature=config.rollout.temperature)
     return _network(context, kind, Path(config.model.path), context.layouts.actor)
 
 
-def _network(context: RunContext, kind: Callable[..., PackedGPT], path: Path, layout: Layout) -> PackedGPT:
+def _network(
+    context: RunContext, kind: Callable[..., PackedGPT], path: Path, layout: Layout
+) -> PackedGPT | ModelChunks:
     context.offloader.offload_all()
     shape = read_model_shape(path)
     given = context.config
@@ -155,12 +158,14 @@ def _network(context: RunContext, kind: Callable[..., PackedGPT], path: Path, la
         given.model.num_bf16_layers_at_ends,
         chosen_fusions(given, context.machine),
     )
-    net = kind(config, shape, layout, kernels_for(context.device))
+    kernels = kernels_for(context.device)
+    chunks = [kind(config, shape, layout, kernels, chunk=chunk) for chunk in range(layout.virtual_pipeline)]
+    net = chunks[0] if len(chunks) == 1 else ModelChunks(chunks)
     folder.load(net, layout, mappings_of(net, layout), path)
     return net
 
 
-def _trained(context: RunContext, net: PackedGPT, layout: Layout) -> TrainedModel:
+def _trained(context: RunContext, net: PackedGPT | ModelChunks, layout: Layout) -> TrainedModel:
     return TrainedModel.wrap(net, layout, context.device, context.config.parallel, context.offloader)
 
 

@@ -21,6 +21,7 @@ from megatron_tempo.config.trained_with import ENTRY, trained_with
 from megatron_tempo.errors import InputError
 from megatron_tempo.files import read_json
 from megatron_tempo.models.actor import Actor
+from megatron_tempo.models.chunks import ModelChunks
 from megatron_tempo.models.critic import Critic
 from megatron_tempo.models.gpt import PackedGPT, ValueModel
 from megatron_tempo.models.parallel import Layout
@@ -152,6 +153,6 @@ def last_targets(config: Config) -> CriticTargets:
     return config.critic_targets(list(config.stages())[-1])
 
 
-def mappings_of(net: PackedGPT, layout: Layout) -> list[ParamMapping]:
+def mappings_of(net: PackedGPT | ModelChunks, layout: Layout) -> list[ParamMapping]:
     """The table of a network's parameters and their Hugging Face tensors."""
-    return tables.mappings(net.shape, layout.pipeline_layers, critic=isinstance(net, ValueModel))
+    return tables.mappings(net.shape, layout.pipeline_layers, critic=isinstance(net.chunks[0], ValueModel))

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.errors import InputError
 from megatron_tempo.files import partial_of, publish_folder, read_json, readable, why_unreadable
+from megatron_tempo.models.chunks import ModelChunks
 from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.runtime import progress_marker
@@ -142,7 +143,7 @@ class FolderWeights:
             yield from map(in_shared_memory, buckets) if shared and self._device.type == "cpu" else buckets
 
 
-def load(net: PackedGPT, layout: Layout, mappings: list[ParamMapping], folder: Path) -> None:
+def load(net: PackedGPT | ModelChunks, layout: Layout, mappings: list[ParamMapping], folder: Path) -> None:
     """Fill this rank's shards from a folder. Reads only what the rank holds.
 
     Tensors that no mapping names are refused, except a head that this model does not have. An actor's folder can start
@@ -154,7 +155,7 @@ def load(net: PackedGPT, layout: Layout, mappings: list[ParamMapping], folder: P
     raise_on_all_ranks(partial(_load, net, layout, mappings, folder))
 
 
-def _load(net: PackedGPT, layout: Layout, mappings: list[ParamMapping], folder: Path) -> None:
+def _load(net: PackedGPT | ModelChunks, layout: Layout, mappings: list[ParamMapping], folder: Path) -> None:
     files = tensor_files(folder)
     check(files, mappings, folder)
     if layout.is_writer:
@@ -274,7 +275,7 @@ _UNQUANTISED = "give the folder of the model before quantisation, or dequantise 
 
 
 def _load_tied_copy(
-    net: PackedGPT,
+    net: PackedGPT | ModelChunks,
     layout: Layout,
     mappings: list[ParamMapping],
     opened: dict[Path, Any],
@@ -282,13 +283,14 @@ def _load_tied_copy(
     stack: ExitStack,
 ) -> None:
     """Load the last stage's copy of a tied embedding, which it has if first and last stage are on different ranks."""
-    if not net.share_embeddings_and_output_weights or net.pre_process or not net.post_process:
+    last = net.chunks[-1]
+    if not last.share_embeddings_and_output_weights or last.pre_process or not last.post_process:
         return
     mapping = mappings[0]
     path = files[mapping.names[0]]
     source = opened.get(path) or stack.enter_context(safe_open(path, "pt"))
     shard = mapping.sharding.shard([source.get_slice(mapping.names[0])], layout.tensor_rank, layout.tensor)
-    net.shared_embedding_or_output_weight().copy_(shard)
+    last.shared_embedding_or_output_weight().copy_(shard)
 
 
 def save(

@@ -181,7 +181,7 @@ class ParamMapping:
     ...      ((4096, 12288),), ShardedDim1(12288), stage=1)
     """
 
-    megatron: str  # the name on its pipeline stage; each stage counts its layers from 0
+    megatron: str  # the name on its pipeline stage; each stage counts the layers of all its chunks from 0
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     sharding: TPSharding

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_tempo.models.chunks import ModelChunks
 from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.runtime import progress_marker
@@ -39,7 +40,7 @@ class WeightStream:
 
     def __init__(
         self,
-        net: PackedGPT,
+        net: PackedGPT | ModelChunks,
         layout: Layout,
         mappings: list[ParamMapping],
         bucket_bytes: int,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.pipeline_layers import PipelineLayers
@@ -35,12 +36,12 @@ def mappings(shape: ModelShape, pipeline: PipelineLayers = WITHOUT_PIPELINE, *, 
         ShardedVocab(shape.vocab),
         0,
     )
-    layers = [
-        mapping
-        for stage, of_stage in enumerate(pipeline.ranges(shape.layers))
-        for local, layer in enumerate(of_stage)
-        for mapping in _layer(shape, layer, local, stage)
-    ]
+    places = {
+        layer: (local, stage)
+        for stage, chunks in enumerate(pipeline.chunks(shape.layers))
+        for local, layer in enumerate(chain.from_iterable(chunks))
+    }
+    layers = [mapping for layer in range(shape.layers) for mapping in _layer(shape, layer, *places[layer])]
     last = pipeline.stages - 1
     norm = ParamMapping("decoder.final_layernorm.weight", ("model.norm.weight",), ((hidden,),), Replicated(), last)
     return [embedding, *layers, norm, *_head(shape, last, critic=critic)]

@@ -19,7 +19,8 @@ from tests.support.weights import tensors
 
 ITERATIONS = 3  # the first of them the critic's warm-up: the actor's optimizer has then no state yet
 ONE, TP2 = (1, 1, 1, 1), (2, 1, 1, 2)
-# name: (tensor, pipeline, context, processes, perhaps layers of the first stage) until the checkpoint, then of the rest
+# name: (tensor, pipeline, context, processes, perhaps layers of the first stage, virtual stages) until the checkpoint,
+# then of the rest
 CHANGES: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], int]] = {
     "tp2-pp2 to one process": ("untied", (2, 2, 1, 4), (1, 1, 1, 1), 2),
     "one process to tp2-pp2": ("untied", (1, 1, 1, 1), (2, 2, 1, 4), 2),
@@ -28,6 +29,8 @@ CHANGES: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], int]] = {
     # Where the pipeline parts a tied embedding's two ends, it has a gradient bucket of its own.
     "tied, pp2 to pp2": ("tied", (1, 2, 1, 2), (1, 2, 1, 2), 2),
     "tied, stages of 1, 2 and 1 layers to 3 and 1": ("tied", (1, 3, 1, 3), (1, 2, 1, 2, 3), 2),
+    "tied, virtual stages to stages of 3 and 1 layers": ("tied", (1, 2, 1, 2, 2, 2), (1, 2, 1, 2, 3), 2),
+    "olmo3, one process to virtual stages": ("olmo3", (1, 1, 1, 1), (2, 2, 1, 4, 2, 2), 2),
     "tied, dp2-pp2 to one process": ("tied", (1, 2, 1, 4), (1, 1, 1, 1), 2),
     # Its norms over all heads are cut over the tensor ranks.
     "olmo3, tp2-pp2 to one process": ("olmo3", (2, 2, 1, 4), (1, 1, 1, 1), 2),
@@ -47,8 +50,9 @@ def run_config(project: Path, run: Path, iterations: int) -> Config:
 
 def launch(config: Config, layout: tuple[int, ...], out: Path, server: ForkServer = FORK_SERVER) -> None:
     """`server`: with Transformer Engine's stand-in, its layers and its optimizer are used."""
-    config.parallel.tensor, config.parallel.pipeline, config.parallel.context, world, *first = layout
-    config.parallel.num_layers_in_first_pipeline_stage = first[0] if first else None
+    config.parallel.tensor, config.parallel.pipeline, config.parallel.context, world, *more = layout
+    config.parallel.num_layers_in_first_pipeline_stage = more[0] if more else None
+    config.parallel.virtual_pipeline = more[1] if len(more) > 1 else 1
     config.model.layers = Layers.transformer_engine if server is TE_FORK_SERVER else Layers.local
     run_ranks(train, world, out, config, server=server)
 

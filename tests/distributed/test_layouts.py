@@ -59,6 +59,23 @@ UNEVEN: dict[str, tuple[int, dict[str, Any]]] = {
             "critic": CriticLayoutConfig(num_layers_in_first_pipeline_stage=1),
         },
     ),
+    # One micro-batch a step, and one of padding, because each stage needs one.
+    "pp2-virtual-2-large-budget": (2, {"pipeline": 2, "virtual_pipeline": 2, "micro_batch_tokens": 3000}),
+    "dp2-pp2-virtual-2-critic-virtual-1-offload": (
+        4,
+        {
+            "pipeline": 2,
+            "virtual_pipeline": 2,
+            "critic": CriticLayoutConfig(virtual_pipeline=1),
+            "offload": True,
+            "micro_batch_tokens": 60,
+            "ddp_bucket_size": 1000,  # several buckets in each chunk
+        },
+    ),
+    "tp2-pp2-virtual-2-sequence-small-budget": (
+        4,
+        {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True, "micro_batch_tokens": 60},
+    ),
     "tp2-pp2-last-3-sequence": (
         4,
         {"tensor": 2, "pipeline": 2, "sequence": True, "num_layers_in_last_pipeline_stage": 3},
@@ -106,6 +123,11 @@ def in_layout(config: Config, name: str) -> int:
 CASES = [("untied", name) for name in LAYOUTS] + [("tied", "tp2"), ("tied", "pp2"), ("tied", "dp2-pp2")]
 CASES += [("tied", "critic-tp2-cp2-actor-pp2-dp2-offload")]
 CASES += [("tied", "pp3"), ("tied", "pp2-first-3-critic-first-1"), ("olmo3", "tp2-pp2-last-3-sequence")]
+CASES += [
+    ("tied", "pp2-virtual-2-large-budget"),
+    ("tied", "dp2-pp2-virtual-2-critic-virtual-1-offload"),
+    ("olmo3", "tp2-pp2-virtual-2-sequence-small-budget"),
+]
 CASES += [("olmo3", "tp2"), ("olmo3", "tp2-sequence"), ("olmo3", "tp2-pp2-sequence-small-budget")]
 
 

@@ -45,6 +45,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         {"tensor": 2, "critic": CriticLayoutConfig(tensor=1, pipeline=2), "offload": True},
     ),
     "pp2-first-3": (2, {"pipeline": 2, "num_layers_in_first_pipeline_stage": 3}),
+    "pp2-virtual-2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
     "pp2-layers": (2, {"pipeline": 2, "recompute": Recompute.layers}),
 }
 # The first has an attention wider than its hidden size, the second a feed-forward part that outweighs the rest.

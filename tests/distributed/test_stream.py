@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.errors import InputError
 from megatron_tempo.kernels import REFERENCE
+from megatron_tempo.models.chunks import ModelChunks
 from megatron_tempo.models.families import transformer_config
 from megatron_tempo.models.gpt import LanguageModel, PackedGPT
 from megatron_tempo.models.megatron_compat.cpu_backend import install_cpu_backend
@@ -41,14 +43,15 @@ from tests.support.ranks import run_ranks
 from tests.support.storages import Storages
 from tests.support.tiny import write_model
 
-# name: tensor, pipeline, processes
-LAYOUTS = {
+# name: tensor, pipeline, processes, perhaps virtual pipeline stages
+LAYOUTS: dict[str, tuple[int, ...]] = {
     "tp2-pp2": (2, 2, 4),
     "dp2-tp2": (2, 1, 4),
     "tp2": (2, 1, 2),
     "dp2": (1, 1, 2),
     "pp2": (1, 2, 2),
     "pp3": (1, 3, 3),
+    "pp2-virtual-2": (1, 2, 2, 2),
 }
 LIMIT = 20_000  # bytes: several mappings in some buckets, and the larger mappings alone
 WAYS: dict[str, Callable[[WeightStream], Iterator[Bucket]]] = {
@@ -62,13 +65,17 @@ WAYS: dict[str, Callable[[WeightStream], Iterator[Bucket]]] = {
 
 
 @contextmanager
-def opened(model: Path, tensor: int, pipeline: int) -> Iterator[tuple[PackedGPT, Layout, list[ParamMapping]]]:
+def opened(
+    model: Path, tensor: int, pipeline: int, virtual: int = 1
+) -> Iterator[tuple[PackedGPT | ModelChunks, Layout, list[ParamMapping]]]:
     """Process groups, and the model of a folder in them."""
     install_cpu_backend()
-    with parallel_groups(ParallelConfig(tensor=tensor, pipeline=pipeline), torch.device("cpu"), 0) as layouts:
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual)
+    with parallel_groups(parallel, torch.device("cpu"), 0) as layouts:
         shape, layout = read_model_shape(model), layouts.actor
         config = transformer_config(shape, layout, Precision.fp32)
-        net = LanguageModel(config, shape, layout, REFERENCE, Logits.recomputed, temperature=1.0)
+        build = partial(LanguageModel, config, shape, layout, REFERENCE, Logits.recomputed, temperature=1.0)
+        net = ModelChunks([build(chunk=chunk) for chunk in range(virtual)]) if virtual > 1 else build()
         mappings = tables.mappings(shape, layout.pipeline_layers, critic=False)
         folder.load(net, layout, mappings, model)
         yield net, layout, mappings
@@ -87,9 +94,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 # What arrives
 
 
-def stream(model: Path, tensor: int, pipeline: int) -> dict[str, Any]:
+def stream(model: Path, tensor: int, pipeline: int, virtual: int = 1) -> dict[str, Any]:
     """What this rank gets: three times from one stream, of weights doubled in between, and once in bfloat16."""
-    with opened(model, tensor, pipeline) as (net, layout, mappings):
+    with opened(model, tensor, pipeline, virtual) as (net, layout, mappings):
         weights = WeightStream(net, layout, mappings, LIMIT)
         result: dict[str, Any] = {"sends": weights.sends, "place": (layout.tensor_rank, layout.data_rank)}
         half = WeightStream(net, layout, mappings, LIMIT, torch.bfloat16)
@@ -111,8 +118,8 @@ CASES = [(kind, name) for kind in ("tied", "untied") for name in LAYOUTS] + [("o
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_what_arrives_is_what_the_folder_holds(models: dict[str, Path], kind: str, name: str, tmp_path: Path) -> None:
-    tensor, pipeline, world = LAYOUTS[name]
-    ranks = run_ranks(stream, world, tmp_path, models[kind], tensor, pipeline)
+    tensor, pipeline, world, *virtual = LAYOUTS[name]
+    ranks = run_ranks(stream, world, tmp_path, models[kind], tensor, pipeline, *virtual)
     original = load_file(models[kind] / "model.safetensors")
     assert [rank["sends"] for rank in ranks] == [rank["place"] == (0, 0) for rank in ranks]
     assert sum(rank["sends"] for rank in ranks) == pipeline
@@ -195,7 +202,7 @@ def own_files() -> list[Path]:
 def test_the_last_two_buckets_stay_until_the_next_is_asked_for(
     models: dict[str, Path], name: str, tmp_path: Path
 ) -> None:
-    tensor, pipeline, world = LAYOUTS[name]
+    tensor, pipeline, world, *_ = LAYOUTS[name]
     for rank, result in enumerate(run_ranks(watch, world, tmp_path, models["untied"], tensor, pipeline)):
         sends = tensor == 1 or rank == 0
         assert bool(result["good"]) == sends

@@ -40,6 +40,7 @@ CASES = {
     "pipeline 2": PIPELINE,
     "pipeline 4": (*PIPELINE, "parallel.pipeline=4"),
     "pipeline 2, uneven": (*PIPELINE, "parallel.num_layers_in_first_pipeline_stage=3"),
+    "pipeline 2, virtual 2": (*PIPELINE, "parallel.virtual_pipeline=2"),
     "context 2": ("parallel.tensor=2", "parallel.context=2"),
     "critic apart": ("parallel.critic.tensor=2", "parallel.critic.pipeline=2"),
     "resident, no recomputation": ("parallel.offload=false", "parallel.recompute=none", "model.logits=stored"),
@@ -86,7 +87,14 @@ def outcomes(model: Path) -> dict[str, tuple[Outcome, str]]:
 @cache
 def kinds(name: str) -> int:
     """How many kinds of ranks a case has."""
-    return {"pipeline 2": 2, "pipeline 2, uneven": 2, "pipeline 4": 3, "context 2": 2, "critic apart": 2}.get(name, 1)
+    return {
+        "pipeline 2": 2,
+        "pipeline 2, uneven": 2,
+        "pipeline 2, virtual 2": 2,
+        "pipeline 4": 3,
+        "context 2": 2,
+        "critic apart": 2,
+    }.get(name, 1)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -135,6 +135,8 @@ ONE_FIELD = [
     ("parallel.tensor=8", "parallel.tensor", "4 key-value heads", "one of 1, 2, 4"),
     ("parallel.pipeline=7", "parallel.pipeline", "6 layers", "parallel.pipeline=6 or less"),
     (f"{FIRST}=2", FIRST, "parallel.pipeline is 1", f"{FIRST}=null"),
+    ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline", "parallel.pipeline is 1", "virtual_pipeline=1"),
+    ("parallel.virtual_pipeline=0", "parallel.virtual_pipeline", "1 or more", "virtual_pipeline=1"),
     (f"parallel.critic.{FIRST[9:]}=2", f"parallel.critic.{FIRST[9:]}", "parallel.pipeline is 1", "=null"),
     ("parallel.sequence=true", "parallel.sequence", "parallel.tensor is 1", "parallel.tensor=2"),
     ("parallel.critic.tensor=3", "parallel.critic.tensor", "8 attention heads", "critic.tensor=one of 1, 2, 4"),
@@ -231,6 +233,34 @@ SEVERAL_FIELDS = [
         "each of the other 1 stages needs one of the 6 layers",
         f"parallel.critic.{LAST[9:]}=5 or less",
     ),
+    (
+        "more chunks than layers",
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=4"],
+        "parallel.virtual_pipeline",
+        "each chunk of 2 stages needs a layer, and model.path has 6 layers",
+        "parallel.virtual_pipeline=3 or less",
+    ),
+    (
+        "a first stage that is not chunks",
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=2", f"{FIRST}=3"],
+        FIRST,
+        "does not divide by parallel.virtual_pipeline=2",
+        f"{FIRST}=4",
+    ),
+    (
+        "a first stage that leaves too little for chunks",
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=2", f"{FIRST}=6"],
+        FIRST,
+        "each of the other 1 stages needs 2 of the 6 layers",
+        f"{FIRST}=4",
+    ),
+    (
+        "chunks of two stages that are not the whole model",
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=2", f"{FIRST}=2", f"{LAST}=2"],
+        LAST,
+        f"{FIRST}=2 leaves 4 of the 6 layers",
+        f"{LAST}=4",
+    ),
     ("an empty stage", ["parallel.pipeline=2", f"{LAST}=0"], LAST, "1 or more", f"{LAST}=1"),
     (
         "two stages that are not the whole model",
@@ -243,7 +273,7 @@ SEVERAL_FIELDS = [
         "first and last stages that leave nothing to those between",
         ["parallel.pipeline=4", f"{FIRST}=2", f"{LAST}=3"],
         LAST,
-        f"{FIRST}=2 leaves 4 of the 6 layers of model.path, and each stage between them (2) needs one",
+        f"{FIRST}=2 leaves 4 of the 6 layers of model.path, and each chunk of the stages between them (2) needs one",
         f"{LAST}=2 or less",
     ),
     (
@@ -322,6 +352,9 @@ SEVERAL_FIELDS = [
     [
         ["parallel.pipeline=4"],  # 6 layers: 1, 2, 2, 1
         ["parallel.pipeline=6"],
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],  # 2, 1, 2, 1
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=2", f"{FIRST}=2", f"{LAST}=4"],
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=3", "parallel.critic.pipeline=1"],
         ["parallel.pipeline=2", f"{FIRST}=5"],
         ["parallel.pipeline=2", f"{FIRST}=2", f"{LAST}=4"],
         ["parallel.pipeline=4", f"{FIRST}=2", f"{LAST}=2"],

@@ -97,6 +97,17 @@ def test_the_first_stage_holds_as_many_micro_batches_as_there_are_stages() -> No
     assert activations.in_flight(four, 0, 2) == 2
 
 
+def test_virtual_stages_hold_more_passes_of_fewer_layers() -> None:
+    """Narayanan et al. 2021: two passes for each later stage, and all chunks but the last of a group, and one more."""
+    two = PlannedLayout(pipeline=4, virtual_pipeline=2)
+    assert [activations.in_flight(two, stage, 8) for stage in range(4)] == [6 + 4 + 1, 4 + 4 + 1, 2 + 4 + 1, 4 + 1]
+    assert activations.in_flight(two, 0, 4) == 8  # all passes of four micro-batches
+    assert activations.in_flight(two, 0, 1) == 8  # three of them of padding
+    shape, one = replace(TINY, layers=8), activations.layer(TINY, PlannedLayout(), BF16, MICRO)
+    kept = [activations.kept(shape, two, BF16, MICRO, stage) for stage in range(4)]
+    assert kept == [one + 1.5 * 1600, one + 2 * 1600, one + 2 * 1600, one + 1.5 * 1600]
+
+
 def test_a_stage_keeps_the_activations_of_its_own_layers() -> None:
     """bf16: a layer's activations for each layer, and the states that the stage received or sent, 2 x 8 x 100 bytes."""
     shape, one = replace(TINY, layers=5), activations.layer(TINY, PlannedLayout(), BF16, MICRO)

@@ -105,43 +105,55 @@ def _tensor(laid: Laid, folder: str, shape: ModelShape) -> Iterator[Problem]:
 
 
 def _pipeline(laid: Laid, folder: str, shape: ModelShape) -> Iterator[Problem]:
-    """Every stage has at least one layer."""
+    """Every chunk of every stage has at least one layer."""
     pipeline, field, layers = laid.parallel.pipeline, laid.fields["pipeline"], shape.layers
+    chunks, virtual = laid.parallel.virtual_pipeline, laid.fields["virtual_pipeline"]
     if pipeline > layers:
         wrong = f"each stage needs a layer, and {folder} has {layers} layers"
         yield Problem(field, pipeline, wrong, f"{field}={layers} or less")
-    elif pipeline > 0:
+    elif pipeline == 1 and chunks > 1:
+        yield Problem(virtual, chunks, f"it needs several pipeline stages, and {field} is 1", f"{virtual}=1")
+    elif pipeline > 0 and pipeline * chunks > layers:
+        wrong = f"each chunk of {pipeline} stages needs a layer, and {folder} has {layers} layers"
+        yield Problem(virtual, chunks, wrong, f"{virtual}={layers // pipeline} or less")
+    elif pipeline > 0 and chunks > 0:
         yield from _ends(laid, folder, layers)
 
 
 def _ends(laid: Laid, folder: str, layers: int) -> Iterator[Problem]:
     """The layers of the first and of the last stage, where they are given."""
-    stages, split = laid.parallel.pipeline, laid.parallel.pipeline_layers
+    stages, split, chunks = laid.parallel.pipeline, laid.parallel.pipeline_layers, laid.parallel.virtual_pipeline
     fields = [laid.fields[f"num_layers_in_{end}_pipeline_stage"] for end in ("first", "last")]
     ends = zip(fields, (split.first, split.last), strict=True)
     given = {field: value for field, value in ends if value is not None and value > 0}
-    most = layers - (stages - 1)
-    if stages == 1:
-        for field, value in given.items():
+    most = layers - (stages - 1) * chunks
+    most -= most % chunks
+    for field, value in given.items():
+        if stages == 1:
             wrong = f"it needs several pipeline stages, and {laid.fields['pipeline']} is 1"
             yield Problem(field, value, wrong, f"{field}=null")
-    elif too_many := {field: value for field, value in given.items() if value > most}:
-        for field, value in too_many.items():
-            wrong = f"each of the other {stages - 1} stages needs one of the {layers} layers of {folder}"
-            yield Problem(field, value, wrong, f"{field}={most} or less")
-    elif len(given) == 2:
-        yield from _both_ends(given, folder, layers, stages)
+        elif value % chunks:
+            wrong = f"does not divide by {laid.fields['virtual_pipeline']}={chunks}"
+            yield Problem(field, value, wrong, f"{field}={min(most, value + -value % chunks)}")
+        elif value > most:
+            each = "one" if chunks == 1 else f"{chunks}"
+            wrong = f"each of the other {stages - 1} stages needs {each} of the {layers} layers of {folder}"
+            yield Problem(field, value, wrong, f"{field}={most}" + (" or less" if chunks == 1 else ""))
+    if len(given) == 2 and stages > 1 and all(value <= most and value % chunks == 0 for value in given.values()):
+        yield from _both_ends(given, folder, layers, stages, chunks)
 
 
-def _both_ends(given: dict[str, int], folder: str, layers: int, stages: int) -> Iterator[Problem]:
+def _both_ends(given: dict[str, int], folder: str, layers: int, stages: int, chunks: int) -> Iterator[Problem]:
     (first, of_first), (last, of_last) = given.items()
-    left, between = layers - of_first, stages - 2
+    left, between = layers - of_first, (stages - 2) * chunks
+    most = left - between - (left - between) % chunks
     wrong = f"{first}={of_first} leaves {left} of the {layers} layers of {folder}"
     if not between and of_last != left:
-        yield Problem(last, of_last, wrong, f"{last}={left}")
-    elif of_last > left - between:
-        wrong += f", and each stage between them ({between}) needs one"
-        yield Problem(last, of_last, wrong, f"{last}={left - between} or less")
+        # Perhaps no multiple of the chunks is left for the last stage.
+        yield Problem(last, of_last, wrong, f"{last}=null" if left % chunks else f"{last}={left}")
+    elif of_last > most:
+        wrong += f", and each chunk of the stages between them ({between}) needs one"
+        yield Problem(last, of_last, wrong, f"{last}={most}" + (" or less" if chunks == 1 else ""))
 
 
 def _lengths(config: Config, field: str, shape: ModelShape) -> Iterator[Problem]:

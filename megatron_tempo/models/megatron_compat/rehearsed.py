@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from torch.distributed import distributed_c10d
 
 Shape = tuple[int, ...]
@@ -88,6 +90,9 @@ class NeighbourShapes:
 
     Megatron-Core 0.16.1 (pipeline_parallel/p2p_communication.py, `P2PCommunicator._communicate_shapes`) sends them as
     CUDA tensors. Micro-batches pass in order in both directions: the shapes are those of the micro-batches at hand.
+    With virtual pipeline stages, the order is that of Megatron's table (pipeline_parallel/schedules.py,
+    `get_schedule_table`). The first stage then also receives, except for its first chunk, and the last stage gradients,
+    except for its last chunk.
     """
 
     def __init__(self) -> None:
@@ -95,9 +100,21 @@ class NeighbourShapes:
         self._backward: deque[Shape] = deque()
         self._original: Callable[..., Any] = P2PCommunicator._communicate_shapes
 
-    def expect(self, shapes: Sequence[Shape]) -> None:
-        """The hidden states of the micro-batches of the pass that begins now."""
+    def expect(self, shapes: Sequence[Shape], interleaved: Any = None) -> None:
+        """The hidden states of the micro-batches of the pass that begins now. `interleaved`: the model's config, if it
+        has virtual pipeline stages."""
         self._forward, self._backward = deque(shapes), deque(shapes)
+        if interleaved is not None:
+            chunks, group = (
+                interleaved.virtual_pipeline_model_parallel_size,
+                interleaved.microbatch_group_size_per_vp_stage,
+            )
+            rank = parallel_state.get_pipeline_model_parallel_rank()
+            last = parallel_state.get_pipeline_model_parallel_world_size() - 1
+            table = get_schedule_table(len(shapes), chunks, group)
+            # Backward passes have the same order of micro-batches, with the chunks reversed.
+            self._forward = deque(shapes[micro] for micro, chunk in table if rank > 0 or chunk > 0)
+            self._backward = deque(shapes[micro] for micro, chunk in table if rank < last or chunk > 0)
 
     def install(self) -> None:
         def answered(
