@@ -120,8 +120,9 @@ def test_resumed_with_other_layers(
         launch(config, layout, tmp_path / f"ranks{iterations}", server)
         names = ("Transformer Engine 2.11.0", "Transformer Engine's FusedAdam")
         layers, optimizer = names if server is TE_FORK_SERVER else ("Megatron-Core and torch", "torch.optim.AdamW")
-        line = f"device: CPU; layers: {layers}, fp32; optimizer: {optimizer}"
-        assert line in (tmp_path / f"ranks{iterations}/rank0.log").read_text()
+        log = (tmp_path / f"ranks{iterations}/rank0.log").read_text()
+        assert f"device: CPU; layers: {layers}, fp32; fused: " in log
+        assert f"; optimizer: {optimizer}\n" in log
     assert_resumed(unchanged[kind], run, until, tmp_path)
 
 
