@@ -269,7 +269,8 @@ def updated(model: Path, out: Path, wrong: list[str]) -> tuple[dict[str, float],
                 metrics = critic.update(batch, targets, CriticUpdateConfig(), [*order[: len(wrong)], order[-1]])
         except NotFiniteError as caught:
             error = str(caught)
-        return metrics, [parameter.detach().clone() for parameter in critic.model.net.parameters()], error
+        with critic.model.at_work():  # which waits for the weights that the other replica sends
+            return metrics, [parameter.detach().clone() for parameter in critic.model.net.parameters()], error
 
 
 @pytest.fixture(scope="module")
