@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -56,6 +56,10 @@ class EngineSetup:
     folder: Path  # below `run.dir`, for what the engine writes; it need not exist
     config: RolloutConfig  # `batch_rows` and so on
     log: logging.Logger  # its warnings are shown by `status` and the report too
+
+
+# Gets the number of a request and its completions. It returns at once.
+Arrived = Callable[[int, Sequence[Completion]], None]
 
 
 class EngineWork:
@@ -148,3 +152,9 @@ class AnswersOnFirstRank(Protocol):
     """An engine whose answers come to the first rank alone. `nodes`: those that verify them; None if there is one."""
 
     nodes: VerifyingNodes | None
+
+    def start(
+        self, requests: Sequence[Request], sampling: Sampling, arrived: Arrived | None = None
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """As `Engine.start`. `arrived` is called with each answer when it arrives, in another thread."""
+        ...

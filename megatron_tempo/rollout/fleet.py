@@ -23,7 +23,7 @@ from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rollout.answer_checks import checked, checked_completions, differing, reason
 from megatron_tempo.rollout.answer_reader import AnswerReader, CannotAnswer
 from megatron_tempo.rollout.connections import CONNECT_SECONDS, LIMITS, authorised
-from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
+from megatron_tempo.rollout.engine import Arrived, EngineWork, Request, Sampling
 from megatron_tempo.rollout.replica import (
     Answered,
     Ask,
@@ -79,11 +79,11 @@ class Fleet:
         """Start all servers. Raises InputError if one does not start, since then its configuration is wrong."""
         self._do(self._open())
 
-    def submit(self, requests: Sequence[Request], sampling: Sampling) -> GenerationJob:
-        """Begin to answer requests, by all servers that have the weights."""
+    def submit(self, requests: Sequence[Request], sampling: Sampling, arrived: Arrived | None = None) -> GenerationJob:
+        """Begin to answer requests, by all servers that have the weights. `arrived`: as in `AnswersOnFirstRank`."""
 
         async def begin() -> GenerationJob:
-            job = GenerationJob(len(requests), self._version, self._work.begin())
+            job = GenerationJob(len(requests), self._version, self._work.begin(), arrived)
             asks = [Ask(job, i, request, sampling) for i, request in enumerate(requests)]
             if self._config.dispatch is Dispatch.longest_first:
                 asks.sort(key=lambda ask: -len(ask.request.token_ids))
@@ -249,6 +249,8 @@ class Fleet:
             return
         else:
             progress_marker.mark()
+            if ask.job.arrived is not None:
+                ask.job.arrived(ask.number, completions)
             ask.job.events.put(Answered(ask.number, completions))
             ask.job.received = max(ask.job.received, answers.received)
             if ask.job.left == 1:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import httpx
 
-from megatron_tempo.rollout.engine import Request, Sampling
+from megatron_tempo.rollout.engine import Arrived, Request, Sampling
 from megatron_tempo.types import Completion
 
 
@@ -76,9 +76,11 @@ class Event(Enum):
 class GenerationJob:
     """The requests of one `submit`."""
 
-    def __init__(self, requests: int, oldest: int, work: int) -> None:
-        """`oldest`: the version of the weights at its start. `work`: its number in the engine's `EngineWork`."""
+    def __init__(self, requests: int, oldest: int, work: int, arrived: Arrived | None = None) -> None:
+        """`oldest`: the version of the weights at its start. `work`: its number in the engine's `EngineWork`.
+        `arrived`: is called with each answer, in the event loop."""
         self.left = requests
+        self.arrived = arrived
         self.oldest = oldest
         self.work = work
         self.received = 0.0  # when the last answer so far began to arrive, by `time.monotonic`

@@ -28,7 +28,7 @@ from megatron_tempo.files import read_text
 from megatron_tempo.rollout.addresses import chosen_devices, own_address, visible_devices
 from megatron_tempo.rollout.answer_checks import differing
 from megatron_tempo.rollout.checksum import whole_checksums
-from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
+from megatron_tempo.rollout.engine import Arrived, EngineWork, Request, Sampling
 from megatron_tempo.rollout.fleet import Fleet
 from megatron_tempo.rollout.placement import own_gpu, placed, visible_gpus
 from megatron_tempo.rollout.replica import Answered, Event, Failed, GenerationJob, Starter
@@ -97,9 +97,11 @@ class ServersEngine:
             self.close()
             raise
 
-    def start(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
+    def start(
+        self, requests: Sequence[Request], sampling: Sampling, arrived: Arrived | None = None
+    ) -> Iterator[tuple[int, list[Completion]]]:
         assert self._weights is not None, "load_weights comes first"
-        job = self._fleet.submit(requests, sampling) if self._fleet is not None else None
+        job = self._fleet.submit(requests, sampling, arrived) if self._fleet is not None else None
         return self._answers(job)
 
     def load_weights(self, weights: Weights, version: int) -> None:

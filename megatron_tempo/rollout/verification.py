@@ -43,7 +43,7 @@ class Verification:
 
     `classes_by`: the verifier that decides which answers to an unlabelled prompt are equal; None: do not compare them.
     `nodes`: given if only the first rank has responses. Then the first ranks of all nodes verify them, and a node takes
-    the next prompt when it has finished one. Every rank must enter, and leave before the next collection. The judge's
+    the next prompt when it has finished one. Every rank must make one, in the same order, and close it. The judge's
     items stay on the first rank: it waits for them, and knows the verdicts that it has got before.
     """
 
@@ -56,6 +56,7 @@ class Verification:
     ) -> None:
         self._verifiers, self._tokenizer, self._classes_by, self._nodes = verifiers, tokenizer, classes_by, nodes
         self._jobs, self._for_judge = _Jobs(), _Jobs()
+        self._submitted: set[int] = set()
         self._threads: list[tuple[threading.Thread, _Jobs]] = []
         self._changed = threading.Condition()
         self._left = 0
@@ -63,16 +64,20 @@ class Verification:
         self._verdicts: dict[int, list[float]] = {}
         self._classes: dict[int, list[int | None]] = {}
         self._is_over = False
+        self._session = self._serve()
 
     def submit(self, i: int, prompt: Prompt, completions: Sequence[Completion]) -> None:
-        """Begin to verify the responses to prompt `i`. Returns at once."""
+        """Begin to verify the responses to prompt `i`, unless that has begun. Returns at once. From any thread."""
         verifier = prompt.verifier if isinstance(prompt, LabelledPrompt) else self._classes_by
         if verifier is None:
             return
         with self._changed:
+            if i in self._submitted:
+                return
+            self._submitted.add(i)
             self._left += 1
-        if not self._threads:
-            self._start()
+            if not self._threads:
+                self._start()
         jobs = self._for_judge if verifier == JUDGE else self._jobs
         jobs.put(_Job(i, prompt, completions, verifier))
 
@@ -88,19 +93,27 @@ class Verification:
                 raise self._failure
             return self._verdicts, self._classes
 
-    def __enter__(self) -> Verification:
+    def _serve(self) -> int:
+        """On the first rank of another node: begin to take orders. Returns the number of this session."""
         nodes = self._nodes
-        if nodes is not None:
-            nodes.sessions += 1
-            if nodes.own is not None:
-                for lane in range(self._verifiers.threads):
-                    arguments = (nodes, nodes.sessions, lane, self._verify_packed)
-                    threading.Thread(target=serve, args=arguments, name="verification-serve", daemon=True).start()
+        if nodes is None:
+            return 0
+        nodes.sessions += 1
+        if nodes.own is not None:
+            for lane in range(self._verifiers.threads):
+                arguments = (nodes, nodes.sessions, lane, self._verify_packed)
+                threading.Thread(target=serve, args=arguments, name="verification-serve", daemon=True).start()
+        return nodes.sessions
+
+    def __enter__(self) -> Verification:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
         """Wait for what is being verified; what is not begun is dropped."""
         self._is_over = True
         if self._nodes is not None and self._nodes.store is not None and not self._threads:
@@ -117,7 +130,7 @@ class Verification:
         if nodes is not None and nodes.store is not None:
             for lane in range(verifiers.threads):
                 for place in range(len(nodes.others)):
-                    lanes = Lane(nodes, nodes.sessions, place, lane)
+                    lanes = Lane(nodes, self._session, place, lane)
                     runs.append((lambda jobs, lane=lanes: self._send(jobs, lane), self._jobs))  # type: ignore[misc]
         for run, jobs in runs:
             thread = threading.Thread(target=run, args=(jobs,), name="verification", daemon=True)

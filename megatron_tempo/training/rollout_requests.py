@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout import dump
 from megatron_tempo.rollout.batches import Answers, Asked, Collected, ask, collect, receive, share_columns
 from megatron_tempo.rollout.engine import Engine, Sampling
+from megatron_tempo.rollout.verification import Prompt, Verification
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.training.row_owners import RowOwners
 from megatron_tempo.types import Batch, LabelledPrompt, UnlabelledPrompt
@@ -64,23 +66,28 @@ class RolloutRequests:
         With `rollout.max_staleness` this also asks for the next iteration's rollouts, within a stage. The engine
         generates them while the run trains on this iteration's. Collective.
         """
-        classes_by = self._classes_by(stage)
         if not self.pending:
             self.request(stage_name, stage, iteration)
         current = self.pending[0]
-        collected = collect(current.asked, self.verifiers, self.tokenizer, classes_by)
+        collected = collect(current.asked, self.verifiers, self.tokenizer, self._classes_by(stage))
         self.engine.work.end_with_slowest()
         if self.config.rollout.max_staleness and iteration + 1 < stage.iterations:
             self.request(stage_name, stage, iteration + 1)
         return self._received(collected, len(current.labelled), stage_name, stage, iteration, recorder)
 
     def request(self, stage_name: str, stage: StageConfig, iteration: int) -> None:
-        """Draw an iteration's prompts and let the engine start on them. Collective."""
+        """Draw an iteration's prompts and let the engine start on them. Collective.
+
+        With `rollout.max_staleness`, servers' answers are verified as they arrive, while the run trains.
+        """
         config, before = self.config.rollout, self._stream_states()
         labelled, unlabelled = self._draw(stage, iteration)
         sampling = Sampling(config.temperature, config.max_response_tokens)
         seed = (self.config.run.seed, stage_name, iteration, "rollout")
-        asked = ask(self.engine, [*labelled, *unlabelled], stage.samples, sampling, *seed)
+        verify = partial(Verification, self.verifiers, self.tokenizer, self._classes_by(stage))
+        prompts: list[Prompt] = [*labelled, *unlabelled]
+        early = verify if config.max_staleness else None
+        asked = ask(self.engine, prompts, stage.samples, sampling, *seed, verify=early)
         self.pending.append(_Pending(labelled, unlabelled, asked, before))
 
     def replay(self, stage_name: str, stage: StageConfig, iteration: int) -> Rollouts:
@@ -116,6 +123,12 @@ class RolloutRequests:
         collected = collect(asked, self.verifiers, self.tokenizer).take(0, len(prompts))
         owned = self.owners.of_batch(collected.columns)
         return receive(replace(collected, columns=owned), self.owners.held(owned))
+
+    def close(self) -> None:
+        """End the verification of answers that are not collected any more."""
+        for pending in self.pending:
+            if pending.asked.verification is not None:
+                pending.asked.verification.close()
 
     def resume_point(self) -> dict[str, Any]:
         """The streams' states for a checkpoint. A resumed run draws and requests the pending prompts again."""

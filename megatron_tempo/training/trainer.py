@@ -117,6 +117,7 @@ class Trainer:
             metrics.watch(engine.health, engine.work.spans)
             owners = RowOwners(actor, critic)
             requests = RolloutRequests(config, engine, tokenizer, verifiers, labelled, unlabelled, owners)
+            stack.callback(requests.close)
             seen = Seen(below, keys.labelled, keys.unlabelled, context.is_writer)
             profiler = Profiler(config.profile.steps, below / "profile", context.device, dist.get_rank())
             timer = PhaseTimer(metrics, peaks, profiler)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from megatron_tempo.rewards import verifiers as verifiers_module
 from megatron_tempo.rewards.scorer import Item
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout import verifying_nodes
-from megatron_tempo.rollout.batches import ask, collect, summed_counts
-from megatron_tempo.rollout.engine import AnswersOnFirstRank, EngineWork, Request, Sampling
+from megatron_tempo.rollout.batches import Collected, ask, collect, summed_counts
+from megatron_tempo.rollout.engine import AnswersOnFirstRank, Arrived, EngineWork, Request, Sampling
 from megatron_tempo.rollout.servers import ServersEngine
 from megatron_tempo.rollout.supervisor import private_store
 from megatron_tempo.rollout.verification import Verification
@@ -35,9 +36,9 @@ from tests.support.tiny import WORDS, write_model
 SAMPLES, WAIT = 3, 60.0
 LABELLED = [LabelledPrompt(f"l:{i}", f"{i}", (i,), str(i % 3), "text") for i in range(12)]
 UNLABELLED = [UnlabelledPrompt(f"u:{i}", f"{i}", (i,)) for i in range(8)]
-EXPECTED = (
-    [[float((i + sample) % 3 == i % 3) for sample in range(SAMPLES)] for i in range(12)] + [[]] * 8,
-    [[]] * 12 + [[0, 1, 2]] * 8,
+EXPECTED = (  # the columns `correct` and `answer_class`
+    [float((i + sample) % 3 == i % 3) for i in range(12) for sample in range(SAMPLES)] + [0.0] * 8 * SAMPLES,
+    [-1] * 12 * SAMPLES + [0, 1, 2] * 8,
 )
 
 
@@ -49,10 +50,16 @@ class FirstRankEngine:
     def __init__(self, nodes: VerifyingNodes | None) -> None:
         self.nodes = nodes
 
-    def start(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
+    def start(
+        self, requests: Sequence[Request], sampling: Sampling, arrived: Arrived | None = None
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        answers = []
         for i, request in enumerate(requests if dist.get_rank() == 0 else []):
             rows = [((request.token_ids[0] + s) % 3, WORDS.index("$")) for s in range(request.samples)]
-            yield i, [completion(row, (-0.5, -0.5)) for row in rows]
+            answers.append((i, [completion(row, (-0.5, -0.5)) for row in rows]))
+        for answer in answers if arrived is not None else []:
+            arrived(*answer)  # type: ignore[misc]  # while nobody reads them
+        return iter(answers)
 
     def load_weights(self, weights: Weights, version: int) -> None:
         raise NotImplementedError
@@ -100,6 +107,13 @@ def as_two_nodes() -> VerifyingNodes | None:
     return joined(dist.group.WORLD, engine._open_store)
 
 
+def columns_of(collected: Collected) -> tuple[list[float], list[int]]:
+    columns = collected.columns
+    assert columns.correct is not None
+    assert columns.answer_class is not None
+    return columns.correct.tolist(), columns.answer_class.tolist()
+
+
 def spread(model: Path, flags: Path) -> dict[str, Any]:
     dist.init_process_group("gloo")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
@@ -112,7 +126,7 @@ def spread(model: Path, flags: Path) -> dict[str, Any]:
         for at_least in (2**60, 0):  # decoded in the process itself, and by another
             verifiers_module.TOKENS_HERE = at_least
             collected = collect(ask(engine, prompts, SAMPLES, Sampling(1.0, 9)), verifiers, tokenizer, "text")
-            found.append((collected.verdicts, collected.classes))
+            found.append(columns_of(collected))
         counts, own = summed_counts(verifiers), verifiers.items
         verifiers.fail, message = True, ""
         verifiers._flag = flags / "again"
@@ -123,7 +137,11 @@ def spread(model: Path, flags: Path) -> dict[str, Any]:
             message = str(error)
         verifiers.fail = False
         collected = collect(ask(engine, prompts, SAMPLES, Sampling(1.0, 9)), verifiers, tokenizer, "text")
-        found.append((collected.verdicts, collected.classes))
+        found.append(columns_of(collected))
+        verify = partial(Verification, verifiers, tokenizer, "text")
+        early = ask(engine, prompts, SAMPLES, Sampling(1.0, 9), verify=verify)
+        now = collect(ask(engine, prompts, SAMPLES, Sampling(1.0, 9)), verifiers, tokenizer, "text")
+        found += [columns_of(now), columns_of(collect(early, verifiers, tokenizer, "text"))]
     keys = nodes.store.num_keys() if nodes.store is not None else 0
     dist.destroy_process_group()
     return {"found": found, "counts": counts, "own": own, "message": message, "others": nodes.others, "keys": keys}
@@ -133,7 +151,7 @@ def test_two_nodes_find_what_one_finds(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", tied=True, layers=1)
     ranks = run_ranks(spread, 4, tmp_path / "ranks", model, tmp_path)
     for rank in ranks:
-        assert rank["found"] == [EXPECTED] * 3
+        assert rank["found"] == [EXPECTED] * 5
         assert rank["message"] == "import:mine:verifier failed on this node"
         assert [(node.rank, node.host) for node in rank["others"]] == [(2, "node1")]
         # The quick verifiers of the second collection run in other processes and are not counted.

@@ -495,6 +495,20 @@ def test_a_fleet_loses_no_answer_and_no_server_when_the_reader_is_killed(
     assert len(messages) == 1
 
 
+def test_a_fleet_tells_of_each_answer_when_it_arrives() -> None:
+    arrived: list[tuple[int, Any]] = []
+    with answering(lambda path, body: Answer(GOOD["sglang"] if path == "/generate" else b"{}")) as server:
+        fleet = fleet_of(server.url)
+        try:
+            asked = [Request((1,), samples=2, seed=0)] * 3
+            job = fleet.submit(asked, Sampling(1.0, 3), lambda number, of: arrived.append((number, of)))
+            events = [fleet.next(job, SECONDS) for _ in range(3)]
+        finally:
+            fleet.close()
+    assert arrived == [(event.number, event.completions) for event in events if isinstance(event, Answered)]
+    assert len(arrived) == 3
+
+
 def test_a_fleet_whose_reader_cannot_be_kept_fails_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answer_reader, "DEATHS", 1)
     fleets: list[Fleet] = []

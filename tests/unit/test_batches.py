@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,8 @@ from megatron_tempo.rewards.scorer import Item
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout import dump
 from megatron_tempo.rollout.batches import Asked, Collected, ask, collect, receive, share_columns, summed_counts
-from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
-from megatron_tempo.rollout.verification import responses_of
+from megatron_tempo.rollout.engine import Arrived, EngineWork, Request, Sampling
+from megatron_tempo.rollout.verification import Verification, responses_of
 from megatron_tempo.types import (
     Batch,
     Completion,
@@ -191,6 +193,54 @@ class Keeping(EchoVerifiers):
     def score(self, items: Sequence[Item]) -> list[float]:
         self.asked += items
         return [1.0 for _ in items]
+
+
+class ArrivingEngine(CountingEngine):
+    """As an engine of servers: answers arrive in a thread while nobody reads them."""
+
+    nodes = None
+    arrival: threading.Thread | None = None
+
+    def start(
+        self, requests: Sequence[Request], sampling: Sampling, arrived: Arrived | None = None
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        answers = [(i, self.answer(request, sampling)) for i, request in enumerate(requests)]
+        if arrived is not None:
+            self.arrival = threading.Thread(target=lambda: [arrived(*answer) for answer in answers])
+            self.arrival.start()
+        return iter(answers)
+
+
+def test_answers_are_verified_as_they_arrive_before_they_are_collected(
+    single: None, tokenizer: transformers.PreTrainedTokenizerBase
+) -> None:
+    engine, verifiers, prompts = ArrivingEngine(), EchoVerifiers(), [*LABELLED, *UNLABELLED]
+    early = partial(Verification, verifiers, tokenizer, "math")
+    asked = ask(engine, prompts, 3, SAMPLING, verify=early)
+    assert engine.arrival is not None
+    assert asked.verification is not None
+    engine.arrival.join()
+    verdicts, classes = asked.verification.results()  # nothing is read yet
+    assert (sorted(verdicts), sorted(classes)) == ([0, 1, 2], [3, 4])
+    early_columns = collect(asked, verifiers, tokenizer, "math").columns
+    assert (len(verifiers.asked), len(verifiers.classed)) == (9, 2), "each once"
+    later = collect(ask(engine, prompts, 3, SAMPLING), EchoVerifiers(), tokenizer, "math").columns
+    assert torch.equal(early_columns.correct, later.correct)
+    assert torch.equal(early_columns.answer_class, later.answer_class)
+
+
+def test_a_judge_that_fails_early_fails_the_collection(
+    single: None, tokenizer: transformers.PreTrainedTokenizerBase
+) -> None:
+    verifiers = EchoVerifiers()
+    verifiers.score = unanswered  # type: ignore[method-assign]
+    asked = ask(ArrivingEngine(), LABELLED, 3, SAMPLING, verify=partial(Verification, verifiers, tokenizer, None))
+    with pytest.raises(EngineError, match="the judge gave no answer"):
+        collect(asked, verifiers, tokenizer)
+
+
+def unanswered(_: Sequence[Item]) -> list[float]:
+    raise EngineError("the judge gave no answer")
 
 
 @pytest.mark.parametrize(
