@@ -216,8 +216,8 @@ def reading(
 ) -> float:
     """Peak bytes of a stage's layers in a pass without gradient.
 
-    The stage's input, the layer's input and the angles, d in fp32, which their callers hold; on all stages but the last
-    the output that was sent to the next stage; under sequence parallelism the buffer of gathered states; and the
+    The stage's input, the layer's input (the same if a chunk of the stage has one layer) and the angles, d in fp32, which
+    their callers hold; on all stages but the last the output that was sent to the next stage; under sequence parallelism the buffer of gathered states; and the
     largest of three moments of a layer:
 
     - attention: the normed input h, the joint projection, normed and rotated queries and keys, four of the queries'
@@ -232,5 +232,6 @@ def reading(
     gating = a * (2 * w.h + 5 * w.f) * S
     summing = a * (joint + w.q + w.full * (1 if machine.cuda else 2) + 2 * w.h) * S if w.sequence else 0
     sends = stage < layout.pipeline - 1 or layout.virtual_pipeline > 1
-    around = 2 * w.h + (w.h if sends else 0) + (w.full if w.sequence else 0)
+    inputs = 2 if layout.pipeline_layers.counts(shape.layers)[stage] > layout.virtual_pipeline else 1
+    around = inputs * w.h + (w.h if sends else 0) + (w.full if w.sequence else 0)
     return (a * around + 4 * w.d) * S + max(attending, gating, summing)
