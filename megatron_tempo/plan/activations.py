@@ -216,9 +216,9 @@ def reading(
 ) -> float:
     """Peak bytes of a stage's layers in a pass without gradient.
 
-    The stage's input, the layer's input (the same if a chunk of the stage has one layer) and the angles, d in fp32, which
-    their callers hold; on all stages but the last the output that was sent to the next stage; under sequence parallelism the buffer of gathered states; and the
-    largest of three moments of a layer:
+    The stage's input, the layer's input (the same if a chunk of the stage has one layer) and the angles, d in fp32,
+    which their callers hold; on all stages but the last the output that was sent to the next stage; under sequence
+    parallelism the buffer of gathered states; and the largest of three moments of a layer:
 
     - attention: the normed input h, the joint projection, normed and rotated queries and keys, four of the queries'
       width on the grid, and log-sum-exps;
