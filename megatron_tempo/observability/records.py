@@ -142,7 +142,19 @@ def _wrong(file: str, record: Any, *, whole: bool) -> str | None:
         if form is not None and (wrong := _unlike(form, value, name)):
             return f"the record's {wrong}"
     absent = [name for name in (*required, *(shown if whole else ())) if name not in record]
-    return f"the record has no {absent[0]}" if absent else None
+    if absent:
+        return f"the record has no {absent[0]}"
+    return _uneven(file, record) if whole else None
+
+
+def _uneven(file: str, record: Record) -> str | None:
+    """Which list has another length than the rest of the record says; None if there is none."""
+    if file == SAMPLES and record["values"] is not None and len(record["values"]) != len(record["tokens"]) + 1:
+        return f"the record has {len(record['values'])} values of {len(record['tokens'])} tokens, not one more"
+    right, questions = record.get("right"), record.get("questions")
+    if file == EVALUATIONS and right is not None and questions is not None and len(right) != questions:
+        return f"the record's right has {len(right)} numbers, and there are {questions} questions"
+    return None
 
 
 def _unlike(form: Any, value: Any, name: str) -> str | None:

@@ -99,6 +99,10 @@ SCORED: dict[str, Any] = {"set": "a", "step": 1, "point": "during", "time": 1.0,
     "pass": {"2": 0.5},
     "pass_se": {"2": None},
 }
+SAMPLE: dict[str, Any] = {"set": "a", "step": 1, "point": "during", "prompt": "p", "correct": 1, "answer": "2"} | {
+    "tokens": ["a", "b"],
+    "values": [0.1, 0.2, 0.3],
+}
 NO_NUMBER = "the record's {} is no number that a run has"
 NUMBERS = ("step", "iteration", "time", "seconds", "actor/loss")
 
@@ -114,6 +118,12 @@ RECORDS: list[tuple[str, Any, str]] = [
     ("evaluations.jsonl", SCORED | {"calibration": {"last": {}}}, "the record's calibration has no by_prefix"),
     ("evaluations.jsonl", SCORED | {"avg": 10**309}, "the record's avg is no number that a run has"),
     ("evaluations.jsonl", SCORED | {"right": [1, "2"]}, "the record's right[1] is a JSON string"),
+    (
+        "evaluations.jsonl",
+        SCORED | {"right": [1, 2], "questions": 3},
+        "the record's right has 2 numbers, and there are 3",
+    ),
+    ("samples.jsonl", SAMPLE | {"tokens": ["a"]}, "the record has 3 values of 1 tokens, not one more"),
     ("starts.jsonl", {"command": ["megatron-tempo"]}, "the record's command is a JSON array"),
     ("warnings.jsonl", {"text": "a"}, "the record has no time"),
     ("metrics.jsonl", 3, "a JSON number, not a record"),
