@@ -70,15 +70,20 @@ def _loaded(model: TrainedModel, folder: Path, *, with_optimizer: bool) -> dict[
         raise cannot_read(folder.parent, fault) from error
 
 
-def _wanted(model: TrainedModel, *, with_optimizer: bool) -> dict[str, Any]:
-    """What Megatron is to read: the weights and, from an earlier version's checkpoint, the optimizer's state."""
-    metadata = {
+def gathered_form() -> dict[str, Any]:
+    """Megatron's settings of the format `GATHERED`. The model's groups are current."""
+    return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
+
+
+def _wanted(model: TrainedModel, *, with_optimizer: bool) -> dict[str, Any]:
+    """What Megatron is to read: the weights and, from an earlier version's checkpoint, the optimizer's state."""
+    metadata = gathered_form()
     weights = model.net.sharded_state_dict(metadata=metadata)
     if not with_optimizer:
         return {"model": weights}

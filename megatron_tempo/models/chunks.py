@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -12,9 +11,7 @@ from torch import nn
 
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.kernels import Kernels
-from megatron_tempo.models.gpt import PackedGPT
-
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+from megatron_tempo.models.gpt import LAYER_NAME, PackedGPT
 
 
 class ModelChunks(nn.Module):
@@ -86,7 +83,7 @@ class ModelChunks(nn.Module):
 
     def _place(self, name: str) -> tuple[int, str]:
         """The chunk that has a name, and its name there. The embedding is in the first chunk, the head in the last."""
-        match = _LAYER.match(name)
+        match = LAYER_NAME.match(name)
         if match is None:
             return (0 if name.startswith("embedding.") else len(self.chunks) - 1), name
         chunk = max(i for i in range(len(self.chunks)) if self._before[i] <= int(match[1]))
@@ -121,4 +118,4 @@ class WrappedChunks:
 
 
 def _renumbered(name: str, by: int) -> str:
-    return _LAYER.sub(lambda match: f"decoder.layers.{int(match[1]) + by}.", name, count=1)
+    return LAYER_NAME.sub(lambda match: f"decoder.layers.{int(match[1]) + by}.", name, count=1)

@@ -27,7 +27,7 @@ from megatron_tempo.models.parallel import Layout
 from megatron_tempo.models.rotary import Rotary
 
 EMBEDDING = "embedding.word_embeddings.weight"
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
 class PackedGPT(GPTModel):
@@ -87,7 +87,7 @@ class PackedGPT(GPTModel):
         """
         names = {}
         for name, parameter in self.weights().items():
-            if layer := _LAYER.match(name):
+            if layer := LAYER_NAME.match(name):
                 number = self.decoder.layers[int(layer[1])].layer_number - 1  # Megatron counts from 1, over all stages
                 name = f"decoder.layers.{number}.{name[layer.end() :]}"
             tied = name == "output_layer.weight" and self.share_embeddings_and_output_weights

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tempo.checkpoint import manifest
 from megatron_tempo.checkpoint.checkpoints import Checkpoints
+from megatron_tempo.checkpoint.loading import gathered_form
 from megatron_tempo.config.choices import Precision
 from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.config.schema import Config, CriticLayoutConfig, ParallelConfig
@@ -264,13 +265,7 @@ def writes_as_before(model: Path, folder: Path) -> None:
                 (path / role).mkdir(parents=True)
             dist.barrier()
             with one.at_work(), without_bucket_padding(one.optimizer):
-                metadata = {
-                    "distrib_optim_sharding_type": "fully_reshardable",
-                    "distrib_optim_fully_reshardable_mem_efficient": False,
-                    "chained_optim_avoid_prefix": True,
-                    "singleton_local_shards": False,
-                    "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-                }
+                metadata = gathered_form()
                 state = one.net.sharded_state_dict(metadata=metadata)
                 optimizer = one.optimizer.sharded_state_dict(state, is_loading=False, metadata=metadata)
                 dist_checkpointing.save({"model": state, "optimizer": optimizer}, str(path / role))

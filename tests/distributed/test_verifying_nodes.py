@@ -23,13 +23,14 @@ from megatron_tempo.rewards.scorer import Item
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout import verifying_nodes
 from megatron_tempo.rollout.batches import Collected, ask, collect, summed_counts
-from megatron_tempo.rollout.engine import AnswersOnFirstRank, Arrived, EngineWork, Request, Sampling
+from megatron_tempo.rollout.engine import AnswersOnFirstRank, Arrived, Request, Sampling
 from megatron_tempo.rollout.servers import ServersEngine
 from megatron_tempo.rollout.supervisor import private_store
 from megatron_tempo.rollout.verification import Verification
 from megatron_tempo.rollout.verifying_nodes import VerifyingNodes, joined
-from megatron_tempo.types import Completion, EngineHealth, LabelledPrompt, TokenCount, UnlabelledPrompt, Weights
+from megatron_tempo.types import Completion, LabelledPrompt, UnlabelledPrompt
 from tests.support.completions import completion
+from tests.support.engines import AnsweringEngine
 from tests.support.ranks import run_ranks
 from tests.support.tiny import WORDS, write_model
 
@@ -42,10 +43,8 @@ EXPECTED = (  # the columns `correct` and `answer_class`
 )
 
 
-class FirstRankEngine:
+class FirstRankEngine(AnsweringEngine):
     """Only the first rank has the answers, as with servers. Sample s of prompt i says (i + s) % 3, and ends."""
-
-    counted, replicas, work = TokenCount(), 1, EngineWork()
 
     def __init__(self, nodes: VerifyingNodes | None) -> None:
         self.nodes = nodes
@@ -60,17 +59,6 @@ class FirstRankEngine:
         for answer in answers if arrived is not None else []:
             arrived(*answer)  # type: ignore[misc]  # while nobody reads them
         return iter(answers)
-
-    def load_weights(self, weights: Weights, version: int) -> None:
-        raise NotImplementedError
-
-    def differences(self, weights: Weights) -> list[tuple[str, float]]:
-        raise NotImplementedError
-
-    def health(self) -> list[EngineHealth]:
-        raise NotImplementedError
-
-    def close(self) -> None: ...
 
 
 class Meeting(Verifiers):

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from tests.support.served import served
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -99,11 +101,5 @@ def judge_server(answer: Callable[[Judge, dict[str, Any]], Reply] = honest) -> I
 
     server = Server(("127.0.0.1", 0), Handler)
     judge.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
+    with served(server):
         yield judge
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

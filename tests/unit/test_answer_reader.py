@@ -1,4 +1,4 @@
-"""The process that reads servers' answers: what comes through it, what becomes of it, and of requests when it dies."""
+"""The process that reads servers' answers: the answers themselves, its end, and requests that are open when it dies."""
 
 from __future__ import annotations
 

@@ -23,20 +23,19 @@ from megatron_tempo.rewards.scorer import Item
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout import dump
 from megatron_tempo.rollout.batches import Asked, Collected, ask, collect, receive, share_columns, summed_counts
-from megatron_tempo.rollout.engine import Arrived, EngineWork, Request, Sampling
+from megatron_tempo.rollout.engine import Arrived, Request, Sampling
 from megatron_tempo.rollout.verification import Verification, responses_of
 from megatron_tempo.types import (
     Batch,
     Completion,
-    EngineHealth,
     LabelledPrompt,
     Owners,
     TokenCount,
     UnlabelledPrompt,
-    Weights,
     seed_of,
 )
 from tests.support.completions import batch_of, completion
+from tests.support.engines import AnsweringEngine
 from tests.support.ranks import run_ranks
 from tests.support.tiny import WORDS, held_by, ragged_batch, write_model
 
@@ -46,10 +45,8 @@ UNLABELLED = [UnlabelledPrompt(f"u:{i}", f"{i}", (40 + i,)) for i in range(2)]
 SAMPLING = Sampling(1.0, 9)
 
 
-class CountingEngine:
+class CountingEngine(AnsweringEngine):
     """Answers each request by numbers that tell its seed, its prompt and the sample; the last request first."""
-
-    counted, replicas, work = TokenCount(), 1, EngineWork()
 
     def start(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
         for i in reversed(range(dist.get_rank(), len(requests), dist.get_world_size())):
@@ -68,17 +65,6 @@ class CountingEngine:
             "stop" if end else "length",
             ((3, len(tokens)),) if sample else ((2, 1), (3, len(tokens) - 1)),
         )
-
-    def load_weights(self, weights: Weights, version: int) -> None:
-        raise NotImplementedError
-
-    def differences(self, weights: Weights) -> list[tuple[str, float]]:
-        raise NotImplementedError
-
-    def health(self) -> list[EngineHealth]:
-        raise NotImplementedError
-
-    def close(self) -> None: ...
 
 
 class EchoVerifiers(Verifiers):
