@@ -8,19 +8,16 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any, Literal
 
-import megatron_tempo
+from megatron_tempo.rewards.worker_process import end, start
 from megatron_tempo.runtime import progress_marker
 
 MEMORY_MB = 1024  # address space of a worker, MiB
 START_SECONDS = 120.0  # for Python and sympy to load, on a busy machine
 RECYCLE_SECONDS = 20.0  # for a child to fork, on a busy machine
-END_SECONDS = 2.0  # for an idle worker to end by itself
 
 Reply = dict[str, Any]
 
@@ -98,17 +95,7 @@ class Worker:
         process, self._process, self._read = self._process, None, b""
         if process is None:
             return
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # unread input is not needed any more
-            process.stdin.close()
-        try:
-            process.wait(timeout=END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._kill_child()
-            process.kill()
-            process.wait()
-        process.stdout.close()
+        end(process, self._kill_child)
         self._kill_child()  # it still runs if only the worker was killed
         self._forget_child()
 
@@ -214,12 +201,10 @@ def _wait(place: int, event: int, deadline: float) -> None:
 
 
 def _start(seconds: float) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "megatron_tempo.rewards.math_worker", str(MEMORY_MB), str(seconds)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        bufsize=0,
-        cwd=Path(megatron_tempo.__file__).parents[1],  # so that `-m` finds this package
-        env={**os.environ, "PYTHONHASHSEED": "0"},  # sympy's order of terms depends on the hashes of strings
-        start_new_session=True,  # Ctrl-C is for the trainer; when it ends, the worker's input is closed
+    return start(
+        "megatron_tempo.rewards.math_worker",
+        str(MEMORY_MB),
+        str(seconds),
+        environment={"PYTHONHASHSEED": "0"},  # sympy's order of terms depends on the hashes of strings
+        buffer_bytes=0,
     )

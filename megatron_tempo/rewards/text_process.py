@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 import pickle
 import subprocess
-import sys
 import threading
-from pathlib import Path
 from typing import Any
 
-import megatron_tempo
 from megatron_tempo.rewards.responses import Decodes, Responses, View
 from megatron_tempo.rewards.text_worker import framed, receive
+from megatron_tempo.rewards.worker_process import end, start
 from megatron_tempo.runtime import progress_marker
 
-END_SECONDS = 2.0  # for an idle process to end by itself
 STARTS = 3  # that may fail before responses are decoded in the trainer's process for the rest of the run
 
 log = logging.getLogger(__name__)
@@ -51,18 +46,8 @@ class TextProcess:
 
     def close(self) -> None:
         process, self._process, self._tokenizer = self._process, None, None
-        if process is None:
-            return
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
-        try:
-            process.wait(timeout=END_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout.close()
+        if process is not None:
+            end(process)
 
     def _exchange(self, request: bytes, tokenizer: Decodes) -> dict[str, Any] | None:
         if self._tokenizer is not tokenizer or self._process is None or self._process.poll() is not None:
@@ -72,7 +57,9 @@ class TextProcess:
             except (pickle.PicklingError, AttributeError, TypeError) as error:
                 log.info("the tokenizer cannot be sent to another process (%s)", error)
                 return None
-            self._process, self._tokenizer = _start(), tokenizer
+            environment = {"TOKENIZERS_PARALLELISM": "false"}
+            self._process = start("megatron_tempo.rewards.text_worker", environment=environment)
+            self._tokenizer = tokenizer
             if self._message(pickled) is None:
                 return None
         return self._message(request)
@@ -98,14 +85,3 @@ class TextProcess:
                 "itself, which takes its time",
                 STARTS,
             )
-
-
-def _start() -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "megatron_tempo.rewards.text_worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        cwd=Path(megatron_tempo.__file__).parents[1],  # so that `-m` finds this package
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-        start_new_session=True,  # Ctrl-C is for the trainer; when it ends, this process's input is closed
-    )
