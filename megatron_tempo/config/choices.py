@@ -70,6 +70,14 @@ class EngineKind(Enum):
         return self is not EngineKind.embedded
 
 
+class StaleGroups(Enum):
+    """What becomes of a prompt group whose tokens would exceed `rollout.max_staleness` when it is trained on."""
+
+    wait = "wait"  # none gets so old: an iteration waits for the groups that it is the last one for
+    ask_again = "ask_again"  # its prompt is asked again, with the current weights
+    drop = "drop"  # it is not trained on; the next prompt of the set takes its place
+
+
 class EnginePrecision(Enum):
     """Number format of a server's weights."""
 
