@@ -41,13 +41,17 @@ class LabelledPrompt:
     verifier: str
 
 
+UNFINISHED = "unfinished"  # the `finish_reason` of a response that is to go on
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Completion:
     """One sampled response of t tokens, as an engine returns it. Its tensors are on the CPU.
 
     `logprobs[i]`: log pi(token_ids[i] | prompt, token_ids[:i]) in nats, after temperature. `versions`: the weights that
     generated the tokens, as (version, number of tokens) in order; the version is the run's iteration.
-    `finish_reason`: "stop" (the response ends with an end token, which is part of it) or "length".
+    `finish_reason`: "stop" (the response ends with an end token, which is part of it), "length", or, between two phases
+    of generation, UNFINISHED.
 
     >>> Completion(token_ids=[12, 66], logprobs=[-0.7, -0.01], finish_reason="stop", versions=((40, 2),))
     """

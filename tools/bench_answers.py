@@ -99,7 +99,7 @@ async def in_a_process(url: str, args: argparse.Namespace, kept: list[Any]) -> f
     await reader.open()
     assert reader.process is not None
     before = psutil.Process(reader.process.pid).cpu_times()
-    ask = Ask(GenerationJob(1, oldest=0, work=0), 0, Request((1,), args.samples, 0), Sampling(1.0, args.tokens))
+    ask = Ask(GenerationJob(), 0, Request((1,), args.samples, 0), Sampling(1.0, args.tokens), oldest=0)
 
     async def one() -> None:
         kept.append(checked_completions(await reader.ask(url, "/generate", {}), ask, VOCAB, 0))

@@ -13,6 +13,12 @@ def total(config: Config) -> int:
     return sum(stage.iterations for stage in config.stages().values())
 
 
+def first_step(config: Config, stage_name: str) -> int:
+    """Iterations of the run before a stage."""
+    stages = config.stages()
+    return sum(stages[name].iterations for name in list(stages)[: list(stages).index(stage_name)])
+
+
 def remaining(config: Config, done: int) -> Iterator[tuple[str, StageConfig, int]]:
     """(stage name, stage, iteration from 0) of every iteration after the first `done` of the run."""
     for name, stage in config.stages().items():

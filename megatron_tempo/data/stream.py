@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -40,10 +40,18 @@ class PromptStream(Generic[P]):
 
     def take(self, count: int) -> list[P]:
         """The next `count` prompts."""
+        return self.at(self.draw(count))
+
+    def draw(self, count: int) -> list[int]:
+        """The places of the next `count` prompts in the set."""
         assert count >= 0
         indices: list[int] = []
         while len(indices) < count:
             indices += self._draw(min(count - len(indices), len(self._prompts)))
+        return indices
+
+    def at(self, indices: Iterable[int]) -> list[P]:
+        """The prompts at these places in the set."""
         return [self._prompts[i] for i in indices]
 
     def first(self, count: int) -> list[P]:

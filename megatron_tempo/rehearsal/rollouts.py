@@ -79,6 +79,10 @@ class MadeUpRequests:
     def discard_oldest(self) -> None:
         """Nothing is pending."""
 
+    def metrics(self) -> dict[str, float]:
+        """Nothing is asked ahead."""
+        return {}
+
 
 @dataclass(slots=True)
 class WeightSink:

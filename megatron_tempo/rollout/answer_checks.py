@@ -63,7 +63,7 @@ def checked_completions(answers: RawAnswers, ask: Ask, vocab: int, newest: int) 
     completions = [
         Completion(tokens[i], logprobs[i], row.reason, tuple(row.versions)) for i, row in enumerate(answers.rows)
     ]
-    versions = range(ask.job.oldest, newest + 1)
+    versions = range(ask.oldest, newest + 1)
     for completion in completions:
         if wrong := doubts(completion, ask.sampling.max_tokens, vocab, versions):
             raise EngineError(f"gave a response that makes no sense: {'; '.join(wrong)}")

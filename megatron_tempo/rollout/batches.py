@@ -128,11 +128,11 @@ def collect(
             verdicts, classes = verification.results()
         except (EngineError, InputError) as error:  # of this rank's engine or judge; of a user's own verifier
             failure = str(error)
-    _raise_failures(failure)
+    raise_failures(failure)
     return share_columns(asked.prompts, Answers(mine, verdicts, classes))
 
 
-def _raise_failures(failure: str | None) -> None:
+def raise_failures(failure: str | None) -> None:
     """Raise the failure of the first rank that has one, as EngineError on every rank. Collective."""
     world = dist.get_world_size()
     first = torch.tensor(world if failure is None else dist.get_rank())

@@ -23,7 +23,7 @@ from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
 from megatron_tempo.rollout.kv_cache import attention_for, new_cache
 from megatron_tempo.runtime import progress_marker
-from megatron_tempo.types import Completion, EngineHealth, PartName, TokenCount, Weights, whole_name
+from megatron_tempo.types import UNFINISHED, Completion, EngineHealth, PartName, TokenCount, Weights, whole_name
 
 # Ended rows are removed from the cache once they are this share of the batch. Each removal copies the cache.
 ENDED_SHARE = 1 / 16
@@ -110,7 +110,7 @@ class EmbeddedEngine:
         """Requests of like length together, at most `batch_rows` rows each (a larger request is a batch of its own)."""
         batches: list[list[int]] = []
         room = 0
-        for i in sorted(range(len(requests)), key=lambda i: len(requests[i].token_ids)):
+        for i in sorted(range(len(requests)), key=lambda i: _prefilled(requests[i])):
             if not batches or requests[i].samples > room:
                 batches.append([])
                 room = self._batch_rows
@@ -119,20 +119,19 @@ class EmbeddedEngine:
         return batches
 
     def _decode(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
-        prompts, mask = _left_padded([request.token_ids for request in requests], self._device)
+        prefilled, copies = _prefills(requests)
+        prompts, mask = _left_padded(prefilled, self._device)
         self.counted.add(mask.numel(), int(mask.numel() - mask.sum()))
         cache = new_cache()
         logits = self._forward(prompts, mask, cache, mask.cumsum(1).sub(1).clamp(min=0))
-        copies = torch.repeat_interleave(
-            torch.arange(len(requests)), torch.tensor([request.samples for request in requests])
-        ).to(self._device)
+        copies = copies.to(self._device)
         cache.batch_select_indices(copies)
         decoding = _Decoding.begin(requests, mask[copies], sampling, self._device)
         logits = logits[copies]
-        for step in range(sampling.max_tokens):
+        while True:
             progress_marker.mark()
-            tokens = decoding.sample(logits, step, sampling.temperature, self._end_tokens)
-            if decoding.ended.all() or step + 1 == sampling.max_tokens:
+            tokens = decoding.sample(logits, sampling.temperature, self._end_tokens)
+            if decoding.ended.all():
                 break
             kept = decoding.drop_ended()
             if kept is not None:
@@ -168,12 +167,12 @@ class _Decoding:
     tokens: Tensor  # int64 [rows, max_tokens]
     logprobs: Tensor  # float32 [rows, max_tokens]
     lengths: Tensor  # int64 [rows]
+    limits: Tensor  # int64 [rows]: the length at which a row is paused, if not ended
     stopped: Tensor  # bool [rows]
     finite: Tensor  # bool [], whether all logits so far were finite
 
     @classmethod
     def begin(cls, requests: list[Request], mask: Tensor, sampling: Sampling, device: torch.device) -> _Decoding:
-        rows = len(mask)
         generators = [torch.Generator().manual_seed(request.seed) for request in requests]
         uniforms = torch.cat(
             [
@@ -181,34 +180,45 @@ class _Decoding:
                 for request, generator in zip(requests, generators, strict=True)
             ]
         )
+        rows, longest = len(uniforms), sampling.max_tokens
+        begun = [one for request in requests for one in request.begun or [None] * request.samples]
+        more = [request.pause_after or longest for request in requests for _ in range(request.samples)]
+        lengths = torch.tensor([0 if one is None else len(one.token_ids) for one in begun])
+        tokens, logprobs = torch.zeros(rows, longest, dtype=torch.int64), torch.zeros(rows, longest)
+        for row, one in enumerate(begun):
+            if one is not None:
+                tokens[row, : lengths[row]], logprobs[row, : lengths[row]] = one.token_ids.long(), one.logprobs
+        live = torch.tensor([one is None or one.finish_reason == UNFINISHED for one in begun])
         return cls(
             mask=mask,
-            row=torch.arange(rows, device=device),
-            ended=torch.zeros(rows, dtype=torch.bool, device=device),
+            row=live.nonzero().flatten().to(device),
+            ended=torch.zeros(int(live.sum()), dtype=torch.bool, device=device),
             uniforms=uniforms.to(device),
-            tokens=torch.zeros(rows, sampling.max_tokens, dtype=torch.int64, device=device),
-            logprobs=torch.zeros(rows, sampling.max_tokens, device=device),
-            lengths=torch.zeros(rows, dtype=torch.int64, device=device),
-            stopped=torch.zeros(rows, dtype=torch.bool, device=device),
+            tokens=tokens.to(device),
+            logprobs=logprobs.to(device),
+            lengths=lengths.to(device),
+            limits=(lengths + torch.tensor(more)).clamp(max=longest).to(device),
+            stopped=torch.tensor([one is not None and one.finish_reason == "stop" for one in begun], device=device),
             finite=torch.tensor(True, device=device),
         )
 
-    def sample(self, logits: Tensor, step: int, temperature: float, end_tokens: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, temperature: float, end_tokens: Tensor) -> Tensor:
         """Sample each live row's next token by inverting the distribution function. Record it for rows not ended."""
         logprobs = (logits / temperature).log_softmax(dim=1)
         # In float64: over a large vocabulary, float32 sums would lose the probability of the tail tokens.
         cumulative = logprobs.double().exp().cumsum(1)
         self.finite &= cumulative[:, -1].isfinite().all()  # the sum is NaN if a logit is NaN or infinite
+        step = self.lengths[self.row].clamp(max=self.tokens.shape[1] - 1)  # of an ended row: any
         point = self.uniforms[self.row, step, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, point, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
         live = ~self.ended
-        at = self.row[live]
+        at, step = self.row[live], step[live]
         self.tokens[at, step] = tokens[live]
         self.logprobs[at, step] = logprobs.gather(1, tokens[:, None]).squeeze(1)[live]
         self.lengths[at] = step + 1
         ends = torch.isin(tokens, end_tokens) & live
         self.stopped[self.row[ends]] = True
-        self.ended |= ends
+        self.ended |= ends | (self.lengths[self.row] >= self.limits[self.row])
         return tokens
 
     def check_finite(self) -> None:
@@ -237,10 +247,12 @@ class _Decoding:
         written = torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None]
         tokens = self.tokens[written].to(torch.int32).cpu().split(lengths)
         logprobs = self.logprobs[written].cpu().split(lengths)
-        flat = [
-            Completion(tokens[i], logprobs[i], "stop" if stopped[i] else "length", ((version, n),))
-            for i, n in enumerate(lengths)
-        ]
+        begun = [one for request in requests for one in request.begun or [None] * request.samples]
+        longest = self.tokens.shape[1]
+        flat = []
+        for i, (one, n) in enumerate(zip(begun, lengths, strict=True)):
+            reason = "stop" if stopped[i] else "length" if n == longest else UNFINISHED
+            flat.append(Completion(tokens[i], logprobs[i], reason, _runs(one, version, n)))
         answers, at = [], 0
         for request in requests:
             answers.append(flat[at : at + request.samples])
@@ -254,6 +266,38 @@ def _rows(parameters: dict[str, Tensor], name: str) -> Tensor | None:
         return parameters.get(name)
     whole = parameters.get(name.whole)
     return None if whole is None or len(whole) != name.rows else whole[name.start : name.stop]
+
+
+def _prefilled(request: Request) -> int:
+    """Tokens of the longest row that the prefill of a request has."""
+    return len(request.token_ids) + max((len(one.token_ids) for one in request.begun), default=0)
+
+
+def _prefills(requests: Sequence[Request]) -> tuple[list[Sequence[int]], Tensor]:
+    """The rows of a prefill, and for each row that is decoded its row there: int64 [rows].
+
+    Samples that begin share the row of their prompt. One that goes on has a row of its own, with its tokens so far.
+    """
+    rows: list[Sequence[int]] = []
+    copies: list[int] = []
+    for request in requests:
+        if not request.begun:
+            copies += [len(rows)] * request.samples
+            rows.append(request.token_ids)
+        for one in request.begun:
+            if one.finish_reason == UNFINISHED:
+                copies.append(len(rows))
+                rows.append([*request.token_ids, *one.token_ids.tolist()])
+    return rows, torch.tensor(copies, dtype=torch.int64)
+
+
+def _runs(begun: Completion | None, version: int, tokens: int) -> tuple[tuple[int, int], ...]:
+    """The versions of a response that has `tokens` tokens now, the new ones by `version`."""
+    before = () if begun is None else begun.versions
+    new = tokens - sum(count for _, count in before)
+    if before and before[-1][0] == version:
+        before, new = before[:-1], new + before[-1][1]
+    return (*before, (version, new)) if new else before
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -36,6 +36,9 @@ class Request:
     token_ids: tuple[int, ...]
     samples: int
     seed: int
+    begun: tuple[Completion, ...] = ()  # the samples so far, if they are to go on; ended ones are returned as they are
+    # the embedded engine returns a response as "unfinished" after this many more tokens; None: it generates to the end
+    pause_after: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +150,29 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+class AnswerStream(Protocol):
+    """Requests to an engine that are added while others are being answered. All methods are collective."""
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """Begin to answer more requests. Their numbers follow those of the earlier ones, from 0."""
+        ...
+
+    def read(self, enough: Callable[[], bool]) -> Iterator[tuple[int, list[Completion]]]:
+        """Answers on the first rank, as they arrive, until `enough` says so there. Every rank must read to the end.
+
+        Raises EngineError if no engine is left to answer.
+        """
+        ...
+
+    def cancel(self, numbers: Collection[int]) -> None:
+        """End the work on requests whose answers are not wanted any more. Answers that have arrived may still come."""
+        ...
+
+    def close(self) -> None:
+        """End the work on all requests."""
+        ...
+
+
 @runtime_checkable
 class AnswersOnFirstRank(Protocol):
     """An engine whose answers come to the first rank alone. `nodes`: those that verify them; None if there is one."""
@@ -157,4 +183,8 @@ class AnswersOnFirstRank(Protocol):
         self, requests: Sequence[Request], sampling: Sampling, arrived: Arrived | None = None
     ) -> Iterator[tuple[int, list[Completion]]]:
         """As `Engine.start`. `arrived` is called with each answer when it arrives, in another thread."""
+        ...
+
+    def stream(self, sampling: Sampling, arrived: Arrived) -> AnswerStream:
+        """An empty stream of requests. `arrived`: as in `start`. Collective."""
         ...

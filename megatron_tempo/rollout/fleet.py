@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import httpx
@@ -23,7 +23,7 @@ from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rollout.answer_checks import checked, checked_completions, differing, reason
 from megatron_tempo.rollout.answer_reader import AnswerReader, CannotAnswer
 from megatron_tempo.rollout.connections import CONNECT_SECONDS, LIMITS, authorised
-from megatron_tempo.rollout.engine import Arrived, EngineWork, Request, Sampling
+from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
 from megatron_tempo.rollout.replica import (
     Answered,
     Ask,
@@ -79,21 +79,29 @@ class Fleet:
         """Start all servers. Raises InputError if one does not start, since then its configuration is wrong."""
         self._do(self._open())
 
-    def submit(self, requests: Sequence[Request], sampling: Sampling, arrived: Arrived | None = None) -> GenerationJob:
-        """Begin to answer requests, by all servers that have the weights. `arrived`: as in `AnswersOnFirstRank`."""
+    def submit(
+        self, requests: Sequence[Request], sampling: Sampling, job: GenerationJob | None = None
+    ) -> GenerationJob:
+        """Begin to answer requests, by all servers that have the weights, for this job or one of their own."""
 
-        async def begin() -> GenerationJob:
-            job = GenerationJob(len(requests), self._version, self._work.begin(), arrived)
-            asks = [Ask(job, i, request, sampling) for i, request in enumerate(requests)]
+        async def begin(job: GenerationJob) -> GenerationJob:
+            if requests and not job.left:
+                job.work = self._work.begin()
+            asks = [Ask(job, job.asked + i, request, sampling, self._version) for i, request in enumerate(requests)]
+            job.asked += len(asks)
+            job.left += len(asks)
             if self._config.dispatch is Dispatch.longest_first:
                 asks.sort(key=lambda ask: -len(ask.request.token_ids))
-            self._waiting.extend(asks)
+            if job.is_ahead:
+                self._waiting.extend(asks)
+            else:  # the trainer waits for these
+                self._waiting.extendleft(reversed(asks))
             self._jobs.add(job)
             self._dispatch()
             self._fail_if_none_is_left()
             return job
 
-        return self._do(begin())
+        return self._do(begin(GenerationJob() if job is None else job))
 
     def next(self, job: GenerationJob, seconds: float) -> Answered | Failed | Event:
         """The next event of a job, or `nothing` after `seconds`."""
@@ -106,13 +114,26 @@ class Fleet:
 
     def finish(self, job: GenerationJob) -> None:
         """Forget a job and cancel its requests."""
+        self.cancel(job, range(job.asked), forget=True)
 
-        async def forget() -> None:
-            self._jobs.discard(job)
-            self._work.end(job.work)  # of a job that failed
-            self._waiting = deque(ask for ask in self._waiting if ask.job is not job)
+    def cancel(self, job: GenerationJob, numbers: Collection[int], *, forget: bool = False) -> None:
+        """Cancel these requests of a job, waiting ones and those with a server. Those that are answered stay so."""
 
-        self._do(forget())
+        async def cancel() -> None:
+            if forget:
+                self._jobs.discard(job)
+            dropped = {ask for ask in self._waiting if ask.job is job and ask.number in numbers}
+            self._waiting = deque(ask for ask in self._waiting if ask not in dropped)
+            for replica in self._replicas:
+                for task in [t for t, ask in replica.asks.items() if ask.job is job and ask.number in numbers]:
+                    task.cancel()
+                    dropped.add(replica.asks.pop(task))
+            job.left -= len(dropped)
+            if forget or not job.left:
+                self._work.end(job.work)
+            self._dispatch()
+
+        self._do(cancel())
 
     def begin_update(self, *, empty_only: bool) -> list[Target]:
         """Pause the servers that are to get weights, and open an update on each."""

@@ -85,6 +85,9 @@ class GroupBuffer(Generic[T]):
         """The groups of a half, in the order in which they were drawn."""
         return [self._groups[half][number] for number in sorted(self._groups[half])]
 
+    def group(self, half: Prompts, number: int) -> Group[T]:
+        return self._groups[half][number]
+
     def next_number(self, half: Prompts) -> int:
         """The number of the next group that is drawn."""
         return self._next[half]

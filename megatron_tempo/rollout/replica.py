@@ -74,15 +74,15 @@ class Event(Enum):
 
 
 class GenerationJob:
-    """The requests of one `submit`."""
+    """The requests of one or several `submit`s, whose answers are read together."""
 
-    def __init__(self, requests: int, oldest: int, work: int, arrived: Arrived | None = None) -> None:
-        """`oldest`: the version of the weights at its start. `work`: its number in the engine's `EngineWork`.
-        `arrived`: is called with each answer, in the event loop."""
-        self.left = requests
+    def __init__(self, arrived: Arrived | None = None, *, is_ahead: bool = False) -> None:
+        """`arrived`: is called with each answer, in the event loop. `is_ahead`: requests of other jobs go first."""
+        self.is_ahead = is_ahead
+        self.asked = 0  # requests so far: the number of the next one
+        self.left = 0
         self.arrived = arrived
-        self.oldest = oldest
-        self.work = work
+        self.work = -1  # the number in the engine's `EngineWork` of what is left
         self.received = 0.0  # when the last answer so far began to arrive, by `time.monotonic`
         self.events: queue.SimpleQueue[Answered | Failed | Event] = queue.SimpleQueue()
 
@@ -93,3 +93,4 @@ class Ask:
     number: int
     request: Request
     sampling: Sampling
+    oldest: int  # the version of the weights when it was submitted

@@ -32,6 +32,7 @@ from megatron_tempo.rollout.engine import Arrived, EngineWork, Request, Sampling
 from megatron_tempo.rollout.fleet import Fleet
 from megatron_tempo.rollout.placement import own_gpu, placed, visible_gpus
 from megatron_tempo.rollout.replica import Answered, Event, Failed, GenerationJob, Starter
+from megatron_tempo.rollout.served_stream import ServedStream
 from megatron_tempo.rollout.server import Server
 from megatron_tempo.rollout.server_adapter import ServerAdapter
 from megatron_tempo.rollout.supervisor import ExternalServers, ServerSupervisor, SupervisedServers, private_store
@@ -101,8 +102,13 @@ class ServersEngine:
         self, requests: Sequence[Request], sampling: Sampling, arrived: Arrived | None = None
     ) -> Iterator[tuple[int, list[Completion]]]:
         assert self._weights is not None, "load_weights comes first"
-        job = self._fleet.submit(requests, sampling, arrived) if self._fleet is not None else None
+        job = None
+        if self._fleet is not None:
+            job = self._fleet.submit(requests, sampling, GenerationJob(arrived))
         return self._answers(job)
+
+    def stream(self, sampling: Sampling, arrived: Arrived) -> ServedStream:
+        return ServedStream(self._fleet, sampling, arrived, self._answers)
 
     def load_weights(self, weights: Weights, version: int) -> None:
         self._weights, self._version = weights, version
@@ -239,10 +245,13 @@ class ServersEngine:
 
     # Answers
 
-    def _answers(self, job: GenerationJob | None) -> Iterator[tuple[int, list[Completion]]]:
+    def _answers(
+        self, job: GenerationJob | None, enough: Callable[[], bool] | None = None
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """The answers to a job's requests, until `enough` says so on the first rank; None: to all of them."""
         while True:
             event: Any = None
-            if job is not None:
+            if job is not None and not (enough is not None and enough()):
                 event = Event.nothing if job.left or not job.events.empty() else None
                 if event is not None and isinstance(event := self._first.next(job, _HEARTBEAT), Answered):
                     self.counted.add(sum(len(c.token_ids) for c in event.completions), 0)
@@ -250,7 +259,7 @@ class ServersEngine:
                     continue
             order: Any = self._agree(lambda event=event: event)  # type: ignore[misc]
             if order is None or isinstance(order, Failed):
-                if job is not None:
+                if job is not None and (order is not None or enough is None):
                     self._first.finish(job)
                 if order is None:
                     return

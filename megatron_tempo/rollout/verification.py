@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -59,7 +59,7 @@ class Verification:
         self._submitted: set[int] = set()
         self._threads: list[tuple[threading.Thread, _Jobs]] = []
         self._changed = threading.Condition()
-        self._left = 0
+        self._under_way: set[int] = set()
         self._failure: BaseException | None = None
         self._verdicts: dict[int, list[float]] = {}
         self._classes: dict[int, list[int | None]] = {}
@@ -75,23 +75,38 @@ class Verification:
             if i in self._submitted:
                 return
             self._submitted.add(i)
-            self._left += 1
+            self._under_way.add(i)
             if not self._threads:
                 self._start()
         jobs = self._for_judge if verifier == JUDGE else self._jobs
         jobs.put(_Job(i, prompt, completions, verifier))
 
-    def results(self) -> tuple[dict[int, list[float]], dict[int, list[int | None]]]:
+    def results(
+        self, prompts: Collection[int] | None = None
+    ) -> tuple[dict[int, list[float]], dict[int, list[int | None]]]:
         """The verdicts on each labelled prompt's responses and the classes of each unlabelled one's, by prompt.
 
-        Waits for all that was submitted on this rank. Raises EngineError if a judge fails or a node is lost, InputError
-        if a user's own verifier fails.
+        Waits for all that was submitted on this rank, or for `prompts` alone, which are then forgotten here. Raises
+        EngineError if a judge fails or a node is lost, InputError if a user's own verifier fails.
         """
         with self._changed:
-            self._changed.wait_for(lambda: not self._left or self._failure is not None)
+            wanted = self._submitted if prompts is None else set(prompts)
+            self._changed.wait_for(lambda: self._failure is not None or self._under_way.isdisjoint(wanted))
             if self._failure is not None:
                 raise self._failure
-            return self._verdicts, self._classes
+            if prompts is None:
+                return self._verdicts, self._classes
+            self._submitted -= wanted
+            verdicts = {i: self._verdicts.pop(i) for i in prompts if i in self._verdicts}
+            return verdicts, {i: self._classes.pop(i) for i in prompts if i in self._classes}
+
+    def forget(self, prompts: Collection[int]) -> None:
+        """The results of these are not wanted any more."""
+        with self._changed:
+            self._submitted.difference_update(prompts)
+            for i in prompts:
+                self._verdicts.pop(i, None)
+                self._classes.pop(i, None)
 
     def _serve(self) -> int:
         """On the first rank of another node: begin to take orders. Returns the number of this session."""
@@ -160,9 +175,9 @@ class Verification:
         except BaseException as error:  # noqa: BLE001 - raised by `results`
             failure = error
         with self._changed:
-            self._left -= 1
+            self._under_way.discard(job.i)
             self._failure = self._failure or failure
-            if result is not None:
+            if result is not None and job.i in self._submitted:
                 kept = self._verdicts if isinstance(job.prompt, LabelledPrompt) else self._classes
                 kept[job.i] = result  # type: ignore[assignment]
             self._changed.notify_all()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,11 +17,12 @@ from megatron_tempo.data.stream import PromptStream
 from megatron_tempo.methods.learner import Rollouts, iteration_seed
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout import dump
-from megatron_tempo.rollout.batches import Answers, Asked, Collected, ask, collect, receive, share_columns
+from megatron_tempo.rollout.batches import Answers, Collected, ask, collect, receive, share_columns
 from megatron_tempo.rollout.engine import Engine, Sampling
-from megatron_tempo.rollout.verification import Prompt, Verification
+from megatron_tempo.rollout.verification import Verification
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.training.row_owners import RowOwners
+from megatron_tempo.training.stage_groups import StageGroups
 from megatron_tempo.types import Batch, LabelledPrompt, UnlabelledPrompt
 
 # Prompts for each replica of an engine, and tokens for each response, when the engine is checked.
@@ -31,21 +33,12 @@ _NOTHING = Answers({}, {}, {})
 _P = TypeVar("_P", LabelledPrompt, UnlabelledPrompt)
 
 
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    """The prompts of an unfinished iteration. The engine is answering them or has answered them."""
-
-    labelled: list[LabelledPrompt]
-    unlabelled: list[UnlabelledPrompt]
-    asked: Asked
-    streams_before: dict[str, Any]  # the streams' states before these prompts were drawn
-
-
 @dataclass(slots=True)
 class RolloutRequests:
     """The requests of a run to its engine.
 
-    `pending` holds the prompts of the current iteration and, with `rollout.max_staleness`, of the next one.
+    `groups`: those of the stage under way; None before its first iteration and after its last one. `saved`: of the
+    checkpoint that the run resumes from, until their stage goes on.
     """
 
     config: Config
@@ -55,40 +48,38 @@ class RolloutRequests:
     labelled: PromptStream[LabelledPrompt] | None
     unlabelled: PromptStream[UnlabelledPrompt] | None
     owners: RowOwners
-    pending: list[_Pending] = field(default_factory=list)
+    groups: StageGroups | None = None
+    saved: Mapping[str, Any] | None = None
 
     def generate(
         self, stage_name: str, stage: StageConfig, iteration: int, recorder: dump.Recorder | None = None
     ) -> Rollouts:
-        """Rollouts of this iteration's prompts, labelled and unlabelled in one pass; labelled ones are verified.
+        """Rollouts of an iteration's prompts, labelled and unlabelled in one pass; labelled ones are verified.
 
         `recorder`: of the rank that writes them to disk, if they are to be written.
-        With `rollout.max_staleness` this also asks for the next iteration's rollouts, within a stage. The engine
-        generates them while the run trains on this iteration's. Collective.
+        With `rollout.max_staleness` this also asks for rollouts of the stage's next iterations. Servers generate them
+        while the run trains on this iteration's. Collective.
         """
-        if not self.pending:
-            self.request(stage_name, stage, iteration)
-        current = self.pending[0]
-        collected = collect(current.asked, self.verifiers, self.tokenizer, self._classes_by(stage))
+        self.request(stage_name, stage, iteration)
+        assert self.groups is not None
+        collected, labelled = self.groups.collect(iteration)
         self.engine.work.end_with_slowest()
-        if self.config.rollout.max_staleness and iteration + 1 < stage.iterations:
-            self.request(stage_name, stage, iteration + 1)
-        return self._received(collected, len(current.labelled), stage_name, stage, iteration, recorder)
+        return self._received(collected, labelled, stage_name, stage, iteration, recorder)
 
     def request(self, stage_name: str, stage: StageConfig, iteration: int) -> None:
-        """Draw an iteration's prompts and let the engine start on them. Collective.
+        """Let the engine begin with all that may be asked for at this iteration. Collective."""
+        if self.groups is None or self.groups.stage_name != stage_name:
+            self.close()
+            self.groups = self._open(stage_name, stage, iteration)
+        self.groups.request(iteration)
 
-        With `rollout.max_staleness`, servers' answers are verified as they arrive, while the run trains.
-        """
-        config, before = self.config.rollout, self._stream_states()
-        labelled, unlabelled = self._draw(stage, iteration)
-        sampling = Sampling(config.temperature, config.max_response_tokens)
-        seed = (self.config.run.seed, stage_name, iteration, "rollout")
-        verify = partial(Verification, self.verifiers, self.tokenizer, self._classes_by(stage))
-        prompts: list[Prompt] = [*labelled, *unlabelled]
-        early = verify if config.max_staleness else None
-        asked = ask(self.engine, prompts, stage.samples, sampling, *seed, verify=early)
-        self.pending.append(_Pending(labelled, unlabelled, asked, before))
+    def _open(self, stage_name: str, stage: StageConfig, iteration: int) -> StageGroups:
+        verification = partial(Verification, self.verifiers, self.tokenizer, self._classes_by(stage))
+        groups = StageGroups.open(self.config, self.engine, self._streams(), stage_name, stage, iteration, verification)
+        if self.saved is not None and self.saved["stage"] == stage_name:
+            groups.restore(self.saved["groups"])
+        self.saved = None
+        return groups
 
     def replay(self, stage_name: str, stage: StageConfig, iteration: int) -> Rollouts:
         """This iteration's rollouts from the folder `rollout.replay`, without the engine: the first rank reads them."""
@@ -111,7 +102,8 @@ class RolloutRequests:
 
     def discard_oldest(self) -> None:
         """Forget the prompts of a completed iteration: a resumed run does not request them again."""
-        self.pending = self.pending[1:]
+        if self.groups is not None:
+            self.groups.discard()
 
     def sample_for_parity(self, step: int) -> Batch:
         """A few responses, to compare the engine's log-probabilities with the actor's. Collective."""
@@ -125,14 +117,28 @@ class RolloutRequests:
         return receive(replace(collected, columns=owned), self.owners.held(owned))
 
     def close(self) -> None:
-        """End the verification of answers that are not collected any more."""
-        for pending in self.pending:
-            if pending.asked.verification is not None:
-                pending.asked.verification.close()
+        """End the requests and verifications whose answers are not collected any more."""
+        groups, self.groups = self.groups, None
+        if groups is not None:
+            groups.close()
 
     def resume_point(self) -> dict[str, Any]:
-        """The streams' states for a checkpoint. A resumed run draws and requests the pending prompts again."""
-        return self.pending[0].streams_before if self.pending else self._stream_states()
+        """The streams' states for a checkpoint."""
+        return {half.value: stream.state() for half, stream in self._streams().items()}
+
+    def asked_ahead(self) -> dict[str, Any] | None:
+        """The prompts that were drawn and not trained on, for a checkpoint: `restore`. None if there are none."""
+        if self.groups is None:
+            return None if self.saved is None else dict(self.saved)
+        return {"stage": self.groups.stage_name, "groups": self.groups.state()}
+
+    def restore(self, saved: Mapping[str, Any] | None) -> None:
+        """Ask again for the prompts of `asked_ahead` when their stage goes on."""
+        self.saved = saved
+
+    def metrics(self) -> dict[str, float]:
+        """What became of the groups that were asked for ahead, since the last call."""
+        return {} if self.groups is None or not self.config.rollout.max_staleness else self.groups.metrics()
 
     def _received(
         self,
@@ -174,9 +180,9 @@ class RolloutRequests:
         assert dataset.verifier is not None, "the config's rules ask for it"
         return dataset.verifier.name
 
-    def _stream_states(self) -> dict[str, Any]:
-        streams = {"labelled": self.labelled, "unlabelled": self.unlabelled}
-        return {name: stream.state() for name, stream in streams.items() if stream is not None}
+    def _streams(self) -> dict[Prompts, PromptStream[Any]]:
+        streams = {Prompts.labelled: self.labelled, Prompts.unlabelled: self.unlabelled}
+        return {half: stream for half, stream in streams.items() if stream is not None}
 
 
 def _take(stream: PromptStream[_P] | None, count: int) -> list[_P]:

@@ -68,6 +68,7 @@ class RunState:
             self.checkpoints.load(latest, self.models)
         self.step = latest.state.get("step", 0)
         self.evaluated = latest.state.get("evaluated", self.step > 0)
+        self.requests.restore(latest.state.get("asked_ahead"))
         if latest.path is not None:
             log.info("resumed from %s, %d iterations done", latest.path, self.step)
         raise_on_all_ranks(partial(self._restore_files, latest.state.get("seen")))
@@ -104,10 +105,11 @@ class RunState:
             self.checkpoint()
 
     def checkpoint(self) -> None:
-        """Save the run between two iterations. A resumed run requests pending rollouts again. Collective."""
+        """Save the run between two iterations. A resumed run asks again what was asked ahead. Collective."""
         with self.timer.phase("checkpoint", self.step):
             state = {
                 "streams": self.requests.resume_point(),
+                "asked_ahead": self.requests.asked_ahead(),
                 "position": schedule.position(self.config, self.step),
                 "evaluated": self.evaluated,
                 "inputs": self.inputs,

@@ -170,7 +170,7 @@ class Trainer:
             iteration=number,
         )
         metrics = iterate_of(stage.method)(learner, rollouts, stage, iteration)
-        metrics |= _rollout_metrics(rollouts, self.step, time.monotonic() - started)
+        metrics |= _rollout_metrics(rollouts, self.step, time.monotonic() - started) | self.requests.metrics()
         peaks = self.timer.peaks.take()
         if iteration == stage.critic.warmup_iterations:  # the first with all its phases
             log.info("%s", self.timer.peaks.comparison(peaks))

@@ -194,7 +194,7 @@ def test_the_parsing_process_imports_no_torch() -> None:
 # The checks of content
 
 
-ASK = Ask(GenerationJob(1, oldest=2, work=0), 0, Request((1,), samples=2, seed=0), Sampling(1.0, max_tokens=4))
+ASK = Ask(GenerationJob(), 0, Request((1,), samples=2, seed=0), Sampling(1.0, max_tokens=4), oldest=2)
 
 
 def raw(kind: str, responses: list[Said]) -> RawAnswers:

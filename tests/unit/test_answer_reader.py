@@ -30,7 +30,7 @@ from megatron_tempo.rollout.answer_reader import AnswerReader, CannotAnswer
 from megatron_tempo.rollout.answer_worker import AnswerWorker, Room
 from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
 from megatron_tempo.rollout.fleet import Fleet
-from megatron_tempo.rollout.replica import Answered, Failed, State
+from megatron_tempo.rollout.replica import Answered, Failed, GenerationJob, State
 from megatron_tempo.rollout.sglang import Sglang
 from tests.support.answers import BODIES, Answer, Said, answering
 from tests.support.completions import plain
@@ -501,7 +501,8 @@ def test_a_fleet_tells_of_each_answer_when_it_arrives() -> None:
         fleet = fleet_of(server.url)
         try:
             asked = [Request((1,), samples=2, seed=0)] * 3
-            job = fleet.submit(asked, Sampling(1.0, 3), lambda number, of: arrived.append((number, of)))
+            job = GenerationJob(lambda number, of: arrived.append((number, of)))
+            fleet.submit(asked, Sampling(1.0, 3), job)
             events = [fleet.next(job, SECONDS) for _ in range(3)]
         finally:
             fleet.close()

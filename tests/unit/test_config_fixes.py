@@ -95,7 +95,7 @@ MORE = [
     [*GIVEN, "rollout.servers.each_node=true"],
     [*SERVED, "rollout.servers.transport=shared", "rollout.servers.each_node=true"],
     [*SERVED, "rollout.servers.transport=shared", "rollout.servers.precision=fp8"],
-    ["rollout.max_staleness=1"],
+    ["rollout.partial_rollouts=true"],
     [*SERVED, "rollout.max_staleness=1", "rollout.replay=TMP"],
     [*SERVED, "run.hang_minutes=1"],
     ["evaluation.sets.heldout.verifier=judge"],

@@ -838,13 +838,20 @@ def test_memory_is_shared_on_one_node_between_equals(files: Path, other: str) ->
     assert (problem.field, problem.fix) == ("rollout.servers.transport", "rollout.servers.transport=group")
 
 
-def test_only_servers_generate_while_the_trainer_trains(files: Path) -> None:
-    problem = only(problems(files, "rollout.max_staleness=1"))
-    assert problem.field == "rollout.max_staleness"
-    assert "rollout.engine=sglang" in problem.fix
+def test_staleness_is_of_generated_responses(files: Path) -> None:
+    assert problems(files, "rollout.max_staleness=4") == []
     servers = ["rollout.engine=sglang", f"rollout.servers.python={sys.executable}", "rollout.max_staleness=1"]
     assert problems(files, *servers) == []
     assert only(problems(files, *servers, f"rollout.replay={files}")).field == "rollout.max_staleness"
+
+
+def test_partial_rollouts_are_stale(files: Path) -> None:
+    problem = only(problems(files, "rollout.partial_rollouts=true"))
+    assert (problem.field, problem.fix) == (
+        "rollout.partial_rollouts",
+        "rollout.max_staleness=1 or more, or rollout.partial_rollouts=false",
+    )
+    assert problems(files, "rollout.partial_rollouts=true", "rollout.max_staleness=1") == []
 
 
 JUDGED, JUDGE = "evaluation.sets.heldout.verifier=judge", ("rewards.judge.url=http://h:1/v1", "rewards.judge.model=m")

@@ -126,6 +126,8 @@ def test_a_name_that_is_no_engine_names_the_built_in_ones() -> None:
 def test_only_an_engine_that_works_in_the_background_may_be_stale(files: Path, modules: Path) -> None:
     write(modules, ENGINE + "Fixed.background = True")
     assert problems(files, f"rollout.engine={NAME}", "rollout.max_staleness=1") == []
+    (problem,) = problems(files, f"rollout.engine={NAME}", "rollout.max_staleness=1", "rollout.partial_rollouts=true")
+    assert problem.field == "rollout.partial_rollouts"
     # One that cannot be loaded is one problem, not two.
     (problem,) = problems(files, "rollout.engine=import:nowhere:x", "rollout.max_staleness=1")
     assert problem.field == "rollout.engine"

@@ -102,7 +102,7 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
         "temperature": _above(0, 1000),
         "batch_rows": _ONE_TO_COUNT,
         "parity_tolerance": _above(0, 1000, "1e-6"),
-        "max_staleness": Bound("0 or 1", "1", 0, 1, states_high=True),
+        "max_staleness": _from(0, 1000),
     },
     schema.MathConfig: {"workers": _from(1, 1024), "seconds": _above(0, 3600, "5")},
     schema.ServersConfig: {

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_tempo.config.choices import Device, EngineKind, EnginePrecision, Transport
+from megatron_tempo.config.choices import Device, EnginePrecision, Transport
 from megatron_tempo.config.extensions import Extension, ExtensionError, load_engine
 from megatron_tempo.config.hosts import host_of, ip_of, is_loopback
 from megatron_tempo.config.problem import Problem
@@ -24,6 +24,8 @@ def check(config: Config, world_size: int | None = None) -> Iterator[Problem]:
     rollout = config.rollout
     if rollout.max_staleness:
         yield from _ahead(config)
+    if rollout.partial_rollouts:
+        yield from _partial(config)
     if not rollout.is_served:
         return
     servers = rollout.servers
@@ -50,15 +52,23 @@ def generates_in_background(engine: Extension) -> bool:
 
 
 def _ahead(config: Config) -> Iterator[Problem]:
-    field, engine = "rollout.max_staleness", config.rollout.engine
-    if engine is EngineKind.embedded:
-        wrong = "the embedded engine runs in the trainer's processes, so it cannot generate while they train"
-        yield Problem(field, 1, wrong, "rollout.engine=sglang or vllm, or rollout.max_staleness=0")
-    elif isinstance(engine, Extension) and not generates_in_background(engine):
+    field, engine, value = "rollout.max_staleness", config.rollout.engine, config.rollout.max_staleness
+    if isinstance(engine, Extension) and not generates_in_background(engine):
         wrong = f"{engine} does not say that it generates while the trainer trains"
-        yield Problem(field, 1, wrong, "background = True in the engine's class if it does, or rollout.max_staleness=0")
+        fix = "background = True in the engine's class if it does, or rollout.max_staleness=0"
+        yield Problem(field, value, wrong, fix)
     if config.rollout.replay is not None:
-        yield Problem(field, 1, "a replay generates nothing", "rollout.max_staleness=0")
+        yield Problem(field, value, "a replay generates nothing", "rollout.max_staleness=0")
+
+
+def _partial(config: Config) -> Iterator[Problem]:
+    field, engine = "rollout.partial_rollouts", config.rollout.engine
+    if not config.rollout.max_staleness:
+        wrong = "a response that goes on in the next iteration has tokens of older weights"
+        yield Problem(field, True, wrong, f"rollout.max_staleness=1 or more, or {field}=false")
+    if isinstance(engine, Extension):
+        wrong = f"{engine} cannot take up a response where it left it"
+        yield Problem(field, True, wrong, f"{field}=false, or rollout.engine=embedded, sglang or vllm")
 
 
 def _host(servers: ServersConfig) -> Iterator[Problem]:
