@@ -164,6 +164,10 @@ class AnswerStream(Protocol):
         """
         ...
 
+    def waiting(self) -> list[int]:
+        """Requests that no server has yet; none on other ranks than the first. Not collective."""
+        ...
+
     def cancel(self, numbers: Collection[int]) -> None:
         """End the work on requests whose answers are not wanted any more. Answers that have arrived may still come."""
         ...

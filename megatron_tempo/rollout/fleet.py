@@ -24,17 +24,7 @@ from megatron_tempo.rollout.answer_checks import checked, checked_completions, d
 from megatron_tempo.rollout.answer_reader import AnswerReader, CannotAnswer
 from megatron_tempo.rollout.connections import CONNECT_SECONDS, LIMITS, authorised
 from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
-from megatron_tempo.rollout.replica import (
-    Answered,
-    Ask,
-    Event,
-    Failed,
-    GenerationJob,
-    Replica,
-    Starter,
-    State,
-    Target,
-)
+from megatron_tempo.rollout.replica import Answered, Ask, Event, Failed, GenerationJob, Replica, Starter, State, Target
 from megatron_tempo.rollout.server_adapter import Call, ServerAdapter
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import EngineHealth
@@ -94,7 +84,7 @@ class Fleet:
                 asks.sort(key=lambda ask: -len(ask.request.token_ids))
             if job.is_ahead:
                 self._waiting.extend(asks)
-            else:  # the trainer waits for these
+            else:
                 self._waiting.extendleft(reversed(asks))
             self._jobs.add(job)
             self._dispatch()
@@ -115,6 +105,10 @@ class Fleet:
     def finish(self, job: GenerationJob) -> None:
         """Forget a job and cancel its requests."""
         self.cancel(job, range(job.asked), forget=True)
+
+    def waiting(self, job: GenerationJob) -> list[int]:
+        """The requests of a job that no server has yet."""
+        return [ask.number for ask in self._waiting.copy() if ask.job is job]  # a copy is made at once
 
     def cancel(self, job: GenerationJob, numbers: Collection[int], *, forget: bool = False) -> None:
         """Cancel these requests of a job, waiting ones and those with a server. Those that are answered stay so."""
@@ -251,6 +245,7 @@ class Fleet:
                 return
             replica = min(free, key=lambda replica: replica.load)
             ask = self._waiting.popleft()
+            ask.oldest = self._version
             task = self._loop.create_task(self._answer(replica, replica.life, ask))
             replica.asks[task] = ask
 

@@ -31,11 +31,11 @@ class Asking:
     prompt: Prompt
     request: Request
     iteration: int  # that it is asked for: those of an iteration are asked together
-    version: int  # of the engine's weights
 
 
-# Gets the key of an asking, the version that made the oldest token of its answer, and the answer's tokens.
-Finished = Callable[[int, int, int], None]
+# Gets the key of an asking, the version that made the oldest token of its answer, and the answer's tokens. None: the
+# version at which it was begun.
+Finished = Callable[[int, int | None, int], None]
 
 
 class GroupAnswers:
@@ -56,6 +56,10 @@ class GroupAnswers:
         It is asked on the first rank alone for servers, on all ranks otherwise. Raises EngineError on every rank.
         """
         raise NotImplementedError
+
+    def not_begun(self) -> list[int]:
+        """Askings that the engine has not begun to answer, by the first rank's knowledge. Not collective."""
+        return []
 
     def collect(self, keys: Sequence[int], prompts: Sequence[Prompt]) -> Collected:
         """The answers to these askings, which all ranks name in the same order, with their verdicts.
@@ -108,11 +112,14 @@ class StreamedAnswers(GroupAnswers):
 
     def read(self, enough: Callable[[], bool]) -> None:
         for key, completions in self._stream.read(enough):
-            if (asking := self._asked.pop(key, None)) is None:  # forgotten after it had arrived
+            if self._asked.pop(key, None) is None:  # forgotten after it had arrived
                 continue
             self._completions[key] = completions
             made_by = [version for one in completions for version, tokens in one.versions if tokens]
-            self._finished(key, min(made_by, default=asking.version), sum(len(one.token_ids) for one in completions))
+            self._finished(key, min(made_by, default=None), sum(len(one.token_ids) for one in completions))
+
+    def not_begun(self) -> list[int]:
+        return self._stream.waiting()
 
     def forget(self, keys: Collection[int]) -> None:
         self._stream.cancel([key for key in keys if self._asked.pop(key, None) is not None])
@@ -163,7 +170,7 @@ class ReadAnswers(GroupAnswers):
                     tokens[i] = sum(len(one.token_ids) for one in completions)
             dist.all_reduce(tokens)
             for asking, count in zip(askings, tokens.tolist(), strict=True):
-                self._finished(asking.key, asking.version, count)
+                self._finished(asking.key, None, count)
 
     def _take(self, asking: Asking, completions: Sequence[Completion]) -> None:
         self._completions[asking.key] = completions
@@ -198,6 +205,7 @@ class ContinuedAnswers(GroupAnswers):
         super().__init__(verification, finished)
         self._engine, self._sampling, self._round_tokens = engine, sampling, round_tokens
         self._asked: dict[int, Asking] = {}  # not finished; the same on every rank
+        self._grown: set[int] = set()  # those of them that have been in a round
         self._begun: dict[int, tuple[Completion, ...]] = {}  # of this rank's
 
     def ask(self, askings: Sequence[Asking]) -> None:
@@ -211,13 +219,19 @@ class ContinuedAnswers(GroupAnswers):
             with _failing_together():
                 self._round(askings, tokens)
             dist.all_reduce(tokens)
+            self._grown |= self._asked.keys()
             for asking, count in zip(askings, tokens.tolist(), strict=True):
                 if count:
                     del self._asked[asking.key]
-                    self._finished(asking.key, asking.version, count)
+                    self._grown.discard(asking.key)
+                    self._finished(asking.key, None, count)
         self._engine.work.end(work)
 
+    def not_begun(self) -> list[int]:
+        return [key for key in self._asked if key not in self._grown]
+
     def forget(self, keys: Collection[int]) -> None:
+        self._grown.difference_update(keys)
         for key in keys:
             self._asked.pop(key, None)
             self._begun.pop(key, None)

@@ -93,4 +93,4 @@ class Ask:
     number: int
     request: Request
     sampling: Sampling
-    oldest: int  # the version of the weights when it was submitted
+    oldest: int  # the version of the weights when it was sent

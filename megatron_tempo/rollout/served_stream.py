@@ -27,6 +27,9 @@ class ServedStream:
     def read(self, enough: Callable[[], bool]) -> Iterator[tuple[int, list[Completion]]]:
         return self._answers(self._job, enough)
 
+    def waiting(self) -> list[int]:
+        return [] if self._fleet is None or self._job is None else self._fleet.waiting(self._job)
+
     def cancel(self, numbers: Collection[int]) -> None:
         if self._fleet is not None and self._job is not None and numbers:
             self._fleet.cancel(self._job, numbers)

@@ -99,7 +99,8 @@ class StageGroups:
         """Ask for all that may be asked for at this iteration, at first what became too old."""
         needs, version = self._needs(iteration), self.first_version + iteration
         unasked = [group for half in HALVES for group in self.buffer.groups(half) if group.item.key < 0]  # resumed
-        for group in unasked:
+        begin = [self.asked[key] for key in self.answers.not_begun() if key in self.asked]
+        for group in [*unasked, *begin]:
             group.oldest = version
         again = self._expire(needs, version)
         for half in HALVES:
@@ -108,12 +109,12 @@ class StageGroups:
                 indices = stream.draw(room)
                 drawn = map(Drawn, stream.at(indices), indices)
                 unasked += self.buffer.add(half, drawn, version)
-        self._ask([*again, *sorted(unasked, key=lambda group: self._slot(group)[:2])], version)
+        self._ask([*again, *sorted(unasked, key=lambda group: self._slot(group)[:2])])
 
-    def finished(self, key: int, oldest: int, tokens: int) -> None:
+    def finished(self, key: int, oldest: int | None, tokens: int) -> None:
         """An asking is answered. Not collective."""
         if (group := self.asked.pop(key, None)) is not None:
-            self.buffer.finish(group, oldest, tokens)
+            self.buffer.finish(group, group.oldest if oldest is None else oldest, tokens)
 
     def _expire(self, needs: Needs, version: int) -> list[_Group]:
         """Drop what is too old for its next use. Returns what is to be asked again."""
@@ -126,7 +127,7 @@ class StageGroups:
         self.answers.forget(keys)
         return self.buffer.expire(stale, version)
 
-    def _ask(self, groups: Sequence[_Group], version: int) -> None:
+    def _ask(self, groups: Sequence[_Group]) -> None:
         """Ask the engine for these groups, in order."""
         askings = []
         for group in groups:
@@ -135,7 +136,7 @@ class StageGroups:
             self.asked[group.item.key] = group
             iteration, _, seed = self._slot(group)
             request = Request(group.item.prompt.token_ids, self.stage.samples, seed)
-            askings.append(Asking(group.item.key, group.item.prompt, request, iteration, version))
+            askings.append(Asking(group.item.key, group.item.prompt, request, iteration))
         if askings:
             self.answers.ask(askings)
 

@@ -79,7 +79,9 @@ def test_unfinished_responses_go_on_with_newer_weights(project: Path, tmp_path: 
     """On one rank and on two."""
     one, two = tmp_path / "one", tmp_path / "two"
     for run, ranks in ((one, 1), (two, 2)):
-        run_ranks(train, ranks, tmp_path / "ranks", config_for(project, run, 2, partial=True))
+        config = config_for(project, run, 2, partial=True)
+        config.rollout.temperature = 3.0  # lengths from 1 to 18
+        run_ranks(train, ranks, tmp_path / "ranks", config)
     assert prompts(one) == prompts(two)
     assert generated(one)[:2] == generated(two)[:2], "until the ranks' sums round the actor's update differently"
     lines = [line for of in rollouts(one) for line in of]
