@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 from megatron_tempo.config import extensions
+from megatron_tempo.config.correction import CorrectionConfig
 from megatron_tempo.config.extensions import Extension, ExtensionError
 
 _Settings = TypeVar("_Settings", bound="MethodSettings")
@@ -260,8 +261,7 @@ class ActorUpdateConfig:
     clip_high: float = 5e-4  # the ratio is clipped at 1 + clip_high
     # above 1: the upper bound of the ratio where A < 0 (Ye et al. 2020); None: no bound
     dual_clip: float | None = None
-    # tokens are weighted by min(pi_old / pi_engine, importance_cap) (Yao et al. 2025); None: equal weights
-    importance_cap: float | None = None
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     entropy_coef: float = 0.0  # weight of the entropy bonus, in nats per token
     # weight of KL(pi || model.path), in nats per token, k3 estimate; above 0: a third model is in memory
     kl_coef: float = 0.0

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_tempo.config.earlier import replacement, stage_of_now
 from megatron_tempo.config.extensions import PREFIX, Extension, ExtensionError, call_failed, described
 from megatron_tempo.config.problem import Problem, as_text, did_you_mean, show
 from megatron_tempo.config.schema import Config, to_plain
@@ -32,12 +33,6 @@ from megatron_tempo.errors import InputError, hidden
 from megatron_tempo.files import read_json
 
 MISSING = "???"  # Hydra's mark of a value that the user must give
-
-# Fields that were renamed, by their old paths.
-RENAMED = {
-    "run.max_skipped": "run.max_consecutive_nonfinite_steps",
-    "model.bf16_ends": "model.num_bf16_layers_at_ends",
-}
 
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _EXAMPLE = {bool: "true", int: "8", float: "0.1", str: "NAME"}
@@ -197,13 +192,15 @@ def without_default_settings(plain: Mapping[str, Any]) -> dict[str, Any]:
     """A tree as plain data without the settings of the stages' methods that have their default values.
 
     So another method can be set on top of it, and a config.json of an earlier version, which has the settings of all
-    methods in each stage, can be read.
+    methods in each stage, can be read. So can one with a field that another one replaces (`earlier.stage_of_now`).
     """
     kept = dict(plain)
     for name in Config().stages():
         stage = plain.get(name)
-        if isinstance(stage, Mapping) and not str(stage.get("method")).startswith(PREFIX):
-            kept[name] = {k: v for k, v in stage.items() if k not in _SETTINGS or v != _SETTINGS[k]}
+        if isinstance(stage, Mapping):
+            stage = stage_of_now(stage)
+            is_own = str(stage.get("method")).startswith(PREFIX)
+            kept[name] = {k: v for k, v in stage.items() if is_own or k not in _SETTINGS or v != _SETTINGS[k]}
     return kept
 
 
@@ -344,8 +341,8 @@ def _unknown(path: str, key: str, value: Any, siblings: list[str]) -> Iterator[P
         for name, item in value.items():
             yield from _unknown(below, str(name), item, [])
         return
-    if below in RENAMED:
-        yield Problem(below, value, f"is now {RENAMED[below]}", f"{RENAMED[below]}={show(value)}")
+    if (new := replacement(below, value)) is not None:
+        yield Problem(below, value, *new)
         return
     yield Problem(below, value, "there is no such field", _meant(below, key, siblings))
 

@@ -5,8 +5,9 @@ s_t = sg[s] pi / sg[pi] has the value s and each token's own gradient. The row's
 
     -w_t min(s_t A_t, clip(s_t) A_t)  -  entropy_coef H_t  +  kl_coef k3(log pi_ref - log pi)
 
-where w_t = min(pi_old / pi_engine, cap) is a truncated importance weight (Yao et al. 2025), or 1. Dual clip (Ye et al.
-2020) bounds the ratio of tokens with A_t < 0 by c.
+where w_t is the token's weight for the off-policy correction (`algorithm/correction.py`), a constant of the update, or
+1. A token with w_t = 0 is masked: its entropy and KL terms are 0 too, and T still counts it. Dual clip (Ye et al. 2020)
+bounds the ratio of tokens with A_t < 0 by c.
 
 The kernel uses a simpler form. The clip's range contains 1, and s is one number for the whole row, so
 
@@ -53,7 +54,6 @@ ROW_METRICS = (
     "reference_kl",
     "advantage",
     "advantage_square",
-    "importance_weight",
     "token_ratio_min",
     "token_ratio_max",
 )
@@ -73,7 +73,7 @@ class Experience:
     old_logprobs: Tensor  # [T]: old log-probabilities, the denominator of the importance ratio
     values: Tensor  # [T + n]: row i holds V(x), V(x, y_1:1) ... V(x, y_1:T_i)
     rewards: Tensor  # [n]: from the verifier, or the critic's value of the whole response
-    engine_logprobs: Tensor | None = None  # [T]: engine log-probabilities, for importance weights (`importance_cap`)
+    weights: Tensor | None = None  # [T]: weights of the off-policy correction, 0 for masked tokens; None: all are 1
     reference_logprobs: Tensor | None = None  # [T]: reference log-probabilities, for the KL term
     moments: Tensor | None = None  # [ranks, 3]: moments of the advantages, to whiten them (`advantage_moments`)
 
@@ -115,19 +115,17 @@ def policy_loss(
         sequence = _bounded(mean(raw_log_ratio)).exp().detach()
         ratio = rows.spread(sequence) * (logprobs - logprobs.detach()).exp()
     objective, binding = _clipped(ratio, advantages, config)
-    weight = torch.ones_like(ratio)
-    if config.importance_cap is not None:
-        assert given.engine_logprobs is not None
-        weight = _bounded(given.old_logprobs - given.engine_logprobs).exp().clamp(max=config.importance_cap)
+    weight = torch.ones_like(ratio) if given.weights is None else given.weights
     kl = torch.zeros_like(logprobs)
     if given.reference_logprobs is not None:
         kl = _k3(_bounded(given.reference_logprobs - logprobs))
-    loss = mean(-weight * objective - config.entropy_coef * entropy + config.kl_coef * kl)
+    terms = -weight * objective - config.entropy_coef * entropy + config.kl_coef * kl
+    if given.weights is not None:
+        terms = torch.where(weight == 0, 0.0, terms)
+    loss = mean(terms)
 
     means = (entropy, binding & (advantages > 0), binding & (advantages < 0), _k3(log_ratio), kl)
-    of_entropy, *others = [
-        mean(x.detach().to(loss.dtype)) for x in (*means, raw_advantages, raw_advantages.square(), weight)
-    ]
+    of_entropy, *others = [mean(x.detach().to(loss.dtype)) for x in (*means, raw_advantages, raw_advantages.square())]
     least, greatest = rows.extremes(log_ratio.detach())
     log_extremes = -max_over(-least, group), max_over(greatest, group)
     ratios = [mean(ratio.detach()), *(x.exp() for x in log_extremes)]

@@ -27,10 +27,11 @@ _OLD_KL = tl.constexpr(6)  # k3 to the old policy
 _KL = tl.constexpr(7)  # k3 to the reference
 _ADVANTAGE = tl.constexpr(8)
 _SQUARE = tl.constexpr(9)
-_WEIGHT = tl.constexpr(10)
-_SUMS = tl.constexpr(11)  # the columns before this one are sums, the others maxima
-_GREATEST = tl.constexpr(11)  # log-ratio
-_LEAST = tl.constexpr(12)  # negative log-ratio
+_KEPT_ENTROPY = tl.constexpr(10)  # of tokens that are not masked
+_KEPT_KL = tl.constexpr(11)
+_SUMS = tl.constexpr(12)  # the columns before this one are sums, the others maxima
+_GREATEST = tl.constexpr(12)  # log-ratio
+_LEAST = tl.constexpr(13)  # negative log-ratio
 _COLUMNS = tl.constexpr(16)
 
 _METRICS = tl.constexpr(len(ROW_METRICS))
@@ -82,7 +83,7 @@ class _PolicyLoss(torch.autograd.Function):
                 sums = _over_ranks(sums, group)
                 _finish[(n,)](
                     sums, lengths, loss, metrics, *_numbers(config),
-                    SEQUENCE=settings["SEQUENCE"], DUAL=settings["DUAL"], num_warps=1,
+                    SEQUENCE=settings["SEQUENCE"], DUAL=settings["DUAL"], WEIGHT=settings["WEIGHT"], num_warps=1,
                 )  # fmt: skip
         ctx.save_for_backward(logprobs, metrics, lengths)
         ctx.given, ctx.rows, ctx.config, ctx.settings = given, rows, config, settings
@@ -116,7 +117,7 @@ def _pointers(given: Experience) -> tuple[Tensor | None, ...]:
         given.old_logprobs,
         given.values,
         given.rewards,
-        given.engine_logprobs,
+        given.weights,
         given.reference_logprobs,
         given.moments,
     )
@@ -132,7 +133,7 @@ def _tables(rows: Rows) -> tuple[Tensor, ...]:
 
 def _numbers(config: ActorUpdateConfig) -> tuple[float, ...]:
     high, low = 1 + config.clip_high, 1 - config.clip_low
-    return high, low, config.dual_clip or 0.0, config.importance_cap or 0.0, config.entropy_coef, config.kl_coef
+    return high, low, config.dual_clip or 0.0, config.entropy_coef, config.kl_coef
 
 
 def _settings(given: Experience, baseline: Baseline, config: ActorUpdateConfig) -> dict[str, Any]:
@@ -140,7 +141,7 @@ def _settings(given: Experience, baseline: Baseline, config: ActorUpdateConfig) 
         "AFTER": baseline is Baseline.paper,
         "SEQUENCE": config.ratio is Ratio.sequence,
         "DUAL": config.dual_clip is not None,
-        "WEIGHT": config.importance_cap is not None,
+        "WEIGHT": given.weights is not None,
         "REFERENCE": given.reference_logprobs is not None,
         "RANKS": triton.next_power_of_2(_ranks(given)),
     }
@@ -164,7 +165,7 @@ def _k3(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _tokens(  # type: ignore[no-untyped-def]
-    logprobs, old, values, rewards, engine, reference, moments, ranks, starts, block_rows, first_blocks, cap,
+    logprobs, old, values, rewards, weights, reference, moments, ranks, starts, block_rows, first_blocks,
     AFTER: tl.constexpr, WEIGHT: tl.constexpr, REFERENCE: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block's row, indices and mask, and its tokens' log-ratio, raw and whitened advantage, weight, reference ratio.
@@ -181,8 +182,7 @@ def _tokens(  # type: ignore[no-untyped-def]
         advantage = tl.where(mask, (raw - center) * scale, 0.0)
     weight = tl.where(mask, 1.0, 0.0)
     if WEIGHT:
-        to_engine = before - tl.load(engine + at, mask=mask, other=0.0)
-        weight = tl.where(mask, tl.minimum(tl.exp(_bounded(to_engine)), cap), 0.0)
+        weight = tl.load(weights + at, mask=mask, other=0.0)
     to_reference = tl.zeros_like(logprob)
     if REFERENCE:
         to_reference = tl.load(reference + at, mask=mask, other=0.0) - logprob
@@ -217,7 +217,7 @@ def _merge_blocks(partials, first, count, PARTS: tl.constexpr):  # type: ignore[
 @triton.jit
 def _finished(  # type: ignore[no-untyped-def]
     numbers, row, lengths, loss, metrics, high, low, dual, entropy_coef, kl_coef,
-    SEQUENCE: tl.constexpr, DUAL: tl.constexpr,
+    SEQUENCE: tl.constexpr, DUAL: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
     """Store a row's loss and its metrics, in the order of ROW_METRICS."""
     whole = tl.load(lengths + row)
@@ -238,7 +238,10 @@ def _finished(  # type: ignore[no-untyped-def]
         below = tl.where(bound, below, 0.0)
     ratio = tl.where(whole > 0, ratio, 1.0)
     entropy, kl = _take(numbers, _ENTROPY), _take(numbers, _KL)
-    total = (-policy - entropy_coef * entropy + kl_coef * kl) / length
+    kept_entropy, kept_kl = entropy, kl
+    if WEIGHT:
+        kept_entropy, kept_kl = _take(numbers, _KEPT_ENTROPY), _take(numbers, _KEPT_KL)
+    total = (-policy - entropy_coef * kept_entropy + kl_coef * kept_kl) / length
     tl.store(loss + row, total)
     to = metrics + row * _METRICS
     tl.store(to, total)
@@ -250,21 +253,20 @@ def _finished(  # type: ignore[no-untyped-def]
     tl.store(to + 6, kl / length)
     tl.store(to + 7, _take(numbers, _ADVANTAGE) / length)
     tl.store(to + 8, _take(numbers, _SQUARE) / length)
-    tl.store(to + 9, _take(numbers, _WEIGHT) / length)
-    tl.store(to + 10, tl.exp(tl.where(whole > 0, -_take(numbers, _LEAST), 0.0)))
-    tl.store(to + 11, tl.exp(tl.where(whole > 0, _take(numbers, _GREATEST), 0.0)))
+    tl.store(to + 9, tl.exp(tl.where(whole > 0, -_take(numbers, _LEAST), 0.0)))
+    tl.store(to + 10, tl.exp(tl.where(whole > 0, _take(numbers, _GREATEST), 0.0)))
 
 
 @triton.jit
 def _forward(  # type: ignore[no-untyped-def]
-    logprobs, entropy, old, values, rewards, engine, reference, moments, ranks,
+    logprobs, entropy, old, values, rewards, weights, reference, moments, ranks,
     starts, block_rows, first_blocks, tickets, lengths, partials, sums, loss, metrics,
-    high, low, dual, cap, entropy_coef, kl_coef,
+    high, low, dual, entropy_coef, kl_coef,
     AFTER: tl.constexpr, SEQUENCE: tl.constexpr, DUAL: tl.constexpr, WEIGHT: tl.constexpr, REFERENCE: tl.constexpr,
     RANKS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     row, at, mask, log_ratio, raw, advantage, weight, to_reference = _tokens(
-        logprobs, old, values, rewards, engine, reference, moments, ranks, starts, block_rows, first_blocks, cap,
+        logprobs, old, values, rewards, weights, reference, moments, ranks, starts, block_rows, first_blocks,
         AFTER, WEIGHT, REFERENCE, RANKS, BLOCK,
     )  # fmt: skip
     difference = _bounded(log_ratio)
@@ -290,12 +292,15 @@ def _forward(  # type: ignore[no-untyped-def]
     numbers = _put(numbers, _DOWN, tl.sum(down, 0))
     numbers = _put(numbers, _COUNT_UP, tl.sum(positive.to(tl.float32), 0))
     numbers = _put(numbers, _COUNT_DOWN, tl.sum(negative.to(tl.float32), 0))
-    numbers = _put(numbers, _ENTROPY, tl.sum(tl.load(entropy + at, mask=mask, other=0.0), 0))
+    entropies, kl = tl.load(entropy + at, mask=mask, other=0.0), _k3(_bounded(to_reference))
+    numbers = _put(numbers, _ENTROPY, tl.sum(entropies, 0))
     numbers = _put(numbers, _OLD_KL, tl.sum(_k3(difference), 0))
-    numbers = _put(numbers, _KL, tl.sum(_k3(_bounded(to_reference)), 0))
+    numbers = _put(numbers, _KL, tl.sum(kl, 0))
     numbers = _put(numbers, _ADVANTAGE, tl.sum(raw, 0))
     numbers = _put(numbers, _SQUARE, tl.sum(raw * raw, 0))
-    numbers = _put(numbers, _WEIGHT, tl.sum(weight, 0))
+    if WEIGHT:
+        numbers = _put(numbers, _KEPT_ENTROPY, tl.sum(tl.where(weight == 0.0, 0.0, entropies), 0))
+        numbers = _put(numbers, _KEPT_KL, tl.sum(tl.where(weight == 0.0, 0.0, kl), 0))
     numbers = _put(numbers, _GREATEST, tl.max(tl.where(mask, difference, _LOWEST), 0))
     numbers = _put(numbers, _LEAST, tl.max(tl.where(mask, -difference, _LOWEST), 0))
     columns = tl.arange(0, _COLUMNS)
@@ -307,7 +312,7 @@ def _forward(  # type: ignore[no-untyped-def]
         total = _merge_blocks(partials, first_block, count, PARTS)
         if WHOLE:
             _finished(
-                total, row, lengths, loss, metrics, high, low, dual, entropy_coef, kl_coef, SEQUENCE, DUAL
+                total, row, lengths, loss, metrics, high, low, dual, entropy_coef, kl_coef, SEQUENCE, DUAL, WEIGHT
             )  # fmt: skip
         else:
             tl.store(sums + row * _COLUMNS + columns, total)
@@ -315,23 +320,23 @@ def _forward(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _finish(  # type: ignore[no-untyped-def]
-    sums, lengths, loss, metrics, high, low, dual, cap, entropy_coef, kl_coef,
-    SEQUENCE: tl.constexpr, DUAL: tl.constexpr,
+    sums, lengths, loss, metrics, high, low, dual, entropy_coef, kl_coef,
+    SEQUENCE: tl.constexpr, DUAL: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     numbers = tl.load(sums + row * _COLUMNS + tl.arange(0, _COLUMNS))
-    _finished(numbers, row, lengths, loss, metrics, high, low, dual, entropy_coef, kl_coef, SEQUENCE, DUAL)
+    _finished(numbers, row, lengths, loss, metrics, high, low, dual, entropy_coef, kl_coef, SEQUENCE, DUAL, WEIGHT)
 
 
 @triton.jit
 def _backward(  # type: ignore[no-untyped-def]
-    logprobs, old, values, rewards, engine, reference, moments, ranks, starts, block_rows, first_blocks,
-    lengths, metrics, grad_loss, grad_logprobs, grad_entropy, high, low, dual, cap, entropy_coef, kl_coef,
+    logprobs, old, values, rewards, weights, reference, moments, ranks, starts, block_rows, first_blocks,
+    lengths, metrics, grad_loss, grad_logprobs, grad_entropy, high, low, dual, entropy_coef, kl_coef,
     AFTER: tl.constexpr, SEQUENCE: tl.constexpr, DUAL: tl.constexpr, WEIGHT: tl.constexpr, REFERENCE: tl.constexpr,
     RANKS: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, at, mask, log_ratio, _raw, advantage, weight, to_reference = _tokens(
-        logprobs, old, values, rewards, engine, reference, moments, ranks, starts, block_rows, first_blocks, cap,
+        logprobs, old, values, rewards, weights, reference, moments, ranks, starts, block_rows, first_blocks,
         AFTER, WEIGHT, REFERENCE, RANKS, BLOCK,
     )  # fmt: skip
     share = tl.load(grad_loss + row) / tl.maximum(tl.load(lengths + row), 1).to(tl.float32)
@@ -349,8 +354,8 @@ def _backward(  # type: ignore[no-untyped-def]
     gradient = tl.where(unclipped & has_gradient, -weight * advantage * ratio, 0.0)
     if REFERENCE:
         bounded = _bounded(to_reference)
-        beyond = tl.abs(to_reference) > _BOUND
+        beyond = (tl.abs(to_reference) > _BOUND) | (weight == 0.0)
         gradient -= tl.where(beyond, 0.0, kl_coef * (_k3(bounded) + bounded))  # e^x - 1
     tl.store(grad_logprobs + at, share * gradient, mask=mask)
     if ENTROPY:
-        tl.store(grad_entropy + at, tl.zeros_like(gradient) - share * entropy_coef, mask=mask)
+        tl.store(grad_entropy + at, tl.where(weight == 0.0, 0.0, -share * entropy_coef), mask=mask)

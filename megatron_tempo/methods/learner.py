@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_tempo.algorithm.correction import correct
+from megatron_tempo.algorithm.correction import metrics as off_policy_metrics
 from megatron_tempo.algorithm.outcomes import final_values, mixed_groups, value_targets
 from megatron_tempo.config.stages import Baseline, StageConfig
 from megatron_tempo.kernels.policy_loss import Experience
@@ -76,17 +78,20 @@ class Learner:
         with self.phase("logprobs"):
             old = self.actor.logprobs(batch)
             reference = self.reference_logprobs(batch) if config.kl_coef > 0 else None
+        correction = correct(old, batch.engine_logprobs, batch.held_responses, config.correction)
         experience = Experience(
             old_logprobs=old,
             values=values,
             rewards=rewards,
-            engine_logprobs=batch.engine_logprobs,
+            weights=correction.weights,
             reference_logprobs=reference,
         )
         order = mini_batches(batch.group, config.mini_batch_prompts, config.epochs, f"{self.seed}/actor")
         with self.phase("actor"):
             metrics = self.actor.update(batch, experience, baseline, config, order, self.iteration)
         mean, greatest = self.actor.gap_to_engine(batch, old)
+        by_row = self.actor.gather(batch, correction.by_row)
+        metrics |= off_policy_metrics(by_row, batch.response_lengths, config.correction.level)
         return metrics | {"engine/logprob_gap_mean": mean, "engine/logprob_gap_max": greatest}
 
 

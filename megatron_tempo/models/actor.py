@@ -80,11 +80,8 @@ class Actor:
         """
         assert isinstance(self.model, TrainedModel)
         assert self.guard is not None
-        experience = replace(
-            experience,
-            moments=self._moments(batch, experience, baseline) if config.whiten_advantages else None,
-            engine_logprobs=None if config.importance_cap is None else experience.engine_logprobs,
-        )
+        moments = self._moments(batch, experience, baseline) if config.whiten_advantages else None
+        experience = replace(experience, moments=moments)
 
         def loss(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
             logprobs, entropy = output
@@ -124,7 +121,7 @@ def _of_micro_batch(experience: Experience, micro: MicroBatch) -> Experience:
         old_logprobs=experience.old_logprobs[tokens].to(micro.tokens.device),
         values=experience.values[micro.value_cells].to(micro.tokens.device),
         rewards=experience.rewards[micro.rows].to(micro.tokens.device),
-        engine_logprobs=pick(experience.engine_logprobs, tokens),
+        weights=pick(experience.weights, tokens),
         reference_logprobs=pick(experience.reference_logprobs, tokens),
         moments=experience.moments,
     )
@@ -136,6 +133,7 @@ def _loss_inputs(batch: Batch, experience: Experience, baseline: Baseline) -> Lo
     by_token = {
         "old_logprobs": experience.old_logprobs,
         "reference_logprobs": experience.reference_logprobs,
+        "correction_weights": experience.weights,
         "advantages": token_advantages(experience.values, experience.rewards[batch.held], rows, baseline),
     }
     given = {name: flat for name, flat in by_token.items() if flat is not None}

@@ -21,6 +21,8 @@ GAP_GROWTH, GAP_FLOOR = 2.0, 0.02  # times the stage's start; nats below which n
 ENTROPY_LEFT = 0.2  # fraction of the entropy at the stage's start
 CLIP_HIGH = 0.5  # fraction of the tokens: most of a batch contributes no gradient
 CLIP_NEVER, CLIP_ONCE = 20, 1e-3  # iterations without any clipping, in a stage that once clipped this fraction
+MASKED = 0.5  # fraction of the tokens: most of a batch is thrown away
+ESS_LEFT = 0.1  # effective sample size, as a share of the samples
 TRUNCATED_RISE = 0.15  # above the share at the run's start
 SLOWER = 2.0  # times the stage's start
 SPIKE, SPIKE_WINDOW, SPIKE_KNOWN = 10.0, 20, 5  # times the median of the last 20 records, if at least 5 are known
@@ -192,6 +194,17 @@ def _clips_no_more(fractions: _Numbers) -> str | None:
     return None
 
 
+def _masks_most(fractions: _Numbers) -> str | None:
+    now = fmean(fractions.recent())
+    return f"{now:.0%} of the tokens are masked" if fractions.count >= RECENT and now > MASKED else None
+
+
+def _few_are_effective(shares: _Numbers) -> str | None:
+    now = fmean(shares.recent())
+    few = shares.count >= RECENT and now < ESS_LEFT
+    return f"the effective sample size is {now:.1%} of the samples" if few else None
+
+
 def _truncated_rises(shares: _Numbers) -> str | None:
     early, now = fmean(shares.first[:RECENT]), fmean(shares.recent())
     risen = shares.count >= 2 * RECENT and now > early + TRUNCATED_RISE
@@ -246,8 +259,29 @@ RULES = (
         "engine and trainer drift apart",
         "engine/logprob_gap_mean",
         False,
-        "compare the weights (rollout.servers.checksums_every=1), or set stage2.actor.importance_cap",
+        "compare the weights (rollout.servers.checksums_every=1), or set stage2.actor.correction.level",
         _each("engine/logprob_gap_mean", _gap_grows),
+    ),
+    Rule(
+        "the correction masks most tokens",
+        "correction/tokens_masked",
+        False,
+        "lower rollout.max_staleness, widen the bounds of stage2.actor.correction, or use out_of_bounds=truncate",
+        _each("correction/tokens_masked", _masks_most),
+    ),
+    Rule(
+        "few samples are effective",
+        "engine/ess",
+        False,
+        "a few tokens outweigh all others: lower rollout.max_staleness, and compare the engine's weights",
+        _each("engine/ess", _few_are_effective),
+    ),
+    Rule(
+        "the correction leaves few samples",
+        "correction/ess",
+        False,
+        "lower stage2.actor.correction.high, or use level=geometric or token, whose ratios do not grow with the length",
+        _each("correction/ess", _few_are_effective),
     ),
     Rule(
         "entropy collapses",

@@ -20,6 +20,7 @@ COLUMNS = (
     (8, "critic loss {:5.3f}", "critic/loss"),
     (10, "critic grad {:>6}", "critic/grad_norm"),
     (11, "{:6,.0f} tok/s", "tokens_per_second"),
+    (12, "ess {:4.0%}", "correction/ess"),
     (4, "idle {:3.0%}", "idle_share"),
     (5, "{:5.1f} s", "seconds"),
 )

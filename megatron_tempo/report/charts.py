@@ -41,6 +41,17 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...], bool], ...] = (
         False,
     ),
     ("KL to the old policy", "nats per token", (("actor/approx_kl", "actor"),), False),
+    ("KL of the engine to the old policy", "nats per token, k3", (("engine/kl_k3", "engine"),), False),
+    (
+        "Off-policy correction",
+        "share",
+        (
+            ("correction/ess", "effective sample size"),
+            ("correction/tokens_out_of_bounds", "tokens out of bounds"),
+            ("correction/responses_out_of_bounds", "responses out of bounds"),
+        ),
+        False,
+    ),
     ("Gradient norm", "2-norm before clipping", (("actor/grad_norm", "actor"), ("critic/grad_norm", "critic")), True),
     ("Critic loss", "mean squared error", (("critic/loss", "critic"),), False),
     ("Response length", "tokens", (("response_length/mean", "mean"),), False),

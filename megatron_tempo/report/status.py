@@ -171,6 +171,8 @@ _STEP_METRICS = (
     ("truncated", "truncated"),
     ("critic loss", "critic/loss"),
     ("engine log-probability gap", "engine/logprob_gap_mean"),
+    ("tokens out of the correction's bounds", "correction/tokens_out_of_bounds"),
+    ("effective samples", "correction/ess"),
 )
 
 

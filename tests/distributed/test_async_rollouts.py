@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megatron_tempo.config.correction import CorrectionConfig, CorrectionLevel
 from megatron_tempo.config.schema import Config
 from megatron_tempo.data.sets import QuestionKeys, prompt_streams
 from megatron_tempo.data.tokenizer import load_tokenizer
@@ -37,7 +38,7 @@ def config_for(project: Path, run: Path, max_staleness: int, *, partial: bool = 
     config.stage2.labelled_prompts, config.stage2.unlabelled_prompts = 2, 3
     config.stage2.responses_per_prompt = 2
     config.rollout.max_staleness, config.rollout.partial_rollouts = max_staleness, partial
-    config.stage2.actor.importance_cap = 2.0
+    config.stage2.actor.correction = CorrectionConfig(CorrectionLevel.token, high=2.0)
     config.rollout.dump = True
     config.evaluation.sets, config.evaluation.calibration_set = {}, None
     config.checkpoint.every, config.checkpoint.export_hf = 0, False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 import transformers
 from torch import Tensor
 
+from megatron_tempo.algorithm.correction import correct
 from megatron_tempo.config.choices import Fusions, Layers, Logits, Recompute
+from megatron_tempo.config.correction import CorrectionConfig, CorrectionLevel, OutOfBounds
 from megatron_tempo.config.schema import Config, CriticLayoutConfig, ParallelConfig
 from megatron_tempo.config.stages import ActorUpdateConfig, Baseline, CriticUpdateConfig
 from megatron_tempo.kernels.policy_loss import Experience
@@ -31,7 +34,7 @@ KINDS = {
             dual_clip=1.04,
             entropy_coef=0.01,
             kl_coef=0.3,
-            importance_cap=1.5,
+            correction=CorrectionConfig(CorrectionLevel.sequence, OutOfBounds.mask, low=0.6, high=1.55),
             whiten_advantages=True,
         ),
         CriticUpdateConfig(clip=0.01),
@@ -111,8 +114,9 @@ def updated(
         values = torch.cat([x for part in parts for x in (-part, torch.zeros(1))])
         old, rewards = actor.logprobs(batch), torch.zeros(len(batch))
         of_actor, of_critic = KINDS[kind]
-        others = (around(old, batch, 6), around(old, batch, 7)) if of_actor.kl_coef else (None, None)
-        experience = Experience(old, values, rewards, *others)
+        engine, other = around(old, batch, 6), around(old, batch, 7) if of_actor.kl_coef else None
+        correction = correct(old, engine, batch.held_responses, of_actor.correction)
+        experience = Experience(old, values, rewards, correction.weights, other)
         actor.update(batch, experience, Baseline.before_token, of_actor, ROWS)
         critic.update(batch, batch.correct, of_critic, ROWS)
         return {
@@ -157,7 +161,10 @@ def reference(model: Path, kind: str) -> dict[str, dict[str, Tensor]]:
         if kind == "plain":
             return -(objective + 0.01 * entropy).mean()
         objective = torch.where(advantages[i] < 0, torch.maximum(objective, 1.04 * advantages[i]), objective)
-        weight = (old[i] - engine[i]).exp().clamp(max=1.5)
+        weight = math.exp(math.fsum((old[i] - engine[i]).tolist()))  # the importance ratio of the response
+        masked.append(not 0.6 <= weight <= 1.55)
+        if masked[-1]:
+            return 0.0 * logprobs.sum()
         away = other[i] - logprobs
         return -(weight * objective + 0.01 * entropy - 0.3 * (away.exp() - 1 - away)).mean()
 
@@ -175,7 +182,7 @@ def reference(model: Path, kind: str) -> dict[str, dict[str, Tensor]]:
         shift = moved.clamp(-0.01, 0.01) - moved
         return torch.maximum((values - correct).square(), (values + shift - correct).square()).mean()
 
-    held: list[bool] = []
+    held, masked = list[bool](), list[bool]()
     with torch.no_grad():
         before = [critic_values(i) for i in range(len(rows))]
 
@@ -191,6 +198,7 @@ def reference(model: Path, kind: str) -> dict[str, dict[str, Tensor]]:
             assert norm > 0.5 or kind != "plain"  # what the critic's own clip holds has little gradient left
             optimizer.step()
     assert kind == "plain" or any(held), "the critic's clip is at work"
+    assert kind == "plain" or (any(masked) and not all(masked)), "some responses are masked"
     return {"actor": actor.state_dict(), "critic": critic.state_dict()}
 
 

@@ -100,9 +100,9 @@ def test_loss_and_gradient_by_hand(
 
 def test_metrics_by_hand(implementation: Implementation) -> None:
     reference = torch.tensor([0.3, 0.2, 0.45], dtype=torch.float64).log()  # a half, the same, a half of the policy's
-    engine = torch.tensor([0.25, 0.25, 0.125], dtype=torch.float64).log()  # pi_old is 2, 1 and 4 times as much
-    experience = replace(by_hand([1.0, -1.0, 2.0]), reference_logprobs=reference, engine_logprobs=engine)
-    config = update(Ratio.token, kl_coef=1.0, importance_cap=3.0)
+    weights = torch.tensor([2.0, 1.0, 3.0], dtype=torch.float64)
+    experience = replace(by_hand([1.0, -1.0, 2.0]), reference_logprobs=reference, weights=weights)
+    config = update(Ratio.token, kl_coef=1.0)
     _, metrics, _, _ = loss_of(implementation, [2, 1], config, NEW, torch.tensor([1.0, 2.0, 4.0]), experience)
     k3_of_half = 0.5 - 1 + math.log(2)
     first, second = (dict(zip(ROW_METRICS, row, strict=True)) for row in metrics.tolist())
@@ -116,12 +116,10 @@ def test_metrics_by_hand(implementation: Implementation) -> None:
         "reference_kl": k3_of_half / 2,
         "advantage": 0.0,
         "advantage_square": 1.0,
-        "importance_weight": 1.5,
         "token_ratio_min": 0.8,
         "token_ratio_max": 1.2,
     }
     assert first == pytest.approx(expected, abs=1e-6)
-    assert second["importance_weight"] == pytest.approx(3.0)
     assert second["loss"] == pytest.approx(-3.0 * 1.1 * 2.0 + k3_of_half, rel=1e-6)
     assert second["clip_high"] == 1.0
     assert second["clip_low"] == 0.0
@@ -193,16 +191,14 @@ def loop(
             ratio = own if config.ratio is Ratio.token else s * (logprobs[j] - logprobs[j].detach()).exp()
             bound = held_at(ratio.item(), advantage, config)
             objective = ratio * advantage if bound is None else torch.tensor(bound * advantage, dtype=torch.float64)
-            weight = 1.0
-            if config.importance_cap is not None:
-                assert given.engine_logprobs is not None
-                weight = min(math.exp(old[t] - given.engine_logprobs[j]), config.importance_cap)
+            weight = 1.0 if given.weights is None else given.weights[j].item()
             term = -weight * objective - config.entropy_coef * entropy[j]
             if given.reference_logprobs is not None:
                 kl = k3(given.reference_logprobs[j] - logprobs[j])
                 term = term + config.kl_coef * kl
                 of_row["reference_kl"] += kl.item() / length
-            total = total + term / length
+            if weight != 0:  # otherwise the token is masked
+                total = total + term / length
             of_row["entropy"] += entropy[j].item() / length
             of_row["ratio"] += ratio.item() / length
             of_row["clip_high"] += (bound is not None and advantage > 0) / length
@@ -210,7 +206,6 @@ def loop(
             of_row["approx_kl"] += k3(difference[t]).item() / length
             of_row["advantage"] += raw / length
             of_row["advantage_square"] += raw**2 / length
-            of_row["importance_weight"] += weight / length
             ratios.append(own.item())
         of_row["token_ratio_min"], of_row["token_ratio_max"] = min(ratios, default=1.0), max(ratios, default=1.0)
         of_row["ratio"] = of_row["ratio"] if length else 1.0
@@ -230,6 +225,12 @@ def held_at(ratio: float, advantage: float, config: ActorUpdateConfig) -> float 
     return 1 - config.clip_low if ratio < 1 - config.clip_low else None
 
 
+def some_weights(normal: Tensor) -> Tensor:
+    """Log-normal weights of tokens, truncated at 1.25; a fifth is masked."""
+    weights = (0.3 * normal).exp().clamp(max=1.25).float().double()
+    return torch.where(normal < -0.84, 0.0, weights)
+
+
 def random_case(lengths: list[int], seed: int, spread: float, config: ActorUpdateConfig) -> dict:
     generator = torch.Generator().manual_seed(seed)
 
@@ -247,7 +248,7 @@ def random_case(lengths: list[int], seed: int, spread: float, config: ActorUpdat
             old_logprobs=old,
             values=normal(size + rows),
             rewards=normal(rows),
-            engine_logprobs=(old + 0.3 * normal(size)).float().double() if config.importance_cap else None,
+            weights=some_weights(normal(size)) if config.kl_coef else None,
             reference_logprobs=(logprobs + 0.3 * normal(size)).float().double() if config.kl_coef else None,
         ),
     }
@@ -259,7 +260,7 @@ CONFIGS = [
     for changes in (
         {"clip_high": 0.2},
         {"clip_high": 0.2, "dual_clip": 1.5},
-        {"dual_clip": 1.2, "entropy_coef": 0.3, "kl_coef": 0.7, "clip_low": 0.05, "importance_cap": 1.25},
+        {"dual_clip": 1.2, "entropy_coef": 0.3, "kl_coef": 0.7, "clip_low": 0.05},
         {"clip_low": 3e-4, "clip_high": 5e-4},
     )
 ]
@@ -385,7 +386,7 @@ def taken(case: dict, lengths: list[int], rows: list[int]) -> Experience:
         old_logprobs=pick(whole.old_logprobs, lengths, rows),
         values=pick(whole.values, [n + 1 for n in lengths], rows),
         rewards=whole.rewards[rows],
-        engine_logprobs=optional(whole.engine_logprobs),
+        weights=optional(whole.weights),
         reference_logprobs=optional(whole.reference_logprobs),
     )
 
@@ -409,13 +410,13 @@ def test_extreme_log_ratios_overflow_nothing(
 ) -> None:
     """Tokens that the old policy, the engine or the reference took for impossible, and the other way round."""
     away = torch.tensor([500.0, -500.0, math.inf, 0.0, 25.0, -30.0])
-    config = update(ratio, dual_clip=dual_clip, kl_coef=0.1, importance_cap=2.0)
+    config = update(ratio, dual_clip=dual_clip, kl_coef=0.1)
     for advantages in (torch.tensor([1.0, -1.0, 0.0, 0.0, -1.0, 1.0]), torch.tensor([-1.0, 1.0, -1.0, 1.0, 0.0, 0.0])):
         experience = Experience(
             old_logprobs=-away,
             values=values_for(advantages, [3, 2, 1]),
             rewards=torch.zeros(3),
-            engine_logprobs=torch.zeros(6),
+            weights=torch.tensor([0.0, 2.0, 1e-9, 1.0, 0.0, 2.0]),
             reference_logprobs=away.clamp(max=1e4),
         )
         for actual in loss_of(implementation, [3, 2, 1], config, torch.zeros(6), torch.zeros(6), experience)[:3]:
@@ -423,11 +424,12 @@ def test_extreme_log_ratios_overflow_nothing(
 
 
 @pytest.mark.parametrize("ratio", list(Ratio))
-@pytest.mark.parametrize("name", ["old_logprobs", "values", "rewards", "engine_logprobs"])
+@pytest.mark.parametrize("name", ["old_logprobs", "values", "rewards", "weights"])
 def test_nan_reaches_the_loss_and_the_gradient(implementation: Implementation, ratio: Ratio, name: str) -> None:
     """The trainer refuses a gradient that is not finite, so a number gone wrong must not be lost on the way."""
-    config = update(ratio, importance_cap=2.0)
+    config = update(ratio)
     case = random_case([4, 3], 1, 0.1, config)
+    case["experience"] = replace(case["experience"], weights=torch.ones(7, dtype=torch.float64))
     getattr(case["experience"], name)[1] = math.nan  # of the first row, but for the rewards
     loss, _, grad, _ = loss_of(implementation, [4, 3], config, **case)
     row = 1 if name == "rewards" else 0
@@ -436,6 +438,35 @@ def test_nan_reaches_the_loss_and_the_gradient(implementation: Implementation, r
     of_rows = grad.split([4, 3])
     assert of_rows[row].isnan().any()
     assert of_rows[1 - row].isfinite().all()
+
+
+@pytest.mark.parametrize("config", [CONFIGS[2], CONFIGS[6]], ids=[IDS[2], IDS[6]])
+def test_a_row_whose_tokens_are_all_masked_contributes_zero(
+    implementation: Implementation, config: ActorUpdateConfig
+) -> None:
+    """And a masked token has no gradient, neither of the policy nor of entropy and KL. The other rows stay."""
+    lengths = [3, 5, 2]
+    case = random_case(lengths, 8, 0.3, config)
+    weights = torch.ones(10, dtype=torch.float64)
+    before = loss_of(
+        implementation, lengths, config, **case | {"experience": replace(case["experience"], weights=weights)}
+    )
+    weights[3:8] = 0.0  # the second row
+    weights[9] = 0.0
+    experience = replace(case["experience"], weights=weights)
+    loss, metrics, *grads = loss_of(implementation, lengths, config, **case | {"experience": experience})
+    assert loss[1] == 0.0
+    assert metrics[1, ROW_METRICS.index("loss")] == 0.0
+    for grad, was in zip(grads, before[2:], strict=True):
+        assert grad is not None
+        assert was is not None
+        assert grad[3:8].tolist() == [0.0] * 5
+        assert grad[9] == 0.0
+        assert torch.equal(grad[:3], was[:3])
+    assert loss[0] == before[0][0]
+    # What is measured of the policy does not depend on what is masked.
+    measured = [ROW_METRICS.index(name) for name in ("entropy", "ratio", "approx_kl", "reference_kl", "clip_high")]
+    assert torch.equal(metrics[:, measured], before[1][:, measured])
 
 
 def test_one_pass_may_follow_another_on_the_same_rows(implementation: Implementation) -> None:

@@ -113,9 +113,7 @@ def test_hidden_states_over_two_context_ranks(tmp_path: Path, name: str, way: st
 
 LENGTHS = [5, 0, 1, 1030, 7, 2]
 CUTS = [2, 0, 1, 1025, 0, 7 - 5]  # the first rank's tokens of each row; some rows lie on one rank alone
-CONFIGS = [
-    update(ratio, dual_clip=1.2, entropy_coef=0.3, kl_coef=0.7, clip_low=0.05, importance_cap=1.25) for ratio in Ratio
-]
+CONFIGS = [update(ratio, dual_clip=1.2, entropy_coef=0.3, kl_coef=0.7, clip_low=0.05) for ratio in Ratio]
 
 
 def stretch(flat: Tensor, rank: int, lengths: list[int], *, more: int = 0) -> Tensor:
@@ -130,14 +128,14 @@ def context_part(name: str, config: ActorUpdateConfig, baseline: Baseline) -> li
     implementation, rank = BOTH[name](), dist.get_rank()
     whole = random_case(LENGTHS, 5, 0.3, config)
     experience: Experience = whole["experience"]
-    assert experience.engine_logprobs is not None
+    assert experience.weights is not None
     assert experience.reference_logprobs is not None
     mine = [cut if rank == 0 else n - cut for n, cut in zip(LENGTHS, CUTS, strict=True)]
     given = Experience(
         old_logprobs=implementation(stretch(experience.old_logprobs, rank, LENGTHS)),
         values=implementation(stretch(experience.values, rank, LENGTHS, more=1)),
         rewards=implementation(experience.rewards),
-        engine_logprobs=implementation(stretch(experience.engine_logprobs, rank, LENGTHS)),
+        weights=implementation(stretch(experience.weights, rank, LENGTHS)),
         reference_logprobs=implementation(stretch(experience.reference_logprobs, rank, LENGTHS)),
     )
     rows, group = implementation.rows(mine), dist.group.WORLD

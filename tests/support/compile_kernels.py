@@ -30,10 +30,10 @@ def policy(ratio: Ratio, *, everything: bool) -> None:
     extra: dict[str, Tensor] = {}
     config = ActorUpdateConfig(ratio=ratio)
     if everything:
-        config = ActorUpdateConfig(ratio=ratio, dual_clip=3.0, importance_cap=2.0, entropy_coef=0.1, kl_coef=0.1)
+        config = ActorUpdateConfig(ratio=ratio, dual_clip=3.0, entropy_coef=0.1, kl_coef=0.1)
         moments = KERNELS.advantage_moments(torch.zeros(TOKENS + N), torch.zeros(N), ROWS, Baseline.paper)
         extra = {
-            "engine_logprobs": torch.zeros(TOKENS), "reference_logprobs": torch.zeros(TOKENS), "moments": moments,
+            "weights": torch.zeros(TOKENS), "reference_logprobs": torch.zeros(TOKENS), "moments": moments,
         }  # fmt: skip
     leaves = [torch.zeros(TOKENS).requires_grad_() for _ in range(2)]
     given = Experience(torch.zeros(TOKENS), torch.zeros(TOKENS + N), torch.zeros(N), **extra)
@@ -43,7 +43,7 @@ def policy(ratio: Ratio, *, everything: bool) -> None:
         sums = torch.zeros(N, policy_loss_triton._COLUMNS.value)
         policy_loss_triton._finish[(N,)](
             sums, ROWS.lengths, loss, metrics, *policy_loss_triton._numbers(config),
-            SEQUENCE=ratio is Ratio.sequence, DUAL=True, num_warps=1,
+            SEQUENCE=ratio is Ratio.sequence, DUAL=True, WEIGHT=True, num_warps=1,
         )  # fmt: skip
 
 

@@ -20,10 +20,10 @@ def main() -> None:
         return torch.randn(*shape, device=device, dtype=dtype)
 
     for ratio in Ratio:
-        config = ActorUpdateConfig(ratio=ratio, dual_clip=3.0, importance_cap=2.0, entropy_coef=0.1, kl_coef=0.1)
+        config = ActorUpdateConfig(ratio=ratio, dual_clip=3.0, entropy_coef=0.1, kl_coef=0.1)
         values, rewards = noise(tokens + n), noise(n)
         moments = kernels.advantage_moments(values, rewards, rows, Baseline.before_token)
-        given = Experience(noise(tokens), values, rewards, noise(tokens), noise(tokens), moments)
+        given = Experience(noise(tokens), values, rewards, noise(tokens).relu(), noise(tokens), moments)
         leaves = noise(tokens).requires_grad_(), noise(tokens).requires_grad_()
         loss, _ = kernels.policy_loss(*leaves, given, rows, Baseline.before_token, config)
         loss.sum().backward()

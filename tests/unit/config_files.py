@@ -26,6 +26,9 @@ QWEN3 = {
     "head_dim": 16,
 }
 
+# What a run with `rollout.max_staleness` needs.
+CORRECTED = ["stage1.actor.correction={level: token, high: 2}", "stage2.actor.correction={level: token, high: 2}"]
+
 
 def write_model(folder: Path, **changes: Any) -> Path:
     folder.mkdir(parents=True)

@@ -20,7 +20,7 @@ from megatron_tempo.config import Config, Problem, Purpose, check
 from megatron_tempo.config.rules import evaluation
 from megatron_tempo.config.stages import NEEDS, Method, Prompts
 from megatron_tempo.config.tree import MISSING
-from tests.unit.config_files import configure, good_overrides, write_all, write_model
+from tests.unit.config_files import CORRECTED, configure, good_overrides, write_all, write_model
 
 
 @pytest.fixture
@@ -75,7 +75,15 @@ ONE_FIELD = [
     ("rollout.servers.tensor=0", "rollout.servers.tensor", "1 or more", "tensor=1"),
     ("rollout.servers.checksums_every=-1", "rollout.servers.checksums_every", "0 or more", "checksums_every=0"),
     ("rollout.servers.start_seconds=0", "rollout.servers.start_seconds", "above 0", "start_seconds=1"),
-    (f"{S1}.importance_cap=0", f"{S1}.importance_cap", "above 0", "importance_cap=1"),
+    (f"{S1}.correction.low=0", f"{S1}.correction.low", "above 0", "low=0.5"),
+    (f"{S1}.correction.high=-1", f"{S1}.correction.high", "above 0", "high=2"),
+    (f"{S1}.correction.level=token", f"{S1}.correction.high", "no upper bound", f"{S1}.correction.high=2"),
+    (
+        f"{S2.replace('critic', 'actor')}.correction.level=geometric",
+        "stage2.actor.correction.high",
+        "geometric",
+        "=1.01",
+    ),
     (f"{S2}.clip=-1", f"{S2}.clip", "above 0", "clip=1"),
     (f"{S1}.optimizer.lr=0", f"{S1}.optimizer.lr", "above 0", "lr=1e-6"),
     (f"{S1}.optimizer.lr=.inf", f"{S1}.optimizer.lr", "above 0", "lr=1e-6"),
@@ -838,9 +846,40 @@ def test_memory_is_shared_on_one_node_between_equals(files: Path, other: str) ->
     assert (problem.field, problem.fix) == ("rollout.servers.transport", "rollout.servers.transport=group")
 
 
-def test_staleness_is_of_generated_responses(files: Path) -> None:
-    assert problems(files, "rollout.max_staleness=4") == []
+@pytest.mark.parametrize(
+    ("given", "field", "wrong", "fix"),
+    [
+        (["high=2"], "high", "without a level", "level=token, or"),
+        (["low=0.5"], "low", "without a level", "low=null"),
+        (["level=token", "low=2", "high=2"], "low", "between it and high=2.0", "low=null"),
+        (["level=sequence", "out_of_bounds=mask", "high=0.9"], "out_of_bounds", "whose ratio is 1, are masked", "=2"),
+        (["level=geometric", "out_of_bounds=mask", "low=1.5", "high=9"], "out_of_bounds", "masked", "=1.01"),
+    ],
+)
+def test_bounds_of_a_correction(files: Path, given: list[str], field: str, wrong: str, fix: str) -> None:
+    below = "stage2.actor.correction"
+    problem = only(problems(files, *(f"{below}.{word}" for word in given)))
+    assert problem.field == f"{below}.{field}"
+    assert wrong in problem.wrong
+    assert fix in problem.fix
+
+
+def test_stale_tokens_need_a_correction_in_every_stage_that_trains_the_actor(files: Path) -> None:
     servers = ["rollout.engine=sglang", f"rollout.servers.python={sys.executable}", "rollout.max_staleness=1"]
+    assert problems(files, *servers, *CORRECTED) == []
+    found = problems(files, *servers)
+    assert [problem.field for problem in found] == [f"stage{i}.actor.correction.level" for i in (1, 2)]
+    assert "stage1.actor.correction.level=token and stage1.actor.correction.high=2" in found[0].fix
+    for method in (TTRL, EMPO, GRPO):
+        fields = [problem.field for problem in problems(files, *servers, *method, CORRECTED[0])]
+        assert fields == ["stage2.actor.correction.level"]
+    assert problems(files, *servers, CORRECTED[0], "stage2.iterations=0") == []
+
+
+def test_staleness_is_of_generated_responses(files: Path) -> None:
+    assert problems(files, "rollout.max_staleness=4", *CORRECTED) == []
+    servers = ["rollout.engine=sglang", f"rollout.servers.python={sys.executable}", "rollout.max_staleness=1"]
+    servers += CORRECTED
     assert problems(files, *servers) == []
     assert only(problems(files, *servers, f"rollout.replay={files}")).field == "rollout.max_staleness"
 

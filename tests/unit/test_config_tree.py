@@ -10,9 +10,11 @@ import pytest
 
 from megatron_tempo.config import Config, load, save
 from megatron_tempo.config.choices import Device
+from megatron_tempo.config.earlier import RENAMED
+from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.schema import to_plain
 from megatron_tempo.config.stages import PpoSettings, StageConfig
-from megatron_tempo.config.tree import RENAMED, field_paths, read, walk
+from megatron_tempo.config.tree import field_paths, read, walk
 from megatron_tempo.errors import InputError
 from tests.unit.config_files import configure
 
@@ -135,3 +137,15 @@ def test_a_renamed_field_is_refused_with_its_new_name(old: str, new: str) -> Non
     assert str(problem) == f"{old}=2: is now {new}; fix: {new}=2"
     assert new in field_paths()
     assert old not in field_paths()
+
+
+@pytest.mark.parametrize(
+    ("cap", "fix"),
+    [
+        (1.5, "stage2.actor.correction.level=token and stage2.actor.correction.high=1.5"),
+        (None, "stage2.actor.correction.level=null"),
+    ],
+)
+def test_the_importance_cap_is_refused_with_the_correction_that_replaces_it(cap: float | None, fix: str) -> None:
+    _, (problem,) = read({"stage2": {"actor": {"importance_cap": cap}}})
+    assert problem == Problem("stage2.actor.importance_cap", cap, "is now stage2.actor.correction", fix)

@@ -28,7 +28,7 @@ from megatron_tempo.rollout.imported import ImportedEngine
 from megatron_tempo.types import TokenCount
 from tests.support.completions import completion, plain
 from tests.support.ranks import run_ranks
-from tests.unit.config_files import configure, good_overrides, write_all
+from tests.unit.config_files import CORRECTED, configure, good_overrides, write_all
 from tests.unit.extension_modules import assert_refused, problems, write
 
 ENGINE = """
@@ -125,17 +125,18 @@ def test_a_name_that_is_no_engine_names_the_built_in_ones() -> None:
 
 def test_only_an_engine_that_works_in_the_background_may_be_stale(files: Path, modules: Path) -> None:
     write(modules, ENGINE + "Fixed.background = True")
-    assert problems(files, f"rollout.engine={NAME}", "rollout.max_staleness=1") == []
-    (problem,) = problems(files, f"rollout.engine={NAME}", "rollout.max_staleness=1", "rollout.partial_rollouts=true")
+    assert problems(files, f"rollout.engine={NAME}", "rollout.max_staleness=1", *CORRECTED) == []
+    given = [f"rollout.engine={NAME}", "rollout.max_staleness=1", *CORRECTED]
+    (problem,) = problems(files, *given, "rollout.partial_rollouts=true")
     assert problem.field == "rollout.partial_rollouts"
     # One that cannot be loaded is one problem, not two.
-    (problem,) = problems(files, "rollout.engine=import:nowhere:x", "rollout.max_staleness=1")
+    (problem,) = problems(files, "rollout.engine=import:nowhere:x", "rollout.max_staleness=1", *CORRECTED)
     assert problem.field == "rollout.engine"
 
 
 def test_an_engine_that_does_not_say_so_is_not_stale(files: Path, modules: Path) -> None:
     write(modules, ENGINE)
-    (problem,) = problems(files, f"rollout.engine={NAME}", "rollout.max_staleness=1")
+    (problem,) = problems(files, f"rollout.engine={NAME}", "rollout.max_staleness=1", *CORRECTED)
     assert problem.field == "rollout.max_staleness"
     assert "background = True" in problem.fix
 

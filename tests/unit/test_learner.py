@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_tempo.config.correction import CorrectionConfig, CorrectionLevel
 from megatron_tempo.config.stages import NEEDS, Baseline, CriticTargets, Method, StageConfig, ValueTiming, settings_of
 from megatron_tempo.kernels.advantages import token_advantages
 from megatron_tempo.kernels.policy_loss import Experience
@@ -131,7 +132,7 @@ class Fakes:
                 rows = Rows.of(batch.response_lengths)
                 fakes.given["improve"] = {
                     "batch": batch, "old": experience.old_logprobs, "reference": experience.reference_logprobs,
-                    "engine": experience.engine_logprobs, "config": config, "order": order,
+                    "weights": experience.weights, "config": config, "order": order,
                     "advantages": token_advantages(experience.values, experience.rewards, rows, baseline),
                 }  # fmt: skip
                 return {"actor/loss": 0.25}
@@ -320,7 +321,23 @@ def test_the_reference_when_asked_and_the_engines_word(fakes: Fakes) -> None:
     assert fakes.calls == ["fit", "values", "logprobs", "reference", "improve"]
     improve = fakes.given["improve"]
     assert torch.equal(improve["reference"], rollouts.unlabelled.engine_logprobs - 0.5)
-    assert torch.equal(improve["engine"], rollouts.unlabelled.engine_logprobs)
+    assert improve["weights"] is None
+
+
+def test_the_correction_weighs_the_old_policy_against_the_engine(fakes: Fakes) -> None:
+    """The fake actor is 0.25 nats below the engine at each token: ratios of e^-0.25, and e^(-0.25 T) of a response."""
+    rollouts, stage = rollouts_of(labelled=False), stage_of(Method.tempo, estep_every=0)
+    assert rollouts.unlabelled is not None
+    stage.actor.correction = CorrectionConfig(CorrectionLevel.sequence, low=math.exp(-1.1), high=2.0)
+    metrics = METHODS[Method.tempo](fakes.learner(), rollouts, stage, 0)
+    lengths = rollouts.unlabelled.response_lengths.tolist()
+    assert min(lengths) < 4 < max(lengths), "some are bounded"
+    wanted = [max(math.exp(-0.25 * length), math.exp(-1.1)) for length in lengths]
+    assert fakes.given["improve"]["weights"].tolist() == pytest.approx(spread(rollouts.unlabelled, wanted))
+    assert metrics["engine/kl_k1"] == pytest.approx(0.25)
+    assert metrics["engine/kl_k3"] == pytest.approx(math.exp(-0.25) - 1 + 0.25)
+    assert metrics["correction/responses_out_of_bounds"] == pytest.approx(sum(n > 4 for n in lengths) / len(lengths))
+    assert metrics["correction/ratio_min"] == pytest.approx(math.exp(-0.25 * max(lengths)))
 
 
 # Without a critic: one advantage for all tokens of a response

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_tempo import cli
-from megatron_tempo.config import check
+from megatron_tempo.config import check, resume
+from megatron_tempo.config.correction import CorrectionConfig, CorrectionLevel
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.stages import (
@@ -151,6 +152,27 @@ def test_a_config_json_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(plain))
     with pytest.raises(InputError, match=r"this one does not know stage1\.vote_responses=8"):
         load(tmp_path / "config.json")
+
+
+def test_the_importance_cap_of_an_earlier_version_is_a_correction_of_tokens(tmp_path: Path) -> None:
+    """In the recorded configuration of a run, from which it resumes, and in a file for `--config`."""
+    config = Config()
+    config.stage1.actor.correction = CorrectionConfig(CorrectionLevel.token, high=1.5)
+    plain = to_plain(config)
+    for stage, cap in (("stage1", 1.5), ("stage2", None)):
+        del plain[stage]["actor"]["correction"]
+        plain[stage]["actor"]["importance_cap"] = cap
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(plain))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert load(path) == config
+    config.run.dir = str(tmp_path)
+    assert resume.problem(config) is None
+    config.stage1.actor.correction.high = 2.0
+    problem = resume.problem(config)
+    assert problem is not None
+    assert "stage1.actor.correction.high: 1.5 -> 2.0" in problem.wrong
+    assert composed(whole=path)[0].stage1.actor.correction.high == 1.5
 
 
 def composed(*words: str, whole: Path | None = None) -> tuple[Config, list[Problem]]:

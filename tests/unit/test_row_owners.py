@@ -82,7 +82,7 @@ class Recording:
                 return torch.zeros(len(batch.response_tokens) + len(batch.held))
 
             def gather(self, batch: Batch, of_held: Tensor) -> Tensor:
-                return torch.zeros(len(batch))
+                return torch.zeros(len(batch), *of_held.shape[1:])
 
             def gap_to_engine(self, *_: object) -> tuple[float, float]:
                 return 0.0, 0.0

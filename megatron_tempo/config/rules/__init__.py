@@ -13,6 +13,7 @@ from enum import Enum
 from megatron_tempo.config import resume
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.rules import (
+    correction,
     data,
     evaluation,
     extensions,
@@ -66,6 +67,7 @@ def check(config: Config, *, world_size: int | None, purpose: Purpose = Purpose.
         problems += data.check(config)
         if not refused or any(stage.iterations > 0 for stage in config.stages().values()):
             problems += stages.check(config)
+            problems += correction.check(config)
         problems += stages.check_data_parallel(config, world_size)
         if not problems and (changed := resume.problem(config)):  # a wrong value would be reported as a change
             problems.append(changed)

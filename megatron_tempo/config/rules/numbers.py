@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_tempo.config import schema, stages
+from megatron_tempo.config import correction, schema, stages
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.tree import walk
 
@@ -138,10 +138,10 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
         "clip_low": Bound("above 0 and below 1", "3e-4", 0, 1, low_open=True, high_open=True, states_high=True),
         "clip_high": _above(0, FACTOR, "5e-4"),
         "dual_clip": _above(1, FACTOR, "3"),
-        "importance_cap": _above(0, FACTOR),
         "entropy_coef": _from(0, FACTOR),
         "kl_coef": _from(0, FACTOR),
     },
+    correction.CorrectionConfig: {"low": _above(0, FACTOR, "0.5"), "high": _above(0, FACTOR, "2")},
     stages.CriticUpdateConfig: {
         "mini_batch_prompts": _ONE_TO_COUNT,
         "epochs": _from(1, 1000),
