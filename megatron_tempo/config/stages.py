@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from megatron_tempo.config import extensions
 from megatron_tempo.config.correction import CorrectionConfig
 from megatron_tempo.config.extensions import Extension, ExtensionError
+from megatron_tempo.config.truncation import TruncatedResponses
 
 _Settings = TypeVar("_Settings", bound="MethodSettings")
 
@@ -292,6 +293,10 @@ class StageConfig:
     labelled_prompts: int = 256  # labelled prompts of an iteration
     unlabelled_prompts: int = 0  # unlabelled prompts of an iteration
     responses_per_prompt: int = 8  # responses to a prompt that are trained on
+    truncated_responses: TruncatedResponses = TruncatedResponses.wrong
+    # with `truncated_responses=penalised`: the penalty begins at so many tokens below the limit
+    length_penalty_tokens: int | None = None
+    length_penalty: float = 1.0  # the penalty of a response of as many tokens as the limit
     actor: ActorUpdateConfig = field(default_factory=ActorUpdateConfig)
     critic: CriticUpdateConfig = field(default_factory=CriticUpdateConfig)
 

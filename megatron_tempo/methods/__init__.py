@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_tempo.config.extensions import Extension, wrong_result
 from megatron_tempo.config.stages import Method, StageConfig, load_method
 from megatron_tempo.methods import empo, grpo, ppo, tempo, ttrl
-from megatron_tempo.methods.learner import Learner, Rollouts, critic_rows, mini_batches
+from megatron_tempo.methods.learner import Learner, Rollouts, critic_rows, mini_batches, trainable_rows
 from megatron_tempo.types import Batch
 
 
@@ -32,7 +32,8 @@ METHODS: dict[Method, Iterate] = {
 }
 
 
-# The rows that a method trains the actor on, from a batch's columns; methods that are not here train on all rows.
+# The rows that a method trains the actor on, from a batch's columns. Methods that are not here train on all that a
+# stage allows.
 _ACTOR_ROWS: dict[Method | Extension, Callable[[Batch, StageConfig], Tensor]] = {
     Method.ttrl: ttrl.actor_rows,
     Method.empo: empo.actor_rows,
@@ -44,8 +45,7 @@ def actor_order(batch: Batch, stage: StageConfig, seed: str) -> list[Tensor]:
 
     `seed`: as the learner's.
     """
-    choose = _ACTOR_ROWS.get(stage.method)
-    rows = torch.arange(len(batch)) if choose is None else choose(batch, stage)
+    rows = _ACTOR_ROWS.get(stage.method, trainable_rows)(batch, stage)
     chosen = mini_batches(batch.group[rows], stage.actor.mini_batch_prompts, 1, f"{seed}/actor")
     return [rows[part] for part in chosen]
 

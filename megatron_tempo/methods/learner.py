@@ -12,11 +12,13 @@ from torch import Tensor
 from megatron_tempo.algorithm.correction import correct
 from megatron_tempo.algorithm.correction import metrics as off_policy_metrics
 from megatron_tempo.algorithm.outcomes import final_values, mixed_groups, value_targets
+from megatron_tempo.algorithm.truncation import length_penalty
 from megatron_tempo.config.stages import Baseline, StageConfig
+from megatron_tempo.config.truncation import TruncatedResponses
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
-from megatron_tempo.types import Batch, seed_of
+from megatron_tempo.types import Batch, picked, seed_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ class Learner:
     phase: Callable[[str], AbstractContextManager[None]]  # measures the time of the block
     seed: str
     iteration: int  # of the run, from 1 over all stages
+    max_response_tokens: int  # a response of so many tokens is cut off, if it has not ended
 
     def fit_critic(self, labelled: Batch, stage: StageConfig) -> dict[str, float]:
         """Fit the critic's values to the verdicts (E-step, Eq. 6)."""
@@ -67,14 +70,33 @@ class Learner:
         """
         return self.actor.gather(batch, final_values(values, batch.held_responses, baseline))
 
+    def penalise(self, rewards: Tensor, batch: Batch, stage: StageConfig) -> tuple[Tensor, dict[str, float]]:
+        """The rewards [n] with the stage's length penalty, if it has one, and what there is to record of it."""
+        if stage.truncated_responses is not TruncatedResponses.penalised:
+            return rewards, {}
+        assert stage.length_penalty_tokens is not None, "the config's rules ask for it"
+        most, interval = self.max_response_tokens, stage.length_penalty_tokens
+        penalty = stage.length_penalty * length_penalty(batch.response_lengths, most, interval)
+        return rewards + penalty, {"reward/length_penalty": float(penalty.mean())}
+
     def reinforce(self, batch: Batch, advantages: Tensor, stage: StageConfig) -> dict[str, float]:
         """Clipped policy gradient with one advantage for all tokens of a response. `advantages`: [n]."""
         nothing = torch.zeros(len(batch.response_tokens) + len(batch.held))
         return self.improve_actor(batch, nothing, advantages, stage)
 
     def improve_actor(self, batch: Batch, values: Tensor, rewards: Tensor, stage: StageConfig) -> dict[str, float]:
-        """Clipped policy gradient with A_t = R - V (M-step, Eq. 11 and 12). `values`: [T + m], `rewards`: [n]."""
+        """Clipped policy gradient with A_t = R - V (M-step, Eq. 11 and 12). `values`: [T + m], `rewards`: [n].
+
+        Without the truncated responses, if the stage masks them.
+        """
         config, baseline = stage.actor, stage.method_settings.baseline
+        rows = trainable_rows(batch, stage)
+        if len(rows) < len(batch):
+            places = batch.places[rows]
+            values = picked(values, batch.held_responses + 1, places[places >= 0])
+            batch, rewards = batch.select(rows), rewards[rows]
+        if len(batch) == 0:
+            return {"actor/rows": 0.0}
         with self.phase("logprobs"):
             old = self.actor.logprobs(batch)
             reference = self.reference_logprobs(batch) if config.kl_coef > 0 else None
@@ -92,12 +114,20 @@ class Learner:
         mean, greatest = self.actor.gap_to_engine(batch, old)
         by_row = self.actor.gather(batch, correction.by_row)
         metrics |= off_policy_metrics(by_row, batch.response_lengths, config.correction.level)
-        return metrics | {"engine/logprob_gap_mean": mean, "engine/logprob_gap_max": greatest}
+        metrics |= {"engine/logprob_gap_mean": mean, "engine/logprob_gap_max": greatest}
+        return metrics | {"actor/rows": float(len(batch))}
 
 
 def iteration_seed(seed: int, stage: str, iteration: int) -> str:
     """What identifies a stage's iteration, from 0, in the seeds of its mini-batches. `seed`: the run's."""
     return f"{seed}/{stage}/{iteration}"
+
+
+def trainable_rows(batch: Batch, stage: StageConfig) -> Tensor:
+    """The rows, int64, that the actor may be trained on: all of them, or those that are not truncated."""
+    if stage.truncated_responses is not TruncatedResponses.masked:
+        return torch.arange(len(batch))
+    return batch.stopped.nonzero().flatten()
 
 
 def critic_rows(labelled: Batch, stage: StageConfig) -> Tensor | None:

@@ -1,4 +1,7 @@
-"""PPO on verified answers (stage 1, RLVR): gamma = lambda = 1, so A_t = I - V(x, y_<t)."""
+"""PPO on verified answers (stage 1, RLVR): gamma = lambda = 1, so A_t = I - V(x, y_<t).
+
+A length penalty is added to I in A_t, not to the critic's targets: V stays the probability of a correct response.
+"""
 
 from __future__ import annotations
 
@@ -19,4 +22,5 @@ def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration:
         return learner.fit_critic(batch, stage)
     values = learner.values(batch)
     metrics = learner.fit_critic(batch, stage)
-    return metrics | learner.improve_actor(batch, values, value_targets(batch.correct, stage.critic.targets), stage)
+    rewards, penalty = learner.penalise(value_targets(batch.correct, stage.critic.targets), batch, stage)
+    return metrics | penalty | learner.improve_actor(batch, values, rewards, stage)

@@ -3,6 +3,10 @@
 E-step   labelled prompts, verified:  critic: minimise mean (V(x, y_1:t) - I)^2        (Eq. 6)
 M-step   unlabelled prompts:          R = V(x, y_1:T);  A_t = R - V(x, y_<t)           (Eq. 11)
                                       actor: sequence-clipped policy gradient on A_t   (Eq. 12)
+
+A length penalty is added to R, not to the critic's targets. V(x, y_1:T) stays the probability of a correct response, by
+which calibration measures it. A critic that learnt the penalty would predict it at the end of a long response, where it
+is added once more.
 """
 
 from __future__ import annotations
@@ -40,4 +44,5 @@ def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration:
         assert labelled is not None
         assert labelled.correct is not None
         rewards[len(unlabelled) :] = value_targets(labelled.correct, stage.critic.targets)
-    return metrics | learner.improve_actor(batch, values, rewards, stage)
+    rewards, penalty = learner.penalise(rewards, batch, stage)
+    return metrics | penalty | learner.improve_actor(batch, values, rewards, stage)

@@ -4,7 +4,7 @@
     R(y_i) = 1 if a response's answer is y, else 0;  advantages as in GRPO
 
 `vote_responses` responses are sampled and vote. The first `responses_per_prompt` of them are trained on. (The paper: 64
-and 32.)
+and 32.) A masked response neither votes nor is trained on; a length penalty is added to R(y_i), after the vote.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_tempo.algorithm.groups import first_of_each, group_advantages, votes
 from megatron_tempo.config.stages import StageConfig, TtrlSettings
-from megatron_tempo.methods.learner import Learner, Rollouts
+from megatron_tempo.methods.learner import Learner, Rollouts, trainable_rows
 from megatron_tempo.types import Batch
 
 
@@ -21,19 +21,26 @@ def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration:
     """A vote on the unlabelled rollouts, and one update of the actor."""
     polled = rollouts.unlabelled
     assert polled is not None
+    voters = trainable_rows(polled, stage)
+    if len(voters) == 0:
+        return {"actor/rows": 0.0}
+    if len(voters) < len(polled):
+        polled = polled.select(voters)
     assert polled.answer_class is not None
     won, agreement = votes(polled.answer_class, polled.group)
     metrics = {
         "vote/agreement": float(agreement.mean()),
         "vote/answered": float((polled.answer_class >= 0).float().mean()),
     }
-    rows = actor_rows(polled, stage)
-    batch, rewards = polled.select(rows), won[rows]
-    metrics["reward/unlabelled"] = float(rewards.mean())
+    rows = first_of_each(polled.group, stage.responses_per_prompt)
+    batch = polled.select(rows)
+    metrics["reward/unlabelled"] = float(won[rows].mean())
+    rewards, penalty = learner.penalise(won[rows], batch, stage)
     advantages = group_advantages(rewards, batch.group, divide=stage.settings_as(TtrlSettings).group_std)
-    return metrics | learner.reinforce(batch, advantages, stage)
+    return metrics | penalty | learner.reinforce(batch, advantages, stage)
 
 
 def actor_rows(polled: Batch, stage: StageConfig) -> Tensor:
-    """The rows, int64, that are trained on: the first ones of each prompt."""
-    return first_of_each(polled.group, stage.responses_per_prompt)
+    """The rows, int64, that are trained on: the first ones of each prompt that vote."""
+    voters = trainable_rows(polled, stage)
+    return voters[first_of_each(polled.group[voters], stage.responses_per_prompt)]

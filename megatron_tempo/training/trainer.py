@@ -168,6 +168,7 @@ class Trainer:
             self.phase,
             seed=iteration_seed(self.config.run.seed, stage_name, iteration),
             iteration=number,
+            max_response_tokens=self.config.rollout.max_response_tokens,
         )
         metrics = iterate_of(stage.method)(learner, rollouts, stage, iteration)
         metrics |= _rollout_metrics(rollouts, self.step, time.monotonic() - started) | self.requests.metrics()

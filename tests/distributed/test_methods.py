@@ -63,7 +63,9 @@ def updated(model: Path, layers: Layers) -> dict[Method, dict[str, Tensor]]:
     with open_context(config) as context:
         for method in ADVANTAGES:
             actor = build_actor(context)
-            learner = Learner(actor, None, actor.logprobs, lambda name: nullcontext(), seed="0", iteration=1)
+            learner = Learner(
+                actor, None, actor.logprobs, lambda name: nullcontext(), seed="0", iteration=1, max_response_tokens=64
+            )
             labelled = replace(batch, answer_class=None) if method is Method.grpo else None
             unlabelled = None if method is Method.grpo else replace(batch, correct=None)
             METHODS[method](learner, Rollouts(labelled, unlabelled), stage_of(method), 0)

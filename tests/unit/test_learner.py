@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_tempo.algorithm.truncation import length_penalty
 from megatron_tempo.config.correction import CorrectionConfig, CorrectionLevel
 from megatron_tempo.config.stages import NEEDS, Baseline, CriticTargets, Method, StageConfig, ValueTiming, settings_of
+from megatron_tempo.config.truncation import TruncatedResponses
 from megatron_tempo.kernels.advantages import token_advantages
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.kernels.rows import Rows
@@ -66,6 +68,8 @@ def test_mini_batches_of_chosen_rows() -> None:
 
 
 # The methods
+
+LIMIT = 20  # of the tokens of a response
 
 
 @dataclass
@@ -145,6 +149,7 @@ class Fakes:
             self.phase,
             seed="7/stage2/3",
             iteration=5,
+            max_response_tokens=LIMIT,
         )
 
 
@@ -425,6 +430,172 @@ def test_empo_leaves_out_prompts_by_their_entropy(
     of_prompt = {"p0": [away, away, -away, -away], "p1": [0.0] * 4, "p2": [0.0] * 4}
     wanted = spread(improve["batch"], [a for name in sorted(prompts) for a in of_prompt[name]])
     assert improve["advantages"].tolist() == pytest.approx(wanted, abs=1e-6)
+
+
+# Truncated responses
+
+
+def cut(batch: Batch, *rows: int) -> Batch:
+    """The batch with these responses truncated."""
+    stopped = torch.ones(len(batch), dtype=torch.bool)
+    stopped[list(rows)] = False
+    return replace(batch, stopped=stopped)
+
+
+def masking(method: Method, **changes: Any) -> StageConfig:
+    return stage_of(method, truncated_responses=TruncatedResponses.masked, **changes)
+
+
+def penalising(method: Method, **changes: Any) -> StageConfig:
+    given = {"length_penalty_tokens": 10, "length_penalty": 0.5} | changes
+    return stage_of(method, truncated_responses=TruncatedResponses.penalised, **given)
+
+
+def penalties(batch: Batch) -> list[float]:
+    """Half a point at 20 tokens, none up to 10."""
+    return [-0.5 * max(0, length - 10) / 10 for length in batch.response_lengths.tolist()]
+
+
+def ids_of(batch: Batch, rows: list[int]) -> list[list[int]]:
+    return [list(batch.rows())[i].tolist() for i in rows]
+
+
+def test_masked_responses_enter_neither_the_mean_nor_the_spread_of_grpo(fakes: Fakes) -> None:
+    """Verdicts 1 0 (0) (1) and 1 (1) (0) 0: without the masked ones each group has one right and one wrong."""
+    correct = torch.tensor([1.0, 0, 0, 1, 1, 1, 0, 0])
+    batch = cut(replace(ragged_batch(8, per_prompt=4), correct=correct), 2, 3, 5, 6)
+    metrics = METHODS[Method.grpo](fakes.learner(critic=False), Rollouts(batch, None), masking(Method.grpo), 0)
+    improve = fakes.given["improve"]
+    assert ids_of(improve["batch"], [0, 1, 2, 3]) == ids_of(batch, [0, 1, 4, 7])
+    one = 0.5 / (math.sqrt(0.5) + 1e-6)
+    assert improve["advantages"].tolist() == pytest.approx(spread(improve["batch"], [one, -one, one, -one]), abs=1e-6)
+    assert metrics["actor/rows"] == 4.0
+
+
+def test_masked_responses_do_not_vote(fakes: Fakes) -> None:
+    """Six are sampled and two are learnt from: the first two that are left. 1 wins, as two of the 0s are masked."""
+    polled = cut(classed(0, 0, 0, 1, 1, 2, per_prompt=6), 0, 1)
+    stage = masking(Method.ttrl, responses_per_prompt=2, vote_responses=6)
+    metrics = METHODS[Method.ttrl](fakes.learner(critic=False), Rollouts(None, polled), stage, 0)
+    improve = fakes.given["improve"]
+    assert ids_of(improve["batch"], [0, 1]) == ids_of(polled, [2, 3])
+    one = 0.5 / (math.sqrt(0.5) + 1e-6)
+    assert improve["advantages"].tolist() == pytest.approx(spread(improve["batch"], [-one, one]), abs=1e-6)
+    assert metrics["vote/agreement"] == 0.5
+
+
+def test_masked_responses_are_in_no_cluster(fakes: Fakes) -> None:
+    """Of 0 0 1 (1) the shares are 2/3 2/3 1/3; of 0 (1) (2) (3) there is one response, which is all of its group."""
+    batch = cut(classed(0, 0, 1, 1, 0, 1, 2, 3, per_prompt=4), 3, 5, 6, 7)
+    stage = masking(Method.empo, entropy_low=0.0)
+    metrics = METHODS[Method.empo](fakes.learner(critic=False), Rollouts(None, batch), stage, 0)
+    improve = fakes.given["improve"]
+    assert ids_of(improve["batch"], [0, 1, 2]) == ids_of(batch, [0, 1, 2])
+    away = 1 / 9 / (math.sqrt(1 / 27) + 1e-6)  # the mean is 5/9, the variance (2 (1/9)^2 + (2/9)^2) / 2
+    assert improve["advantages"].tolist() == pytest.approx(spread(improve["batch"], [away, away, -2 * away]), abs=1e-6)
+    assert metrics["reward/unlabelled"] == pytest.approx((5 / 3 + 1) / 4)
+    assert metrics["answers/rows"] == 3.0
+
+
+@pytest.mark.parametrize("method", [Method.ppo, Method.tempo])
+def test_the_critic_is_fitted_to_masked_responses_and_the_actor_is_not(fakes: Fakes, method: Method) -> None:
+    labelled, unlabelled = cut(ragged_batch(8, seed=1), 1, 6), cut(ragged_batch(6, seed=2, correct=False), 0, 3)
+    assert labelled.correct is not None
+    given = Rollouts(labelled, None if method is Method.ppo else unlabelled)
+    METHODS[method](fakes.learner(), given, masking(method), 0)
+    assert fakes.given["fit"]["batch"] is labelled
+    improve, batch = fakes.given["improve"], labelled if method is Method.ppo else unlabelled
+    rows = batch.stopped.nonzero().flatten()
+    left = batch.select(rows)
+    assert [row.tolist() for row in improve["batch"].rows()] == ids_of(batch, rows.tolist())
+    rewards, fits = (labelled.correct[rows].tolist(), 0) if method is Method.ppo else (ends(batch)[rows].tolist(), 1)
+    assert improve["advantages"].tolist() == pytest.approx(expected(left, rewards, fits), abs=1e-5)
+    assert sorted(torch.cat(improve["order"]).tolist()) == list(range(len(rows)))
+
+
+def ends(batch: Batch) -> Tensor:
+    """The values of the whole responses, by the fake critic after one fit."""
+    return 10 + 0.1 * batch.response_lengths
+
+
+def test_labelled_rows_in_the_actors_batch_are_masked_too(fakes: Fakes) -> None:
+    labelled, unlabelled = cut(ragged_batch(8, seed=1), 1, 6), cut(ragged_batch(6, seed=2, correct=False), 0)
+    stage = masking(Method.tempo, actor_on_labelled=True)
+    METHODS[Method.tempo](fakes.learner(), Rollouts(labelled, unlabelled), stage, 0)
+    wanted = ids_of(unlabelled, [1, 2, 3, 4, 5]) + ids_of(labelled, [0, 2, 3, 4, 5, 7])
+    assert [row.tolist() for row in fakes.given["improve"]["batch"].rows()] == wanted
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_where_all_are_masked_the_actor_stays_as_it_is(fakes: Fakes, method: Method) -> None:
+    labelled, unlabelled = cut(ragged_batch(8), *range(8)), cut(classed(0, 0, 1, 0, 1, 1, per_prompt=2), *range(6))
+    metrics = METHODS[method](fakes.learner(), Rollouts(labelled, unlabelled), masking(method), 0)
+    assert "improve" not in fakes.calls
+    assert "logprobs" not in fakes.calls
+    assert metrics["actor/rows"] == 0.0
+    assert all(math.isfinite(number) for number in metrics.values())
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_without_truncated_responses_masking_changes_nothing(method: Method) -> None:
+    seen = []
+    for stage in (stage_of(method), masking(method)):
+        fakes = Fakes()
+        given = Rollouts(ragged_batch(8), classed(0, 0, 1, 0, 1, 1, per_prompt=2))
+        metrics = METHODS[method](fakes.learner(), given, stage, 0)
+        seen.append((metrics, fakes.given["improve"]["advantages"].tolist(), fakes.calls))
+    assert seen[0] == seen[1]
+
+
+def test_a_penalty_falls_towards_the_limit_by_hand() -> None:
+    """DAPO's own numbers: no penalty up to 16384 tokens, then falling to -1 at 20480."""
+    lengths = torch.tensor([1, 16384, 16385, 17408, 18432, 20479, 20480])
+    wanted = [0.0, 0.0, -1 / 4096, -0.25, -0.5, -4095 / 4096, -1.0]
+    assert length_penalty(lengths, 20480, 4096).tolist() == wanted
+    assert length_penalty(torch.tensor([0, 5, 10]), 10, 10).tolist() == [0.0, -0.5, -1.0]
+
+
+def test_the_penalty_is_in_grpos_rewards_before_the_group_is_compared(fakes: Fakes) -> None:
+    batch = replace(ragged_batch(8, per_prompt=4), correct=torch.tensor([1.0, 1, 1, 1, 0, 1, 0, 0]))
+    assert batch.correct is not None
+    stage = penalising(Method.grpo, group_std=False)
+    metrics = METHODS[Method.grpo](fakes.learner(critic=False), Rollouts(batch, None), stage, 0)
+    rewards = [a + b for a, b in zip(batch.correct.tolist(), penalties(batch), strict=True)]
+    means = [sum(rewards[:4]) / 4] * 4 + [sum(rewards[4:]) / 4] * 4
+    wanted = spread(batch, [reward - mean for reward, mean in zip(rewards, means, strict=True)])
+    assert fakes.given["improve"]["advantages"].tolist() == pytest.approx(wanted, abs=1e-6)
+    assert len(set(rewards[:4])) > 1, "all are right, and some are long"
+    assert metrics["reward/length_penalty"] == pytest.approx(sum(penalties(batch)) / 8)
+
+
+@pytest.mark.parametrize("method", [Method.ttrl, Method.empo])
+def test_the_penalty_does_not_change_who_agrees(fakes: Fakes, method: Method) -> None:
+    batch = classed(0, 0, 0, 1, per_prompt=4)
+    stage = penalising(method, group_std=False, responses_per_prompt=4)
+    metrics = METHODS[method](fakes.learner(critic=False), Rollouts(None, batch), stage, 0)
+    agreed = [1.0, 1, 1, 0] if method is Method.ttrl else [0.75, 0.75, 0.75, 0.25]
+    rewards = [a + b for a, b in zip(agreed, penalties(batch), strict=True)]
+    wanted = spread(batch, [reward - sum(rewards) / 4 for reward in rewards])
+    assert fakes.given["improve"]["advantages"].tolist() == pytest.approx(wanted, abs=1e-6)
+    assert metrics["reward/unlabelled"] == pytest.approx(sum(agreed) / 4), "without the penalty"
+
+
+@pytest.mark.parametrize("method", [Method.ppo, Method.tempo])
+def test_the_penalty_is_in_the_rewards_and_not_in_the_critics_targets(fakes: Fakes, method: Method) -> None:
+    rollouts = rollouts_of(unlabelled=method is Method.tempo)
+    assert rollouts.labelled is not None
+    assert rollouts.labelled.correct is not None
+    metrics = METHODS[method](fakes.learner(), rollouts, penalising(method), 0)
+    assert fakes.given["fit"]["targets"].tolist() == rollouts.labelled.correct.tolist()
+    batch = rollouts.labelled if method is Method.ppo else rollouts.unlabelled
+    assert batch is not None
+    fits = 0 if method is Method.ppo else 1
+    before = rollouts.labelled.correct.tolist() if method is Method.ppo else ends(batch).tolist()
+    rewards = [a + b for a, b in zip(before, penalties(batch), strict=True)]
+    assert fakes.given["improve"]["advantages"].tolist() == pytest.approx(expected(batch, rewards, fits), abs=1e-5)
+    assert min(penalties(batch)) < 0
+    if method is Method.tempo:
+        assert metrics["reward/unlabelled_value"] == pytest.approx(sum(before) / len(before)), "without the penalty"
 
 
 # Which iteration needs what (config.stages.StageConfig), against the calls above

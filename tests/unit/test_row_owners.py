@@ -101,7 +101,7 @@ class Recording:
 
         actor, critic = Actor(), Critic()
         given: Any = (actor, critic, actor.logprobs, lambda _: nullcontext())
-        return Learner(*given, seed=SEED, iteration=1)
+        return Learner(*given, seed=SEED, iteration=1, max_response_tokens=100)
 
 
 @pytest.mark.parametrize(

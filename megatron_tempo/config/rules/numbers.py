@@ -153,6 +153,8 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
         "labelled_prompts": _UP_TO_COUNT,
         "unlabelled_prompts": _UP_TO_COUNT,
         "responses_per_prompt": _ONE_TO_COUNT,
+        "length_penalty_tokens": _ONE_TO_TOKENS,
+        "length_penalty": _above(0, FACTOR),
     },
     stages.TempoSettings: {"estep_every": _UP_TO_COUNT},
     stages.TtrlSettings: {"vote_responses": _ONE_TO_COUNT},

@@ -10,6 +10,7 @@ from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.rules.layout import divisors, laid_of
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import EmpoSettings, Method, Prompts, StageConfig
+from megatron_tempo.config.truncation import TruncatedResponses
 
 
 def check(config: Config) -> Iterator[Problem]:
@@ -22,6 +23,7 @@ def check(config: Config) -> Iterator[Problem]:
     for name, stage in active.items():
         yield from _counts(name, stage)
         yield from _groups(name, stage)
+        yield from _truncation(name, stage, config.rollout.max_response_tokens)
         for update, batch, prompts in _updates(stage):
             total = stage.count(prompts)
             if batch > 0 and total > 0 and total % batch:
@@ -125,6 +127,20 @@ def _groups(name: str, stage: StageConfig) -> Iterator[Problem]:
         field = f"{name}.entropy_high"
         fix = f"{field} above {low}, or {name}.entropy_low=null"
         yield Problem(field, high, f"no entropy lies between {name}.entropy_low={low} and it", fix)
+
+
+def _truncation(name: str, stage: StageConfig, limit: int) -> Iterator[Problem]:
+    field, interval = f"{name}.length_penalty_tokens", stage.length_penalty_tokens
+    some = f"{field}={max(1, limit // 5)}"
+    if stage.truncated_responses is not TruncatedResponses.penalised:
+        if interval is not None:
+            fix = f"{name}.truncated_responses=penalised, or {field}=null"
+            yield Problem(field, interval, "there is no length penalty", fix)
+    elif interval is None:
+        yield Problem(field, None, f"nothing says where below {limit} tokens the penalty begins", some)
+    elif interval > limit:
+        wrong = f"no response has more than rollout.max_response_tokens={limit} tokens"
+        yield Problem(field, interval, wrong, some)
 
 
 def _counts(name: str, stage: StageConfig) -> Iterator[Problem]:
