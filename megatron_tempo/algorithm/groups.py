@@ -53,6 +53,17 @@ def shares(classes: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     return own.float(), entropy.clamp(min=0.0)[prompt].float()
 
 
+def agreeing(labels: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Whether all rows of each group have the same label, a verdict or a class: [n], [n] -> bool [groups].
+
+    A group without rows agrees.
+    """
+    exact = labels.double()
+    low = torch.full((groups,), torch.inf, dtype=torch.float64).scatter_reduce(0, group, exact, "amin")
+    high = torch.full((groups,), -torch.inf, dtype=torch.float64).scatter_reduce(0, group, exact, "amax")
+    return low >= high
+
+
 def first_of_each(group: Tensor, count: int) -> Tensor:
     """Indices, int64, of the first `count` rows of each prompt group, in ascending order."""
     seen: dict[int, int] = {}

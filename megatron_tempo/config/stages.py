@@ -293,6 +293,8 @@ class StageConfig:
     labelled_prompts: int = 256  # labelled prompts of an iteration
     unlabelled_prompts: int = 0  # unlabelled prompts of an iteration
     responses_per_prompt: int = 8  # responses to a prompt that are trained on
+    # prompts whose responses all agree give way to new ones, until so many are asked for an iteration; None: they stay
+    refill_limit: int | None = None
     truncated_responses: TruncatedResponses = TruncatedResponses.wrong
     # with `truncated_responses=penalised`: the penalty begins at so many tokens below the limit
     length_penalty_tokens: int | None = None
@@ -371,6 +373,13 @@ class StageConfig:
         """The prompts whose responses train the actor."""
         extra = {Prompts.labelled} if self.method_settings.actor_on_labelled else set()
         return {self.needs.actor} | extra
+
+    @property
+    def refilled(self) -> Prompts | None:
+        """The prompts whose responses `refill_limit` compares: by classes, or by verdicts. None: by neither."""
+        if self.needs.classes:
+            return Prompts.unlabelled
+        return Prompts.labelled if self.needs.actor is Prompts.labelled else None
 
     def critic_prompts(self) -> set[Prompts]:
         """The prompts whose responses train the critic: empty if it is frozen or absent."""

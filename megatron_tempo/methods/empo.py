@@ -31,7 +31,7 @@ def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration:
         return {"actor/rows": 0.0}
     if len(clustered) < len(batch):
         batch = batch.select(clustered)
-        assert batch.answer_class is not None
+    assert batch.answer_class is not None
     rewards, entropy = shares(batch.answer_class, batch.group)
     settings, kept = stage.settings_as(EmpoSettings), _within(entropy, stage)
     metrics = {

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_tempo.algorithm.correction import correct
 from megatron_tempo.algorithm.correction import metrics as off_policy_metrics
+from megatron_tempo.algorithm.groups import agreeing
 from megatron_tempo.algorithm.outcomes import final_values, mixed_groups, value_targets
 from megatron_tempo.algorithm.truncation import length_penalty
 from megatron_tempo.config.stages import Baseline, StageConfig
@@ -128,6 +129,17 @@ def trainable_rows(batch: Batch, stage: StageConfig) -> Tensor:
     if stage.truncated_responses is not TruncatedResponses.masked:
         return torch.arange(len(batch))
     return batch.stopped.nonzero().flatten()
+
+
+def agreeing_groups(batch: Batch, stage: StageConfig, groups: int) -> Tensor:
+    """Whether all responses of each prompt group agree: bool [groups], by verdicts, or by classes if there are some.
+
+    Masked responses are not compared. `batch`: only its columns are read.
+    """
+    rows = trainable_rows(batch, stage)
+    labels = batch.answer_class if stage.needs.classes else batch.correct
+    assert labels is not None
+    return agreeing(labels[rows], batch.group[rows], groups)
 
 
 def critic_rows(labelled: Batch, stage: StageConfig) -> Tensor | None:

@@ -137,8 +137,16 @@ class RolloutRequests:
         self.saved = saved
 
     def metrics(self) -> dict[str, float]:
-        """What became of the groups that were asked for ahead, since the last call."""
-        return {} if self.groups is None or not self.config.rollout.max_staleness else self.groups.metrics()
+        """What became of groups that were asked for ahead, or whose responses agree, since the last call."""
+        if self.groups is None:
+            return {}
+        ahead = self.groups.metrics() if self.config.rollout.max_staleness else {}
+        return ahead | ({} if self.groups.refill is None else self.groups.refill.metrics())
+
+    def dropped(self, half: Prompts) -> tuple[str, ...]:
+        """The ids of the iteration's prompts that were thrown away because their responses agree."""
+        refill = None if self.groups is None else self.groups.refill
+        return tuple(refill.dropped) if refill is not None and refill.half is half else ()
 
     def _received(
         self,

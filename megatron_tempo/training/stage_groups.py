@@ -20,6 +20,7 @@ from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import Prompts, StageConfig
 from megatron_tempo.data.stream import PromptStream
 from megatron_tempo.rollout.batches import Collected
+from megatron_tempo.rollout.collected_groups import joined_groups, picked_groups
 from megatron_tempo.rollout.embedded import EmbeddedEngine
 from megatron_tempo.rollout.engine import AnswersOnFirstRank, Engine, Request, Sampling
 from megatron_tempo.rollout.group_answers import (
@@ -33,6 +34,7 @@ from megatron_tempo.rollout.group_answers import (
 from megatron_tempo.rollout.group_buffer import Group, GroupBuffer, Needs, needs_within
 from megatron_tempo.rollout.verification import Prompt, Verification
 from megatron_tempo.rollout.verifying_nodes import VerifyingNodes
+from megatron_tempo.training.refill import Refill
 from megatron_tempo.types import seed_of
 
 # With partial rollouts, the embedded engine looks whether it may stop whenever responses have grown by this share of
@@ -66,6 +68,7 @@ class StageGroups:
     buffer: GroupBuffer[Drawn]
     answers: GroupAnswers = field(init=False)
     training: list[_Group] = field(default_factory=list)  # taken by the iteration under way
+    refill: Refill | None = None  # of the iteration under way
     asked: dict[int, _Group] = field(default_factory=dict)  # by the key of the last asking
     keys: int = 0  # askings so far
 
@@ -103,13 +106,18 @@ class StageGroups:
         for group in [*unasked, *begin]:
             group.oldest = version
         again = self._expire(needs, version)
+        unasked += self._drawn(needs, version)
+        self._ask([*again, *sorted(unasked, key=lambda group: self._slot(group)[:2])])
+
+    def _drawn(self, needs: Needs, version: int) -> list[_Group]:
+        """New groups, as many as there is room for."""
+        added: list[_Group] = []
         for half in HALVES:
             if room := self.buffer.room(half, needs):
                 stream = self.streams[half]
                 indices = stream.draw(room)
-                drawn = map(Drawn, stream.at(indices), indices)
-                unasked += self.buffer.add(half, drawn, version)
-        self._ask([*again, *sorted(unasked, key=lambda group: self._slot(group)[:2])])
+                added += self.buffer.add(half, map(Drawn, stream.at(indices), indices), version)
+        return added
 
     def finished(self, key: int, oldest: int | None, tokens: int) -> None:
         """An asking is answered. Not collective."""
@@ -163,16 +171,52 @@ class StageGroups:
     def collect(self, iteration: int) -> tuple[Collected, int]:
         """An iteration's groups, labelled ones first, and how many of them are labelled."""
         needs, version = self._needs(iteration), self.first_version + iteration
+        groups, collected = self._collect_chosen(needs, version)
+        self.refill = Refill.of(self.stage, iteration)
+        if self.refill is None:
+            self.training = groups
+            self.buffer.take(groups)
+        else:
+            collected = self._refilled(self.refill, groups, collected, needs, version)
+        return collected, sum(group.half is Prompts.labelled for group in self.training)
+
+    def _collect_chosen(self, needs: Needs, version: int) -> tuple[list[_Group], Collected]:
+        """The groups that meet the needs of `version`, still in the buffer, and their answers."""
         self.answers.read(lambda: self.buffer.chosen(version, needs) is not None)
         chosen = self.buffer.chosen(version, needs) if self._decides else {}
         assert chosen is not None, "the engine has answered all that the iteration needs"
         groups = self._agreed([group for half in HALVES for group in chosen.get(half, ())])
         collected = self.answers.collect([group.item.key for group in groups], [group.item.prompt for group in groups])
-        self.training = groups
         for group in groups:
             self.asked.pop(group.item.key, None)  # on ranks that do not know when it was answered
-        self.buffer.take(groups)
-        return collected, sum(group.half is Prompts.labelled for group in groups)
+        return groups, collected
+
+    def _refilled(
+        self, refill: Refill, groups: list[_Group], collected: Collected, needs: Needs, version: int
+    ) -> Collected:
+        """`collected` with other groups in the place of those whose responses agree. All become `training`."""
+        training: list[_Group] = []
+        whole: Collected | None = None
+        while True:
+            of_half = [i for i, group in enumerate(groups) if group.half is refill.half]
+            first = of_half[0] if of_half else 0
+            unwanted = set(refill.unwanted(collected, first, first + len(of_half)))
+            kept = [i for i in range(len(groups)) if i not in unwanted]
+            part = picked_groups(collected, kept) if unwanted else collected
+            whole = part if whole is None else joined_groups(whole, part)
+            training += [groups[i] for i in kept]
+            self.training = training
+            self.buffer.refuse([groups[i] for i in sorted(unwanted)])
+            self.buffer.take([groups[i] for i in kept])
+            if not unwanted:
+                break
+            later = {half: [0, *counts[1:]] for half, counts in needs.items()}
+            missing = later | {refill.half: [len(unwanted), *needs[refill.half][1:]]}
+            self._ask(self._drawn(missing, version))
+            groups, collected = self._collect_chosen(missing, version)
+        order = sorted(range(len(training)), key=lambda i: (HALVES.index(training[i].half), training[i].number))
+        self.training = [training[i] for i in order]
+        return whole if order == list(range(len(order))) else picked_groups(whole, order)
 
     def discard(self) -> None:
         """The iteration is done: its groups are used. Not collective."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_tempo.checkpoint.checkpoints import Checkpoints, LatestCheckpoint
 from megatron_tempo.config.resume import check_run_folder
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import StageConfig
+from megatron_tempo.config.stages import Prompts, StageConfig
 from megatron_tempo.data.seen import Seen
 from megatron_tempo.data.sets import SAMPLED, QuestionKeys, evaluation_sets, prompt_streams, tokenizer_findings
 from megatron_tempo.data.tokenizer import load_tokenizer
@@ -160,7 +160,9 @@ class Trainer:
         """Rollouts and the method's updates. Returns the line for metrics.jsonl."""
         started, tokens_before, number = time.monotonic(), self._token_count(), self.step + 1
         rollouts = self.rollouts(stage_name, stage, iteration)
-        raise_on_all_ranks(lambda: self.seen.add(number, _ids(rollouts.labelled), _ids(rollouts.unlabelled)))
+        labelled = (*_ids(rollouts.labelled), *self.requests.dropped(Prompts.labelled))
+        unlabelled = (*_ids(rollouts.unlabelled), *self.requests.dropped(Prompts.unlabelled))
+        raise_on_all_ranks(lambda: self.seen.add(number, labelled, unlabelled))
         learner = Learner(
             self.actor,
             self.critic,

@@ -97,6 +97,8 @@ MORE = [
     [*SERVED, "rollout.servers.transport=shared", "rollout.servers.precision=fp8"],
     ["rollout.partial_rollouts=true"],
     ["rollout.max_staleness=1"],
+    ["stage2.refill_limit=4000"],
+    ["stage1.refill_limit=4000", "rollout.replay=TMP"],
     ["stage1.actor.correction.high=2"],
     ["stage1.actor.correction.low=0.5"],
     ["stage1.actor.correction={level: token, low: 2, high: 1}"],

@@ -397,6 +397,8 @@ GROUPS = [
     (GRPO, "stage2.labelled_prompts=0", "stage2.labelled_prompts", "grpo needs labelled", "=1 or more"),
     (EMPO, "stage2.responses_per_prompt=1", "stage2.responses_per_prompt", "a single one", "=2 or more"),
     (GRPO, "stage2.responses_per_prompt=1", "stage2.responses_per_prompt", "a single one", "=2 or more"),
+    (GRPO, "stage2.refill_limit=256", "stage2.refill_limit", "asks for 256 labelled prompts already", "=768, or"),
+    (TTRL, "stage2.refill_limit=0", "stage2.refill_limit", "1 or more", "refill_limit=1"),
     (TTRL, "stage2.truncated_responses=penalised", "stage2.length_penalty_tokens", "where below 16384", "tokens=3276"),
     (TTRL, "stage2.length_penalty_tokens=9", "stage2.length_penalty_tokens", "no length penalty", "=penalised, or"),
     (
@@ -886,6 +888,16 @@ def test_stale_tokens_need_a_correction_in_every_stage_that_trains_the_actor(fil
     assert problems(files, *servers, CORRECTED[0], "stage2.iterations=0") == []
 
 
+def test_refill_compares_responses_by_verdicts_or_classes(files: Path) -> None:
+    for method in (GRPO, TTRL, EMPO):
+        assert problems(files, *method, "stage2.refill_limit=4000") == []
+        replayed = only(problems(files, *method, "stage2.refill_limit=4000", f"rollout.replay={files}"))
+        assert (replayed.field, replayed.fix) == ("stage2.refill_limit", "stage2.refill_limit=null")
+    assert problems(files, "stage1.refill_limit=4000") == [], "PPO, by verdicts"
+    problem = only(problems(files, "stage2.refill_limit=4000"))
+    assert problem.wrong == "method tempo does not compare the responses of a prompt"
+
+
 def test_staleness_is_of_generated_responses(files: Path) -> None:
     assert problems(files, "rollout.max_staleness=4", *CORRECTED) == []
     servers = ["rollout.engine=sglang", f"rollout.servers.python={sys.executable}", "rollout.max_staleness=1"]
@@ -900,7 +912,7 @@ def test_partial_rollouts_are_stale(files: Path) -> None:
         "rollout.partial_rollouts",
         "rollout.max_staleness=1 or more, or rollout.partial_rollouts=false",
     )
-    assert problems(files, "rollout.partial_rollouts=true", "rollout.max_staleness=1") == []
+    assert problems(files, "rollout.partial_rollouts=true", "rollout.max_staleness=1", *CORRECTED) == []
 
 
 JUDGED, JUDGE = "evaluation.sets.heldout.verifier=judge", ("rewards.judge.url=http://h:1/v1", "rewards.judge.model=m")

@@ -153,6 +153,7 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
         "labelled_prompts": _UP_TO_COUNT,
         "unlabelled_prompts": _UP_TO_COUNT,
         "responses_per_prompt": _ONE_TO_COUNT,
+        "refill_limit": _ONE_TO_COUNT,
         "length_penalty_tokens": _ONE_TO_TOKENS,
         "length_penalty": _above(0, FACTOR),
     },

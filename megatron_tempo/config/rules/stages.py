@@ -23,6 +23,7 @@ def check(config: Config) -> Iterator[Problem]:
     for name, stage in active.items():
         yield from _counts(name, stage)
         yield from _groups(name, stage)
+        yield from _refill(name, stage, replays=config.rollout.replay is not None)
         yield from _truncation(name, stage, config.rollout.max_response_tokens)
         for update, batch, prompts in _updates(stage):
             total = stage.count(prompts)
@@ -127,6 +128,22 @@ def _groups(name: str, stage: StageConfig) -> Iterator[Problem]:
         field = f"{name}.entropy_high"
         fix = f"{field} above {low}, or {name}.entropy_low=null"
         yield Problem(field, high, f"no entropy lies between {name}.entropy_low={low} and it", fix)
+
+
+def _refill(name: str, stage: StageConfig, *, replays: bool) -> Iterator[Problem]:
+    field, limit = f"{name}.refill_limit", stage.refill_limit
+    if limit is None or limit < 1:  # the latter is reported as a number
+        return
+    if stage.refilled is None:
+        wrong = f"method {stage.method.name} does not compare the responses of a prompt"
+        yield Problem(field, limit, wrong, f"{field}=null, or {name}.method=grpo, ttrl or empo")
+        return
+    count = stage.count({stage.refilled})
+    if limit <= count:
+        wrong = f"an iteration asks for {count} {stage.refilled.name} prompts already"
+        yield Problem(field, limit, wrong, f"{field}={3 * max(1, count)}, or {field}=null")
+    if replays:
+        yield Problem(field, limit, "a replay generates nothing", f"{field}=null")
 
 
 def _truncation(name: str, stage: StageConfig, limit: int) -> Iterator[Problem]:
