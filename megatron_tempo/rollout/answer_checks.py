@@ -13,7 +13,7 @@ from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout.answer_reader import RawAnswers, refusal
 from megatron_tempo.rollout.replica import Ask
 from megatron_tempo.rollout.server_adapter import Call
-from megatron_tempo.types import Completion
+from megatron_tempo.types import UNFINISHED, Completion
 
 # Nats: a token this unlikely is never sampled. vLLM returns -9999 instead of NaN.
 _LEAST = -1000.0
@@ -60,12 +60,14 @@ def checked_completions(answers: RawAnswers, ask: Ask, vocab: int, newest: int) 
         raise EngineError(f"gave {len(answers.rows)} responses where {ask.request.samples} were asked for")
     tokens = torch.from_numpy(answers.tokens).split([row.tokens for row in answers.rows])
     logprobs = torch.from_numpy(answers.logprobs).split([row.logprobs for row in answers.rows])
+    reasons = {"abort": UNFINISHED} if ask.job.is_paused else {}
     completions = [
-        Completion(tokens[i], logprobs[i], row.reason, tuple(row.versions)) for i, row in enumerate(answers.rows)
+        Completion(tokens[i], logprobs[i], reasons.get(row.reason, row.reason), tuple(row.versions))
+        for i, row in enumerate(answers.rows)
     ]
     versions = range(ask.oldest, newest + 1)
     for completion in completions:
-        if wrong := doubts(completion, ask.sampling.max_tokens, vocab, versions):
+        if wrong := doubts(completion, ask.sampling.max_tokens, vocab, versions, paused=ask.job.is_paused):
             raise EngineError(f"gave a response that makes no sense: {'; '.join(wrong)}")
     np.minimum(answers.logprobs, 0.0, out=answers.logprobs)  # as `without_rounding`
     return completions
@@ -76,12 +78,16 @@ def without_rounding(completion: Completion) -> Completion:
     return replace(completion, logprobs=completion.logprobs.clamp(max=0.0))
 
 
-def doubts(completion: Completion, longest: int, vocab: int, versions: range) -> list[str]:
-    """What is invalid in a response of at most `longest` tokens by weights of these `versions`."""
+def doubts(completion: Completion, longest: int, vocab: int, versions: range, *, paused: bool = False) -> list[str]:
+    """What is invalid in a response of at most `longest` tokens by weights of these `versions`.
+
+    `paused`: whether it may be unfinished. Then it may have no token yet.
+    """
+    unfinished = paused and completion.finish_reason == UNFINISHED
     tokens, logprobs, spans = completion.token_ids.numpy(), completion.logprobs.numpy(), list(completion.versions)
     checks = [
-        (completion.finish_reason not in ("stop", "length"), f"ended by {completion.finish_reason}"),
-        (not 1 <= len(tokens) <= longest, f"{len(tokens)} tokens of at most {longest}"),
+        (completion.finish_reason not in ("stop", "length") and not unfinished, f"ended by {completion.finish_reason}"),
+        (not (0 if unfinished else 1) <= len(tokens) <= longest, f"{len(tokens)} tokens of at most {longest}"),
         (len(logprobs) != len(tokens), f"{len(logprobs)} log-probabilities of {len(tokens)} tokens"),
         (len(tokens) > 0 and not 0 <= tokens.min() <= tokens.max() < vocab, "a token out of the vocabulary"),
         # The extremes of an array with a NaN are NaN, which is in no range.

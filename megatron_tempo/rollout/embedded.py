@@ -22,6 +22,7 @@ from megatron_tempo.data.tokenizer import end_tokens
 from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
 from megatron_tempo.rollout.kv_cache import attention_for, new_cache
+from megatron_tempo.rollout.partial_requests import grown
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import UNFINISHED, Completion, EngineHealth, PartName, TokenCount, Weights, whole_name
 
@@ -252,7 +253,7 @@ class _Decoding:
         flat = []
         for i, (one, n) in enumerate(zip(begun, lengths, strict=True)):
             reason = "stop" if stopped[i] else "length" if n == longest else UNFINISHED
-            flat.append(Completion(tokens[i], logprobs[i], reason, _runs(one, version, n)))
+            flat.append(Completion(tokens[i], logprobs[i], reason, grown(one, version, n)))
         answers, at = [], 0
         for request in requests:
             answers.append(flat[at : at + request.samples])
@@ -289,15 +290,6 @@ def _prefills(requests: Sequence[Request]) -> tuple[list[Sequence[int]], Tensor]
                 copies.append(len(rows))
                 rows.append([*request.token_ids, *one.token_ids.tolist()])
     return rows, torch.tensor(copies, dtype=torch.int64)
-
-
-def _runs(begun: Completion | None, version: int, tokens: int) -> tuple[tuple[int, int], ...]:
-    """The versions of a response that has `tokens` tokens now, the new ones by `version`."""
-    before = () if begun is None else begun.versions
-    new = tokens - sum(count for _, count in before)
-    if before and before[-1][0] == version:
-        before, new = before[:-1], new + before[-1][1]
-    return (*before, (version, new)) if new else before
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

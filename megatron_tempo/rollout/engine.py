@@ -165,7 +165,11 @@ class AnswerStream(Protocol):
         ...
 
     def waiting(self) -> list[int]:
-        """Requests that no server has yet; none on other ranks than the first. Not collective."""
+        """Requests without a token yet, on the first rank, as far as it knows; none on others. Not collective."""
+        ...
+
+    def interrupt(self) -> None:
+        """End generation now. Unfinished responses keep their tokens, and go on with the next `read`."""
         ...
 
     def cancel(self, numbers: Collection[int]) -> None:

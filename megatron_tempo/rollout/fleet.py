@@ -1,4 +1,4 @@
-"""The servers as the first rank manages them: which one has which requests, which have failed or restarted.
+"""The servers as the first rank manages them: which have weights, which have failed or restarted.
 
 Everything runs in one event loop in its own thread. At any time, a request is waiting, with one server, or answered.
 When a server fails, its requests wait again, so none is lost and none is counted twice.
@@ -11,20 +11,19 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Collection, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import httpx
 
-from megatron_tempo.config.choices import Dispatch
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.errors import EngineError, InputError
-from megatron_tempo.rollout.answer_checks import checked, checked_completions, differing, reason
-from megatron_tempo.rollout.answer_reader import AnswerReader, CannotAnswer
+from megatron_tempo.rollout.answer_checks import checked, differing, reason
+from megatron_tempo.rollout.answer_reader import AnswerReader
 from megatron_tempo.rollout.connections import CONNECT_SECONDS, LIMITS, authorised
+from megatron_tempo.rollout.dispatcher import Dispatcher, Limits
 from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
-from megatron_tempo.rollout.replica import Answered, Ask, Event, Failed, GenerationJob, Replica, Starter, State, Target
+from megatron_tempo.rollout.replica import Answered, Event, Failed, GenerationJob, Replica, Starter, State, Target
 from megatron_tempo.rollout.server_adapter import Call, ServerAdapter
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import EngineHealth
@@ -53,15 +52,14 @@ class Fleet:
     ) -> None:
         """`vocab`: number of tokens that a response may contain. `work`: gets the times of the jobs."""
         self._adapter, self._config, self._starter = adapter, config, starter
-        self._key, self._end_tokens, self._vocab = key, end_tokens, vocab
-        self._work = work
+        self._key, self._work = key, work
         self._replicas = [Replica(i) for i in range(replicas)]
-        self._waiting: deque[Ask] = deque()
         self._jobs: set[GenerationJob] = set()
-        self._version = -1
         self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._reader = AnswerReader(adapter.answer_format, key, config.answer_seconds)
+        limits = Limits(config, end_tokens, vocab)
+        self._requests = Dispatcher(adapter, limits, self._reader, self._replicas, work, self._fault, self._fail)
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
         self._thread.start()
 
@@ -75,19 +73,8 @@ class Fleet:
         """Begin to answer requests, by all servers that have the weights, for this job or one of their own."""
 
         async def begin(job: GenerationJob) -> GenerationJob:
-            if requests and not job.left:
-                job.work = self._work.begin()
-            asks = [Ask(job, job.asked + i, request, sampling, self._version) for i, request in enumerate(requests)]
-            job.asked += len(asks)
-            job.left += len(asks)
-            if self._config.dispatch is Dispatch.longest_first:
-                asks.sort(key=lambda ask: -len(ask.request.token_ids))
-            if job.is_ahead:
-                self._waiting.extend(asks)
-            else:
-                self._waiting.extendleft(reversed(asks))
             self._jobs.add(job)
-            self._dispatch()
+            self._requests.submit(requests, sampling, job)
             self._fail_if_none_is_left()
             return job
 
@@ -104,30 +91,38 @@ class Fleet:
 
     def finish(self, job: GenerationJob) -> None:
         """Forget a job and cancel its requests."""
-        self.cancel(job, range(job.asked), forget=True)
 
-    def waiting(self, job: GenerationJob) -> list[int]:
-        """The requests of a job that no server has yet."""
-        return [ask.number for ask in self._waiting.copy() if ask.job is job]  # a copy is made at once
+        async def finish() -> None:
+            self._jobs.discard(job)
+            self._requests.cancel(job, range(job.asked))
+            self._work.end(job.work)  # of a job that failed
 
-    def cancel(self, job: GenerationJob, numbers: Collection[int], *, forget: bool = False) -> None:
-        """Cancel these requests of a job, waiting ones and those with a server. Those that are answered stay so."""
+        self._do(finish())
+
+    def cancel(self, job: GenerationJob, numbers: Collection[int]) -> None:
+        """Cancel these requests of a job. Those that are answered stay so."""
 
         async def cancel() -> None:
-            if forget:
-                self._jobs.discard(job)
-            dropped = {ask for ask in self._waiting if ask.job is job and ask.number in numbers}
-            self._waiting = deque(ask for ask in self._waiting if ask not in dropped)
-            for replica in self._replicas:
-                for task in [t for t, ask in replica.asks.items() if ask.job is job and ask.number in numbers]:
-                    task.cancel()
-                    dropped.add(replica.asks.pop(task))
-            job.left -= len(dropped)
-            if forget or not job.left:
-                self._work.end(job.work)
-            self._dispatch()
+            self._requests.cancel(job, numbers)
 
         self._do(cancel())
+
+    def waiting(self, job: GenerationJob) -> list[int]:
+        """The requests of a job that have no token yet, as far as is known."""
+        return self._requests.waiting.unbegun(job)
+
+    def interrupt(self, job: GenerationJob) -> None:
+        """End the generation of a job's requests. Their unfinished responses keep their tokens until `go_on`."""
+        self._do(self._requests.interrupt(job, self._calls))
+
+    def go_on(self, job: GenerationJob) -> None:
+        """Take up the requests of an interrupted job."""
+
+        async def go_on() -> None:
+            self._requests.waiting.go_on(job)
+            self._requests.dispatch()
+
+        self._do(go_on())
 
     def begin_update(self, *, empty_only: bool) -> list[Target]:
         """Pause the servers that are to get weights, and open an update on each."""
@@ -152,7 +147,7 @@ class Fleet:
         """
 
         async def end() -> str | None:
-            self._version = version
+            self._requests.version = version
             done = []
             for target in targets:
                 replica = self._replicas[target.index]
@@ -161,7 +156,7 @@ class Fleet:
                 elif replica.life == target.life:
                     done.append(replica)
             wrong = await asyncio.gather(*(self._end_update(replica, version, expected) for replica in done))
-            self._dispatch()
+            self._requests.dispatch()
             return next((words for words in wrong if words), None)
 
         return self._do(end())
@@ -232,48 +227,6 @@ class Fleet:
             limits=LIMITS,
             trust_env=False,
         )
-
-    def _dispatch(self) -> None:
-        """Send waiting requests to the servers with the lowest load."""
-        while self._waiting:
-            free = [
-                replica
-                for replica in self._replicas
-                if replica.state is State.serving and not replica.held and len(replica.asks) < self._config.concurrency
-            ]
-            if not free:
-                return
-            replica = min(free, key=lambda replica: replica.load)
-            ask = self._waiting.popleft()
-            ask.oldest = self._version
-            task = self._loop.create_task(self._answer(replica, replica.life, ask))
-            replica.asks[task] = ask
-
-    async def _answer(self, replica: Replica, life: int, ask: Ask) -> None:
-        """Let a server answer a request. A failure counts against the server, unless the server rejects the request."""
-        task = asyncio.current_task()
-        assert task is not None
-        call = self._adapter.generate(ask.request, ask.sampling, self._end_tokens)
-        try:
-            answers = await self._reader.ask(replica.url, call.path, call.body or {})
-            completions = checked_completions(answers, ask, self._vocab, self._version)
-        except CannotAnswer as error:
-            self._fail(ask.job, str(error))
-        except (httpx.HTTPError, EngineError) as error:
-            if replica.life == life:
-                self._fault(replica, reason(error))
-            return
-        else:
-            progress_marker.mark()
-            if ask.job.arrived is not None:
-                ask.job.arrived(ask.number, completions)
-            ask.job.events.put(Answered(ask.number, completions))
-            ask.job.received = max(ask.job.received, answers.received)
-            if ask.job.left == 1:
-                self._work.end(ask.job.work, ask.job.received)
-            ask.job.left -= 1  # last: at 0 nobody waits any longer
-        del replica.asks[task]
-        self._dispatch()
 
     async def _send(self, replica: Replica, call: Call, seconds: float | None = None) -> httpx.Response:
         assert replica.client is not None
@@ -347,7 +300,7 @@ class Fleet:
             if task is not asyncio.current_task():
                 task.cancel()
         replica.asks = {}
-        self._waiting.extendleft(reversed(asks))
+        self._requests.waiting.put_back(asks)
         again = f"; its {len(asks)} unfinished requests are asked again" if asks else ""
         log.warning("%s %s%s", self._name(replica), why, again)
         replica.state, replica.held = State.starting, False
@@ -358,7 +311,7 @@ class Fleet:
             self._spawn(self._revive(replica))
         else:  # at once: the sender of weights asks now whether a server is left
             self._give_up(replica)
-        self._dispatch()
+        self._requests.dispatch()
 
     async def _revive(self, replica: Replica) -> None:
         begun = time.monotonic()
@@ -387,7 +340,7 @@ class Fleet:
                 self._fail(job, f"no {self._adapter.name} server is left")
 
     def _fail(self, job: GenerationJob, why: str) -> None:
-        self._waiting = deque(ask for ask in self._waiting if ask.job is not job)
+        self._requests.waiting.remove(job, range(job.asked))
         job.events.put(Failed(why))
 
     def _name(self, replica: Replica) -> str:

@@ -81,6 +81,8 @@ class GenerationJob:
         self.is_ahead = is_ahead
         self.asked = 0  # requests so far: the number of the next one
         self.left = 0
+        self.is_paused = False
+        self.parked: list[Ask] = []  # unfinished requests while it is paused
         self.arrived = arrived
         self.work = -1  # the number in the engine's `EngineWork` of what is left
         self.received = 0.0  # when the last answer so far began to arrive, by `time.monotonic`

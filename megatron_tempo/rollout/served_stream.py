@@ -25,7 +25,13 @@ class ServedStream:
             self._fleet.submit(requests, self._sampling, self._job)
 
     def read(self, enough: Callable[[], bool]) -> Iterator[tuple[int, list[Completion]]]:
+        if self._fleet is not None and self._job is not None:
+            self._fleet.go_on(self._job)
         return self._answers(self._job, enough)
+
+    def interrupt(self) -> None:
+        if self._fleet is not None and self._job is not None:
+            self._fleet.interrupt(self._job)
 
     def waiting(self) -> list[int]:
         return [] if self._fleet is None or self._job is None else self._fleet.waiting(self._job)

@@ -96,6 +96,10 @@ class ServerAdapter(Protocol):
 
     def generate(self, request: Request, sampling: Sampling, end_tokens: Sequence[int]) -> Call: ...
 
+    def interrupt(self) -> list[Call]:
+        """End all generation now: requests are answered with the tokens that there are. `resume` may follow."""
+        ...
+
     def join_group(self, group_info: WeightGroupInfo) -> Call: ...
 
     def before_update(self) -> list[Call]:

@@ -110,6 +110,9 @@ class Sglang:
         body = {"input_ids": [list(request.token_ids)], "sampling_params": parameters, "return_logprob": True}
         return Call("/generate", body)
 
+    def interrupt(self) -> list[Call]:
+        return [Call("/abort_request", {"abort_all": True})]
+
     def join_group(self, group_info: WeightGroupInfo) -> Call:
         body = {
             "master_address": group_info.host,

@@ -98,6 +98,9 @@ class Vllm:
         }
         return Call("/inference/v1/generate", {"token_ids": list(request.token_ids), "sampling_params": parameters})
 
+    def interrupt(self) -> list[Call]:
+        return [Call("/pause?mode=abort", {})]
+
     def join_group(self, group_info: WeightGroupInfo) -> Call:
         info = {
             "group": group_info.group,

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from megatron_tempo.errors import EngineError
 from megatron_tempo.observability.records import read_evaluations, read_metrics
 from megatron_tempo.training.jobs import train
 from megatron_tempo.training.rollout_requests import RolloutRequests
-from tests.engines.servers import ENGINES, group_of, use_servers
+from tests.engines.servers import group_of, use_servers
 from tests.support.project import config_of, write_project
 from tests.support.ranks import run_ranks
 
@@ -46,24 +47,31 @@ def asked(run: Path) -> list[list[str]]:
     return [[json.loads(line)["prompt_id"] for line in file.read_text().splitlines()] for file in files]
 
 
-@pytest.mark.parametrize("kind", ENGINES)
-def test_the_next_batch_is_generated_while_this_one_trains(tmp_path: Path, kind: EngineKind) -> None:
+@pytest.mark.parametrize(("kind", "max_staleness"), [(EngineKind.sglang, 1), (EngineKind.vllm, 4)])
+def test_the_next_batches_are_generated_while_this_one_trains(
+    tmp_path: Path, kind: EngineKind, max_staleness: int
+) -> None:
     config = config_for(kind, tmp_path)
-    config.rollout.max_staleness = 1
+    config.rollout.max_staleness = max_staleness
+    config.stage2.actor.importance_cap = 2.0
     assert run_ranks(trained, 2, tmp_path / "ranks", config, timeout=500) == ["", ""]
     lines = list(read_metrics(tmp_path / "run"))
-    assert [line["engine/staleness_max"] for line in lines] == [0.0, 1.0, 1.0, 1.0]
+    assert lines[0]["engine/staleness_max"] == 0.0
+    assert 1.0 <= max(line["engine/staleness_max"] for line in lines) <= max_staleness
+    assert [line["buffer/dropped"] for line in lines] == [0] * len(lines)
     for number, file in enumerate(sorted((tmp_path / "run/rollouts").iterdir())):
         for line in map(json.loads, file.read_text().splitlines()):
             versions = [version for version, _ in line["versions"]]
-            assert set(versions) <= {max(number - 1, 0), number}
+            assert set(versions) <= set(range(max(number - max_staleness, 0), number + 1))
             assert versions == sorted(versions)
             assert sum(count for _, count in line["versions"]) == len(line["response_tokens"])
-    # The same prompts as a run that waits for each batch.
+    # The same prompts as a run that waits for each batch, those that are answered first earlier.
     plain = config_of(tmp_path / "project", tmp_path / "plain")
     plain.stage2.iterations, plain.rollout.dump = 4, True
     assert run_ranks(trained, 2, tmp_path / "ranks", plain) == ["", ""]
-    assert asked(tmp_path / "run") == asked(tmp_path / "plain")
+    ours, theirs = asked(tmp_path / "run"), asked(tmp_path / "plain")
+    assert [len(prompts) for prompts in ours] == [len(prompts) for prompts in theirs]
+    assert Counter(sum(ours, [])) == Counter(sum(theirs, []))
 
 
 def losing_its_server(config: Config, iteration: int) -> tuple[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -295,3 +296,26 @@ def test_logits_that_are_not_finite_end_the_generation(folder: Path, value: floa
     engine.load_weights(Given([[item] for item in weights.items()]), version=0)
     with pytest.raises(EngineError, match="the engine's logits are not finite"):
         generate(engine, requests_of(PROMPTS), Sampling(1.0, 4))
+
+
+# Responses that go on
+
+
+def test_a_response_that_is_paused_goes_on_as_if_it_had_not_been(folder: Path) -> None:
+    """Tokens, log-probabilities and ends are those of a generation in one piece; versions are those of the weights."""
+    engine, requests, sampling = engine_of(folder), requests_of(PROMPTS), Sampling(1.3, 12)
+    whole = generate(engine, requests, sampling)
+    begun: list[tuple[Completion, ...]] = [()] * len(requests)
+    phases = 0
+    while not begun[0] or any(one.finish_reason == "unfinished" for one in flat([list(of) for of in begun])):
+        engine._version = 7 + phases
+        now = [replace(one, begun=of, pause_after=5) for one, of in zip(requests, begun, strict=True)]
+        begun = [tuple(of) for of in generate(engine, now, sampling)]
+        phases += 1
+        assert max(len(one.token_ids) for of in begun for one in of) <= 5 * phases
+    assert phases == 3
+    same([list(of) for of in begun], whole)
+    for one in flat([list(of) for of in begun]):
+        tokens = len(one.token_ids)
+        parts = [min(5, tokens - 5 * phase) for phase in range(phases) if tokens > 5 * phase]
+        assert one.versions == tuple((7 + phase, part) for phase, part in enumerate(parts))

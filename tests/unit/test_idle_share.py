@@ -17,8 +17,10 @@ from megatron_tempo.observability.console import step_line
 from megatron_tempo.observability.idle import PhaseSpan, Span, idle_share
 from megatron_tempo.observability.metrics import Metrics
 from megatron_tempo.observability.records import read_metrics
+from megatron_tempo.rollout import dispatcher
 from megatron_tempo.rollout import engine as engine_module
 from megatron_tempo.rollout import fleet as fleet_module
+from megatron_tempo.rollout.answer_reader import CannotAnswer
 from megatron_tempo.rollout.engine import EngineWork
 from megatron_tempo.rollout.server_adapter import Call
 from tests.support.ranks import run_ranks
@@ -224,7 +226,7 @@ def fleet(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, 
 
 def _answered(fleet: Any, requests: int) -> list[Any]:
     """The events of a job that asks for `requests` answers."""
-    job = fleet.submit([SimpleNamespace(token_ids=(1,), samples=1)] * requests, SimpleNamespace(max_tokens=4))
+    job = fleet.submit([SimpleNamespace(token_ids=(1,), samples=1, begun=())] * requests, SimpleNamespace(max_tokens=4))
     events = []
     while job.left or not job.events.empty():
         events.append(fleet.next(job, 60.0))
@@ -244,7 +246,7 @@ def test_parsing_an_answer_is_not_the_engine_at_work(
         clock.now += 2.0
         return []
 
-    monkeypatch.setattr(fleet_module, "checked_completions", parse)
+    monkeypatch.setattr(dispatcher, "checked_completions", parse)
     begun = clock.now
     assert len(_answered(asked, 1)) == 1
     assert work.spans() == [(begun, begun + 3.0)], "the answer came after 3 s, and was read for 2 s"
@@ -256,9 +258,9 @@ def test_requests_that_no_server_answers_end(
     asked, work = fleet
 
     def refuse(*_: Any) -> list[Any]:
-        raise fleet_module.CannotAnswer("too long")
+        raise CannotAnswer("too long")
 
-    monkeypatch.setattr(fleet_module, "checked_completions", refuse)
+    monkeypatch.setattr(dispatcher, "checked_completions", refuse)
     begun = clock.now
     assert isinstance(_answered(asked, 1)[-1], fleet_module.Failed)
     clock.now += 100.0
