@@ -7,7 +7,7 @@ bandwidth; weight sync by the links, at `link_share`.
 
 from __future__ import annotations
 
-from megatron_tempo.config.choices import Logits, Recompute
+from megatron_tempo.config.choices import EngineKind, Logits, Recompute
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.schema import ClusterConfig, Config
 from megatron_tempo.config.stages import StageConfig
@@ -52,10 +52,11 @@ def _turn(config: Config, shape: ModelShape, split: Split) -> float:
 
 
 def iteration(config: Config, seconds: dict[MemoryPhase, float]) -> float:
-    """All phases in sequence; with `rollout.max_staleness`, generation runs in parallel with the others."""
+    """All phases in sequence; with `rollout.max_staleness`, an engine with GPUs of its own works beside the others."""
     generate = seconds[MemoryPhase.generate]
     rest = sum(seconds.values()) - generate
-    return max(generate, rest) if config.rollout.max_staleness else generate + rest
+    overlaps = config.rollout.max_staleness and config.rollout.engine is not EngineKind.embedded
+    return max(generate, rest) if overlaps else generate + rest
 
 
 def row_operations(shape: ModelShape, prompt: int, response: int, role: Role) -> tuple[float, float]:

@@ -26,7 +26,10 @@ _ASKED = (
     *("run.seed", "run.precision", "rollout.", "evaluation."),
     *("rewards.judge.model", "rewards.math.seconds", "rewards.read_unfinished_thoughts"),
 )
-_NO_MATTER = ("rollout.servers.", "rollout.batch_rows", "rollout.dump", "rollout.replay", "rollout.max_staleness")
+_NO_MATTER = (
+    *("rollout.servers.", "rollout.batch_rows", "rollout.dump", "rollout.replay"),
+    *("rollout.max_staleness", "rollout.stale_groups", "rollout.partial_rollouts"),
+)
 
 
 def results_table(results: Record, pass_k: Sequence[int]) -> str:

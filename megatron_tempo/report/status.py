@@ -173,6 +173,7 @@ _STEP_METRICS = (
     ("engine log-probability gap", "engine/logprob_gap_mean"),
     ("tokens out of the correction's bounds", "correction/tokens_out_of_bounds"),
     ("effective samples", "correction/ess"),
+    ("groups ready ahead", "buffer/ready"),
 )
 
 

@@ -32,13 +32,11 @@ class Asked:
     """Prompts that an engine is answering. Every rank must read `answers` to its end.
 
     `nodes`: those that share the verification, if only the first rank gets answers and there are several.
-    `verification`: of answers as they arrive, before they are read; `collect` closes it.
     """
 
     prompts: Sequence[Prompt]
     answers: Iterator[tuple[int, list[Completion]]]
     nodes: VerifyingNodes | None = None
-    verification: Verification | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,31 +77,14 @@ class Collected:
         return Collected(self.prompts[first:last], columns, self.sources[rows], completions)
 
 
-def ask(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    samples: int,
-    sampling: Sampling,
-    *seed: object,
-    verify: Callable[[VerifyingNodes | None], Verification] | None = None,
-) -> Asked:
+def ask(engine: Engine, prompts: Sequence[Prompt], samples: int, sampling: Sampling, *seed: object) -> Asked:
     """Request `samples` completions of each prompt. Collective.
 
-    The seed of a completion depends on `seed` and on the prompt's position, not on the number of ranks. `verify`: makes
-    the verification, if answers are to be verified as they arrive, while this rank does something else. An engine that
-    generates only when its answers are read has none before.
+    The seed of a completion depends on `seed` and on the prompt's position, not on the number of ranks.
     """
     requests = [Request(prompt.token_ids, samples, seed_of(*seed, i)) for i, prompt in enumerate(prompts)]
-    if not isinstance(engine, AnswersOnFirstRank):
-        return Asked(prompts, engine.start(requests, sampling))
-    if verify is None:
-        return Asked(prompts, engine.start(requests, sampling), engine.nodes)
-    verification = verify(engine.nodes)
-
-    def arrived(i: int, completions: Sequence[Completion]) -> None:
-        verification.submit(i, prompts[i], completions)
-
-    return Asked(prompts, engine.start(requests, sampling, arrived), engine.nodes, verification)
+    nodes = engine.nodes if isinstance(engine, AnswersOnFirstRank) else None
+    return Asked(prompts, engine.start(requests, sampling), nodes)
 
 
 def collect(
@@ -120,7 +101,7 @@ def collect(
     verdicts: dict[int, list[float]] = {}
     classes: dict[int, list[int | None]] = {}
     failure = None
-    with asked.verification or Verification(verifiers, tokenizer, classes_by, asked.nodes) as verification:
+    with Verification(verifiers, tokenizer, classes_by, asked.nodes) as verification:
         try:
             for i, completions in asked.answers:
                 mine[i] = completions

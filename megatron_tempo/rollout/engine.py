@@ -193,6 +193,11 @@ class AnswersOnFirstRank(Protocol):
         """As `Engine.start`. `arrived` is called with each answer when it arrives, in another thread."""
         ...
 
+
+@runtime_checkable
+class StreamsAnswers(AnswersOnFirstRank, Protocol):
+    """Such an engine that generates while nobody reads its answers."""
+
     def stream(self, sampling: Sampling, arrived: Arrived) -> AnswerStream:
         """An empty stream of requests. `arrived`: as in `start`. Collective."""
         ...

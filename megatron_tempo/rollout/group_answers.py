@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rollout.batches import Answers, Collected, raise_failures, share_columns
-from megatron_tempo.rollout.engine import AnswersOnFirstRank, AnswerStream, Engine, EngineWork, Request, Sampling
+from megatron_tempo.rollout.engine import AnswerStream, Engine, EngineWork, Request, Sampling, StreamsAnswers
 from megatron_tempo.rollout.verification import Prompt, Verification
 from megatron_tempo.types import UNFINISHED, Completion
 
@@ -99,7 +99,7 @@ class StreamedAnswers(GroupAnswers):
     """Answers of servers. They are verified as they arrive, while the run trains."""
 
     def __init__(
-        self, engine: AnswersOnFirstRank, sampling: Sampling, verification: Verification, finished: Finished
+        self, engine: StreamsAnswers, sampling: Sampling, verification: Verification, finished: Finished
     ) -> None:
         super().__init__(verification, finished)
         self._asked: dict[int, Asking] = {}  # not answered, on the first rank

@@ -22,7 +22,7 @@ from megatron_tempo.data.stream import PromptStream
 from megatron_tempo.rollout.batches import Collected
 from megatron_tempo.rollout.collected_groups import joined_groups, picked_groups
 from megatron_tempo.rollout.embedded import EmbeddedEngine
-from megatron_tempo.rollout.engine import AnswersOnFirstRank, Engine, Request, Sampling
+from megatron_tempo.rollout.engine import AnswersOnFirstRank, Engine, Request, Sampling, StreamsAnswers
 from megatron_tempo.rollout.group_answers import (
     Asking,
     ContinuedAnswers,
@@ -85,7 +85,7 @@ class StageGroups:
     ) -> StageGroups:
         """`iteration`: the stage's next one; all before it are done."""
         rollout = config.rollout
-        runs_on = rollout.partial_rollouts or isinstance(engine, AnswersOnFirstRank)
+        runs_on = rollout.partial_rollouts or isinstance(engine, StreamsAnswers)
         buffer: GroupBuffer[Drawn] = GroupBuffer(rollout.max_staleness, rollout.stale_groups, runs_on=runs_on)
         needed = {half: groups_needed(stage, half) for half in HALVES}
         for half, counts in needed.items():
@@ -292,7 +292,7 @@ def answers_of(config: Config, engine: Engine, verification: Verification, finis
     """How this engine's answers arrive."""
     rollout = config.rollout
     sampling = Sampling(rollout.temperature, rollout.max_response_tokens)
-    if isinstance(engine, AnswersOnFirstRank):
+    if isinstance(engine, StreamsAnswers):
         return StreamedAnswers(engine, sampling, verification, finished)
     if rollout.partial_rollouts:
         assert isinstance(engine, EmbeddedEngine), "the config's rules see to it"

@@ -71,7 +71,7 @@ def test_the_next_batches_are_generated_while_this_one_trains(
     assert run_ranks(trained, 2, tmp_path / "ranks", plain) == ["", ""]
     ours, theirs = asked(tmp_path / "run"), asked(tmp_path / "plain")
     assert [len(prompts) for prompts in ours] == [len(prompts) for prompts in theirs]
-    assert Counter(sum(ours, [])) == Counter(sum(theirs, []))
+    assert Counter(name for of in ours for name in of) == Counter(name for of in theirs for name in of)
 
 
 def losing_its_server(config: Config, iteration: int) -> tuple[str, float]:

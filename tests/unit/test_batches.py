@@ -6,8 +6,7 @@ import dataclasses
 import errno
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout import dump
 from megatron_tempo.rollout.batches import Asked, Collected, ask, collect, receive, share_columns, summed_counts
 from megatron_tempo.rollout.engine import Arrived, Request, Sampling
+from megatron_tempo.rollout.group_answers import Asking, StreamedAnswers
 from megatron_tempo.rollout.verification import Verification, responses_of
 from megatron_tempo.types import (
     Batch,
@@ -182,37 +182,85 @@ class Keeping(EchoVerifiers):
 
 
 class ArrivingEngine(CountingEngine):
-    """As an engine of servers: answers arrive in a thread while nobody reads them."""
+    """As an engine of servers, and its stream: answers arrive in a thread while nobody reads them."""
 
     nodes = None
-    arrival: threading.Thread | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: list[tuple[int, list[Completion]]] = []
+        self.cancelled: list[int] = []
 
     def start(
         self, requests: Sequence[Request], sampling: Sampling, arrived: Arrived | None = None
     ) -> Iterator[tuple[int, list[Completion]]]:
-        answers = [(i, self.answer(request, sampling)) for i, request in enumerate(requests)]
-        if arrived is not None:
-            self.arrival = threading.Thread(target=lambda: [arrived(*answer) for answer in answers])
-            self.arrival.start()
-        return iter(answers)
+        raise AssertionError("it is asked by a stream")
+
+    def stream(self, sampling: Sampling, arrived: Arrived) -> ArrivingEngine:
+        self.sampling, self.arrived = sampling, arrived
+        return self
+
+    def add(self, requests: Sequence[Request]) -> None:
+        first = len(self.answers)
+        new = [(first + i, self.answer(request, self.sampling)) for i, request in enumerate(requests)]
+        self.answers += new
+        self.arrival = threading.Thread(target=lambda: [self.arrived(*answer) for answer in new])
+        self.arrival.start()
+
+    def read(self, enough: Callable[[], bool]) -> Iterator[tuple[int, list[Completion]]]:
+        self.arrival.join()
+        while self.answers and not enough():
+            yield self.answers.pop(0)
+
+    def waiting(self) -> list[int]:
+        return []
+
+    def interrupt(self) -> None: ...
+
+    def cancel(self, numbers: Collection[int]) -> None:
+        self.cancelled += numbers
 
 
-def test_answers_are_verified_as_they_arrive_before_they_are_collected(
+def streamed(
+    engine: ArrivingEngine, verifiers: Verifiers, tokenizer: transformers.PreTrainedTokenizerBase
+) -> tuple[StreamedAnswers, dict[int, tuple[int | None, int]]]:
+    """The five prompts are asked. Also what is told of those that are finished."""
+    told: dict[int, tuple[int | None, int]] = {}
+
+    def finished(key: int, oldest: int | None, tokens: int) -> None:
+        told[key] = oldest, tokens
+
+    answers = StreamedAnswers(engine, SAMPLING, Verification(verifiers, tokenizer, "math"), finished)
+    prompts = [*LABELLED, *UNLABELLED]
+    answers.ask([Asking(i, prompt, Request(prompt.token_ids, 3, i), 0) for i, prompt in enumerate(prompts)])
+    return answers, told
+
+
+def test_streamed_answers_are_verified_as_they_arrive(
     single: None, tokenizer: transformers.PreTrainedTokenizerBase
 ) -> None:
+    """Two groups are collected when three are there; one of the others is not wanted any more."""
     engine, verifiers, prompts = ArrivingEngine(), EchoVerifiers(), [*LABELLED, *UNLABELLED]
-    early = partial(Verification, verifiers, tokenizer, "math")
-    asked = ask(engine, prompts, 3, SAMPLING, verify=early)
-    assert engine.arrival is not None
-    assert asked.verification is not None
+    answers, told = streamed(engine, verifiers, tokenizer)
     engine.arrival.join()
-    verdicts, classes = asked.verification.results()  # nothing is read yet
-    assert (sorted(verdicts), sorted(classes)) == ([0, 1, 2], [3, 4])
-    early_columns = collect(asked, verifiers, tokenizer, "math").columns
-    assert (len(verifiers.asked), len(verifiers.classed)) == (9, 2), "each once"
-    later = collect(ask(engine, prompts, 3, SAMPLING), EchoVerifiers(), tokenizer, "math").columns
-    assert torch.equal(early_columns.correct, later.correct)
-    assert torch.equal(early_columns.answer_class, later.answer_class)
+    answers._verification.results()  # nothing is read yet
+    assert (len(verifiers.asked), len(verifiers.classed)) == (9, 2)
+    answers.read(lambda: len(told) == 3)
+    assert sorted(told) == [0, 1, 2]
+    assert {oldest for oldest, _ in told.values()} == {2}
+    collected = answers.collect([2, 0], [prompts[2], prompts[0]])
+    assert collected.columns.prompt_ids == (LABELLED[2].id,) * 3 + (LABELLED[0].id,) * 3
+    assert collected.columns.correct is not None
+    assert collected.columns.correct.tolist() == [1.0, 0.0, 1.0] * 2
+    answers.forget([1, 3])
+    assert engine.cancelled == [3], "the other one is answered"
+    answers.read(lambda: 4 in told)
+    assert sorted(told) == [0, 1, 2, 4], "what is not wanted is not told of"
+    later = answers.collect([4], [prompts[4]]).columns
+    assert later.answer_class is not None
+    assert later.answer_class.tolist() == [-1, 0, 0]
+    assert answers._completions == {}
+    answers.close()
 
 
 def test_a_judge_that_fails_early_fails_the_collection(
@@ -220,9 +268,11 @@ def test_a_judge_that_fails_early_fails_the_collection(
 ) -> None:
     verifiers = EchoVerifiers()
     verifiers.score = unanswered  # type: ignore[method-assign]
-    asked = ask(ArrivingEngine(), LABELLED, 3, SAMPLING, verify=partial(Verification, verifiers, tokenizer, None))
+    answers, told = streamed(ArrivingEngine(), verifiers, tokenizer)
+    answers.read(lambda: 0 in told)
     with pytest.raises(EngineError, match="the judge gave no answer"):
-        collect(asked, verifiers, tokenizer)
+        answers.collect([0], [LABELLED[0]])
+    answers.close()
 
 
 def unanswered(_: Sequence[Item]) -> list[float]:

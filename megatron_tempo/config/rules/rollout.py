@@ -24,8 +24,9 @@ def check(config: Config, world_size: int | None = None) -> Iterator[Problem]:
     rollout = config.rollout
     if rollout.max_staleness:
         yield from _ahead(config)
-    if rollout.partial_rollouts:
-        yield from _partial(config)
+    elif rollout.partial_rollouts:
+        field, wrong = "rollout.partial_rollouts", "a response that goes on in the next iteration has older tokens too"
+        yield Problem(field, True, wrong, f"rollout.max_staleness=1 or more, or {field}=false")
     if not rollout.is_served:
         return
     servers = rollout.servers
@@ -57,18 +58,11 @@ def _ahead(config: Config) -> Iterator[Problem]:
         wrong = f"{engine} does not say that it generates while the trainer trains"
         fix = "background = True in the engine's class if it does, or rollout.max_staleness=0"
         yield Problem(field, value, wrong, fix)
+    if isinstance(engine, Extension) and config.rollout.partial_rollouts:
+        partial, wrong = "rollout.partial_rollouts", f"{engine} cannot take up a response where it left it"
+        yield Problem(partial, True, wrong, f"{partial}=false, or rollout.engine=embedded, sglang or vllm")
     if config.rollout.replay is not None:
         yield Problem(field, value, "a replay generates nothing", "rollout.max_staleness=0")
-
-
-def _partial(config: Config) -> Iterator[Problem]:
-    field, engine = "rollout.partial_rollouts", config.rollout.engine
-    if not config.rollout.max_staleness:
-        wrong = "a response that goes on in the next iteration has tokens of older weights"
-        yield Problem(field, True, wrong, f"rollout.max_staleness=1 or more, or {field}=false")
-    if isinstance(engine, Extension):
-        wrong = f"{engine} cannot take up a response where it left it"
-        yield Problem(field, True, wrong, f"{field}=false, or rollout.engine=embedded, sglang or vllm")
 
 
 def _host(servers: ServersConfig) -> Iterator[Problem]:
