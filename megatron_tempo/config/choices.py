@@ -86,6 +86,13 @@ class EnginePrecision(Enum):
     fp8 = "fp8"  # the layers' matrices in blocks of 128 x 128, the rest in bf16
 
 
+class Placement(Enum):
+    """Where servers are, next to the trainer."""
+
+    disaggregated = "disaggregated"  # on GPUs of their own; both keep their memory
+    colocated = "colocated"  # on the trainer's GPUs, by turns: a server sleeps while the trainer works
+
+
 class Transport(Enum):
     """How weights go to a server."""
 

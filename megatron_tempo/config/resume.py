@@ -42,7 +42,7 @@ MAY_CHANGE: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         (
-            *("rollout.engine", "rollout.batch_rows", "rollout.dump", "rollout.parity_tolerance"),
+            *("rollout.engine", "rollout.placement", "rollout.batch_rows", "rollout.dump", "rollout.parity_tolerance"),
             *(f"rollout.servers.{name}" for name in ("python", "replicas", "each_node", "addresses", "key_file")),
             *(f"rollout.servers.{name}" for name in ("host", "devices", "tensor", "arguments", "transport")),
             *(f"rollout.servers.{name}" for name in ("dispatch", "concurrency", "checksums_every", "restarts")),

@@ -20,6 +20,7 @@ from megatron_tempo.config.choices import (
     Layers,
     Logits,
     LogLevel,
+    Placement,
     Precision,
     Published,
     Recompute,
@@ -185,6 +186,8 @@ class RolloutConfig:
     # what generates the responses; `import:`: your own engine (docs/extending.md)
     engine: EngineKind | Extension = EngineKind.embedded
     servers: ServersConfig = field(default_factory=ServersConfig)
+    # servers on GPUs of their own, or on the trainer's, by turns (docs/engines.md)
+    placement: Placement = Placement.disaggregated
     # the most actor updates between a token's generation and its use; k: generate up to k iterations ahead
     max_staleness: int = 0
     # what becomes of a prompt group that would exceed `max_staleness`
@@ -206,6 +209,11 @@ class RolloutConfig:
     def is_served(self) -> bool:
         """Whether servers generate. A user's engine counts as part of the trainer's processes."""
         return isinstance(self.engine, EngineKind) and self.engine.is_served
+
+    @property
+    def is_colocated(self) -> bool:
+        """Whether servers and trainer have the same GPUs, by turns."""
+        return self.placement is Placement.colocated
 
 
 @dataclass(slots=True)

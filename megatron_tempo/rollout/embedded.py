@@ -33,6 +33,8 @@ ENDED_SHARE = 1 / 16
 class EmbeddedEngine:
     """An `Engine` on this process's device."""
 
+    asleep = False
+
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, batch_rows: int) -> None:
         """`folder` has the config and the end tokens. `load_weights` provides the weights."""
         with device:
@@ -50,6 +52,9 @@ class EmbeddedEngine:
         self.counted = TokenCount()
         self.work = EngineWork()
         self.replicas = 1
+
+    def sleep(self) -> None:
+        """It keeps its memory: see `Engine`."""
 
     @torch.no_grad()
     def load_weights(self, weights: Weights, version: int) -> None:

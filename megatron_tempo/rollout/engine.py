@@ -121,8 +121,23 @@ class Engine(Protocol):
     replicas: int
     work: EngineWork
 
+    @property
+    def asleep(self) -> bool:
+        """Whether it has given its memory to the trainer, and with it its weights: `load_weights` wakes it.
+
+        The same on every rank. Always False unless `rollout.placement=colocated`.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Give the memory of the GPUs to the trainer, if they are colocated. It does nothing otherwise, or if asleep.
+
+        No request may be under way. Raises EngineError if no engine is left.
+        """
+        ...
+
     def start(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
-        """Begin to answer requests, the same on every rank.
+        """Begin to answer requests, the same on every rank. It must be awake, with weights.
 
         Returns an iterator of (index of the request, its completions) as they end, each on one rank. Every rank must
         read it to its end. The iterator raises EngineError if no engine is left to answer.
@@ -130,7 +145,7 @@ class Engine(Protocol):
         ...
 
     def load_weights(self, weights: Weights, version: int) -> None:
-        """Load the weights of `version`. It may be called while requests are being answered.
+        """Load the weights of `version`. It may be called while requests are being answered. It wakes an engine.
 
         Raises ValueError or EngineError if a tensor is missing or does not fit.
         """

@@ -29,6 +29,8 @@ class ImportedEngine:
     Exceptions of the user's `load_weights`, `health` and `close` pass unchanged, with their tracebacks.
     """
 
+    asleep = False
+
     def __init__(self, extension: Extension, setup: EngineSetup, vocab: int) -> None:
         """`vocab`: number of tokens that a response may contain. Raises ExtensionError. Collective."""
         self._extension, self._vocab = extension, vocab
@@ -61,6 +63,9 @@ class ImportedEngine:
         except Exception as error:  # noqa: BLE001 - reported to the other ranks when the answers are read
             failure = error
         return self._answers(started, requests, sampling, self._version, failure, work)
+
+    def sleep(self) -> None:
+        """It keeps its memory: see `Engine`."""
 
     def load_weights(self, weights: Weights, version: int) -> None:
         self._engine.load_weights(weights, version)

@@ -72,6 +72,7 @@ class ServersEngine:
         self._weights: Weights | None = None
         self._version = -1
         self._updates = 0
+        self._asleep = False
         self._closing = ExitStack()
         nodes, trainers = self._nodes(device)
         self.replicas = config.replicas * len(nodes) if config.addresses is None else len(config.addresses)
@@ -97,6 +98,13 @@ class ServersEngine:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def asleep(self) -> bool:
+        return self._asleep
+
+    def sleep(self) -> None:
+        """Only for `rollout.placement=colocated`; see `Engine`."""
 
     def start(
         self, requests: Sequence[Request], sampling: Sampling, arrived: Arrived | None = None

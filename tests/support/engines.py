@@ -10,6 +10,9 @@ class AnsweringEngine:
     """An `Engine` without `start`, which a stand-in adds: it has no weights."""
 
     counted, replicas, work = TokenCount(), 1, EngineWork()
+    asleep = False
+
+    def sleep(self) -> None: ...
 
     def load_weights(self, weights: Weights, version: int) -> None:
         raise NotImplementedError
