@@ -284,6 +284,17 @@ def whole_name(name: str) -> str:
 Bucket = list[tuple[str, Tensor]]
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Some of the `count` shares of about equal size into which a pipeline stage's buckets are divided: `taken`.
+
+    >>> Share(count=3, taken=(0,))
+    """
+
+    count: int = 1
+    taken: tuple[int, ...] = (0,)
+
+
 class Weights(Protocol):
     """A model's current weights, by their Hugging Face names, in buckets of bounded size.
 
@@ -292,7 +303,17 @@ class Weights(Protocol):
 
     @property
     def sends(self) -> bool:
-        """Whether this rank gets buckets from `from_stages`."""
+        """Whether this rank is the one of its stage and copy that gets buckets from `from_stages`."""
+        ...
+
+    @property
+    def copies(self) -> int:
+        """How many groups of ranks hold the whole model and can send it."""
+        ...
+
+    @property
+    def copy(self) -> int:
+        """The number of this rank's copy."""
         ...
 
     def everywhere(self, *, parts: bool = False) -> Iterator[Bucket]:
@@ -303,8 +324,11 @@ class Weights(Protocol):
         """
         ...
 
-    def from_stages(self, *, shared: bool = False, parts: bool = False) -> Iterator[Bucket]:
+    def from_stages(self, *, shared: bool = False, parts: bool = False, share: Share | None = None) -> Iterator[Bucket]:
         """All weights, each on one rank: each pipeline stage's own weights on one of its ranks. Others get nothing.
+
+        `share`: what this copy sends of each stage, independently of the other copies. Its ranks all give the same.
+        None: the first copy sends everything, and the others nothing. The parts of a tensor are in one share, in order.
 
         With `shared`, buckets are in memory that this machine's processes can open. On a CPU two buffers are used in
         turn: when you request a bucket, every earlier one except the last may be overwritten.

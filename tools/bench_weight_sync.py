@@ -71,7 +71,7 @@ from megatron_tempo.rollout.sglang import Sglang
 from megatron_tempo.rollout.vllm import Vllm
 from megatron_tempo.training import setup
 from megatron_tempo.training.context import RunContext, open_context
-from megatron_tempo.types import Bucket, Weights
+from megatron_tempo.types import Bucket, Share, Weights
 from megatron_tempo.weights import folder, tables
 from megatron_tempo.weights.pieces import plan
 
@@ -114,12 +114,12 @@ class GatherAll:
     """`Weights` of a trainer without a stream: every rank has the whole model before the first rank sends anything."""
 
     def __init__(self, weights: Weights) -> None:
-        self._weights, self.sends = weights, dist.get_rank() == 0
+        self._weights, self.sends, self.copies, self.copy = weights, dist.get_rank() == 0, 1, 0
 
     def everywhere(self, *, parts: bool = False) -> Iterator[Bucket]:
         return iter(list(self._weights.everywhere(parts=parts)))
 
-    def from_stages(self, *, shared: bool = False, parts: bool = False) -> Iterator[Bucket]:
+    def from_stages(self, *, shared: bool = False, parts: bool = False, share: Share | None = None) -> Iterator[Bucket]:
         assert not shared
         whole = self.everywhere(parts=parts)
         if self.sends:

@@ -1,8 +1,8 @@
 """The engine made of any number of SGLang or vLLM servers.
 
-The first rank sends them requests (`fleet.py`), the first rank of each pipeline stage sends them weights
-(`transfer.py`), and the first rank of each node starts them (`supervisor.py`). The first rank broadcasts what happens,
-so that all ranks take part when a restarted server needs the weights.
+The first rank sends them requests (`fleet.py`). The first tensor rank of each pipeline stage, of every copy of the
+model, sends them weights (`transfer.py`). The first rank of each node starts them (`supervisor.py`). The first rank
+broadcasts what happens, so that all ranks take part when a restarted server needs the weights.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class ServersEngine:
         if self.nodes is not None:
             self._closing.callback(self.nodes.close)
         key = self._agree(self._key)
-        self._senders = Senders(adapter, config, key, device)
+        self._senders = Senders(adapter, config, key, device, self.replicas)
         self._closing.callback(self._senders.close)
         gpus = self._placed(nodes, trainers) if config.addresses is None and device.type == "cuda" else []
 
@@ -292,7 +292,7 @@ class ServersEngine:
                 refused[dist.get_rank()] = str(error)
         if refused := self._joined(refused):
             raise InputError(next(iter(refused.values())))
-        failed, expected = self._joined(failed), self._joined(expected)
+        failed, expected = self._joined(failed), whole_checksums(self._joined(expected))
         wrong = self._agree(lambda: self._first.end_update(targets, failed, self._version, expected))
         if wrong is not None:
             raise EngineError(wrong)

@@ -1,8 +1,9 @@
-"""Sends weights from a trainer rank to the workers of every server.
+"""Sends weights from a trainer rank to the workers of its servers.
 
-A sender has one process group for each server, not one for all: when a worker dies during a broadcast, the others of
-its group wait until a timeout, and that should affect only its own server. The cost: a sender's link carries each
-bucket once for each server.
+The copies of the model (data and context parallelism) divide the servers among them (`rounds`), so each sends an equal
+part of all bytes, at the same time as the others. A sender has one process group for each of its servers, not one for
+all: when a worker dies during a broadcast, the others of its group wait until a timeout, and that should affect only
+its own server. The cost: a sender's link carries each bucket once for each of its servers.
 """
 
 from __future__ import annotations
@@ -28,42 +29,86 @@ from megatron_tempo.errors import EngineError
 from megatron_tempo.models.megatron_compat.torch_private import abort_separate_group, join_separate_group
 from megatron_tempo.rollout.addresses import own_address
 from megatron_tempo.rollout.answer_checks import checked
-from megatron_tempo.rollout.checksum import whole_checksums
 from megatron_tempo.rollout.connections import LIMITS, authorised
 from megatron_tempo.rollout.replica import Target
 from megatron_tempo.rollout.server_adapter import Call, ServerAdapter, WeightGroupInfo
 from megatron_tempo.rollout.supervisor import private_store
-from megatron_tempo.types import Bucket, Weights
+from megatron_tempo.types import Bucket, Share, Weights
 
 _POLL = 0.0005  # seconds between two looks at a broadcast
 _ABORT_SECONDS = 30.0  # limit on leaving a group
 _T = TypeVar("_T")
 
 
-class Senders:
-    """The links of a rank that sends weights: one to each server."""
+def rounds(servers: int, copies: int, copy: int) -> list[tuple[Share, list[int]]]:
+    """What a copy of the model sends, round by round: some of its buckets, and the servers that get them.
 
-    def __init__(self, adapter: ServerAdapter, config: ServersConfig, key: str, device: torch.device) -> None:
-        """`device`: this rank's, from which buckets are sent."""
+    A copy sends everything to as many servers as every other copy does. Each of the remaining servers, fewer than the
+    copies, gets `copies` shares, and each copy sends as many of these shares. A copy makes no bucket in two rounds.
+
+    >>> rounds(servers=3, copies=2, copy=1)
+    [(Share(count=2, taken=(0,)), [1]), (Share(count=2, taken=(1,)), [1, 2])]
+    """
+    left = servers % copies
+    whole = tuple(range(copy, servers - left, copies))
+    if left == 0:
+        return [(Share(), list(whole))]
+    mine = range(copy * left, (copy + 1) * left)  # of the remaining servers' shares, counted through
+    divided = {number % copies: servers - left + number // copies for number in mine}
+    taken: dict[tuple[int, ...], list[int]] = {}
+    for number in range(copies):
+        if targets := (*whole, divided[number]) if number in divided else whole:
+            taken.setdefault(targets, []).append(number)
+    return [(Share(copies, tuple(numbers)), list(targets)) for targets, numbers in taken.items()]
+
+
+class Senders:
+    """The links of a rank that sends weights: one to each of its servers."""
+
+    def __init__(
+        self, adapter: ServerAdapter, config: ServersConfig, key: str, device: torch.device, servers: int
+    ) -> None:
+        """`device`: this rank's, from which buckets are sent. `servers`: the number of all servers."""
         self._adapter, self._config, self._key, self._device = adapter, config, key, device
+        self._servers = servers
         self._links: dict[Target, _Link] = {}
         self._pool = ThreadPoolExecutor(thread_name_prefix="sender")
 
     def send(
         self, weights: Weights, targets: Sequence[Target], version: int, *, compare: bool
     ) -> tuple[dict[int, str], dict[str, tuple[str, float]]]:
-        """Send this rank's buckets to all servers. Returns (failures by server, the tensors' checksums if requested).
+        """Send what this rank's copy of the model sends to its servers among `targets`.
 
-        The next bucket is made while the servers load the previous one. A server that fails loses its link at once.
-        Collective, as `weights` is.
+        Returns (failures by server, if requested the checksums of what was sent, of parts by the parts' names).
+        Collective, as `weights` is: the ranks of a copy give the same targets.
         """
-        shared = self._config.transport is Transport.shared
         failed: dict[int, str] = {}
+        expected: dict[str, tuple[str, float]] = {}
+        for share, servers in rounds(self._servers, weights.copies, weights.copy):
+            if mine := [target for target in targets if target.index in servers]:
+                expected |= self._send(weights, share, mine, version, failed, compare=compare)
+        if self._config.transport is Transport.shared and torch.cuda.is_available():
+            torch.cuda.ipc_collect()  # what servers have released
+        return failed, expected
+
+    def _send(
+        self,
+        weights: Weights,
+        share: Share,
+        targets: Sequence[Target],
+        version: int,
+        failed: dict[int, str],
+        *,
+        compare: bool,
+    ) -> dict[str, tuple[str, float]]:
+        """One round. The next bucket is made while the servers load the previous one, and the round ends when they
+        have loaded the last one. A server that fails is added to `failed` and loses its link at once."""
         if weights.sends:
-            self._connect(targets, failed)
+            self._connect([target for target in targets if target.index not in failed], failed)
+        shared = self._config.transport is Transport.shared
         expected: dict[str, tuple[str, float]] = {}
         loading: dict[Target, Future[httpx.Response]] = {}
-        for bucket in weights.from_stages(shared=shared, parts=self._adapter.takes_parts):
+        for bucket in weights.from_stages(shared=shared, parts=self._adapter.takes_parts, share=share):
             if compare:
                 expected |= self._adapter.expected(bucket)
             self._collect(loading, failed)
@@ -72,9 +117,7 @@ class Senders:
             loading = self._collect(sent, failed)
             del bucket  # before the next one is made
         self._collect(loading, failed)
-        if shared and torch.cuda.is_available():
-            torch.cuda.ipc_collect()  # what servers have released
-        return failed, whole_checksums(expected)
+        return expected
 
     def close(self) -> None:
         for link in self._links.values():

@@ -24,7 +24,7 @@ from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
-from megatron_tempo.types import Bucket, PartName, whole_name
+from megatron_tempo.types import Bucket, PartName, Share, whole_name
 from megatron_tempo.weights import tables
 from megatron_tempo.weights.param_mapping import ParamMapping
 from megatron_tempo.weights.pieces import EVEN, JoinedParts, planned_buckets
@@ -110,7 +110,7 @@ class FolderWeights:
             parts: planned_buckets(mappings, bucket_bytes, dtype.itemsize, parts=parts, multiple=multiple)
             for parts in (False, True)
         }
-        self.sends = layout.is_writer
+        self.sends, self.copies, self.copy = layout.is_writer, 1, 0
 
     def everywhere(self, *, parts: bool = False) -> Iterator[Bucket]:
         yield from self._filled(parts=parts, shared=False)
@@ -135,9 +135,9 @@ class FolderWeights:
             stop = min(start + _ROWS, len(out))
             out[start:stop].copy_(stored[first + start : first + stop])
 
-    def from_stages(self, *, shared: bool = False, parts: bool = False) -> Iterator[Bucket]:
-        """The whole model, on the first rank only. With `shared`, each bucket has its own memory, which other processes
-        can open: on a CPU by its file's name, on a GPU by a CUDA handle."""
+    def from_stages(self, *, shared: bool = False, parts: bool = False, share: Share | None = None) -> Iterator[Bucket]:
+        """The whole model, on the first rank only, which is the only share. With `shared`, each bucket has its own
+        memory, which other processes can open: on a CPU by its file's name, on a GPU by a CUDA handle."""
         if self.sends:
             buckets = self._filled(parts=parts, shared=shared)
             yield from map(in_shared_memory, buckets) if shared and self._device.type == "cpu" else buckets

@@ -6,7 +6,7 @@ tensor. A message between ranks carries what one rank holds of one or more piece
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import prod
@@ -201,6 +201,25 @@ def planned_buckets(
         messages = tuple((piece,) for piece in _divided(mapping, bucket_bytes // element_size, multiple))
         planned += [PlannedBucket((one,), ()) for one in messages] if parts else [PlannedBucket(messages, (mapping,))]
     return planned
+
+
+def dealt(buckets: Sequence[PlannedBucket], count: int) -> list[int]:
+    """The share, 0 to `count` - 1, that each bucket belongs to. Shares are of about equal size.
+
+    The parts of a mapping are in one share: a consumer gets them in order. So one share can be larger than another by
+    the largest bucket or divided mapping.
+    """
+    units: dict[str, list[int]] = {}
+    for number, bucket in enumerate(buckets):
+        units.setdefault(bucket.messages[0][0].mapping.megatron, []).append(number)
+    sizes = {unit: sum(buckets[number].numel for number in numbers) for unit, numbers in units.items()}
+    loads, shares = [0] * count, [0] * len(buckets)
+    for unit in sorted(units, key=lambda unit: -sizes[unit]):
+        least = loads.index(min(loads))
+        loads[least] += sizes[unit]
+        for number in units[unit]:
+            shares[number] = least
+    return shares
 
 
 def _divided(mapping: ParamMapping, numel: int, multiple: int) -> Iterator[TensorRows]:

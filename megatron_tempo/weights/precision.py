@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_tempo.types import Bucket, PartName, Weights, whole_name
+from megatron_tempo.types import Bucket, PartName, Share, Weights, whole_name
 
 BLOCK = 128
 _FP8 = torch.float8_e4m3fn
@@ -24,15 +24,15 @@ class Quantised:
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
-        self.sends = weights.sends
+        self.sends, self.copies, self.copy = weights.sends, weights.copies, weights.copy
 
     def everywhere(self, *, parts: bool = False) -> Iterator[Bucket]:
         return quantised(self._weights.everywhere(parts=parts))
 
-    def from_stages(self, *, shared: bool = False, parts: bool = False) -> Iterator[Bucket]:
+    def from_stages(self, *, shared: bool = False, parts: bool = False, share: Share | None = None) -> Iterator[Bucket]:
         """`shared` is not supported: the configuration rules require `rollout.servers.transport=group`."""
         assert not shared
-        return quantised(self._weights.from_stages(parts=parts))
+        return quantised(self._weights.from_stages(parts=parts, share=share))
 
 
 def quantised(buckets: Iterable[Bucket]) -> Iterator[Bucket]:

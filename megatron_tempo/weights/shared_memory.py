@@ -23,13 +23,14 @@ def flat_buffer(size: int, dtype: torch.dtype, device: torch.device, *, shared: 
         return torch.empty(size, dtype=dtype, device=device)
 
 
-def shared_buffers(count: int, nbytes: int, group: dist.ProcessGroup) -> list[torch.UntypedStorage]:
+def shared_buffers(count: int, nbytes: int, group: dist.ProcessGroup, groups: int = 1) -> list[torch.UntypedStorage]:
     """`count` buffers of `nbytes`, the same memory on every rank of the group. Collective; the first rank creates them.
 
-    Raises InputError on every rank if /dev/shm has too little free space.
+    `groups`: how many groups of this machine do so at the same time. Raises InputError on every rank if /dev/shm has
+    too little free space for all of them.
     """
     first = dist.get_rank(group) == 0
-    problem = _too_little_space(count, nbytes) if first else None
+    problem = _too_little_space(count * groups, nbytes) if first else None
     buffers = [torch.UntypedStorage._new_using_filename_cpu(nbytes) for _ in range(count) if first and not problem]
     message: list[Any] = [problem, [buffer._share_filename_cpu_() for buffer in buffers]]
     dist.broadcast_object_list(message, group=group, group_src=0)

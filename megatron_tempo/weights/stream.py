@@ -23,9 +23,9 @@ from megatron_tempo.models.chunks import ModelChunks
 from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.runtime import progress_marker
-from megatron_tempo.types import Bucket
+from megatron_tempo.types import Bucket, Share
 from megatron_tempo.weights.param_mapping import ParamMapping
-from megatron_tempo.weights.pieces import EVEN, BucketPiece, PlannedBucket, is_sharded, planned_buckets
+from megatron_tempo.weights.pieces import EVEN, BucketPiece, PlannedBucket, dealt, is_sharded, planned_buckets
 from megatron_tempo.weights.shared_memory import flat_buffer, shared_buffers
 
 # Pieces of a bucket, each with its place in the bucket's flat tensor.
@@ -70,8 +70,18 @@ class WeightStream:
 
     @property
     def sends(self) -> bool:
-        """Whether this rank yields its stage's buckets in `from_stages`: tensor rank 0 of the first copy."""
-        return self._layout.tensor_rank == 0 and self._layout.is_first_copy
+        """Whether this rank is the one of its stage and copy that gets buckets in `from_stages`: tensor rank 0."""
+        return self._layout.tensor_rank == 0
+
+    @property
+    def copies(self) -> int:
+        """Groups of ranks that hold the whole model."""
+        return self._layout.data * self._layout.context
+
+    @property
+    def copy(self) -> int:
+        """The number of this rank's copy."""
+        return self._layout.data_rank * self._layout.context + self._layout.context_rank
 
     def everywhere(self, *, parts: bool = False) -> Iterator[Bucket]:
         """The whole model on every rank, on the model's device. `parts`: a large tensor arrives in parts."""
@@ -79,11 +89,12 @@ class WeightStream:
         for bucket in self._buckets[parts]:
             yield self._gather_on_all(bucket)
 
-    def from_stages(self, *, shared: bool = False, parts: bool = False) -> Iterator[Bucket]:
+    def from_stages(self, *, shared: bool = False, parts: bool = False, share: Share | None = None) -> Iterator[Bucket]:
         """Each pipeline stage's own weights, on the one rank of it that `sends`, independently of the other stages.
 
-        The other ranks of the first copy take part and get nothing. Ranks of other copies do nothing. `parts`: a tensor
-        that is larger than a bucket arrives in parts.
+        `share`: what this copy sends; it gathers no more, and independently of the other copies. Its ranks all give the
+        same. None: the first copy sends everything, and the others nothing. The copy's other ranks take part and get
+        nothing. `parts`: a tensor that is larger than a bucket arrives in parts.
 
         `shared` is for engines on the same machine. On a GPU, other processes open the tensors by CUDA handles, which
         the allocator must make possible. On a CPU, the tensors are then in memory that other processes map by its
@@ -92,13 +103,16 @@ class WeightStream:
         for the buffers.
         """
         self._load_model()
-        if self._layout.is_first_copy:
-            buckets = [bucket for bucket in self._buckets[parts] if bucket.stage == self._layout.pipeline_rank]
-            mapped = shared and self._device.type == "cpu"
-            if mapped:
-                yield from self._from_shared_memory(buckets, parts)
-            else:
-                yield from self._from_messages(buckets, shared=shared)
+        senders = 1 if share is None else self.copies
+        share = share or Share(taken=(0,) if self._layout.is_first_copy else ())
+        stage = [bucket for bucket in self._buckets[parts] if bucket.stage == self._layout.pipeline_rank]
+        numbers = dealt(stage, share.count)
+        buckets = [bucket for bucket, number in zip(stage, numbers, strict=True) if number in share.taken]
+        if buckets and shared and self._device.type == "cpu":
+            self._share_memory(max(bucket.numel for bucket in stage), parts, senders * self._layout.pipeline)
+            yield from self._from_shared_memory(buckets, self._buffers[parts])
+        else:
+            yield from self._from_messages(buckets, shared=shared)
 
     def _from_messages(self, buckets: list[PlannedBucket], *, shared: bool) -> Iterator[Bucket]:
         for bucket in buckets:
@@ -107,13 +121,15 @@ class WeightStream:
             else:
                 self._send(bucket)
 
-    def _from_shared_memory(self, buckets: list[PlannedBucket], parts: bool) -> Iterator[Bucket]:
+    def _share_memory(self, size: int, parts: bool, senders: int) -> None:
+        """Make the buffers, of `size` elements, if they are not there. `senders`: which make some on this machine."""
         if parts not in self._buffers:
-            size = max(bucket.numel for bucket in buckets)
-            storages = shared_buffers(2, size * self._dtype.itemsize, self._tensor_ranks)
+            storages = shared_buffers(2, size * self._dtype.itemsize, self._tensor_ranks, senders)
             self._buffers[parts] = [torch.empty(0, dtype=self._dtype).set_(storage) for storage in storages]
+
+    def _from_shared_memory(self, buckets: list[PlannedBucket], buffers: list[Tensor]) -> Iterator[Bucket]:
         for number, bucket in enumerate(buckets):
-            flat = self._buffers[parts][number % 2]
+            flat = buffers[number % 2]
             dist.barrier(self._tensor_ranks)  # the consumer is done with what the buffer held
             self._place_own(bucket, flat, replicated=self.sends)
             dist.barrier(self._tensor_ranks)  # every rank has written its parts

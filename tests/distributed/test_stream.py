@@ -33,7 +33,7 @@ from megatron_tempo.models.families import transformer_config
 from megatron_tempo.models.gpt import LanguageModel, PackedGPT
 from megatron_tempo.models.megatron_compat.cpu_backend import install_cpu_backend
 from megatron_tempo.models.parallel import Layout, parallel_groups
-from megatron_tempo.types import Bucket, PartName, whole_name
+from megatron_tempo.types import Bucket, PartName, Share, whole_name
 from megatron_tempo.weights import folder, tables
 from megatron_tempo.weights.param_mapping import ParamMapping, Replicated, RowRun, TPSharding
 from megatron_tempo.weights.pieces import JoinedParts, plan
@@ -101,6 +101,12 @@ def stream(model: Path, tensor: int, pipeline: int, virtual: int = 1) -> dict[st
         result: dict[str, Any] = {"sends": weights.sends, "place": (layout.tensor_rank, layout.data_rank)}
         half = WeightStream(net, layout, mappings, LIMIT, torch.bfloat16)
         result["bfloat16"] = {way: copies(start(half)) for way, start in WAYS.items()}
+        own = Share(weights.copies, (weights.copy,))
+        result["shares"] = {
+            (shared, parts): copies(weights.from_stages(shared=shared, parts=parts, share=own))
+            for shared in (False, True)
+            for parts in (False, True)
+        }
         for repeat in range(3):
             result[f"float32/{repeat}"] = {way: copies(start(weights)) for way, start in WAYS.items()}
             with torch.no_grad():
@@ -121,8 +127,10 @@ def test_what_arrives_is_what_the_folder_holds(models: dict[str, Path], kind: st
     tensor, pipeline, world, *virtual = LAYOUTS[name]
     ranks = run_ranks(stream, world, tmp_path, models[kind], tensor, pipeline, *virtual)
     original = load_file(models[kind] / "model.safetensors")
-    assert [rank["sends"] for rank in ranks] == [rank["place"] == (0, 0) for rank in ranks]
-    assert sum(rank["sends"] for rank in ranks) == pipeline
+    assert [rank["sends"] for rank in ranks] == [rank["place"][0] == 0 for rank in ranks]
+    for shares in [[rank["shares"][way] for rank in ranks] for way in ranks[0]["shares"]]:
+        assert [bool(share) for share in shares] == [rank["sends"] for rank in ranks]
+        assert_same([pair for share in shares for pair in share], original)
     wanted = {f"float32/{repeat}": {n: t * 2**repeat for n, t in original.items()} for repeat in range(3)}
     wanted["bfloat16"] = {n: t.bfloat16() for n, t in original.items()}
     for key, tensors in wanted.items():
@@ -130,8 +138,7 @@ def test_what_arrives_is_what_the_folder_holds(models: dict[str, Path], kind: st
             for way in ("everywhere", "everywhere, in parts"):
                 assert_same(rank[key][way], tensors)
         for way in ("messages", "shared", "messages, in parts", "shared, in parts"):
-            assert not any(rank[key][way] for rank in ranks if not rank["sends"])
-            assert all(rank[key][way] for rank in ranks if rank["sends"])
+            assert [bool(rank[key][way]) for rank in ranks] == [rank["place"] == (0, 0) for rank in ranks]
             assert_same([pair for rank in ranks for pair in rank[key][way]], tensors)
 
 

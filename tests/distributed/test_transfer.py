@@ -25,7 +25,7 @@ from megatron_tempo.rollout import transfer
 from megatron_tempo.rollout.replica import Target
 from megatron_tempo.rollout.server_adapter import Call, WeightGroupInfo
 from megatron_tempo.rollout.transfer import Senders, _Link
-from megatron_tempo.types import Bucket
+from megatron_tempo.types import Bucket, Share
 from tests.support.fork_server import FORK_SERVER, Forked
 from tests.support.weights import Given
 
@@ -76,7 +76,7 @@ class Disturbed(Given):
         super().__init__(buckets)
         self.disturb = disturb
 
-    def from_stages(self, *, shared: bool = False, parts: bool = False) -> Iterator[Bucket]:
+    def from_stages(self, *, shared: bool = False, parts: bool = False, share: Share | None = None) -> Iterator[Bucket]:
         for number, bucket in enumerate(self.buckets):
             if number == 1:
                 self.disturb()
@@ -104,7 +104,7 @@ def aborted(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 def senders_of(place: Path, seconds: float, device: torch.device = CPU) -> Senders:
     config = ServersConfig(update_seconds=seconds)
-    return Senders(Adapter(place), config, "key", device)  # type: ignore[arg-type]
+    return Senders(Adapter(place), config, "key", device, 1)  # type: ignore[arg-type]
 
 
 def sent(place: Path, how: signal.Signals, seconds: float = 300.0) -> tuple[dict[int, str], Forked]:
@@ -238,7 +238,7 @@ def test_a_group_gets_tensors_of_its_device_only(
 
 def test_shared_memory_opens_no_group(tmp_path: Path, aborted: list[object]) -> None:
     config = ServersConfig(update_seconds=1.0, transport=Transport.shared)
-    senders = Senders(Adapter(tmp_path / "place"), config, "key", CPU)  # type: ignore[arg-type]
+    senders = Senders(Adapter(tmp_path / "place"), config, "key", CPU, 1)  # type: ignore[arg-type]
     senders._connect([TARGET], {})
     senders.close()
     assert aborted == []

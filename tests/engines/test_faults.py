@@ -19,7 +19,7 @@ from megatron_tempo.rollout.replica import State, Target
 from megatron_tempo.rollout.servers import ServersEngine
 from megatron_tempo.training.context import RunContext
 from megatron_tempo.training.setup import build_actor, engine_weights
-from megatron_tempo.types import Bucket, Weights
+from megatron_tempo.types import Bucket, Share, Weights
 from megatron_tempo.weights.export import weights_of
 from megatron_tempo.weights.pieces import PlannedBucket
 from tests.engines.servers import (
@@ -56,7 +56,7 @@ class Fault:
 class Disturbed:
     """Weights in small buckets; something is done when the second one is sent."""
 
-    sends = True
+    sends, copies, copy = True, 1, 0
 
     def __init__(self, weights: Weights, disturb: Callable[[], None]) -> None:
         self._weights, self._disturb = weights, disturb
@@ -64,8 +64,8 @@ class Disturbed:
     def everywhere(self, *, parts: bool = False) -> Iterator[Bucket]:
         return self._weights.everywhere(parts=parts)
 
-    def from_stages(self, *, shared: bool = False, parts: bool = False) -> Iterator[Bucket]:
-        for number, bucket in enumerate(self._weights.from_stages(shared=shared, parts=parts)):
+    def from_stages(self, *, shared: bool = False, parts: bool = False, share: Share | None = None) -> Iterator[Bucket]:
+        for number, bucket in enumerate(self._weights.from_stages(shared=shared, parts=parts, share=share)):
             if number == 1:
                 self._disturb()
             yield bucket

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from megatron_tempo.types import Bucket
+from megatron_tempo.types import Bucket, Share
 
 
 def tensors(folder: Path) -> Iterator[Bucket]:
@@ -19,7 +19,7 @@ def tensors(folder: Path) -> Iterator[Bucket]:
 class Given:
     """`Weights` of these buckets, on a single rank."""
 
-    sends = True
+    sends, copies, copy = True, 1, 0
 
     def __init__(self, buckets: Sequence[Bucket]) -> None:
         self.buckets = buckets
@@ -27,6 +27,6 @@ class Given:
     def everywhere(self, *, parts: bool = False) -> Iterator[Bucket]:
         yield from self.buckets
 
-    def from_stages(self, *, shared: bool = False, parts: bool = False) -> Iterator[Bucket]:
+    def from_stages(self, *, shared: bool = False, parts: bool = False, share: Share | None = None) -> Iterator[Bucket]:
         assert not shared
         yield from self.buckets

@@ -28,7 +28,7 @@ from megatron_tempo.rollout.cuda_memory import handle
 from megatron_tempo.rollout.replica import Target
 from megatron_tempo.rollout.server_adapter import Call, ServerAdapter, WeightGroupInfo
 from megatron_tempo.rollout.transfer import Senders
-from megatron_tempo.types import Bucket
+from megatron_tempo.types import Bucket, Share
 from megatron_tempo.weights.shared_memory import flat_buffer
 
 BUCKETS, DIES_AT = 3, 2
@@ -65,11 +65,13 @@ class Made:
     device: torch.device
     size: int
     sends: bool = True
+    copies: int = 1
+    copy: int = 0
 
     def everywhere(self, *, parts: bool = False) -> Iterator[Bucket]:
         return self.from_stages(parts=parts)
 
-    def from_stages(self, *, shared: bool = False, parts: bool = False) -> Iterator[Bucket]:
+    def from_stages(self, *, shared: bool = False, parts: bool = False, share: Share | None = None) -> Iterator[Bucket]:
         for number in range(BUCKETS):
             flat = flat_buffer(self.size // 2, torch.bfloat16, self.device, shared=shared).normal_()
             first, second = flat.split([self.size // 8, self.size // 2 - self.size // 8])
@@ -134,7 +136,7 @@ def senders(transport: Transport, backend: str) -> Iterator[Senders]:
     config = ServersConfig(transport=transport, update_seconds=UPDATE_SECONDS)
     # The device that it sends from chooses the group's backend.
     device = torch.device("cpu" if backend == "gloo" else "cuda")
-    made = Senders(cast(ServerAdapter, Adapter()), config, "no key", device)
+    made = Senders(cast(ServerAdapter, Adapter()), config, "no key", device, 1)
     try:
         yield made
     finally:

@@ -1,0 +1,63 @@
+"""How the copies of a model divide the servers, and a stage's buckets, among them."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from megatron_tempo.rollout.transfer import rounds
+from megatron_tempo.weights.param_mapping import ParamMapping, Replicated
+from megatron_tempo.weights.pieces import PartName, dealt, planned_buckets
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3, 4, 7, 64])
+@pytest.mark.parametrize("servers", [1, 2, 3, 4, 5, 8, 13])
+def test_each_server_gets_each_share_once_and_each_copy_sends_as_much(servers: int, copies: int) -> None:
+    sent: Counter[tuple[int, int]] = Counter()  # by server and share
+    for copy in range(copies):
+        mine = rounds(servers, copies, copy)
+        for share, targets in mine:
+            assert share.count in (1, copies)
+            sent.update((server, copies * number) for server in targets for number in share.taken if share.count == 1)
+            sent.update((server, number) for server in targets for number in share.taken if share.count > 1)
+        load = sum(len(share.taken) / share.count * len(targets) for share, targets in mine)
+        assert load == pytest.approx(servers / copies)
+        taken = [(share.count, number) for share, _ in mine for number in share.taken]
+        assert len(taken) == len(set(taken)), "no bucket is made twice"
+        assert len({server for _, targets in mine for server in targets}) <= servers // copies + 2, "few groups"
+    assert max(sent.values()) == 1
+    for server in range(servers):
+        numbers = sorted(number for one, number in sent if one == server)
+        assert numbers in ([0], list(range(copies)))
+
+
+def mapping(name: str, rows: int) -> ParamMapping:
+    return ParamMapping(name, (f"model.{name}",), ((rows, 8),), Replicated(), stage=0)
+
+
+def test_shares_are_about_equal_and_keep_the_parts_of_a_tensor_together() -> None:
+    rows = [640, *(4 + 12 * (number % 5) for number in range(40)), 200]
+    mappings = [mapping(f"layer{number}", count) for number, count in enumerate(rows)]
+    for parts in (False, True):
+        buckets = planned_buckets(mappings, 64 * 8 * 4, 4, parts=parts)
+        largest = max(64 * 8, *(one.numel for one in mappings))
+        for count in (1, 2, 3, 5):
+            shares = dealt(buckets, count)
+            loads = [
+                sum(bucket.numel for bucket, share in zip(buckets, shares, strict=True) if share == number)
+                for number in range(count)
+            ]
+            assert sum(loads) == sum(one.numel for one in mappings)
+            assert max(loads) - min(loads) <= largest
+            homes: dict[str, set[int]] = {}
+            for bucket, share in zip(buckets, shares, strict=True):
+                for piece in (piece for message in bucket.messages for piece in message):
+                    for name, _ in piece.tensors():
+                        homes.setdefault(name.whole if isinstance(name, PartName) else name, set()).add(share)
+            assert all(len(home) == 1 for home in homes.values())
+
+
+def test_more_copies_than_buckets_leave_some_without_work() -> None:
+    buckets = planned_buckets([mapping("a", 4), mapping("b", 4)], 4 * 8 * 4, 4, parts=True)
+    assert sorted(dealt(buckets, 5)) == [0, 1]
