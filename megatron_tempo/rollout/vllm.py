@@ -29,7 +29,7 @@ from megatron_tempo.rollout.server_adapter import (
 )
 from megatron_tempo.types import Bucket, PartName
 
-WORKER = Path(__file__).with_name("vllm_worker.py")
+WORKER, SUMS = (Path(__file__).with_name(name) for name in ("vllm_worker.py", "tensor_sums.py"))
 # Counters that grow with every step that generates tokens or reads a prompt.
 _COUNTERS = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:iteration_tokens_total_sum")
 
@@ -49,7 +49,8 @@ class Vllm:
     def launch(self, start: Start) -> Launch:
         module_folder = start.folder / "python"
         module_folder.mkdir(exist_ok=True)
-        shutil.copyfile(WORKER, module_folder / WORKER.name)
+        for module in (WORKER, SUMS):
+            shutil.copyfile(module, module_folder / module.name)
         key = private_file(start.folder / "key", start.key)
         arguments = {
             "--model": served_folder(start.model, start.folder / "model", start.precision, flat_rope=False),

@@ -1,6 +1,6 @@
 """Runs inside a vLLM server: its workers load the trainer's weights, and its API rejects requests without the key.
 
-This file is copied into a server's folder and found by its module name, in vLLM's environment
+This file and `tensor_sums.py` are copied into a server's folder and found by their names, in vLLM's environment
 (`--worker-extension-cls vllm_worker.WorkerExtension`, `--weight-transfer-config '{"backend": "megatron_tempo"}'`,
 `--middleware vllm_worker.KeyMiddleware`), so it imports nothing of this package. Written for vLLM 0.32.
 """
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tensor_sums import tensor_sums
 from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName, _abort_process_group, _new_process_group_helper, _world
 from vllm.distributed.weight_transfer.base import (
@@ -31,8 +32,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-# Elements per step. This bounds the memory that is needed in addition to the tensor.
-_CHUNK = 1 << 19
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 Message = MutableMapping[str, Any]
@@ -118,7 +117,8 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         flat = self._bytes(update_info)
         tensors = joined(_tensors(flat, update_info), update_info, self._begun)
         if update_info.checksums:
-            self._received |= {name: (checksum(one), str(root_mean_square(one))) for name, one in tensors.items()}
+            sums = tensor_sums(list(tensors.values()), [0] * len(tensors))
+            self._received |= {name: (total, str(size)) for name, (total, size) in zip(tensors, sums, strict=True)}
         if self.model_config.hf_config.tie_word_embeddings and _EMBEDDING in tensors:
             # A reload unties the two, and on a CPU the head has its own copy.
             tensors[_HEAD] = tensors[_EMBEDDING]
@@ -276,30 +276,6 @@ def bytes_on(storage: torch.UntypedStorage, device: torch.device) -> Tensor:
 
 def _dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
-
-
-def checksum(tensor: Tensor, first: int = 0) -> str:
-    """The sum over i of (2i + 1) * w_i modulo 2**64, as 16 hexadecimal digits.
-
-    w_i are the tensor's bytes as little-endian signed 32-bit integers, padded with zero bytes; i counts from `first`.
-    So the checksum of a tensor is the sum of its parts', each counted from its own place.
-    """
-    data = tensor.detach().contiguous().flatten().view(torch.uint8)
-    odd = torch.arange(1, 2 * _CHUNK, 2, device=data.device)
-    total = torch.zeros((), dtype=torch.int64, device=data.device)
-    for start in range(0, len(data), 4 * _CHUNK):
-        part = data[start : start + 4 * _CHUNK]
-        words = torch.nn.functional.pad(part, (0, -len(part) % 4)).view(torch.int32).long()
-        total += (odd[: len(words)] * words).sum() + (2 * first + start // 2) * words.sum()
-    return f"{int(total) % 2**64:016x}"
-
-
-def root_mean_square(tensor: Tensor) -> float:
-    """0 for a tensor without elements."""
-    total = torch.zeros((), dtype=torch.float64, device=tensor.device)
-    for part in tensor.detach().flatten().split(_CHUNK):
-        total += part.float().square().sum()
-    return (float(total) / max(tensor.numel(), 1)) ** 0.5
 
 
 WeightTransferEngineFactory.register_engine("megatron_tempo", WeightReceiver)

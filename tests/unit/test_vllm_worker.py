@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_tempo.rollout import tensor_sums
 from megatron_tempo.rollout.server_adapter import described
 from megatron_tempo.rollout.vllm import WORKER, Vllm
 from megatron_tempo.types import Bucket, PartName
@@ -47,7 +48,7 @@ def worker() -> Iterator[ModuleType]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        for name, stub in {**stubs, "vllm_worker": module}.items():
+        for name, stub in {**stubs, "vllm_worker": module, "tensor_sums": tensor_sums}.items():
             monkeypatch.setitem(sys.modules, name, stub)
         spec.loader.exec_module(module)
         yield module
