@@ -84,11 +84,16 @@ class ServerAdapter(Protocol):
 
     name: str
     takes_parts: bool  # whether `update` takes a tensor that is larger than a bucket in parts
+    asks_for_parts: Call | None  # asks a server that others have started whether it does; None: it does as the others
     health: Call  # answered with 200 by a server that is ready
     progress: Call  # shows progress, to tell a slow server from a hung one
     answer_format: str  # of the answers to `generate`: a key of `answer_formats.ANSWER_FORMATS`
 
     def launch(self, start: Start) -> Launch: ...
+
+    def answers_parts(self, answer: str) -> bool:
+        """Whether the answer to `asks_for_parts` says that the server takes parts."""
+        ...
 
     def progress_of(self, answer: str) -> str | None:
         """From the answer to `progress`: a text that changes with every step. None if any answer shows progress."""

@@ -35,7 +35,13 @@ from megatron_tempo.rollout.replica import Answered, Event, Failed, GenerationJo
 from megatron_tempo.rollout.served_stream import ServedStream
 from megatron_tempo.rollout.server import Server
 from megatron_tempo.rollout.server_adapter import ServerAdapter
-from megatron_tempo.rollout.supervisor import ExternalServers, ServerSupervisor, SupervisedServers, private_store
+from megatron_tempo.rollout.supervisor import (
+    ExternalServers,
+    ServerSupervisor,
+    SupervisedServers,
+    parts_are_taken,
+    private_store,
+)
 from megatron_tempo.rollout.transfer import Senders
 from megatron_tempo.rollout.verifying_nodes import joined
 from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
@@ -95,6 +101,8 @@ class ServersEngine:
             self._closing.callback(self._fleet.close)
         try:
             self._agree(lambda: self._first.open())
+            if config.addresses is not None:
+                adapter.takes_parts = self._agree(lambda: parts_are_taken(adapter, config.addresses or [], key))
         except BaseException:
             self.close()
             raise

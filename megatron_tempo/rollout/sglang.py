@@ -1,7 +1,8 @@
 """SGLang's adapter.
 
 It takes whole tensors only: its vocabulary layers refuse others (0.5.23, `srt/layers/vocab_parallel_embedding.py`,
-`weight_loader`), and it receives a bucket as one broadcast. So a bucket here is as large as its largest tensor.
+`weight_loader`), and it receives a bucket as one broadcast. So our plugin, `sglang_parts.py`, runs in its processes and
+takes tensors in parts. A server that was started without it gets whole tensors: its largest bucket is its largest one.
 
 SGLang reports success for an update that misses a tensor or names one wrongly. On a CPU its checksum of a tensor is
 that of the tensor's bytes, so every tensor can be compared. On a GPU it is another function.
@@ -14,6 +15,8 @@ import hashlib
 import io
 import json
 import math
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +40,12 @@ from megatron_tempo.rollout.server_adapter import (
     described,
 )
 from megatron_tempo.rollout.transfer import joined_bytes
-from megatron_tempo.types import Bucket
+from megatron_tempo.rollout.whole_tensors import WholeParameters
+from megatron_tempo.types import Bucket, PartName
 
+# The plugin, its entry point, and the function that loads a bucket from shared memory.
+PLUGIN = Path(__file__).with_name("sglang_parts.py")
+_PLUGIN_NAME, _LOADER = "megatron_tempo_parts", f"{PLUGIN.stem}.load"
 _ON_CPU = [
     "--device=cpu",
     "--attention-backend=torch_native",
@@ -68,7 +75,8 @@ class Sglang:
     """A `ServerAdapter`, for SGLang 0.5.23. The seeds of requests are not used: it draws its own random numbers."""
 
     name = "SGLang"
-    takes_parts = False
+    takes_parts = True
+    asks_for_parts = Call("/server_info")
     health = Call("/health")
     # Answers once the scheduler has made progress, or has generated a token of a request of its own.
     progress = Call("/health_generate")
@@ -76,6 +84,7 @@ class Sglang:
 
     def __init__(self, *, cpu: bool, tensor: int) -> None:
         self._cpu, self._tensor = cpu, tensor
+        self._wholes = WholeParameters(_FUSED.values())
 
     def launch(self, start: Start) -> Launch:
         arguments = {
@@ -91,10 +100,16 @@ class Sglang:
         # A file, since others can read command lines. JSON is valid YAML.
         private = private_file(start.folder / "arguments.yaml", json.dumps(arguments))
         environment = ON_CPU | {"SGLANG_USE_CPU_ENGINE": "1"} if self._cpu else {}
+        environment |= _with_plugin(start.folder / "python")
         cpu = [*_ON_CPU, f"--max-total-tokens={_cache_tokens(start.model)}"] if self._cpu else []
+        loader = [f"--custom-weight-loader={_LOADER}"]
         return Launch(
-            ["-m", "sglang.launch_server", "--config", str(private), *cpu, *start.config.arguments], environment
+            ["-m", "sglang.launch_server", "--config", str(private), *loader, *cpu, *start.config.arguments],
+            environment,
         )
+
+    def answers_parts(self, answer: str) -> bool:
+        return _LOADER in (json.loads(answer).get("custom_weight_loader") or [])
 
     def progress_of(self, answer: str) -> None:
         return None
@@ -129,7 +144,11 @@ class Sglang:
 
     def update(self, bucket: Bucket, group: str | None, version: int, *, compare: bool) -> Call:
         common: dict[str, Any] = {"flush_cache": True, "weight_version": str(version)}
+        has_parts = any(isinstance(name, PartName) for name, _ in bucket)
+        bucket = [(_name_of(name), tensor) for name, tensor in bucket]
         if group is None:
+            if has_parts:
+                common["load_format"] = _LOADER
             # One for each worker: the memory is freed when all of them have been read.
             named = {"serialized_named_tensors": [_pickled(bucket) for _ in range(self._tensor)]}
             return Call("/update_weights_from_tensor", named | common)
@@ -146,13 +165,32 @@ class Sglang:
         return Call("/weights_checker", {"action": "checksum"}) if self._cpu and self._tensor == 1 else None
 
     def expected(self, bucket: Bucket) -> dict[str, tuple[str, float]]:
-        return {name: (checksum, math.nan) for name, checksum in _checksums(bucket)}
+        return {name: (checksum, math.nan) for name, checksum in _checksums(self._wholes.add(bucket))}
 
     def parse_checksums(self, answer: Any) -> list[dict[str, tuple[str, float]]]:
         held = answer["ranks"][0]["checksums"]
         if held.get("lm_head.weight") == held["model.embed_tokens.weight"]:  # tied: sent under one name
             del held["lm_head.weight"]
         return [{name: (checksum, math.nan) for name, checksum in held.items()}]
+
+
+def _with_plugin(folder: Path) -> dict[str, str]:
+    """Make our plugin importable from `folder`, as an installed package with an entry point. Returns the environment.
+
+    If the user's SGLANG_PLUGINS names the plugins to load, ours is one of them.
+    """
+    about = folder / f"{_PLUGIN_NAME}-1.dist-info"
+    about.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(PLUGIN, folder / PLUGIN.name)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {_PLUGIN_NAME}\nVersion: 1\n")
+    (about / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{_PLUGIN_NAME} = {PLUGIN.stem}:register\n")
+    named = os.environ.get("SGLANG_PLUGINS")
+    return {"PYTHONPATH": str(folder)} | ({"SGLANG_PLUGINS": f"{named},{_PLUGIN_NAME}"} if named else {})
+
+
+def _name_of(name: str) -> str:
+    """A tensor's name; of a part, as `sglang_parts.py` reads it."""
+    return f"q_proj:{name.whole}[{name.start}:{name.stop}:{name.rows}]" if isinstance(name, PartName) else name
 
 
 def _cache_tokens(model: Path) -> int:

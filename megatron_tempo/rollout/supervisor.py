@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 import threading
 import time
@@ -21,10 +22,12 @@ import torch.distributed as dist
 
 from megatron_tempo.config.hosts import host_of
 from megatron_tempo.errors import EngineError, InputError
-from megatron_tempo.rollout.connections import authorised
+from megatron_tempo.rollout.connections import CONNECT_SECONDS, authorised
 from megatron_tempo.rollout.server import Server
 from megatron_tempo.rollout.server_adapter import ServerAdapter
 from megatron_tempo.runtime import progress_marker
+
+log = logging.getLogger(__name__)
 
 _FOREVER = timedelta(days=365)
 
@@ -149,3 +152,23 @@ class ExternalServers:
                         raise EngineError(f"{url}: the host does not resolve on {machine}: mend the address") from error
                 await asyncio.sleep(0.5)
         raise EngineError(f"no {self._adapter.name} server at {url} ({last}): start it, or mend the address")
+
+
+def parts_are_taken(adapter: ServerAdapter, addresses: Sequence[str], key: str) -> bool:
+    """Whether the servers that others have started all take tensors in parts. One that does not answer does not."""
+    call = adapter.asks_for_parts
+    if call is None:
+        return adapter.takes_parts
+    for address in addresses:
+        try:
+            answer = httpx.get(
+                f"{address}{call.path}", headers=authorised(key), timeout=CONNECT_SECONDS, trust_env=False
+            )
+            taken = answer.status_code == 200 and adapter.answers_parts(answer.text)
+        except (httpx.HTTPError, ValueError) as error:
+            taken = False
+            log.info("%s: %s: %s", address, call.path, error)
+        if not taken:
+            log.info("%s takes whole tensors only: buckets are as large as the largest tensor", address)
+            return False
+    return True

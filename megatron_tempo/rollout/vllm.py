@@ -39,6 +39,7 @@ class Vllm:
 
     name = "vLLM"
     takes_parts = True
+    asks_for_parts = None  # a server that others have started has our worker too
     health = Call("/health")
     progress = Call("/metrics")
     answer_format = "vllm"
@@ -83,6 +84,9 @@ class Vllm:
         words = [str(word) for pair in arguments.items() for word in pair]
         command = ["-m", "vllm.entrypoints.openai.api_server", *words, *flags, *start.config.arguments]
         return Launch(command, environment)
+
+    def answers_parts(self, answer: str) -> bool:
+        return True
 
     def progress_of(self, answer: str) -> str:
         return "\n".join(line for line in answer.splitlines() if line.startswith(_COUNTERS))
