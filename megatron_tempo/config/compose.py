@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from megatron_tempo.config.benchmarks import BENCHMARKS, preset
-from megatron_tempo.config.choices import Verifier
+from megatron_tempo.config.choices import Placement, Verifier
 from megatron_tempo.config.own_presets import check_presets
 from megatron_tempo.config.problem import ConfigErrors, Problem, did_you_mean, show
 from megatron_tempo.config.rules import Purpose
@@ -62,7 +62,7 @@ def compose_tree(
     store.store(name="defaults", node=without_default_settings(to_plain(Config()) if whole is None else _whole(whole)))
     for name in (name for name, benchmark in BENCHMARKS.items() if not benchmark.training):
         store.store(group="benchmark", name=name, node=preset(name), package="_global_")
-    OmegaConf.register_new_resolver("repo", lambda path: str(REPOSITORY / path), replace=True)
+    _register_resolvers()
     search = [] if config_dir is None else [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"]
     with initialize_config_dir(str(folder), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
@@ -99,6 +99,22 @@ def compose_tree(
         if purpose is not Purpose.eval and whole is None:
             _own_folder(plain, overrides)
         return plain, problems
+
+
+def _register_resolvers() -> None:
+    """What presets may write: `${repo:PATH}`, a path in the repository; `${one_node:A,B}`, A if the cluster is a single
+    node or none is given; `${colocated:A,B}`, A if rollout.placement is colocated, wherever that was set."""
+
+    def one_node(yes: object, no: object, *, _root_: Any) -> object:
+        cluster = _root_.cluster
+        return yes if cluster is None or cluster.get("nodes", 1) in (1, "1") else no
+
+    def colocated(yes: object, no: object, *, _root_: Any) -> object:
+        return yes if _root_.rollout.placement == Placement.colocated.name else no
+
+    OmegaConf.register_new_resolver("repo", lambda path: str(REPOSITORY / path), replace=True)
+    OmegaConf.register_new_resolver("one_node", one_node, replace=True)
+    OmegaConf.register_new_resolver("colocated", colocated, replace=True)
 
 
 def _own_folder(plain: dict[str, Any], overrides: Sequence[str]) -> None:

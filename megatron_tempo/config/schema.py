@@ -324,6 +324,8 @@ class ClusterConfig:
     gpus_per_node: int = 8  # GPUs of a node
     memory_gb: float = 0.0  # memory of a GPU, in GB (10^9 bytes)
     reserve_gb: float = 6.0  # GB of that kept free for CUDA contexts, NCCL's and cuBLAS's buffers, fragmentation
+    # GB that a sleeping colocated server keeps of a GPU: its CUDA context, NCCL's buffers, CUDA graphs
+    asleep_gb: float = 5.0
     bf16_tflops: float = 0.0  # TFLOP/s of a GPU in bf16, dense
     memory_tbs: float = 0.0  # TB/s of a GPU's memory
     nvlink_gbs: float = 0.0  # GB/s of a GPU in one direction, inside a node

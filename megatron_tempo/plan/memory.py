@@ -1,9 +1,11 @@
 """Memory of the trainer's GPUs by phase and part, and of a GPU that only serves.
 
 Both models and their optimizers stay on the trainer's GPUs all the time. So do the reference model once it is needed,
-the weights of the embedded engine, and a colocated server. With `parallel.offload`, only the model that a phase uses is
-on the GPU. GPUs differ in the pipeline stages that they have of the two models; for each phase, the GPU that needs most
-is reported. Building the models needs less memory than using them, so the start is not a phase.
+the weights of the embedded engine, and a disaggregated server whose GPU the trainer uses too. With `parallel.offload`,
+only the model that a phase uses is on the GPU. So it is with `rollout.placement=colocated`: there the trainer leaves
+the GPU while servers generate, they leave all but a remainder while it trains, and only during a weight sync both have
+their weights there. GPUs differ in the pipeline stages that they have of the two models; for each phase, the GPU that
+needs most is reported. Building the models needs less memory than using them, so the start is not a phase.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from megatron_tempo.plan.layout import (
     micro_batch_of,
 )
 from megatron_tempo.plan.parameters import Role, fp8_copies, layer_parameters, parameters, resident
-from megatron_tempo.plan.split import Split, split_of
+from megatron_tempo.plan.split import Split, split_of, takes_turns
 
 GB = 1e9
 
@@ -56,6 +58,7 @@ class Part(Enum):
     reference = "reference"
     engine = "engine weights"
     cache = "KV cache"
+    asleep = "sleeping engine"
     batch = "batch"
     activations = "activations"
     head = "head"
@@ -121,8 +124,9 @@ def memory(config: Config, shape: ModelShape) -> Memory:
         room = served.rows
     by_place = [place_memory(config, shape, place) for place in places_of(config, split.trainers)]
     for phase in by_place[0]:
+        beside = _colocated(config, shape, phase) if config.rollout.is_colocated else kept
         candidates = [
-            _joined(place[phase], kept, answering if phase is MemoryPhase.generate else {}) for place in by_place
+            _joined(place[phase], beside, answering if phase is MemoryPhase.generate else {}) for place in by_place
         ]
         phases[phase] = max(candidates, key=_total)
     starved = (
@@ -161,13 +165,15 @@ def place_memory(
 
 
 def host_bytes(config: Config, shape: ModelShape, place: Place) -> float:
-    """Page-locked host memory of a process with the stages `place`: with `parallel.offload` each model has its own
-    buffers for the whole run, unless it is the only model."""
+    """Page-locked host memory of a process with the stages `place`: with models that take turns each has its own
+    buffers for the whole run, unless it is the only one and no colocated server takes turns with it. A server keeps
+    nothing there: it throws its weights away when it sleeps, and gets the next ones from the trainer."""
     layouts, machine = layouts_of(config, split_of(config).trainers), machine_of(config)
     held = [resident(shape, layouts[role], machine, role, place[role]) for role in _roles(config)]
-    reference = [held[0].weights] if _has_reference(config) else []
+    reference = [held[0].weights] if has_reference(config) else []
     waiting = [model.weights + model.optimizer for model in held] + reference
-    return sum(waiting) if config.parallel.offload and len(waiting) > 1 else 0.0
+    alone = len(waiting) == 1 and not config.rollout.is_colocated
+    return sum(waiting) if takes_turns(config) and not alone else 0.0
 
 
 def saved_bytes(config: Config, shape: ModelShape, place: Place) -> float:
@@ -182,12 +188,18 @@ def saved_bytes(config: Config, shape: ModelShape, place: Place) -> float:
     )
 
 
+def weight_bytes(config: Config, shape: ModelShape, place: Place) -> float:
+    """Bytes of the actor's weights on a GPU with the stages `place`."""
+    layouts = layouts_of(config, split_of(config).trainers)
+    return resident(shape, layouts[Role.actor], machine_of(config), Role.actor, place[Role.actor]).weights
+
+
 def _roles(config: Config) -> list[Role]:
     """The trained models: no critic if no method needs one."""
     return list(Role) if config.has_critic else [Role.actor]
 
 
-def _has_reference(config: Config) -> bool:
+def has_reference(config: Config) -> bool:
     return any(stage.iterations > 0 and stage.actor.kl_coef > 0 for stage in config.stages().values())
 
 
@@ -229,6 +241,16 @@ def _engine(config: Config, shape: ModelShape, stages: list[StageConfig], split:
     return {Part.engine: one.weights * split.shared, Part.cache: one.cache * split.shared}, {}, one.rows
 
 
+def _colocated(config: Config, shape: ModelShape, phase: MemoryPhase) -> Parts:
+    """What a colocated server has on a GPU. What stays when it sleeps is in its share of the GPU while it generates."""
+    assert config.cluster is not None
+    one = engine.server(config, shape)
+    if phase is MemoryPhase.generate:
+        return {Part.engine: one.weights, Part.cache: one.cache}
+    awake = {Part.engine: one.weights} if phase is MemoryPhase.sync else {}
+    return awake | {Part.asleep: config.cluster.asleep_gb * GB}
+
+
 @dataclass(frozen=True, slots=True)
 class _Phases:
     config: Config
@@ -251,29 +273,35 @@ class _Phases:
 
     def of(self, phase: MemoryPhase) -> Parts:
         """What is resident, plus the peak of the phase beyond it."""
+        if phase is MemoryPhase.generate and self.config.rollout.is_colocated:
+            return self._residents(None)
         if phase is MemoryPhase.checkpoint:  # models are copied to host memory, one after the other
             return max((self._residents(role) for role in _roles(self.config)), key=_total)
         # During generation the actor is on the GPU: it was the last model to be trained and sent.
         role = Role.critic if phase in (MemoryPhase.values, MemoryPhase.critic) else Role.actor
-        return _joined(self._residents(role), self._moment(phase, role))
+        parts = _joined(self._residents(role), self._moment(phase, role))
+        if phase is MemoryPhase.sync and self.config.rollout.is_colocated:  # weights alone come back
+            return {part: size for part, size in parts.items() if part not in (Part.gradients, Part.optimizer)}
+        return parts
 
-    def _residents(self, working: Role) -> Parts:
+    def _residents(self, working: Role | None) -> Parts:
         """Bytes of the models on the GPU while `working` is in use, and of the reference model if there is a KL term.
-        An offloaded reference model needs less than the actor when it is loaded."""
-        loaded = [working] if self.config.parallel.offload else _roles(self.config)
+        An offloaded reference model needs less than the actor when it is loaded. None: no model of those that take
+        turns."""
+        loaded = [] if working is None else [working] if takes_turns(self.config) else _roles(self.config)
         models = [resident(self.shape, self.layouts[role], self.machine, role, self.place[role]) for role in loaded]
         parts = {
             Part.weights: sum(model.weights for model in models),
             Part.gradients: sum(model.gradients for model in models),
             Part.optimizer: sum(model.optimizer for model in models),
         }
-        if _has_reference(self.config) and not self.config.parallel.offload:
+        if has_reference(self.config) and not takes_turns(self.config):
             role = Role.actor
             weights = resident(self.shape, self.layouts[role], self.machine, role, self.place[role]).weights
             parts[Part.reference] = weights + self._fp8(role, trained=False)
         if fp8 := sum(self._fp8(role, trained=True) for role in _roles(self.config)):
             parts[Part.fp8] = fp8  # also of an offloaded model: Transformer Engine keeps them
-        return parts
+        return {part: size for part, size in parts.items() if size}
 
     def _fp8(self, role: Role, *, trained: bool) -> float:
         return fp8_copies(self.config, self.shape, self.layouts[role], self.place[role], trained=trained)

@@ -21,6 +21,7 @@ _COLOURS = {
     Part.reference: "#004c73",
     Part.engine: GREEN,
     Part.cache: "#7fd1b9",
+    Part.asleep: "#cdeee2",
     Part.batch: "#999999",
     Part.activations: ORANGE,
     Part.head: "#E69F00",

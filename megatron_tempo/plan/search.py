@@ -4,7 +4,7 @@ The search varies tensor and pipeline parallelism (data parallelism follows), ho
 which tensor parallelism, and, if that saves memory, the token budget, recomputation, offload and the embedded engine's
 rows. The layers of the pipeline's ends, and its virtual stages, stay as configured while the number of stages does.
 Context parallelism stays as configured. A tensor-parallel group stays inside a node, and sequence parallelism follows
-tensor parallelism. Colocated servers are not searched, because they do not work yet (docs/status.md).
+tensor parallelism. On one node, servers that are colocated with the trainer are tried too, on all of its GPUs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from megatron_tempo.config.choices import EngineKind, Recompute
+from megatron_tempo.config.choices import EngineKind, EnginePrecision, Placement, Recompute, Transport
 from megatron_tempo.config.extensions import Extension
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.problem import show
@@ -25,7 +25,7 @@ from megatron_tempo.plan.layout import PlannedLayout, row_tokens
 from megatron_tempo.plan.memory import Memory, MemoryPhase, Over, layouts_of, least_rows, memory
 from megatron_tempo.plan.parameters import Role, total_parameters
 from megatron_tempo.plan.split import Split, laid_out, split_of
-from megatron_tempo.plan.times import iteration, times
+from megatron_tempo.plan.times import iteration, moving_seconds, response_seconds, times
 
 SERVERS = EngineKind.vllm  # the served engine that is tried if the configuration has the embedded one
 # Parameters from which on it is tried: a smaller model generates in no time, and a server takes a minute to start.
@@ -52,6 +52,8 @@ class Plan:
     split: Split
     memory: Memory
     seconds: dict[MemoryPhase, float]
+    moving: float  # those of `seconds` in which models and weights are on their way
+    response: float  # seconds of one response of full length
 
     @property
     def layout(self) -> PlannedLayout:
@@ -71,7 +73,9 @@ def plan_of(config: Config, shape: ModelShape, words: tuple[str, ...] = ()) -> P
     """The plan of a configuration, which has passed `split.problems`."""
     split = split_of(config)
     needed = memory(config, shape)
-    return Plan(words, config, layouts_of(config, split.trainers), split, needed, times(config, shape, needed))
+    seconds, moving = times(config, shape, needed), sum(moving_seconds(config, shape))
+    response = response_seconds(config, shape, needed)
+    return Plan(words, config, layouts_of(config, split.trainers), split, needed, seconds, moving, response)
 
 
 def search(config: Config, shape: ModelShape) -> list[Plan]:
@@ -90,7 +94,8 @@ def best_of_each(plans: list[Plan]) -> list[Plan]:
     seen: dict[tuple[object, ...], Plan] = {}
     for plan in plans:
         layout = plan.layout
-        seen.setdefault((layout.tensor, layout.pipeline, layout.data, plan.split.serving), plan)
+        colocated = plan.config.rollout.is_colocated
+        seen.setdefault((layout.tensor, layout.pipeline, layout.data, plan.split.serving, colocated), plan)
     return list(seen.values())
 
 
@@ -115,8 +120,8 @@ def relief(config: Config, shape: ModelShape) -> Iterator[Plan]:
 def _changes(config: Config, shape: ModelShape) -> Iterator[dict[str, object]]:
     """Changes to try: new values of fields, by path."""
     for engine in _engines(config, shape):
-        trainers = split_of(_changed(config, engine)[0]).trainers
-        for training in _training(config, shape, trainers):
+        served = _changed(config, engine)[0]
+        for training in _training(served, shape, split_of(served).trainers):
             yield engine | training
 
 
@@ -126,7 +131,8 @@ def _training(config: Config, shape: ModelShape, trainers: int) -> Iterator[dict
     inside = trainers // nodes if trainers % nodes == 0 else trainers
     budgets = {config.parallel.micro_batch_tokens, min(config.parallel.micro_batch_tokens, row_tokens(config))}
     kinds = dict.fromkeys([config.parallel.recompute, Recompute.layers])  # in this order, independent of hashes
-    turns = dict.fromkeys([config.parallel.offload, True])
+    colocated = config.rollout.is_colocated  # models take turns there, whatever is set
+    turns = [config.parallel.offload] if colocated else list(dict.fromkeys([config.parallel.offload, True]))
     for tensor in (n for n in divisors(shape.heads) if inside % n == 0):
         for pipeline in (n for n in divisors(trainers // tensor) if n <= shape.layers):
             given = pipeline == config.parallel.pipeline
@@ -149,7 +155,8 @@ def _training(config: Config, shape: ModelShape, trainers: int) -> Iterator[dict
 
 
 def _engines(config: Config, shape: ModelShape) -> Iterator[dict[str, object]]:
-    """The configuration's own engine, the embedded one with fewer rows, and servers on some of each node's GPUs."""
+    """The configuration's own engine, the embedded one with fewer rows, servers on some of each node's GPUs, and
+    servers on the trainer's."""
     cluster, rollout = config.cluster, config.rollout
     assert cluster is not None
     yield {}
@@ -167,18 +174,48 @@ def _engines(config: Config, shape: ModelShape) -> Iterator[dict[str, object]]:
     if not rollout.is_served and total_parameters(shape) < SERVED:
         return
     kind = rollout.engine if rollout.is_served else SERVERS
-    node = cluster.gpus_per_node
+    for changes in (*_disaggregated(config, shape), *_colocated(config, shape)):
+        yield {"rollout.engine": kind} | changes
+
+
+def _disaggregated(config: Config, shape: ModelShape) -> Iterator[dict[str, object]]:
+    """The last GPUs of each node serve. Servers of a node that shares memory with them are on one node only."""
+    cluster = config.cluster
+    assert cluster is not None
+    node, transport = cluster.gpus_per_node, config.rollout.servers.transport
     for serving in range(1, node):
         world = (node - serving) * cluster.nodes
-        processes = {} if config.parallel.world_size is None else {"parallel.world_size": world}
         for tensor in (n for n in divisors(serving) if shape.heads % n == 0):
-            yield processes | {
-                "rollout.engine": kind,
+            yield _processes(config, world) | {
+                "rollout.placement": Placement.disaggregated,
                 "rollout.servers.devices": list(range(node - serving, node)),
                 "rollout.servers.tensor": tensor,
                 "rollout.servers.replicas": serving // tensor,
                 "rollout.servers.each_node": cluster.nodes > 1,
+                "rollout.servers.transport": Transport.group if cluster.nodes > 1 else transport,
             }
+
+
+def _colocated(config: Config, shape: ModelShape) -> Iterator[dict[str, object]]:
+    """All GPUs of a single node train and serve by turns. FP8 servers do not take weights from shared memory."""
+    cluster, servers = config.cluster, config.rollout.servers
+    assert cluster is not None
+    if cluster.nodes > 1 or servers.precision is EnginePrecision.fp8:
+        return
+    node = cluster.gpus_per_node
+    for tensor in (n for n in divisors(node) if shape.heads % n == 0):
+        yield _processes(config, node) | {
+            "rollout.placement": Placement.colocated,
+            "rollout.servers.devices": None,
+            "rollout.servers.tensor": tensor,
+            "rollout.servers.replicas": node // tensor,
+            "rollout.servers.each_node": False,
+            "rollout.servers.transport": Transport.shared,
+        }
+
+
+def _processes(config: Config, world: int) -> dict[str, object]:
+    return {} if config.parallel.world_size is None else {"parallel.world_size": world}
 
 
 def _changed(config: Config, changes: dict[str, object]) -> tuple[Config, tuple[str, ...]]:

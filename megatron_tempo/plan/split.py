@@ -35,7 +35,7 @@ def split_of(config: Config) -> Split:
 
     Servers take their `devices` of each node that they are started on, the trainer the node's other GPUs, from the
     first on. If `parallel.world_size` is set, its processes take each node's first GPUs. Without `devices` servers take
-    the GPUs after the trainer's. `cluster.rollout_nodes` do not train.
+    the GPUs after the trainer's. `cluster.rollout_nodes` do not train. Colocated servers are on the trainer's GPUs.
     """
     machines, servers = config.cluster, config.rollout.servers
     assert machines is not None
@@ -45,11 +45,18 @@ def split_of(config: Config) -> Split:
     if away := machines.rollout_nodes:
         count = servers.replicas * away
         return Split(world or machines.training_nodes * node, count, count * servers.tensor, 0)
+    if config.rollout.is_colocated:
+        return Split(world or machines.gpus, servers.replicas, servers.replicas * servers.tensor, 1)
     nodes = machines.nodes if servers.each_node else 1
     taken, trainers = cluster.servers_on_node(servers), cluster.trainers_on_node(config, world) or node
     first = trainers if servers.devices is None else min(servers.devices, default=trainers)
     free = first >= trainers and (servers.devices is not None or trainers + taken <= node)
     return Split(world or trainers * machines.nodes, servers.replicas * nodes, taken * nodes, 0 if free else 1)
+
+
+def takes_turns(config: Config) -> bool:
+    """Whether only one model at a time is on the GPU: by `parallel.offload`, and always where servers are colocated."""
+    return config.parallel.offload or config.rollout.is_colocated
 
 
 def problems(config: Config) -> list[Problem]:

@@ -8,10 +8,13 @@ from megatron_tempo.config.extensions import Extension, short_name
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.summary import layout_words as config_words
+from megatron_tempo.plan import placements
 from megatron_tempo.plan.layout import machine_of
 from megatron_tempo.plan.memory import GB, Part, host_bytes, places_of, saved_bytes
 from megatron_tempo.plan.parameters import Role, resident, total_parameters
+from megatron_tempo.plan.placements import seconds_text
 from megatron_tempo.plan.search import MORE, SHORTER, Plan, best_of_each, nearest, relief
+from megatron_tempo.plan.split import takes_turns
 
 ROWS = 12  # of the table of layouts
 GAIN, GAIN_SHARE = 1.0, 0.01  # a layout is proposed if it saves these seconds, and this share, of an iteration
@@ -26,6 +29,7 @@ def report(config: Config, shape: ModelShape, own: Plan, plans: list[Plan]) -> s
         "\n".join(_times(own)),
         "\n".join(_verdict(shape, own, plans)),
         "\n".join(_layouts(own, plans)),
+        "\n".join(placements.compared(own, plans)),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -45,7 +49,11 @@ def _head(config: Config, shape: ModelShape, own: Plan) -> Iterator[str]:
     elif not split.servers:
         engine += " servers outside this cluster"
     else:
-        where = "colocated on the trainer's GPUs" if split.shared else f"disaggregated on {split.serving} GPUs"
+        where = f"disaggregated on {split.serving} GPUs"
+        if config.rollout.is_colocated:
+            where = "colocated on the trainer's GPUs, by turns"
+        elif split.shared:
+            where = "on GPUs that the trainer uses too, and both keep their memory"
         engine += f", {split.servers} servers with tensor {config.rollout.servers.tensor}, {where}"
     yield f"trainer: {split.trainers} GPUs, {layout_words(own)}; engine: {engine}"
 
@@ -54,7 +62,7 @@ def layout_words(plan: Plan) -> str:
     """The layouts, in the words of `check`."""
     own = {Role.actor: plan.config.parallel, Role.critic: plan.config.parallel.of_critic()}
     actor, critic = (config_words(own[role], plan.layouts[role].data) for role in Role)
-    turns = ", one model at a time" if plan.config.parallel.offload else ""
+    turns = ", one model at a time" if takes_turns(plan.config) else ""
     return actor + (f"; critic {critic}" if critic != actor else "") + turns
 
 
@@ -66,6 +74,8 @@ def _memory(own: Plan) -> list[str]:
         cells = [f"{of[part] / GB:.1f}" if part in of else "" for part in parts]
         rows.append([phase.value, *cells, f"{total / GB:.1f}", f"{(own.memory.limit - total) / GB:.1f}"])
     lines = aligned(rows)
+    if own.config.rollout.is_colocated:
+        lines.append(placements.ORDER)
     if own.memory.room:
         lines.append(f"{own.memory.room:.0f} rows of full length fit in each server or process at a time")
     return lines
@@ -89,7 +99,7 @@ def _host(shape: ModelShape, own: Plan) -> Iterator[str]:
     cluster, config = own.config.cluster, own.config
     assert cluster is not None
     places, count = places_of(config, own.split.trainers), -(-own.split.trainers // cluster.nodes)
-    if config.parallel.offload:
+    if takes_turns(config):
         most = max(host_bytes(config, shape, place) for place in places)
         yield f"page-locked host memory per node: {count} processes x {most / GB:.1f} = {count * most / GB:.0f} GB"
     most = max(saved_bytes(config, shape, place) for place in places)
@@ -150,7 +160,8 @@ def layout_row(plan: Plan) -> list[str]:
     if not plan.config.rollout.is_served:
         engine = short_name(plan.config.rollout.engine.name)
     elif split.shared:
-        engine = f"shared, tensor {servers.tensor}"
+        how = "colocated" if plan.config.rollout.is_colocated else "shared"
+        engine = f"{how}, tensor {servers.tensor}"
     elif not split.servers:
         engine = "elsewhere"
     largest = plan.memory.largest
@@ -169,11 +180,6 @@ def _pasted(mine: Plan | None, best: Sequence[Plan]) -> Iterator[str]:
     for plan in best:
         if plan.words and (mine is None or mine.iteration - plan.iteration >= max(GAIN, GAIN_SHARE * mine.iteration)):
             yield f"fastest: {' '.join(plan.words)}"
-
-
-def seconds_text(seconds: float) -> str:
-    """1,234; 12; 0.35: whole seconds from ten on, else two digits."""
-    return f"{seconds:,.0f}" if seconds >= 10 or seconds == 0 else f"{seconds:.2g}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -7,56 +7,138 @@ bandwidth; weight sync by the links, at `link_share`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from megatron_tempo.config.choices import EngineKind, Logits, Recompute
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.schema import ClusterConfig, Config
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.plan import engine
-from megatron_tempo.plan.layout import PlannedLayout, machine_of, micro_batch_of, row_tokens
-from megatron_tempo.plan.memory import Memory, MemoryPhase, host_bytes, layouts_of, places_of
-from megatron_tempo.plan.parameters import Role, parameters, total_parameters
-from megatron_tempo.plan.split import Split, split_of
+from megatron_tempo.plan.decoding import decode_costs
+from megatron_tempo.plan.layout import PlannedLayout, machine_of, row_tokens
+from megatron_tempo.plan.memory import (
+    Memory,
+    MemoryPhase,
+    Place,
+    has_reference,
+    host_bytes,
+    layouts_of,
+    places_of,
+    weight_bytes,
+)
+from megatron_tempo.plan.parameters import Role, parameters
+from megatron_tempo.plan.split import split_of, takes_turns
+
+
+@dataclass(frozen=True, slots=True)
+class PassRows:
+    """The rows of a pass: how many, and what one of them has on average.
+
+    >>> PassRows(count=4, tokens=10.0, layers=2e9, ending=1e9).count
+    4
+    """
+
+    count: int
+    tokens: float  # of prompt and response
+    layers: float  # operations of a forward pass in the layers
+    ending: float  # operations of a forward pass in the actor's output layer; 0 for the critic
+
+
+def rows_of(shape: ModelShape, lengths: Sequence[tuple[int, int]], role: Role) -> PassRows:
+    """Rows with these tokens of prompt and response."""
+    if not lengths:
+        return PassRows(0, 0.0, 0.0, 0.0)
+    count, work = len(lengths), [row_operations(shape, *row, role) for row in lengths]
+    tokens = sum(prompt + response for prompt, response in lengths) / count
+    return PassRows(count, tokens, sum(layers for layers, _ in work) / count, sum(ending for _, ending in work) / count)
+
+
+def last_stage(config: Config) -> StageConfig:
+    """The last stage that has iterations: times are of it."""
+    return [stage for stage in config.stages().values() if stage.iterations > 0][-1]
 
 
 def times(config: Config, shape: ModelShape, memory: Memory) -> dict[MemoryPhase, float]:
     """Seconds of the phases of one iteration of the last stage, without checkpoints, which are rare."""
-    assert config.cluster is not None
-    split = split_of(config)
-    stage = [stage for stage in config.stages().values() if stage.iterations > 0][-1]
-    layouts = layouts_of(config, split.trainers)
-    actor, critic = (_Passes(config, shape, config.cluster, layouts[role], stage) for role in Role)
-    rows = stage.responses_per_prompt
-    actor_rows, critic_rows = rows * stage.count(stage.actor_prompts()), rows * stage.count(stage.critic_prompts())
-    seconds_of = {
-        MemoryPhase.generate: _generate(config, shape, config.cluster, split, stage, memory.room),
-        MemoryPhase.values: critic.read(actor_rows if stage.has_critic else 0, Role.critic),
-        MemoryPhase.critic: critic.update(critic_rows, Role.critic) * stage.critic.epochs,
-        MemoryPhase.logprobs: actor.read(actor_rows, Role.actor) * (2 if stage.actor.kl_coef > 0 else 1),
-        MemoryPhase.actor: actor.update(actor_rows, Role.actor) * stage.actor.epochs,
-        MemoryPhase.sync: _sync(config, shape, config.cluster, split),
-    }
-    if config.parallel.offload:
-        # Swap to the critic and back to the actor; to the reference model and back.
-        seconds_of[MemoryPhase.values] += _turn(config, shape, split) * stage.has_critic
-        seconds_of[MemoryPhase.logprobs] += _turn(config, shape, split) * (
-            stage.has_critic + 2 * (stage.actor.kl_coef > 0)
-        )
+    stage = last_stage(config)
+    longest = (config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
+    rows = {}
+    for role, kinds in ((Role.actor, stage.actor_prompts()), (Role.critic, stage.critic_prompts())):
+        count = stage.responses_per_prompt * stage.count(kinds)
+        rows[role] = PassRows(count, row_tokens(config), *row_operations(shape, *longest, role))
+    read = PassRows(rows[Role.actor].count, row_tokens(config), *row_operations(shape, *longest, Role.critic))
+    seconds_of = {MemoryPhase.generate: _generate(config, shape, memory.room)}
+    seconds_of |= training_seconds(config, shape, rows[Role.actor], rows[Role.critic], read)
+    seconds_of[MemoryPhase.sync] = sync_seconds(config, shape)
+    for phase, seconds in turn_seconds(config, shape).items():
+        seconds_of[phase] += seconds
     return {phase: seconds for phase, seconds in seconds_of.items() if seconds}
 
 
-def _turn(config: Config, shape: ModelShape, split: Split) -> float:
-    """Seconds to load one model onto the GPU while another is offloaded, both at the host link's rate."""
+def training_seconds(
+    config: Config, shape: ModelShape, of_actor: PassRows, of_critic: PassRows, valued: PassRows
+) -> dict[MemoryPhase, float]:
+    """Seconds of the trainer's phases, without moving models between host and GPU.
+
+    of_actor, of_critic: the rows that each model is trained on; valued: the actor's, as the critic reads them.
+    """
     assert config.cluster is not None
-    most = max(host_bytes(config, shape, place) / 2 for place in places_of(config, split.trainers))
-    return most / (config.cluster.host_gbs * 1e9 * config.cluster.link_share)
+    stage, layouts = last_stage(config), layouts_of(config, split_of(config).trainers)
+    actor, critic = (_Passes(config, shape, config.cluster, layouts[role], stage) for role in Role)
+    return {
+        MemoryPhase.values: critic.read(valued) * stage.has_critic,
+        MemoryPhase.critic: critic.update(of_critic, Role.critic) * stage.critic.epochs,
+        MemoryPhase.logprobs: actor.read(of_actor) * (2 if stage.actor.kl_coef > 0 else 1),
+        MemoryPhase.actor: actor.update(of_actor, Role.actor) * stage.actor.epochs,
+    }
+
+
+def turn_seconds(config: Config, shape: ModelShape) -> dict[MemoryPhase, float]:
+    """Seconds in which models move between host and GPU, by the phase before which they do; zero if none moves.
+
+    Swap to the critic and back to the actor; to the reference model and back. Colocated, the GPU is empty after
+    generation: the first model is loaded alone. After the updates the actor leaves, and its weights come once more and
+    leave again, for the sync (`rollout.placement`).
+    """
+    stage, turn = last_stage(config), _turn(config, shape) if takes_turns(config) else 0.0
+    colocated = config.rollout.is_colocated
+    weights = 2 * _moved(config, max(weight_bytes(config, shape, place) for place in _places(config)))
+    return {
+        MemoryPhase.values: turn * stage.has_critic,
+        MemoryPhase.logprobs: turn * ((stage.has_critic or colocated) + 2 * (stage.actor.kl_coef > 0)),
+        MemoryPhase.sync: (turn + weights) * colocated,
+    }
+
+
+def moving_seconds(config: Config, shape: ModelShape) -> tuple[float, float]:
+    """Seconds of an iteration in which models move between host and GPU, and in which weights go to the engine."""
+    return sum(turn_seconds(config, shape).values()), sync_seconds(config, shape)
+
+
+def _turn(config: Config, shape: ModelShape) -> float:
+    """Seconds to load one model onto the GPU while another is offloaded, both at the host link's rate."""
+    models = 2 if config.has_critic or has_reference(config) else 1
+    return _moved(config, max(host_bytes(config, shape, place) / models for place in _places(config)))
+
+
+def _places(config: Config) -> list[Place]:
+    return places_of(config, split_of(config).trainers)
+
+
+def _moved(config: Config, size: float) -> float:
+    """Seconds of a transfer between host and GPU."""
+    assert config.cluster is not None
+    return size / (config.cluster.host_gbs * 1e9 * config.cluster.link_share)
 
 
 def iteration(config: Config, seconds: dict[MemoryPhase, float]) -> float:
-    """All phases in sequence; with `rollout.max_staleness`, an engine with GPUs of its own works beside the others."""
+    """All phases in sequence; with `rollout.max_staleness`, servers on GPUs of their own generate meanwhile."""
     generate = seconds[MemoryPhase.generate]
     rest = sum(seconds.values()) - generate
-    overlaps = config.rollout.max_staleness and config.rollout.engine is not EngineKind.embedded
-    return max(generate, rest) if overlaps else generate + rest
+    alone = config.rollout.engine is not EngineKind.embedded and not config.rollout.is_colocated
+    overlapping = config.rollout.max_staleness > 0 and alone
+    return max(generate, rest) if overlapping else generate + rest
 
 
 def row_operations(shape: ModelShape, prompt: int, response: int, role: Role) -> tuple[float, float]:
@@ -81,40 +163,42 @@ class _Passes:
     ) -> None:
         self.config, self.shape, self.cluster, self.layout, self.stage = config, shape, cluster, layout, stage
         self.size = machine_of(config).size
-        self.lengths = (config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
 
-    def read(self, rows: int, role: Role) -> float:
-        layers, ending = row_operations(self.shape, *self.lengths, role)
-        return self._pass(rows, layers + ending, exchanges=2, steps=1) if rows else 0.0
+    def read(self, rows: PassRows) -> float:
+        return self._pass(rows, rows.layers + rows.ending, exchanges=2, steps=1) if rows.count else 0.0
 
-    def update(self, rows: int, role: Role) -> float:
+    def update(self, rows: PassRows, role: Role) -> float:
         """A backward pass costs two forward passes. A recomputed head, and recomputed layers, cost one more each."""
-        if not rows:
+        if not rows.count:
             return 0.0
-        layers, ending = row_operations(self.shape, *self.lengths, role)
         update = self.stage.actor if role is Role.actor else self.stage.critic
         again = self.layout.recompute is Recompute.layers
-        operations = layers * (4 if again else 3) + ending * (4 if self.config.model.logits is Logits.recomputed else 3)
-        steps = max(1, rows // (update.mini_batch_prompts * self.stage.responses_per_prompt))
+        head = 4 if self.config.model.logits is Logits.recomputed else 3
+        operations = rows.layers * (4 if again else 3) + rows.ending * head
+        steps = max(1, rows.count // (update.mini_batch_prompts * self.stage.responses_per_prompt))
         passes = self._pass(rows, operations, exchanges=6 if again else 4, steps=steps)
-        count = micro_batch_of(self.config, self.layout, max(1, rows // steps)).count
-        return passes + steps * self._reduce(role, passes / (steps * count), again=again)
+        micro = passes / (steps * self._micro_batches(rows, steps))
+        return passes + steps * self._reduce(role, micro, again=again)
 
-    def _pass(self, rows: int, operations: float, exchanges: int, steps: int) -> float:
+    def _micro_batches(self, rows: PassRows, steps: int) -> int:
+        """Micro-batches of a replica in one of `steps` optimizer steps, if all rows had the mean length."""
+        share = -(-max(1, rows.count // steps) // self.layout.data)
+        return max(1, -(-share // max(1, int(self.config.parallel.micro_batch_tokens // rows.tokens))))
+
+    def _pass(self, rows: PassRows, operations: float, exchanges: int, steps: int) -> float:
         """Seconds of arithmetic, and of `exchanges` all-reduces of the hidden states per layer over the tensor ranks
         (Shoeybi et al. 2019): 2 (t - 1) / t times their bytes. The pipeline idles for (stages - 1) / micro-batches, or
         the virtual stages' part of that (Narayanan et al. 2021). All stages wait for the one with most layers."""
         layout, cluster, shape = self.layout, self.cluster, self.shape
         rate = layout.world * cluster.bf16_tflops * 1e12 * cluster.compute_share
-        states = self.size * row_tokens(self.config) * shape.hidden
+        states = self.size * rows.tokens * shape.hidden
         t = layout.tensor
         most = max(layout.pipeline_layers.counts(shape.layers))
-        sent = exchanges * most * 2 * (t - 1) / t * states * rows / layout.data
+        sent = exchanges * most * 2 * (t - 1) / t * states * rows.count / layout.data
         link = cluster.nvlink_gbs if t <= cluster.gpus_per_node else cluster.network_gbs
-        micro = micro_batch_of(self.config, layout, max(1, rows // steps))
         waiting = most * layout.pipeline / shape.layers
-        busy = rows * operations / rate * waiting + sent / (link * 1e9 * cluster.link_share)
-        return busy * (1 + (layout.pipeline - 1) / (layout.virtual_pipeline * micro.count))
+        busy = rows.count * operations / rate * waiting + sent / (link * 1e9 * cluster.link_share)
+        return busy * (1 + (layout.pipeline - 1) / (layout.virtual_pipeline * self._micro_batches(rows, steps)))
 
     def _reduce(self, role: Role, micro: float, *, again: bool) -> float:
         """Seconds per optimizer step in which the replicas only communicate: they reduce-scatter fp32 gradients and
@@ -131,42 +215,51 @@ class _Passes:
         return max(0.0, 4 * of_byte - behind_gradients) + max(0.0, self.size * of_byte - behind_weights)
 
 
-def _generate(
-    config: Config, shape: ModelShape, cluster: ClusterConfig, split: Split, stage: StageConfig, room: float
-) -> float:
-    """Seconds of prefill and decoding.
+@dataclass(frozen=True, slots=True)
+class _Decoding:
+    """The work of one engine in an iteration."""
 
-    Each decoding step reads the weights, and the keys and values of the running rows, at half the response length on
-    average; or it takes as long as its arithmetic, if that is longer. Rows that do not fit wait.
+    responses: float  # of the engine
+    rows: float  # that it decodes at a time; those that do not fit wait
+    step: float  # seconds of a step of these, with half of the response length on average
 
-    The embedded engine accesses its cache more than once per step: it repeats it to the number of query heads (read,
-    written, and read as often).
-    """
-    servers = config.rollout.servers
-    alone = not config.rollout.is_served
+
+def _decoding(config: Config, shape: ModelShape, room: float) -> _Decoding | None:
+    """None: the servers are outside this cluster."""
+    split, stage, alone = split_of(config), last_stage(config), not config.rollout.is_served
     engines = split.trainers if alone else split.servers
-    if not engines:  # servers outside this cluster
+    if not engines:
+        return None
+    mine = max(1.0, stage.count(stage.prompts()) * stage.samples / engines)
+    rows = max(1.0, min(room, mine, mine if alone else config.rollout.servers.concurrency * stage.samples))
+    length, costs = (
+        config.rollout.max_prompt_tokens + config.rollout.max_response_tokens / 2,
+        decode_costs(config, shape),
+    )
+    return _Decoding(mine, rows, costs.step(rows, rows * length, rows * costs.inside(length)))
+
+
+def response_seconds(config: Config, shape: ModelShape, memory: Memory) -> float:
+    """Seconds from the first to the last token of a response of full length, among as many as an engine runs."""
+    of = _decoding(config, shape, memory.room)
+    return 0.0 if of is None else config.rollout.max_response_tokens * of.step
+
+
+def _generate(config: Config, shape: ModelShape, room: float) -> float:
+    """Seconds of prefill and decoding (decoding.py)."""
+    of = _decoding(config, shape, room)
+    if of is None:
         return 0.0
-    tensor = 1 if alone else servers.tensor
-    requests, samples = stage.count(stage.prompts()), stage.samples
-    mine = max(1.0, requests * samples / engines)
-    rows = max(1.0, min(room, mine, mine if alone else servers.concurrency * samples))
-    prompt, response = config.rollout.max_prompt_tokens, config.rollout.max_response_tokens
-    length = prompt + response / 2
-    seen = min(length, shape.window or length)
-    tokens = length + (seen - length) * shape.windowed_layers / shape.layers
-    handled = 1 + 2 * shape.heads / shape.groups if alone else 1
-    cache = handled * rows * tokens * engine.token_bytes(config, shape, tensor)
-    read = engine.weight_bytes(config, shape) / tensor + cache
-    rate = tensor * cluster.bf16_tflops * 1e12 * cluster.compute_share
-    arithmetic = 2.0 * total_parameters(shape) / rate
-    step = max(read / (cluster.memory_tbs * 1e12 * cluster.memory_share), rows * arithmetic)
-    return mine / rows * response * step + requests / engines * prompt * arithmetic
+    prefill = of.responses / last_stage(config).samples * config.rollout.max_prompt_tokens
+    decoding = of.responses / of.rows * config.rollout.max_response_tokens * of.step
+    return decoding + prefill * decode_costs(config, shape).row
 
 
-def _sync(config: Config, shape: ModelShape, cluster: ClusterConfig, split: Split) -> float:
+def sync_seconds(config: Config, shape: ModelShape) -> float:
     """Seconds of a weight sync. Each pipeline stage gathers its weights over its tensor ranks and sends them once to
     each server (rollout/transfer.py). For the embedded engine, they pass over all ranks twice."""
+    cluster, split = config.cluster, split_of(config)
+    assert cluster is not None
     size = engine.weight_bytes(config, shape)
     gathered = size / config.parallel.pipeline if config.parallel.tensor > 1 else 0.0
     inside, between = (gbs * 1e9 * cluster.link_share for gbs in (cluster.nvlink_gbs, cluster.network_gbs))

@@ -112,7 +112,10 @@ class Planned:
 
     @property
     def server_bytes(self) -> float:
-        """Bytes of the GPU that servers hold all the time, in processes of their own."""
+        """Bytes of the GPU that servers hold while the trainer works, in processes of their own."""
+        if self.config.rollout.is_colocated:
+            assert self.config.cluster is not None
+            return self.config.cluster.asleep_gb * 1e9
         if not split_of(self.config).shared:
             return 0.0
         parts = (Part.engine, Part.cache)

@@ -38,7 +38,7 @@ from megatron_tempo.weights.folder import tensor_files
 from tests.support.shapes import qwen3_shape
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-BASE = ["experiment=qwen3_8b_aime", "cluster=h100x8"]
+BASE = ["experiment=qwen3_8b_aime", "cluster=h100x8", "rollout.placement=disaggregated"]
 EVERY_RANK = RankKind(0, 4, 0, 0, "every rank")
 TINY = qwen3_shape(layers=2, hidden=8, heads=4, groups=2, head_dim=2, ffn=16, vocab=32, max_positions=64)
 
@@ -331,6 +331,8 @@ def test_servers_on_the_trainers_gpus_leave_less_of_them() -> None:
     assert planned().server_bytes == 0.0
     assert shared.server_bytes > 0.0
     assert shared.limit == 74e9 - shared.server_bytes
+    colocated = planned("rollout.placement=colocated")
+    assert colocated.server_bytes == 5e9, "they sleep while the trainer works"
 
 
 def test_the_report_has_every_phase_and_says_what_corrects_the_plan() -> None:

@@ -59,6 +59,7 @@ def trainers_on_node(config: Config, world: int | None) -> int | None:
     if world is not None:
         return -(-world // cluster.training_nodes)
     node, starts = cluster.gpus_per_node, config.rollout.is_served and servers.addresses is None
+    starts = starts and not config.rollout.is_colocated
     taken = servers_on_node(servers) if starts and not cluster.rollout_nodes else 0
     return node - taken if taken < node else node
 

@@ -173,6 +173,7 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
         "gpus_per_node": _from(1, DEVICES),
         "memory_gb": _RATE,
         "reserve_gb": _RATE,
+        "asleep_gb": _RATE,
         "bf16_tflops": _RATE,
         "memory_tbs": _RATE,
         "nvlink_gbs": _RATE,

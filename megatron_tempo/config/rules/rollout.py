@@ -137,7 +137,7 @@ def _trainers(config: Config, launched: int | None) -> int:
 def _colocated(config: Config, launched: int | None) -> Iterator[Problem]:
     """Servers on GPUs of the trainer, whose processes use the first ones of a node."""
     servers, cluster = config.rollout.servers, config.cluster
-    if cluster is not None and cluster.rollout_nodes:  # all servers are there
+    if config.rollout.is_colocated or (cluster is not None and cluster.rollout_nodes):  # all servers are there
         return
     trainers = _trainers(config, launched)
     field = "rollout.servers.devices"
