@@ -76,7 +76,7 @@ class Sglang:
 
     name = "SGLang"
     takes_parts = True
-    asks_for_parts = Call("/server_info")
+    asks_for_parts: Call | None = Call("/server_info")
     health = Call("/health")
     # Answers once the scheduler has made progress, or has generated a token of a request of its own.
     progress = Call("/health_generate")

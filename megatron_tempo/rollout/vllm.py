@@ -39,7 +39,7 @@ class Vllm:
 
     name = "vLLM"
     takes_parts = True
-    asks_for_parts = None  # a server that others have started has our worker too
+    asks_for_parts: Call | None = None  # a server that others have started has our worker too
     health = Call("/health")
     progress = Call("/metrics")
     answer_format = "vllm"
