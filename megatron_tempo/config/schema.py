@@ -101,7 +101,7 @@ class ParallelConfig:
     offload: bool = False  # one model at a time on the GPU; the others are in page-locked host memory
     # tokens of a packed micro-batch, over its context ranks; a longer row is a micro-batch of its own
     micro_batch_tokens: int = 16384
-    bucket_mb: int = 512  # MiB of each bucket of a weight sync; larger tensors are sent in parts, not to SGLang
+    bucket_mb: int = 512  # MiB of each bucket of a weight sync; larger tensors are sent in parts
 
     @property
     def ranks_of_a_replica(self) -> int:

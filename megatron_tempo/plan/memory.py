@@ -373,9 +373,9 @@ class _Phases:
     def _buckets(self, stage: int) -> float:
         """A bucket of `parallel.bucket_mb` and the messages that fill it, at most as much again (weights/pieces.py).
 
-        The embedded engine receives every bucket on every rank. It and vLLM take a large tensor in parts. SGLang and
-        engines of the user's own take it whole: their largest bucket is the largest mapping, often the embedding. An
-        FP8 bucket is built next to its bf16 bucket."""
+        The embedded engine receives every bucket on every rank. It, vLLM and SGLang take a large tensor in parts.
+        Engines of the user's own take it whole: their largest bucket is the largest mapping, often the embedding. So
+        may SGLang servers that others have started. An FP8 bucket is built next to its bf16 bucket."""
         config, shape = self.config, self.shape
         precision = engine.precision_of(config)
         size = 4 if precision is EnginePrecision.fp32 else 2
@@ -383,7 +383,8 @@ class _Phases:
         if not config.rollout.is_served or stage in (0, self.layouts[Role.actor].pipeline - 1):
             slots.append(shape.vocab * shape.hidden)
         bound = largest = config.parallel.bucket_mb << 20
-        if config.rollout.engine not in (EngineKind.embedded, EngineKind.vllm):
+        is_foreign = config.rollout.engine is EngineKind.sglang and config.rollout.servers.addresses is not None
+        if is_foreign or not isinstance(config.rollout.engine, EngineKind):
             largest = max(bound, size * max(slots))
         whole = size * shape.layers * layer_parameters(shape) + size * slots[-1]
         fp8 = 0.5 if precision is EnginePrecision.fp8 else 0.0

@@ -222,16 +222,21 @@ def test_models_stay_and_a_reference_joins_them() -> None:
     assert by_phase.phases[MemoryPhase.actor][Part.engine] == pytest.approx(2 * 8.19e9, rel=1e-3)
 
 
+FOREIGN = ["rollout.servers.addresses=[http://127.0.0.1:8000]", "rollout.servers.key_file=key"]
+
+
 @pytest.mark.parametrize(
     ("words", "buffers"),
     [
         (["rollout.engine=vllm"], 2 * 2**29),
         (["rollout.engine=vllm", "parallel.bucket_mb=64"], 2 * 2**26),
         (["rollout.engine=vllm", "rollout.servers.precision=fp8"], 2.5 * 2**29),
-        # SGLang takes tensors whole: the embedding, and a message of a bucket.
-        (["rollout.engine=sglang"], 2 * 151936 * 4096 + 2**29),
-        (["rollout.engine=sglang", "parallel.bucket_mb=64"], 2 * 151936 * 4096 + 2**26),
+        (["rollout.engine=sglang"], 2 * 2**29),
+        (["rollout.engine=sglang", "parallel.bucket_mb=64"], 2 * 2**26),
         (["rollout.engine=sglang", "parallel.bucket_mb=2048"], 2 * 2**31),
+        # SGLang servers of others may take tensors whole: the embedding, and a message of a bucket.
+        (["rollout.engine=sglang", *FOREIGN], 2 * 151936 * 4096 + 2**29),
+        (["rollout.engine=sglang", "parallel.bucket_mb=64", *FOREIGN], 2 * 151936 * 4096 + 2**26),
     ],
 )
 def test_the_buffers_of_a_weight_sync(words: list[str], buffers: float) -> None:
