@@ -36,6 +36,7 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny import write_model
 
 LIMIT = 12_000  # bytes of a bucket
+DIES_AT = 3  # the number of a bucket
 WAIT = timedelta(seconds=60)
 
 
@@ -78,13 +79,18 @@ class Worker:
             self.checksums[name] = checksum(part)
 
 
-def served(port: int, store_port: int, number: int, workers: int) -> dict[str, Any]:
-    """A worker of a server. The first one takes the calls, and hands them on to the others by a store."""
+def served(port: int, store_port: int, number: int, workers: int, dies_at: int | None) -> dict[str, Any]:
+    """A worker of a server. The first one takes the calls, and hands them on to the others by a store.
+
+    It goes away when a sender broadcasts bucket number `dies_at`.
+    """
     worker = Worker(number)
     store = dist.TCPStore("127.0.0.1", store_port, is_master=number == 0, timeout=WAIT, wait_for_workers=False)
 
     def act(count: int) -> bool:
         path, call = json.loads(store.get(f"call{count}"))
+        if path == "/update" and worker.messages == dies_at:
+            return False
         if path != "/end":
             getattr(worker, path.removeprefix("/"))(call)
         store.set(f"done{count}/{number}", "")
@@ -111,6 +117,8 @@ def _answer_calls(port: int, store: dist.Store, act: Any, workers: int) -> None:
             store.set(f"call{count}", json.dumps([self.path, body]))
             if not act(count):
                 threading.Thread(target=self.server.shutdown).start()
+                if self.path == "/update":
+                    return
             store.wait([f"done{count}/{number}" for number in range(workers)], WAIT)
             self.send_response(200)
             self.send_header("Content-Length", "0")
@@ -161,14 +169,19 @@ def counted() -> Iterator[Counter[str]]:
 
 
 def take_part(
-    model: Path, layout: tuple[int, int, int], servers: int, workers: int, ports: list[tuple[int, int]]
+    model: Path,
+    layout: tuple[int, int, int],
+    servers: int,
+    workers: int,
+    ports: list[tuple[int, int]],
+    dies: int | None = None,
 ) -> Any:
-    """One process: a trainer rank of (tensor, pipeline, data) parallelism, or a worker of a server."""
+    """One process: a trainer rank of (tensor, pipeline, data) parallelism, or a worker of a server. `dies`: a server."""
     tensor, pipeline, data = layout
     trainers, rank = tensor * pipeline * data, int(os.environ["RANK"])
     if rank >= trainers:
         server, number = divmod(rank - trainers, workers)
-        return served(*ports[server], number, workers)
+        return served(*ports[server], number, workers, DIES_AT if server == dies else None)
     os.environ["WORLD_SIZE"] = str(trainers)
     config = ServersConfig(tensor=workers, update_seconds=WAIT.total_seconds())
     with opened(model, tensor, pipeline) as (net, own, mappings):
@@ -179,14 +192,17 @@ def take_part(
             _wait_until_open(port)
         with counted() as counts:
             failed, _ = senders.send(weights, targets, 0, compare=False)
-        assert failed == {}
         dist.barrier()
         if rank == 0:
-            for port, _ in ports:
+            for port in [port for server, (port, _) in enumerate(ports) if server != dies]:
                 httpx.post(f"http://127.0.0.1:{port}/end", json={}, trust_env=False)
         links = len(senders._links)
         senders.close()
-        return dict(counts) | {"links": links, "place": (own.tensor_rank, own.pipeline_rank, own.data_rank)}
+        return dict(counts) | {
+            "failed": failed,
+            "links": links,
+            "place": (own.tensor_rank, own.pipeline_rank, own.data_rank),
+        }
 
 
 # (tensor, pipeline, data), servers, workers of each
@@ -212,6 +228,7 @@ def test_every_copy_sends_an_equal_part(tmp_path: Path, case: str) -> None:
         assert receiver["received"] == receivers[0]["received"]
         assert receiver["checksums"] == receivers[0]["checksums"]
         assert receiver["bytes"] == whole == sum(receiver["received"].values())
+    assert all(trainer["failed"] == {} for trainer in trainers)
     print(case, json.dumps(trainers), file=sys.stderr)
     for trainer in trainers:
         sends = trainer["place"][0] == 0
@@ -221,3 +238,21 @@ def test_every_copy_sends_an_equal_part(tmp_path: Path, case: str) -> None:
     gathered = sum(trainer.get("gather, received, bytes", 0) for trainer in trainers)
     # Half of the sharded bytes, and of padding rows, come from the other tensor rank, to each copy that sends them.
     assert gathered <= 1.02 * whole * min(data, servers) * (tensor - 1) / tensor
+
+
+@pytest.mark.parametrize(("dies", "senders"), [(0, {0}), (2, {0, 1})], ids=["of one copy", "of both copies"])
+def test_a_server_that_dies_costs_the_others_nothing(tmp_path: Path, dies: int, senders: set[int]) -> None:
+    """Two copies send three servers: everything to one each, and a half each to the third."""
+    model = write_model(tmp_path / "model", tied=False, ffn=192, layers=4)
+    ports = [(reserve_port(), reserve_port()) for _ in range(3)]
+    results = run_ranks(take_part, 5, tmp_path / "ranks", model, (1, 1, 2), 3, 1, ports, dies)
+    for copy, trainer in enumerate(results[:2]):
+        assert list(trainer["failed"]) == ([dies] if copy in senders else [])
+        assert trainer["links"] == (1 if copy in senders else 2)
+        assert all(reason.startswith("failed in a weight update: ") for reason in trainer["failed"].values())
+    dead = results[2 + dies]
+    first, second = (results[2 + server] for server in range(3) if server != dies)
+    assert dead["messages"] == DIES_AT
+    assert first["checksums"] == second["checksums"]
+    assert first["received"] == second["received"]
+    assert len(first["received"]) > 30
