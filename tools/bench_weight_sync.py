@@ -193,7 +193,7 @@ def random_actor(context: RunContext) -> Actor:
     config, shape, layout = context.config, read_model_shape(Path(context.config.model.path)), context.layouts.actor
     megatron = transformer_config(shape, layout, config.run.precision)
     net = LanguageModel(megatron, shape, layout, kernels_for(context.device), config.model.logits, temperature=1.0)
-    torch.manual_seed(dist.get_rank())
+    torch.manual_seed(layout.pipeline_rank * layout.tensor + layout.tensor_rank)  # the same in each copy
     for name, parameter in net.named_parameters():
         parameter.data.fill_(1.0) if "norm" in name else parameter.data.normal_(0.0, 0.02)
     tokens = config.parallel.micro_batch_tokens
@@ -205,6 +205,7 @@ def measured(job: BenchmarkJob, context: RunContext, actor: Actor) -> dict[str, 
     mappings = tables.mappings(actor.model.net.shape, parallel.pipeline_layers, critic=False)
     groups = plan(mappings, parallel.bucket_mb << 20, dtype.itemsize)
     buckets = [sum(mapping.numel for mapping in group) * dtype.itemsize for group in groups]
+    largest = min(max(buckets), parallel.bucket_mb << 20)  # a larger tensor is sent in parts
     versions, timings = itertools.count(), {}
     with ExitStack() as engines:
         contenders = contend(job, context, actor, engines) + limits(context, sum(buckets))
@@ -223,7 +224,7 @@ def measured(job: BenchmarkJob, context: RunContext, actor: Actor) -> dict[str, 
     ours = min(row["median_seconds"] for row in rows[: len(Transport)])
     for row in rows:
         row |= {"to_ours": row["median_seconds"] / ours, "gb_per_second": sum(buckets) / row["median_seconds"] / 1e9}
-    model = {"dtype": str(dtype).removeprefix("torch."), "bytes": sum(buckets), "largest_bucket_bytes": max(buckets)}
+    model = {"dtype": str(dtype).removeprefix("torch."), "bytes": sum(buckets), "largest_bucket_bytes": largest}
     return model | {"rows": rows}
 
 
@@ -330,7 +331,7 @@ def job_config(asked: argparse.Namespace, scratch: Path) -> Config:
     config.rollout.servers.python = str(asked.python or ROOT / f".venv-{kind.name}/bin/python")
     config.rollout.servers.arguments = [] if torch.cuda.is_available() else FEW_REQUESTS[kind]
     fields = ("parallel", "rollout.servers", *(("model",) if asked.model else ()))
-    problems = check(config, world_size=asked.tensor * asked.pipeline)
+    problems = check(config, world_size=asked.tensor * asked.pipeline * asked.data)
     if shown := [str(problem) for problem in problems if problem.field.startswith(fields)]:
         raise InputError("\n".join(shown))
     if not Path(config.rollout.servers.python).exists():
@@ -341,7 +342,7 @@ def job_config(asked: argparse.Namespace, scratch: Path) -> Config:
 def run(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Start the engine, then the trainer's ranks."""
     config, cuda = job_config(asked, scratch), torch.cuda.is_available()
-    servers, world, kind = config.rollout.servers, asked.tensor * asked.pipeline, config.rollout.engine
+    servers, world, kind = config.rollout.servers, asked.tensor * asked.pipeline * asked.data, config.rollout.engine
     devices = ",".join(str(world + i) for i in range(servers.tensor)) if cuda else ""  # after the trainer's
     key = private_file(scratch / "key", os.urandom(16).hex())
     adapter, precision = ADAPTERS[kind](cpu=not cuda, tensor=servers.tensor), engine_precision(config)
@@ -361,7 +362,7 @@ def run(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 ranks.terminate()
     asking = f"import importlib.metadata as m; print({kind.name!r}, m.version({PACKAGES[kind]!r}))"
     engine = subprocess.run([servers.python, "-c", asking], capture_output=True, text=True, check=True).stdout.strip()
-    run_as = {"tensor": asked.tensor, "pipeline": asked.pipeline, "engine_tensor": servers.tensor}
+    run_as = {"tensor": asked.tensor, "pipeline": asked.pipeline, "data": asked.data, "engine_tensor": servers.tensor}
     run_as |= {"model": str(asked.model or asked.size), "bucket_mb": asked.bucket_mb, "rounds": asked.rounds}
     machine = {"processor": processor(), "cores": os.cpu_count(), "torch": torch.__version__, "engine": engine}
     return machine | run_as | json.loads((scratch / "result.json").read_text())
@@ -377,7 +378,7 @@ def processor() -> str:
 def printed(result: dict[str, Any]) -> Iterator[str]:
     mb, bucket = 2**20, result["largest_bucket_bytes"]
     yield "{processor}, {cores} cores; torch {torch}; {engine}".format(**result)
-    layout = "tensor {tensor}, pipeline {pipeline}, engine tensor {engine_tensor}".format(**result)
+    layout = "tensor {tensor}, pipeline {pipeline}, data {data}, engine tensor {engine_tensor}".format(**result)
     yield f"{result['model']}, {result['dtype']}, {result['bytes'] / mb:.0f} MB; {layout}; {result['rounds']} rounds"
     yield f"parallel.bucket_mb={result['bucket_mb']}, largest bucket {bucket / mb:.0f} MB\n"
     yield LAYOUT.format(*COLUMNS)
@@ -399,6 +400,7 @@ def main() -> None:
     model.add_argument("--size", choices=list(SIZES), default="0.5b", help="size of a Qwen3 with random weights")
     parser.add_argument("--tensor", type=int, default=2, help="tensor parallelism of the trainer")
     parser.add_argument("--pipeline", type=int, default=1)
+    parser.add_argument("--data", type=int, default=1, help="copies of the model, which divide the sending")
     parser.add_argument("--engine-tensor", type=int, default=1)
     parser.add_argument("--bucket-mb", type=int, default=512, help="parallel.bucket_mb")
     parser.add_argument("--rounds", type=int, default=5, help="in addition to round 0")

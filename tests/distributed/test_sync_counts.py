@@ -176,7 +176,10 @@ def take_part(
     ports: list[tuple[int, int]],
     dies: int | None = None,
 ) -> Any:
-    """One process: a trainer rank of (tensor, pipeline, data) parallelism, or a worker of a server. `dies`: a server."""
+    """One process: a trainer rank of (tensor, pipeline, data) parallelism, or a worker of a server.
+
+    `dies`: the number of a server.
+    """
     tensor, pipeline, data = layout
     trainers, rank = tensor * pipeline * data, int(os.environ["RANK"])
     if rank >= trainers:
