@@ -86,7 +86,7 @@ def _trainer(context: RunContext, task: Task, meter: PhaseMeter) -> Iterator[Tra
     with Metrics(below, config.metrics, is_writer=False) as metrics, Verifiers(1, 1.0) as verifiers:
         with meter.phase("start"), UnfilledHostMemory():
             actor, critic = build_actor(context), build_critic(context) if config.has_critic else None
-            engine: Any = WeightSink(task.shared, parts=config.rollout.engine is EngineKind.vllm)
+            engine: Any = WeightSink(task.shared, parts=isinstance(config.rollout.engine, EngineKind))
             if not config.rollout.is_served:
                 engine = build_engine(context)
         vocab, owners = read_model_shape(Path(config.model.path)).vocab, RowOwners(actor, critic)

@@ -89,7 +89,7 @@ class WeightSink:
     """An engine that takes the weight stream, counts its bytes, and answers nothing."""
 
     shared: bool  # as a colocated server would take it: in memory that other processes can open
-    parts: bool  # as vLLM takes it: tensors that are larger than a bucket, in parts
+    parts: bool  # as SGLang and vLLM take it: tensors that are larger than a bucket, in parts
     counted: TokenCount = field(default_factory=TokenCount)
     work: EngineWork = field(default_factory=EngineWork)
     replicas: int = 1

@@ -1,6 +1,6 @@
 """Checksums and sizes of the tensors of a bucket, in few passes over its bytes, which wait for the GPU once.
 
-This file is also copied into a vLLM server's folder, beside `vllm_worker.py`, so it imports nothing of this package.
+This file is also copied into a vLLM server's folder, with `vllm_worker.py`, so it imports nothing of this package.
 """
 
 from __future__ import annotations

@@ -21,14 +21,14 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 
 def after_syncs(
-    kind: EngineKind, models: list[Path], run: Path, transport: Transport, tensor: int, temperature: float
+    kind: EngineKind, models: list[Path], run: Path, transport: Transport, tensor: int, stages: int, temperature: float
 ) -> list[Any]:
-    """What the engine says with the weights of each model in turn, from two tensor ranks and two stages.
+    """What the engine says with the weights of each model in turn, from two tensor ranks and two stages or copies.
 
     Buckets are smaller than the vocabulary and most matrices of the tiny models.
     """
     config = config_of(kind, models[0], run)
-    config.parallel.tensor = config.parallel.pipeline = 2
+    config.parallel.tensor, config.parallel.pipeline = 2, stages
     config.rollout.servers.transport, config.rollout.servers.tensor = transport, tensor
     completions, messages = [], []
     with opened(config, messages) as (context, engine):
@@ -42,25 +42,27 @@ def after_syncs(
     return completions
 
 
+# Four ranks: with one stage, there are two copies of the model, each of which sends a part.
 CASES = [
-    (EngineKind.sglang, Transport.group, 1, "untied"),
-    (EngineKind.sglang, Transport.shared, 1, "tied"),
-    (EngineKind.sglang, Transport.shared, 1, "olmo3"),
-    (EngineKind.vllm, Transport.group, 1, "tied"),
-    (EngineKind.vllm, Transport.shared, 1, "untied"),
-    (EngineKind.vllm, Transport.group, 2, "untied"),
-    (EngineKind.vllm, Transport.shared, 2, "tied"),
-    (EngineKind.vllm, Transport.shared, 1, "olmo3"),
-    (EngineKind.vllm, Transport.group, 2, "olmo3"),
+    (EngineKind.sglang, Transport.group, 1, "untied", 2),
+    (EngineKind.sglang, Transport.shared, 1, "tied", 1),
+    (EngineKind.sglang, Transport.shared, 1, "olmo3", 2),
+    (EngineKind.sglang, Transport.group, 1, "olmo3", 1),
+    (EngineKind.vllm, Transport.group, 1, "tied", 2),
+    (EngineKind.vllm, Transport.shared, 1, "untied", 2),
+    (EngineKind.vllm, Transport.group, 2, "untied", 1),
+    (EngineKind.vllm, Transport.shared, 2, "tied", 1),
+    (EngineKind.vllm, Transport.shared, 1, "olmo3", 2),
+    (EngineKind.vllm, Transport.group, 2, "olmo3", 2),
 ]
 
 
-@pytest.mark.parametrize(("kind", "transport", "tensor", "model"), CASES)
+@pytest.mark.parametrize(("kind", "transport", "tensor", "model", "stages"), CASES)
 def test_after_each_sync_it_speaks_with_the_new_weights(
-    tmp_path: Path, kind: EngineKind, transport: Transport, tensor: int, model: str
+    tmp_path: Path, kind: EngineKind, transport: Transport, tensor: int, model: str, stages: int
 ) -> None:
     models = [write_model(tmp_path / f"model{seed}", model, seed=seed) for seed in (0, 1)]
-    arguments = (kind, models, tmp_path / "run", transport, tensor, 0.7)
+    arguments = (kind, models, tmp_path / "run", transport, tensor, stages, 0.7)
     by_rank = run_ranks(after_syncs, 4, tmp_path / "ranks", *arguments, timeout=500)
     for version, path in enumerate(models):
         by_number = {number: completions for rank in by_rank for number, completions in rank[version].items()}
