@@ -141,6 +141,7 @@ def on_found_servers(kind: EngineKind, model: Path, run: Path) -> list[Any]:
         replies: list[Any] = []
         for version in (3, 7):
             with opened(config, []) as (context, engine):
+                assert engine._adapter.takes_parts, "a server that says that it has our plugin"
                 engine.load_weights(engine_weights(build_actor(context), context), version)
                 replies.append(answers(engine, REQUESTS, Sampling(0.7, 8)))
         servers.addresses, servers.start_seconds = [theirs.url.replace("127.0.0.1", "127.0.0.2")], 2.0
