@@ -41,7 +41,7 @@ class LabelledPrompt:
     verifier: str
 
 
-UNFINISHED = "unfinished"  # the `finish_reason` of a response that is to go on
+UNFINISHED = "unfinished"  # the `finish_reason` of a response that is to continue
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -71,7 +71,7 @@ class EngineKind(Enum):
 
 
 class StaleGroups(Enum):
-    """What becomes of a prompt group whose tokens would exceed `rollout.max_staleness` when it is trained on."""
+    """What happens to a prompt group whose tokens would exceed `rollout.max_staleness` when it is trained on."""
 
     wait = "wait"  # none gets so old: an iteration waits for the groups that it is the last one for
     ask_again = "ask_again"  # its prompt is asked again, with the current weights

@@ -190,10 +190,10 @@ class RolloutConfig:
     placement: Placement = Placement.disaggregated
     # the most actor updates between a token's generation and its use; k: generate up to k iterations ahead
     max_staleness: int = 0
-    # what becomes of a prompt group that would exceed `max_staleness`
+    # what happens to a prompt group that would exceed `max_staleness`
     stale_groups: StaleGroups = StaleGroups.wait
-    # the engine stops when an iteration has its prompt groups; unfinished responses go on in the next one. Servers that
-    # generate while the run trains never stop
+    # the engine stops when an iteration has its prompt groups; unfinished responses continue in the next one. Servers
+    # that generate while the run trains never stop
     partial_rollouts: bool = False
     # allowed difference between engine and trainer log-probabilities at each start, in nats, averaged over tokens;
     # None: 0.05, or 0.1 if trainer or servers compute in FP8, 0.15 if both do (docs/gpu.md)

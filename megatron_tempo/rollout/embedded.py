@@ -282,7 +282,7 @@ def _prefilled(request: Request) -> int:
 def _prefills(requests: Sequence[Request]) -> tuple[list[Sequence[int]], Tensor]:
     """The rows of a prefill, and for each row that is decoded its row there: int64 [rows].
 
-    Samples that begin share the row of their prompt. One that goes on has a row of its own, with its tokens so far.
+    Samples that begin share the row of their prompt. One that continues has a row of its own, with its tokens so far.
     """
     rows: list[Sequence[int]] = []
     copies: list[int] = []

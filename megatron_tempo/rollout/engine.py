@@ -36,7 +36,7 @@ class Request:
     token_ids: tuple[int, ...]
     samples: int
     seed: int
-    begun: tuple[Completion, ...] = ()  # the samples so far, if they are to go on; ended ones are returned as they are
+    begun: tuple[Completion, ...] = ()  # the samples so far, if they are to continue; ended ones stay as they are
     # the embedded engine returns a response as "unfinished" after this many more tokens; None: it generates to the end
     pause_after: int | None = None
 
@@ -184,7 +184,7 @@ class AnswerStream(Protocol):
         ...
 
     def interrupt(self) -> None:
-        """End generation now. Unfinished responses keep their tokens, and go on with the next `read`."""
+        """End generation now. Unfinished responses keep their tokens, and continue with the next `read`."""
         ...
 
     def cancel(self, numbers: Collection[int]) -> None:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Protocol
 
 import torch
@@ -36,6 +37,14 @@ class Asking:
 # Gets the key of an asking, the version that made the oldest token of its answer, and the answer's tokens. None: the
 # version at which it was begun.
 Finished = Callable[[int, int | None, int], None]
+
+
+class Between(Enum):
+    """What servers do while nobody reads their answers."""
+
+    runs_on = "runs_on"  # they generate
+    has_ended = "has_ended"  # nothing: all that they were asked was read
+    interrupted = "interrupted"  # nothing: unfinished responses wait
 
 
 class GroupAnswers:
@@ -99,9 +108,17 @@ class StreamedAnswers(GroupAnswers):
     """Answers of servers. They are verified as they arrive, while the run trains."""
 
     def __init__(
-        self, engine: StreamsAnswers, sampling: Sampling, verification: Verification, finished: Finished
+        self,
+        engine: StreamsAnswers,
+        sampling: Sampling,
+        verification: Verification,
+        finished: Finished,
+        *,
+        between: Between = Between.runs_on,
     ) -> None:
+        """`between`: what the engine does between two calls of `read`."""
         super().__init__(verification, finished)
+        self._between = between
         self._asked: dict[int, Asking] = {}  # not answered, on the first rank
         self._stream: AnswerStream = engine.stream(sampling, self._arrived)
 
@@ -111,12 +128,15 @@ class StreamedAnswers(GroupAnswers):
         self._stream.add([asking.request for asking in askings])
 
     def read(self, enough: Callable[[], bool]) -> None:
-        for key, completions in self._stream.read(enough):
+        all_read = self._between is Between.has_ended
+        for key, completions in self._stream.read((lambda: not self._asked) if all_read else enough):
             if self._asked.pop(key, None) is None:  # forgotten after it had arrived
                 continue
             self._completions[key] = completions
             made_by = [version for one in completions for version, tokens in one.versions if tokens]
             self._finished(key, min(made_by, default=None), sum(len(one.token_ids) for one in completions))
+        if self._between is Between.interrupted:
+            self._stream.interrupt()
 
     def not_begun(self) -> list[int]:
         return self._stream.waiting()
@@ -188,7 +208,7 @@ class ContinuesResponses(Protocol):
 
 
 class ContinuedAnswers(GroupAnswers):
-    """Answers of the embedded engine, in rounds, until enough groups are complete. Others go on at the next `read`.
+    """Answers of the embedded engine, in rounds, until enough groups are complete. Others continue at the next `read`.
 
     In a round each unfinished response gets at most `round_tokens` more tokens, on the rank that its key names. So what
     is finished after a round does not depend on the number of ranks.

@@ -42,7 +42,7 @@ class Group(Generic[T]):
 
 @dataclass(slots=True)
 class Counts:
-    """What became of groups that were not trained on."""
+    """What happened to groups that were not trained on."""
 
     dropped: int = 0
     asked_again: int = 0
@@ -60,7 +60,7 @@ class Counts:
 class GroupBuffer(Generic[T]):
     """The groups of one stage, of both halves.
 
-    `runs_on`: whether a group that is unfinished when an iteration's batch is full may go on. Then an iteration gets
+    `runs_on`: whether a group that is unfinished when an iteration's batch is full may continue. Then an iteration gets
     the oldest complete groups. Otherwise it waits for its groups in the order in which they were asked.
 
     A caller repeats, at each version:

@@ -13,7 +13,7 @@ from megatron_tempo.types import UNFINISHED, Completion
 
 
 def is_unfinished(completions: Sequence[Completion]) -> bool:
-    """Whether one of the responses is to go on."""
+    """Whether one of the responses is to continue."""
     return any(one.finish_reason == UNFINISHED for one in completions)
 
 

@@ -14,7 +14,7 @@ Answers = Callable[[GenerationJob | None, Callable[[], bool] | None], Iterator[t
 
 
 class ServedStream:
-    """An `AnswerStream`. `fleet`: on the first rank, which alone has requests."""
+    """An `AnswerStream`. `fleet`: on the first rank, where the requests are."""
 
     def __init__(self, fleet: Fleet | None, sampling: Sampling, arrived: Arrived, answers: Answers) -> None:
         self._fleet, self._sampling, self._answers = fleet, sampling, answers

@@ -38,7 +38,7 @@ class RolloutRequests:
     """The requests of a run to its engine.
 
     `groups`: those of the stage under way; None before its first iteration and after its last one. `saved`: of the
-    checkpoint that the run resumes from, until their stage goes on.
+    checkpoint that the run resumes from, until their stage continues.
     """
 
     config: Config
@@ -133,11 +133,11 @@ class RolloutRequests:
         return {"stage": self.groups.stage_name, "groups": self.groups.state()}
 
     def restore(self, saved: Mapping[str, Any] | None) -> None:
-        """Ask again for the prompts of `asked_ahead` when their stage goes on."""
+        """Ask again for the prompts of `asked_ahead` when their stage continues."""
         self.saved = saved
 
     def metrics(self) -> dict[str, float]:
-        """What became of groups that were asked for ahead, or whose responses agree, since the last call."""
+        """What happened to groups that were asked for ahead, or whose responses agree, since the last call."""
         if self.groups is None:
             return {}
         ahead = self.groups.metrics() if self.config.rollout.max_staleness else {}

@@ -25,6 +25,7 @@ from megatron_tempo.rollout.embedded import EmbeddedEngine
 from megatron_tempo.rollout.engine import AnswersOnFirstRank, Engine, Request, Sampling, StreamsAnswers
 from megatron_tempo.rollout.group_answers import (
     Asking,
+    Between,
     ContinuedAnswers,
     Finished,
     GroupAnswers,
@@ -85,7 +86,8 @@ class StageGroups:
     ) -> StageGroups:
         """`iteration`: the stage's next one; all before it are done."""
         rollout = config.rollout
-        runs_on = rollout.partial_rollouts or isinstance(engine, StreamsAnswers)
+        in_background = isinstance(engine, StreamsAnswers) and not rollout.is_colocated
+        runs_on = rollout.partial_rollouts or in_background
         buffer: GroupBuffer[Drawn] = GroupBuffer(rollout.max_staleness, rollout.stale_groups, runs_on=runs_on)
         needed = {half: groups_needed(stage, half) for half in HALVES}
         for half, counts in needed.items():
@@ -251,7 +253,7 @@ class StageGroups:
             self.buffer.restore(half, items, state[half.value]["next"], self.first_version)
 
     def metrics(self) -> dict[str, float]:
-        """The groups that there are, and what became of others since the last call. Right on the first rank."""
+        """The groups that there are, and what happened to others since the last call. Right on the first rank."""
         counts = self.buffer.counts.take()
         return {
             "buffer/ready": sum(self.buffer.completed(half) for half in HALVES),
@@ -293,7 +295,9 @@ def answers_of(config: Config, engine: Engine, verification: Verification, finis
     rollout = config.rollout
     sampling = Sampling(rollout.temperature, rollout.max_response_tokens)
     if isinstance(engine, StreamsAnswers):
-        return StreamedAnswers(engine, sampling, verification, finished)
+        waits = Between.interrupted if rollout.partial_rollouts else Between.has_ended
+        between = waits if rollout.is_colocated else Between.runs_on
+        return StreamedAnswers(engine, sampling, verification, finished, between=between)
     if rollout.partial_rollouts:
         assert isinstance(engine, EmbeddedEngine), "the config's rules see to it"
         tokens = -(-rollout.max_response_tokens // ROUNDS)

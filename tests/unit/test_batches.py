@@ -23,7 +23,7 @@ from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout import dump
 from megatron_tempo.rollout.batches import Asked, Collected, ask, collect, receive, share_columns, summed_counts
 from megatron_tempo.rollout.engine import Arrived, Request, Sampling
-from megatron_tempo.rollout.group_answers import Asking, StreamedAnswers
+from megatron_tempo.rollout.group_answers import Asking, Between, StreamedAnswers
 from megatron_tempo.rollout.verification import Verification, responses_of
 from megatron_tempo.types import (
     Batch,
@@ -190,6 +190,7 @@ class ArrivingEngine(CountingEngine):
         super().__init__()
         self.answers: list[tuple[int, list[Completion]]] = []
         self.cancelled: list[int] = []
+        self.interrupted = False
 
     def start(
         self, requests: Sequence[Request], sampling: Sampling, arrived: Arrived | None = None
@@ -215,14 +216,18 @@ class ArrivingEngine(CountingEngine):
     def waiting(self) -> list[int]:
         return []
 
-    def interrupt(self) -> None: ...
+    def interrupt(self) -> None:
+        self.interrupted = True
 
     def cancel(self, numbers: Collection[int]) -> None:
         self.cancelled += numbers
 
 
 def streamed(
-    engine: ArrivingEngine, verifiers: Verifiers, tokenizer: transformers.PreTrainedTokenizerBase
+    engine: ArrivingEngine,
+    verifiers: Verifiers,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    between: Between = Between.runs_on,
 ) -> tuple[StreamedAnswers, dict[int, tuple[int | None, int]]]:
     """The five prompts are asked. Also what is told of those that are finished."""
     told: dict[int, tuple[int | None, int]] = {}
@@ -230,7 +235,8 @@ def streamed(
     def finished(key: int, oldest: int | None, tokens: int) -> None:
         told[key] = oldest, tokens
 
-    answers = StreamedAnswers(engine, SAMPLING, Verification(verifiers, tokenizer, "math"), finished)
+    verification = Verification(verifiers, tokenizer, "math")
+    answers = StreamedAnswers(engine, SAMPLING, verification, finished, between=between)
     prompts = [*LABELLED, *UNLABELLED]
     answers.ask([Asking(i, prompt, Request(prompt.token_ids, 3, i), 0) for i, prompt in enumerate(prompts)])
     return answers, told
@@ -260,6 +266,17 @@ def test_streamed_answers_are_verified_as_they_arrive(
     assert later.answer_class is not None
     assert later.answer_class.tolist() == [-1, 0, 0]
     assert answers._completions == {}
+    answers.close()
+
+
+@pytest.mark.parametrize(("between", "read"), [(Between.runs_on, 1), (Between.has_ended, 5), (Between.interrupted, 1)])
+def test_servers_that_share_the_trainers_gpus_have_nothing_to_do_while_it_trains(
+    single: None, tokenizer: transformers.PreTrainedTokenizerBase, between: Between, read: int
+) -> None:
+    engine = ArrivingEngine()
+    answers, told = streamed(engine, EchoVerifiers(), tokenizer, between)
+    answers.read(lambda: len(told) == 1)
+    assert (len(told), engine.interrupted) == (read, between is Between.interrupted)
     answers.close()
 
 

@@ -25,7 +25,7 @@ def check(config: Config, world_size: int | None = None) -> Iterator[Problem]:
     if rollout.max_staleness:
         yield from _ahead(config)
     elif rollout.partial_rollouts:
-        field, wrong = "rollout.partial_rollouts", "a response that goes on in the next iteration has older tokens too"
+        field, wrong = "rollout.partial_rollouts", "a response that continues in the next iteration has older tokens"
         yield Problem(field, True, wrong, f"rollout.max_staleness=1 or more, or {field}=false")
     if not rollout.is_served:
         return
