@@ -158,6 +158,12 @@ class Batch:
         """Tokens of each row, prompt and response: int64 [n]."""
         return self.prompt_lengths + self.response_lengths
 
+    def staleness(self, version: int) -> Tensor:
+        """How much older than `version` the oldest token of each row is: int64 [n]; 0 if it is unknown."""
+        oldest = torch.full((len(self),), version)
+        known = self.versions[self.versions[:, 1] >= 0]
+        return version - oldest.scatter_reduce(0, known[:, 0], known[:, 1], "amin")
+
     @property
     def held_responses(self) -> Tensor:
         """Response tokens of each held row: int64 [m]."""

@@ -5,7 +5,7 @@ several updates ago, which may differ between the tokens of one response. The po
 pi_old, the actor at the start of the update. With d_t = log pi_old(y_t) - log pi_engine(y_t), a token's ratio is
 
     token       r_t = exp(d_t)               Yao et al. 2025 (TIS), https://fengyao.notion.site/off-policy-rl
-    sequence    r_t = exp(sum_t d_t)         the importance ratio of the response
+    sequence    r_t = exp(sum_t d_t)         that of the whole response
     geometric   r_t = exp(mean_t d_t)        as in GSPO (Zheng et al. 2025, arXiv 2507.18071): no growth with the length
 
 and its weight, a constant of the update,
@@ -118,6 +118,18 @@ def metrics(by_row: Tensor, lengths: Tensor, level: CorrectionLevel | None) -> d
         "correction/tokens_masked": total["masked"] / tokens,
         "correction/responses_masked": float((table["masked"] == counts).double().mean()),
     }
+
+
+def by_staleness(by_row: Tensor, lengths: Tensor, staleness: Tensor) -> dict[str, float]:
+    """The k3 estimate by the staleness of responses, int64 [n], where some are stale."""
+    if not bool((staleness > 0).any()):
+        return {}
+    k3, found = by_row[:, _COLUMNS.index("k3")], {}
+    for age in staleness.unique().tolist():
+        rows = staleness == age
+        tokens = max(int(lengths[rows].sum()), 1)
+        found[f"engine/kl_k3_at_staleness_{age}"] = float(k3[rows].sum()) / tokens
+    return found
 
 
 def _weights(ratio: Tensor, config: CorrectionConfig) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class CorrectionLevel(Enum):
-    """What has an importance ratio, pi_old / pi_engine, and one weight."""
+    """What has a ratio, pi_old / pi_engine, and one weight."""
 
     token = "token"  # each token has its own
     sequence = "sequence"  # a response has one, the product of its tokens' ratios
@@ -15,7 +15,7 @@ class CorrectionLevel(Enum):
 
 
 class OutOfBounds(Enum):
-    """What becomes of a ratio that is out of bounds."""
+    """The weight of a ratio that is out of bounds."""
 
     truncate = "truncate"  # the weight is the bound
     mask = "mask"  # the weight is 0: the token, or the whole response, contributes nothing

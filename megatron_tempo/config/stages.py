@@ -293,12 +293,12 @@ class StageConfig:
     labelled_prompts: int = 256  # labelled prompts of an iteration
     unlabelled_prompts: int = 0  # unlabelled prompts of an iteration
     responses_per_prompt: int = 8  # responses to a prompt that are trained on
-    # prompts whose responses all agree give way to new ones, until so many are asked for an iteration; None: they stay
+    # the most prompts to ask for an iteration, replacing those whose responses all agree; None: none is replaced
     refill_limit: int | None = None
     truncated_responses: TruncatedResponses = TruncatedResponses.wrong
-    # with `truncated_responses=penalised`: the penalty begins at so many tokens below the limit
+    # with `truncated_responses=penalised`: the penalty begins this many tokens below the limit
     length_penalty_tokens: int | None = None
-    length_penalty: float = 1.0  # the penalty of a response of as many tokens as the limit
+    length_penalty: float = 1.0  # what is subtracted from the reward of a response as long as the limit
     actor: ActorUpdateConfig = field(default_factory=ActorUpdateConfig)
     critic: CriticUpdateConfig = field(default_factory=CriticUpdateConfig)
 

@@ -1,4 +1,4 @@
-"""What becomes of a response that is cut off at the limit of tokens."""
+"""How responses are treated that are cut off at the limit of tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class TruncatedResponses(Enum):
-    """What becomes of a response that `rollout.max_response_tokens` cuts off (docs/methods.md)."""
+    """How a response is treated that `rollout.max_response_tokens` cuts off (docs/methods.md)."""
 
     wrong = "wrong"  # it is treated as any other: without a readable answer it is wrong
     masked = "masked"  # the actor is not trained on it, and it counts in no prompt group; the critic is fitted to it

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_tempo.algorithm.correction import correct
+from megatron_tempo.algorithm.correction import by_staleness, correct
 from megatron_tempo.algorithm.correction import metrics as off_policy_metrics
 from megatron_tempo.algorithm.groups import agreeing
 from megatron_tempo.algorithm.outcomes import final_values, mixed_groups, value_targets
@@ -41,7 +41,7 @@ class Learner:
     phase: Callable[[str], AbstractContextManager[None]]  # measures the time of the block
     seed: str
     iteration: int  # of the run, from 1 over all stages
-    max_response_tokens: int  # a response of so many tokens is cut off, if it has not ended
+    max_response_tokens: int  # the limit at which responses are cut off
 
     def fit_critic(self, labelled: Batch, stage: StageConfig) -> dict[str, float]:
         """Fit the critic's values to the verdicts (E-step, Eq. 6)."""
@@ -115,6 +115,7 @@ class Learner:
         mean, greatest = self.actor.gap_to_engine(batch, old)
         by_row = self.actor.gather(batch, correction.by_row)
         metrics |= off_policy_metrics(by_row, batch.response_lengths, config.correction.level)
+        metrics |= by_staleness(by_row, batch.response_lengths, batch.staleness(self.iteration - 1))
         metrics |= {"engine/logprob_gap_mean": mean, "engine/logprob_gap_max": greatest}
         return metrics | {"actor/rows": float(len(batch))}
 

@@ -308,7 +308,7 @@ RULES = (
         "truncated responses rise",
         "truncated",
         False,
-        "they count as wrong: read samples.jsonl, or raise rollout.max_response_tokens",
+        "read samples.jsonl; raise rollout.max_response_tokens, or set stage2.truncated_responses",
         _each("truncated", _truncated_rises, by_stage=False),
     ),
     Rule(

@@ -1,8 +1,8 @@
 """Refill (dynamic sampling, DAPO, Yu et al. 2025, arXiv 2503.14476, 3.2): groups without a signal give way to others.
 
 Where all responses of a prompt group get the same reward, all their advantages are 0. With `stageN.refill_limit` such a
-group is thrown away, and the engine is asked for the next prompt in its place, until the iteration has its groups or
-so many prompts were asked for it. Then the groups that agree stay in the batch.
+group is thrown away, and the engine is asked for the next prompt in its place, until the iteration has its groups. When
+the limit on the prompts that are asked for it is reached, groups that agree stay in the batch.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tempo.algorithm import correction
-from megatron_tempo.algorithm.correction import correct, metrics
+from megatron_tempo.algorithm.correction import by_staleness, correct, metrics
 from megatron_tempo.config.correction import CorrectionConfig, CorrectionLevel, OutOfBounds
+from tests.support.tiny import ragged_batch
 
 OLD = torch.tensor([0.5, 0.25, 0.5, 0.9]).log()
 ENGINE = torch.tensor([0.25, 0.25, 0.1, 0.9]).log()  # token ratios 2, 1; 5; 1
@@ -136,6 +138,24 @@ def test_metrics_by_hand() -> None:
         },
         rel=1e-6,
     )
+
+
+def test_the_divergence_by_staleness_by_hand() -> None:
+    """Responses of ratios 2 1, none, 5 and 1, whose oldest tokens are 1, 0, 1 and 0 iterations old."""
+    by_row = correct(OLD, ENGINE, LENGTHS, CorrectionConfig()).by_row
+    found = by_staleness(by_row, LENGTHS, torch.tensor([1, 0, 1, 0]))
+    wanted = {
+        "engine/kl_k3_at_staleness_0": 0.0,
+        "engine/kl_k3_at_staleness_1": (2 - 1 - math.log(2) + 0 + 5 - 1 - math.log(5)) / 3,
+    }
+    assert found == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+    assert by_staleness(by_row, LENGTHS, torch.zeros(4, dtype=torch.int64)) == {}
+
+
+def test_staleness_of_rows_is_that_of_the_oldest_token() -> None:
+    batch = ragged_batch(4)
+    versions = torch.tensor([[0, 5, 1], [1, 3, 2], [1, 5, 1], [2, -1, 4], [3, 4, 2]])
+    assert replace(batch, versions=versions).staleness(5).tolist() == [0, 2, 0, 1]
 
 
 def test_metrics_of_masked_responses_by_hand() -> None:
