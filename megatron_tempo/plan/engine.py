@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_tempo.config.choices import EnginePrecision
+from megatron_tempo.config.choices import EngineKind, EnginePrecision
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.sizes import CACHE_ROOM
@@ -19,7 +19,7 @@ from megatron_tempo.plan.split import Split
 
 # Share of a GPU's memory that a server takes unless its arguments set one: vLLM's default, and about SGLang's.
 FRACTION = 0.9
-FRACTION_OPTIONS = ("--gpu-memory-utilization", "--mem-fraction-static")
+FRACTION_OPTIONS = {EngineKind.vllm: "--gpu-memory-utilization", EngineKind.sglang: "--mem-fraction-static"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def token_bytes(config: Config, shape: ModelShape, tensor: int = 1) -> float:
 def fraction_of(config: Config) -> float:
     """The share of a GPU's memory that a server is configured to take."""
     words = [word for text in config.rollout.servers.arguments for word in text.replace("=", " ").split()]
-    for option in FRACTION_OPTIONS:
+    for option in FRACTION_OPTIONS.values():
         if option in words[:-1]:
             return float(words[words.index(option) + 1])
     return FRACTION

@@ -19,8 +19,10 @@ from megatron_tempo.config.choices import EngineKind, EnginePrecision, Placement
 from megatron_tempo.config.extensions import Extension
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.problem import show
+from megatron_tempo.config.recipes import RECIPES
 from megatron_tempo.config.rules.layout import divisors
 from megatron_tempo.config.schema import Config
+from megatron_tempo.plan import engine
 from megatron_tempo.plan.layout import PlannedLayout, row_tokens
 from megatron_tempo.plan.memory import Memory, MemoryPhase, Over, layouts_of, least_rows, memory
 from megatron_tempo.plan.parameters import Role, total_parameters
@@ -30,6 +32,8 @@ from megatron_tempo.plan.times import iteration, moving_seconds, response_second
 SERVERS = EngineKind.vllm  # the served engine that is tried if the configuration has the embedded one
 # Parameters from which on it is tried: a smaller model generates in no time, and a server takes a minute to start.
 SERVED = 100_000_000
+
+LESS = 0.8  # share of a GPU's memory for a colocated server, where the usual one is too much
 
 # What belongs to a number of pipeline stages, and its value for other numbers.
 _STAGES: dict[str, int | None] = {
@@ -119,10 +123,10 @@ def relief(config: Config, shape: ModelShape) -> Iterator[Plan]:
 
 def _changes(config: Config, shape: ModelShape) -> Iterator[dict[str, object]]:
     """Changes to try: new values of fields, by path."""
-    for engine in _engines(config, shape):
-        served = _changed(config, engine)[0]
+    for served_by in _engines(config, shape):
+        served = _changed(config, served_by)[0]
         for training in _training(served, shape, split_of(served).trainers):
-            yield engine | training
+            yield served_by | training
 
 
 def _training(config: Config, shape: ModelShape, trainers: int) -> Iterator[dict[str, object]]:
@@ -174,7 +178,7 @@ def _engines(config: Config, shape: ModelShape) -> Iterator[dict[str, object]]:
     if not rollout.is_served and total_parameters(shape) < SERVED:
         return
     kind = rollout.engine if rollout.is_served else SERVERS
-    for changes in (*_disaggregated(config, shape), *_colocated(config, shape)):
+    for changes in (*_disaggregated(config, shape), *_colocated(config, shape, kind)):
         yield {"rollout.engine": kind} | changes
 
 
@@ -196,14 +200,18 @@ def _disaggregated(config: Config, shape: ModelShape) -> Iterator[dict[str, obje
             }
 
 
-def _colocated(config: Config, shape: ModelShape) -> Iterator[dict[str, object]]:
-    """All GPUs of a single node train and serve by turns. FP8 servers do not take weights from shared memory."""
+def _colocated(config: Config, shape: ModelShape, kind: EngineKind) -> Iterator[dict[str, object]]:
+    """All GPUs of a single node train and serve by turns, with a smaller share for the servers if the trainer keeps
+    FP8 weights there. FP8 servers do not take weights from shared memory."""
     cluster, servers = config.cluster, config.rollout.servers
     assert cluster is not None
     if cluster.nodes > 1 or servers.precision is EnginePrecision.fp8:
         return
     node = cluster.gpus_per_node
-    for tensor in (n for n in divisors(node) if shape.heads % n == 0):
+    arguments = [servers.arguments]
+    if config.run.precision in RECIPES and engine.fraction_of(config) == engine.FRACTION:
+        arguments.append([*servers.arguments, f"{engine.FRACTION_OPTIONS[kind]}={LESS}"])
+    for tensor, words in product((n for n in divisors(node) if shape.heads % n == 0), arguments):
         yield _processes(config, node) | {
             "rollout.placement": Placement.colocated,
             "rollout.servers.devices": None,
@@ -211,6 +219,7 @@ def _colocated(config: Config, shape: ModelShape) -> Iterator[dict[str, object]]
             "rollout.servers.replicas": node // tensor,
             "rollout.servers.each_node": False,
             "rollout.servers.transport": Transport.shared,
+            "rollout.servers.arguments": words,
         }
 
 
@@ -242,5 +251,7 @@ def _changed(config: Config, changes: dict[str, object]) -> tuple[Config, tuple[
 
 def _word(path: str, value: object) -> str:
     """An override that can be pasted into a shell: lists are quoted."""
-    word = f"{path}={show(value).replace(', ', ',')}"
-    return f"'{word}'" if isinstance(value, list) else word
+    if isinstance(value, list):
+        entries = (f'"{entry}"' if isinstance(entry, str) else show(entry) for entry in value)
+        return f"'{path}=[{','.join(entries)}]'"
+    return f"{path}={show(value)}"

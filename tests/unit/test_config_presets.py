@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from omegaconf import OmegaConf
 from megatron_tempo.cli import build
 from megatron_tempo.config import Config, ConfigErrors, Problem, Purpose
 from megatron_tempo.config.benchmarks import BENCHMARKS
-from megatron_tempo.config.compose import REPOSITORY
+from megatron_tempo.config.choices import Placement
+from megatron_tempo.config.compose import REPOSITORY, compose_tree
 from megatron_tempo.config.schema import to_plain
 from megatron_tempo.config.stages import Baseline, CriticTargets, Method, Prompts, Ratio, TempoSettings, ValueTiming
 from megatron_tempo.config.tree import MISSING, save
@@ -208,6 +210,45 @@ def test_a_command_of_the_readme_passes(command: str, tmp_path: Path, monkeypatc
     except ConfigErrors as error:
         problems = error.problems
     assert problems == [problem for problem in problems if name == "check" and problem.value == MISSING]
+
+
+SERVERS = ("devices", "replicas", "transport", "each_node")
+TOGETHER = (None, 2, "shared", False)
+APART = ([4, 5, 6, 7], 1, "group", True)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize(
+    ("words", "placement", "servers"),
+    [
+        ("", Placement.colocated, TOGETHER),
+        ("cluster=h100x8", Placement.colocated, TOGETHER),
+        ("cluster=h200x16", Placement.disaggregated, APART),
+        ("cluster=h100x64", Placement.disaggregated, APART),
+        ("cluster=h100x8 cluster.nodes=3", Placement.disaggregated, APART),
+        ("cluster=h100x16 cluster.nodes=1", Placement.colocated, TOGETHER),
+        ("rollout.placement=disaggregated", Placement.disaggregated, APART),
+        ("cluster=h100x8 rollout.placement=disaggregated", Placement.disaggregated, APART),
+        ("cluster=h100x8 rollout.servers.replicas=1", Placement.colocated, (None, 1, "shared", False)),
+    ],
+)
+def test_servers_are_colocated_on_one_node_and_have_gpus_of_their_own_on_several(
+    engine: str, words: str, placement: Placement, servers: tuple[object, ...]
+) -> None:
+    """What goes with a placement follows it, wherever it was set. A field on the command line stays."""
+    given = ["experiment=qwen3_8b_aime", f"engine={engine}", *words.split()]
+    tree, problems = compose_tree(given, Purpose.plan, None, None)
+    rollout = tree["rollout"]
+    assert problems == []
+    assert (rollout["engine"], rollout["placement"]) == (engine, placement.name)
+    assert tuple(rollout["servers"][name] for name in SERVERS) == servers
+    assert (rollout["servers"]["tensor"], rollout["servers"]["host"]) == (4, "hostname")
+
+
+def test_the_embedded_engine_of_a_preset_has_no_placement() -> None:
+    config = build(["experiment=qwen3_8b_aime", "engine=embedded", "cluster=h100x8"], purpose=Purpose.plan)
+    assert config.rollout == replace(Config().rollout, servers=config.rollout.servers)
+    assert config.rollout.servers == Config().rollout.servers
 
 
 def test_the_presets_hold_no_field_that_equals_its_default() -> None:

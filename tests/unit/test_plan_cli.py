@@ -61,14 +61,49 @@ def test_what_is_suggested_fits(experiment: str, cluster: str, capsys: pytest.Ca
 def test_the_papers_experiments_fit_as_shipped(
     experiment: str, cluster: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """But for 14 billion parameters on a single node of 80 GB: 40 layers fit on 6 GPUs, as stages of 13, 14 and 13."""
+    """Colocated on one node; on several nodes a colocated server would not get its weights."""
     status, out, _ = plan(capsys, f"experiment={experiment}", f"cluster={cluster}")
-    if (experiment, cluster) == ("qwen3_14b_aime", "h100x8"):
-        assert status == 1
-        assert re.search(r"^smallest change that fits: .* parallel.tensor=2 parallel.pipeline=3$", out, re.MULTILINE)
-    else:
-        assert status == 0
-    assert "page-locked host memory per node: 4 processes x " in out
+    assert status == 0
+    one_node = cluster.endswith("x8")
+    assert ("2 servers with tensor 4, colocated on the trainer's GPUs, by turns" in out) == one_node
+    assert ("\nplacement: disaggregated, because a colocated server gets its weights through" in out) != one_node
+    assert f"page-locked host memory per node: {8 if one_node else 4} processes x " in out
+
+
+def test_both_placements_are_searched_and_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    """14 billion parameters on four GPUs of 80 GB do not fit beside servers, and do on eight by turns with them."""
+    words = ["experiment=qwen3_14b_aime", "cluster=h100x8"]
+    status, out, _ = plan(capsys, *words, "rollout.placement=disaggregated")
+    assert status == 1
+    (line,) = re.findall("^smallest change that fits: (.*)$", out, re.MULTILINE)
+    _, changed, _ = plan(capsys, *words, "rollout.placement=disaggregated", *shlex.split(line))
+    assert "\nfits: " in changed
+    first, *why = out[out.index("\nplacement: ") :].splitlines()[1:4]
+    faster, slower = (float(number.replace(",", "")) for number in re.findall(r"([\d,]+) s", first))
+    assert first.startswith("placement: colocated takes ")
+    assert faster < slower / 2
+    assert [line.split(":")[0] for line in why] == ["  colocated", "  disaggregated"]
+    for text, whole in zip(why, (faster, slower), strict=True):
+        assert sum(float(n.replace(",", "")) for n in re.findall(r"([\d,.]+) s\b", text)) == pytest.approx(whole, abs=2)
+    assert re.search("^  disaggregated: [1-7] GPUs generate for .* s, then [1-7] train for ", why[1])
+
+
+def test_the_staleness_that_keeps_both_sides_busy(capsys: pytest.CaptureFixture[str]) -> None:
+    """On one node a response of full length takes a small part of an iteration, on eight nodes a quarter of it. With
+    a short response limit and few prompts it takes as long as the iteration."""
+    expected = {"cluster=h100x8": 1, "cluster=h100x64": 2, "cluster=h100x64 stage2.unlabelled_prompts=64": 2}
+    for words, k in expected.items():
+        _, out, _ = plan(capsys, "experiment=qwen3_8b_aime", *words.split())
+        (line,) = re.findall("^staleness: disaggregated, (.*)$", out, re.MULTILINE)
+        assert f"rollout.max_staleness={k} " in line
+        whole, response = (float(n.replace(",", "")) for n in re.findall(r"([\d,.]+) s\b", line))
+        assert (response > 0.05 * whole) == (k > 1)
+    words = ["experiment=qwen3_8b_aime", "cluster=h100x8", "rollout.placement=disaggregated", "rollout.max_staleness=1"]
+    _, out, _ = plan(capsys, *words)
+    seconds = next(line for line in out.splitlines() if line.startswith("at full length")).split()[3:]
+    generate, *rest, whole = (float(text.replace(",", "")) for text in seconds)
+    assert whole == max(generate, sum(rest))
+    assert re.search("^  disaggregated: 4 GPUs generate for .* s, while 4 train for ", out, re.MULTILINE)
 
 
 def test_the_host_memory_that_a_checkpoint_takes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,7 +111,7 @@ def test_the_host_memory_that_a_checkpoint_takes(capsys: pytest.CaptureFixture[s
 
     Two tensor ranks hold half of them each, which two data-parallel ranks share."""
     words = ["experiment=qwen3_8b_aime", "cluster=h100x8", "parallel.pipeline=1", "parallel.tensor=2"]
-    _, out, _ = plan(capsys, *words)
+    _, out, _ = plan(capsys, *words, "rollout.placement=disaggregated")
     assert "host memory per node for checkpoints: 4 processes x 55.2 = 221 GB" in out
 
 

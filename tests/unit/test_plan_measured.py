@@ -43,8 +43,8 @@ MEASURED: dict[str, tuple[str, int, tuple[float | None, ...]]] = {
 @pytest.mark.parametrize("name", MEASURED)
 def test_the_plan_is_near_what_the_allocator_gave(name: str) -> None:
     words, stage, peaks = MEASURED[name]
-    given = ["experiment=qwen3_8b_aime", "cluster=h100x8", "rollout.placement=disaggregated", *words.split()]
-    config = build(given, purpose=Purpose.plan)
+    base = ["experiment=qwen3_8b_aime", "cluster=h100x8", "rollout.placement=disaggregated"]
+    config = build([*base, *words.split()], purpose=Purpose.plan)
     planned = place_memory(config, PUBLISHED[Published.qwen3_8b], dict.fromkeys(Role, stage))
     for phase, peak in zip(PHASES, peaks, strict=True):
         if peak is not None:

@@ -12,11 +12,11 @@ from megatron_tempo.kernels import linear_logprobs
 from megatron_tempo.models import packing
 from megatron_tempo.plan import activations, engine, head, layout
 from megatron_tempo.plan.layout import PlannedLayout, PlannedMachine, PlannedMicroBatch, micro_batch_of
-from megatron_tempo.plan.memory import MemoryPhase, Part, memory, place_memory
+from megatron_tempo.plan.memory import MemoryPhase, Part, host_bytes, memory, place_memory
 from megatron_tempo.plan.parameters import Role, parameters
 from megatron_tempo.plan.shapes import PUBLISHED, shape_of
 from megatron_tempo.plan.split import Split, problems, split_of
-from megatron_tempo.plan.times import row_operations, times
+from megatron_tempo.plan.times import iteration, row_operations, times, turn_seconds
 from megatron_tempo.rollout.build import engine_precision
 from tests.support.shapes import qwen3_shape
 from tests.unit.config_files import configure
@@ -308,7 +308,7 @@ def test_fp8_adds_its_copies_of_the_matrices(precision: Precision) -> None:
     assert engine.precision_of(config) is engine_precision(config) is EnginePrecision.bf16
 
 
-def test_a_colocated_server_keeps_its_memory() -> None:
+def test_a_server_on_a_gpu_of_the_trainer_that_does_not_sleep_keeps_its_memory() -> None:
     colocated = ["parallel.world_size=8", "rollout.servers.devices=[0]", "rollout.servers.transport=shared"]
     config = planned("parallel.tensor=4", "rollout.engine=vllm", *colocated)
     shape, _ = shape_of(config)
@@ -318,6 +318,91 @@ def test_a_colocated_server_keeps_its_memory() -> None:
     assert MemoryPhase.serve not in phases.phases
     for parts in phases.phases.values():
         assert parts[Part.engine] + parts[Part.cache] == pytest.approx(72e9)
+
+
+COLOCATED = ["rollout.engine=vllm", "rollout.placement=colocated", "rollout.servers.transport=shared",
+             "rollout.servers.tensor=4", "rollout.servers.replicas=2", "parallel.tensor=4"]  # fmt: skip
+
+
+def test_a_colocated_server_and_the_trainer_take_turns() -> None:
+    """Qwen3-8B, tensor 4 x data 2. The actor has 8.19 billion parameters, the critic 7.57; a quarter of them on a GPU:
+    2 bytes of weights, 4 of gradients, and 12 / 2 of the optimizer. The server has 2 bytes, of 72 GB in all."""
+    config = planned(*COLOCATED)
+    shape, _ = shape_of(config)
+    assert shape is not None
+    assert problems(config) == []
+    assert split_of(config) == Split(trainers=8, servers=2, serving=8, shared=1)
+    phases = memory(config, shape).phases
+    assert [phase.value for phase in phases] == [
+        "generate", "values", "critic", "logprobs", "actor", "sync", "checkpoint"]  # fmt: skip
+    actor, critic = 8.19e9 / 4, 7.57e9 / 4
+    assert phases[MemoryPhase.generate] == {
+        Part.engine: pytest.approx(2 * actor, rel=1e-3),
+        Part.cache: pytest.approx(72e9 - 2 * actor, rel=1e-3),
+    }, "the trainer leaves nothing but its context, which is in the reserve"
+    for phase, model in ((MemoryPhase.values, critic), (MemoryPhase.logprobs, actor), (MemoryPhase.checkpoint, actor)):
+        parts = phases[phase]
+        held = [parts[part] for part in (Part.weights, Part.gradients, Part.optimizer)]
+        assert held == pytest.approx([2 * model, 4 * model, 6 * model], rel=1e-2)
+        assert parts[Part.asleep] == 5e9
+        assert not parts.keys() & {Part.engine, Part.cache}
+    assert phases[MemoryPhase.sync] == {
+        Part.weights: pytest.approx(2 * actor, rel=1e-3),
+        Part.engine: pytest.approx(2 * actor, rel=1e-3),
+        Part.asleep: 5e9,
+        Part.buffers: 2 * (512 << 20),
+    }, "both have their weights; no gradients, no optimizer, no KV cache"
+
+
+def test_fp8_copies_of_the_trainer_stay_beside_a_colocated_server() -> None:
+    config = planned(*COLOCATED, "run.precision=fp8_blockwise")
+    shape = PUBLISHED[Published.qwen3_8b]
+    parts = memory(config, shape).phases[MemoryPhase.generate]
+    assert parts[Part.fp8] == 2 * 2 * 36 * 192_937_984 / 4
+    over = memory(config, shape).over()
+    assert over is not None, "72 GB of the server and 6.9 of these exceed 74"
+    assert over.phase is MemoryPhase.generate
+    config.rollout.servers.arguments = ["--gpu-memory-utilization=0.8"]
+    assert memory(config, shape).total(MemoryPhase.generate) == pytest.approx(64e9 + parts[Part.fp8])
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_all_models_of_a_colocated_trainer_are_in_host_memory(method: str) -> None:
+    """Weights and optimizer, 2 + 12 / 2 bytes a parameter, even of the only model. The server keeps no copy."""
+    config = planned(*COLOCATED, f"stage1.method={method}")
+    shape = PUBLISHED[Published.qwen3_8b]
+    models = 8.19e9 / 4 + (7.57e9 / 4 if method == "ppo" else 0)
+    assert host_bytes(config, shape, FIRST) == pytest.approx(8 * models, rel=1e-3)
+    if method == "grpo":
+        apart = planned("parallel.tensor=4", "parallel.offload=true", "stage1.method=grpo")
+        assert host_bytes(apart, shape, FIRST) == 0.0
+
+
+def test_the_time_of_taking_turns() -> None:
+    """Loads at 64 GB/s and half of it: the critic, then the actor for it; after the updates the actor leaves; its
+    weights come again for the sync, and leave. A swap takes as long as the larger side, here half of both models."""
+    config = planned(*COLOCATED)
+    shape = PUBLISHED[Published.qwen3_8b]
+    swap, weights = 8 * (8.19e9 + 7.57e9) / 4 / 2 / 32e9, 2 * 8.19e9 / 4 / 32e9
+    assert turn_seconds(config, shape) == {
+        MemoryPhase.values: pytest.approx(swap, rel=1e-3),
+        MemoryPhase.logprobs: pytest.approx(swap, rel=1e-3),
+        MemoryPhase.sync: pytest.approx(swap + 2 * weights, rel=1e-3),
+    }
+    assert set(turn_seconds(planned("parallel.tensor=4"), shape).values()) == {0.0}
+    apart = planned("parallel.tensor=4", "parallel.offload=true")
+    assert [seconds > 0 for seconds in turn_seconds(apart, shape).values()] == [True, True, False]
+
+
+def test_generation_overlaps_with_training_on_gpus_of_its_own_alone() -> None:
+    seconds = {MemoryPhase.generate: 5.0, MemoryPhase.actor: 3.0, MemoryPhase.sync: 1.0}
+    apart = ["rollout.engine=vllm", "rollout.servers.devices=[7]", "rollout.max_staleness=1"]
+    assert iteration(planned(*apart), seconds) == 5.0
+    assert iteration(planned(*apart[:-1]), seconds) == 9.0
+    assert iteration(planned(*COLOCATED, "rollout.max_staleness=1"), seconds) == 9.0
+    config = planned()
+    config.rollout.max_staleness = 1
+    assert iteration(config, seconds) == 9.0, "the embedded engine generates in the trainer's processes"
 
 
 def test_operations_of_a_row() -> None:

@@ -12,9 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_tempo.cli import build
+from megatron_tempo.config.choices import StaleGroups
+from megatron_tempo.config.rules import Purpose
 from megatron_tempo.config.stages import Prompts
 from megatron_tempo.plan.decoding import DecodeCosts
-from tests.support.tools import TOOLS
+from megatron_tempo.plan.memory import MemoryPhase, memory
+from megatron_tempo.plan.shapes import shape_of
+from megatron_tempo.plan.times import times
+from megatron_tempo.rehearsal.lengths import Lengths
+from tests.support.tools import TOOLS, load_tool
 
 LABELLED, UNLABELLED = Prompts.labelled, Prompts.unlabelled
 # A step takes a second, whatever is in the cache; prompts take none.
@@ -208,3 +215,130 @@ def test_what_ends_first_is_trained_on_first() -> None:
     any_three = simulated(max_staleness=1)
     assert (order[0].generating, any_three[0].generating) == (6.0, 2.0)
     assert sum(one.seconds for one in any_three) <= sum(one.seconds for one in order)
+
+
+def test_partial_rollouts_shorten_the_wait_for_the_longest_response_of_colocated_servers() -> None:
+    """A batch of 3 of the 6 that are asked. Responses of 2 tokens are there after 2 s; the 6 of iteration 0 has 2 then,
+    is computed again later, and is due in iteration 1: 4 s. Meanwhile those of iteration 2 are made. So it does not
+    generate, and those of iteration 3 are made in iteration 3."""
+    whole, some = (simulated(colocated=True, max_staleness=k) for k in (0, 1))
+    assert [one.generating for one in whole] == [6.0, 4.0, 2.0, 8.0]
+    assert [one.generating for one in some] == [2.0, 4.0, 0.0, 8.0]
+    assert some[1].again == 2.0 + 2.0, "the 6 and the 4 of iteration 1 had 2 tokens each"
+    assert some[1].staleness == {0: 4.0 + 2.0, 1: 6.0}
+    assert all(one.gpu_seconds == pytest.approx(2 * one.seconds) for one in (*whole, *some))
+
+
+@pytest.mark.parametrize("stale_groups", [StaleGroups.drop, StaleGroups.ask_again])
+def test_a_group_that_would_be_too_old_is_thrown_away(stale_groups: StaleGroups) -> None:
+    """The first prompt's response never ends in time: 40 tokens, and less when it is asked again."""
+
+    def draw(number: int, half: Prompts, times: int) -> Any:
+        return part("server").Group.of(number, half is LABELLED, 0, [40 if number == 0 and times == 0 else 2])
+
+    found = simulated(8, draw=draw, max_staleness=1, stale_groups=stale_groups)
+    assert sum(one.thrown_away for one in found) == sum(one.thrown_away for one in found[:3]) > 0
+    assert max(k for one in found for k in one.staleness) <= 1
+    assert sum(one.generating for one in found) < 40
+    waited = simulated(8, draw=draw, max_staleness=1)
+    assert sum(one.thrown_away for one in waited) == 0
+    assert sum(one.generating for one in waited) > 20
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=4, max_size=24),
+    k=st.integers(0, 3),
+    colocated=st.booleans(),
+    stale_groups=st.sampled_from(StaleGroups),
+    halves=st.sampled_from([{LABELLED: 3}, {UNLABELLED: 2}, {LABELLED: 2, UNLABELLED: 1}]),
+    servers=st.integers(1, 3),
+    sync=st.floats(0, 3),
+)
+def test_every_gpu_second_is_busy_idle_or_moving_and_no_token_is_too_old(
+    lengths: list[int],
+    k: int,
+    colocated: bool,
+    stale_groups: StaleGroups,
+    halves: dict[Prompts, int],
+    servers: int,
+    sync: float,
+) -> None:
+    def draw(number: int, half: Prompts, times: int) -> Any:
+        rows = [lengths[(number * 2 + row + times) % len(lengths)] for row in range(2)]
+        return part("server").Group.of(number, half is LABELLED, 3, rows)
+
+    def train(batch: dict[Prompts, list[Any]]) -> float:
+        return 0.01 * sum(row.length for groups in batch.values() for group in groups for row in group.rows)
+
+    schedule, costs = part("schedule"), DecodeCosts(0.1, 0.001, 0.0, 0.02, None)
+    engine = schedule.Engine(costs, servers=servers, tensor=2, capacity=90.0, concurrency=2, headroom=2.0)
+    gpus = 2 * servers + 1
+    ways = {"colocated": colocated, "max_staleness": k, "stale_groups": stale_groups}
+    simulation = schedule.Simulation(
+        schedule.Schedule(engine, gpus, halves, draw, train, turns=0.5, sync=sync, **ways), iterations=7
+    )
+    for record in simulation.run():
+        whole = record.seconds * (gpus if colocated else gpus + 2 * servers)
+        assert record.gpu_seconds == pytest.approx(whole)
+        assert min(record.engine.idle, record.trainer.idle, record.engine.busy) >= -1e-9
+        assert sum(record.staleness.values()) == pytest.approx(record.tokens)
+        assert max(record.staleness) <= k
+    assert simulation.version == 7
+    assert not any(simulation.buffer.groups(half) for half in halves), "nothing is asked for beyond the last iteration"
+
+
+# The planner's costs
+
+
+def test_with_full_length_and_room_for_all_the_simulator_agrees_with_the_planner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same costs, two ways: the planner multiplies waves of rows by the step of their mean length."""
+    scenario, tool = part("scenario"), load_tool("bench_schedules", monkeypatch)
+    words = ["experiment=qwen3_8b_aime", "cluster=h200x64", "rollout.max_prompt_tokens=256",
+             "rollout.max_response_tokens=1024", "rollout.servers.concurrency=999"]  # fmt: skip
+    one = tool.schedule(words, Lengths(), 0.0)
+    found = scenario.simulate(one, 2, 1)
+    config = build(words, purpose=Purpose.plan)
+    shape, _ = shape_of(config)
+    assert shape is not None
+    seconds = times(config, shape, memory(config, shape))
+    assert found.generating == pytest.approx(seconds[MemoryPhase.generate], rel=0.15)  # prompts are shorter here
+    train = found.seconds - found.generating
+    assert train == pytest.approx(sum(seconds.values()) - seconds[MemoryPhase.generate], rel=0.15)
+    waiting = (1 - one.sync / found.seconds) / 2
+    assert found.idle == pytest.approx(waiting, abs=0.01), "half of the GPUs wait at any moment, but for the syncs"
+
+
+def test_the_documentation_has_what_the_tool_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line of its tables; all of them take minutes."""
+    tool = load_tool("bench_schedules", monkeypatch)
+    name, one = next(iter(tool.variants(tool.schedule(["experiment=qwen3_14b_aime", "cluster=h100x8"]))))
+    cells = tool.cells(tool.result(one))
+    line = f"| qwen3_14b_aime | h100x8 | {name} | {cells[0]} |"
+    assert line in (TOOLS.parent / "docs" / "benchmarks.md").read_text(), f"tools/bench_schedules.py: {line}"
+
+
+def test_a_configuration_of_ones_own(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = load_tool("bench_schedules", monkeypatch)
+
+    def run(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["bench_schedules", *words])
+        status = tool.main()
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    small = ["experiment=qwen3_8b_day", "stage2.labelled_prompts=16", "stage2.unlabelled_prompts=16"]
+    status, out = run(*small, "cluster=h100x8", "--lengths", "lognormal:1000,0.5")
+    assert status == 0
+    assert [line.split(" | ")[0] for line in out.splitlines()[2:]] == [
+        "| colocated", *(f"| colocated, partial rollouts, {k}" for k in (1, 2, 4))]  # fmt: skip
+    for words, told in (
+        (["experiment=quickstart", "cluster=h100x8"], "rollout.engine: only servers on the cluster's GPUs"),
+        (small, "cluster=null: it is not set"),
+        ([*small, "cluster=h100x8", "--lengths", "long"], "--lengths=long: give longest"),
+    ):
+        status, out = run(*words)
+        assert status == 2
+        assert told in out
