@@ -74,7 +74,7 @@ def cases() -> dict[str, list[str]]:
     """The arguments of each case by its name: preset, layout or method, precision."""
     found = {}
     for preset, cluster in CLUSTERS.items():
-        base = [f"experiment={preset}", f"cluster={cluster}"]
+        base = [f"experiment={preset}", f"cluster={cluster}", "rollout.placement=disaggregated"]
         for layout, words in LAYOUTS.items():
             found[f"{preset} | {layout} | bf16"] = base + words + PRECISIONS["bf16"]
         for precision, words in PRECISIONS.items():

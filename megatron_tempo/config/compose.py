@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from megatron_tempo.config.benchmarks import BENCHMARKS, preset
-from megatron_tempo.config.choices import Placement, Verifier
+from megatron_tempo.config.choices import EngineKind, Placement, Verifier
 from megatron_tempo.config.own_presets import check_presets
 from megatron_tempo.config.problem import ConfigErrors, Problem, did_you_mean, show
 from megatron_tempo.config.rules import Purpose
@@ -102,19 +102,32 @@ def compose_tree(
 
 
 def _register_resolvers() -> None:
-    """What presets may write: `${repo:PATH}`, a path in the repository; `${one_node:A,B}`, A if the cluster is a single
-    node or none is given; `${colocated:A,B}`, A if rollout.placement is colocated, wherever that was set."""
+    """What presets may write.
+
+    `${repo:PATH}`: a path in the repository. `${one_node:A,B}`: A if the run starts servers on the only node, as it is
+    if nothing says how many there are. `${colocated:A,B}`: A if rollout.placement is colocated, wherever that was set.
+    """
 
     def one_node(yes: object, no: object, *, _root_: Any) -> object:
-        cluster = _root_.cluster
-        return yes if cluster is None or cluster.get("nodes", 1) in (1, "1") else no
+        nodes, away = (_value(_root_, f"cluster.{name}") for name in ("nodes", "rollout_nodes"))
+        served = _value(_root_, "rollout.engine") in [kind.name for kind in EngineKind if kind.is_served]
+        started = served and _value(_root_, "rollout.servers.addresses") is None
+        return yes if nodes in (None, 1) and not away and started else no
 
     def colocated(yes: object, no: object, *, _root_: Any) -> object:
-        return yes if _root_.rollout.placement == Placement.colocated.name else no
+        return yes if _value(_root_, "rollout.placement") == Placement.colocated.name else no
 
     OmegaConf.register_new_resolver("repo", lambda path: str(REPOSITORY / path), replace=True)
     OmegaConf.register_new_resolver("one_node", one_node, replace=True)
     OmegaConf.register_new_resolver("colocated", colocated, replace=True)
+
+
+def _value(tree: Any, path: str) -> object:
+    """A value of a tree that may be anything: what is wrong with it is reported later."""
+    try:
+        return OmegaConf.select(tree, path)
+    except OmegaConfBaseException:
+        return None
 
 
 def _own_folder(plain: dict[str, Any], overrides: Sequence[str]) -> None:

@@ -81,7 +81,7 @@ def _served(installed: Installed) -> None:
     (installed.work / "servers").mkdir()
     (installed.work / "servers/key").write_text("secret")
     words = ["experiment=quickstart", "engine=vllm", "rollout.servers.python=/bin/false", "rollout.servers.tensor=1"]
-    words += ["rollout.servers.devices=null", "rollout.servers.each_node=false"]
+    words += ["rollout.servers.devices=null", "rollout.servers.each_node=false", "rollout.placement=disaggregated"]
     done = installed.run("serve", *words, "--folder", "servers")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: vLLM ended with exit code 1\n")

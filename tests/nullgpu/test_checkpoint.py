@@ -27,6 +27,7 @@ TINY = qwen3_shape(
 )
 BASE = (
     *("experiment=qwen3_8b_aime", "cluster=h100x8", "parallel.world_size=1", "parallel.tensor=1"),
+    "rollout.placement=disaggregated",
     *("parallel.sequence=false", "rollout.max_prompt_tokens=64", "rollout.max_response_tokens=192"),
     *("parallel.micro_batch_tokens=256", "parallel.bucket_mb=4", "stage1.critic.warmup_iterations=0"),
 )

@@ -15,7 +15,8 @@ import pytest
 from tests.nullgpu.child import REPOSITORY
 
 pytestmark = [pytest.mark.nullgpu, pytest.mark.timeout(300)]
-COMMAND = (sys.executable, "-m", "megatron_tempo", "rehearse", "experiment=qwen3_8b_aime", "cluster=h100x8")
+COMMAND = (sys.executable, "-m", "megatron_tempo", "rehearse", "experiment=qwen3_8b_aime", "cluster=h100x8",
+           "rollout.placement=disaggregated")  # fmt: skip
 
 
 @pytest.mark.parametrize(("given", "status"), [

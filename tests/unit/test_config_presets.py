@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,10 +244,27 @@ def test_servers_are_colocated_on_one_node_and_have_gpus_of_their_own_on_several
     assert (rollout["servers"]["tensor"], rollout["servers"]["host"]) == (4, "hostname")
 
 
-def test_the_embedded_engine_of_a_preset_has_no_placement() -> None:
-    config = build(["experiment=qwen3_8b_aime", "engine=embedded", "cluster=h100x8"], purpose=Purpose.plan)
-    assert config.rollout == replace(Config().rollout, servers=config.rollout.servers)
-    assert config.rollout.servers == Config().rollout.servers
+@pytest.mark.parametrize(
+    "words",
+    [
+        "engine=embedded",
+        "rollout.engine=embedded",
+        "rollout.engine=import:mine:Engine",
+        "rollout.servers.addresses=[http://localhost:8000]",
+        "cluster.rollout_nodes=1",
+        *("rollout.engine=5", "rollout.engine=null", "cluster.nodes=many"),  # reported with all other problems
+    ],
+)
+def test_what_is_not_started_on_the_trainers_node_is_not_colocated(words: str) -> None:
+    tree, _ = compose_tree(["experiment=qwen3_8b_aime", "cluster=h100x8", words], Purpose.plan, None, None)
+    assert tree["rollout"]["placement"] == "disaggregated"
+
+
+@pytest.mark.parametrize("words", ["rollout.servers=5", "rollout=5", "cluster=5", "rollout.placement=[1]"])
+def test_a_wrong_value_is_a_problem_of_its_own_where_a_preset_depends_on_it(words: str) -> None:
+    with pytest.raises(ConfigErrors) as caught:
+        build(["experiment=qwen3_8b_aime", "cluster=h100x8", words], purpose=Purpose.plan)
+    assert words.partition("=")[0] in {problem.field for problem in caught.value.problems}
 
 
 def test_the_presets_hold_no_field_that_equals_its_default() -> None:

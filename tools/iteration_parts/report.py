@@ -150,7 +150,7 @@ def _number(value: float) -> str:
 
 def planned(preset: str, cluster: str) -> str:
     """What model and engine take, by the planner: this tool replaces them."""
-    config = preset_of(preset, [f"cluster={cluster}"])
+    config = preset_of(preset, [f"cluster={cluster}", "rollout.placement=disaggregated"])
     if config.model.shape is None or config.cluster is None:
         return ""
     shape = PUBLISHED[config.model.shape]
