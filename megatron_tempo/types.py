@@ -252,7 +252,8 @@ class EngineHealth:
     """The state of one server or engine."""
 
     name: str
-    state: str  # starting, empty (without weights yet), serving, gone (given up)
+    # starting, empty (without weights yet), serving, gone (given up); colocated ones: asleep, waking (before serving)
+    state: str
     requests: int = 0  # in progress
     restarts: int = 0  # since its last complete weight update
     address: str = ""

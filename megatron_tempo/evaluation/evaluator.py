@@ -68,6 +68,10 @@ class Evaluator:
         """A set's scores and a few responses: the fields of lines of evaluations.jsonl and samples.jsonl."""
         return self.measure(name, self.answer(name), targets, show=show)
 
+    def reads_values(self, name: str, *, show: bool) -> bool:
+        """Whether `measure` lets the critic compute."""
+        return self.values is not None and (show or name == self.config.calibration_set)
+
     def measure(
         self, name: str, scored: ScoredResponses, targets: CriticTargets, *, show: bool
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -4,6 +4,10 @@ To offload a model, the storages of its weights and optimizer state are copied t
 every view of them stays valid. Its gradients are dropped, because each step starts from zero. On a GPU the host memory
 is page-locked, and copies run in both directions: the next model's storages are loaded into the memory that the
 previous model's storages have freed.
+
+If servers have the same GPUs by turns (`rollout.placement=colocated`), all models are offloaded while the trainer has
+lent the GPUs. Then only the weights of a model can be loaded, to send them. They are dropped afterwards: the host
+still has them.
 """
 
 from __future__ import annotations
@@ -30,8 +34,16 @@ class Offloadable(Protocol):
         """Tensors whose contents are kept while the model is offloaded."""
         ...
 
+    def sent_tensors(self) -> Iterable[Tensor]:
+        """Those of them that are sent to the engine."""
+        ...
+
     def transient_tensors(self) -> Iterable[Tensor]:
         """Tensors whose contents are dropped when the model is offloaded."""
+        ...
+
+    def drop_caches(self) -> None:
+        """Drop what a pass makes anew, before the model is offloaded."""
         ...
 
 
@@ -42,6 +54,7 @@ class _OffloadedStorage:
     storage: torch.UntypedStorage
     size: int  # in bytes
     host: Tensor | None  # uint8 [size]. None if the contents were dropped
+    is_weight: bool = False
 
 
 class ModelOffloader:
@@ -51,42 +64,81 @@ class ModelOffloader:
     model loaded.
     """
 
-    def __init__(self, *, one_at_a_time: bool) -> None:
-        self.one_at_a_time = one_at_a_time
+    def __init__(self, *, one_at_a_time: bool, lends: bool = False) -> None:
+        """`lends`: whether servers have the same GPUs by turns, which implies one model at a time."""
+        self.one_at_a_time = one_at_a_time or lends
+        self._lends = lends
+        self._lent = False
         self._loaded: Offloadable | None = None
+        self._sent: list[_OffloadedStorage] = []  # of the loaded model, if only its weights are on the device
         self._offloaded: dict[int, list[_OffloadedStorage]] = {}  # by the model's id
         self._hosts: dict[int, Tensor] = {}  # host memory by the model's id, kept for the next offload
 
     def load(self, model: Offloadable) -> None:
         """Load `model` to the device. At its first load it must be on the device already."""
-        if not self.one_at_a_time or self._loaded is model:
+        assert not self._lent, "the engine has the GPUs: it must sleep first"
+        if not self.one_at_a_time or (self._loaded is model and not self._sent):
             return
-        outgoing = self._offload()
-        _exchange(model.device, outgoing, self._offloaded.pop(id(model), []))
+        outgoing, there = ([], self._sent) if self._loaded is model else (self._offload(), [])
+        self._sent = []
+        incoming = self._offloaded.pop(id(model), [])
+        _exchange(model.device, outgoing, [one for one in incoming if one not in there])
         self._loaded = model
+
+    def load_weights(self, model: Offloadable) -> None:
+        """Load what a weight sync reads of `model`: all of it, unless the GPUs are lent by turns.
+
+        Nobody may write to these weights before `load`.
+        """
+        if not self._lends:
+            self.load(model)
+        elif self._loaded is not model:
+            outgoing = self._offload()
+            self._sent = [one for one in self._offloaded[id(model)] if one.is_weight]
+            _exchange(model.device, outgoing, self._sent)
+            self._loaded = model
 
     def offload_all(self) -> None:
         """Offload all models, so that another one can be built on the device."""
         if self._loaded is not None:
             device = self._loaded.device
             _exchange(device, self._offload(), [])
-            self._loaded = None
+            self._loaded, self._sent = None, []
+
+    def lend(self) -> None:
+        """See `rollout.engine.TrainerGpus`: nothing of a model stays on the device, nor in torch's allocator."""
+        assert self._lends, "rollout.placement=colocated"
+        self.offload_all()
+        self._lent = True
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.ipc_collect()  # buckets that servers have released
+            torch.cuda.empty_cache()
+
+    def take_back(self) -> None:
+        self._lent = False
 
     def _offload(self) -> list[_OffloadedStorage]:
-        """The storages of the loaded model, each with a part of its host memory."""
+        """The storages of the loaded model to empty, each with a part of its host memory if it is to be copied."""
         model = self._loaded
         if model is None:
             return []
+        if self._sent:  # nobody has changed them
+            return [_OffloadedStorage(one.storage, one.size, None) for one in self._sent]
+        if self._lends:  # servers need the room
+            model.drop_caches()
         persistent, transient = _storages(model.persistent_tensors()), _storages(model.transient_tensors())
+        weights = _storages(model.sent_tensors())
         total = sum(storage.nbytes() for storage in persistent.values())
         host = self._hosts.get(id(model))
         if host is None or len(host) < total:
-            host = self._hosts[id(model)] = host_memory(
-                total, model.device, "parallel.offload=true", "set parallel.offload=false"
-            )
+            field, other = ("rollout.placement", "disaggregated") if self._lends else ("parallel.offload", "false")
+            what = f"{field}={'colocated' if self._lends else 'true'}"
+            host = self._hosts[id(model)] = host_memory(total, model.device, what, f"set {field}={other}")
         offloaded, at = [], 0
-        for storage in sorted(persistent.values(), key=lambda storage: -storage.nbytes()):
-            offloaded.append(_OffloadedStorage(storage, storage.nbytes(), host[at : at + storage.nbytes()]))
+        for address, storage in sorted(persistent.items(), key=lambda item: -item[1].nbytes()):
+            part = host[at : at + storage.nbytes()]
+            offloaded.append(_OffloadedStorage(storage, storage.nbytes(), part, address in weights))
             at += storage.nbytes()
         offloaded += [
             _OffloadedStorage(one, one.nbytes(), None)

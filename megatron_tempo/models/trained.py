@@ -30,6 +30,7 @@ from megatron_tempo.models.megatron_compat.optimizer import (
     optimizer_parts,
     without_bucket_padding,
 )
+from megatron_tempo.models.megatron_compat.transformer_engine import drop_fp8_weights
 from megatron_tempo.models.offload import ModelOffloader
 from megatron_tempo.models.packing import MicroBatch, micro_batches
 from megatron_tempo.models.parallel import Layout, share_reported, sum_over_ranks
@@ -91,6 +92,11 @@ class Model:
         self.offloader.load(self)
         self.wait_for_weights()
 
+    def load_weights(self) -> None:
+        """Load what a weight sync reads: see `ModelOffloader`."""
+        self.offloader.load_weights(self)
+        self.wait_for_weights()
+
     def wait_for_weights(self) -> None:
         """Wait for weights that other replicas send. Not collective."""
 
@@ -105,8 +111,15 @@ class Model:
         """See `Offloadable`."""
         return self.net.parameters()
 
+    def sent_tensors(self) -> Iterable[Tensor]:
+        return self.net.parameters()
+
     def transient_tensors(self) -> Iterable[Tensor]:
         return ()
+
+    def drop_caches(self) -> None:
+        """Transformer Engine's FP8 copies of the weights, which a pass makes from them."""
+        drop_fp8_weights(self.net)
 
     @torch.no_grad()
     def read(self, batch: Batch, owners: Tensor, size: int, cells: Cells, numbers: Callable[[Any], Tensor]) -> Tensor:

@@ -135,12 +135,16 @@ class PhaseMeter(PeakMemory):
 class MeteredOffloader(ModelOffloader):
     """The trainer's offloader, which tells the meter when a model is loaded."""
 
-    def __init__(self, *, one_at_a_time: bool, meter: PhaseMeter) -> None:
-        super().__init__(one_at_a_time=one_at_a_time)
+    def __init__(self, *, one_at_a_time: bool, lends: bool, meter: PhaseMeter) -> None:
+        super().__init__(one_at_a_time=one_at_a_time, lends=lends)
         self._meter = meter
 
     def load(self, model: Offloadable) -> None:
         super().load(model)
+        self._meter.loaded()
+
+    def load_weights(self, model: Offloadable) -> None:
+        super().load_weights(model)
         self._meter.loaded()
 
 

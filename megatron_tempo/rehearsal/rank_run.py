@@ -69,7 +69,8 @@ def rehearse_rank(task: Task) -> None:
             record["machine"] = described(task.config, opened.machine)
             record["layers"] = chosen_layers(task.config, opened.machine).value
             meter = PhaseMeter(opened.device, write)
-            offloader = MeteredOffloader(one_at_a_time=task.config.parallel.offload, meter=meter)
+            turns, lends = task.config.parallel.offload, task.config.rollout.is_colocated
+            offloader = MeteredOffloader(one_at_a_time=turns, lends=lends, meter=meter)
             context = replace(opened, offloader=offloader)
             with _trainer(context, task, meter) as trainer:
                 _run(trainer, meter)
@@ -86,7 +87,8 @@ def _trainer(context: RunContext, task: Task, meter: PhaseMeter) -> Iterator[Tra
     with Metrics(below, config.metrics, is_writer=False) as metrics, Verifiers(1, 1.0) as verifiers:
         with meter.phase("start"), UnfilledHostMemory():
             actor, critic = build_actor(context), build_critic(context) if config.has_critic else None
-            engine: Any = WeightSink(task.shared, parts=isinstance(config.rollout.engine, EngineKind))
+            gpus = context.offloader if config.rollout.is_colocated else None
+            engine: Any = WeightSink(task.shared, parts=isinstance(config.rollout.engine, EngineKind), gpus=gpus)
             if not config.rollout.is_served:
                 engine = build_engine(context)
         vocab, owners = read_model_shape(Path(config.model.path)).vocab, RowOwners(actor, critic)
@@ -116,13 +118,14 @@ def _trainer(context: RunContext, task: Task, meter: PhaseMeter) -> Iterator[Tra
 
 
 def _run(trainer: Trainer, meter: PhaseMeter) -> None:
-    trainer.sync_engine()
+    trainer.load_engine()
     for name, stage in trainer.config.stages().items():
         if stage.iterations > 0:
             meter.stage(name)
             trainer.iterate(name, stage, rehearsed_iteration(stage))
-            trainer.sync_engine()
+            trainer.load_engine()
     meter.stage("")
+    trainer.engine.sleep()
     with trainer.phase("checkpoint"):
         for model in trainer.state.models.values():
             with model.at_work(), UnfilledHostMemory():

@@ -12,7 +12,7 @@ from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import Prompts, StageConfig
 from megatron_tempo.methods.learner import Rollouts, iteration_seed
 from megatron_tempo.rehearsal.lengths import Lengths
-from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
+from megatron_tempo.rollout.engine import EngineWork, Request, Sampling, TrainerGpus
 from megatron_tempo.training.row_owners import RowOwners
 from megatron_tempo.types import Batch, Completion, EngineHealth, TokenCount, Weights, seed_of
 
@@ -92,10 +92,25 @@ class WeightSink:
     parts: bool  # as SGLang and vLLM take it: tensors that are larger than a bucket, in parts
     counted: TokenCount = field(default_factory=TokenCount)
     work: EngineWork = field(default_factory=EngineWork)
+    gpus: TrainerGpus | None = None  # of servers on the trainer's GPUs; it is asleep then, as they are
     replicas: int = 1
     bytes_taken: int = 0
+    asleep: bool = False
+
+    def sleep(self) -> None:
+        if self.gpus is not None and not self.asleep:
+            self.asleep = True
+            self.gpus.take_back()
 
     def load_weights(self, weights: Weights, version: int) -> None:
+        if self.gpus is not None:
+            self.asleep = False
+            self.gpus.lend()
+        self._take(weights)
+        if self.gpus is not None:
+            self.gpus.lend()
+
+    def _take(self, weights: Weights) -> None:
         for bucket in weights.from_stages(shared=self.shared, parts=self.parts):
             self.bytes_taken += sum(tensor.nbytes for _, tensor in bucket)
             del bucket  # before the next one is made, as rollout/transfer.py does

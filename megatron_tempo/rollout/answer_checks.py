@@ -27,6 +27,10 @@ def checked(response: httpx.Response, call: Call) -> httpx.Response:
         body = response.json() if len(response.content) < 10_000 else None
         if isinstance(body, dict) and body.get("success") is False:
             raise EngineError(f"refused {call.path}: {body.get('message')}")
+        if call.expects and not (isinstance(body, dict) and call.expects.items() <= body.items()):
+            raise EngineError(f"answered {call.path} with {body}, not with {call.expects}")
+    elif call.expects:
+        raise EngineError(f"answered {call.path} without JSON, not with {call.expects}")
     return response
 
 

@@ -14,7 +14,8 @@ def server_adapter_of(config: Config, *, cpu: bool) -> ServerAdapter:
     from megatron_tempo.rollout.vllm import Vllm
 
     kinds: dict[EngineKind | Extension, type[Sglang | Vllm]] = {EngineKind.sglang: Sglang, EngineKind.vllm: Vllm}
-    return kinds[config.rollout.engine](cpu=cpu, tensor=config.rollout.servers.tensor)
+    rollout = config.rollout
+    return kinds[rollout.engine](cpu=cpu, tensor=rollout.servers.tensor, sleeps=rollout.is_colocated)
 
 
 def engine_precision(config: Config) -> EnginePrecision:

@@ -110,6 +110,18 @@ class EngineWork:
                 self._ended[-1] = (self._ended[-1][0], max(self._ended[-1][1], now - float(ago)))
 
 
+class TrainerGpus(Protocol):
+    """The trainer's side of the GPUs that it shares with servers by turns. Not collective."""
+
+    def lend(self) -> None:
+        """Give the memory of all models back to the device. Until `take_back`, only weights to be sent may return."""
+        ...
+
+    def take_back(self) -> None:
+        """The servers sleep: models may be loaded again."""
+        ...
+
+
 class Engine(Protocol):
     """Generates with the weights that it loaded last. All methods are collective, unless they say otherwise.
 

@@ -18,13 +18,14 @@ import httpx
 
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.errors import EngineError, InputError
-from megatron_tempo.rollout.answer_checks import checked, differing, reason
+from megatron_tempo.rollout.answer_checks import reason
 from megatron_tempo.rollout.answer_reader import AnswerReader
-from megatron_tempo.rollout.connections import CONNECT_SECONDS, LIMITS, authorised
 from megatron_tempo.rollout.dispatcher import Dispatcher, Limits
 from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
+from megatron_tempo.rollout.gpu_room import GpuRoom
 from megatron_tempo.rollout.replica import Answered, Event, Failed, GenerationJob, Replica, Starter, State, Target
-from megatron_tempo.rollout.server_adapter import Call, ServerAdapter
+from megatron_tempo.rollout.server_adapter import ServerAdapter
+from megatron_tempo.rollout.server_calls import ServerCalls
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import EngineHealth
 
@@ -49,10 +50,16 @@ class Fleet:
         end_tokens: Sequence[int],
         vocab: int,
         work: EngineWork,
+        *,
+        sleeps: bool = False,
     ) -> None:
-        """`vocab`: number of tokens that a response may contain. `work`: gets the times of the jobs."""
+        """`vocab`: number of tokens that a response may contain. `work`: gets the times of the jobs.
+
+        `sleeps`: whether the servers are on the trainer's GPUs, and asleep when they have been started.
+        """
         self._adapter, self._config, self._starter = adapter, config, starter
-        self._key, self._work = key, work
+        self._work, self._sleeps, self._room = work, sleeps, GpuRoom()
+        self._calls = ServerCalls(adapter, config, key, self._fault)
         self._replicas = [Replica(i) for i in range(replicas)]
         self._jobs: set[GenerationJob] = set()
         self._loop = asyncio.new_event_loop()
@@ -82,12 +89,13 @@ class Fleet:
 
     def next(self, job: GenerationJob, seconds: float) -> Answered | Failed | Event:
         """The next event of a job, or `nothing` after `seconds`."""
-        if any(replica.state is State.empty for replica in self._replicas):
+        if self._wants_weights():
             return Event.weights_wanted
         try:
-            return job.events.get(timeout=seconds)
+            event = job.events.get(timeout=seconds)
         except queue.Empty:
             return Event.nothing
+        return Event.nothing if event is Event.weights_wanted and not self._wants_weights() else event
 
     def finish(self, job: GenerationJob) -> None:
         """Forget a job and cancel its requests."""
@@ -113,7 +121,7 @@ class Fleet:
 
     def interrupt(self, job: GenerationJob) -> None:
         """End the generation of a job's requests. Their unfinished responses keep their tokens until `go_on`."""
-        self._do(self._requests.interrupt(job, self._calls))
+        self._do(self._requests.interrupt(job, self._calls.run))
 
     def go_on(self, job: GenerationJob) -> None:
         """Take up the requests of an interrupted job."""
@@ -128,12 +136,14 @@ class Fleet:
         """Pause the servers that are to get weights, and open an update on each."""
 
         async def begin() -> list[Target]:
-            states = (State.empty,) if empty_only else (State.empty, State.serving)
+            if self._sleeps:
+                await self._room.close()
+            states = (State.empty, State.asleep) if empty_only else (State.empty, State.asleep, State.serving)
             chosen = [replica for replica in self._replicas if replica.state in states]
             targets = [Target(replica.index, replica.life, replica.url) for replica in chosen]
             for replica in chosen:
                 replica.held = True
-            await asyncio.gather(*(self._calls(replica, self._adapter.before_update()) for replica in chosen))
+            await asyncio.gather(*(self._calls.begin_update(replica) for replica in chosen))
             return [target for target in targets if self._replicas[target.index].life == target.life]
 
         return self._do(begin())
@@ -155,11 +165,31 @@ class Fleet:
                     self._fault(replica, failed[target.index])
                 elif replica.life == target.life:
                     done.append(replica)
-            wrong = await asyncio.gather(*(self._end_update(replica, version, expected) for replica in done))
+            wrong = await asyncio.gather(*(self._calls.end_update(replica, version, expected) for replica in done))
+            self._room.open()
             self._requests.dispatch()
             return next((words for words in wrong if words), None)
 
         return self._do(end())
+
+    def sleep(self) -> None:
+        """Let all servers give their memory back. One that does not is ended, and starts again when there is room.
+
+        A job that a server is answering fails. Requests that wait are answered when the servers are awake again.
+        """
+
+        async def lay_down() -> None:
+            for job in {ask.job for replica in self._replicas for ask in replica.asks.values()}:
+                self._fail(job, "the engine was put to sleep while it answered requests")
+            await self._room.close()
+            awake = [replica for replica in self._replicas if replica.state in (State.empty, State.serving)]
+            await asyncio.gather(*(self._calls.sleep(replica) for replica in awake))
+            for replica in self._replicas:
+                if replica.state is State.waking:
+                    self._fault(replica, "has not got all weights")
+            await self._room.close()  # those that failed have ended
+
+        self._do(lay_down())
 
     def checksums(self) -> list[dict[str, tuple[str, float]]]:
         """The checksums of each worker of the servers that serve."""
@@ -168,13 +198,17 @@ class Fleet:
             call = self._adapter.checksums()
             assert call is not None
             serving = [replica for replica in self._replicas if replica.state is State.serving]
-            answers = [(await self._send(replica, call)).json() for replica in serving]
+            answers = [(await self._calls.send(replica, call)).json() for replica in serving]
             return [worker for answer in answers for worker in self._adapter.parse_checksums(answer)]
 
         return self._do(ask())
 
     def none_is_left(self) -> bool:
         return all(replica.state is State.gone for replica in self._replicas)
+
+    def loss(self) -> str:
+        """What is said if none is left."""
+        return f"no {self._adapter.name} server is left{self._calls.out_of_memory}"
 
     def health(self) -> list[EngineHealth]:
         """The state of each server. It does not wait for the event loop; callable from any thread."""
@@ -210,67 +244,27 @@ class Fleet:
 
     async def _open(self) -> None:
         await self._reader.open()
-        starts = [self._starter.start(replica.index) for replica in self._replicas]
-        for replica, url in zip(self._replicas, await asyncio.gather(*starts, return_exceptions=True), strict=True):
-            if isinstance(url, EngineError):
-                raise InputError(str(url))
-            if isinstance(url, BaseException):
-                raise url
-            self._connect(replica, url)
+        starts = [self._start(replica) for replica in self._replicas]
+        for error in await asyncio.gather(*starts, return_exceptions=True):
+            if isinstance(error, EngineError):
+                raise InputError(str(error))
+            if isinstance(error, BaseException):
+                raise error
 
-    def _connect(self, replica: Replica, url: str) -> None:
-        replica.url, replica.state = url, State.empty
-        replica.client = httpx.AsyncClient(
-            base_url=url,
-            headers=authorised(self._key),
-            timeout=httpx.Timeout(self._config.answer_seconds, connect=CONNECT_SECONDS),
-            limits=LIMITS,
-            trust_env=False,
-        )
+    async def _start(self, replica: Replica) -> None:
+        """Start a server. One that sleeps does so at once: it comes up with all its memory, and without weights.
 
-    async def _send(self, replica: Replica, call: Call, seconds: float | None = None) -> httpx.Response:
-        assert replica.client is not None
-        timeout = httpx.USE_CLIENT_DEFAULT if seconds is None else httpx.Timeout(seconds)
-        if call.body is None:
-            response = await replica.client.get(call.path, timeout=timeout)
-        else:
-            response = await replica.client.post(call.path, json=call.body, timeout=timeout)
-        return checked(response, call)
-
-    async def _calls(self, replica: Replica, calls: Sequence[Call]) -> httpx.Response | None:
-        """The answer to the last of these calls of a weight update; None if the server fails at one."""
-        life, response = replica.life, None
+        Raises EngineError.
+        """
+        self._calls.connect(replica, await self._starter.start(replica.index))
         try:
-            for call in calls:
-                response = await self._send(replica, call, self._config.update_seconds)
+            if self._sleeps:
+                await self._calls.begin_asleep(replica)
         except (httpx.HTTPError, EngineError) as error:
-            if replica.life == life:
-                self._fault(replica, reason(error))
-            return None
-        return response if replica.life == life else None
-
-    async def _end_update(self, replica: Replica, version: int, expected: dict[str, tuple[str, float]]) -> str | None:
-        if await self._calls(replica, self._adapter.after_update(version)) is None:
-            return None
-        if expected and (call := self._adapter.checksums()) is not None:
-            answer = await self._calls(replica, [call])
-            if answer is None:
-                return None
-            for held in self._adapter.parse_checksums(answer.json()):
-                if wrong := [name for name, _ in differing(expected, held)]:
-                    return (
-                        f"{self._name(replica)} does not hold the actor's weights: {len(wrong)} of {len(expected)} "
-                        f"tensors differ, first {wrong[0]}"
-                    )
-        if await self._calls(replica, self._adapter.resume()) is None:
-            return None
-        if replica.state is State.serving:
-            replica.restarts = 0
-        else:
-            replica.state = State.serving
-            self._spawn(self._watch(replica, replica.life))
-        replica.held = False
-        return None
+            await self._starter.end(replica.index)
+            raise EngineError(f"{self._calls.name(replica)} does not sleep: {reason(error)}") from error
+        replica.state = State.asleep if self._sleeps else State.empty
+        self._spawn(self._watch(replica, replica.life))
 
     async def _watch(self, replica: Replica, life: int) -> None:
         """Check whether a server that has requests makes progress."""
@@ -282,7 +276,7 @@ class Fleet:
                 since = time.monotonic()
                 continue
             try:
-                new = self._adapter.progress_of((await self._send(replica, self._adapter.progress, limit)).text)
+                new = self._adapter.progress_of((await self._calls.send(replica, self._adapter.progress, limit)).text)
                 if new is None or new != beat:
                     beat, since = new, time.monotonic()
                     progress_marker.mark()
@@ -293,7 +287,7 @@ class Fleet:
 
     def _fault(self, replica: Replica, why: str) -> None:
         """Handle a failed server: its requests wait again, and it is restarted."""
-        if replica.state not in (State.empty, State.serving):
+        if replica.state in (State.starting, State.gone):
             return
         asks = list(replica.asks.values())
         for task in replica.asks:
@@ -302,11 +296,13 @@ class Fleet:
         replica.asks = {}
         self._requests.waiting.put_back(asks)
         again = f"; its {len(asks)} unfinished requests are asked again" if asks else ""
-        log.warning("%s %s%s", self._name(replica), why, again)
+        log.warning("%s %s%s", self._calls.name(replica), why, again)
         replica.state, replica.held = State.starting, False
         replica.life += 1
         if replica.client is not None:
             self._spawn(replica.client.aclose())
+        if self._sleeps:
+            self._room.begin(self._starter.end(replica.index))
         if replica.restarts < self._config.restarts:
             self._spawn(self._revive(replica))
         else:  # at once: the sender of weights asks now whether a server is left
@@ -316,32 +312,36 @@ class Fleet:
     async def _revive(self, replica: Replica) -> None:
         begun = time.monotonic()
         while replica.restarts < self._config.restarts:
+            await self._room.wait()
             replica.restarts += 1
             try:
-                url = await self._starter.start(replica.index)
+                await self._room.begin(self._start(replica))
             except EngineError as error:
-                log.warning("%s does not start again: %s", self._name(replica), error)
+                log.warning("%s does not start again: %s", self._calls.name(replica), error)
                 continue
-            self._connect(replica, url)
-            log.warning("%s is back after %.1f s", self._name(replica), time.monotonic() - begun)
+            log.warning("%s is back after %.1f s", self._calls.name(replica), time.monotonic() - begun)
             for job in self._jobs:
                 job.events.put(Event.weights_wanted)
             return
         self._give_up(replica)
 
+    def _wants_weights(self) -> bool:
+        """Whether a server should get weights now. One that sleeps waits for the next update if others serve."""
+        states = {replica.state for replica in self._replicas}
+        idle = State.asleep in states and State.serving not in states and not self._room.in_use
+        return State.empty in states or idle
+
     def _give_up(self, replica: Replica) -> None:
         replica.state = State.gone
-        log.warning("%s is given up after rollout.servers.restarts=%d", self._name(replica), self._config.restarts)
+        name, restarts = self._calls.name(replica), self._config.restarts
+        log.warning("%s is given up after rollout.servers.restarts=%d", name, restarts)
         self._fail_if_none_is_left()
 
     def _fail_if_none_is_left(self) -> None:
         if self.none_is_left():
             for job in self._jobs:
-                self._fail(job, f"no {self._adapter.name} server is left")
+                self._fail(job, self.loss())
 
     def _fail(self, job: GenerationJob, why: str) -> None:
         self._requests.waiting.remove(job, range(job.asked))
         job.events.put(Failed(why))
-
-    def _name(self, replica: Replica) -> str:
-        return f"{self._adapter.name} server {replica.index} ({replica.url or 'not started'})"

@@ -17,6 +17,8 @@ from megatron_tempo.types import Completion
 class State(Enum):
     starting = "starting"
     empty = "empty"  # ready, without the weights
+    asleep = "asleep"  # the trainer has its memory; it has no weights
+    waking = "waking"  # its weights have their memory back, with undefined contents
     serving = "serving"
     gone = "gone"  # given up
 
@@ -26,6 +28,10 @@ class Starter(Protocol):
 
     async def start(self, index: int) -> str:
         """Start a server and return its address once it is ready. Raises EngineError."""
+        ...
+
+    async def end(self, index: int) -> None:
+        """End a server, so that its memory is free. It may have ended already."""
         ...
 
 

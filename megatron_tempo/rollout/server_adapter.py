@@ -19,10 +19,14 @@ from megatron_tempo.types import Bucket, whole_name
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A POST of a JSON body to a path of the server; a GET where there is no body."""
+    """A POST of a JSON body to a path of the server; a GET where there is no body.
+
+    `expects`: what the answer's JSON must have; another answer is a refusal.
+    """
 
     path: str
     body: dict[str, Any] | None = None
+    expects: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,7 @@ class ServerAdapter(Protocol):
     health: Call  # answered with 200 by a server that is ready
     progress: Call  # shows progress, to tell a slow server from a hung one
     answer_format: str  # of the answers to `generate`: a key of `answer_formats.ANSWER_FORMATS`
+    memory_option: str  # the option for its share of a GPU's memory
 
     def launch(self, start: Start) -> Launch: ...
 
@@ -124,6 +129,21 @@ class ServerAdapter(Protocol):
 
     def resume(self) -> list[Call]:
         """Resume generation."""
+        ...
+
+    def sleep(self) -> list[Call]:
+        """Give the memory of weights and KV cache back, without a copy of them. The server is awake, without requests.
+
+        If it has requests, the calls fail and the server continues.
+        """
+        ...
+
+    def wake_weights(self) -> list[Call]:
+        """Take the memory of the weights, whose contents are undefined. An update follows. The server is asleep."""
+        ...
+
+    def wake_cache(self) -> list[Call]:
+        """Take the memory of the KV cache and empty the prefix cache. The weights are loaded."""
         ...
 
     def checksums(self) -> Call | None:

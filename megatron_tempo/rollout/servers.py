@@ -28,7 +28,7 @@ from megatron_tempo.files import read_text
 from megatron_tempo.rollout.addresses import chosen_devices, own_address, visible_devices
 from megatron_tempo.rollout.answer_checks import differing
 from megatron_tempo.rollout.checksum import whole_checksums
-from megatron_tempo.rollout.engine import Arrived, EngineWork, Request, Sampling
+from megatron_tempo.rollout.engine import Arrived, EngineWork, Request, Sampling, TrainerGpus
 from megatron_tempo.rollout.fleet import Fleet
 from megatron_tempo.rollout.placement import own_gpu, placed, visible_gpus
 from megatron_tempo.rollout.replica import Answered, Event, Failed, GenerationJob, Starter
@@ -65,9 +65,11 @@ class ServersEngine:
         device: torch.device,
         vocab: int,
         timeout: timedelta,
+        gpus: TrainerGpus | None = None,
     ) -> None:
         """Collective. Started servers write below `work`. The first rank logs each that fails.
-        `timeout`: how long a rank waits for the first one, which may be waiting for servers.
+        `timeout`: how long a rank waits for the first one, which may be waiting for servers. `gpus`: the trainer's
+        side of GPUs that it shares with the servers by turns; None if they have their own. The engine is asleep then.
 
         Raises InputError if a server does not start, or cannot be reached from the trainer.
         """
@@ -75,10 +77,12 @@ class ServersEngine:
         self.work = EngineWork()
         self._adapter, self._config = adapter, config
         self._control = dist.new_group(backend="gloo", timeout=timeout)
+        if gpus is not None:
+            gpus.lend()  # servers measure the free memory when they start
         self._weights: Weights | None = None
         self._version = -1
         self._updates = 0
-        self._asleep = False
+        self._gpus, self._asleep = gpus, gpus is not None
         self._closing = ExitStack()
         nodes, trainers = self._nodes(device)
         self.replicas = config.replicas * len(nodes) if config.addresses is None else len(config.addresses)
@@ -88,16 +92,17 @@ class ServersEngine:
         key = self._agree(self._key)
         self._senders = Senders(adapter, config, key, device, self.replicas)
         self._closing.callback(self._senders.close)
-        gpus = self._placed(nodes, trainers) if config.addresses is None and device.type == "cuda" else []
+        places = self._placed(nodes, trainers) if config.addresses is None and device.type == "cuda" else []
 
         def make(index: int) -> Server:
-            return Server(adapter, config, model, work / str(index), key, precision, self._devices(index, gpus))
+            return Server(adapter, config, model, work / str(index), key, precision, self._devices(index, places))
 
         self._fleet: Fleet | None = None
         self._supervisor: ServerSupervisor | None = None
         starter = self._external(key) if config.addresses is not None else self._supervised(nodes, make)
         if starter is not None:
-            self._fleet = Fleet(adapter, config, starter, self.replicas, key, end_tokens(model), vocab, self.work)
+            ends, sleeps = end_tokens(model), gpus is not None
+            self._fleet = Fleet(adapter, config, starter, self.replicas, key, ends, vocab, self.work, sleeps=sleeps)
             self._closing.callback(self._fleet.close)
         try:
             self._agree(lambda: self._first.open())
@@ -106,18 +111,24 @@ class ServersEngine:
         except BaseException:
             self.close()
             raise
+        if gpus is not None:
+            gpus.take_back()
 
     @property
     def asleep(self) -> bool:
         return self._asleep
 
     def sleep(self) -> None:
-        """Only for `rollout.placement=colocated`; see `Engine`."""
+        if self._gpus is not None and not self._asleep:
+            self._agree(lambda: self._first.sleep())
+            self._asleep = True
+            self._gpus.take_back()
 
     def start(
         self, requests: Sequence[Request], sampling: Sampling, arrived: Arrived | None = None
     ) -> Iterator[tuple[int, list[Completion]]]:
         assert self._weights is not None, "load_weights comes first"
+        assert not self._asleep, "load_weights wakes the engine"
         job = None
         if self._fleet is not None:
             job = self._fleet.submit(requests, sampling, GenerationJob(arrived))
@@ -127,20 +138,23 @@ class ServersEngine:
         return ServedStream(self._fleet, sampling, arrived, self._answers)
 
     def load_weights(self, weights: Weights, version: int) -> None:
+        self.sleep()  # while servers are awake, there is no room for the trainer's weights
         self._weights, self._version = weights, version
         every = self._config.checksums_every
         compare = every > 0 and self._updates % every == 0
         self._updates += 1
+        self._asleep = False  # before the first server wakes, so that `sleep` ends what a failure leaves awake
         self._feed(empty_only=False, compare=compare)
 
     def differences(self, weights: Weights) -> list[tuple[str, float]] | None:
         if self._adapter.checksums() is None:
             return None
+        held = self._agree(lambda: self._first.checksums())
+        self.sleep()  # the weights to compare with need the memory
         expected: dict[str, tuple[str, float]] = {}
         for bucket in weights.from_stages(parts=self._adapter.takes_parts):
             expected |= self._adapter.expected(bucket)
         expected = self._joined(whole_checksums(expected))
-        held = self._agree(lambda: self._first.checksums())
         return max((differing(expected, worker) for worker in held), key=len, default=[])
 
     def health(self) -> list[EngineHealth]:
@@ -216,7 +230,7 @@ class ServersEngine:
         wrong: dict[int, str] = {}
         if dist.get_rank() in nodes:
             try:
-                gpus = placed(self._config, visible_gpus(), trainers)
+                gpus = placed(self._config, visible_gpus(), trainers, colocated=self._gpus is not None)
             except InputError as error:
                 wrong[dist.get_rank()] = f"{socket.gethostname()}: {error}"
         if wrong := self._joined(wrong):
@@ -288,6 +302,7 @@ class ServersEngine:
     def _feed(self, *, empty_only: bool, compare: bool) -> None:
         """Send the weights to all servers, or only to those that have none."""
         assert self._weights is not None
+        self._lend()
         compare = compare and self._adapter.checksums() is not None
         targets = self._agree(lambda: self._first.begin_update(empty_only=empty_only))
         failed: dict[int, str] = {}
@@ -300,9 +315,16 @@ class ServersEngine:
                 refused[dist.get_rank()] = str(error)
         if refused := self._joined(refused):
             raise InputError(next(iter(refused.values())))
+        self._lend()  # the weights too, for the KV cache
         failed, expected = self._joined(failed), whole_checksums(self._joined(expected))
         wrong = self._agree(lambda: self._first.end_update(targets, failed, self._version, expected))
         if wrong is not None:
             raise EngineError(wrong)
         if self._agree(lambda: self._first.none_is_left()):
-            raise EngineError(f"no {self._adapter.name} server is left")
+            raise EngineError(self._agree(lambda: self._first.loss()))
+
+    def _lend(self) -> None:
+        """Give the trainer's memory to servers on its GPUs. Every rank has done so when this returns."""
+        if self._gpus is not None:
+            self._gpus.lend()
+            dist.barrier(self._control)

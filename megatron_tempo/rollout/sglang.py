@@ -81,9 +81,10 @@ class Sglang:
     # Answers once the scheduler has made progress, or has generated a token of a request of its own.
     progress = Call("/health_generate")
     answer_format = "sglang"
+    memory_option = "--mem-fraction-static"
 
-    def __init__(self, *, cpu: bool, tensor: int) -> None:
-        self._cpu, self._tensor = cpu, tensor
+    def __init__(self, *, cpu: bool, tensor: int, sleeps: bool = False) -> None:
+        self._cpu, self._tensor, self._sleeps = cpu, tensor, sleeps
         self._wholes = WholeParameters(_FUSED.values())
 
     def launch(self, start: Start) -> Launch:
@@ -97,6 +98,8 @@ class Sglang:
             "api-key": start.key,
             "skip-server-warmup": True,
         }
+        if self._sleeps and not self._cpu:  # needs torch-memory-saver, which is for GPUs
+            arguments["enable-memory-saver"] = True
         # A file, since others can read command lines. JSON is valid YAML.
         private = private_file(start.folder / "arguments.yaml", json.dumps(arguments))
         environment = ON_CPU | {"SGLANG_USE_CPU_ENGINE": "1"} if self._cpu else {}
@@ -160,6 +163,21 @@ class Sglang:
 
     def resume(self) -> list[Call]:
         return [Call("/continue_generation", {})]
+
+    def sleep(self) -> list[Call]:
+        # A release while a request runs ends the scheduler (an assertion). Pausing first makes the scheduler idle, and
+        # the flush is refused if it is not. Weights are not kept without --enable-weights-cpu-backup.
+        return [
+            Call("/pause_generation", {"mode": "retract"}),
+            Call("/flush_cache", {}),
+            Call("/release_memory_occupation", {"tags": ["kv_cache", "weights"]}),
+        ]
+
+    def wake_weights(self) -> list[Call]:
+        return [Call("/resume_memory_occupation", {"tags": ["weights"]})]
+
+    def wake_cache(self) -> list[Call]:
+        return [Call("/resume_memory_occupation", {"tags": ["kv_cache"]}), Call("/flush_cache", {})]
 
     def checksums(self) -> Call | None:
         return Call("/weights_checker", {"action": "checksum"}) if self._cpu and self._tensor == 1 else None

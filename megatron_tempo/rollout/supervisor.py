@@ -2,7 +2,7 @@
 
 Rank 0 orders a server, and the first rank of a node starts it, so that a server is a child of a process on its node.
 Orders and replies go through a torch store: "order/NODE/N" is the N-th order to a node, "reply/SERVER/N" the reply to
-the N-th start of a server.
+the N-th order to a server.
 """
 
 from __future__ import annotations
@@ -73,6 +73,9 @@ class ServerSupervisor:
                 old.close()
             if self._closing:
                 return None
+            if order["ends"]:
+                orders.set(reply, json.dumps({"url": ""}))
+                continue
             try:
                 server = self._servers[order["server"]] = self._make(order["server"])
             except (OSError, InputError) as error:
@@ -100,11 +103,17 @@ class SupervisedServers:
         self._starts: Counter[int] = Counter()
 
     async def start(self, index: int) -> str:
+        return await self._order(index, ends=False)
+
+    async def end(self, index: int) -> None:
+        await self._order(index, ends=True)
+
+    async def _order(self, index: int, *, ends: bool) -> str:
         node, start = index // self._per_node, self._starts[index]
         order = f"order/{node}/{self._orders[node]}"
         self._orders[node] += 1
         self._starts[index] += 1
-        self._store.set(order, json.dumps({"server": index, "start": start}))
+        self._store.set(order, json.dumps({"server": index, "start": start, "ends": ends}))
         reply = f"reply/{index}/{start}"
         while not self._store.check([reply]):
             await asyncio.sleep(0.1)
@@ -152,6 +161,9 @@ class ExternalServers:
                         raise EngineError(f"{url}: the host does not resolve on {machine}: mend the address") from error
                 await asyncio.sleep(0.5)
         raise EngineError(f"no {self._adapter.name} server at {url} ({last}): start it, or mend the address")
+
+    async def end(self, index: int) -> None:
+        """Somebody else does."""
 
 
 def parts_are_taken(adapter: ServerAdapter, addresses: Sequence[str], key: str) -> bool:

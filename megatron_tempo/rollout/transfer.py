@@ -108,6 +108,7 @@ class Senders:
         shared = self._config.transport is Transport.shared
         expected: dict[str, tuple[str, float]] = {}
         loading: dict[Target, Future[httpx.Response]] = {}
+        held: Bucket | None = None
         for bucket in weights.from_stages(shared=shared, parts=self._adapter.takes_parts, share=share):
             if compare:
                 expected |= self._adapter.expected(bucket)
@@ -115,8 +116,11 @@ class Senders:
             left = [target for target in targets if target.index not in failed]
             sent = {target: self._pool.submit(self._links[target].send, bucket, version, compare) for target in left}
             loading = self._collect(sent, failed)
+            # Shared memory may be the bucket's own, and is gone with it: it stays until every server has loaded it.
+            held = bucket if shared else None
             del bucket  # before the next one is made
         self._collect(loading, failed)
+        del held
         return expected
 
     def close(self) -> None:

@@ -43,9 +43,10 @@ class Vllm:
     health = Call("/health")
     progress = Call("/metrics")
     answer_format = "vllm"
+    memory_option = "--gpu-memory-utilization"
 
-    def __init__(self, *, cpu: bool, tensor: int) -> None:
-        self._cpu, self._tensor = cpu, tensor
+    def __init__(self, *, cpu: bool, tensor: int, sleeps: bool = False) -> None:
+        self._cpu, self._tensor, self._sleeps = cpu, tensor, sleeps
 
     def launch(self, start: Start) -> Launch:
         module_folder = start.folder / "python"
@@ -76,6 +77,8 @@ class Vllm:
             "VLLM_DISTRIBUTED_USE_SPLIT_GROUP": "0",
         }
         flags = ["--tokens-only", "--no-enable-log-requests", "--disable-uvicorn-access-log"]
+        if self._sleeps and not self._cpu:  # refused on a CPU, whose servers go through the calls and keep their memory
+            flags.append("--enable-sleep-mode")
         if self._cpu:
             flags += ["--enforce-eager", f"--kv-cache-memory-bytes={CACHE_BYTES_ON_CPU}"]
             environment |= ON_CPU | {"TORCHDYNAMO_DISABLE": "1"}
@@ -140,6 +143,22 @@ class Vllm:
 
     def resume(self) -> list[Call]:
         return [Call("/resume", {})]
+
+    def sleep(self) -> list[Call]:
+        # Level 1 would copy the weights to page-locked host memory, which the trainer's models need, and the next
+        # update overwrites every one of them. vLLM empties the prefix cache with it.
+        return [Call("/sleep?level=2", {}, {"status": "sleeping", "level": 2})]
+
+    def wake_weights(self) -> list[Call]:
+        # A call in the wrong state is answered with 200 and does nothing: the status tells.
+        return [Call("/wake_up?tags=weights", {}, {"status": "sleeping", "tags": ["weights"]})]
+
+    def wake_cache(self) -> list[Call]:
+        # The last tag also lets the scheduler run, whatever /pause said.
+        return [
+            Call("/wake_up?tags=kv_cache", {}, {"status": "awake", "tags": ["kv_cache"]}),
+            Call("/reset_prefix_cache", {}),
+        ]
 
     def checksums(self) -> Call:
         return Call("/collective_rpc", {"method": "checksums"})

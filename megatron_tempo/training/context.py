@@ -69,7 +69,8 @@ def open_context(config: Config, join: Join = join_launched, *, watched: bool = 
         Watchdog(Path(config.run.dir), config.run.hang_minutes, begun_collectives) if watched else nullcontext(),
     ):
         refuse_shared_gpus(device, local_rank)
-        yield RunContext(config, layouts, device, ModelOffloader(one_at_a_time=config.parallel.offload), machine)
+        turns, lends = config.parallel.offload, config.rollout.is_colocated
+        yield RunContext(config, layouts, device, ModelOffloader(one_at_a_time=turns, lends=lends), machine)
 
 
 @contextmanager

@@ -155,7 +155,11 @@ def _evaluate(config: Config, out: Path) -> None:
         log.info("%s", _prompt_forms(config))
         results, unread = _about(config), []
         for name in sets:
+            if engine.asleep:
+                engine.load_weights(weights, version=0)
             answered = evaluator.answer(name)
+            if evaluator.reads_values(name, show=True):
+                engine.sleep()
             scores, samples = evaluator.measure(name, answered, targets, show=True)
             seen = seen_of(Path(config.model.path), keys[name].values())
             counts = judge_counts(verifiers)

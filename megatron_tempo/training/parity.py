@@ -24,6 +24,7 @@ def check_parity(requests: RolloutRequests, actor: Actor, weights: Weights, step
     another policy than the actor.
     """
     batch = requests.sample_for_parity(step)
+    requests.engine.sleep()  # a colocated one: the actor needs its GPUs
     gap, _ = actor.gap_to_engine(batch, actor.logprobs(batch))
     tolerance, origin = _tolerance(requests.config)
     if not gap <= tolerance:

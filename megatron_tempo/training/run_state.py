@@ -106,6 +106,7 @@ class RunState:
 
     def checkpoint(self) -> None:
         """Save the run between two iterations. A resumed run asks again what was asked ahead. Collective."""
+        self.requests.engine.sleep()  # a colocated one: its GPUs hold the models
         with self.timer.phase("checkpoint", self.step):
             state = {
                 "streams": self.requests.resume_point(),

@@ -77,7 +77,8 @@ def build_engine(context: RunContext) -> Engine:
     servers, adapter = config.rollout.servers, server_adapter_of(config, cpu=context.device.type == "cpu")
     work, vocab = Path(config.run.dir) / "engine", read_model_shape(model).vocab
     precision, timeout = engine_precision(config), collective_timeout(config)
-    return ServersEngine(adapter, servers, model, work, precision, context.device, vocab, timeout)
+    gpus = context.offloader if config.rollout.is_colocated else None
+    return ServersEngine(adapter, servers, model, work, precision, context.device, vocab, timeout, gpus)
 
 
 def build_verifiers(config: Config) -> Verifiers:

@@ -153,13 +153,14 @@ class Trainer:
     def resume(self) -> None:
         """Resume from the newest complete checkpoint, if there is one, and give the engine the actor's weights."""
         self.state.resume(self.latest)
-        self.sync_engine()
+        self.load_engine()
         check_parity(self.requests, self.actor, self.weights, self.step)
 
     def iterate(self, stage_name: str, stage: StageConfig, iteration: int) -> dict[str, Any]:
         """Rollouts and the method's updates. Returns the line for metrics.jsonl."""
         started, tokens_before, number = time.monotonic(), self._token_count(), self.step + 1
         rollouts = self.rollouts(stage_name, stage, iteration)
+        self.engine_sleeps()
         labelled = (*_ids(rollouts.labelled), *self.requests.dropped(Prompts.labelled))
         unlabelled = (*_ids(rollouts.unlabelled), *self.requests.dropped(Prompts.unlabelled))
         raise_on_all_ranks(lambda: self.seen.add(number, labelled, unlabelled))
@@ -194,6 +195,7 @@ class Trainer:
         config = self.config.rollout
         if config.replay is not None:
             return self.requests.replay(stage_name, stage, iteration)
+        self.wake_engine()
         with self.phase("generate"), ExitStack() as stack:
             recorder = None
             if config.dump and self.context.is_writer:
@@ -207,10 +209,26 @@ class Trainer:
             self.reference = build_reference(self.context)
         return self.reference.logprobs(batch)
 
-    def sync_engine(self) -> None:
-        """Send the actor's weights to the engine."""
+    def load_engine(self) -> None:
+        """Send the actor's weights to the engine, and wake it if it sleeps."""
         with self.phase("sync"):
             self.engine.load_weights(self.weights, self.step)
+
+    def sync_engine(self) -> None:
+        """Send the actor's weights to the engine. One that sleeps gets them when it wakes."""
+        if not self.engine.asleep:
+            self.load_engine()
+
+    def wake_engine(self) -> None:
+        """Before the engine generates: wake it, if it sleeps, with the actor's weights."""
+        if self.engine.asleep:
+            self.load_engine()
+
+    def engine_sleeps(self) -> None:
+        """Before a model is loaded: let a colocated engine sleep. Others stay awake."""
+        if self.config.rollout.is_colocated and not self.engine.asleep:
+            with self.phase("sleep"):
+                self.engine.sleep()
 
     def evaluate_if_due(self) -> None:
         """Evaluate if the schedule requires it at this step and the record does not exist yet."""
@@ -223,8 +241,12 @@ class Trainer:
         where = {"stage": stage_name, "iteration": iteration, "step": self.step, "point": point}
         targets = self.config.critic_targets(stage_name)
         for name in self.evaluator.sets:
+            self.wake_engine()
             with self.phase("evaluate"):
-                scores, samples = self.evaluator.evaluate(name, targets, show=point != "during")
+                answered, shows = self.evaluator.answer(name), point != "during"
+                if self.evaluator.reads_values(name, show=shows):
+                    self.engine.sleep()
+                scores, samples = self.evaluator.measure(name, answered, targets, show=shows)
             seen = self.seen.count(self.keys.evaluation[name].values())
             record = where | scores | {"seen": seen} | judge_counts(self.requests.verifiers)
             raise_on_all_ranks(partial(self.metrics.evaluation, record))
@@ -232,6 +254,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Hugging Face folders of actor and, if any, critic; the report, and the table of results."""
+        self.engine_sleeps()
         self.state.wait_for_checkpoint()
         out = Path(self.config.run.dir)
         exported = out / f"hf_step_{self.step:08d}"

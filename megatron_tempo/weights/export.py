@@ -53,7 +53,7 @@ def weights_of(model: Model, config: Config, dtype: torch.dtype | None = None, m
     `multiple`: the rows of a part of a tensor are a multiple of it.
     """
     net, layout, bucket_bytes = model.net, model.layout, config.parallel.bucket_mb << 20
-    return WeightStream(net, layout, mappings_of(net, layout), bucket_bytes, dtype, model.load, multiple)
+    return WeightStream(net, layout, mappings_of(net, layout), bucket_bytes, dtype, model.load_weights, multiple)
 
 
 def origin_of(config: Config, step: int, checkpoint: str | None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from megatron_tempo.rollout.replica import Target
 from megatron_tempo.rollout.server_adapter import Call, WeightGroupInfo
 from megatron_tempo.rollout.transfer import Senders, _Link
 from megatron_tempo.types import Bucket, Share
+from megatron_tempo.weights.shared_memory import in_shared_memory
 from tests.support.fork_server import FORK_SERVER, Forked
 from tests.support.weights import Given
 
@@ -242,3 +243,90 @@ def test_shared_memory_opens_no_group(tmp_path: Path, aborted: list[object]) -> 
     senders._connect([TARGET], {})
     senders.close()
     assert aborted == []
+
+
+class InTurn(Given):
+    """Buckets in two buffers in turn, as `Weights.from_stages` may do: each number of bucket N is N."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__([])
+        self.count, self.buffers = count, [torch.empty(4), torch.empty(4)]
+
+    def from_stages(self, *, shared: bool = False, parts: bool = False, share: Share | None = None) -> Iterator[Bucket]:
+        assert shared
+        for number in range(self.count):
+            yield [("a", self.buffers[number % 2].fill_(number))]
+
+
+class LastWorker(Future[Any]):
+    """The answer of a server whose last worker reads the bucket as late as it can: when the sender waits for it."""
+
+    def __init__(self, call: Call, read: list[float]) -> None:
+        super().__init__()
+        assert call.body is not None
+        self.bucket, self.read = call.body["bucket"], read
+
+    def result(self, timeout: float | None = None) -> None:
+        self.read += set(self.bucket[0][1].tolist())
+
+
+class SharedAdapter(Adapter):
+    def update(self, bucket: Bucket, group: str | None, version: int, *, compare: bool) -> Call:
+        assert group is None
+        return Call("/update", {"bucket": bucket})
+
+
+def test_no_buffer_is_overwritten_before_every_server_has_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ms-swift#10204: a rank copied a bucket that already held the next one's bytes."""
+    read: dict[int, list[float]] = {0: [], 1: []}
+    targets = [Target(index, 0, f"http://127.0.0.1:{index + 1}") for index in read]
+    config = ServersConfig(transport=Transport.shared, replicas=2)
+    senders = Senders(SharedAdapter(tmp_path), config, "key", CPU, 2)  # type: ignore[arg-type]
+    monkeypatch.setattr(_Link, "_post", lambda self, call: LastWorker(call, read[self._client.base_url.port - 1]))
+    failed, _ = senders.send(InTurn(7), targets, 0, compare=False)
+    senders.close()
+    assert failed == {}
+    assert read == {index: [float(number) for number in range(7)] for index in (0, 1)}
+
+
+class OwnMemory(Given):
+    """Buckets each in memory of its own, which is gone with the bucket (`weights.shared_memory.in_shared_memory`)."""
+
+    def from_stages(self, *, shared: bool = False, parts: bool = False, share: Share | None = None) -> Iterator[Bucket]:
+        for number in range(5):
+            yield in_shared_memory([("a", torch.full((4,), float(number)))])
+
+
+class Opening(Future[Any]):
+    """The answer of a server that opens the bucket's memory only when the sender waits for it."""
+
+    def __init__(self, call: Call, read: list[float]) -> None:
+        super().__init__()
+        assert call.body is not None
+        self.shared, self.read = call.body["shared"], read
+
+    def result(self, timeout: float | None = None) -> None:
+        manager, name, size = self.shared
+        self.read += set(
+            torch.empty(0).set_(torch.UntypedStorage._new_shared_filename_cpu(manager, name, size)).tolist()
+        )
+
+
+class NamedAdapter(Adapter):
+    def update(self, bucket: Bucket, group: str | None, version: int, *, compare: bool) -> Call:
+        return Call("/update", {"shared": bucket[0][1].untyped_storage()._share_filename_cpu_()})
+
+
+def test_a_buckets_own_memory_stays_until_the_server_has_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[float] = []
+    config = ServersConfig(transport=Transport.shared)
+    senders = Senders(NamedAdapter(tmp_path), config, "key", CPU, 1)  # type: ignore[arg-type]
+    monkeypatch.setattr(_Link, "_post", lambda self, call: Opening(call, read))
+    failed, _ = senders.send(OwnMemory([]), [TARGET], 0, compare=False)
+    senders.close()
+    assert failed == {}
+    assert read == [0.0, 1.0, 2.0, 3.0, 4.0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import pytest
 
 from megatron_tempo.nullgpu.build import transformer_engine
@@ -47,3 +49,31 @@ def test_a_size_that_fp8_does_not_take_is_found() -> None:
     assert told is not None
     assert "divisible by 8" in told[1]
     assert "[250, 512]" in told[1]
+
+
+@pytest.mark.parametrize("chosen", ["recipe.Float8CurrentScaling()", "recipe.Float8BlockScaling()"])
+def test_fp8_copies_of_weights_stay_until_they_are_dropped(chosen: str) -> None:
+    """What an offloaded model would keep on a GPU that servers share."""
+    code = f"""
+    from megatron_tempo.models.megatron_compat.transformer_engine import drop_fp8_weights
+    import gc
+    def kept(first):
+        x = torch.empty(256, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        with te.autocast(enabled=True, recipe={chosen}):
+            layer(x, is_first_microbatch=first).sum().backward()
+        layer.zero_grad()
+        del x
+        gc.collect()
+        return torch.cuda.memory_allocated()
+    first = kept(True)
+    again = kept(False)
+    net = torch.nn.Sequential(layer)
+    drop_fp8_weights(net)
+    dropped = torch.cuda.memory_allocated()
+    tell([first, again, dropped, kept(False)])
+    """
+    first, again, dropped, made_anew = on_null_gpu(LAYER + textwrap.dedent(code))
+    weights = 512 * 1024
+    assert first - dropped >= 2 * weights, "a byte for each number, and the transposed copy of the backward pass"
+    assert again == first
+    assert made_anew == first, "the next pass makes them again"

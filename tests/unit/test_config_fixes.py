@@ -39,6 +39,7 @@ CLUSTER = [
 ]
 CLUSTER = [f"cluster.{word}" for word in CLUSTER]
 SERVED = ["rollout.engine=vllm", "rollout.servers.python=sh"]
+COLOCATED = ["rollout.placement=colocated", "rollout.servers.transport=shared"]
 AWAY = [*CLUSTER, *SERVED, "rollout.servers.host=hostname", "cluster.rollout_nodes=1"]
 KEY = "rollout.servers.key_file=TMP/key"
 GIVEN = [*SERVED, KEY, "rollout.servers.addresses=[http://127.0.0.1:1]"]
@@ -106,6 +107,14 @@ MORE = [
     ["stage1.actor.importance_cap=2"],
     ["stage1.actor.importance_cap=null"],
     [*SERVED, "rollout.max_staleness=1", "rollout.replay=TMP"],
+    ["rollout.placement=colocated"],
+    [*SERVED, "rollout.placement=colocated"],
+    [*SERVED, *COLOCATED, "rollout.servers.each_node=true"],
+    [*SERVED, *COLOCATED, "rollout.servers.precision=fp8"],
+    [*GIVEN, *COLOCATED],
+    [*CLUSTER, *SERVED, *COLOCATED],
+    [*CLUSTER, "cluster.nodes=1", *SERVED, *COLOCATED, "rollout.servers.replicas=9"],
+    [*CLUSTER, "cluster.nodes=1", *SERVED, *COLOCATED, "rollout.servers.devices=[9]"],
     [*SERVED, "run.hang_minutes=1"],
     ["evaluation.sets.heldout.verifier=judge"],
     ["rewards.judge.url=h:1", JUDGE[1]],
@@ -153,6 +162,7 @@ MORE = [
     [*AWAY, "rollout.servers.each_node=true"],
     [*AWAY, "rollout.servers.transport=shared"],
     [*AWAY, "rollout.servers.host=localhost"],
+    [*AWAY, *COLOCATED],
     [*CLUSTER, "cluster.slurm.time_limit=12h"],
     [*CLUSTER, "cluster.slurm.options=[qos]"],
     [*CLUSTER, "cluster.slurm.environment={A-B: c}"],

@@ -876,6 +876,51 @@ def test_bounds_of_a_correction(files: Path, given: list[str], field: str, wrong
     assert fix in problem.fix
 
 
+TURNS = [
+    "rollout.engine=vllm",
+    f"rollout.servers.python={sys.executable}",
+    "rollout.placement=colocated",
+    "rollout.servers.transport=shared",
+]
+
+
+@pytest.mark.parametrize(
+    ("launched", "words", "field", "wrong", "fix"),
+    [
+        (4, [*NODE], None, "", ""),
+        (4, ["rollout.servers.tensor=4", *NODE], None, "", ""),
+        (4, ["rollout.servers.devices=[3]", *NODE], None, "", ""),
+        (8, ["rollout.servers.replicas=8", *NODE], None, "", ""),  # a trainer process on each GPU
+        (None, ["rollout.servers.tensor=8", *NODE], None, "", ""),
+        (2, ["rollout.servers.replicas=9"], None, "", ""),  # nothing says how many GPUs there are
+        (
+            2,
+            ["rollout.servers.tensor=4", *NODE],
+            "rollout.servers.devices",
+            "more than the 2 of the trainer",
+            "tensor=2",
+        ),
+        (2, ["rollout.servers.devices=[2]", *NODE], "rollout.servers.devices", "no process", "devices=null"),
+        (2, ["rollout.servers.transport=group"], "rollout.servers.transport", "two members", "transport=shared"),
+        (2, ["rollout.engine=embedded"], "rollout.placement", "no servers that sleep", "placement=disaggregated"),
+        (16, [*NODE, "cluster.nodes=2"], "rollout.placement", "cluster.nodes=2", "placement=disaggregated"),
+        (2, ["rollout.servers.each_node=true"], "rollout.servers.transport", "every one", "each_node=false"),
+        (2, ["rollout.servers.precision=fp8"], "rollout.servers.transport", "FP8", "precision=bf16"),
+    ],
+)
+def test_colocated_servers(
+    files: Path, launched: int, words: list[str], field: str | None, wrong: str, fix: str
+) -> None:
+    found = check(configure([*good_overrides(files), *TURNS, *words]), world_size=launched)
+    if field is None:
+        assert found == []
+        return
+    problem = only(found)
+    assert problem.field == field
+    assert wrong in problem.wrong
+    assert fix in problem.fix
+
+
 def test_stale_tokens_need_a_correction_in_every_stage_that_trains_the_actor(files: Path) -> None:
     servers = ["rollout.engine=sglang", f"rollout.servers.python={sys.executable}", "rollout.max_staleness=1"]
     assert problems(files, *servers, *CORRECTED) == []

@@ -67,6 +67,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_methods_that_are_checked_are_those_of_the_protocol() -> None:
     own = {name: kind for name, kind in vars(Engine).items() if inspect.isfunction(kind) and not name.startswith("_")}
+    del own["sleep"]  # of servers: an engine in the trainer's processes keeps its memory
     assert {name: tuple(inspect.signature(kind).parameters)[1:] for name, kind in own.items()} == ENGINE_METHODS
 
 

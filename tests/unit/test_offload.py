@@ -24,6 +24,7 @@ class Model:
     weights: Tensor = field(init=False)
     moment: Tensor = field(init=False)
     gradients: Tensor = field(init=False)
+    caches_dropped: int = 0
 
     def __post_init__(self) -> None:
         self.weights, self.moment = torch.randn(self.size), torch.randn(self.size, dtype=torch.float64)
@@ -31,6 +32,12 @@ class Model:
 
     def persistent_tensors(self) -> Iterable[Tensor]:
         return [*self.weights.chunk(2), self.weights[1:3], self.moment]
+
+    def sent_tensors(self) -> Iterable[Tensor]:
+        return self.weights.chunk(2)
+
+    def drop_caches(self) -> None:
+        self.caches_dropped += 1
 
     def transient_tensors(self) -> Iterable[Tensor]:
         return [self.gradients]
@@ -100,3 +107,63 @@ def test_without_offload_no_model_moves() -> None:
     all_there.offload_all()
     all_there.load(second)
     assert first.there() == second.there() == 160
+
+
+def test_lent_gpus_hold_nothing_but_weights_that_are_sent() -> None:
+    actor, critic, turns = Model(100), Model(60), ModelOffloader(one_at_a_time=False, lends=True)
+    half, before = actor.weights.chunk(2)[1], None  # a view that somebody keeps
+    turns.load(actor)
+    turns.load(critic)
+    assert (actor.there(), critic.there()) == (0, 960), "one model at a time is implied"
+    for number in range(3):
+        turns.load(actor)
+        half += 1.0
+        actor.moment *= 2.0
+        before = [tensor.clone() for tensor in actor.persistent_tensors()]
+        turns.lend()
+        assert (actor.there(), critic.there()) == (0, 0)
+        with pytest.raises(AssertionError, match="the engine has the GPUs"):
+            turns.load(critic)
+        for _ in range(2):
+            turns.load_weights(actor)
+            assert actor.there() == 400, "without the moment and the gradients"
+            assert all(map(torch.equal, list(actor.persistent_tensors())[:3], before))
+            turns.lend()
+            assert actor.there() == 0
+        turns.take_back()
+        if number:
+            turns.load(critic)
+    turns.load(actor)
+    assert before is not None
+    assert all(map(torch.equal, actor.persistent_tensors(), before))
+    assert torch.equal(half, before[1])
+    turns.load(critic)
+    assert (actor.there(), critic.there()) == (0, 960)
+
+
+def test_a_model_of_which_the_weights_are_there_is_completed() -> None:
+    """As for an export, and then a step."""
+    actor, other, turns = Model(100), Model(10), ModelOffloader(one_at_a_time=True, lends=True)
+    turns.load(actor)
+    turns.load(other)
+    before = [actor.weights, actor.moment]
+    turns.load_weights(actor)
+    assert (actor.there(), other.there()) == (400, 0)
+    turns.load(actor)
+    assert actor.there() == 1600
+    moment = actor.moment.clone()
+    turns.load_weights(actor)
+    assert actor.there() == 1600, "all of it is there"
+    turns.load(other)
+    turns.load(actor)
+    assert torch.equal(actor.moment, moment)
+    assert before[0] is actor.weights
+
+
+def test_a_sync_loads_the_whole_model_if_nobody_else_has_the_gpus() -> None:
+    actor, other, turns = Model(100), Model(10), ModelOffloader(one_at_a_time=True)
+    turns.load(actor)
+    turns.load(other)
+    turns.load_weights(actor)
+    assert actor.there() == 1600
+    assert (actor.caches_dropped, other.caches_dropped) == (0, 0), "the next pass has them"

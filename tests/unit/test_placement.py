@@ -152,3 +152,29 @@ def test_a_server_does_not_get_what_is_the_trainers_own() -> None:
     assert environment.keys() - SETTINGS.keys() == {"HOME", "CUDA_VISIBLE_DEVICES"}
     environment = environment_of(Launch([], {"PYTHONPATH": "/module"}), "", inherited)
     assert environment["PYTHONPATH"] == "/module"
+
+
+@pytest.mark.parametrize(
+    ("config", "trainers", "found"),
+    [
+        (servers(), GPUS, [0]),
+        (servers(replicas=2, tensor=2), GPUS, [0, 1, 2, 3]),
+        (servers(tensor=2), ["GPU-b", "GPU-d"], [1, 3]),
+        (servers(devices=[3, 1], replicas=2), ["GPU-b", "GPU-d"], [3, 1]),
+    ],
+)
+def test_colocated_servers_take_the_trainers_gpus(config: ServersConfig, trainers: list[str], found: list[int]) -> None:
+    assert placed(config, GPUS, trainers, colocated=True) == found
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (servers(replicas=3), r"placement=colocated: 3 x 1 .* needs 3 GPUs of the trainer, which has 2 of the 4"),
+        (servers(devices=[0, 2], replicas=2), r"devices=\[0, 2\]: no process of the trainer has GPU 2, .*devices=null"),
+        (servers(devices=[5]), r"there is no GPU 5: .* sees 4"),
+    ],
+)
+def test_colocated_servers_without_gpus_of_the_trainer_are_refused(config: ServersConfig, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        placed(config, GPUS, GPUS[:2], colocated=True)

@@ -42,7 +42,7 @@ def rollout_nodes(config: Config) -> Iterator[Problem]:
     if servers.each_node:
         fix = "rollout.servers.each_node=false (they are started on each of cluster.rollout_nodes)"
         yield Problem("rollout.servers.each_node", True, "the trainer's nodes start none", fix)
-    if servers.transport is Transport.shared:
+    if servers.transport is Transport.shared and not config.rollout.is_colocated:  # reported in `rollout`
         wrong = "memory is shared within one node, and the servers are on others"
         yield Problem("rollout.servers.transport", "shared", wrong, "rollout.servers.transport=group")
     if is_loopback(servers.host):

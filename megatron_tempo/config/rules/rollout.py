@@ -27,13 +27,15 @@ def check(config: Config, world_size: int | None = None) -> Iterator[Problem]:
     elif rollout.partial_rollouts:
         field, wrong = "rollout.partial_rollouts", "a response that continues in the next iteration has older tokens"
         yield Problem(field, True, wrong, f"rollout.max_staleness=1 or more, or {field}=false")
+    if rollout.is_colocated:
+        yield from _turns(config)
     if not rollout.is_served:
         return
     servers = rollout.servers
     yield from _host(servers)
     yield from _started(config, world_size) if servers.addresses is None else _found(servers)
     if servers.transport is Transport.shared:
-        yield from _shared(servers)
+        yield from _shared(servers, colocated=rollout.is_colocated)
 
 
 def check_serve(config: Config) -> Iterator[Problem]:
@@ -41,6 +43,9 @@ def check_serve(config: Config) -> Iterator[Problem]:
     if not config.rollout.is_served:
         field, engine = "rollout.engine", config.rollout.engine
         yield Problem(field, engine.name, "has no servers to start", f"{field}=sglang or vllm")
+    if config.rollout.is_colocated:
+        wrong = "such servers are started by the trainer whose GPUs they have"
+        yield Problem("rollout.placement", "colocated", wrong, "rollout.placement=disaggregated")
     yield from check(config)
 
 
@@ -87,10 +92,14 @@ def _started(config: Config, launched: int | None) -> Iterator[Problem]:
         first = min(_trainers(config, launched), max(0, DEVICES - wanted))
         some = ",".join(map(str, range(first, first + min(wanted, DEVICES))))
         fix = f"give {wanted} of them: rollout.servers.devices=[{some}]"
+        if config.rollout.is_colocated:
+            fix = "rollout.servers.devices=null, for GPUs of the trainer"
         wrong = f"are {len(servers.devices)} devices for {servers.replicas} x {servers.tensor} (replicas x tensor)"
         yield Problem("rollout.servers.devices", servers.devices, wrong, fix)
+    elif config.rollout.is_colocated:
+        yield from _on_trainers(config, launched)
     elif config.run.device is not Device.cpu:
-        yield from _colocated(config, launched)
+        yield from _disaggregated(config, launched)
     if servers.key_file is not None:
         fix = "rollout.servers.key_file=null, or give rollout.servers.addresses"
         yield Problem("rollout.servers.key_file", servers.key_file, "servers that we start get a key of ours", fix)
@@ -119,14 +128,53 @@ def _found(servers: ServersConfig) -> Iterator[Problem]:
         yield Problem("rollout.servers.each_node", True, "none is started where addresses are given", fix)
 
 
-def _shared(servers: ServersConfig) -> Iterator[Problem]:
+def _shared(servers: ServersConfig, *, colocated: bool) -> Iterator[Problem]:
+    """`colocated`: whether this transport is the only one."""
     fix = "rollout.servers.transport=group"
     if servers.each_node:
         wrong = "memory is shared within one node, and servers are started on every one"
-        yield Problem("rollout.servers.transport", "shared", wrong, fix)
+        other = "rollout.servers.each_node=false" if colocated else fix
+        yield Problem("rollout.servers.transport", "shared", wrong, other)
     if servers.precision is EnginePrecision.fp8:
         wrong = "matrices are made FP8 where they are whole, which is not so in shared memory"
-        yield Problem("rollout.servers.transport", "shared", wrong, fix)
+        other = "rollout.servers.precision=bf16" if colocated else fix
+        yield Problem("rollout.servers.transport", "shared", wrong, other)
+
+
+def _turns(config: Config) -> Iterator[Problem]:
+    """Servers that take turns with the trainer on its GPUs."""
+    rollout, cluster, field = config.rollout, config.cluster, "rollout.placement"
+    away = f"{field}=disaggregated"
+    if not rollout.is_served:
+        wrong = f"the engine {rollout.engine.name} has no servers that sleep"
+        yield Problem(field, "colocated", wrong, f"{away}, or rollout.engine=sglang or vllm")
+        return
+    if rollout.servers.addresses is not None:
+        wrong = "servers that somebody else starts do not sleep"
+        yield Problem(field, "colocated", wrong, f"rollout.servers.addresses=null, or {away}")
+    if rollout.servers.transport is Transport.group:
+        wrong = "NCCL has no group with two members on one GPU, which colocated servers would need"
+        yield Problem("rollout.servers.transport", "group", wrong, "rollout.servers.transport=shared")
+    if cluster is not None and cluster.nodes > 1:
+        wrong = f"weights go to such servers through the memory of one machine, and cluster.nodes={cluster.nodes}"
+        yield Problem(field, "colocated", wrong, f"{away}, or cluster.nodes=1 and cluster.rollout_nodes=0")
+
+
+def _on_trainers(config: Config, launched: int | None) -> Iterator[Problem]:
+    """The GPUs of servers that take turns with the trainer, if the configuration tells how many processes it has."""
+    servers, trainers = config.rollout.servers, trainers_on_node(config, launched or config.parallel.world_size)
+    if trainers is None or config.run.device is Device.cpu:
+        return
+    wanted, field = servers.replicas * servers.tensor, "rollout.servers.devices"
+    if servers.devices is None and wanted > trainers:
+        wrong = f"{servers.replicas} x {servers.tensor} (replicas x tensor) GPUs are more than the {trainers} of the "
+        fewer = f"rollout.servers.replicas={max(1, trainers // servers.tensor)}"
+        fix = fewer if servers.tensor <= trainers else f"{fewer} and rollout.servers.tensor={trainers}"
+        yield Problem(field, None, wrong + "trainer, on which they take turns", fix)
+    away = [device for device in servers.devices or () if device >= trainers]
+    if away:
+        wrong = f"no process of the trainer has GPU {away[0]}, and colocated servers are on the trainer's"
+        yield Problem(field, servers.devices, wrong, f"{field}=null, or rollout.placement=disaggregated")
 
 
 def _trainers(config: Config, launched: int | None) -> int:
@@ -134,8 +182,8 @@ def _trainers(config: Config, launched: int | None) -> int:
     return trainers_on_node(config, config.parallel.world_size if launched is None else launched) or 1
 
 
-def _colocated(config: Config, launched: int | None) -> Iterator[Problem]:
-    """Servers on GPUs of the trainer, whose processes use the first ones of a node."""
+def _disaggregated(config: Config, launched: int | None) -> Iterator[Problem]:
+    """Servers that keep their memory, on GPUs of the trainer, whose processes use the first ones of a node."""
     servers, cluster = config.rollout.servers, config.cluster
     if config.rollout.is_colocated or (cluster is not None and cluster.rollout_nodes):  # all servers are there
         return

@@ -62,6 +62,18 @@ def _version(part: str) -> str | None:
         return None
 
 
+def drop_fp8_weights(net: torch.nn.Module) -> None:
+    """Drop the FP8 copies of the weights that TE's layers keep between passes; the next pass makes them again.
+
+    TE 2.11 (pytorch/module/base.py, `get_weight_workspace`): a byte for each number, two where the backward pass needs
+    the transposed copy. No function of TE drops them.
+    """
+    for module in net.modules():
+        copies = getattr(module, "_fp8_workspaces", None)
+        if copies:
+            copies.clear()
+
+
 def refuse_unfused_attention(*, in_fp8: bool) -> None:
     """Raise InputError if TE's last attention kept the scores of all pairs of tokens.
 
