@@ -109,7 +109,7 @@ class Shard:
 
 def partial_sums(logits: Tensor, targets: Tensor, shard: Shard, temperature: float) -> Tensor:
     """M, L, W and t of a shard: [T, columns] -> [4, T], at least fp32."""
-    x = _of_vocabulary(logits, shard)
+    x = of_vocabulary(logits, shard)
     peak = x.amax(dim=1) if x.numel() else x.new_full((len(targets),), -torch.inf)
     peak = peak.clamp(min=torch.finfo(x.dtype).min)  # finite even if the row has only padding
     shifted = (x - peak[:, None]) * (LOG2_E / temperature)
@@ -140,7 +140,7 @@ def gradient(logits: Tensor, of_rows: Sequence[Tensor], shard: Shard, temperatur
     `of_rows`, each [T]: the targets, M, log2 L, the entropy, and the gradients of log-probability and entropy.
     """
     targets, peak, log_total, entropy, grad_logprobs, grad_entropy = of_rows
-    shifted = (_of_vocabulary(logits, shard) - peak[:, None]) * (LOG2_E / temperature)
+    shifted = (of_vocabulary(logits, shard) - peak[:, None]) * (LOG2_E / temperature)
     log_p = (shifted - log_total[:, None]).clamp(min=LOWEST)
     inner = grad_logprobs[:, None] + grad_entropy[:, None] * (LN_2 * log_p + entropy[:, None])
     grad = -log_p.exp2() * inner
@@ -152,6 +152,6 @@ def gradient(logits: Tensor, of_rows: Sequence[Tensor], shard: Shard, temperatur
     return whole
 
 
-def _of_vocabulary(logits: Tensor, shard: Shard) -> Tensor:
+def of_vocabulary(logits: Tensor, shard: Shard) -> Tensor:
     """The shard's logits without padding, in fp32 or wider: [T, shard.size]."""
     return logits[:, : shard.size].to(torch.promote_types(logits.dtype, torch.float32))

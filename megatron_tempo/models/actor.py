@@ -23,7 +23,7 @@ from megatron_tempo.types import Batch
 
 
 class Actor:
-    """Computes log-probabilities and policy updates, at the temperature of the rollouts."""
+    """Computes log-probabilities and policy updates, of the distribution that the rollouts are sampled from."""
 
     def __init__(self, model: Model, guard: NonFiniteGuard | None = None) -> None:
         """`guard`: None if the model is not trained."""

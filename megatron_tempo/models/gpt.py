@@ -20,6 +20,9 @@ from megatron_tempo.config.choices import Layers, Logits
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.kernels import Kernels
+from megatron_tempo.kernels.linear_logprobs import linear_logprobs_and_entropy
+from megatron_tempo.kernels.truncated import truncate_logits_
+from megatron_tempo.kernels.truncation import Truncation
 from megatron_tempo.models.decoder import NORMS_WITHIN
 from megatron_tempo.models.families import block_spec, token_multiple
 from megatron_tempo.models.packing import MicroBatch
@@ -124,13 +127,18 @@ class LanguageModel(PackedGPT):
         logits: Logits,
         temperature: float,
         chunk: int = 0,
+        truncation: Truncation | None = None,
     ) -> None:
         super().__init__(config, shape, layout, kernels, tied=shape.tied, chunk=chunk)
         self.logits = logits
         self.temperature = temperature
+        self.truncation = truncation
 
     def head(self, hidden: Tensor, micro: MicroBatch) -> Tensor:
-        """Hidden states [S / c (/ tensor), 1, hidden] -> log pi(target), entropy at `temperature`: float32 [2, R]."""
+        """Hidden states [S / c (/ tensor), 1, hidden] -> log pi(target), entropy at `temperature`: float32 [2, R].
+
+        With `truncation` both are of the truncated distribution that the engine samples from.
+        """
         outputs = micro.predicting
         if self.config.sequence_parallel:
             predicting = gather_from_sequence_parallel_region(hidden)[outputs.local, 0]
@@ -139,10 +147,15 @@ class LanguageModel(PackedGPT):
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         weight = self.output_layer.weight if weight is None else weight
         args = (outputs.targets, self.shape.vocab, self.temperature, get_tensor_model_parallel_group())
-        if self.logits is Logits.recomputed:
+        if self.logits is Logits.stored:
+            logits = functional.linear(predicting, weight)
+            if self.truncation is not None:
+                truncate_logits_(logits, *args, self.truncation)
+            results = self.kernels.logprobs_and_entropy(logits, *args)
+        elif self.truncation is None:
             results = self.kernels.linear_logprobs_and_entropy(predicting, weight, *args)
-        else:
-            results = self.kernels.logprobs_and_entropy(functional.linear(predicting, weight), *args)
+        else:  # the fused kernel sees a part of a row at a time, and what is kept depends on all of it
+            results = linear_logprobs_and_entropy(predicting, weight, *args, self.truncation)
         return torch.stack([outputs.gather(x) for x in results])
 
 

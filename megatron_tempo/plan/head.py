@@ -31,7 +31,8 @@ def update(
     Hidden states of R tokens and their gradient, 2 a R h, the gradient of the output matrix, a v h; and
 
     - recomputed, on CUDA: 4 h min(R, 65536) + 2^29, and with more rows the weight's gradient in fp32 (as the kernel
-      documents); in plain torch: seven tensors in fp32 of a piece of 2^24 logits;
+      documents); in plain torch: seven tensors in fp32 of a piece of 2^24 logits; with truncated sampling: eight, and
+      in bf16 the gradient of the output matrix in fp32 and that of a piece;
     - stored: the logits, a R v, which the kernel overwrites with the gradient; in plain torch: six more tensors in
       fp32.
 
@@ -42,10 +43,11 @@ def update(
     a, h, R, v = machine.size, shape.hidden, micro.responses, padded_vocab(shape.vocab, layout.tensor) // layout.tensor
     if logits is Logits.recomputed:
         inputs = 2 * a * R * h + a * v * h
-        if machine.cuda:
+        if machine.cuda and not machine.truncates:
             many = 4 * v * h if R > BLOCK_ROWS else 0
             return inputs + 4 * h * min(R, BLOCK_ROWS) + BLOCK_BYTES + many
-        return inputs + 7 * 4 * v * min(R, max(1, PIECE // v))
+        tensors, wide = (8, (4 + a) * v * h if machine.mixed else 0) if machine.truncates else (7, 0)
+        return inputs + wide + tensors * 4 * v * min(R, max(1, PIECE // v))
     inputs = a * R * h
     products = a * R * h + a * v * h  # backward through the product; the other tensors are freed
     return inputs + a * R * v + (products if machine.cuda else max(products + 4 * R * v, 6 * 4 * R * v))
@@ -62,7 +64,7 @@ def reading(
     """Peak bytes of the head in a pass without gradient, when of the layers only the hidden states remain.
 
     On CUDA, recomputed: 16 R (shares + 1) bytes of sums. In plain torch: five tensors in fp32 of a piece of the logits,
-    or of all.
+    or of all. With truncated sampling: six.
     """
     S, a, h = micro.tokens, machine.size, shape.hidden
     sequence = layout.sequence and layout.tensor > 1
@@ -74,6 +76,7 @@ def reading(
     states += a * R * h
     if logits is Logits.stored and machine.cuda:
         return states + a * R * v + 16 * R
-    if machine.cuda:
+    if machine.cuda and not machine.truncates:
         return states + 16 * R * (MOST_SHARES + 1)
-    return states + 5 * 4 * v * (R if logits is Logits.stored else min(R, max(1, PIECE // v)))
+    tensors = 6 if machine.truncates else 5
+    return states + tensors * 4 * v * (R if logits is Logits.stored else min(R, max(1, PIECE // v)))

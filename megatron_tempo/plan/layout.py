@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron_tempo.config.choices import Device, Fusions, Layers, Precision, Recompute
 from megatron_tempo.config.pipeline_layers import PipelineLayers
 from megatron_tempo.config.recipes import RECIPES
+from megatron_tempo.config.sampled import truncates
 from megatron_tempo.config.schema import Config, ParallelConfig
 from megatron_tempo.config.sizes import GRID_SLACK
 
@@ -51,6 +52,7 @@ class PlannedMachine:
     cuda: bool = True
     te: bool = False  # Transformer Engine: its layers, and its Adam, which needs no memory for a step
     fused: bool = False  # its layers' fused operations: rotary embedding, SwiGLU, weight gradients
+    truncates: bool = False  # top-p, top-k or min-p in training: recomputed logits are those of plain torch
 
     @property
     def mixed(self) -> bool:
@@ -80,7 +82,8 @@ def machine_of(config: Config) -> PlannedMachine:
     te = config.run.precision in RECIPES or config.model.layers is Layers.transformer_engine
     te = te and cuda
     size = 4 if config.run.precision is Precision.fp32 else 2
-    return PlannedMachine(size, cuda, te, te and config.model.fusions is Fusions.auto)
+    fused = te and config.model.fusions is Fusions.auto
+    return PlannedMachine(size, cuda, te, fused, truncates(config.rollout))
 
 
 def layout_of(own: ParallelConfig, world: int) -> PlannedLayout:

@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"config", "errors", "files", "observability", "rewards", "runtime", "types"},
     "rollout": {
         *("config", "data.tokenizer", "errors", "files", "models.megatron_compat.torch_private", "rewards"),
-        *("nullgpu.guard", "runtime", "types"),
+        *("kernels.truncation", "nullgpu.guard", "runtime", "types"),
     },
     "evaluation": {"config", "rewards", "rollout", "types"},
     "checkpoint": {"config", "data", "errors", "files", "models", "observability", "runtime", "weights"},
