@@ -48,10 +48,10 @@ UNFINISHED = "unfinished"  # the `finish_reason` of a response that is to contin
 class Completion:
     """One sampled response of t tokens, as an engine returns it. Its tensors are on the CPU.
 
-    `logprobs[i]`: log pi(token_ids[i] | prompt, token_ids[:i]) in nats, after temperature. `versions`: the weights that
-    generated the tokens, as (version, number of tokens) in order; the version is the run's iteration.
-    `finish_reason`: "stop" (the response ends with an end token, which is part of it), "length", or, between two phases
-    of generation, UNFINISHED.
+    `logprobs[i]`: log pi(token_ids[i] | prompt, token_ids[:i]) in nats, after temperature, over the tokens that top-p,
+    top-k and min-p leave. `versions`: the weights that generated the tokens, as (version, number of tokens) in order;
+    the version is the run's iteration. `finish_reason`: "stop" (the response ends with an end token, or with the token
+    that completes a stop string; both are part of it), "length", or, between two phases of generation, UNFINISHED.
 
     >>> Completion(token_ids=[12, 66], logprobs=[-0.7, -0.01], finish_reason="stop", versions=((40, 2),))
     """
@@ -136,7 +136,7 @@ class Batch:
     response_tokens: Tensor  # int32 [T]
     response_lengths: Tensor  # int64 [n]
     engine_logprobs: Tensor  # float32 [T]: engine log-probabilities
-    stopped: Tensor  # bool [n]: the response ends with an end token
+    stopped: Tensor  # bool [n]: the response ends with an end token or a stop string
     # int64 [runs, 3], of all rows: row, version of the weights that generated the tokens (the run's iteration; -1:
     # unknown), number of tokens; in order
     versions: Tensor

@@ -24,6 +24,8 @@ from megatron_tempo.types import Completion, EngineHealth, Weights
 class GenerateEngine:
     """One is made in each process of the trainer, and all ranks call its methods together."""
 
+    sampling = ("top_p", "top_k", "seed")  # settings besides a temperature above 0 that it keeps
+
     def __init__(self, setup: EngineSetup) -> None:
         """`setup.model` is a folder to read the configuration from. The weights come by `load_weights`."""
         config = AutoConfig.from_pretrained(setup.model)
@@ -61,8 +63,8 @@ class GenerateEngine:
                 attention_mask=torch.ones_like(prompt),
                 do_sample=True,
                 temperature=sampling.temperature,
-                top_k=0,
-                top_p=1.0,
+                top_k=sampling.top_k or 0,
+                top_p=sampling.top_p,
                 max_new_tokens=sampling.max_tokens,
                 num_return_sequences=request.samples,
                 eos_token_id=self.ends,

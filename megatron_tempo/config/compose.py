@@ -35,7 +35,7 @@ from megatron_tempo.config.rules.files import wrong_with_folder
 from megatron_tempo.config.schema import Config, RolloutConfig, to_plain
 from megatron_tempo.config.set_names import set_name, set_names_of
 from megatron_tempo.config.shipped import REPOSITORY
-from megatron_tempo.config.trained_with import defaults_for, lengths, read_trained_with
+from megatron_tempo.config.trained_with import defaults_for, endings, read_trained_with
 from megatron_tempo.config.tree import MISSING, read, without_default_settings
 from megatron_tempo.errors import InputError
 from megatron_tempo.files import read_json
@@ -95,7 +95,7 @@ def compose_tree(
         if purpose is Purpose.eval and whole is None:
             entry = _trained_with(plain)
             _fill_sets(plain, [name for name in names.values() if name not in chosen], entry)
-            _fill_lengths(plain, overrides, entry)
+            _fill_endings(plain, overrides, entry)
         if purpose is not Purpose.eval and whole is None:
             _own_folder(plain, overrides)
         return plain, problems
@@ -151,12 +151,12 @@ def _trained_with(plain: dict[str, Any]) -> dict[str, Any]:
     return read_trained_with(Path(path)) if isinstance(path, str) else {}
 
 
-def _fill_lengths(plain: dict[str, Any], overrides: Sequence[str], entry: dict[str, Any]) -> None:
-    """Take the lengths that the model was trained with where neither a preset nor an override gives others."""
+def _fill_endings(plain: dict[str, Any], overrides: Sequence[str], entry: dict[str, Any]) -> None:
+    """Take the lengths and stop strings that the model was trained with, where no preset or override gives others."""
     rollout = plain.get("rollout")
     if not isinstance(rollout, dict):
         return
-    for field, value in lengths(entry).items():
+    for field, value in endings(entry).items():
         is_given = any(text.lstrip("+").startswith(f"rollout.{field}=") for text in overrides)
         if not is_given and rollout.get(field) == getattr(RolloutConfig(), field):
             rollout[field] = value

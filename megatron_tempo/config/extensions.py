@@ -116,11 +116,19 @@ ENGINE_METHODS = {
 }
 
 
+# What a user's engine may say that it keeps, in its attribute `sampling`. A temperature above 0 it must keep.
+SAMPLING = ("greedy", "top_p", "top_k", "min_p", "stop", "seed")
+
+
 class LoadedEngine(NamedTuple):
-    """The class of a user's engine, called with an `EngineSetup`. `background`: it generates while others work."""
+    """The class of a user's engine, called with an `EngineSetup`. `background`: it generates while others work.
+
+    `sampling`: the settings that it keeps besides a temperature above 0, of `SAMPLING`.
+    """
 
     make: Callable[[Any], Any]
     background: bool
+    sampling: frozenset[str]
 
 
 @cache
@@ -140,7 +148,11 @@ def load_engine(extension: Extension) -> LoadedEngine:
     background = getattr(target, "background", False)
     if not isinstance(background, bool):
         raise ExtensionError(f"its attribute background is {shown(background)}", "background = True or False")
-    return LoadedEngine(target, background)
+    sampling = getattr(target, "sampling", ())
+    if not isinstance(sampling, list | tuple | set | frozenset) or not set(map(str, sampling)) <= set(SAMPLING):
+        names = ", ".join(f'"{name}"' for name in SAMPLING)
+        raise ExtensionError(f"its attribute sampling is {shown(sampling)}", f"sampling = ({names}), or some of these")
+    return LoadedEngine(target, background, frozenset(map(str, sampling)))
 
 
 @cache

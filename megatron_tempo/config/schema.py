@@ -38,7 +38,7 @@ class RunConfig:
     """The run as a whole."""
 
     dir: str = "???"  # the run writes only below this folder
-    seed: int = 0  # seed of all random draws of the trainer and of the embedded engine; servers have their own
+    seed: int = 0  # seed of all random draws of the trainer and of the embedded engine; servers: rollout.seed
     resume: bool = True  # resume from the newest complete checkpoint in run.dir; false: reject a folder that has one
     device: Device = Device.auto
     precision: Precision = Precision.fp32
@@ -201,6 +201,11 @@ class RolloutConfig:
     max_prompt_tokens: int = 2048  # maximum tokens of a prompt; a longer one is an error
     max_response_tokens: int = 16384  # maximum tokens of a response; a longer one is cut off
     temperature: float = 1.0  # sampling temperature of training responses
+    top_p: float = 1.0  # sample from the most probable tokens of this share; log-probabilities are over what is left
+    top_k: int | None = None  # sample from this many of the most probable tokens; None: from all
+    min_p: float = 0.0  # sample from tokens at least this many times as probable as the most probable one; 0: from all
+    stop: list[str] = field(default_factory=list)  # strings that end a response, as a part of it that is trained on
+    seed: int | None = None  # seed of the responses; None: run.seed if embedded, while servers draw their own numbers
     batch_rows: int = 256  # responses that the embedded engine decodes together, in each process
     dump: bool = False  # write each iteration's rollouts to `run.dir/rollouts`
     replay: str | None = None  # folder written by `dump`: read rollouts from it instead of generating them
@@ -256,7 +261,12 @@ class EvaluationConfig:
     every: int = 10
     samples: int = 16  # responses to a question: avg@samples
     pass_k: list[int] = field(default_factory=lambda: [8])  # report pass@k for these k
-    temperature: float = 1.0  # sampling temperature
+    temperature: float = 1.0  # sampling temperature; 0: greedy, the most probable token each time
+    top_p: float = 1.0  # as rollout.top_p
+    top_k: int | None = None  # as rollout.top_k
+    min_p: float = 0.0  # as rollout.min_p
+    stop: list[str] | None = None  # as rollout.stop; None: rollout.stop
+    seed: int | None = None  # as rollout.seed
     max_response_tokens: int | None = None  # maximum tokens of a response; None: rollout.max_response_tokens
     sets: dict[str, DatasetConfig] = field(default_factory=dict)  # questions with answers, by names that you choose
     calibration_set: str | None = None  # name of the set on which to measure the critic's calibration; None: do not

@@ -26,6 +26,7 @@ def trained_with(config: Config) -> dict[str, Any]:
         "sets": sets,
         "max_prompt_tokens": config.rollout.max_prompt_tokens,
         "max_response_tokens": config.rollout.max_response_tokens,
+        "stop": list(config.rollout.stop),
     }
 
 
@@ -48,10 +49,14 @@ def defaults_for(entry: dict[str, Any], path: str) -> dict[str, Any]:
     return _known(asked, _ASKED) if isinstance(asked, dict) else {}
 
 
-def lengths(entry: dict[str, Any]) -> dict[str, int]:
-    """Fields of `rollout`: the lengths that the model was trained with."""
-    names = ("max_prompt_tokens", "max_response_tokens")
-    return {name: entry[name] for name in names if isinstance(entry.get(name), int) and entry[name] > 0}
+def endings(entry: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `rollout`: the lengths and the stop strings that the model was trained with."""
+    given = {name: entry.get(name) for name in ("max_prompt_tokens", "max_response_tokens")}
+    fields: dict[str, Any] = {name: value for name, value in given.items() if isinstance(value, int) and value > 0}
+    stop = entry.get("stop")
+    if isinstance(stop, list) and stop and all(isinstance(string, str) for string in stop):
+        fields["stop"] = stop
+    return fields
 
 
 def _sets(config: Config) -> dict[str, DatasetConfig]:

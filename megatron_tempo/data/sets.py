@@ -18,7 +18,7 @@ from megatron_tempo.data.dataset import load_labelled, load_unlabelled, question
 from megatron_tempo.data.question_keys import exact_key
 from megatron_tempo.data.stream import PromptStream
 from megatron_tempo.data.template_date import DATE, asks_for_date
-from megatron_tempo.data.tokenizer import findings
+from megatron_tempo.data.tokenizer import check_stop_strings, findings
 from megatron_tempo.errors import InputError
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.types import LabelledPrompt, UnlabelledPrompt
@@ -142,8 +142,10 @@ def tokenizer_findings(
 ) -> list[str]:
     """Findings on the tokenizer and its chat template, one per line. `sets`: the prompts of a job.
 
-    Raises InputError if the tokenizer loses all spaces of a prompt.
+    Raises InputError if the tokenizer loses all spaces of a prompt, or cannot write a stop string.
     """
+    for field, stop in (("rollout.stop", config.rollout.stop), ("evaluation.stop", config.evaluation.stop or [])):
+        check_stop_strings(tokenizer, Path(config.model.path), stop, field)
     texts = [prompt.text for prompts in sets for prompt in prompts[:SAMPLED]]
     lines = findings(tokenizer, Path(config.model.path), texts)
     if isinstance(tokenizer.chat_template, str) and asks_for_date(tokenizer.chat_template):

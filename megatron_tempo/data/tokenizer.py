@@ -87,6 +87,22 @@ def _tokenizer_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
+def check_stop_strings(tokenizer: PreTrainedTokenizerBase, folder: Path, strings: Sequence[str], field: str) -> None:
+    """Raises InputError for a stop string that the tokenizer cannot write, or a tokenizer without tokenizer.json."""
+    if strings and not tokenizer.is_fast:
+        raise InputError(
+            f"{field}: the tokenizer of {folder} has no tokenizer.json, which stop strings need; {field}=[]"
+        )
+    for string in strings:
+        tokens = tokenizer(string, add_special_tokens=False).input_ids
+        back = str(tokenizer.decode(tokens))
+        if string not in back:
+            raise InputError(
+                f"{field}={string!r}: the tokenizer of {folder} writes it as {back!r}, so no response would end there; "
+                "give a string that it can write"
+            )
+
+
 def findings(tokenizer: PreTrainedTokenizerBase, folder: Path, texts: Sequence[str]) -> list[str]:
     """Findings on a tokenizer, one per line. `texts`: prompts as the model reads them.
 

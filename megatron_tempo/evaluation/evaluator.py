@@ -86,7 +86,7 @@ class Evaluator:
     def answer(self, name: str) -> ScoredResponses:
         """Let the engine answer every question of a set `config.samples` times, and verify the responses."""
         prompts, config = self.sets[name], self.config
-        sampling = Sampling(config.temperature, config.max_response_tokens or self.max_tokens)
+        sampling = Sampling.of(config, config.max_response_tokens or self.max_tokens)
         seed = f"{self.seed}/evaluation/{name}"
         asked = ask(self.engine, prompts, config.samples, sampling, seed)
         collected = collect(asked, self.verifiers, self.tokenizer).take(0, len(prompts), verdicts=True)

@@ -41,7 +41,7 @@ class Responses:
     answer: str | None  # None: the responses are compared with one another
     prompt_end: tuple[int, ...]  # the last tokens of the prompt, which may begin a thought
     lengths: tuple[int, ...]
-    stopped: tuple[bool, ...]  # whether the engine ended the response at its last token
+    stopped: tuple[bool, ...]  # whether the response's last token is an end token, which is none of its text
     tokens: npt.NDArray[np.int32]  # [sum of the lengths]
 
     def texts(self, tokenizer: Decodes, view: View) -> Iterator[str]:

@@ -56,7 +56,8 @@ class Verifiers:
 
     A verifier sees the text after the last thought of a response, without its end tokens (`endings`). If the thought
     does not end, it sees nothing, or with `read_unfinished_thoughts` the whole response. The user's own verifiers also
-    see thoughts. Countdown also sees the end token, which is part of its answers (`View`).
+    see thoughts. Countdown also sees the end token, which is part of its answers (`View`). `end_tokens` is given if
+    responses may also end with a stop string, whose tokens are part of the text.
     """
 
     def __init__(
@@ -67,8 +68,10 @@ class Verifiers:
         imported: Iterable[Extension] = (),
         *,
         read_unfinished_thoughts: bool = False,
+        end_tokens: frozenset[int] | None = None,
     ) -> None:
         self._judge = judge
+        self.end_tokens = end_tokens
         self._read_unfinished_thoughts = read_unfinished_thoughts
         self._one_at_a_time = threading.Lock()
         self.threads = workers + 1  # one of them decodes while the workers compare

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_tempo.config.choices import EngineKind, EnginePrecision
-from megatron_tempo.config.extensions import Extension
+from megatron_tempo.config.sampled import stop_strings, truncates
 from megatron_tempo.config.schema import Config
 from megatron_tempo.rollout.server_adapter import ServerAdapter
 
@@ -13,9 +13,12 @@ def server_adapter_of(config: Config, *, cpu: bool) -> ServerAdapter:
     from megatron_tempo.rollout.sglang import Sglang
     from megatron_tempo.rollout.vllm import Vllm
 
-    kinds: dict[EngineKind | Extension, type[Sglang | Vllm]] = {EngineKind.sglang: Sglang, EngineKind.vllm: Vllm}
     rollout = config.rollout
-    return kinds[rollout.engine](cpu=cpu, tensor=rollout.servers.tensor, sleeps=rollout.is_colocated)
+    tensor, sleeps = rollout.servers.tensor, rollout.is_colocated
+    if rollout.engine is EngineKind.vllm:
+        return Vllm(cpu=cpu, tensor=tensor, sleeps=sleeps, stops=bool(stop_strings(config)))
+    shortened = truncates(rollout) or truncates(config.evaluation)
+    return Sglang(cpu=cpu, tensor=tensor, sleeps=sleeps, truncates=shortened)
 
 
 def engine_precision(config: Config) -> EnginePrecision:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, repeat
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from torch import Tensor
 
 from megatron_tempo.data.tokenizer import end_tokens
 from megatron_tempo.errors import EngineError
+from megatron_tempo.kernels.truncation import lowest_kept
 from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
 from megatron_tempo.rollout.kv_cache import attention_for, new_cache
 from megatron_tempo.rollout.partial_requests import grown
+from megatron_tempo.rollout.stop_strings import StopStrings, StopText
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import UNFINISHED, Completion, EngineHealth, PartName, TokenCount, Weights, whole_name
 
@@ -46,6 +49,8 @@ class EmbeddedEngine:
         arguments = inspect.signature(self._model.forward).parameters
         self._cache_argument = "cache" if "cache" in arguments else "past_key_values"
         self._device = device
+        self._folder = folder
+        self._stops: StopStrings | None = None  # of the last sampling that had some
         self._batch_rows = batch_rows
         self._end_tokens = torch.tensor(end_tokens(folder), device=device)
         self._version: int | None = None
@@ -133,10 +138,11 @@ class EmbeddedEngine:
         copies = copies.to(self._device)
         cache.batch_select_indices(copies)
         decoding = _Decoding.begin(requests, mask[copies], sampling, self._device)
+        decoding.texts = self._texts(requests, sampling.stop)
         logits = logits[copies]
         while True:
             progress_marker.mark()
-            tokens = decoding.sample(logits, sampling.temperature, self._end_tokens)
+            tokens = decoding.sample(logits, sampling, self._end_tokens)
             if decoding.ended.all():
                 break
             kept = decoding.drop_ended()
@@ -148,6 +154,20 @@ class EmbeddedEngine:
             logits = self._forward(tokens[:, None], decoding.mask, cache, decoding.mask.sum(1, keepdim=True) - 1)
         decoding.check_finite()
         return decoding.completions(requests, self._version or 0)
+
+    def _texts(self, requests: list[Request], stop: tuple[str, ...]) -> list[StopText] | None:
+        """The text of each row, to find stop strings in; None if there are no stop strings."""
+        if not stop:
+            return None
+        if self._stops is None or self._stops.strings != stop:
+            self._stops = StopStrings(self._folder, stop)
+        texts = self._stops.texts([request.token_ids for request in requests for _ in range(request.samples)])
+        rows = iter(texts)
+        for request in requests:
+            for text, begun in zip(islice(rows, request.samples), request.begun or repeat(None)):
+                for token in [] if begun is None else begun.token_ids.tolist():
+                    text.ends_with(token)
+        return texts
 
     def _forward(self, tokens: Tensor, mask: Tensor, cache: Any, positions: Tensor) -> Tensor:
         """Logits of the last position: float32 [rows, vocabulary]."""
@@ -176,6 +196,7 @@ class _Decoding:
     limits: Tensor  # int64 [rows]: the length at which a row is paused, if not ended
     stopped: Tensor  # bool [rows]
     finite: Tensor  # bool [], whether all logits so far were finite
+    texts: list[StopText] | None = None  # of the rows, where stop strings end responses
 
     @classmethod
     def begin(cls, requests: list[Request], mask: Tensor, sampling: Sampling, device: torch.device) -> _Decoding:
@@ -208,24 +229,48 @@ class _Decoding:
             finite=torch.tensor(True, device=device),
         )
 
-    def sample(self, logits: Tensor, temperature: float, end_tokens: Tensor) -> Tensor:
-        """Sample each live row's next token by inverting the distribution function. Record it for rows not ended."""
-        logprobs = (logits / temperature).log_softmax(dim=1)
-        # In float64: over a large vocabulary, float32 sums would lose the probability of the tail tokens.
-        cumulative = logprobs.double().exp().cumsum(1)
-        self.finite &= cumulative[:, -1].isfinite().all()  # the sum is NaN if a logit is NaN or infinite
+    def sample(self, logits: Tensor, sampling: Sampling, end_tokens: Tensor) -> Tensor:
+        """Sample each live row's next token and record it for rows not ended."""
         step = self.lengths[self.row].clamp(max=self.tokens.shape[1] - 1)  # of an ended row: any
-        point = self.uniforms[self.row, step, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, point, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+        tokens, logprobs = self._drawn(logits, step, sampling)
         live = ~self.ended
         at, step = self.row[live], step[live]
         self.tokens[at, step] = tokens[live]
         self.logprobs[at, step] = logprobs.gather(1, tokens[:, None]).squeeze(1)[live]
         self.lengths[at] = step + 1
-        ends = torch.isin(tokens, end_tokens) & live
+        ends = torch.isin(tokens, end_tokens)
+        if self.texts is not None:
+            ends |= self._stopped_by_text(tokens)
+        ends &= live
         self.stopped[self.row[ends]] = True
         self.ended |= ends | (self.lengths[self.row] >= self.limits[self.row])
         return tokens
+
+    def _drawn(self, logits: Tensor, step: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+        """Each live row's next token, int64 [live], by inverting the distribution function, and log-probabilities."""
+        if not sampling.temperature:
+            self.finite &= logits.isfinite().all()
+            return logits.argmax(dim=1), logits.log_softmax(dim=1)
+        if sampling.truncation is not None:
+            least = lowest_kept(logits, sampling.temperature, sampling.truncation)
+            logits = logits.masked_fill(logits < least[:, None], -torch.inf)
+        logprobs = (logits / sampling.temperature).log_softmax(dim=1)
+        # In float64: over a large vocabulary, float32 sums would lose the probability of the tail tokens.
+        cumulative = logprobs.double().exp().cumsum(1)
+        self.finite &= cumulative[:, -1].isfinite().all()  # the sum is NaN if a logit is NaN or infinite
+        point = self.uniforms[self.row, step, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, point, right=True).squeeze(1)
+        return tokens.clamp(max=logits.shape[1] - 1), logprobs
+
+    def _stopped_by_text(self, tokens: Tensor) -> Tensor:
+        """Whether the text of each live row has a stop string with its new token: bool [live]; False of ended rows."""
+        assert self.texts is not None
+        rows, ended = self.row.tolist(), self.ended.tolist()
+        found = [
+            not has_ended and self.texts[row].ends_with(token)
+            for row, has_ended, token in zip(rows, ended, tokens.tolist(), strict=True)
+        ]
+        return torch.tensor(found, dtype=torch.bool, device=tokens.device)
 
     def check_finite(self) -> None:
         """Raise EngineError if logits were not finite: the tokens would be noise."""

@@ -18,7 +18,8 @@ from typing import Protocol, runtime_checkable
 import torch
 import torch.distributed as dist
 
-from megatron_tempo.config.schema import RolloutConfig
+from megatron_tempo.config.schema import EvaluationConfig, RolloutConfig
+from megatron_tempo.kernels.truncation import Truncation
 from megatron_tempo.rollout.verifying_nodes import VerifyingNodes
 from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
 
@@ -27,8 +28,8 @@ from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
 class Request:
     """One prompt to be answered `samples` times.
 
-    With the embedded engine, equal seeds give equal completions, whatever other requests there are. A server draws its
-    own random numbers.
+    With the embedded engine, equal seeds give equal completions, whatever other requests there are. Servers get seeds
+    where `Sampling.seeded`; else they draw their own random numbers.
 
     >>> Request(token_ids=(5, 7, 8), samples=8, seed=3)
     """
@@ -43,10 +44,42 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Sampling settings: softmax(logits / temperature), until an end token or `max_tokens` response tokens."""
+    """Sampling settings. A response ends at an end token, at a stop string, or at `max_tokens` response tokens.
+
+    Tokens are drawn from softmax(logits / temperature) over the tokens that min-p, top-k and top-p leave, applied in
+    this order (`kernels.truncation`). Log-probabilities are of this truncated distribution. At a temperature of 0 the
+    most probable token is taken, and log-probabilities are those at a temperature of 1.
+
+    >>> Sampling(0.6, max_tokens=16384, top_p=0.95, top_k=20, stop=("</answer>",))
+    """
 
     temperature: float
     max_tokens: int
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()  # the response ends with the token that completes one of them, which is part of it
+    seeded: bool = False  # servers draw by the requests' seeds
+
+    @staticmethod
+    def of(settings: RolloutConfig | EvaluationConfig, max_tokens: int) -> Sampling:
+        """The sampling of training responses, or of an evaluation's."""
+        return Sampling(
+            settings.temperature,
+            max_tokens,
+            settings.top_p,
+            settings.top_k,
+            settings.min_p,
+            tuple(settings.stop or ()),
+            settings.seed is not None,
+        )
+
+    @property
+    def truncation(self) -> Truncation | None:
+        """What restricts the tokens that may be drawn; None: nothing."""
+        if not self.temperature or (self.top_p >= 1 and self.top_k is None and self.min_p <= 0):
+            return None
+        return Truncation(self.top_p, self.top_k, self.min_p)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 
 from megatron_tempo.rollout.engine import Request
 from megatron_tempo.rollout.replica import Ask
-from megatron_tempo.types import UNFINISHED, Completion
+from megatron_tempo.types import UNFINISHED, Completion, seed_of
 
 
 def is_unfinished(completions: Sequence[Completion]) -> bool:
@@ -23,10 +23,11 @@ def parts_of(ask: Ask) -> list[Ask]:
     if not request.begun:
         return [ask]
     parts = []
-    for one in request.begun:
+    for sample, one in enumerate(request.begun):
         if one.finish_reason == UNFINISHED:
             tokens = one.token_ids.tolist()
-            rest = Request((*request.token_ids, *tokens), 1, request.seed)
+            # A seed of its own: neither another sample's, nor that of the tokens so far.
+            rest = Request((*request.token_ids, *tokens), 1, seed_of(request.seed, sample, len(tokens)))
             left = replace(sampling, max_tokens=sampling.max_tokens - len(tokens))
             parts.append(replace(ask, request=rest, sampling=left))
     return parts

@@ -6,6 +6,11 @@ takes tensors in parts. A server that was started without it gets whole tensors:
 
 SGLang reports success for an update that misses a tensor or names one wrongly. On a CPU its checksum of a tensor is
 that of the tensor's bytes, so every tensor can be compared. On a GPU it is another function.
+
+Its log-probabilities are those before top-k, top-p and min-p (`srt/layers/sampler.py`), and top-p's shares are of all
+tokens, so with top-k other tokens are left than elsewhere. So our own logit processor truncates
+(`sglang_truncation.py`), before SGLang samples without options: its log-probabilities are then those of the truncated
+distribution.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -62,6 +68,14 @@ _NOTHING_ELSE = {
     "frequency_penalty": 0.0,
     "presence_penalty": 0.0,
 }
+_HERE = Path(__file__)
+# What SGLang's servers get of ours, and under which names.
+_MODULES = {
+    _HERE.with_name("sglang_truncation.py"): "megatron_tempo_sglang.py",
+    _HERE.parents[1] / "kernels" / "truncation.py": "megatron_tempo_truncation.py",
+}
+# SGLang unpickles the class of a logit processor. This pickle is its name alone.
+_PROCESSOR = json.dumps({"callable": b"\x80\x02cmegatron_tempo_sglang\nTruncationProcessor\n.".hex()})
 # Vocabularies are padded with zero rows to a multiple of this.
 _VOCABULARY_MULTIPLE = 64
 # Parameters that are concatenations of several of Hugging Face's.
@@ -72,7 +86,11 @@ _FUSED = {
 
 
 class Sglang:
-    """A `ServerAdapter`, for SGLang 0.5.23. The seeds of requests are not used: it draws its own random numbers."""
+    """A `ServerAdapter`, for SGLang 0.5.23. `truncates`: requests may have top-p, top-k or min-p.
+
+    SGLang uses a request's seed only if it runs with `--enable-deterministic-inference`, and all samples of a request
+    would have the same one. So with seeds each sample is an entry of its own.
+    """
 
     name = "SGLang"
     takes_parts = True
@@ -83,8 +101,8 @@ class Sglang:
     answer_format = "sglang"
     memory_option = "--mem-fraction-static"
 
-    def __init__(self, *, cpu: bool, tensor: int, sleeps: bool = False) -> None:
-        self._cpu, self._tensor, self._sleeps = cpu, tensor, sleeps
+    def __init__(self, *, cpu: bool, tensor: int, sleeps: bool = False, truncates: bool = False) -> None:
+        self._cpu, self._tensor, self._sleeps, self._truncates = cpu, tensor, sleeps, truncates
         self._wholes = WholeParameters(_FUSED.values())
 
     def launch(self, start: Start) -> Launch:
@@ -105,11 +123,11 @@ class Sglang:
         environment = ON_CPU | {"SGLANG_USE_CPU_ENGINE": "1"} if self._cpu else {}
         environment |= _with_plugin(start.folder / "python")
         cpu = [*_ON_CPU, f"--max-total-tokens={_cache_tokens(start.model)}"] if self._cpu else []
-        loader = [f"--custom-weight-loader={_LOADER}"]
-        return Launch(
-            ["-m", "sglang.launch_server", "--config", str(private), *loader, *cpu, *start.config.arguments],
-            environment,
-        )
+        command = ["-m", "sglang.launch_server", "--config", str(private), f"--custom-weight-loader={_LOADER}"]
+        if self._truncates:
+            _copy_truncation(start.folder / "python")
+            command.append("--enable-custom-logit-processor")
+        return Launch([*command, *cpu, *start.config.arguments], environment)
 
     def answers_parts(self, answer: str) -> bool:
         return _LOADER in (json.loads(answer).get("custom_weight_loader") or [])
@@ -118,15 +136,27 @@ class Sglang:
         return None
 
     def generate(self, request: Request, sampling: Sampling, end_tokens: Sequence[int]) -> Call:
-        parameters = {
+        parameters: dict[str, Any] = {
             "n": request.samples,
             "temperature": sampling.temperature,
             "max_new_tokens": sampling.max_tokens,
             "stop_token_ids": list(end_tokens),
             **_NOTHING_ELSE,
         }
-        body = {"input_ids": [list(request.token_ids)], "sampling_params": parameters, "return_logprob": True}
-        return Call("/generate", body)
+        if sampling.stop:
+            parameters["stop_regex"] = list(map(_stop_pattern, sampling.stop))
+        body: dict[str, Any] = {"return_logprob": True}
+        if (truncation := sampling.truncation) is not None:
+            # Numbers only; a top_k of 0 is none.
+            own = {"top_p": truncation.top_p, "top_k": truncation.top_k or 0, "min_p": truncation.min_p}
+            parameters["custom_params"] = {"temperature": sampling.temperature, **own}
+            body["custom_logit_processor"] = _PROCESSOR
+        entries = [parameters]
+        if sampling.seeded:
+            seeds = [request.seed ^ sample for sample in range(request.samples)]
+            entries = [parameters | {"n": 1, "sampling_seed": seed} for seed in seeds]
+        prompts = [list(request.token_ids)] * len(entries)
+        return Call("/generate", body | {"input_ids": prompts, "sampling_params": entries})
 
     def interrupt(self) -> list[Call]:
         return [Call("/abort_request", {"abort_all": True})]
@@ -209,6 +239,22 @@ def _with_plugin(folder: Path) -> dict[str, str]:
 def _name_of(name: str) -> str:
     """A tensor's name; of a part, as `sglang_parts.py` reads it."""
     return f"q_proj:{name.whole}[{name.start}:{name.stop}:{name.rows}]" if isinstance(name, PartName) else name
+
+
+def _copy_truncation(folder: Path) -> None:
+    """Put the modules of our logit processor into the folder, which the server imports from."""
+    for source, name in _MODULES.items():
+        shutil.copyfile(source, folder / name)
+
+
+def _stop_pattern(string: str) -> str:
+    """A regular expression that finds the string, however many tokens it is made of.
+
+    SGLang looks for a stop string in as many of the last tokens as its own encoding of the string has. A model may
+    write it with more. For a regular expression it looks at as many tokens as the longest match has characters. The
+    second branch matches nothing and is long enough: a token that is text has at least a byte.
+    """
+    return rf"{re.escape(string)}|[^\s\S]{{{len(string.encode())}}}"
 
 
 def _cache_tokens(model: Path) -> int:

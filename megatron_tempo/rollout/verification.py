@@ -31,8 +31,8 @@ class _Job:
     completions: Sequence[Completion]
     verifier: str
 
-    def responses(self) -> Responses:
-        return responses_of(self.prompt, self.completions, self.verifier)
+    def responses(self, end_tokens: frozenset[int] | None) -> Responses:
+        return responses_of(self.prompt, self.completions, self.verifier, end_tokens)
 
 
 _Jobs = queue.SimpleQueue[_Job | None]
@@ -155,13 +155,13 @@ class Verification:
     def _work(self, jobs: _Jobs) -> None:
         """Verify in this process."""
         while (job := jobs.get()) is not None:
-            self._finish(job, lambda job=job: self._verifiers.verify(job.responses(), self._tokenizer))  # type: ignore[misc]
+            self._finish(job, lambda job=job: self._verify(job))  # type: ignore[misc]
 
     def _send(self, jobs: _Jobs, lane: Lane) -> None:
         """Let another node verify."""
         try:
             while (job := jobs.get()) is not None:
-                self._finish(job, lambda job=job: lane.verify(job.responses().pack(), self._ended))  # type: ignore[misc]
+                self._finish(job, lambda job=job: lane.verify(self._responses(job).pack(), self._ended))  # type: ignore[misc]
         finally:
             lane.end()
 
@@ -185,19 +185,34 @@ class Verification:
     def _ended(self) -> bool:
         return self._is_over or self._failure is not None
 
+    def _verify(self, job: _Job) -> Result:
+        return self._verifiers.verify(self._responses(job), self._tokenizer)
+
+    def _responses(self, job: _Job) -> Responses:
+        return job.responses(self._verifiers.end_tokens)
+
     def _verify_packed(self, order: bytes) -> Result:
         return self._verifiers.verify(Responses.unpack(order), self._tokenizer)
 
 
-def responses_of(prompt: Prompt, completions: Sequence[Completion], verifier: str) -> Responses:
-    """What a verifier needs. The reference answer is that of a labelled prompt alone."""
+def responses_of(
+    prompt: Prompt, completions: Sequence[Completion], verifier: str, end_tokens: frozenset[int] | None = None
+) -> Responses:
+    """What a verifier needs. The reference answer is that of a labelled prompt alone.
+
+    `end_tokens`: a response that stops with another token ends with a stop string, all of which is text. None: there
+    are no stop strings.
+    """
     rows = [completion.token_ids.numpy() for completion in completions]
+    stops = [completion.finish_reason == "stop" for completion in completions]
+    if end_tokens is not None:
+        stops = [stops and int(row[-1]) in end_tokens for stops, row in zip(stops, rows, strict=True)]
     return Responses(
         verifier,
         prompt.text,
         prompt.answer if isinstance(prompt, LabelledPrompt) else None,
         tuple(prompt.token_ids[-PROMPT_END:]),
         tuple(len(row) for row in rows),
-        tuple(completion.finish_reason == "stop" for completion in completions),
+        tuple(stops),
         np.concatenate(rows) if rows else np.zeros(0, np.int32),
     )

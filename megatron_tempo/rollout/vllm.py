@@ -35,7 +35,11 @@ _COUNTERS = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:i
 
 
 class Vllm:
-    """A `ServerAdapter`, for vLLM 0.32. The seeds of requests are not used: it draws its own random numbers."""
+    """A `ServerAdapter`, for vLLM 0.32. `stops`: requests may have stop strings, so its servers read text.
+
+    vLLM gives sample i of a request the seed + i (`v1/engine/parallel_sampling.py`). With a seed, each row draws by
+    itself, which costs more than a draw for all rows from the server's own random numbers.
+    """
 
     name = "vLLM"
     takes_parts = True
@@ -45,8 +49,8 @@ class Vllm:
     answer_format = "vllm"
     memory_option = "--gpu-memory-utilization"
 
-    def __init__(self, *, cpu: bool, tensor: int, sleeps: bool = False) -> None:
-        self._cpu, self._tensor, self._sleeps = cpu, tensor, sleeps
+    def __init__(self, *, cpu: bool, tensor: int, sleeps: bool = False, stops: bool = False) -> None:
+        self._cpu, self._tensor, self._sleeps, self._stops = cpu, tensor, sleeps, stops
 
     def launch(self, start: Start) -> Launch:
         module_folder = start.folder / "python"
@@ -64,7 +68,8 @@ class Vllm:
             "--weight-transfer-config": json.dumps({"backend": "megatron_tempo"}),
             "--worker-extension-cls": "vllm_worker.WorkerExtension",
             "--middleware": "vllm_worker.KeyMiddleware",
-            "--logprobs-mode": "processed_logprobs",  # after temperature
+            # After temperature, min-p, top-k and top-p, in this order (`v1/sample/sampler.py`).
+            "--logprobs-mode": "processed_logprobs",
             "--generation-config": "vllm",  # each request has its own sampling settings
         }
         environment = {
@@ -76,7 +81,9 @@ class Vllm:
             # then splits each further group off it, but the group with the trainer has a member outside.
             "VLLM_DISTRIBUTED_USE_SPLIT_GROUP": "0",
         }
-        flags = ["--tokens-only", "--no-enable-log-requests", "--disable-uvicorn-access-log"]
+        # Both open /inference/v1/generate; a server with tokens only has no tokenizer, and refuses stop strings.
+        flags = ["--enable-scale-out" if self._stops else "--tokens-only"]
+        flags += ["--no-enable-log-requests", "--disable-uvicorn-access-log"]
         if self._sleeps and not self._cpu:  # refused on a CPU, whose servers go through the calls and keep their memory
             flags.append("--enable-sleep-mode")
         if self._cpu:
@@ -95,15 +102,23 @@ class Vllm:
         return "\n".join(line for line in answer.splitlines() if line.startswith(_COUNTERS))
 
     def generate(self, request: Request, sampling: Sampling, end_tokens: Sequence[int]) -> Call:
-        parameters = {
+        parameters: dict[str, Any] = {
             "n": request.samples,
             "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or 0,
+            "min_p": sampling.min_p,
             "max_tokens": sampling.max_tokens,
             "stop_token_ids": list(end_tokens),
             "ignore_eos": True,  # the line before names the end tokens
             "logprobs": 0,  # those of the sampled tokens
-            "detokenize": False,
+            "detokenize": bool(sampling.stop),
         }
+        if sampling.stop:
+            text = {"include_stop_str_in_output": True, "skip_special_tokens": False}
+            parameters |= {"stop": list(sampling.stop), **text}
+        if sampling.seeded:
+            parameters["seed"] = request.seed >> 1  # the last sample's, too, fits in 63 bits
         return Call("/inference/v1/generate", {"token_ids": list(request.token_ids), "sampling_params": parameters})
 
     def interrupt(self) -> list[Call]:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tempo.config.extensions import digests
+from megatron_tempo.config.sampled import evaluation_stop
 from megatron_tempo.config.schedule import remaining, total
 from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.stages import CriticTargets
@@ -206,6 +207,12 @@ def _check_unused(out: Path) -> None:
         raise InputError(f"run.dir={out} belongs to another job: give a folder of its own")
 
 
+def _sampling(config: Config) -> Record:
+    """How responses are sampled: the settings of `evaluation`, and the stop strings that it takes from `rollout`."""
+    own = {name: getattr(config.evaluation, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+    return own | {"stop": evaluation_stop(config), "sampling_seed": config.evaluation.seed}
+
+
 def _about(config: Config) -> Record:
     """results.json without its sets: what was evaluated, and how. The hash covers all settings but `run.dir`."""
     settings = to_plain(config)
@@ -216,7 +223,7 @@ def _about(config: Config) -> Record:
         "config": "config.json",
         "config_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "seed": config.run.seed,
-        "temperature": config.evaluation.temperature,
+        **_sampling(config),
         "max_response_tokens": config.evaluation.max_response_tokens or config.rollout.max_response_tokens,
         "sets": {},
     }

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from megatron_tempo.config.sampled import rollout_seed
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import Prompts, StageConfig
 from megatron_tempo.data.stream import PromptStream
@@ -110,8 +111,8 @@ class RolloutRequests:
         config, stream = self.config.rollout, self.labelled or self.unlabelled
         assert stream is not None
         prompts = stream.first(PARITY_PROMPTS * self.engine.replicas)
-        sampling = Sampling(config.temperature, min(config.max_response_tokens, PARITY_TOKENS))
-        asked = ask(self.engine, prompts, 1, sampling, self.config.run.seed, "parity", step)
+        sampling = Sampling.of(config, min(config.max_response_tokens, PARITY_TOKENS))
+        asked = ask(self.engine, prompts, 1, sampling, rollout_seed(self.config), "parity", step)
         collected = collect(asked, self.verifiers, self.tokenizer).take(0, len(prompts))
         owned = self.owners.of_batch(collected.columns)
         return receive(replace(collected, columns=owned), self.owners.held(owned))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from megatron_tempo.config.choices import EngineKind, EnginePrecision, Precision
 from megatron_tempo.config.extensions import Extension
 from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.config.rules.extensions import imported_verifiers
+from megatron_tempo.config.sampled import evaluation_seed, evaluation_stop, stop_strings
 from megatron_tempo.config.schema import Config
+from megatron_tempo.data.tokenizer import end_tokens
 from megatron_tempo.evaluation.evaluator import Evaluator
 from megatron_tempo.kernels import kernels_for
 from megatron_tempo.models.actor import Actor
@@ -30,7 +33,7 @@ from megatron_tempo.observability.logs import PACKAGE
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.build import engine_precision, server_adapter_of
 from megatron_tempo.rollout.embedded import EmbeddedEngine
-from megatron_tempo.rollout.engine import Engine, EngineSetup
+from megatron_tempo.rollout.engine import Engine, EngineSetup, Sampling
 from megatron_tempo.rollout.imported import ImportedEngine
 from megatron_tempo.training.context import RunContext, collective_timeout
 from megatron_tempo.training.row_owners import RowOwners
@@ -90,6 +93,7 @@ def build_verifiers(config: Config) -> Verifiers:
         math.seconds,
         imported=imported_verifiers(config),
         read_unfinished_thoughts=config.rewards.read_unfinished_thoughts,
+        end_tokens=frozenset(end_tokens(Path(config.model.path))) if stop_strings(config) else None,
     )
     if judge.url is None or judge.model is None:
         return build()
@@ -112,8 +116,8 @@ def build_evaluator(
 ) -> Evaluator:
     """The evaluator of these sets. `keys`: the keys of each set's questions, by id. `keeps_all`: see `Evaluator`."""
     values = None if critic is None else critic.values_at
-    length, seed, rows = config.rollout.max_response_tokens, config.run.seed, RowOwners(None, critic)
-    of_config = (config.evaluation, length, seed)
+    length, seed, rows = config.rollout.max_response_tokens, evaluation_seed(config), RowOwners(None, critic)
+    of_config = (replace(config.evaluation, stop=evaluation_stop(config)), length, seed)
     return Evaluator(engine, verifiers, tokenizer, sets, keys, *of_config, values, rows, keeps_all)
 
 
@@ -140,7 +144,12 @@ def _in_engine_precision(context: RunContext, weights: Callable[..., Weights]) -
 def _language_model(context: RunContext) -> PackedGPT | ModelChunks:
     """The actor's network, with the weights of `model.path`."""
     config = context.config
-    kind = partial(LanguageModel, logits=config.model.logits, temperature=config.rollout.temperature)
+    kind = partial(
+        LanguageModel,
+        logits=config.model.logits,
+        temperature=config.rollout.temperature or 1.0,  # 0 only where nothing is trained
+        truncation=Sampling.of(config.rollout, config.rollout.max_response_tokens).truncation,
+    )
     return _network(context, kind, Path(config.model.path), context.layouts.actor)
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_tempo.config import schedule
 from megatron_tempo.config.extensions import Extension
+from megatron_tempo.config.sampled import rollout_seed
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import Prompts, StageConfig
 from megatron_tempo.data.stream import PromptStream
@@ -157,7 +158,7 @@ class StageGroups:
         """
         ends = list(accumulate(self.needed[group.half]))
         iteration = bisect_right(ends, group.number)
-        seed: tuple[object, ...] = (self.config.run.seed, self.stage_name)
+        seed: tuple[object, ...] = (rollout_seed(self.config), self.stage_name)
         if iteration == len(ends):
             place = group.number
             seed = (*seed, "more", group.half.value, place)
@@ -293,7 +294,7 @@ def groups_needed(stage: StageConfig, half: Prompts) -> list[int]:
 def answers_of(config: Config, engine: Engine, verification: Verification, finished: Finished) -> GroupAnswers:
     """How this engine's answers arrive."""
     rollout = config.rollout
-    sampling = Sampling(rollout.temperature, rollout.max_response_tokens)
+    sampling = Sampling.of(rollout, rollout.max_response_tokens)
     if isinstance(engine, StreamsAnswers):
         waits = Between.interrupted if rollout.partial_rollouts else Between.has_ended
         between = waits if rollout.is_colocated else Between.runs_on

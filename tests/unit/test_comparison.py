@@ -174,6 +174,13 @@ def test_what_was_measured_otherwise_is_not_tested(tmp_path: Path) -> None:
     page = compare(tmp_path / "page.html", first, second)
     assert bold(page) == []
     assert "unlabelled: not tested, as the runs differ in evaluation.temperature." in page.text
+    # The record of a version that had no top-p sampled from the whole distribution, as the default does.
+    third = scored_run(tmp_path / "before", [12] * 64)
+    plain = json.loads((third / "config.json").read_text())
+    for group, name in (("evaluation", "top_p"), ("evaluation", "stop"), ("rollout", "stop")):
+        del plain[group][name]
+    (third / "config.json").write_text(json.dumps(plain))
+    assert "not tested" not in compare(tmp_path / "page.html", first, third).text
     (tmp_path / "old").mkdir()
     append(tmp_path / "old" / "evaluations.jsonl", evaluation_record(10, "after", "unlabelled", 0.9))
     older = compare(tmp_path / "page.html", tmp_path / "old", scored_run(tmp_path / "c", [4] * 128))

@@ -236,6 +236,7 @@ OUTSIDE = {
     "config/rules/extensions.py": {"_verifier", "_graded"},
     "config/rules/evaluation.py": {"_trackers"},
     "config/rules/rollout.py": {"check_serve", "_ahead"},
+    "config/rules/sampling.py": {"_imported"},
     "config/tree.py": {"read_settings"},
     "config/compose.py": {
         *(

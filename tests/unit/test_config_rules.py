@@ -68,8 +68,25 @@ ONE_FIELD = [
     ),
     ("data.labelled.limit=0", "data.labelled.limit", "1 or more", "limit=1"),
     ("rollout.max_prompt_tokens=0", "rollout.max_prompt_tokens", "1 or more", "max_prompt_tokens=1"),
-    ("rollout.temperature=0", "rollout.temperature", "above 0", "temperature=1"),
-    ("rollout.temperature=.nan", "rollout.temperature", "above 0", "temperature=1"),
+    ("rollout.temperature=0", "rollout.temperature", "responses to a prompt are all equal", "temperature=1"),
+    ("rollout.temperature=-1", "rollout.temperature", "0 (greedy) or more", "temperature=1"),
+    ("rollout.temperature=.nan", "rollout.temperature", "0 (greedy) or more", "temperature=1"),
+    ("rollout.top_p=0", "rollout.top_p", "above 0 and at most 1", "top_p=0.95"),
+    ("rollout.top_p=1.1", "rollout.top_p", "above 0 and at most 1", "top_p=0.95"),
+    ("rollout.top_k=0", "rollout.top_k", "1 or more", "top_k=1"),
+    ("rollout.top_k=1", "rollout.top_k", "have no gradient to train on", "rollout.top_k=null"),
+    ("rollout.min_p=1", "rollout.min_p", "below 1", "min_p=0.05"),
+    ("rollout.seed=-1", "rollout.seed", "0 or more", "seed=0"),
+    ("rollout.stop=['']", "rollout.stop", "an empty string", "rollout.stop=[]"),
+    (f"rollout.stop=[{'x' * 65}]", "rollout.stop", "longer than 64 bytes", "at most 64 bytes"),
+    (
+        f"evaluation.stop=[{','.join(map(str, range(33)))}]".replace("[", "['").replace(",", "','").replace("]", "']"),
+        "evaluation.stop",
+        "33 strings",
+        "at most 32",
+    ),
+    ("evaluation.top_k=1", "evaluation.top_k", "all 16 responses to a question are equal", "evaluation.samples=1"),
+    ("evaluation.temperature=0", "evaluation.temperature", "avg@16 and pass@k say no more", "evaluation.pass_k=[1]"),
     ("rollout.batch_rows=0", "rollout.batch_rows", "1 or more", "batch_rows=1"),
     ("rollout.parity_tolerance=0", "rollout.parity_tolerance", "above 0", "parity_tolerance="),
     ("rollout.servers.tensor=0", "rollout.servers.tensor", "1 or more", "tensor=1"),
@@ -104,7 +121,7 @@ ONE_FIELD = [
     ("stage2.estep_every=-1", "stage2.estep_every", "0 or more", "estep_every=0"),
     ("stage2.iterations=-1", "stage2.iterations", "0 or more", "iterations=0"),
     ("evaluation.every=-1", "evaluation.every", "0 or more", "every=0"),
-    ("evaluation.temperature=-1", "evaluation.temperature", "above 0", "temperature=1"),
+    ("evaluation.temperature=-1", "evaluation.temperature", "0 (greedy) or more", "temperature=1"),
     (
         "run.max_consecutive_nonfinite_steps=0",
         "run.max_consecutive_nonfinite_steps",
@@ -185,7 +202,51 @@ def test_one_field(files: Path, override: str, field: str, wrong: str, fix: str)
 
 
 # name, overrides, field, a part of what is wrong, a part of the fix
+SERVERS = ["rollout.engine=vllm", f"rollout.servers.python={sys.executable}"]
+ONE_SAMPLE = ["evaluation.samples=1", "evaluation.pass_k=[1]"]
 SEVERAL_FIELDS = [
+    (
+        "greedy and top-p",
+        ["evaluation.temperature=0", "evaluation.top_p=0.9", "evaluation.top_k=4", *ONE_SAMPLE],
+        "evaluation.top_p",
+        "takes the most probable token, whatever top_p leaves",
+        "evaluation.top_p=1 and evaluation.top_k=null",
+    ),
+    (
+        "a KL term over other tokens",
+        ["rollout.min_p=0.1", "stage2.actor.kl_coef=0.1"],
+        "stage2.actor.kl_coef",
+        "with rollout.min_p, the reference would leave other tokens than the actor",
+        "rollout.min_p=0",
+    ),
+    (
+        "stop strings in parts of responses",
+        [*SERVERS, "rollout.stop=[x]", "rollout.partial_rollouts=true", "rollout.max_staleness=1", *CORRECTED],
+        "rollout.stop",
+        "that began before a response was paused",
+        "rollout.partial_rollouts=false",
+    ),
+    (
+        "too cool for servers",
+        [*SERVERS, "rollout.temperature=0.001"],
+        "rollout.temperature",
+        "vLLM would take 0.01",
+        "rollout.temperature=0.01",
+    ),
+    (
+        "too hot for vLLM",
+        [*SERVERS, "evaluation.temperature=2.5"],
+        "evaluation.temperature",
+        "vLLM refuses more than 2",
+        "evaluation.temperature=2",
+    ),
+    (
+        "a seed for SGLang",
+        ["rollout.engine=sglang", SERVERS[1], "evaluation.seed=3", "rollout.servers.arguments=[--log-level=info]"],
+        "evaluation.seed",
+        "only with --enable-deterministic-inference",
+        "rollout.servers.arguments=['--log-level=info','--enable-deterministic-inference']",
+    ),
     (
         "bf16 on a CPU",
         ["run.device=cpu", "run.precision=bf16"],

@@ -93,6 +93,11 @@ FORMS = {
         "def __init__(self, setup)",
     ),
     "its background": (ENGINE + "Fixed.background = 1", "background is 1 (int)", "background = True or False"),
+    "its sampling": (
+        ENGINE + "Fixed.sampling = ('top_p', 'beams')",
+        "sampling is ('top_p', 'beams') (tuple)",
+        'sampling = ("greedy", "top_p", "top_k", "min_p", "stop", "seed"), or some of these',
+    ),
     "an error in it": ("import nowhere", "No module named 'nowhere'", "correct the module"),
 }
 
@@ -133,6 +138,35 @@ def test_only_an_engine_that_works_in_the_background_may_be_stale(files: Path, m
     # One that cannot be loaded is one problem, not two.
     (problem,) = problems(files, "rollout.engine=import:nowhere:x", "rollout.max_staleness=1", *CORRECTED)
     assert problem.field == "rollout.engine"
+
+
+KEPT = {  # setting -> what it takes to be kept
+    "rollout.top_p=0.9": "top_p",
+    "rollout.top_k=20": "top_k",
+    "rollout.min_p=0.1": "min_p",
+    "rollout.stop=[x]": "stop",
+    "rollout.seed=3": "seed",
+    "evaluation.stop=[x]": "stop",
+    "evaluation.top_k=3": "top_k",
+    "evaluation.temperature=0 evaluation.samples=1 evaluation.pass_k=[1]": "greedy",
+}
+
+
+@pytest.mark.parametrize("setting", list(KEPT))
+def test_an_engine_gets_no_setting_that_it_does_not_keep(files: Path, modules: Path, setting: str) -> None:
+    words, name = setting.split(), KEPT[setting]
+    write(modules, ENGINE)
+    found = problems(files, f"rollout.engine={NAME}", *words)
+    assert found[0].field == words[0].partition("=")[0]
+    assert f'"{name}" among its class\'s attribute sampling' in found[0].fix
+    fields = {"rollout.stop", "evaluation.stop"} if setting.startswith("rollout.stop") else {found[0].field}
+    assert {problem.field for problem in found} == fields
+
+
+@pytest.mark.parametrize("setting", list(KEPT))
+def test_an_engine_gets_the_settings_that_it_keeps(files: Path, modules: Path, setting: str) -> None:
+    write(modules, ENGINE + f"Fixed.sampling = ['{KEPT[setting]}']")
+    assert problems(files, f"rollout.engine={NAME}", *setting.split()) == []
 
 
 def test_an_engine_that_does_not_say_so_is_not_stale(files: Path, modules: Path) -> None:

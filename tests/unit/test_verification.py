@@ -271,7 +271,7 @@ def test_workers_are_shared_by_calls_and_each_has_one_thread_at_a_time(monkeypat
 class Stub:
     """Verifiers that note how many prompts are verified at a time; `verify` waits until `go`."""
 
-    threads, judge_threads = 3, 2
+    threads, judge_threads, end_tokens = 3, 2, None
 
     def __init__(self) -> None:
         self.go = threading.Event()

@@ -23,6 +23,7 @@ from megatron_tempo.config.rules import (
     rewards,
     rollout,
     run,
+    sampling,
     stages,
 )
 from megatron_tempo.config.rules.model import read_models
@@ -59,6 +60,7 @@ def check(config: Config, *, world_size: int | None, purpose: Purpose = Purpose.
     problems += layout.check(config, shapes, world_size)
     problems += precision.check(config, shapes)
     problems += rollout.check(config, world_size)
+    problems += sampling.check(config, training=purpose is Purpose.train)
     problems += rewards.check(config, training=purpose is Purpose.train)
     problems += evaluation.check(config, required=purpose is Purpose.eval)
     problems += extensions.check(config, training=purpose is Purpose.train)

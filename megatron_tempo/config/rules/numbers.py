@@ -67,6 +67,13 @@ _ONE_TO_COUNT, _UP_TO_COUNT = _from(1, COUNT), _from(0, COUNT)
 _ONE_TO_TOKENS = _from(1, TOKENS)
 _RANKS = _from(1, NODES * DEVICES)
 _RATE = _from(0, HARDWARE)
+_SAMPLING = {
+    "temperature": Bound("0 (greedy) or more", "1", 0, 1000),
+    "top_p": Bound("above 0 and at most 1", "0.95", 0, 1, low_open=True, states_high=True),
+    "top_k": _ONE_TO_TOKENS,
+    "min_p": Bound("at least 0 and below 1", "0.05", 0, 1, high_open=True, states_high=True),
+    "seed": _from(0, SEED),
+}
 
 _BOUNDS: dict[type, dict[str, Bound]] = {
     schema.RunConfig: {
@@ -99,7 +106,7 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
     schema.RolloutConfig: {
         "max_prompt_tokens": _ONE_TO_TOKENS,
         "max_response_tokens": _ONE_TO_TOKENS,
-        "temperature": _above(0, 1000),
+        **_SAMPLING,
         "batch_rows": _ONE_TO_COUNT,
         "parity_tolerance": _above(0, 1000, "1e-6"),
         "max_staleness": _from(0, 1000),
@@ -163,7 +170,7 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
     schema.EvaluationConfig: {
         "every": _UP_TO_COUNT,
         "samples": _ONE_TO_COUNT,
-        "temperature": _above(0, 1000),
+        **_SAMPLING,
         "max_response_tokens": _ONE_TO_TOKENS,
     },
     schema.CheckpointConfig: {"every": _UP_TO_COUNT, "keep": _ONE_TO_COUNT},
