@@ -25,7 +25,18 @@ _OWN = ("run.dir",)  # fields in which every run differs
 
 
 # Settings of an evaluation that change its scores, whatever the model.
-_MEASURED = ("evaluation.temperature", "evaluation.max_response_tokens", "rollout.max_response_tokens")
+_MEASURED = (
+    *("evaluation.temperature", "evaluation.top_p", "evaluation.top_k", "evaluation.min_p", "evaluation.stop"),
+    *("rollout.stop", "evaluation.max_response_tokens", "rollout.max_response_tokens"),
+)
+# Those that records of earlier versions do not have, with the values that they had.
+_MEASURED_AT_FIRST: Record = {
+    "evaluation.top_p": 1.0,
+    "evaluation.top_k": None,
+    "evaluation.min_p": 0.0,
+    "evaluation.stop": None,
+    "rollout.stop": [],
+}
 _OF_SET = ("verifier", "verifier_field", "prompt_field", "chat_template", "system", "suffix")
 
 
@@ -187,8 +198,8 @@ def _untested(runs: Sequence[Labelled], group: Alike) -> str | None:
     if unknown:
         return f"{group.title}: not tested, as the records of {', '.join(unknown)} have no verdicts by question"
     fields = [*_MEASURED, *(f"evaluation.sets.{group.set}.{name}" for name in _OF_SET)]
-    configs = [dict(leaves(one.run.config)) for one in members]
-    differing = [field for field in fields if len({_value(config, field) for config in configs if config}) > 1]
+    configs = [_MEASURED_AT_FIRST | dict(leaves(one.run.config)) for one in members if one.run.config]
+    differing = [field for field in fields if len({_value(config, field) for config in configs}) > 1]
     return f"{group.title}: not tested, as the runs differ in {', '.join(differing)}" if differing else None
 
 

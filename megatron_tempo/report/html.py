@@ -25,6 +25,7 @@ from megatron_tempo.report.summary import (
     outcome,
     phase_totals,
     printable,
+    sampled_words,
     score_rows,
 )
 
@@ -148,6 +149,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
             ("Model", Path(str(run.config["model"]["path"])).name),
             *facts,
             ("Seed", str(run.config["run"]["seed"])),
+            *_sampling(run.config),
         ]
     if records:
         facts.append(("Time", clock(sum(record.get("seconds", 0.0) for record in records))))
@@ -155,6 +157,17 @@ def _facts(run: Run) -> list[tuple[str, str]]:
             ("Last record", time.strftime("%Y-%m-%d %H:%M", time.localtime(max(r.get("time") or 0 for r in records))))
         )
     return facts
+
+
+def _sampling(config: Record) -> list[tuple[str, str]]:
+    """How the evaluations' responses were sampled. Nothing if the record is of an earlier version without settings."""
+    evaluation = config.get("evaluation")
+    if not isinstance(evaluation, dict) or "temperature" not in evaluation:
+        return []
+    rollout = config.get("rollout")
+    stop = evaluation.get("stop")
+    own = rollout.get("stop") if stop is None and isinstance(rollout, dict) else stop
+    return [("Evaluated at", printable(sampled_words(evaluation | {"stop": own})))]
 
 
 def _memory(run: Run) -> list[tuple[str, float, float]]:

@@ -16,7 +16,7 @@ from megatron_tempo.errors import InputError
 from megatron_tempo.evaluation.paired import Paired, paired
 from megatron_tempo.files import replace_file
 from megatron_tempo.observability.records import RESPONSES, Record, read
-from megatron_tempo.report.summary import plain_table, printable, seen_words
+from megatron_tempo.report.summary import plain_table, printable, sampled_words, seen_words
 
 RESULTS = "results.json"
 NAMED = 10  # questions that an error names, at most
@@ -40,6 +40,8 @@ def results_table(results: Record, pass_k: Sequence[int]) -> str:
         scores |= {f"pass@{k}": result["pass"][str(k)] for k in dict.fromkeys(pass_k)}
         rows += [[name, str(result["questions"]), label, *_cells(score)] for label, score in scores.items()]
     lines = plain_table(["set", "questions", "score", "value", "95% interval"], rows)
+    if "temperature" in results:
+        lines.append(f"sampling: {sampled_words(results)}")
     for name, result in results["sets"].items():
         length = result["response_length"]
         lines.append(

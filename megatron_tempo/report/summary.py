@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_tempo.config.extensions import short_name
 from megatron_tempo.errors import InputError
@@ -217,6 +218,21 @@ def plain_table(header: list[str], rows: list[list[str]]) -> list[str]:
         *("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in ruled),
         "",
     ]
+
+
+def sampled_words(settings: Mapping[str, Any]) -> str:
+    """How responses were sampled, by `temperature` and the other settings that restrict something.
+
+    >>> sampled_words({"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0, "stop": []})
+    'temperature 0.6, top_p 0.95, top_k 20'
+    """
+    temperature = settings.get("temperature")
+    words = ["greedy" if temperature == 0 else f"temperature {temperature}"]
+    off = {"top_p": 1.0, "top_k": None, "min_p": 0.0}
+    named = {name: settings.get(name) for name in off}
+    words += [f"{name} {value}" for name, value in named.items() if value not in (None, off[name])]
+    stop = settings.get("stop")
+    return ", ".join(words + ([f"stop {stop}"] if stop else []))
 
 
 def seen_words(seen: dict[str, int] | None, questions: int) -> str:
