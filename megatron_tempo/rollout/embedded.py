@@ -164,7 +164,7 @@ class EmbeddedEngine:
         texts = self._stops.texts([request.token_ids for request in requests for _ in range(request.samples)])
         rows = iter(texts)
         for request in requests:
-            for text, begun in zip(islice(rows, request.samples), request.begun or repeat(None)):
+            for text, begun in zip(islice(rows, request.samples), request.begun or repeat(None), strict=False):
                 for token in [] if begun is None else begun.token_ids.tolist():
                     text.ends_with(token)
         return texts

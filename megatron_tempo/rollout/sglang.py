@@ -151,12 +151,12 @@ class Sglang:
             own = {"top_p": truncation.top_p, "top_k": truncation.top_k or 0, "min_p": truncation.min_p}
             parameters["custom_params"] = {"temperature": sampling.temperature, **own}
             body["custom_logit_processor"] = _PROCESSOR
-        entries = [parameters]
-        if sampling.seeded:
-            seeds = [request.seed ^ sample for sample in range(request.samples)]
-            entries = [parameters | {"n": 1, "sampling_seed": seed} for seed in seeds]
-        prompts = [list(request.token_ids)] * len(entries)
-        return Call("/generate", body | {"input_ids": prompts, "sampling_params": entries})
+        prompt = list(request.token_ids)
+        if not sampling.seeded:
+            return Call("/generate", {"input_ids": [prompt], "sampling_params": parameters, **body})
+        seeds = [request.seed ^ sample for sample in range(request.samples)]
+        entries = [parameters | {"n": 1, "sampling_seed": seed} for seed in seeds]
+        return Call("/generate", {"input_ids": [prompt] * len(seeds), "sampling_params": entries, **body})
 
     def interrupt(self) -> list[Call]:
         return [Call("/abort_request", {"abort_all": True})]

@@ -25,6 +25,7 @@ from megatron_tempo.data.tokenizer import check_stop_strings, load_tokenizer
 from megatron_tempo.errors import InputError
 from megatron_tempo.rewards.responses import View
 from megatron_tempo.rollout.engine import Request, Sampling
+from megatron_tempo.rollout.partial_requests import is_unfinished
 from megatron_tempo.rollout.stop_strings import StopStrings
 from megatron_tempo.rollout.verification import responses_of
 from megatron_tempo.types import Completion, UnlabelledPrompt
@@ -116,6 +117,20 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_string(folder: Pat
         else:
             assert one.finish_reason == ("stop" if ids[-1] == END else "length")
     assert ends > 10
+
+
+def test_a_stop_string_that_began_before_a_pause_is_found(folder: Path) -> None:
+    engine, sampling = engine_of(folder), Sampling(1.5, 20, stop=(" 1", "9 2"))
+    whole = generate(engine, requests_of(PROMPTS[:2], 8), sampling)
+    parts = []
+    for request in requests_of(PROMPTS[:2], 8):
+        (row,) = generate(engine, [replace(request, pause_after=1)], sampling)
+        while is_unfinished(row):
+            (row,) = generate(engine, [replace(request, pause_after=1, begun=tuple(row))], sampling)
+        parts.append(row)
+    for one, other in zip(flat(parts), flat(whole), strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        assert one.finish_reason == other.finish_reason
 
 
 def test_a_stop_string_is_found_over_pieces_of_characters_and_tokens(tmp_path: Path) -> None:
