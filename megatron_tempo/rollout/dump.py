@@ -162,8 +162,8 @@ def _response(where: str, text: str, prompt: LabelledPrompt | UnlabelledPrompt) 
     completion = _completion(where, tokens, logprobs, reason, versions)
     if asked != prompt.token_ids:
         raise InputError(
-            f"rollout.replay: {where} answers {recorded!r}, this run asks {prompt.id!r}: the data, run.seed or the "
-            "stage's counts differ from the recorded run's"
+            f"rollout.replay: {where} answers {recorded!r}, this run asks {prompt.id!r}: the data, run.seed, the "
+            "stage's counts or the order of the prompts (rollout.max_staleness) differ from the recorded run's"
         )
     if not len(tokens) or len(tokens) != len(logprobs):
         raise InputError(f"rollout.replay: {where} has {len(tokens)} response tokens and {len(logprobs)} logprobs")
