@@ -7,9 +7,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout import verifying_nodes
 from megatron_tempo.rollout.batches import Collected, ask, collect, summed_counts
 from megatron_tempo.rollout.engine import AnswersOnFirstRank, Arrived, Request, Sampling
+from megatron_tempo.rollout.group_answers import Asking, StreamedAnswers
 from megatron_tempo.rollout.servers import ServersEngine
 from megatron_tempo.rollout.supervisor import private_store
 from megatron_tempo.rollout.verification import Verification
@@ -52,13 +52,42 @@ class FirstRankEngine(AnsweringEngine):
     def start(
         self, requests: Sequence[Request], sampling: Sampling, arrived: Arrived | None = None
     ) -> Iterator[tuple[int, list[Completion]]]:
-        answers = []
-        for i, request in enumerate(requests if dist.get_rank() == 0 else []):
-            rows = [((request.token_ids[0] + s) % 3, WORDS.index("$")) for s in range(request.samples)]
-            answers.append((i, [completion(row, (-0.5, -0.5)) for row in rows]))
-        for answer in answers if arrived is not None else []:
-            arrived(*answer)  # type: ignore[misc]  # while nobody reads them
-        return iter(answers)
+        return iter(answered(requests))
+
+    def stream(self, sampling: Sampling, arrived: Arrived) -> FirstRankStream:
+        return FirstRankStream(arrived)
+
+
+class FirstRankStream:
+    """An `AnswerStream` whose answers arrive while nobody reads them."""
+
+    def __init__(self, arrived: Arrived) -> None:
+        self._arrived, self._answers = arrived, list[tuple[int, list[Completion]]]()
+
+    def add(self, requests: Sequence[Request]) -> None:
+        self._answers += answered(requests)
+        for answer in self._answers:
+            self._arrived(*answer)
+
+    def read(self, enough: Callable[[], bool]) -> Iterator[tuple[int, list[Completion]]]:
+        return iter(self._answers)
+
+    def waiting(self) -> list[int]:
+        return []
+
+    def interrupt(self) -> None: ...
+
+    def cancel(self, numbers: Collection[int]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def answered(requests: Sequence[Request]) -> list[tuple[int, list[Completion]]]:
+    answers = []
+    for i, request in enumerate(requests if dist.get_rank() == 0 else []):
+        rows = [((request.token_ids[0] + s) % 3, WORDS.index("$")) for s in range(request.samples)]
+        answers.append((i, [completion(row, (-0.5, -0.5)) for row in rows]))
+    return answers
 
 
 class Meeting(Verifiers):
@@ -126,10 +155,13 @@ def spread(model: Path, flags: Path) -> dict[str, Any]:
         verifiers.fail = False
         collected = collect(ask(engine, prompts, SAMPLES, Sampling(1.0, 9)), verifiers, tokenizer, "text")
         found.append(columns_of(collected))
-        verify = partial(Verification, verifiers, tokenizer, "text")
-        early = ask(engine, prompts, SAMPLES, Sampling(1.0, 9), verify=verify)
+        verification = Verification(verifiers, tokenizer, "text", nodes)
+        early = StreamedAnswers(engine, Sampling(1.0, 9), verification, lambda *_: None)
+        early.ask([Asking(i, prompt, Request(prompt.token_ids, SAMPLES, 0), 0) for i, prompt in enumerate(prompts)])
         now = collect(ask(engine, prompts, SAMPLES, Sampling(1.0, 9)), verifiers, tokenizer, "text")
-        found += [columns_of(now), columns_of(collect(early, verifiers, tokenizer, "text"))]
+        early.read(lambda: False)
+        found += [columns_of(now), columns_of(early.collect(range(len(prompts)), prompts))]
+        early.close()
     keys = nodes.store.num_keys() if nodes.store is not None else 0
     dist.destroy_process_group()
     return {"found": found, "counts": counts, "own": own, "message": message, "others": nodes.others, "keys": keys}
