@@ -257,13 +257,17 @@ def _generate(config: Config, shape: ModelShape, room: float) -> float:
 
 def sync_seconds(config: Config, shape: ModelShape) -> float:
     """Seconds of a weight sync. Each pipeline stage gathers its weights over its tensor ranks and sends them once to
-    each server (rollout/transfer.py). For the embedded engine, they pass over all ranks twice."""
+    each server. The copies of the model divide the servers, and a copy gathers what it sends (rollout/transfer.py). A
+    server's workers receive everything. For the embedded engine, the weights pass over all ranks twice."""
     cluster, split = config.cluster, split_of(config)
     assert cluster is not None
     size = engine.weight_bytes(config, shape)
-    gathered = size / config.parallel.pipeline if config.parallel.tensor > 1 else 0.0
+    actor = layouts_of(config, split.trainers)[Role.actor]
+    servers, own = max(1, split.servers), size / actor.pipeline
+    taken = servers / (actor.data * actor.context)  # how often a copy sends all of its weights
+    gathered = own * min(1.0, taken) if actor.tensor > 1 else 0.0
     inside, between = (gbs * 1e9 * cluster.link_share for gbs in (cluster.nvlink_gbs, cluster.network_gbs))
     if not config.rollout.is_served:
         return 2 * size / (inside if cluster.nodes == 1 else between)
-    sent = size / config.parallel.pipeline * max(1, split.servers)
+    sent = max(own * taken, size)
     return gathered / inside + sent / (inside if cluster.nodes == 1 else between)

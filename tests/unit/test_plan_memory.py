@@ -16,7 +16,7 @@ from megatron_tempo.plan.memory import MemoryPhase, Part, host_bytes, memory, pl
 from megatron_tempo.plan.parameters import Role, parameters
 from megatron_tempo.plan.shapes import PUBLISHED, shape_of
 from megatron_tempo.plan.split import Split, problems, split_of
-from megatron_tempo.plan.times import iteration, row_operations, times, turn_seconds
+from megatron_tempo.plan.times import iteration, row_operations, sync_seconds, times, turn_seconds
 from megatron_tempo.rollout.build import engine_precision
 from tests.support.shapes import qwen3_shape
 from tests.unit.config_files import configure
@@ -245,6 +245,30 @@ def test_the_buffers_of_a_weight_sync(words: list[str], buffers: float) -> None:
     assert shape is not None
     assert problems(config) == []
     assert place_memory(config, shape, FIRST)[MemoryPhase.sync][Part.buffers] == buffers
+
+
+@pytest.mark.parametrize(
+    ("tensor", "servers", "models"),
+    [
+        # Four ranks. One copy gathers the model, and sends it to each server.
+        (4, 1, 1 + 1),
+        (4, 4, 1 + 4),
+        # Two copies: each gathers half and sends half; but the server receives all. With more servers, each gathers all.
+        (2, 1, 0.5 + 1),
+        (2, 4, 1 + 2),
+        # Four copies of one rank: one server each.
+        (1, 4, 1),
+    ],
+)
+def test_the_copies_divide_a_weight_sync(tensor: int, servers: int, models: float) -> None:
+    """By hand: how often the model's bytes pass over the busiest link."""
+    words = ["rollout.engine=vllm", f"rollout.servers.replicas={servers}", "rollout.servers.tensor=1"]
+    config = planned(f"parallel.tensor={tensor}", "parallel.world_size=4", "rollout.placement=disaggregated", *words)
+    shape, _ = shape_of(config)
+    assert shape is not None
+    assert config.cluster is not None
+    rate = config.cluster.nvlink_gbs * 1e9 * config.cluster.link_share
+    assert sync_seconds(config, shape) * rate / engine.weight_bytes(config, shape) == pytest.approx(models)
 
 
 def test_a_stage_without_a_critic_needs_none() -> None:
