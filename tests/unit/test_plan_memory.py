@@ -253,7 +253,7 @@ def test_the_buffers_of_a_weight_sync(words: list[str], buffers: float) -> None:
         # Four ranks. One copy gathers the model, and sends it to each server.
         (4, 1, 1 + 1),
         (4, 4, 1 + 4),
-        # Two copies: each gathers half and sends half; but the server receives all. With more servers, each gathers all.
+        # Two copies: each gathers and sends half, but the server receives all. With more servers, each gathers all.
         (2, 1, 0.5 + 1),
         (2, 4, 1 + 2),
         # Four copies of one rank: one server each.
