@@ -229,6 +229,24 @@ def test_partial_rollouts_shorten_the_wait_for_the_longest_response_of_colocated
     assert all(one.gpu_seconds == pytest.approx(2 * one.seconds) for one in (*whole, *some))
 
 
+def test_what_no_server_has_begun_is_as_new_as_the_weights() -> None:
+    """15 prompts are asked for at once, and two servers have a request each: after an iteration most of them wait."""
+    schedule = part("schedule")
+    engine = schedule.Engine(FLAT, servers=2, tensor=1, capacity=1e9, concurrency=1)
+
+    def draw(number: int, half: Prompts, times: int) -> Any:
+        return part("server").Group.of(number, half is LABELLED, 0, [2])
+
+    simulation = schedule.Simulation(
+        schedule.Schedule(engine, 2, {LABELLED: 3}, draw, lambda _: 1.0, max_staleness=4), iterations=9
+    )
+    for version in (0, 1):
+        simulation.iterate()
+        waiting = [simulation._asked[group] for group in simulation._pending]
+        assert len(waiting) > 2
+        assert {entry.oldest for entry in waiting} == {version}
+
+
 @pytest.mark.parametrize("stale_groups", [StaleGroups.drop, StaleGroups.ask_again])
 def test_a_group_that_would_be_too_old_is_thrown_away(stale_groups: StaleGroups) -> None:
     """The first prompt's response never ends in time: 40 tokens, and less when it is asked again."""

@@ -114,6 +114,8 @@ class Simulation:
     def iterate(self) -> Iteration:
         schedule, record, before = self.schedule, Iteration(), [self._clocks(server) for server in self.servers]
         needs = needs_within(self.version, self.iterations, schedule.max_staleness, self._needed)
+        for group in self._pending:  # what no server has begun will be made by these weights
+            self._asked[group].oldest = self.version
         record.thrown_away += self._expire(needs)
         self._ask(needs)
         batch, record.generating = self._wait(needs)
