@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from megatron_tempo.config.choices import EngineKind
+from megatron_tempo.config.correction import CorrectionConfig, CorrectionLevel, OutOfBounds
 from megatron_tempo.config.schema import Config
+from megatron_tempo.config.stages import GrpoSettings
 from megatron_tempo.errors import EngineError
 from megatron_tempo.observability.records import read_evaluations, read_metrics
 from megatron_tempo.training.jobs import train
@@ -53,7 +55,7 @@ def test_the_next_batches_are_generated_while_this_one_trains(
 ) -> None:
     config = config_for(kind, tmp_path)
     config.rollout.max_staleness = max_staleness
-    config.stage2.actor.importance_cap = 2.0
+    config.stage2.actor.correction = CorrectionConfig(CorrectionLevel.token, high=2.0)
     assert run_ranks(trained, 2, tmp_path / "ranks", config, timeout=500) == ["", ""]
     lines = list(read_metrics(tmp_path / "run"))
     assert lines[0]["engine/staleness_max"] == 0.0
@@ -72,6 +74,28 @@ def test_the_next_batches_are_generated_while_this_one_trains(
     ours, theirs = asked(tmp_path / "run"), asked(tmp_path / "plain")
     assert [len(prompts) for prompts in ours] == [len(prompts) for prompts in theirs]
     assert Counter(name for of in ours for name in of) == Counter(name for of in theirs for name in of)
+
+
+@pytest.mark.parametrize(("kind", "max_staleness"), [(EngineKind.vllm, 0), (EngineKind.sglang, 2)])
+def test_groups_that_agree_give_way_to_other_prompts(tmp_path: Path, kind: EngineKind, max_staleness: int) -> None:
+    config = config_for(kind, tmp_path)
+    stage = config.stage2
+    stage.settings, stage.iterations, stage.refill_limit, stage.responses_per_prompt = GrpoSettings(), 3, 6, 3
+    stage.labelled_prompts, stage.unlabelled_prompts, stage.actor.mini_batch_prompts = 3, 0, 3
+    config.evaluation.every, config.rollout.max_staleness = 0, max_staleness
+    stage.actor.correction = CorrectionConfig(CorrectionLevel.geometric, OutOfBounds.mask, low=0.5, high=2.0)
+    assert run_ranks(trained, 1, tmp_path / "ranks", config, timeout=500) == [""]
+    lines = list(read_metrics(tmp_path / "run"))
+    assert sum(line["refill/dropped"] for line in lines) > 0
+    for line, file in zip(lines, sorted((tmp_path / "run/rollouts").iterdir()), strict=True):
+        verdicts = [each["correct"] for each in map(json.loads, file.read_text().splitlines())]
+        groups = [set(verdicts[i : i + 3]) for i in range(0, 9, 3)]
+        assert line["refill/agreeing"] == sum(len(group) == 1 for group in groups)
+        assert line["refill/asked"] == 3 + line["refill/dropped"] <= 6
+        assert line["refill/asked"] == 6 or not line["refill/agreeing"]
+        assert line["engine/staleness_max"] <= max_staleness
+        assert 0.9 < line["correction/ess"] <= 1.0
+        assert line["engine/kl_k3"] < 0.01
 
 
 def losing_its_server(config: Config, iteration: int) -> tuple[str, float]:
