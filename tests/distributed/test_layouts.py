@@ -155,7 +155,9 @@ def test_an_iteration_does_not_depend_on_the_layout(
         assert other[norm] == pytest.approx(one[norm], rel=1e-5)
     # By the same weights, log-probabilities differ from the engine's by rounding alone, in each layout another.
     assert max(run[f"engine/logprob_gap_{which}"] for run in (one, other) for which in ("mean", "max")) < 1e-4
-    figures = [name for name in one if name.startswith(FIGURES) and "logprob_gap" not in name]
+    assert max(abs(run[f"engine/kl_{which}"]) for run in (one, other) for which in ("k1", "k3")) < 1e-4
+    rounding = ("engine/logprob_gap_", "engine/kl_")
+    figures = [name for name in one if name.startswith(FIGURES) and not name.startswith(rounding)]
     assert len(figures) > 20
     assert {name: other[name] for name in figures} == pytest.approx(
         {name: one[name] for name in figures}, rel=1e-4, abs=1e-6
