@@ -173,6 +173,8 @@ _STEP_METRICS = (
     ("engine log-probability gap", "engine/logprob_gap_mean"),
     ("tokens out of the correction's bounds", "correction/tokens_out_of_bounds"),
     ("effective samples", "correction/ess"),
+    ("prompts asked", "refill/asked"),
+    ("of them dropped", "refill/dropped"),
     ("groups ready ahead", "buffer/ready"),
 )
 
