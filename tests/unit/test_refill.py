@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import Method, Prompts, StageConfig, settings_of
 from megatron_tempo.config.truncation import TruncatedResponses
+from megatron_tempo.data.stream import PromptStream
 from megatron_tempo.methods.learner import agreeing_groups
 from megatron_tempo.rollout.batches import Collected
 from megatron_tempo.rollout.collected_groups import joined_groups, picked_groups
+from megatron_tempo.rollout.group_answers import Asking, GroupAnswers
+from megatron_tempo.rollout.group_buffer import GroupBuffer
 from megatron_tempo.training.refill import Refill
+from megatron_tempo.training.stage_groups import HALVES, Drawn, StageGroups, groups_needed
 from megatron_tempo.types import Batch, Completion, LabelledPrompt, UnlabelledPrompt
 
 SAMPLES = 2
@@ -173,3 +180,85 @@ def test_what_is_joined_can_be_taken_apart_by_halves() -> None:
     assert second.columns.answer_class is not None
     assert second.columns.answer_class.tolist() == [0, 0]
     assert {row: len(one.token_ids) for row, one in second.completions.items()} == {0: 10}
+
+
+# A stage's groups, with an engine whose answers arrive out of order
+
+
+class Answers(GroupAnswers):
+    """What was asked last is answered first. Both responses are right where the prompt's number is in `agree`."""
+
+    def __init__(self, agree: set[int]) -> None:
+        self.agree, self.open, self.asked = agree, dict[int, Asking](), list[str]()
+        self.groups: StageGroups | None = None
+
+    def ask(self, askings: Sequence[Asking]) -> None:
+        self.asked += [asking.prompt.id for asking in askings]
+        self.open |= {asking.key: asking for asking in askings}
+
+    def read(self, enough: Callable[[], bool]) -> None:
+        assert self.groups is not None
+        while not enough():
+            key = max(self.open)
+            del self.open[key]
+            self.groups.finished(key, None, 3)
+
+    def forget(self, keys: Collection[int]) -> None:
+        assert not keys, "an iteration waits for groups that it is the last one for"
+
+    def collect(self, keys: Sequence[int], prompts: Sequence[Any]) -> Collected:
+        verdicts = [[1.0, 1.0 if int(prompt.id[1:]) in self.agree else 0.0] for prompt in prompts]
+        made = collected_of(verdicts)
+        columns = replace(made.columns, prompt_ids=tuple(prompt.id for prompt in prompts for _ in range(SAMPLES)))
+        return replace(made, prompts=prompts, columns=columns)
+
+
+def groups_of(agree: set[int], max_staleness: int, limit: int) -> tuple[StageGroups, Answers]:
+    """A stage of four iterations with three labelled prompts each, which run on while the run trains."""
+    config = Config(stage2=stage_of(Method.grpo, iterations=4, labelled_prompts=3, refill_limit=limit))
+    prompts = [LabelledPrompt(f"q{i}", "", (i,), "", "math") for i in range(200)]
+    streams: dict[Prompts, PromptStream[Any]] = {Prompts.labelled: PromptStream(prompts, 0, "labelled")}
+    needed = {half: groups_needed(config.stage2, half) for half in HALVES}
+    buffer: GroupBuffer[Drawn] = GroupBuffer(max_staleness)
+    groups, answers = StageGroups(config, streams, "stage2", config.stage2, needed, 0, buffer), Answers(agree)
+    groups.answers, answers.groups = answers, groups
+    return groups, answers
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 3])
+@pytest.mark.parametrize("limit", [4, 7, 100])
+def test_an_iteration_is_refilled_from_groups_that_are_answered_in_any_order(
+    single: None, max_staleness: int, limit: int
+) -> None:
+    """Every prompt that is drawn is trained on, thrown away or still in the buffer, and none is twice."""
+    agree = set(range(0, 200, 2)) | set(range(0, 200, 5))
+    groups, answers = groups_of(agree, max_staleness, limit)
+    trained, dropped = list[str](), list[str]()
+    for iteration in range(4):
+        groups.request(iteration)
+        collected, labelled = groups.collect(iteration)
+        of_now = [prompt.id for prompt in collected.prompts]
+        assert len(of_now) == labelled == 3
+        assert [group.item.prompt.id for group in groups.training] == of_now
+        assert [group.number for group in groups.training] == sorted(group.number for group in groups.training)
+        assert collected.columns.prompt_ids == tuple(name for name in of_now for _ in range(SAMPLES))
+        assert groups.refill is not None
+        metrics = groups.refill.metrics()
+        agreeing = [name for name in of_now if int(name[1:]) in agree]
+        assert metrics["refill/agreeing"] == len(agreeing)
+        assert metrics["refill/asked"] == 3 + len(groups.refill.dropped) <= limit
+        assert not agreeing or metrics["refill/asked"] == limit
+        assert collected.columns.correct is not None
+        assert collected.columns.correct.tolist() == [
+            verdict for name in of_now for verdict in (1.0, 1.0 if name in agreeing else 0.0)
+        ]
+        trained, dropped = trained + of_now, dropped + groups.refill.dropped
+        saved = groups.state()["labelled"]
+        ahead = [group.item.prompt.id for group in groups.buffer.groups(Prompts.labelled)]
+        assert len(saved["drawn"]) == len(ahead) + 3, "what an engine's failure now would have to ask again"
+        assert sorted([*trained, *dropped, *ahead]) == sorted(answers.asked)
+        assert len(set(answers.asked)) == len(answers.asked)
+        assert len(ahead) == 3 * min(max_staleness, 3 - iteration)
+        groups.discard()
+    assert dropped
+    assert len(trained) == 12
