@@ -177,3 +177,21 @@ def test_the_stand_in_notes_what_a_gpu_would_punish(tmp_path: Path) -> None:
         assert faults() == number + 1
     engine.finish_weight_update("1")
     assert engine.generate(body)["choices"][0]["weight_versions"][0]["version"] == "1"
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_a_server_that_sleeps_between_iterations_may_generate_ahead(tmp_path: Path, partial: bool) -> None:
+    """It has nothing to do when it is put to sleep: all is answered, or generation was interrupted."""
+    config = config_for(tmp_path)
+    config.stage2.iterations, config.evaluation.every = 3, 1
+    config.rollout.max_staleness, config.rollout.partial_rollouts = 1, partial
+    assert run_ranks(trained, 2, tmp_path / "ranks", config) == ["", ""]
+    said = calls(tmp_path)
+    assert re.fullmatch(f"bs({UPDATE}[gr]*s)+", said), said  # the last iteration has nothing to ask
+    assert partial or "gr" not in said, "it is interrupted with partial rollouts alone"
+    metrics = list(read_metrics(tmp_path / "run"))
+    assert [line["step"] for line in metrics] == [1, 2, 3]
+    assert [line["engine/staleness_max"] <= 1 for line in metrics] == [True] * 3
+    if not partial:
+        assert [line["engine/staleness_max"] for line in metrics] == [0, 1, 1]
+        assert [line["buffer/unfinished"] for line in metrics] == [0, 0, 0]
