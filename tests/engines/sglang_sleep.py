@@ -8,6 +8,7 @@ scheduler's weight updater are SGLang's; its memory saver notes calls. `BUSY`: 1
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from types import SimpleNamespace
@@ -140,12 +141,15 @@ def main() -> None:
         serialized_named_tensors=[None], selector="all", load_format=None, weight_version="1", flush_cache=False
     )
     updater.update_weights_from_tensor(request)
-    fields = {field.name for field in __import__("dataclasses").fields(ServerArgs)}
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    given = parser.parse_args(["--model-path=model", "--enable-memory-saver"])
     told = {
         "answers": answers,
         "memory": saver.calls,
         "barriers_before_an_update_is_answered": len(barriers) - before,
-        "flags": sorted(fields & {"enable_memory_saver", "enable_weights_cpu_backup"}),
+        "saver": given.enable_memory_saver,
+        "keeps_weights": given.enable_weights_cpu_backup,
         "without_saver": refusal(lambda: TorchMemorySaverAdapter.create(enable=True)),
     }
     print("TOLD " + json.dumps(told))

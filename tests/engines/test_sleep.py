@@ -113,7 +113,9 @@ def test_sglang_handles_our_calls_in_our_order() -> None:
         ["resume", "kv_cache"],
     ]
     assert told["barriers_before_an_update_is_answered"] == 1, "all workers have loaded a bucket that is answered"
-    assert told["flags"] == ["enable_memory_saver", "enable_weights_cpu_backup"]
+    assert (told["saver"], told["keeps_weights"]) == (True, False), (
+        "--enable-memory-saver, no --enable-weights-cpu-backup"
+    )
     assert "torch_memory_saver" in told["without_saver"], "on a CPU it refuses --enable-memory-saver"
 
 
