@@ -89,7 +89,6 @@ def test_a_run_takes_turns_with_its_server(tmp_path: Path) -> None:
     ("trouble", "last"),
     [
         ("gone@0:2", ""),  # it dies asleep, which is noticed when it is to wake
-        ("sleep@0:3", ""),  # it refuses to sleep, and is ended before the trainer takes the memory
         ("load@0:3", "w<u+"),  # it fails in the middle of an update
     ],
 )
@@ -127,14 +126,6 @@ def test_a_server_that_cannot_wake_says_what_to_change_and_the_run_is_saved(tmp_
     assert saved == steps[-1:] == [1]
     assert "step_00000001" in message
     assert "F" not in calls(tmp_path)
-
-
-def test_a_server_that_does_not_sleep_is_refused_at_the_start(tmp_path: Path) -> None:
-    config = config_for(tmp_path, "sleep@0:1!")
-    (message,) = run_ranks(trained, 1, tmp_path / "ranks", config)
-    assert message.startswith("InputError: vLLM server 0 (http://127.0.0.1:")
-    assert "does not sleep: " in message
-    assert "memory usage increased" in message
 
 
 def evaluated(config: Config) -> str:

@@ -15,7 +15,7 @@ import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Lock, Timer
+from threading import Lock
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -48,7 +48,7 @@ class Engine:
         """`troubles`: `NAME@SERVER:N`, the N-th call at which a server has trouble in its first life; with `!`, also in
         later ones, from the first call on.
 
-        `sleep`: refuses. `gone`: ends soon after it fell asleep. `wake`: has no memory
+        `sleep`: refuses. `gone`: ends once it has fallen asleep. `wake`: has no memory
         for the KV cache. `load`: refuses a bucket. `crash`: ends instead of an answer to generate.
         """
         self.folder, self.number, self.lock = folder, number, Lock()
@@ -57,6 +57,7 @@ class Engine:
         self.memory = {"weights": "dummy", "kv_cache": "clean"}
         again = (folder / f"born_{number}").exists()
         (folder / f"born_{number}").touch()
+        self.ends = False  # once the call is answered
         self.left: dict[str, int] = {}  # calls before each trouble
         for one in troubles:
             (name, server), (count, *_) = one.split(":")[0].split("@"), one.split(":")[1].split("!")
@@ -89,8 +90,7 @@ class Engine:
             if level == 2:
                 self.memory["weights"] = "lost"
             self.memory["kv_cache"] = "clean"
-        if self.trouble("gone"):
-            Timer(0.05, os._exit, [1]).start()
+        self.ends = self.trouble("gone")
         return {"status": "sleeping", "level": level}
 
     def wake_up(self, tags: list[str]) -> dict[str, Any]:
@@ -161,7 +161,9 @@ class Handler(BaseHTTPRequestHandler):
                 answer = self._call(where.path, query, body)
             except Refused as error:
                 return self._answer({"error": {"message": str(error)}}, 500)
-        return self._answer(answer)
+        self._answer(answer)
+        if self.engine.ends:
+            os._exit(1)
 
     def _call(self, path: str, query: dict[str, list[str]], body: dict[str, Any]) -> dict[str, Any]:
         engine = self.engine
