@@ -160,7 +160,8 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 answer = self._call(where.path, query, body)
             except Refused as error:
-                return self._answer({"error": {"message": str(error)}}, 500)
+                self._answer({"error": {"message": str(error)}}, 500)
+                return
         self._answer(answer)
         if self.engine.ends:
             os._exit(1)
