@@ -76,6 +76,10 @@ class MadeUpRequests:
             held=held,
         )
 
+    def dropped(self, half: Prompts) -> tuple[str, ...]:
+        """None: answers fall into two classes."""
+        return ()
+
     def discard_oldest(self) -> None:
         """Nothing is pending."""
 
