@@ -52,7 +52,7 @@ def schedule(words: Sequence[str], lengths: Lengths = LENGTHS, overhead: float =
 
 
 def variants(one: Schedule) -> Iterator[tuple[str, Schedule]]:
-    """The schedules of a placement. Colocated, groups ahead are of use only if unfinished ones may go on."""
+    """The schedules of a placement. Colocated, groups ahead are of use only if unfinished ones may continue."""
     if one.colocated:
         yield "colocated", ahead(one, 0)
         yield from ((f"colocated, partial rollouts, {k}", ahead(one, k)) for k in STALENESS)

@@ -53,7 +53,7 @@ class Schedule:
     sync: float = 0.0
     colocated: bool = False
     max_staleness: int = 0
-    runs_on: bool = True  # unfinished groups go on when the batch is full
+    runs_on: bool = True  # unfinished groups continue when the batch is full
     stale_groups: StaleGroups = StaleGroups.wait
 
 
@@ -181,7 +181,7 @@ class Simulation:
         return row.made
 
     def _ask(self, needs: group_buffer.Needs) -> None:
-        """Rows that were stopped go on first. New groups of both halves are asked by turns."""
+        """Rows that were stopped continue first. New groups of both halves are asked by turns."""
         while self._stopped:
             row = self._stopped.popleft()
             self._where[row.group].submit(row)
@@ -217,7 +217,7 @@ class Simulation:
 
     def _wait(self, needs: group_buffer.Needs) -> tuple[Batch, float]:
         """Generate until the buffer has the iteration's groups. Servers that sleep between iterations do not leave a
-        group unfinished unless it may go on."""
+        group unfinished unless it may continue."""
         waited, collects = 0.0, self.schedule.colocated and not self.schedule.runs_on
         while (chosen := self.buffer.chosen(self.version, needs)) is None or (collects and self._where):
             waited += self._pass(math.inf)

@@ -71,7 +71,7 @@ class Server:
     moving: float = 0.0  # seconds in which weights are received
     idle: float = 0.0  # seconds without a row
     row_seconds: float = 0.0  # of running rows, while the server decodes
-    again: float = 0.0  # tokens computed again: after a preemption, or when a stopped response goes on
+    again: float = 0.0  # tokens computed again: after a preemption, or when a stopped response continues
     waiting: deque[Row] = field(default_factory=deque)
     running: dict[Row, float] = field(default_factory=dict)  # row: progress at which it had no token
     _progress: float = 0.0  # decoding steps so far
@@ -132,7 +132,7 @@ class Server:
         return self._happen() if happens else []
 
     def pause(self, seconds: float) -> None:
-        """A weight sync: nothing is decoded for this long. In-flight rows go on with the cache that they have."""
+        """A weight sync: nothing is decoded for this long. In-flight rows continue with the cache that they have."""
         self.settle()
         self._paused += seconds
 
