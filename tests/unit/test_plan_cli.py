@@ -106,6 +106,19 @@ def test_the_staleness_that_keeps_both_sides_busy(capsys: pytest.CaptureFixture[
     assert re.search("^  disaggregated: 4 GPUs generate for .* s, while 4 train for ", out, re.MULTILINE)
 
 
+def test_a_smaller_share_makes_room_for_fp8_weights_that_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["experiment=qwen3_8b_aime", "cluster=h100x8", "run.precision=fp8_blockwise"]
+    status, out, _ = plan(capsys, *words)
+    assert status == 1
+    assert "does not fit: generate: the KV cache 4.9 GB over the limit" in out
+    (line,) = re.findall("^smallest change that fits: (.*)$", out, re.MULTILINE)
+    assert line == """'rollout.servers.arguments=["--gpu-memory-utilization=0.8"]'"""
+    status, out, _ = plan(capsys, *words, *shlex.split(line))
+    assert status == 0
+    *_, total, free = next(row for row in out.splitlines() if row.startswith("generate ")).split()
+    assert (float(total), float(free)) == (64 + 6.9, 74 - 70.9)
+
+
 def test_the_host_memory_that_a_checkpoint_takes(capsys: pytest.CaptureFixture[str]) -> None:
     """14 bytes for each of 8.19 billion parameters of the actor and 7.57 of the critic, which has no output layer.
 
