@@ -33,6 +33,9 @@ SERVERS = EngineKind.vllm  # the served engine that is tried if the configuratio
 # Parameters from which on it is tried: a smaller model generates in no time, and a server takes a minute to start.
 SERVED = 100_000_000
 
+# What follows `rollout.placement` in the presets: a suggestion that changes it states all of these.
+_FOLLOWING = tuple(f"rollout.servers.{name}" for name in ("devices", "replicas", "transport", "each_node"))
+
 LESS = 0.8  # share of a GPU's memory for a colocated server, where the usual one is too much
 
 # What belongs to a number of pipeline stages, and its value for other numbers.
@@ -233,6 +236,7 @@ def _changed(config: Config, changes: dict[str, object]) -> tuple[Config, tuple[
     Only the groups that change are copied: a search makes hundreds of configurations, and none of them is modified.
     """
     changed, words = copy(config), []
+    moves = changes.get("rollout.placement", config.rollout.placement) is not config.rollout.placement
     copied: dict[tuple[str, ...], Any] = {(): changed}
     for path, value in changes.items():
         *groups, name = path.split(".")
@@ -245,6 +249,8 @@ def _changed(config: Config, changes: dict[str, object]) -> tuple[Config, tuple[
             node = copied[key]
         if getattr(node, name) != value:
             setattr(node, name, value)
+            words.append(_word(path, value))
+        elif moves and path in _FOLLOWING:
             words.append(_word(path, value))
     return changed, tuple(words)
 

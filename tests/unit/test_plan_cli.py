@@ -116,7 +116,7 @@ def test_a_smaller_share_makes_room_for_fp8_weights_that_stay(capsys: pytest.Cap
     status, out, _ = plan(capsys, *words, *shlex.split(line))
     assert status == 0
     *_, total, free = next(row for row in out.splitlines() if row.startswith("generate ")).split()
-    assert (float(total), float(free)) == (64 + 6.9, 74 - 70.9)
+    assert (total, free) == ("70.9", "3.1")  # 64 of the server, 6.9 of the trainer
 
 
 def test_the_host_memory_that_a_checkpoint_takes(capsys: pytest.CaptureFixture[str]) -> None:
