@@ -54,6 +54,14 @@ class EngineError(_PrintableError, RuntimeError):
     """An engine failed, or returned a response that cannot be trained on."""
 
 
+class DriftError(EngineError):
+    """The engine's weights or log-probabilities are not the actor's."""
+
+
+class RejectedRolloutsError(DriftError):
+    """An iteration's rollouts are of drifted weights. Its other models may have been updated."""
+
+
 class Stopped(_PrintableError, Exception):
     """The run was asked to stop and has saved a checkpoint. The message names it."""
 

@@ -100,6 +100,13 @@ class Transport(Enum):
     shared = "shared"  # shared memory of one machine: CUDA IPC on a GPU, /dev/shm on a CPU
 
 
+class OnDrift(Enum):
+    """What happens when the engine's weights or log-probabilities are not the actor's."""
+
+    stop = "stop"  # the run stops
+    resync = "resync"  # all weights are sent once more; the run stops if that does not help
+
+
 class Dispatch(Enum):
     """Which request is sent next, to the server with the lowest load."""
 

@@ -42,7 +42,8 @@ MAY_CHANGE: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         (
-            *("rollout.engine", "rollout.placement", "rollout.batch_rows", "rollout.dump", "rollout.parity_tolerance"),
+            *("rollout.engine", "rollout.placement", "rollout.batch_rows", "rollout.dump"),
+            *(f"rollout.{name}" for name in ("parity_tolerance", "parity_every", "on_drift")),
             *(f"rollout.servers.{name}" for name in ("python", "replicas", "each_node", "addresses", "key_file")),
             *(f"rollout.servers.{name}" for name in ("host", "devices", "tensor", "arguments", "transport")),
             *(f"rollout.servers.{name}" for name in ("dispatch", "concurrency", "checksums_every", "restarts")),

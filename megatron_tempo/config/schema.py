@@ -20,6 +20,7 @@ from megatron_tempo.config.choices import (
     Layers,
     Logits,
     LogLevel,
+    OnDrift,
     Placement,
     Precision,
     Published,
@@ -171,7 +172,8 @@ class ServersConfig:
     transport: Transport = Transport.group
     dispatch: Dispatch = Dispatch.longest_first
     concurrency: int = 64  # concurrent requests per server
-    checksums_every: int = 1  # compare all tensors after every this many weight updates; 0: never
+    # after every this many weight updates, compare all tensors that arrived and a part of those installed; 0: never
+    checksums_every: int = 1
     restarts: int = 3  # restarts of a server within an iteration before it is given up
     start_seconds: float = 600.0  # time limit for a server to start, in seconds
     update_seconds: float = 300.0  # time limit for a server to load a bucket of weights, in seconds
@@ -195,9 +197,13 @@ class RolloutConfig:
     # the engine stops when an iteration has its prompt groups; unfinished responses continue in the next one. Servers
     # that generate while the run trains never stop
     partial_rollouts: bool = False
-    # allowed difference between engine and trainer log-probabilities at each start, in nats, averaged over tokens;
-    # None: 0.05, or 0.1 if trainer or servers compute in FP8, 0.15 if both do (docs/gpu.md)
+    # allowed difference between engine and trainer log-probabilities, in nats, averaged over tokens; None: 0.05, or 0.1
+    # if trainer or servers compute in FP8, 0.15 if both do (docs/gpu.md)
     parity_tolerance: float | None = None
+    # ask each server for a few responses after every this many weight updates and compare their log-probabilities; 0:
+    # only at each start and restart. The iterations' own responses are always compared
+    parity_every: int = 10
+    on_drift: OnDrift = OnDrift.stop  # what happens when the engine's weights or log-probabilities are not the actor's
     max_prompt_tokens: int = 2048  # maximum tokens of a prompt; a longer one is an error
     max_response_tokens: int = 16384  # maximum tokens of a response; a longer one is cut off
     temperature: float = 1.0  # sampling temperature of training responses

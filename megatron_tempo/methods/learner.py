@@ -42,6 +42,8 @@ class Learner:
     seed: str
     iteration: int  # of the run, from 1 over all stages
     max_response_tokens: int  # the limit at which responses are cut off
+    # whether the actor may be trained on rollouts, given its old log-probabilities
+    accepts: Callable[[Batch, Tensor], bool] = lambda batch, old: True
 
     def fit_critic(self, labelled: Batch, stage: StageConfig) -> dict[str, float]:
         """Fit the critic's values to the verdicts (E-step, Eq. 6)."""
@@ -88,7 +90,7 @@ class Learner:
     def improve_actor(self, batch: Batch, values: Tensor, rewards: Tensor, stage: StageConfig) -> dict[str, float]:
         """Clipped policy gradient with A_t = R - V (M-step, Eq. 11 and 12). `values`: [T + m], `rewards`: [n].
 
-        Without the truncated responses, if the stage masks them.
+        Without the truncated responses, if the stage masks them. Nothing is updated if `accepts` says so.
         """
         config, baseline = stage.actor, stage.method_settings.baseline
         rows = trainable_rows(batch, stage)
@@ -101,6 +103,10 @@ class Learner:
         with self.phase("logprobs"):
             old = self.actor.logprobs(batch)
             reference = self.reference_logprobs(batch) if config.kl_coef > 0 else None
+        mean, greatest = self.actor.gap_to_engine(batch, old)
+        gaps = {"engine/logprob_gap_mean": mean, "engine/logprob_gap_max": greatest}
+        if not self.accepts(batch, old):
+            return gaps | {"actor/rows_dropped": float(len(batch))}
         correction = correct(old, batch.engine_logprobs, batch.held_responses, config.correction)
         experience = Experience(
             old_logprobs=old,
@@ -112,12 +118,10 @@ class Learner:
         order = mini_batches(batch.group, config.mini_batch_prompts, config.epochs, f"{self.seed}/actor")
         with self.phase("actor"):
             metrics = self.actor.update(batch, experience, baseline, config, order, self.iteration)
-        mean, greatest = self.actor.gap_to_engine(batch, old)
         by_row = self.actor.gather(batch, correction.by_row)
         metrics |= off_policy_metrics(by_row, batch.response_lengths, config.correction.level)
         metrics |= by_staleness(by_row, batch.response_lengths, batch.staleness(self.iteration - 1))
-        metrics |= {"engine/logprob_gap_mean": mean, "engine/logprob_gap_max": greatest}
-        return metrics | {"actor/rows": float(len(batch))}
+        return metrics | gaps | {"actor/rows": float(len(batch))}
 
 
 def iteration_seed(seed: int, stage: str, iteration: int) -> str:

@@ -58,11 +58,22 @@ class Actor:
 
         Sums of rows are added in double precision in the order of the rows, so the layout does not matter.
         """
-        gaps = (logprobs - batch.engine_logprobs).abs().split(batch.held_responses.tolist())
-        by_row = [torch.stack([gap.double().sum(), gap.double().max()]) for gap in gaps]
-        table = self.gather(batch, torch.stack(by_row) if by_row else torch.zeros(0, 2, dtype=torch.float64))
+        table = self.gaps_by_row(batch, logprobs)
         total = max(int(batch.response_lengths.sum()), 1)
         return float(table[:, 0].sum()) / total, float(table[:, 1].max()) if len(table) else 0.0
+
+    def gaps_by_row(self, batch: Batch, logprobs: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Sum, maximum and number of |log pi - engine log-probability| of each row: float64 [n, 3]. Collective.
+
+        `counted`: bool [T], the tokens that count; None: all.
+        """
+        sizes = batch.held_responses.tolist()
+        gaps = (logprobs - batch.engine_logprobs).abs().double()
+        counts = torch.ones_like(gaps, dtype=torch.bool) if counted is None else counted
+        gaps = gaps.masked_fill(~counts, 0.0)  # even if it is NaN
+        rows = zip(gaps.split(sizes), counts.split(sizes), strict=True)
+        by_row = [torch.stack([gap.sum(), gap.max(), of.sum().double()]) for gap, of in rows]
+        return self.gather(batch, torch.stack(by_row) if by_row else torch.zeros(0, 3, dtype=torch.float64))
 
     def update(
         self,

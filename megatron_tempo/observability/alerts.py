@@ -246,6 +246,16 @@ def _skipped(record: Record) -> str | None:
     return f"{' and '.join(words)} were not finite" if words else None
 
 
+def _is_resynced() -> Look:
+    def look(record: Record) -> str | None:
+        count, dropped = record.get("engine/resyncs") or 0, record.get("actor/rows_dropped") or 0
+        words = [f"weights were sent again {count:.0f} times"] if count else []
+        words += [f"the actor was not trained on {dropped:.0f} responses"] if dropped else []
+        return ", ".join(words) or None
+
+    return look
+
+
 RULES = (
     Rule(
         "critic's AUROC falls",
@@ -282,6 +292,13 @@ RULES = (
         False,
         "lower stage2.actor.correction.high, or use level=geometric or token, whose ratios do not grow with the length",
         _each("correction/ess", _few_are_effective),
+    ),
+    Rule(
+        "engine has drifted",
+        "engine/resyncs, actor/rows_dropped",
+        False,
+        "warnings.jsonl names the server and the tensors; if it happens again, update or replace the engine",
+        _is_resynced,
     ),
     Rule(
         "entropy collapses",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megatron_tempo.config.choices import EngineKind, EnginePrecision
+from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.config.sampled import stop_strings, truncates
 from megatron_tempo.config.schema import Config
 from megatron_tempo.rollout.server_adapter import ServerAdapter
@@ -18,7 +21,8 @@ def server_adapter_of(config: Config, *, cpu: bool) -> ServerAdapter:
     if rollout.engine is EngineKind.vllm:
         return Vllm(cpu=cpu, tensor=tensor, sleeps=sleeps, stops=bool(stop_strings(config)))
     shortened = truncates(rollout) or truncates(config.evaluation)
-    return Sglang(cpu=cpu, tensor=tensor, sleeps=sleeps, truncates=shortened)
+    key_heads = read_model_shape(Path(config.model.path)).groups if tensor > 1 else None
+    return Sglang(cpu=cpu, tensor=tensor, sleeps=sleeps, truncates=shortened, key_heads=key_heads)
 
 
 def engine_precision(config: Config) -> EnginePrecision:

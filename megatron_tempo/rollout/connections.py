@@ -13,3 +13,9 @@ CONNECT_SECONDS = 30.0
 def authorised(key: str) -> dict[str, str]:
     """The header of every request to a server."""
     return {"Authorization": f"Bearer {key}"}
+
+
+def client_of(url: str, key: str, seconds: float) -> httpx.AsyncClient:
+    """A client of a server that waits at most `seconds` for each answer."""
+    timeout = httpx.Timeout(seconds, connect=CONNECT_SECONDS)
+    return httpx.AsyncClient(base_url=url, headers=authorised(key), timeout=timeout, limits=LIMITS, trust_env=False)

@@ -242,6 +242,28 @@ class AnswerStream(Protocol):
 
 
 @runtime_checkable
+class AnswersByServer(Protocol):
+    """An engine of servers, each of which can be asked on its own.
+
+    `gate`: is called, on every rank, when restarted servers have the weights, before they answer anything. It asks them
+    by `probe`, and raises EngineError if they are not to answer. None: they answer at once. `resynced` counts how often
+    wrong weights were sent again.
+    """
+
+    gate: Callable[[], None] | None
+    resynced: int
+
+    def probe(
+        self, requests: Sequence[Request], sampling: Sampling, *, restarted: bool
+    ) -> dict[int, list[list[Completion]]]:
+        """Let every server, or only those before the gate, answer all requests. The answers by server. Collective.
+
+        The first rank has the answers, the others an empty list for each server. A server that fails is left out.
+        """
+        ...
+
+
+@runtime_checkable
 class AnswersOnFirstRank(Protocol):
     """An engine whose answers come to the first rank alone. `nodes`: those that verify them; None if there is one."""
 

@@ -23,9 +23,11 @@ from megatron_tempo.rollout.answer_reader import AnswerReader
 from megatron_tempo.rollout.dispatcher import Dispatcher, Limits
 from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
 from megatron_tempo.rollout.gpu_room import GpuRoom
+from megatron_tempo.rollout.read_back import EVERYTHING, Selection
 from megatron_tempo.rollout.replica import Answered, Event, Failed, GenerationJob, Replica, Starter, State, Target
 from megatron_tempo.rollout.server_adapter import ServerAdapter
 from megatron_tempo.rollout.server_calls import ServerCalls
+from megatron_tempo.rollout.server_checks import Expected
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import EngineHealth
 
@@ -65,8 +67,8 @@ class Fleet:
         self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._reader = AnswerReader(adapter.answer_format, key, config.answer_seconds)
-        limits = Limits(config, end_tokens, vocab)
-        self._requests = Dispatcher(adapter, limits, self._reader, self._replicas, work, self._fault, self._fail)
+        self._limits = Limits(config, end_tokens, vocab)
+        self._requests = Dispatcher(adapter, self._limits, self._reader, self._replicas, work, self._fault, self._fail)
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
         self._thread.start()
 
@@ -149,11 +151,17 @@ class Fleet:
         return self._do(begin())
 
     def end_update(
-        self, targets: Sequence[Target], failed: dict[int, str], version: int, expected: dict[str, tuple[str, float]]
+        self,
+        targets: Sequence[Target],
+        failed: dict[int, str],
+        version: int,
+        expected: Expected,
+        selection: Selection = EVERYTHING,
     ) -> str | None:
         """Close the update on servers that took all buckets, resume them, and fail those in `failed`.
 
-        `expected`: the checksums to compare, if any. Returns what is wrong with a server's weights, None if nothing is.
+        `expected`: the checksums to compare, if any: of all tensors that arrived, and of the selected ones that are
+        installed. Returns what is wrong with a server's weights, None if nothing is.
         """
 
         async def end() -> str | None:
@@ -165,7 +173,8 @@ class Fleet:
                     self._fault(replica, failed[target.index])
                 elif replica.life == target.life:
                     done.append(replica)
-            wrong = await asyncio.gather(*(self._calls.end_update(replica, version, expected) for replica in done))
+            ends = (self._calls.end_update(replica, version, expected, selection) for replica in done)
+            wrong = await asyncio.gather(*ends)
             self._room.open()
             self._requests.dispatch()
             return next((words for words in wrong if words), None)
@@ -190,18 +199,6 @@ class Fleet:
             await self._room.close()  # those that failed have ended
 
         self._do(lay_down())
-
-    def checksums(self) -> list[dict[str, tuple[str, float]]]:
-        """The checksums of each worker of the servers that serve."""
-
-        async def ask() -> list[dict[str, tuple[str, float]]]:
-            call = self._adapter.checksums()
-            assert call is not None
-            serving = [replica for replica in self._replicas if replica.state is State.serving]
-            answers = [(await self._calls.send(replica, call)).json() for replica in serving]
-            return [worker for answer in answers for worker in self._adapter.parse_checksums(answer)]
-
-        return self._do(ask())
 
     def none_is_left(self) -> bool:
         return all(replica.state is State.gone for replica in self._replicas)
@@ -297,7 +294,7 @@ class Fleet:
         self._requests.waiting.put_back(asks)
         again = f"; its {len(asks)} unfinished requests are asked again" if asks else ""
         log.warning("%s %s%s", self._calls.name(replica), why, again)
-        replica.state, replica.held = State.starting, False
+        replica.state, replica.held, replica.waits = State.starting, False, False
         replica.life += 1
         if replica.client is not None:
             self._spawn(replica.client.aclose())

@@ -44,6 +44,7 @@ class Replica:
     url: str = ""
     client: httpx.AsyncClient | None = None
     held: bool = False  # for a weight update
+    waits: bool = False  # restarted, with the weights: it answers nothing until it has passed the gate
     asks: dict[asyncio.Task[None], Ask] = field(default_factory=dict)
 
     @property

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from megatron_tempo.config.choices import EnginePrecision
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.rollout.engine import Request, Sampling
+from megatron_tempo.rollout.read_back import Selection
 from megatron_tempo.types import Bucket, whole_name
 
 
@@ -147,13 +148,23 @@ class ServerAdapter(Protocol):
         ...
 
     def checksums(self) -> Call | None:
-        """The call for the checksums of all tensors. None if they cannot be compared."""
+        """The call for the checksums of all tensors that arrived in the last update. None if there are none."""
         ...
 
     def expected(self, bucket: Bucket) -> dict[str, tuple[str, float]]:
-        """(checksum, root mean square) of each tensor under the names of `checksums`; NaN if that has no size."""
+        """(checksum, root mean square) of each tensor under the server's names; NaN if the server has no sizes."""
         ...
 
     def parse_checksums(self, answer: Any) -> list[dict[str, tuple[str, float]]]:
         """The answer to `checksums` in the form of `expected`, one for each worker that answered."""
+        ...
+
+    def read_back(self, selection: Selection) -> Call:
+        """The call for the checksums of what is installed: of the selected tensors, or of more."""
+        ...
+
+    def not_installed(
+        self, expected: dict[str, tuple[str, float]], selection: Selection, answer: Any
+    ) -> list[tuple[str, float]]:
+        """The tensors that the answer to `read_back` shows not to be installed as `expected`, in `differing`'s form."""
         ...

@@ -6,15 +6,18 @@ In the event loop of `fleet.py`, which handles a server that fails.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import httpx
 
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.errors import EngineError
-from megatron_tempo.rollout.answer_checks import checked, differing, reason
-from megatron_tempo.rollout.connections import CONNECT_SECONDS, LIMITS, authorised
+from megatron_tempo.rollout.answer_checks import checked, reason
+from megatron_tempo.rollout.connections import client_of
+from megatron_tempo.rollout.read_back import Selection
 from megatron_tempo.rollout.replica import Replica, State
 from megatron_tempo.rollout.server_adapter import Call, ServerAdapter
+from megatron_tempo.rollout.server_checks import Expected, wrong_weights
 
 
 class ServerCalls:
@@ -24,6 +27,7 @@ class ServerCalls:
         self, adapter: ServerAdapter, config: ServersConfig, key: str, fault: Callable[[Replica, str], None]
     ) -> None:
         self._adapter, self._config, self._key, self._fault = adapter, config, key, fault
+        self.gated = False  # whether restarted servers wait for the gate, after they have the weights
         self.out_of_memory = ""  # why the last server that could not wake failed, for errors
 
     def name(self, replica: Replica) -> str:
@@ -31,13 +35,7 @@ class ServerCalls:
 
     def connect(self, replica: Replica, url: str) -> None:
         replica.url = url
-        replica.client = httpx.AsyncClient(
-            base_url=url,
-            headers=authorised(self._key),
-            timeout=httpx.Timeout(self._config.answer_seconds, connect=CONNECT_SECONDS),
-            limits=LIMITS,
-            trust_env=False,
-        )
+        replica.client = client_of(url, self._key, self._config.answer_seconds)
 
     async def send(self, replica: Replica, call: Call, seconds: float | None = None) -> httpx.Response:
         """The response to a call. Raises httpx.HTTPError, or EngineError if the server refuses."""
@@ -57,8 +55,8 @@ class ServerCalls:
         if replica.state in (State.empty, State.waking, State.serving):
             await self.run(replica, self._adapter.before_update())
 
-    async def end_update(self, replica: Replica, version: int, expected: dict[str, tuple[str, float]]) -> str | None:
-        """Close the update of a server that has all buckets, and let it serve.
+    async def end_update(self, replica: Replica, version: int, expected: Expected, selection: Selection) -> str | None:
+        """Close the update of a server that has all buckets, and let it serve, after the gate if there is one.
 
         Returns what is wrong with its weights, None if nothing is.
         """
@@ -66,21 +64,18 @@ class ServerCalls:
             return None
         if replica.state is State.waking and not await self._wake(replica, self._adapter.wake_cache()):
             return None
-        if expected and (call := self._adapter.checksums()) is not None:
-            answer = await self.run(replica, [call])
-            if answer is None:
-                return None
-            for held in self._adapter.parse_checksums(answer.json()):
-                if wrong := [name for name, _ in differing(expected, held)]:
-                    return (
-                        f"{self.name(replica)} does not hold the actor's weights: {len(wrong)} of {len(expected)} "
-                        f"tensors differ, first {wrong[0]}"
-                    )
+        wrong = await wrong_weights(self._adapter, partial(self.run, replica), expected, selection)
+        if wrong is None:
+            return None
+        if wrong:
+            return f"{self.name(replica)} {wrong}"
         if await self.run(replica, self._adapter.resume()) is None:
             return None
         if replica.state is State.serving:
             replica.restarts = 0
-        replica.state, replica.held = State.serving, False
+        else:
+            replica.waits = self.gated
+        replica.state, replica.held = State.serving, replica.waits
         return None
 
     async def sleep(self, replica: Replica) -> None:

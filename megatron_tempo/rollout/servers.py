@@ -7,6 +7,7 @@ broadcasts what happens, so that all ranks take part when a restarted server nee
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
@@ -23,14 +24,14 @@ from megatron_tempo.config.choices import EnginePrecision, Transport
 from megatron_tempo.config.hosts import is_loopback
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.data.tokenizer import end_tokens
-from megatron_tempo.errors import EngineError, InputError
+from megatron_tempo.errors import DriftError, EngineError, InputError
 from megatron_tempo.files import read_text
 from megatron_tempo.rollout.addresses import chosen_devices, own_address, visible_devices
-from megatron_tempo.rollout.answer_checks import differing
+from megatron_tempo.rollout.checked_fleet import CheckedFleet
 from megatron_tempo.rollout.checksum import whole_checksums
 from megatron_tempo.rollout.engine import Arrived, EngineWork, Request, Sampling, TrainerGpus
-from megatron_tempo.rollout.fleet import Fleet
 from megatron_tempo.rollout.placement import own_gpu, placed, visible_gpus
+from megatron_tempo.rollout.read_back import EVERYTHING, SELECTIONS, Selection
 from megatron_tempo.rollout.replica import Answered, Event, Failed, GenerationJob, Starter
 from megatron_tempo.rollout.served_stream import ServedStream
 from megatron_tempo.rollout.server import Server
@@ -45,6 +46,8 @@ from megatron_tempo.rollout.supervisor import (
 from megatron_tempo.rollout.transfer import Senders
 from megatron_tempo.rollout.verifying_nodes import joined
 from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
+
+log = logging.getLogger(__name__)
 
 # Seconds after which waiting ranks are sent "nothing new": well within the timeout of their groups.
 _HEARTBEAT = 30.0
@@ -66,10 +69,13 @@ class ServersEngine:
         vocab: int,
         timeout: timedelta,
         gpus: TrainerGpus | None = None,
+        *,
+        resyncs: bool = False,
     ) -> None:
         """Collective. Started servers write below `work`. The first rank logs each that fails.
         `timeout`: how long a rank waits for the first one, which may be waiting for servers. `gpus`: the trainer's
         side of GPUs that it shares with the servers by turns; None if they have their own. The engine is asleep then.
+        `resyncs`: whether wrong weights are sent once more, before the run stops.
 
         Raises InputError if a server does not start, or cannot be reached from the trainer.
         """
@@ -83,6 +89,9 @@ class ServersEngine:
         self._version = -1
         self._updates = 0
         self._gpus, self._asleep = gpus, gpus is not None
+        self._resyncs, self.resynced = resyncs, 0  # the latter counts
+        self.gate: Callable[[], None] | None = None
+        self._is_in_gate = False
         self._closing = ExitStack()
         nodes, trainers = self._nodes(device)
         self.replicas = config.replicas * len(nodes) if config.addresses is None else len(config.addresses)
@@ -97,12 +106,12 @@ class ServersEngine:
         def make(index: int) -> Server:
             return Server(adapter, config, model, work / str(index), key, precision, self._devices(index, places))
 
-        self._fleet: Fleet | None = None
+        self._fleet: CheckedFleet | None = None
         self._supervisor: ServerSupervisor | None = None
         starter = self._external(key) if config.addresses is not None else self._supervised(nodes, make)
         if starter is not None:
-            ends, sleeps = end_tokens(model), gpus is not None
-            self._fleet = Fleet(adapter, config, starter, self.replicas, key, ends, vocab, self.work, sleeps=sleeps)
+            common = (adapter, config, starter, self.replicas, key, end_tokens(model), vocab, self.work)
+            self._fleet = CheckedFleet(*common, sleeps=gpus is not None)
             self._closing.callback(self._fleet.close)
         try:
             self._agree(lambda: self._first.open())
@@ -140,22 +149,35 @@ class ServersEngine:
     def load_weights(self, weights: Weights, version: int) -> None:
         self.sleep()  # while servers are awake, there is no room for the trainer's weights
         self._weights, self._version = weights, version
-        every = self._config.checksums_every
-        compare = every > 0 and self._updates % every == 0
+        every, selection = self._config.checksums_every, None
+        if every > 0 and self._updates % every == 0:
+            number = self._updates // every
+            selection = Selection(number % SELECTIONS, SELECTIONS) if number else EVERYTHING
         self._updates += 1
         self._asleep = False  # before the first server wakes, so that `sleep` ends what a failure leaves awake
-        self._feed(empty_only=False, compare=compare)
+        self._feed(empty_only=False, selection=selection)
+
+    def probe(
+        self, requests: Sequence[Request], sampling: Sampling, *, restarted: bool
+    ) -> dict[int, list[list[Completion]]]:
+        answers: dict[int, list[list[Completion]]] = {}
+
+        def ask() -> list[int]:
+            answers.update(self._first.probe(requests, sampling, restarted=restarted))
+            return sorted(answers)
+
+        asked = self._agree(ask)
+        self.counted.add(sum(len(one.token_ids) for of in answers.values() for row in of for one in row), 0)
+        return {server: answers.get(server, []) for server in asked}
 
     def differences(self, weights: Weights) -> list[tuple[str, float]] | None:
-        if self._adapter.checksums() is None:
-            return None
-        held = self._agree(lambda: self._first.checksums())
-        self.sleep()  # the weights to compare with need the memory
+        if self._gpus is not None:
+            return None  # while servers are awake, there is no room for the weights to compare with
         expected: dict[str, tuple[str, float]] = {}
         for bucket in weights.from_stages(parts=self._adapter.takes_parts):
             expected |= self._adapter.expected(bucket)
         expected = self._joined(whole_checksums(expected))
-        return max((differing(expected, worker) for worker in held), key=len, default=[])
+        return self._agree(lambda: self._first.differences(expected))
 
     def health(self) -> list[EngineHealth]:
         return [] if self._fleet is None else self._fleet.health()
@@ -166,7 +188,7 @@ class ServersEngine:
     # Agreement between ranks
 
     @property
-    def _first(self) -> Fleet:
+    def _first(self) -> CheckedFleet:
         assert self._fleet is not None
         return self._fleet
 
@@ -295,15 +317,45 @@ class ServersEngine:
                     return
                 raise EngineError(order.why)
             if order is Event.weights_wanted:
-                self._feed(empty_only=True, compare=self._config.checksums_every > 0)
+                self._feed(empty_only=True, selection=EVERYTHING if self._config.checksums_every > 0 else None)
 
     # Weights
 
-    def _feed(self, *, empty_only: bool, compare: bool) -> None:
-        """Send the weights to all servers, or only to those that have none."""
+    def _feed(self, *, empty_only: bool, selection: Selection | None) -> None:
+        """Send the weights to all servers, or only to those that have none, and let restarted ones pass the gate.
+
+        `selection`: what is read back, besides a comparison of all that arrived; None: nothing is compared.
+        Raises DriftError if a server has other weights then, and again when they are sent once more.
+        """
+        wrong = self._update(empty_only=empty_only, selection=selection)
+        if wrong is not None and self._resyncs:
+            log.warning("%s; all weights are sent again", wrong)
+            self.resynced += 1
+            self.sleep()  # those on the trainer's GPUs make room for the weights
+            self._asleep = False
+            wrong = self._update(empty_only=False, selection=EVERYTHING)
+        if wrong is not None:
+            raise DriftError(wrong)
+        if self._agree(lambda: self._first.none_is_left()):
+            raise EngineError(self._agree(lambda: self._first.loss()))
+        if self.gate is not None and not self._is_in_gate:
+            self._pass_gate(self.gate)
+
+    def _pass_gate(self, gate: Callable[[], None]) -> None:
+        """Let the restarted servers that have the weights pass the gate, after which they answer."""
+        if self._agree(lambda: self._first.restarted()):
+            self._is_in_gate = True
+            try:
+                gate()
+            finally:
+                self._is_in_gate = False
+            self._agree(lambda: self._first.release())
+
+    def _update(self, *, empty_only: bool, selection: Selection | None) -> str | None:
+        """Send the weights. Returns what is wrong with a server's weights, None if nothing is."""
         assert self._weights is not None
         self._lend()
-        compare = compare and self._adapter.checksums() is not None
+        compare = selection is not None
         targets = self._agree(lambda: self._first.begin_update(empty_only=empty_only))
         failed: dict[int, str] = {}
         expected: dict[str, tuple[str, float]] = {}
@@ -317,11 +369,12 @@ class ServersEngine:
             raise InputError(next(iter(refused.values())))
         self._lend()  # the weights too, for the KV cache
         failed, expected = self._joined(failed), whole_checksums(self._joined(expected))
-        wrong = self._agree(lambda: self._first.end_update(targets, failed, self._version, expected))
-        if wrong is not None:
-            raise EngineError(wrong)
-        if self._agree(lambda: self._first.none_is_left()):
-            raise EngineError(self._agree(lambda: self._first.loss()))
+
+        def end() -> str | None:
+            self._first.set_gate(is_there=self.gate is not None)
+            return self._first.end_update(targets, failed, self._version, expected, selection or EVERYTHING)
+
+        return self._agree(end)
 
     def _lend(self) -> None:
         """Give the trainer's memory to servers on its GPUs. Every rank has done so when this returns."""

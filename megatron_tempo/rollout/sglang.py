@@ -4,8 +4,9 @@ It takes whole tensors only: its vocabulary layers refuse others (0.5.23, `srt/l
 `weight_loader`), and it receives a bucket as one broadcast. So our plugin, `sglang_parts.py`, runs in its processes and
 takes tensors in parts. A server that was started without it gets whole tensors: its largest bucket is its largest one.
 
-SGLang reports success for an update that misses a tensor or names one wrongly. On a CPU its checksum of a tensor is
-that of the tensor's bytes, so every tensor can be compared. On a GPU it is another function.
+SGLang reports success for an update that misses a tensor or names one wrongly. Its checksums (`/weights_checker`) are
+of the parameters that it computes with, one of each on each tensor rank (`sglang_checksums.py`). Its other endpoint
+that reads parameters, `/get_weights_by_name`, does not know our families.
 
 Its log-probabilities are those before top-k, top-p and min-p (`srt/layers/sampler.py`), and top-p's shares are of all
 tokens, so with top-k other tokens are left than elsewhere. So our own logit processor truncates
@@ -16,25 +17,25 @@ distribution.
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing
-from torch import Tensor
 
 from megatron_tempo.files import read_json
+from megatron_tempo.rollout.answer_checks import differing
 from megatron_tempo.rollout.cuda_memory import Pickler
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.folder import private_file, served_folder
+from megatron_tempo.rollout.read_back import Selection
 from megatron_tempo.rollout.server_adapter import (
     CACHE_BYTES_ON_CPU,
     DTYPES,
@@ -45,7 +46,15 @@ from megatron_tempo.rollout.server_adapter import (
     WeightGroupInfo,
     described,
 )
-from megatron_tempo.rollout.transfer import joined_bytes
+from megatron_tempo.rollout.sglang_checksums import (
+    EMBEDDING,
+    FUSED,
+    HEAD,
+    bytes_hash,
+    gpu_hash,
+    installed,
+    of_rank,
+)
 from megatron_tempo.rollout.whole_tensors import WholeParameters
 from megatron_tempo.types import Bucket, PartName
 
@@ -76,13 +85,6 @@ _MODULES = {
 }
 # SGLang unpickles the class of a logit processor. This pickle is its name alone.
 _PROCESSOR = json.dumps({"callable": b"\x80\x02cmegatron_tempo_sglang\nTruncationProcessor\n.".hex()})
-# Vocabularies are padded with zero rows to a multiple of this.
-_VOCABULARY_MULTIPLE = 64
-# Parameters that are concatenations of several of Hugging Face's.
-_FUSED = {
-    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-}
 
 
 class Sglang:
@@ -101,9 +103,19 @@ class Sglang:
     answer_format = "sglang"
     memory_option = "--mem-fraction-static"
 
-    def __init__(self, *, cpu: bool, tensor: int, sleeps: bool = False, truncates: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        cpu: bool,
+        tensor: int,
+        sleeps: bool = False,
+        truncates: bool = False,
+        key_heads: int | None = None,
+    ) -> None:
+        """`key_heads`: the model's heads of keys, which the checksums of several workers depend on."""
         self._cpu, self._tensor, self._sleeps, self._truncates = cpu, tensor, sleeps, truncates
-        self._wholes = WholeParameters(_FUSED.values())
+        self._key_heads = key_heads
+        self._wholes = WholeParameters(FUSED.values())
 
     def launch(self, start: Start) -> Launch:
         arguments = {
@@ -209,17 +221,39 @@ class Sglang:
     def wake_cache(self) -> list[Call]:
         return [Call("/resume_memory_occupation", {"tags": ["kv_cache"]}), Call("/flush_cache", {})]
 
-    def checksums(self) -> Call | None:
-        return Call("/weights_checker", {"action": "checksum"}) if self._cpu and self._tensor == 1 else None
+    def checksums(self) -> None:
+        """SGLang's checksums are those of what is installed."""
+        return
 
     def expected(self, bucket: Bucket) -> dict[str, tuple[str, float]]:
-        return {name: (checksum, math.nan) for name, checksum in _checksums(self._wholes.add(bucket))}
+        """Of SGLang's parameters on each tensor rank; nothing of an FP8 weight, which a kernel may hold otherwise."""
+        hashed, whole = bytes_hash if self._cpu else gpu_hash, self._wholes.add(bucket)
+        return {
+            of_rank(name, rank, self._tensor): ("" if tensor.itemsize == 1 else hashed(tensor), math.nan)
+            for name, rank, tensor in installed(whole, self._tensor, self._key_heads)
+        }
 
     def parse_checksums(self, answer: Any) -> list[dict[str, tuple[str, float]]]:
-        held = answer["ranks"][0]["checksums"]
-        if held.get("lm_head.weight") == held["model.embed_tokens.weight"]:  # tied: sent under one name
-            del held["lm_head.weight"]
-        return [{name: (checksum, math.nan) for name, checksum in held.items()}]
+        raise NotImplementedError
+
+    def read_back(self, selection: Selection) -> Call:
+        """The checksums of all parameters: SGLang has no way to ask for some of them by name."""
+        return Call("/weights_checker", {"action": "checksum"})
+
+    def not_installed(
+        self, expected: dict[str, tuple[str, float]], selection: Selection, answer: Any
+    ) -> list[tuple[str, float]]:
+        """All parameters are compared."""
+        held: dict[str, tuple[str, float]] = {}
+        for one in answer["ranks"]:
+            rank, checksums = one["parallelism_info"][0]["tp_rank"], one["checksums"]
+            held |= {of_rank(name, rank, self._tensor): (total, math.nan) for name, total in checksums.items()}
+            embedding, head = (of_rank(name, rank, self._tensor) for name in (EMBEDDING, HEAD))
+            if head in held and head not in expected and held[head] == held.get(embedding):
+                del held[head]  # tied: sent under one name
+        unread = {name for name, (total, _) in expected.items() if not total}
+        wanted = {name: one for name, one in expected.items() if name not in unread}
+        return differing(wanted, {name: one for name, one in held.items() if name not in unread})
 
 
 def _with_plugin(folder: Path) -> dict[str, str]:
@@ -274,25 +308,3 @@ def _pickled(bucket: Bucket) -> str:
     finally:
         torch.multiprocessing.set_sharing_strategy(before)
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _checksums(bucket: Bucket) -> Iterator[tuple[str, str]]:
-    """SGLang's names of a bucket's parameters, and the first 8 bytes of the SHA-256 of each, in hexadecimal.
-
-    A bucket contains all parts of a fused parameter, since they are one Megatron parameter.
-    """
-    tensors: dict[str, Tensor] = dict(bucket)
-    while tensors:
-        name, tensor = next(iter(tensors.items()))
-        parts, whole = [name], name
-        for fused, of in _FUSED.items():
-            if f".{of[0]}." in name:
-                parts = [name.replace(of[0], part) for part in of]
-                whole = name.replace(of[0], fused)
-        digest = hashlib.sha256()
-        for part in parts:
-            digest.update(joined_bytes([tensors.pop(part)]).cpu().numpy().data)
-        if name in ("model.embed_tokens.weight", "lm_head.weight"):
-            padding = -len(tensor) % _VOCABULARY_MULTIPLE
-            digest.update(bytes(padding * tensor[:1].nbytes))
-        yield whole, digest.hexdigest()[:16]

@@ -1,7 +1,8 @@
 """vLLM's adapter. `vllm_worker.py` runs in the server's processes.
 
 vLLM's own checksums are of weights as its kernels have packed them. So our worker extension reports the checksum of
-each tensor that arrived, and which of the model's parameters were not loaded.
+each tensor that arrived, and which of the model's parameters were not loaded; and it reads back, in the layout of the
+kernels, what is installed (`vllm_read_back.py`).
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_tempo.rollout.answer_checks import differing
 from megatron_tempo.rollout.checksum import checksums_of
 from megatron_tempo.rollout.cuda_memory import handle
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.folder import private_file, served_folder
+from megatron_tempo.rollout.read_back import Selection
 from megatron_tempo.rollout.server_adapter import (
     CACHE_BYTES_ON_CPU,
     DTYPES,
@@ -29,7 +32,8 @@ from megatron_tempo.rollout.server_adapter import (
 )
 from megatron_tempo.types import Bucket, PartName
 
-WORKER, SUMS = (Path(__file__).with_name(name) for name in ("vllm_worker.py", "tensor_sums.py"))
+MODULES = ("vllm_worker.py", "vllm_read_back.py", "tensor_sums.py")
+WORKER, READ_BACK, SUMS = (Path(__file__).with_name(name) for name in MODULES)
 # Counters that grow with every step that generates tokens or reads a prompt.
 _COUNTERS = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:iteration_tokens_total_sum")
 
@@ -55,7 +59,7 @@ class Vllm:
     def launch(self, start: Start) -> Launch:
         module_folder = start.folder / "python"
         module_folder.mkdir(exist_ok=True)
-        for module in (WORKER, SUMS):
+        for module in (WORKER, READ_BACK, SUMS):
             shutil.copyfile(module, module_folder / module.name)
         key = private_file(start.folder / "key", start.key)
         arguments = {
@@ -188,3 +192,28 @@ class Vllm:
             | dict.fromkeys(worker["missing"], ("", math.inf))
             for worker in answer["results"]
         ]
+
+    def read_back(self, selection: Selection) -> Call:
+        return Call("/collective_rpc", {"method": "read_back", "args": [selection.index, selection.of]})
+
+    def not_installed(
+        self, expected: dict[str, tuple[str, float]], selection: Selection, answer: Any
+    ) -> list[tuple[str, float]]:
+        """The workers' parts are added up. Copies of a part (a head of keys, a tied head) have to be equal."""
+        unread = {name for worker in answer["results"] for name in worker["unread"]}
+        parts: dict[str, dict[str, dict[str, set[str]]]] = {}  # of each tensor and holder the checksums, by place
+        for name, holder, place, total in (part for worker in answer["results"] for part in worker["tensors"]):
+            parts.setdefault(name, {}).setdefault(holder, {}).setdefault(place, set()).add(total)
+        wanted = {name: of for name, of in expected.items() if selection.has(name) and name not in unread}
+        held = {name: (_joined(by_holder), math.nan) for name, by_holder in parts.items() if name in wanted}
+        return differing(wanted, held)
+
+
+def _joined(by_holder: dict[str, dict[str, set[str]]]) -> str:
+    """The checksum of a tensor, from those of its parts; nothing if copies differ."""
+    found = set()
+    for places in by_holder.values():
+        if any(len(copies) > 1 for copies in places.values()):
+            return ""
+        found.add(sum(int(total, 16) for copies in places.values() for total in copies) % 2**64)
+    return f"{found.pop():016x}" if len(found) == 1 else ""

@@ -1,6 +1,7 @@
 """Runs inside a vLLM server: its workers load the trainer's weights, and its API rejects requests without the key.
 
-This file and `tensor_sums.py` are copied into a server's folder and found by their names, in vLLM's environment
+This file, `vllm_read_back.py` and `tensor_sums.py` are copied into a server's folder and found by name, in vLLM's
+environment
 (`--worker-extension-cls vllm_worker.WorkerExtension`, `--weight-transfer-config '{"backend": "megatron_tempo"}'`,
 `--middleware vllm_worker.KeyMiddleware`), so it imports nothing of this package. Written for vLLM 0.32.
 """
@@ -31,6 +32,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm_read_back import read_back
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -133,6 +135,9 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     def checksums(self) -> dict[str, Any]:
         return {"tensors": self._received, "missing": sorted(self._missing)}
 
+    def read_back(self, index: int, of: int) -> dict[str, Any]:
+        return read_back(self.model, index, of, tied=self.model_config.hf_config.tie_word_embeddings)
+
     def shutdown(self) -> None:
         for name in list(self._groups):
             self._leave(name)
@@ -195,6 +200,10 @@ class WorkerExtension:
         bucket requested checksums; "missing": parameters that were not loaded, or only in part.
         """
         return self.weight_transfer_engine.checksums()
+
+    def read_back(self, index: int, of: int) -> dict[str, Any]:
+        """Checksums of a selection of the parameters that the model computes with (`vllm_read_back.read_back`)."""
+        return self.weight_transfer_engine.read_back(index, of)
 
     def abandon(self) -> None:
         """Forget a session that an earlier trainer left open."""

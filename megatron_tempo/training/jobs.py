@@ -73,6 +73,7 @@ def train(config: Config) -> None:
                     record = trainer.iterate(stage_name, stage, iteration)
                     raise_on_all_ranks(partial(trainer.metrics.step, record))
                     trainer.sync_engine()
+                    trainer.check_engine()
                 state.stop_if_requested(stop_requests)
                 trainer.evaluate_if_due()
                 state.checkpoint_if_due()

@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tempo.config.sampled import rollout_seed
@@ -19,15 +21,15 @@ from megatron_tempo.methods.learner import Rollouts, iteration_seed
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout import dump
 from megatron_tempo.rollout.batches import Answers, Collected, ask, collect, receive, share_columns
-from megatron_tempo.rollout.engine import Engine, Sampling
-from megatron_tempo.rollout.verification import Verification
+from megatron_tempo.rollout.engine import AnswersByServer, Engine, Request, Sampling
+from megatron_tempo.rollout.verification import Prompt, Verification
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.training.row_owners import RowOwners
 from megatron_tempo.training.stage_groups import StageGroups
-from megatron_tempo.types import Batch, LabelledPrompt, UnlabelledPrompt
+from megatron_tempo.types import Batch, LabelledPrompt, UnlabelledPrompt, seed_of
 
-# Prompts for each replica of an engine, and tokens for each response, when the engine is checked.
-PARITY_PROMPTS, PARITY_TOKENS = 4, 256
+# Prompts for each replica of an engine when the engine is checked.
+PARITY_PROMPTS = 4
 
 _NOTHING = Answers({}, {}, {})
 
@@ -106,14 +108,32 @@ class RolloutRequests:
         if self.groups is not None:
             self.groups.discard()
 
-    def sample_for_parity(self, step: int) -> Batch:
-        """A few responses, to compare the engine's log-probabilities with the actor's. Collective."""
+    def sample_for_parity(self, step: int, tokens: int, *, restarted: bool) -> tuple[Batch, Tensor] | None:
+        """A few responses of at most `tokens`, to compare the engine's log-probabilities with the actor's. Collective.
+
+        Returns also the server that gave each row, int64 [n], -1 if the engine has no servers. Each server is asked
+        directly; with `restarted` only those before the gate. None if no server answered.
+        """
         config, stream = self.config.rollout, self.labelled or self.unlabelled
         assert stream is not None
-        prompts = stream.first(PARITY_PROMPTS * self.engine.replicas)
-        sampling = Sampling.of(config, min(config.max_response_tokens, PARITY_TOKENS))
-        asked = ask(self.engine, prompts, 1, sampling, rollout_seed(self.config), "parity", step)
-        collected = collect(asked, self.verifiers, self.tokenizer).take(0, len(prompts))
+        sampling = Sampling.of(config, min(config.max_response_tokens, tokens))
+        seed = (rollout_seed(self.config), "parity", step)
+        if not isinstance(self.engine, AnswersByServer):
+            prompts: list[Prompt] = [*stream.first(PARITY_PROMPTS * self.engine.replicas)]
+            collected = collect(ask(self.engine, prompts, 1, sampling, *seed), self.verifiers, self.tokenizer)
+            return self._held(collected.take(0, len(prompts))), torch.full((len(prompts),), -1)
+        prompts = [*stream.first(PARITY_PROMPTS)]
+        requests = [Request(prompt.token_ids, 1, seed_of(*seed, i)) for i, prompt in enumerate(prompts)]
+        answers = self.engine.probe(requests, sampling, restarted=restarted)
+        if not answers:
+            return None
+        completions = dict(enumerate(one for of in answers.values() for one in of))  # of the first rank
+        repeated = prompts * len(answers)
+        collected = share_columns(repeated, Answers(completions, {}, {})).take(0, len(repeated))
+        return self._held(collected), torch.tensor(list(answers)).repeat_interleave(len(prompts))
+
+    def _held(self, collected: Collected) -> Batch:
+        """The batch with the rows that this rank owns."""
         owned = self.owners.of_batch(collected.columns)
         return receive(replace(collected, columns=owned), self.owners.held(owned))
 

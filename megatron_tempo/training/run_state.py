@@ -16,7 +16,7 @@ from megatron_tempo.config.schema import Config, to_plain
 from megatron_tempo.config.tree import as_json, differences
 from megatron_tempo.config.tree import load as load_config
 from megatron_tempo.data.seen import Seen
-from megatron_tempo.errors import EngineError, Stopped, UnwrittenError
+from megatron_tempo.errors import EngineError, RejectedRolloutsError, Stopped, UnwrittenError
 from megatron_tempo.files import replace_file
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
@@ -134,6 +134,8 @@ class RunState:
     def rescued(self) -> Iterator[None]:
         """If the engine fails inside, save what was trained since the last checkpoint before the run ends.
 
+        Nothing is saved in an iteration whose rollouts are rejected: a resumed run does it from its beginning.
+
         If a record or a checkpoint cannot be written, the error names the checkpoint to resume from.
         """
         try:
@@ -142,6 +144,9 @@ class RunState:
             with suppress(UnwrittenError):
                 self.checkpoints.wait()
             raise UnwrittenError(f"{error}{self._resume_hint()}") from error
+        except RejectedRolloutsError as error:  # in an iteration, in which the critic may have learnt
+            self.checkpoints.wait()
+            raise EngineError(f"{error}{self._resume_hint()}") from error
         except EngineError as error:
             raise EngineError(f"{error}{self._save_progress()}") from error
 

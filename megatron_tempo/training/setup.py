@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from megatron_tempo.config.choices import EngineKind, EnginePrecision, Precision
+from megatron_tempo.config.choices import EngineKind, EnginePrecision, OnDrift, Precision
 from megatron_tempo.config.extensions import Extension
 from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.config.rules.extensions import imported_verifiers
@@ -81,7 +81,8 @@ def build_engine(context: RunContext) -> Engine:
     work, vocab = Path(config.run.dir) / "engine", read_model_shape(model).vocab
     precision, timeout = engine_precision(config), collective_timeout(config)
     gpus = context.offloader if config.rollout.is_colocated else None
-    return ServersEngine(adapter, servers, model, work, precision, context.device, vocab, timeout, gpus)
+    given = (adapter, servers, model, work, precision, context.device, vocab, timeout, gpus)
+    return ServersEngine(*given, resyncs=config.rollout.on_drift is OnDrift.resync)
 
 
 def build_verifiers(config: Config) -> Verifiers:

@@ -39,7 +39,7 @@ from megatron_tempo.rollout.engine import Engine
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.training import inputs
 from megatron_tempo.training.context import RunContext, collective_timeout
-from megatron_tempo.training.parity import check_parity
+from megatron_tempo.training.parity import ParityGate
 from megatron_tempo.training.peak_memory import PeakMemory, planned
 from megatron_tempo.training.phases import PhaseTimer
 from megatron_tempo.training.resume_point import find
@@ -79,6 +79,7 @@ class Trainer:
     state: RunState
     latest: LatestCheckpoint
     reference: Actor | None = None  # loaded when it is first needed
+    gate: ParityGate | None = None  # None: the engine's numbers are not compared (rehearsals)
 
     @classmethod
     @contextmanager
@@ -121,7 +122,7 @@ class Trainer:
             seen = Seen(below, keys.labelled, keys.unlabelled, context.is_writer)
             profiler = Profiler(config.profile.steps, below / "profile", context.device, dist.get_rank())
             timer = PhaseTimer(metrics, peaks, profiler)
-            yield cls(
+            trainer = cls(
                 config=config,
                 context=context,
                 actor=actor,
@@ -136,6 +137,8 @@ class Trainer:
                 latest=latest,
                 state=RunState(config, context.is_writer, models, requests, checkpoints, seen, timer, read),
             )
+            trainer.gate = ParityGate(requests, actor, trainer.weights, trainer.send_weights)
+            yield trainer
 
     @property
     def step(self) -> int:
@@ -154,7 +157,18 @@ class Trainer:
         """Resume from the newest complete checkpoint, if there is one, and give the engine the actor's weights."""
         self.state.resume(self.latest)
         self.load_engine()
-        check_parity(self.requests, self.actor, self.weights, self.step)
+        if self.gate is not None:
+            with self.phase("parity"):
+                self.gate.at_start(self.step)
+
+    def check_engine(self) -> None:
+        """Compare the engine's log-probabilities with the actor's, if `rollout.parity_every` requires it. After a sync.
+
+        Raises DriftError if they are further apart than `rollout.parity_tolerance`.
+        """
+        if self.gate is not None:
+            with self.phase("parity"):
+                self.gate.after_sync(self.step)
 
     def iterate(self, stage_name: str, stage: StageConfig, iteration: int) -> dict[str, Any]:
         """Rollouts and the method's updates. Returns the line for metrics.jsonl."""
@@ -172,6 +186,7 @@ class Trainer:
             seed=iteration_seed(self.config.run.seed, stage_name, iteration),
             iteration=number,
             max_response_tokens=self.config.rollout.max_response_tokens,
+            accepts=self._accepts,
         )
         metrics = iterate_of(stage.method)(learner, rollouts, stage, iteration)
         metrics |= _rollout_metrics(rollouts, self.step, time.monotonic() - started) | self.requests.metrics()
@@ -186,6 +201,7 @@ class Trainer:
             "step": number,
             **metrics,
             **judge_counts(self.requests.verifiers),
+            "engine/resyncs": 0 if self.gate is None else self.gate.take_resyncs(),
             "padding": self._token_count().padding_since(tokens_before),
             **peaks,
         }
@@ -212,7 +228,11 @@ class Trainer:
     def load_engine(self) -> None:
         """Send the actor's weights to the engine, and wake it if it sleeps."""
         with self.phase("sync"):
-            self.engine.load_weights(self.weights, self.step)
+            self.send_weights()
+
+    def send_weights(self) -> None:
+        """As `load_engine`, in the phase that calls it."""
+        self.engine.load_weights(self.weights, self.step)
 
     def sync_engine(self) -> None:
         """Send the actor's weights to the engine. One that sleeps gets them when it wakes."""
@@ -278,6 +298,9 @@ class Trainer:
                 with self.metrics.spare("report.html"):
                     lines.append(f"report: {write_report(out)}")
             show("\n".join([summary_table(out), "", *lines]))
+
+    def _accepts(self, batch: Batch, logprobs: Tensor) -> bool:
+        return self.gate is None or self.gate.accepts(batch, logprobs, self.step)
 
     def _token_count(self) -> TokenCount:
         """The tokens that this rank's trained models and engine have processed so far."""

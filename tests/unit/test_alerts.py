@@ -66,6 +66,8 @@ FIRES: dict[str, tuple[str, list[float | None], str, int, int, bool]] = {
     "correction's ess": ("correction/ess", [0.05] * 5, "the correction leaves few samples", 5, 5, True),
     # means of five 0.0595, ..., 0.2175 at the fifth of 0.2175: above 0.17 at the fourth
     "truncated": ("truncated", [0.02] * 10 + [0.2175] * 5, "truncated responses rise", 14, 15, True),
+    "resynced": ("engine/resyncs", [0.0, 0.0, 1.0, 0.0], "engine has drifted", 3, 3, False),
+    "dropped": ("actor/rows_dropped", [None, 64.0], "engine has drifted", 2, 2, True),
     "skipped": ("critic/skipped", [0.0, 2.0, 0.0], "steps are skipped", 2, 2, False),
     # the first iteration, which warms up, is not what was; a median of five is past at the third
     "slow": ("seconds", [90.0] + [10.0] * 10 + [21.0] * 3, "iterations slow down", 14, 14, True),
@@ -97,6 +99,7 @@ SILENT: dict[str, tuple[str, list[float | None]]] = {
     "a high norm from the start": ("actor/grad_norm", [30.0, 1.0, 1.0, 1.0]),
     "a norm of nine times": ("actor/grad_norm", [1.0] * 9 + [9.0]),
     "a first gradient after none": ("actor/grad_norm", [0.0] * 9 + [1.0]),
+    "no resync": ("engine/resyncs", [0.0] * 20),
     "numbers that are not there": ("actor/entropy", [None] * 20),
 }
 

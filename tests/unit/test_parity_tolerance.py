@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
-import torch
 
 from megatron_tempo.config.choices import EngineKind, EnginePrecision, Precision
 from megatron_tempo.config.schema import Config
 from megatron_tempo.errors import EngineError
-from megatron_tempo.training.parity import TOLERANCES, check_parity
+from megatron_tempo.training.parity import TOLERANCES
+from tests.support.gates import GateOf
 
 FP8 = [precision for precision in Precision if "fp8" in precision.name]
 
 
 def checked(config: Config, gap: float) -> None:
     """The check of an engine whose log-probabilities are `gap` nats too low."""
-    batch = SimpleNamespace(engine_logprobs=torch.full((4,), -gap), response_lengths=torch.tensor([4]))
-    engine = SimpleNamespace(differences=lambda _: [])
-    requests = SimpleNamespace(config=config, engine=engine, sample_for_parity=lambda _: batch)
-    actor = SimpleNamespace(logprobs=lambda _: torch.zeros(4), gap_to_engine=lambda *_: (gap, gap))
-    check_parity(cast(Any, requests), cast(Any, actor), cast(Any, None), 0)
+    GateOf(config, gaps={-1: [gap]}).gate.at_start(0)
 
 
 def config_of(trainer: Precision, engine: EnginePrecision | None, tolerance: float | None = None) -> Config:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
-import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -13,44 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tempo.rollout import tensor_sums
 from megatron_tempo.rollout.server_adapter import described
 from megatron_tempo.rollout.vllm import WORKER, Vllm
 from megatron_tempo.types import Bucket, PartName
 from megatron_tempo.weights.shared_memory import in_shared_memory
-
-
-class Anything:
-    """Stands for each of vLLM's classes and functions."""
-
-    def __class_getitem__(cls, item: object) -> type:
-        return cls
-
-    @staticmethod
-    def register_engine(*arguments: object) -> None: ...
+from tests.support.in_vllm import loaded
 
 
 @pytest.fixture(scope="module")
 def worker() -> Iterator[ModuleType]:
     """The worker's module, with stand-ins for what it imports of vLLM."""
-    tree = ast.parse(WORKER.read_text())
-    stubs: dict[str, ModuleType] = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm"):
-            words = str(node.module).split(".")
-            for i in range(len(words)):
-                name = ".".join(words[: i + 1])
-                stubs.setdefault(name, ModuleType(name))
-            for alias in node.names:
-                setattr(stubs[str(node.module)], alias.name, type(alias.name, (Anything,), {}))
-    spec = importlib.util.spec_from_file_location("vllm_worker", WORKER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for name, stub in {**stubs, "vllm_worker": module, "tensor_sums": tensor_sums}.items():
-            monkeypatch.setitem(sys.modules, name, stub)
-        spec.loader.exec_module(module)
+    with loaded(WORKER) as module:
         yield module
 
 

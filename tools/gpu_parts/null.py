@@ -71,7 +71,7 @@ def make_up_rollouts() -> None:
     """
     from megatron_tempo.rollout.embedded import EmbeddedEngine
     from megatron_tempo.rollout.engine import Request, Sampling
-    from megatron_tempo.training import trainer
+    from megatron_tempo.training import parity
     from megatron_tempo.types import Completion
 
     def generate(
@@ -85,4 +85,4 @@ def make_up_rollouts() -> None:
             yield index, [Completion(row, torch.full((count,), -1.0), "length", versions) for row in tokens.int()]
 
     EmbeddedEngine.generate = generate  # type: ignore[method-assign]
-    trainer.check_parity = lambda *_: None
+    parity.exceeds = lambda *_: False

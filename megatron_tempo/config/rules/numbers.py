@@ -109,6 +109,7 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
         **_SAMPLING,
         "batch_rows": _ONE_TO_COUNT,
         "parity_tolerance": _above(0, 1000, "1e-6"),
+        "parity_every": _UP_TO_COUNT,
         "max_staleness": _from(0, 1000),
     },
     schema.MathConfig: {"workers": _from(1, 1024), "seconds": _above(0, 3600, "5")},
