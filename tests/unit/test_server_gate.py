@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.errors import DriftError
-from megatron_tempo.rollout.checksum import checksum, root_mean_square
+from megatron_tempo.rollout.checksum import checksum, checksums_of
 from megatron_tempo.rollout.engine import AnswersByServer
 from megatron_tempo.rollout.read_back import EVERYTHING, SELECTIONS, Selection
 from megatron_tempo.rollout.server_adapter import Call
@@ -148,7 +148,7 @@ def answering(arrived: dict[str, Any], installed: dict[str, str] | None) -> Call
 
 
 def found(arrived: dict[str, Any], installed: dict[str, str] | None) -> str | None:
-    expected = {name: (checksum(one), root_mean_square(one)) for name, one in sent().items()}
+    expected = checksums_of(list(sent().items()))
     adapter = Vllm(cpu=True, tensor=1)
     return asyncio.run(wrong_weights(adapter, answering(arrived, installed), expected, EVERYTHING))
 
@@ -158,7 +158,7 @@ def sent() -> dict[str, torch.Tensor]:
 
 
 def test_what_arrived_and_what_is_installed_are_compared() -> None:
-    arrived = {name: (checksum(one), str(root_mean_square(one))) for name, one in sent().items()}
+    arrived = {name: (total, str(size)) for name, (total, size) in checksums_of(list(sent().items())).items()}
     installed = {name: checksum(one) for name, one in sent().items()}
     assert found(arrived, installed) == ""
     swapped = {NAME: installed[OTHER], OTHER: installed[NAME]}
