@@ -22,7 +22,7 @@ from tests.support.ranks import run_ranks
 def engine_of(config: ServersConfig) -> ServersEngine:
     """An engine that only knows its configuration."""
     engine = ServersEngine.__new__(ServersEngine)
-    engine._config = config
+    engine._config, engine._gpus = config, None
     return engine
 
 
