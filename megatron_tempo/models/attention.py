@@ -10,16 +10,21 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_tempo.models.context import gather_tokens
-from megatron_tempo.models.grid import from_grid, to_grid
+from megatron_tempo.models.grid import Grid, from_grid, to_grid
 from megatron_tempo.models.packing import Packing
+from megatron_tempo.models.rotary import rotate
 
 
 class RotatedAttention(SelfAttention):
-    """Megatron's self-attention. It gets the angles of all rotary embeddings of the model and uses its own."""
+    """Megatron's self-attention. It gets what all rotary embeddings of the model rotate by (`Rotary`) and uses its own.
+
+    Megatron rotates only where Transformer Engine fuses that.
+    """
 
     def __init__(
         self,
@@ -33,12 +38,27 @@ class RotatedAttention(SelfAttention):
         """`rope`: the index of this layer's rotary embedding in `ModelShape.ropes`."""
         super().__init__(config, submodules, layer_number, attn_mask_type, **groups)
         self.rope = rope
+        self._factors: Tensor | None = None  # of the pass that runs, if this class rotates
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None, *, rotary_pos_emb: Tensor, **others: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """`rotary_pos_emb` is float32 [ropes, S, 1, 1, d]."""
-        return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb[self.rope], **others)
+        """`rotary_pos_emb`: what `Rotary` returns."""
+        own = rotary_pos_emb[self.rope]
+        if self.config.apply_rope_fusion:
+            return super().forward(hidden_states, attention_mask, rotary_pos_emb=own, **others)
+        self._factors = own
+        try:
+            return super().forward(hidden_states, attention_mask, rotary_pos_emb=None, **others)
+        finally:
+            self._factors = None
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [S, 1, heads, d], keys and values [S, 1, groups, d]."""
+        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        if self._factors is None:
+            return query, key, value
+        return rotate(query, self._factors), rotate(key, self._factors), value
 
 
 class PackedAttention(nn.Module):
@@ -83,12 +103,22 @@ class PackedAttention(nn.Module):
         assert packed_seq_params is not None, "every micro-batch carries its packing"
         if packed_seq_params.pieces is not None:
             return self._in_pieces(query, key, value, packed_seq_params)
-        assert packed_seq_params.grid is not None
-        assert packed_seq_params.cells is not None
-        grid, cells = packed_seq_params.grid, packed_seq_params.cells
-        q, k, v = (to_grid(x[:, 0], grid, cells).transpose(1, 2) for x in (query, key, value))
+        assert packed_seq_params.grids is not None
+        grids = packed_seq_params.grids
+        qkv = query[:, 0], key[:, 0], value[:, 0]
+        if len(grids) == 1:
+            return self._on_grid(*qkv, grids[0], len(query))[:, None]
+        sizes = [len(grid.cells) for grid in grids]
+        padding = len(query) - sum(sizes)
+        parts = zip(*(x.split([*sizes, padding])[: len(grids)] for x in qkv), grids, sizes, strict=True)
+        outputs = [self._on_grid(*part) for part in parts]
+        return functional.pad(torch.cat(outputs), (0, 0, 0, padding))[:, None]
+
+    def _on_grid(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, size: int) -> Tensor:
+        """Query [S, heads, d], key and value [S, groups, d] -> [`size`, heads * d]: the grid's rows, and padding."""
+        q, k, v = (to_grid(x, grid.tokens, grid.cells).transpose(1, 2) for x in (query, key, value))
         out = _causal(q, k, v, self.scale) if self.window is None else _windowed(q, k, v, self.scale, self.window)
-        return from_grid(out.transpose(1, 2).flatten(2), grid, cells, len(query))[:, None]
+        return from_grid(out.transpose(1, 2).flatten(2), grid.tokens, grid.cells, size)
 
     def _in_pieces(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
         """Attend from this rank's queries to the keys and values of all ranks, one sequence at a time."""
@@ -131,7 +161,26 @@ def _for_all_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, T
     times = query.shape[1] // key.shape[1]
     if times == 1:
         return key, value
-    return key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)
+    return _Repeated.apply(key, times), _Repeated.apply(value, times)
+
+
+class _Repeated(torch.autograd.Function):
+    """`repeat_interleave` over the heads. Its own backward pass is torch's sum over one inner dimension, which takes a
+    CPU 20 times as long as these additions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, times: int) -> Tensor:
+        ctx.times = times
+        return x.repeat_interleave(times, dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        first, *others = grad.unflatten(1, (-1, ctx.times)).unbind(2)
+        total = first.to(torch.promote_types(grad.dtype, torch.float32)) + others[0]  # bf16 would lose digits
+        for other in others[1:]:
+            total += other
+        return total.to(grad.dtype), None
 
 
 def _last_queries(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_tempo.config.model_shape import LayerAttention, ModelShape
 from megatron_tempo.models.attention import PackedAttention, RotatedAttention
 from megatron_tempo.models.norms import NormedRowParallelLinear, RMSNorm
+from megatron_tempo.models.swiglu import SwiGLU
 
 # Transformer Engine fuses a norm with the linear layer after it. This maps the prefixes of its parameter names to the
 # names that weight tables and checkpoints use for all implementations.
@@ -48,15 +49,15 @@ class Parts:
     column: Any  # linear layers into attention and MLP
     row: Any  # linear layers out of them
     core_attention: Callable[..., Any]  # also takes `window` and `softmax_scale_multiplier`
-    swiglu: Any = None  # one operation, if Megatron's config asks for it; None: Megatron's own operations
+    swiglu: Any  # used unless Transformer Engine's is to be and is not fused: then Megatron's own operations are
 
 
 def local_layer(shape: ModelShape, attention: LayerAttention, norms: Norms) -> ModuleSpec:
     """The spec of a layer with this attention, built from Megatron's linear layers and torch's attention."""
     if norms.pre_norm:
-        parts = Parts(RMSNorm, ColumnParallelLinear, RowParallelLinear, PackedAttention)
+        parts = Parts(RMSNorm, ColumnParallelLinear, RowParallelLinear, PackedAttention, SwiGLU)
     else:
-        parts = Parts(IdentityOp, ColumnParallelLinear, NormedRowParallelLinear, PackedAttention)
+        parts = Parts(IdentityOp, ColumnParallelLinear, NormedRowParallelLinear, PackedAttention, SwiGLU)
     return layer_of(parts, shape, attention, norms)
 
 

@@ -75,7 +75,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=fused.rotary,
-        use_te_activation_func=fused.swiglu,
+        use_te_activation_func=local or fused.swiglu,  # `SwiGLU` of models/swiglu.py, or Transformer Engine's
         # Megatron's own output layer requires Apex's kernel for it, and does not use it here.
         gradient_accumulation_fusion=local and fused.weight_gradients,
         fuses_te_weight_gradients=not local and fused.weight_gradients,

@@ -64,7 +64,7 @@ class PackedGPT(GPTModel):
             position_embedding_type="none",  # Megatron has only one rotary embedding for all layers; see `Rotary`
         )
         self.shape = shape
-        self.rotary = Rotary(shape.ropes, shape.head_dim)
+        self.rotary = Rotary(shape.ropes, shape.head_dim, config.params_dtype, fused=config.apply_rope_fusion)
         self.kernels = kernels
         self.token_multiple = token_multiple(config)
         self.attends_on_grid = config.transformer_impl == Layers.local.name

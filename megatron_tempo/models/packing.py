@@ -16,6 +16,7 @@ from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.sizes import GRID_SLACK
 from megatron_tempo.kernels.rows import Rows
 from megatron_tempo.models.context import ContextShard, Outputs, Piece
+from megatron_tempo.models.grid import Grid, like_lengths
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.types import Batch, ranges
 
@@ -30,14 +31,12 @@ class Packing(PackedSeqParams):
     rotary embedding gets each token's position, so only the attention needs the boundaries of sequences.
 
     `cu_seqlens_q`, `cu_seqlens_kv`: int32 [sequences + 1], the start of each sequence and the end of the last one.
-    `grid`: int64 [rows, longest], the token at each position, -1 after a row's end. `cells`: int64 [tokens
-    without padding], each token's index in the flattened grid. Under context parallelism there are instead `pieces`, of
-    this rank's tokens, and `order`: int64 [S], each token's index in the concatenation of the ranks' tokens.
-    Transformer Engine's attention needs neither.
+    `grids`: the rows in the order of their tokens, those of like length in one. Under context parallelism there are
+    instead `pieces`, of this rank's tokens, and `order`: int64 [S], each token's index in the concatenation of the
+    ranks' tokens. Transformer Engine's attention needs neither.
     """
 
-    grid: Tensor | None = None
-    cells: Tensor | None = None
+    grids: tuple[Grid, ...] | None = None
     pieces: tuple[Piece, ...] | None = None
     order: Tensor | None = None
 
@@ -135,8 +134,8 @@ def row_owners(work: Tensor, order: Sequence[Tensor], data: int) -> Tensor:
 def divide_by_budget(lengths: Tensor, budget: int) -> list[Tensor]:
     """Indices 0..n-1 in groups of at most `budget` tokens, longest first. A row that is longer is a group of its own.
 
-    Rows of similar length share a group. The attention grid of a group, rows * longest row, is at most GRID_SLACK times
-    the budget.
+    Rows of similar length share a group. The attention's grids of a group, rows * longest row, have at most GRID_SLACK
+    times the budget of cells.
     """
     groups: list[list[int]] = []
     tokens = longest = 0
@@ -166,7 +165,7 @@ def micro_batches(
     padding.
 
     The tokens of each rank, also under sequence parallelism, are padded to a multiple of `token_multiple`.
-    `with_grid`: whether the attention works on the grid of `Packing`.
+    `with_grid`: whether the attention works on the grids of `Packing`.
     """
     groups = divide_by_budget(batch.lengths[rows], budget)
     groups += [torch.zeros(0, dtype=torch.int64)] * (at_least - len(groups))
@@ -207,7 +206,7 @@ def _pack(
     else:
         packing = _packing(sequences, device)
         if with_grid:
-            packing.grid, packing.cells = (x.to(device) for x in _grid(lengths, padding))
+            packing.grids = _grids(lengths, padding, device)
     valued = ranges(first, responses + 1)
     return MicroBatch(
         rows=rows,
@@ -248,20 +247,14 @@ def _packing(sequences: Tensor, device: torch.device) -> Packing:
     )
 
 
-def _grid(lengths: Tensor, padding: int) -> tuple[Tensor, Tensor]:
-    """The grid and the cells of `Packing` for rows of these lengths, followed by `padding` tokens.
+def _grids(lengths: Tensor, padding: int, device: torch.device) -> tuple[Grid, ...]:
+    """The grids of `Packing` for rows of these lengths, longest first, followed by `padding` tokens.
 
-    Padding is not a row of the grid, because one token of padding would double the grid of a single long row. It has no
-    cells: nothing reads its output. Only if there are no rows is the padding the one row.
+    Padding is not a row of a grid: nothing reads its output. Only if there are no rows is the padding the one row.
     """
     if len(lengths) == 0:
         lengths = torch.tensor([padding])
-    total, longest = int(lengths.sum()), int(lengths.max())
-    cells = torch.repeat_interleave(torch.arange(len(lengths)), lengths) * longest
-    cells += ranges(torch.zeros_like(lengths), lengths)
-    grid = torch.full((len(lengths) * longest,), -1, dtype=torch.int64)
-    grid[cells] = torch.arange(total)
-    return grid.view(len(lengths), longest), cells
+    return tuple(Grid.of(part, device) for part in lengths.split(like_lengths(lengths.tolist())))
 
 
 def _context_packing(sequences: Tensor, shard: ContextShard, device: torch.device) -> Packing:

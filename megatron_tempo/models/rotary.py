@@ -3,24 +3,64 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_tempo.config.model_shape import Rope, Yarn
 
 
 class Rotary:
-    """The angles of rotary embeddings. Not a module, so it stays in fp32 when the network is converted to bf16."""
+    """What rotates queries and keys. Not a module, so it stays in fp32 when the network is converted to bf16."""
 
-    def __init__(self, ropes: tuple[Rope, ...], head_dim: int) -> None:
+    def __init__(self, ropes: tuple[Rope, ...], head_dim: int, dtype: torch.dtype, *, fused: bool) -> None:
+        """`dtype`: of queries and keys. `fused`: whether Transformer Engine rotates them, which takes angles."""
         device = torch.cuda.current_device()
         self.frequencies = torch.stack([frequencies(rope, head_dim) for rope in ropes]).to(device)  # [ropes, d / 2]
+        self.dtype, self.fused = dtype, fused
 
     def __call__(self, positions: Tensor) -> Tensor:
-        """Positions in their sequences, int64 [S] -> radians, float32 [ropes, S, 1, 1, d], in Megatron's order."""
+        """Positions in their sequences, int64 [S] -> what each rotary embedding of the model turns them by.
+
+        The factors that `rotate` takes, [ropes, 2, S, 1, 1, d], once for all layers. Fused: radians, in Megatron's
+        order, float32 [ropes, S, 1, 1, d].
+        """
         half = positions[:, None, None, None] * self.frequencies[:, None, None, None, :]
-        return torch.cat([half, half], dim=-1)
+        if self.fused:
+            return torch.cat([half, half], dim=-1)
+        cos, sin = half.cos().to(self.dtype), half.sin().to(self.dtype)
+        return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)], dim=1)
+
+
+def rotate(x: Tensor, factors: Tensor) -> Tensor:
+    """[S, 1, heads, d], and cosines and signed sines [2, S, 1, 1, d] -> as `x`.
+
+    Pair i of a head is numbers i and i + d / 2. The first becomes x_i cos - x_(i + d / 2) sin, the second
+    x_(i + d / 2) cos + x_i sin. Numbers are rounded as by Megatron's operations, which compute cosines in each layer.
+    """
+    rotated: Tensor = _Rotate.apply(x, factors)
+    return rotated
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factors: Tensor) -> Tensor:
+        ctx.save_for_backward(factors)
+        cos, sin = factors
+        return (x * cos).add_(_swapped(x).mul_(sin))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        cos, sin = ctx.saved_tensors[0]
+        return (grad * cos).add_(_swapped(grad * sin)), None
+
+
+def _swapped(x: Tensor) -> Tensor:
+    """The two numbers of each pair, exchanged."""
+    return x.roll(x.shape[-1] // 2, dims=-1)
 
 
 def frequencies(rope: Rope, head_dim: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Bytes of activations: what autograd saves per layer, and what is allocated on top of it at the peak.
 
 The accounting follows Korthikanti et al. 2022 (arXiv 2205.05198), section 4, redone for our layers: packed rows,
-grouped queries, SwiGLU, norms in fp32, rotary embeddings without fusion, no dropout. Notation: S tokens of a
+grouped queries, SwiGLU, norms in fp32, rotary embeddings, no dropout. Notation: S tokens of a
 micro-batch, g cells of its attention grid, h hidden size, q and k widths of the query and the key projection, d head
 size, f feed-forward width, t tensor-parallel ranks, a bytes per number. q, k and f are those of one rank, divided by t;
 h means h / t under sequence parallelism for each tensor between the matrix products.
@@ -62,17 +62,21 @@ def attention(w: Widths, machine: PlannedMachine, micro: PlannedMicroBatch) -> f
 
     Norms of queries and keys: in bf16, fp32 copies, 4 (q + k). In fp32, the joint projection q + 2 k, of which the keys
     are a view, and a copy of its queries, q, if the rank has several groups (with one group they are a view too); on a
-    CPU also both after their norms. Reciprocal roots: 4 per head and group. Rotary: a cosine and a sine per position,
-    for queries and for keys, 4 a d; fused, nothing of the layer's own. The output by token, which the projection saves:
-    a q.
+    CPU also both after their norms. Reciprocal roots: 4 per head and group. What rotates is the pass's own (`turns`).
+    The output by token, which the projection saves: a q.
     """
     a = machine.size
     if machine.mixed:
         norms = 4 * (w.q + w.k)
     else:
         norms = a * (w.q + 2 * w.k + (w.q if w.groups > 1 else 0) + (0 if machine.cuda else w.q + w.k))
-    angles = 0 if machine.fused else 4 * a * w.d
-    return (norms + 4 * (w.heads + w.groups) + angles + a * w.q) * micro.tokens
+    return (norms + 4 * (w.heads + w.groups) + a * w.q) * micro.tokens
+
+
+def turns(w: Widths, machine: PlannedMachine) -> float:
+    """What a pass's layers rotate queries and keys by, in bytes per token: a cosine and a sine per number of a head,
+    2 a d, or angles in fp32 where Transformer Engine rotates."""
+    return (4 if machine.fused else 2 * machine.size) * w.d
 
 
 def on_grid(w: Widths, machine: PlannedMachine, layout: PlannedLayout, micro: PlannedMicroBatch, kv: float) -> float:
@@ -97,10 +101,10 @@ def kernel_keys(w: Widths, shape: ModelShape, machine: PlannedMachine) -> float:
 
 
 def feed_forward(w: Widths, machine: PlannedMachine) -> float:
-    """What the feed-forward part saves, in bytes per token: both halves of the first product, 2 f, silu of the gate, f,
-    the other half again (Megatron adds an offset of 0), f, and the input of the second product, f. Fused, the first and
-    the last of these."""
-    return (3 if machine.fused else 5) * machine.size * w.f
+    """What the feed-forward part saves, in bytes per token: both halves of the first product, 2 f, and the input of the
+    second product, f. Without `one_swiglu` also silu of the gate, f, and the other half again, f, because Megatron adds
+    an offset of 0."""
+    return (3 if machine.one_swiglu else 5) * machine.size * w.f
 
 
 def layer(shape: ModelShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch) -> float:
@@ -134,12 +138,12 @@ def kept(
     """
     w, chunks = Widths.of(shape, layout), layout.virtual_pipeline
     layers = layout.pipeline_layers.counts(shape.layers)[stage] / chunks
-    states = machine.size * w.h * micro.tokens
+    states, rotation = machine.size * w.h * micro.tokens, turns(w, machine) * micro.tokens
     if layout.recompute is Recompute.layers:
-        return (layers + 1) * states
+        return (layers + 1) * states + rotation
     ends = (stage == 0) + (stage == layout.pipeline - 1)  # of the model, in one of the stage's chunks
     edges = 2 - ends / chunks if machine.mixed else 1
-    return layers * layer(shape, layout, machine, micro) + edges * states
+    return layers * layer(shape, layout, machine, micro) + edges * states + rotation
 
 
 def in_flight(layout: PlannedLayout, stage: int, count: int) -> int:
@@ -193,15 +197,15 @@ def backward(
       16 h; on CUDA one in, one out, and one in the type of the weights;
     - in the last layer's feed-forward part: the gradients of the residual stream, a h, and of SwiGLU's product and one
       of its halves, 2 a f; or instead of the latter the gradient of the second weight, a f h, under sequence
-      parallelism with the gathered gradient of the states. Fused, there is no such gradient of a weight, and SwiGLU has
-      the gradients of its product and of both halves, 3 a f. What the norm saved is freed by then.
+      parallelism with the gathered gradient of the states. Fused, there is no such gradient of a weight. `one_swiglu`
+      has the gradients of its product and of both halves, 3 a f. What the norm saved is freed by then.
 
     With `Recompute.layers` the activations of one layer are added.
     """
     w, a, S, last = Widths.of(shape, layout), machine.size, micro.tokens, stage == layout.pipeline - 1
     weight = 0 if machine.fused else w.f * w.full
     second_weight = a * (w.f * S + weight + (w.full * S if w.sequence else 0))
-    gating = a * w.h * S + max(second_weight, (3 if machine.fused else 2) * a * w.f * S)
+    gating = a * w.h * S + max(second_weight, (3 if machine.one_swiglu else 2) * a * w.f * S)
     if layout.recompute is Recompute.layers:
         gating += whole_layer(shape, layout, machine, micro)
     if not last:
@@ -216,22 +220,22 @@ def reading(
 ) -> float:
     """Peak bytes of a stage's layers in a pass without gradient.
 
-    The stage's input, the layer's input (the same if a chunk of the stage has one layer) and the angles, d in fp32,
+    The stage's input, the layer's input (the same if a chunk of the stage has one layer) and what rotates, `turns`,
     which their callers hold; on all stages but the last the output that was sent to the next stage; under sequence
     parallelism the buffer of gathered states; and the largest of three moments of a layer:
 
-    - attention: the normed input h, the joint projection, normed and rotated queries and keys, four of the queries'
-      width on the grid, and log-sum-exps;
-    - SwiGLU: the residual stream, the normed input, and 5 f;
+    - attention: the normed input h, the joint projection, rotated queries and keys (in Transformer Engine's layers also
+      the normed ones), four of the queries' width on the grid, and log-sum-exps;
+    - SwiGLU: the residual stream, the normed input, and 3 f, or 5 f without `one_swiglu`;
     - under sequence parallelism the sum of the output projection over the tensor ranks: queries, keys and values as
       above, the attention's output, the whole product (twice with gloo, which copies it), its sum, the normed input.
     """
     w, a, S = Widths.of(shape, layout), machine.size, micro.tokens
-    joint = w.q + 2 * w.k + 2 * (w.q + w.k)
+    joint = w.q + 2 * w.k + (2 if machine.te else 1) * (w.q + w.k)
     attending = a * (w.h + joint) * S + (4 * a * w.q + 4 * w.heads) * micro.grid
-    gating = a * (2 * w.h + 5 * w.f) * S
+    gating = a * (2 * w.h + (3 if machine.one_swiglu else 5) * w.f) * S
     summing = a * (joint + w.q + w.full * (1 if machine.cuda else 2) + 2 * w.h) * S if w.sequence else 0
     sends = stage < layout.pipeline - 1 or layout.virtual_pipeline > 1
     inputs = 2 if layout.pipeline_layers.counts(shape.layers)[stage] > layout.virtual_pipeline else 1
     around = inputs * w.h + (w.h if sends else 0) + (w.full if w.sequence else 0)
-    return (a * around + 4 * w.d) * S + max(attending, gating, summing)
+    return (a * around + turns(w, machine)) * S + max(attending, gating, summing)

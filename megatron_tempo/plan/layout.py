@@ -55,6 +55,11 @@ class PlannedMachine:
     truncates: bool = False  # top-p, top-k or min-p in training: recomputed logits are those of plain torch
 
     @property
+    def one_swiglu(self) -> bool:
+        """Whether SwiGLU is one operation: the trainer's own layers have theirs, Transformer Engine's only if fused."""
+        return self.fused or not self.te
+
+    @property
     def mixed(self) -> bool:
         """Whether the optimizer keeps fp32 main weights in addition to the model's."""
         return self.size != 4

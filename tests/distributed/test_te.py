@@ -92,9 +92,9 @@ def refused(model: Path, layers: Layers, backend: str, out_of_memory: bool) -> t
         (micro,) = actor.model._packed(ragged_batch(2), torch.arange(2), torch.zeros(2, dtype=torch.int64))
         try:
             actor.logprobs(ragged_batch(2))
-            return "", micro.packing.grid is not None
+            return "", micro.packing.grids is not None
         except (InputError, torch.OutOfMemoryError) as error:
-            return f"{type(error).__name__}: {error}", micro.packing.grid is not None
+            return f"{type(error).__name__}: {error}", micro.packing.grids is not None
 
 
 CHOICES = [

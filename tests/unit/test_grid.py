@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_tempo.config.sizes import GRID_SLACK
 from megatron_tempo.models.attention import PackedAttention
-from megatron_tempo.models.grid import from_grid, to_grid
+from megatron_tempo.models.grid import LIKE_TOKENS, Grid, from_grid, like_lengths, to_grid
 from megatron_tempo.models.packing import Packing, divide_by_budget
 
 HEADS, GROUPS, DIM = 6, 2, 4
@@ -61,8 +61,8 @@ def test_tokens_come_back_and_padding_is_zero(lengths: list[int], padding: int) 
 
 
 def _read_outputs(module: PackedAttention, packing: Packing, *qkv: Tensor) -> Tensor:
-    assert packing.cells is not None
-    outputs: Tensor = module(*qkv, None, packed_seq_params=packing)[: len(packing.cells)]
+    assert packing.grids is not None
+    outputs: Tensor = module(*qkv, None, packed_seq_params=packing)[: sum(len(grid.cells) for grid in packing.grids)]
     return outputs
 
 
@@ -70,7 +70,7 @@ def _read_outputs(module: PackedAttention, packing: Packing, *qkv: Tensor) -> Te
 def test_the_gradients_are_those_of_small_differences(lengths: list[int]) -> None:
     """Of the attention, so the cells after a row's end have the gradients that the attention gives them: none."""
     grid, cells = grid_of(lengths)
-    packing = Packing(grid=grid, cells=cells)
+    packing = Packing(grids=(Grid(grid, cells),))
     for window in (None, 2):
         qkv = inputs(sum(lengths) + 1, torch.float64)
         assert torch.autograd.gradcheck(partial(_read_outputs, attention(window), packing), qkv)
@@ -90,9 +90,9 @@ def test_no_bit_differs_from_plain_indexing(lengths: list[int], dtype: torch.dty
             out = functional.scaled_dot_product_attention(*parts, is_causal=True)
             out = out.transpose(1, 2).flatten(2).flatten(0, 1)[cells, None]
         else:
-            out = attention()(*qkv, None, packed_seq_params=Packing(grid=grid, cells=cells))
+            out = attention()(*qkv, None, packed_seq_params=Packing(grids=(Grid(grid, cells),)))
             with torch.no_grad():
-                read = attention()(*qkv, None, packed_seq_params=Packing(grid=grid, cells=cells))
+                read = attention()(*qkv, None, packed_seq_params=Packing(grids=(Grid(grid, cells),)))
             assert torch.equal(read, out)  # by the kernel for grouped queries
         out[: len(cells)].backward(torch.linspace(-1, 1, len(cells) * HEADS * DIM).to(dtype).view(-1, 1, HEADS * DIM))
         found.append([out[: len(cells)], *(x.grad for x in qkv)])
@@ -104,7 +104,7 @@ def test_the_backward_pass_adds_to_no_index(window: int | None) -> None:
     grid, cells = grid_of([8, 3, 1])
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         qkv = inputs(len(cells), torch.float32)
-        attention(window)(*qkv, None, packed_seq_params=Packing(grid=grid, cells=cells)).sum().backward()
+        attention(window)(*qkv, None, packed_seq_params=Packing(grids=(Grid(grid, cells),))).sum().backward()
     names = {event.key for event in profiled.key_averages()}
     assert any("attention" in name and "backward" in name for name in names)
     assert [name for name in names if "index_put" in name or "index_add" in name or "scatter" in name] == []
@@ -114,7 +114,7 @@ def test_grouped_queries_are_not_repeated_where_torch_takes_them() -> None:
     grid, cells = grid_of([8, 3, 1])
     for grouped in (False, True):
         with torch.set_grad_enabled(not grouped), profile(activities=[ProfilerActivity.CPU]) as profiled:
-            attention()(*inputs(len(cells), torch.float32), None, packed_seq_params=Packing(grid=grid, cells=cells))
+            attention()(*inputs(len(cells), torch.float32), None, packed_seq_params=Packing(grids=(Grid(grid, cells),)))
         assert ("aten::repeat_interleave" in {event.key for event in profiled.key_averages()}) == (not grouped)
 
 
@@ -125,3 +125,41 @@ def test_a_grid_is_at_most_a_quarter_over_the_budget(lengths: list[int], budget:
     for group in divide_by_budget(torch.tensor(lengths), budget):
         longest = max(lengths[i] for i in group.tolist())
         assert longest * len(group) <= max(GRID_SLACK * budget, longest)
+
+
+@given(st.lists(st.integers(1, 4096), min_size=1, max_size=300))
+@settings(max_examples=100, deadline=None)
+def test_rows_of_a_grid_are_of_like_length(lengths: list[int]) -> None:
+    lengths.sort(reverse=True)
+    counts = like_lengths(lengths)
+    assert sum(counts) == len(lengths)
+    assert min(counts) > 0
+    starts = [sum(counts[:i]) for i in range(len(counts))]
+    for start, count in zip(starts, counts, strict=True):
+        longest, last = lengths[start], lengths[start + count - 1]
+        assert last >= 0.75 * longest or last >= longest - LIKE_TOKENS
+        if start:  # the row would not have fitted into the grid before it
+            before = lengths[start - counts[starts.index(start) - 1]]
+            assert longest < 0.75 * before
+            assert longest < before - LIKE_TOKENS
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_several_grids_are_as_one(window: int | None, padding: int) -> None:
+    """Outputs and gradients, in double precision, against one grid for all rows."""
+    lengths = [130, 120, 60, 59, 20, 1]
+    counts = like_lengths(lengths)
+    assert counts == [2, 2, 2]
+    parts = torch.tensor(lengths).split(counts)
+    found = []
+    for grids in (tuple(Grid.of(part) for part in parts), (Grid(*grid_of(lengths)),)):
+        qkv = inputs(sum(lengths) + padding, torch.float64)
+        out = attention(window)(*qkv, None, packed_seq_params=Packing(grids=grids))
+        assert out.shape == (sum(lengths) + padding, 1, HEADS * DIM)
+        out[: sum(lengths)].backward(
+            torch.randn(sum(lengths), 1, HEADS * DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        )
+        found.append([out[: sum(lengths)], *(x.grad for x in qkv)])
+    for several, one in zip(*found, strict=True):
+        torch.testing.assert_close(several, one, rtol=1e-12, atol=1e-12)

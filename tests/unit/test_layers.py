@@ -10,13 +10,19 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn import functional
+from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
+from megatron_tempo.config.model_shape import Rope
 from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.models.attention import PackedAttention
+from megatron_tempo.models.grid import Grid
 from megatron_tempo.models.megatron_compat.cpu_backend import install_cpu_backend
 from megatron_tempo.models.norms import ProjectionNorm, RMSNorm
 from megatron_tempo.models.packing import MicroBatch, micro_batches
 from megatron_tempo.models.parallel import Layout, parallel_groups
+from megatron_tempo.models.rotary import Rotary, rotate
+from megatron_tempo.models.swiglu import SwiGLU
 from tests.support.ranks import run_ranks
 from tests.support.tiny import ragged_batch
 
@@ -70,7 +76,7 @@ CASES += [(3, None, window, 1.0) for window in (1, 2, 5, 8, 10, 11, 12, 21, 22, 
 def test_packed_attention_is_the_attention_of_each_sequence(
     micro: MicroBatch, groups: int, scale: float | None, window: int | None, softmax_scale_multiplier: float
 ) -> None:
-    sequences = [int((row >= 0).sum()) for row in micro.packing.grid]
+    sequences = [int((row >= 0).sum()) for row in micro.packing.grids[0].tokens]
     assert max(sequences) == 22
     own, size = sum(sequences), micro.tokens.numel()
     assert size == own + micro.padding
@@ -103,14 +109,14 @@ def test_a_row_of_padding_in_the_grid_would_change_no_bit(
     micro: MicroBatch, dtype: torch.dtype, window: int | None
 ) -> None:
     """Of what is read: the outputs of the rows' tokens and their gradients. The grid is smaller without it."""
-    assert micro.packing.grid is not None
-    assert micro.packing.cells is not None
-    size, longest = micro.tokens.numel(), micro.packing.grid.shape[1]
+    assert micro.packing.grids is not None
+    (grid,) = micro.packing.grids
+    size, longest = micro.tokens.numel(), grid.tokens.shape[1]
     own = size - micro.padding
     row = torch.full((1, longest), -1)
     row[0, : micro.padding] = torch.arange(own, size)
-    cells = torch.cat([micro.packing.cells, micro.packing.grid.numel() + torch.arange(micro.padding)])
-    padded = replace(micro.packing, grid=torch.cat([micro.packing.grid, row]), cells=cells)
+    cells = torch.cat([grid.cells, grid.tokens.numel() + torch.arange(micro.padding)])
+    padded = replace(micro.packing, grids=(Grid(torch.cat([grid.tokens, row]), cells),))
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(size, 1, heads, DIM, generator=generator).to(dtype) for heads in (HEADS, 3, 3)]
     back = torch.randn(own, 1, HEADS * DIM, generator=generator).to(dtype)
@@ -129,7 +135,7 @@ def test_a_sequence_does_not_see_its_neighbours(micro: MicroBatch) -> None:
     query, key, value = (torch.randn(size, 1, HEADS, DIM, generator=generator) for _ in range(3))
     attention = PackedAttention(config())
     before = attention(query, key, value, None, packed_seq_params=micro.packing)
-    own = micro.packing.grid[2]
+    own = micro.packing.grids[0].tokens[2]
     own = own[own >= 0]
     others = torch.ones(size, dtype=torch.bool).index_fill(0, own, False)
     for x in (query, key, value):
@@ -137,6 +143,48 @@ def test_a_sequence_does_not_see_its_neighbours(micro: MicroBatch) -> None:
     after = attention(query, key, value, None, packed_seq_params=micro.packing)
     assert torch.equal(before[own], after[own])
     assert not torch.allclose(before[others], after[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu_has_the_bits_of_megatrons_operations(dtype: torch.dtype) -> None:
+    """Output and gradient. Of a sequence of 37 tokens: not a multiple of a vector."""
+    x = torch.randn(37, 1, 2 * 19).to(dtype).requires_grad_()
+    back = torch.randn(37, 1, 19).to(dtype)
+    gate, linear = x.chunk(2, dim=-1)
+    wanted, found = functional.silu(gate) * (linear + 0.0), SwiGLU(config())(x)
+    assert torch.equal(found, wanted)
+    (of_found,), (of_wanted,) = (torch.autograd.grad(out, x, back) for out in (found, wanted))
+    assert torch.equal(of_found, of_wanted)
+
+
+def test_rotations_by_complex_numbers() -> None:
+    """In double precision: a pair of numbers is a complex number, multiplied by e^(i angle)."""
+    install_cpu_backend()
+    ropes = (Rope(theta=100.0), Rope(theta=7.0))
+    positions = torch.tensor([0, 1, 2, 0, 1, 31])
+    rotary = Rotary(ropes, DIM, torch.float64, fused=False)
+    angles = Rotary(ropes, DIM, torch.float64, fused=True)(positions).double()
+    x = torch.randn(6, 1, 3, DIM, dtype=torch.float64, requires_grad=True)
+    for rope, factors in enumerate(rotary(positions)):
+        found = rotate(x, factors)
+        turned = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(
+            torch.ones(()).double(), angles[rope, ..., : DIM // 2]
+        )
+        torch.testing.assert_close(found, torch.cat([turned.real, turned.imag], dim=-1), rtol=1e-5, atol=1e-5)
+        assert torch.autograd.gradcheck(rotate, (x, factors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotations_are_rounded_as_in_transformers(dtype: torch.dtype) -> None:
+    install_cpu_backend()
+    x = torch.randn(5, 1, 3, DIM).to(dtype).requires_grad_()
+    cos, sin = Rotary((Rope(theta=100.0),), DIM, dtype, fused=False)(torch.arange(5))[0]
+    whole = torch.cat([-sin[..., : DIM // 2], sin[..., DIM // 2 :]], dim=-1)
+    wanted, _ = apply_rotary_pos_emb(x, x, cos[:, 0], whole[:, 0], unsqueeze_dim=1)
+    found, back = rotate(x, torch.stack([cos, sin])), torch.randn(5, 1, 3, DIM).to(dtype)
+    assert torch.equal(found, wanted)
+    (of_found,), (of_wanted,) = (torch.autograd.grad(out, x, back) for out in (found, wanted))
+    assert torch.equal(of_found, of_wanted)
 
 
 def test_rms_norm_and_its_gradient_by_formula() -> None:

@@ -177,9 +177,10 @@ def _check_one(micro: MicroBatch, batch: Batch, held: list[int], budget: int, mu
     for length in own:
         grid.append([*range(start, start + length), *[-1] * (max(own) - length)])
         start += length
-    assert micro.packing.grid.tolist() == grid
-    assert micro.packing.grid.flatten()[micro.packing.cells].tolist() == list(range(start))  # padding has no cell
-    assert micro.packing.grid.numel() <= max(GRID_SLACK * budget, max(own))
+    (found,) = micro.packing.grids  # all rows here are short
+    assert found.tokens.tolist() == grid
+    assert found.tokens.flatten()[found.cells].tolist() == list(range(start))  # padding has no cell
+    assert found.tokens.numel() <= max(GRID_SLACK * budget, max(own))
 
 
 @pytest.mark.parametrize(("lengths", "grid"), [([(1, 16380)], (1, 16381)), ([(2, 8), (2, 3)], (2, 10))])
@@ -188,14 +189,14 @@ def test_padding_is_no_row_of_the_grid(lengths: list[tuple[int, int]], grid: tup
     batch = batch_of(lengths)
     ((micro,),) = every(batch, torch.arange(len(lengths)), 1, 16384, tensor=2)
     assert micro.padding == 1
-    assert micro.packing.grid.shape == grid
+    assert [found.tokens.shape for found in micro.packing.grids] == [grid]
 
 
 def test_without_a_grid_none_is_built() -> None:
     batch = batch_of([(2, 3), (4, 1)])
     for wanted in (True, False):
         (micro,) = micro_batches(batch, torch.arange(2), layout(), 99, CPU, with_grid=wanted)
-        assert (micro.packing.grid is not None) == (micro.packing.cells is not None) == wanted
+        assert (micro.packing.grids is not None) == wanted
         assert micro.packing.cu_seqlens_q.tolist() == [0, 5, 10]
 
 

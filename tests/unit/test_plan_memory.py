@@ -24,6 +24,7 @@ from tests.unit.config_files import configure
 TINY = qwen3_shape(layers=2, hidden=8, heads=4, groups=2, head_dim=2, ffn=16, vocab=32, max_positions=64)
 FIRST = {Role.actor: 0, Role.critic: 0}  # on the first stage of both
 MICRO = PlannedMicroBatch(tokens=100, responses=80, grid=120, count=4)
+TURNS = 2 * 2 * 2 * 100  # cosines and sines of a micro-batch, in bf16
 BF16, FP32 = PlannedMachine(2), PlannedMachine(4, cuda=False)
 CLUSTER = ["cluster.memory_gb=80", "cluster.bf16_tflops=1000", "cluster.memory_tbs=3", "cluster.nvlink_gbs=450",
            "cluster.network_gbs=50"]  # fmt: skip
@@ -56,35 +57,33 @@ def test_the_engines_precision_is_the_runs_or_its_own(precision: EnginePrecision
 
 
 def test_a_layer_by_hand() -> None:
-    # bf16, bytes a token. Norms: 2 (4 x 8 + 2 x 8 + 4) = 104. Feed-forward: 5 x 2 x 16 = 160. Attention: queries and
-    # keys in fp32 4 (8 + 4) = 48, roots 4 (4 + 2) = 24, cosines and sines 4 x 2 x 2 = 16, output 16; a cell of the
-    # grid: queries and output 2 x 2 x 8, keys and values 2 x 2 x 4, log-sum-exps 16.
-    assert activations.layer(TINY, PlannedLayout(), BF16, MICRO) == (104 + 160 + 48 + 24 + 16 + 16) * 100 + 64 * 120
-    # Fused, 2 x 2 x 16 less in SwiGLU, and no cosines and sines.
-    fused = PlannedMachine(2, te=True, fused=True)
-    assert (
-        activations.layer(TINY, PlannedLayout(), BF16, MICRO) - activations.layer(TINY, PlannedLayout(), fused, MICRO)
-        == (64 + 16) * 100
-    )
-    # fp32 on a CPU. Norms: 2 (12 x 8 + 4) = 200. Feed-forward: 320. Attention: joint 4 x 16, queries' copy and both
-    # normed 4 x (8 + 12), roots 24, cosines and sines 32, output 32; a cell: 4 x 4 x 8 + 16.
-    assert (
-        activations.layer(TINY, PlannedLayout(), FP32, MICRO) == (200 + 320 + 64 + 80 + 24 + 32 + 32) * 100 + 144 * 120
-    )
+    # bf16, bytes a token. Norms: 2 (4 x 8 + 2 x 8 + 4) = 104. Feed-forward: 3 x 2 x 16 = 96. Attention: queries and
+    # keys in fp32 4 (8 + 4) = 48, roots 4 (4 + 2) = 24, output 16; a cell of the grid: queries and output 2 x 2 x 8,
+    # keys and values 2 x 2 x 4, log-sum-exps 16.
+    own = activations.layer(TINY, PlannedLayout(), BF16, MICRO)
+    assert own == (104 + 96 + 48 + 24 + 16) * 100 + 64 * 120
+    # Transformer Engine's without fusions, 2 x 2 x 16 more in SwiGLU.
+    fused, apart = (PlannedMachine(2, te=True, fused=fused) for fused in (True, False))
+    assert activations.layer(TINY, PlannedLayout(), fused, MICRO) == own
+    assert activations.layer(TINY, PlannedLayout(), apart, MICRO) == own + 64 * 100
+    # fp32 on a CPU. Norms: 2 (12 x 8 + 4) = 200. Feed-forward: 192. Attention: joint 4 x 16, queries' copy and both
+    # normed 4 x (8 + 12), roots 24, output 32; a cell: 4 x 4 x 8 + 16.
+    assert activations.layer(TINY, PlannedLayout(), FP32, MICRO) == (200 + 192 + 64 + 80 + 24 + 32) * 100 + 144 * 120
 
 
 def test_tensor_ranks_divide_a_layer_and_sequence_parallelism_the_rest() -> None:
     whole = activations.layer(TINY, PlannedLayout(), BF16, MICRO)
     half = activations.layer(TINY, PlannedLayout(tensor=2), BF16, MICRO)
     less = activations.layer(TINY, PlannedLayout(tensor=2, sequence=True), BF16, MICRO)
-    undivided = (104 + 16) * 100  # norms, cosines and sines
+    undivided = 104 * 100  # norms
     assert half == (whole - undivided) / 2 + undivided
     assert half - less == 48 * 100  # half of the norms but for their roots
 
 
 def test_recomputation_keeps_the_inputs_alone() -> None:
+    """And cosines and sines: 2 x 2 x 2 bytes a token."""
     full = PlannedLayout(recompute=Recompute.layers)
-    assert activations.kept(TINY, full, BF16, MICRO, 0) == 3 * 2 * 8 * 100
+    assert activations.kept(TINY, full, BF16, MICRO, 0) == (3 * 2 * 8 + 8) * 100
     grown = activations.backward(TINY, full, BF16, MICRO, 0) - activations.backward(
         TINY, PlannedLayout(), BF16, MICRO, 0
     )
@@ -105,7 +104,7 @@ def test_virtual_stages_hold_more_passes_of_fewer_layers() -> None:
     assert activations.in_flight(two, 0, 1) == 8  # three of them of padding
     shape, one = replace(TINY, layers=8), activations.layer(TINY, PlannedLayout(), BF16, MICRO)
     kept = [activations.kept(shape, two, BF16, MICRO, stage) for stage in range(4)]
-    assert kept == [one + 1.5 * 1600, one + 2 * 1600, one + 2 * 1600, one + 1.5 * 1600]
+    assert kept == [one + TURNS + states * 1600 for states in (1.5, 2, 2, 1.5)]
 
 
 def test_a_stage_keeps_the_activations_of_its_own_layers() -> None:
@@ -113,9 +112,10 @@ def test_a_stage_keeps_the_activations_of_its_own_layers() -> None:
     shape, one = replace(TINY, layers=5), activations.layer(TINY, PlannedLayout(), BF16, MICRO)
     uneven = PlannedLayout(pipeline=3, first_stage_layers=2)  # 2, 2, 1
     kept = [activations.kept(shape, uneven, BF16, MICRO, stage) for stage in range(3)]
-    assert kept == [2 * one + 1600, 2 * one + 2 * 1600, one + 1600]
+    assert kept == [2 * one + 1600 + TURNS, 2 * one + 2 * 1600 + TURNS, one + 1600 + TURNS]
     layers = replace(uneven, recompute=Recompute.layers)  # each layer's input, and the stage's output
-    assert [activations.kept(shape, layers, BF16, MICRO, stage) for stage in range(3)] == [4800, 4800, 3200]
+    kept = [activations.kept(shape, layers, BF16, MICRO, stage) for stage in range(3)]
+    assert kept == [4800 + TURNS, 4800 + TURNS, 3200 + TURNS]
 
 
 def test_the_head_by_hand() -> None:
