@@ -139,8 +139,8 @@ def divide_by_budget(lengths: Tensor, budget: int) -> list[Tensor]:
     """
     groups: list[list[int]] = []
     tokens = longest = 0
-    for i in torch.argsort(lengths, descending=True, stable=True).tolist():
-        length = int(lengths[i])
+    order = torch.argsort(lengths, descending=True, stable=True)
+    for i, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         grid = longest * (len(groups[-1]) + 1) if groups else 0
         if not groups or tokens + length > budget or grid > GRID_SLACK * budget:
             groups.append([])
@@ -171,13 +171,11 @@ def micro_batches(
     groups += [torch.zeros(0, dtype=torch.int64)] * (at_least - len(groups))
     multiple = token_multiple * (layout.tensor if layout.sequence_parallel else 1)
     multiple *= 2 * layout.context if layout.context > 1 else 1
-    texts = (batch.prompts(), batch.responses())  # splits all held rows, so once for all micro-batches
-    return [_pack(batch, texts, rows[group], layout, multiple, device, with_grid=with_grid) for group in groups]
+    return [_pack(batch, rows[group], layout, multiple, device, with_grid=with_grid) for group in groups]
 
 
 def _pack(
     batch: Batch,
-    texts: tuple[Sequence[Tensor], Sequence[Tensor]],
     rows: Tensor,
     layout: Layout,
     multiple: int,
@@ -189,17 +187,18 @@ def _pack(
     prompts, responses = batch.prompt_lengths[rows], batch.response_lengths[rows]
     total = int(lengths.sum())
     padding = max(-total % multiple, multiple if total == 0 else 0)
-    all_prompts, all_responses = texts
-    places = batch.places[rows].tolist()
-    assert min(places, default=0) >= 0, "a rank packs rows that it holds"
-    pieces = [piece for place in places for piece in (all_prompts[place], all_responses[place])]
-    tokens = torch.cat([*pieces, torch.zeros(padding, dtype=torch.int32)]).long()
+    assert bool((batch.places[rows] >= 0).all()), "a rank packs rows that it holds"
+    starts = lengths.cumsum(0) - lengths
+    first = starts + prompts - 1
+    predicting, valued = ranges(first, responses), ranges(first, responses + 1)
+    response_cells = _cells(batch, rows, batch.response_lengths, 0)
+    targets = batch.response_tokens[response_cells].long()
+    tokens = torch.zeros(total + padding, dtype=torch.int64)
+    tokens[ranges(starts, prompts)] = batch.prompt_tokens[_cells(batch, rows, batch.prompt_lengths, 0)].long()
+    tokens[predicting + 1] = targets
 
     sequences = torch.cat([lengths, torch.full((1,), padding)]) if padding else lengths
     positions = ranges(torch.zeros_like(sequences), sequences)
-    starts = lengths.cumsum(0) - lengths
-    first = starts + prompts - 1
-    targets = torch.cat([all_responses[place] for place in places]).long() if places else tokens[:0]
     shard = ContextShard.of(total + padding, layout.context_rank, layout.context)
     if layout.context > 1:
         packing = _context_packing(sequences, shard, device)
@@ -207,7 +206,6 @@ def _pack(
         packing = _packing(sequences, device)
         if with_grid:
             packing.grids = _grids(lengths, padding, device)
-    valued = ranges(first, responses + 1)
     return MicroBatch(
         rows=rows,
         tokens=tokens[None, shard.tokens].to(device),
@@ -216,23 +214,26 @@ def _pack(
         padding=padding,
         response_rows=Rows.of(responses, device),
         value_rows=Rows.of(responses + 1, device),
-        predicting=Outputs.of(shard, ranges(first, responses), targets, device),
+        predicting=Outputs.of(shard, predicting, targets, device),
         valued=Outputs.of(shard, valued, torch.zeros_like(valued), device),
-        response_cells=_cells(batch, rows, 0),
+        response_cells=response_cells,
         value_cells=value_cells(batch, rows),
     )
 
 
 def value_cells(batch: Batch, rows: Tensor) -> Tensor:
     """The indices of the given rows' values in the flat tensor of the held rows' values: int64 [m] -> int64 [R + m]."""
-    return _cells(batch, rows, 1)
+    return _cells(batch, rows, batch.response_lengths, 1)
 
 
-def _cells(batch: Batch, rows: Tensor, more: int) -> Tensor:
-    """Indices of the given rows' numbers in the flat tensor of the held rows': one a response token, and `more`."""
-    counts = batch.held_responses + more
+def _cells(batch: Batch, rows: Tensor, lengths: Tensor, more: int) -> Tensor:
+    """Indices of the given rows' numbers in a flat tensor of the held rows: int64 [sum over the rows].
+
+    `lengths`: int64 [n], of the rows of the batch. A row has as many numbers, and `more`.
+    """
+    counts = lengths[batch.held] + more
     starts = (counts.cumsum(0) - counts)[batch.places[rows]]
-    return ranges(starts, batch.response_lengths[rows] + more)
+    return ranges(starts, lengths[rows] + more)
 
 
 def _packing(sequences: Tensor, device: torch.device) -> Packing:
