@@ -69,10 +69,14 @@ class StageGroups:
     first_version: int  # of the stage's first iteration
     buffer: GroupBuffer[Drawn]
     answers: GroupAnswers = field(init=False)
+    ends: dict[Prompts, list[int]] = field(init=False)  # `needed`, summed over the iterations so far
     training: list[_Group] = field(default_factory=list)  # taken by the iteration under way
     refill: Refill | None = None  # of the iteration under way
     asked: dict[int, _Group] = field(default_factory=dict)  # by the key of the last asking
     keys: int = 0  # askings so far
+
+    def __post_init__(self) -> None:
+        self.ends = {half: list(accumulate(counts)) for half, counts in self.needed.items()}
 
     @classmethod
     def open(
@@ -156,7 +160,7 @@ class StageGroups:
 
         Groups that were drawn in the place of others come after all iterations.
         """
-        ends = list(accumulate(self.needed[group.half]))
+        ends = self.ends[group.half]
         iteration = bisect_right(ends, group.number)
         seed: tuple[object, ...] = (rollout_seed(self.config), self.stage_name)
         if iteration == len(ends):
