@@ -14,15 +14,13 @@ from megatron_tempo.errors import InputError
 from megatron_tempo.models.megatron_compat.cpu_backend import install_cpu_backend
 from megatron_tempo.models.megatron_compat.torch_private import use_expandable_segments
 from megatron_tempo.nullgpu.guard import refuse_null_gpu
-from megatron_tempo.runtime.host_memory import keep_freed_memory
 
 # The values with which cuBLAS gives the same bits in each run ("Results reproducibility" in its documentation).
 REPRODUCIBLE_WORKSPACES = (":4096:8", ":16:8")
 
 
 def select_device(requested: Device, local_rank: int, *, deterministic: bool = True) -> torch.device:
-    """Select the device of this process and make it current. On a CPU, install Megatron-Core's CPU backend, and keep
-    freed memory in the process (runtime/host_memory.py).
+    """Select the device of this process and make it current. On a CPU, install Megatron-Core's CPU backend.
 
     On CUDA, torch's allocator gets expandable segments, before it allocates anything: models that take turns on the
     device (models/offload.py), and micro-batches of many shapes, leave gaps in segments of fixed size.
@@ -53,7 +51,6 @@ def select_device(requested: Device, local_rank: int, *, deterministic: bool = T
         torch.cuda.set_device(device)
         return device
     install_cpu_backend()
-    keep_freed_memory()
     return torch.device("cpu")
 
 
