@@ -15,6 +15,7 @@ from megatron_tempo.config.choices import EnginePrecision
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.read_back import Selection
+from megatron_tempo.rollout.slices import Places, Slices
 from megatron_tempo.types import Bucket, whole_name
 
 
@@ -117,10 +118,20 @@ class ServerAdapter(Protocol):
         """Pause generation and open an update."""
         ...
 
-    def update(self, bucket: Bucket, group: str | None, version: int, *, compare: bool) -> Call:
+    def asks_for_places(self) -> Call | None:
+        """The call for what each worker needs of the tensors; None if workers take only whole ones."""
+        ...
+
+    def places(self, answer: Any) -> Places:
+        """The answer to `asks_for_places`, in the order of the workers."""
+        ...
+
+    def update(
+        self, bucket: Bucket, group: str | None, version: int, *, compare: bool, slices: Slices | None = None
+    ) -> Call:
         """Load a bucket: by a broadcast of the tensors' bytes in `group`, or, without a group, from shared memory.
 
-        `compare`: whether `checksums` follows.
+        `compare`: whether `checksums` follows. `slices`: what is sent instead of a broadcast of all.
         """
         ...
 

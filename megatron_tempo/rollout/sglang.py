@@ -55,6 +55,7 @@ from megatron_tempo.rollout.sglang_checksums import (
     installed,
     of_rank,
 )
+from megatron_tempo.rollout.slices import Places, Slices
 from megatron_tempo.rollout.whole_tensors import WholeParameters
 from megatron_tempo.types import Bucket, PartName
 
@@ -187,7 +188,16 @@ class Sglang:
     def before_update(self) -> list[Call]:
         return [Call("/pause_generation", {"mode": "retract"}), Call("/begin_weight_update", {})]
 
-    def update(self, bucket: Bucket, group: str | None, version: int, *, compare: bool) -> Call:
+    def asks_for_places(self) -> Call | None:
+        return None
+
+    def places(self, answer: Any) -> Places:
+        raise NotImplementedError("SGLang's workers take whole tensors")
+
+    def update(
+        self, bucket: Bucket, group: str | None, version: int, *, compare: bool, slices: Slices | None = None
+    ) -> Call:
+        assert slices is None
         common: dict[str, Any] = {"flush_cache": True, "weight_version": str(version)}
         has_parts = any(isinstance(name, PartName) for name, _ in bucket)
         bucket = [(_name_of(name), tensor) for name, tensor in bucket]

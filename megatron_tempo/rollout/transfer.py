@@ -32,6 +32,7 @@ from megatron_tempo.rollout.answer_checks import checked
 from megatron_tempo.rollout.connections import LIMITS, authorised
 from megatron_tempo.rollout.replica import Target
 from megatron_tempo.rollout.server_adapter import Call, ServerAdapter, WeightGroupInfo
+from megatron_tempo.rollout.slices import Places, Slices, sliced
 from megatron_tempo.rollout.supervisor import private_store
 from megatron_tempo.types import Bucket, Share, Weights
 
@@ -113,15 +114,35 @@ class Senders:
             if compare:
                 expected |= self._adapter.expected(bucket)
             self._collect(loading, failed)
-            left = [target for target in targets if target.index not in failed]
-            sent = {target: self._pool.submit(self._links[target].send, bucket, version, compare) for target in left}
+            cuts = self._cut(bucket, [target for target in targets if target.index not in failed], failed)
+            sent = {
+                target: self._pool.submit(self._links[target].send, bucket, version, compare, cut)
+                for target, cut in cuts.items()
+            }
             loading = self._collect(sent, failed)
+            del cuts, sent  # the slices' memory
             # Shared memory may be the bucket's own, and is gone with it: it stays until every server has loaded it.
             held = bucket if shared else None
             del bucket  # before the next one is made
         self._collect(loading, failed)
         del held
         return expected
+
+    def _cut(self, bucket: Bucket, targets: Sequence[Target], failed: dict[int, str]) -> dict[Target, Slices | None]:
+        """The bucket's slices for each server, None where all of it is broadcast. Servers with equal workers share."""
+        cuts: dict[Target, Slices | None] = {}
+        for target in targets:
+            places = self._links[target].places
+            same = [cut for other, cut in cuts.items() if self._links[other].places == places]
+            try:
+                cuts[target] = same[0] if same else sliced(bucket, places, self._device) if places else None
+            except EngineError as error:
+                self._give_up(target, error, failed)
+        return cuts
+
+    def _give_up(self, target: Target, error: Exception, failed: dict[int, str]) -> None:
+        failed[target.index] = _describe(error)
+        self._links.pop(target).close()
 
     def close(self) -> None:
         for link in self._links.values():
@@ -147,8 +168,7 @@ class Senders:
             try:
                 results[target] = future.result()
             except (httpx.HTTPError, EngineError, RuntimeError) as error:
-                failed[target.index] = _describe(error)
-                self._links.pop(target).close()
+                self._give_up(target, error, failed)
         return results
 
 
@@ -176,6 +196,7 @@ class _Link:
         self._posting = ThreadPoolExecutor(1, thread_name_prefix="link")
         self._name = f"megatron_tempo_{secrets.token_hex(4)}"
         self._group: dist.ProcessGroup | None = None
+        self.places: Places = []  # what the workers need; nothing: whole tensors
 
     def join_group(self) -> None:
         """Open a process group with the server's workers, of which this is rank 0."""
@@ -192,24 +213,54 @@ class _Link:
         self._wait(opened.done, joined)
         self._group = opened.result()
         joined.result()
+        if (ask := self._adapter.asks_for_places()) is not None:
+            self.places = self._adapter.places(self._post(ask).result().json())
 
-    def send(self, bucket: Bucket, version: int, compare: bool) -> Future[httpx.Response]:
-        """Send a bucket. The returned future completes when the server has loaded it.
+    def send(self, bucket: Bucket, version: int, compare: bool, slices: Slices | None = None) -> Future[httpx.Response]:
+        """Send a bucket, or its slices. The returned future completes when the server has loaded it.
 
         Raises httpx.HTTPError, EngineError or RuntimeError if the server rejects it or does not receive it in time.
         """
         group = self._group
-        call = self._adapter.update(bucket, None if group is None else self._name, version, compare=compare)
-        answer = self._post(call)
-        if group is not None:
+        name = None if group is None else self._name
+        if slices is None or group is None:
+            answer = self._post(self._adapter.update(bucket, name, version, compare=compare))
+            common = [tensor for _, tensor in bucket]
+        else:
+            answer = self._post(self._adapter.update(bucket, name, version, compare=compare, slices=slices))
+            common = slices.common
+        if group is not None and common:
             # NCCL sends from GPUs only, gloo from the CPU: weights that lie elsewhere are copied.
-            flat = joined_bytes([tensor for _, tensor in bucket]).to(self._device)
-            begun = _in_thread(lambda: dist.broadcast(flat, src=0, group=group, async_op=True))
-            self._wait(lambda: begun.done() and (begun.exception() is not None or _is_over(begun.result())), answer)
-            work = begun.result()
+            flat = joined_bytes(common).to(self._device)
+            self._finish(lambda: [dist.broadcast(flat, src=0, group=group, async_op=True)], answer)
+        if group is not None and slices is not None and any(own.numel() for own in slices.own):
+            self._finish(lambda: self._isend(slices.own, group), answer)
+        return answer
+
+    def _isend(self, own: Sequence[Tensor], group: dist.ProcessGroup) -> list[dist.Work | None]:
+        """Start a message to each worker that is sent something. Under NCCL, each is a communicator of two ranks.
+
+        gloo does not say whether a message is over, except to the one who waits, once: it is waited for here.
+        """
+        messages = [
+            dist.isend(data, group=group, group_dst=1 + worker) for worker, data in enumerate(own) if data.numel()
+        ]
+        if self._device.type != "cpu":
+            return list(messages)
+        for message in messages:
+            assert message is not None
+            message.wait()
+        return []
+
+    def _finish(self, start: Callable[[], Sequence[dist.Work | None]], answer: Future[httpx.Response]) -> None:
+        """Start sending, and wait until everything has been sent, as `_wait` does."""
+        begun = _in_thread(start)
+        self._wait(
+            lambda: begun.done() and (begun.exception() is not None or all(map(_is_over, begun.result()))), answer
+        )
+        for work in begun.result():
             assert work is not None
             work.wait()  # raises what it failed with
-        return answer
 
     def _wait(self, is_done: Callable[[], bool], answer: Future[httpx.Response]) -> None:
         """Until `is_done`. Raises the server's error if it rejects the call, EngineError if it takes too long."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout.answer_checks import differing
 from megatron_tempo.rollout.checksum import checksums_of
 from megatron_tempo.rollout.cuda_memory import handle
@@ -30,6 +31,7 @@ from megatron_tempo.rollout.server_adapter import (
     WeightGroupInfo,
     described,
 )
+from megatron_tempo.rollout.slices import Block, Places, Slices
 from megatron_tempo.types import Bucket, PartName
 
 MODULES = ("vllm_worker.py", "vllm_read_back.py", "tensor_sums.py")
@@ -144,9 +146,25 @@ class Vllm:
         abandon = Call("/collective_rpc", {"method": "abandon"})
         return [Call("/pause?mode=keep", {}), abandon, Call("/start_weight_update", {})]
 
-    def update(self, bucket: Bucket, group: str | None, version: int, *, compare: bool) -> Call:
+    def asks_for_places(self) -> Call | None:
+        return Call("/collective_rpc", {"method": "places"}) if self._tensor > 1 else None
+
+    def places(self, answer: Any) -> Places:
+        try:
+            found = [{name: Block(*map(int, block)) for name, block in one.items()} for one in answer["results"]]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise EngineError(f"does not say what its workers need of the tensors: {error!r}") from error
+        if len(found) != self._tensor:
+            raise EngineError(f"has {len(found)} workers, not rollout.servers.tensor={self._tensor}")
+        return found
+
+    def update(
+        self, bucket: Bucket, group: str | None, version: int, *, compare: bool, slices: Slices | None = None
+    ) -> Call:
         parts = [[name.start, name.rows] if isinstance(name, PartName) else None for name, _ in bucket]
         info: dict[str, Any] = {**described(bucket), "parts": parts, "checksums": compare}
+        if slices is not None:
+            info["slices"] = slices.blocks
         storage = bucket[0][1].untyped_storage()
         if group is not None:
             info["group"] = group
@@ -186,9 +204,20 @@ class Vllm:
         return checksums_of(bucket)
 
     def parse_checksums(self, answer: Any) -> list[dict[str, tuple[str, float]]]:
-        """A parameter that was not loaded has an empty checksum."""
+        """A parameter that was not loaded has an empty checksum. So has one of whose blocks workers got other copies.
+
+        The blocks of all workers are added up.
+        """
+        blocks: dict[str, dict[str, tuple[set[str], float]]] = {}  # of each tensor, by place
+        for name, place, total, square in (block for worker in answer["results"] for block in worker["blocks"]):
+            blocks.setdefault(name, {}).setdefault(place, (set(), float(square)))[0].add(total)
+        added = {
+            name: (_joined({"": {place: totals for place, (totals, _) in places.items()}}), _root(places.values()))
+            for name, places in blocks.items()
+        }
         return [
             {name: (total, float(size)) for name, (total, size) in worker["tensors"].items()}
+            | added
             | dict.fromkeys(worker["missing"], ("", math.inf))
             for worker in answer["results"]
         ]
@@ -207,6 +236,10 @@ class Vllm:
         wanted = {name: of for name, of in expected.items() if selection.has(name) and name not in unread}
         held = {name: (_joined(by_holder), math.nan) for name, by_holder in parts.items() if name in wanted}
         return differing(wanted, held)
+
+
+def _root(places: Iterable[tuple[set[str], float]]) -> float:
+    return sum(square for _, square in places) ** 0.5
 
 
 def _joined(by_holder: dict[str, dict[str, set[str]]]) -> str:

@@ -46,6 +46,24 @@ class InstalledPart:
         return f"{self.row},{self.column},{len(self.rows)}"
 
 
+def places(model: torch.nn.Module, *, tied: bool) -> dict[str, list[int]]:
+    """Of each tensor that this worker holds as one block: the block's first row, rows, first column and columns.
+
+    All of the other tensors are needed. Those of quantised layers are among them: vLLM may compute with all of a tensor
+    when it loads it.
+    """
+    found: dict[str, set[tuple[int, int, int, int]]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, VocabParallelEmbedding):
+            tensor, first, count = _tokens(name, layer, tied=tied)
+            found.setdefault(tensor, set()).add((first, count, 0, layer.embedding_dim))
+        elif isinstance(layer, LinearBase) and _is_plain(layer):
+            inputs, column = _columns(layer)
+            for part, count, row in _parts(name, layer):
+                found.setdefault(f"{part}.weight", set()).add((row, count, column, inputs))
+    return {name: list(*blocks) for name, blocks in found.items() if len(blocks) == 1}
+
+
 def read_back(model: torch.nn.Module, index: int, of: int, *, tied: bool) -> dict[str, Any]:
     """Checksums of what this worker holds of the tensors of a selection (`read_back.Selection`).
 
@@ -102,28 +120,40 @@ def _pieces(model: torch.nn.Module, *, tied: bool) -> Iterator[InstalledPart | s
 
 def _vocabulary(name: str, layer: Any, *, tied: bool) -> Iterator[InstalledPart | str]:
     """The tokens of this rank. Rows of padding are left out. A tied head holds the embedding once more."""
-    is_head = isinstance(layer, ParallelLMHead)
-    first, count = layer.shard_indices.org_vocab_start_index, layer.shard_indices.num_org_elements
-    weight = _computed(layer, layer.embedding_dim) if is_head else layer.weight.detach()
-    tensor = _EMBEDDING if tied and is_head else f"{name}.weight"
+    tensor, first, count = _tokens(name, layer, tied=tied)
+    weight = _computed(layer, layer.embedding_dim) if isinstance(layer, ParallelLMHead) else layer.weight.detach()
     yield InstalledPart(tensor, f"{name}.weight", weight[:count], first, 0, layer.embedding_dim)
+
+
+def _tokens(name: str, layer: Any, *, tied: bool) -> tuple[str, int, int]:
+    """The tensor that a vocabulary's layer holds, the first of its rows that are here, and how many are."""
+    tensor = _EMBEDDING if tied and isinstance(layer, ParallelLMHead) else f"{name}.weight"
+    return tensor, layer.shard_indices.org_vocab_start_index, layer.shard_indices.num_org_elements
 
 
 def _linear(name: str, layer: Any) -> Iterator[InstalledPart | str]:
     parts = list(_parts(name, layer))
-    if "Unquantized" not in type(layer.quant_method).__name__:
+    if not _is_plain(layer):
         for part, _, _ in parts:
             yield f"{part}.weight"
             yield f"{part}.weight_scale_inv"
         return
-    by_column = isinstance(layer, RowParallelLinear)
-    width = layer.input_size
-    inputs = layer.input_size_per_partition if by_column else width
-    weight, start = _computed(layer, inputs), 0
-    column = layer.tp_rank * inputs if by_column else 0
+    inputs, column = _columns(layer)
+    weight, start, width = _computed(layer, inputs), 0, layer.input_size
     for part, count, row in parts:
         yield InstalledPart(f"{part}.weight", f"{name}.weight", weight[start : start + count], row, column, width)
         start += count
+
+
+def _is_plain(layer: Any) -> bool:
+    return "Unquantized" in type(layer.quant_method).__name__
+
+
+def _columns(layer: Any) -> tuple[int, int]:
+    """How many columns are here, and which is the first."""
+    if isinstance(layer, RowParallelLinear):
+        return layer.input_size_per_partition, layer.tp_rank * layer.input_size_per_partition
+    return layer.input_size, 0
 
 
 def _parts(name: str, layer: Any) -> Iterator[tuple[str, int, int]]:

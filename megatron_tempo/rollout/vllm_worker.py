@@ -32,9 +32,11 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-from vllm_read_back import read_back
+from vllm_read_back import block_checksum, places, read_back
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# The bytes of what was not sent to this worker: NaN in fp32, bf16 and fp8, so that a loader that takes it is found.
+_NOT_SENT = 255
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -60,6 +62,10 @@ class UpdateInfo(WeightTransferUpdateInfo):
     They come as one uint8 broadcast in `group`, or lie in `shared` memory (its manager's handle, its own handle,
     bytes), or in a GPU's memory, of which `cuda` has a handle for each worker. `parts` has the first row and the number
     of rows of each tensor of which the bucket has only some rows.
+
+    With `slices`, the broadcast has only the tensors that have no block there, and is left out if all have one. Each
+    worker is then sent the bytes of its own blocks, if it has any. `slices` has for each worker the first row, rows,
+    first column and columns of its block of each tensor of the bucket.
     """
 
     names: list[str]
@@ -70,6 +76,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
     cuda: list[list[Any]] | None = None
     checksums: bool = False
     parts: list[list[int] | None] | None = None
+    slices: list[list[list[int] | None]] | None = None
 
     def sizes(self) -> list[int]:
         """Bytes of each tensor."""
@@ -88,6 +95,7 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._parameters = {name for name, _ in self.model.named_parameters()}
         self._received: dict[str, tuple[str, str]] = {}
+        self._blocks: list[tuple[str, str, str, str]] = []  # those that arrived, as `checksums` reports them
         self._missing = self._parameters
         self._begun: dict[str, Tensor] = {}  # tensors of which some parts have arrived
 
@@ -110,17 +118,25 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def start_weight_update(self) -> None:
         self._drop_unfinished()
-        self._received = {}
+        self._received, self._blocks = {}, []
         self._missing = self._parameters
         self._begun = {}
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         flat = self._bytes(update_info)
-        tensors = joined(_tensors(flat, update_info), update_info, self._begun)
+        in_bucket, sliced = _tensors(flat, update_info), set[str]()
+        if update_info.slices is not None:
+            own = update_info.slices[self.parallel_config.rank]
+            self._receive_slices(in_bucket, own, self._group(update_info))
+            sliced = {name for name, block in zip(in_bucket, own, strict=True) if block is not None}
+            if update_info.checksums:
+                self._blocks += block_sums(in_bucket, own, update_info.parts)
+        tensors = joined(in_bucket, update_info, self._begun)
         if update_info.checksums:
-            sums = tensor_sums(list(tensors.values()), [0] * len(tensors))
-            self._received |= {name: (total, str(size)) for name, (total, size) in zip(tensors, sums, strict=True)}
+            whole = [name for name in tensors if name not in sliced]
+            sums = tensor_sums([tensors[name] for name in whole], [0] * len(whole))
+            self._received |= {name: (total, str(size)) for name, (total, size) in zip(whole, sums, strict=True)}
         if self.model_config.hf_config.tie_word_embeddings and _EMBEDDING in tensors:
             # A reload unties the two, and on a CPU the head has its own copy.
             tensors[_HEAD] = tensors[_EMBEDDING]
@@ -133,7 +149,10 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         finalize_layerwise_reload(self.model, self.model_config)
 
     def checksums(self) -> dict[str, Any]:
-        return {"tensors": self._received, "missing": sorted(self._missing)}
+        return {"tensors": self._received, "blocks": self._blocks, "missing": sorted(self._missing)}
+
+    def places(self) -> dict[str, list[int]]:
+        return places(self.model, tied=self.model_config.hf_config.tie_word_embeddings)
 
     def read_back(self, index: int, of: int) -> dict[str, Any]:
         return read_back(self.model, index, of, tied=self.model_config.hf_config.tie_word_embeddings)
@@ -154,11 +173,31 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             return bytes_on(memory, torch.device("cpu"))
         if update_info.cuda is not None:
             return bytes_on(opened(update_info.cuda[self.parallel_config.rank]), self.device)
+        group = self._group(update_info)
+        flat = torch.empty(sum(update_info.sizes()), dtype=torch.uint8, device=self.device)
+        if update_info.slices is not None:
+            return flat.fill_(_NOT_SENT)
+        dist.broadcast(flat, src=0, group=group)
+        return flat
+
+    def _group(self, update_info: UpdateInfo) -> dist.ProcessGroup:
         if update_info.group not in self._groups:
             raise ValueError(f"{update_info.group} is not a group that was joined")
-        flat = torch.empty(sum(update_info.sizes()), dtype=torch.uint8, device=self.device)
-        dist.broadcast(flat, src=0, group=self._groups[update_info.group])
-        return flat
+        return self._groups[update_info.group]
+
+    def _receive_slices(
+        self, tensors: dict[str, Tensor], own: list[list[int] | None], group: dist.ProcessGroup
+    ) -> None:
+        """Receive this worker's blocks, and the tensors without any, into their places in the bucket's tensors."""
+        pairs = list(zip(tensors.values(), own, strict=True))
+        if common := [tensor for tensor, block in pairs if block is None]:
+            flat = torch.empty(sum(tensor.nbytes for tensor in common), dtype=torch.uint8, device=self.device)
+            dist.broadcast(flat, src=0, group=group)
+            _place(flat, common)
+        if blocks := [view for tensor, block in pairs if block is not None and (view := _block(tensor, block)).numel()]:
+            flat = torch.empty(sum(block.nbytes for block in blocks), dtype=torch.uint8, device=self.device)
+            dist.recv(flat, group=group, group_src=0)
+            _place(flat, blocks)
 
     def _copy_waiting(self, flat: Tensor) -> None:
         """Copy the tensors of the bucket that the reload still holds until the other parts of their layer arrive."""
@@ -196,10 +235,15 @@ class WorkerExtension:
     def checksums(self) -> dict[str, Any]:
         """What arrived in the last session.
 
-        "tensors": checksum and root mean square (as text, for JSON has no NaN) of each tensor whose
-        bucket requested checksums; "missing": parameters that were not loaded, or only in part.
+        "tensors": checksum and root mean square (as text, for JSON has no NaN) of each tensor that arrived whole and
+        whose bucket requested checksums; "blocks": tensor, place, checksum, and share of the tensor's mean square of
+        what arrived of others; "missing": parameters that were not loaded, or only in part.
         """
         return self.weight_transfer_engine.checksums()
+
+    def places(self) -> dict[str, list[int]]:
+        """The blocks of tensors that this worker needs (`vllm_read_back.places`)."""
+        return self.weight_transfer_engine.places()
 
     def read_back(self, index: int, of: int) -> dict[str, Any]:
         """Checksums of a selection of the parameters that the model computes with (`vllm_read_back.read_back`)."""
@@ -244,6 +288,41 @@ def _tensors(flat: Tensor, update_info: UpdateInfo) -> dict[str, Tensor]:
         aligned = part.clone() if part.storage_offset() % _dtype(dtype).itemsize else part
         tensors[name] = aligned.view(_dtype(dtype)).view(shape)
     return tensors
+
+
+def _block(tensor: Tensor, block: list[int]) -> Tensor:
+    row, rows, column, columns = block
+    return tensor[row : row + rows, column : column + columns]
+
+
+def _place(flat: Tensor, targets: list[Tensor]) -> None:
+    """Copy bytes, one tensor's after another's, to their tensors."""
+    for target, part in zip(targets, flat.split([target.nbytes for target in targets]), strict=True):
+        aligned = part.clone() if part.storage_offset() % target.element_size() else part
+        target.copy_(aligned.view(target.dtype).view(target.shape))
+
+
+def block_sums(
+    tensors: dict[str, Tensor], own: list[list[int] | None], parts: list[list[int] | None] | None
+) -> list[tuple[str, str, str, str]]:
+    """Tensor, place, checksum, and share of the tensor's mean square of each block that is not empty.
+
+    A place is the same for copies on several workers. The checksums of a tensor's places add up to the tensor's.
+    """
+    names, places, totals, squares = [], [], [], []
+    for (name, tensor), block, part in zip(tensors.items(), own, parts or [None] * len(tensors), strict=True):
+        if block is None or not block[1]:
+            continue
+        (row, rows, column, columns), (before, of) = block, part or (0, len(tensor))
+        values, width = _block(tensor, block), tensor.shape[1]
+        names.append(name)
+        places.append(f"{before + row},{column},{rows},{columns}")
+        totals.append(block_checksum(values, before + row, column, width))
+        squares.append(values.float().square().sum(dtype=torch.float64) / (of * width))
+    if not names:
+        return []
+    words = [f"{total % 2**64:016x}" for total in torch.stack(totals).tolist()]
+    return list(zip(names, places, words, map(str, torch.stack(squares).tolist()), strict=True))
 
 
 def joined(tensors: dict[str, Tensor], update_info: UpdateInfo, begun: dict[str, Tensor]) -> dict[str, Tensor]:

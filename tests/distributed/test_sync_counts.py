@@ -27,6 +27,7 @@ from megatron_tempo.models.megatron_compat.torch_private import join_separate_gr
 from megatron_tempo.rollout.checksum import checksum
 from megatron_tempo.rollout.replica import Target
 from megatron_tempo.rollout.server_adapter import Call, WeightGroupInfo
+from megatron_tempo.rollout.slices import Slices
 from megatron_tempo.rollout.transfer import Senders
 from megatron_tempo.types import Bucket
 from megatron_tempo.weights.stream import WeightStream
@@ -48,7 +49,13 @@ class Adapter:
     def join_group(self, info: WeightGroupInfo) -> Call:
         return Call("/join", {"host": info.host, "port": info.port, "group": info.group, "world": info.world})
 
-    def update(self, bucket: Bucket, group: str | None, version: int, *, compare: bool) -> Call:
+    def asks_for_places(self) -> Call | None:
+        return None
+
+    def update(
+        self, bucket: Bucket, group: str | None, version: int, *, compare: bool, slices: Slices | None = None
+    ) -> Call:
+        assert slices is None
         sizes = {name: tensor.nbytes for name, tensor in bucket}
         return Call("/update", {"group": group, "sizes": sizes})
 
@@ -79,12 +86,14 @@ class Worker:
             self.checksums[name] = checksum(part)
 
 
-def served(port: int, store_port: int, number: int, workers: int, dies_at: int | None) -> dict[str, Any]:
+def served(
+    port: int, store_port: int, number: int, workers: int, dies_at: int | None, kind: type[Worker] = Worker
+) -> dict[str, Any]:
     """A worker of a server. The first one takes the calls, and hands them on to the others by a store.
 
     It goes away when a sender broadcasts bucket number `dies_at`.
     """
-    worker = Worker(number)
+    worker = kind(number)
     store = dist.TCPStore("127.0.0.1", store_port, is_master=number == 0, timeout=WAIT, wait_for_workers=False)
 
     def act(count: int) -> bool:
@@ -121,8 +130,9 @@ def _answer_calls(port: int, store: dist.Store, act: Any, workers: int) -> None:
                     return
             store.wait([f"done{count}/{number}" for number in range(workers)], WAIT)
             self.send_response(200)
-            self.send_header("Content-Length", "0")
+            self.send_header("Content-Length", "2")
             self.end_headers()
+            self.wfile.write(b"{}")
 
         def log_message(self, *arguments: object) -> None: ...
 
@@ -143,11 +153,11 @@ def _wait_until_open(port: int) -> None:
 
 
 @contextmanager
-def counted() -> Iterator[Counter[str]]:
-    """Bytes and messages that this rank sends and receives meanwhile."""
+def counted(*, slices: bool = False) -> Iterator[Counter[str]]:
+    """Bytes and messages that this rank sends and receives meanwhile. `slices`: it is the only tensor rank."""
     counts: Counter[str] = Counter()
     with pytest.MonkeyPatch.context() as monkeypatch:
-        batch, broadcast = dist.batch_isend_irecv, dist.broadcast
+        batch, broadcast, isend = dist.batch_isend_irecv, dist.broadcast, dist.isend
         lock = threading.Lock()
 
         def add(kind: str, size: int) -> None:
@@ -163,7 +173,13 @@ def counted() -> Iterator[Counter[str]]:
             add("to servers", tensor.nbytes)
             return broadcast(tensor, **options)
 
+        def to_worker(tensor: Tensor, **options: Any) -> Any:
+            add("to servers", tensor.nbytes)
+            return isend(tensor, **options)
+
         monkeypatch.setattr(dist, "batch_isend_irecv", messages)
+        if slices:
+            monkeypatch.setattr(dist, "isend", to_worker)  # which the gather compares its messages with
         monkeypatch.setattr(dist, "broadcast", to_servers)
         yield counts
 
@@ -175,25 +191,27 @@ def take_part(
     workers: int,
     ports: list[tuple[int, int]],
     dies: int | None = None,
+    kind: type[Worker] = Worker,
+    adapter: Any = None,
 ) -> Any:
     """One process: a trainer rank of (tensor, pipeline, data) parallelism, or a worker of a server.
 
-    `dies`: the number of a server.
+    `dies`: the number of a server. `kind` and `adapter`: of servers.
     """
     tensor, pipeline, data = layout
     trainers, rank = tensor * pipeline * data, int(os.environ["RANK"])
     if rank >= trainers:
         server, number = divmod(rank - trainers, workers)
-        return served(*ports[server], number, workers, DIES_AT if server == dies else None)
+        return served(*ports[server], number, workers, DIES_AT if server == dies else None, kind)
     os.environ["WORLD_SIZE"] = str(trainers)
     config = ServersConfig(tensor=workers, update_seconds=WAIT.total_seconds())
     with opened(model, tensor, pipeline) as (net, own, mappings):
         weights = WeightStream(net, own, mappings, LIMIT)
-        senders = Senders(Adapter(), config, "key", torch.device("cpu"), servers)  # type: ignore[arg-type]
+        senders = Senders(adapter or Adapter(), config, "key", torch.device("cpu"), servers)
         targets = [Target(index, 0, f"http://127.0.0.1:{port}") for index, (port, _) in enumerate(ports)]
         for port, _ in ports:
             _wait_until_open(port)
-        with counted() as counts:
+        with counted(slices=adapter is not None) as counts:
             failed, _ = senders.send(weights, targets, 0, compare=False)
         dist.barrier()
         if rank == 0:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from megatron_tempo.models.megatron_compat.torch_private import join_separate_gr
 from megatron_tempo.rollout import transfer
 from megatron_tempo.rollout.replica import Target
 from megatron_tempo.rollout.server_adapter import Call, WeightGroupInfo
+from megatron_tempo.rollout.slices import Block, Places, Slices
 from megatron_tempo.rollout.transfer import Senders, _Link
 from megatron_tempo.types import Bucket, Share
 from megatron_tempo.weights.shared_memory import in_shared_memory
@@ -49,6 +51,9 @@ class Adapter:
         partial.write_text(json.dumps({"host": group_info.host, "port": group_info.port, "group": group_info.group}))
         partial.rename(self.place)
         return Call("/join", {})
+
+    def asks_for_places(self) -> Call | None:
+        return None
 
     def update(self, bucket: Bucket, group: str | None, version: int, *, compare: bool) -> Call:
         return Call("/update", {})
@@ -183,6 +188,77 @@ def test_no_wait_is_unbounded(
     assert failed == {0: "failed in a weight update: took no weights for rollout.servers.update_seconds=0.2"}
     assert aborted == ([] if stuck == "join" else ["the group"])
     never.set()
+
+
+class Sliced(Adapter):
+    """Of a server with two workers, each of which needs one row of the matrix "a"."""
+
+    def asks_for_places(self) -> Call | None:
+        return Call("/places", {})
+
+    def places(self, answer: Any) -> Places:
+        return [{"a": Block(row, 1, 0, 2)} for row in range(2)]
+
+    def update(
+        self, bucket: Bucket, group: str | None, version: int, *, compare: bool, slices: Slices | None = None
+    ) -> Call:
+        assert slices is not None
+        return Call("/update", {})
+
+
+@pytest.mark.parametrize(("stuck", "device"), [("start", "cpu"), ("message", "cpu"), ("message", "meta")])
+def test_slices_that_nobody_takes_are_given_up(
+    tmp_path: Path, aborted: list[object], monkeypatch: pytest.MonkeyPatch, stuck: str, device: str
+) -> None:
+    """gloo waits for a message, NCCL opens a communicator with it. torch's meta device stands for a GPU."""
+    never = threading.Event()
+    begun: list[tuple[int, int]] = []
+
+    class Message:
+        def is_completed(self) -> bool:
+            assert device == "meta"  # gloo always says no
+            return False
+
+        def wait(self) -> None:
+            never.wait()
+
+    def isend(data: Tensor, *, group: str, group_dst: int) -> Message:
+        assert data.device.type == device
+        begun.append((group_dst, data.nbytes))
+        if stuck == "start":
+            never.wait()
+        return Message()
+
+    answer: Future[object] = Future()
+    answer.set_result(SimpleNamespace(json=lambda: None))
+    monkeypatch.setattr(_Link, "_post", lambda self, call: answer)
+    monkeypatch.setattr(transfer, "join_separate_group", lambda *arguments: "the group")
+    monkeypatch.setattr(dist, "isend", isend)
+    config = ServersConfig(update_seconds=0.2, tensor=2)
+    senders = Senders(Sliced(tmp_path / "place"), config, "key", torch.device(device), 1)  # type: ignore[arg-type]
+    failed, _ = senders.send(Given([[("a", torch.zeros(2, 2))]]), [TARGET], 0, compare=False)
+    senders.close()
+    assert failed == {0: "failed in a weight update: took no weights for rollout.servers.update_seconds=0.2"}
+    assert begun == ([(1, 8)] if stuck == "start" else [(1, 8), (2, 8)])
+    assert aborted == ["the group"]
+    never.set()
+
+
+def test_a_block_that_a_tensor_does_not_have_costs_the_server_only(
+    tmp_path: Path, aborted: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer: Future[object] = Future()
+    answer.set_result(SimpleNamespace(json=lambda: None))
+    monkeypatch.setattr(_Link, "_post", lambda self, call: answer)
+    monkeypatch.setattr(transfer, "join_separate_group", lambda *arguments: "the group")
+    config = ServersConfig(update_seconds=300.0, tensor=2)
+    senders = Senders(Sliced(tmp_path / "place"), config, "key", CPU, 1)  # type: ignore[arg-type]
+    buckets = [[("a", torch.zeros(1, 2))]] * 2
+    failed, _ = senders.send(Given(buckets), [TARGET], 0, compare=False)
+    senders.close()
+    (message,) = failed.values()
+    assert message.startswith("failed in a weight update: asks for Block(row=1, rows=1, column=0, columns=2) of a, ")
+    assert aborted == ["the group"]
 
 
 def test_a_healthy_group_is_left_without_waiting(

@@ -45,6 +45,9 @@ class Adapter:
         names = ("host", "port", "group", "world", "backend", "seconds")
         return Call("/join", {name: getattr(info, name) for name in names})
 
+    def asks_for_places(self) -> Call | None:
+        return None
+
     def update(self, bucket: Bucket, group: str | None, version: int, *, compare: bool) -> Call:
         tensors = [tensor for _, tensor in bucket]
         opened = handle(tensors[0].untyped_storage()) if group is None else None
