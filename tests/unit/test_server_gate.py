@@ -137,7 +137,7 @@ def answering(arrived: dict[str, Any], installed: dict[str, str] | None) -> Call
     async def ask(calls: Sequence[Call]) -> httpx.Response | None:
         assert calls[0].body is not None
         if calls[0].body["method"] == "checksums":
-            return httpx.Response(200, json={"results": [{"tensors": arrived, "missing": []}]})
+            return httpx.Response(200, json={"results": [{"tensors": arrived, "blocks": [], "missing": []}]})
         assert calls[0].body == {"method": "read_back", "args": [0, 1]}
         if installed is None:
             return None
