@@ -42,6 +42,7 @@ def after_syncs(
             completions.append(answers(engine, REQUESTS, Sampling(temperature, max_tokens=8)))
         if kind is EngineKind.vllm and transport is Transport.group and tensor > 1:
             assert_sliced(engine, models[0])
+            assert engine.differences(weights) == []  # of all tensors, as they arrived and as they are installed
     assert messages == []
     return completions
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout.answer_checks import differing
 from megatron_tempo.rollout.checksum import checksums_of, whole_checksums
+from megatron_tempo.rollout.read_back import EVERYTHING
 from megatron_tempo.rollout.slices import Block, Places, sliced
 from megatron_tempo.rollout.vllm import READ_BACK, WORKER, Vllm
 from megatron_tempo.types import Bucket, PartName
@@ -163,6 +164,25 @@ def test_a_block_that_nobody_holds_is_found(reader: ModuleType, worker: ModuleTy
     places[1][f"{MLP}.up_proj.weight"] = places[0][f"{MLP}.up_proj.weight"]
     sent = tensors()
     assert differences(received(worker, places, [sent] * 2), sent) == {f"{MLP}.up_proj.weight"}
+
+
+def test_a_loader_that_takes_another_part_than_the_worker_asked_for_installs_nan(
+    reader: ModuleType, worker: ModuleType
+) -> None:
+    """The second worker's layers are cut at the first one's places. The rest is NaN, which the read-back shows."""
+    sent = tensors()
+    first, second = received(worker, places_of(reader, 2), [sent] * 2)
+    right = [worker_of(reader, rank, 2, one.tensors) for rank, one in enumerate((first, second))]
+    wrong = worker_of(reader, 1, 2, second.tensors)
+    shard = worker_of(reader, 0, 2, second.tensors).get_submodule(f"{ATTENTION}.o_proj").weight
+    wrong.get_submodule(f"{ATTENTION}.o_proj").weight = shard
+    assert shard.isnan().any()
+    expected = checksums_of(list(sent.items()))
+    found = []
+    for workers in (right, [right[0], wrong]):
+        answer = {"results": [reader.read_back(one, 0, 1, tied=False) for one in workers]}
+        found.append([name for name, _ in Vllm(cpu=True, tensor=2).not_installed(expected, EVERYTHING, answer)])
+    assert found == [[], [f"{ATTENTION}.o_proj.weight"]]
 
 
 def test_quantised_layers_and_heads_that_differ_from_the_embedding_are_needed_whole(reader: ModuleType) -> None:
