@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_tempo.config.choices import EngineKind, Logits, Recompute
+from megatron_tempo.config.cluster import ClusterConfig
 from megatron_tempo.config.model_shape import ModelShape
-from megatron_tempo.config.schema import ClusterConfig, Config
+from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.plan import engine
 from megatron_tempo.plan.decoding import decode_costs

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_tempo.config.choices import Layers
+from megatron_tempo.config.cluster import ClusterConfig
 from megatron_tempo.config.model_shape import ModelShape
-from megatron_tempo.config.schema import ClusterConfig, Config
+from megatron_tempo.config.schema import Config
 from megatron_tempo.plan.engine import embedded
 from megatron_tempo.plan.memory import GB, Memory, Part, Parts, memory, place_memory
 from megatron_tempo.plan.parameters import Role

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from megatron_tempo.config.cluster import ClusterConfig
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.rules import cluster
-from megatron_tempo.config.schema import ClusterConfig, Config
+from megatron_tempo.config.schema import Config
 from megatron_tempo.plan.split import split_of
 
 

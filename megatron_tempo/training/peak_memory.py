@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_tempo.config.choices import Layers
-from megatron_tempo.config.schema import ClusterConfig, Config
+from megatron_tempo.config.cluster import ClusterConfig
+from megatron_tempo.config.schema import Config
 from megatron_tempo.observability.console import readable
 from megatron_tempo.plan.memory import GB, MemoryPhase, memory
 from megatron_tempo.plan.shapes import shape_of

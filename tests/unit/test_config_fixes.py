@@ -21,8 +21,9 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from megatron_tempo.config import Config, Problem, Purpose, check
+from megatron_tempo.config.cluster import ClusterConfig
 from megatron_tempo.config.compose import REPOSITORY
-from megatron_tempo.config.schema import ClusterConfig, to_plain
+from megatron_tempo.config.schema import to_plain
 from megatron_tempo.config.tree import read
 from megatron_tempo.plan.split import problems as plan_problems
 from megatron_tempo.submit import job as jobs

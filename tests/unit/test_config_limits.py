@@ -14,11 +14,12 @@ import pytest
 
 from megatron_tempo import cli
 from megatron_tempo.config import Config, ConfigErrors, Purpose, check
+from megatron_tempo.config.cluster import ClusterConfig
 from megatron_tempo.config.rules import numbers
 from megatron_tempo.config.rules.evaluation import SET_NAME_BYTES
 from megatron_tempo.config.rules.layout import divisors
 from megatron_tempo.config.schedule import evaluation_point, evaluations_left, remaining, total
-from megatron_tempo.config.schema import ClusterConfig, to_plain
+from megatron_tempo.config.schema import to_plain
 from megatron_tempo.config.set_names import set_name
 from megatron_tempo.config.tree import read, strip_optional
 from megatron_tempo.errors import EngineError, InputError, Stopped, UnwrittenError, hidden, printable

@@ -12,8 +12,9 @@ import pytest
 
 from megatron_tempo import cli
 from megatron_tempo.config import Config, ConfigErrors, load
+from megatron_tempo.config.cluster import ClusterConfig
 from megatron_tempo.config.compose import REPOSITORY
-from megatron_tempo.config.schema import ClusterConfig, to_plain
+from megatron_tempo.config.schema import to_plain
 from megatron_tempo.errors import InputError, hidden
 from megatron_tempo.submit import snapshot
 from megatron_tempo.submit.job import Job, Kind

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_tempo.config import correction, schema, stages
+from megatron_tempo.config import cluster, correction, schema, stages
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.tree import walk
 
@@ -175,7 +175,7 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
         "max_response_tokens": _ONE_TO_TOKENS,
     },
     schema.CheckpointConfig: {"every": _UP_TO_COUNT, "keep": _ONE_TO_COUNT},
-    schema.ClusterConfig: {
+    cluster.ClusterConfig: {
         "nodes": _from(1, NODES),
         "rollout_nodes": _from(0, NODES),
         "gpus_per_node": _from(1, DEVICES),
@@ -191,7 +191,7 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
         "memory_share": _SHARE,
         "link_share": _SHARE,
     },
-    schema.SlurmConfig: {"grace_seconds": _from(1, YEAR), "cpus_per_task": _from(1, COUNT)},
+    cluster.SlurmConfig: {"grace_seconds": _from(1, YEAR), "cpus_per_task": _from(1, COUNT)},
 }
 
 
