@@ -72,15 +72,27 @@ class ParityGate:
     def after_sync(self, step: int) -> None:
         """Ask every server, if the schedule requires it after this sync, or if the sync was one against a drift.
 
-        An engine that sleeps is not woken for it: the next rollouts show whether it has drifted.
+        An engine that sleeps is not woken for it: its next rollouts show whether it has drifted, or `before_sleep` asks.
         """
-        if self.requests.engine.asleep:
-            return
+        if not self.requests.engine.asleep:
+            self._ask_if_due(step, trusted_from=step)
+
+    def before_sleep(self, step: int) -> None:
+        """Ask every colocated server before it sleeps, if the schedule requires it, and it has generated ahead.
+
+        The iteration's rollouts may then have no token of the weights that the actor has now, and `accepts` would have
+        nothing to compare. What was generated in this turn is not trusted if a server has drifted.
+        """
+        config = self.config.rollout
+        if config.is_colocated and config.max_staleness and not self.requests.engine.asleep:
+            self._ask_if_due(step, trusted_from=step + 1)
+
+    def _ask_if_due(self, step: int, *, trusted_from: int) -> None:
         self._syncs += 1
         every = self.config.rollout.parity_every
         if self._is_forced or (every and self._syncs % every == 0):
             is_last, self._is_forced = self._is_forced, False
-            self._require(step, SYNC_TOKENS, restarted=False, resyncs=not is_last)
+            self._require(step, SYNC_TOKENS, restarted=False, resyncs=not is_last, trusted_from=trusted_from)
 
     def accepts(self, batch: Batch, logprobs: Tensor, step: int) -> bool:
         """Whether the actor may be trained on these rollouts. `logprobs` [T]: its own, with the weights of `step`.
@@ -122,13 +134,18 @@ class ParityGate:
         """The gate of the servers that have just got the weights. The engine's version is the last one sent."""
         self._require(-1, START_TOKENS, restarted=True)
 
-    def _require(self, step: int, tokens: int, *, restarted: bool, resyncs: bool = True) -> None:
-        """Ask the servers. If one has drifted, stop, or send the weights again and ask once more."""
+    def _require(
+        self, step: int, tokens: int, *, restarted: bool, resyncs: bool = True, trusted_from: int | None = None
+    ) -> None:
+        """Ask the servers. If one has drifted, stop, or send the weights again and ask once more.
+
+        `trusted_from`: the oldest version whose tokens are then still trained on; None: `step`.
+        """
         drift = self._drift(step, tokens, restarted=restarted)
         if drift is not None and resyncs and self.config.rollout.on_drift is OnDrift.resync:
             log.warning("%s; all weights are sent again", drift)
             self.resyncs += 1
-            self._oldest = max(self._oldest, step)
+            self._oldest = max(self._oldest, step if trusted_from is None else trusted_from)
             self.sync()
             drift = self._drift(step, tokens, restarted=restarted)
         if drift is not None:

@@ -170,10 +170,17 @@ class Trainer:
             with self.phase("parity"):
                 self.gate.after_sync(self.step)
 
+    def check_before_sleep(self) -> None:
+        """As `check_engine`, of servers on the trainer's GPUs that generate ahead, before they sleep."""
+        if self.gate is not None and self.config.rollout.is_colocated:
+            with self.phase("parity"):
+                self.gate.before_sleep(self.step)
+
     def iterate(self, stage_name: str, stage: StageConfig, iteration: int) -> dict[str, Any]:
         """Rollouts and the method's updates. Returns the line for metrics.jsonl."""
         started, tokens_before, number = time.monotonic(), self._token_count(), self.step + 1
         rollouts = self.rollouts(stage_name, stage, iteration)
+        self.check_before_sleep()
         self.engine_sleeps()
         labelled = (*_ids(rollouts.labelled), *self.requests.dropped(Prompts.labelled))
         unlabelled = (*_ids(rollouts.unlabelled), *self.requests.dropped(Prompts.unlabelled))

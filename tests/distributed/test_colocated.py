@@ -176,6 +176,7 @@ def test_a_server_that_sleeps_between_iterations_may_generate_ahead(tmp_path: Pa
     config = config_for(tmp_path)
     config.stage2.iterations, config.evaluation.every = 3, 1
     config.rollout.max_staleness, config.rollout.partial_rollouts = 1, partial
+    config.rollout.parity_every = 1  # its servers are asked in their turn
     assert run_ranks(trained, 2, tmp_path / "ranks", config) == ["", ""]
     said = calls(tmp_path)
     assert re.fullmatch(f"bs({UPDATE}[gr]*s)+", said), said  # the last iteration has nothing to ask
@@ -183,6 +184,7 @@ def test_a_server_that_sleeps_between_iterations_may_generate_ahead(tmp_path: Pa
     metrics = list(read_metrics(tmp_path / "run"))
     assert [line["step"] for line in metrics] == [1, 2, 3]
     assert [line["engine/staleness_max"] <= 1 for line in metrics] == [True] * 3
+    assert all("time/parity" in line for line in metrics)
     if not partial:
         assert [line["engine/staleness_max"] for line in metrics] == [0, 1, 1]
         assert [line["buffer/unfinished"] for line in metrics] == [0, 0, 0]

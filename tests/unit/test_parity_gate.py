@@ -128,6 +128,29 @@ def test_with_resync_they_are_dropped_and_so_is_what_was_generated_before_the_ne
     assert of.syncs == 0
 
 
+def test_a_colocated_engine_that_generates_ahead_is_asked_before_it_sleeps() -> None:
+    """Its rollouts have no token of the weights that the actor has now."""
+    of = GateOf(config_of(OnDrift.resync, every=2), {0: [0.0, 0.0, 0.3, 0.0, 0.3]})
+    config = of.config.rollout
+    config.placement, config.max_staleness = Placement.colocated, 1
+    of.gate.at_start(0)
+    for step in range(4):
+        of.engine.asleep = False
+        of.gate.before_sleep(step)  # the second time it is due, the server has drifted
+        of.engine.asleep = True
+        of.gate.after_sync(step + 1)
+    assert of.asked[1:] == [(SYNC_TOKENS, False)] * 3
+    assert (of.syncs, of.gate.take_resyncs()) == (1, 1)
+    with logged(logging.WARNING):
+        assert not own(of, 0.0, step=4), "half of it was generated in the turn before, by drifted weights"
+    assert own(of, 0.0, step=5)
+    of.engine.asleep = False
+    of.gate.before_sleep(4)
+    config.on_drift = OnDrift.stop
+    with pytest.raises(DriftError):
+        of.gate.before_sleep(5)
+
+
 def test_a_colocated_engine_is_judged_by_its_rollouts_alone() -> None:
     """It sleeps after a sync, and while it generates the actor has no memory."""
     of = GateOf(config_of(OnDrift.resync), {0: [0.0]})
