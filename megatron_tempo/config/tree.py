@@ -261,7 +261,8 @@ def _value(hint: Any, value: Any, path: str, default: Any, problems: list[Proble
         return {name: _value(args[1], item, _join(path, name), None, problems) for name, item in named.items()}
     if origin is list:
         if not isinstance(value, list):
-            raise _BadValue(Problem(path, value, "must be a list", f"{path}=[{show(value)}]"))
+            fix = f"{path}=[]" if value is None else f"{path}=[{show(value)}]"
+            raise _BadValue(Problem(path, value, "must be a list", fix))
         return [_value(args[0], item, f"{path}[{i}]", None, problems) for i, item in enumerate(value)]
     if takes_extension(hint) and (inner is Extension or (isinstance(value, str) and value.startswith(PREFIX))):
         return _extension(value, path)
@@ -317,13 +318,13 @@ def _scalar_fix(kind: type, value: Any, path: str) -> str:
     )
 
 
-# Texts that a model reads: they may have several lines, and marks that a terminal would not show.
-_PROSE = ("suffix", "system")
+# Texts that a model reads or writes: they may have several lines, and marks that a terminal would not show.
+_PROSE = ("suffix", "system", "stop")
 
 
 def _check_text(value: str, path: str) -> None:
     """Raises _BadValue for characters that a shell would execute, that end a path, or that a message would not show."""
-    is_prose = path.rpartition(".")[2] in _PROSE
+    is_prose = path.rpartition(".")[2].partition("[")[0] in _PROSE
     for character in value:
         code = ord(character)
         if 0xD800 <= code < 0xE000:

@@ -203,6 +203,10 @@ def test_one_field(files: Path, override: str, field: str, wrong: str, fix: str)
 
 # name, overrides, field, a part of what is wrong, a part of the fix
 SERVERS = ["rollout.engine=vllm", f"rollout.servers.python={sys.executable}"]
+PAUSED = [
+    *(*SERVERS, "rollout.placement=colocated", "rollout.servers.transport=shared"),
+    *("rollout.partial_rollouts=true", "rollout.max_staleness=1"),
+]
 ONE_SAMPLE = ["evaluation.samples=1", "evaluation.pass_k=[1]"]
 SEVERAL_FIELDS = [
     (
@@ -221,7 +225,7 @@ SEVERAL_FIELDS = [
     ),
     (
         "stop strings in parts of responses",
-        [*SERVERS, "rollout.stop=[x]", "rollout.partial_rollouts=true", "rollout.max_staleness=1", *CORRECTED],
+        [*PAUSED, "rollout.stop=[x]", *CORRECTED],
         "rollout.stop",
         "that began before a response was paused",
         "rollout.partial_rollouts=false",
@@ -1010,6 +1014,41 @@ def test_staleness_is_of_generated_responses(files: Path) -> None:
     servers += CORRECTED
     assert problems(files, *servers) == []
     assert only(problems(files, *servers, f"rollout.replay={files}")).field == "rollout.max_staleness"
+
+
+def test_servers_that_never_pause_see_whole_stop_strings(files: Path) -> None:
+    given = [*SERVERS, "rollout.partial_rollouts=true", "rollout.max_staleness=1", *CORRECTED]
+    assert problems(files, *given, "rollout.stop=[x]") == []
+
+
+@pytest.mark.parametrize("string", ["\n\n", "\t", "</answer>"])
+def test_stop_strings_may_have_line_ends(files: Path, string: str) -> None:
+    assert problems(files, f"rollout.stop=['{string}']", f"evaluation.stop=['{string}']") == []
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        (["rollout.stale_groups=drop"], "rollout.stale_groups"),
+        (["stage1.actor.correction.out_of_bounds=mask"], "stage1.actor.correction.out_of_bounds"),
+        (["stage1.length_penalty=0.5"], "stage1.length_penalty"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_refused(files: Path, given: list[str], field: str) -> None:
+    assert only(problems(files, *given)).field == field
+
+
+def test_one_response_cannot_disagree(files: Path) -> None:
+    found = problems(files, "stage1.refill_limit=4000", "stage1.responses_per_prompt=1")
+    assert [problem.wrong for problem in found if problem.field == "stage1.refill_limit"] == [
+        "one response to a prompt always agrees with itself, so each prompt would be thrown away"
+    ]
+
+
+def test_the_largest_seed_has_all_its_digits(files: Path) -> None:
+    problem = only(problems(files, "rollout.seed=" + "9" * 30))
+    assert problem.fix == "for example rollout.seed=9223372036854775807"
+    assert problems(files, "rollout.seed=9223372036854775807") == []
 
 
 def test_partial_rollouts_are_stale(files: Path) -> None:

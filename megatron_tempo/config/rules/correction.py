@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_tempo.config.correction import CorrectionConfig, CorrectionLevel, OutOfBounds
-from megatron_tempo.config.problem import Problem
+from megatron_tempo.config.problem import Problem, show
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import StageConfig
 
@@ -45,6 +45,9 @@ def _bounds(field: str, given: CorrectionConfig) -> Iterator[Problem]:
             if bound is not None:
                 fix = f"{field}.{name}=null" if high is None else f"{field}.level=token, or {field}.{name}=null"
                 yield Problem(f"{field}.{name}", bound, "nothing is bounded without a level", fix)
+        if given.out_of_bounds is not OutOfBounds.truncate:
+            fix = f"{field}.out_of_bounds=truncate, or {field}.level=token and {field}.high={_HIGH[CorrectionLevel.token]}"
+            yield Problem(f"{field}.out_of_bounds", given.out_of_bounds.name, "nothing is bounded without a level", fix)
         return
     if high is None:
         wrong = f"weights of level={given.level.name} have no upper bound: one sample may outweigh all others"
@@ -52,6 +55,6 @@ def _bounds(field: str, given: CorrectionConfig) -> Iterator[Problem]:
     elif low is not None and low >= high:
         yield Problem(f"{field}.low", low, f"no ratio lies between it and high={high}", f"{field}.low=null")
     elif given.out_of_bounds is OutOfBounds.mask and not (low or 0.0) <= 1.0 <= high:
-        wrong = f"tokens of the actor's own policy, whose ratio is 1, are masked by low={low}, high={high}"
+        wrong = f"tokens of the actor's own policy, whose ratio is 1, are masked by low={show(low)}, high={show(high)}"
         fix = f"{field}.low=null and {field}.high={_HIGH[given.level]}, or {field}.out_of_bounds=truncate"
         yield Problem(f"{field}.out_of_bounds", "mask", wrong, fix)

@@ -38,11 +38,15 @@ class Bound:
     def wrong(self, value: float) -> str:
         """What is wrong with an invalid value."""
         too_large = not self.states_high and value > self.high
-        return f"must be {self.words}" + (f", and at most {self.high:,.16g}" if too_large else "")
+        return f"must be {self.words}" + (f", and at most {self._high(',')}" if too_large else "")
 
     def fix(self, value: float) -> str:
         """A valid value, as it is written in an override."""
-        return f"{self.high:.16g}" if not self.states_high and self.high < value < math.inf else self.example
+        return self._high("") if not self.states_high and self.high < value < math.inf else self.example
+
+    def _high(self, separator: str) -> str:
+        """The maximum. A whole number keeps all its digits, as an override needs them."""
+        return format(self.high, f"{separator}d" if isinstance(self.high, int) else f"{separator}.16g")
 
 
 def _from(low: int, high: float) -> Bound:

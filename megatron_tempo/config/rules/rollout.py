@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_tempo.config.choices import Device, EnginePrecision, Transport
+from megatron_tempo.config.choices import Device, EnginePrecision, StaleGroups, Transport
 from megatron_tempo.config.extensions import Extension, ExtensionError, load_engine
 from megatron_tempo.config.hosts import host_of, ip_of, is_loopback
 from megatron_tempo.config.problem import Problem
@@ -27,6 +27,9 @@ def check(config: Config, world_size: int | None = None) -> Iterator[Problem]:
     elif rollout.partial_rollouts:
         field, wrong = "rollout.partial_rollouts", "a response that continues in the next iteration has older tokens"
         yield Problem(field, True, wrong, f"rollout.max_staleness=1 or more, or {field}=false")
+    if not rollout.max_staleness and rollout.stale_groups is not StaleGroups.wait:
+        field, wrong = "rollout.stale_groups", "with rollout.max_staleness=0 no prompt group gets older than its iteration"
+        yield Problem(field, rollout.stale_groups.name, wrong, f"{field}=wait, or rollout.max_staleness=1 or more")
     if rollout.is_colocated:
         yield from _turns(config)
     if not rollout.is_served:

@@ -81,9 +81,9 @@ def _stop(group: str, strings: list[str]) -> Iterator[Problem]:
 
 
 def _paused(config: Config) -> Iterator[Problem]:
-    """A server sees the tokens so far of a response that continues as its prompt."""
+    """A server sees the tokens so far of a response that continues as its prompt. Only colocated ones are paused."""
     rollout = config.rollout
-    if rollout.stop and rollout.partial_rollouts and rollout.is_served:
+    if rollout.stop and rollout.partial_rollouts and rollout.is_served and rollout.is_colocated:
         wrong = "a server does not see a stop string that began before a response was paused"
         yield Problem("rollout.stop", rollout.stop, wrong, "rollout.stop=[], or rollout.partial_rollouts=false")
 

@@ -142,6 +142,9 @@ def _refill(name: str, stage: StageConfig, *, replays: bool) -> Iterator[Problem
     if limit <= count:
         wrong = f"an iteration asks for {count} {stage.refilled.name} prompts already"
         yield Problem(field, limit, wrong, f"{field}={3 * max(1, count)}, or {field}=null")
+    if stage.samples == 1:
+        wrong = "one response to a prompt always agrees with itself, so each prompt would be thrown away"
+        yield Problem(field, limit, wrong, f"{field}=null, or {name}.responses_per_prompt=8")
     if replays:
         yield Problem(field, limit, "a replay generates nothing", f"{field}=null")
 
@@ -153,6 +156,10 @@ def _truncation(name: str, stage: StageConfig, limit: int) -> Iterator[Problem]:
         if interval is not None:
             fix = f"{name}.truncated_responses=penalised, or {field}=null"
             yield Problem(field, interval, "there is no length penalty", fix)
+        if stage.length_penalty > 0 and stage.length_penalty != 1:  # others are reported as numbers
+            factor = f"{name}.length_penalty"
+            fix = f"{name}.truncated_responses=penalised and {some}, or {factor}=1"
+            yield Problem(factor, stage.length_penalty, "there is no length penalty", fix)
     elif interval is None:
         yield Problem(field, None, f"nothing says where below {limit} tokens the penalty begins", some)
     elif interval > limit:
