@@ -72,7 +72,7 @@ class ParityGate:
     def after_sync(self, step: int) -> None:
         """Ask every server, if the schedule requires it after this sync, or if the sync was one against a drift.
 
-        An engine that sleeps is not woken for it: its next rollouts show whether it has drifted, or `before_sleep` asks.
+        An engine that sleeps is not woken for it: its next rollouts show whether it has drifted; or see `before_sleep`.
         """
         if not self.requests.engine.asleep:
             self._ask_if_due(step, trusted_from=step)

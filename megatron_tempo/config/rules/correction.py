@@ -46,7 +46,7 @@ def _bounds(field: str, given: CorrectionConfig) -> Iterator[Problem]:
                 fix = f"{field}.{name}=null" if high is None else f"{field}.level=token, or {field}.{name}=null"
                 yield Problem(f"{field}.{name}", bound, "nothing is bounded without a level", fix)
         if given.out_of_bounds is not OutOfBounds.truncate:
-            fix = f"{field}.out_of_bounds=truncate, or {field}.level=token and {field}.high={_HIGH[CorrectionLevel.token]}"
+            fix = f"{field}.out_of_bounds=truncate, or {field}.level=token and {field}.high=2"
             yield Problem(f"{field}.out_of_bounds", given.out_of_bounds.name, "nothing is bounded without a level", fix)
         return
     if high is None:

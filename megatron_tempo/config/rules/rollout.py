@@ -28,7 +28,7 @@ def check(config: Config, world_size: int | None = None) -> Iterator[Problem]:
         field, wrong = "rollout.partial_rollouts", "a response that continues in the next iteration has older tokens"
         yield Problem(field, True, wrong, f"rollout.max_staleness=1 or more, or {field}=false")
     if not rollout.max_staleness and rollout.stale_groups is not StaleGroups.wait:
-        field, wrong = "rollout.stale_groups", "with rollout.max_staleness=0 no prompt group gets older than its iteration"
+        field, wrong = "rollout.stale_groups", "no prompt group gets too old with rollout.max_staleness=0"
         yield Problem(field, rollout.stale_groups.name, wrong, f"{field}=wait, or rollout.max_staleness=1 or more")
     if rollout.is_colocated:
         yield from _turns(config)
