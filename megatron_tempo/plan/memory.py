@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from megatron_tempo.config.choices import EngineKind, EnginePrecision, Logits, Precision
+from megatron_tempo.config.choices import EngineKind, EnginePrecision, Precision
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import StageConfig
@@ -27,6 +27,7 @@ from megatron_tempo.plan.layout import (
     micro_batch_of,
 )
 from megatron_tempo.plan.parameters import Role, fp8_copies, layer_parameters, parameters, resident
+from megatron_tempo.plan.passes import batch_bytes, update_moments
 from megatron_tempo.plan.split import Split, split_of, takes_turns
 
 GB = 1e9
@@ -389,30 +390,3 @@ class _Phases:
         whole = size * shape.layers * layer_parameters(shape) + size * slots[-1]
         fp8 = 0.5 if precision is EnginePrecision.fp8 else 0.0
         return min(largest, whole) * (1 + fp8) + min(bound, whole)
-
-
-def update_moments(
-    shape: ModelShape,
-    layout: PlannedLayout,
-    machine: PlannedMachine,
-    micro: PlannedMicroBatch,
-    logits: Logits,
-    role: Role,
-    stage: int,
-) -> tuple[float, float, float]:
-    """Bytes in an optimizer step: what is held when a backward pass begins, and beyond it the needs of the layers'
-    backward pass and of the head's."""
-    held = activations.held(shape, layout, machine, micro, stage)
-    layers = activations.backward(shape, layout, machine, micro, stage)
-    last = stage == layout.pipeline - 1
-    ending = head.update(shape, layout, machine, micro, logits, role) if last else 0.0
-    return held, layers, ending
-
-
-def batch_bytes(micro: PlannedMicroBatch, machine: PlannedMachine) -> float:
-    """Bytes of all micro-batches of a pass, which are on the device from its beginning (models/packing.py).
-
-    Per token: its id, position, cell and grid index, int64. Per response token: where it is predicted, its id, and
-    where its value is read; on a CPU also its indices in the batch.
-    """
-    return micro.count * (32.0 * micro.tokens + (24 if machine.cuda else 40) * micro.responses)

@@ -113,15 +113,20 @@ class ServersEngine:
             common = (adapter, config, starter, self.replicas, key, end_tokens(model), vocab, self.work)
             self._fleet = CheckedFleet(*common, sleeps=gpus is not None)
             self._closing.callback(self._fleet.close)
+        self._start(key)
+        if gpus is not None:
+            gpus.take_back()
+
+    def _start(self, key: str) -> None:
+        """Start the servers, or reach those in `addresses`, and ask these what they take. Collective."""
+        adapter, addresses = self._adapter, self._config.addresses
         try:
             self._agree(lambda: self._first.open())
-            if config.addresses is not None:
-                adapter.takes_parts = self._agree(lambda: parts_are_taken(adapter, config.addresses or [], key))
+            if addresses is not None:
+                adapter.takes_parts = self._agree(lambda: parts_are_taken(adapter, addresses, key))
         except BaseException:
             self.close()
             raise
-        if gpus is not None:
-            gpus.take_back()
 
     @property
     def asleep(self) -> bool:
