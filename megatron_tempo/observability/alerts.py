@@ -205,6 +205,11 @@ def _few_are_effective(shares: _Numbers) -> str | None:
     return f"the effective sample size is {now:.1%} of the samples" if few else None
 
 
+def _is_not_trained(rows: _Numbers) -> str | None:
+    idle = rows.count >= RECENT and max(rows.recent()) == 0
+    return f"no response was left to train it on in the last {RECENT} iterations" if idle else None
+
+
 def _truncated_rises(shares: _Numbers) -> str | None:
     early, now = fmean(shares.first[:RECENT]), fmean(shares.recent())
     risen = shares.count >= 2 * RECENT and now > early + TRUNCATED_RISE
@@ -299,6 +304,14 @@ RULES = (
         False,
         "warnings.jsonl names the server and the tensors; if it happens again, update or replace the engine",
         _is_resynced,
+    ),
+    Rule(
+        "the actor is not trained",
+        "actor/rows",
+        False,
+        "all responses are truncated and masked, or out of EMPO's bounds: raise rollout.max_response_tokens, or change "
+        "the stage's truncated_responses or entropy_low and entropy_high",
+        _each("actor/rows", _is_not_trained),
     ),
     Rule(
         "entropy collapses",

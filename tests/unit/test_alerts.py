@@ -14,6 +14,7 @@ from megatron_tempo.observability.alerts import RULES, Alert, Watch, alerts
 QUIET = {
     "actor/entropy": 0.5,
     "actor/clip_fraction": 0.1,
+    "actor/rows": 64.0,
     "actor/grad_norm": 1.0,
     "critic/grad_norm": 2.0,
     "actor/skipped": 0.0,
@@ -62,6 +63,14 @@ FIRES: dict[str, tuple[str, list[float | None], str, int, int, bool]] = {
         9,
         False,
     ),
+    "no rows": (
+        "actor/rows",
+        [64.0] + [0.0] * 6 + [64.0],
+        "the actor is not trained",
+        6,
+        7,
+        False,
+    ),
     "engine's ess": ("engine/ess", [0.9] * 5 + [0.01] * 6, "few samples are effective", 10, 11, True),
     "correction's ess": ("correction/ess", [0.05] * 5, "the correction leaves few samples", 5, 5, True),
     # means of five 0.0595, ..., 0.2175 at the fifth of 0.2175: above 0.17 at the fourth
@@ -91,6 +100,7 @@ SILENT: dict[str, tuple[str, list[float | None]]] = {
     "no clipping ever": ("actor/clip_fraction", [0.0] * 40),
     "no clipping for a while": ("actor/clip_fraction", [0.01] + [0.0] * 19),
     "half of the tokens masked": ("correction/tokens_masked", [0.5] * 10),
+    "four iterations without rows": ("actor/rows", [0.0] * 4 + [8.0] + [0.0] * 4),
     "one iteration of few samples": ("engine/ess", [0.9] * 5 + [0.0] + [0.9] * 5),
     "a fifth of the samples": ("correction/ess", [0.2] * 10),
     "truncated always": ("truncated", [0.5] * 20),
