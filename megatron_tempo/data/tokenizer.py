@@ -94,8 +94,13 @@ def check_stop_strings(tokenizer: PreTrainedTokenizerBase, folder: Path, strings
             f"{field}: the tokenizer of {folder} has no tokenizer.json, which stop strings need; {field}=[]"
         )
     for string in strings:
-        tokens = tokenizer(string, add_special_tokens=False).input_ids
-        back = str(tokenizer.decode(tokens))
+        try:
+            back = str(tokenizer.decode(tokenizer(string, add_special_tokens=False).input_ids))
+        except Exception as error:  # tokenizers raises plain Exception for an unknown word
+            raise InputError(
+                f"{field}={string!r}: the tokenizer of {folder} cannot write it ({error}), so no response would end "
+                "there; give a string that it can write"
+            ) from error
         if string not in back:
             raise InputError(
                 f"{field}={string!r}: the tokenizer of {folder} writes it as {back!r}, so no response would end there; "

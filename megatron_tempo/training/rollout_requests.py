@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from megatron_tempo.config import schedule
 from megatron_tempo.config.sampled import rollout_seed
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import Prompts, StageConfig
@@ -27,6 +29,8 @@ from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.training.row_owners import RowOwners
 from megatron_tempo.training.stage_groups import StageGroups
 from megatron_tempo.types import Batch, LabelledPrompt, UnlabelledPrompt, seed_of
+
+log = logging.getLogger(__name__)
 
 # Prompts for each replica of an engine when the engine is checked.
 PARITY_PROMPTS = 4
@@ -53,6 +57,7 @@ class RolloutRequests:
     owners: RowOwners
     groups: StageGroups | None = None
     saved: Mapping[str, Any] | None = None
+    warned: bool = False  # of replayed rollouts that are trained on as if they were the actor's own
 
     def generate(
         self, stage_name: str, stage: StageConfig, iteration: int, recorder: dump.Recorder | None = None
@@ -96,6 +101,10 @@ class RolloutRequests:
             return dump.read(path, labelled, unlabelled, stage.samples, classes=classed) if is_first else _NOTHING
 
         collected = share_columns([*labelled, *unlabelled], raise_on_all_ranks(read))
+        version = schedule.first_step(self.config, stage_name) + iteration
+        if is_first and not self.warned and (warning := uncorrected(collected.columns, stage_name, stage, version)):
+            log.warning("%s: %s", path, warning)
+            self.warned = True
         return self._received(collected, len(labelled), stage_name, stage, iteration, None)
 
     def recorder(self, stage_name: str, iteration: int) -> dump.Recorder:
@@ -212,6 +221,18 @@ class RolloutRequests:
     def _streams(self) -> dict[Prompts, PromptStream[Any]]:
         streams = {Prompts.labelled: self.labelled, Prompts.unlabelled: self.unlabelled}
         return {half: stream for half, stream in streams.items() if stream is not None}
+
+
+def uncorrected(columns: Batch, stage_name: str, stage: StageConfig, version: int) -> str | None:
+    """What there is to say of replayed rollouts that are older than their iteration, if nothing corrects for it."""
+    staleness = int(columns.staleness(version).max()) if len(columns) else 0
+    if not staleness or stage.actor.correction.level is not None:
+        return None
+    age = "an iteration" if staleness == 1 else f"{staleness} iterations"
+    return (
+        f"has tokens that are {age} old, which the actor is trained on as if they were its own; "
+        f"set {stage_name}.actor.correction as in the run that wrote them"
+    )
 
 
 def _take(stream: PromptStream[_P] | None, count: int) -> list[_P]:

@@ -16,6 +16,8 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
+from megatron_tempo.config.correction import CorrectionLevel
+from megatron_tempo.config.schema import Config
 from megatron_tempo.errors import EngineError
 from megatron_tempo.rewards.responses import View
 from megatron_tempo.rewards.scorer import Item
@@ -25,6 +27,7 @@ from megatron_tempo.rollout.batches import Asked, Collected, ask, collect, recei
 from megatron_tempo.rollout.engine import Arrived, Request, Sampling
 from megatron_tempo.rollout.group_answers import Asking, Between, StreamedAnswers
 from megatron_tempo.rollout.verification import Verification, responses_of
+from megatron_tempo.training.rollout_requests import uncorrected
 from megatron_tempo.types import (
     Batch,
     Completion,
@@ -34,6 +37,7 @@ from megatron_tempo.types import (
     UnlabelledPrompt,
     seed_of,
 )
+from tests.support import gates
 from tests.support.completions import batch_of, completion
 from tests.support.engines import AnsweringEngine
 from tests.support.ranks import run_ranks
@@ -744,3 +748,15 @@ def test_a_record_without_classes_is_refused_where_they_are_needed(classed: tupl
     change(classed[0], 9, lambda line: line.update(answer_class=value))
     with pytest.raises(ValueError, match=rf"classed\.jsonl, line 9 has the answer_class {value!r}"):
         dump.read(classed[0], LABELLED, UNLABELLED, 2, classes=True)
+
+
+def test_replayed_rollouts_that_are_older_than_their_iteration_want_a_correction() -> None:
+    batch = gates.rows_of([[(2, 3), (4, 1)], [(4, 2)]], [0.0, 0.0])
+    stage = Config().stage2
+    assert uncorrected(batch, "stage2", stage, 2) is None
+    said = uncorrected(batch, "stage2", stage, 4)
+    assert said is not None
+    assert "tokens that are 2 iterations old" in said
+    assert "set stage2.actor.correction as" in said
+    stage.actor.correction.level = CorrectionLevel.token
+    assert uncorrected(batch, "stage2", stage, 4) is None

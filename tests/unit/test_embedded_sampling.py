@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
+from tokenizers.models import BPE, WordLevel
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
@@ -153,6 +153,14 @@ def test_a_stop_string_that_the_tokenizer_cannot_write_is_an_error(folder: Path)
     check_stop_strings(tokenizer, folder, ["+ -", "12"], "rollout.stop")
     with pytest.raises(InputError, match=r"rollout.stop='</answer>': the tokenizer of .* writes it as"):
         check_stop_strings(tokenizer, folder, ["</answer>"], "rollout.stop")
+
+
+def test_a_stop_string_without_a_token_is_an_error(tmp_path: Path) -> None:
+    """A vocabulary of words without one for unknown words, as the quickstart's."""
+    words = Tokenizer(WordLevel({"+": 0, "1": 1}))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"evaluation.stop='zz': the tokenizer .* cannot write it \(WordLevel"):
+        check_stop_strings(load_tokenizer(tmp_path), tmp_path, ["+", "zz"], "evaluation.stop")
 
 
 def test_verifiers_see_the_whole_of_a_stop_string() -> None:
