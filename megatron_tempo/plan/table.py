@@ -54,7 +54,8 @@ def _head(config: Config, shape: ModelShape, own: Plan) -> Iterator[str]:
             where = "colocated on the trainer's GPUs, by turns"
         elif split.shared:
             where = "on GPUs that the trainer uses too, and both keep their memory"
-        engine += f", {split.servers} servers with tensor {config.rollout.servers.tensor}, {where}"
+        servers = "1 server" if split.servers == 1 else f"{split.servers} servers"
+        engine += f", {servers} with tensor {config.rollout.servers.tensor}, {where}"
     yield f"trainer: {split.trainers} GPUs, {layout_words(own)}; engine: {engine}"
 
 

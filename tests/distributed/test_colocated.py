@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from megatron_tempo.config.choices import EngineKind, Placement, Transport
+from megatron_tempo.config.correction import CorrectionConfig, CorrectionLevel
 from megatron_tempo.config.schema import Config
+from megatron_tempo.config.stages import GrpoSettings
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.observability.records import read_evaluations, read_metrics
 from megatron_tempo.training.jobs import evaluate, train
@@ -188,3 +190,20 @@ def test_a_server_that_sleeps_between_iterations_may_generate_ahead(tmp_path: Pa
     if not partial:
         assert [line["engine/staleness_max"] for line in metrics] == [0, 1, 1]
         assert [line["buffer/unfinished"] for line in metrics] == [0, 0, 0]
+
+
+def test_a_server_that_generates_in_turns_refills(tmp_path: Path) -> None:
+    """Its made-up responses are all wrong, so all groups agree, until the limit is reached."""
+    config = config_for(tmp_path)
+    stage = config.stage2
+    stage.settings, stage.unlabelled_prompts, stage.refill_limit, stage.iterations = GrpoSettings(), 0, 12, 3
+    config.rollout.max_staleness, config.rollout.partial_rollouts = 1, True
+    stage.actor.correction = CorrectionConfig(CorrectionLevel.token, high=2.0)
+    config.evaluation.sets, config.evaluation.calibration_set = {}, None
+    assert run_ranks(trained, 1, tmp_path / "ranks", config) == [""]
+    said = calls(tmp_path)
+    assert re.fullmatch(f"bs({UPDATE}[gr]*s)+", said), said
+    metrics = list(read_metrics(tmp_path / "run"))
+    names = ("refill/asked", "refill/dropped", "refill/agreeing")
+    assert [[line[name] for name in names] for line in metrics] == [[12, 4, 8]] * 3
+    assert all(line["engine/staleness_max"] <= 1 for line in metrics)
