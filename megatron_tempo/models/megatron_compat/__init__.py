@@ -2,7 +2,7 @@
 
     optimizer.py           the distributed optimizer's groups, Adam state and who has what of it
     cpu_backend.py         Megatron-Core's CUDA calls on a machine without CUDA
-    gloo_devices.py        one gloo device for all process groups of a rank
+    gloo_devices.py        one gloo device for all process groups of a rank, and one worker thread for each
     group_globals.py       Megatron's process groups, which are module globals
     transformer_engine.py  whether Transformer Engine can be imported, and which attention it chose
     torch_private.py       torch's process groups and their counters, checkpoint records, shared GPU memory
