@@ -295,11 +295,14 @@ Bucket = list[tuple[str, Tensor]]
 class Share:
     """Some of the `count` shares of about equal size into which a pipeline stage's buckets are divided: `taken`.
 
+    `senders`: the copies of the model that may send at the same time on this machine, None for all copies.
+
     >>> Share(count=3, taken=(0,))
     """
 
     count: int = 1
     taken: tuple[int, ...] = (0,)
+    senders: int | None = None
 
 
 class Weights(Protocol):

@@ -104,21 +104,22 @@ def compose_tree(
 def _register_resolvers() -> None:
     """What presets may write.
 
-    `${repo:PATH}`: a path in the repository. `${one_node:A,B}`: A if the run starts servers on the only node, as it is
-    if nothing says how many there are. `${colocated:A,B}`: A if rollout.placement is colocated, wherever that was set.
+    `${repo:PATH}`: a path in the repository. `${few_nodes:A,B}`: A if the run starts servers on its nodes, and these
+    are one or two, as they are if nothing says how many. `${colocated:A,B}`: A if rollout.placement is colocated,
+    wherever that was set.
     """
 
-    def one_node(yes: object, no: object, *, _root_: Any) -> object:
+    def few_nodes(yes: object, no: object, *, _root_: Any) -> object:
         nodes, away = (_value(_root_, f"cluster.{name}") for name in ("nodes", "rollout_nodes"))
         served = _value(_root_, "rollout.engine") in [kind.name for kind in EngineKind if kind.is_served]
         started = served and _value(_root_, "rollout.servers.addresses") is None
-        return yes if nodes in (None, 1) and not away and started else no
+        return yes if nodes in (None, 1, 2) and not away and started else no
 
     def colocated(yes: object, no: object, *, _root_: Any) -> object:
         return yes if _value(_root_, "rollout.placement") == Placement.colocated.name else no
 
     OmegaConf.register_new_resolver("repo", lambda path: str(REPOSITORY / path), replace=True)
-    OmegaConf.register_new_resolver("one_node", one_node, replace=True)
+    OmegaConf.register_new_resolver("few_nodes", few_nodes, replace=True)
     OmegaConf.register_new_resolver("colocated", colocated, replace=True)
 
 

@@ -99,6 +99,16 @@ class Layout:
         return self.data_rank == 0 and self.context_rank == 0
 
     @property
+    def copies(self) -> int:
+        """Groups of ranks that hold the whole model."""
+        return self.data * self.context
+
+    @property
+    def copy(self) -> int:
+        """The number of this rank's copy of the model."""
+        return self.data_rank * self.context + self.context_rank
+
+    @property
     def is_reporter(self) -> bool:
         """Whether this rank reports its replica's outputs: last stage, first tensor and context rank."""
         return self.is_last_stage and self.tensor_rank == 0 and self.context_rank == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from megatron_tempo.config.choices import Placement
+from megatron_tempo.config.choices import EnginePrecision, Placement
 from megatron_tempo.plan.memory import MemoryPhase
 from megatron_tempo.plan.search import Plan
 
@@ -22,8 +22,8 @@ def compared(own: Plan, plans: Sequence[Plan]) -> Iterator[str]:
     together, apart = best[Placement.colocated], best[Placement.disaggregated]
     if together is not None and apart is not None:
         yield from _faster(together, apart)
-    elif apart is not None and own.config.cluster is not None and own.config.cluster.nodes > 1:
-        yield "placement: disaggregated, because a colocated server gets its weights through the memory of one node"
+    elif apart is not None and _could_be_colocated(own):
+        yield "placement: disaggregated, because no layout fits in which each node holds a whole copy of the model"
     if apart is not None:
         yield _ahead(min((plan for plan in plans if _is(plan, Placement.disaggregated)), key=_overlapped))
 
@@ -32,6 +32,13 @@ def _is(plan: Plan, kind: Placement) -> bool:
     """Whether its servers are placed so. Servers that share GPUs with the trainer, and do not sleep, are neither."""
     own = plan.split.servers > 0 and plan.config.rollout.placement is kind
     return own and (plan.config.rollout.is_colocated or not plan.split.shared)
+
+
+def _could_be_colocated(own: Plan) -> bool:
+    """Whether the search tries to, on several nodes."""
+    cluster, servers = own.config.cluster, own.config.rollout.servers
+    assert cluster is not None
+    return cluster.nodes > 1 and not cluster.rollout_nodes and servers.precision is not EnginePrecision.fp8
 
 
 def _overlapped(plan: Plan) -> float:

@@ -4,7 +4,8 @@ The search varies tensor and pipeline parallelism (data parallelism follows), ho
 which tensor parallelism, and, if that saves memory, the token budget, recomputation, offload and the embedded engine's
 rows. The layers of the pipeline's ends, and its virtual stages, stay as configured while the number of stages does.
 Context parallelism stays as configured. A tensor-parallel group stays inside a node, and sequence parallelism follows
-tensor parallelism. On one node, servers that are colocated with the trainer are tried too, on all of its GPUs.
+tensor parallelism. Servers that are colocated with the trainer are tried too, on all GPUs. On several nodes each must
+then hold a whole copy of the model, which leaves no pipeline.
 """
 
 from __future__ import annotations
@@ -198,32 +199,38 @@ def _disaggregated(config: Config, shape: ModelShape) -> Iterator[dict[str, obje
                 "rollout.servers.devices": list(range(node - serving, node)),
                 "rollout.servers.tensor": tensor,
                 "rollout.servers.replicas": serving // tensor,
-                "rollout.servers.each_node": cluster.nodes > 1,
+                "rollout.servers.each_node": _on_each(config),
                 "rollout.servers.transport": Transport.group if cluster.nodes > 1 else transport,
             }
 
 
 def _colocated(config: Config, shape: ModelShape, kind: EngineKind) -> Iterator[dict[str, object]]:
-    """All GPUs of a single node train and serve by turns, with a smaller share for the servers if the trainer keeps
+    """All GPUs train and serve by turns, with a smaller share for the servers if the trainer keeps
     FP8 weights there. FP8 servers do not take weights from shared memory."""
     cluster, servers = config.cluster, config.rollout.servers
     assert cluster is not None
-    if cluster.nodes > 1 or servers.precision is EnginePrecision.fp8:
+    if servers.precision is EnginePrecision.fp8:
         return
     node = cluster.gpus_per_node
     arguments = [servers.arguments]
     if config.run.precision in RECIPES and engine.fraction_of(config) == engine.FRACTION:
         arguments.append([*servers.arguments, f"{engine.FRACTION_OPTIONS[kind]}={LESS}"])
     for tensor, words in product((n for n in divisors(node) if shape.heads % n == 0), arguments):
-        yield _processes(config, node) | {
+        yield _processes(config, node * cluster.nodes) | {
             "rollout.placement": Placement.colocated,
             "rollout.servers.devices": None,
             "rollout.servers.tensor": tensor,
             "rollout.servers.replicas": node // tensor,
-            "rollout.servers.each_node": False,
+            "rollout.servers.each_node": _on_each(config),
             "rollout.servers.transport": Transport.shared,
             "rollout.servers.arguments": words,
         }
+
+
+def _on_each(config: Config) -> bool:
+    """Of several nodes, each; of a single node it says nothing."""
+    assert config.cluster is not None
+    return config.cluster.nodes > 1 or config.rollout.servers.each_node
 
 
 def _processes(config: Config, world: int) -> dict[str, object]:

@@ -45,9 +45,10 @@ def split_of(config: Config) -> Split:
     if away := machines.rollout_nodes:
         count = servers.replicas * away
         return Split(world or machines.training_nodes * node, count, count * servers.tensor, 0)
-    if config.rollout.is_colocated:
-        return Split(world or machines.gpus, servers.replicas, servers.replicas * servers.tensor, 1)
     nodes = machines.nodes if servers.each_node else 1
+    if config.rollout.is_colocated:
+        count = servers.replicas * nodes
+        return Split(world or machines.gpus, count, count * servers.tensor, 1)
     taken, trainers = cluster.servers_on_node(servers), cluster.trainers_on_node(config, world) or node
     first = trainers if servers.devices is None else min(servers.devices, default=trainers)
     free = first >= trainers and (servers.devices is not None or trainers + taken <= node)

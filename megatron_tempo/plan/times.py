@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_tempo.config.choices import EngineKind, Logits, Recompute
+from megatron_tempo.config.choices import EngineKind, Logits, Recompute, Transport
 from megatron_tempo.config.cluster import ClusterConfig
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.schema import Config
@@ -271,4 +271,5 @@ def sync_seconds(config: Config, shape: ModelShape) -> float:
     if not config.rollout.is_served:
         return 2 * size / (inside if cluster.nodes == 1 else between)
     sent = max(own * taken, size)
-    return gathered / inside + sent / (inside if cluster.nodes == 1 else between)
+    stays = cluster.nodes == 1 or config.rollout.servers.transport is Transport.shared
+    return gathered / inside + sent / (inside if stays else between)

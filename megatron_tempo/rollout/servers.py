@@ -8,7 +8,6 @@ broadcasts what happens, so that all ranks take part when a restarted server nee
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_tempo.config.choices import EnginePrecision, Transport
-from megatron_tempo.config.hosts import is_loopback
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.data.tokenizer import end_tokens
 from megatron_tempo.errors import DriftError, EngineError, InputError
@@ -30,12 +28,13 @@ from megatron_tempo.rollout.addresses import chosen_devices, own_address, visibl
 from megatron_tempo.rollout.checked_fleet import CheckedFleet
 from megatron_tempo.rollout.checksum import whole_checksums
 from megatron_tempo.rollout.engine import Arrived, EngineWork, Request, Sampling, TrainerGpus
-from megatron_tempo.rollout.placement import own_gpu, placed, visible_gpus
+from megatron_tempo.rollout.placement import placed, visible_gpus
 from megatron_tempo.rollout.read_back import EVERYTHING, SELECTIONS, Selection
 from megatron_tempo.rollout.replica import Answered, Event, Failed, GenerationJob, Starter
 from megatron_tempo.rollout.served_stream import ServedStream
 from megatron_tempo.rollout.server import Server
 from megatron_tempo.rollout.server_adapter import ServerAdapter
+from megatron_tempo.rollout.server_nodes import server_nodes
 from megatron_tempo.rollout.supervisor import (
     ExternalServers,
     ServerSupervisor,
@@ -70,14 +69,16 @@ class ServersEngine:
         timeout: timedelta,
         gpus: TrainerGpus | None = None,
         *,
+        copy: int,
         resyncs: bool = False,
     ) -> None:
         """Collective. Started servers write below `work`. The first rank logs each that fails.
         `timeout`: how long a rank waits for the first one, which may be waiting for servers. `gpus`: the trainer's
         side of GPUs that it shares with the servers by turns; None if they have their own. The engine is asleep then.
-        `resyncs`: whether wrong weights are sent once more, before the run stops.
+        `copy`: the number of the copy of the model that this rank holds a part of. `resyncs`: whether wrong weights are
+        sent once more, before the run stops.
 
-        Raises InputError if a server does not start, or cannot be reached from the trainer.
+        Raises InputError if a server does not start, or if it or its weights cannot be reached from the trainer.
         """
         self.counted = TokenCount()
         self.work = EngineWork()
@@ -93,15 +94,16 @@ class ServersEngine:
         self.gate: Callable[[], None] | None = None
         self._is_in_gate = False
         self._closing = ExitStack()
-        nodes, trainers = self._nodes(device)
+        found = server_nodes(config, device, self._control, copy, colocated=gpus is not None)
+        nodes = found.first
         self.replicas = config.replicas * len(nodes) if config.addresses is None else len(config.addresses)
         self.nodes = joined(self._control, self._open_store)  # every node has taken part in the above: it is reachable
         if self.nodes is not None:
             self._closing.callback(self.nodes.close)
         key = self._agree(self._key)
-        self._senders = Senders(adapter, config, key, device, self.replicas)
+        self._senders = Senders(adapter, config, key, device, self.replicas, found.fed)
         self._closing.callback(self._senders.close)
-        places = self._placed(nodes, trainers) if config.addresses is None and device.type == "cuda" else []
+        places = self._placed(nodes, found.trainers) if config.addresses is None and device.type == "cuda" else []
 
         def make(index: int) -> Server:
             return Server(adapter, config, model, work / str(index), key, precision, self._devices(index, places))
@@ -217,36 +219,6 @@ class ServersEngine:
         return {key: value for share in shares for key, value in share.items()}
 
     # Starting servers
-
-    def _nodes(self, device: torch.device) -> tuple[list[int], set[str]]:
-        """The first rank of each node that servers are started on, and the GPUs of the ranks on this node.
-
-        Raises InputError if some ranks could not reach the servers, or if two ranks have one GPU.
-        """
-        host = self._config.host
-        places: list[Any] = [None] * dist.get_world_size()
-        try:
-            address, wrong = own_address(host), ""
-        except InputError as error:
-            address, wrong = "", str(error)
-        own = socket.gethostname()
-        mine = (own, int(os.environ.get("LOCAL_RANK", dist.get_rank())), address, wrong, own_gpu(device))
-        dist.all_gather_object(places, mine, group=self._control)
-        known: list[tuple[str, int, str, str, str]] = places
-        if failed := [f"{machine}: {wrong}" for machine, _, _, wrong, _ in known if wrong]:
-            raise InputError(failed[0])
-        machines = {machine for machine, *_ in known}
-        alone = [(machine, address) for machine, _, address, *_ in known if is_loopback(address)]
-        if len(machines) > 1 and alone:
-            fix = "give an address that the others reach" if host == "hostname" else "give hostname"
-            raise InputError(
-                f"rollout.servers.host={host} is {alone[0][1]} on {alone[0][0]}, which is reached from that machine "
-                f"alone, and this run is on {len(machines)}: {fix}"
-            )
-        if len(machines) > 1 and self._config.transport is Transport.shared:
-            raise InputError("rollout.servers.transport=shared is for runs on one machine: give group")
-        nodes = [rank for rank, (_, local, *_) in enumerate(known) if local == 0] if self._config.each_node else [0]
-        return nodes, {gpu for machine, *_, gpu in known if machine == own}
 
     def _placed(self, nodes: list[int], trainers: set[str]) -> list[int]:
         """The GPUs of this node's servers (`placement.placed`); none on ranks that start no server.

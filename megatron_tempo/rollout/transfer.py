@@ -1,7 +1,8 @@
 """Sends weights from a trainer rank to the workers of its servers.
 
 The copies of the model (data and context parallelism) divide the servers among them (`rounds`), so each sends an equal
-part of all bytes, at the same time as the others. A sender has one process group for each of its servers, not one for
+part of all bytes, at the same time as the others. Where weights go through shared memory, the copies on a machine so
+divide the servers of that machine (`Fed`). A sender has one process group for each of its servers, not one for
 all: when a worker dies during a broadcast, the others of its group wait until a timeout, and that should affect only
 its own server. The cost: a sender's link carries each bucket once for each of its servers.
 """
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import accumulate
 from threading import Thread
@@ -41,6 +43,25 @@ _ABORT_SECONDS = 30.0  # limit on leaving a group
 _T = TypeVar("_T")
 
 
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """Servers and the copies of the model that feed them, both by their numbers.
+
+    >>> Fed(servers=(2, 3), copies=(2, 3))  # of the second of two nodes
+    """
+
+    servers: tuple[int, ...]
+    copies: tuple[int, ...]
+
+    def rounds(self, copy: int) -> list[tuple[Share, list[int]]]:
+        """`rounds` among these alone: what a copy sends; nothing if it is none of these."""
+        if copy not in self.copies:
+            return []
+        own = rounds(len(self.servers), len(self.copies), self.copies.index(copy))
+        here = len(self.copies)
+        return [(replace(share, senders=here), [self.servers[place] for place in of]) for share, of in own]
+
+
 def rounds(servers: int, copies: int, copy: int) -> list[tuple[Share, list[int]]]:
     """What a copy of the model sends, round by round: some of its buckets, and the servers that get them.
 
@@ -67,11 +88,18 @@ class Senders:
     """The links of a rank that sends weights: one to each of its servers."""
 
     def __init__(
-        self, adapter: ServerAdapter, config: ServersConfig, key: str, device: torch.device, servers: int
+        self,
+        adapter: ServerAdapter,
+        config: ServersConfig,
+        key: str,
+        device: torch.device,
+        servers: int,
+        fed: Sequence[Fed] | None = None,
     ) -> None:
-        """`device`: this rank's, from which buckets are sent. `servers`: the number of all servers."""
+        """`device`: this rank's, from which buckets are sent. `servers`: the number of all servers. `fed`: which copies
+        of the model feed which of them, each server once; None: all copies feed all servers."""
         self._adapter, self._config, self._key, self._device = adapter, config, key, device
-        self._servers = servers
+        self._servers, self._fed = servers, fed
         self._links: dict[Target, _Link] = {}
         self._pool = ThreadPoolExecutor(thread_name_prefix="sender")
 
@@ -85,7 +113,8 @@ class Senders:
         """
         failed: dict[int, str] = {}
         expected: dict[str, tuple[str, float]] = {}
-        for share, servers in rounds(self._servers, weights.copies, weights.copy):
+        fed = self._fed or [Fed(tuple(range(self._servers)), tuple(range(weights.copies)))]
+        for share, servers in (one for group in fed for one in group.rounds(weights.copy)):
             if mine := [target for target in targets if target.index in servers]:
                 expected |= self._send(weights, share, mine, version, failed, compare=compare)
         if self._config.transport is Transport.shared and torch.cuda.is_available():

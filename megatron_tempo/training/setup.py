@@ -82,7 +82,8 @@ def build_engine(context: RunContext) -> Engine:
     precision, timeout = engine_precision(config), collective_timeout(config)
     gpus = context.offloader if config.rollout.is_colocated else None
     given = (adapter, servers, model, work, precision, context.device, vocab, timeout, gpus)
-    return ServersEngine(*given, resyncs=config.rollout.on_drift is OnDrift.resync)
+    copy = context.layouts.actor.copy
+    return ServersEngine(*given, copy=copy, resyncs=config.rollout.on_drift is OnDrift.resync)
 
 
 def build_verifiers(config: Config) -> Verifiers:

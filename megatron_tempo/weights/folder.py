@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.types import Bucket, PartName, Share, whole_name
 from megatron_tempo.weights import tables
 from megatron_tempo.weights.param_mapping import ParamMapping
-from megatron_tempo.weights.pieces import EVEN, JoinedParts, planned_buckets
+from megatron_tempo.weights.pieces import EVEN, JoinedParts, PlannedBucket, dealt, planned_buckets
 from megatron_tempo.weights.shared_memory import flat_buffer, in_shared_memory
 
 INDEX = "model.safetensors.index.json"
@@ -110,15 +110,16 @@ class FolderWeights:
             parts: planned_buckets(mappings, bucket_bytes, dtype.itemsize, parts=parts, multiple=multiple)
             for parts in (False, True)
         }
-        self.sends, self.copies, self.copy = layout.is_writer, 1, 0
+        self.copies, self.copy = layout.copies, layout.copy
+        self.sends = layout.is_first_stage and layout.tensor_rank == 0
 
     def everywhere(self, *, parts: bool = False) -> Iterator[Bucket]:
-        yield from self._filled(parts=parts, shared=False)
+        yield from self._filled(self._buckets[parts], shared=False)
 
-    def _filled(self, *, parts: bool, shared: bool) -> Iterator[Bucket]:
+    def _filled(self, buckets: Sequence[PlannedBucket], *, shared: bool) -> Iterator[Bucket]:
         with ExitStack() as stack:
             opened = {path: stack.enter_context(safe_open(path, "pt")) for path in set(self._files.values())}
-            for planned in self._buckets[parts]:
+            for planned in buckets:
                 progress_marker.mark()
                 flat = flat_buffer(planned.numel, self._dtype, self._device, shared=shared)
                 bucket = planned.filled(flat)
@@ -136,10 +137,14 @@ class FolderWeights:
             out[start:stop].copy_(stored[first + start : first + stop])
 
     def from_stages(self, *, shared: bool = False, parts: bool = False, share: Share | None = None) -> Iterator[Bucket]:
-        """The whole model, on the first rank only, which is the only share. With `shared`, each bucket has its own
-        memory, which other processes can open: on a CPU by its file's name, on a GPU by a CUDA handle."""
-        if self.sends:
-            buckets = self._filled(parts=parts, shared=shared)
+        """As of a `WeightStream` of one stage: every copy of the model would read the same folder, so each rank that
+        `sends` reads what its copy sends. With `shared`, each bucket has its own memory, which other processes can
+        open: on a CPU by its file's name, on a GPU by a CUDA handle."""
+        share = share or Share(taken=(0,) if self.copy == 0 else ())
+        numbers = dealt(self._buckets[parts], share.count)
+        mine = [one for one, number in zip(self._buckets[parts], numbers, strict=True) if number in share.taken]
+        if self.sends and mine:
+            buckets = self._filled(mine, shared=shared)
             yield from map(in_shared_memory, buckets) if shared and self._device.type == "cpu" else buckets
 
 

@@ -76,12 +76,12 @@ class WeightStream:
     @property
     def copies(self) -> int:
         """Groups of ranks that hold the whole model."""
-        return self._layout.data * self._layout.context
+        return self._layout.copies
 
     @property
     def copy(self) -> int:
         """The number of this rank's copy."""
-        return self._layout.data_rank * self._layout.context + self._layout.context_rank
+        return self._layout.copy
 
     def everywhere(self, *, parts: bool = False) -> Iterator[Bucket]:
         """The whole model on every rank, on the model's device. `parts`: a large tensor arrives in parts."""
@@ -103,7 +103,7 @@ class WeightStream:
         for the buffers.
         """
         self._load_model()
-        senders = 1 if share is None else self.copies
+        senders = 1 if share is None else share.senders or self.copies
         share = share or Share(taken=(0,) if self._layout.is_first_copy else ())
         stage = [bucket for bucket in self._buckets[parts] if bucket.stage == self._layout.pipeline_rank]
         numbers = dealt(stage, share.count)

@@ -5,8 +5,12 @@ The trainer's storages are really emptied on a CPU too, and the stand-in notes w
 
 from __future__ import annotations
 
+import os
 import re
+import socket
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +20,10 @@ from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import GrpoSettings
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.observability.records import read_evaluations, read_metrics
+from megatron_tempo.rollout import server_nodes, servers
 from megatron_tempo.training.jobs import evaluate, train
+from megatron_tempo.weights.folder import FolderWeights
+from megatron_tempo.weights.stream import WeightStream
 from tests.support.project import config_of, write_project
 from tests.support.ranks import run_ranks
 from tests.support.sleeping_server import Engine, Refused, journal, python
@@ -39,13 +46,13 @@ LETTERS = {
 UPDATE = "w<u+>ckcr"
 
 
-def config_for(tmp_path: Path, *troubles: str, servers: int = 1) -> Config:
+def config_for(tmp_path: Path, *troubles: str, replicas: int = 1) -> Config:
     config = config_of(write_project(tmp_path / "project"), tmp_path / "run")
     config.stage2.iterations, config.rollout.parity_tolerance = 2, 100.0  # its log-probabilities are made up
     config.rollout.engine, config.rollout.placement = EngineKind.vllm, Placement.colocated
     given = config.rollout.servers
     given.python, given.transport, given.checksums_every = str(python(tmp_path / "bin")), Transport.shared, 0
-    given.replicas, given.start_seconds, given.restarts = servers, 60.0, 2
+    given.replicas, given.start_seconds, given.restarts = replicas, 60.0, 2
     (tmp_path / "journal").mkdir()
     given.arguments = [f"--journal={tmp_path / 'journal'}", f"--troubles={','.join(troubles)}"]
     config.parallel.bucket_mb = 1
@@ -104,7 +111,7 @@ def test_a_lost_server_starts_again_when_there_is_room(tmp_path: Path, trouble: 
 
 
 def test_a_server_lost_among_others_waits_asleep_for_the_next_update(tmp_path: Path) -> None:
-    config = config_for(tmp_path, "crash@1:2", servers=2)
+    config = config_for(tmp_path, "crash@1:2", replicas=2)
     assert run_ranks(trained, 1, tmp_path / "ranks", config) == [""]
     lines = journal(tmp_path / "journal")
     assert "F" not in calls(tmp_path, 0) + calls(tmp_path, 1)
@@ -207,3 +214,75 @@ def test_a_server_that_generates_in_turns_refills(tmp_path: Path) -> None:
     names = ("refill/asked", "refill/dropped", "refill/agreeing")
     assert [[line[name] for name in names] for line in metrics] == [[12, 4, 8]] * 3
     assert all(line["engine/staleness_max"] <= 1 for line in metrics)
+
+
+# Several nodes
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    said: str
+    process: int
+    streams: int  # of weights
+    started: list[int]  # servers
+
+
+def on_two_nodes(config: Config) -> Told:
+    """A rank of four. Ranks 0 and 1 are one node, 2 and 3 the other."""
+    rank, streams, started = int(os.environ["RANK"]), 0, []
+    os.environ["LOCAL_RANK"] = str(rank % 2)
+    socket.gethostname = lambda: f"node{rank // 2}"  # type: ignore[assignment]
+    server_nodes.is_loopback = lambda address: False  # both nodes reach it here
+    server = servers.Server
+
+    def start(adapter: Any, given: Any, model: Path, work: Path, *more: Any) -> Any:
+        started.append(int(work.name))
+        return server(adapter, given, model, work, *more)
+
+    servers.Server = start  # type: ignore[assignment, misc]
+    for kind in (WeightStream, FolderWeights):
+
+        def from_stages(self: Any, *, original: Any = kind.from_stages, **options: Any) -> Any:
+            nonlocal streams
+            streams += 1
+            return original(self, **options)
+
+        kind.from_stages = from_stages  # type: ignore[method-assign, assignment]
+    said = trained(config) if config.stage2.iterations else evaluated(config)
+    return Told(said, os.getpid(), streams, started)
+
+
+def senders(tmp_path: Path, server: int) -> set[int]:
+    """The processes whose memory a server has read."""
+    lines = journal(tmp_path / "journal")
+    return {line["sender"] for line in lines if line["server"] == server and line["what"] == "memory"}
+
+
+def test_servers_of_two_nodes_take_turns_with_the_trainer_of_their_own_node(tmp_path: Path) -> None:
+    """Also one that is started again, on its own node, and is then the only one that gets weights."""
+    config = config_for(tmp_path, "load@1:3")
+    config.parallel.tensor, config.rollout.servers.each_node = 2, True
+    ranks = run_ranks(on_two_nodes, 4, tmp_path / "ranks", config)
+    assert [rank.said for rank in ranks] == [""] * 4
+    assert [rank.started for rank in ranks] == [[0], [], [1, 1], []]
+    first, again = calls(tmp_path, 1)[1:].split("b")
+    assert re.fullmatch(f"s({UPDATE}g+s)*w<u+", first), first
+    for said in (calls(tmp_path)[1:], again):
+        assert re.fullmatch(f"s({UPDATE}[gr]*s)+", said), said
+    for server in (0, 1):
+        assert senders(tmp_path, server) == {ranks[2 * server].process}, "the first tensor rank of the node's copy"
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
+
+
+@pytest.mark.parametrize("each_node", [True, False])
+def test_the_copies_of_a_node_divide_its_servers(tmp_path: Path, each_node: bool) -> None:
+    """An evaluation, whose weights come from the model's folder. A node without servers reads nothing of it."""
+    config = config_for(tmp_path, replicas=2)
+    config.stage2.iterations, config.rollout.servers.each_node = 0, each_node
+    ranks = run_ranks(on_two_nodes, 4, tmp_path / "ranks", config)
+    assert all(rank.said.startswith("these scores do not measure the model") for rank in ranks)
+    started = 4 if each_node else 2
+    fed = [senders(tmp_path, server) for server in range(4)]
+    assert fed == [{rank.process} for rank in ranks[:started]] + [set()] * (4 - started)
+    assert [rank.streams > 0 for rank in ranks] == [True, True, each_node, each_node]
+    assert re.fullmatch(f"bs{UPDATE}g+", calls(tmp_path)), calls(tmp_path)

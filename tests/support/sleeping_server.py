@@ -121,6 +121,7 @@ class Engine:
         seen = os.stat(f"/dev/shm{name}").st_size
         if seen < size:
             self.fault(f"{name} has {seen} bytes of {size}")
+        self.note("memory", sender=int(name.split("_")[1]))  # torch names it by the process that made it
         return {}
 
     def finish_weight_update(self, version: str) -> dict[str, Any]:

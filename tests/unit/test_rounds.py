@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from megatron_tempo.rollout.transfer import rounds
+from megatron_tempo.rollout.transfer import Fed, rounds
 from megatron_tempo.weights.param_mapping import ParamMapping, Replicated
 from megatron_tempo.weights.pieces import PartName, dealt, planned_buckets
 
@@ -30,6 +30,23 @@ def test_each_server_gets_each_share_once_and_each_copy_sends_as_much(servers: i
     for server in range(servers):
         numbers = sorted(number for one, number in sent if one == server)
         assert numbers in ([0], list(range(copies)))
+
+
+@pytest.mark.parametrize(("nodes", "copies", "servers"), [(2, 1, 1), (2, 2, 3), (3, 8, 2), (8, 2, 5)])
+def test_a_node_divides_its_own_servers_among_its_own_copies(nodes: int, copies: int, servers: int) -> None:
+    """`copies` and `servers` of each node. The last node has copies and no servers."""
+    groups = [Fed(tuple(range(n * servers, (n + 1) * servers)), tuple(range(n * copies, (n + 1) * copies)))
+              for n in range(nodes - 1)]  # fmt: skip
+    parts: Counter[int] = Counter()
+    for copy in range(nodes * copies):
+        mine = [one for group in groups for one in group.rounds(copy)]
+        assert {server // servers for _, targets in mine for server in targets} <= {copy // copies}
+        assert all(share.senders == copies for share, _ in mine), "that make buffers on this machine"
+        assert mine or copy >= (nodes - 1) * copies
+        for share, targets in mine:
+            for server in targets:
+                parts[server] += len(share.taken) * copies // share.count
+    assert parts == dict.fromkeys(range((nodes - 1) * servers), copies), "each server gets everything once"
 
 
 def mapping(name: str, rows: int) -> ParamMapping:

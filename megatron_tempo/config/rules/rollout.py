@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.rules.cluster import servers_on_node, trainers_on_node
 from megatron_tempo.config.rules.files import wrong_with_key
 from megatron_tempo.config.rules.numbers import DEVICES
-from megatron_tempo.config.schema import Config, ServersConfig
+from megatron_tempo.config.schema import Config, ParallelConfig, ServersConfig
 
 _ADDRESS = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[^/\s:@\[\]]+):\d+")
 
@@ -38,7 +39,7 @@ def check(config: Config, world_size: int | None = None) -> Iterator[Problem]:
     yield from _host(servers)
     yield from _started(config, world_size) if servers.addresses is None else _found(servers)
     if servers.transport is Transport.shared:
-        yield from _shared(servers, colocated=rollout.is_colocated)
+        yield from _shared(config, world_size)
 
 
 def check_serve(config: Config) -> Iterator[Problem]:
@@ -131,17 +132,51 @@ def _found(servers: ServersConfig) -> Iterator[Problem]:
         yield Problem("rollout.servers.each_node", True, "none is started where addresses are given", fix)
 
 
-def _shared(servers: ServersConfig, *, colocated: bool) -> Iterator[Problem]:
-    """`colocated`: whether this transport is the only one."""
+def _shared(config: Config, launched: int | None) -> Iterator[Problem]:
+    servers, colocated = config.rollout.servers, config.rollout.is_colocated  # which has no other transport
     fix = "rollout.servers.transport=group"
-    if servers.each_node:
-        wrong = "memory is shared within one node, and servers are started on every one"
-        other = "rollout.servers.each_node=false" if colocated else fix
-        yield Problem("rollout.servers.transport", "shared", wrong, other)
+    yield from _whole_copies(config, launched, f"rollout.placement=disaggregated and {fix}" if colocated else fix)
     if servers.precision is EnginePrecision.fp8:
         wrong = "matrices are made FP8 where they are whole, which is not so in shared memory"
         other = "rollout.servers.precision=bf16" if colocated else fix
         yield Problem("rollout.servers.transport", "shared", wrong, other)
+
+
+def _whole_copies(config: Config, launched: int | None, otherwise: str) -> Iterator[Problem]:
+    """Each node that servers are started on must hold a whole copy of the model, which alone can feed them.
+
+    Nodes hold consecutive ranks. Megatron's ranks of a pipeline stage follow each other, copy after copy, so a copy of
+    several stages is on several nodes.
+    """
+    cluster, servers, parallel = config.cluster, config.rollout.servers, config.parallel
+    if cluster is None or cluster.training_nodes < 2 or cluster.rollout_nodes or servers.addresses is not None:
+        return
+    trainers = trainers_on_node(config, parallel.world_size if launched is None else launched) or 1
+    every = "each node has servers" if servers.each_node else "the first node has servers"
+    every += ", which get their weights from a copy of the model in the memory of their node (transport=shared)"
+    if parallel.pipeline > 1:
+        wrong = f"the stages of a copy are on several nodes, and {every}"
+        yield Problem("parallel.pipeline", parallel.pipeline, wrong, f"{_unpiped(parallel)}, or {otherwise}")
+        return
+    tensor = parallel.tensor
+    nodes = cluster.training_nodes if servers.each_node else 1
+    if all(-(-node * trainers // tensor) * tensor + tensor <= (node + 1) * trainers for node in range(nodes)):
+        return
+    fits = math.gcd(tensor, trainers)
+    fix = f"parallel.tensor={fits}" + (" and parallel.sequence=false" if fits == 1 and parallel.sequence else "")
+    wrong = f"a node has {trainers} processes of the trainer, so some node holds no whole copy, and {every}"
+    yield Problem("parallel.tensor", tensor, wrong, f"{fix}, or {otherwise}")
+
+
+def _unpiped(parallel: ParallelConfig) -> str:
+    """What makes a layout one without pipeline stages."""
+    words = ["parallel.pipeline=1"]
+    if parallel.virtual_pipeline > 1:
+        words.append("parallel.virtual_pipeline=1")
+    for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
+        if getattr(parallel, name) is not None:
+            words.append(f"parallel.{name}=null")
+    return " and ".join(words)
 
 
 def _turns(config: Config) -> Iterator[Problem]:
@@ -158,9 +193,9 @@ def _turns(config: Config) -> Iterator[Problem]:
     if rollout.servers.transport is Transport.group:
         wrong = "NCCL has no group with two members on one GPU, which colocated servers would need"
         yield Problem("rollout.servers.transport", "group", wrong, "rollout.servers.transport=shared")
-    if cluster is not None and cluster.nodes > 1:
-        wrong = f"weights go to such servers through the memory of one machine, and cluster.nodes={cluster.nodes}"
-        yield Problem(field, "colocated", wrong, f"{away}, or cluster.nodes=1 and cluster.rollout_nodes=0")
+    if cluster is not None and cluster.rollout_nodes:
+        wrong = f"such servers are on the trainer's GPUs, and cluster.rollout_nodes={cluster.rollout_nodes} have none"
+        yield Problem(field, "colocated", wrong, f"{away}, or cluster.rollout_nodes=0")
 
 
 def _on_trainers(config: Config, launched: int | None) -> Iterator[Problem]:
