@@ -41,6 +41,7 @@ CLUSTER = [
 CLUSTER = [f"cluster.{word}" for word in CLUSTER]
 SERVED = ["rollout.engine=vllm", "rollout.servers.python=sh"]
 COLOCATED = ["rollout.placement=colocated", "rollout.servers.transport=shared"]
+SHARED = ["rollout.servers.transport=shared", "rollout.servers.each_node=true", "rollout.servers.host=hostname"]
 AWAY = [*CLUSTER, *SERVED, "rollout.servers.host=hostname", "cluster.rollout_nodes=1"]
 KEY = "rollout.servers.key_file=TMP/key"
 GIVEN = [*SERVED, KEY, "rollout.servers.addresses=[http://127.0.0.1:1]"]
@@ -95,7 +96,9 @@ MORE = [
     [*GIVEN, "rollout.servers.key_file=null"],
     [*GIVEN, "rollout.servers.key_file=/none"],
     [*GIVEN, "rollout.servers.each_node=true"],
-    [*SERVED, "rollout.servers.transport=shared", "rollout.servers.each_node=true"],
+    [*CLUSTER, *SERVED, *SHARED, "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+    [*CLUSTER, *SERVED, *SHARED, "parallel.tensor=2", "launched=2"],
+    [*CLUSTER, *SERVED, *SHARED, "parallel.tensor=2", "launched=2", "rollout.placement=colocated"],
     [*SERVED, "rollout.servers.transport=shared", "rollout.servers.precision=fp8"],
     ["rollout.partial_rollouts=true"],
     ["rollout.max_staleness=1"],
@@ -116,10 +119,10 @@ MORE = [
     [*SERVED, "rollout.max_staleness=1", "rollout.replay=TMP"],
     ["rollout.placement=colocated"],
     [*SERVED, "rollout.placement=colocated"],
-    [*SERVED, *COLOCATED, "rollout.servers.each_node=true"],
+    [*CLUSTER, *SERVED, *SHARED, "rollout.placement=colocated", "parallel.pipeline=2"],
     [*SERVED, *COLOCATED, "rollout.servers.precision=fp8"],
     [*GIVEN, *COLOCATED],
-    [*CLUSTER, *SERVED, *COLOCATED],
+    [*CLUSTER, *SERVED, *COLOCATED, "cluster.rollout_nodes=1"],
     [*CLUSTER, "cluster.nodes=1", *SERVED, *COLOCATED, "rollout.servers.replicas=9"],
     [*CLUSTER, "cluster.nodes=1", *SERVED, *COLOCATED, "rollout.servers.devices=[9]"],
     [*SERVED, "run.hang_minutes=1"],

@@ -212,7 +212,7 @@ def test_a_command_of_the_readme_passes(command: str, tmp_path: Path, monkeypatc
 
 
 SERVERS = ("devices", "replicas", "transport", "each_node")
-TOGETHER = (None, 2, "shared", False)
+TOGETHER = (None, 2, "shared", True)
 APART = ([4, 5, 6, 7], 1, "group", True)
 
 
@@ -222,16 +222,18 @@ APART = ([4, 5, 6, 7], 1, "group", True)
     [
         ("", Placement.colocated, TOGETHER),
         ("cluster=h100x8", Placement.colocated, TOGETHER),
-        ("cluster=h200x16", Placement.disaggregated, APART),
+        ("cluster=h200x16", Placement.colocated, TOGETHER),
         ("cluster=h100x64", Placement.disaggregated, APART),
         ("cluster=h100x8 cluster.nodes=3", Placement.disaggregated, APART),
         ("cluster=h100x16 cluster.nodes=1", Placement.colocated, TOGETHER),
         ("rollout.placement=disaggregated", Placement.disaggregated, APART),
         ("cluster=h100x8 rollout.placement=disaggregated", Placement.disaggregated, APART),
-        ("cluster=h100x8 rollout.servers.replicas=1", Placement.colocated, (None, 1, "shared", False)),
+        ("cluster=h100x8 rollout.servers.replicas=1", Placement.colocated, (None, 1, "shared", True)),
+        ("cluster=h100x16 rollout.placement=disaggregated", Placement.disaggregated, APART),
+        ("cluster=h100x64 rollout.placement=colocated", Placement.colocated, TOGETHER),
     ],
 )
-def test_servers_are_colocated_on_one_node_and_have_gpus_of_their_own_on_several(
+def test_servers_are_colocated_on_one_or_two_nodes_and_have_gpus_of_their_own_on_more(
     engine: str, words: str, placement: Placement, servers: tuple[object, ...]
 ) -> None:
     """What goes with a placement follows it, wherever it was set. A field on the command line stays."""
@@ -255,7 +257,7 @@ def test_servers_are_colocated_on_one_node_and_have_gpus_of_their_own_on_several
         *("rollout.engine=5", "rollout.engine=null", "cluster.nodes=many"),  # reported with all other problems
     ],
 )
-def test_what_is_not_started_on_the_trainers_node_is_not_colocated(words: str) -> None:
+def test_what_is_not_started_on_the_trainers_nodes_is_not_colocated(words: str) -> None:
     tree, _ = compose_tree(["experiment=qwen3_8b_aime", "cluster=h100x8", words], Purpose.plan, None, None)
     assert tree["rollout"]["placement"] == "disaggregated"
 

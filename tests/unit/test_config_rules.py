@@ -915,11 +915,11 @@ def test_a_key_is_for_servers_that_are_found(files: Path) -> None:
     assert only(problems(files, *words)).field == "rollout.servers.key_file"
 
 
-@pytest.mark.parametrize("other", ["each_node=true", "precision=fp8"])
-def test_memory_is_shared_on_one_node_between_equals(files: Path, other: str) -> None:
+def test_memory_is_shared_between_equals(files: Path) -> None:
     servers = [f"rollout.servers.{text}" for text in (f"python={sys.executable}", "transport=shared")]
     assert problems(files, "rollout.engine=vllm", *servers) == []
-    problem = only(problems(files, "rollout.engine=vllm", *servers, f"rollout.servers.{other}"))
+    assert problems(files, "rollout.engine=vllm", *servers, "rollout.servers.each_node=true") == [], "one node, or none"
+    problem = only(problems(files, "rollout.engine=vllm", *servers, "rollout.servers.precision=fp8"))
     assert (problem.field, problem.fix) == ("rollout.servers.transport", "rollout.servers.transport=group")
 
 
@@ -949,6 +949,9 @@ TURNS = [
 ]
 
 
+TWO = [*NODE, "cluster.nodes=2", "rollout.servers.each_node=true", "rollout.servers.host=hostname"]
+
+
 @pytest.mark.parametrize(
     ("launched", "words", "field", "wrong", "fix"),
     [
@@ -968,8 +971,31 @@ TURNS = [
         (2, ["rollout.servers.devices=[2]", *NODE], "rollout.servers.devices", "no process", "devices=null"),
         (2, ["rollout.servers.transport=group"], "rollout.servers.transport", "two members", "transport=shared"),
         (2, ["rollout.engine=embedded"], "rollout.placement", "no servers that sleep", "placement=disaggregated"),
-        (16, [*NODE, "cluster.nodes=2"], "rollout.placement", "cluster.nodes=2", "placement=disaggregated"),
-        (2, ["rollout.servers.each_node=true"], "rollout.servers.transport", "every one", "each_node=false"),
+        (2, ["rollout.servers.each_node=true"], None, "", ""),
+        (16, [*TWO, "parallel.tensor=2"], None, "", ""),
+        (16, [*TWO, "parallel.tensor=2", "parallel.context=4"], None, "", ""),
+        (
+            16,
+            [*TWO, "parallel.tensor=2", "parallel.pipeline=2"],
+            "parallel.pipeline",
+            "several nodes",
+            "pipeline=1, or",
+        ),
+        (2, [*TWO, "parallel.tensor=2"], "parallel.tensor", "1 processes of the trainer", "parallel.tensor=1, or"),
+        (
+            2,
+            [*TWO, "parallel.tensor=2", "parallel.sequence=true"],
+            "parallel.tensor",
+            "whole",
+            "parallel.sequence=false",
+        ),
+        (
+            16,
+            [*TWO, "cluster.rollout_nodes=1", "rollout.servers.each_node=false"],
+            "rollout.placement",
+            "trainer's GPUs",
+            "placement=disaggregated",
+        ),
         (2, ["rollout.servers.precision=fp8"], "rollout.servers.transport", "FP8", "precision=bf16"),
     ],
 )

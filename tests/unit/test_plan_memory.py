@@ -192,6 +192,9 @@ SPLITS = {
     "rollout.engine=vllm rollout.servers.devices=[6,7] rollout.servers.tensor=2 cluster.nodes=2 "
     "rollout.servers.each_node=true": Split(12, 2, 4, 0),
     "rollout.engine=vllm": Split(7, 1, 1, 0),
+    "rollout.engine=vllm rollout.placement=colocated rollout.servers.replicas=2 rollout.servers.tensor=4 "
+    "rollout.servers.each_node=true cluster.nodes=2": Split(16, 4, 16, 1),
+    "rollout.engine=vllm rollout.placement=colocated cluster.nodes=2": Split(16, 1, 1, 1),
     "rollout.engine=vllm rollout.servers.replicas=2 rollout.servers.tensor=2": Split(4, 2, 4, 0),
     "rollout.engine=vllm rollout.servers.tensor=2 parallel.world_size=4": Split(4, 1, 2, 0),
     "rollout.engine=vllm rollout.servers.devices=[0,1,2,3] rollout.servers.replicas=4": Split(4, 4, 4, 1),

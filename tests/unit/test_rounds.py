@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
 
 import pytest
+from megatron.core.parallel_state import RankGenerator
 
+from megatron_tempo.config import Config
+from megatron_tempo.config.choices import EngineKind, Transport
+from megatron_tempo.config.rules.rollout import check
+from megatron_tempo.config.schema import ClusterConfig
+from megatron_tempo.rollout.server_nodes import whole_copies
 from megatron_tempo.rollout.transfer import Fed, rounds
 from megatron_tempo.weights.param_mapping import ParamMapping, Replicated
 from megatron_tempo.weights.pieces import PartName, dealt, planned_buckets
@@ -47,6 +54,27 @@ def test_a_node_divides_its_own_servers_among_its_own_copies(nodes: int, copies:
             for server in targets:
                 parts[server] += len(share.taken) * copies // share.count
     assert parts == dict.fromkeys(range((nodes - 1) * servers), copies), "each server gets everything once"
+
+
+def test_a_node_with_servers_holds_a_whole_copy_of_the_model_exactly_where_the_rules_say_so() -> None:
+    """Against Megatron's own numbering of the ranks, and the copies that a run would find on each machine."""
+    for nodes, trainers, each, pipeline, tensor in product(
+        (2, 3), (1, 2, 3, 4, 6), (True, False), (1, 2), (1, 2, 3, 4)
+    ):
+        world = nodes * trainers
+        if world % (tensor * pipeline):
+            continue
+        order = RankGenerator(tensor, 1, world // tensor // pipeline, pipeline, 1, "tp-cp-ep-dp-pp")
+        copy_of = {rank: copy for copy, ranks in enumerate(order.get_ranks("tp-pp")) for rank in ranks}
+        whole = whole_copies([(f"node{rank // trainers}", copy_of[rank]) for rank in range(world)])
+        config = Config(cluster=ClusterConfig(nodes=nodes))
+        config.rollout.engine, config.rollout.servers.python = EngineKind.vllm, "sh"
+        config.rollout.servers.transport, config.rollout.servers.each_node = Transport.shared, each
+        config.parallel.tensor, config.parallel.pipeline = tensor, pipeline
+        fields = {problem.field for problem in check(config, world)}
+        refused = bool(fields & {"parallel.tensor", "parallel.pipeline"})
+        holding = [bool(whole.get(f"node{node}")) for node in range(nodes if each else 1)]
+        assert refused != all(holding), (nodes, trainers, each, pipeline, tensor)
 
 
 def mapping(name: str, rows: int) -> ParamMapping:
