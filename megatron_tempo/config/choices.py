@@ -97,7 +97,7 @@ class Transport(Enum):
     """How weights go to a server."""
 
     group = "group"  # a process group with its workers: NCCL, or gloo on a CPU
-    shared = "shared"  # shared memory of one machine: CUDA IPC on a GPU, /dev/shm on a CPU
+    shared = "shared"  # memory of the server's machine: CUDA IPC on a GPU, /dev/shm on a CPU
 
 
 class OnDrift(Enum):
