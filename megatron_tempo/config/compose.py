@@ -105,15 +105,16 @@ def _register_resolvers() -> None:
     """What presets may write.
 
     `${repo:PATH}`: a path in the repository. `${few_nodes:A,B}`: A if the run starts servers on its nodes, and these
-    are one or two, as they are if nothing says how many. `${colocated:A,B}`: A if rollout.placement is colocated,
-    wherever that was set.
+    are one, as they are if nothing says how many, or two, each with a whole copy of the model: without a pipeline.
+    `${colocated:A,B}`: A if rollout.placement is colocated, wherever that was set.
     """
 
     def few_nodes(yes: object, no: object, *, _root_: Any) -> object:
         nodes, away = (_value(_root_, f"cluster.{name}") for name in ("nodes", "rollout_nodes"))
         served = _value(_root_, "rollout.engine") in [kind.name for kind in EngineKind if kind.is_served]
         started = served and _value(_root_, "rollout.servers.addresses") is None
-        return yes if nodes in (None, 1, 2) and not away and started else no
+        whole = nodes in (None, 1) or (nodes == 2 and _value(_root_, "parallel.pipeline") in (None, 1))
+        return yes if whole and not away and started else no
 
     def colocated(yes: object, no: object, *, _root_: Any) -> object:
         return yes if _value(_root_, "rollout.placement") == Placement.colocated.name else no

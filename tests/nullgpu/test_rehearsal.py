@@ -30,7 +30,7 @@ TINY = qwen3_shape(
 )
 BASE = (
     *("experiment=qwen3_8b_aime", "cluster=h100x16", "rollout.max_prompt_tokens=128"),
-    *("rollout.max_response_tokens=384", "parallel.micro_batch_tokens=512"),
+    *("rollout.max_response_tokens=384", "parallel.micro_batch_tokens=512", "rollout.placement=disaggregated"),
 )
 PIPELINE = ("parallel.tensor=1", "parallel.pipeline=2", "parallel.sequence=false")
 CASES = {

@@ -231,6 +231,8 @@ APART = ([4, 5, 6, 7], 1, "group", True)
         ("cluster=h100x8 rollout.servers.replicas=1", Placement.colocated, (None, 1, "shared", True)),
         ("cluster=h100x16 rollout.placement=disaggregated", Placement.disaggregated, APART),
         ("cluster=h100x64 rollout.placement=colocated", Placement.colocated, TOGETHER),
+        ("cluster=h100x16 parallel.pipeline=2", Placement.disaggregated, APART),
+        ("cluster=h100x8 parallel.pipeline=2", Placement.colocated, TOGETHER),
     ],
 )
 def test_servers_are_colocated_on_one_or_two_nodes_and_have_gpus_of_their_own_on_more(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tempo import cli
+from megatron_tempo.config.choices import Placement
 from megatron_tempo.config.rules import Purpose
 from megatron_tempo.plan.search import nearest, plan_of, search
 from megatron_tempo.plan.shapes import shape_of
@@ -149,6 +150,7 @@ def test_the_search_keeps_to_the_rules() -> None:
     assert shape is not None
     plans = search(config, shape)
     assert len(plans) > 3
+    assert {one.config.rollout.placement for one in plans} == set(Placement)
     assert [one.iteration for one in plans] == sorted(one.iteration for one in plans)
     for one in plans:
         assert one.over is None
@@ -156,7 +158,9 @@ def test_the_search_keeps_to_the_rules() -> None:
         layout = one.layout
         assert 40 % layout.tensor == 8 % layout.tensor == 17408 % layout.tensor == 0 < layout.pipeline <= 40
         assert layout.tensor * layout.pipeline * layout.data == one.split.trainers
-        assert one.split.trainers + one.split.serving <= 16
+        turns = one.config.rollout.is_colocated
+        assert one.split.trainers == one.split.serving == 16 if turns else one.split.trainers + one.split.serving <= 16
+        assert layout.pipeline == 1 or not turns, "each node has a whole copy"
         assert (one.split.trainers // 2) % layout.tensor == 0  # inside a node
     least = nearest(plans)
     assert least is not None
