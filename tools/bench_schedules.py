@@ -86,7 +86,7 @@ def cells(found: Result) -> list[str]:
 def paper_rows(experiment: str, cluster: str) -> Iterator[list[str]]:
     words = [f"experiment={experiment}", f"cluster={cluster}"]
     base = 0.0
-    for placement in (DISAGGREGATED, COLOCATED):
+    for placement in [DISAGGREGATED] + [COLOCATED] * cluster.endswith("x8"):
         for name, one in variants(schedule([*words, *placement])):
             found = result(one)
             base = base or found.seconds
@@ -126,7 +126,7 @@ def partial_table() -> str:
 
 
 def peer_table() -> str:
-    """Long responses on many GPUs, against colocated servers of all nodes."""
+    """Long responses on many GPUs, against colocated servers of all nodes, which only the simulator has."""
     lengths, words = Lengths(18000.0, 0.8), ["experiment=qwen3_8b_aime", "cluster=h100x64"]
     head = [
         "step beyond the roofline",
@@ -138,8 +138,9 @@ def peer_table() -> str:
     rows = [head]
     for overhead in (0.0, 0.005, 0.01):
         apart = batch(schedule([*words, *DISAGGREGATED], lengths, overhead), 128)
-        turns = batch(schedule([*words, *COLOCATED], lengths, overhead), 128)
-        found = [result(one) for one in (ahead(turns, 0), *(ahead(apart, k) for k in (0, *STALENESS)))]
+        node = batch(schedule([words[0], "cluster=h100x8", "cluster.gpus_per_node=64", *COLOCATED,
+                               "rollout.servers.replicas=16"], lengths, overhead), 128)  # fmt: skip
+        found = [result(one) for one in (ahead(node, 0), *(ahead(apart, k) for k in (0, *STALENESS)))]
         share = [f"{other.seconds:,.0f} ({other.seconds / found[0].seconds - 1:+.0%})" for other in found[1:]]
         tokens = f"{found[0].tokens / (8 * 128):,.0f}"
         rows.append([f"{overhead * 1000:g} ms", tokens, f"{found[0].seconds:,.0f}", *share])
