@@ -274,11 +274,15 @@ def _damage_header(path: Path, mutator: Mutator) -> None:
     """Damage the JSON header of a safetensors file; its length is right, or not."""
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")
-    if mutator.rng.random() < 0.3:
+    try:
+        given = json.loads(content[8 : 8 + size])
+    except ValueError:  # the file is damaged already
+        given = None
+    if given is None or mutator.rng.random() < 0.3:
         header = mutator.rng.choice(SHAPES).encode()
         mutator.done.append(f"header: {header!r:.60}")
     else:
-        header = json.dumps(mutator.json(json.loads(content[8 : 8 + size]))).encode()
+        header = json.dumps(mutator.json(given)).encode()
     length = mutator.rng.choice((len(header), len(header), len(header), 0, 1 << 40, (1 << 64) - 1, size))
     path.write_bytes(length.to_bytes(8, "little") + header + content[8 + size :])
     mutator.done.append(f"header of {length} bytes")
