@@ -226,13 +226,13 @@ def test_one_hangs(project: Path, tmp_path: Path) -> None:
         )
         assert f"rank 1 ({socket.gethostname()}, process {ranks.processes[1].pid})" in error
         assert "rank 0" not in error
-        assert "between phases, 0 iterations done, at rollout/verification.py:" in error
+        assert "in parity, 0 iterations done, at rollout/verification.py:" in error
         assert error.endswith(" in results")
         first, second = (line for line in ranks.output().splitlines() if line.startswith("  rank "))
         assert first.startswith("  rank 1 (")
-        assert ": hangs, between phases, " in first
+        assert ": hangs, in parity, " in first
         assert second.startswith("  rank 0 (")
-        assert ": waits for others, between phases, 0 iterations done, at rollout/batches.py:" in second
+        assert ": waits for others, in parity, 0 iterations done, at rollout/batches.py:" in second
         assert "in endless" in ranks.logs[1].read_text(), "the stacks of all its threads"
         assert "stacks of" not in ranks.logs[0].read_text()
         assert_status_tells(run, "run.hang_minutes=0.1")

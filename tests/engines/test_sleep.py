@@ -139,7 +139,7 @@ def turns(kind: EngineKind, models: list[Path], run: Path) -> dict[str, Any]:
     config = config_of(kind, models[0], run)
     config.rollout.placement, config.rollout.servers.transport = Placement.colocated, Transport.shared
     messages: list[str] = []
-    result: dict[str, Any] = {"completions": [], "health": [], "differences": []}
+    result: dict[str, Any] = {"completions": [], "health": []}
     with opened(config, messages) as (context, engine):
         replica = engine._first._replicas[0]
         client = httpx.Client(base_url=replica.url, headers=authorised(engine._first._calls._key), timeout=3.0)
@@ -155,8 +155,8 @@ def turns(kind: EngineKind, models: list[Path], run: Path) -> dict[str, Any]:
             engine.load_weights(weights, version)
             result["health"].append(engine.health()[0])
             result["completions"].append(answers(engine, REQUESTS, Sampling(0.7, 8)))
-            result["differences"].append(engine.differences(weights))
-            assert engine.asleep, "the weights to compare with needed the memory"
+            assert engine.differences(weights) is None, "there is no room for the weights to compare with"
+            engine.sleep()
             actor.model.load()
         if kind is EngineKind.vllm:
             result["asleep"] = client.get("/is_sleeping").json()
@@ -181,7 +181,6 @@ def test_a_server_that_slept_speaks_with_the_new_weights(tmp_path: Path, kind: E
     states = [health.state for health in result["health"]]
     assert states == ["asleep", "serving"] * 3
     assert all(isinstance(health, EngineHealth) for health in result["health"])
-    assert result["differences"] == [[], [], []]
     if kind is EngineKind.vllm:
         assert (result["asleep"], result["awake"]) == ({"is_sleeping": True}, {"is_sleeping": False})
     assert not torch.cuda.is_available()
