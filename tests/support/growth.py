@@ -14,8 +14,8 @@ import torch
 
 # Allowed growth of a series from after the warm-up to the end: in its own unit, and as a share of its value. Counts may
 # not grow, except Python objects: 100 are one in two iterations. 2 MB are 20 kB per iteration, because the allocator
-# needs a while to settle (`SETTLES_LATE`). Seconds are CPU seconds of the process, which hardly depend on other load. Wall time is
-# recorded but not checked.
+# needs a while to settle (`SETTLES_LATE`). Seconds are CPU seconds of the process, which hardly depend on other load.
+# Wall time is recorded but not checked.
 ALLOWED: Mapping[str, tuple[float, float]] = {
     "files": (0, 0),
     "threads": (0, 0),
@@ -25,8 +25,8 @@ ALLOWED: Mapping[str, tuple[float, float]] = {
     "rss_mb": (2.0, 0),
     "cpu_seconds": (0, 0.15),
 }
-# Memory grows by some MB in the first half of a run, and no Python object or tensor with it: glibc's heaps, one for each
-# thread that allocates, become as large as they need to be. With MALLOC_ARENA_MAX=1 it is one MB.
+# Memory grows by some MB in the first half of a run, and no Python object or tensor with it: glibc's heaps, one for
+# each thread that allocates, become as large as they need to be. With MALLOC_ARENA_MAX=1 it is one MB.
 SETTLES_LATE = ("rss_mb",)
 EVERY = 10  # count objects only at every tenth sample, because this takes as long as an iteration
 _LIBC = ctypes.CDLL(None)
