@@ -51,6 +51,13 @@ def ours(name: str, what: str, group: str, *words: str) -> Arm:
     return Arm(name, words, what, group)
 
 
+# The arm that a group's arms are compared with, if it is not "tempo": the same training, on the group's own machine.
+BASELINES = {"staleness": "stale_0", "truncation": "stale_0"}
+
+# A correction whose bounds make every weight 1: `check` refuses stale rollouts without a correction.
+UNCORRECTED = ("stage2.actor.correction.level=token", "stage2.actor.correction.low=0.999999",
+               "stage2.actor.correction.high=1.000001")  # fmt: skip
+
 ARMS = (
     # Table 1, Figures 1 and 3
     ours("tempo", "TEMPO", "methods", "algorithm=paper"),
@@ -81,6 +88,16 @@ ARMS = (
          f"evaluation.sets.unlabelled.path={EXAMPLES}/unlabelled.jsonl"),
     ours("kl", "a KL term, 0.02, to the policy of stage 1", "transfer", "stage2.actor.kl_coef=0.02"),
     ours("labelled_term", "labelled rows in the M-step", "transfer", "stage2.actor_on_labelled=true"),
+    # Asynchronous rollouts: the most updates between generation and use, without and with a correction
+    ours("stale_0", "TEMPO, max_staleness=0", "staleness", "algorithm=paper"),
+    *(ours(f"stale_{k}_{name}", f"max_staleness={k}, {what}", "staleness", f"rollout.max_staleness={k}", *words)
+      for k in (1, 2, 4) for name, what, words in (
+          ("uncorrected", "weights of 1", UNCORRECTED), ("corrected", "tokens weighted by their ratios, up to 2",
+           ("stage2.actor.correction.level=token", "stage2.actor.correction.high=2")))),
+    # Responses that do not end
+    ours("truncated_masked", "truncated responses masked", "truncation", "stage2.truncated_responses=masked"),
+    ours("truncated_penalised", "truncated responses penalised over the last 5 tokens", "truncation",
+         "stage2.truncated_responses=penalised", "stage2.length_penalty_tokens=5"),
 )  # fmt: skip
 
 

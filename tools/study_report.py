@@ -18,18 +18,20 @@ from made_parts import replaced
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
-from study import ARMS, ROOT, SEEDS, Arm, folder, is_done
+from study import ARMS, BASELINES, ROOT, SEEDS, Arm, folder, is_done
 
 from megatron_tempo.files import replace_file
-from megatron_tempo.observability.records import read, read_evaluations
+from megatron_tempo.observability.records import read, read_evaluations, read_metrics
 from megatron_tempo.report.plots import STYLE
 
 DOCUMENT = ROOT / "docs" / "study.md"
 CURVES = ROOT / "docs" / "study.jsonl"
 SETS = ("unlabelled", "heldout", "labelled")
+LAST = 10  # iterations at the end of a run, for the share of truncated responses
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#24292f")
 
-# Lines of docs/study.jsonl, by arm and seed: arm, seed, seconds, and for each set the iterations and their scores.
+# Lines of docs/study.jsonl, by arm and seed: arm, seed, seconds, the share of truncated training responses in the last
+# iterations, and for each set the iterations and their scores.
 Runs = dict[tuple[str, int], dict[str, Any]]
 
 
@@ -59,7 +61,9 @@ def _line(arm: str, seed: int) -> dict[str, Any]:
         curve["iterations"].append(record["iteration"])
         for name, value in scores.items():
             curve.setdefault(name, []).append(None if value is None else round(value, 6))
-    return {"arm": arm, "seed": seed, "seconds": int((run / "done").read_text()), "sets": curves}
+    shares = [record["truncated"] for record in read_metrics(run)][-LAST:]
+    found = {"truncated": round(float(np.mean(shares)), 6)} if shares else {}
+    return {"arm": arm, "seed": seed, "seconds": int((run / "done").read_text()), **found, "sets": curves}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,23 +104,34 @@ def formatted(values: np.ndarray, sign: str = "") -> str:
     return mean if np.isnan(half) else f"{mean} ± {half:.3f}".replace(" 0.", " .")
 
 
-def table(runs: Runs, arms: list[Arm]) -> Iterator[str]:
-    """The final scores of the arms: means over seeds with intervals, and each arm's difference to TEMPO."""
+def baseline(group: str) -> Arm:
+    """The arm that those of a group are compared with."""
+    return next(arm for arm in ARMS if arm.name == BASELINES.get(group, "tempo"))
+
+
+def table(runs: Runs, arms: list[Arm], group: str = "methods") -> Iterator[str]:
+    """The final scores of the arms: means over seeds with intervals, and each arm's difference to TEMPO.
+
+    Groups with a baseline of their own also have the share of truncated responses, which earlier runs did not record.
+    """
     cells = [(name, score) for name in SETS for score in ("avg@16", "pass@16")]
     heads = [f"{name}, {score}" for name, score in cells]
-    yield f"| stage 2 | seeds | {' | '.join(heads)} | minus TEMPO: unlabelled | held-out |\n"
-    yield f"|{' --- |' * (len(heads) + 4)}\n"
-    tempo = next(arm for arm in ARMS if arm.name == "tempo")
+    tempo, shown = baseline(group), group in BASELINES
+    last = " | truncated" if shown else ""
+    yield f"| stage 2 | seeds | {' | '.join(heads)} | minus TEMPO: unlabelled | held-out{last} |\n"
+    yield f"|{' --- |' * (len(heads) + 4 + shown)}\n"
     start = [curve(runs, tempo, *cell) for cell in cells]
     if start[0] is not None:
         words = [formatted(one.first) for one in start if one is not None]
-        yield f"| no stage 2 (end of stage 1) | {len(start[0].seeds)} | {' | '.join(words)} | | |\n"
+        yield f"| no stage 2 (end of stage 1) | {len(start[0].seeds)} | {' | '.join(words)} | | |{' |' * shown}\n"
     for arm in arms:
         ends = [curve(runs, arm, *cell) for cell in cells]
         words = [formatted(one.last) if one is not None else "" for one in ends]
         differences = [_difference(runs, arm, tempo, name) for name in SETS[:2]]
         seeds = len(ends[0].seeds) if ends[0] is not None else 0
-        yield f"| {arm.what} | {seeds} | {' | '.join(words)} | {' | '.join(differences)} |\n"
+        shares = [runs[arm.name, seed]["truncated"] for seed in SEEDS if (arm.name, seed) in runs] if shown else []
+        more = f" {formatted(np.array(shares)) if shares else ''} |" if shown else ""
+        yield f"| {arm.what} | {seeds} | {' | '.join(words)} | {' | '.join(differences)} |{more}\n"
 
 
 def _difference(runs: Runs, arm: Arm, tempo: Arm, name: str) -> str:
@@ -181,8 +196,13 @@ class Picture:
     panels: list[Panel]
 
 
+def with_baseline(group: str) -> list[Arm]:
+    """The arms of a group, and at first the one that they are compared with."""
+    first = baseline(group)
+    return [first, *(arm for arm in ARMS if arm.group == group and arm is not first)]
+
+
 def pictures(groups: dict[str, list[Arm]]) -> list[Picture]:
-    tempo = [arm for arm in groups["methods"] if arm.name == "tempo"]
     avgs: list[Panel] = [(f"avg@16, {name}", name, "avg@16") for name in SETS[:2]]
     passes: list[Panel] = [(f"pass@16, {name}", name, "pass@16") for name in SETS[:2]]
     labelled: Panel = ("avg@16, labelled", "labelled", "avg@16")
@@ -192,11 +212,9 @@ def pictures(groups: dict[str, list[Arm]]) -> list[Picture]:
         Picture("study-pass.png", "pass@16 over the iterations", "methods", groups["methods"], passes),
         Picture("study-critic.png", "AUROC and calibration error", "critic", groups["methods"], honest),
     ]
-    for group in ("choices", "labels", "transfer"):
+    for group in ("choices", "labels", "transfer", "staleness", "truncation"):
         panels = [*avgs, labelled] if group == "transfer" else avgs
-        drawn.append(
-            Picture(f"study-{group}.png", "avg@16 over the iterations", group, [*tempo, *groups[group]], panels)
-        )
+        drawn.append(Picture(f"study-{group}.png", "avg@16 over the iterations", group, with_baseline(group), panels))
     return drawn
 
 
@@ -209,9 +227,7 @@ def write() -> None:
     save_runs(runs)
     groups = {group: [arm for arm in ARMS if arm.group == group] for group in dict.fromkeys(arm.group for arm in ARMS)}
     missing = {arm.group for arm in ARMS if not any((arm.name, seed) in runs for seed in SEEDS)}
-    tempo = [arm for arm in groups["methods"] if arm.name == "tempo"]
-    rows = {group: arms if group == "methods" else [*tempo, *arms] for group, arms in groups.items()}
-    parts = {group: "".join(table(runs, arms)) for group, arms in rows.items() if group not in missing}
+    parts = {group: "".join(table(runs, with_baseline(group), group)) for group in groups if group not in missing}
     if not missing:
         parts["critic"] = "".join(critics(runs, list(ARMS)))
     parts["times"] = times(runs)

@@ -30,7 +30,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.long
-def test_every_arm_passes_the_check_and_is_unlike_the_others(study: ModuleType) -> None:
+def test_every_arm_passes_the_check_and_is_unlike_the_others_of_its_table(study: ModuleType) -> None:
     configs = {}
     for arm in study.ARMS:
         config = build(study.stage_two(arm, 0), world_size=1)
@@ -39,7 +39,9 @@ def test_every_arm_passes_the_check_and_is_unlike_the_others(study: ModuleType) 
         config.run.dir = ""
         configs[arm.name] = config
     assert len(configs) == len(study.ARMS)
-    assert all(configs[a] != configs[b] for a in configs for b in configs if a != b)
+    groups = {arm.name: study.BASELINES.get(arm.group, "tempo") for arm in study.ARMS}  # by what they are compared with
+    assert all(configs[a] != configs[b] for a in configs for b in configs if a != b and groups[a] == groups[b])
+    assert configs["stale_0"] == configs["tempo"]
     assert build(study.stage_one(0), world_size=1).stage2.iterations == 0
 
 
@@ -78,6 +80,8 @@ def test_the_tables_by_hand(study: ModuleType, tmp_path: Path, monkeypatch: pyte
                 for i, avg in enumerate(points)
             ]
             (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            step = {"step": 70, "iteration": 70, "stage": "stage2", "method": "tempo", "time": 0.0, "seconds": 0.0}
+            (run / "metrics.jsonl").write_text(json.dumps({**step, "truncated": 0.25}) + "\n")
             (run / "done").write_text("100\n")
     report = load_tool("study_report", monkeypatch)
     arms, runs = [arm for arm in study.ARMS if arm.name in ends], report.finished_runs()
