@@ -17,20 +17,16 @@ from torch import Tensor
 
 from megatron_tempo.algorithm.groups import group_advantages, shares
 from megatron_tempo.config.stages import EmpoSettings, StageConfig
-from megatron_tempo.methods.learner import Learner, Rollouts, trainable_rows
+from megatron_tempo.methods.learner import Learner, Rollouts, trainable, trainable_rows
 from megatron_tempo.types import Batch
 
 
 def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration: int) -> dict[str, float]:
     """One update of the actor on the unlabelled rollouts whose entropy is within bounds, if there are any."""
-    batch = rollouts.unlabelled
-    assert batch is not None
-    assert batch.answer_class is not None
-    clustered = trainable_rows(batch, stage)
-    if len(clustered) == 0:
+    assert rollouts.unlabelled is not None
+    batch = trainable(rollouts.unlabelled, stage)
+    if len(batch) == 0:
         return {"actor/rows": 0.0}
-    if len(clustered) < len(batch):
-        batch = batch.select(clustered)
     assert batch.answer_class is not None
     rewards, entropy = shares(batch.answer_class, batch.group)
     settings, kept = stage.settings_as(EmpoSettings), _within(entropy, stage)

@@ -9,17 +9,13 @@ from __future__ import annotations
 
 from megatron_tempo.algorithm.groups import group_advantages
 from megatron_tempo.config.stages import GrpoSettings, StageConfig
-from megatron_tempo.methods.learner import Learner, Rollouts, trainable_rows
+from megatron_tempo.methods.learner import Learner, Rollouts, trainable
 
 
 def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration: int) -> dict[str, float]:
     """One update of the actor on labelled rollouts."""
-    batch = rollouts.labelled
-    assert batch is not None
-    assert batch.correct is not None
-    settings, rows = stage.settings_as(GrpoSettings), trainable_rows(batch, stage)
-    if len(rows) < len(batch):
-        batch = batch.select(rows)
+    assert rollouts.labelled is not None
+    settings, batch = stage.settings_as(GrpoSettings), trainable(rollouts.labelled, stage)
     assert batch.correct is not None
     rewards, metrics = learner.penalise(batch.correct, batch, stage)
     advantages = group_advantages(rewards, batch.group, divide=settings.group_std)

@@ -136,6 +136,12 @@ def trainable_rows(batch: Batch, stage: StageConfig) -> Tensor:
     return batch.stopped.nonzero().flatten()
 
 
+def trainable(batch: Batch, stage: StageConfig) -> Batch:
+    """The `trainable_rows` of a batch."""
+    rows = trainable_rows(batch, stage)
+    return batch if len(rows) == len(batch) else batch.select(rows)
+
+
 def agreeing_groups(batch: Batch, stage: StageConfig, groups: int) -> Tensor:
     """Whether all responses of each prompt group agree: bool [groups], by verdicts, or by classes if there are some.
 

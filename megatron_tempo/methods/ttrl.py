@@ -13,19 +13,16 @@ from torch import Tensor
 
 from megatron_tempo.algorithm.groups import first_of_each, group_advantages, votes
 from megatron_tempo.config.stages import StageConfig, TtrlSettings
-from megatron_tempo.methods.learner import Learner, Rollouts, trainable_rows
+from megatron_tempo.methods.learner import Learner, Rollouts, trainable, trainable_rows
 from megatron_tempo.types import Batch
 
 
 def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration: int) -> dict[str, float]:
     """A vote on the unlabelled rollouts, and one update of the actor."""
-    polled = rollouts.unlabelled
-    assert polled is not None
-    voters = trainable_rows(polled, stage)
-    if len(voters) == 0:
+    assert rollouts.unlabelled is not None
+    polled = trainable(rollouts.unlabelled, stage)
+    if len(polled) == 0:
         return {"actor/rows": 0.0}
-    if len(voters) < len(polled):
-        polled = polled.select(voters)
     assert polled.answer_class is not None
     won, agreement = votes(polled.answer_class, polled.group)
     metrics = {

@@ -59,8 +59,7 @@ class Actor:
         Sums of rows are added in double precision in the order of the rows, so the layout does not matter.
         """
         table = self.gaps_by_row(batch, logprobs)
-        total = max(int(batch.response_lengths.sum()), 1)
-        return float(table[:, 0].sum()) / total, float(table[:, 1].max()) if len(table) else 0.0
+        return mean_gap(table), float(table[:, 1].max()) if len(table) else 0.0
 
     def gaps_by_row(self, batch: Batch, logprobs: Tensor, counted: Tensor | None = None) -> Tensor:
         """Sum, maximum and number of |log pi - engine log-probability| of each row: float64 [n, 3]. Collective.
@@ -119,6 +118,11 @@ class Actor:
         with layout.groups.current():
             group = parallel_state.get_data_parallel_group()
         return self.kernels.advantage_moments(values, experience.rewards[mine].to(device), rows, baseline, group)
+
+
+def mean_gap(table: Tensor) -> float:
+    """The mean over all tokens that count, of some rows of `Actor.gaps_by_row`."""
+    return float(table[:, 0].sum()) / max(int(table[:, 2].sum()), 1)
 
 
 def _of_micro_batch(experience: Experience, micro: MicroBatch) -> Experience:

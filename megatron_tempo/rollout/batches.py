@@ -7,6 +7,7 @@ in windows of bounded size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,21 +101,25 @@ def collect(
     mine: dict[int, list[Completion]] = {}
     verdicts: dict[int, list[float]] = {}
     classes: dict[int, list[int | None]] = {}
-    failure = None
-    with Verification(verifiers, tokenizer, classes_by, asked.nodes) as verification:
-        try:
-            for i, completions in asked.answers:
-                mine[i] = completions
-                verification.submit(i, asked.prompts[i], completions)
-            verdicts, classes = verification.results()
-        except (EngineError, InputError) as error:  # of this rank's engine or judge; of a user's own verifier
-            failure = str(error)
-    raise_failures(failure)
+    with failing_together(), Verification(verifiers, tokenizer, classes_by, asked.nodes) as verification:
+        for i, completions in asked.answers:
+            mine[i] = completions
+            verification.submit(i, asked.prompts[i], completions)
+        verdicts, classes = verification.results()
     return share_columns(asked.prompts, Answers(mine, verdicts, classes))
 
 
-def raise_failures(failure: str | None) -> None:
-    """Raise the failure of the first rank that has one, as EngineError on every rank. Collective."""
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Raise the first failing rank's EngineError or InputError as EngineError on every rank. Collective at its end.
+
+    They are errors of a rank's engine or judge, and of a user's own verifier.
+    """
+    failure = None
+    try:
+        yield
+    except (EngineError, InputError) as error:
+        failure = str(error)
     world = dist.get_world_size()
     first = torch.tensor(world if failure is None else dist.get_rank())
     dist.all_reduce(first, op=dist.ReduceOp.MIN)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol
@@ -17,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tempo.errors import EngineError, InputError
-from megatron_tempo.rollout.batches import Answers, Collected, raise_failures, share_columns
+from megatron_tempo.rollout.batches import Answers, Collected, failing_together, share_columns
 from megatron_tempo.rollout.engine import AnswerStream, Engine, EngineWork, Request, Sampling, StreamsAnswers
+from megatron_tempo.rollout.partial_requests import is_unfinished
 from megatron_tempo.rollout.verification import Prompt, Verification
-from megatron_tempo.types import UNFINISHED, Completion
+from megatron_tempo.types import Completion
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ class GroupAnswers:
     def read(self, enough: Callable[[], bool]) -> None:
         """Wait for answers until `enough` says so.
 
-        It is asked on the first rank alone for servers, on all ranks otherwise. Raises EngineError on every rank.
+        For servers it is called on the first rank only, otherwise on all ranks. Raises EngineError on every rank.
         """
         raise NotImplementedError
 
@@ -80,12 +79,8 @@ class GroupAnswers:
         mine = {key: self._completions.pop(key) for key in keys if key in self._completions}
         verdicts: dict[int, list[float]] = {}
         classes: dict[int, list[int | None]] = {}
-        failure = None
-        try:
+        with failing_together():
             verdicts, classes = self._verification.results(mine)
-        except (EngineError, InputError) as error:  # of this rank's judge; of a user's own verifier
-            failure = str(error)
-        raise_failures(failure)
         answers = Answers(
             {places[key]: of for key, of in mine.items()},
             {places[key]: of for key, of in verdicts.items()},
@@ -102,6 +97,12 @@ class GroupAnswers:
     def close(self) -> None:
         """End what is under way."""
         self._verification.close()
+
+    def _take(self, asking: Asking, completions: Sequence[Completion]) -> int:
+        """Keep an answer and have it verified. Returns its tokens."""
+        self._completions[asking.key] = completions
+        self._verification.submit(asking.key, asking.prompt, completions)
+        return _tokens(completions)
 
 
 class StreamedAnswers(GroupAnswers):
@@ -134,7 +135,7 @@ class StreamedAnswers(GroupAnswers):
                 continue
             self._completions[key] = completions
             made_by = [version for one in completions for version, tokens in one.versions if tokens]
-            self._finished(key, min(made_by, default=None), sum(len(one.token_ids) for one in completions))
+            self._finished(key, min(made_by, default=None), _tokens(completions))
         if self._between is Between.interrupted:
             self._stream.interrupt()
 
@@ -159,7 +160,7 @@ class ReadAnswers(GroupAnswers):
     """Answers that are generated, or waited for, when they are read, those of an iteration together.
 
     `in_background`: the engine generates while nobody reads. If it does not, all that it was asked for is read, so that
-    the weights of then answer it.
+    the current weights answer it.
     """
 
     def __init__(
@@ -184,17 +185,12 @@ class ReadAnswers(GroupAnswers):
         while self._asked and not (self._in_background and enough()):
             askings, answers = self._asked.popleft()
             tokens = torch.zeros(len(askings), dtype=torch.int64)
-            with _failing_together():
+            with failing_together():
                 for i, completions in answers:
-                    self._take(askings[i], completions)
-                    tokens[i] = sum(len(one.token_ids) for one in completions)
+                    tokens[i] = self._take(askings[i], completions)
             dist.all_reduce(tokens)
             for asking, count in zip(askings, tokens.tolist(), strict=True):
                 self._finished(asking.key, None, count)
-
-    def _take(self, asking: Asking, completions: Sequence[Completion]) -> None:
-        self._completions[asking.key] = completions
-        self._verification.submit(asking.key, asking.prompt, completions)
 
 
 class ContinuesResponses(Protocol):
@@ -236,7 +232,7 @@ class ContinuedAnswers(GroupAnswers):
         while self._asked and not enough():
             askings = list(self._asked.values())
             tokens = torch.zeros(len(askings), dtype=torch.int64)
-            with _failing_together():
+            with failing_together():
                 self._round(askings, tokens)
             dist.all_reduce(tokens)
             self._grown |= self._asked.keys()
@@ -266,13 +262,11 @@ class ContinuedAnswers(GroupAnswers):
         ]
         for place, completions in self._engine.generate(requests, self._sampling):
             asking = askings[mine[place]]
-            if any(one.finish_reason == UNFINISHED for one in completions):
+            if is_unfinished(completions):
                 self._begun[asking.key] = tuple(completions)
                 continue
             self._begun.pop(asking.key, None)
-            self._completions[asking.key] = completions
-            self._verification.submit(asking.key, asking.prompt, completions)
-            tokens[mine[place]] = sum(len(one.token_ids) for one in completions)
+            tokens[mine[place]] = self._take(asking, completions)
 
 
 def _by_iteration(askings: Iterable[Asking]) -> list[list[Asking]]:
@@ -283,12 +277,5 @@ def _by_iteration(askings: Iterable[Asking]) -> list[list[Asking]]:
     return list(together.values())
 
 
-@contextmanager
-def _failing_together() -> Iterator[None]:
-    """Raise the EngineError or InputError of one rank as EngineError on every rank. Collective."""
-    failure = None
-    try:
-        yield
-    except (EngineError, InputError) as error:
-        failure = str(error)
-    raise_failures(failure)
+def _tokens(completions: Sequence[Completion]) -> int:
+    return sum(len(one.token_ids) for one in completions)

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_tempo.config.choices import EnginePrecision, OnDrift, Placement
+from megatron_tempo.config.choices import EnginePrecision, OnDrift
 from megatron_tempo.config.recipes import RECIPES
 from megatron_tempo.config.schema import Config
 from megatron_tempo.errors import DriftError, EngineError, RejectedRolloutsError
-from megatron_tempo.models.actor import Actor
+from megatron_tempo.models.actor import Actor, mean_gap
 from megatron_tempo.rollout.build import engine_precision
 from megatron_tempo.rollout.engine import AnswersByServer
 from megatron_tempo.training.rollout_requests import RolloutRequests
@@ -66,7 +66,7 @@ class ParityGate:
         """
         self._require(step, START_TOKENS, restarted=False)
         engine = self.requests.engine
-        if isinstance(engine, AnswersByServer) and self.config.rollout.placement is Placement.disaggregated:
+        if isinstance(engine, AnswersByServer) and not self.config.rollout.is_colocated:
             engine.gate = self._of_restarted
 
     def after_sync(self, step: int) -> None:
@@ -107,8 +107,7 @@ class ParityGate:
             log.warning("the actor is not trained on rollouts from before the weights were sent again")
             return False
         table = self.actor.gaps_by_row(batch, logprobs, of_version(batch, step))
-        tokens = int(table[:, 2].sum())
-        gap = float(table[:, 0].sum()) / max(tokens, 1)
+        tokens, gap = int(table[:, 2].sum()), mean_gap(table)
         if tokens < OWN_TOKENS:
             return True
         if not exceeds(gap, self._tolerance()[0]):
@@ -164,7 +163,7 @@ class ParityGate:
         worst, counted, where = 0.0, 0, ""
         for server in servers.unique().tolist():
             rows = table[servers == server]
-            gap = float(rows[:, 0].sum()) / max(int(rows[:, 2].sum()), 1)
+            gap = mean_gap(rows)
             if not gap <= worst or not counted:
                 worst, counted = gap, int(rows[:, 2].sum())
                 where = f"of server {server}" if server >= 0 else ""
