@@ -20,6 +20,7 @@ from megatron_tempo.observability.records import read_metrics
 from megatron_tempo.training.jobs import train
 from megatron_tempo.training.setup import build_verifiers
 from megatron_tempo.training.trainer import Trainer
+from tests.support.dumps import rollouts
 from tests.support.project import config_of, write_project
 from tests.support.ranks import run_ranks
 
@@ -43,11 +44,6 @@ def config_for(project: Path, run: Path, max_staleness: int, *, partial: bool = 
     config.evaluation.sets, config.evaluation.calibration_set = {}, None
     config.checkpoint.every, config.checkpoint.export_hf = 0, False
     return config
-
-
-def rollouts(run: Path) -> list[list[dict[str, Any]]]:
-    """The lines of each iteration."""
-    return [list(map(json.loads, file.read_text().splitlines())) for file in sorted((run / "rollouts").iterdir())]
 
 
 def prompts(run: Path) -> list[list[str]]:

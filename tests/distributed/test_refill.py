@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -20,6 +19,7 @@ from megatron_tempo.observability.records import read, read_metrics
 from megatron_tempo.training.jobs import train
 from megatron_tempo.training.setup import build_verifiers
 from megatron_tempo.training.trainer import Trainer
+from tests.support.dumps import rollouts
 from tests.support.project import ROOT, config_of, write_project
 from tests.support.ranks import run_ranks
 
@@ -54,10 +54,6 @@ def config_for(project: Path, run: Path, *, classes: bool = False, max_staleness
     config.evaluation.sets, config.evaluation.calibration_set = {}, None
     config.checkpoint.every, config.checkpoint.export_hf = 2, False
     return config
-
-
-def rollouts(run: Path) -> list[list[dict[str, Any]]]:
-    return [list(map(json.loads, file.read_text().splitlines())) for file in sorted((run / "rollouts").iterdir())]
 
 
 def groups(lines: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -144,7 +140,7 @@ def test_a_run_that_is_killed_draws_the_same_prompts_again(
     with pytest.raises(AssertionError, match="exit codes"):
         run_ranks(killed, 1, tmp_path / "ranks", config)
     run_ranks(train, 1, tmp_path / "ranks", config)
-    if max_staleness:  # asked again, by the weights of then: other groups may agree
+    if max_staleness:  # asked again, by the current weights: other groups may agree
         ids = drawn(project, tmp_path, ITERATIONS * LIMIT)
         asked = sum(int(record["refill/asked"]) for record in read_metrics(run))
         assert {record["id"] for record in read(run / "seen.jsonl")} == set(ids[:asked])

@@ -8,14 +8,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from megatron_tempo.config.choices import EngineKind
 from megatron_tempo.rollout.engine import Request, Sampling
@@ -23,6 +15,7 @@ from megatron_tempo.training.setup import build_actor, engine_weights
 from megatron_tempo.types import Completion
 from tests.engines.servers import ENGINES, PROMPTS, answers, config_of, opened, write_model
 from tests.support.ranks import run_ranks
+from tests.support.sampled import by_transformers, logits_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -53,23 +46,6 @@ def said(kind: EngineKind, model: Path, run: Path, stop: str) -> list[Answers]:
 def samplings(kind: EngineKind, stop: str) -> list[Sampling]:
     seeded = [SEEDED, SEEDED] if kind is EngineKind.vllm else []  # SGLang's seeds need a GPU
     return [*TRUNCATED, GREEDY, Sampling(1.0, 40, stop=(stop,)), *seeded]
-
-
-def logits_of(model: Any, prompt: tuple[int, ...], completion: Completion) -> Tensor:
-    """transformers' logits for each token of a completion: [tokens, vocabulary]."""
-    tokens = torch.tensor([*prompt, *completion.token_ids.tolist()])
-    with torch.no_grad():
-        return model(tokens[None]).logits[0, len(prompt) - 1 : -1]
-
-
-def by_transformers(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Log-probabilities of a sampling by transformers' own processors."""
-    warpers: list[Any] = [TemperatureLogitsWarper(sampling.temperature)]
-    warpers += [MinPLogitsWarper(sampling.min_p)] if sampling.min_p else []
-    warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
-    warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
-    nothing = torch.zeros(len(logits), 0, dtype=torch.int64)
-    return LogitsProcessorList(warpers)(nothing, logits.clone()).log_softmax(dim=1)
 
 
 @pytest.mark.parametrize("kind", ENGINES)

@@ -11,15 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
-from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    PreTrainedTokenizerFast,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import PreTrainedTokenizerFast
 
 from megatron_tempo.data.tokenizer import check_stop_strings, load_tokenizer
 from megatron_tempo.errors import InputError
@@ -29,6 +21,7 @@ from megatron_tempo.rollout.partial_requests import is_unfinished
 from megatron_tempo.rollout.stop_strings import StopStrings
 from megatron_tempo.rollout.verification import responses_of
 from megatron_tempo.types import Completion, UnlabelledPrompt
+from tests.support.sampled import by_transformers, logits_of
 from tests.support.tiny import VOCAB, WORDS, write_model
 from tests.unit.test_embedded import END, PROMPTS, chi_square, engine_of, flat, generate, model_of, requests_of
 
@@ -46,21 +39,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"), layers=2)
 
 
-def processed(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Log-probabilities of a sampling by transformers' processors, in vLLM's order: [tokens, vocabulary]."""
-    warpers: list[Any] = [TemperatureLogitsWarper(sampling.temperature)]
-    warpers += [MinPLogitsWarper(sampling.min_p)] if sampling.min_p else []
-    warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
-    warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
-    nothing = torch.zeros(len(logits), 0, dtype=torch.int64)
-    return LogitsProcessorList(warpers)(nothing, logits.clone()).log_softmax(dim=1)
-
-
-def logits_of(model: Any, prompt: tuple[int, ...], completion: Completion) -> Tensor:
-    tokens = torch.tensor([[*prompt, *completion.token_ids.tolist()]])
-    return model(tokens).logits[0, len(prompt) - 1 : -1]
-
-
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 @torch.no_grad()
 def test_logprobs_are_those_of_transformers_processors(folder: Path, sampling: Sampling) -> None:
@@ -68,7 +46,7 @@ def test_logprobs_are_those_of_transformers_processors(folder: Path, sampling: S
     for prompt, row in zip(PROMPTS, generate(engine_of(folder), requests_of(PROMPTS), sampling), strict=True):
         for completion in row:
             tokens = completion.token_ids.long()
-            wanted = processed(logits_of(model, prompt, completion), sampling).gather(1, tokens[:, None])[:, 0]
+            wanted = by_transformers(logits_of(model, prompt, completion), sampling).gather(1, tokens[:, None])[:, 0]
             torch.testing.assert_close(completion.logprobs, wanted, atol=1e-4, rtol=0)
 
 
@@ -79,7 +57,7 @@ def test_tokens_follow_the_truncated_distribution(folder: Path, sampling: Sampli
     one_token = replace(sampling, max_tokens=1)
     (answers,) = generate(engine_of(folder), [Request(prompt, 6_000, 11)], one_token)
     firsts = torch.stack([answer.token_ids[0] for answer in answers]).bincount(minlength=VOCAB)
-    wanted = processed(model_of(folder)(torch.tensor([prompt])).logits[0, -1:], sampling).exp()[0]
+    wanted = by_transformers(model_of(folder)(torch.tensor([prompt])).logits[0, -1:], sampling).exp()[0]
     assert not firsts[wanted == 0].any(), "a token that is not left was drawn"
     assert abs(chi_square(firsts[wanted > 0], wanted[wanted > 0])) < 4
     assert (wanted > 0).sum() < VOCAB
