@@ -125,9 +125,9 @@ def memory(config: Config, shape: ModelShape) -> Memory:
         room = served.rows
     by_place = [place_memory(config, shape, place) for place in places_of(config, split.trainers)]
     for phase in by_place[0]:
-        beside = _colocated(config, shape, phase) if config.rollout.is_colocated else kept
+        of_servers = _colocated(config, shape, phase) if config.rollout.is_colocated else kept
         candidates = [
-            _joined(place[phase], beside, answering if phase is MemoryPhase.generate else {}) for place in by_place
+            _joined(place[phase], of_servers, answering if phase is MemoryPhase.generate else {}) for place in by_place
         ]
         phases[phase] = max(candidates, key=_total)
     starved = (
@@ -281,7 +281,7 @@ class _Phases:
         # During generation the actor is on the GPU: it was the last model to be trained and sent.
         role = Role.critic if phase in (MemoryPhase.values, MemoryPhase.critic) else Role.actor
         parts = _joined(self._residents(role), self._moment(phase, role))
-        if phase is MemoryPhase.sync and self.config.rollout.is_colocated:  # weights alone come back
+        if phase is MemoryPhase.sync and self.config.rollout.is_colocated:  # only weights come back
             return {part: size for part, size in parts.items() if part not in (Part.gradients, Part.optimizer)}
         return parts
 

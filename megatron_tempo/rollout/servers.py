@@ -55,7 +55,7 @@ _T = TypeVar("_T")
 
 
 class ServersEngine:
-    """An `Engine`. The seeds of requests are not used: servers draw their own random numbers."""
+    """An `Engine`. Whether the seeds of requests are used depends on `Sampling.seeded` and on the servers."""
 
     def __init__(
         self,

@@ -84,7 +84,7 @@ _MODULES = {
     _HERE.with_name("sglang_truncation.py"): "megatron_tempo_sglang.py",
     _HERE.parents[1] / "kernels" / "truncation.py": "megatron_tempo_truncation.py",
 }
-# SGLang unpickles the class of a logit processor. This pickle is its name alone.
+# SGLang unpickles the class of a logit processor. This pickle is only its name.
 _PROCESSOR = json.dumps({"callable": b"\x80\x02cmegatron_tempo_sglang\nTruncationProcessor\n.".hex()})
 
 

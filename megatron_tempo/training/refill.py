@@ -17,7 +17,7 @@ from megatron_tempo.types import Batch
 
 @dataclass(slots=True)
 class Refill:
-    """Of one iteration. It is the same on every rank, as it reads columns alone."""
+    """Of one iteration. It is the same on every rank: it reads only columns."""
 
     stage: StageConfig
     half: Prompts  # whose groups are compared

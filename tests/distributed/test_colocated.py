@@ -87,7 +87,7 @@ def test_a_run_takes_turns_with_its_server(tmp_path: Path) -> None:
     assert [line["step"] for line in metrics] == [1, 2]
     assert all(line["engine/staleness_max"] == 0 for line in metrics)
     assert [line["step"] for line in read_evaluations(tmp_path / "run")] == [0, 1, 2]
-    # A run that is started again goes on where it was.
+    # A run that is started again continues from its last checkpoint.
     config.stage2.iterations = 3
     assert run_ranks(trained, 2, tmp_path / "ranks", config) == ["", ""]
     assert "F" not in calls(tmp_path)
@@ -189,7 +189,7 @@ def test_a_server_that_sleeps_between_iterations_may_generate_ahead(tmp_path: Pa
     assert run_ranks(trained, 2, tmp_path / "ranks", config) == ["", ""]
     said = calls(tmp_path)
     assert re.fullmatch(f"bs({UPDATE}[gr]*s)+", said), said  # the last iteration has nothing to ask
-    assert partial or "gr" not in said, "it is interrupted with partial rollouts alone"
+    assert partial or "gr" not in said, "it is interrupted only with partial rollouts"
     metrics = list(read_metrics(tmp_path / "run"))
     assert [line["step"] for line in metrics] == [1, 2, 3]
     assert [line["engine/staleness_max"] <= 1 for line in metrics] == [True] * 3

@@ -146,7 +146,7 @@ def test_servers_are_fed_by_the_copies_of_the_model_on_their_own_machine(tmp_pat
         ("aaaa", [0, 0, 1, 1], each, True),  # one machine: all copies
         ("aabb", [0, 0, 1, 1], each, True),  # tensor 2
         ("aabb", [0, 1, 2, 3], two, False),  # tensor 1
-        ("aabb", [0, 0, 1, 1], {"replicas": 2}, True),  # the first node alone has servers
+        ("aabb", [0, 0, 1, 1], {"replicas": 2}, True),  # only the first node has servers
         ("abab", [0, 1, 0, 1], two, True),  # ranks dealt to the machines by turns
         ("aabb", [0, 1, 0, 1], each, False),  # pipeline 2
         ("abab", [0, 0, 1, 1], each, True),

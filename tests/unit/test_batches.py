@@ -233,7 +233,7 @@ def streamed(
     tokenizer: transformers.PreTrainedTokenizerBase,
     between: Between = Between.runs_on,
 ) -> tuple[StreamedAnswers, dict[int, tuple[int | None, int]]]:
-    """The five prompts are asked. Also what is told of those that are finished."""
+    """Ask the five prompts. Returns also the dict that gets the finished ones."""
     told: dict[int, tuple[int | None, int]] = {}
 
     def finished(key: int, oldest: int | None, tokens: int) -> None:

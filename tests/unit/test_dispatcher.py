@@ -113,7 +113,7 @@ def test_a_request_that_is_not_wanted_any_more_makes_room() -> None:
             fleet.submit([Request((2,), samples=1, seed=0)], SAMPLING, job)
             event = fleet.next(job, SECONDS)
             assert isinstance(event, Answered)
-            assert event.number == 2, "numbers go on"
+            assert event.number == 2, "numbers continue"
         finally:
             go_on.set()
 

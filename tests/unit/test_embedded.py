@@ -298,7 +298,7 @@ def test_logits_that_are_not_finite_end_the_generation(folder: Path, value: floa
         generate(engine, requests_of(PROMPTS), Sampling(1.0, 4))
 
 
-# Responses that go on
+# Responses that continue
 
 
 def test_a_response_that_is_paused_goes_on_as_if_it_had_not_been(folder: Path) -> None:

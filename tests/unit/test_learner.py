@@ -473,7 +473,7 @@ def test_masked_responses_enter_neither_the_mean_nor_the_spread_of_grpo(fakes: F
 
 
 def test_masked_responses_do_not_vote(fakes: Fakes) -> None:
-    """Six are sampled and two are learnt from: the first two that are left. 1 wins, as two of the 0s are masked."""
+    """Six responses are sampled. The first two that are not masked are trained on. 1 wins: two of the 0s are masked."""
     polled = cut(classed(0, 0, 0, 1, 1, 2, per_prompt=6), 0, 1)
     stage = masking(Method.ttrl, responses_per_prompt=2, vote_responses=6)
     metrics = METHODS[Method.ttrl](fakes.learner(critic=False), Rollouts(None, polled), stage, 0)

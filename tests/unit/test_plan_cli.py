@@ -73,7 +73,7 @@ def test_the_papers_experiments_fit_as_shipped(
 
 
 def test_both_placements_are_searched_and_compared(capsys: pytest.CaptureFixture[str]) -> None:
-    """14 billion parameters on four GPUs of 80 GB do not fit beside servers, and do on eight by turns with them."""
+    """14 billion parameters do not fit on the four GPUs that servers leave. By turns they fit, on all eight."""
     words = ["experiment=qwen3_14b_aime", "cluster=h100x8"]
     status, out, _ = plan(capsys, *words, "rollout.placement=disaggregated")
     assert status == 1
