@@ -122,6 +122,17 @@ class Recompute(Enum):
     layers = "layers"  # all except each layer's input
 
 
+class RouterReplay(Enum):
+    """What becomes of the experts that the engine's routers chose for each token.
+
+    Replay is R3 ("rollout routing replay", arXiv 2510.11370).
+    """
+
+    off = "off"  # the engine does not return them; the trainer's routers choose
+    rollout = "rollout"  # the engine returns them, and metrics compare them with the trainer's; the trainer's count
+    on = "on"  # old log-probabilities, values and updates use the engine's choices
+
+
 class Fusions(Enum):
     """Operations of a decoder layer that run as one kernel: rotary embedding, SwiGLU, and a weight gradient with its
     addition to the gradients in fp32."""

@@ -33,6 +33,7 @@ class Family:
     rope_types: tuple[str, ...]  # of the layers with full attention; windowed ones have the default
     token_classifier: str  # `architectures` in an exported critic's config.json
     defaults: Mapping[str, Any]  # transformers' defaults for missing entries; None: no default
+    experts: bool = False  # the feed-forward part of each layer is a mixture of experts
 
 
 FAMILIES = {
@@ -55,6 +56,17 @@ FAMILIES = {
             rope_types=("default",),
             token_classifier="Qwen3ForTokenClassification",
             defaults={"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "head_dim": 128, "num_key_value_heads": 32},
+        ),
+        Family(
+            name="qwen3_moe",
+            pre_norm=True,
+            norms_each_head=True,
+            windows=False,
+            rope_types=("default",),
+            token_classifier="Qwen3MoeForTokenClassification",
+            defaults={"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "num_key_value_heads": 4}
+            | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+            experts=True,
         ),
     )
 }
@@ -90,6 +102,19 @@ class LayerAttention:
     window: int | None = None  # a token sees itself and the window - 1 tokens before it; None: all before it
 
 
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The mixture of experts in each layer: a router chooses the experts that a token goes through.
+
+    >>> Experts(count=128, per_token=8, ffn=768, normalized=True)
+    """
+
+    count: int
+    per_token: int  # how many experts the router chooses for a token ("top-k")
+    ffn: int  # inner width of an expert
+    normalized: bool  # the chosen experts' probabilities are divided by their sum (`norm_topk_prob`)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """The sizes of a decoder with grouped attention and a gated feed-forward part, and how each layer attends.
@@ -111,6 +136,7 @@ class ModelShape:
     tied: bool  # input and output embeddings are one matrix
     norm_eps: float
     attention: tuple[LayerAttention, ...]  # by layer, counted over all pipeline stages
+    experts: Experts | None = None  # in place of the feed-forward part of every layer; `ffn` is then unused
 
     @property
     def queries(self) -> int:
@@ -201,7 +227,24 @@ def model_shape(entries: Mapping[str, Any]) -> ModelShape:
         tied=_of_kind("tie_word_embeddings", given.get("tie_word_embeddings", False), bool),
         norm_eps=_number("rms_norm_eps", given["rms_norm_eps"]),
         attention=_windowed(family, given) if family.windows else _full(family, given),
+        experts=_experts(given) if family.experts else None,
     )
+
+
+def _experts(given: Mapping[str, Any]) -> Experts:
+    """The experts of a family whose layers all have them."""
+    _expect("decoder_sparse_step", given.get("decoder_sparse_step", 1), 1)
+    _expect("mlp_only_layers", given.get("mlp_only_layers", []), [])
+    # transformers 5 writes num_local_experts; published files have num_experts.
+    sizes = {"num_experts": given.get("num_local_experts", given["num_experts"])}
+    sizes |= {name: given[name] for name in ("num_experts_per_tok", "moe_intermediate_size")}
+    if wrong := [name for name, size in sizes.items() if not _is_size(size)]:
+        raise InputError(f"no whole number from 1 to {LARGEST:,} under {', '.join(wrong)}")
+    count, per_token, ffn = sizes.values()
+    if per_token > count:
+        raise InputError(f"num_experts_per_tok={per_token} must be at most num_experts={count}")
+    normalized = _of_kind("norm_topk_prob", given.get("norm_topk_prob", False), bool)
+    return Experts(count, per_token, ffn, normalized)
 
 
 def _full(family: Family, given: Mapping[str, Any]) -> tuple[LayerAttention, ...]:

@@ -25,6 +25,7 @@ from megatron_tempo.config.choices import (
     Precision,
     Published,
     Recompute,
+    RouterReplay,
     StaleGroups,
     Transport,
     Verifier,
@@ -62,6 +63,8 @@ class ModelConfig:
     num_bf16_layers_at_ends: int = 0
     logits: Logits = Logits.recomputed
     shape: Published | None = None  # a published model that `plan` plans for if model.path is not given
+    router_replay: RouterReplay = RouterReplay.on  # of models with a mixture of experts
+    router_aux_loss_coef: float = 0.0  # weight of the loss that balances the load of a mixture of experts
 
 
 @dataclass(slots=True)
@@ -75,6 +78,8 @@ class CriticLayoutConfig:
     num_layers_in_last_pipeline_stage: int | None = None  # the same for the last stage
     virtual_pipeline: int | None = None  # as parallel.virtual_pipeline if the critic has as many stages, else 1
     context: int | None = None  # as parallel.context
+    expert: int | None = None  # as parallel.expert
+    expert_tensor: int | None = None  # as parallel.expert_tensor
     sequence: bool | None = None  # as parallel.sequence
 
 
@@ -92,6 +97,8 @@ class ParallelConfig:
     # virtual pipeline stages of each stage: its layers are in as many chunks, and Megatron's schedule interleaves them
     virtual_pipeline: int = 1
     context: int = 1  # ranks that share the tokens of each micro-batch
+    expert: int = 1  # ranks that share the experts of each layer; they are among the ranks of one pipeline stage
+    expert_tensor: int | None = None  # ranks that share the matrices of each expert; None: as `tensor`
     sequence: bool = False  # sequence parallelism: the ranks of `tensor` share the tokens between the matrices
     critic: CriticLayoutConfig = field(default_factory=CriticLayoutConfig)
     world_size: int | None = None  # processes of the trainer: `check` needs it for data parallelism; None: as launched

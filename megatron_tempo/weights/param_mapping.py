@@ -175,17 +175,23 @@ class ShardedQKV:
 
 @dataclass(frozen=True, slots=True)
 class ParamMapping:
-    """A Megatron parameter, its Hugging Face tensors with their shapes, and the pipeline stage that has it.
+    """A Megatron parameter, its Hugging Face tensors with their shapes, and the ranks that have it.
+
+    A dense parameter is on all ranks of its pipeline stage, cut over the tensor ranks. An expert's is on the ranks of
+    its stage with `expert_rank`, cut over the expert tensor ranks.
 
     >>> ParamMapping("decoder.layers.0.mlp.linear_fc2.weight", ("model.layers.18.mlp.down_proj.weight",),
     ...      ((4096, 12288),), ShardedDim1(12288), stage=1)
     """
 
-    megatron: str  # the name on its pipeline stage; each stage counts the layers of all its chunks from 0
+    # The name on its pipeline stage, which counts the layers of all its chunks from 0. An expert rank counts its own
+    # experts from 0 too: decoder.layers.0.mlp.experts.3.linear_fc1.weight
+    megatron: str
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     sharding: TPSharding
     stage: int
+    expert_rank: int | None = None  # None: no expert's parameter
 
     @property
     def numel(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import chain
 
-from megatron_tempo.config.model_shape import ModelShape
+from megatron_tempo.config.model_shape import Experts, ModelShape
 from megatron_tempo.config.pipeline_layers import PipelineLayers
 from megatron_tempo.weights import olmo3, qwen3
 from megatron_tempo.weights.param_mapping import (
@@ -18,13 +18,20 @@ from megatron_tempo.weights.param_mapping import (
     ShardedVocab,
 )
 
-NORMS: dict[str, Callable[[ModelShape], list[Norm]]] = {"olmo3": olmo3.norms, "qwen3": qwen3.norms}
+NORMS: dict[str, Callable[[ModelShape], list[Norm]]] = {
+    "olmo3": olmo3.norms,
+    "qwen3": qwen3.norms,
+    "qwen3_moe": qwen3.norms,
+}
 WITHOUT_PIPELINE = PipelineLayers()
 
 
-def mappings(shape: ModelShape, pipeline: PipelineLayers = WITHOUT_PIPELINE, *, critic: bool) -> list[ParamMapping]:
+def mappings(
+    shape: ModelShape, pipeline: PipelineLayers = WITHOUT_PIPELINE, *, critic: bool, expert_ranks: int = 1
+) -> list[ParamMapping]:
     """Every parameter of the model, layer by layer. The same list on every rank.
 
+    `expert_ranks`: ranks that share the experts of each layer, equally many consecutive ones each.
     In Hugging Face's format, the critic is the family's token classifier with one label. A tied output matrix is not
     listed, because it is the input embedding.
     """
@@ -41,7 +48,9 @@ def mappings(shape: ModelShape, pipeline: PipelineLayers = WITHOUT_PIPELINE, *, 
         for stage, chunks in enumerate(pipeline.chunks(shape.layers))
         for local, layer in enumerate(chain.from_iterable(chunks))
     }
-    layers = [mapping for layer in range(shape.layers) for mapping in _layer(shape, layer, *places[layer])]
+    layers = [
+        mapping for layer in range(shape.layers) for mapping in _layer(shape, layer, *places[layer], expert_ranks)
+    ]
     last = pipeline.stages - 1
     norm = ParamMapping("decoder.final_layernorm.weight", ("model.norm.weight",), ((hidden,),), Replicated(), last)
     return [embedding, *layers, norm, *_head(shape, last, critic=critic)]
@@ -59,9 +68,9 @@ def _head(shape: ModelShape, stage: int, *, critic: bool) -> list[ParamMapping]:
     return [ParamMapping("output_layer.weight", ("lm_head.weight",), head, ShardedVocab(shape.vocab), stage)]
 
 
-def _layer(shape: ModelShape, layer: int, local: int, stage: int) -> list[ParamMapping]:
+def _layer(shape: ModelShape, layer: int, local: int, stage: int, expert_ranks: int) -> list[ParamMapping]:
     theirs, ours = f"model.layers.{layer}", f"decoder.layers.{local}"
-    hidden, dim, ffn = shape.hidden, shape.head_dim, shape.ffn
+    hidden, dim = shape.hidden, shape.head_dim
     queries, keys = shape.queries, shape.keys
     return [
         ParamMapping(
@@ -78,19 +87,10 @@ def _layer(shape: ModelShape, layer: int, local: int, stage: int) -> list[ParamM
             ShardedDim1(queries),
             stage,
         ),
-        ParamMapping(
-            f"{ours}.mlp.linear_fc1.weight",
-            tuple(f"{theirs}.mlp.{name}_proj.weight" for name in ("gate", "up")),
-            ((ffn, hidden), (ffn, hidden)),
-            ShardedGateUp(ffn),
-            stage,
-        ),
-        ParamMapping(
-            f"{ours}.mlp.linear_fc2.weight",
-            (f"{theirs}.mlp.down_proj.weight",),
-            ((hidden, ffn),),
-            ShardedDim1(ffn),
-            stage,
+        *(
+            _gated(f"{ours}.mlp", f"{theirs}.mlp", hidden, shape.ffn, stage)
+            if shape.experts is None
+            else _mixture(f"{ours}.mlp", f"{theirs}.mlp", hidden, shape.experts, stage, expert_ranks)
         ),
         *(
             ParamMapping(
@@ -103,3 +103,29 @@ def _layer(shape: ModelShape, layer: int, local: int, stage: int) -> list[ParamM
             for norm in NORMS[shape.family.name](shape)
         ),
     ]
+
+
+def _gated(
+    ours: str, theirs: str, hidden: int, ffn: int, stage: int, expert_rank: int | None = None
+) -> list[ParamMapping]:
+    """A gated feed-forward part, or an expert."""
+    gate_up = tuple(f"{theirs}.{name}_proj.weight" for name in ("gate", "up"))
+    wide, narrow, down = (ffn, hidden), (hidden, ffn), (f"{theirs}.down_proj.weight",)
+    return [
+        ParamMapping(f"{ours}.linear_fc1.weight", gate_up, (wide, wide), ShardedGateUp(ffn), stage, expert_rank),
+        ParamMapping(f"{ours}.linear_fc2.weight", down, (narrow,), ShardedDim1(ffn), stage, expert_rank),
+    ]
+
+
+def _mixture(
+    ours: str, theirs: str, hidden: int, experts: Experts, stage: int, expert_ranks: int
+) -> list[ParamMapping]:
+    """A router and its experts."""
+    router = ((experts.count, hidden),)
+    mappings = [ParamMapping(f"{ours}.router.weight", (f"{theirs}.gate.weight",), router, Replicated(), stage)]
+    of_rank = experts.count // expert_ranks
+    for expert in range(experts.count):
+        rank, local = divmod(expert, of_rank)
+        names = f"{ours}.experts.{local}", f"{theirs}.experts.{expert}"
+        mappings += _gated(*names, hidden, experts.ffn, stage, rank)
+    return mappings

@@ -85,7 +85,10 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
         "max_consecutive_nonfinite_steps": _ONE_TO_COUNT,
         "hang_minutes": _above(0, 2 * YEAR / 60),  # longer than any wait
     },
-    schema.ModelConfig: {"num_bf16_layers_at_ends": _UP_TO_COUNT},
+    schema.ModelConfig: {
+        "num_bf16_layers_at_ends": _UP_TO_COUNT,
+        "router_aux_loss_coef": _from(0, 1000),
+    },
     schema.ParallelConfig: {
         "tensor": _RANKS,
         "pipeline": _RANKS,
@@ -93,6 +96,8 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
         "num_layers_in_last_pipeline_stage": _ONE_TO_COUNT,
         "virtual_pipeline": _ONE_TO_COUNT,
         "context": _RANKS,
+        "expert": _RANKS,
+        "expert_tensor": _RANKS,
         "world_size": _RANKS,
         "micro_batch_tokens": _ONE_TO_TOKENS,
         "bucket_mb": _ONE_TO_COUNT,
@@ -105,6 +110,8 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
         "num_layers_in_last_pipeline_stage": _ONE_TO_COUNT,
         "virtual_pipeline": _ONE_TO_COUNT,
         "context": _RANKS,
+        "expert": _RANKS,
+        "expert_tensor": _RANKS,
     },
     schema.DatasetConfig: {"limit": _from(1, 10_000_000_000)},
     schema.RolloutConfig: {
