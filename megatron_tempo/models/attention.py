@@ -16,6 +16,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from megatron_tempo.models.context import gather_tokens
 from megatron_tempo.models.grid import Grid, from_grid, to_grid
+from megatron_tempo.models.megatron_compat.versions import config_of_attention
 from megatron_tempo.models.packing import Packing
 from megatron_tempo.models.rotary import rotate
 
@@ -36,7 +37,7 @@ class RotatedAttention(SelfAttention):
         **groups: Any,
     ) -> None:
         """`rope`: the index of this layer's rotary embedding in `ModelShape.ropes`."""
-        super().__init__(config, submodules, layer_number, attn_mask_type, **groups)
+        super().__init__(config_of_attention(config, submodules), submodules, layer_number, attn_mask_type, **groups)
         self.rope = rope
         self._factors: Tensor | None = None  # of the pass that runs, if this class rotates
 

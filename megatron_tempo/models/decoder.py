@@ -15,12 +15,12 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_tempo.config.model_shape import LayerAttention, ModelShape
 from megatron_tempo.models.attention import PackedAttention, RotatedAttention
+from megatron_tempo.models.megatron_compat.versions import mlp_spec
 from megatron_tempo.models.norms import NormedRowParallelLinear, RMSNorm
 from megatron_tempo.models.swiglu import SwiGLU
 
@@ -84,7 +84,7 @@ def layer_of(parts: Parts, shape: ModelShape, attention: LayerAttention, norms: 
             self_attention=ModuleSpec(RotatedAttention, rotated, inner),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=parts.norm,
-            mlp=ModuleSpec(MLP, submodules=MLPSubmodules(parts.column, parts.swiglu, parts.row)),
+            mlp=mlp_spec(linear_fc1=parts.column, activation_func=parts.swiglu, linear_fc2=parts.row),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=NORMS_WITHIN,
         ),

@@ -10,18 +10,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from megatron_tempo.models.megatron_compat.versions import Operation
 
-class SwiGLU:
+
+class SwiGLU(Operation):
     """Both halves of the first product [..., 2 f] -> silu(first) * second [..., f].
 
     Megatron's own operations add an offset of 0 to the second half and keep three tensors of f numbers a token more.
-    Not a module: it has no parameters, and Megatron would ask it for its part of a checkpoint.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
-        pass
+        super().__init__()
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         out: Tensor = _SwiGLU.apply(x)
         return out
 

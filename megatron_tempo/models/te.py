@@ -28,6 +28,7 @@ from megatron_tempo.config.model_shape import LayerAttention, ModelShape
 from megatron_tempo.models.attention import PackedAttention
 from megatron_tempo.models.decoder import Norms, Parts, layer_of
 from megatron_tempo.models.megatron_compat.transformer_engine import refuse_unfused_attention
+from megatron_tempo.models.megatron_compat.versions import Operation
 from megatron_tempo.models.norms import PostNorm
 from megatron_tempo.models.packing import Packing
 
@@ -112,17 +113,15 @@ class PackedTEAttention(TEDotProductAttention):
         return out.reshape(query.shape[0], 1, -1)
 
 
-class TESwiGLU:
-    """Transformer Engine's operation: both halves of the first product [..., 2 f] -> silu(first) * second [..., f].
-
-    Not a module: it has no parameters, and Megatron would ask it for its part of a checkpoint.
-    """
+class TESwiGLU(Operation):
+    """Transformer Engine's operation: both halves of the first product [..., 2 f] -> silu(first) * second [..., f]."""
 
     def __init__(self, config: TransformerConfig) -> None:
-        self._operation = TEActivationOp(config)
+        super().__init__()
+        self._hidden = (TEActivationOp(config),)  # in a tuple: as a submodule it would have a state, which is none
 
-    def __call__(self, x: Tensor) -> Tensor:
-        out: Tensor = self._operation(x)
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self._hidden[0](x)
         return out
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from megatron_tempo.config.choices import EnginePrecision
 from megatron_tempo.config.schema import ServersConfig
@@ -38,10 +40,13 @@ def _pinned(file: str, project: str) -> str:
     return version
 
 
-def _dependency(project: str) -> str:
+def _dependencies(project: str) -> list[str]:
+    """The project's versions in pyproject.toml, the oldest first: one, or one for each range of Python's versions."""
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    [version] = [d.removeprefix(f"{project}==") for d in dependencies if d.startswith(f"{project}==")]
-    return version
+    of_project = [one for one in map(Requirement, dependencies) if one.name == project]
+    for python in ("3.11", "3.12", "3.13"):
+        assert sum(not one.marker or one.marker.evaluate({"python_version": python}) for one in of_project) == 1
+    return sorted((str(one.specifier).removeprefix("==") for one in of_project), key=Version)
 
 
 def _row(project: str) -> list[str]:
@@ -66,8 +71,8 @@ def test_engines_are_those_that_the_tests_run() -> None:
 
 
 def test_the_page_has_the_versions_of_the_dockerfile() -> None:
-    assert _row("Megatron-Core")[0] == _dependency("megatron-core")
-    assert _row("torch, CPU")[0] == _dependency("torch")
+    assert re.findall(r"\d+\.\d+\.\d+", _row("Megatron-Core")[0]) == _dependencies("megatron-core")
+    assert [_row("torch, CPU")[0]] == _dependencies("torch")
     assert _row("NVIDIA's PyTorch image")[0] == _argument("TRAINER_IMAGE").partition(":")[2]
     assert _row("torch, GPU")[0] == _argument("TORCH")
     assert _row("Transformer Engine")[0] == _argument("TRANSFORMER_ENGINE")
@@ -76,10 +81,12 @@ def test_the_page_has_the_versions_of_the_dockerfile() -> None:
 
 
 def test_transformer_engine_is_in_the_range_of_megatron_core(check_versions: ModuleType) -> None:
-    requirements = requires("megatron-core")
     version = _argument("TRANSFORMER_ENGINE")
+    # Megatron-Core 0.19.2 declares Transformer Engine without a range.
+    requirements = requires("megatron-core")
     assert check_versions.range_problems("transformer-engine", f"{version}.0+c188b533", requirements) == []
-    [problem] = check_versions.range_problems("transformer-engine", "2.12.0", requirements)
+    declared = ["transformer-engine[core_cu13,pytorch]<2.12.0,>=2.9.0a0; extra == 'dev'"]  # of 0.16.1
+    [problem] = check_versions.range_problems("transformer-engine", "2.12.0", declared)
     assert "2.12.0" in problem
     assert check_versions.range_problems("transformer-engine", version, ["numpy>=1"]) != []
 
@@ -111,7 +118,7 @@ def test_requirements_are_split_at_torch() -> None:
 
     everything = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     only, without = printed("--only", "torch"), printed("--without", "torch")
-    assert only == [f"torch=={_dependency('torch')}"]
+    assert only == [f"torch=={version}" for version in _dependencies("torch")]
     assert sorted(only + without) == sorted(everything)
 
 

@@ -1,5 +1,6 @@
 """All uses of private names of Megatron-Core and torch, and all workarounds for faults in them.
 
+    versions.py            what differs between the versions of Megatron-Core
     optimizer.py           the distributed optimizer's groups, Adam state and who has what of it
     cpu_backend.py         Megatron-Core's CUDA calls on a machine without CUDA
     gloo_devices.py        one gloo device for all process groups of a rank, and one worker thread for each
@@ -9,7 +10,7 @@
 
 Each function states the version that it is for, where the cause is in that version's source, and what breaks without
 it.
-After an upgrade of Megatron-Core (0.16.1) or torch (2.10 to 2.13), check these files first. Paths are below
+After an upgrade of Megatron-Core (0.16.1 and 0.19.2) or torch (2.10 to 2.13), check these files first. Paths are below
 `megatron/core/` or `torch/`. `rollout/vllm_worker.py` has its own copy of the calls that it needs: it runs in vLLM's
 environment, without this package.
 """

@@ -1,0 +1,57 @@
+"""What differs between the two versions of Megatron-Core: 0.16.1, for Python 3.11, and 0.19.2, for later ones.
+
+The functions here work with both. What each of them says of a version is all that depends on it: when 0.16.1 goes, what
+it needs is removed here.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from functools import partial
+from typing import Any
+
+from megatron.core import package_info
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+IS_0_16 = (package_info.MAJOR, package_info.MINOR) < (0, 17)
+
+
+def mlp_spec(*, linear_fc1: Any, activation_func: Any, linear_fc2: Any) -> Any:
+    """The spec of an MLP of these modules in a decoder layer.
+
+    The order of the fields of `MLPSubmodules` (transformer/mlp.py) depends on the version. 0.19 takes a `ModuleSpec` of
+    an MLP, but warns at each layer (transformer/transformer_layer.py, `TransformerLayer`). 0.16 has no
+    `as_mlp_submodule`.
+    """
+    parts = MLPSubmodules(linear_fc1=linear_fc1, activation_func=activation_func, linear_fc2=linear_fc2)
+    return ModuleSpec(MLP, submodules=parts) if IS_0_16 else partial(MLP.as_mlp_submodule, submodules=parts)
+
+
+class Operation(nn.Module):
+    """An operation without parameters, which a subclass computes in `forward`, as Megatron's MLP takes it.
+
+    0.19 (transformer/mlp.py, `apply_module`) refuses what is not a module. 0.16 (transformer/mlp.py,
+    `sharded_state_dict`) asks each module of an MLP for its part of a checkpoint by Megatron's method.
+    """
+
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        return {}
+
+
+def config_of_attention(config: TransformerConfig, submodules: SelfAttentionSubmodules) -> TransformerConfig:
+    """The config for an attention of these modules: `config`, or a copy for 0.19 if the model's must stay without
+    `qk_layernorm`.
+
+    0.19 (transformer/attention.py, `SelfAttention`) refuses norms of queries and keys without it. Both versions
+    (distributed/finalize_model_grads.py) read it in the model's config, and sum the gradients of these norms over the
+    tensor ranks if it is set. That is wrong for norms that are sharded over these ranks.
+    """
+    if IS_0_16 or config.qk_layernorm or submodules.q_layernorm is None:
+        return config
+    own = copy(config)
+    own.qk_layernorm = True
+    return own
