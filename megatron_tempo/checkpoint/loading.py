@@ -65,9 +65,15 @@ def _loaded(model: TrainedModel, folder: Path, *, with_optimizer: bool) -> dict[
     try:
         return dist_checkpointing.load(_wanted(model, with_optimizer=with_optimizer), str(folder))
     except (CheckpointException, Exception) as error:
-        if (fault := _io_fault(error)) is None:
+        fault = _lost(folder / "common.pt") or _io_fault(error)
+        if fault is None:
             raise
         raise cannot_read(folder.parent, fault) from error
+
+
+def _lost(file: Path) -> str | None:
+    """Megatron-Core 0.19 takes the absence of common.pt for a format of its own, and misses another key."""
+    return None if file.exists() else f"{file}: No such file or directory"
 
 
 def gathered_form() -> dict[str, Any]:

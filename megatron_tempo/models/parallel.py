@@ -25,6 +25,7 @@ from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.megatron_compat.gloo_devices import shared_gloo_devices
 from megatron_tempo.models.megatron_compat.group_globals import read_group_globals, write_group_globals
+from megatron_tempo.models.megatron_compat.versions import quiet_deprecations
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # default
 
@@ -152,6 +153,7 @@ def parallel_groups(
 
     On CUDA, gloo still sends CPU tensors, so rollouts do not use the GPUs' links.
     """
+    quiet_deprecations()
     with shared_gloo_devices():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         join(backend, timeout)

@@ -8,6 +8,7 @@ import json
 import shutil
 import unittest.mock
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,7 @@ def test_eval_keeps_responses_and_results(run: Path, tmp_path: Path) -> None:
     file = run.parent / "project/unlabelled.jsonl"
     assert result["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     (start,) = read(out / "starts.jsonl")
-    assert (start["processes"], start["versions"]["torch"]) == (2, torch.__version__)
+    assert (start["processes"], start["versions"]["torch"]) == (2, metadata.version("torch"))
     assert result["seen"] == read_evaluations(run)[-1]["seen"] == {"with_answers": 0, "without_answers": 8}
     assert {r["step"] for r in read(run / "seen.jsonl") if r["labels"]} == {1}
     assert read_evaluations(run)[0]["seen"] == {"with_answers": 0, "without_answers": 0}, "before training"

@@ -6,6 +6,7 @@ it needs is removed here.
 
 from __future__ import annotations
 
+import logging
 from copy import copy
 from functools import partial
 from typing import Any
@@ -55,3 +56,25 @@ def config_of_attention(config: TransformerConfig, submodules: SelfAttentionSubm
     own = copy(config)
     own.qk_layernorm = True
     return own
+
+
+def quiet_deprecations() -> None:
+    """Keep Megatron-Core's advice to its own developers out of the user's console. A second call does nothing.
+
+    0.19 warns at each start: of `GPTModel` (models/gpt/gpt_model.py), which it keeps, of gradient buffers whose layout
+    it computes itself (distributed/distributed_data_parallel.py), and of common.pt, which our checkpoints have for 0.16
+    (dist_checkpointing/strategies/common.py). A user can do nothing about them.
+    """
+    for module, _ in _DEVELOPERS_ADVICE:
+        logging.getLogger(f"megatron.core.{module}").addFilter(_is_for_users)
+
+
+_DEVELOPERS_ADVICE = (
+    ("models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    ("distributed.distributed_data_parallel", "DistributedDataParallel: full_param_layout not provided"),
+    ("dist_checkpointing.strategies.common", "load_common is deprecated"),
+)
+
+
+def _is_for_users(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(tuple(text for _, text in _DEVELOPERS_ADVICE))

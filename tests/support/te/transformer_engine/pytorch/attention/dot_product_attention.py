@@ -78,9 +78,11 @@ class DotProductAttention(TransformerEngineBaseModule):
         max_seqlen_q: int | None = None,
         max_seqlen_kv: int | None = None,
         attn_mask_type: str | None = None,
+        pad_between_seqs: bool | None = None,
     ) -> Tensor:
         """[t, heads, d], [t, groups, d] twice -> [t, heads * d]."""
         assert (qkv_format, attn_mask_type, attention_mask) == ("thd", "padding_causal", None)
+        assert pad_between_seqs is None, "it follows from the padded lengths"
         assert cu_seqlens_q_padded is None
         assert cu_seqlens_kv_padded is None
         assert cu_seqlens_q is not None
