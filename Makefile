@@ -8,11 +8,23 @@ WORDS_PATHS := megatron_tempo docs README.md CONTRIBUTING.md CHANGELOG.md docker
 
 # Tests run on as many workers as there are cores, a file at a time, in the order of the folders: the long files first.
 WORKERS ?= logical
-PYTEST = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(BIN)/python -m pytest \
+PYTEST = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(1)/python -m pytest \
 	--numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart help test test-quick test-slow test-engines test-slurm test-gpu test-rehearsal gpu-check engines \
-	plan-tables configuration-page study bench-trl docker-cpu fuzz lint clean
+.PHONY: quickstart help test test-quick test-slow test-other-python test-engines test-slurm test-gpu test-rehearsal \
+	gpu-check engines plan-tables configuration-page study bench-trl docker-cpu fuzz lint clean
+
+# An environment keeps the Python that it was made with.
+ifeq ($(origin PYTHON),command line)
+ifneq ($(filter quickstart lint test test-quick test-slow,$(MAKECMDGOALS)),)
+VERSION_OF = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+ifneq ($(wildcard .venv/bin/python),)
+ifneq ($(call VERSION_OF,$(PYTHON)),$(call VERSION_OF,$(BIN)/python))
+$(error .venv has Python $(call VERSION_OF,$(BIN)/python), not $(PYTHON): remove .venv, or leave PYTHON out)
+endif
+endif
+endif
+endif
 
 quickstart: .venv/installed  ## install into .venv, train a small model, evaluate, write a report
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) \
@@ -23,13 +35,18 @@ help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 test: .venv/installed-test  ## all fast tests that need no GPU, engine or SLURM: 7 minutes on two cores
-	$(PYTEST) -m "not slow and not gpu and not engine and not slurm and not nullgpu" $(ARGS)
+	$(call PYTEST,$(BIN)) -m "not slow and not gpu and not engine and not slurm and not nullgpu" $(ARGS)
 
 test-quick: .venv/installed-test  ## the unit tests that take less than two seconds each
-	$(PYTEST) -m "not long and not slow and not gpu and not nullgpu" tests/unit $(ARGS)
+	$(call PYTEST,$(BIN)) -m "not long and not slow and not gpu and not nullgpu" tests/unit $(ARGS)
 
 test-slow: .venv/installed-test  ## the tests that take more than half a minute
-	$(PYTEST) -m "slow and not gpu and not nullgpu" $(ARGS)
+	$(call PYTEST,$(BIN)) -m "slow and not gpu and not nullgpu" $(ARGS)
+
+# Megatron-Core's version depends on Python's (docs/install.md): .venv-other has the one that .venv has not.
+OTHER_TESTS := $(addprefix tests/distributed/test_,parity.py layouts.py checkpoint.py optimizer_files.py update.py ddp.py)
+test-other-python: .venv-other/installed  ## models, layouts, checkpoints, steps: on the other Megatron-Core
+	$(call PYTEST,.venv-other/bin) -m "not slow and not gpu and not nullgpu" $(OTHER_TESTS) $(ARGS)
 
 # One test at a time: a server that waits for a core looks like one that hangs.
 test-engines: .venv/installed-test engines  ## real SGLang and vLLM servers, on a CPU
@@ -85,6 +102,11 @@ lint: .venv/installed-test  ## ruff, mypy, shellcheck, hadolint and the word lis
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@ .venv/installed
 
+.venv-other/installed: pyproject.toml | .venv
+	python=$$($(BIN)/python tools/other_python.py) && $$python -m venv .venv-other
+	.venv-other/bin/pip install --quiet --editable '.[test]'
+	touch $@
+
 .venv-sglang/installed: tests/engines/sglang-cpu.txt tests/engines/sglang-cpu-alone.txt tests/engines/sglang_cpu.py
 	$(PYTHON) -m venv .venv-sglang
 	.venv-sglang/bin/pip install --quiet -r tests/engines/sglang-cpu.txt
@@ -137,4 +159,4 @@ TE := 2.11.0
 	$(PYTHON) -m venv .venv || { rm -rf .venv; echo 'no venv module: apt-get install python3-venv (Debian, Ubuntu)'; exit 1; }
 
 clean:  ## remove the environments and what a build left
-	rm -rf .venv .venv-cuda .venv-sglang .venv-trl .venv-vllm build *.egg-info
+	rm -rf .venv .venv-cuda .venv-other .venv-sglang .venv-trl .venv-vllm build *.egg-info
