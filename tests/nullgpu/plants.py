@@ -34,7 +34,7 @@ def cpu_tensor_in_nccl_group() -> None:
             group = dist.new_group(backend="nccl")
             dist.broadcast(torch.zeros(4), src=0, group=group)
 
-    Trainer.sync_engine = sync
+    Trainer.load_engine = sync
 
 
 def wrong_type() -> None:

@@ -53,6 +53,7 @@ class Installed:
             str(python),
             "install",
             "--quiet",
+            "--force-reinstall",  # a checkout on PYTHONPATH looks like an installation
             "--no-deps",
             "--no-index",
         ]

@@ -13,8 +13,10 @@ import megatron.core
 import pytest
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
+from torch.utils import cpp_extension
 
 from megatron_tempo.models.megatron_compat import versions
+from megatron_tempo.models.megatron_compat.torch_private import hide_missing_cuda
 
 
 def test_the_version_is_the_one_of_this_python() -> None:
@@ -44,3 +46,13 @@ def test_advice_to_developers_is_not_shown(caplog: pytest.LogCaptureFixture) -> 
             source = Path(megatron.core.__path__[0], *module.split(".")).with_suffix(".py").read_text()
             assert text in source, "the installed version says it in other words"
     assert caplog.messages == [f"something else about {module}" for module, _ in versions._DEVELOPERS_ADVICE]
+
+
+def test_a_cpu_with_cudas_compiler_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    hide_missing_cuda()
+    hide_missing_cuda()
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local")
+    logger.warning("another matter")
+    assert caplog.messages == ["another matter"]
+    assert '"No CUDA runtime is found, using' in Path(cpp_extension.__file__).read_text()

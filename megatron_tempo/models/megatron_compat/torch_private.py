@@ -5,6 +5,7 @@ This file imports torch only, so that the rollout engines can use it without Meg
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +21,19 @@ from torch.distributed.distributed_c10d import GroupName, _abort_process_group, 
 
 # Where a user gives the allocator's settings. torch reads them when CUDA starts.
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+def hide_missing_cuda() -> None:
+    """Keep torch from telling each command that a machine with CUDA's compiler has no GPU. Call it before the import of
+    Megatron-Core, which 0.19.2 imports torch.utils.cpp_extension with. A second call does nothing.
+
+    torch 2.10 to 2.13 (utils/cpp_extension.py, `_find_cuda_home`): a build for CUDA, on a CPU.
+    """
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_is_of_another_matter)
+
+
+def _is_of_another_matter(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("No CUDA runtime is found")
 
 
 def join_separate_group(

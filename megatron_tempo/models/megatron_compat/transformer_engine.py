@@ -13,6 +13,7 @@ from importlib import metadata
 import torch
 
 from megatron_tempo.errors import InputError
+from megatron_tempo.models.megatron_compat.torch_private import hide_missing_cuda
 
 _PARTS = ("transformer-engine", "transformer-engine-cu12", "transformer-engine-cu13", "transformer-engine-torch")
 # What Megatron-Core 0.16.1 imports of TE when it is imported itself.
@@ -29,6 +30,7 @@ def check_import() -> None:
     sees a traceback from the middle of Megatron's import. And after an ImportError, some of these files use TE and
     others do not.
     """
+    hide_missing_cuda()
     if importlib.util.find_spec("transformer_engine") is None:
         return
     try:
