@@ -19,12 +19,17 @@ from megatron_tempo.types import Batch, picked
 
 WORDS = [*map(str, range(50)), *"+-*=>:yrn$?", "<pad>", "a", "b", "c", "d", "e"]
 VOCAB = len(WORDS)
-CONFIGS = {"qwen3": transformers.Qwen3Config, "olmo3": transformers.Olmo3Config}
+CONFIGS = {
+    "qwen3": transformers.Qwen3Config,
+    "olmo3": transformers.Olmo3Config,
+    "qwen3_moe": transformers.Qwen3MoeConfig,
+}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 POSITIONS = 256
 WINDOW, TRAINED = 5, 16  # tokens, of the OLMo3; rows are longer, so that windows and YaRN have an effect
+EXPERTS, PER_TOKEN, EXPERT_FFN = 8, 2, 24  # of the Qwen3-MoE
 
 
 class Olmo3ForTokenClassification(GenericForTokenClassification, Olmo3PreTrainedModel):
@@ -48,8 +53,12 @@ def write_model(
     head_dim: int = 12,
     hidden: int = 32,
     std: float = 0.2,
+    normalized: bool = True,
 ) -> Path:
-    """Write a folder with random weights, large enough for every weight to matter, and a tokenizer of words."""
+    """Write a folder with random weights, large enough for every weight to matter, and a tokenizer of words.
+
+    `normalized`: `norm_topk_prob` of a Qwen3-MoE.
+    """
     torch.manual_seed(seed)
     config = CONFIGS[family](
         vocab_size=VOCAB,
@@ -61,7 +70,7 @@ def write_model(
         intermediate_size=ffn,
         max_position_embeddings=POSITIONS,
         tie_word_embeddings=tied,
-        **(_olmo3(layers) if family == "olmo3" else {"rope_parameters": ROPE}),
+        **_of_family(family, layers, normalized=normalized),
     )
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -77,6 +86,15 @@ def write_model(
         tokenizer_object=tokenizer, eos_token="$", pad_token="<pad>", unk_token="?"
     ).save_pretrained(folder)
     return folder
+
+
+def _of_family(family: str, layers: int, *, normalized: bool) -> dict[str, Any]:
+    """What the config of this family has besides sizes."""
+    if family == "olmo3":
+        return _olmo3(layers)
+    experts = {"num_experts": EXPERTS, "num_experts_per_tok": PER_TOKEN, "moe_intermediate_size": EXPERT_FFN}
+    plain = {"rope_parameters": ROPE}
+    return plain | experts | {"norm_topk_prob": normalized} if family == "qwen3_moe" else plain
 
 
 def _olmo3(layers: int) -> dict[str, Any]:

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import operator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tempo.config.model_shape import FAMILIES, FULL, SLIDING, ModelShape, model_shape, read_model_shape
+from megatron_tempo.config.model_shape import (
+    FAMILIES,
+    FULL,
+    SLIDING,
+    Experts,
+    ModelShape,
+    model_shape,
+    read_model_shape,
+)
 from megatron_tempo.errors import InputError
+from tests.support.tiny import CONFIGS
 
 QWEN3: dict[str, Any] = {
     "model_type": "qwen3",
@@ -25,15 +35,16 @@ QWEN3: dict[str, Any] = {
     "max_position_embeddings": 512,
 }
 OLMO3 = QWEN3 | {"model_type": "olmo3"}
+MOE = QWEN3 | {"model_type": "qwen3_moe"}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 
 
 def of_transformers(entries: dict[str, Any]) -> dict[str, Any]:
     """Sizes and attention by transformers' configuration class."""
-    kind = {"qwen3": transformers.Qwen3Config, "olmo3": transformers.Olmo3Config}[entries["model_type"]]
+    kind = CONFIGS[entries["model_type"]]
     config = kind.from_dict(json.loads(json.dumps(entries)))
     attention = []
-    for layer_kind in config.layer_types:
+    for layer_kind in getattr(config, "layer_types", [FULL] * config.num_hidden_layers):
         rope = config.rope_parameters
         rope = rope.get(layer_kind, rope)
         yarn = None
@@ -52,6 +63,11 @@ def of_transformers(entries: dict[str, Any]) -> dict[str, Any]:
         "tied": config.tie_word_embeddings,
         "norm_eps": config.rms_norm_eps,
         "attention": attention,
+        "experts": Experts(
+            config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size, config.norm_topk_prob
+        )
+        if entries["model_type"] == "qwen3_moe"
+        else None,
     }
 
 
@@ -94,7 +110,20 @@ def entries() -> st.SearchStrategy[dict[str, Any]]:
         | {"rope_parameters": nested, "layer_types": kinds, "sliding_window": st.integers(1, 64)}
         | {"rope_scaling": st.sampled_from([None, YARN])},
     )
-    return st.tuples(st.one_of(qwen3.map(lambda one: QWEN3 | one), olmo3.map(lambda one: OLMO3 | one)), without).map(
+    experts = {
+        "num_experts": st.integers(8, 16),
+        "num_experts_per_tok": st.integers(1, 8),
+        "moe_intermediate_size": st.integers(1, 99),
+        "norm_topk_prob": st.booleans(),
+        "decoder_sparse_step": st.just(1),
+        "mlp_only_layers": st.just([]),
+        "router_aux_loss_coef": st.just(0.001),
+    }
+    heads = {"num_key_value_heads": st.sampled_from([1, 2, 4])}  # this class of transformers refuses None
+    moe = st.fixed_dictionaries({}, optional=optional | experts | heads | {"rope_parameters": rope})
+    families = [(QWEN3, qwen3), (OLMO3, olmo3), (MOE, moe)]
+    kinds_of_models = st.one_of([changes.map(partial(operator.or_, base)) for base, changes in families])
+    return st.tuples(kinds_of_models, without).map(
         lambda pair: {name: value for name, value in pair[0].items() if name != pair[1]}
     )
 
@@ -114,7 +143,7 @@ def test_sizes_that_are_left_out_are_transformers_own() -> None:
 @pytest.mark.parametrize(
     ("changes", "wrong"),
     [
-        ({"model_type": "llama"}, 'model_type is "llama"; supported: olmo3, qwen3'),
+        ({"model_type": "llama"}, 'model_type is "llama"; supported: olmo3, qwen3, qwen3_moe'),
         ({"model_type": None}, "model_type is null"),
         ({"hidden_size": "64"}, "no whole number from 1 to 2,147,483,647 under hidden_size"),
         ({"hidden_size": True, "vocab_size": 0}, "under hidden_size, vocab_size"),
@@ -134,6 +163,14 @@ def test_sizes_that_are_left_out_are_transformers_own() -> None:
         ({"layer_types": [FULL] * 3}, "layer_types names 3 layers, num_hidden_layers=5"),
         ({"layer_types": [FULL] * 4 + [SLIDING]}, 'layer_types="sliding_attention" is not supported'),
         ({"layer_types": "full_attention"}, "must be a list"),
+        (
+            {"model_type": "qwen3_moe", "num_experts": 4},
+            "num_experts_per_tok=8 must be at most num_experts=4",
+        ),
+        ({"model_type": "qwen3_moe", "num_local_experts": 0}, "under num_experts"),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, "mlp_only_layers=[0] is not supported"),
+        ({"model_type": "qwen3_moe", "norm_topk_prob": 1}, "norm_topk_prob=1 must be true or false"),
     ],
 )
 def test_what_cannot_be_is_named(changes: dict[str, Any], wrong: str) -> None:
