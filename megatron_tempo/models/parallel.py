@@ -54,7 +54,11 @@ class Groups:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """This rank's position in a layout. Ranks that differ only in `data_rank` and `context_rank` hold the same weights.
+    """This rank's position in a layout.
+
+    Ranks that differ only in `data_rank` and `context_rank` hold the same weights, but for a mixture's experts. Those
+    have a layout of their own over the ranks of a pipeline stage: ranks that differ only in `expert_data_rank` hold the
+    same experts. In both layouts the tensor rank counts fastest, and the ranks of a stage are consecutive.
 
     >>> Layout(rank=1, world_size=4, tensor_rank=1, tensor=2, pipeline_rank=0, pipeline=2, data_rank=0, data=1,
     ...        context_rank=0, context=1, sequence_parallel=False)
@@ -74,6 +78,12 @@ class Layout:
     first_stage_layers: int | None = None  # as in `PipelineLayers`
     last_stage_layers: int | None = None
     virtual_pipeline: int = 1
+    expert_rank: int = 0  # which of a layer's experts this rank has
+    expert: int = 1
+    expert_tensor_rank: int = 0  # and which part of their matrices
+    expert_tensor: int = 1
+    expert_data_rank: int = 0
+    expert_data: int = 1
     groups: Groups = field(default_factory=lambda: Groups({}), repr=False, compare=False)  # empty: the current groups
 
     @property
@@ -100,14 +110,24 @@ class Layout:
         return self.data_rank == 0 and self.context_rank == 0
 
     @property
+    def is_first_expert_copy(self) -> bool:
+        """Whether this is the first of the ranks that hold the same experts."""
+        return self.expert_data_rank == 0
+
+    @property
     def copies(self) -> int:
-        """Groups of ranks that hold the whole model."""
+        """Groups of ranks that hold the whole model, but for a mixture's experts."""
         return self.data * self.context
 
     @property
     def copy(self) -> int:
         """The number of this rank's copy of the model."""
         return self.data_rank * self.context + self.context_rank
+
+    @property
+    def rank_in_stage(self) -> int:
+        """This rank's number among those of its pipeline stage."""
+        return self.copy * self.tensor + self.tensor_rank
 
     @property
     def is_reporter(self) -> bool:
@@ -173,19 +193,29 @@ def parallel_groups(
 def initialize_model_parallel(config: ParallelConfig, seed: int, timeout: timedelta) -> Layout:
     """Create Megatron's groups. The default process group is initialised already.
 
-    Raises InputError if the number of processes is not a multiple of tensor * pipeline * context.
+    Raises InputError if the number of processes is not a multiple of tensor * pipeline * context, and of
+    expert_tensor * expert * pipeline.
     """
     world = dist.get_world_size()
+    expert_tensor = config.tensor if config.expert_tensor is None else config.expert_tensor
     if world % config.ranks_of_a_replica:
         raise InputError(
             f"{world} processes are not a multiple of parallel.tensor={config.tensor} * pipeline={config.pipeline} * "
             f"context={config.context}: launch a multiple of {config.ranks_of_a_replica}"
+        )
+    of_experts = expert_tensor * config.expert * config.pipeline
+    if world % of_experts:
+        raise InputError(
+            f"{world} processes are not a multiple of parallel.expert_tensor={expert_tensor} * expert={config.expert} "
+            f"* pipeline={config.pipeline}: launch a multiple of {of_experts}"
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
         context_parallel_size=config.context,
+        expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=expert_tensor,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
     )
@@ -205,6 +235,12 @@ def initialize_model_parallel(config: ParallelConfig, seed: int, timeout: timede
         first_stage_layers=config.num_layers_in_first_pipeline_stage,
         last_stage_layers=config.num_layers_in_last_pipeline_stage,
         virtual_pipeline=config.virtual_pipeline,
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert=config.expert,
+        expert_tensor_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        expert_tensor=expert_tensor,
+        expert_data_rank=parallel_state.get_expert_data_parallel_rank(),
+        expert_data=parallel_state.get_expert_data_parallel_world_size(),
         groups=Groups.read(),
     )
 
