@@ -98,8 +98,13 @@ class WrappedChunks:
 
     @property
     def buffers(self) -> Iterator[Any]:
-        """The gradient buffers of all chunks."""
+        """The gradient buffers of all chunks, except the experts'."""
         return (buffer for chunk in self.chunks for buffer in chunk.buffers)
+
+    @property
+    def expert_parallel_buffers(self) -> Iterator[Any]:
+        """The gradient buffers of all chunks' experts."""
+        return (buffer for chunk in self.chunks for buffer in chunk.expert_parallel_buffers)
 
     def train(self) -> None:
         """Training mode."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_tempo.config.choices import Layers, Precision, Recompute
-from megatron_tempo.config.model_shape import LayerAttention, ModelShape
+from megatron_tempo.config.model_shape import Experts, LayerAttention, ModelShape
 from megatron_tempo.config.recipes import RECIPES
 from megatron_tempo.models.decoder import Norms, local_layer
 from megatron_tempo.models.fusions import Fused
@@ -36,6 +36,8 @@ class NetworkConfig(TransformerConfig):
     """Megatron's config, and what it has no field for."""
 
     fuses_te_weight_gradients: bool = False  # in Transformer Engine's linear layers alone
+    # A token goes through one expert, whose weight is divided by itself. Megatron takes its probability.
+    normalizes_single_expert: bool = False
 
 
 def transformer_config(
@@ -60,7 +62,7 @@ def transformer_config(
         num_attention_heads=shape.heads,
         num_query_groups=shape.groups,
         kv_channels=shape.head_dim,
-        ffn_hidden_size=shape.ffn,
+        ffn_hidden_size=shape.ffn if shape.experts is None else shape.experts.ffn,
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_eps,
         # If True, Megatron sums the gradients of these norms over the tensor ranks. That is wrong for sharded norms.
@@ -92,7 +94,8 @@ def transformer_config(
         sequence_parallel=layout.sequence_parallel,
         # Micro-batches have different lengths, so pipeline stages must send the shapes too.
         variable_seq_lengths=layout.pipeline > 1,
-        moe_token_dispatcher_type="alltoall",  # unused, but Megatron refuses the default with variable lengths
+        moe_token_dispatcher_type="alltoall",  # Megatron refuses the default with variable lengths
+        **_mixture(shape.experts, layout, layers),
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -127,6 +130,30 @@ def _interleaved(layout: Layout) -> dict[str, Any]:
         return {}
     sizes = {"virtual_pipeline_model_parallel_size": layout.virtual_pipeline}
     return {**sizes, "overlap_p2p_comm": True, "batch_p2p_comm": False}
+
+
+def _mixture(experts: Experts | None, layout: Layout, layers: Layers) -> dict[str, Any]:
+    """Megatron's settings for a mixture of experts. No token is dropped; `Router` has the auxiliary loss.
+
+    The order of softmax and choice differs, the weights of the chosen experts do not: divided by their sum,
+    probabilities are the softmax of the chosen experts' logits.
+    """
+    if experts is None:
+        return {}
+    grouped = layers is Layers.transformer_engine
+    return {
+        "num_moe_experts": experts.count,
+        "moe_ffn_hidden_size": experts.ffn,
+        "moe_router_topk": experts.per_token,
+        "moe_router_pre_softmax": not experts.normalized or experts.per_token == 1,
+        "normalizes_single_expert": experts.normalized and experts.per_token == 1,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": grouped,
+        "moe_permute_fusion": grouped,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.expert_tensor,
+    }
 
 
 def _fp8(precision: Precision, num_bf16_layers_at_ends: int) -> dict[str, Any]:

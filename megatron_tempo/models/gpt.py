@@ -23,7 +23,7 @@ from megatron_tempo.kernels import Kernels
 from megatron_tempo.kernels.linear_logprobs import linear_logprobs_and_entropy
 from megatron_tempo.kernels.truncated import truncate_logits_
 from megatron_tempo.kernels.truncation import Truncation
-from megatron_tempo.models.decoder import NORMS_WITHIN
+from megatron_tempo.models.decoder import canonical_name
 from megatron_tempo.models.families import block_spec, token_multiple
 from megatron_tempo.models.packing import MicroBatch
 from megatron_tempo.models.parallel import Layout
@@ -31,6 +31,7 @@ from megatron_tempo.models.rotary import Rotary
 
 EMBEDDING = "embedding.word_embeddings.weight"
 LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.")
+EXPERT_NAME = re.compile(r"\.experts\.(\d+)\.")
 
 
 class PackedGPT(GPTModel):
@@ -68,6 +69,20 @@ class PackedGPT(GPTModel):
         self.kernels = kernels
         self.token_multiple = token_multiple(config)
         self.attends_on_grid = config.transformer_impl == Layers.local.name
+        self.experts_before = 0  # experts of a layer on the expert ranks before this one
+        if shape.experts is not None:
+            self.experts_before = layout.expert_rank * (shape.experts.count // layout.expert)
+            self._mark_experts()
+
+    def _mark_experts(self) -> None:
+        """Let Megatron reduce the experts' gradients over their own replicas, in buffers of their own.
+
+        Megatron does so only if there are several expert ranks. With one, experts that are cut over fewer ranks than
+        other matrices would see a part of the tokens each, and nobody would sum their gradients.
+        """
+        for name, parameter in self.named_parameters():
+            if ".experts." in name:
+                parameter.allreduce = False  # type: ignore[attr-defined]
 
     @property
     def chunks(self) -> list[PackedGPT]:
@@ -76,15 +91,10 @@ class PackedGPT(GPTModel):
 
     def weights(self) -> dict[str, nn.Parameter]:
         """The parameters, by the names that weight tables and checkpoints use."""
-        weights = {}
-        for name, parameter in self.named_parameters():
-            for ours, theirs in NORMS_WITHIN.items():
-                name = name.replace(ours, theirs)
-            weights[name] = parameter
-        return weights
+        return {canonical_name(name): parameter for name, parameter in self.named_parameters()}
 
     def names_in_checkpoints(self) -> dict[nn.Parameter, str]:
-        """A name for each parameter that does not depend on the layout: the one that it has without pipeline stages.
+        """A name for each parameter that does not depend on the layout: the one that it has on a single rank.
 
         A tied output matrix, which the last of several stages has, has the name of the input embedding.
         """
@@ -93,6 +103,9 @@ class PackedGPT(GPTModel):
             if layer := LAYER_NAME.match(name):
                 number = self.decoder.layers[int(layer[1])].layer_number - 1  # Megatron counts from 1, over all stages
                 name = f"decoder.layers.{number}.{name[layer.end() :]}"
+            if expert := EXPERT_NAME.search(name):
+                number = self.experts_before + int(expert[1])
+                name = f"{name[: expert.start()]}.experts.{number}.{name[expert.end() :]}"
             tied = name == "output_layer.weight" and self.share_embeddings_and_output_weights
             names[parameter] = EMBEDDING if tied else name
         return names

@@ -18,6 +18,7 @@ from megatron_tempo.kernels.rows import Rows
 from megatron_tempo.models.context import ContextShard, Outputs, Piece
 from megatron_tempo.models.grid import Grid, like_lengths
 from megatron_tempo.models.parallel import Layout
+from megatron_tempo.models.routing import RoutedTokens
 from megatron_tempo.types import Batch, ranges
 
 BALANCED = 0.005  # `divide` stops to swap rows once no rank has more than this share above the mean
@@ -33,12 +34,13 @@ class Packing(PackedSeqParams):
     `cu_seqlens_q`, `cu_seqlens_kv`: int32 [sequences + 1], the start of each sequence and the end of the last one.
     `grids`: the rows in the order of their tokens, those of like length in one. Under context parallelism there are
     instead `pieces`, of this rank's tokens, and `order`: int64 [S], each token's index in the concatenation of the
-    ranks' tokens. Transformer Engine's attention needs neither.
+    ranks' tokens. Transformer Engine's attention needs neither. `routed`: of this rank's tokens.
     """
 
     grids: tuple[Grid, ...] | None = None
     pieces: tuple[Piece, ...] | None = None
     order: Tensor | None = None
+    routed: RoutedTokens | None = None  # for the routers of a mixture of experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +208,7 @@ def _pack(
         packing = _packing(sequences, device)
         if with_grid:
             packing.grids = _grids(lengths, padding, device)
+    packing.routed = RoutedTokens(_real(total, shard, layout).to(device), total)
     return MicroBatch(
         rows=rows,
         tokens=tokens[None, shard.tokens].to(device),
@@ -219,6 +222,13 @@ def _pack(
         response_cells=response_cells,
         value_cells=value_cells(batch, rows),
     )
+
+
+def _real(total: int, shard: ContextShard, layout: Layout) -> Tensor:
+    """Which of the tokens that pass this rank's routers are of rows: bool, of S / c tokens or, in sequence parallelism,
+    of the tensor rank's share of these."""
+    own = shard.tokens < total
+    return own.chunk(layout.tensor)[layout.tensor_rank] if layout.sequence_parallel else own
 
 
 def value_cells(batch: Batch, rows: Tensor) -> Tensor:

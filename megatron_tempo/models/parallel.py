@@ -115,6 +115,14 @@ class Layout:
         return self.expert_data_rank == 0
 
     @property
+    def shares_experts(self) -> bool:
+        """Whether tokens of one data-parallel rank may pass experts on the ranks of another.
+
+        Then all data-parallel ranks must compute equally many micro-batches.
+        """
+        return self.data > 1 and self.expert * self.expert_tensor > 1
+
+    @property
     def copies(self) -> int:
         """Groups of ranks that hold the whole model, but for a mixture's experts."""
         return self.data * self.context

@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from megatron.core.extensions.transformer_engine import (
     TEActivationOp,
+    TEColumnParallelGroupedLinear,
     TEColumnParallelLinear,
     TEDotProductAttention,
     TELayerNormColumnParallelLinear,
+    TERowParallelGroupedLinear,
     TERowParallelLinear,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -29,16 +32,17 @@ from megatron_tempo.models.attention import PackedAttention
 from megatron_tempo.models.decoder import Norms, Parts, layer_of
 from megatron_tempo.models.megatron_compat.transformer_engine import refuse_unfused_attention
 from megatron_tempo.models.megatron_compat.versions import Operation
-from megatron_tempo.models.norms import PostNorm
+from megatron_tempo.models.norms import PostNorm, RMSNorm
 from megatron_tempo.models.packing import Packing
 
 
 def te_layer(shape: ModelShape, attention: LayerAttention, norms: Norms) -> ModuleSpec:
-    """The spec of a layer with this attention. A norm before a linear layer is fused with it."""
-    if norms.pre_norm:
-        parts = Parts(IdentityOp, TENormedColumn, TERow, _core_attention, TESwiGLU)
-    else:
-        parts = Parts(IdentityOp, TEColumn, TENormedRow, _core_attention, TESwiGLU)
+    """The spec of a layer with this attention. A norm before a linear layer is fused with it, but one before a router
+    is not."""
+    column, row = (TENormedColumn, TERow) if norms.pre_norm else (TEColumn, TENormedRow)
+    mlp_norm = IdentityOp if shape.experts is None else RMSNorm
+    of_experts = TEGroupedMLP, TEGroupedColumn, TEGroupedRow
+    parts = Parts(IdentityOp, column, row, _core_attention, TESwiGLU, mlp_norm, *of_experts)
     return layer_of(parts, shape, attention, norms)
 
 
@@ -150,3 +154,11 @@ class TERow(_WeightGradients, TERowParallelLinear):
 
 class TENormedRow(PostNorm, TERow):
     """A row-parallel layer, followed by a norm."""
+
+
+class TEGroupedColumn(_WeightGradients, TEColumnParallelGroupedLinear):
+    """The column-parallel layers of a rank's experts, one product of groups."""
+
+
+class TEGroupedRow(_WeightGradients, TERowParallelGroupedLinear):
+    """The row-parallel layers of a rank's experts, one product of groups."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from megatron_tempo.models.megatron_compat.optimizer import (
 )
 from megatron_tempo.models.megatron_compat.transformer_engine import drop_fp8_weights
 from megatron_tempo.models.offload import ModelOffloader
-from megatron_tempo.models.packing import MicroBatch, micro_batches
+from megatron_tempo.models.packing import MicroBatch, divide_by_budget, micro_batches
 from megatron_tempo.models.parallel import Layout, share_reported, sum_over_ranks
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import Batch, TokenCount
@@ -162,8 +163,18 @@ class Model:
             self.device,
             token_multiple=self.net.token_multiple,
             with_grid=self.net.attends_on_grid,
-            at_least=self._least_micro_batches,
+            at_least=max(self._least_micro_batches, self._of_all_ranks(batch.lengths[rows], owners[rows])),
         )
+
+    def _of_all_ranks(self, lengths: Tensor, owners: Tensor) -> int:
+        """The micro-batches that the data-parallel rank with the most has, if all ranks need as many.
+
+        `lengths`, `owners`: int64 [n], of the rows of all ranks.
+        """
+        if self.net.shape.experts is None or not self.layout.shares_experts:
+            return 0
+        by_rank = (lengths[owners == rank] for rank in range(self.layout.data))
+        return max(len(divide_by_budget(own, self.micro_batch_tokens)) for own in by_rank)
 
     @property
     def _least_micro_batches(self) -> int:
@@ -270,7 +281,8 @@ class TrainedModel(Model):
 
     def transient_tensors(self) -> Iterable[Tensor]:
         """The gradients."""
-        return (buffer.grad_data for buffer in self.module.buffers)
+        buffers = chain(self.module.buffers, self.module.expert_parallel_buffers)
+        return (buffer.grad_data for buffer in buffers)
 
     def wait_for_weights(self) -> None:
         if self.gather is not None:

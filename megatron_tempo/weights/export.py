@@ -155,4 +155,5 @@ def last_targets(config: Config) -> CriticTargets:
 
 def mappings_of(net: PackedGPT | ModelChunks, layout: Layout) -> list[ParamMapping]:
     """The table of a network's parameters and their Hugging Face tensors."""
-    return tables.mappings(net.shape, layout.pipeline_layers, critic=isinstance(net.chunks[0], ValueModel))
+    critic = isinstance(net.chunks[0], ValueModel)
+    return tables.mappings(net.shape, layout.pipeline_layers, critic=critic, expert_ranks=layout.expert)

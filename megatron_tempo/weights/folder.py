@@ -173,6 +173,8 @@ def _load(net: PackedGPT | ModelChunks, layout: Layout, mappings: list[ParamMapp
             progress_marker.mark()
             if mapping.stage != layout.pipeline_rank or mapping.names[0] not in files:
                 continue
+            if mapping.expert_rank not in (None, layout.expert_rank):
+                continue
             sources = []
             for name in mapping.names:
                 path = files[name]
@@ -180,7 +182,10 @@ def _load(net: PackedGPT | ModelChunks, layout: Layout, mappings: list[ParamMapp
                     opened[path] = stack.enter_context(safe_open(path, "pt"))
                 sources.append(opened[path].get_slice(name))
             parameter = parameters[mapping.megatron]
-            parameter.copy_(mapping.sharding.shard(sources, layout.tensor_rank, layout.tensor))
+            cut = layout.tensor_rank, layout.tensor
+            if mapping.expert_rank is not None:
+                cut = layout.expert_tensor_rank, layout.expert_tensor
+            parameter.copy_(mapping.sharding.shard(sources, *cut))
             bad += [] if is_finite(parameter) else mapping.names
         _load_tied_copy(net, layout, mappings, opened, files, stack)
     _refuse_nonfinite(bad, folder)

@@ -61,8 +61,38 @@ def install_cpu_backend() -> None:
 
     from megatron.core.tensor_parallel import random as megatron_random
 
+    _replace_in_experts()
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def _replace_in_experts() -> None:
+    """Replace what a mixture of experts takes of CUDA and of Transformer Engine.
+
+    The dispatcher copies the sizes of its messages to the host on a stream of its own (transformer/moe/
+    token_dispatcher.py, `cuda_dtoh_stream`), and only CUDA tensors, so gloo would get tensors for lists. 0.16.1 lacks
+    the name of Transformer Engine's product where that is absent (transformer/moe/moe_utils.py, `te_general_gemm`).
+    """
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    moe_utils.te_general_gemm = None
+    token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = _Stream()
+    token_dispatcher.maybe_move_tensor_to_cpu = _on_host
+
+
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+class _Stream:
+    """A CUDA stream or event on which everything is complete when it is called."""
+
+    def wait_stream(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, *_: Any) -> _Stream:
+        return self
 
 
 class _Replacement:

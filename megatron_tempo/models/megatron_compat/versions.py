@@ -14,6 +14,7 @@ from typing import Any
 from megatron.core import package_info
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
@@ -30,6 +31,15 @@ def mlp_spec(*, linear_fc1: Any, activation_func: Any, linear_fc2: Any) -> Any:
     """
     parts = MLPSubmodules(linear_fc1=linear_fc1, activation_func=activation_func, linear_fc2=linear_fc2)
     return ModuleSpec(MLP, submodules=parts) if IS_0_16 else partial(MLP.as_mlp_submodule, submodules=parts)
+
+
+def moe_spec(*, router: Any, experts: type, linear_fc1: Any, activation_func: Any, linear_fc2: Any) -> ModuleSpec:
+    """The spec of a mixture of experts in a decoder layer. `experts`: the class that holds those of a rank.
+
+    0.16 builds the module of a `ModuleSpec` if it is `MoELayer` itself, 0.19 calls the spec; the same for the experts.
+    """
+    parts = MLPSubmodules(linear_fc1=linear_fc1, activation_func=activation_func, linear_fc2=linear_fc2)
+    return ModuleSpec(MoELayer, submodules=MoESubmodules(experts=ModuleSpec(experts, submodules=parts), router=router))
 
 
 class Operation(nn.Module):
