@@ -106,7 +106,8 @@ class Actor:
             self.model, self.guard, batch, owners, order, loss, metrics, config.optimizer, given, iteration
         )
         summary = _summary(steps, batch.response_lengths[steps.rows]) if len(steps.rows) else {}
-        return summary | {"actor/skipped": float(steps.skipped)}
+        routing = {f"actor/{name}": number for name, number in steps.routing.items()}
+        return summary | routing | {"actor/skipped": float(steps.skipped)}
 
     def _moments(self, batch: Batch, experience: Experience, baseline: Baseline) -> Tensor:
         """The moments of all advantages of the batch. Each data-parallel rank computes those of its share."""

@@ -108,4 +108,5 @@ class Critic:
             means = steps.metrics.mean(0).tolist()
             metrics |= {f"critic/{name}": mean for name, mean in zip(VALUE_METRICS, means, strict=True)}
             metrics["critic/grad_norm"] = sum(steps.grad_norms) / len(steps.grad_norms)
+            metrics |= {f"critic/{name}": number for name, number in steps.routing.items()}
         return metrics

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import heapreplace
 
 import torch
@@ -40,7 +40,7 @@ class Packing(PackedSeqParams):
     grids: tuple[Grid, ...] | None = None
     pieces: tuple[Piece, ...] | None = None
     order: Tensor | None = None
-    routed: RoutedTokens | None = None  # for the routers of a mixture of experts
+    routed: RoutedTokens = field(default_factory=RoutedTokens.none)  # for the routers of a mixture of experts
 
 
 @dataclass(frozen=True, slots=True)

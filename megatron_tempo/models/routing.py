@@ -31,6 +31,11 @@ class RoutedTokens:
     # the probabilities of each expert, and the entropies of the probabilities, in nats. In training passes only.
     reports: dict[int, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def none(cls) -> RoutedTokens:
+        """Of no tokens."""
+        return cls(torch.zeros(0, dtype=torch.bool), 0)
+
 
 class Router(TopKRouter):
     """Chooses the experts of each token, as Megatron's router does, and reports on the micro-batch's `RoutedTokens`."""
@@ -104,6 +109,32 @@ class RoutedLayer(TransformerLayer):
             router.routed = None
 
 
+@dataclass(frozen=True, slots=True)
+class RouterReport:
+    """What all routers report of a mini-batch, or of several."""
+
+    sums: Tensor  # float [layers, 2 experts + 1]: as `RoutedTokens.reports`, over all ranks
+    tokens: int  # real tokens
+
+    def __add__(self, other: RouterReport) -> RouterReport:
+        return RouterReport(self.sums + other.sums, self.tokens + other.tokens)
+
+    def metrics(self, per_token: int) -> dict[str, float]:
+        """By name. `per_token`: experts of each token."""
+        experts = self.sums.shape[1] // 2
+        load, shares, entropy = self.sums.double().split((experts, experts, 1), dim=1)
+        relative = load.max(1).values / load.mean(1).clamp(min=1e-9)  # of each layer
+        losses = [aux_loss(*one, self.tokens, per_token) for one in zip(load, shares, strict=True)]
+        return {
+            "router_load_max": float(relative.mean()),
+            "router_load_max_layer": float(relative.max()),
+            "router_unused_experts": float((load == 0).double().mean()),
+            "router_dropped": 1.0 - float(load.sum()) / (len(load) * per_token * self.tokens),
+            "router_entropy": float(entropy.sum()) / (len(load) * self.tokens),
+            "router_aux_loss": float(torch.stack(losses).mean()),
+        }
+
+
 def layer_reports(parts: list[RoutedTokens], layers: int, experts: int) -> Tensor:
     """The sums of `RoutedTokens.reports` over micro-batches: float32 [layers, 2 experts + 1] on the CPU.
 
@@ -115,19 +146,3 @@ def layer_reports(parts: list[RoutedTokens], layers: int, experts: int) -> Tenso
         own = torch.stack([torch.stack([part.reports[layer] for part in parts]).sum(0) for layer in numbers])
         total[numbers] = own.cpu()
     return total
-
-
-def router_metrics(reports: Tensor, tokens: int, per_token: int) -> dict[str, float]:
-    """Metrics of the routers, from `layer_reports` [layers, 2 experts + 1] summed over all ranks, of so many tokens."""
-    experts = reports.shape[1] // 2
-    load, shares, entropy = reports.double().split((experts, experts, 1), dim=1)
-    relative = load.max(1).values / load.mean(1).clamp(min=1e-9)  # of each layer
-    losses = [aux_loss(*one, tokens, per_token) for one in zip(load, shares, strict=True)]
-    return {
-        "router_load_max": float(relative.mean()),
-        "router_load_max_layer": float(relative.max()),
-        "router_unused": float((load == 0).double().mean()),
-        "router_dropped": 1.0 - float(load.sum()) / (len(load) * per_token * tokens),
-        "router_entropy": float(entropy.sum()) / (len(load) * tokens),
-        "router_aux_loss": float(torch.stack(losses).mean()),
-    }

@@ -35,6 +35,7 @@ from megatron_tempo.models.megatron_compat.transformer_engine import drop_fp8_we
 from megatron_tempo.models.offload import ModelOffloader
 from megatron_tempo.models.packing import MicroBatch, divide_by_budget, micro_batches
 from megatron_tempo.models.parallel import Layout, share_reported, sum_over_ranks
+from megatron_tempo.models.routing import RouterReport, layer_reports
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import Batch, TokenCount
 
@@ -51,6 +52,7 @@ class Step:
     losses: Tensor  # float32 [rows], the same on every rank
     grad_norm: float  # before clipping
     made: bool  # False if a loss or the gradient is not finite: the step was skipped, the weights are unchanged
+    routing: RouterReport | None = None  # of a mixture of experts, the same on every rank
 
 
 @dataclass(slots=True)
@@ -230,6 +232,7 @@ class TrainedModel(Model):
     optimizer: MegatronOptimizer = field(kw_only=True)
     gather: WeightGather | None = None  # None: the optimizer's step gathers the weights
     step_count: int = 0
+    router_aux_loss_coef: float = 0.0  # of a mixture of experts
     copied: torch.cuda.Event | None = None  # when a checkpoint's copy of the weights and the optimizer is complete
 
     @classmethod
@@ -240,10 +243,11 @@ class TrainedModel(Model):
         device: torch.device,
         parallel: ParallelConfig,
         offloader: ModelOffloader,
+        router_aux_loss_coef: float = 0.0,
     ) -> TrainedModel:
         """Wrap a network whose weights are loaded already: the optimizer copies them as its fp32 main weights.
 
-        The layout's process groups must be current.
+        The layout's process groups must be current. `router_aux_loss_coef`: as `model.router_aux_loss_coef`.
         """
         config = net.config
         data_parallel = ddp_config(parallel, layout)
@@ -266,6 +270,7 @@ class TrainedModel(Model):
         gather = WeightGather(ddps, net.chunks) if data_parallel.overlap_param_gather else None
         module, tokens = _as_one(ddps), parallel.micro_batch_tokens
         model = cls(net, layout, device, tokens, module, offloader, optimizer=optimizer, gather=gather)
+        model.router_aux_loss_coef = router_aux_loss_coef
         offloader.load(model)
         return model
 
@@ -304,6 +309,8 @@ class TrainedModel(Model):
     ) -> Step:
         self.module.train()
         parts = self._packed(batch, rows, owners)
+        tokens = int(batch.lengths[rows].sum())
+        self._weigh_aux_loss(parts, tokens)
         # Megatron divides by the micro-batches of this rank and averages over the data-parallel ranks.
         scale = len(parts) * self.layout.data / len(rows)
         index = torch.full((len(batch),), -1).index_put((rows,), torch.arange(len(rows)))
@@ -329,8 +336,9 @@ class TrainedModel(Model):
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         # One sum over ranks has the table and whether any rank has a non-finite norm, so all ranks decide alike.
-        ranks = torch.cat((table.flatten(), torch.tensor([0.0 if math.isfinite(grad_norm) else 1.0])))
-        summed, bad = sum_over_ranks(ranks).split((table.numel(), 1))
+        reports, flag = self._router_reports(parts), torch.tensor([0.0 if math.isfinite(grad_norm) else 1.0])
+        ranks = torch.cat((table.flatten(), flag, reports.flatten()))
+        summed, bad, of_routers = sum_over_ranks(ranks).split((table.numel(), 1, reports.numel()))
         metrics, losses = summed.view_as(table).split((num_metrics, 1), dim=1)
         made = float(bad) == 0.0 and bool(losses.isfinite().all())
         if made:
@@ -338,7 +346,21 @@ class TrainedModel(Model):
         elif self.gather is not None:
             self.gather.skip()
         self.optimizer.zero_grad()  # now, because its fp32 copy of the gradients would stay until the next step
-        return Step(metrics, losses.flatten(), grad_norm, made)
+        report = RouterReport(of_routers.view_as(reports), tokens) if reports.numel() else None
+        return Step(metrics, losses.flatten(), grad_norm, made, report)
+
+    def _weigh_aux_loss(self, parts: list[MicroBatch], tokens: int) -> None:
+        """Give each of the mini-batch's `tokens` the same weight in the auxiliary loss, whatever its micro-batch."""
+        for routed in (part.packing.routed for part in parts):
+            # Megatron averages gradients over the copies of the model.
+            routed.aux_loss_scale = self.router_aux_loss_coef * self.layout.copies / tokens
+
+    def _router_reports(self, parts: list[MicroBatch]) -> Tensor:
+        """What this rank's routers reported of a step's micro-batches, as in `RouterReport`; empty without routers."""
+        experts = self.net.shape.experts
+        if experts is None:
+            return torch.zeros(0)
+        return layer_reports([part.packing.routed for part in parts], self.net.shape.layers, experts.count)
 
     def _update_weights(self) -> None:
         """The optimizer's step, once the gradients are reduced. Collective."""

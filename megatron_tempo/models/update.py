@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ class Steps:
     metrics: Tensor  # float32 [n, num_metrics]
     grad_norms: list[float]  # of each step
     skipped: int
+    routing: dict[str, float]  # metrics of the routers of a mixture of experts; empty without them
 
 
 def run_mini_batches(
@@ -52,9 +55,12 @@ def run_mini_batches(
         else:
             reported = (owners == trained.layout.data_rank) & trained.layout.is_reporter
             guard.skipped(iteration, number, batch, rows, step, inputs(), reported)
+    reports = [step.routing for _, step in made if step.routing is not None]
+    experts = trained.net.shape.experts
     return Steps(
         torch.cat([rows for rows, _ in made]) if made else torch.empty(0, dtype=torch.int64),
         torch.cat([step.metrics for _, step in made]) if made else torch.empty(0, num_metrics),
         [step.grad_norm for _, step in made],
         len(order) - len(made),
+        reduce(operator.add, reports).metrics(experts.per_token) if reports and experts is not None else {},
     )

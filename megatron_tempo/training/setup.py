@@ -178,7 +178,8 @@ def _network(
 
 
 def _trained(context: RunContext, net: PackedGPT | ModelChunks, layout: Layout) -> TrainedModel:
-    return TrainedModel.wrap(net, layout, context.device, context.config.parallel, context.offloader)
+    config, coef = context.config, context.config.model.router_aux_loss_coef
+    return TrainedModel.wrap(net, layout, context.device, config.parallel, context.offloader, coef)
 
 
 def _guard(context: RunContext, model: str) -> NonFiniteGuard:

@@ -72,8 +72,14 @@ def _replace_in_experts() -> None:
     The dispatcher copies the sizes of its messages to the host on a stream of its own (transformer/moe/
     token_dispatcher.py, `cuda_dtoh_stream`), and only CUDA tensors, so gloo would get tensors for lists. 0.16.1 lacks
     the name of Transformer Engine's product where that is absent (transformer/moe/moe_utils.py, `te_general_gemm`).
+    gloo gathers and scatters equal parts only, but the ranks that share an expert's matrices have different numbers of
+    tokens for it (tensor_parallel/mappings.py).
     """
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    mappings._gather_along_first_dim = _with_sizes(mappings._gather_along_first_dim, _gathered)
+    mappings._reduce_scatter_along_first_dim = _with_sizes(mappings._reduce_scatter_along_first_dim, _scattered)
 
     moe_utils.te_general_gemm = None
     token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = _Stream()
@@ -82,6 +88,35 @@ def _replace_in_experts() -> None:
 
 def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+_Collective = Callable[[Tensor, Any, list[int]], Tensor]  # of a tensor, a group and the size of each rank's part
+
+
+def _with_sizes(equal: Callable[..., Tensor], unequal: _Collective) -> Callable[..., Tensor]:
+    """Megatron's function `equal`, except where sizes are given."""
+
+    def collective(tensor: Tensor, group: Any, sizes: list[int] | None = None, *others: Any, **named: Any) -> Tensor:
+        given = named.pop("input_split_sizes", named.pop("output_split_sizes", sizes))
+        if given is None or group.size() == 1:
+            return equal(tensor, group, None, *others, **named)
+        return unequal(tensor, group, given)
+
+    return collective
+
+
+def _gathered(tensor: Tensor, group: Any, sizes: list[int]) -> Tensor:
+    padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in sizes]
+    torch.distributed.all_gather(parts, padded, group=group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def _scattered(tensor: Tensor, group: Any, sizes: list[int]) -> Tensor:
+    total = tensor.clone()
+    torch.distributed.all_reduce(total, group=group)
+    return total.split(sizes)[group.rank()].clone()
 
 
 class _Stream:
