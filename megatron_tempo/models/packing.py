@@ -69,13 +69,16 @@ class MicroBatch:
 def row_work(lengths: Tensor, shape: ModelShape, outputs: Tensor | None = None) -> Tensor:
     """Multiply-adds of a forward pass over each row: int64 [n]. A backward pass costs twice that, so shares are equal.
 
-    A token costs one for each number of the matrices of all layers. A pair of tokens that attend costs two products of
+    A token costs one for each number of the matrices that it passes in all layers: of a mixture of experts, the router
+    and the experts of a token. A pair of tokens that attend costs two products of
     the queries' width: a layer has about n^2 / 2 pairs, or n w - w^2 / 2 with a window of w.
 
     `lengths`: int64 [n], tokens of each row. `outputs`: int64 [n], how many of them pass the output layer; None for a
     critic, which has none.
     """
-    matrices = (2 * shape.queries + 2 * shape.keys + 3 * shape.ffn) * shape.hidden
+    experts = shape.experts
+    feed_forward = 3 * shape.ffn if experts is None else 3 * experts.per_token * experts.ffn + experts.count
+    matrices = (2 * shape.queries + 2 * shape.keys + feed_forward) * shape.hidden
     work = lengths * (shape.layers * matrices)
     for window, layers in Counter(layer.window for layer in shape.attention).items():
         seen = lengths if window is None else lengths.clamp(max=window)

@@ -63,9 +63,10 @@ class EmbeddedEngine:
 
     @torch.no_grad()
     def load_weights(self, weights: Weights, version: int) -> None:
-        parameters: dict[str, Tensor] = dict(self._model.named_parameters())
+        parameters = _published(self._model)
         # The second name of a tied matrix: published folders may repeat it.
-        repeated = {name for name, _ in self._model.named_parameters(remove_duplicate=False)} - set(parameters)
+        unique = {name for name, _ in self._model.named_parameters()}
+        repeated = {name for name, _ in self._model.named_parameters(remove_duplicate=False)} - unique
         left = set(parameters)
         for bucket in weights.everywhere(parts=True):
             for name, tensor in bucket:
@@ -85,7 +86,7 @@ class EmbeddedEngine:
         self._version = version
 
     def differences(self, weights: Weights) -> list[tuple[str, float]]:
-        parameters: dict[str, Tensor] = dict(self._model.named_parameters())
+        parameters = _published(self._model)
         sums: dict[str, tuple[float, float]] = {}  # of each tensor: the squares of its differences, and of its elements
         for name, tensor in (pair for bucket in weights.everywhere(parts=True) for pair in bucket):
             if (held := _rows(parameters, name)) is not None:
@@ -309,6 +310,22 @@ class _Decoding:
             answers.append(flat[at : at + request.samples])
             at += request.samples
         return answers
+
+
+def _published(model: Any) -> dict[str, Tensor]:
+    """A model's parameters by the names of published folders: these have a tensor for each expert and projection,
+    where transformers has one for all experts of a layer."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        layer, _, kind = name.rpartition(".experts.")
+        if layer and kind in ("gate_up_proj", "down_proj"):
+            parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+            for expert, of_expert in enumerate(parameter.unbind(0)):
+                for part, tensor in zip(parts, of_expert.chunk(len(parts)), strict=True):
+                    found[f"{layer}.experts.{expert}.{part}.weight"] = tensor
+        else:
+            found[name] = parameter
+    return found
 
 
 def _rows(parameters: dict[str, Tensor], name: str) -> Tensor | None:

@@ -18,7 +18,7 @@ from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.types import Completion, seed_of
 from tests.support.completions import plains
 from tests.support.tiny import VOCAB, WORDS, write_model
-from tests.support.weights import Given
+from tests.support.weights import Given, tensors
 
 CPU = torch.device("cpu")
 END = WORDS.index("$")
@@ -237,6 +237,24 @@ def test_new_weights_are_used_and_named(folder: Path) -> None:
     after = generate(engine, requests_of(PROMPTS), sampling)
     assert {version for completion in flat(after) for version, _ in completion.versions} == {8}
     assert [c.logprobs.tolist() for c in flat(after)] != [c.logprobs.tolist() for c in flat(before)]
+
+
+def test_experts_arrive_by_their_published_names(tmp_path: Path) -> None:
+    """A tensor for each expert and projection, where transformers holds one for all experts of a layer."""
+    folder = write_model(tmp_path / "model", family="qwen3_moe", layers=2)
+    published, model = list(tensors(folder)), model_of(folder)
+    assert any(".experts.7.gate_proj." in name for bucket in published for name, _ in bucket)
+    engine = EmbeddedEngine(folder, CPU, torch.float32, 64)
+    engine.load_weights(Given(published), version=0)
+    held = dict(engine._model.named_parameters())
+    assert all(torch.equal(held[name], parameter) for name, parameter in model.named_parameters())
+    assert engine.differences(Given(published)) == []
+    name = "model.layers.1.mlp.experts.6.up_proj.weight"
+    one = {name: tensor for bucket in published for name, tensor in bucket}[name]
+    assert [found for found, _ in engine.differences(Given([[(name, one + 1)]]))] == [name]
+    part = [item for item in published[0] if item[0] != name]
+    with pytest.raises(ValueError, match=f"left out 1 tensors: {name}"):
+        engine.load_weights(Given([part]), version=1)
 
 
 def test_a_tied_model_takes_its_weights_with_or_without_the_repeated_output_matrix(tied: Path) -> None:
