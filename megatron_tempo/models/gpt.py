@@ -82,7 +82,7 @@ class PackedGPT(GPTModel):
         """
         for name, parameter in self.named_parameters():
             if ".experts." in name:
-                parameter.allreduce = False  # type: ignore[attr-defined]
+                parameter.allreduce = False
 
     @property
     def chunks(self) -> list[PackedGPT]:

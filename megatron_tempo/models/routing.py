@@ -115,21 +115,22 @@ class RouterReport:
 
     sums: Tensor  # float [layers, 2 experts + 1]: as `RoutedTokens.reports`, over all ranks
     tokens: int  # real tokens
+    per_token: int  # experts of each token
 
     def __add__(self, other: RouterReport) -> RouterReport:
-        return RouterReport(self.sums + other.sums, self.tokens + other.tokens)
+        return RouterReport(self.sums + other.sums, self.tokens + other.tokens, self.per_token)
 
-    def metrics(self, per_token: int) -> dict[str, float]:
-        """By name. `per_token`: experts of each token."""
+    def metrics(self) -> dict[str, float]:
+        """By name; docs/monitoring.md describes them."""
         experts = self.sums.shape[1] // 2
         load, shares, entropy = self.sums.double().split((experts, experts, 1), dim=1)
         relative = load.max(1).values / load.mean(1).clamp(min=1e-9)  # of each layer
-        losses = [aux_loss(*one, self.tokens, per_token) for one in zip(load, shares, strict=True)]
+        losses = [aux_loss(*one, self.tokens, self.per_token) for one in zip(load, shares, strict=True)]
         return {
             "router_load_max": float(relative.mean()),
             "router_load_max_layer": float(relative.max()),
             "router_unused_experts": float((load == 0).double().mean()),
-            "router_dropped": 1.0 - float(load.sum()) / (len(load) * per_token * self.tokens),
+            "router_dropped": 1.0 - float(load.sum()) / (len(load) * self.per_token * self.tokens),
             "router_entropy": float(entropy.sum()) / (len(load) * self.tokens),
             "router_aux_loss": float(torch.stack(losses).mean()),
         }

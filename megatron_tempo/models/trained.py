@@ -346,7 +346,8 @@ class TrainedModel(Model):
         elif self.gather is not None:
             self.gather.skip()
         self.optimizer.zero_grad()  # now, because its fp32 copy of the gradients would stay until the next step
-        report = RouterReport(of_routers.view_as(reports), tokens) if reports.numel() else None
+        experts = self.net.shape.experts
+        report = None if experts is None else RouterReport(of_routers.view_as(reports), tokens, experts.per_token)
         return Step(metrics, losses.flatten(), grad_norm, made, report)
 
     def _weigh_aux_loss(self, parts: list[MicroBatch], tokens: int) -> None:

@@ -56,11 +56,10 @@ def run_mini_batches(
             reported = (owners == trained.layout.data_rank) & trained.layout.is_reporter
             guard.skipped(iteration, number, batch, rows, step, inputs(), reported)
     reports = [step.routing for _, step in made if step.routing is not None]
-    experts = trained.net.shape.experts
     return Steps(
         torch.cat([rows for rows, _ in made]) if made else torch.empty(0, dtype=torch.int64),
         torch.cat([step.metrics for _, step in made]) if made else torch.empty(0, num_metrics),
         [step.grad_norm for _, step in made],
         len(order) - len(made),
-        reduce(operator.add, reports).metrics(experts.per_token) if reports and experts is not None else {},
+        reduce(operator.add, reports).metrics() if reports else {},
     )

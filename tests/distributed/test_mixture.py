@@ -87,7 +87,7 @@ def measured(model: Path, parallel: ParallelConfig, coef: float = 0.0) -> dict[s
                 "before": before,
                 "grad_norm": step.grad_norm,
                 "sums": step.routing.sums,
-                "metrics": step.routing.metrics(PER_TOKEN),
+                "metrics": step.routing.metrics(),
                 "after": gathered(read(batch)),
                 "names": sorted(one.model.net.names_in_checkpoints().values()),
             }

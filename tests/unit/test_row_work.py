@@ -30,12 +30,13 @@ EIGHT = PUBLISHED[Published.qwen3_8b]
 # The work of a row
 
 
-@pytest.mark.parametrize("family", ["qwen3", "olmo3"])
+@pytest.mark.parametrize("family", ["qwen3", "olmo3", "qwen3_moe"])
 def test_a_rows_work_is_what_torch_counts_in_transformers_model(tmp_path: Path, family: str) -> None:
     """torch counts attention's products over all pairs of tokens; a row's work has only the pairs that attend."""
     shape, _ = shape_or_problem(write_model(tmp_path, family=family))
     assert shape is not None
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **eager)
     for length in (1, 3, 17):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.zeros(1, length, dtype=torch.int64))
