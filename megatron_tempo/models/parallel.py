@@ -120,7 +120,7 @@ class Layout:
 
         Then all data-parallel ranks must compute equally many micro-batches.
         """
-        return self.data > 1 and self.expert * self.expert_tensor > 1
+        return self.tensor * self.context % (self.expert_tensor * self.expert) != 0
 
     @property
     def copies(self) -> int:

@@ -128,6 +128,7 @@ CASES += [
     ("tied", "dp2-pp2-virtual-2-critic-virtual-1-offload"),
     ("olmo3", "tp2-pp2-virtual-2-sequence-small-budget"),
 ]
+CASES += [("mixture", "tp2-sequence"), ("mixture", "dp2-pp2")]
 CASES += [("olmo3", "tp2"), ("olmo3", "tp2-sequence"), ("olmo3", "tp2-pp2-sequence-small-budget")]
 
 
@@ -147,7 +148,7 @@ def test_an_iteration_does_not_depend_on_the_layout(
         assert expected.keys() == actual.keys()
         for key in expected:
             assert (actual[key] - expected[key]).norm() <= 1e-5 * expected[key].norm(), f"{model} {key}"
-            if key in before:
+            if key in before and ".experts." not in key:  # no token of a loss may have chosen an expert
                 assert not torch.equal(actual[key], before[key]), f"{model} {key} was not trained"
     (one,), (other,) = read_metrics(reference), read_metrics(tmp_path / "run")
     for norm in ("actor/grad_norm", "critic/grad_norm"):

@@ -15,7 +15,11 @@ ROOT = Path(__file__).parents[2]
 
 
 # Models with random weights, which answer nothing correctly. Their configs also need `from_nothing`.
-RANDOM: dict[str, dict[str, Any]] = {"tied": {"tied": True}, "olmo3": {"family": "olmo3"}}
+RANDOM: dict[str, dict[str, Any]] = {
+    "tied": {"tied": True},
+    "olmo3": {"family": "olmo3"},
+    "mixture": {"family": "qwen3_moe"},
+}
 
 
 def write_project(folder: Path, kind: str = "untied") -> Path:
