@@ -7,9 +7,11 @@ The format is that of `dist_checkpointing.save({"model": net.sharded_state_dict(
     common.pt       objects that are not sharded; empty here
     metadata.json   the format's name and version
 
-A key holds a whole tensor. Layers are stacked: `decoder.layers.mlp.linear_fc2.weight` is [layers, hidden, ffn].
-`TPSharding.shard` divides one of the later dimensions, so the whole tensor is `shard(sources, 0, 1)`. The vocabulary is
-padded with zero rows. Their number does not matter: Megatron reads the rows that exist and fills up with zeros.
+A key holds a whole tensor. Layers are stacked: `decoder.layers.mlp.linear_fc2.weight` is [layers, hidden, ffn]. So are
+the experts of a layer: `decoder.layers.mlp.experts.experts.linear_fc2.weight` is [layers, experts, hidden, ffn], which
+both of Megatron's implementations of experts read and write. `TPSharding.shard` divides one of the later dimensions, so
+the whole tensor is `shard(sources, 0, 1)`. The vocabulary is padded with zero rows. Their number does not matter:
+Megatron reads the rows that exist and fills up with zeros.
 """
 
 from __future__ import annotations
@@ -17,9 +19,8 @@ from __future__ import annotations
 import io
 import pickle
 import re
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -53,48 +54,56 @@ from megatron_tempo.weights.param_mapping import ParamMapping, ShardedVocab
 BACKEND = CheckpointingConfig("torch_dist", 1)
 # Largest chunk of a vocabulary matrix, in bytes. Every other tensor is one chunk per mapping and layer.
 CHUNK_BYTES = 256 << 20
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(?:mlp\.experts\.(\d+)\.)?")
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointLocation:
     """Where a mapping's tensor is in a distributed checkpoint.
 
-    >>> CheckpointLocation("decoder.layers.mlp.linear_fc2.weight", layer=18, layers=36, shape=(4096, 12288))
+    >>> CheckpointLocation("decoder.layers.mlp.linear_fc2.weight", at=(18,), of=(36,), shape=(4096, 12288))
     """
 
     key: str
-    layer: int | None
-    layers: int
+    at: tuple[int, ...]  # the number of the layer, and of the expert, where there is one
+    of: tuple[int, ...]  # how many there are
     shape: tuple[int, ...]  # of the mapping's whole tensor
 
     @property
     def size(self) -> tuple[int, ...]:
         """The shape of the key's tensor."""
-        return self.shape if self.layer is None else (self.layers, *self.shape)
+        return (*self.of, *self.shape)
 
     def chunk(self, rows: tuple[int, int] | None = None) -> ChunkStorageMetadata:
-        """The mapping's part of the key's tensor, or only these rows of it."""
-        if self.layer is not None:
-            offsets, sizes = (self.layer, *(0 for _ in self.shape)), (1, *self.shape)
-        else:
-            start, end = rows or (0, self.shape[0])
-            offsets, sizes = (start, *(0 for _ in self.shape[1:])), (end - start, *self.shape[1:])
+        """The mapping's part of the key's tensor, or only these rows of it: of one that is not in a layer."""
+        start, end = rows or (0, self.shape[0])
+        offsets = (*self.at, start, *(0 for _ in self.shape[1:]))
+        sizes = (*(1 for _ in self.at), end - start, *self.shape[1:])
         return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
 
 
 def locations(mappings: list[ParamMapping]) -> dict[ParamMapping, CheckpointLocation]:
-    """The location of each mapping. The table is one without pipeline parallelism."""
-    keys = {mapping: _LAYER.sub("decoder.layers.", mapping.megatron) for mapping in mappings}
-    counts = Counter(keys.values())
-    locations = {}
-    for mapping, key in keys.items():
-        layer = _LAYER.match(mapping.megatron)
+    """The location of each mapping. The table is one without pipeline and expert parallelism."""
+    places = {mapping: _place(mapping.megatron) for mapping in mappings}
+    ends: dict[str, list[tuple[int, ...]]] = {}
+    for key, at in places.values():
+        ends.setdefault(key, []).append(at)
+    counts = {key: tuple(max(numbers) + 1 for numbers in zip(*of, strict=True)) for key, of in ends.items()}
+    located = {}
+    for mapping, (key, at) in places.items():
         whole = mapping.sharding.shard([torch.empty(shape, device="meta") for shape in mapping.shapes], 0, 1)
-        locations[mapping] = CheckpointLocation(
-            key, int(layer.group(1)) if layer else None, counts[key], tuple(whole.shape)
-        )
-    return locations
+        located[mapping] = CheckpointLocation(key, at, counts[key], tuple(whole.shape))
+    return located
+
+
+def _place(name: str) -> tuple[str, tuple[int, ...]]:
+    """A parameter's key, and where in the key's tensor it is."""
+    match = _LAYER.match(name)
+    if match is None:
+        return name, ()
+    numbers = tuple(int(number) for number in match.groups() if number is not None)
+    within = "mlp.experts.experts." if len(numbers) > 1 else ""
+    return f"decoder.layers.{within}{name[match.end() :]}", numbers
 
 
 # Hugging Face -> Megatron
@@ -255,8 +264,8 @@ def write_description(folder: Path, metadata: Metadata, results: list[WriteResul
 def _extra_states(locations: list[CheckpointLocation]) -> Iterator[str]:
     for location in locations:
         module, _, _ = location.key.rpartition(".")
-        if location.layer is not None and module.rpartition(".")[2].startswith("linear_"):
-            yield ShardedObject(f"{module}._extra_state", None, (location.layers,), (location.layer,)).unique_key
+        if location.at and module.rpartition(".")[2].startswith("linear_"):
+            yield ShardedObject(f"{module}._extra_state", None, location.of, location.at).unique_key
 
 
 # Megatron -> Hugging Face
@@ -277,6 +286,10 @@ class StoredWeights:
             if isinstance(stored, TensorStorageMetadata) and not key.startswith("optimizer.")
         }
         self._check()
+        self._chunks = {key: _by_place(location, self._tensors[key]) for key, location in self._by_key().items()}
+
+    def _by_key(self) -> dict[str, CheckpointLocation]:
+        return {location.key: location for location in self._locations.values()}
 
     @property
     def files(self) -> set[str]:
@@ -312,7 +325,8 @@ class StoredWeights:
     def _read(self, location: CheckpointLocation, chunk: ChunkStorageMetadata) -> Tensor:
         stored = self._tensors[location.key]
         target = torch.empty(chunk.sizes, dtype=stored.properties.dtype)
-        plan = LoadPlan(create_read_items_for_chunk_list(location.key, stored, [chunk]))
+        near = replace(stored, chunks=self._chunks[location.key].get(location.at, stored.chunks))
+        plan = LoadPlan(create_read_items_for_chunk_list(location.key, near, [chunk]))
         try:
             self._reader.read_data(plan, _LoadIntoTensor(target)).wait()
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -334,6 +348,19 @@ class StoredWeights:
             raise InputError(f"{self._folder} does not match the model ({len(problems)} problems):\n  {shown}")
         if gone := sorted(name for name in self.files if not (self._folder / name).is_file()):
             raise InputError(f"{self._folder}: files are missing: {', '.join(gone)}; copy the checkpoint again")
+
+
+def _by_place(
+    location: CheckpointLocation, stored: TensorStorageMetadata
+) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
+    """A key's chunks by the layer and expert that they are of. torch compares what is read with each chunk that it is
+    given, of which a mixture of experts has thousands. Empty if a chunk is of several."""
+    count, places = len(location.at), dict[tuple[int, ...], list[ChunkStorageMetadata]]()
+    for chunk in stored.chunks:
+        if any(size != 1 for size in chunk.sizes[:count]):
+            return {}
+        places.setdefault(tuple(chunk.offsets[:count]), []).append(chunk)
+    return places
 
 
 def _mismatch(mapping: ParamMapping, location: CheckpointLocation, stored: TensorStorageMetadata) -> str | None:

@@ -74,6 +74,10 @@ def with_odd_numbers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
+def in_bfloat16(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.bfloat16() for name, tensor in weights.items()}
+
+
 def repeated_head(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
 
@@ -100,6 +104,7 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
     "tied, head repeated": lambda folder: rewrite(write_model(folder, tied=True), repeated_head),
     "critic": write_critic,
     "olmo3": lambda folder: write_model(folder, family="olmo3"),
+    "experts": lambda folder: rewrite(write_model(folder, family="qwen3_moe", layers=2), in_bfloat16),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_tempo.config.choices import Logits, Precision
-from megatron_tempo.config.model_shape import FAMILIES, LayerAttention, ModelShape, Rope, read_model_shape
+from megatron_tempo.config.model_shape import FAMILIES, Experts, LayerAttention, ModelShape, Rope, read_model_shape
 from megatron_tempo.config.pipeline_layers import PipelineLayers
 from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.config.sizes import padded_vocab
@@ -40,7 +41,7 @@ from megatron_tempo.weights.param_mapping import (
 )
 from megatron_tempo.weights.pieces import plan
 from megatron_tempo.weights.stream import WeightStream
-from tests.support.tiny import VOCAB, write_model
+from tests.support.tiny import EXPERT_FFN, VOCAB, write_model
 
 # Cuts
 
@@ -151,6 +152,43 @@ def test_the_table_lists_transformers_own_tensors(family: str, tied: bool, tmp_p
             assert dict(ours) == theirs
             assert len({(mapping.stage, mapping.megatron) for mapping in mappings}) == len(mappings)
             assert {mapping.stage for mapping in mappings} == set(range(pipeline))
+
+
+def test_the_table_lists_the_tensors_of_a_saved_mixture(tmp_path: Path) -> None:
+    """transformers holds a layer's experts as one tensor and saves each of them; every tensor is listed once."""
+    path = write_model(tmp_path / "actor", family="qwen3_moe", layers=4)
+    config = transformers.AutoConfig.from_pretrained(path, num_labels=1)
+    transformers.AutoModelForTokenClassification.from_config(config).save_pretrained(tmp_path / "critic")
+    shape = read_model_shape(path)
+    for name in ("actor", "critic"):
+        theirs = {one: tuple(saved.shape) for one, saved in load_file(tmp_path / name / "model.safetensors").items()}
+        assert theirs["model.layers.3.mlp.experts.7.down_proj.weight"] == (32, EXPERT_FFN)
+        for pipeline, ranks in ((1, 1), (2, 4), (4, 8)):
+            stages = PipelineLayers(pipeline)
+            mappings = tables.mappings(shape, stages, critic=name == "critic", expert_ranks=ranks)
+            ours = [pair for mapping in mappings for pair in zip(mapping.names, mapping.shapes, strict=True)]
+            assert len(ours) == len(theirs)
+            assert dict(ours) == theirs
+            assert len({(mapping.stage, mapping.expert_rank, mapping.megatron) for mapping in mappings}) == len(
+                mappings
+            )
+            assert {mapping.expert_rank for mapping in mappings} == {None, *range(ranks)}
+
+
+def test_expert_ranks_count_their_experts_from_zero() -> None:
+    """8 experts over 4 ranks: the third one has experts 4 and 5."""
+    shape = replace(SHAPE, family=FAMILIES["qwen3_moe"], experts=Experts(8, 2, 24, normalized=True))
+    table = tables.mappings(shape, PipelineLayers(2), critic=False, expert_ranks=4)
+    place = {mapping.names[-1]: mapping for mapping in table}
+    expert = place["model.layers.2.mlp.experts.5.up_proj.weight"]
+    assert (expert.stage, expert.expert_rank) == (1, 2)
+    assert expert.megatron == "decoder.layers.0.mlp.experts.1.linear_fc1.weight"
+    assert expert.names[0] == "model.layers.2.mlp.experts.5.gate_proj.weight"
+    assert expert.shapes == ((24, 32), (24, 32))
+    assert expert.sharding == ShardedGateUp(24)
+    router = place["model.layers.2.mlp.gate.weight"]
+    assert (router.megatron, router.stage, router.expert_rank) == ("decoder.layers.0.mlp.router.weight", 1, None)
+    assert (router.shapes, router.sharding) == (((8, 32),), Replicated())
 
 
 def test_stages_count_their_layers_from_zero() -> None:
