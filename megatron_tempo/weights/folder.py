@@ -26,7 +26,7 @@ from megatron_tempo.runtime import progress_marker
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.types import Bucket, PartName, Share, whole_name
 from megatron_tempo.weights import tables
-from megatron_tempo.weights.param_mapping import ParamMapping
+from megatron_tempo.weights.param_mapping import ParamMapping, is_held, tensor_part
 from megatron_tempo.weights.pieces import EVEN, JoinedParts, PlannedBucket, dealt, planned_buckets
 from megatron_tempo.weights.shared_memory import flat_buffer, in_shared_memory
 
@@ -171,9 +171,7 @@ def _load(net: PackedGPT | ModelChunks, layout: Layout, mappings: list[ParamMapp
         opened: dict[Path, Any] = {}
         for mapping in mappings:
             progress_marker.mark()
-            if mapping.stage != layout.pipeline_rank or mapping.names[0] not in files:
-                continue
-            if mapping.expert_rank not in (None, layout.expert_rank):
+            if not is_held(mapping, layout) or mapping.names[0] not in files:
                 continue
             sources = []
             for name in mapping.names:
@@ -182,10 +180,7 @@ def _load(net: PackedGPT | ModelChunks, layout: Layout, mappings: list[ParamMapp
                     opened[path] = stack.enter_context(safe_open(path, "pt"))
                 sources.append(opened[path].get_slice(name))
             parameter = parameters[mapping.megatron]
-            cut = layout.tensor_rank, layout.tensor
-            if mapping.expert_rank is not None:
-                cut = layout.expert_tensor_rank, layout.expert_tensor
-            parameter.copy_(mapping.sharding.shard(sources, *cut))
+            parameter.copy_(mapping.sharding.shard(sources, *tensor_part(mapping, layout)))
             bad += [] if is_finite(parameter) else mapping.names
         _load_tied_copy(net, layout, mappings, opened, files, stack)
     _refuse_nonfinite(bad, folder)

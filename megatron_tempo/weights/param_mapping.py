@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_tempo.config.sizes import padded_vocab
+from megatron_tempo.models.parallel import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +198,18 @@ class ParamMapping:
     def numel(self) -> int:
         """Elements of the whole tensors."""
         return sum(torch.Size(shape).numel() for shape in self.shapes)
+
+
+def is_held(mapping: ParamMapping, layout: Layout) -> bool:
+    """Whether this rank holds a part of a mapping's tensors."""
+    return mapping.stage == layout.pipeline_rank and mapping.expert_rank in (None, layout.expert_rank)
+
+
+def tensor_part(mapping: ParamMapping, layout: Layout) -> tuple[int, int]:
+    """Which of how many parts of a mapping's tensors this rank holds, if it holds any."""
+    if mapping.expert_rank is None:
+        return layout.tensor_rank, layout.tensor
+    return layout.expert_tensor_rank, layout.expert_tensor
 
 
 @dataclass(frozen=True, slots=True)

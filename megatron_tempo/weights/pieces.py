@@ -153,7 +153,8 @@ class TensorRows:
 
 @dataclass(frozen=True, slots=True)
 class PlannedBucket:
-    """A bucket of one stage: its pieces, by the message that carries them. A message is at most a bucket's bound."""
+    """A bucket of one stage and, if of experts, of one layer and expert rank: its pieces, by the message that carries
+    them. A message is at most a bucket's bound."""
 
     messages: tuple[tuple[BucketPiece, ...], ...]
     wholes: tuple[ParamMapping, ...]  # the mappings whose tensors it has; none if it has a part of a tensor
@@ -161,6 +162,11 @@ class PlannedBucket:
     @property
     def stage(self) -> int:
         return self.messages[0][0].mapping.stage
+
+    @property
+    def expert_rank(self) -> int | None:
+        """The rank whose experts' tensors it has; None if it has other tensors."""
+        return self.messages[0][0].mapping.expert_rank
 
     @property
     def numel(self) -> int:
@@ -186,14 +192,14 @@ class PlannedBucket:
 def planned_buckets(
     mappings: list[ParamMapping], bucket_bytes: int, element_size: int, *, parts: bool, multiple: int = EVEN
 ) -> list[PlannedBucket]:
-    """The buckets of some mappings, in order, each of one stage.
+    """The buckets of some mappings, each of one stage. Those of experts come last, each of one layer and expert rank.
 
     A mapping that is larger than `bucket_bytes` is divided into parts. With `parts`, each of them is a bucket. Without,
     the mapping is one bucket, and only the messages that fill it are bounded. `multiple`: the rows of a
     part are a multiple of it, and at least that.
     """
     planned = []
-    for group in plan(mappings, bucket_bytes, element_size):
+    for group in _groups(mappings, bucket_bytes, element_size):
         if sum(mapping.numel for mapping in group) * element_size <= bucket_bytes:
             planned.append(PlannedBucket((tuple(map(WholeMapping, group)),), tuple(group)))
             continue
@@ -203,15 +209,33 @@ def planned_buckets(
     return planned
 
 
+def _groups(mappings: list[ParamMapping], bucket_bytes: int, element_size: int) -> list[list[ParamMapping]]:
+    """`plan` of the dense mappings, and of each layer's experts on each expert rank."""
+    apart: dict[tuple[int, int, int], list[ParamMapping]] = {}
+    for mapping in mappings:
+        if mapping.expert_rank is not None:
+            apart.setdefault((mapping.stage, _layer(mapping), mapping.expert_rank), []).append(mapping)
+    dense = [mapping for mapping in mappings if mapping.expert_rank is None]
+    return [group for of in (dense, *apart.values()) for group in plan(of, bucket_bytes, element_size)]
+
+
+def _layer(mapping: ParamMapping) -> int:
+    """The layer of an expert's mapping, as its stage counts."""
+    return int(mapping.megatron.split(".")[2])
+
+
 def dealt(buckets: Sequence[PlannedBucket], count: int) -> list[int]:
     """The share, 0 to `count` - 1, that each bucket belongs to. Shares are of about equal size.
 
-    The parts of a mapping are in one share: a consumer gets them in order. So one share can be larger than another by
-    the largest bucket or divided mapping.
+    The parts of a mapping are in one share: a consumer gets them in order. So are the experts of a layer: vLLM keeps
+    those that have arrived twice until all have. So one share can be larger than another by the largest bucket, divided
+    mapping, or layer of experts.
     """
     units: dict[str, list[int]] = {}
     for number, bucket in enumerate(buckets):
-        units.setdefault(bucket.messages[0][0].mapping.megatron, []).append(number)
+        mapping = bucket.messages[0][0].mapping
+        unit = mapping.megatron if mapping.expert_rank is None else f"experts of layer {_layer(mapping)}"
+        units.setdefault(unit, []).append(number)
     sizes = {unit: sum(buckets[number].numel for number in numbers) for unit, numbers in units.items()}
     loads, shares = [0] * count, [0] * len(buckets)
     for unit in sorted(units, key=lambda unit: -sizes[unit]):

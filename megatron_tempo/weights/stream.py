@@ -6,11 +6,17 @@ holds at most one more bucket of received shards. So it needs at most two bucket
 tensor that is larger than a bucket arrives in parts if the consumer asks for parts. Otherwise its bucket is as large as
 it is, and the received shards are still at most one bucket. A bucket that the consumer keeps adds to that; a `for`
 loop's variable keeps one until the next bucket arrives.
+
+A mixture's experts are on other ranks than the dense weights: the ranks of a stage are laid out a second time for
+them. A bucket has either. A copy of a stage is the fewest consecutive ranks that hold all of both, each a whole number
+of times. In a copy each expert rank sends its own experts, and ranks that hold the same weights divide the sending.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,6 +36,20 @@ from megatron_tempo.weights.shared_memory import flat_buffer, shared_buffers
 
 # Pieces of a bucket, each with its place in the bucket's flat tensor.
 Message = list[tuple[BucketPiece, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Holders:
+    """The ranks that together hold the tensors of a bucket, each a part: this rank's place among them, and their group.
+
+    `copies` such groups are in this rank's copy of the stage, which divide the sending; this is number `copy`.
+    """
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup
+    copies: int
+    copy: int
 
 
 class WeightStream:
@@ -62,26 +82,38 @@ class WeightStream:
             for parts in (False, True)
         }
         self._load_model = load
+        self._has_experts = any(mapping.expert_rank is not None for mapping in mappings)
+        of_experts = layout.expert_tensor * layout.expert if self._has_experts else 1
+        self._ranks_of_copy = math.lcm(layout.tensor, of_experts)
+        place = layout.rank_in_stage % self._ranks_of_copy
         with layout.groups.current():
-            self._tensor_ranks = parallel_state.get_tensor_model_parallel_group()
+            ranks = parallel_state.get_tensor_model_parallel_group()
+            copies = self._ranks_of_copy // layout.tensor
+            self._dense = Holders(layout.tensor_rank, layout.tensor, ranks, copies, place // layout.tensor)
             self._stages = parallel_state.get_pipeline_model_parallel_group()
-        # Of `from_stages(shared=True)`, created by its first call, for buckets with parts and without.
-        self._buffers: dict[bool, list[Tensor]] = {}
+            if self._has_experts:
+                ranks = parallel_state.get_expert_tensor_parallel_group()
+                copies = self._ranks_of_copy // of_experts
+                own = layout.expert_tensor_rank, layout.expert_tensor
+                self._experts = Holders(*own, ranks, copies, place // of_experts)
+                self._expert_ranks = parallel_state.get_expert_tensor_and_model_parallel_group()
+        # Of `from_stages(shared=True)`, created by its first call: by whether with parts, and whether of experts.
+        self._buffers: dict[tuple[bool, bool], list[Tensor]] = {}
 
     @property
     def sends(self) -> bool:
-        """Whether this rank is the one of its stage and copy that gets buckets in `from_stages`: tensor rank 0."""
-        return self._layout.tensor_rank == 0
+        """Whether this rank gets buckets in `from_stages`: tensor rank 0, and of experts expert tensor rank 0."""
+        return self._dense.rank == 0 or (self._has_experts and self._experts.rank == 0)
 
     @property
     def copies(self) -> int:
         """Groups of ranks that hold the whole model."""
-        return self._layout.copies
+        return self._layout.copies * self._layout.tensor // self._ranks_of_copy
 
     @property
     def copy(self) -> int:
         """The number of this rank's copy."""
-        return self._layout.copy
+        return self._layout.rank_in_stage // self._ranks_of_copy
 
     def everywhere(self, *, parts: bool = False) -> Iterator[Bucket]:
         """The whole model on every rank, on the model's device. `parts`: a large tensor arrives in parts."""
@@ -90,7 +122,7 @@ class WeightStream:
             yield self._gather_on_all(bucket)
 
     def from_stages(self, *, shared: bool = False, parts: bool = False, share: Share | None = None) -> Iterator[Bucket]:
-        """Each pipeline stage's own weights, on the one rank of it that `sends`, independently of the other stages.
+        """Each pipeline stage's own weights, each on one of its ranks that `sends`, independently of the other stages.
 
         `share`: what this copy sends; it gathers no more, and independently of the other copies. Its ranks all give the
         same. None: the first copy sends everything, and the others nothing. The copy's other ranks take part and get
@@ -104,125 +136,154 @@ class WeightStream:
         """
         self._load_model()
         senders = 1 if share is None else share.senders or self.copies
-        share = share or Share(taken=(0,) if self._layout.is_first_copy else ())
+        share = share or Share(taken=(0,) if self.copy == 0 else ())
         stage = [bucket for bucket in self._buckets[parts] if bucket.stage == self._layout.pipeline_rank]
         numbers = dealt(stage, share.count)
-        buckets = [bucket for bucket, number in zip(stage, numbers, strict=True) if number in share.taken]
-        if buckets and shared and self._device.type == "cpu":
-            self._share_memory(max(bucket.numel for bucket in stage), parts, senders * self._layout.pipeline)
-            yield from self._from_shared_memory(buckets, self._buffers[parts])
-        else:
-            yield from self._from_messages(buckets, shared=shared)
+        taken = [bucket for bucket, number in zip(stage, numbers, strict=True) if number in share.taken]
+        # First the dense weights on all ranks, then the experts: no rank waits for one that waits for it.
+        for of_experts in (False, True) if self._has_experts else (False,):
+            buckets = self._own(taken, of_experts=of_experts)
+            if buckets and shared and self._device.type == "cpu":
+                size = max(bucket.numel for bucket in stage if (bucket.expert_rank is not None) == of_experts)
+                buffers = self._shared_memory(size, parts, senders * self._layout.pipeline, of_experts=of_experts)
+                yield from self._from_shared_memory(buckets, buffers)
+            else:
+                yield from self._from_messages(buckets, shared=shared)
+
+    def _own(self, buckets: list[PlannedBucket], *, of_experts: bool) -> list[PlannedBucket]:
+        """Those of a copy's buckets, dense or of experts, whose sending this rank has a part in."""
+        of_kind = [bucket for bucket in buckets if (bucket.expert_rank is not None) == of_experts]
+        if not of_kind:
+            return []
+        holders, numbers = self._holders(of_kind[0]), dealt(of_kind, self._holders(of_kind[0]).copies)
+        mine = [bucket for bucket, number in zip(of_kind, numbers, strict=True) if number == holders.copy]
+        return [bucket for bucket in mine if bucket.expert_rank in (None, self._layout.expert_rank)]
+
+    def _holders(self, bucket: PlannedBucket) -> Holders:
+        """The holders of a bucket's tensors that this rank is among, if it has a part of them."""
+        return self._dense if bucket.expert_rank is None else self._experts
 
     def _from_messages(self, buckets: list[PlannedBucket], *, shared: bool) -> Iterator[Bucket]:
         for bucket in buckets:
-            if self.sends:
+            if self._holders(bucket).rank == 0:
                 yield self._gather_on_sender(bucket, shared=shared)
             else:
                 self._send(bucket)
 
-    def _share_memory(self, size: int, parts: bool, senders: int) -> None:
-        """Make the buffers, of `size` elements, if they are not there. `senders`: which make some on this machine."""
-        if parts not in self._buffers:
-            storages = shared_buffers(2, size * self._dtype.itemsize, self._tensor_ranks, senders)
-            self._buffers[parts] = [torch.empty(0, dtype=self._dtype).set_(storage) for storage in storages]
+    def _shared_memory(self, size: int, parts: bool, copies: int, *, of_experts: bool) -> list[Tensor]:
+        """The buffers, of `size` elements. `copies`: of stages that send from this machine."""
+        key = parts, of_experts
+        if key not in self._buffers:
+            holders = self._experts if of_experts else self._dense
+            senders = copies * self._ranks_of_copy // holders.size
+            storages = shared_buffers(2, size * self._dtype.itemsize, holders.group, senders)
+            self._buffers[key] = [torch.empty(0, dtype=self._dtype).set_(storage) for storage in storages]
+        return self._buffers[key]
 
     def _from_shared_memory(self, buckets: list[PlannedBucket], buffers: list[Tensor]) -> Iterator[Bucket]:
         for number, bucket in enumerate(buckets):
-            flat = buffers[number % 2]
-            dist.barrier(self._tensor_ranks)  # the consumer is done with what the buffer held
-            self._place_own(bucket, flat, replicated=self.sends)
-            dist.barrier(self._tensor_ranks)  # every rank has written its parts
-            if self.sends:
+            flat, holders = buffers[number % 2], self._holders(bucket)
+            dist.barrier(holders.group)  # the consumer is done with what the buffer held
+            self._place_own(bucket, flat, replicated=holders.rank == 0)
+            dist.barrier(holders.group)  # every rank has written its parts
+            if holders.rank == 0:
                 yield bucket.filled(flat)
 
     @torch.no_grad()
     def _gather_on_all(self, bucket: PlannedBucket) -> Bucket:
-        """A bucket on every rank: its stage's tensor ranks exchange their shards, then send it to the other stages."""
+        """A bucket on every rank: the ranks of its stage exchange what they hold, then send it to the other stages."""
         layout, flat = self._layout, self._empty(bucket.numel)
         if layout.pipeline_rank == bucket.stage:
-            self._place_own(bucket, flat, replicated=True)
-            for message in self._sharded(bucket, flat):
-                for rank in range(layout.tensor):
-                    self._exchange(message, rank)
+            holders, group, first = self._holders(bucket), self._dense.group, 0
+            if bucket.expert_rank is not None:
+                group, first = self._expert_ranks, bucket.expert_rank * layout.expert_tensor
+            if bucket.expert_rank in (None, layout.expert_rank):
+                self._place_own(bucket, flat, replicated=True)
+            if group.size() > 1:
+                for message in self._sharded(bucket, flat):
+                    for rank in range(holders.size):
+                        self._exchange(message, rank, holders.size, group, first + rank)
         if layout.pipeline > 1:
             dist.broadcast(flat, group=self._stages, group_src=bucket.stage)
         return bucket.filled(flat)
 
-    def _exchange(self, message: Message, rank: int) -> None:
-        """Broadcast what tensor rank `rank` holds of a message's pieces to the other tensor ranks."""
-        mine = rank == self._layout.tensor_rank
-        if not self._held(message, rank):
+    def _exchange(self, message: Message, rank: int, size: int, group: dist.ProcessGroup, source: int) -> None:
+        """Broadcast what holder `rank` of `size` has of a message's pieces. `source`: its number in the group."""
+        mine = dist.get_rank(group) == source
+        if not (held := self._held(message, rank, size)):
             return
-        packed = self._pack(message) if mine else self._empty(self._held(message, rank))
-        dist.broadcast(packed, group=self._tensor_ranks, group_src=rank)
+        packed = self._pack(message, rank, size) if mine else self._empty(held)
+        dist.broadcast(packed, group=group, group_src=source)
         if not mine:
-            self._unpack(packed, message, rank)
+            self._unpack(packed, message, rank, size)
 
     @torch.no_grad()
     def _gather_on_sender(self, bucket: PlannedBucket, *, shared: bool) -> Bucket:
-        """A bucket on the sender: its own shards, and messages from the other tensor ranks."""
+        """A bucket on the sender: its own shards, and messages from the other holders."""
         flat = flat_buffer(bucket.numel, self._dtype, self._device, shared=shared)
-        messages = list(self._sharded(bucket, flat))
+        holders = self._holders(bucket)
+        messages = list(self._sharded(bucket, flat)) if holders.size > 1 else []
         if not messages:
             self._place_own(bucket, flat, replicated=True)
         for number, message in enumerate(messages):
-            self._receive(message, partial(self._place_own, bucket, flat, replicated=True) if number == 0 else None)
+            own = partial(self._place_own, bucket, flat, replicated=True) if number == 0 else None
+            self._receive(message, holders, own)
         return bucket.filled(flat)
 
-    def _receive(self, message: Message, meanwhile: Callable[[], None] | None) -> None:
-        """Receive what the other tensor ranks hold of a message's pieces. `meanwhile` is called before it is here."""
-        held = {rank: self._held(message, rank) for rank in range(1, self._layout.tensor)}
+    def _receive(self, message: Message, holders: Holders, meanwhile: Callable[[], None] | None) -> None:
+        """Receive what the other holders have of a message's pieces. `meanwhile` is called before it is here."""
+        held = {rank: self._held(message, rank, holders.size) for rank in range(1, holders.size)}
         packed = {rank: self._empty(size) for rank, size in held.items() if size}
-        works = _messages(dist.irecv, packed, self._tensor_ranks)
+        works = _messages(dist.irecv, packed, holders.group)
         if meanwhile is not None:
             meanwhile()
         _wait(works)
         for rank, received in packed.items():
-            self._unpack(received, message, rank)
+            self._unpack(received, message, rank, holders.size)
 
     @torch.no_grad()
     def _send(self, bucket: PlannedBucket) -> None:
         """Send this rank's shards of a bucket to the sender."""
+        holders = self._holders(bucket)
         for message in self._sharded(bucket, self._empty(0)):
-            if self._held(message, self._layout.tensor_rank):
-                _wait(_messages(dist.isend, {0: self._pack(message)}, self._tensor_ranks))
+            if self._held(message, holders.rank, holders.size):
+                packed = self._pack(message, holders.rank, holders.size)
+                _wait(_messages(dist.isend, {0: packed}, holders.group))
 
     def _sharded(self, bucket: PlannedBucket, flat: Tensor) -> Iterator[Message]:
-        """The messages of a bucket: the pieces that are sharded over the tensor ranks, and their places in `flat`."""
-        if self._layout.tensor > 1:
-            for message in bucket.placed(flat):
-                if sharded := [(piece, place) for piece, place in message if is_sharded(piece)]:
-                    yield sharded
+        """The messages of a bucket: the pieces of which its holders have different parts, and their places."""
+        for message in bucket.placed(flat):
+            if sharded := [(piece, place) for piece, place in message if is_sharded(piece)]:
+                yield sharded
 
     @torch.no_grad()
     def _place_own(self, bucket: PlannedBucket, flat: Tensor, *, replicated: bool) -> None:
         """Copy this rank's shards to their places in `flat`, with or without what every tensor rank holds."""
         progress_marker.mark()
+        holders = self._holders(bucket)
         for message in bucket.placed(flat):
             for piece, place in message:
                 if replicated or is_sharded(piece):
-                    piece.place(self._shard(piece), place, self._layout.tensor_rank, self._layout.tensor)
+                    piece.place(self._shard(piece), place, holders.rank, holders.size)
 
-    def _unpack(self, packed: Tensor, message: Message, rank: int) -> None:
-        parts = packed.split([piece.held(self._shard(piece), rank, self._layout.tensor) for piece, _ in message])
+    def _unpack(self, packed: Tensor, message: Message, rank: int, size: int) -> None:
+        parts = packed.split([piece.held(self._shard(piece), rank, size) for piece, _ in message])
         for (piece, place), part in zip(message, parts, strict=True):
-            piece.unpack(part, place, self._shard(piece), rank, self._layout.tensor)
+            piece.unpack(part, place, self._shard(piece), rank, size)
 
-    def _pack(self, message: Message) -> Tensor:
-        """What this rank holds of a message's pieces, concatenated: [sum of their sizes]."""
-        rank, size = self._layout.tensor_rank, self._layout.tensor
-        packed = self._empty(self._held(message, rank))
+    def _pack(self, message: Message, rank: int, size: int) -> Tensor:
+        """What this rank, holder `rank` of `size`, has of a message's pieces, concatenated: [sum of their sizes]."""
+        packed = self._empty(self._held(message, rank, size))
         sizes = [piece.held(self._shard(piece), rank, size) for piece, _ in message]
         for (piece, _), part in zip(message, packed.split(sizes), strict=True):
             piece.pack(self._shard(piece), part, rank, size)
         return packed
 
-    def _held(self, message: Message, rank: int) -> int:
-        return sum(piece.held(self._shard(piece), rank, self._layout.tensor) for piece, _ in message)
+    def _held(self, message: Message, rank: int, size: int) -> int:
+        return sum(piece.held(self._shard(piece), rank, size) for piece, _ in message)
 
     def _shard(self, piece: BucketPiece) -> Tensor:
-        """This rank's parameter. A mapping's shards have the same shape on every rank."""
+        """This rank's parameter. A mapping's shards have the same shape on every rank, as have all experts."""
         return self._parameters[piece.mapping.megatron]
 
     def _empty(self, size: int) -> Tensor:
