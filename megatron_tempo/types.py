@@ -48,6 +48,10 @@ UNFINISHED = "unfinished"  # the `finish_reason` of a response that is to contin
 class Completion:
     """One sampled response of t tokens, as an engine returns it. Its tensors are on the CPU.
 
+    `experts`: the experts that the engine's routers chose for prompt and response, as `config.routing` stores them;
+    None if they are not recorded. Each token's are those of the pass that computed the log-probability of the token
+    after it. The last token of a response has passed no router.
+
     `logprobs[i]`: log pi(token_ids[i] | prompt, token_ids[:i]) in nats, after temperature, over the tokens that top-p,
     top-k and min-p leave. `versions`: the weights that generated the tokens, as (version, number of tokens) in order;
     the version is the run's iteration. `finish_reason`: "stop" (the response ends with an end token, or with the token
@@ -60,14 +64,22 @@ class Completion:
     logprobs: Tensor  # float32 [t]
     finish_reason: str
     versions: tuple[tuple[int, int], ...]
+    experts: Tensor | None = None  # uint8 or int16 [prompt + t - 1 or fewer, layers, k]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the own tokens only. A tensor would be pickled with all of the array that it is a view of."""
-        return _unpickled, (self.token_ids.numpy(), self.logprobs.numpy(), self.finish_reason, self.versions)
+        experts = None if self.experts is None else self.experts.numpy()
+        arrays = (self.token_ids.numpy(), self.logprobs.numpy(), experts)
+        return _unpickled, (*arrays, self.finish_reason, self.versions)
 
 
-def _unpickled(token_ids: Any, logprobs: Any, finish_reason: str, versions: tuple[tuple[int, int], ...]) -> Completion:
-    return Completion(torch.from_numpy(token_ids), torch.from_numpy(logprobs), finish_reason, versions)
+def _unpickled(
+    token_ids: Any, logprobs: Any, experts: Any, finish_reason: str, versions: tuple[tuple[int, int], ...]
+) -> Completion:
+    tensors = [None if array is None else torch.from_numpy(array) for array in (token_ids, logprobs, experts)]
+    assert tensors[0] is not None
+    assert tensors[1] is not None
+    return Completion(tensors[0], tensors[1], finish_reason, versions, tensors[2])
 
 
 @dataclass(slots=True)
@@ -145,6 +157,9 @@ class Batch:
     answer_class: Tensor | None = None
     held: Tensor = None  # type: ignore[assignment]  # int64 [m]: the held rows, ascending; not given: all rows
     owners: Owners | None = None  # None: every rank holds all rows, and a model divides them itself
+    # uint8 or int16 [P + T, layers, k], of each held row prompt and response: the experts that the engine chose in the
+    # layers of this rank's actor (`config.routing`); None: not recorded
+    experts: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.held is None:
@@ -204,6 +219,7 @@ class Batch:
             versions=torch.cat([first.versions, second.versions + torch.tensor([len(first), 0, 0])]),
             held=torch.cat([first.held, second.held + len(first)]),
             owners=Owners.join(first.owners, second.owners) if owned else None,  # type: ignore[arg-type]
+            experts=_both(first, second),
         )
 
     def select(self, rows: Tensor) -> Batch:
@@ -226,6 +242,7 @@ class Batch:
             answer_class=None if self.answer_class is None else self.answer_class[rows],
             held=held,
             owners=None if self.owners is None else self.owners.select(rows),
+            experts=None if self.experts is None else picked(self.experts, self.lengths[self.held], chosen),
         )
 
     def _versions_of(self, rows: Tensor) -> Tensor:
@@ -233,6 +250,12 @@ class Batch:
         starts = (counts.cumsum(0) - counts)[rows]
         runs = self.versions[ranges(starts, counts[rows])]
         return torch.cat([torch.repeat_interleave(torch.arange(len(rows)), counts[rows])[:, None], runs[:, 1:]], dim=1)
+
+
+def _both(first: Batch, second: Batch) -> Tensor | None:
+    """The experts of two batches, both recorded or neither."""
+    assert (first.experts is None) == (second.experts is None)
+    return None if first.experts is None or second.experts is None else torch.cat([first.experts, second.experts])
 
 
 def picked(flat: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:

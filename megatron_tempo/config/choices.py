@@ -125,12 +125,12 @@ class Recompute(Enum):
 class RouterReplay(Enum):
     """What becomes of the experts that the engine's routers chose for each token.
 
-    Replay is R3 ("rollout routing replay", arXiv 2510.11370).
+    Replay is R3 ("rollout routing replay", arXiv 2510.11370). The critic has routers of its own, which always choose.
     """
 
     off = "off"  # the engine does not return them; the trainer's routers choose
-    rollout = "rollout"  # the engine returns them, and metrics compare them with the trainer's; the trainer's count
-    on = "on"  # old log-probabilities, values and updates use the engine's choices
+    rollout = "rollout"  # the engine returns them, and metrics compare them with the actor's, which the actor uses
+    on = "on"  # the actor's old log-probabilities and updates use the engine's choices
 
 
 class Fusions(Enum):

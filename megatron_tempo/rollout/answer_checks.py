@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import httpx
 import numpy as np
 import torch
+from torch import Tensor
 
+from megatron_tempo.config.routing import RoutingFormat
 from megatron_tempo.errors import EngineError
-from megatron_tempo.rollout.answer_reader import RawAnswers, refusal
+from megatron_tempo.rollout.answer_reader import CannotAnswer, RawAnswers, refusal
+from megatron_tempo.rollout.experts import DTYPES
 from megatron_tempo.rollout.replica import Ask
 from megatron_tempo.rollout.server_adapter import Call
 from megatron_tempo.types import UNFINISHED, Completion
@@ -55,26 +59,60 @@ def reason(error: Exception) -> str:
     return f"did not answer: {type(error).__name__} {error}".rstrip()
 
 
-def checked_completions(answers: RawAnswers, ask: Ask, vocab: int, newest: int) -> list[Completion]:
+def checked_completions(
+    answers: RawAnswers, ask: Ask, vocab: int, newest: int, routing: RoutingFormat | None = None
+) -> list[Completion]:
     """The completions of an answer, as views of its arrays. An invalid response would be trained on unnoticed.
 
-    `newest` is the version of the latest weights. Raises EngineError.
+    `newest` is the version of the latest weights. `routing`: of the experts that servers return. Raises EngineError.
     """
     if len(answers.rows) != ask.request.samples:
         raise EngineError(f"gave {len(answers.rows)} responses where {ask.request.samples} were asked for")
     tokens = torch.from_numpy(answers.tokens).split([row.tokens for row in answers.rows])
     logprobs = torch.from_numpy(answers.logprobs).split([row.logprobs for row in answers.rows])
     reasons = {"abort": UNFINISHED} if ask.job.is_paused else {}
+    experts: Sequence[Tensor | None] = [None] * len(answers.rows)
+    if routing is not None and ask.sampling.with_experts:
+        experts = _experts(answers, routing)
     completions = [
-        Completion(tokens[i], logprobs[i], reasons.get(row.reason, row.reason), tuple(row.versions))
+        Completion(tokens[i], logprobs[i], reasons.get(row.reason, row.reason), tuple(row.versions), experts[i])
         for i, row in enumerate(answers.rows)
     ]
     versions = range(ask.oldest, newest + 1)
     for completion in completions:
         if wrong := doubts(completion, ask.sampling.max_tokens, vocab, versions, paused=ask.job.is_paused):
             raise EngineError(f"gave a response that makes no sense: {'; '.join(wrong)}")
+        if routing is not None and ask.sampling.with_experts:
+            _check_experts(completion, ask)
     np.minimum(answers.logprobs, 0.0, out=answers.logprobs)  # as `without_rounding`
     return completions
+
+
+def _experts(answers: RawAnswers, routing: RoutingFormat) -> list[Tensor | None]:
+    """The experts of each response, as views of the answer's array; None where there are none."""
+    tokens = len(answers.experts) // routing.bytes_per_token
+    flat = torch.from_numpy(answers.experts).view(DTYPES[routing.itemsize])
+    flat = flat.view(tokens, routing.layers, routing.per_token)
+    parts = iter(flat.split([row.routed for row in answers.rows if row.routed is not None]))
+    return [None if row.routed is None else next(parts) for row in answers.rows]
+
+
+def _check_experts(completion: Completion, ask: Ask) -> None:
+    """Raise CannotAnswer if a server returns no experts, and EngineError if it returns those of other tokens.
+
+    What has no forward pass before it is interrupted has none.
+    """
+    if completion.experts is None:
+        if completion.finish_reason == UNFINISHED:
+            return
+        raise CannotAnswer(
+            "a server did not return the experts that its routers chose; if you start it yourself, give it "
+            "--enable-return-routed-experts, or set model.router_replay=off"
+        )
+    wanted = len(ask.request.token_ids) + len(completion.token_ids) - 1 - ask.request.experts_from
+    found = len(completion.experts)
+    if found != wanted and (completion.finish_reason != UNFINISHED or found > wanted + 1):
+        raise EngineError(f"gave a response that makes no sense: experts of {found} tokens, not of {wanted}")
 
 
 def without_rounding(completion: Completion) -> Completion:

@@ -8,11 +8,14 @@ the collector of cyclic garbage need not look at millions of objects that cannot
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import msgspec
 from msgspec import Struct
+
+from megatron_tempo.rollout.answer_experts import RoutingForm, from_npy, from_sglang
 
 _MOST = 2**31  # above all versions and numbers of tokens
 
@@ -24,6 +27,7 @@ class AnswerRow(Struct, array_like=True, gc=False):
     logprobs: int
     reason: str
     versions: list[tuple[int, int]]  # (version, number of tokens)
+    routed: int | None = None  # tokens whose experts were returned; None: the answer has no such field
 
 
 @dataclass(slots=True)
@@ -33,16 +37,28 @@ class FlatAnswers:
     rows: list[AnswerRow] = field(default_factory=list)
     tokens: array[int] = field(default_factory=lambda: array("i"))  # of all rows
     logprobs: array[float] = field(default_factory=lambda: array("f"))
+    experts: list[bytes] = field(default_factory=list)  # of all rows, as `config.routing` stores them
 
-    def add(self, token_ids: list[int], logprobs: list[float], reason: str, spans: Iterable[_Span]) -> None:
-        """Append a response. Raises ValueError for numbers that fit no response."""
+    def add(
+        self,
+        token_ids: list[int],
+        logprobs: list[float],
+        reason: str,
+        spans: Iterable[_Span],
+        experts: tuple[int, bytes] | None = None,
+    ) -> None:
+        """Append a response. `experts`: of how many tokens, and which. Raises ValueError if numbers fit no response."""
         try:
             self.tokens.fromlist(token_ids)
         except OverflowError:
             raise ValueError("a token out of the vocabulary") from None
         self.logprobs.fromlist(logprobs)
         versions = [_run(span) for span in spans if span.end != span.start]
-        self.rows.append(AnswerRow(len(token_ids), len(logprobs), reason, versions))
+        routed = None
+        if experts is not None:
+            routed = experts[0]
+            self.experts.append(experts[1])
+        self.rows.append(AnswerRow(len(token_ids), len(logprobs), reason, versions, routed))
 
 
 class _Span(Struct, gc=False):
@@ -75,6 +91,7 @@ class _SglangMeta(Struct, gc=False):
     output_token_logprobs: list[_SglangEntry]
     finish_reason: _SglangReason
     weight_versions: list[_Span]
+    routed_experts: bytes | None = None
 
 
 class _SglangResponse(Struct, gc=False):
@@ -85,12 +102,15 @@ class _SglangResponse(Struct, gc=False):
 _SGLANG = msgspec.json.Decoder(list[_SglangResponse])
 
 
-def sglang_answers(body: bytes | bytearray) -> FlatAnswers:
+def sglang_answers(body: bytes | bytearray, routing: RoutingForm | None = None) -> FlatAnswers:
     answers = FlatAnswers()
     for one in _SGLANG.decode(body):
         meta = one.meta_info
         logprobs = [entry.logprob for entry in meta.output_token_logprobs]
-        answers.add(one.output_ids, logprobs, meta.finish_reason.type, meta.weight_versions)
+        experts = None
+        if routing is not None and meta.routed_experts is not None:
+            experts = from_sglang(meta.routed_experts, routing)
+        answers.add(one.output_ids, logprobs, meta.finish_reason.type, meta.weight_versions, experts)
     return answers
 
 
@@ -110,6 +130,7 @@ class _VllmChoice(Struct, gc=False):
     logprobs: _VllmLogprobs
     finish_reason: str
     weight_versions: list[_Span]
+    routed_experts: bytes | None = None
 
 
 class _VllmResponse(Struct, gc=False):
@@ -119,16 +140,28 @@ class _VllmResponse(Struct, gc=False):
 _VLLM = msgspec.json.Decoder(_VllmResponse)
 
 
-def vllm_answers(body: bytes | bytearray) -> FlatAnswers:
+def vllm_answers(body: bytes | bytearray, routing: RoutingForm | None = None) -> FlatAnswers:
     answers = FlatAnswers()
     for one in _VLLM.decode(body).choices:
         logprobs = [entry.logprob for entry in one.logprobs.content]
-        answers.add(one.token_ids, logprobs, one.finish_reason, one.weight_versions)
+        experts = None
+        if routing is not None and one.routed_experts is not None:
+            experts = from_npy(one.routed_experts, routing)
+        answers.add(one.token_ids, logprobs, one.finish_reason, one.weight_versions, experts)
     return answers
 
 
+class Parse(Protocol):
+    def __call__(self, body: bytes | bytearray, routing: RoutingForm | None = None) -> FlatAnswers:
+        """The responses of an answer. `routing`: the form of the experts that are read; None: they are skipped.
+
+        Raises ValueError or msgspec.MsgspecError.
+        """
+        ...
+
+
 # By `ServerAdapter.answer_format`.
-ANSWER_FORMATS: dict[str, Callable[[bytes | bytearray], FlatAnswers]] = {
+ANSWER_FORMATS: dict[str, Parse] = {
     "sglang": sglang_answers,
     "vllm": vllm_answers,
 }

@@ -1,7 +1,7 @@
 """What the first rank and `answer_worker.py` send each other through a socket: frames of a message and raw bytes.
 
 A frame is the sizes of both parts, the message in MessagePack, and the raw bytes: the body of a request, or the tokens
-(int32) and log-probabilities (float32) of an answer. No number of a token is ever converted.
+(int32), log-probabilities (float32) and experts (uint8 or int16) of an answer. No number of a token is ever converted.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TypeVar
 import msgspec
 from msgspec import Struct
 
+from megatron_tempo.rollout.answer_experts import RoutingForm
 from megatron_tempo.rollout.answer_formats import AnswerRow
 
 Piece = bytes | memoryview
@@ -31,13 +32,18 @@ class WorkerSettings(Struct, array_like=True):
     format: str  # `answer_formats.ANSWER_FORMATS`
     key: str
     seconds: float  # time limit for an answer
+    routing: RoutingForm | None = None  # of the experts that the servers return
 
 
 class RequestOrder(Struct, array_like=True):
-    """Send the raw bytes to `url`, as JSON. Without a `url`: abandon the request of this number, or reply to `PING`."""
+    """Send the raw bytes to `url`, as JSON. Without a `url`: abandon the request of this number, or reply to `PING`.
+
+    `with_experts`: read the experts in the answer.
+    """
 
     number: int
     url: str = ""
+    with_experts: bool = False
 
 
 class AnswerReply(Struct, array_like=True):

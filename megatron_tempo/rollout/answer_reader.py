@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import megatron_tempo
+from megatron_tempo.config.routing import RoutingFormat
 from megatron_tempo.errors import EngineError
+from megatron_tempo.rollout.answer_experts import RoutingForm
 from megatron_tempo.rollout.answer_formats import AnswerRow
 from megatron_tempo.rollout.answer_frames import (
     NO_STATUS,
@@ -56,6 +58,7 @@ class RawAnswers:
     tokens: NDArray[np.int32]  # of all rows
     logprobs: NDArray[np.float32]
     received: float  # when the answer began to arrive, by `time.monotonic`
+    experts: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))  # their bytes, of all rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,9 +71,12 @@ class _Pending:
 class AnswerReader:
     """One `answer_worker` process. All methods run in one event loop."""
 
-    def __init__(self, format_name: str, key: str, seconds: float) -> None:
-        """`seconds`: time limit for an answer."""
-        self._settings = WorkerSettings(os.getpid(), format_name, key, seconds)
+    def __init__(self, format_name: str, key: str, seconds: float, routing: RoutingFormat | None = None) -> None:
+        """`seconds`: time limit for an answer. `routing`: of the experts that servers return; None: of none."""
+        form = None
+        if routing is not None:
+            form = RoutingForm(routing.layers, routing.per_token, routing.experts, routing.itemsize)
+        self._settings = WorkerSettings(os.getpid(), format_name, key, seconds, form)
         self._pending: dict[int, _Pending] = {}
         self._orders: asyncio.Queue[list[Piece]] = asyncio.Queue()
         self._number = 0
@@ -92,9 +98,10 @@ class AnswerReader:
                 f"the process that reads the servers' answers is not ready after {START_SECONDS:g} s"
             ) from error
 
-    async def ask(self, url: str, path: str, body: dict[str, Any]) -> RawAnswers:
+    async def ask(self, url: str, path: str, body: dict[str, Any], *, with_experts: bool = False) -> RawAnswers:
         """The answer to a POST of a JSON body to a path of a server. If this is cancelled, so is the request.
 
+        `with_experts`: whether the experts in it are read.
         Raises EngineError if the server does not answer well, CannotAnswer if no server would, or if the worker dies
         again and again.
         """
@@ -103,7 +110,7 @@ class AnswerReader:
         self._number += 1
         number = self._number
         content = json.dumps(body, separators=(",", ":")).encode()
-        frame = packed(RequestOrder(number, url.rstrip("/") + path), content)
+        frame = packed(RequestOrder(number, url.rstrip("/") + path, with_experts), content)
         pending = self._pending[number] = _Pending(path, frame, asyncio.get_running_loop().create_future())
         self._orders.put_nowait(frame)
         try:
@@ -212,10 +219,11 @@ def refusal(status: int, path: str, text: str) -> EngineError:
 
 
 def _arrays(reply: AnswerReply, raw: bytearray) -> RawAnswers:
-    split = 4 * sum(row.tokens for row in reply.rows)
+    first = 4 * sum(row.tokens for row in reply.rows)
+    second = first + 4 * sum(row.logprobs for row in reply.rows)
     view = memoryview(raw)
-    tokens, logprobs = np.frombuffer(view[:split], np.int32), np.frombuffer(view[split:], np.float32)
-    return RawAnswers(reply.rows, tokens, logprobs, reply.received)
+    tokens, logprobs = np.frombuffer(view[:first], np.int32), np.frombuffer(view[first:second], np.float32)
+    return RawAnswers(reply.rows, tokens, logprobs, reply.received, np.frombuffer(view[second:], np.uint8))
 
 
 def _start(connection: socket.socket) -> subprocess.Popen[bytes]:

@@ -64,7 +64,7 @@ class AnswerWorker:
 
     def __init__(self, connection: socket.socket, settings: WorkerSettings) -> None:
         self._connection = connection
-        self._parse = ANSWER_FORMATS[settings.format]
+        self._parse, self._routing = ANSWER_FORMATS[settings.format], settings.routing
         self._client = httpx.AsyncClient(
             headers=authorised(settings.key) | {"Content-Type": "application/json"},
             timeout=httpx.Timeout(settings.seconds, connect=CONNECT_SECONDS),
@@ -96,7 +96,7 @@ class AnswerWorker:
         try:
             async with self._client.stream("POST", order.url, content=bytes(body)) as response:
                 if response.status_code == 200:
-                    await self._parsed(order.number, response)
+                    await self._parsed(order, response)
                 else:
                     await self._reply(AnswerReply(order.number, response.status_code, await _beginning(response)))
             return
@@ -107,9 +107,9 @@ class AnswerWorker:
         with contextlib.suppress(OSError):  # the trainer is gone, which `serve` sees too
             await self._failed(order.number, words)
 
-    async def _parsed(self, number: int, response: httpx.Response) -> None:
+    async def _parsed(self, order: RequestOrder, response: httpx.Response) -> None:
         """Read, parse and pass on an answer, within the room for answers."""
-        received = time.monotonic()
+        received, number = time.monotonic(), order.number
         given = response.headers.get("content-length", "")
         amount = int(given) if given.isdecimal() else ROOM
         await self._room.take(amount)
@@ -118,7 +118,7 @@ class AnswerWorker:
             async for chunk in response.aiter_bytes():
                 content += chunk
             try:
-                answers = self._parse(content)
+                answers = self._parse(content, self._routing if order.with_experts else None)
             except (ValueError, RecursionError, msgspec.MsgspecError) as error:
                 await self._failed(number, _words(content, response.url.path, error))
                 return
@@ -131,9 +131,9 @@ class AnswerWorker:
         await self._reply(AnswerReply(number, NO_STATUS, words))
 
     async def _reply(self, reply: AnswerReply, answers: FlatAnswers | None = None) -> None:
-        raw = () if answers is None else (answers.tokens, answers.logprobs)
+        pieces = packed(reply) if answers is None else packed(reply, answers.tokens, answers.logprobs, *answers.experts)
         # A request may be abandoned while its frame is sent, and half a frame would spoil all that follow.
-        await asyncio.shield(asyncio.create_task(self._send(packed(reply, *raw))))
+        await asyncio.shield(asyncio.create_task(self._send(pieces)))
 
     async def _send(self, pieces: list[Piece]) -> None:
         async with self._sending:

@@ -36,6 +36,20 @@ def logprob_tensor(values: object) -> Tensor:
         )
 
 
+def expert_tensor(values: object, itemsize: int) -> Tensor:
+    """Numbers of experts as uint8 or int16 [tokens, layers, k], in memory of its own. `values`: an array or a tensor.
+
+    Raises ValueError if they are something else, or do not fit.
+    """
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+    if not isinstance(array, np.ndarray) or array.ndim != 3 or array.dtype.kind not in "iu":
+        raise ValueError(f"experts is {_shown(values)}, not an array of integers [tokens, layers, k]")
+    kept = array.astype(np.uint8) if itemsize == 1 else array.astype(np.int16)
+    if not np.array_equal(kept, array):
+        raise ValueError(f"experts has numbers that {kept.dtype} does not hold")
+    return torch.from_numpy(kept)
+
+
 def run_tuples(versions: Any) -> tuple[tuple[int, int], ...]:
     """Runs of versions as (version, number of tokens). Raises ValueError if they are something else."""
     try:

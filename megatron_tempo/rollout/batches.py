@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.engine import AnswersOnFirstRank, Engine, Request, Sampling
+from megatron_tempo.rollout.experts import ExpertRows, ExpertWatch, form_of, received
 from megatron_tempo.rollout.verification import Prompt, Verification
 from megatron_tempo.rollout.verifying_nodes import VerifyingNodes
 from megatron_tempo.runtime.row_windows import WINDOW, row_windows
@@ -60,6 +61,7 @@ class Collected:
     columns: Batch
     sources: Tensor  # int64 [n]: the rank that has the tokens of each row
     completions: dict[int, Completion]  # of the rows that this rank has; `receive` takes them out
+    experts: ExpertRows | None = None  # of the experts that the engine's routers chose; None: of no row
 
     def take(self, first: int, last: int, *, verdicts: bool = False, classes: bool = False) -> Collected:
         """The rows of prompts `first` to `last` - 1, moved out of this. Without `verdicts`: of unlabelled prompts."""
@@ -75,7 +77,7 @@ class Collected:
         start = int(rows[0]) if len(rows) else 0
         own = [row for row in self.completions if start <= row < start + len(rows)]
         completions = {row - start: self.completions.pop(row) for row in own}
-        return Collected(self.prompts[first:last], columns, self.sources[rows], completions)
+        return Collected(self.prompts[first:last], columns, self.sources[rows], completions, self.experts)
 
 
 def ask(engine: Engine, prompts: Sequence[Prompt], samples: int, sampling: Sampling, *seed: object) -> Asked:
@@ -160,14 +162,18 @@ def share_columns(prompts: Sequence[Prompt], answers: Answers) -> Collected:
         answer_class=columns[:, 3] - 1,
         held=torch.empty(0, dtype=torch.int64),
     )
-    return Collected(prompts, batch, ranks[group], own)
+    form = columns[:, 5:].amax(0).tolist() if len(columns) else [0]  # all rows that have experts have the same
+    return Collected(prompts, batch, ranks[group], own, ExpertRows(*form) if any(form) else None)
 
 
 def _gathered(
     rows: int, completions: Mapping[int, Completion], starts: Sequence[int], answers: Answers
 ) -> tuple[Tensor, Tensor]:
-    """Of each row its length, end, verdict (the bits of a float32), class + 1 and runs: [n, 5]. The runs: [runs, 3]."""
-    columns = torch.zeros(rows, 5, dtype=torch.int64)
+    """The columns [n, 8], and the runs [runs, 3].
+
+    Of each row its length, end, verdict (the bits of a float32), class + 1, number of runs, and its experts' form.
+    """
+    columns = torch.zeros(rows, 8, dtype=torch.int64)
     own = sorted(completions)
     ones = [completions[row] for row in own]
     at = torch.tensor(own, dtype=torch.int64)
@@ -175,6 +181,7 @@ def _gathered(
     columns[at, 1] = torch.tensor([one.finish_reason == "stop" for one in ones], dtype=torch.int64)
     versions = [[run for run in one.versions if run[1]] for one in ones]  # runs without tokens say nothing
     columns[at, 4] = torch.tensor([len(of) for of in versions], dtype=torch.int64)
+    columns[at, 5:] = torch.tensor([form_of(one) for one in ones], dtype=torch.int64).view(-1, 3)
     for i, verdicts in answers.verdicts.items():
         bits = torch.tensor(verdicts, dtype=torch.float32).view(torch.int32)
         columns[starts[i] : starts[i] + len(verdicts), 2] = bits.long()
@@ -196,13 +203,26 @@ def _summed(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def receive(collected: Collected, held: Tensor, watch: Watch | None = None, window: int = WINDOW) -> Batch:
+def receive(
+    collected: Collected,
+    held: Tensor,
+    watch: Watch | None = None,
+    window: int = WINDOW,
+    *,
+    layers: Tensor | None = None,
+    watch_experts: ExpertWatch | None = None,
+) -> Batch:
     """The batch with the tokens of the rows `held` (int64, ascending), which each rank chooses for itself. Collective.
 
-    `watch`: is called with the tokens of all rows, in order, on the ranks that give one. `window`: tokens that move at
-    once. `collected` loses its completions as they are sent.
+    `watch`: is called with the tokens of all rows, in order, on the ranks that give one; `watch_experts` before, with
+    their experts, if these are recorded. `window`: tokens that move at once. `layers`: int64, the layers whose experts
+    this rank needs; None: all. `collected` loses its completions as they are sent.
     """
     columns, completions = collected.columns, collected.completions
+    experts = None
+    if collected.experts is not None:
+        of_rows = columns.lengths, collected.sources, completions
+        experts = received(collected.experts, *of_rows, held, layers, window, watch_experts)
     lengths = columns.response_lengths
     own_lengths = lengths[held]
     tokens = torch.empty(int(own_lengths.sum()), dtype=torch.int32)
@@ -229,6 +249,7 @@ def receive(collected: Collected, held: Tensor, watch: Watch | None = None, wind
         response_tokens=tokens,
         engine_logprobs=logprobs,
         held=held,
+        experts=experts,
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_tempo.config.choices import EngineKind, EnginePrecision
 from megatron_tempo.config.model_shape import read_model_shape
+from megatron_tempo.config.routing import recorded_routing
 from megatron_tempo.config.sampled import stop_strings, truncates
 from megatron_tempo.config.schema import Config
 from megatron_tempo.rollout.server_adapter import ServerAdapter
@@ -17,12 +18,12 @@ def server_adapter_of(config: Config, *, cpu: bool) -> ServerAdapter:
     from megatron_tempo.rollout.vllm import Vllm
 
     rollout = config.rollout
-    tensor, sleeps = rollout.servers.tensor, rollout.is_colocated
+    tensor, sleeps, routing = rollout.servers.tensor, rollout.is_colocated, recorded_routing(config)
     if rollout.engine is EngineKind.vllm:
-        return Vllm(cpu=cpu, tensor=tensor, sleeps=sleeps, stops=bool(stop_strings(config)))
+        return Vllm(cpu=cpu, tensor=tensor, sleeps=sleeps, stops=bool(stop_strings(config)), routing=routing)
     shortened = truncates(rollout) or truncates(config.evaluation)
     key_heads = read_model_shape(Path(config.model.path)).groups if tensor > 1 else None
-    return Sglang(cpu=cpu, tensor=tensor, sleeps=sleeps, truncates=shortened, key_heads=key_heads)
+    return Sglang(cpu=cpu, tensor=tensor, sleeps=sleeps, truncates=shortened, key_heads=key_heads, routing=routing)
 
 
 def engine_precision(config: Config) -> EnginePrecision:

@@ -73,11 +73,13 @@ class CheckedFleet(Fleet):
         life, version, limits = replica.life, self._requests.version, self._limits
         asks = [Ask(GenerationJob(), i, request, sampling, version) for i, request in enumerate(requests)]
         calls = [self._adapter.generate(request, sampling, limits.end_tokens) for request in requests]
+        given = (limits.vocab, version, self._adapter.routing)
         try:
-            answers = asyncio.gather(*(self._reader.ask(replica.url, call.path, call.body or {}) for call in calls))
-            rows = await asyncio.wait_for(answers, self._config.update_seconds)
+            experts = sampling.with_experts
+            asked = (self._reader.ask(replica.url, call.path, call.body or {}, with_experts=experts) for call in calls)
+            rows = await asyncio.wait_for(asyncio.gather(*asked), self._config.update_seconds)
             pairs = zip(rows, asks, strict=True)
-            return [checked_completions(row, ask, limits.vocab, version) for row, ask in pairs]
+            return [checked_completions(row, ask, *given) for row, ask in pairs]
         except CannotAnswer:
             raise
         except (httpx.HTTPError, EngineError, TimeoutError) as error:

@@ -21,7 +21,8 @@ def picked_groups(collected: Collected, groups: Sequence[int]) -> Collected:
     columns = replace(whole.select(rows), group=torch.repeat_interleave(torch.arange(len(groups)), sizes))
     places = {row: place for place, row in enumerate(rows.tolist())}
     completions = {places[row]: one for row, one in collected.completions.items() if row in places}
-    return Collected([collected.prompts[group] for group in groups], columns, collected.sources[rows], completions)
+    prompts = [collected.prompts[group] for group in groups]
+    return Collected(prompts, columns, collected.sources[rows], completions, collected.experts)
 
 
 def joined_groups(first: Collected, second: Collected) -> Collected:
@@ -35,7 +36,8 @@ def joined_groups(first: Collected, second: Collected) -> Collected:
     )
     completions = first.completions | {row + shift: one for row, one in second.completions.items()}
     sources = torch.cat([first.sources, second.sources])
-    return Collected([*first.prompts, *second.prompts], columns, sources, completions)
+    experts = first.experts or second.experts
+    return Collected([*first.prompts, *second.prompts], columns, sources, completions, experts)
 
 
 def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:

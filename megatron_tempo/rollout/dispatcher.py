@@ -120,9 +120,11 @@ class Dispatcher:
         try:
             parts = parts_of(ask)
             calls = [self._adapter.generate(part.request, part.sampling, self._limits.end_tokens) for part in parts]
-            raw = await asyncio.gather(*(self._reader.ask(replica.url, call.path, call.body or {}) for call in calls))
-            pairs = zip(raw, parts, strict=True)
-            answers = [checked_completions(one, part, self._limits.vocab, self.version) for one, part in pairs]
+            experts = ask.sampling.with_experts
+            asked = (self._reader.ask(replica.url, call.path, call.body or {}, with_experts=experts) for call in calls)
+            raw = await asyncio.gather(*asked)
+            pairs, given = zip(raw, parts, strict=True), (self._limits.vocab, self.version, self._adapter.routing)
+            answers = [checked_completions(one, part, *given) for one, part in pairs]
             completions = joined(ask.request, answers)
         except CannotAnswer as error:
             self._fail(ask.job, str(error))

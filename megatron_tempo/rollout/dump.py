@@ -1,29 +1,42 @@
-"""Rollouts on disk: written for people and for replay, one JSONL file an iteration, one line a response."""
+"""Rollouts on disk: written for people and for replay, one JSONL file an iteration, one line a response.
+
+The experts that the engine's routers chose are in a file beside it: in JSON they would take several times as much. A
+line names the place of its own: {"offset": first byte, "shape": [tokens, layers, k], "dtype": "uint8" or "int16"}.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from megatron_tempo.config.routing import RoutingFormat
 from megatron_tempo.errors import InputError
 from megatron_tempo.files import atomic_write, read_text
 from megatron_tempo.rollout.arrays import logprob_tensor, token_tensor
 from megatron_tempo.rollout.batches import Answers, Watch
+from megatron_tempo.rollout.experts import ExpertWatch, doubts
 from megatron_tempo.rollout.verification import Prompt
 from megatron_tempo.types import Batch, Completion, LabelledPrompt, UnlabelledPrompt
 
 
 def path_of(folder: Path, stage: str, iteration: int) -> Path:
     return folder / f"{stage}-{iteration:06d}.jsonl"
+
+
+def experts_path(path: Path) -> Path:
+    """The file of the experts of a file of rollouts."""
+    return path.with_suffix(".experts")
 
 
 class Recorder:
@@ -37,6 +50,8 @@ class Recorder:
         self._path, self._tokenizer = path, tokenizer
         self._open = ExitStack()
         self._file: BinaryIO | None = None
+        self._experts: BinaryIO | None = None
+        self._places: dict[int, dict[str, Any]] = {}  # of the experts of each row of the batch under way
         self._failure: OSError | None = None
 
     def __enter__(self) -> Recorder:
@@ -63,10 +78,25 @@ class Recorder:
                 prompt = prompts[int(columns.group[row])]
                 line = _line(columns, row, prompt, ids.tolist(), floats.tolist(), versions[row].tolist())
                 line["response"] = self._tokenizer.decode(line["response_tokens"])
+                if (place := self._places.pop(row, None)) is not None:
+                    line["experts"] = place
                 assert self._file is not None
                 self._file.write(_encoded(line, floats))
 
         return lambda *given: self._attempt(lambda: write(*given))
+
+    @property
+    def experts(self) -> ExpertWatch:
+        """What `receive` calls with the experts of the batch's rows, before `of`'s with their tokens."""
+        return lambda *given: self._attempt(lambda: self._write_experts(*given))
+
+    def _write_experts(self, rows: range, experts: Sequence[Tensor]) -> None:
+        if self._experts is None:
+            self._experts = self._open.enter_context(atomic_write(experts_path(self._path), fsync=True))
+        for row, one in zip(rows, experts, strict=True):
+            dtype = str(one.dtype).removeprefix("torch.")
+            self._places[row] = {"offset": self._experts.tell(), "shape": list(one.shape), "dtype": dtype}
+            self._experts.write(one.contiguous().numpy().tobytes())
 
     def _begin(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,10 +144,12 @@ def read(
     samples: int,
     *,
     classes: bool = False,
+    routing: RoutingFormat | None = None,
 ) -> Answers:
     """The answers that were recorded to these prompts, labelled ones first. `classes`: of unlabelled answers too.
 
-    Raises InputError with file and line if the file does not have `samples` responses to each of these prompts.
+    `routing`: of the experts that are read too. Raises InputError with file and line if the file does not have
+    `samples` responses to each of these prompts.
     """
     if not path.exists():
         raise InputError(f"rollout.replay: {path} is not there; the run it was written by did not come so far")
@@ -126,6 +158,8 @@ def read(
     if len(lines) != len(prompts) * samples:
         raise InputError(f"rollout.replay: {path} has {len(lines)} responses, this run needs {len(prompts) * samples}")
     rows = [_response(f"{path}, line {i + 1}", line, prompts[i // samples]) for i, line in enumerate(lines)]
+    if routing is not None:
+        rows = [(_with_experts(path, i + 1, lines[i], row[0], routing), row[1]) for i, row in enumerate(rows)]
 
     def of(prompt: int) -> range:
         return range(prompt * samples, (prompt + 1) * samples)
@@ -147,6 +181,30 @@ def _class(where: str, text: str) -> int | None:
             "replays what such a method recorded"
         )
     return None if answer_class == -1 else answer_class
+
+
+def _with_experts(path: Path, number: int, text: str, completion: Completion, routing: RoutingFormat) -> Completion:
+    """The completion with the experts that line `number` names."""
+    where, beside, fix = f"{path}, line {number}", experts_path(path), "set model.router_replay=off to do without"
+    given = json.loads(text)
+    place, tokens = given.get("experts"), len(given["prompt_tokens"]) + len(completion.token_ids)
+    if place is None:
+        raise InputError(f"rollout.replay: {where} has no experts, which the recorded run did not keep; {fix}")
+    wanted = {
+        "shape": [tokens, routing.layers, routing.per_token],
+        "dtype": "uint8" if routing.itemsize == 1 else "int16",
+    }
+    offset = place.get("offset") if isinstance(place, dict) else None
+    if type(offset) is not int or offset < 0 or {name: place.get(name) for name in wanted} != wanted:
+        raise InputError(f"rollout.replay: {where} has the experts {place}, not {wanted} at an offset; {fix}")
+    try:
+        raw = np.fromfile(beside, wanted["dtype"], tokens * routing.layers * routing.per_token, offset=offset)
+        experts = torch.from_numpy(raw.reshape(wanted["shape"]))
+    except (OSError, ValueError) as error:
+        raise InputError(f"rollout.replay: {beside} has not the experts of {where} ({error}); {fix}") from error
+    if wrong := doubts(experts, routing):
+        raise InputError(f"rollout.replay: {beside} has for {where} {wrong[0]}; {fix}")
+    return replace(completion, experts=experts)
 
 
 def _response(where: str, text: str, prompt: LabelledPrompt | UnlabelledPrompt) -> tuple[Completion, float]:

@@ -19,12 +19,14 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
+from megatron_tempo.config.routing import RoutingFormat
 from megatron_tempo.data.tokenizer import end_tokens
 from megatron_tempo.errors import EngineError
 from megatron_tempo.kernels.truncation import lowest_kept
 from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
 from megatron_tempo.rollout.kv_cache import attention_for, new_cache
 from megatron_tempo.rollout.partial_requests import grown
+from megatron_tempo.rollout.recorded_experts import RecordedExperts, RouterRecorder
 from megatron_tempo.rollout.stop_strings import StopStrings, StopText
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import UNFINISHED, Completion, EngineHealth, PartName, TokenCount, Weights, whole_name
@@ -38,8 +40,18 @@ class EmbeddedEngine:
 
     asleep = False
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, batch_rows: int) -> None:
-        """`folder` has the config and the end tokens. `load_weights` provides the weights."""
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_rows: int,
+        routing: RoutingFormat | None = None,
+    ) -> None:
+        """`folder` has the config and the end tokens. `load_weights` provides the weights.
+
+        `routing`: of the experts that it returns where a sampling asks for them; None: it returns none.
+        """
         with device:
             config = transformers.AutoConfig.from_pretrained(folder)
             attention = attention_for(device)
@@ -48,6 +60,7 @@ class EmbeddedEngine:
         # Renamed during transformers 5; the old name gives a warning for each call, until 5.40 removes it.
         arguments = inspect.signature(self._model.forward).parameters
         self._cache_argument = "cache" if "cache" in arguments else "past_key_values"
+        self._routers = None if routing is None else RouterRecorder(self._model, routing)
         self._device = device
         self._folder = folder
         self._stops: StopStrings | None = None  # of the last sampling that had some
@@ -135,11 +148,18 @@ class EmbeddedEngine:
         prompts, mask = _left_padded(prefilled, self._device)
         self.counted.add(mask.numel(), int(mask.numel() - mask.sum()))
         cache = new_cache()
+        routers = self._routers if sampling.with_experts else None
+        if self._routers is not None:
+            self._routers.is_on = routers is not None
         logits = self._forward(prompts, mask, cache, mask.cumsum(1).sub(1).clamp(min=0))
         copies = copies.to(self._device)
         cache.batch_select_indices(copies)
         decoding = _Decoding.begin(requests, mask[copies], sampling, self._device)
         decoding.texts = self._texts(requests, sampling.stop)
+        if routers is not None:
+            count, more = len(decoding.lengths), sampling.max_tokens
+            rows = decoding.row.tolist()
+            decoding.experts = RecordedExperts.begin(routers.take(len(mask)), mask, copies, rows, count, more)
         logits = logits[copies]
         while True:
             progress_marker.mark()
@@ -152,7 +172,10 @@ class EmbeddedEngine:
                 tokens = tokens[kept]
             decoding.grow()
             self.counted.add(len(tokens), int(decoding.ended.sum()))
-            logits = self._forward(tokens[:, None], decoding.mask, cache, decoding.mask.sum(1, keepdim=True) - 1)
+            positions = decoding.mask.sum(1, keepdim=True) - 1
+            logits = self._forward(tokens[:, None], decoding.mask, cache, positions)
+            if routers is not None and decoding.experts is not None:
+                decoding.experts.add(decoding.row, positions[:, 0], routers.take(len(tokens)))
         decoding.check_finite()
         return decoding.completions(requests, self._version or 0)
 
@@ -198,6 +221,7 @@ class _Decoding:
     stopped: Tensor  # bool [rows]
     finite: Tensor  # bool [], whether all logits so far were finite
     texts: list[StopText] | None = None  # of the rows, where stop strings end responses
+    experts: RecordedExperts | None = None  # of the rows, where the sampling asks for them
 
     @classmethod
     def begin(cls, requests: list[Request], mask: Tensor, sampling: Sampling, device: torch.device) -> _Decoding:
@@ -300,11 +324,13 @@ class _Decoding:
         tokens = self.tokens[written].to(torch.int32).cpu().split(lengths)
         logprobs = self.logprobs[written].cpu().split(lengths)
         begun = [one for request in requests for one in request.begun or [None] * request.samples]
+        prompts = [len(request.token_ids) for request in requests for _ in range(request.samples)]
         longest = self.tokens.shape[1]
         flat = []
         for i, (one, n) in enumerate(zip(begun, lengths, strict=True)):
             reason = "stop" if stopped[i] else "length" if n == longest else UNFINISHED
-            flat.append(Completion(tokens[i], logprobs[i], reason, grown(one, version, n)))
+            experts = None if self.experts is None else self.experts.of(i, prompts[i], n, one)
+            flat.append(Completion(tokens[i], logprobs[i], reason, grown(one, version, n), experts))
         answers, at = [], 0
         for request in requests:
             answers.append(flat[at : at + request.samples])

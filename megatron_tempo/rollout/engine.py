@@ -40,6 +40,7 @@ class Request:
     begun: tuple[Completion, ...] = ()  # the samples so far, if they are to continue; ended ones stay as they are
     # the embedded engine returns a response as "unfinished" after this many more tokens; None: it generates to the end
     pause_after: int | None = None
+    experts_from: int = 0  # the first token of the prompt whose experts are wanted, if any are
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +61,10 @@ class Sampling:
     min_p: float = 0.0
     stop: tuple[str, ...] = ()  # the response ends with the token that completes one of them, which is part of it
     seeded: bool = False  # servers draw by the requests' seeds
+    with_experts: bool = False  # completions have the experts that the engine's routers chose
 
     @staticmethod
-    def of(settings: RolloutConfig | EvaluationConfig, max_tokens: int) -> Sampling:
+    def of(settings: RolloutConfig | EvaluationConfig, max_tokens: int, *, with_experts: bool = False) -> Sampling:
         """The sampling of training responses, or of an evaluation's."""
         return Sampling(
             settings.temperature,
@@ -72,6 +74,7 @@ class Sampling:
             settings.min_p,
             tuple(settings.stop or ()),
             settings.seed is not None,
+            with_experts,
         )
 
     @property

@@ -66,7 +66,7 @@ class Fleet:
         self._jobs: set[GenerationJob] = set()
         self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._reader = AnswerReader(adapter.answer_format, key, config.answer_seconds)
+        self._reader = AnswerReader(adapter.answer_format, key, config.answer_seconds, adapter.routing)
         self._limits = Limits(config, end_tokens, vocab)
         self._requests = Dispatcher(adapter, self._limits, self._reader, self._replicas, work, self._fault, self._fail)
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)

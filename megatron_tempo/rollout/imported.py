@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_tempo.config.extensions import (
     Extension,
@@ -16,10 +17,12 @@ from megatron_tempo.config.extensions import (
     shown,
     wrong_result,
 )
+from megatron_tempo.config.routing import RoutingFormat
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rollout.answer_checks import doubts, without_rounding
-from megatron_tempo.rollout.arrays import logprob_tensor, run_tuples, token_tensor
+from megatron_tempo.rollout.arrays import expert_tensor, logprob_tensor, run_tuples, token_tensor
 from megatron_tempo.rollout.engine import EngineSetup, EngineWork, Request, Sampling
+from megatron_tempo.rollout.experts import doubts as doubtful_experts
 from megatron_tempo.types import Completion, EngineHealth, TokenCount, Weights
 
 
@@ -31,9 +34,14 @@ class ImportedEngine:
 
     asleep = False
 
-    def __init__(self, extension: Extension, setup: EngineSetup, vocab: int) -> None:
-        """`vocab`: number of tokens that a response may contain. Raises ExtensionError. Collective."""
-        self._extension, self._vocab = extension, vocab
+    def __init__(
+        self, extension: Extension, setup: EngineSetup, vocab: int, routing: RoutingFormat | None = None
+    ) -> None:
+        """`vocab`: number of tokens that a response may contain. `routing`: of the experts that it has to return.
+
+        Raises ExtensionError. Collective.
+        """
+        self._extension, self._vocab, self._routing = extension, vocab, routing
         try:
             self._engine = load_engine(extension).make(setup)
         except InputError:
@@ -140,12 +148,12 @@ class ImportedEngine:
             case _:
                 expected = f"(number of the request from 0 to {len(requests) - 1}, list of Completion)"
                 raise wrong_result(self._extension, item, expected)
-        samples = requests[number].samples
+        request, samples = requests[number], requests[number].samples
         if len(completions) != samples or not all(isinstance(c, Completion) for c in completions):
             raise wrong_result(self._extension, completions, f"{samples} of megatron_tempo.types.Completion, as asked")
-        return number, [self._converted(completion, sampling, oldest) for completion in completions]
+        return number, [self._converted(completion, request, sampling, oldest) for completion in completions]
 
-    def _converted(self, given: Completion, sampling: Sampling, oldest: int) -> Completion:
+    def _converted(self, given: Completion, request: Request, sampling: Sampling, oldest: int) -> Completion:
         """What the user's engine returned, as tensors and checked. Its tensors are not changed."""
         try:
             completion = Completion(
@@ -153,6 +161,7 @@ class ImportedEngine:
                 logprob_tensor(given.logprobs),
                 given.finish_reason,
                 run_tuples(given.versions),
+                self._experts(given, request) if sampling.with_experts else None,
             )
             wrong = doubts(completion, sampling.max_tokens, self._vocab, range(oldest, self._version + 1))
         except ValueError as error:  # not sequences of numbers
@@ -163,3 +172,18 @@ class ImportedEngine:
                 "correct what its Completion holds",
             )
         return without_rounding(completion)
+
+    def _experts(self, given: Completion, request: Request) -> Tensor:
+        """The experts of a response. Raises ValueError or ExtensionError."""
+        assert self._routing is not None
+        if given.experts is None:
+            raise ExtensionError(
+                f"{self._extension} returned no experts: model.router_replay uses those that its routers chose",
+                "experts=... in its Completion, or model.router_replay=off",
+            )
+        experts = expert_tensor(given.experts, self._routing.itemsize)
+        if wrong := doubtful_experts(experts, self._routing):
+            raise ValueError(wrong[0])
+        if len(experts) >= len(request.token_ids) + len(given.token_ids):
+            raise ValueError(f"experts of {len(experts)} tokens, but the last one of a response has passed no router")
+        return experts

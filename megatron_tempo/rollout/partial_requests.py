@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from megatron_tempo.rollout.engine import Request
+from megatron_tempo.rollout.experts import continued, first_unread
 from megatron_tempo.rollout.replica import Ask
 from megatron_tempo.types import UNFINISHED, Completion, seed_of
 
@@ -27,7 +28,12 @@ def parts_of(ask: Ask) -> list[Ask]:
         if one.finish_reason == UNFINISHED:
             tokens = one.token_ids.tolist()
             # A seed of its own: neither another sample's, nor that of the tokens so far.
-            rest = Request((*request.token_ids, *tokens), 1, seed_of(request.seed, sample, len(tokens)))
+            rest = Request(
+                (*request.token_ids, *tokens),
+                1,
+                seed_of(request.seed, sample, len(tokens)),
+                experts_from=first_unread(len(request.token_ids), one),
+            )
             left = replace(sampling, max_tokens=sampling.max_tokens - len(tokens))
             parts.append(replace(ask, request=rest, sampling=left))
     return parts
@@ -38,7 +44,8 @@ def joined(request: Request, answers: Sequence[Sequence[Completion]]) -> list[Co
     if not request.begun:
         return list(answers[0])
     more = iter(answers)
-    return [_longer(one, next(more)[0]) if one.finish_reason == UNFINISHED else one for one in request.begun]
+    prompt = len(request.token_ids)
+    return [_longer(prompt, one, next(more)[0]) if one.finish_reason == UNFINISHED else one for one in request.begun]
 
 
 def grown(begun: Completion | None, version: int, tokens: int) -> tuple[tuple[int, int], ...]:
@@ -47,12 +54,13 @@ def grown(begun: Completion | None, version: int, tokens: int) -> tuple[tuple[in
     return _runs(before, ((version, tokens - sum(count for _, count in before)),))
 
 
-def _longer(begun: Completion, more: Completion) -> Completion:
+def _longer(prompt: int, begun: Completion, more: Completion) -> Completion:
     return Completion(
         torch.cat([begun.token_ids, more.token_ids]),
         torch.cat([begun.logprobs, more.logprobs]),
         more.finish_reason,
         _runs(begun.versions, more.versions),
+        continued(prompt, begun, more.experts),
     )
 
 

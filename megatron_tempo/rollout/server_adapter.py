@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_tempo.config.choices import EnginePrecision
+from megatron_tempo.config.routing import RoutingFormat
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.read_back import Selection
@@ -88,6 +89,7 @@ def described(bucket: Bucket) -> dict[str, list[Any]]:
 class ServerAdapter(Protocol):
     """Made for servers of `tensor` workers, on a CPU or on GPUs."""
 
+    routing: RoutingFormat | None  # of the experts that the servers return, where a request asks for them
     name: str
     takes_parts: bool  # whether `update` takes a tensor that is larger than a bucket in parts
     asks_for_parts: Call | None  # asks a server that others have started whether it does; None: it does as the others

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
+from megatron_tempo.config.routing import RoutingFormat
 from megatron_tempo.files import read_json
 from megatron_tempo.rollout.answer_checks import differing
 from megatron_tempo.rollout.cuda_memory import Pickler
@@ -112,8 +113,10 @@ class Sglang:
         sleeps: bool = False,
         truncates: bool = False,
         key_heads: int | None = None,
+        routing: RoutingFormat | None = None,
     ) -> None:
         """`key_heads`: the model's heads of keys, which the checksums of several workers depend on."""
+        self.routing = routing
         self._cpu, self._tensor, self._sleeps, self._truncates = cpu, tensor, sleeps, truncates
         self._key_heads = key_heads
         self._wholes = WholeParameters(FUSED.values())
@@ -140,6 +143,8 @@ class Sglang:
         if self._truncates:
             _copy_truncation(start.folder / "python")
             command.append("--enable-custom-logit-processor")
+        if self.routing is not None:
+            command.append("--enable-return-routed-experts")
         return Launch([*command, *cpu, *start.config.arguments], environment)
 
     def answers_parts(self, answer: str) -> bool:
@@ -159,6 +164,8 @@ class Sglang:
         if sampling.stop:
             parameters["stop_regex"] = list(map(_stop_pattern, sampling.stop))
         body: dict[str, Any] = {"return_logprob": True}
+        if sampling.with_experts:
+            body |= {"return_routed_experts": True, "routed_experts_start_len": request.experts_from}
         if (truncation := sampling.truncation) is not None:
             # Numbers only; a top_k of 0 is none.
             own = {"top_p": truncation.top_p, "top_k": truncation.top_k or 0, "min_p": truncation.min_p}

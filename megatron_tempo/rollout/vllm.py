@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_tempo.config.routing import RoutingFormat
 from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout.answer_checks import differing
 from megatron_tempo.rollout.checksum import checksums_of
@@ -55,8 +56,17 @@ class Vllm:
     answer_format = "vllm"
     memory_option = "--gpu-memory-utilization"
 
-    def __init__(self, *, cpu: bool, tensor: int, sleeps: bool = False, stops: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        cpu: bool,
+        tensor: int,
+        sleeps: bool = False,
+        stops: bool = False,
+        routing: RoutingFormat | None = None,
+    ) -> None:
         self._cpu, self._tensor, self._sleeps, self._stops = cpu, tensor, sleeps, stops
+        self.routing = routing
 
     def launch(self, start: Start) -> Launch:
         module_folder = start.folder / "python"
@@ -92,6 +102,8 @@ class Vllm:
         flags += ["--no-enable-log-requests", "--disable-uvicorn-access-log"]
         if self._sleeps and not self._cpu:  # refused on a CPU, whose servers go through the calls and keep their memory
             flags.append("--enable-sleep-mode")
+        if self.routing is not None:
+            flags.append("--enable-return-routed-experts")
         if self._cpu:
             flags += ["--enforce-eager", f"--kv-cache-memory-bytes={CACHE_BYTES_ON_CPU}"]
             environment |= ON_CPU | {"TORCHDYNAMO_DISABLE": "1"}
@@ -125,6 +137,11 @@ class Vllm:
             parameters |= {"stop": list(sampling.stop), **text}
         if sampling.seeded:
             parameters["seed"] = request.seed >> 1  # the last sample's, too, fits in 63 bits
+        if (
+            self.routing is not None
+        ):  # a server that records experts returns them to each request: here, as few as it can
+            wanted = sampling.with_experts
+            parameters["routed_experts_prompt_start"] = request.experts_from if wanted else len(request.token_ids)
         return Call("/inference/v1/generate", {"token_ids": list(request.token_ids), "sampling_params": parameters})
 
     def interrupt(self) -> list[Call]:

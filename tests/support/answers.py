@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tests.support.served import served
 
@@ -22,10 +27,16 @@ class Said:
     logprobs: Sequence[float | None]
     spans: Spans
     reason: str = "stop"
+    experts: NDArray[Any] | None = None  # [tokens, layers, k]
 
 
 def sglang_body(responses: Sequence[Said]) -> list[dict[str, Any]]:
     """The answer of SGLang 0.5.23 to /generate with log-probabilities (srt/managers/tokenizer_manager.py)."""
+
+    def experts(one: Said) -> dict[str, str]:
+        """Left out where they are not asked for (srt/state_capturer/routed_experts.py)."""
+        return {} if one.experts is None else {"routed_experts": _base64(one.experts.astype(np.int32).tobytes())}
+
     return [
         {
             "text": "word \u00e9 " * len(one.tokens),
@@ -41,6 +52,7 @@ def sglang_body(responses: Sequence[Said]) -> list[dict[str, Any]]:
                 "completion_tokens": len(one.tokens),
                 "e2e_latency": 1.25,
                 "weight_versions": _spans(one),
+                **experts(one),
             },
         }
         for one in responses
@@ -60,7 +72,9 @@ def vllm_body(responses: Sequence[Said]) -> dict[str, Any]:
             "finish_reason": one.reason,
             "stop_reason": None,
             "token_ids": list(one.tokens),
-            "routed_experts": None,
+            "routed_experts": None
+            if one.experts is None
+            else _npy(one.experts.astype(np.min_scalar_type(one.experts.max()))),
             "sampling_mask": None,
             "weight_versions": _spans(one),
             "logprobs": {"content": [entry(t, p) for t, p in zip(one.tokens, one.logprobs, strict=True)]},
@@ -69,6 +83,17 @@ def vllm_body(responses: Sequence[Said]) -> dict[str, Any]:
     ]
     usage = {"prompt_tokens": 3, "completion_tokens": sum(len(one.tokens) for one in responses)}
     return {"request_id": "5f3b", "created": 1, "model": "m", "choices": choices, "usage": usage, "metrics": None}
+
+
+def _base64(raw: bytes) -> str:
+    return base64.b64encode(raw).decode()
+
+
+def _npy(array: NDArray[Any]) -> str:
+    """As vLLM's `numpy2base64` (utils/serial_utils.py)."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return _base64(file.getvalue())
 
 
 def _spans(one: Said) -> list[dict[str, Any]]:

@@ -128,6 +128,7 @@ def held_by(batch: Batch, rows: Tensor) -> Batch:
         prompt_tokens=picked(batch.prompt_tokens, batch.prompt_lengths, rows),
         response_tokens=picked(batch.response_tokens, batch.response_lengths, rows),
         engine_logprobs=picked(batch.engine_logprobs, batch.response_lengths, rows),
+        experts=None if batch.experts is None else picked(batch.experts, batch.lengths, rows),
         held=rows,
     )
 

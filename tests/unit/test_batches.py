@@ -439,7 +439,7 @@ def test_calls_and_their_bytes_do_not_grow_with_the_ranks(tmp_path: Path) -> Non
     assert sum(lengths) == 82
     assert [name for name, _ in two[0][0]] == ["all_reduce"] * 4 + ["broadcast"] * 3
     sizes = [size for _, size in two[0][0]]
-    assert sizes[:4] == [8, 5 * 3 * 8, 20 * 5 * 8, (20 + 5) * 2 * 8]
+    assert sizes[:4] == [8, 5 * 3 * 8, 20 * 8 * 8, (20 + 5) * 2 * 8]
     assert max(sizes[4:]) <= 40 * 8
     assert sum(sizes[4:]) == 82 * 8
 
@@ -462,7 +462,7 @@ def test_a_batch_by_hand() -> None:
         "response_tokens": [1, 2, 3, 4], "response_lengths": [3, 1],
         "engine_logprobs": pytest.approx([-0.1, -0.2, -0.3, -0.4]), "stopped": [True, False],
         "versions": [[0, 40, 2], [0, 41, 1], [1, 41, 1]], "correct": [1.0, 0.0], "answer_class": None,
-        "held": [0, 1], "owners": None,
+        "held": [0, 1], "owners": None, "experts": None,
     }  # fmt: skip
     assert {name: value.dtype for name, value in fields.items() if isinstance(value, Tensor)} == {
         "group": torch.int64, "prompt_tokens": torch.int32, "prompt_lengths": torch.int64,

@@ -173,6 +173,7 @@ class Answers:
     """An adapter, a transport and a reader of answers: a server that takes three seconds to answer."""
 
     name = answer_format = "stub"
+    routing = None
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -196,7 +197,7 @@ class Answers:
 
     async def close(self) -> None: ...
 
-    async def ask(self, *_: Any) -> Any:
+    async def ask(self, *_: Any, **_more: Any) -> Any:
         self._clock.now += 3.0
         return SimpleNamespace(received=self._clock.now)
 
@@ -226,7 +227,10 @@ def fleet(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, 
 
 def _answered(fleet: Any, requests: int) -> list[Any]:
     """The events of a job that asks for `requests` answers."""
-    job = fleet.submit([SimpleNamespace(token_ids=(1,), samples=1, begun=())] * requests, SimpleNamespace(max_tokens=4))
+    job = fleet.submit(
+        [SimpleNamespace(token_ids=(1,), samples=1, begun=())] * requests,
+        SimpleNamespace(max_tokens=4, with_experts=False),
+    )
     events = []
     while job.left or not job.events.empty():
         events.append(fleet.next(job, 60.0))

@@ -119,8 +119,9 @@ def test_sglangs_pattern_finds_the_string_and_nothing_else(string: str) -> None:
 
 
 def launch_of(config: Config, folder: Path) -> Launch:
-    adapter = server_adapter_of(config, cpu=True)
     model = write_model(folder / "model")
+    config.model.path = str(model)
+    adapter = server_adapter_of(config, cpu=True)
     own = folder / "server"
     own.mkdir()
     return adapter.launch(Start(ServersConfig(), model, own, "127.0.0.1", 1234, "key", EnginePrecision.fp32))
