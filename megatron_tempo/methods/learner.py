@@ -105,6 +105,8 @@ class Learner:
             reference = self.reference_logprobs(batch) if config.kl_coef > 0 else None
         mean, greatest = self.actor.gap_to_engine(batch, old)
         gaps = {"engine/logprob_gap_mean": mean, "engine/logprob_gap_max": greatest}
+        if (agreement := self.actor.routing_agreement()) is not None:
+            gaps["engine/routing_agreement"] = agreement
         if not self.accepts(batch, old):
             return gaps | {"actor/rows_dropped": float(len(batch))}
         correction = correct(old, batch.engine_logprobs, batch.held_responses, config.correction)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -31,13 +32,31 @@ class Actor:
         self.model, self.guard = model, guard
         self.kernels = model.net.kernels
 
-    def logprobs(self, batch: Batch) -> Tensor:
-        """log pi(y_t | x, y_<t) of every response token of the rows that this rank owns: float32 [T]."""
+    @property
+    def layers(self) -> list[int]:
+        """The layers, from 0, in which recorded experts are replayed or compared on this rank; none without them."""
+        return [] if self.model.replay is None else self.model.replay.layers
+
+    def logprobs(self, batch: Batch, *, replays: bool | None = None) -> Tensor:
+        """log pi(y_t | x, y_<t) of every response token of the rows that this rank owns: float32 [T].
+
+        `replays`: whether recorded experts are replayed; None: as `model.router_replay` says.
+        """
 
         def cells(micro: MicroBatch) -> Tensor:
             return micro.response_cells
 
-        return self.model.read(batch, self.owners(batch), len(batch.response_tokens), cells, lambda output: output[0])
+        replay = self.model.replay
+        with nullcontext() if replay is None else replay.counting(replays=replays):
+            size = len(batch.response_tokens)
+            return self.model.read(batch, self.owners(batch), size, cells, lambda output: output[0])
+
+    def routing_agreement(self) -> float | None:
+        """Of (token, layer) with recorded experts, the share in which this actor's routers choose the same ones.
+
+        Of all passes of `logprobs` since the last call. None: nothing is recorded. Collective.
+        """
+        return None if self.model.replay is None else self.model.replay.take_agreement()
 
     def owners(self, batch: Batch) -> Tensor:
         """The data-parallel rank that computes each row: int64 [n]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heapreplace
 
 import torch
@@ -13,6 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_tempo.config.model_shape import ModelShape
+from megatron_tempo.config.routing import UNKNOWN
 from megatron_tempo.config.sizes import GRID_SLACK
 from megatron_tempo.kernels.rows import Rows
 from megatron_tempo.models.context import ContextShard, Outputs, Piece
@@ -35,12 +36,32 @@ class Packing(PackedSeqParams):
     `grids`: the rows in the order of their tokens, those of like length in one. Under context parallelism there are
     instead `pieces`, of this rank's tokens, and `order`: int64 [S], each token's index in the concatenation of the
     ranks' tokens. Transformer Engine's attention needs neither. `routed`: of this rank's tokens.
+
+    `experts`: uint8 or int16 [tokens of this rank, layers of a chunk, k]: the experts that the engine chose, for the
+    routers of a mixture of experts; None if they choose by themselves (see `router_replay`).
     """
 
     grids: tuple[Grid, ...] | None = None
     pieces: tuple[Piece, ...] | None = None
     order: Tensor | None = None
     routed: RoutedTokens = field(default_factory=RoutedTokens.none)  # for the routers of a mixture of experts
+    experts: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedChoices:
+    """The experts that the engine chose for the tokens of a micro-batch that pass this rank's routers."""
+
+    experts: Tensor  # uint8 or int16 [P + T, layers, k]: `Batch.experts`
+    cells: Tensor  # int64 [t]: the place of each token there, -1 of padding
+
+    def of_layers(self, layers: Sequence[int]) -> Tensor:
+        """Of these layers: [t, layers, k], unknown for padding."""
+        shape = (len(self.cells), len(layers), self.experts.shape[2])
+        chosen = self.experts.new_full(shape, UNKNOWN[self.experts.itemsize])
+        of_rows = self.cells >= 0
+        chosen[of_rows] = self.experts[self.cells[of_rows]][:, layers]
+        return chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +85,7 @@ class MicroBatch:
     # Where they are in the flat tensors of the rows that the rank holds: response tokens in [T], values in [T + held]
     response_cells: Tensor  # int64 [R]
     value_cells: Tensor  # int64 [R + m]
+    choices: RecordedChoices | None = None  # of the routers of a mixture of experts, where they are replayed
 
 
 def row_work(lengths: Tensor, shape: ModelShape, outputs: Tensor | None = None) -> Tensor:
@@ -165,18 +187,23 @@ def micro_batches(
     *,
     with_grid: bool = True,
     at_least: int = 1,
+    with_choices: bool = False,
 ) -> list[MicroBatch]:
     """The given rows of `batch`, which this rank holds, packed. Returns at least `at_least` micro-batches, if only of
     padding.
 
     The tokens of each rank, also under sequence parallelism, are padded to a multiple of `token_multiple`.
-    `with_grid`: whether the attention works on the grids of `Packing`.
+    `with_grid`: whether the attention works on the grids of `Packing`. `with_choices`: whether the recorded experts of
+    the batch, if it has some, belong to it.
     """
     groups = divide_by_budget(batch.lengths[rows], budget)
     groups += [torch.zeros(0, dtype=torch.int64)] * (at_least - len(groups))
     multiple = token_multiple * (layout.tensor if layout.sequence_parallel else 1)
     multiple *= 2 * layout.context if layout.context > 1 else 1
-    return [_pack(batch, rows[group], layout, multiple, device, with_grid=with_grid) for group in groups]
+    packed = [_pack(batch, rows[group], layout, multiple, device, with_grid=with_grid) for group in groups]
+    if not with_choices or batch.experts is None:
+        return packed
+    return [replace(part, choices=_choices(batch, part, layout)) for part in packed]
 
 
 def _pack(
@@ -232,6 +259,17 @@ def _real(total: int, shard: ContextShard, layout: Layout) -> Tensor:
     of the tensor rank's share of these."""
     own = shard.tokens < total
     return own.chunk(layout.tensor)[layout.tensor_rank] if layout.sequence_parallel else own
+
+
+def _choices(batch: Batch, part: MicroBatch, layout: Layout) -> RecordedChoices:
+    """The recorded experts of the tokens of a micro-batch that pass this rank's routers."""
+    assert batch.experts is not None
+    of_rows = _cells(batch, part.rows, batch.lengths, 0)
+    cells = torch.cat([of_rows, torch.full((part.padding,), -1)])
+    own = cells[ContextShard.of(len(cells), layout.context_rank, layout.context).tokens]
+    if layout.sequence_parallel:  # consecutive tokens of the context rank
+        own = own.chunk(layout.tensor)[layout.tensor_rank]
+    return RecordedChoices(batch.experts, own)
 
 
 def value_cells(batch: Batch, rows: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from megatron_tempo.models.megatron_compat.transformer_engine import drop_fp8_we
 from megatron_tempo.models.offload import ModelOffloader
 from megatron_tempo.models.packing import MicroBatch, divide_by_budget, micro_batches
 from megatron_tempo.models.parallel import Layout, share_reported, sum_over_ranks
+from megatron_tempo.models.router_replay import ReplayedRouters
 from megatron_tempo.models.routing import RouterReport, layer_reports
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import Batch, TokenCount
@@ -66,6 +67,7 @@ class Model:
     module: Any  # the network with its wrappers, as it is called; `WrappedChunks` under virtual pipeline stages
     offloader: ModelOffloader  # shared by the models of a run
     counted: TokenCount = field(default_factory=TokenCount)
+    replay: ReplayedRouters | None = None  # of an actor whose engine returns the experts that it chose
     fp8_scales_ready: int = 0  # delayed scaling: 1 if forward scales are known, 2 if backward scales are known too
 
     @classmethod
@@ -166,6 +168,7 @@ class Model:
             token_multiple=self.net.token_multiple,
             with_grid=self.net.attends_on_grid,
             at_least=max(self._least_micro_batches, self._of_all_ranks(batch.lengths[rows], owners[rows])),
+            with_choices=self.replay is not None,
         )
 
     def _of_all_ranks(self, lengths: Tensor, owners: Tensor) -> int:
@@ -207,8 +210,9 @@ class Model:
 
         def forward_step(batches: Iterator[MicroBatch], model: Any, *_: Any) -> tuple[Tensor, Any]:
             progress_marker.mark()
-            micro = next(batches)
-            return model(micro), partial(loss, micro)
+            micro, replay = next(batches), self.replay
+            given = micro if replay is None else replay.given_to(micro, chunks.index(model))
+            return model(given), partial(loss, micro)
 
         chunks = self._wrapped_chunks
         if len(chunks) > 1:
@@ -223,6 +227,8 @@ class Model:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+        if self.replay is not None:
+            self.replay.clear()
 
 
 @dataclass(slots=True)

@@ -51,6 +51,7 @@ class ParityGate:
     weights: Weights
     sync: Callable[[], None]  # sends all weights to the engine
     resyncs: int = 0  # not yet counted by `take_counts`
+    gaps: dict[str, float] = field(default_factory=dict)  # of the last check, not yet taken
     _syncs: int = field(default=0, init=False)
     _is_forced: bool = field(default=False, init=False)  # the next sync is one against a drift
     _oldest: int = field(default=-1, init=False)  # the oldest version that rollouts to train on may have
@@ -129,6 +130,11 @@ class ParityGate:
             count, engine.resynced = count + engine.resynced, 0
         return count
 
+    def take_gaps(self) -> dict[str, float]:
+        """With recorded experts: the gaps of the last check since the last call, with and without replaying them."""
+        gaps, self.gaps = self.gaps, {}
+        return gaps
+
     def _of_restarted(self) -> None:
         """The gate of the servers that have just got the weights. The engine's version is the last one sent."""
         self._require(-1, START_TOKENS, restarted=True)
@@ -159,7 +165,7 @@ class ParityGate:
             return None  # they are restarted, and are asked when they are back
         batch, servers = sample
         self.requests.engine.sleep()  # one on the trainer's GPUs: the actor needs them
-        table = self.actor.gaps_by_row(batch, self.actor.logprobs(batch))
+        table = self._gaps_by_row(batch)
         worst, counted, where = 0.0, 0, ""
         for server in servers.unique().tolist():
             rows = table[servers == server]
@@ -171,6 +177,19 @@ class ParityGate:
                 break
         log.debug("parity: %.2g nats over %d tokens", worst, counted)
         return self._message(worst, counted, where) if exceeds(worst, self._tolerance()[0]) else None
+
+    def _gaps_by_row(self, batch: Batch) -> Tensor:
+        """The gaps as the run is trained, `Actor.gaps_by_row`. With recorded experts they are measured both ways."""
+        table = self.actor.gaps_by_row(batch, self.actor.logprobs(batch))
+        if batch.experts is not None and self.actor.model.replay is not None:
+            replays = self.actor.model.replay.replays
+            self.actor.routing_agreement()  # of these few tokens: not an iteration's
+            other = self.actor.gaps_by_row(batch, self.actor.logprobs(batch, replays=not replays))
+            self.actor.routing_agreement()
+            names = ("engine/parity_gap_replayed", "engine/parity_gap_own_routing")
+            both = (table, other) if replays else (other, table)
+            self.gaps = {name: mean_gap(one) for name, one in zip(names, both, strict=True)}
+        return table
 
     def _message(self, gap: float, tokens: int, where: str) -> str:
         tolerance, origin = self._tolerance()

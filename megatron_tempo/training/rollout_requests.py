@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tempo.config import schedule
+from megatron_tempo.config.routing import recorded_routing
 from megatron_tempo.config.sampled import rollout_seed
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import Prompts, StageConfig
@@ -98,7 +99,10 @@ class RolloutRequests:
         classed, is_first = self._classes_by(stage) is not None, dist.get_rank() == 0
 
         def read() -> Answers:
-            return dump.read(path, labelled, unlabelled, stage.samples, classes=classed) if is_first else _NOTHING
+            if not is_first:
+                return _NOTHING
+            routing = recorded_routing(self.config)
+            return dump.read(path, labelled, unlabelled, stage.samples, classes=classed, routing=routing)
 
         collected = share_columns([*labelled, *unlabelled], raise_on_all_ranks(read))
         version = schedule.first_step(self.config, stage_name) + iteration
@@ -125,7 +129,8 @@ class RolloutRequests:
         """
         config, stream = self.config.rollout, self.labelled or self.unlabelled
         assert stream is not None
-        sampling = Sampling.of(config, min(config.max_response_tokens, tokens))
+        with_experts = recorded_routing(self.config) is not None
+        sampling = Sampling.of(config, min(config.max_response_tokens, tokens), with_experts=with_experts)
         seed = (rollout_seed(self.config), "parity", step)
         if not isinstance(self.engine, AnswersByServer):
             prompts: list[Prompt] = [*stream.first(PARITY_PROMPTS * self.engine.replicas)]
@@ -144,7 +149,7 @@ class RolloutRequests:
     def _held(self, collected: Collected) -> Batch:
         """The batch with the rows that this rank owns."""
         owned = self.owners.of_batch(collected.columns)
-        return receive(replace(collected, columns=owned), self.owners.held(owned))
+        return receive(replace(collected, columns=owned), self.owners.held(owned), layers=self.owners.layers)
 
     def close(self) -> None:
         """End the requests and verifications whose answers are not collected any more."""
@@ -198,7 +203,9 @@ class RolloutRequests:
             if part is None or columns is None:
                 return None
             watch = None if recorder is None else recorder.of(part.prompts, columns)
-            return receive(replace(part, columns=columns), self.owners.held(columns), watch)
+            experts = None if recorder is None else recorder.experts
+            whole, held = replace(part, columns=columns), self.owners.held(columns)
+            return receive(whole, held, watch, layers=self.owners.layers, watch_experts=experts)
 
         return Rollouts(received(first, owned.labelled), received(second, owned.unlabelled))
 

@@ -27,6 +27,11 @@ class RowOwners:
     actor: Actor | None  # None: an evaluation
     critic: Critic | None
 
+    @property
+    def layers(self) -> Tensor:
+        """The layers whose recorded experts this rank needs: int64, those of its part of the actor."""
+        return torch.tensor([] if self.actor is None else self.actor.layers, dtype=torch.int64)
+
     def of_iteration(self, rollouts: Rollouts, stage: StageConfig, iteration: int, seed: str) -> Rollouts:
         """The rollouts of a stage's iteration, from 0, with owners. `seed`: as the learner's."""
         by_actor = self._of_actor(rollouts, stage, seed) if not stage.warms_up(iteration) else {}

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from megatron_tempo.config.choices import EngineKind, EnginePrecision, OnDrift, Precision
+from megatron_tempo.config.choices import EngineKind, EnginePrecision, OnDrift, Precision, RouterReplay
 from megatron_tempo.config.extensions import Extension
 from megatron_tempo.config.model_shape import read_model_shape
+from megatron_tempo.config.routing import recorded_routing
 from megatron_tempo.config.rules.extensions import imported_verifiers
 from megatron_tempo.config.sampled import evaluation_seed, evaluation_stop, stop_strings
 from megatron_tempo.config.schema import Config
@@ -28,6 +29,7 @@ from megatron_tempo.models.gpt import LanguageModel, PackedGPT, ValueModel
 from megatron_tempo.models.machine import chosen_fusions, chosen_layers
 from megatron_tempo.models.nonfinite_guard import NonFiniteGuard
 from megatron_tempo.models.parallel import Layout
+from megatron_tempo.models.router_replay import ReplayedRouters
 from megatron_tempo.models.trained import Model, TrainedModel
 from megatron_tempo.observability.logs import PACKAGE
 from megatron_tempo.rewards.verifiers import Verifiers
@@ -45,7 +47,10 @@ from megatron_tempo.weights.precision import BLOCK, Quantised
 
 def build_actor(context: RunContext) -> Actor:
     """The trainable actor with the weights of `model.path`. Collective."""
-    return Actor(_trained(context, _language_model(context), context.layouts.actor), _guard(context, "actor"))
+    model = _trained(context, _language_model(context), context.layouts.actor)
+    if recorded_routing(context.config) is not None:
+        model.replay = ReplayedRouters(model.net, replays=context.config.model.router_replay is RouterReplay.on)
+    return Actor(model, _guard(context, "actor"))
 
 
 def build_reference(context: RunContext) -> Actor:
@@ -68,13 +73,14 @@ def build_engine(context: RunContext) -> Engine:
     """The engine of `rollout.engine`, without weights yet. Collective."""
     config = context.config
     kind, model = config.rollout.engine, Path(config.model.path)
+    routing = recorded_routing(config)
     if kind is EngineKind.embedded:
-        return EmbeddedEngine(model, context.device, DTYPES[config.run.precision], config.rollout.batch_rows)
+        return EmbeddedEngine(model, context.device, DTYPES[config.run.precision], config.rollout.batch_rows, routing)
     if isinstance(kind, Extension):
         work, dtype = Path(config.run.dir) / "engine", DTYPES[config.run.precision.numbers]
         log = logging.getLogger(f"{PACKAGE}.{kind.module}")
         setup = EngineSetup(model, context.device, dtype, work, config.rollout, log)
-        return ImportedEngine(kind, setup, read_model_shape(model).vocab)
+        return ImportedEngine(kind, setup, read_model_shape(model).vocab, routing)
     from megatron_tempo.rollout.servers import ServersEngine  # an HTTP client, for these engines only
 
     servers, adapter = config.rollout.servers, server_adapter_of(config, cpu=context.device.type == "cpu")

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_tempo.config import schedule
 from megatron_tempo.config.extensions import Extension
+from megatron_tempo.config.routing import recorded_routing
 from megatron_tempo.config.sampled import rollout_seed
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import Prompts, StageConfig
@@ -298,7 +299,8 @@ def groups_needed(stage: StageConfig, half: Prompts) -> list[int]:
 def answers_of(config: Config, engine: Engine, verification: Verification, finished: Finished) -> GroupAnswers:
     """How this engine's answers arrive."""
     rollout = config.rollout
-    sampling = Sampling.of(rollout, rollout.max_response_tokens)
+    with_experts = recorded_routing(config) is not None
+    sampling = Sampling.of(rollout, rollout.max_response_tokens, with_experts=with_experts)
     if isinstance(engine, StreamsAnswers):
         waits = Between.interrupted if rollout.partial_rollouts else Between.has_ended
         between = waits if rollout.is_colocated else Between.runs_on

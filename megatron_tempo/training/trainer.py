@@ -209,6 +209,7 @@ class Trainer:
             **metrics,
             **judge_counts(self.requests.verifiers),
             "engine/resyncs": 0 if self.gate is None else self.gate.take_resyncs(),
+            **({} if self.gate is None else self.gate.take_gaps()),
             "padding": self._token_count().padding_since(tokens_before),
             **peaks,
         }

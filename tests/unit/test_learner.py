@@ -118,6 +118,9 @@ class Fakes:
             def gather(self, batch: Batch, of_held: Tensor) -> Tensor:
                 return of_held
 
+            def routing_agreement(self) -> None:
+                return None
+
             def gap_to_engine(self, batch: Batch, logprobs: Tensor) -> tuple[float, float]:
                 gap = (logprobs - batch.engine_logprobs).abs()
                 return float(gap.mean()), float(gap.max())

@@ -84,6 +84,9 @@ class Recording:
             def gather(self, batch: Batch, of_held: Tensor) -> Tensor:
                 return torch.zeros(len(batch), *of_held.shape[1:])
 
+            def routing_agreement(self) -> None:
+                return None
+
             def gap_to_engine(self, *_: object) -> tuple[float, float]:
                 return 0.0, 0.0
 
