@@ -281,6 +281,8 @@ def _extension(value: Any, path: str) -> Extension:
 def _member(kind: type[Enum], value: Any, path: str) -> Enum:
     if isinstance(value, str) and value in kind.__members__:
         return kind[value]
+    if isinstance(value, bool) and (word := "on" if value else "off") in kind.__members__:
+        return kind[word]  # what YAML makes of on and off without quotes
     names = ", ".join(kind.__members__)
     raise _BadValue(Problem(path, value, f"must be one of {names}", did_you_mean(as_text(value), kind.__members__)))
 

@@ -26,6 +26,16 @@ QWEN3 = {
     "head_dim": 16,
 }
 
+MOE = {
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
 # What a run with `rollout.max_staleness` needs.
 CORRECTED = ["stage1.actor.correction={level: token, high: 2}", "stage2.actor.correction={level: token, high: 2}"]
 

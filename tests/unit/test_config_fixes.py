@@ -30,7 +30,7 @@ from megatron_tempo.submit import job as jobs
 from tests.support.fixes import offers
 from tests.unit import test_config_rules as rules
 from tests.unit import test_precision_rules as precision
-from tests.unit.config_files import good_overrides, write_all, write_model
+from tests.unit.config_files import MOE, good_overrides, write_all, write_model
 
 pytestmark = pytest.mark.long  # all together: hundreds of configurations are composed and checked
 
@@ -126,6 +126,9 @@ MORE = [
     [*CLUSTER, "cluster.nodes=1", *SERVED, *COLOCATED, "rollout.servers.replicas=9"],
     [*CLUSTER, "cluster.nodes=1", *SERVED, *COLOCATED, "rollout.servers.devices=[9]"],
     [*SERVED, "run.hang_minutes=1"],
+    [*SERVED, "model.path=TMP/moe", "run.device=cpu"],
+    [*SERVED, "model.path=TMP/moe", "rollout.servers.arguments=['--no-enable-prefix-caching']"],
+    [*SERVED, "model.path=TMP/moe", "rollout.servers.arguments=['--pipeline-parallel-size=2']"],
     ["evaluation.sets.heldout.verifier=judge"],
     ["rewards.judge.url=h:1", JUDGE[1]],
     ["rewards.judge.url=http://h:99999/v1", JUDGE[1]],
@@ -308,6 +311,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(folder / "even", **precision.EVEN)
     write_model(folder / "wide", vocab_size=101)
     write_model(folder / "other", model_type="llama")
+    write_model(folder / "moe", **MOE)
     (write_model(folder / "plain") / "tokenizer_config.json").write_text("{}")
     (folder / "plain/tokenizer.json").unlink()
     (folder / "plain/config.json").write_text("{")

@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_tempo.config import Config, load, save
-from megatron_tempo.config.choices import Device
+from megatron_tempo.config.choices import Device, RouterReplay
 from megatron_tempo.config.earlier import RENAMED
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.schema import to_plain
@@ -149,3 +150,16 @@ def test_a_renamed_field_is_refused_with_its_new_name(old: str, new: str) -> Non
 def test_the_importance_cap_is_refused_with_the_correction_that_replaces_it(cap: float | None, fix: str) -> None:
     _, (problem,) = read({"stage2": {"actor": {"importance_cap": cap}}})
     assert problem == Problem("stage2.actor.importance_cap", cap, "is now stage2.actor.correction", fix)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("on", RouterReplay.on), ("off", RouterReplay.off), ("'off'", RouterReplay.off)]
+)
+def test_on_and_off_without_quotes_are_choices(text: str, wanted: RouterReplay) -> None:
+    """YAML reads them as booleans."""
+    config, problems = read(yaml.safe_load(f"model: {{router_replay: {text}}}"))
+    assert (config.model.router_replay, problems) == (wanted, [])
+
+
+def test_a_boolean_is_no_other_choice() -> None:
+    assert [problem.field for problem in read({"run": {"device": True}})[1]] == ["run.device"]

@@ -22,6 +22,7 @@ from megatron_tempo.config.rules import (
     precision,
     rewards,
     rollout,
+    router_replay,
     run,
     sampling,
     stages,
@@ -60,6 +61,7 @@ def check(config: Config, *, world_size: int | None, purpose: Purpose = Purpose.
     problems += layout.check(config, shapes, world_size)
     problems += precision.check(config, shapes)
     problems += rollout.check(config, world_size)
+    problems += router_replay.check(config, shapes)
     problems += sampling.check(config, training=purpose is Purpose.train)
     problems += rewards.check(config, training=purpose is Purpose.train)
     problems += evaluation.check(config, required=purpose is Purpose.eval)
