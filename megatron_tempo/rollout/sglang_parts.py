@@ -8,6 +8,7 @@ it imports nothing of this package. With `transport=shared` it is the server's `
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -32,6 +33,18 @@ _begun: dict[str, Tensor] = {}
 def register() -> None:
     """What SGLang calls in each of its processes."""
     HookRegistry.register(_LOADS, _load_from_group, HookType.AROUND)
+    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+        _keep_experts_in_plain_memory()
+
+
+def _keep_experts_in_plain_memory() -> None:
+    """SGLang registers the memory of the experts that it returns with CUDA, also where there is none."""
+    from sglang.srt.mem_cache.pool_host import common
+
+    def allocate(dims: Any, dtype: Any, device: str, pin_memory: bool, allocator: Any) -> Any:
+        return allocator.allocate(dims, dtype=dtype, device=device)
+
+    common.ALLOC_MEMORY_FUNCS["cpu"] = allocate
 
 
 def load(model: Any, named: Named) -> None:
