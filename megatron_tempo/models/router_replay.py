@@ -95,7 +95,7 @@ class ReplayedRouters:
 
     def take_agreement(self) -> float | None:
         """The share of recorded choices that the routers agree with, since the last call. None: none. Collective."""
-        counts = self.counts.cpu()
+        counts = self.counts.cpu().clone()
         self.counts.zero_()
         dist.all_reduce(counts)
         return float(counts[0]) / float(counts[1]) if counts[1] else None

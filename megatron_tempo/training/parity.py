@@ -32,6 +32,8 @@ TOLERANCES = (0.05, 0.1, 0.15)
 START_TOKENS, SYNC_TOKENS = 256, 64
 # Tokens of an iteration's rollouts that are enough for a mean to be compared with the tolerance.
 OWN_TOKENS = 256
+# Metrics: the gaps of a check with and without the replay of recorded experts.
+REPLAYED, OWN_ROUTING = "engine/parity_gap_replayed", "engine/parity_gap_own_routing"
 
 
 def exceeds(gap: float, tolerance: float) -> bool:
@@ -186,9 +188,8 @@ class ParityGate:
             self.actor.routing_agreement()  # of these few tokens: not an iteration's
             other = self.actor.gaps_by_row(batch, self.actor.logprobs(batch, replays=not replays))
             self.actor.routing_agreement()
-            names = ("engine/parity_gap_replayed", "engine/parity_gap_own_routing")
             both = (table, other) if replays else (other, table)
-            self.gaps = {name: mean_gap(one) for name, one in zip(names, both, strict=True)}
+            self.gaps = dict(zip((REPLAYED, OWN_ROUTING), map(mean_gap, both), strict=True))
         return table
 
     def _message(self, gap: float, tokens: int, where: str) -> str:
@@ -196,7 +197,17 @@ class ParityGate:
         return (
             f"the engine's log-probabilities are {gap:.2g} nats from the actor's, a mean over {tokens} tokens"
             f"{where and ' '}{where}, but rollout.parity_tolerance={tolerance:g}{origin}: "
-            f"{_cause(self.requests.engine.differences(self.weights))}"
+            f"{self._routing() or _cause(self.requests.engine.differences(self.weights))}"
+        )
+
+    def _routing(self) -> str | None:
+        """That the gap is due to other experts, if the last check has shown it."""
+        replayed, replay = self.gaps.get(REPLAYED), self.actor.model.replay
+        if replayed is None or replay is None or replay.replays or exceeds(replayed, self._tolerance()[0]):
+            return None
+        return (
+            f"its routers choose other experts than the actor's, and with the same ones the gap is {replayed:.2g}; set "
+            "model.router_replay=on"
         )
 
     def _tolerance(self) -> tuple[float, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -22,8 +24,16 @@ class StandInActor:
 
     gaps_by_row = Actor.gaps_by_row
 
-    def logprobs(self, batch: Batch) -> Tensor:
-        return torch.zeros(len(batch.response_tokens))
+    def __init__(self) -> None:
+        self.model = SimpleNamespace(replay=None)
+        self.own = 0.0  # its log-probabilities where its own routers choose, if it replays others' choices
+
+    def logprobs(self, batch: Batch, *, replays: bool | None = None) -> Tensor:
+        replays = self.model.replay is not None and self.model.replay.replays if replays is None else replays
+        return torch.full((len(batch.response_tokens),), 0.0 if replays else self.own)
+
+    def routing_agreement(self) -> None:
+        return None
 
     def gather(self, batch: Batch, of_held: Tensor) -> Tensor:
         return of_held
@@ -52,7 +62,8 @@ class GateOf:
         self.config, self.gaps = config, {server: list(of) for server, of in gaps.items()}
         self.engine, self.syncs = StandInEngine(), 0
         self.asked: list[tuple[int, bool]] = []  # tokens, whether only of restarted servers
-        self.gate = ParityGate(cast(Any, self), cast(Any, StandInActor()), cast(Any, None), self.sync)
+        self.actor, self.has_experts = StandInActor(), False
+        self.gate = ParityGate(cast(Any, self), cast(Any, self.actor), cast(Any, None), self.sync)
 
     def sync(self) -> None:
         self.syncs += 1
@@ -62,7 +73,10 @@ class GateOf:
         now = {server: of.pop(0) if len(of) > 1 else of[0] for server, of in self.gaps.items()}
         if not now:
             return None
-        return rows_of([[(0, TOKENS)]] * len(now), list(now.values())), torch.tensor(list(now))
+        batch = rows_of([[(0, TOKENS)]] * len(now), list(now.values()))
+        if self.has_experts:
+            batch = replace(batch, experts=torch.zeros(int(batch.lengths.sum()), 1, 1, dtype=torch.uint8))
+        return batch, torch.tensor(list(now))
 
 
 def rows_of(versions: Sequence[Sequence[tuple[int, int]]], gaps: Sequence[float]) -> Batch:

@@ -85,6 +85,8 @@ class Fakes:
         self.calls.append("values")
         return torch.cat([10 * self.fits + 0.1 * torch.arange(n + 1) for n in batch.response_lengths.tolist()])
 
+    agreement: float | None = None  # of the routers with recorded experts
+
     def logprobs(self, batch: Batch) -> Tensor:
         self.calls.append("logprobs")
         return batch.engine_logprobs - 0.25
@@ -118,8 +120,8 @@ class Fakes:
             def gather(self, batch: Batch, of_held: Tensor) -> Tensor:
                 return of_held
 
-            def routing_agreement(self) -> None:
-                return None
+            def routing_agreement(self) -> float | None:
+                return fakes.agreement
 
             def gap_to_engine(self, batch: Batch, logprobs: Tensor) -> tuple[float, float]:
                 gap = (logprobs - batch.engine_logprobs).abs()
@@ -185,6 +187,12 @@ def expected(batch: Batch, rewards: list[float] | None, fits: int) -> list[float
     return advantages
 
 
+def test_the_agreement_of_routers_is_in_the_metrics_where_experts_are_recorded(fakes: Fakes) -> None:
+    fakes.agreement = 0.75
+    metrics = METHODS[Method.ppo](fakes.learner(), rollouts_of(unlabelled=False), stage_of(Method.ppo), 0)
+    assert metrics["engine/routing_agreement"] == 0.75
+
+
 def test_ppo_reads_the_values_before_the_critic_sees_the_rollouts(fakes: Fakes) -> None:
     rollouts, stage = rollouts_of(unlabelled=False), stage_of(Method.ppo)
     metrics = METHODS[Method.ppo](fakes.learner(), rollouts, stage, 0)
@@ -201,6 +209,7 @@ def test_ppo_reads_the_values_before_the_critic_sees_the_rollouts(fakes: Fakes) 
     assert (fit["config"], improve["config"]) == (stage.critic, stage.actor)
     assert metrics["engine/logprob_gap_mean"] == pytest.approx(0.25)
     assert {"critic/loss", "actor/loss", "critic/rows"} <= metrics.keys()
+    assert "engine/routing_agreement" not in metrics
     # Actor and critic see the rows in orders of their own.
     assert [rows.tolist() for rows in fit["order"]] != [rows.tolist() for rows in improve["order"]]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from math import inf, nan
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,6 +84,29 @@ def test_a_resync_that_helps_is_counted_and_one_that_does_not_stops_the_run() ->
     with pytest.raises(DriftError, match=r"are nan nats .* of server 1"):
         of.gate.after_sync(2)
     assert of.syncs == 2
+
+
+@pytest.mark.parametrize("replays", [True, False])
+def test_with_recorded_experts_the_gap_is_measured_both_ways(replays: bool) -> None:
+    """The engine is 0.02 nats from the actor that replays, and 0.3 from the one whose routers choose."""
+    of = GateOf(config_of(), {0: [0.02]})
+    of.has_experts = True
+    of.gate.at_start(0)
+    assert of.gate.take_gaps() == {}, "nothing is replayed or compared"
+    of.actor.own, of.actor.model.replay = -0.32, SimpleNamespace(replays=replays)
+    drift = r"are 0\.3 nats .* the gap is 0\.02; set model\.router_replay=on"
+    with nullcontext() if replays else pytest.raises(DriftError, match=drift):
+        of.gate.after_sync(1)
+    gaps = of.gate.take_gaps()
+    assert gaps == pytest.approx({"engine/parity_gap_replayed": 0.02, "engine/parity_gap_own_routing": 0.3})
+    assert of.gate.take_gaps() == {}
+
+
+def test_a_drift_that_other_experts_do_not_explain_names_its_cause() -> None:
+    of = GateOf(config_of(), {0: [0.2]})
+    of.has_experts, of.actor.own, of.actor.model.replay = True, -0.5, SimpleNamespace(replays=False)
+    with pytest.raises(DriftError, match="every tensor is as it should be"):
+        of.gate.after_sync(1)
 
 
 def test_only_tokens_of_the_version_count() -> None:

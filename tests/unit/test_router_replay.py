@@ -244,3 +244,10 @@ def test_a_pass_that_neither_replays_nor_counts_moves_no_choices() -> None:
         assert replay.replays
     assert not replay.replays
     assert replay.given_to(micro, 0) is micro
+
+
+def test_the_agreement_is_taken_once(single: None) -> None:
+    replay = ReplayedRouters(Chunks(Chunk([1], [])), replays=True)  # type: ignore[arg-type]
+    assert replay.take_agreement() is None
+    replay.counts += torch.tensor([3, 4])
+    assert (replay.take_agreement(), replay.take_agreement()) == (0.75, None)
