@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -15,7 +15,6 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megatron_tempo.config.pipeline_layers import micro_batch_group
@@ -37,6 +36,7 @@ from megatron_tempo.models.packing import MicroBatch, divide_by_budget, micro_ba
 from megatron_tempo.models.parallel import Layout, share_reported, sum_over_ranks
 from megatron_tempo.models.router_replay import ReplayedRouters
 from megatron_tempo.models.routing import RouterReport, layer_reports
+from megatron_tempo.models.wrapping import as_one, nothing_saved, on_device
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import Batch, TokenCount
 
@@ -80,8 +80,8 @@ class Model:
         offloader: ModelOffloader,
     ) -> Model:
         """A network without gradients and optimizer."""
-        modules = [_on_device(chunk, device).requires_grad_(False) for chunk in net.chunks]
-        model = cls(net, layout, device, micro_batch_tokens, _as_one(modules), offloader)
+        modules = [on_device(chunk, device).requires_grad_(False) for chunk in net.chunks]
+        model = cls(net, layout, device, micro_batch_tokens, as_one(modules), offloader)
         offloader.load(model)
         return model
 
@@ -200,7 +200,7 @@ class Model:
         """
         config, required = self.net.config, 1 if forward_only else 2
         if config.fp8 and config.fp8_recipe == "delayed" and self.fp8_scales_ready < required:
-            with torch.enable_grad(), _nothing_saved() if forward_only else nullcontext():
+            with torch.enable_grad(), nothing_saved() if forward_only else nullcontext():
                 self._run(parts[: self._least_micro_batches], loss, forward_only=forward_only)
             self.fp8_scales_ready = required
 
@@ -257,7 +257,7 @@ class TrainedModel(Model):
         """
         config = net.config
         data_parallel = ddp_config(parallel, layout)
-        ddps = [DistributedDataParallel(config, data_parallel, _on_device(chunk, device)) for chunk in net.chunks]
+        ddps = [DistributedDataParallel(config, data_parallel, on_device(chunk, device)) for chunk in net.chunks]
         optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -274,7 +274,7 @@ class TrainedModel(Model):
         init_adam_state(optimizer)
         config.finalize_model_grads_func = finalize_model_grads
         gather = WeightGather(ddps, net.chunks) if data_parallel.overlap_param_gather else None
-        module, tokens = _as_one(ddps), parallel.micro_batch_tokens
+        module, tokens = as_one(ddps), parallel.micro_batch_tokens
         model = cls(net, layout, device, tokens, module, offloader, optimizer=optimizer, gather=gather)
         model.router_aux_loss_coef = router_aux_loss_coef
         offloader.load(model)
@@ -398,21 +398,3 @@ class TrainedModel(Model):
             group["weight_decay"] = config.weight_decay * group.get("wd_mult", 1.0)
             group["betas"] = (config.beta1, config.beta2)
             group["eps"] = config.eps
-
-
-def _nothing_saved() -> AbstractContextManager[None]:
-    """Inside, autograd builds its graph without the tensors that a backward pass would need."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, _unsaved)
-
-
-def _unsaved(_: None) -> Tensor:
-    raise RuntimeError("no backward pass was planned: its tensors were not saved")
-
-
-def _as_one(modules: list[Any]) -> Any:
-    return modules[0] if len(modules) == 1 else WrappedChunks(modules)
-
-
-def _on_device(net: PackedGPT, device: torch.device) -> Any:
-    module = net.cuda(device) if device.type == "cuda" else net
-    return Float16Module(net.config, module) if net.config.bf16 else module

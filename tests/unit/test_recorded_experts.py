@@ -40,7 +40,7 @@ from tests.support.answers import BODIES, Answer, Said, answering
 from tests.support.completions import completion
 from tests.support.ranks import run_ranks
 from tests.support.tiny import EXPERTS, PER_TOKEN, write_model
-from tests.support.weights import Given
+from tests.support.weights import Given, tensors
 
 KINDS = list(BODIES)
 LAYERS = 3
@@ -404,9 +404,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def engine_of(folder: Path) -> EmbeddedEngine:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    engine = EmbeddedEngine(folder, torch.device("cpu"), torch.float32, 64, RoutingFormat(LAYERS, PER_TOKEN, EXPERTS))
-    engine.load_weights(Given([[(name, one.detach())] for name, one in model.named_parameters()]), version=7)
+    routing = RoutingFormat(LAYERS, PER_TOKEN, EXPERTS)
+    engine = EmbeddedEngine(folder, torch.device("cpu"), torch.float32, 64, routing)
+    engine.load_weights(Given(list(tensors(folder))), version=7)
     return engine
 
 
