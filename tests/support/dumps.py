@@ -9,4 +9,4 @@ from typing import Any
 
 def rollouts(run: Path) -> list[list[dict[str, Any]]]:
     """The lines of each iteration."""
-    return [list(map(json.loads, file.read_text().splitlines())) for file in sorted((run / "rollouts").iterdir())]
+    return [list(map(json.loads, file.read_text().splitlines())) for file in sorted((run / "rollouts").glob("*.jsonl"))]
