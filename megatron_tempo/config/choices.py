@@ -123,7 +123,7 @@ class Recompute(Enum):
 
 
 class RouterReplay(Enum):
-    """What becomes of the experts that the engine's routers chose for each token.
+    """What happens to the experts that the engine's routers chose for each token.
 
     Replay is R3 ("rollout routing replay", arXiv 2510.11370). The critic has routers of its own, which always choose.
     """

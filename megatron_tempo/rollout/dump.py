@@ -1,6 +1,6 @@
 """Rollouts on disk: written for people and for replay, one JSONL file an iteration, one line a response.
 
-The experts that the engine's routers chose are in a file beside it: in JSON they would take several times as much. A
+The experts that the engine's routers chose are in a file of their own: in JSON they would take several times as much. A
 line names the place of its own: {"offset": first byte, "shape": [tokens, layers, k], "dtype": "uint8" or "int16"}.
 """
 

@@ -66,7 +66,7 @@ class RecordedExperts:
         self.chosen[rows, positions] = chosen[:, 0]
 
     def of(self, row: int, prompt: int, tokens: int, begun: Completion | None) -> Tensor | None:
-        """The choices of a row with a prompt and a response of so many tokens."""
+        """The choices of a row with a prompt and a response of these lengths."""
         if begun is not None and begun.finish_reason != UNFINISHED:
             return begun.experts
         whole = self.chosen[row, : prompt + tokens - 1].cpu()

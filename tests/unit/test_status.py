@@ -246,7 +246,7 @@ class OneComes:
 
 
 def test_the_health_of_servers() -> None:
-    named = cast(ServerAdapter, SimpleNamespace(name="vllm", answer_format="vllm"))
+    named = cast(ServerAdapter, SimpleNamespace(name="vllm", answer_format="vllm", routing=None))
     fleet = Fleet(named, ServersConfig(), OneComes(), 2, "key", [0], 10, EngineWork())
     try:
         assert fleet.health() == [EngineHealth(f"vllm server {i}", "starting") for i in (0, 1)]
