@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_tempo.config.choices import EngineKind
 from megatron_tempo.config.extensions import ENGINE_METHODS, Extension, ExtensionError
+from megatron_tempo.config.routing import RoutingFormat
 from megatron_tempo.config.rules import Purpose
 from megatron_tempo.config.schema import DatasetConfig, RolloutConfig
 from megatron_tempo.config.tree import read
@@ -200,8 +202,8 @@ def setup_of(folder: Path) -> EngineSetup:
     )
 
 
-def engine_of(folder: Path) -> ImportedEngine:
-    engine = ImportedEngine(Extension.parse(NAME), setup_of(folder), vocab=9)
+def engine_of(folder: Path, routing: RoutingFormat | None = None) -> ImportedEngine:
+    engine = ImportedEngine(Extension.parse(NAME), setup_of(folder), 9, routing)
     engine.load_weights(None, 0)  # type: ignore[arg-type]
     return engine
 
@@ -238,6 +240,49 @@ def test_an_engine_may_answer_in_any_numbers(modules: Path, group: None, case: s
     write(modules, ENGINE.replace(ANSWER, GIVEN[case]))
     (answer,) = dict(engine_of(modules).start(REQUESTS, SAMPLING))[1]
     assert plain(answer)[:3] == ((5, 6), (-0.5, 0.0), "stop")
+
+
+ROUTING = RoutingFormat(layers=1, per_token=2, experts=4)
+EXPERTS = {
+    "numpy": "numpy.array([[[0, 3]], [[1, 2]]])",
+    "a tensor": "torch.tensor([[[0, 3]], [[1, 2]]], dtype=torch.uint8)",
+}
+NO_EXPERTS = {
+    "none": ("None", "returned no experts: model.router_replay uses those that its routers chose; fix: experts=... in"),
+    "no array": ("[[[0, 3]]]", "experts is [[[0, 3]]] (list), not an array of integers"),
+    "no layers": ("numpy.array([[0, 3]])", "not an array of integers [tokens, layers, k]"),
+    "other layers": (
+        "numpy.array([[[0, 3], [1, 2]]])",
+        "experts are torch.uint8 [1, 2, 2], not torch.uint8 [tokens",
+    ),
+    "no expert": ("numpy.array([[[0, 4]]])", "an expert that is none of 4"),
+    "too large": ("numpy.array([[[0, 300]]])", "experts has numbers that uint8 does not hold"),
+    "too many": ("numpy.array([[[0, 3]]] * 4)", "experts of 4 tokens, but the last one of a response has passed no"),
+}
+
+
+def with_experts(text: str) -> str:
+    return ENGINE.replace(ANSWER, f'Completion((5, 6), (-0.5, 0.0), "stop", ((0, 2),), {text})')
+
+
+@pytest.mark.parametrize("case", list(EXPERTS))
+def test_an_engine_returns_the_experts_of_its_routers(modules: Path, group: None, case: str) -> None:
+    write(modules, with_experts(EXPERTS[case]))
+    engine = engine_of(modules, ROUTING)
+    (answer,) = dict(engine.start(REQUESTS, replace(SAMPLING, with_experts=True)))[1]
+    assert answer.experts is not None
+    assert (answer.experts.dtype, answer.experts.tolist()) == (torch.uint8, [[[0, 3]], [[1, 2]]])
+    (plain_answer,) = dict(engine.start(REQUESTS, SAMPLING))[1]
+    assert plain_answer.experts is None
+
+
+@pytest.mark.parametrize("case", list(NO_EXPERTS))
+def test_experts_that_no_router_chooses_name_the_engine(modules: Path, group: None, case: str) -> None:
+    text, words = NO_EXPERTS[case]
+    write(modules, with_experts(text))
+    with pytest.raises(EngineError) as caught:
+        list(engine_of(modules, ROUTING).start(REQUESTS, replace(SAMPLING, with_experts=True)))
+    assert words in str(caught.value)
 
 
 def test_what_an_engine_keeps_is_not_changed(modules: Path, group: None) -> None:
