@@ -1,4 +1,6 @@
-"""Requirements of Transformer Engine (TE) and its FP8 recipes, from the sources of TE 2.11 and Megatron-Core 0.16.1.
+"""Requirements of Transformer Engine (TE) and its FP8 recipes, from the sources of TE 2.11 and Megatron-Core.
+
+Those of Megatron-Core 0.16.1 and 0.19.2 are the same.
 
 GPU and CUDA: the `check_*_support` functions of transformer_engine/pytorch/quantization.py. TE's version:
 `get_fp8_recipe` in megatron/core/fp8_utils.py. Multiples: `assert_dim_for_fp8_exec` of TE's pytorch/utils.py requires

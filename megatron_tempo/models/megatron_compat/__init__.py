@@ -9,7 +9,8 @@
     torch_private.py       torch's process groups and their counters, checkpoint records, shared GPU memory
 
 Each function states the version that it is for, where the cause is in that version's source, and what breaks without
-it.
+it. What is said of Megatron-Core 0.16.1 is so in 0.19.2 too, where versions.py does not say otherwise: it was read in
+both sources, and the tests run with both.
 After an upgrade of Megatron-Core (0.16.1 and 0.19.2) or torch (2.10 to 2.13), check these files first. Paths are below
 `megatron/core/` or `torch/`. `rollout/vllm_worker.py` has its own copy of the calls that it needs: it runs in vLLM's
 environment, without this package.
