@@ -41,6 +41,7 @@ from megatron_tempo.models.parallel import COLLECTIVE_TIMEOUT, Layout
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.observability.console import readable
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
+from megatron_tempo.weights.param_mapping import is_of_expert
 
 log = logging.getLogger(__name__)
 
@@ -332,8 +333,10 @@ def _size(models: dict[str, TrainedModel]) -> int:
     """Bytes of a checkpoint. Collective."""
     total = torch.zeros((), dtype=torch.int64)
     for model in models.values():
-        if model.layout.is_first_copy:
-            total += sum(p.nbytes + OPTIMIZER_BYTES * p.numel() for p in model.net.parameters())
+        for name, parameter in model.net.weights().items():
+            layout = model.layout
+            if layout.is_first_expert_copy if is_of_expert(name) else layout.is_first_copy:
+                total += parameter.nbytes + OPTIMIZER_BYTES * parameter.numel()
     dist.all_reduce(total)
     return int(total)
 

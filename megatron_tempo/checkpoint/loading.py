@@ -20,6 +20,7 @@ from megatron_tempo.models.megatron_compat.optimizer import optimizer_slices, se
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.weights import tables
+from megatron_tempo.weights.param_mapping import tensor_part
 
 # "format" of a checkpoint's run.json. A version that did not write it wrote the optimizer's state in Megatron's fully
 # reshardable form, which gathers all of the state on every rank.
@@ -53,7 +54,7 @@ def _load_optimizer(model: TrainedModel, folder: Path) -> None:
         for one in optimizer_slices(model.optimizer):
             mapping = by_name[names[one.parameter]]
             for state, numbers in one.tensors.items():
-                found = stored.read(mapping, state, layout.tensor_rank, layout.tensor, one.start, one.stop)
+                found = stored.read(mapping, state, *tensor_part(mapping, layout), one.start, one.stop)
                 numbers.copy_(found.view_as(numbers))
     except InputError as error:
         raise cannot_read(folder.parent, str(error)) from error

@@ -8,7 +8,8 @@ two moments are three tensors, fp32 [stop - start], with names such as
 
     decoder.layers.17.mlp.linear_fc2.weight|tp 1 of 2|4096:8192|exp_avg
 
-Layers are counted over all pipeline stages. A tied matrix is written once, as the input embedding. A rank that reads in
+Layers are counted over all pipeline stages, and experts over all expert ranks. An expert's ranks are the expert tensor
+ranks. A tied matrix is written once, as the input embedding. A rank that reads in
 the same tensor parallelism reads the range that it has now. In another one it puts the old shards of a parameter
 together to whole Hugging Face tensors, and cuts its own out of them, by the tables for weights (`weights/tables.py`).
 """
@@ -51,6 +52,7 @@ class SavedSlice:
     start: int
     stop: int
     tensors: Mapping[str, Tensor]
+    of_expert: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,33 +63,38 @@ class OptimizerShare:
     step: int | None
     tensor_rank: int
     tensor: int
+    expert_tensor_rank: int = 0
+    expert_tensor: int = 1
+
+    def name(self, one: SavedSlice, state: str) -> str:
+        """The name of a tensor in the file."""
+        size = self.expert_tensor if one.of_expert else self.tensor
+        return _name(one.parameter, self.rank(one), size, one.start, one.stop, state)
+
+    def rank(self, one: SavedSlice) -> int:
+        """The tensor rank, or expert tensor rank, of a slice."""
+        return self.expert_tensor_rank if one.of_expert else self.tensor_rank
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenSlices:
-    """What one rank has written: the parameter, the start and the stop of each slice."""
+    """What one rank has written: of each slice the parameter, the (expert) tensor rank, the start and the stop."""
 
     file: str
     step: int | None
-    tensor_rank: int
     tensor: int
-    slices: list[tuple[str, int, int]]
+    expert_tensor: int
+    slices: list[tuple[str, int, int, int]]
 
 
 def write_share(path: Path, share: OptimizerShare) -> WrittenSlices:
     """Write a rank's file, and sync it. The folder exists. Raises OSError that names the file."""
-    slices = [(one.parameter, one.start, one.stop) for one in share.slices]
-    written = WrittenSlices(path.name, share.step, share.tensor_rank, share.tensor, slices)
+    slices = [(one.parameter, share.rank(one), one.start, one.stop) for one in share.slices]
+    written = WrittenSlices(path.name, share.step, share.tensor, share.expert_tensor, slices)
     if not slices:
         return written
     entries: list[Entry] = [
-        (
-            _name(one.parameter, share.tensor_rank, share.tensor, one.start, one.stop, state),
-            torch.float32,
-            (one.stop - one.start,),
-        )
-        for one in share.slices
-        for state in STATES
+        (share.name(one, state), torch.float32, (one.stop - one.start,)) for one in share.slices for state in STATES
     ]
     with naming(path), path.open("wb") as file:
         write_safetensors(file, entries, _pieces(share))
@@ -114,11 +121,12 @@ def write_index(folder: Path, written: Sequence[WrittenSlices]) -> None:
     assert len(steps) == 1, f"all ranks make the same steps: {steps}"
     places: dict[str, dict[str, list[Place]]] = {}
     for one in written:
-        for parameter, start, stop in one.slices:
-            places.setdefault(parameter, {}).setdefault(str(one.tensor_rank), []).append((start, stop, one.file))
+        for parameter, rank, start, stop in one.slices:
+            places.setdefault(parameter, {}).setdefault(str(rank), []).append((start, stop, one.file))
     index = {
         "step": steps.pop(),
         "tensor": written[0].tensor,
+        "expert_tensor": written[0].expert_tensor,
         "parameters": {name: {rank: sorted(places[name][rank]) for rank in places[name]} for name in sorted(places)},
     }
     replace_file(folder / INDEX, json.dumps(index, indent=1) + "\n", fsync=True)
@@ -131,6 +139,7 @@ class StoredOptimizer:
     folder: Path
     step: int
     tensor: int
+    expert_tensor: int
     _places: dict[str, dict[str, list[Place]]]
     _opened: dict[str, Any] = field(default_factory=dict)
 
@@ -141,37 +150,46 @@ class StoredOptimizer:
         step, tensor, parameters = (index.get(name) for name in ("step", "tensor", "parameters"))
         if not isinstance(step, int) or not isinstance(tensor, int) or not isinstance(parameters, dict):
             raise InputError(f"{folder / INDEX} is not the index of an optimizer's state")
-        return cls(folder, step, tensor, parameters)
+        expert_tensor = index.get("expert_tensor", 1)  # earlier versions had no experts
+        if not isinstance(expert_tensor, int):
+            raise InputError(f"{folder / INDEX} is not the index of an optimizer's state")
+        return cls(folder, step, tensor, expert_tensor, parameters)
 
     def read(self, mapping: ParamMapping, state: str, rank: int, tensor: int, start: int, stop: int) -> Tensor:
         """The numbers [start, stop) of the parameter's shard on a tensor rank of `tensor`: fp32 [stop - start].
 
-        Raises InputError if they are not there or cannot be read.
+        Of an expert's parameter, on an expert tensor rank. Raises InputError if they are not there or cannot be read.
         """
-        if tensor == self.tensor:
-            return self._range(mapping.megatron, state, rank, start, stop)
+        if tensor == self._ranks(mapping):
+            return self._range(mapping, state, rank, start, stop)
         shard = mapping.sharding.shard(self._wholes(mapping, state), rank, tensor)
         return shard.flatten()[start:stop]
+
+    def _ranks(self, mapping: ParamMapping) -> int:
+        """The ranks that the parameter was cut over."""
+        return self.tensor if mapping.expert_rank is None else self.expert_tensor
 
     def _wholes(self, mapping: ParamMapping, state: str) -> list[Tensor]:
         """The whole Hugging Face tensors of a parameter."""
         wholes = [torch.empty(shape) for shape in mapping.shapes]
         described = [torch.empty(shape, device="meta") for shape in mapping.shapes]
         copies = isinstance(mapping.sharding, Replicated)
-        for rank in range(1 if copies else self.tensor):
-            shape = mapping.sharding.shard(described, rank, self.tensor).shape
-            shard = self._range(mapping.megatron, state, rank, 0, prod(shape)).view(shape)
-            mapping.sharding.scatter(shard, wholes, rank, self.tensor)
+        size = self._ranks(mapping)
+        for rank in range(1 if copies else size):
+            shape = mapping.sharding.shard(described, rank, size).shape
+            shard = self._range(mapping, state, rank, 0, prod(shape)).view(shape)
+            mapping.sharding.scatter(shard, wholes, rank, size)
         return wholes
 
-    def _range(self, parameter: str, state: str, rank: int, start: int, stop: int) -> Tensor:
+    def _range(self, mapping: ParamMapping, state: str, rank: int, start: int, stop: int) -> Tensor:
         """A range of a shard as it was written, from all files that have a part of it."""
+        parameter = mapping.megatron
         numbers = torch.empty(stop - start)
         at = start
         for first, last, file in sorted(self._places.get(parameter, {}).get(str(rank), [])):
             if first <= at < last:
                 until = min(last, stop)
-                name = _name(parameter, rank, self.tensor, first, last, state)
+                name = _name(parameter, rank, self._ranks(mapping), first, last, state)
                 self._fill(numbers[at - start : until - start], file, name, at - first)
                 at = until
                 if at == stop:

@@ -44,6 +44,7 @@ from megatron_tempo.models.gpt import EMBEDDING
 from megatron_tempo.models.megatron_compat.optimizer import STATES, adam_step, optimizer_slices
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
+from megatron_tempo.weights.param_mapping import is_of_expert
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +135,12 @@ def share_of(model: TrainedModel) -> tuple[WeightShare, OptimizerShare]:
     layout, names = model.layout, model.net.names_in_checkpoints()
     # A tied matrix has a copy, with the same numbers, on the last stage. The first stage writes it.
     slices = [
-        SavedSlice(names[one.parameter], one.start, one.stop, one.tensors)
+        SavedSlice(names[one.parameter], one.start, one.stop, one.tensors, is_of_expert(names[one.parameter]))
         for one in optimizer_slices(model.optimizer)
         if names[one.parameter] != EMBEDDING or layout.is_first_stage
     ]
-    share = OptimizerShare(slices, adam_step(model.optimizer), layout.tensor_rank, layout.tensor)
+    ranks = layout.tensor_rank, layout.tensor, layout.expert_tensor_rank, layout.expert_tensor
+    share = OptimizerShare(slices, adam_step(model.optimizer), *ranks)
     return weight_share(model.net.chunks), share
 
 

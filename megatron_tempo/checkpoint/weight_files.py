@@ -31,6 +31,7 @@ from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.megatron_compat.torch_private import write_result
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.weights.distributed import CHUNK_BYTES, write_description
+from megatron_tempo.weights.param_mapping import is_of_expert
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +70,23 @@ class WrittenItem:
 def weight_share(nets: Sequence[PackedGPT]) -> WeightShare:
     """This rank's share of the weights of a model's networks. The model is at work. Not collective."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    held: list[WeightChunk] = []
+    dense: list[WeightChunk] = []
+    of_experts: list[WeightChunk] = []
     objects = {}
     for net in nets:
         state = net.sharded_state_dict(metadata={"dp_cp_group": group, "singleton_local_shards": False})
         apply_factories(state)
         for one in nested_values(state):
             if isinstance(one, ShardedTensor):
+                held = of_experts if is_of_expert(one.key) else dense
                 held += _chunks(one) if is_main_replica(one.replica_id[:-1]) else []
             elif isinstance(one, ShardedObject) and is_main_replica(one.replica_id):
                 objects[one.unique_key] = one.data
-    return WeightShare(shared_out(held, group.size())[group.rank()], objects)
+    shares = shared_out(dense, group.size())[group.rank()]
+    if of_experts:
+        replicas = parallel_state.get_expert_data_parallel_group()
+        shares += shared_out(of_experts, replicas.size())[replicas.rank()]
+    return WeightShare(shares, objects)
 
 
 def shared_out(chunks: list[WeightChunk], copies: int) -> list[list[WeightChunk]]:

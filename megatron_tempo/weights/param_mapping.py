@@ -200,6 +200,11 @@ class ParamMapping:
         return sum(torch.Size(shape).numel() for shape in self.shapes)
 
 
+def is_of_expert(megatron: str) -> bool:
+    """Whether a Megatron parameter of this name, or a checkpoint's key, is of a mixture's experts."""
+    return ".mlp.experts." in megatron
+
+
 def is_held(mapping: ParamMapping, layout: Layout) -> bool:
     """Whether this rank holds a part of a mapping's tensors."""
     return mapping.stage == layout.pipeline_rank and mapping.expert_rank in (None, layout.expert_rank)

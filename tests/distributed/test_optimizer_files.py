@@ -28,7 +28,7 @@ from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.training.context import RunContext, open_context
 from megatron_tempo.training.setup import build_actor, build_critic
 from megatron_tempo.weights import tables
-from megatron_tempo.weights.param_mapping import ParamMapping, ShardedVocab
+from megatron_tempo.weights.param_mapping import ParamMapping, ShardedVocab, tensor_part
 from tests.support.checkpoints import adam_steps, saved_states
 from tests.support.ranks import run_ranks
 from tests.support.tiny import VOCAB, write_model
@@ -45,7 +45,15 @@ LAYOUTS = {
     ),
     "cp2": (2, ParallelConfig(context=2)),
 }
+# The same for a mixture of experts.
+EXPERTS = {
+    "one": (1, ParallelConfig()),
+    "ep2, tp2, sequence": (2, ParallelConfig(tensor=2, sequence=True, expert=2, expert_tensor=1)),
+    "ep2-pp2": (4, ParallelConfig(pipeline=2, expert=2, ddp_bucket_size=300)),
+    "ep2-etp2": (4, ParallelConfig(expert=2, expert_tensor=2)),
+}
 KINDS = {"tied": Precision.bf16, "olmo3": Precision.fp32}  # by the model
+PRECISIONS = {**KINDS, "experts": Precision.bf16}
 MODELS = ("actor", "critic")
 BEFORE, AFTER = 2, 3  # steps of the optimizer: what is saved and loaded, and one more
 
@@ -72,7 +80,7 @@ def step(model: TrainedModel, number: int, mappings: dict[str, ParamMapping]) ->
             generator = torch.Generator().manual_seed(zlib.crc32(f"{number} {name}".encode()))
             wholes = [torch.randn(shape, generator=generator) for shape in mappings[name].shapes]
             grad: Any = parameter
-            grad.main_grad.copy_(mappings[name].sharding.shard(wholes, layout.tensor_rank, layout.tensor))
+            grad.main_grad.copy_(mappings[name].sharding.shard(wholes, *tensor_part(mappings[name], layout)))
         model._set_hyperparameters(OptimizerConfig(lr=1e-2, clip_grad=0.0, warmup_steps=0))
         model._update_weights()
         model.optimizer.zero_grad()
@@ -89,7 +97,7 @@ def goes_on(parallel: ParallelConfig, folders: Folders) -> None:
     config.parallel, config.model.path = parallel, str(next(iter(folders.models.values())))
     with open_context(config) as context:
         for kind, path in folders.models.items():
-            config.run.precision, config.model.path = KINDS[kind], str(path)
+            config.run.precision, config.model.path = PRECISIONS[kind], str(path)
             models = built(context)
             tables_by_role = {role: mappings_of(path, role) for role in models}
             checkpoints = Checkpoints(folders.out / kind, 9, context.layouts.actor)
@@ -184,6 +192,29 @@ def test_every_layout_goes_on_from_the_one_before(
         assert loaded.keys() == wanted.keys()
         assert [key for key in wanted if not torch.equal(loaded[key], wanted[key])] == []
     assert not torch.equal(expected["main/model.norm.weight"], torch.ones(32)), "the steps changed the weights"
+
+
+@pytest.fixture(scope="module")
+def saved_experts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    """A mixture of experts, and the folder of each layout's checkpoints of it."""
+    out = tmp_path_factory.mktemp("experts")
+    model = write_model(out / "model", family="qwen3_moe", layers=2)
+    first: Path | None = None
+    for number, (world, parallel) in enumerate(EXPERTS.values()):
+        run_ranks(
+            goes_on, world, out / f"ranks{number}", parallel, Folders({"experts": model}, first, out / str(number))
+        )
+        first = out / str(number)
+    return model, {name: out / str(number) for number, name in enumerate(EXPERTS)}
+
+
+@pytest.mark.parametrize("role", MODELS)
+@pytest.mark.parametrize("name", EXPERTS)
+def test_every_layout_of_experts_goes_on_from_the_one_before(
+    saved_experts: tuple[Path, dict[str, Path]], name: str, role: str
+) -> None:
+    model, saved = saved_experts
+    test_every_layout_goes_on_from_the_one_before(saved, {"experts": model}, name, "experts", role)
 
 
 class Sent(TorchDispatchMode):
