@@ -12,6 +12,7 @@ from typing import Any
 import transformers
 
 from megatron_tempo.config.choices import EnginePrecision
+from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.errors import InputError
 from megatron_tempo.files import read_json
 
@@ -42,9 +43,17 @@ def served_folder(model: Path, folder: Path, precision: EnginePrecision, *, flat
         kept = {name: value for name, value in config.items() if name not in ("rope_parameters", "rope_scaling")}
         config = kept | _flat_rope(model)
     if precision is EnginePrecision.fp8:
-        config["quantization_config"] = FP8_CONFIG
+        config["quantization_config"] = FP8_CONFIG | _unquantised(model)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     return folder
+
+
+def _unquantised(model: Path) -> dict[str, list[str]]:
+    """The routers of a mixture of experts, which no FP8 checkpoint quantises, by their names for both engines."""
+    shape = read_model_shape(model)
+    if shape.experts is None:
+        return {}
+    return {"modules_to_not_convert": [f"model.layers.{layer}.mlp.gate" for layer in range(shape.layers)]}
 
 
 def _flat_rope(model: Path) -> dict[str, Any]:

@@ -70,6 +70,7 @@ _ON_CPU = [
     "--grammar-backend=none",
     "--disable-cuda-graph",
 ]
+_EXPERTS = ".mlp.experts."  # in the names of experts' tensors and of SGLang's parameters of them
 # Given explicitly: a missing entry may be taken from the model's generation_config.json.
 _NOTHING_ELSE = {
     "top_p": 1.0,
@@ -243,7 +244,11 @@ class Sglang:
         return
 
     def expected(self, bucket: Bucket) -> dict[str, tuple[str, float]]:
-        """Of SGLang's parameters on each tensor rank; nothing of an FP8 weight, which a kernel may hold otherwise."""
+        """Of SGLang's parameters on each tensor rank; nothing of an FP8 weight, which a kernel may hold otherwise.
+
+        Nor of experts: all of a layer are one parameter, of which no sender has more than a bucket.
+        """
+        bucket = [(name, tensor) for name, tensor in bucket if _EXPERTS not in name]
         hashed, whole = bytes_hash if self._cpu else gpu_hash, self._wholes.add(bucket)
         return {
             of_rank(name, rank, self._tensor): ("" if tensor.itemsize == 1 else hashed(tensor), math.nan)
@@ -260,11 +265,12 @@ class Sglang:
     def not_installed(
         self, expected: dict[str, tuple[str, float]], selection: Selection, answer: Any
     ) -> list[tuple[str, float]]:
-        """All parameters are compared."""
+        """All parameters are compared, but for experts'."""
         held: dict[str, tuple[str, float]] = {}
         for one in answer["ranks"]:
             rank, checksums = one["parallelism_info"][0]["tp_rank"], one["checksums"]
-            held |= {of_rank(name, rank, self._tensor): (total, math.nan) for name, total in checksums.items()}
+            dense = {name: total for name, total in checksums.items() if _EXPERTS not in name}
+            held |= {of_rank(name, rank, self._tensor): (total, math.nan) for name, total in dense.items()}
             embedding, head = (of_rank(name, rank, self._tensor) for name in (EMBEDDING, HEAD))
             if head in held and head not in expected and held[head] == held.get(embedding):
                 del held[head]  # tied: sent under one name

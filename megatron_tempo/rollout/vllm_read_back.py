@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -112,10 +113,22 @@ def _pieces(model: torch.nn.Module, *, tied: bool) -> Iterator[InstalledPart | s
             yield from _vocabulary(name, layer, tied=tied)
         elif isinstance(layer, LinearBase):
             yield from _linear(name, layer)
+        elif isinstance(layer, RoutedExperts):
+            yield from _experts(name, layer)
         else:
             for own, parameter in layer.named_parameters(name, recurse=False):
                 rows = parameter.detach().reshape(len(parameter) if parameter.ndim > 1 else 1, -1)
                 yield InstalledPart(own, own, rows, 0, 0, rows.shape[1])
+
+
+def _experts(name: str, layer: Any) -> Iterator[str]:
+    """The names of a layer's experts' tensors. They are one parameter, whose order each kernel chooses."""
+    above = name.removesuffix(".routed_experts")
+    for expert in range(layer.global_num_experts):
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            yield f"{above}.{expert}.{part}.weight"
+            if "Unquantized" not in type(layer.quant_method).__name__:
+                yield f"{above}.{expert}.{part}.weight_scale_inv"
 
 
 def _vocabulary(name: str, layer: Any, *, tied: bool) -> Iterator[InstalledPart | str]:

@@ -29,6 +29,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -121,6 +122,8 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._received, self._blocks = {}, []
         self._missing = self._parameters
         self._begun = {}
+        if self.device.type == "cpu":
+            pack_experts_anew(self.model)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
@@ -276,6 +279,17 @@ class KeyMiddleware:
     def _knows(self, scope: Message) -> bool:
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         return len(given) == 1 and secrets.compare_digest(given[0], self._wanted)
+
+
+def pack_experts_anew(model: torch.nn.Module) -> None:
+    """Let vLLM pack experts for its kernel when they are loaded again, as it does only when it makes the kernel.
+
+    vLLM 0.32 (`fused_moe/unquantized_fused_moe_method.py`, `_setup_kernel`): without this, a CPU's kernel computes with
+    experts of another order, or fails where the experts' width is padded. Kernels for GPUs reorder in another place.
+    """
+    for layer in model.modules():
+        if isinstance(layer, RoutedExperts):
+            layer.quant_method.moe_kernel = None
 
 
 def _tensors(flat: Tensor, update_info: UpdateInfo) -> dict[str, Tensor]:

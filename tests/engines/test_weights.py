@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_tempo.config.choices import EngineKind, Transport
+from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.rollout.engine import Sampling
 from megatron_tempo.rollout.servers import ServersEngine
 from megatron_tempo.training.setup import build_actor, engine_weights
@@ -31,6 +32,8 @@ def after_syncs(
     """
     config = config_of(kind, models[0], run)
     config.parallel.tensor, config.parallel.pipeline = 2, stages
+    if read_model_shape(models[0]).experts is not None:
+        config.parallel.expert, config.parallel.expert_tensor, config.parallel.sequence = 4, 1, True
     config.rollout.servers.transport, config.rollout.servers.tensor = transport, tensor
     completions, messages = [], []
     with opened(config, messages) as (context, engine):
@@ -70,6 +73,8 @@ CASES = [
     (EngineKind.vllm, Transport.shared, 2, "untied", 1),
     (EngineKind.vllm, Transport.shared, 1, "olmo3", 2),
     (EngineKind.vllm, Transport.group, 2, "olmo3", 2),
+    (EngineKind.sglang, Transport.group, 1, "experts", 1),
+    (EngineKind.vllm, Transport.group, 1, "experts", 1),
 ]
 
 
