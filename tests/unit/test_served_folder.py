@@ -33,6 +33,14 @@ def test_it_has_config_and_tokenizer_and_no_say_in_sampling(tmp_path: Path, flat
     )
 
 
+def test_fp8_leaves_the_routers_of_a_mixture_as_they_are(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", family="qwen3_moe", layers=2)
+    folder = served_folder(model, tmp_path / "served", EnginePrecision.fp8, flat_rope=True)
+    config = json.loads((folder / "config.json").read_text())
+    routers = ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
+    assert config["quantization_config"]["modules_to_not_convert"] == routers
+
+
 def flat(model: Path, tmp_path: Path, **changes: Any) -> dict[str, Any]:
     """What SGLang is told of a model whose config.json is changed so; None takes an entry out."""
     config = json.loads((model / "config.json").read_text()) | changes
