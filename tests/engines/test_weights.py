@@ -9,7 +9,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from megatron_tempo.config.choices import EngineKind, Transport
+from megatron_tempo.config.choices import EngineKind, RouterReplay, Transport
 from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.rollout.engine import Sampling
 from megatron_tempo.rollout.servers import ServersEngine
@@ -34,6 +34,7 @@ def after_syncs(
     config.parallel.tensor, config.parallel.pipeline = 2, stages
     if read_model_shape(models[0]).experts is not None:
         config.parallel.expert, config.parallel.expert_tensor, config.parallel.sequence = 4, 1, True
+        config.model.router_replay = RouterReplay.off  # vLLM returns experts on GPUs only
     config.rollout.servers.transport, config.rollout.servers.tensor = transport, tensor
     completions, messages = [], []
     with opened(config, messages) as (context, engine):
