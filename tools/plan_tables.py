@@ -21,7 +21,7 @@ from megatron_tempo.plan.shapes import shape_of
 from megatron_tempo.plan.table import layout_row
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
-EXPERIMENTS = ("qwen3_8b_aime", "qwen3_14b_aime", "olmo3_7b_aime")
+EXPERIMENTS = ("qwen3_8b_aime", "qwen3_14b_aime", "olmo3_7b_aime", "qwen3_30b_a3b_aime")
 CLUSTERS = ("h100x8", "h100x16", "h100x64", "h200x8", "h200x16", "h200x64")
 HEADS = (
     "experiment",
@@ -48,7 +48,9 @@ def line(experiment: str, cluster: str) -> list[str]:
     tensor, pipeline, data, _, engine, most, phase, _, seconds = layout_row(plans[0])
     least = nearest(plans)
     assert least is not None
-    layout = f"{tensor} x {pipeline} x {data}, {engine}"
+    own = plans[0].layout
+    experts = f", expert {own.expert} x {own.expert_cut}" if shape.experts is not None else ""
+    layout = f"{tensor} x {pipeline} x {data}{experts}, {engine}"
     change = f"`{' '.join(least.words)}`" if least.words else "none"
     return [experiment, cluster, given, layout, f"{most} ({phase})", seconds, change]
 

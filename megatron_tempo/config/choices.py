@@ -19,6 +19,7 @@ class Published(Enum):
     qwen3_8b = "qwen3_8b"
     qwen3_14b = "qwen3_14b"
     olmo3_7b = "olmo3_7b"
+    qwen3_30b_a3b = "qwen3_30b_a3b"
 
 
 class Device(Enum):

@@ -118,6 +118,11 @@ class ParallelConfig:
         return self.tensor * self.pipeline * self.context
 
     @property
+    def expert_cut(self) -> int:
+        """Ranks that share the matrices of each expert."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
+
+    @property
     def pipeline_layers(self) -> PipelineLayers:
         """How layers are divided over the pipeline stages."""
         ends = self.num_layers_in_first_pipeline_stage, self.num_layers_in_last_pipeline_stage

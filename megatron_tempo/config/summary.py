@@ -42,7 +42,9 @@ def layout_words(own: ParallelConfig, replicas: int | None) -> str:
     details = [f"{count} layers {end}" for end, count in ends.items() if count is not None]
     details += [f"virtual {own.virtual_pipeline}"] if own.virtual_pipeline > 1 else []
     pipeline = f"pipeline {own.pipeline}" + (f" ({', '.join(details)})" if details else "")
-    return f"tensor {own.tensor} x {pipeline} x {context}{data}{sequence}"
+    experts = f", expert {own.expert} x expert tensor {own.expert_cut}"
+    shared = experts if own.expert > 1 or own.expert_cut != own.tensor else ""
+    return f"tensor {own.tensor} x {pipeline} x {context}{data}{sequence}{shared}"
 
 
 def _stage(config: Config, stage: StageConfig) -> str:

@@ -5,6 +5,11 @@ grouped queries, SwiGLU, norms in fp32, rotary embeddings, no dropout. Notation:
 micro-batch, g cells of its attention grid, h hidden size, q and k widths of the query and the key projection, d head
 size, f feed-forward width, t tensor-parallel ranks, a bytes per number. q, k and f are those of one rank, divided by t;
 h means h / t under sequence parallelism for each tensor between the matrix products.
+
+Of a mixture of experts, f is the width of all rows that a rank's experts compute, per token of the micro-batch: each
+token is a row of each expert that it is sent to. If all experts had equally many rows, a rank would compute as many as
+it sends; expert ranks are not balanced, and the fullest one counts (`IMBALANCE`). In the worst case all rows of the
+expert ranks go to one of them. No layout is planned for that.
 """
 
 from __future__ import annotations
@@ -15,6 +20,9 @@ from megatron_tempo.config.choices import Recompute
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.pipeline_layers import micro_batch_group
 from megatron_tempo.plan.layout import PlannedLayout, PlannedMachine, PlannedMicroBatch
+
+# Rows of the fullest expert rank in a micro-batch, as a multiple of the mean. An assumption that no run has measured.
+IMBALANCE = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +38,29 @@ class Widths:
     groups: float
     d: float
     sequence: bool
+    rows: float = 0.0  # of a rank's experts, for each token; 0 without experts
+    router: float = 0.0  # experts among which a token's router chooses, divided under sequence parallelism
+    weight: float = 0.0  # numbers of the second matrix of the feed-forward part, or of an expert
 
     @classmethod
     def of(cls, shape: ModelShape, layout: PlannedLayout) -> Widths:
         t, sequence = layout.tensor, layout.sequence and layout.tensor > 1
+        divided, own, cut = t if sequence else 1, shape.experts, layout.expert_cut
+        rows = own.per_token * cut / divided * (IMBALANCE if layout.expert > 1 else 1) if own else 0.0
+        inner = shape.ffn / t if own is None else own.ffn / cut
         return cls(
-            shape.hidden / (t if sequence else 1),
+            shape.hidden / divided,
             shape.hidden,
             shape.queries / t,
             shape.keys / t,
-            shape.ffn / t,
+            inner * (rows if own else 1),
             shape.heads / t,
             shape.groups / t,
             shape.head_dim,
             sequence,
+            rows,
+            own.count / divided if own else 0.0,
+            inner * shape.hidden,
         )
 
 
@@ -103,8 +120,17 @@ def kernel_keys(w: Widths, shape: ModelShape, machine: PlannedMachine) -> float:
 def feed_forward(w: Widths, machine: PlannedMachine) -> float:
     """What the feed-forward part saves, in bytes per token: both halves of the first product, 2 f, and the input of the
     second product, f. Without `one_swiglu` also silu of the gate, f, and the other half again, f, because Megatron adds
-    an offset of 0."""
-    return (3 if machine.one_swiglu else 5) * machine.size * w.f
+    an offset of 0. With experts also `mixture`."""
+    return (3 if machine.one_swiglu else 5) * machine.size * w.f + mixture(w, machine)
+
+
+def mixture(w: Widths, machine: PlannedMachine) -> float:
+    """What a mixture of experts saves beyond the products of its experts, in bytes per token: 0 without experts.
+
+    The router's scores and probabilities in fp32, and which experts are chosen: 9 per expert. Each row that the rank's
+    experts compute: the state that their first product saves, a h, its probability, 4, and its place, 8.
+    """
+    return 9 * w.router + (machine.size * w.full + 12) * w.rows
 
 
 def layer(shape: ModelShape, layout: PlannedLayout, machine: PlannedMachine, micro: PlannedMicroBatch) -> float:
@@ -198,14 +224,16 @@ def backward(
     - in the last layer's feed-forward part: the gradients of the residual stream, a h, and of SwiGLU's product and one
       of its halves, 2 a f; or instead of the latter the gradient of the second weight, a f h, under sequence
       parallelism with the gathered gradient of the states. Fused, there is no such gradient of a weight. `one_swiglu`
-      has the gradients of its product and of both halves, 3 a f. What the norm saved is freed by then.
+      has the gradients of its product and of both halves, 3 a f. What the norm saved is freed by then. With experts
+      also the gradient of the rows' outputs before and after they are sent, 2 a h for each row.
 
     With `Recompute.layers` the activations of one layer are added.
     """
     w, a, S, last = Widths.of(shape, layout), machine.size, micro.tokens, stage == layout.pipeline - 1
-    weight = 0 if machine.fused else w.f * w.full
+    weight = 0 if machine.fused else w.weight
     second_weight = a * (w.f * S + weight + (w.full * S if w.sequence else 0))
     gating = a * w.h * S + max(second_weight, (3 if machine.one_swiglu else 2) * a * w.f * S)
+    gating += 2 * a * w.full * w.rows * S
     if layout.recompute is Recompute.layers:
         gating += whole_layer(shape, layout, machine, micro)
     if not last:
@@ -226,14 +254,15 @@ def reading(
 
     - attention: the normed input h, the joint projection, rotated queries and keys (in Transformer Engine's layers also
       the normed ones), four of the queries' width on the grid, and log-sum-exps;
-    - SwiGLU: the residual stream, the normed input, and 3 f, or 5 f without `one_swiglu`;
+    - SwiGLU: the residual stream, the normed input, and 3 f, or 5 f without `one_swiglu`; with experts the router's
+      numbers, and the rows before and after they are sent;
     - under sequence parallelism the sum of the output projection over the tensor ranks: queries, keys and values as
       above, the attention's output, the whole product (twice with gloo, which copies it), its sum, the normed input.
     """
     w, a, S = Widths.of(shape, layout), machine.size, micro.tokens
     joint = w.q + 2 * w.k + (2 if machine.te else 1) * (w.q + w.k)
     attending = a * (w.h + joint) * S + (4 * a * w.q + 4 * w.heads) * micro.grid
-    gating = a * (2 * w.h + (3 if machine.one_swiglu else 5) * w.f) * S
+    gating = a * (2 * w.h + (3 if machine.one_swiglu else 5) * w.f + w.full * w.rows) * S + mixture(w, machine) * S
     summing = a * (joint + w.q + w.full * (1 if machine.cuda else 2) + 2 * w.h) * S if w.sequence else 0
     sends = stage < layout.pipeline - 1 or layout.virtual_pipeline > 1
     inputs = 2 if layout.pipeline_layers.counts(shape.layers)[stage] > layout.virtual_pipeline else 1

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.schema import Config
 from megatron_tempo.plan import engine
-from megatron_tempo.plan.parameters import total_parameters
+from megatron_tempo.plan.parameters import active_parameters, experts, total_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,18 +22,22 @@ class DecodeCosts:
     2.0
     """
 
-    weights: float  # to read the weights once
+    weights: float  # to read the weights once, without experts
     full: float  # to read the keys and values of a cached token, in layers that attend to all tokens
     windowed: float  # the same, in layers that attend to a window
     row: float  # the arithmetic of a token, decoded or prefilled
     window: int | None  # tokens of that window
+    experts: float = 0.0  # to read all experts once
+    unused: float = 1.0  # share of the experts that a token does not choose
 
     def step(self, rows: float, cached: float, inside: float) -> float:
         """Seconds of a step that decodes a token of each of `rows` rows.
 
-        cached: tokens in the cache of these rows; inside: those of them that are inside their rows' window.
+        cached: tokens in the cache of these rows; inside: those of them that are inside their rows' window. Of a
+        mixture of experts, the experts are read that at least one of the rows chooses, if all are equally likely.
         """
-        return max(self.weights + self.full * cached + self.windowed * inside, rows * self.row)
+        weights = self.weights + self.experts * (1 - self.unused**rows)
+        return max(weights + self.full * cached + self.windowed * inside, rows * self.row)
 
     def inside(self, length: float) -> float:
         """Tokens inside the window of a row of `length` tokens."""
@@ -55,10 +59,15 @@ def decode_costs(config: Config, shape: ModelShape) -> DecodeCosts:
     token = handled * engine.token_bytes(config, shape, tensor) / memory
     windowed = shape.windowed_layers / shape.layers
     rate = tensor * cluster.bf16_tflops * 1e12 * cluster.compute_share
+    weights = engine.weight_bytes(config, shape) / tensor / memory
+    own = shape.experts
+    of_experts = weights * shape.layers * experts(shape) / total_parameters(shape)
     return DecodeCosts(
-        weights=engine.weight_bytes(config, shape) / tensor / memory,
+        weights=weights - of_experts,
         full=token * (1 - windowed),
         windowed=token * windowed,
-        row=2.0 * total_parameters(shape) / rate,
+        row=2.0 * active_parameters(shape) / rate,
         window=shape.window,
+        experts=of_experts,
+        unused=1.0 if own is None else 1 - own.per_token / own.count,
     )

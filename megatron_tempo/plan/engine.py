@@ -14,7 +14,7 @@ from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.sizes import CACHE_ROOM
 from megatron_tempo.plan.layout import row_tokens
-from megatron_tempo.plan.parameters import layer_parameters, total_parameters
+from megatron_tempo.plan.parameters import experts, layer_parameters, router, total_parameters
 from megatron_tempo.plan.split import Split
 
 # Share of a GPU's memory that a server takes unless its arguments set one: vLLM's default, and about SGLang's.
@@ -48,7 +48,7 @@ def weight_bytes(config: Config, shape: ModelShape) -> float:
     scale of four bytes per block of 128 x 128; the rest is bf16."""
     precision, total = precision_of(config), total_parameters(shape)
     if precision is EnginePrecision.fp8:
-        matrices = shape.layers * (layer_parameters(shape) - 2 * shape.hidden)
+        matrices = shape.layers * (layer_parameters(shape) + experts(shape) - router(shape) - 2 * shape.hidden)
         return matrices * (1 + 4 / 128**2) + 2.0 * (total - matrices)
     return {EnginePrecision.fp32: 4.0, EnginePrecision.bf16: 2.0}[precision] * total
 

@@ -29,6 +29,18 @@ class PlannedLayout:
     first_stage_layers: int | None = None  # as in `PipelineLayers`
     last_stage_layers: int | None = None
     virtual_pipeline: int = 1
+    expert: int = 1  # ranks that share the experts of a layer
+    expert_tensor: int | None = None  # ranks that share an expert's matrices; None: as `tensor`
+
+    @property
+    def expert_cut(self) -> int:
+        """Ranks that share an expert's matrices."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
+
+    @property
+    def expert_data(self) -> float:
+        """Ranks with the same experts, which share their optimizer state."""
+        return self.world / (self.pipeline * self.expert * self.expert_cut)
 
     @property
     def pipeline_layers(self) -> PipelineLayers:
@@ -95,7 +107,8 @@ def layout_of(own: ParallelConfig, world: int) -> PlannedLayout:
     """The layout over `world` processes. The configuration has passed the rules."""
     data = world // own.ranks_of_a_replica
     ends = own.num_layers_in_first_pipeline_stage, own.num_layers_in_last_pipeline_stage, own.virtual_pipeline
-    return PlannedLayout(own.tensor, own.pipeline, data, own.sequence, own.context, own.recompute, *ends)
+    shares = own.tensor, own.pipeline, data, own.sequence, own.context
+    return PlannedLayout(*shares, own.recompute, *ends, own.expert, own.expert_tensor)
 
 
 def row_tokens(config: Config) -> int:

@@ -26,7 +26,7 @@ from megatron_tempo.plan.layout import (
     machine_of,
     micro_batch_of,
 )
-from megatron_tempo.plan.parameters import Role, fp8_copies, layer_parameters, parameters, resident
+from megatron_tempo.plan.parameters import Role, experts, fp8_copies, layer_parameters, owned, resident
 from megatron_tempo.plan.passes import batch_bytes, update_moments
 from megatron_tempo.plan.split import Split, split_of, takes_turns
 
@@ -182,11 +182,7 @@ def saved_bytes(config: Config, shape: ModelShape, place: Place) -> float:
     run: weights, fp32 main weights and moments of all models, shared out among the ranks with the same weights."""
     layouts = layouts_of(config, split_of(config).trainers)
     width = 4 if config.run.precision is Precision.fp32 else 2
-    return sum(
-        (width + 12.0) * parameters(shape, layout, role, place[role]) / (layout.data * layout.context)
-        for role in _roles(config)
-        for layout in [layouts[role]]
-    )
+    return sum((width + 12.0) * owned(shape, layouts[role], role, place[role]) for role in _roles(config))
 
 
 def weight_bytes(config: Config, shape: ModelShape, place: Place) -> float:
@@ -363,8 +359,7 @@ class _Phases:
             self.shape, layout, self.machine, micro, self.config.model.logits, role, stage
         )
         held += self._left_behind(role, micro)
-        own = parameters(self.shape, layout, role, stage)
-        step = 4.0 * own / (layout.data * layout.context) if self.machine.cuda and not self.machine.te else 0.0
+        step = 4.0 * owned(self.shape, layout, role, stage) if self.machine.cuda and not self.machine.te else 0.0
         if step > held + max(layers, ending):
             return batch | {Part.optimizer: step}
         if ending > layers:
@@ -380,13 +375,14 @@ class _Phases:
         config, shape = self.config, self.shape
         precision = engine.precision_of(config)
         size = 4 if precision is EnginePrecision.fp32 else 2
-        slots = [2 * shape.ffn * shape.hidden, (shape.queries + 2 * shape.keys) * shape.hidden]
+        ffn = shape.ffn if shape.experts is None else shape.experts.ffn  # a mapping holds one expert
+        slots = [2 * ffn * shape.hidden, (shape.queries + 2 * shape.keys) * shape.hidden]
         if not config.rollout.is_served or stage in (0, self.layouts[Role.actor].pipeline - 1):
             slots.append(shape.vocab * shape.hidden)
         bound = largest = config.parallel.bucket_mb << 20
         is_foreign = config.rollout.engine is EngineKind.sglang and config.rollout.servers.addresses is not None
         if is_foreign or not isinstance(config.rollout.engine, EngineKind):
             largest = max(bound, size * max(slots))
-        whole = size * shape.layers * layer_parameters(shape) + size * slots[-1]
+        whole = size * shape.layers * (layer_parameters(shape) + experts(shape)) + size * slots[-1]
         fp8 = 0.5 if precision is EnginePrecision.fp8 else 0.0
         return min(largest, whole) * (1 + fp8) + min(bound, whole)

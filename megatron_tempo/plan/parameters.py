@@ -28,14 +28,41 @@ class ModelBytes:
 
 
 def layer_parameters(shape: ModelShape, tensor: int = 1) -> int:
-    """Parameters of one layer on one tensor rank: matrices are divided, norms are not.
+    """Parameters of one layer on one tensor rank, without its experts: matrices are divided, norms and routers are not.
 
-    (queries + 2 keys + queries) hidden of the attention, 3 ffn hidden of the gated feed-forward part, two norms of the
-    hidden size, and one on queries and keys.
+    (queries + 2 keys + queries) hidden of the attention, 3 ffn hidden of the gated feed-forward part or experts hidden
+    of the router, two norms of the hidden size, and one on queries and keys.
     """
     attention = (2 * shape.queries + 2 * shape.keys) * shape.hidden // tensor
     norms = 2 * shape.hidden + (2 * shape.head_dim if shape.family.norms_each_head else shape.queries + shape.keys)
-    return attention + 3 * shape.ffn * shape.hidden // tensor + norms
+    return attention + norms + (3 * shape.ffn * shape.hidden // tensor if shape.experts is None else router(shape))
+
+
+def router(shape: ModelShape) -> int:
+    """Parameters of a layer's router; 0 without experts."""
+    return 0 if shape.experts is None else shape.experts.count * shape.hidden
+
+
+def experts(shape: ModelShape, expert: int = 1, cut: int = 1) -> int:
+    """Parameters of a layer's experts on one of `expert` ranks that share them, of `cut` that share the matrices of
+    each: 3 ffn hidden of each expert. 0 without experts."""
+    own = shape.experts
+    return 0 if own is None else own.count // expert * (3 * own.ffn * shape.hidden // cut)
+
+
+def token_matrices(shape: ModelShape) -> int:
+    """Numbers of one layer's matrices that a token is multiplied with: of a mixture, the router and the experts that it
+    chooses."""
+    own, attention = shape.experts, (2 * shape.queries + 2 * shape.keys) * shape.hidden
+    ffn = shape.ffn if own is None else own.per_token * own.ffn
+    return attention + 3 * ffn * shape.hidden + router(shape)
+
+
+def active_parameters(shape: ModelShape) -> int:
+    """Parameters that one token uses: all but the experts that are not chosen for it."""
+    own = shape.experts
+    unused = 0 if own is None else experts(shape) // own.count * (own.count - own.per_token)
+    return total_parameters(shape) - shape.layers * unused
 
 
 def fp8_copies(config: Config, shape: ModelShape, layout: PlannedLayout, stage: int, *, trained: bool) -> float:
@@ -50,7 +77,9 @@ def fp8_copies(config: Config, shape: ModelShape, layout: PlannedLayout, stage: 
     of_stage = chain.from_iterable(layout.pipeline_layers.chunks(shape.layers)[stage])
     ends = config.model.num_bf16_layers_at_ends
     inside = sum(ends <= layer < shape.layers - ends for layer in of_stage)
-    matrices = (2 * shape.queries + 2 * shape.keys + 3 * shape.ffn) * shape.hidden / layout.tensor
+    ffn = 3 * shape.ffn if shape.experts is None else 0
+    matrices = (2 * shape.queries + 2 * shape.keys + ffn) * shape.hidden / layout.tensor
+    matrices += experts(shape, layout.expert, layout.expert_cut)
     return (2.0 if trained else 1.0) * inside * matrices
 
 
@@ -63,6 +92,7 @@ def parameters(shape: ModelShape, layout: PlannedLayout, role: Role, stage: int)
     tensor, last = layout.tensor, layout.pipeline - 1
     table = padded_vocab(shape.vocab, tensor) // tensor * shape.hidden
     total = layout.pipeline_layers.counts(shape.layers)[stage] * layer_parameters(shape, tensor)
+    total += expert_parameters(shape, layout, stage)
     if stage == 0:
         total += table
     if stage == last:
@@ -74,20 +104,34 @@ def parameters(shape: ModelShape, layout: PlannedLayout, role: Role, stage: int)
     return total
 
 
+def expert_parameters(shape: ModelShape, layout: PlannedLayout, stage: int) -> int:
+    """Those of `parameters` that belong to experts."""
+    layers = layout.pipeline_layers.counts(shape.layers)[stage]
+    return layers * experts(shape, layout.expert, layout.expert_cut)
+
+
+def owned(shape: ModelShape, layout: PlannedLayout, role: Role, stage: int) -> float:
+    """Parameters whose optimizer state a rank keeps: its share of those on the rank. Dense ones are shared among the
+    ranks of data and context parallelism, experts' among the ranks with the same experts."""
+    of_experts = expert_parameters(shape, layout, stage)
+    dense = parameters(shape, layout, role, stage) - of_experts
+    return dense / (layout.data * layout.context) + of_experts / layout.expert_data
+
+
 def total_parameters(shape: ModelShape, role: Role = Role.actor) -> int:
     """Parameters of the whole model as in its Hugging Face folder, without padding."""
     head = shape.hidden + 1 if role is Role.critic else 0 if shape.tied else shape.vocab * shape.hidden
-    return shape.vocab * shape.hidden + shape.layers * layer_parameters(shape) + shape.hidden + head
+    return shape.vocab * shape.hidden + shape.layers * (layer_parameters(shape) + experts(shape)) + shape.hidden + head
 
 
 def resident(shape: ModelShape, layout: PlannedLayout, machine: PlannedMachine, role: Role, stage: int) -> ModelBytes:
     """Bytes of a trained model (models/trained.py).
 
     Weights are in the run's precision. Megatron's DDP keeps a gradient of each weight in fp32 (`grad_reduce_in_fp32`)
-    for the whole run. The distributed optimizer (Rajbhandari et al. 2020, ZeRO-1) divides its state over the
-    data-parallel ranks: two moments in fp32, 8 bytes, and for bf16 weights fp32 main weights, 4 more. For fp32 weights
-    the main weights are views of the model's.
+    for the whole run. The distributed optimizer (Rajbhandari et al. 2020, ZeRO-1) divides its state over the ranks that
+    have the same parameters (`owned`): two moments in fp32, 8 bytes, and for bf16 weights fp32 main weights, 4 more.
+    For fp32 weights the main weights are views of the model's.
     """
     count = parameters(shape, layout, role, stage)
     state = 12 if machine.mixed else 8
-    return ModelBytes(machine.size * count, 4.0 * count, state * count / (layout.data * layout.context))
+    return ModelBytes(machine.size * count, 4.0 * count, state * owned(shape, layout, role, stage))

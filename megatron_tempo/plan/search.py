@@ -1,11 +1,11 @@
 """Searches the layouts of a cluster that satisfy the rules: which fit, how fast they are, which needs fewest changes.
 
-The search varies tensor and pipeline parallelism (data parallelism follows), how many GPUs of each node serve and with
-which tensor parallelism, and, if that saves memory, the token budget, recomputation, offload and the embedded engine's
-rows. The layers of the pipeline's ends, and its virtual stages, stay as configured while the number of stages does.
-Context parallelism stays as configured. A tensor-parallel group stays inside a node, and sequence parallelism follows
-tensor parallelism. Servers that are colocated with the trainer are tried too, on all GPUs. On several nodes each must
-then hold a whole copy of the model, which leaves no pipeline.
+The search varies tensor and pipeline parallelism (data parallelism follows), how ranks share a mixture's experts, how
+many GPUs of each node serve and with which tensor parallelism, and, if that saves memory, the token budget,
+recomputation, offload and the embedded engine's rows. The layers of the pipeline's ends, and its virtual stages, stay
+as configured while the number of stages does. Context parallelism stays as configured. A tensor-parallel group stays
+inside a node, and sequence parallelism follows tensor parallelism. Servers that are colocated with the trainer are
+tried too, on all GPUs. On several nodes each must then hold a whole copy of the model, which leaves no pipeline.
 """
 
 from __future__ import annotations
@@ -151,15 +151,36 @@ def _training(config: Config, shape: ModelShape, trainers: int) -> Iterator[dict
             # Keep the configuration's own choice where possible: one override less.
             sequence = tensor > 1 and (config.parallel.sequence or tensor != config.parallel.tensor)
             for sequenced in {sequence, tensor > 1}:
-                for budget, recompute, offload in product(budgets, kinds, turns):
-                    yield stages | {
-                        "parallel.tensor": tensor,
-                        "parallel.pipeline": pipeline,
-                        "parallel.sequence": sequenced,
-                        "parallel.micro_batch_tokens": budget,
-                        "parallel.recompute": recompute,
-                        "parallel.offload": offload,
-                    }
+                shares = list(_experts(config, shape, tensor, trainers // pipeline))
+                for budget, recompute, offload, experts in product(budgets, kinds, turns, shares):
+                    yield (
+                        stages
+                        | experts
+                        | {
+                            "parallel.tensor": tensor,
+                            "parallel.pipeline": pipeline,
+                            "parallel.sequence": sequenced,
+                            "parallel.micro_batch_tokens": budget,
+                            "parallel.recompute": recompute,
+                            "parallel.offload": offload,
+                        }
+                    )
+
+
+def _experts(config: Config, shape: ModelShape, tensor: int, ranks: int) -> Iterator[dict[str, object]]:
+    """How `ranks` of a pipeline stage may share the experts, whole or cut as the dense matrices. The ranks that hold
+    all experts are inside a node, unless more are configured. The configured value stays where it says the same."""
+    own, cluster = shape.experts, config.cluster
+    if own is None:
+        yield {}
+        return
+    assert cluster is not None
+    given = config.parallel.expert_tensor
+    for cut in {1, tensor}:
+        kept = given if cut == (tensor if given is None else given) else cut
+        for expert in divisors(own.count):
+            if ranks % (expert * cut) == 0 and expert * cut <= max(cluster.gpus_per_node, config.parallel.expert):
+                yield {"parallel.expert": expert, "parallel.expert_tensor": kept}
 
 
 def _engines(config: Config, shape: ModelShape) -> Iterator[dict[str, object]]:

@@ -33,6 +33,17 @@ _OLMO3 = {
     "sliding_window": 4096,
     "layer_types": [FULL if layer % 4 == 3 else SLIDING for layer in range(32)],
 }
+_QWEN3_30B_A3B = _QWEN3 | {
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 48,
+    "hidden_size": 2048,
+    "num_key_value_heads": 4,
+    "intermediate_size": 6144,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
 PUBLISHED = {
     name: model_shape(entries)
     for name, entries in {
@@ -40,6 +51,7 @@ PUBLISHED = {
         Published.qwen3_14b: _QWEN3
         | {"num_hidden_layers": 40, "hidden_size": 5120, "intermediate_size": 17408, "num_attention_heads": 40},
         Published.olmo3_7b: _OLMO3,
+        Published.qwen3_30b_a3b: _QWEN3_30B_A3B,
     }.items()
 }
 
@@ -60,5 +72,7 @@ def shape_of(config: Config) -> tuple[ModelShape | None, list[Problem]]:
 
 def _read(folder: Path) -> tuple[ModelShape | None, list[Problem]]:
     shape, wrong = shape_or_problem(folder)
-    fix = "give a folder with the config.json of a Qwen3 or OLMo3 model, or set model.shape instead of model.path"
+    fix = (
+        "give a folder with the config.json of a model of a supported family, or set model.shape instead of model.path"
+    )
     return shape, [Problem("model.path", str(folder), wrong, fix)] if wrong else []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.problem import Problem
-from megatron_tempo.config.rules import cluster, extensions, layout, numbers, precision, rollout, stages
+from megatron_tempo.config.rules import cluster, experts, extensions, layout, numbers, precision, rollout, stages
 from megatron_tempo.config.schema import Config
 from megatron_tempo.plan.shapes import shape_of
 
@@ -78,6 +78,7 @@ def laid_out(config: Config, shape: ModelShape) -> list[Problem]:
     fields = ["model.path"] + (["model.critic_path"] if config.model.critic_path is not None else [])
     shapes = dict.fromkeys(fields, shape)
     problems = [*layout.check(config, shapes, world), *precision.check(config, shapes), *_devices(config)]
+    problems += experts.check(config, shapes, world)
     problems += [problem for problem in rollout.check(config, world) if not problem.field.startswith(_ELSEWHERE)]
     return problems + list(stages.check_data_parallel(config, world))
 

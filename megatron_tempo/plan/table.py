@@ -11,7 +11,7 @@ from megatron_tempo.config.summary import layout_words as config_words
 from megatron_tempo.plan import placements
 from megatron_tempo.plan.layout import machine_of
 from megatron_tempo.plan.memory import GB, Part, host_bytes, places_of, saved_bytes
-from megatron_tempo.plan.parameters import Role, resident, total_parameters
+from megatron_tempo.plan.parameters import Role, active_parameters, resident, total_parameters
 from megatron_tempo.plan.placements import seconds_text
 from megatron_tempo.plan.search import MORE, SHORTER, Plan, best_of_each, nearest, relief
 from megatron_tempo.plan.split import takes_turns
@@ -37,8 +37,9 @@ def report(config: Config, shape: ModelShape, own: Plan, plans: list[Plan]) -> s
 def _head(config: Config, shape: ModelShape, own: Plan) -> Iterator[str]:
     cluster, split = config.cluster, own.split
     assert cluster is not None
+    active = f" ({active_parameters(shape) / GB:.2f} of them active for a token)" if shape.experts is not None else ""
     yield (
-        f"{total_parameters(shape) / GB:.2f} billion parameters, {shape.layers} layers, on {cluster.gpus} x "
+        f"{total_parameters(shape) / GB:.2f} billion parameters{active}, {shape.layers} layers, on {cluster.gpus} x "
         f"{cluster.gpu or 'GPU'} of {cluster.memory_gb:g} GB, of which {cluster.reserve_gb:g} GB are reserved"
     )
     engine = config.rollout.engine.name
@@ -138,7 +139,10 @@ def _verdict(shape: ModelShape, own: Plan, plans: list[Plan]) -> Iterator[str]:
 
 def _layouts(own: Plan, plans: list[Plan]) -> list[str]:
     shown = best_of_each(plans)
-    rows = [["", "tensor", "pipeline", "data", "trainer GPUs", "engine", "peak GB", "in phase", "rows", "seconds"]]
+    experts = ["expert x tensor"] if any(plan.layout.expert > 1 for plan in (own, *plans)) else []
+    rows = [
+        ["", "tensor", "pipeline", "data", *experts, "trainer GPUs", "engine", "peak GB", "in phase", "rows", "seconds"]
+    ]
     mine = own if own.over is None else None
     listed = shown[:ROWS]
     if mine is not None:
@@ -148,7 +152,9 @@ def _layouts(own: Plan, plans: list[Plan]) -> list[str]:
     else:
         listed = [*listed, own]
     for plan in listed:
-        rows.append(["*" if plan is own else "", *layout_row(plan)])
+        cells, layout = layout_row(plan), plan.layout
+        shares = [f"{layout.expert} x {layout.expert_cut}"] if experts else []
+        rows.append(["*" if plan is own else "", *cells[:3], *shares, *cells[3:]])
     lines = ["layouts that fit, fastest first (* the given one)" if own.over is None else
              "layouts that fit, fastest first; the last row (*) is the given one, which does not fit"]  # fmt: skip
     return [*lines, *aligned(rows), *_pasted(mine, shown[:1])]

@@ -28,7 +28,7 @@ from megatron_tempo.plan.memory import (
     places_of,
     weight_bytes,
 )
-from megatron_tempo.plan.parameters import Role, parameters
+from megatron_tempo.plan.parameters import Role, expert_parameters, parameters, token_matrices
 from megatron_tempo.plan.split import split_of, takes_turns
 
 
@@ -145,14 +145,14 @@ def iteration(config: Config, seconds: dict[MemoryPhase, float]) -> float:
 def row_operations(shape: ModelShape, prompt: int, response: int, role: Role) -> tuple[float, float]:
     """Floating-point operations of a forward pass over one row: in the layers, and in the actor's output layer.
 
-    Two per matrix parameter and token (the 2 N D of Kaplan et al. 2020; 6 N D with the backward pass). Causal attention
-    has two products of 2 q per pair of tokens: n^2 / 2 pairs, or n w - w^2 / 2 in a window of w.
+    Two per matrix parameter that a token uses (the 2 N D of Kaplan et al. 2020; 6 N D with the backward pass): of a
+    mixture of experts, the router's and those of the chosen experts. Causal attention has two products of 2 q per pair
+    of tokens: n^2 / 2 pairs, or n w - w^2 / 2 in a window of w.
     """
     n = prompt + response
-    matrices = (2 * shape.queries + 2 * shape.keys + 3 * shape.ffn) * shape.hidden
     w = min(n, shape.window or n)
     pairs = (shape.layers - shape.windowed_layers) * n**2 / 2 + shape.windowed_layers * (n * w - w**2 / 2)
-    layers = 2.0 * n * shape.layers * matrices + 4.0 * shape.queries * pairs
+    layers = 2.0 * n * shape.layers * token_matrices(shape) + 4.0 * shape.queries * pairs
     return layers, 2.0 * response * shape.hidden * shape.vocab if role is Role.actor else 0.0
 
 
@@ -199,7 +199,20 @@ class _Passes:
         link = cluster.nvlink_gbs if t <= cluster.gpus_per_node else cluster.network_gbs
         waiting = most * layout.pipeline / shape.layers
         busy = rows.count * operations / rate * waiting + sent / (link * 1e9 * cluster.link_share)
+        busy += exchanges * most * rows.count / layout.data * self._dispatch(states)
         return busy * (1 + (layout.pipeline - 1) / (layout.virtual_pipeline * self._micro_batches(rows, steps)))
+
+    def _dispatch(self, states: float) -> float:
+        """Seconds of one all-to-all over the expert ranks, of a row's hidden states in one layer: each token goes to
+        `per_token` experts, of which (e - 1) / e are on other ranks. There is one to the experts and one back. The
+        ranks of `tensor` divide the tokens, and so do those of `context`."""
+        layout, cluster, own = self.layout, self.cluster, self.shape.experts
+        if own is None or layout.expert == 1:
+            return 0.0
+        within = layout.expert * layout.expert_cut <= cluster.gpus_per_node
+        link = cluster.nvlink_gbs if within else cluster.network_gbs
+        away = own.per_token * (layout.expert - 1) / layout.expert
+        return away * states / (layout.tensor * layout.context) / (link * 1e9 * cluster.link_share)
 
     def _reduce(self, role: Role, micro: float, *, again: bool) -> float:
         """Seconds per optimizer step in which the replicas only communicate: they reduce-scatter fp32 gradients and
@@ -207,13 +220,20 @@ class _Passes:
         the first one's forward pass, if they overlap. `micro`: seconds of a micro-batch; `again`: it has two forward
         passes, the second in the backward pass."""
         layout, cluster, parallel = self.layout, self.cluster, self.config.parallel
-        count = max(parameters(self.shape, layout, role, stage) for stage in range(layout.pipeline))
         link = cluster.nvlink_gbs if layout.world <= cluster.gpus_per_node else cluster.network_gbs
-        of_byte = count * (layout.data - 1) / layout.data / (link * 1e9 * cluster.link_share)
+        of_byte = max(self._sent(role, stage) for stage in range(layout.pipeline)) / (link * 1e9 * cluster.link_share)
         forward = micro / (4 if again else 3)
         behind_gradients = micro - forward if parallel.overlap_grad_reduce else 0.0
         behind_weights = forward if parallel.overlap_param_gather else 0.0
         return max(0.0, 4 * of_byte - behind_gradients) + max(0.0, self.size * of_byte - behind_weights)
+
+    def _sent(self, role: Role, stage: int) -> float:
+        """Parameters that a rank sends when they pass once over the ranks that have the same."""
+        layout = self.layout
+        of_experts = expert_parameters(self.shape, layout, stage)
+        dense = parameters(self.shape, layout, role, stage) - of_experts
+        copies = layout.expert_data
+        return dense * (layout.data - 1) / layout.data + of_experts * (copies - 1) / copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +286,7 @@ def sync_seconds(config: Config, shape: ModelShape) -> float:
     actor = layouts_of(config, split.trainers)[Role.actor]
     servers, own = max(1, split.servers), size / actor.pipeline
     taken = servers / (actor.data * actor.context)  # how often a copy sends all of its weights
-    gathered = own * min(1.0, taken) if actor.tensor > 1 else 0.0
+    gathered = own * min(1.0, taken) if actor.tensor * actor.expert > 1 else 0.0
     inside, between = (gbs * 1e9 * cluster.link_share for gbs in (cluster.nvlink_gbs, cluster.network_gbs))
     if not config.rollout.is_served:
         return 2 * size / (inside if cluster.nodes == 1 else between)

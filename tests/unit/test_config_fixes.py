@@ -45,6 +45,7 @@ SHARED = ["rollout.servers.transport=shared", "rollout.servers.each_node=true", 
 AWAY = [*CLUSTER, *SERVED, "rollout.servers.host=hostname", "cluster.rollout_nodes=1"]
 KEY = "rollout.servers.key_file=TMP/key"
 GIVEN = [*SERVED, KEY, "rollout.servers.addresses=[http://127.0.0.1:1]"]
+MIXTURE = ["model.path=TMP/mixture"]
 JUDGE = ["rewards.judge.url=http://h:1/v1", "rewards.judge.model=m"]
 
 # Configurations with problems that the other files do not have. `launched` stands for torchrun's number of processes,
@@ -166,6 +167,24 @@ MORE = [
     [*rules.EMPO, "stage2.entropy_low=2", "stage2.entropy_high=1"],
     ["parallel.world_size=3", "stage1.responses_per_prompt=7"],
     ["parallel.world_size=3", "parallel.tensor=2"],
+    # mixtures of experts
+    [*MIXTURE, "parallel.expert=3"],
+    [*MIXTURE, "parallel.critic.expert=3"],
+    [*MIXTURE, "parallel.expert_tensor=5"],
+    [*MIXTURE, "parallel.expert=4", "launched=2"],
+    [*MIXTURE, "parallel.expert=8", "parallel.critic.expert=1", "launched=4"],
+    [*MIXTURE, "parallel.expert_tensor=4", "launched=2"],
+    [*MIXTURE, "parallel.tensor=2", "parallel.expert=2", "parallel.pipeline=2", "parallel.sequence=true", "launched=4"],
+    [*MIXTURE, "parallel.tensor=2"],
+    [*MIXTURE, "parallel.critic.tensor=2"],
+    ["parallel.expert=2"],
+    ["parallel.critic.expert=2", "model.critic_path=TMP/critic"],
+    ["parallel.expert_tensor=2"],
+    [*MIXTURE, "model.critic_path=TMP/critic", "parallel.expert=2", "parallel.expert_tensor=2"],
+    ["model.router_aux_loss_coef=0.01"],
+    [*MIXTURE, *SERVED, "model.router_replay='off'", "rollout.servers.tensor=3"],
+    [*MIXTURE, *SERVED, "model.router_replay='off'", "rollout.servers.precision=fp8", "rollout.servers.tensor=2"],
+    [*MIXTURE, "run.precision=fp8_blockwise"],
     # the cluster
     [*AWAY, "cluster.rollout_nodes=2"],
     [*CLUSTER, "cluster.rollout_nodes=1"],
@@ -309,6 +328,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fixes")
     write_all(folder)
     write_model(folder / "even", **precision.EVEN)
+    write_model(
+        folder / "mixture", model_type="qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64
+    )
     write_model(folder / "wide", vocab_size=101)
     write_model(folder / "other", model_type="llama")
     write_model(folder / "moe", **MOE)

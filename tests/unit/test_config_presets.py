@@ -28,8 +28,14 @@ SHAPES = {
     "qwen3_8b": {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8},
     "qwen3_14b": {"num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 8},
     "olmo3_7b": {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32},
+    "qwen3_30b_a3b": {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
 }
-FFN = {"qwen3_8b": 12288, "qwen3_14b": 17408, "olmo3_7b": 11008}
+FFN = {"qwen3_8b": 12288, "qwen3_14b": 17408, "olmo3_7b": 11008, "qwen3_30b_a3b": 6144}
 
 
 def owed(experiment: str, folder: Path) -> list[str]:
@@ -42,7 +48,7 @@ def owed(experiment: str, folder: Path) -> list[str]:
 
 def shape(experiment: str) -> dict[str, Any]:
     name = next((name for name in SHAPES if experiment.startswith(name)), None)
-    return SHAPES[name] | {"intermediate_size": FFN[name], "model_type": name.partition("_")[0]} if name else {}
+    return {"intermediate_size": FFN[name], "model_type": name.partition("_")[0]} | SHAPES[name] if name else {}
 
 
 def sets(experiment: str) -> list[str]:
@@ -52,7 +58,14 @@ def sets(experiment: str) -> list[str]:
 
 
 def test_there_are_experiments() -> None:
-    assert {"quickstart", "qwen3_8b_aime", "qwen3_14b_aime", "olmo3_7b_aime", "qwen3_8b_general"} <= set(EXPERIMENTS)
+    assert {
+        "quickstart",
+        "qwen3_8b_aime",
+        "qwen3_14b_aime",
+        "olmo3_7b_aime",
+        "qwen3_8b_general",
+        "qwen3_30b_a3b_aime",
+    } <= set(EXPERIMENTS)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -10,7 +10,15 @@ import transformers
 
 from megatron_tempo.config.choices import Published
 from megatron_tempo.plan.layout import PlannedLayout, PlannedMachine
-from megatron_tempo.plan.parameters import Role, parameters, resident, total_parameters
+from megatron_tempo.plan.parameters import (
+    Role,
+    active_parameters,
+    expert_parameters,
+    owned,
+    parameters,
+    resident,
+    total_parameters,
+)
 from megatron_tempo.plan.shapes import PUBLISHED, shape_of
 from tests.support.shapes import qwen3_shape
 from tests.unit.config_files import configure
@@ -18,8 +26,17 @@ from tests.unit.config_files import configure
 
 def own_config(name: Published) -> transformers.PretrainedConfig:
     shape = PUBLISHED[name]
-    kind = transformers.Olmo3Config if name is Published.olmo3_7b else transformers.Qwen3Config
+    kinds = {"olmo3": transformers.Olmo3Config, "qwen3": transformers.Qwen3Config}
+    kind = kinds.get(shape.family.name, transformers.Qwen3MoeConfig)
+    own = shape.experts
+    mixture = own and {
+        "num_experts": own.count,
+        "num_experts_per_tok": own.per_token,
+        "moe_intermediate_size": own.ffn,
+        "norm_topk_prob": own.normalized,
+    }
     return kind(
+        **(mixture or {}),
         num_hidden_layers=shape.layers,
         hidden_size=shape.hidden,
         num_attention_heads=shape.heads,
@@ -101,3 +118,34 @@ def test_bytes_of_a_parameter() -> None:
     bf16, fp32 = (resident(TINY, PlannedLayout(data=2), PlannedMachine(size), Role.actor, 0) for size in (2, 4))
     assert (bf16.weights, bf16.gradients, bf16.optimizer) == (2 * count, 4 * count, 12 * count / 2)
     assert (fp32.weights, fp32.gradients, fp32.optimizer) == (4 * count, 4 * count, 8 * count / 2)
+
+
+def test_published_size_of_the_mixture_of_experts() -> None:
+    """Qwen's model card: 30.5 billion parameters, of which 3.3 billion are active."""
+    shape = PUBLISHED[Published.qwen3_30b_a3b]
+    assert total_parameters(shape) == 30_532_122_624
+    assert round(active_parameters(shape) / 1e9, 2) == 3.35
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        PlannedLayout(expert=8, data=8),
+        PlannedLayout(tensor=4, expert=4, expert_tensor=1, data=1, sequence=True),
+        PlannedLayout(tensor=4, expert=2, data=2, sequence=True),
+        PlannedLayout(tensor=2, pipeline=3, expert=4, expert_tensor=1, data=4, context=2),
+    ],
+)
+def test_ranks_hold_all_experts_and_their_state_once(layout: PlannedLayout) -> None:
+    """Over the ranks of a stage, each expert's parameter is there `expert_data` times, and its optimizer state once."""
+    shape = PUBLISHED[Published.qwen3_30b_a3b]
+    assert shape.experts is not None
+    whole = shape.layers * shape.experts.count * 3 * shape.experts.ffn * shape.hidden
+    ranks, stages = layout.world // layout.pipeline, range(layout.pipeline)
+    on_ranks = sum(expert_parameters(shape, layout, stage) * ranks for stage in stages)
+    assert on_ranks == whole * layout.expert_data
+    dense = sum(
+        parameters(shape, layout, Role.actor, stage) - expert_parameters(shape, layout, stage) for stage in stages
+    )
+    state = sum(owned(shape, layout, Role.actor, stage) * ranks for stage in stages)
+    assert state == pytest.approx(whole + dense * layout.tensor)

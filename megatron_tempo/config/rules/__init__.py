@@ -16,6 +16,7 @@ from megatron_tempo.config.rules import (
     correction,
     data,
     evaluation,
+    experts,
     extensions,
     layout,
     numbers,
@@ -59,6 +60,7 @@ def check(config: Config, *, world_size: int | None, purpose: Purpose = Purpose.
     config = extensions.without_methods(config, refused)
     problems += _missing(config, purpose)
     problems += layout.check(config, shapes, world_size)
+    problems += experts.check(config, shapes, world_size)
     problems += precision.check(config, shapes)
     problems += rollout.check(config, world_size)
     problems += router_replay.check(config, shapes)

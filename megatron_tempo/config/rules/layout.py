@@ -95,8 +95,7 @@ def _tensor(laid: Laid, folder: str, shape: ModelShape) -> Iterator[Problem]:
     sizes = {
         "attention heads": shape.heads,
         "key-value heads": shape.groups,
-        "feed-forward units": shape.ffn,
-    }
+    } | ({"feed-forward units": shape.ffn} if shape.experts is None else {})
     uneven = [f"{size} {name}" for name, size in sizes.items() if tensor > 0 and size % tensor]
     if uneven:
         fits = ", ".join(map(str, divisors(math.gcd(*sizes.values()))))

@@ -168,16 +168,24 @@ def _sizes(config: Config, recipe: Recipe, laid: Laid, folder: str, shape: Model
     cut = {
         "queries": queries,
         "queries, keys and values": queries + 2 * keys,
-        "feed-forward units": shape.ffn,
     }
     sizes = {"the hidden size": shape.hidden}
+    if shape.experts is None:
+        cut["feed-forward units"] = shape.ffn
+    else:
+        sizes["the feed-forward units of an expert on a rank"] = shape.experts.ffn // laid.parallel.expert_cut
     sizes |= {f"the {name} of a tensor rank": size // tensor for name, size in cut.items() if size % tensor == 0}
     uneven = [f"{name} ({size})" for name, size in sizes.items() if size % recipe.multiple]
     if not uneven:
         return
 
+    def expert_cut(tensor: int) -> int:
+        return laid.parallel.expert_tensor or tensor
+
     def even(tensor: int, multiple: int) -> bool:
-        return shape.hidden % multiple == 0 and all(size % (tensor * multiple) == 0 for size in cut.values())
+        whole = [shape.hidden] if shape.experts is None else [shape.hidden, shape.experts.ffn // expert_cut(tensor)]
+        tensors = all(size % (tensor * multiple) == 0 for size in cut.values())
+        return tensors and all(size % multiple == 0 for size in whole)
 
     smaller = [t for t in reversed(divisors(tensor)[:-1]) if even(t, recipe.multiple)]
     others = [other.name for other, needs in RECIPES.items() if even(tensor, needs.multiple)]
