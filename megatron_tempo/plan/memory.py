@@ -25,6 +25,7 @@ from megatron_tempo.plan.layout import (
     layout_of,
     machine_of,
     micro_batch_of,
+    row_tokens,
 )
 from megatron_tempo.plan.parameters import Role, experts, fp8_copies, layer_parameters, owned, resident
 from megatron_tempo.plan.passes import batch_bytes, update_moments
@@ -183,6 +184,17 @@ def saved_bytes(config: Config, shape: ModelShape, place: Place) -> float:
     layouts = layouts_of(config, split_of(config).trainers)
     width = 4 if config.run.precision is Precision.fp32 else 2
     return sum((width + 12.0) * owned(shape, layouts[role], role, place[role]) for role in _roles(config))
+
+
+def routed_bytes(config: Config, shape: ModelShape) -> float:
+    """Host memory of the first rank for the experts that an engine's routers chose, of all rows of an iteration at full
+    length: a number for each layer and chosen expert of a token, of one byte, or of two from 257 experts on."""
+    if shape.experts is None:
+        return 0.0
+    stages = [stage for stage in config.stages().values() if stage.iterations > 0]
+    rows = max(stage.count(stage.prompts()) * stage.samples for stage in stages)
+    size = 1 if shape.experts.count <= 256 else 2
+    return float(rows) * row_tokens(config) * shape.layers * shape.experts.per_token * size
 
 
 def weight_bytes(config: Config, shape: ModelShape, place: Place) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from megatron_tempo.config.choices import RouterReplay
 from megatron_tempo.config.extensions import Extension, short_name
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.summary import layout_words as config_words
 from megatron_tempo.plan import placements
 from megatron_tempo.plan.layout import machine_of
-from megatron_tempo.plan.memory import GB, Part, host_bytes, places_of, saved_bytes
+from megatron_tempo.plan.memory import GB, Part, host_bytes, places_of, routed_bytes, saved_bytes
 from megatron_tempo.plan.parameters import Role, active_parameters, resident, total_parameters
 from megatron_tempo.plan.placements import seconds_text
 from megatron_tempo.plan.search import MORE, SHORTER, Plan, best_of_each, nearest, relief
@@ -104,6 +105,8 @@ def _host(shape: ModelShape, own: Plan) -> Iterator[str]:
     if takes_turns(config):
         most = max(host_bytes(config, shape, place) for place in places)
         yield f"page-locked host memory per node: {count} processes x {most / GB:.1f} = {count * most / GB:.0f} GB"
+    if shape.experts is not None and config.model.router_replay is not RouterReplay.off:
+        yield f"host memory for the experts of an iteration's tokens: up to {routed_bytes(config, shape) / GB:.0f} GB"
     most = max(saved_bytes(config, shape, place) for place in places)
     yield f"host memory per node for checkpoints: {count} processes x {most / GB:.1f} = {count * most / GB:.0f} GB"
 

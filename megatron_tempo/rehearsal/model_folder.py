@@ -29,6 +29,13 @@ def config_entries(shape: ModelShape) -> dict[str, Any]:
         "tie_word_embeddings": shape.tied,
         "rms_norm_eps": shape.norm_eps,
     }
+    if shape.experts is not None:
+        entries |= {
+            "num_experts": shape.experts.count,
+            "num_experts_per_tok": shape.experts.per_token,
+            "moe_intermediate_size": shape.experts.ffn,
+            "norm_topk_prob": shape.experts.normalized,
+        }
     if not shape.family.windows:
         return entries | {"rope_parameters": _rope(shape.ropes[0])}
     kinds = [FULL if layer.window is None else SLIDING for layer in shape.attention]

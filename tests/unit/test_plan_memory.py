@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 
 from megatron_tempo.config.choices import EnginePrecision, Logits, Precision, Published, Recompute
+from megatron_tempo.config.model_shape import Experts
 from megatron_tempo.config.schema import Config
 from megatron_tempo.kernels import linear_logprobs
 from megatron_tempo.models import packing
 from megatron_tempo.plan import activations, engine, head, layout
-from megatron_tempo.plan.layout import PlannedLayout, PlannedMachine, PlannedMicroBatch, micro_batch_of
-from megatron_tempo.plan.memory import MemoryPhase, Part, host_bytes, memory, place_memory
+from megatron_tempo.plan.layout import PlannedLayout, PlannedMachine, PlannedMicroBatch, micro_batch_of, row_tokens
+from megatron_tempo.plan.memory import MemoryPhase, Part, host_bytes, memory, place_memory, routed_bytes
 from megatron_tempo.plan.parameters import Role, parameters
 from megatron_tempo.plan.shapes import PUBLISHED, shape_of
 from megatron_tempo.plan.split import Split, problems, split_of
@@ -440,3 +441,43 @@ def test_operations_of_a_row() -> None:
     assert row_operations(TINY, 10, 20, Role.critic)[1] == 0
     windowed = qwen3_shape(2, 8, 4, 2, 2, 16, 32, 64, window=10, windowed=1)
     assert row_operations(windowed, 10, 20, Role.actor)[0] == 2 * 30 * matrices + 4 * 8 * (450 + 30 * 10 - 50)
+
+
+# A mixture of 8 experts of 6 units, of which a token uses 2, in the place of TINY's feed-forward part.
+MIXTURE = replace(TINY, experts=Experts(count=8, per_token=2, ffn=6, normalized=True))
+
+
+def test_a_mixture_saves_its_rows_and_its_router() -> None:
+    """In bf16: 9 bytes per expert of the router; two rows of a state, 3 x 6 numbers, a probability and a place."""
+    dense = replace(TINY, ffn=0)
+    one = activations.layer(MIXTURE, PlannedLayout(), BF16, MICRO) - activations.layer(
+        dense, PlannedLayout(), BF16, MICRO
+    )
+    row = 2 * TINY.hidden + 2 * 3 * 6 + 12
+    assert one == (9 * 8 + 2 * row) * MICRO.tokens
+
+
+def test_expert_ranks_are_planned_with_their_imbalance() -> None:
+    def mixture(layout: PlannedLayout) -> float:
+        return activations.layer(MIXTURE, layout, BF16, MICRO) - activations.layer(
+            replace(TINY, ffn=0), layout, BF16, MICRO
+        )
+
+    router, alone = 9 * 8 * MICRO.tokens, mixture(PlannedLayout(expert=1, data=4))
+    shared = mixture(PlannedLayout(expert=4, data=4))
+    assert shared - router == activations.IMBALANCE * (alone - router)
+    # Two tensor ranks divide the tokens: half of the rows of whole experts each.
+    half = mixture(PlannedLayout(tensor=2, expert_tensor=1, sequence=True))
+    assert half == alone / 2
+    # Where they share each expert, both have all rows, of half the inner width.
+    cut = mixture(PlannedLayout(tensor=2, sequence=True))
+    assert cut == router / 2 + 2 * (2 * TINY.hidden + 2 * 3 * 3 + 12) * MICRO.tokens
+
+
+def test_host_memory_of_routed_experts() -> None:
+    """A prompt's 8 responses of 2K + 16K tokens: 48 layers of 8 experts of one byte each."""
+    config = planned("stage1.iterations=0", "stage2.iterations=1")
+    stage = config.stage2
+    rows = stage.count(stage.prompts()) * stage.samples
+    assert routed_bytes(config, PUBLISHED[Published.qwen3_30b_a3b]) == rows * row_tokens(config) * 384
+    assert routed_bytes(config, TINY) == 0
