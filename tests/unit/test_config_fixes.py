@@ -228,7 +228,7 @@ BY_HAND: dict[str, list[str] | None] = {
     "give a folder of its own": ["run.dir=TMP/elsewhere"],
     "chown or move what an earlier job left there": ["run.dir=TMP/elsewhere"],
     "as transformers' save_pretrained writes it": ["model.path=TMP/model", "model.critic_path=TMP/critic"],
-    "give a folder with the config.json of a Qwen3": ["model.path=TMP/model"],
+    "give a folder with the config.json of a model": ["model.path=TMP/model"],
     "give a model of the family": ["model.path=TMP/model"],
     "copy the tokenizer's files there": ["model.path=TMP/model"],
     "copy them there too": ["model.path=TMP/model"],
