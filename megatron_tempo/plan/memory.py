@@ -15,6 +15,7 @@ from enum import Enum
 
 from megatron_tempo.config.choices import EngineKind, EnginePrecision, Precision
 from megatron_tempo.config.model_shape import ModelShape
+from megatron_tempo.config.routing import RoutingFormat
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.plan import activations, engine, head
@@ -188,13 +189,11 @@ def saved_bytes(config: Config, shape: ModelShape, place: Place) -> float:
 
 def routed_bytes(config: Config, shape: ModelShape) -> float:
     """Host memory of the first rank for the experts that an engine's routers chose, of all rows of an iteration at full
-    length: a number for each layer and chosen expert of a token, of one byte, or of two from 257 experts on."""
-    if shape.experts is None:
-        return 0.0
+    length (`config.routing`)."""
+    routing = RoutingFormat.of(shape)
     stages = [stage for stage in config.stages().values() if stage.iterations > 0]
     rows = max(stage.count(stage.prompts()) * stage.samples for stage in stages)
-    size = 1 if shape.experts.count <= 256 else 2
-    return float(rows) * row_tokens(config) * shape.layers * shape.experts.per_token * size
+    return float(rows) * row_tokens(config) * routing.bytes_per_token if routing else 0.0
 
 
 def weight_bytes(config: Config, shape: ModelShape, place: Place) -> float:
