@@ -15,6 +15,7 @@ from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from megatron_tempo.config.choices import EnginePrecision
@@ -78,6 +79,41 @@ def test_the_page_has_the_versions_of_the_dockerfile() -> None:
     assert _row("Transformer Engine")[0] == _argument("TRANSFORMER_ENGINE")
     assert _row("vLLM")[0] == _argument("VLLM")
     assert _row("SGLang")[0] == _argument("SGLANG")
+
+
+def test_the_page_has_the_versions_of_pyproject() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    ranges = {one.name: one.specifier for one in map(Requirement, lines)}
+    assert SpecifierSet(_row("Python")[0]) == SpecifierSet(project["requires-python"])
+    assert SpecifierSet(_row("transformers")[0]) == ranges["transformers"]
+    assert SpecifierSet(f"=={_row('Triton')[0]}") == ranges["triton"]
+
+
+def test_every_transformer_engine_is_the_one_of_the_page() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    [extra] = map(Requirement, extras["te"])
+    [compiled] = re.findall(r"^TE := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert SpecifierSet(f"=={_row('Transformer Engine')[0]}.*").contains(compiled)
+    assert extra.specifier.contains(compiled)
+    [declared] = re.findall(r"0\.16\.1 declares ([\d.]+) or later, below ([\d.]+)\.", _row("Transformer Engine")[2])
+    assert extra.specifier == SpecifierSet(f">={declared[0]}.0a0,<{declared[1]}.0")
+
+
+def test_the_page_has_the_torch_that_the_tests_run_vllm_with() -> None:
+    assert f"torch {_pinned('vllm-cpu.txt', 'torch')}" in _row("vLLM")[2]
+    assert f"torch {_pinned('sglang-cpu.txt', 'torch')}" in _row("SGLang")[3]
+    assert _pinned("sglang-cpu.txt", "transformers") in _row("transformers")[2]
+
+
+def test_every_row_of_the_table_says_how_it_was_checked() -> None:
+    [head] = [line for line in PAGE.splitlines() if line.startswith("| | version |")]
+    rows = PAGE[PAGE.index(head) :].partition("\n\n")[0].splitlines()[2:]
+    assert len(rows) > 10
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert len(cells) == 5, row
+        assert all(cells), row
 
 
 def test_transformer_engine_is_in_the_range_of_megatron_core(check_versions: ModuleType) -> None:
