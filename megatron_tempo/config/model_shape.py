@@ -7,13 +7,15 @@ family. tests/unit/test_model_shape.py compares the result with transformers' ow
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from megatron_tempo.config.json_entries import expect, number, of_kind, unsupported
+from megatron_tempo.config.rope import Rope, read_rope
 from megatron_tempo.errors import InputError
 from megatron_tempo.files import read_json
 
@@ -22,36 +24,66 @@ LARGEST = 2**31 - 1  # of the sizes in a config.json
 MOST_LAYERS = 10_000
 
 
+class QKNorm(Enum):
+    """What the norms of queries and keys span."""
+
+    none = "a family without them"
+    head = "each head"
+    projection = "all heads of the projection"
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """What the models of a `model_type` have in common."""
 
     name: str  # the model_type
     pre_norm: bool  # norms before attention and feed-forward part; False: after them
-    norms_each_head: bool  # queries and keys are normalised per head; False: over the whole projection
+    qk_norm: QKNorm
     windows: bool  # layers may have an attention window, and each kind of layer has its own rotary embedding
     rope_types: tuple[str, ...]  # of the layers with full attention; windowed ones have the default
     token_classifier: str  # `architectures` in an exported critic's config.json
     defaults: Mapping[str, Any]  # transformers' defaults for missing entries; None: no default
     experts: bool = False  # the feed-forward part of each layer is a mixture of experts
+    qkv_biases: bool = False  # on queries, keys and values; other linear layers have none in any family
+    free_head_dim: bool = True  # False: `head_dim` is hidden_size / num_attention_heads
 
 
 FAMILIES = {
     family.name: family
     for family in (
         Family(
+            name="llama",
+            pre_norm=True,
+            qk_norm=QKNorm.none,
+            windows=False,
+            rope_types=("default", "llama3"),
+            token_classifier="LlamaForTokenClassification",
+            defaults={"rms_norm_eps": 1e-6, "rope_theta": 10_000.0},
+        ),
+        Family(
             name="olmo3",
             pre_norm=False,
-            norms_each_head=False,
+            qk_norm=QKNorm.projection,
             windows=True,
             rope_types=("default", "yarn"),
             token_classifier="Olmo3ForTokenClassification",  # transformers has no such class; see docs/status.md
             defaults={"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "sliding_window": 4096},
         ),
         Family(
+            name="qwen2",
+            pre_norm=True,
+            qk_norm=QKNorm.none,
+            windows=False,
+            rope_types=("default", "yarn"),
+            token_classifier="Qwen2ForTokenClassification",
+            defaults={"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "num_key_value_heads": 32},
+            qkv_biases=True,
+            free_head_dim=False,
+        ),
+        Family(
             name="qwen3",
             pre_norm=True,
-            norms_each_head=True,
+            qk_norm=QKNorm.head,
             windows=False,
             rope_types=("default",),
             token_classifier="Qwen3ForTokenClassification",
@@ -60,7 +92,7 @@ FAMILIES = {
         Family(
             name="qwen3_moe",
             pre_norm=True,
-            norms_each_head=True,
+            qk_norm=QKNorm.head,
             windows=False,
             rope_types=("default",),
             token_classifier="Qwen3MoeForTokenClassification",
@@ -70,28 +102,6 @@ FAMILIES = {
         ),
     )
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Yarn:
-    """How YaRN (arXiv 2309.00071) stretches a rotary embedding to sequences longer than it was trained on.
-
-    >>> Yarn(factor=8.0, trained_positions=8192, beta_fast=32.0, beta_slow=1.0, attention_factor=1.2079)
-    """
-
-    factor: float  # by how much
-    trained_positions: int
-    beta_fast: float  # pairs that turn more often than this over the trained positions keep their frequency
-    beta_slow: float  # pairs that turn less often are slowed by `factor`
-    attention_factor: float  # scales rotated queries and rotated keys
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """A rotary embedding: pair i of a head's d numbers turns by theta^(-2i/d) radians per position, before `yarn`."""
-
-    theta: float
-    yarn: Yarn | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +212,13 @@ def model_shape(entries: Mapping[str, Any]) -> ModelShape:
         raise InputError(f"model_type is {json.dumps(name)}; supported: {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     given = dict(family.defaults) | {key: value for key, value in entries.items() if value is not None}
-    for field, known in (("attention_bias", False), ("hidden_act", "silu")):
-        _expect(field, given.get(field, known), known)
+    for field, known in (
+        ("attention_bias", family.qkv_biases),
+        ("mlp_bias", False),
+        ("hidden_act", "silu"),
+        ("partial_rotary_factor", 1.0),
+    ):
+        expect(field, given.get(field, known), known)
     if _is_size(given.get("num_hidden_layers")) and given["num_hidden_layers"] > MOST_LAYERS:
         raise InputError(f"num_hidden_layers={given['num_hidden_layers']} must be at most {MOST_LAYERS:,}")
     wrong = [field for field in _SIZES if not _is_size(given.get(field))]
@@ -212,6 +227,8 @@ def model_shape(entries: Mapping[str, Any]) -> ModelShape:
     if not wrong:
         given.setdefault("head_dim", given["hidden_size"] // given["num_attention_heads"])
         wrong = [field for field in ("num_key_value_heads", "head_dim") if not _is_size(given[field])]
+        if not family.free_head_dim:
+            expect("head_dim", given["head_dim"], given["hidden_size"] // given["num_attention_heads"])
     if wrong:
         raise InputError(f"no whole number from 1 to {LARGEST:,} under {', '.join(wrong)}")
     return ModelShape(
@@ -224,8 +241,8 @@ def model_shape(entries: Mapping[str, Any]) -> ModelShape:
         ffn=given["intermediate_size"],
         vocab=given["vocab_size"],
         max_positions=given["max_position_embeddings"],
-        tied=_of_kind("tie_word_embeddings", given.get("tie_word_embeddings", False), bool),
-        norm_eps=_number("rms_norm_eps", given["rms_norm_eps"]),
+        tied=of_kind("tie_word_embeddings", given.get("tie_word_embeddings", False), bool),
+        norm_eps=number("rms_norm_eps", given["rms_norm_eps"]),
         attention=_windowed(family, given) if family.windows else _full(family, given),
         experts=_experts(given) if family.experts else None,
     )
@@ -233,8 +250,8 @@ def model_shape(entries: Mapping[str, Any]) -> ModelShape:
 
 def _experts(given: Mapping[str, Any]) -> Experts:
     """The experts of a family whose layers all have them."""
-    _expect("decoder_sparse_step", given.get("decoder_sparse_step", 1), 1)
-    _expect("mlp_only_layers", given.get("mlp_only_layers", []), [])
+    expect("decoder_sparse_step", given.get("decoder_sparse_step", 1), 1)
+    expect("mlp_only_layers", given.get("mlp_only_layers", []), [])
     # transformers 5 writes num_local_experts; published files have num_experts.
     sizes = {"num_experts": given.get("num_local_experts", given["num_experts"])}
     sizes |= {name: given[name] for name in ("num_experts_per_tok", "moe_intermediate_size")}
@@ -243,18 +260,23 @@ def _experts(given: Mapping[str, Any]) -> Experts:
     count, per_token, ffn = sizes.values()
     if per_token > count:
         raise InputError(f"num_experts_per_tok={per_token} must be at most num_experts={count}")
-    normalized = _of_kind("norm_topk_prob", given.get("norm_topk_prob", False), bool)
+    normalized = of_kind("norm_topk_prob", given.get("norm_topk_prob", False), bool)
     return Experts(count, per_token, ffn, normalized)
 
 
 def _full(family: Family, given: Mapping[str, Any]) -> tuple[LayerAttention, ...]:
     """The attention of a family whose layers are all alike."""
-    _expect("use_sliding_window", given.get("use_sliding_window", False), False)
+    expect("use_sliding_window", given.get("use_sliding_window", False), False)
     for kind in _layer_types(given, [FULL] * given["num_hidden_layers"]):
-        _expect("layer_types", kind, FULL)
+        expect("layer_types", kind, FULL)
     field = "rope_scaling" if given.get("rope_scaling") else "rope_parameters"
-    parameters = _of_kind(field, given.get(field) or {}, dict)
-    rope = _rope(field, {"rope_theta": given["rope_theta"]} | _without_none(parameters), given, family.rope_types)
+    parameters = of_kind(field, given.get(field) or {}, dict)
+    rope = read_rope(
+        field,
+        {"rope_theta": given["rope_theta"]} | _without_none(parameters),
+        given["max_position_embeddings"],
+        family.rope_types,
+    )
     return (LayerAttention(rope),) * int(given["num_hidden_layers"])
 
 
@@ -262,63 +284,29 @@ def _windowed(family: Family, given: Mapping[str, Any]) -> tuple[LayerAttention,
     """The attention of a family whose layers have full or windowed attention (`layer_types`)."""
     layers = given["num_hidden_layers"]
     kinds = _layer_types(given, [FULL if (layer + 1) % 4 == 0 else SLIDING for layer in range(layers)])
-    by_kind = _of_kind("rope_parameters", given.get("rope_parameters") or {}, dict)
-    scaling = _of_kind("rope_scaling", given.get("rope_scaling") or {}, dict)
+    by_kind = of_kind("rope_parameters", given.get("rope_parameters") or {}, dict)
+    scaling = of_kind("rope_scaling", given.get("rope_scaling") or {}, dict)
     attentions: dict[str, LayerAttention] = {}
     for kind in dict.fromkeys(kinds):
         if kind not in (FULL, SLIDING):
-            raise _unsupported("layer_types", kind, SLIDING)
+            raise unsupported("layer_types", kind, SLIDING)
         field = f"rope_parameters.{kind}"
         # As in transformers: an entry rope_theta or rope_scaling next to rope_parameters applies only to FULL.
         theta = given["rope_theta"] if kind == FULL else family.defaults["rope_theta"]
-        parameters = _without_none(_of_kind(field, by_kind.get(kind) or {}, dict) | (scaling if kind == FULL else {}))
-        rope = _rope(field, {"rope_theta": theta} | parameters, given, family.rope_types)
+        parameters = _without_none(of_kind(field, by_kind.get(kind) or {}, dict) | (scaling if kind == FULL else {}))
+        rope = read_rope(field, {"rope_theta": theta} | parameters, given["max_position_embeddings"], family.rope_types)
         window = given.get("sliding_window") if kind == SLIDING else None
         if kind == SLIDING and not _is_size(window):
-            raise _unsupported("sliding_window", window, 4096)
+            raise unsupported("sliding_window", window, 4096)
         attentions[kind] = LayerAttention(rope, window)
     return tuple(attentions[kind] for kind in kinds)
 
 
 def _layer_types(given: Mapping[str, Any], usual: list[str]) -> list[str]:
-    kinds = _of_kind("layer_types", given.get("layer_types", usual), list)
+    kinds = of_kind("layer_types", given.get("layer_types", usual), list)
     if len(kinds) != given["num_hidden_layers"]:
         raise InputError(f"layer_types names {len(kinds)} layers, num_hidden_layers={given['num_hidden_layers']}")
     return kinds
-
-
-_PLAIN_ROPE = {"rope_type", "type", "rope_theta"}
-_YARN = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"}
-_AS_USUAL = {"partial_rotary_factor": 1.0, "truncate": True}  # the default of transformers
-
-
-def _rope(field: str, parameters: dict[str, Any], given: Mapping[str, Any], known: tuple[str, ...]) -> Rope:
-    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-    if rope_type not in known:
-        raise _unsupported(f"{field}.rope_type", rope_type, known[-1])
-    for name in sorted(parameters.keys() - _PLAIN_ROPE - (_YARN if rope_type == "yarn" else set())):
-        _expect(f"{field}.{name}", parameters[name], _AS_USUAL.get(name))
-    theta = _number(f"{field}.rope_theta", parameters["rope_theta"])
-    if rope_type != "yarn":
-        return Rope(theta)
-    trained = {"original_max_position_embeddings": given["max_position_embeddings"]}
-    return Rope(theta, _yarn(field, trained | parameters))
-
-
-def _yarn(field: str, parameters: dict[str, Any]) -> Yarn:
-    for name in ("factor", "original_max_position_embeddings"):
-        if not _is_number(parameters.get(name)) or parameters[name] < 1:
-            raise InputError(f"{field}.{name}={json.dumps(parameters.get(name))} must be a number of at least 1")
-    factor = float(parameters["factor"])
-    return Yarn(
-        factor=factor,
-        trained_positions=parameters["original_max_position_embeddings"],
-        beta_fast=_number(f"{field}.beta_fast", parameters.get("beta_fast") or 32.0),
-        beta_slow=_number(f"{field}.beta_slow", parameters.get("beta_slow") or 1.0),
-        attention_factor=_number(
-            f"{field}.attention_factor", parameters.get("attention_factor", 0.1 * math.log(factor) + 1.0)
-        ),
-    )
 
 
 def _without_none(entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -327,29 +315,3 @@ def _without_none(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_size(value: object) -> bool:
     return type(value) is int and 1 <= value <= LARGEST
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _number(field: str, value: Any) -> float:
-    if not _is_number(value) or value <= 0:
-        raise InputError(f"{field}={json.dumps(value)} must be a number above 0")
-    return float(value)
-
-
-def _of_kind(field: str, value: Any, kind: type) -> Any:
-    words = {dict: "an object", list: "a list", bool: "true or false"}
-    if not isinstance(value, kind):
-        raise InputError(f"{field}={json.dumps(value)} must be {words[kind]}")
-    return value
-
-
-def _expect(field: str, value: object, known: object) -> None:
-    if value != known:
-        raise _unsupported(field, value, known)
-
-
-def _unsupported(field: str, value: object, known: object) -> InputError:
-    return InputError(f"{field}={json.dumps(value)} is not supported. Supported: {json.dumps(known)}")

@@ -21,6 +21,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_tempo.config.model_shape import LayerAttention, ModelShape
+from megatron_tempo.config.rope import Yarn
 from megatron_tempo.models.attention import PackedAttention, RotatedAttention
 from megatron_tempo.models.megatron_compat.versions import mlp_spec, moe_spec
 from megatron_tempo.models.norms import NormedRowParallelLinear, RMSNorm
@@ -56,10 +57,10 @@ def canonical_name(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Norms:
-    """Where a family has its norms, and the modules that norm queries and keys."""
+    """Where a family has its norms, and the modules that norm queries and keys; None if it does not norm them."""
 
-    query: ModuleSpec | type
-    key: ModuleSpec | type
+    query: ModuleSpec | type | None
+    key: ModuleSpec | type | None
     pre_norm: bool  # True: norms before attention and MLP. False: norms after them
 
 
@@ -91,14 +92,14 @@ def local_layer(shape: ModelShape, attention: LayerAttention, norms: Norms) -> M
 
 def layer_of(parts: Parts, shape: ModelShape, attention: LayerAttention, norms: Norms) -> ModuleSpec:
     """The spec of a layer with this attention, built from these parts."""
-    yarn = attention.rope.yarn
+    scaling = attention.rope.scaling
     inner = SelfAttentionSubmodules(
         linear_qkv=parts.column,
         core_attention=partial(
             parts.core_attention,
             window=attention.window,
             # YaRN scales queries and keys by a factor each. Here their product scales the scores.
-            softmax_scale_multiplier=yarn.attention_factor**2 if yarn else 1.0,
+            softmax_scale_multiplier=scaling.attention_factor**2 if isinstance(scaling, Yarn) else 1.0,
         ),
         linear_proj=parts.row,
         q_layernorm=norms.query,

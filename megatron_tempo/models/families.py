@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_tempo.config.choices import Layers, Precision, Recompute
-from megatron_tempo.config.model_shape import Experts, LayerAttention, ModelShape
+from megatron_tempo.config.model_shape import Experts, LayerAttention, ModelShape, QKNorm
 from megatron_tempo.config.recipes import RECIPES
 from megatron_tempo.models.decoder import Norms, local_layer
 from megatron_tempo.models.fusions import Fused
@@ -66,11 +66,11 @@ def transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_eps,
         # If True, Megatron sums the gradients of these norms over the tensor ranks. That is wrong for sharded norms.
-        qk_layernorm=shape.family.norms_each_head,
+        qk_layernorm=shape.family.qk_norm is QKNorm.head,
         gated_linear_unit=True,
         activation_func=functional.silu,
         add_bias_linear=False,
-        add_qkv_bias=False,
+        add_qkv_bias=shape.family.qkv_biases,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=False,
@@ -198,10 +198,13 @@ def block_spec(
 
 
 def _norms(shape: ModelShape) -> Norms:
-    if shape.family.norms_each_head:
-        return Norms(query=RMSNorm, key=RMSNorm, pre_norm=shape.family.pre_norm)
+    pre_norm = shape.family.pre_norm
+    if shape.family.qk_norm is QKNorm.none:
+        return Norms(query=None, key=None, pre_norm=pre_norm)
+    if shape.family.qk_norm is QKNorm.head:
+        return Norms(query=RMSNorm, key=RMSNorm, pre_norm=pre_norm)
     query, key = (ModuleSpec(ProjectionNorm, {"heads": heads}) for heads in (shape.heads, shape.groups))
-    return Norms(query, key, pre_norm=shape.family.pre_norm)
+    return Norms(query, key, pre_norm=pre_norm)
 
 
 def _layer(layers: Layers) -> Callable[[ModelShape, LayerAttention, Norms], ModuleSpec]:

@@ -1,4 +1,4 @@
-"""Rotary embeddings (Su et al., arXiv 2104.09864), with or without YaRN."""
+"""Rotary embeddings (Su et al., arXiv 2104.09864), as trained or stretched to longer sequences."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_tempo.config.model_shape import Rope, Yarn
+from megatron_tempo.config.rope import Llama3, Rope, Yarn
 
 
 class Rotary:
@@ -66,13 +66,23 @@ def _swapped(x: Tensor) -> Tensor:
 def frequencies(rope: Rope, head_dim: int) -> Tensor:
     """Radians per position for each pair of a head's dimensions: float32 [d / 2]."""
     plain = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    if rope.yarn is None:
+    if rope.scaling is None:
         return plain
-    share = _interpolation_share(rope.theta, rope.yarn, head_dim)
-    return plain / rope.yarn.factor * share + plain * (1 - share)
+    if isinstance(rope.scaling, Yarn):
+        share = _yarn_share(rope.theta, rope.scaling, head_dim)
+    else:
+        share = _llama3_share(plain, rope.scaling)
+    return plain / rope.scaling.factor * share + plain * (1 - share)
 
 
-def _interpolation_share(theta: float, yarn: Yarn, head_dim: int) -> Tensor:
+def _llama3_share(plain: Tensor, llama3: Llama3) -> Tensor:
+    """How far Llama 3.1 interpolates each pair of these frequencies: 0 for high ones, 1 for low ones, [d / 2]."""
+    turns = llama3.trained_positions * plain / (2 * math.pi)
+    low, high = llama3.low_freq_factor, llama3.high_freq_factor
+    return ((high - turns) / (high - low)).clamp(0, 1)
+
+
+def _yarn_share(theta: float, yarn: Yarn, head_dim: int) -> Tensor:
     """How far YaRN interpolates each pair: 0 for high frequencies, 1 for low ones, float32 [d / 2].
 
     Pair i turns trained * theta^(-2i/d) / 2 pi times over the trained positions. Solving this for i gives the two pairs

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import chain
 
-from megatron_tempo.config.model_shape import ModelShape
+from megatron_tempo.config.model_shape import ModelShape, QKNorm
 from megatron_tempo.config.recipes import RECIPES
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.sizes import padded_vocab
@@ -28,14 +28,23 @@ class ModelBytes:
 
 
 def layer_parameters(shape: ModelShape, tensor: int = 1) -> int:
-    """Parameters of one layer on one tensor rank, without its experts: matrices are divided, norms and routers are not.
+    """Parameters of one layer on one tensor rank, without its experts. Matrices and biases are divided, norms and routers
+    are not.
 
     (queries + 2 keys + queries) hidden of the attention, 3 ffn hidden of the gated feed-forward part or experts hidden
-    of the router, two norms of the hidden size, and one on queries and keys.
+    of the router, two norms of the hidden size; in some families, a norm on queries and one on keys, and biases on
+    queries, keys and values.
     """
     attention = (2 * shape.queries + 2 * shape.keys) * shape.hidden // tensor
-    norms = 2 * shape.hidden + (2 * shape.head_dim if shape.family.norms_each_head else shape.queries + shape.keys)
-    return attention + norms + (3 * shape.ffn * shape.hidden // tensor if shape.experts is None else router(shape))
+    biases = (shape.queries + 2 * shape.keys) // tensor if shape.family.qkv_biases else 0
+    of_queries_and_keys = {
+        QKNorm.none: 0,
+        QKNorm.head: 2 * shape.head_dim,
+        QKNorm.projection: shape.queries + shape.keys,
+    }
+    norms = 2 * shape.hidden + of_queries_and_keys[shape.family.qk_norm]
+    feed_forward = 3 * shape.ffn * shape.hidden // tensor if shape.experts is None else router(shape)
+    return attention + biases + norms + feed_forward
 
 
 def router(shape: ModelShape) -> int:

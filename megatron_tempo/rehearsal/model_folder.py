@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megatron_tempo.config.model_shape import FULL, SLIDING, ModelShape, Rope
+from megatron_tempo.config.model_shape import FULL, SLIDING, ModelShape
+from megatron_tempo.config.rope import Llama3, Rope
 from megatron_tempo.weights import folder as folder_of_weights
 from megatron_tempo.weights import tables
 
@@ -45,17 +46,19 @@ def config_entries(shape: ModelShape) -> dict[str, Any]:
 
 
 def _rope(rope: Rope) -> dict[str, Any]:
-    if rope.yarn is None:
-        return {"rope_type": "default", "rope_theta": rope.theta}
-    yarn = rope.yarn
-    return {
+    entries = {"rope_type": "default", "rope_theta": rope.theta}
+    if rope.scaling is None:
+        return entries
+    scaling = rope.scaling
+    entries |= {"factor": scaling.factor, "original_max_position_embeddings": scaling.trained_positions}
+    if isinstance(scaling, Llama3):
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        return entries | {"rope_type": "llama3", "low_freq_factor": low, "high_freq_factor": high}
+    return entries | {
         "rope_type": "yarn",
-        "rope_theta": rope.theta,
-        "factor": yarn.factor,
-        "original_max_position_embeddings": yarn.trained_positions,
-        "beta_fast": yarn.beta_fast,
-        "beta_slow": yarn.beta_slow,
-        "attention_factor": yarn.attention_factor,
+        "beta_fast": scaling.beta_fast,
+        "beta_slow": scaling.beta_slow,
+        "attention_factor": scaling.attention_factor,
     }
 
 

@@ -196,7 +196,8 @@ def write_metadata(
     none = io.BytesIO()
     torch.save([None], none)
     with atomic_write(folder / objects, fsync=True) as file:
-        for key in _extra_states([chunk.location for chunks in written.values() for chunk in chunks]):
+        # Once for a layer that has a weight and a bias.
+        for key in dict.fromkeys(_extra_states([chunk.location for chunks in written.values() for chunk in chunks])):
             state[key] = BytesStorageMetadata()
             results.append(write_result(MetadataIndex(key), objects, file.tell(), len(none.getbuffer())))
             file.write(none.getbuffer())

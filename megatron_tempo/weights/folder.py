@@ -231,19 +231,21 @@ def _check_tied_head(files: dict[str, Path], mappings: list[ParamMapping], folde
 
 _ROWS = 1 << 14  # of a vocabulary matrix that are compared at a time
 _HEADS = ("lm_head.weight", "score.weight", "score.bias")
+_COMPUTED = ".rotary_emb.inv_freq"  # old folders have this; config.json says the same
 
 
 def check(files: dict[str, Path], mappings: list[ParamMapping], folder: Path) -> None:
     """Raises InputError that lists every tensor of a folder that is missing, unexpected or of the wrong shape.
 
-    The folder may contain a head that the table does not have. A critic's head may be absent.
+    The folder may contain a head that the table does not have, and what is computed from config.json. A critic's head
+    may be absent.
     """
     _check_types(files, folder)
     expected = {name: shape for mapping in mappings for name, shape in zip(mapping.names, mapping.shapes, strict=True)}
     critic = "score.weight" in expected
     optional = {"score.weight", "score.bias"} if critic and "score.weight" not in files else set()
     problems = [f"missing: {name}" for name in expected if name not in files and name not in optional]
-    problems += [f"unexpected: {name}" for name in files if name not in expected and name not in _HEADS]
+    problems += [f"unexpected: {name}" for name in files if name not in expected and not _may_be_left(name)]
     with ExitStack() as stack:
         handles = {path: stack.enter_context(safe_open(path, "pt")) for path in set(files.values())}
         for name, shape in expected.items():
@@ -254,6 +256,11 @@ def check(files: dict[str, Path], mappings: list[ParamMapping], folder: Path) ->
     if problems:
         shown = "\n  ".join(problems)
         raise InputError(f"{folder} does not match its config.json ({len(problems)} problems):\n  {shown}")
+
+
+def _may_be_left(name: str) -> bool:
+    """Whether a folder may have a tensor of this name that the model does not have."""
+    return name in _HEADS or name.endswith(_COMPUTED)
 
 
 def _check_types(files: dict[str, Path], folder: Path) -> None:

@@ -1,15 +1,13 @@
-"""Maps every Megatron parameter to its Hugging Face tensors. Families differ only in their norms."""
+"""Maps every Megatron parameter to its Hugging Face tensors. Families differ in their norms and in biases."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import chain
 
 from megatron_tempo.config.model_shape import Experts, ModelShape
 from megatron_tempo.config.pipeline_layers import PipelineLayers
-from megatron_tempo.weights import olmo3, qwen3
+from megatron_tempo.weights.norms import norms
 from megatron_tempo.weights.param_mapping import (
-    Norm,
     ParamMapping,
     Replicated,
     ShardedDim1,
@@ -18,11 +16,6 @@ from megatron_tempo.weights.param_mapping import (
     ShardedVocab,
 )
 
-NORMS: dict[str, Callable[[ModelShape], list[Norm]]] = {
-    "olmo3": olmo3.norms,
-    "qwen3": qwen3.norms,
-    "qwen3_moe": qwen3.norms,
-}
 WITHOUT_PIPELINE = PipelineLayers()
 
 
@@ -72,14 +65,25 @@ def _layer(shape: ModelShape, layer: int, local: int, stage: int, expert_ranks: 
     theirs, ours = f"model.layers.{layer}", f"decoder.layers.{local}"
     hidden, dim = shape.hidden, shape.head_dim
     queries, keys = shape.queries, shape.keys
+    qkv = ShardedQKV(shape.heads, shape.groups, dim)
+    biases = [
+        ParamMapping(
+            f"{ours}.self_attention.linear_qkv.bias",
+            tuple(f"{theirs}.self_attn.{name}_proj.bias" for name in "qkv"),
+            ((queries,), (keys,), (keys,)),
+            qkv,
+            stage,
+        )
+    ]
     return [
         ParamMapping(
             f"{ours}.self_attention.linear_qkv.weight",
             tuple(f"{theirs}.self_attn.{name}_proj.weight" for name in "qkv"),
             ((queries, hidden), (keys, hidden), (keys, hidden)),
-            ShardedQKV(shape.heads, shape.groups, dim),
+            qkv,
             stage,
         ),
+        *(biases if shape.family.qkv_biases else []),
         ParamMapping(
             f"{ours}.self_attention.linear_proj.weight",
             (f"{theirs}.self_attn.o_proj.weight",),
@@ -100,7 +104,7 @@ def _layer(shape: ModelShape, layer: int, local: int, stage: int, expert_ranks: 
                 norm.sharding,
                 stage,
             )
-            for norm in NORMS[shape.family.name](shape)
+            for norm in norms(shape)
         ),
     ]
 

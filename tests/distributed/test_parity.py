@@ -123,7 +123,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "tied": write_model(out / "tied", tied=True),
         "untied": write_model(out / "untied"),
-        "olmo3": write_model(out / "olmo3", family="olmo3"),
+        **{family: write_model(out / family, family=family) for family in ("llama", "olmo3", "qwen2")},
     }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_tempo.config.model_shape import FAMILIES, LayerAttention, ModelShape, Rope
+from megatron_tempo.config.model_shape import FAMILIES, LayerAttention, ModelShape
+from megatron_tempo.config.rope import Rope
 
 
 def qwen3_shape(

@@ -20,8 +20,10 @@ from megatron_tempo.types import Batch, picked
 WORDS = [*map(str, range(50)), *"+-*=>:yrn$?", "<pad>", "a", "b", "c", "d", "e"]
 VOCAB = len(WORDS)
 CONFIGS = {
-    "qwen3": transformers.Qwen3Config,
+    "llama": transformers.LlamaConfig,
     "olmo3": transformers.Olmo3Config,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
     "qwen3_moe": transformers.Qwen3MoeConfig,
 }
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -30,6 +32,15 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 POSITIONS = 256
 WINDOW, TRAINED = 5, 16  # tokens, of the OLMo3; rows are longer, so that windows and YaRN have an effect
 EXPERTS, PER_TOKEN, EXPERT_FFN = 8, 2, 24  # of the Qwen3-MoE
+
+# Of the Llama's six pairs, two keep their frequency, one is slowed partly, the others fully.
+LLAMA3 = ROPE | {
+    "rope_type": "llama3",
+    "factor": POSITIONS / TRAINED,
+    "original_max_position_embeddings": TRAINED,
+    "low_freq_factor": 0.05,
+    "high_freq_factor": 0.5,
+}
 
 
 class Olmo3ForTokenClassification(GenericForTokenClassification, Olmo3PreTrainedModel):
@@ -66,7 +77,8 @@ def write_model(
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=head_dim,  # heads * head_dim differs from hidden_size, as in Qwen3-0.6B
+        # heads * head_dim differs from hidden_size, as in Qwen3-0.6B. A Qwen2's does not.
+        **({} if family == "qwen2" else {"head_dim": head_dim}),
         intermediate_size=ffn,
         max_position_embeddings=POSITIONS,
         tie_word_embeddings=tied,
@@ -93,7 +105,7 @@ def _of_family(family: str, layers: int, *, normalized: bool) -> dict[str, Any]:
     if family == "olmo3":
         return _olmo3(layers)
     experts = {"num_experts": EXPERTS, "num_experts_per_tok": PER_TOKEN, "moe_intermediate_size": EXPERT_FFN}
-    plain = {"rope_parameters": ROPE}
+    plain = {"rope_parameters": LLAMA3 if family == "llama" else ROPE}
     return plain | experts | {"norm_topk_prob": normalized} if family == "qwen3_moe" else plain
 
 

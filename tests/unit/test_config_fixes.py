@@ -332,7 +332,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "mixture", model_type="qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64
     )
     write_model(folder / "wide", vocab_size=101)
-    write_model(folder / "other", model_type="llama")
+    write_model(folder / "other", model_type="mistral")
     write_model(folder / "moe", **MOE)
     (write_model(folder / "plain") / "tokenizer_config.json").write_text("{}")
     (folder / "plain/tokenizer.json").unlink()

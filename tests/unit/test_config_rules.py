@@ -569,7 +569,12 @@ def integers(folder: Path) -> None:
 
 # name, what is done to the model's folder, a part of what is wrong, a part of the fix
 FOLDERS = [
-    ("another family", rewrite(model_type="llama"), 'model_type is "llama"; supported', "olmo3, qwen3"),
+    (
+        "another family",
+        rewrite(model_type="mistral"),
+        'model_type is "mistral"; supported',
+        "llama, olmo3, qwen2, qwen3, qwen3_moe",
+    ),
     ("no model_type", rewrite(model_type=None), "model_type is null; supported", "qwen3"),
     ("no layers", rewrite(num_hidden_layers=None), "num_hidden_layers", "save_pretrained"),
     ("text for heads", rewrite(num_attention_heads="8"), "num_attention_heads", "save_pretrained"),

@@ -186,7 +186,7 @@ PLANTED = [
     ("kernels/loss.py", "from megatron_tempo import algorithm", "megatron_tempo.algorithm"),
     ("algorithm/losses.py", "import megatron_tempo.models.actor", "megatron_tempo.models.actor"),
     ("algorithm/losses.py", "import megatron.core", "megatron.core"),
-    ("models/actor.py", "from megatron_tempo.weights import qwen3", "megatron_tempo.weights"),
+    ("models/actor.py", "from megatron_tempo.weights import tables", "megatron_tempo.weights"),
     ("models/actor.py", "from megatron_tempo.methods.tempo import Tempo", "megatron_tempo.methods.tempo"),
     ("rollout/engine.py", "from megatron.core import mpu", "megatron.core"),
     ("rollout/engine.py", "from megatron_tempo.models import actor", "megatron_tempo.models"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
-from megatron_tempo.config.model_shape import Rope
+from megatron_tempo.config.rope import Rope
 from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.models.attention import PackedAttention
 from megatron_tempo.models.grid import Grid

@@ -36,7 +36,10 @@ QWEN3: dict[str, Any] = {
 }
 OLMO3 = QWEN3 | {"model_type": "olmo3"}
 MOE = QWEN3 | {"model_type": "qwen3_moe"}
+LLAMA = QWEN3 | {"model_type": "llama"}
+QWEN2 = QWEN3 | {"model_type": "qwen2"}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 def of_transformers(entries: dict[str, Any]) -> dict[str, Any]:
@@ -47,10 +50,10 @@ def of_transformers(entries: dict[str, Any]) -> dict[str, Any]:
     for layer_kind in getattr(config, "layer_types", [FULL] * config.num_hidden_layers):
         rope = config.rope_parameters
         rope = rope.get(layer_kind, rope)
-        yarn = None
-        if rope["rope_type"] == "yarn":
-            yarn = (rope["factor"], rope["original_max_position_embeddings"])
-        attention.append((rope["rope_theta"], yarn, config.sliding_window if layer_kind == SLIDING else None))
+        scaling = None
+        if rope["rope_type"] != "default":
+            scaling = (rope["factor"], rope["original_max_position_embeddings"])
+        attention.append((rope["rope_theta"], scaling, config.sliding_window if layer_kind == SLIDING else None))
     return {
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,
@@ -76,7 +79,7 @@ def plain(shape: ModelShape) -> dict[str, Any]:
     fields["attention"] = [
         (
             layer.rope.theta,
-            layer.rope.yarn and (layer.rope.yarn.factor, layer.rope.yarn.trained_positions),
+            layer.rope.scaling and (layer.rope.scaling.factor, layer.rope.scaling.trained_positions),
             layer.window,
         )
         for layer in shape.attention
@@ -121,29 +124,41 @@ def entries() -> st.SearchStrategy[dict[str, Any]]:
     }
     heads = {"num_key_value_heads": st.sampled_from([1, 2, 4])}  # this class of transformers refuses None
     moe = st.fixed_dictionaries({}, optional=optional | experts | heads | {"rope_parameters": rope})
-    families = [(QWEN3, qwen3), (OLMO3, olmo3), (MOE, moe)]
+    llama = st.fixed_dictionaries(
+        {},
+        optional=optional
+        | {"rope_parameters": rope | rope.map(lambda one: one | LLAMA3), "pretraining_tp": st.just(2)}
+        | {"rope_scaling": st.sampled_from([None, LLAMA3, {"type": "llama3"} | LLAMA3]), "mlp_bias": st.just(False)},
+    )
+    qwen2 = st.fixed_dictionaries(
+        {},
+        optional={name: value for name, value in optional.items() if name not in ("head_dim", "attention_bias")}
+        | {"rope_parameters": rope | scaled, "use_sliding_window": st.just(False)}
+        | {"rope_scaling": st.sampled_from([None, YARN]), "sliding_window": st.integers(1, 64)},
+    )
+    families = [(QWEN3, qwen3), (OLMO3, olmo3), (MOE, moe), (LLAMA, llama), (QWEN2, qwen2)]
     kinds_of_models = st.one_of([changes.map(partial(operator.or_, base)) for base, changes in families])
     return st.tuples(kinds_of_models, without).map(
         lambda pair: {name: value for name, value in pair[0].items() if name != pair[1]}
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(entries())
 def test_it_is_what_transformers_reads(config_entries: dict[str, Any]) -> None:
     assert plain(model_shape(config_entries)) == of_transformers(config_entries)
 
 
 def test_sizes_that_are_left_out_are_transformers_own() -> None:
-    """Qwen3's heads have 128 numbers; OLMo3's share the hidden size."""
-    assert [model_shape(one).head_dim for one in (QWEN3, OLMO3)] == [128, 16]
-    assert [of_transformers(one)["head_dim"] for one in (QWEN3, OLMO3)] == [128, 16]
+    """Qwen3's heads have 128 numbers; those of other families share the hidden size."""
+    assert [model_shape(one).head_dim for one in (QWEN3, OLMO3, LLAMA, QWEN2)] == [128, 16, 16, 16]
+    assert [of_transformers(one)["head_dim"] for one in (QWEN3, OLMO3, LLAMA, QWEN2)] == [128, 16, 16, 16]
 
 
 @pytest.mark.parametrize(
     ("changes", "wrong"),
     [
-        ({"model_type": "llama"}, 'model_type is "llama"; supported: olmo3, qwen3, qwen3_moe'),
+        ({"model_type": "mistral"}, 'model_type is "mistral"; supported: llama, olmo3, qwen2, qwen3, qwen3_moe'),
         ({"model_type": None}, "model_type is null"),
         ({"hidden_size": "64"}, "no whole number from 1 to 2,147,483,647 under hidden_size"),
         ({"hidden_size": True, "vocab_size": 0}, "under hidden_size, vocab_size"),

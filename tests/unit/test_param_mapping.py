@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_tempo.config.choices import Logits, Precision
-from megatron_tempo.config.model_shape import FAMILIES, Experts, LayerAttention, ModelShape, Rope, read_model_shape
+from megatron_tempo.config.model_shape import FAMILIES, Experts, LayerAttention, ModelShape, read_model_shape
 from megatron_tempo.config.pipeline_layers import PipelineLayers
+from megatron_tempo.config.rope import Rope
 from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.errors import InputError
