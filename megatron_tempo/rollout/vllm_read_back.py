@@ -146,6 +146,7 @@ def _tokens(name: str, layer: Any, *, tied: bool) -> tuple[str, int, int]:
 
 def _linear(name: str, layer: Any) -> Iterator[InstalledPart | str]:
     parts = list(_parts(name, layer))
+    yield from _biases(name, layer, parts)
     if not _is_plain(layer):
         for part, _, _ in parts:
             yield f"{part}.weight"
@@ -156,6 +157,25 @@ def _linear(name: str, layer: Any) -> Iterator[InstalledPart | str]:
     for part, count, row in parts:
         yield InstalledPart(f"{part}.weight", f"{name}.weight", weight[start : start + count], row, column, width)
         start += count
+
+
+def _biases(name: str, layer: Any, parts: list[tuple[str, int, int]]) -> Iterator[InstalledPart]:
+    """Biases, each as one row. They are not quantised with the weight."""
+    if getattr(layer, "bias", None) is None:
+        return
+    bias, start = layer.bias.detach(), 0
+    for (part, count, first), width in zip(parts, _widths(layer), strict=True):
+        rows = bias[start : start + count].reshape(1, -1)
+        yield InstalledPart(f"{part}.bias", f"{name}.bias", rows, 0, first, width)
+        start += count
+
+
+def _widths(layer: Any) -> list[int]:
+    """Outputs on all ranks of each of Hugging Face's layers in this one."""
+    if isinstance(layer, QKVParallelLinear):
+        queries = layer.total_num_heads * layer.head_size
+        return [queries, layer.total_num_kv_heads * layer.head_size, layer.total_num_kv_heads * layer.v_head_size]
+    return list(layer.output_sizes) if isinstance(layer, MergedColumnParallelLinear) else [layer.output_size]
 
 
 def _is_plain(layer: Any) -> bool:
