@@ -78,14 +78,21 @@ def rehearse_all(cases: Sequence[tuple[Config, Options]]) -> list[tuple[Outcome,
     found = []
     for case, results in zip(made, ranks, strict=True):
         layers = results[0].layers if results else None
-        seconds, notes = time.monotonic() - started, tuple(_notes(case.config, layers))
+        notes = tuple(_notes(case.config, layers, has_experts=case.planned.shape.experts is not None))
+        seconds = time.monotonic() - started
         case_fault = fault if len(results) < len(case.kinds) else None
         outcome = Outcome(tuple(results), case.rows, str(case.options.lengths), seconds, case_fault, notes)
         found.append((outcome, case.planned.with_layers(layers)))
     return found
 
 
-def _notes(config: Config, layers: Layers | None) -> Iterator[str]:
+def _notes(config: Config, layers: Layers | None, *, has_experts: bool) -> Iterator[str]:
+    if has_experts:
+        yield (
+            "a mixture of experts: how many rows each expert gets is a number that the GPU computes, and this one "
+            "computes nothing. So the first pass ends with the fault of a wrong shape, which is no fault of the "
+            "configuration; start and sync before it are measured"
+        )
     is_auto = config.model.layers is Layers.auto and config.run.precision not in RECIPES
     if layers is Layers.transformer_engine and is_auto:
         yield (

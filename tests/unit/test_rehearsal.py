@@ -26,6 +26,7 @@ from megatron_tempo.plan.memory import MemoryPhase
 from megatron_tempo.plan.shapes import PUBLISHED, shape_of
 from megatron_tempo.plan.split import split_of
 from megatron_tempo.rehearsal import ranks as rehearsed_ranks
+from megatron_tempo.rehearsal import rehearse as rehearse_module
 from megatron_tempo.rehearsal.faults import OUT_OF_MEMORY, Fault, fault_of
 from megatron_tempo.rehearsal.lengths import Lengths
 from megatron_tempo.rehearsal.model_folder import config_entries, write_model_folder
@@ -482,8 +483,11 @@ PRESETS = {
     **{word: ("experiment=qwen3_8b_aime", word) for word in presets("cluster")},
     **{
         word: (*BASE, word)
-        # the quickstart's model has 64 positions, and its experiment rehearses it
-        for word in [*presets("model", "quickstart"), *(w for g in ("data", "engine", "algorithm") for w in presets(g))]
+        # the quickstart's model has 64 positions, the mixture of experts needs 8 ranks: their experiments rehearse them
+        for word in [
+            *presets("model", "quickstart", "qwen3_30b_a3b"),
+            *(w for g in ("data", "engine", "algorithm") for w in presets(g)),
+        ]
     },
 }
 
@@ -520,3 +524,9 @@ def test_plan_counts_the_layers_that_the_ranks_chose() -> None:
     actor = [sum(one.phases(EVERY_RANK, small=True)["actor"].values()) for one in (plan, engine, given)]
     assert actor[0] > actor[1] == actor[2]
     assert plan.with_layers(None) is plan
+
+
+def test_a_mixture_of_experts_is_said_to_end_with_its_first_pass() -> None:
+    notes = list(rehearse_module._notes(Config(), None, has_experts=True))
+    assert "a wrong shape" in notes[0]
+    assert not any("wrong shape" in note for note in rehearse_module._notes(Config(), None, has_experts=False))
