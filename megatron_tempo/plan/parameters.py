@@ -28,8 +28,9 @@ class ModelBytes:
 
 
 def layer_parameters(shape: ModelShape, tensor: int = 1) -> int:
-    """Parameters of one layer on one tensor rank, without its experts. Matrices and biases are divided, norms and routers
-    are not.
+    """Parameters of one layer on one tensor rank, without its experts.
+
+    Matrices and biases are divided over the tensor ranks, norms and routers are not.
 
     (queries + 2 keys + queries) hidden of the attention, 3 ffn hidden of the gated feed-forward part or experts hidden
     of the router, two norms of the hidden size; in some families, a norm on queries and one on keys, and biases on
