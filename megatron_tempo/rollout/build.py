@@ -12,13 +12,13 @@ from megatron_tempo.config.schema import Config
 from megatron_tempo.rollout.server_adapter import ServerAdapter
 
 
-def server_adapter_of(config: Config, *, cpu: bool) -> ServerAdapter:
-    """The adapter for the servers of `rollout.engine`."""
+def server_adapter_of(config: Config, *, cpu: bool, trains: bool = True) -> ServerAdapter:
+    """The adapter for the servers of `rollout.engine`. `trains`: whether experts that they return may be replayed."""
     from megatron_tempo.rollout.sglang import Sglang
     from megatron_tempo.rollout.vllm import Vllm
 
     rollout = config.rollout
-    tensor, sleeps, routing = rollout.servers.tensor, rollout.is_colocated, recorded_routing(config)
+    tensor, sleeps, routing = rollout.servers.tensor, rollout.is_colocated, recorded_routing(config) if trains else None
     if rollout.engine is EngineKind.vllm:
         return Vllm(cpu=cpu, tensor=tensor, sleeps=sleeps, stops=bool(stop_strings(config)), routing=routing)
     shortened = truncates(rollout) or truncates(config.evaluation)

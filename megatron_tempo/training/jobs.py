@@ -147,7 +147,7 @@ def _evaluate(config: Config, out: Path) -> None:
         critic = build_critic(context) if critic_path else None
         targets = targets_of(Path(critic_path)) if critic_path else CriticTargets.zero_one
         raise_on_all_ranks(metrics.begin)
-        engine = stack.enter_context(closing(build_engine(context)))
+        engine = stack.enter_context(closing(build_engine(context, trains=False)))
         metrics.watch(engine.health)
         engine.load_weights(weights, version=0)
         evaluator = build_evaluator(config, engine, verifiers, tokenizer, sets, keys, critic, keeps_all=True)

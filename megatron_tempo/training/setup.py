@@ -69,11 +69,11 @@ def build_critic(context: RunContext) -> Critic:
         return Critic(model, _guard(context, "critic"), context.layouts.actor)
 
 
-def build_engine(context: RunContext) -> Engine:
-    """The engine of `rollout.engine`, without weights yet. Collective."""
+def build_engine(context: RunContext, *, trains: bool = True) -> Engine:
+    """The engine of `rollout.engine`, without weights yet. `trains`: its rollouts are trained on. Collective."""
     config = context.config
     kind, model = config.rollout.engine, Path(config.model.path)
-    routing = recorded_routing(config)
+    routing = recorded_routing(config) if trains else None
     if kind is EngineKind.embedded:
         return EmbeddedEngine(model, context.device, DTYPES[config.run.precision], config.rollout.batch_rows, routing)
     if isinstance(kind, Extension):
@@ -83,7 +83,10 @@ def build_engine(context: RunContext) -> Engine:
         return ImportedEngine(kind, setup, read_model_shape(model).vocab, routing)
     from megatron_tempo.rollout.servers import ServersEngine  # an HTTP client, for these engines only
 
-    servers, adapter = config.rollout.servers, server_adapter_of(config, cpu=context.device.type == "cpu")
+    servers, adapter = (
+        config.rollout.servers,
+        server_adapter_of(config, cpu=context.device.type == "cpu", trains=trains),
+    )
     work, vocab = Path(config.run.dir) / "engine", read_model_shape(model).vocab
     precision, timeout = engine_precision(config), collective_timeout(config)
     gpus = context.offloader if config.rollout.is_colocated else None

@@ -17,9 +17,9 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_tempo.config.choices import EnginePrecision
+from megatron_tempo.config.choices import EngineKind, EnginePrecision, RouterReplay
 from megatron_tempo.config.routing import RoutingFormat
-from megatron_tempo.config.schema import ServersConfig
+from megatron_tempo.config.schema import Config, ServersConfig
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rollout import dump
 from megatron_tempo.rollout.answer_checks import checked_completions
@@ -27,6 +27,7 @@ from megatron_tempo.rollout.answer_experts import RoutingForm
 from megatron_tempo.rollout.answer_formats import ANSWER_FORMATS
 from megatron_tempo.rollout.answer_reader import AnswerReader, CannotAnswer, RawAnswers
 from megatron_tempo.rollout.batches import Answers, receive, share_columns
+from megatron_tempo.rollout.build import server_adapter_of
 from megatron_tempo.rollout.embedded import EmbeddedEngine
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.experts import filled, known
@@ -449,3 +450,16 @@ def test_a_paused_response_continues_with_its_experts(folder: Path) -> None:
         requests = [dataclasses.replace(one, begun=tuple(answers[i])) for i, one in enumerate(requests)]
     assert all(one.finish_reason != UNFINISHED for rows in answers.values() for one in rows)
     assert_of_a_pass(folder, answers)
+
+
+@pytest.mark.parametrize("mode", RouterReplay)
+@pytest.mark.parametrize("trains", [True, False])
+def test_an_engine_returns_experts_where_a_training_may_use_them(
+    folder: Path, mode: RouterReplay, trains: bool
+) -> None:
+    config = Config()
+    config.model.path, config.model.router_replay, config.rollout.engine = str(folder), mode, EngineKind.sglang
+    routing = server_adapter_of(config, cpu=True, trains=trains).routing
+    assert routing == (RoutingFormat(LAYERS, PER_TOKEN, EXPERTS) if trains and mode is not RouterReplay.off else None)
+    config.model.path = str(write_model(folder.parent / f"dense-{mode.name}-{trains}", layers=1))
+    assert server_adapter_of(config, cpu=True, trains=trains).routing is None

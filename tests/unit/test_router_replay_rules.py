@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tempo.config import check
+from megatron_tempo.config import Purpose, check
 from tests.unit.config_files import MOE, configure, good_overrides, write_all, write_model
 
 VLLM = ["rollout.engine=vllm", "rollout.servers.python=sh"]
@@ -21,9 +21,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def fields(files: Path, *overrides: str) -> list[str]:
+def fields(files: Path, *overrides: str, purpose: Purpose = Purpose.train) -> list[str]:
     config = configure([*good_overrides(files), *overrides])
-    return [problem.field for problem in check(config, world_size=None)]
+    return [problem.field for problem in check(config, world_size=None, purpose=purpose)]
 
 
 @pytest.mark.parametrize("mode", ["on", "rollout"])
@@ -33,6 +33,7 @@ def test_vllm_returns_no_experts_on_a_cpu_or_without_its_prefix_cache(files: Pat
     assert fields(files, *moe, NO_CACHE) == ["rollout.servers.arguments"]
     assert fields(files, *moe, "rollout.servers.arguments=[-pp,'2']") == ["rollout.servers.arguments"]
     assert fields(files, *moe) == []
+    assert fields(files, *moe, "run.device=cpu", purpose=Purpose.eval) == []
 
 
 def test_other_engines_models_and_runs_without_replay_are_free(files: Path) -> None:

@@ -63,12 +63,12 @@ def check(config: Config, *, world_size: int | None, purpose: Purpose = Purpose.
     problems += experts.check(config, shapes, world_size)
     problems += precision.check(config, shapes)
     problems += rollout.check(config, world_size)
-    problems += router_replay.check(config, shapes)
     problems += sampling.check(config, training=purpose is Purpose.train)
     problems += rewards.check(config, training=purpose is Purpose.train)
     problems += evaluation.check(config, required=purpose is Purpose.eval)
     problems += extensions.check(config, training=purpose is Purpose.train)
     if purpose is Purpose.train:
+        problems += router_replay.check(config, shapes)
         problems += refused
         problems += data.check(config)
         if not refused or any(stage.iterations > 0 for stage in config.stages().values()):
