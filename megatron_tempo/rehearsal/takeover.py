@@ -53,6 +53,7 @@ def take_over(rank: int, world: int) -> Callable[[str, timedelta], None]:
     folder.is_finite = _is_finite
     torch.backends.cuda.enable_cudnn_sdp(False)
     rehearsed.replace_te_attention()
+    rehearsed.replace_expert_loads()
 
     def join(backend: str, timeout: timedelta) -> None:
         rehearsed.join_alone(rank, world, timeout)

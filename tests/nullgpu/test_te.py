@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import textwrap
+from pathlib import Path
 
 import pytest
 
 from megatron_tempo.nullgpu.build import transformer_engine
 from tests.nullgpu.child import on_null_gpu
+from tests.support import tiny
 
 pytestmark = [
     pytest.mark.nullgpu,
@@ -77,3 +79,47 @@ def test_fp8_copies_of_weights_stay_until_they_are_dropped(chosen: str) -> None:
     assert first - dropped >= 2 * weights, "a byte for each number, and the transposed copy of the backward pass"
     assert again == first
     assert made_anew == first, "the next pass makes them again"
+
+
+MIXTURE = """
+from megatron_tempo.config.choices import Layers, Precision
+from megatron_tempo.config.schema import Config
+from megatron_tempo.config.stages import OptimizerConfig
+from megatron_tempo.rehearsal.takeover import take_over
+guard.rehearse()
+config = Config()
+config.model.path, config.model.layers = {folder!r}, Layers.transformer_engine
+config.run.precision, config.parallel.expert = Precision.{precision}, {ranks}
+join = take_over(0, {ranks})
+from megatron_tempo.training.context import open_context
+from megatron_tempo.training.setup import build_actor
+from tests.support.tiny import ragged_batch
+with open_context(config, join, watched=False) as context:
+    actor, batch = build_actor(context), ragged_batch(6)
+    actor.logprobs(batch)
+    def loss(micro, output):
+        by_row = output[0].sum() * output.new_ones(len(micro.rows))
+        return by_row, by_row.detach()[:, None]
+    step = actor.model.step(batch, torch.arange(6), actor.owners(batch), loss, 1, OptimizerConfig())
+    kinds = {{type(module).__name__ for module in actor.model.net.modules()}}
+    tell([sorted(kinds), step.made, sorted(actor.model.net.weights()), counters.stub_calls()])
+"""
+
+
+@pytest.mark.parametrize(
+    ("precision", "ranks"), [("bf16", 1), ("bf16", 4), ("fp8_blockwise", 4), ("fp8_tensorwise", 1), ("fp8_delayed", 4)]
+)
+def test_a_mixture_of_experts_takes_a_step(
+    precision: str, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one of four expert ranks, or of a single one: grouped products, which FP8 pads to sizes that it takes."""
+    monkeypatch.setattr(tiny, "EXPERT_FFN", 64)
+    folder = tiny.write_model(tmp_path / "model", family="qwen3_moe", layers=2, hidden=64, head_dim=64)
+    kinds, made, names, stubs = on_null_gpu(MIXTURE.format(folder=str(folder), precision=precision, ranks=ranks))
+    assert {"RoutedLayer", "Router", "TEGroupedMLP", "TEGroupedColumn", "TEGroupedRow"} <= set(kinds)
+    assert ("Fp8Padding" in kinds) == (precision != "bf16")
+    assert made
+    experts = {name.split(".experts.")[1] for name in names if ".experts." in name}
+    matrices = ("linear_fc1", "linear_fc2")
+    assert experts == {f"{i}.{matrix}.weight" for i in range(tiny.EXPERTS // ranks) for matrix in matrices}
+    assert stubs == []

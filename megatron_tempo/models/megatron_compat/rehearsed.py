@@ -17,6 +17,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch.distributed import distributed_c10d
 
 Shape = tuple[int, ...]
@@ -162,3 +163,28 @@ def replace_te_attention() -> None:
         return [torch.empty_like(tensor) for tensor in given[13:16]]
 
     vars(tex).update(fused_attn_fwd=forward, fused_attn_bwd=backward)
+
+
+def replace_expert_loads() -> None:
+    """Let every rank send equally many tokens to each expert, in a mixture of experts.
+
+    Megatron-Core 0.16.1 and 0.19.2 (transformer/moe/token_dispatcher.py, `MoEAlltoAllTokenDispatcher.preprocess`) count
+    the tokens of each expert on the GPU and copy the sizes of messages and products to the host.
+    """
+    original = MoEAlltoAllTokenDispatcher.preprocess
+
+    def preprocess(self: Any, routing_map: torch.Tensor) -> torch.Tensor:
+        original(self, routing_map)  # its memory and messages
+        choices, first = len(routing_map) * self.config.moe_router_topk, self.local_expert_indices[0]
+        loads = torch.full((self.num_experts,), choices // self.num_experts)
+        loads[: choices % self.num_experts] += 1
+        own = loads[first : first + self.num_local_experts]
+        if self.ep_size * self.tp_size > 1:
+            self.input_splits = loads.view(self.ep_size, -1).sum(1).numpy()
+            self.output_splits = own.sum().repeat(self.ep_size).numpy()
+            self.output_splits_tp = (own.sum() * self.ep_size).repeat(self.tp_size).numpy()
+        if self.num_local_experts > 1 and not self.config.moe_permute_fusion:
+            self.num_global_tokens_per_local_expert = own.repeat(self.ep_size * self.tp_size, 1)
+        return own * (self.ep_size * self.tp_size)
+
+    MoEAlltoAllTokenDispatcher.preprocess = preprocess
