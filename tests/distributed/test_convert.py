@@ -70,6 +70,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path]
     """Hugging Face folders, and the checkpoints that were made of them."""
     out = tmp_path_factory.mktemp("converted")
     models = {kind: write_model(out / kind, **RANDOM.get(kind, {})) for kind in KINDS}
+    models["qwen2"] = write_model(out / "qwen2", family="qwen2")
     checkpoints = {}
     for kind, model in models.items():
         for name in ("actor", "critic"):

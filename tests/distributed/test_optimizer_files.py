@@ -52,7 +52,7 @@ EXPERTS = {
     "ep2-pp2": (4, ParallelConfig(pipeline=2, expert=2, ddp_bucket_size=300)),
     "ep2-etp2": (4, ParallelConfig(expert=2, expert_tensor=2)),
 }
-KINDS = {"tied": Precision.bf16, "olmo3": Precision.fp32}  # by the model
+KINDS = {"tied": Precision.bf16, "olmo3": Precision.fp32, "qwen2": Precision.fp32}  # by the model
 PRECISIONS = {**KINDS, "experts": Precision.bf16}
 MODELS = ("actor", "critic")
 BEFORE, AFTER = 2, 3  # steps of the optimizer: what is saved and loaded, and one more
@@ -128,6 +128,7 @@ def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "tied": write_model(out / "tied", tied=True),
         "olmo3": write_model(out / "olmo3", family="olmo3"),
+        "qwen2": write_model(out / "qwen2", family="qwen2"),
     }
 
 

@@ -49,6 +49,7 @@ CASES = [
     ("untied", "cp2"),
     ("olmo3", "one"),
     ("olmo3", "tp2-sequence"),
+    ("qwen2", "tp2-sequence"),
 ]
 
 

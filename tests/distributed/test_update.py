@@ -89,10 +89,11 @@ LAYOUTS: dict[str, tuple[int, ParallelConfig, Logits]] = {
         Logits.recomputed,
     ),
 }
-MODELS = {"untied": {}, "tied": {"tied": True}, "olmo3": {"family": "olmo3"}}
+MODELS = {"untied": {}, "tied": {"tied": True}, "olmo3": {"family": "olmo3"}, "qwen2": {"family": "qwen2"}}
 CASES = [(model, layout) for model in ("untied", "tied") for layout in ("one", "dp2", "tp2-pp2", "tp2-stored")]
 CASES += [("olmo3", layout) for layout in ("one", "tp2-pp2", "tp2-sequence", "tp2-pp2-sequence")]
 CASES += [("tied", "cp2-pp2-attention"), ("untied", "cp2-dp2-layers"), ("untied", "cp2")]
+CASES += [("qwen2", "cp2-tp2-sequence"), ("qwen2", "tp2-pp2-sequence")]
 CASES += [("untied", "offload"), ("tied", "pp2-critic-tp2-offload")]
 CASES += [("olmo3", layout) for layout in ("cp2", "cp2-tp2-sequence", "tp2-pp2-sequence-layers")]
 

@@ -45,12 +45,16 @@ MODULES = {
         "sglang.srt.managers.detokenizer_manager",
         "sglang.srt.managers.scheduler",
         "sglang.srt.models.olmo2",  # olmo3 as well
+        "sglang.srt.models.llama",
+        "sglang.srt.models.qwen2",
         "sglang.srt.models.qwen3",
         "sglang.srt.models.qwen3_moe",
     ],
     EngineKind.vllm: [
         "vllm.entrypoints.openai.api_server",
         "vllm.model_executor.models.transformers",  # which serves olmo3
+        "vllm.model_executor.models.llama",
+        "vllm.model_executor.models.qwen2",
         "vllm.model_executor.models.qwen3",
         "vllm.model_executor.models.qwen3_moe",
         "vllm.v1.engine.core",
@@ -63,6 +67,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "untied": {},
     "tied": {"tied": True},
     "experts": {"family": "qwen3_moe", "layers": 2},  # vLLM's kernel for a CPU needs a multiple of 32 hidden numbers
+    "llama": {"family": "llama", "tied": True},
+    "qwen2": {"family": "qwen2", "hidden": 4 * HEAD_DIM},
     "olmo3": {"family": "olmo3", "hidden": 4 * HEAD_DIM},  # SGLang's OLMo3 divides the hidden size by the heads
 }
 

@@ -76,6 +76,10 @@ CASES = [
     (EngineKind.vllm, Transport.group, 2, "olmo3", 2),
     (EngineKind.sglang, Transport.group, 1, "experts", 1),
     (EngineKind.vllm, Transport.group, 1, "experts", 1),
+    (EngineKind.sglang, Transport.shared, 1, "qwen2", 2),
+    (EngineKind.vllm, Transport.group, 2, "qwen2", 2),
+    (EngineKind.sglang, Transport.group, 1, "llama", 1),
+    (EngineKind.vllm, Transport.shared, 1, "llama", 2),
 ]
 
 

@@ -104,6 +104,8 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
     "tied, head repeated": lambda folder: rewrite(write_model(folder, tied=True), repeated_head),
     "critic": write_critic,
     "olmo3": lambda folder: write_model(folder, family="olmo3"),
+    "llama": lambda folder: write_model(folder, family="llama", tied=True),
+    "qwen2": lambda folder: write_model(folder, family="qwen2"),
     "experts": lambda folder: rewrite(write_model(folder, family="qwen3_moe", layers=2), in_bfloat16),
 }
 

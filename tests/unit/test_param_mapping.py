@@ -315,6 +315,12 @@ def test_all_problems_of_a_folder_are_reported_at_once(model: Path, layout: Layo
     assert "wrong shape: model.layers.1.mlp.up_proj.weight is [48, 31], the config.json says [48, 32]" in message
 
 
+def test_frequencies_that_old_folders_have_are_left_out(model: Path, layout: Layout) -> None:
+    """Of Llama's rotary embedding."""
+    rewrite(model, model__layers__1__self_attn__rotary_emb__inv_freq=torch.ones(6))
+    load(model, layout)
+
+
 def test_an_actor_requires_its_output_matrix(model: Path, layout: Layout) -> None:
     rewrite(model, lm_head__weight=None)
     with pytest.raises(ValueError, match=r"missing: lm_head.weight"):

@@ -9,11 +9,13 @@ import torch
 import transformers
 
 from megatron_tempo.config.choices import Published
+from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.plan.layout import PlannedLayout, PlannedMachine
 from megatron_tempo.plan.parameters import (
     Role,
     active_parameters,
     expert_parameters,
+    layer_parameters,
     owned,
     parameters,
     resident,
@@ -21,6 +23,7 @@ from megatron_tempo.plan.parameters import (
 )
 from megatron_tempo.plan.shapes import PUBLISHED, shape_of
 from tests.support.shapes import qwen3_shape
+from tests.support.tiny import write_model
 from tests.unit.config_files import configure
 
 
@@ -149,3 +152,17 @@ def test_ranks_hold_all_experts_and_their_state_once(layout: PlannedLayout) -> N
     )
     state = sum(owned(shape, layout, Role.actor, stage) * ranks for stage in stages)
     assert state == pytest.approx(whole + dense * layout.tensor)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_counts_of_families_without_norms_of_queries_are_those_of_transformers(
+    tmp_path: Path, family: str, tied: bool
+) -> None:
+    folder = write_model(tmp_path, family=family, tied=tied)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    shape = read_model_shape(folder)
+    assert total_parameters(shape) == sum(parameter.numel() for parameter in model.parameters())
+    # Biases are divided over tensor ranks, norms are not.
+    halves = 2 * layer_parameters(shape, 2)
+    assert halves == layer_parameters(shape) + 2 * shape.hidden

@@ -12,7 +12,7 @@ import transformers
 from megatron_tempo.config.choices import EnginePrecision
 from megatron_tempo.errors import InputError
 from megatron_tempo.rollout.folder import private_file, served_folder
-from tests.support.tiny import write_model
+from tests.support.tiny import LLAMA3, write_model
 
 
 @pytest.mark.parametrize("flat_rope", [False, True])
@@ -71,6 +71,12 @@ def test_a_base_that_is_not_said_is_the_familys(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", family="olmo3")
     config = flat(model, tmp_path, rope_parameters=None)
     assert (config["rope_theta"], "rope_scaling" in config) == (500_000.0, False)
+
+
+def test_llamas_scaling_in_the_form_of_transformers_4(tmp_path: Path) -> None:
+    config = flat(write_model(tmp_path / "model", family="llama"), tmp_path)
+    assert config["rope_theta"] == LLAMA3["rope_theta"]
+    assert config["rope_scaling"] == {name: value for name, value in LLAMA3.items() if name != "rope_theta"}
 
 
 def test_two_bases_cannot_be_told_to_sglang(tmp_path: Path) -> None:

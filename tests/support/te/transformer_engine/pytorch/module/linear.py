@@ -40,7 +40,8 @@ class Linear(TransformerEngineBaseModule):
         name: str | None = None,
     ) -> None:
         super().__init__()
-        assert not any((bias, return_bias, rng_tracker_name)), "our models have none of these"
+        assert not any((return_bias, rng_tracker_name)), "our models have none of these"
+        assert not bias or parallel_mode == "column", "our models have biases on queries, keys and values only"
         self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         assert parallel_mode in ("column", "row")
         assert tp_group is not None
@@ -60,6 +61,10 @@ class Linear(TransformerEngineBaseModule):
         self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
         self.weight.partition_dim = 1 if parallel_mode == "row" else 0  # type: ignore[attr-defined]
         self.weight.partition_stride = 1  # type: ignore[attr-defined]
+        if bias:
+            self.bias = nn.Parameter(torch.full((self.out_features,), math.nan, dtype=params_dtype, device=device))
+            self.bias.tensor_model_parallel = True  # type: ignore[attr-defined]
+            self.bias.partition_dim, self.bias.partition_stride = 0, 1  # type: ignore[attr-defined]
 
     def forward(
         self,
@@ -77,9 +82,11 @@ class Linear(TransformerEngineBaseModule):
         return kind.apply(self._product(inp), self.tp_group)
 
     def _product(self, inp: Tensor) -> Tensor:
-        if self.fuse_wgrad_accumulation:
-            return Accumulating.apply(inp, self.weight)
-        return functional.linear(inp, self.weight)
+        bias = self.bias if self.use_bias else None
+        if not self.fuse_wgrad_accumulation:
+            return functional.linear(inp, self.weight, bias)
+        product = Accumulating.apply(inp, self.weight)
+        return product if bias is None else product + bias
 
     def _noted(self, inp: Tensor, first: bool | None) -> None:
         """Record the call, and refuse the shapes that TE refuses in FP8."""
