@@ -42,8 +42,12 @@ class Offloadable(Protocol):
         """Tensors whose contents are dropped when the model is offloaded."""
         ...
 
+    def drop_leftovers(self) -> None:
+        """Drop what the last pass needed and left behind, before the model is offloaded."""
+        ...
+
     def drop_caches(self) -> None:
-        """Drop what a pass makes anew, before the model is offloaded."""
+        """Drop copies that a pass makes anew, before the model is offloaded for servers."""
         ...
 
 
@@ -125,6 +129,7 @@ class ModelOffloader:
             return []
         if self._sent:  # nobody has changed them
             return [_OffloadedStorage(one.storage, one.size, None) for one in self._sent]
+        model.drop_leftovers()
         if self._lends:  # servers need the room
             model.drop_caches()
         persistent, transient = _storages(model.persistent_tensors()), _storages(model.transient_tensors())

@@ -23,6 +23,7 @@ from megatron_tempo.config.stages import OptimizerConfig
 from megatron_tempo.models.chunks import ModelChunks, WrappedChunks
 from megatron_tempo.models.ddp import WeightGather, ddp_config, reduces_at_last_micro_batch
 from megatron_tempo.models.gpt import PackedGPT
+from megatron_tempo.models.megatron_compat.dispatcher import drop_routes
 from megatron_tempo.models.megatron_compat.optimizer import (
     init_adam_state,
     load_optimizer_state,
@@ -125,6 +126,10 @@ class Model:
     def drop_caches(self) -> None:
         """Transformer Engine's FP8 copies of the weights, which a pass makes from them."""
         drop_fp8_weights(self.net)
+
+    def drop_leftovers(self) -> None:
+        """Where the dispatchers of a mixture of experts sent the rows of the last micro-batch."""
+        drop_routes(self.net)
 
     @torch.no_grad()
     def read(self, batch: Batch, owners: Tensor, size: int, cells: Cells, numbers: Callable[[Any], Tensor]) -> Tensor:

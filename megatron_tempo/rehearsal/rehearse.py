@@ -21,6 +21,7 @@ from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import save
 from megatron_tempo.errors import InputError
 from megatron_tempo.nullgpu.environment import environment
+from megatron_tempo.plan.activations import IMBALANCE
 from megatron_tempo.plan.memory import GB
 from megatron_tempo.plan.shapes import shape_of
 from megatron_tempo.plan.split import split_of
@@ -89,9 +90,8 @@ def rehearse_all(cases: Sequence[tuple[Config, Options]]) -> list[tuple[Outcome,
 def _notes(config: Config, layers: Layers | None, *, has_experts: bool) -> Iterator[str]:
     if has_experts:
         yield (
-            "a mixture of experts: how many rows each expert gets is a number that the GPU computes, and this one "
-            "computes nothing. So the first pass ends with the fault of a wrong shape, which is no fault of the "
-            "configuration; start and sync before it are measured"
+            "a mixture of experts: every expert gets equally many rows here, while plan counts "
+            f"{IMBALANCE} times as many on the fullest rank. So these peaks are the least that a run needs"
         )
     is_auto = config.model.layers is Layers.auto and config.run.precision not in RECIPES
     if layers is Layers.transformer_engine and is_auto:

@@ -11,7 +11,8 @@
    Engine's returns tensors of its shapes.
 6. Rollouts, engine and evaluation: `rollouts.MadeUpRequests` and `rollouts.WeightSink` (an embedded engine is real, and
    generates nothing); nothing is evaluated.
-7. Host memory: the weights that are read from the model's folder, and a checkpoint's copy, are not filled
+7. Mixtures of experts: every expert gets equally many rows, since the routers that would choose compute nothing.
+8. Host memory: the weights that are read from the model's folder, and a checkpoint's copy, are not filled
    (`UnfilledHostMemory`). A checkpoint is not written.
 """
 

@@ -69,6 +69,14 @@ def measured_step(model: TrainedModel, batch: Batch, owners: Tensor) -> Step:
     return model.step(batch, torch.arange(ROWS), owners, loss, 1, ADAM)
 
 
+def kept(model: TrainedModel) -> dict[str, int]:
+    """Elements of the tensors that the dispatchers of a model hold, other than their orders of experts."""
+    dispatchers = [module.token_dispatcher for module in model.net.modules() if hasattr(module, "token_dispatcher")]
+    assert len(dispatchers) == LAYERS
+    tensors = {name: one for each in dispatchers for name, one in vars(each).items() if isinstance(one, Tensor)}
+    return {name: one.numel() for name, one in tensors.items() if one.numel() > EXPERTS}
+
+
 def measured(model: Path, parallel: ParallelConfig, coef: float = 0.0) -> dict[str, Any]:
     with open_context(config_of(model, parallel, coef)) as context:
         batch, found = ragged_batch(ROWS), {}
@@ -91,6 +99,10 @@ def measured(model: Path, parallel: ParallelConfig, coef: float = 0.0) -> dict[s
                 "after": gathered(read(batch)),
                 "names": sorted(one.model.net.names_in_checkpoints().values()),
             }
+            if parallel.offload:
+                assert kept(one.model)
+                context.offloader.offload_all()
+                assert not kept(one.model)
         return found
 
 

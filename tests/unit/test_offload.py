@@ -36,6 +36,9 @@ class Model:
     def sent_tensors(self) -> Iterable[Tensor]:
         return self.weights.chunk(2)
 
+    def drop_leftovers(self) -> None:
+        """No pass runs."""
+
     def drop_caches(self) -> None:
         self.caches_dropped += 1
 

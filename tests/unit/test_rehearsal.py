@@ -526,7 +526,7 @@ def test_plan_counts_the_layers_that_the_ranks_chose() -> None:
     assert plan.with_layers(None) is plan
 
 
-def test_a_mixture_of_experts_is_said_to_end_with_its_first_pass() -> None:
+def test_the_load_of_a_mixture_of_experts_is_said_to_be_even() -> None:
     notes = list(rehearse_module._notes(Config(), None, has_experts=True))
-    assert "a wrong shape" in notes[0]
-    assert not any("wrong shape" in note for note in rehearse_module._notes(Config(), None, has_experts=False))
+    assert "equally many rows here, while plan counts 1.5 times" in notes[0]
+    assert not any("equally many" in note for note in rehearse_module._notes(Config(), None, has_experts=False))

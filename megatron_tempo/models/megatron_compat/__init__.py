@@ -2,6 +2,7 @@
 
     versions.py            what differs between the versions of Megatron-Core
     optimizer.py           the distributed optimizer's groups, Adam state and who has what of it
+    dispatcher.py          what the dispatcher of a mixture of experts keeps between passes
     cpu_backend.py         Megatron-Core's CUDA calls on a machine without CUDA
     gloo_devices.py        one gloo device for all process groups of a rank, and one worker thread for each
     group_globals.py       Megatron's process groups, which are module globals
