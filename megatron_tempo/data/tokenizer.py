@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tokenizers
 import transformers
 
 from megatron_tempo.errors import InputError
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 _JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 _FILES = (*_JSON, "tokenizer.model", "merges.txt", "chat_template.jinja", "chat_template.json")
+_CUTTING = ("normalizer", "pre_tokenizer", "decoder")  # the parts of a tokenizer.json by which texts become pieces
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -37,8 +40,41 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder}: its tokenizer cannot be loaded ({_first_line(error)}): fetch tokenizer.json and "
             "tokenizer_config.json again"
         ) from error
+    if _is_cut_otherwise(tokenizer, folder):
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     _check_vocabulary(tokenizer, folder)
     return tokenizer
+
+
+def _is_cut_otherwise(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
+    """Whether a tokenizer cuts texts in another way than the folder's tokenizer.json says.
+
+    transformers 5 makes tokenizers of some classes, such as GPT2Tokenizer, from the vocabulary and the merges, with the
+    class's own normalizer, pre-tokenizer and decoder. SmolLM2 names this class, and its tokenizer.json splits digits:
+    prompts would be other tokens than in the model's training, without a message.
+    """
+    file = folder / "tokenizer.json"
+    if not tokenizer.is_fast or not file.exists():
+        return False
+    stated = read_json(file, dict)
+    # Read by the library, so that entries that older files lack get their defaults.
+    bare = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    published = tokenizers.Tokenizer.from_str(json.dumps(bare | {part: stated.get(part) for part in _CUTTING}))
+    backend: Any = tokenizer.backend_tokenizer
+    return any(_state(getattr(backend, part)) != _state(getattr(published, part)) for part in _CUTTING)
+
+
+def _state(part: Any) -> Any:
+    """What a normalizer, pre-tokenizer or decoder does, without what has no effect on tokens."""
+    return None if part is None else _plain(json.loads(part.__getstate__()))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items() if name != "trim_offsets"}
+    return value
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

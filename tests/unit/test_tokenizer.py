@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
 from tokenizers.normalizers import Lowercase
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from megatron_tempo.config.schema import Config
@@ -80,6 +80,36 @@ def test_a_tokenizer_that_changes_texts_is_told_of(folder: Path) -> None:
     words(folder, decoder=decoders.Fuse())
     with pytest.raises(InputError, match="loses the spaces of a text: 'find one' comes back as 'findone'"):
         findings(load_tokenizer(folder), folder, ["one", "find one"])
+
+
+def byte_level(folder: Path, tokenizer_class: str, *parts: PreTokenizer) -> None:
+    """A folder whose tokenizer.json has these parts, which the class's own tokenizer does not have."""
+    letters = sorted(ByteLevel.alphabet())
+    spaces = {"ĠĠ": len(letters), "ĊĊ": len(letters) + 1, "$": len(letters) + 2}
+    model = BPE({letter: i for i, letter in enumerate(letters)} | spaces, [("Ġ", "Ġ"), ("Ċ", "Ċ")])
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = Sequence([*parts, ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="$").save_pretrained(folder)
+    said = folder / "tokenizer_config.json"
+    said.write_text(json.dumps(json.loads(said.read_text()) | {"tokenizer_class": tokenizer_class}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": len(letters) + 3}))
+
+
+@pytest.mark.parametrize(
+    "tokenizer_class",
+    ["GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer", "LlamaTokenizerFast", "TokenizersBackend"],
+)
+def test_texts_are_cut_as_tokenizer_json_says_whatever_the_class(folder: Path, tokenizer_class: str) -> None:
+    """SmolLM2's splits digits. A class's own pre-tokenizer takes the last blank before a number from the others."""
+    byte_level(folder, tokenizer_class, Digits(individual_digits=True))
+    tokenizer = load_tokenizer(folder)
+    for text, tokens in (("a  29", ["a", "ĠĠ", "2", "9"]), ("x\n\n7", ["x", "ĊĊ", "7"])):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.convert_ids_to_tokens(ids) == tokens
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_token == "$"
+    assert end_tokens(folder) == [tokenizer.convert_tokens_to_ids("$")]
 
 
 def test_tokens_without_an_embedding_are_refused(folder: Path) -> None:
