@@ -20,10 +20,18 @@ def server_adapter_of(config: Config, *, cpu: bool, trains: bool = True) -> Serv
     rollout = config.rollout
     tensor, sleeps, routing = rollout.servers.tensor, rollout.is_colocated, recorded_routing(config) if trains else None
     if rollout.engine is EngineKind.vllm:
-        return Vllm(cpu=cpu, tensor=tensor, sleeps=sleeps, stops=bool(stop_strings(config)), routing=routing)
+        stops, longest = bool(stop_strings(config)), _longest_row(config)
+        return Vllm(cpu=cpu, tensor=tensor, sleeps=sleeps, stops=stops, routing=routing, longest=longest)
     shortened = truncates(rollout) or truncates(config.evaluation)
     key_heads = read_model_shape(Path(config.model.path)).groups if tensor > 1 else None
     return Sglang(cpu=cpu, tensor=tensor, sleeps=sleeps, truncates=shortened, key_heads=key_heads, routing=routing)
+
+
+def _longest_row(config: Config) -> int:
+    """The most tokens of a prompt and its response, in training and in evaluations."""
+    response = max(config.rollout.max_response_tokens, config.evaluation.max_response_tokens or 0)
+    positions = read_model_shape(Path(config.model.path)).max_positions
+    return min(config.rollout.max_prompt_tokens + response, positions)
 
 
 def engine_precision(config: Config) -> EnginePrecision:

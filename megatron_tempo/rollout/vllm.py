@@ -64,8 +64,11 @@ class Vllm:
         sleeps: bool = False,
         stops: bool = False,
         routing: RoutingFormat | None = None,
+        longest: int | None = None,
     ) -> None:
+        """`longest`: the most tokens of a row, prompt and response; None: as many as the model has positions."""
         self._cpu, self._tensor, self._sleeps, self._stops = cpu, tensor, sleeps, stops
+        self._longest = longest
         self.routing = routing
 
     def launch(self, start: Start) -> Launch:
@@ -102,6 +105,8 @@ class Vllm:
         flags += ["--no-enable-log-requests", "--disable-uvicorn-access-log"]
         if self._sleeps and not self._cpu:  # refused on a CPU, whose servers go through the calls and keep their memory
             flags.append("--enable-sleep-mode")
+        if self._longest is not None:  # a server refuses to start without room for one row of all the model's positions
+            flags.append(f"--max-model-len={self._longest}")
         if self.routing is not None:
             flags.append("--enable-return-routed-experts")
         if self._cpu:

@@ -127,6 +127,20 @@ def launch_of(config: Config, folder: Path) -> Launch:
     return adapter.launch(Start(ServersConfig(), model, own, "127.0.0.1", 1234, "key", EnginePrecision.fp32))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "response", "evaluated", "longest"), [(20, 30, None, 50), (20, 30, 40, 60), (200, 99, 9, 256)]
+)
+def test_vllms_servers_have_room_for_the_longest_row_not_for_all_positions_of_the_model(
+    tmp_path: Path, prompt: int, response: int, evaluated: int | None, longest: int
+) -> None:
+    """A server does not start without room for one row of --max-model-len, by default all 256 positions."""
+    config = Config()
+    config.rollout.engine = EngineKind.vllm
+    config.rollout.max_prompt_tokens, config.rollout.max_response_tokens = prompt, response
+    config.evaluation.max_response_tokens = evaluated
+    assert f"--max-model-len={longest}" in launch_of(config, tmp_path).command
+
+
 @pytest.mark.parametrize("where", ["rollout", "evaluation"])
 def test_sglangs_servers_get_the_modules_only_if_they_are_needed(tmp_path: Path, where: str) -> None:
     config = Config()
