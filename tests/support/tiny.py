@@ -105,7 +105,9 @@ def _of_family(family: str, layers: int, *, normalized: bool) -> dict[str, Any]:
     if family == "olmo3":
         return _olmo3(layers)
     experts = {"num_experts": EXPERTS, "num_experts_per_tok": PER_TOKEN, "moe_intermediate_size": EXPERT_FFN}
-    plain = {"rope_parameters": LLAMA3 if family == "llama" else ROPE}
+    # A Llama's config names tokens 1 and 2 if it is not asked, and SGLang ends a response at its end token too.
+    llama = {"rope_parameters": LLAMA3, "bos_token_id": None, "eos_token_id": None}
+    plain = llama if family == "llama" else {"rope_parameters": ROPE}
     return plain | experts | {"norm_topk_prob": normalized} if family == "qwen3_moe" else plain
 
 
