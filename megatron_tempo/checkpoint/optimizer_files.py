@@ -9,9 +9,9 @@ two moments are three tensors, fp32 [stop - start], with names such as
     decoder.layers.17.mlp.linear_fc2.weight|tp 1 of 2|4096:8192|exp_avg
 
 Layers are counted over all pipeline stages, and experts over all expert ranks. An expert's ranks are the expert tensor
-ranks. A tied matrix is written once, as the input embedding. A rank that reads in
-the same tensor parallelism reads the range that it has now. In another one it puts the old shards of a parameter
-together to whole Hugging Face tensors, and cuts its own out of them, by the tables for weights (`weights/tables.py`).
+ranks. A tied matrix is written once, as the input embedding. A rank that reads in the same tensor parallelism reads the
+range that it has now. In another one it puts the old shards of a parameter together to whole Hugging Face tensors, and
+cuts its own out of them, by the tables for weights (`weights/tables.py`).
 """
 
 from __future__ import annotations

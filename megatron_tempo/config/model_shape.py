@@ -159,6 +159,16 @@ class ModelShape:
         return self.groups * self.head_dim
 
     @property
+    def token_matrices(self) -> int:
+        """Numbers of one layer's matrices that a token is multiplied with.
+
+        Of a mixture of experts: the router's, and those of the experts that it chooses.
+        """
+        own = self.experts
+        feed_forward = 3 * self.ffn if own is None else 3 * own.per_token * own.ffn + own.count
+        return (2 * self.queries + 2 * self.keys + feed_forward) * self.hidden
+
+    @property
     def ropes(self) -> tuple[Rope, ...]:
         """The rotary embeddings of its layers, each once."""
         return tuple(dict.fromkeys(layer.rope for layer in self.attention))

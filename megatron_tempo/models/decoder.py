@@ -36,13 +36,11 @@ NORMS_WITHIN = {
 }
 
 
-# Where the experts of a rank have their matrices, and the names that weight tables and checkpoints use.
+# Where the experts of a rank have their matrices, and the names that weight tables and checkpoints use: in Megatron's
+# sequential experts, and in Transformer Engine's grouped ones.
 _EXPERTS_WITHIN = (
-    (re.compile(r"\.experts\.local_experts\.(\d+)\."), r".experts.\1."),  # Megatron's sequential experts
-    (
-        re.compile(r"\.experts\.(linear_fc[12])\.weight(\d+)$"),
-        r".experts.\2.\1.weight",
-    ),  # Transformer Engine's grouped ones
+    (re.compile(r"\.experts\.local_experts\.(\d+)\."), r".experts.\1."),
+    (re.compile(r"\.experts\.(linear_fc[12])\.weight(\d+)$"), r".experts.\2.\1.weight"),
 )
 
 

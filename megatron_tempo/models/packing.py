@@ -91,17 +91,14 @@ class MicroBatch:
 def row_work(lengths: Tensor, shape: ModelShape, outputs: Tensor | None = None) -> Tensor:
     """Multiply-adds of a forward pass over each row: int64 [n]. A backward pass costs twice that, so shares are equal.
 
-    A token costs one for each number of the matrices that it passes in all layers: of a mixture of experts, the router
-    and the experts of a token. A pair of tokens that attend costs two products of
-    the queries' width: a layer has about n^2 / 2 pairs, or n w - w^2 / 2 with a window of w.
+    A token costs one for each number of the matrices that it passes in all layers (`ModelShape.token_matrices`). A pair
+    of tokens that attend costs two products of the queries' width: a layer has about n^2 / 2 pairs, or n w - w^2 / 2
+    with a window of w.
 
     `lengths`: int64 [n], tokens of each row. `outputs`: int64 [n], how many of them pass the output layer; None for a
     critic, which has none.
     """
-    experts = shape.experts
-    feed_forward = 3 * shape.ffn if experts is None else 3 * experts.per_token * experts.ffn + experts.count
-    matrices = (2 * shape.queries + 2 * shape.keys + feed_forward) * shape.hidden
-    work = lengths * (shape.layers * matrices)
+    work = lengths * (shape.layers * shape.token_matrices)
     for window, layers in Counter(layer.window for layer in shape.attention).items():
         seen = lengths if window is None else lengths.clamp(max=window)
         work += layers * 2 * shape.queries * (lengths * seen - seen * (seen - 1) // 2)
@@ -187,20 +184,23 @@ def micro_batches(
     *,
     with_grid: bool = True,
     at_least: int = 1,
+    has_routers: bool = False,
     with_choices: bool = False,
 ) -> list[MicroBatch]:
     """The given rows of `batch`, which this rank holds, packed. Returns at least `at_least` micro-batches, if only of
     padding.
 
     The tokens of each rank, also under sequence parallelism, are padded to a multiple of `token_multiple`.
-    `with_grid`: whether the attention works on the grids of `Packing`. `with_choices`: whether the recorded experts of
-    the batch, if it has some, belong to it.
+    `with_grid`: whether the attention works on the grids of `Packing`. `has_routers`: whether the model has mixtures of
+    experts. `with_choices`: whether the recorded experts of the batch, if it has some, belong to it.
     """
     groups = divide_by_budget(batch.lengths[rows], budget)
     groups += [torch.zeros(0, dtype=torch.int64)] * (at_least - len(groups))
     multiple = token_multiple * (layout.tensor if layout.sequence_parallel else 1)
     multiple *= 2 * layout.context if layout.context > 1 else 1
     packed = [_pack(batch, rows[group], layout, multiple, device, with_grid=with_grid) for group in groups]
+    for part in packed if has_routers else ():
+        part.packing.routed = _routed_tokens(batch, part, layout)
     if not with_choices or batch.experts is None:
         return packed
     return [replace(part, choices=_choices(batch, part, layout)) for part in packed]
@@ -238,7 +238,6 @@ def _pack(
         packing = _packing(sequences, device)
         if with_grid:
             packing.grids = _grids(lengths, padding, device)
-    packing.routed = RoutedTokens(_real(total, shard, layout).to(device), total)
     return MicroBatch(
         rows=rows,
         tokens=tokens[None, shard.tokens].to(device),
@@ -254,10 +253,17 @@ def _pack(
     )
 
 
-def _real(total: int, shard: ContextShard, layout: Layout) -> Tensor:
-    """Which of the tokens that pass this rank's routers are of rows: bool, of S / c tokens or, in sequence parallelism,
-    of the tensor rank's share of these."""
-    own = shard.tokens < total
+def _routed_tokens(batch: Batch, part: MicroBatch, layout: Layout) -> RoutedTokens:
+    """The tokens of a micro-batch that pass this rank's routers."""
+    total = int(batch.lengths[part.rows].sum())
+    real = torch.arange(total + part.padding) < total
+    return RoutedTokens(_routed(real, layout).to(part.tokens.device), total)
+
+
+def _routed(of_tokens: Tensor, layout: Layout) -> Tensor:
+    """Of numbers of a micro-batch's tokens, those of the tokens that pass this rank's routers: S / c of them or, in
+    sequence parallelism, the tensor rank's consecutive share of these."""
+    own = of_tokens[ContextShard.of(len(of_tokens), layout.context_rank, layout.context).tokens]
     return own.chunk(layout.tensor)[layout.tensor_rank] if layout.sequence_parallel else own
 
 
@@ -266,10 +272,7 @@ def _choices(batch: Batch, part: MicroBatch, layout: Layout) -> RecordedChoices:
     assert batch.experts is not None
     of_rows = _cells(batch, part.rows, batch.lengths, 0)
     cells = torch.cat([of_rows, torch.full((part.padding,), -1)])
-    own = cells[ContextShard.of(len(cells), layout.context_rank, layout.context).tokens]
-    if layout.sequence_parallel:  # consecutive tokens of the context rank
-        own = own.chunk(layout.tensor)[layout.tensor_rank]
-    return RecordedChoices(batch.experts, own)
+    return RecordedChoices(batch.experts, _routed(cells, layout))
 
 
 def value_cells(batch: Batch, rows: Tensor) -> Tensor:

@@ -205,17 +205,16 @@ def initialize_model_parallel(config: ParallelConfig, seed: int, timeout: timede
     expert_tensor * expert * pipeline.
     """
     world = dist.get_world_size()
-    expert_tensor = config.tensor if config.expert_tensor is None else config.expert_tensor
     if world % config.ranks_of_a_replica:
         raise InputError(
             f"{world} processes are not a multiple of parallel.tensor={config.tensor} * pipeline={config.pipeline} * "
             f"context={config.context}: launch a multiple of {config.ranks_of_a_replica}"
         )
-    of_experts = expert_tensor * config.expert * config.pipeline
+    of_experts = config.expert_cut * config.expert * config.pipeline
     if world % of_experts:
         raise InputError(
-            f"{world} processes are not a multiple of parallel.expert_tensor={expert_tensor} * expert={config.expert} "
-            f"* pipeline={config.pipeline}: launch a multiple of {of_experts}"
+            f"{world} processes are not a multiple of parallel.expert_tensor={config.expert_cut} * "
+            f"expert={config.expert} * pipeline={config.pipeline}: launch a multiple of {of_experts}"
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
@@ -223,7 +222,7 @@ def initialize_model_parallel(config: ParallelConfig, seed: int, timeout: timede
         virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
         context_parallel_size=config.context,
         expert_model_parallel_size=config.expert,
-        expert_tensor_parallel_size=expert_tensor,
+        expert_tensor_parallel_size=config.expert_cut,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
     )
@@ -246,7 +245,7 @@ def initialize_model_parallel(config: ParallelConfig, seed: int, timeout: timede
         expert_rank=parallel_state.get_expert_model_parallel_rank(),
         expert=config.expert,
         expert_tensor_rank=parallel_state.get_expert_tensor_parallel_rank(),
-        expert_tensor=expert_tensor,
+        expert_tensor=config.expert_cut,
         expert_data_rank=parallel_state.get_expert_data_parallel_rank(),
         expert_data=parallel_state.get_expert_data_parallel_world_size(),
         groups=Groups.read(),

@@ -173,6 +173,7 @@ class Model:
             token_multiple=self.net.token_multiple,
             with_grid=self.net.attends_on_grid,
             at_least=max(self._least_micro_batches, self._of_all_ranks(batch.lengths[rows], owners[rows])),
+            has_routers=self.net.shape.experts is not None,
             with_choices=self.replay is not None,
         )
 

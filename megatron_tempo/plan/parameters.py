@@ -60,14 +60,6 @@ def experts(shape: ModelShape, expert: int = 1, cut: int = 1) -> int:
     return 0 if own is None else own.count // expert * (3 * own.ffn * shape.hidden // cut)
 
 
-def token_matrices(shape: ModelShape) -> int:
-    """Numbers of one layer's matrices that a token is multiplied with: of a mixture, the router and the experts that it
-    chooses."""
-    own, attention = shape.experts, (2 * shape.queries + 2 * shape.keys) * shape.hidden
-    ffn = shape.ffn if own is None else own.per_token * own.ffn
-    return attention + 3 * ffn * shape.hidden + router(shape)
-
-
 def active_parameters(shape: ModelShape) -> int:
     """Parameters that one token uses: all but the experts that are not chosen for it."""
     own = shape.experts

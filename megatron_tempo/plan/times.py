@@ -28,7 +28,7 @@ from megatron_tempo.plan.memory import (
     places_of,
     weight_bytes,
 )
-from megatron_tempo.plan.parameters import Role, expert_parameters, parameters, token_matrices
+from megatron_tempo.plan.parameters import Role, expert_parameters, parameters
 from megatron_tempo.plan.split import split_of, takes_turns
 
 
@@ -152,7 +152,7 @@ def row_operations(shape: ModelShape, prompt: int, response: int, role: Role) ->
     n = prompt + response
     w = min(n, shape.window or n)
     pairs = (shape.layers - shape.windowed_layers) * n**2 / 2 + shape.windowed_layers * (n * w - w**2 / 2)
-    layers = 2.0 * n * shape.layers * token_matrices(shape) + 4.0 * shape.queries * pairs
+    layers = 2.0 * n * shape.layers * shape.token_matrices + 4.0 * shape.queries * pairs
     return layers, 2.0 * response * shape.hidden * shape.vocab if role is Role.actor else 0.0
 
 

@@ -185,7 +185,7 @@ def _class(where: str, text: str) -> int | None:
 
 def _with_experts(path: Path, number: int, text: str, completion: Completion, routing: RoutingFormat) -> Completion:
     """The completion with the experts that line `number` names."""
-    where, beside, fix = f"{path}, line {number}", experts_path(path), "set model.router_replay=off to do without"
+    where, file, fix = f"{path}, line {number}", experts_path(path), "set model.router_replay=off to run without them"
     given = json.loads(text)
     place, tokens = given.get("experts"), len(given["prompt_tokens"]) + len(completion.token_ids)
     if place is None:
@@ -198,12 +198,12 @@ def _with_experts(path: Path, number: int, text: str, completion: Completion, ro
     if type(offset) is not int or offset < 0 or {name: place.get(name) for name in wanted} != wanted:
         raise InputError(f"rollout.replay: {where} has the experts {place}, not {wanted} at an offset; {fix}")
     try:
-        raw = np.fromfile(beside, wanted["dtype"], tokens * routing.layers * routing.per_token, offset=offset)
+        raw = np.fromfile(file, wanted["dtype"], tokens * routing.layers * routing.per_token, offset=offset)
         experts = torch.from_numpy(raw.reshape(wanted["shape"]))
     except (OSError, ValueError) as error:
-        raise InputError(f"rollout.replay: {beside} has not the experts of {where} ({error}); {fix}") from error
+        raise InputError(f"rollout.replay: {file} does not have the experts of {where} ({error}); {fix}") from error
     if wrong := doubts(experts, routing):
-        raise InputError(f"rollout.replay: {beside} has for {where} {wrong[0]}; {fix}")
+        raise InputError(f"rollout.replay: the experts of {where} in {file}: {wrong[0]}; {fix}")
     return replace(completion, experts=experts)
 
 

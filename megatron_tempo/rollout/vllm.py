@@ -144,7 +144,7 @@ class Vllm:
             parameters["seed"] = request.seed >> 1  # the last sample's, too, fits in 63 bits
         if (
             self.routing is not None
-        ):  # a server that records experts returns them to each request: here, as few as it can
+        ):  # a server that records experts returns some with every answer: here as few as it can
             wanted = sampling.with_experts
             parameters["routed_experts_prompt_start"] = request.experts_from if wanted else len(request.token_ids)
         return Call("/inference/v1/generate", {"token_ids": list(request.token_ids), "sampling_params": parameters})

@@ -83,10 +83,8 @@ def build_engine(context: RunContext, *, trains: bool = True) -> Engine:
         return ImportedEngine(kind, setup, read_model_shape(model).vocab, routing)
     from megatron_tempo.rollout.servers import ServersEngine  # an HTTP client, for these engines only
 
-    servers, adapter = (
-        config.rollout.servers,
-        server_adapter_of(config, cpu=context.device.type == "cpu", trains=trains),
-    )
+    adapter = server_adapter_of(config, cpu=context.device.type == "cpu", trains=trains)
+    servers = config.rollout.servers
     work, vocab = Path(config.run.dir) / "engine", read_model_shape(model).vocab
     precision, timeout = engine_precision(config), collective_timeout(config)
     gpus = context.offloader if config.rollout.is_colocated else None

@@ -58,7 +58,7 @@ def metrics_of(folder: Path, config: Config) -> list[dict[str, Any]]:
 
 
 def assert_recorded(folder: Path) -> None:
-    """A byte for each expert of each token, of all ranks' rollouts, in the file beside them."""
+    """The file of experts has one byte for each expert of each token, of the rollouts of all ranks."""
     for path, rows in zip(sorted((folder / "rollouts").glob("*.jsonl")), rollouts(folder), strict=True):
         tokens = sum(len(row["prompt_tokens"]) + len(row["response_tokens"]) for row in rows)
         assert experts_path(path).stat().st_size == tokens * LAYERS * PER_TOKEN

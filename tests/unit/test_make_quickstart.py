@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-TOOLS = Path(__file__).parents[2] / "tools"
+from tests.support.tools import load_tool
 
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    spec = importlib.util.spec_from_file_location("make_quickstart", TOOLS / "make_quickstart.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "make_quickstart", module)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("make_quickstart", monkeypatch)
 
 
 def test_wider_heads_say_the_same_and_their_zeros_stay(tool: ModuleType) -> None:

@@ -346,7 +346,7 @@ def recorded(single: None, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_file_of_rollouts_keeps_all_layers_in_a_file_beside_it(recorded: Path) -> None:
+def test_a_file_of_rollouts_keeps_all_layers_in_a_file_of_its_own(recorded: Path) -> None:
     assert sorted(file.name for file in recorded.parent.iterdir()) == ["stage1-000003.experts", "stage1-000003.jsonl"]
     answers = dump.read(recorded, [], PROMPTS, 2, routing=FORMAT)
     rows = [one.experts for i in range(3) for one in answers.completions[i]]
@@ -376,7 +376,7 @@ def edited(path: Path, edit: Any) -> None:
         (lambda line: line.update(experts=7), "line 2 has the experts 7"),
         (lambda line: line["experts"].update(offset=-1), "line 2 has the experts"),
         (lambda line: line["experts"].update(shape=[1, 3, 2]), "line 2 has the experts"),
-        (lambda line: line["experts"].update(offset=10**6), "has not the experts of"),
+        (lambda line: line["experts"].update(offset=10**6), "does not have the experts of"),
     ],
 )
 def test_a_file_without_the_experts_of_a_line_is_refused_with_a_fix(recorded: Path, edit: Any, words: str) -> None:
@@ -387,12 +387,12 @@ def test_a_file_without_the_experts_of_a_line_is_refused_with_a_fix(recorded: Pa
 
 
 def test_experts_that_the_model_does_not_have_are_refused(recorded: Path) -> None:
-    beside = dump.experts_path(recorded)
-    beside.write_bytes(bytes([99]) + beside.read_bytes()[1:])
+    experts = dump.experts_path(recorded)
+    experts.write_bytes(bytes([99]) + experts.read_bytes()[1:])
     with pytest.raises(InputError, match="an expert that is none of 8"):
         dump.read(recorded, [], PROMPTS, 2, routing=FORMAT)
-    beside.unlink()
-    with pytest.raises(InputError, match="has not the experts of"):
+    experts.unlink()
+    with pytest.raises(InputError, match="does not have the experts of"):
         dump.read(recorded, [], PROMPTS, 2, routing=FORMAT)
 
 

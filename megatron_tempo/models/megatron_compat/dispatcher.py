@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import nn
 
 # What a pass leaves: where each row of its last micro-batch went, and with which weight.
@@ -15,7 +16,5 @@ def drop_routes(net: nn.Module) -> None:
     attributes. Without this, a model in host memory still takes GPU memory: 58 MB a layer of Qwen3-30B-A3B.
     """
     for module in net.modules():
-        dispatcher = getattr(module, "token_dispatcher", None)
-        for name in _OF_A_PASS if dispatcher is not None else ():
-            if hasattr(dispatcher, name):
-                setattr(dispatcher, name, None)
+        if isinstance(module, MoELayer):
+            vars(module.token_dispatcher).update(dict.fromkeys(_OF_A_PASS))
