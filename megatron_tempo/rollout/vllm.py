@@ -142,9 +142,7 @@ class Vllm:
             parameters |= {"stop": list(sampling.stop), **text}
         if sampling.seeded:
             parameters["seed"] = request.seed >> 1  # the last sample's, too, fits in 63 bits
-        if (
-            self.routing is not None
-        ):  # a server that records experts returns some with every answer: here as few as it can
+        if self.routing is not None:  # such a server returns experts with every answer: here as few as it can
             wanted = sampling.with_experts
             parameters["routed_experts_prompt_start"] = request.experts_from if wanted else len(request.token_ids)
         return Call("/inference/v1/generate", {"token_ids": list(request.token_ids), "sampling_params": parameters})
