@@ -14,8 +14,8 @@ import torch
 
 # Allowed growth of a series from after the warm-up to the end: in its own unit, and as a share of its value. Counts may
 # not grow, except Python objects: 100 are one in two iterations. 2 MB are 20 kB per iteration, because the allocator
-# needs a while to settle (`SETTLES_LATE`). Seconds are CPU seconds of the process, which hardly depend on other load.
-# Wall time is recorded but not checked.
+# needs a while to settle (`SETTLES_LATE`). Seconds are CPU seconds of the process. Other load raises them by a fifth,
+# because caches and memory are shared. Wall time is recorded but not checked.
 ALLOWED: Mapping[str, tuple[float, float]] = {
     "files": (0, 0),
     "threads": (0, 0),
@@ -23,7 +23,7 @@ ALLOWED: Mapping[str, tuple[float, float]] = {
     "tensors": (0, 0),
     "objects": (100, 0),
     "rss_mb": (2.0, 0),
-    "cpu_seconds": (0, 0.15),
+    "cpu_seconds": (0, 0.3),
 }
 # Memory grows by some MB in the first half of a run, and no Python object or tensor with it: glibc's heaps, one for
 # each thread that allocates, become as large as they need to be. With MALLOC_ARENA_MAX=1 it is one MB.
