@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from megatron_tempo.config.choices import EngineKind
 from megatron_tempo.config.schema import Config
@@ -26,7 +28,7 @@ from tests.support.logged import logged
 
 ROOT = Path(__file__).parents[2]
 ENGINES = (EngineKind.sglang, EngineKind.vllm)
-END = tiny.WORDS.index("$")
+END, ENDING = tiny.WORDS.index("$"), 45
 # On a CPU, SGLang pads other sizes, which changes its checksums. vLLM does not support smaller heads.
 FFN, HEAD_DIM = 64, 32
 PROMPTS = [(5, 7, 8), (9, 4, 1, 2, 3), (60,), tuple(range(20))]
@@ -79,6 +81,35 @@ def write_model(folder: Path, kind: str = "untied", *, seed: int = 0) -> Path:
     sampling = {"do_sample": True, "temperature": 0.01, "top_k": 1, "top_p": 0.1, "eos_token_id": END}
     (folder / "generation_config.json").write_text(json.dumps(sampling))
     return folder
+
+
+def write_endless_models(folder: Path, *, positions: int) -> tuple[Path, Path]:
+    """Two models that differ in the end token's row of the output layer only: caches of one are right for the other.
+
+    By the first, a response to a prompt that ends with `ENDING` repeats this token and ends after a few of them; any
+    other response does not end, since the end token's logit is lower by over 50. By the second, all responses end.
+    """
+    endless, ends = write_model(folder / "endless"), folder / "ends"
+    config = json.loads((endless / "config.json").read_text()) | {"max_position_embeddings": positions}
+    (endless / "config.json").write_text(json.dumps(config))
+    weights = load_file(endless / "model.safetensors")
+    for name, matrix in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            matrix[:2] = 0.0  # no layer writes to the first two channels
+    weights["model.norm.weight"][:2] = 1.0
+    embedding, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    embedding[:, 0], embedding[:, 1] = 4.0, 0.0  # the same for all tokens
+    embedding[ENDING, 1] = 4.0
+    of_end = head[END].clone()
+    head[ENDING], head[END] = 0.0, 0.0
+    head[ENDING, 0], head[ENDING, 1] = -100.0, 130.0
+    head[END, 0], head[END, 1] = -104.0, 130.0
+    save_file(weights, endless / "model.safetensors", {"format": "pt"})
+    shutil.copytree(endless, ends)
+    head[END] = of_end
+    head[END, 0], head[END, 1] = 6.0, 0.0
+    save_file(weights, ends / "model.safetensors", {"format": "pt"})
+    return endless, ends
 
 
 def config_of(kind: EngineKind, model: Path, run: Path) -> Config:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -109,7 +108,7 @@ def losing_its_server(config: Config, iteration: int) -> tuple[str, float]:
         request(self, stage_name, stage, number)  # type: ignore[arg-type]
         if number == iteration and not died:
             died.append(time.monotonic())
-            threading.Timer(0.02, os.killpg, (group_of(self.engine, 0), signal.SIGKILL)).start()  # type: ignore[arg-type]
+            os.killpg(group_of(self.engine, 0), signal.SIGKILL)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(RolloutRequests, "request", requesting)

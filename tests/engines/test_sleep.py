@@ -142,13 +142,13 @@ def turns(kind: EngineKind, models: list[Path], run: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"completions": [], "health": []}
     with opened(config, messages) as (context, engine):
         replica = engine._first._replicas[0]
-        client = httpx.Client(base_url=replica.url, headers=authorised(engine._first._calls._key), timeout=3.0)
+        client = httpx.Client(base_url=replica.url, headers=authorised(engine._first._calls._key), timeout=60.0)
         adapter = ADAPTERS[kind]
         call = adapter.generate(REQUESTS[0], Sampling(0.7, 4), [0])
         for version, path in enumerate(models):
             result["health"].append(engine.health()[0])
             with pytest.raises(httpx.ReadTimeout):  # neither answers asleep; a GPU has nothing to answer with
-                client.post(call.path, json=call.body)
+                client.post(call.path, json=call.body, timeout=httpx.Timeout(60.0, read=3.0))
             config.model.path = str(path)
             actor = build_actor(context)
             weights = engine_weights(actor, context)
