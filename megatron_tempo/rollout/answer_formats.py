@@ -179,3 +179,24 @@ def refusal_in(body: bytes | bytearray) -> str | None:
     except msgspec.MsgspecError:
         return None
     return None if refusal is None or refusal.success else str(refusal.message)
+
+
+class _Error(Struct, gc=False):
+    type: str
+
+
+class _Unavailable(Struct, gc=False):
+    error: _Error
+
+
+# vLLM 0.33: a request that came while generation is paused, or that failed without harm to the server; a full queue.
+# Its code "engine_paused" stays inside the server (vllm/entrypoints/serve/exception_handling/error_response.py).
+_TO_RETRY = ("ServiceUnavailableError", "Service Unavailable")
+
+
+def is_unavailable(text: str) -> bool:
+    """Whether an answer with status 503 asks to try later, as vLLM 0.33 says it; others mean a server that is ill."""
+    try:
+        return msgspec.json.decode(text, type=_Unavailable).error.type in _TO_RETRY
+    except msgspec.MsgspecError:
+        return False

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import megatron_tempo
 from megatron_tempo.config.routing import RoutingFormat
 from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout.answer_experts import RoutingForm
-from megatron_tempo.rollout.answer_formats import AnswerRow
+from megatron_tempo.rollout.answer_formats import AnswerRow, is_unavailable
 from megatron_tempo.rollout.answer_frames import (
     NO_STATUS,
     PING,
@@ -50,6 +51,10 @@ class CannotAnswer(EngineError):
     """A request that no server would answer, or whose answer nobody would read."""
 
 
+class AskAgain(EngineError):
+    """A request that a server does not take now, and may take later. The server is in order."""
+
+
 @dataclass(frozen=True, slots=True)
 class RawAnswers:
     """The responses to one request, unchecked. The arrays can be written."""
@@ -59,6 +64,12 @@ class RawAnswers:
     logprobs: NDArray[np.float32]
     received: float  # when the answer began to arrive, by `time.monotonic`
     experts: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))  # their bytes, of all rows
+
+
+def nothing_yet(samples: int) -> RawAnswers:
+    """The answer to a request that is interrupted before its first token."""
+    rows = [AnswerRow(0, 0, "abort", []) for _ in range(samples)]
+    return RawAnswers(rows, np.empty(0, np.int32), np.empty(0, np.float32), time.monotonic())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,8 +113,8 @@ class AnswerReader:
         """The answer to a POST of a JSON body to a path of a server. If this is cancelled, so is the request.
 
         `with_experts`: whether the experts in it are read.
-        Raises EngineError if the server does not answer well, CannotAnswer if no server would, or if the worker dies
-        again and again.
+        Raises EngineError if the server does not answer well, AskAgain if it takes no requests now, CannotAnswer if no
+        server would answer, or if the worker dies again and again.
         """
         if self._broken is not None:
             raise CannotAnswer(self._broken)
@@ -215,6 +226,8 @@ class AnswerReader:
 def refusal(status: int, path: str, text: str) -> EngineError:
     """The error for an answer with a status other than 200."""
     kind = CannotAnswer if status in (400, 413, 422) else EngineError
+    if status == 503 and is_unavailable(text):
+        kind = AskAgain
     return kind(f"answered {path} with {status}: {text[:500]}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,16 +13,17 @@ from megatron_tempo.config.choices import Dispatch
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout.answer_checks import checked_completions, reason
-from megatron_tempo.rollout.answer_reader import AnswerReader, CannotAnswer
+from megatron_tempo.rollout.answer_reader import AnswerReader, AskAgain, CannotAnswer, RawAnswers, nothing_yet
 from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
 from megatron_tempo.rollout.partial_requests import is_unfinished, joined, parts_of
-from megatron_tempo.rollout.replica import Answered, Ask, GenerationJob, Replica, State
+from megatron_tempo.rollout.replica import Answered, Ask, GenerationJob, Replica
 from megatron_tempo.rollout.request_queue import RequestQueue
 from megatron_tempo.rollout.server_adapter import Call, ServerAdapter
 from megatron_tempo.runtime import progress_marker
 from megatron_tempo.types import Completion
 
 INTERRUPT_SECONDS = 10.0  # in which servers answer requests that are interrupted
+AGAIN_SECONDS = 1.0  # before a server that takes no requests for the moment is asked again
 
 # Makes calls to a server, one after the other; a failure counts against the server.
 Calls = Callable[[Replica, Sequence[Call]], Awaitable[object]]
@@ -80,9 +82,25 @@ class Dispatcher:
         self.dispatch()
 
     async def interrupt(self, job: GenerationJob, calls: Calls) -> None:
-        """End the generation of a job's requests, and keep them from servers until the queue's `go_on`."""
+        """End the generation of a job's requests, and keep them from servers until the queue's `go_on`.
+
+        The servers end other jobs' requests too. Those are asked again, from their beginning.
+        """
         self.waiting.pause(job)
         busy = [replica for replica in self._replicas if job in {ask.job for ask in replica.asks.values()}]
+        for replica in busy:
+            replica.interrupted = True
+            for other in {ask.job for ask in replica.asks.values()} - {job}:
+                self.waiting.put_back(self._take_back(replica, other, range(other.asked)))
+        self.dispatch()
+        try:
+            await self._end_generation(job, busy, calls)
+        finally:
+            for replica in busy:
+                replica.interrupted = False
+            self.dispatch()
+
+    async def _end_generation(self, job: GenerationJob, busy: Sequence[Replica], calls: Calls) -> None:
         tasks = [task for replica in busy for task, ask in replica.asks.items() if ask.job is job]
         await asyncio.gather(*(calls(replica, self._adapter.interrupt()) for replica in busy))
         if tasks:
@@ -96,8 +114,7 @@ class Dispatcher:
         """Send waiting requests to the servers with the lowest load."""
         most = self._limits.config.concurrency
         while self.waiting:
-            serving = [replica for replica in self._replicas if replica.state is State.serving and not replica.held]
-            free = [replica for replica in serving if len(replica.asks) < most]
+            free = [replica for replica in self._replicas if replica.takes_requests and len(replica.asks) < most]
             if not free:
                 return
             replica = min(free, key=lambda replica: replica.load)
@@ -119,10 +136,7 @@ class Dispatcher:
         assert task is not None
         try:
             parts = parts_of(ask)
-            calls = [self._adapter.generate(part.request, part.sampling, self._limits.end_tokens) for part in parts]
-            experts = ask.sampling.with_experts
-            asked = (self._reader.ask(replica.url, call.path, call.body or {}, with_experts=experts) for call in calls)
-            raw = await asyncio.gather(*asked)
+            raw = await asyncio.gather(*(self._raw(replica, part) for part in parts))
             pairs, given = zip(raw, parts, strict=True), (self._limits.vocab, self.version, self._adapter.routing)
             answers = [checked_completions(one, part, *given) for one, part in pairs]
             completions = joined(ask.request, answers)
@@ -141,6 +155,24 @@ class Dispatcher:
                 self._finish(ask, completions, max(one.received for one in raw))
         del replica.asks[task]
         self.dispatch()
+
+    async def _raw(self, replica: Replica, part: Ask) -> RawAnswers:
+        """A server's answer. One that takes no requests for the moment is asked again, within `answer_seconds`.
+
+        If the job was interrupted meanwhile, the request has no token yet.
+        """
+        call = self._adapter.generate(part.request, part.sampling, self._limits.end_tokens)
+        begun, limit = time.monotonic(), self._limits.config.answer_seconds
+        while True:
+            try:
+                experts = part.sampling.with_experts
+                return await self._reader.ask(replica.url, call.path, call.body or {}, with_experts=experts)
+            except AskAgain as error:
+                if part.job.is_paused:
+                    return nothing_yet(part.request.samples)
+                if time.monotonic() - begun > limit:
+                    raise EngineError(f"{error}, for rollout.servers.answer_seconds={limit:g}") from error
+            await asyncio.sleep(AGAIN_SECONDS)
 
     def _finish(self, ask: Ask, completions: list[Completion], received: float) -> None:
         """A request is answered."""

@@ -294,7 +294,7 @@ class Fleet:
         self._requests.waiting.put_back(asks)
         again = f"; its {len(asks)} unfinished requests are asked again" if asks else ""
         log.warning("%s %s%s", self._calls.name(replica), why, again)
-        replica.state, replica.held, replica.waits = State.starting, False, False
+        replica.state, replica.held, replica.interrupted, replica.waits = State.starting, False, False, False
         replica.life += 1
         if replica.client is not None:
             self._spawn(replica.client.aclose())

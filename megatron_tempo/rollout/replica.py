@@ -44,8 +44,13 @@ class Replica:
     url: str = ""
     client: httpx.AsyncClient | None = None
     held: bool = False  # for a weight update
+    interrupted: bool = False  # it is ending the generation of its requests
     waits: bool = False  # restarted, with the weights: it answers nothing until it has passed the gate
     asks: dict[asyncio.Task[None], Ask] = field(default_factory=dict)
+
+    @property
+    def takes_requests(self) -> bool:
+        return self.state is State.serving and not self.held and not self.interrupted
 
     @property
     def load(self) -> int:
