@@ -25,6 +25,7 @@ from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout.addresses import own_address
 from megatron_tempo.rollout.connections import authorised
+from megatron_tempo.rollout.engine_versions import check_version
 from megatron_tempo.rollout.folder import private_folder
 from megatron_tempo.rollout.nccl import align_nccl
 from megatron_tempo.rollout.server_adapter import Launch, ServerAdapter, Start
@@ -54,6 +55,7 @@ class Server:
         self.port = port = _free_port(host) if port is None else port
         self.url = f"http://{host}:{port}"
         self._adapter, self._seconds, self._key = adapter, config.start_seconds, key
+        self._python = config.python
         self.log = folder / f"{adapter.name.lower()}.log"
         launch = adapter.launch(Start(config, model, folder, host, port, key, precision))
         environment = environment_of(launch, devices)
@@ -88,15 +90,22 @@ class Server:
                 progress_marker.mark()
                 if self.process.poll() is not None:
                     code = self.process.returncode
-                    raise EngineError(f"{name} ended with exit code {code}" + last_words(self.log, self._key))
+                    doubt = self._adapter.versions.doubt_of_failed(self._python)
+                    raise EngineError(f"{name} ended with exit code {code}{doubt}" + last_words(self.log, self._key))
                 with contextlib.suppress(httpx.HTTPError):  # not listening yet
                     if client.get(self._adapter.health.path).status_code == 200:
+                        self._check_version(client)
                         return
                 time.sleep(0.25)
         raise EngineError(
             f"{name} was not ready within rollout.servers.start_seconds={self._seconds:g}: raise it, or see why"
             + last_words(self.log, self._key)
         )
+
+    def _check_version(self, client: httpx.Client) -> None:
+        with contextlib.suppress(httpx.HTTPError):
+            answer = client.get(self._adapter.asks_for_version.path)
+            check_version(self._adapter.versions, answer.text, self.url)
 
 
 def environment_of(launch: Launch, devices: str, inherited: Mapping[str, str] = os.environ) -> dict[str, str]:

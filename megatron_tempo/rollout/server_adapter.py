@@ -15,6 +15,7 @@ from megatron_tempo.config.choices import EnginePrecision
 from megatron_tempo.config.routing import RoutingFormat
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.rollout.engine import Request, Sampling
+from megatron_tempo.rollout.engine_versions import EngineVersions
 from megatron_tempo.rollout.read_back import Selection
 from megatron_tempo.rollout.slices import Places, Slices
 from megatron_tempo.types import Bucket, whole_name
@@ -93,6 +94,8 @@ class ServerAdapter(Protocol):
     name: str
     takes_parts: bool  # whether `update` takes a tensor that is larger than a bucket in parts
     asks_for_parts: Call | None  # asks a server that others have started whether it does; None: it does as the others
+    versions: EngineVersions
+    asks_for_version: Call  # answered with JSON that has a "version"
     health: Call  # answered with 200 by a server that is ready
     progress: Call  # shows progress, to tell a slow server from a hung one
     answer_format: str  # of the answers to `generate`: a key of `answer_formats.ANSWER_FORMATS`

@@ -35,6 +35,7 @@ from megatron_tempo.files import read_json
 from megatron_tempo.rollout.answer_checks import differing
 from megatron_tempo.rollout.cuda_memory import Pickler
 from megatron_tempo.rollout.engine import Request, Sampling
+from megatron_tempo.rollout.engine_versions import EngineVersions
 from megatron_tempo.rollout.folder import private_file, served_folder
 from megatron_tempo.rollout.read_back import Selection
 from megatron_tempo.rollout.server_adapter import (
@@ -100,6 +101,8 @@ class Sglang:
     name = "SGLang"
     takes_parts = True
     asks_for_parts: Call | None = Call("/server_info")
+    versions = EngineVersions("SGLang", ("sglang",), ("0.5.23",), "0.5.23")
+    asks_for_version = Call("/server_info")
     health = Call("/health")
     # Answers once the scheduler has made progress, or has generated a token of a request of its own.
     progress = Call("/health_generate")

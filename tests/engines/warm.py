@@ -33,7 +33,9 @@ from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 _CLIENT = """#!{python} -SE
-import sys
+import os, sys
+if sys.argv[1] == "-c":
+    os.execv({interpreter!r}, [{interpreter!r}, *sys.argv[1:]])
 sys.path[:0] = [{folder!r}]
 import warm
 warm.ask({socket!r}, sys.argv[1:])
@@ -47,7 +49,7 @@ class WarmEngine:
         folder.mkdir(parents=True)
         self.folder, self.python = folder, folder / "python"
         names = {"folder": str(Path(__file__).parent), "socket": str(folder / "socket")}
-        self.python.write_text(_CLIENT.format(python=sys.executable, **names))
+        self.python.write_text(_CLIENT.format(python=sys.executable, interpreter=str(interpreter), **names))
         self.python.chmod(0o755)
         command = [interpreter, __file__, "serve", folder, *modules]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}

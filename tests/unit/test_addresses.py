@@ -15,6 +15,7 @@ from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rewards.judge import JudgeScorer
 from megatron_tempo.rollout import addresses, supervisor
 from megatron_tempo.rollout.addresses import chosen_devices, own_address
+from megatron_tempo.rollout.engine_versions import EngineVersions
 from megatron_tempo.rollout.server import Server
 from megatron_tempo.rollout.server_adapter import Call, Launch, Start
 from megatron_tempo.rollout.supervisor import ExternalServers
@@ -88,6 +89,8 @@ class Files:
     """Stands for an engine: Python's own web server, which logs its key and its variables as engines do."""
 
     name = "Files"
+    versions = EngineVersions("Files", ("files",), ("1",), "1")
+    asks_for_version = Call("/version")
     health = Call("/health")
 
     def launch(self, start: Start) -> Launch:

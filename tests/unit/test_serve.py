@@ -18,6 +18,7 @@ from megatron_tempo.config.choices import EngineKind
 from megatron_tempo.config.schema import Config
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rollout import serve
+from megatron_tempo.rollout.engine_versions import EngineVersions
 from megatron_tempo.rollout.server import Server
 from megatron_tempo.rollout.server_adapter import Call, Launch, Start
 
@@ -26,6 +27,8 @@ class Files:
     """Stands for an engine: Python's own web server, whose folder holds a file `health`."""
 
     name = "Files"
+    versions = EngineVersions("Files", ("files",), ("1",), "1")
+    asks_for_version = Call("/version")
     health = Call("/health")
 
     def launch(self, start: Start) -> Launch:
