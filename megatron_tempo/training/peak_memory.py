@@ -19,7 +19,7 @@ from megatron_tempo.config.choices import Layers
 from megatron_tempo.config.cluster import ClusterConfig
 from megatron_tempo.config.schema import Config
 from megatron_tempo.observability.console import readable
-from megatron_tempo.plan.memory import GB, MemoryPhase, memory
+from megatron_tempo.plan.memory import GB, MemoryPhase, memory, places_of, saved_bytes
 from megatron_tempo.plan.shapes import shape_of
 
 _PROCESS = Path("/proc/self")
@@ -97,14 +97,16 @@ class PeakMemory:
 
 def planned(config: Config, layers: Layers, world_size: int, device: torch.device) -> dict[MemoryPhase, float]:
     """Bytes of a trainer's process by phase, as `megatron-tempo plan` computes them, for `world_size` processes and the
-    layers that were chosen for this machine."""
+    layers that were chosen for this machine. On a CPU what checkpoints are copied to is in the same memory."""
     shape, problems = shape_of(config)
     assert shape is not None, problems  # the check has read the same file
     cluster = config.cluster or _machines(world_size, device)
     model, parallel = replace(config.model, layers=layers), replace(config.parallel, world_size=world_size)
     here = replace(config, cluster=cluster, model=model, parallel=parallel)
     needed = memory(here, shape)
-    return {phase: needed.total(phase) for phase in needed.phases if phase is not MemoryPhase.serve}
+    saved = [saved_bytes(here, shape, place) for place in places_of(here, world_size)] if device.type == "cpu" else []
+    kept = max(saved, default=0.0)
+    return {phase: kept + needed.total(phase) for phase in needed.phases if phase is not MemoryPhase.serve}
 
 
 def _resident() -> float:

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from megatron_tempo.cli import build
+from megatron_tempo.config.choices import Layers
 from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.models.megatron_compat.cpu_backend import install_cpu_backend
 from megatron_tempo.models.parallel import parallel_groups
 from megatron_tempo.plan.memory import MemoryPhase
-from megatron_tempo.training.peak_memory import PeakMemory
+from megatron_tempo.training.peak_memory import PeakMemory, planned
 
 MEGABYTES = 200
 
@@ -46,3 +49,15 @@ def test_what_is_planned_stands_beside_it(peaks: PeakMemory) -> None:
     assert peaks.plan() == "memory of a process, planned, GB: actor 3, sync 0.0015"
     line = peaks.comparison({"memory_gb/actor": 2.51, "memory_gb/evaluate": 7.0})
     assert line == "memory of a process, planned / peak, GB: actor 3 / 2.5"
+
+
+def test_on_a_cpu_the_copies_for_checkpoints_are_in_the_same_memory() -> None:
+    """Weights, main weights and two moments of two models: 4 + 12 bytes a parameter."""
+    config = build(["experiment=quickstart"])
+    on_cpu = planned(config, Layers.local, 1, torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_tempo.training.peak_memory.saved_bytes", lambda *_: 0.0)
+        without = planned(config, Layers.local, 1, torch.device("cpu"))
+    weights = sum(tensor.numel() for tensor in load_file(config.model.path + "/model.safetensors").values())
+    for phase, size in on_cpu.items():
+        assert size - without[phase] == pytest.approx(2 * 16 * weights, rel=0.05)
