@@ -83,6 +83,23 @@ UNEVEN: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+# Of a mixture of experts.
+EXPERTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "ep2-small-budget": (2, {"expert": 2, "micro_batch_tokens": 60}),
+    "tp2-ep4-sequence-critic-tp1-ep2": (
+        4,
+        {
+            "tensor": 2,
+            "sequence": True,
+            "expert": 4,
+            "expert_tensor": 1,
+            "critic": CriticLayoutConfig(tensor=1, sequence=False, expert=2),
+        },
+    ),
+    "ep2-pp2-offload": (4, {"pipeline": 2, "expert": 2, "offload": True, "ddp_bucket_size": 1000}),
+}
+
+
 KINDS = ("untied", *RANDOM)
 # What an iteration's line says that must not depend on the layout
 FIGURES = ("actor/", "critic/", "advantage/", "reward/", "engine/", "response_length/", "truncated")
@@ -115,7 +132,7 @@ def weights(run: Path, model: str) -> dict[str, torch.Tensor]:
 
 
 def in_layout(config: Config, name: str) -> int:
-    world, layout = (LAYOUTS | UNEVEN)[name]
+    world, layout = (LAYOUTS | UNEVEN | EXPERTS)[name]
     config.parallel = replace(config.parallel, **{"micro_batch_tokens": 300, **layout})
     return world
 
@@ -128,7 +145,7 @@ CASES += [
     ("tied", "dp2-pp2-virtual-2-critic-virtual-1-offload"),
     ("olmo3", "tp2-pp2-virtual-2-sequence-small-budget"),
 ]
-CASES += [("mixture", "tp2-sequence"), ("mixture", "dp2-pp2")]
+CASES += [("mixture", name) for name in ("tp2-sequence", "dp2-pp2", *EXPERTS)]
 CASES += [("olmo3", "tp2"), ("olmo3", "tp2-sequence"), ("olmo3", "tp2-pp2-sequence-small-budget")]
 
 

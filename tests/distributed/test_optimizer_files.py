@@ -48,7 +48,8 @@ LAYOUTS = {
 # The same for a mixture of experts.
 EXPERTS = {
     "one": (1, ParallelConfig()),
-    "ep2, tp2, sequence": (2, ParallelConfig(tensor=2, sequence=True, expert=2, expert_tensor=1)),
+    "ep4": (4, ParallelConfig(expert=4)),
+    "ep2, tp2, sequence": (4, ParallelConfig(tensor=2, sequence=True, expert=2, expert_tensor=1)),
     "ep2-pp2": (4, ParallelConfig(pipeline=2, expert=2, ddp_bucket_size=300)),
     "ep2-etp2": (4, ParallelConfig(expert=2, expert_tensor=2)),
 }
