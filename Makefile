@@ -13,7 +13,7 @@ PYTEST = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(1)/python -m p
 
 .PHONY: quickstart help test test-quick test-slow test-other-python test-engines test-slurm test-gpu test-rehearsal \
 	gpu-check engines plan-tables configuration-page study bench-trl docker-cpu fuzz lint clean real-model \
-	real-model-quick real-model-run
+	real-model-quick real-model-run logic-dates
 
 # An environment keeps the Python that it was made with.
 ifeq ($(origin PYTHON),command line)
@@ -95,6 +95,9 @@ configuration-page: .venv/installed  ## write the tables of docs/configuration.m
 study: .venv/installed  ## the runs of docs/study.md: hours on every core; resumes where it stopped
 	$(BIN)/python tools/study.py run $(ARGS)
 	$(BIN)/python tools/study.py report
+
+logic-dates: .venv/installed  ## the second task of the study: questions, tokenizer, two base models
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/make_logic_dates.py $(ARGS)
 
 bench-trl: .venv/installed .venv-trl/installed  ## GRPO side by side with TRL's, on one core of a CPU: a quarter of an hour
 	$(BIN)/python tools/bench_trl.py $(ARGS)

@@ -1,12 +1,12 @@
 """Runs the study: TEMPO and other methods from the same stage-1 checkpoints, at the quickstart's size.
 
-    python tools/study.py run [--jobs 2] [--only ARM ...] [--seeds 0 1 2]     # train all arms that are not done
+    python tools/study.py run [--jobs 2] [--task TASK] [--only ARM ...] [--seeds 0 1 2]    # train what is not done
     python tools/study.py report                                              # write docs/study.md and its pictures
 
-Each seed has one run of stage 1. Each arm has a run of stage 2 per seed, from the seed's stage-1 actor and critic.
-A run uses one process and one core, so its results depend neither on the number of cores nor on the order of runs.
-`--jobs` of them run at a time. Interrupted runs are resumed, and finished runs are skipped. All files are below
-runs/study.
+Each seed has one run of stage 1 for each base model. Each arm has a run of stage 2 per seed, from the seed's stage-1
+actor and critic. A run uses one process and one core, so its results depend neither on the number of cores nor on the
+order of runs. `--jobs` of them run at a time. Interrupted runs are resumed, and finished runs are skipped. All files
+are below runs/study.
 """
 
 from __future__ import annotations
@@ -26,15 +26,37 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples" / "quickstart"
 OUT = ROOT / "runs" / "study"
 SEEDS = (0, 1, 2)
+LOGIC_DATES = ROOT / "build" / "logic-dates"  # of tools/make_logic_dates.py
 
 # Evaluate every five iterations; pass@k up to all sixteen samples; a third set with questions of the labelled set.
 COMMON = (
-    "experiment=quickstart", "metrics.progress=false", "metrics.report=false",
-    "evaluation.every=5", "evaluation.pass_k=[1,2,4,8,16]",
-    f"evaluation.sets.labelled.path={EXAMPLES / 'labelled.jsonl'}", "evaluation.sets.labelled.limit=256",
-    "evaluation.sets.labelled.answer_field=answer", "evaluation.sets.labelled.verifier=countdown",
-    "evaluation.sets.labelled.chat_template=false",
+    "metrics.progress=false", "metrics.report=false", "evaluation.pass_k=[1,2,4,8,16]",
+    "evaluation.sets.labelled.limit=256", "evaluation.sets.labelled.answer_field=answer",
 )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where runs start: a task and a base model, of which each seed has one run of stage 1."""
+
+    name: str  # of the folder of stage 1
+    task: str
+    words: tuple[str, ...]  # overrides of all runs
+    model: tuple[str, ...] = ()  # overrides of stage 1
+
+
+COUNTDOWN = Start("stage1", "countdown", (
+    "experiment=quickstart", *COMMON, "evaluation.every=5",
+    f"evaluation.sets.labelled.path={EXAMPLES / 'labelled.jsonl'}",
+    "evaluation.sets.labelled.verifier=countdown", "evaluation.sets.labelled.chat_template=false",
+))  # fmt: skip
+PLAIN = Start("stage1_logic_dates", "logic_dates", (
+    "experiment=logic_dates", *COMMON, "evaluation.every=10",
+    f"evaluation.sets.labelled.path={LOGIC_DATES / 'labelled.jsonl'}",
+    "evaluation.sets.labelled.id_field=id", "evaluation.sets.labelled.verifier=text",
+))  # fmt: skip
+MISLED = Start("stage1_logic_dates_misled", "logic_dates", PLAIN.words, (f"model.path={LOGIC_DATES / 'misled'}",))
+TASKS = ("countdown", "logic_dates")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +67,28 @@ class Arm:
     words: tuple[str, ...]
     what: str
     group: str  # of the tables and pictures
+    start: Start = COUNTDOWN
 
 
 def ours(name: str, what: str, group: str, *words: str) -> Arm:
     return Arm(name, words, what, group)
 
 
-# The arm that a group's arms are compared with, if it is not "tempo": the same training, on the group's own machine.
-BASELINES = {"staleness": "stale_0", "truncation": "stale_0"}
+# The arm that a group's arms are compared with, if it is not "tempo": TEMPO on the group's own machine, task or length.
+BASELINES = {"staleness": "stale_0", "truncation": "stale_0", "long": "long_tempo",
+             "logic_dates": "logic_tempo", "logic_dates_misled": "misled_tempo"}  # fmt: skip
+
+# The paper's Figure 4: 350 iterations of stage 2.
+LONG = ("stage2.iterations=350", "evaluation.every=25")
+
+# The arms of the second task, from each of its two base models.
+FIVE = (
+    ("tempo", "TEMPO", "algorithm=paper"),
+    ("ttrl", "TTRL", "algorithm=ttrl"),
+    ("empo", "EMPO", "algorithm=empo"),
+    ("ppo", "PPO on the labelled questions, continued", "algorithm=ppo"),
+    ("grpo", "GRPO on the labelled questions", "algorithm=grpo"),
+)
 
 # A correction whose bounds make every weight 1: `check` refuses stale rollouts without a correction.
 UNCORRECTED = ("stage2.actor.correction.level=token", "stage2.actor.correction.low=0.999999",
@@ -98,6 +134,13 @@ ARMS = (
     ours("truncated_masked", "truncated responses masked", "truncation", "stage2.truncated_responses=masked"),
     ours("truncated_penalised", "truncated responses penalised over the last 5 tokens", "truncation",
          "stage2.truncated_responses=penalised", "stage2.length_penalty_tokens=5"),
+    # Figure 4
+    ours("long_tempo", "TEMPO, 350 iterations", "long", *LONG),
+    ours("long_extended", "350 iterations, with labelled rows in the M-step and a KL term, 0.02", "long", *LONG,
+         "stage2.actor_on_labelled=true", "stage2.actor.kl_coef=0.02"),
+    # The second task: from a base without a misconception, and from one with it
+    *(Arm(f"logic_{name}", (words,), what, "logic_dates", PLAIN) for name, what, words in FIVE),
+    *(Arm(f"misled_{name}", (words,), what, "logic_dates_misled", MISLED) for name, what, words in FIVE),
 )  # fmt: skip
 
 
@@ -133,9 +176,9 @@ def folder(arm: str, seed: int) -> Path:
     return OUT / f"seed{seed}" / arm
 
 
-def exported(seed: int) -> Path:
+def exported(seed: int, start: Start = COUNTDOWN) -> Path:
     """The folder with the actor and critic of a seed's stage 1."""
-    (folder_of_export,) = folder("stage1", seed).glob("hf_step_*")
+    (folder_of_export,) = folder(start.name, seed).glob("hf_step_*")
     return folder_of_export
 
 
@@ -144,14 +187,15 @@ def is_done(run: Path) -> bool:
     return (run / "done").exists()
 
 
-def stage_one(seed: int) -> list[str]:
-    return [*COMMON, f"run.seed={seed}", f"run.dir={folder('stage1', seed)}", "stage2.iterations=0"]
+def stage_one(seed: int, start: Start = COUNTDOWN) -> list[str]:
+    run = folder(start.name, seed)
+    return [*start.words, *start.model, f"run.seed={seed}", f"run.dir={run}", "stage2.iterations=0"]
 
 
 def stage_two(arm: Arm, seed: int) -> list[str]:
-    start = exported(seed)
-    models = [f"model.path={start / 'actor'}", f"model.critic_path={start / 'critic'}"]
-    return [*COMMON, *models, f"run.seed={seed}", f"run.dir={folder(arm.name, seed)}", "stage1.iterations=0",
+    export = exported(seed, arm.start)
+    models = [f"model.path={export / 'actor'}", f"model.critic_path={export / 'critic'}"]
+    return [*arm.start.words, *models, f"run.seed={seed}", f"run.dir={folder(arm.name, seed)}", "stage1.iterations=0",
             "checkpoint.export_hf=false", *(word.replace("{data}", str(data())) for word in arm.words)]  # fmt: skip
 
 
@@ -183,9 +227,14 @@ def jobs(arms: list[Arm], seeds: list[int]) -> Iterator[tuple[Arm, int]]:
 
 
 def run(arms: list[Arm], seeds: list[int], at_a_time: int) -> None:
-    write_files()
+    starts = list(dict.fromkeys(arm.start for arm in arms))
+    if COUNTDOWN in starts:
+        write_files()
+    if any(start.task == "logic_dates" for start in starts):
+        subprocess.run([sys.executable, ROOT / "tools" / "make_logic_dates.py"], check=True)
+    firsts = [(start, seed) for seed in seeds for start in starts]
     with ThreadPoolExecutor(at_a_time) as workers:
-        list(workers.map(lambda seed: train(folder("stage1", seed), stage_one(seed)), seeds))
+        list(workers.map(lambda one: train(folder(one[0].name, one[1]), stage_one(one[1], one[0])), firsts))
         list(workers.map(lambda job: train(folder(job[0].name, job[1]), stage_two(*job)), jobs(arms, seeds)))
 
 
@@ -194,6 +243,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="train all arms that are not done")
     runs.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one core each")
+    runs.add_argument("--task", choices=TASKS, help="only arms of this task (default: of both)")
     runs.add_argument("--only", nargs="*", default=[arm.name for arm in ARMS], metavar="ARM")
     runs.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS), metavar="SEED")
     commands.add_parser("report", help="write docs/study.md and its pictures")
@@ -202,7 +252,10 @@ def main() -> int:
         unknown = sorted(set(args.only) - {arm.name for arm in ARMS})
         if unknown:
             parser.error(f"unknown arms: {', '.join(unknown)}; choose from {', '.join(arm.name for arm in ARMS)}")
-        run([arm for arm in ARMS if arm.name in args.only], args.seeds, args.jobs)
+        chosen = [arm for arm in ARMS if arm.name in args.only and args.task in (None, arm.start.task)]
+        if not chosen:
+            parser.error(f"no arm of --only is of the task {args.task}")
+        run(chosen, args.seeds, args.jobs)
     else:
         from study_report import write
 

@@ -18,7 +18,7 @@ from made_parts import replaced
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
-from study import ARMS, BASELINES, ROOT, SEEDS, Arm, folder, is_done
+from study import ARMS, BASELINES, COUNTDOWN, ROOT, SEEDS, Arm, folder, is_done
 
 from megatron_tempo.files import replace_file
 from megatron_tempo.observability.records import read, read_evaluations, read_metrics
@@ -212,7 +212,7 @@ def pictures(groups: dict[str, list[Arm]]) -> list[Picture]:
         Picture("study-pass.png", "pass@16 over the iterations", "methods", groups["methods"], passes),
         Picture("study-critic.png", "AUROC and calibration error", "critic", groups["methods"], honest),
     ]
-    for group in ("choices", "labels", "transfer", "staleness", "truncation"):
+    for group in [group for group in groups if group != "methods"]:
         panels = [*avgs, labelled] if group == "transfer" else avgs
         drawn.append(Picture(f"study-{group}.png", "avg@16 over the iterations", group, with_baseline(group), panels))
     return drawn
@@ -228,8 +228,9 @@ def write() -> None:
     groups = {group: [arm for arm in ARMS if arm.group == group] for group in dict.fromkeys(arm.group for arm in ARMS)}
     missing = {arm.group for arm in ARMS if not any((arm.name, seed) in runs for seed in SEEDS)}
     parts = {group: "".join(table(runs, with_baseline(group), group)) for group in groups if group not in missing}
-    if not missing:
-        parts["critic"] = "".join(critics(runs, list(ARMS)))
+    judged = [arm for arm in ARMS if arm.start is COUNTDOWN and arm.group != "long"]
+    if not missing & {arm.group for arm in judged}:
+        parts["critic"] = "".join(critics(runs, judged))
     parts["times"] = times(runs)
     for one in pictures(groups):
         if one.part in parts:

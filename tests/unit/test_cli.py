@@ -82,8 +82,8 @@ TYPOS = {
     "algorithm=refrence": "algorithm=refrence: there is no preset of this name in configs/algorithm; "
     "fix: did you mean reference?",
     "experiment=x": "experiment=x: there is no preset of this name in configs/experiment; "
-    "fix: one of olmo3_7b_aime, quickstart, qwen3_14b_aime, qwen3_30b_a3b_aime, qwen3_8b_aime, qwen3_8b_day, "
-    "qwen3_8b_general, smollm2_arithmetic",
+    "fix: one of logic_dates, olmo3_7b_aime, quickstart, qwen3_14b_aime, qwen3_30b_a3b_aime, qwen3_8b_aime, "
+    "qwen3_8b_day, qwen3_8b_general, smollm2_arithmetic",
     "expriment=quickstart": "expriment=quickstart: there is no such group of presets; fix: experiment=quickstart",
     "model=qwen": "model=qwen: there is no preset of this name in configs/model; fix: did you mean qwen3_8b or "
     "qwen3_14b?",

@@ -52,7 +52,7 @@ def shape(experiment: str) -> dict[str, Any]:
 
 
 def sets(experiment: str) -> list[str]:
-    if experiment in ("quickstart", "smollm2_arithmetic"):
+    if experiment in ("quickstart", "logic_dates", "smollm2_arithmetic"):
         return ["unlabelled", "heldout"]
     return ["general"] if experiment.endswith("general") else ["aime2024", "aime2025"]
 
@@ -60,6 +60,7 @@ def sets(experiment: str) -> list[str]:
 def test_there_are_experiments() -> None:
     assert {
         "quickstart",
+        "logic_dates",
         "smollm2_arithmetic",
         "qwen3_8b_aime",
         "qwen3_14b_aime",

@@ -484,10 +484,10 @@ PRESETS = {
     **{word: ("experiment=qwen3_8b_aime", word) for word in presets("cluster")},
     **{
         word: (*BASE, word)
-        # the quickstart's model has 64 positions, SmolLM2 8192, the mixture of experts needs 8 ranks: their experiments
-        # rehearse them
+        # the quickstart's model has 64 positions, the second task's 256, SmolLM2 8192, the mixture of experts needs 8
+        # ranks: their experiments rehearse them
         for word in [
-            *presets("model", "quickstart", "qwen3_30b_a3b", "smollm2_135m"),
+            *presets("model", "quickstart", "qwen3_30b_a3b", "smollm2_135m", "logic_dates"),
             *(w for g in ("data", "engine", "algorithm") for w in presets(g)),
         ]
     },
@@ -499,6 +499,8 @@ def test_every_preset_can_be_rehearsed(name: str, tmp_path: Path) -> None:
     words = PRESETS[name]
     if "smollm2" in name:  # its model has to be fetched first
         words = (*words, f"model.path={write_model(tmp_path, family='llama')}")
+    if name == "experiment=logic_dates":  # its model has to be trained first
+        words = (*words, f"model.path={write_model(tmp_path)}")
     config = cli.build(words, purpose=Purpose.rehearse)
     world, shape = split_of(config).trainers, shape_of(config)[0]
     assert shape is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from megatron_tempo.cli import build
 from megatron_tempo.config.compose import REPOSITORY
 from tests.support.tools import load_tool
+from tests.unit.config_files import write_model, write_rows
 
 MODEL = REPOSITORY / "examples" / "quickstart" / "model"
 
@@ -25,17 +27,30 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     start.mkdir(parents=True)
     for role in ("actor", "critic"):
         (start / role).symlink_to(MODEL)
+    for start in (module.PLAIN, module.MISLED):
+        for role in ("actor", "critic"):
+            write_model(module.folder(start.name, 0) / "hf_step_00000060" / role)
     module.write_files()
     return module
 
 
+def there(study: ModuleType, start: Any, folder: Path) -> list[str]:
+    """Overrides for the files of the second task, which a program has to make first."""
+    if start is study.COUNTDOWN:
+        return []
+    fields = ("data.labelled", "data.unlabelled", *(f"evaluation.sets.{n}" for n in ("labelled", "heldout")))
+    return [f"{name}.path={write_rows(folder / f'{i}.jsonl')}" for i, name in enumerate(fields)]
+
+
 @pytest.mark.long
-def test_every_arm_passes_the_check_and_is_unlike_the_others_of_its_table(study: ModuleType) -> None:
+def test_every_arm_passes_the_check_and_is_unlike_the_others_of_its_table(study: ModuleType, tmp_path: Path) -> None:
     configs = {}
+    lengths = {"long": 350, "logic_dates": 60, "logic_dates_misled": 60}
     for arm in study.ARMS:
-        config = build(study.stage_two(arm, 0), world_size=1)
+        config = build([*study.stage_two(arm, 0), *there(study, arm.start, tmp_path)], world_size=1)
         assert config.stage1.iterations == 0
-        assert config.stage2.iterations == 70
+        assert config.stage2.iterations == lengths.get(arm.group, 70)
+        assert len(config.evaluation.sets) == 3
         config.run.dir = ""
         configs[arm.name] = config
     assert len(configs) == len(study.ARMS)
@@ -43,6 +58,27 @@ def test_every_arm_passes_the_check_and_is_unlike_the_others_of_its_table(study:
     assert all(configs[a] != configs[b] for a in configs for b in configs if a != b and groups[a] == groups[b])
     assert configs["stale_0"] == configs["tempo"]
     assert build(study.stage_one(0), world_size=1).stage2.iterations == 0
+    for start in (study.PLAIN, study.MISLED):
+        model = write_model(tmp_path / start.name)
+        words = [*study.stage_one(0, start), *there(study, start, tmp_path), f"model.path={model}"]
+        assert build(words, world_size=1).stage2.iterations == 0
+    assert study.stage_one(0, study.MISLED) != study.stage_one(0, study.PLAIN)
+
+
+def test_a_task_is_prepared_once_for_its_arms(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of runs: what makes the task, stage 1 of each base model, then the arms; none of the other task."""
+    calls: list[str] = []
+    monkeypatch.setattr(study, "write_files", lambda: calls.append("countdown"))
+    monkeypatch.setattr(study.subprocess, "run", lambda words, check: calls.append(words[-1].name))
+    monkeypatch.setattr(study, "train", lambda run, words: calls.append(f"{run.parent.name}/{run.name}"))
+    monkeypatch.setattr(study, "exported", lambda seed, start: study.OUT / start.name)
+    monkeypatch.setattr("sys.argv", ["study.py", "run", "--jobs=1", "--task=logic_dates", "--seeds", "2"])
+    assert study.main() == 0
+    arms = [f"seed2/{base}_{arm}" for base in ("logic", "misled") for arm in ("tempo", "ttrl", "empo", "ppo", "grpo")]
+    assert calls == ["make_logic_dates.py", "seed2/stage1_logic_dates", "seed2/stage1_logic_dates_misled", *arms]
+    monkeypatch.setattr("sys.argv", ["study.py", "run", "--task=logic_dates", "--only", "tempo"])
+    with pytest.raises(SystemExit):
+        study.main()
 
 
 def test_the_other_sets_are_parts_of_the_quickstarts(study: ModuleType) -> None:
