@@ -14,6 +14,17 @@ _IN_WHEEL = PACKAGE / "shipped"
 # The folder that has configs/, launch/ and examples/quickstart: the checkout, or megatron_tempo/shipped.
 REPOSITORY = _IN_WHEEL if _IN_WHEEL.is_dir() else PACKAGE.parent
 
+# Files of presets that are not in the repository, by the command that makes them.
+MADE = {"build/logic-dates": "make logic-dates", "build/real-model": "python tools/real_model.py fetch"}
+
+
+def made_by(path: Path) -> str:
+    """The end of a fix for a missing file: the command that makes it. Empty if there is none, as in a wheel."""
+    if not (REPOSITORY / "tools").is_dir():
+        return ""
+    commands = [command for folder, command in MADE.items() if path.is_relative_to(REPOSITORY / folder)]
+    return f", or run `{commands[0]}`, which makes it" if commands else ""
+
 
 def source(repository: Path, name: str) -> Path:
     """The folder `name` of the program's code in `repository`. In a wheel, it is inside the package."""

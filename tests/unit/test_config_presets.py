@@ -79,6 +79,19 @@ def test_an_experiment_passes(experiment: str, tmp_path: Path) -> None:
     assert config.stage2.method_settings.baseline is Baseline.before_token
 
 
+@pytest.mark.parametrize(
+    ("folder", "command"),
+    [("logic-dates", "make logic-dates"), ("real-model", "python tools/real_model.py fetch")],
+)
+def test_a_missing_file_is_named_with_the_command_that_makes_it(folder: str, command: str) -> None:
+    missing = REPOSITORY / "build" / folder / "none"
+    with pytest.raises(ConfigErrors) as error:
+        build(["experiment=quickstart", f"model.path={missing}", f"data.unlabelled.path={missing}.jsonl"])
+    fixes = {problem.field: problem.fix for problem in error.value.problems}
+    for field in ("model.path", "data.unlabelled.path"):
+        assert fixes[field].endswith(f", or run `{command}`, which makes it")
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_reference_algorithm_goes_with_it(experiment: str, tmp_path: Path) -> None:
     overrides = owed(experiment, tmp_path)

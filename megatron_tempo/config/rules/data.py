@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.problem import Problem, did_you_mean
 from megatron_tempo.config.schema import Config, DatasetConfig
+from megatron_tempo.config.shipped import made_by
 from megatron_tempo.config.tree import MISSING
 from megatron_tempo.files import why_unreadable
 
@@ -46,7 +47,7 @@ def check_file(field: str, dataset: DatasetConfig) -> Iterator[Problem]:
         yield Problem(name, dataset.path, f"must end in {' or '.join(SUFFIXES)}", "convert it to JSONL or Parquet")
     elif (reason := why_unreadable(path)) == "does not exist":
         where = "" if path.is_absolute() else f" (relative paths start at {Path.cwd()})"
-        yield Problem(name, dataset.path, reason, f"give an existing file{where}")
+        yield Problem(name, dataset.path, reason, f"give an existing file{where}{made_by(path)}")
     elif reason is not None:
         yield Problem(name, dataset.path, reason, "give one JSONL or Parquet file that can be read")
 

@@ -10,6 +10,7 @@ from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.rules.files import wrong_with_folder
 from megatron_tempo.config.rules.model_files import check_files
 from megatron_tempo.config.schema import Config
+from megatron_tempo.config.shipped import made_by
 from megatron_tempo.config.tree import MISSING, walk
 from megatron_tempo.errors import InputError
 from megatron_tempo.files import read_json, why_unreadable
@@ -27,7 +28,7 @@ def read_models(config: Config) -> tuple[dict[str, ModelShape], list[Problem]]:
             continue
         folder = Path(value)
         if wrong_folder := wrong_with_folder(folder):
-            problems.append(Problem(field, value, wrong_folder, _AS_SAVED))
+            problems.append(Problem(field, value, wrong_folder, _AS_SAVED + made_by(folder)))
             continue
         if within := _model_within(folder, "actor" if field == "model.path" else "critic"):
             problems.append(Problem(field, value, "is not a model, but holds one", f"{field}={within}"))
