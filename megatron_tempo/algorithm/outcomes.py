@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_tempo.config.stages import Baseline, CriticTargets
+from megatron_tempo.config.stages import Baseline
+from megatron_tempo.config.updates import CriticTargets
 
 
 def final_values(values: Tensor, lengths: Tensor, baseline: Baseline) -> Tensor:

@@ -19,9 +19,9 @@ from megatron_tempo.checkpoint import manifest
 from megatron_tempo.checkpoint.resumable_folder import ResumableFolder
 from megatron_tempo.config.model_shape import ModelShape, read_model_shape
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.config.trained_with import ENTRY, trained_with
 from megatron_tempo.config.tree import read as read_config
+from megatron_tempo.config.updates import CriticTargets
 from megatron_tempo.data import seen
 from megatron_tempo.errors import InputError
 from megatron_tempo.files import atomic_write

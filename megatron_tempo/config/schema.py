@@ -33,7 +33,8 @@ from megatron_tempo.config.choices import (
 from megatron_tempo.config.cluster import ClusterConfig
 from megatron_tempo.config.extensions import Extension
 from megatron_tempo.config.pipeline_layers import PipelineLayers
-from megatron_tempo.config.stages import CriticTargets, PpoSettings, StageConfig, TempoSettings
+from megatron_tempo.config.stages import PpoSettings, StageConfig, TempoSettings
+from megatron_tempo.config.updates import CriticTargets
 
 
 @dataclass(slots=True)

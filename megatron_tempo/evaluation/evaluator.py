@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tempo.config.schema import EvaluationConfig
-from megatron_tempo.config.stages import CriticTargets
+from megatron_tempo.config.updates import CriticTargets
 from megatron_tempo.evaluation.calibration import calibration_record, prefixes_of
 from megatron_tempo.evaluation.scores import avg_at_k, avg_at_k_se, pass_at_k, pass_at_k_se
 from megatron_tempo.evaluation.token_texts import token_texts

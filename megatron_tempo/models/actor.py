@@ -10,7 +10,8 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_tempo.config.stages import ActorUpdateConfig, Baseline
+from megatron_tempo.config.stages import Baseline
+from megatron_tempo.config.updates import ActorUpdateConfig
 from megatron_tempo.kernels.advantages import token_advantages
 from megatron_tempo.kernels.policy_loss import ROW_METRICS, Experience
 from megatron_tempo.kernels.rows import Rows

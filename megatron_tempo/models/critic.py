@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_tempo.config.stages import CriticUpdateConfig
+from megatron_tempo.config.updates import CriticUpdateConfig
 from megatron_tempo.kernels.value_loss import VALUE_METRICS
 from megatron_tempo.models.gpt import ValueModel
 from megatron_tempo.models.nonfinite_guard import LossInputs, NonFiniteGuard

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_tempo.config.pipeline_layers import micro_batch_group
 from megatron_tempo.config.schema import ParallelConfig
-from megatron_tempo.config.stages import OptimizerConfig
+from megatron_tempo.config.updates import OptimizerConfig
 from megatron_tempo.models.chunks import ModelChunks, WrappedChunks
 from megatron_tempo.models.ddp import WeightGather, ddp_config, reduces_at_last_micro_batch
 from megatron_tempo.models.gpt import PackedGPT

@@ -10,7 +10,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from megatron_tempo.config.stages import OptimizerConfig
+from megatron_tempo.config.updates import OptimizerConfig
 from megatron_tempo.models.nonfinite_guard import LossInputs, NonFiniteGuard
 from megatron_tempo.models.trained import Loss, Step, TrainedModel
 from megatron_tempo.types import Batch

@@ -18,9 +18,9 @@ from megatron_tempo.config.extensions import digests
 from megatron_tempo.config.sampled import evaluation_stop
 from megatron_tempo.config.schedule import remaining, total
 from megatron_tempo.config.schema import Config, to_plain
-from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.config.trained_with import defaults_for, read_trained_with
 from megatron_tempo.config.tree import save as save_config
+from megatron_tempo.config.updates import CriticTargets
 from megatron_tempo.data.copies import repeated
 from megatron_tempo.data.seen import read_seen, seen_of
 from megatron_tempo.data.sets import QuestionKeys, evaluation_sets, tokenizer_findings, unchanged_files

@@ -16,8 +16,8 @@ from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.resume import fingerprint
 from megatron_tempo.config.rules.model_files import check_files
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.config.trained_with import ENTRY, trained_with
+from megatron_tempo.config.updates import CriticTargets
 from megatron_tempo.errors import InputError
 from megatron_tempo.files import read_json
 from megatron_tempo.models.actor import Actor

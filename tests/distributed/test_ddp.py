@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_tempo.config.choices import Logits, Recompute
 from megatron_tempo.config.schema import Config, ParallelConfig
-from megatron_tempo.config.stages import CriticUpdateConfig
+from megatron_tempo.config.updates import CriticUpdateConfig
 from megatron_tempo.models import ddp
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic

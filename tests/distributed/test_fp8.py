@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_tempo.config.choices import Layers, Precision, Recompute
 from megatron_tempo.config.recipes import RECIPES
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import CriticUpdateConfig
+from megatron_tempo.config.updates import CriticUpdateConfig
 from megatron_tempo.models.machine import described
 from megatron_tempo.training.context import open_context
 from megatron_tempo.training.setup import build_actor, build_critic

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_tempo.config.choices import Recompute
 from megatron_tempo.config.schema import Config, CriticLayoutConfig, ParallelConfig
-from megatron_tempo.config.stages import OptimizerConfig
+from megatron_tempo.config.updates import OptimizerConfig
 from megatron_tempo.models.packing import MicroBatch
 from megatron_tempo.models.trained import Step, TrainedModel
 from megatron_tempo.training.context import open_context

@@ -21,7 +21,7 @@ from megatron_tempo.checkpoint.loading import gathered_form
 from megatron_tempo.config.choices import Precision
 from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.config.schema import Config, CriticLayoutConfig, ParallelConfig
-from megatron_tempo.config.stages import OptimizerConfig
+from megatron_tempo.config.updates import OptimizerConfig
 from megatron_tempo.models.gpt import ValueModel
 from megatron_tempo.models.megatron_compat.optimizer import optimizer_parts, without_bucket_padding
 from megatron_tempo.models.trained import TrainedModel

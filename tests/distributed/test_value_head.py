@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_tempo.checkpoint.checkpoints import Checkpoints
 from megatron_tempo.config.choices import Precision
 from megatron_tempo.config.schema import Config, ParallelConfig
-from megatron_tempo.config.stages import CriticUpdateConfig, OptimizerConfig
+from megatron_tempo.config.updates import CriticUpdateConfig, OptimizerConfig
 from megatron_tempo.training.context import open_context
 from megatron_tempo.training.setup import build_critic
 from megatron_tempo.weights.export import weights_of

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import CriticUpdateConfig, OptimizerConfig
 from megatron_tempo.config.tree import load
+from megatron_tempo.config.updates import CriticUpdateConfig, OptimizerConfig
 from megatron_tempo.data.seen import seen_of
 from megatron_tempo.data.sets import QuestionKeys, prompt_streams
 from megatron_tempo.errors import InputError, NotFiniteError

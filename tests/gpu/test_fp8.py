@@ -17,7 +17,7 @@ from megatron_tempo.config.choices import Layers, Precision
 from megatron_tempo.config.recipes import RECIPES
 from megatron_tempo.config.rules.precision import check_machine
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import CriticUpdateConfig, OptimizerConfig
+from megatron_tempo.config.updates import CriticUpdateConfig, OptimizerConfig
 from megatron_tempo.models.machine import machine_of
 from megatron_tempo.training.context import open_context
 from megatron_tempo.training.setup import build_actor, build_critic

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tempo.config.stages import Baseline, Ratio
+from megatron_tempo.config.stages import Baseline
+from megatron_tempo.config.updates import Ratio
 from megatron_tempo.kernels.rows import BLOCK
 from tests.kernels.implementations import CUDA, triton
 from tests.kernels.test_policy_loss import CONFIGS, loss_of, random_case

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tempo.config.stages import ActorUpdateConfig, Baseline, Ratio
+from megatron_tempo.config.stages import Baseline
+from megatron_tempo.config.updates import ActorUpdateConfig, Ratio
 from megatron_tempo.kernels.policy_loss import Experience
 from tests.kernels.implementations import CUDA, Implementation, plain, triton
 from tests.kernels.test_logprobs import HIDDEN, LINEAR, case, close, expected, linear_case, linear_expected

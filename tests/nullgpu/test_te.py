@@ -84,7 +84,7 @@ def test_fp8_copies_of_weights_stay_until_they_are_dropped(chosen: str) -> None:
 MIXTURE = """
 from megatron_tempo.config.choices import Layers, Precision
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import OptimizerConfig
+from megatron_tempo.config.updates import OptimizerConfig
 from megatron_tempo.rehearsal.takeover import take_over
 guard.rehearse()
 config = Config()

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.schema import Config, DatasetConfig
-from megatron_tempo.config.stages import CriticTargets, Ratio
+from megatron_tempo.config.updates import CriticTargets, Ratio
 from tests.support.tiny import write_model
 
 ROOT = Path(__file__).parents[2]

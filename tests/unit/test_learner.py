@@ -16,8 +16,9 @@ from torch import Tensor
 
 from megatron_tempo.algorithm.truncation import length_penalty
 from megatron_tempo.config.correction import CorrectionConfig, CorrectionLevel
-from megatron_tempo.config.stages import NEEDS, Baseline, CriticTargets, Method, StageConfig, ValueTiming, settings_of
+from megatron_tempo.config.stages import NEEDS, Baseline, Method, StageConfig, ValueTiming, settings_of
 from megatron_tempo.config.truncation import TruncatedResponses
+from megatron_tempo.config.updates import CriticTargets
 from megatron_tempo.kernels.advantages import token_advantages
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.kernels.rows import Rows

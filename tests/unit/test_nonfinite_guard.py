@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_tempo.config.stages import OptimizerConfig
+from megatron_tempo.config.updates import OptimizerConfig
 from megatron_tempo.errors import NotFiniteError
 from megatron_tempo.models.nonfinite_guard import LossInputs, NonFiniteGuard
 from megatron_tempo.models.trained import Step

@@ -13,8 +13,8 @@ import pytest
 from scipy import stats
 
 from megatron_tempo.config.schema import Config, ModelConfig, RunConfig, to_plain
-from megatron_tempo.config.stages import CriticTargets
 from megatron_tempo.config.tree import save
+from megatron_tempo.config.updates import CriticTargets
 from megatron_tempo.errors import InputError
 from megatron_tempo.evaluation.calibration import calibration_record
 from megatron_tempo.evaluation.scores import pass_at_k

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_tempo.config import cluster, correction, schema, stages
+from megatron_tempo.config import cluster, correction, schema, stages, updates
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.tree import walk
 
@@ -142,7 +142,7 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
         "timeout_seconds": _SECONDS,
         "max_tokens": _ONE_TO_TOKENS,
     },
-    stages.OptimizerConfig: {
+    updates.OptimizerConfig: {
         "lr": _above(0, 1000, "1e-6"),
         "warmup_steps": _UP_TO_COUNT,
         "weight_decay": _from(0, 1000),
@@ -151,7 +151,7 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
         "eps": _above(0, 1, "1e-6"),
         "clip_grad": _above(0, 1e12),
     },
-    stages.ActorUpdateConfig: {
+    updates.ActorUpdateConfig: {
         "mini_batch_prompts": _ONE_TO_COUNT,
         "epochs": _from(1, 1000),
         "clip_low": Bound("above 0 and below 1", "3e-4", 0, 1, low_open=True, high_open=True, states_high=True),
@@ -161,7 +161,7 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
         "kl_coef": _from(0, FACTOR),
     },
     correction.CorrectionConfig: {"low": _above(0, FACTOR, "0.5"), "high": _above(0, FACTOR, "2")},
-    stages.CriticUpdateConfig: {
+    updates.CriticUpdateConfig: {
         "mini_batch_prompts": _ONE_TO_COUNT,
         "epochs": _from(1, 1000),
         "warmup_iterations": _UP_TO_COUNT,
