@@ -92,7 +92,7 @@ class ServerCalls:
     async def _wake(self, replica: Replica, calls: Sequence[Call]) -> bool:
         """Whether a server took memory of its GPUs again. The trainer has freed what it could before."""
         life, option = replica.life, self._adapter.memory_option
-        fix = f"give servers less memory, such as 'rollout.servers.arguments=[{option}=0.6]'"
+        fix = f"give servers less memory, such as rollout.servers.arguments=['{option}=0.6']"
         try:
             for call in calls:
                 await self.send(replica, call, self._config.update_seconds)

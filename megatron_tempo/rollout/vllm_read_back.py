@@ -2,7 +2,8 @@
 
 A worker holds parts of tensors: the rows or columns of its tensor rank, joined with others in one parameter, and on a
 CPU only as its kernel has packed them. This file knows which part of which of Hugging Face's tensors is where. It does
-not ask vLLM's loaders, which are what the read-back tests. It imports nothing of this package. Written for vLLM 0.32.
+not ask vLLM's loaders, which are what the read-back tests. It imports nothing of this package. Written for vLLM 0.32
+and 0.33.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Layers that hold several of Hugging Face's, one below the other.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# Kernels that compute with experts as they were loaded, and the order in which one parameter has two of the tensors.
+# The others reorder them further (`fused_moe/oracle/unquantized.py`, `convert_to_unquantized_kernel_format`).
+_GATE_FIRST = ("gate_proj", "up_proj")
+_EXPERT_KERNELS = {"TRITON": _GATE_FIRST, "BATCHED_TRITON": _GATE_FIRST, "FLASHINFER_CUTLASS": _GATE_FIRST[::-1]}
+_FP8_BLOCK = 128
+_NOWHERE = (0, 0, 0, 0)
 _CHUNK = 1 << 19  # elements per step: bounds the memory that is needed in addition to the parameter
 
 
@@ -51,7 +58,7 @@ def places(model: torch.nn.Module, *, tied: bool) -> dict[str, list[int]]:
     """Of each tensor that this worker holds as one block: the block's first row, rows, first column and columns.
 
     All of the other tensors are needed. Those of quantised layers are among them: vLLM may compute with all of a tensor
-    when it loads it.
+    when it loads it. Of an expert that is on another worker the block is empty.
     """
     found: dict[str, set[tuple[int, int, int, int]]] = {}
     for name, layer in model.named_modules():
@@ -62,7 +69,20 @@ def places(model: torch.nn.Module, *, tied: bool) -> dict[str, list[int]]:
             inputs, column = _columns(layer)
             for part, count, row in _parts(name, layer):
                 found.setdefault(f"{part}.weight", set()).add((row, count, column, inputs))
+        elif isinstance(layer, RoutedExperts):
+            for tensor, block in _expert_blocks(name, layer):
+                found.setdefault(tensor, set()).add(block)
     return {name: list(*blocks) for name, blocks in found.items() if len(blocks) == 1}
+
+
+def elsewhere(model: torch.nn.Module) -> set[str]:
+    """The tensors of the experts that are on other workers, with vLLM's expert parallelism."""
+    names = set()
+    for name, layer in model.named_modules():
+        if isinstance(layer, RoutedExperts):
+            absent = (expert for expert, slot in enumerate(_slots(layer)) if slot < 0)
+            names |= {tensor for expert in absent for tensor in _expert_names(name, layer, expert)}
+    return names
 
 
 def read_back(model: torch.nn.Module, index: int, of: int, *, tied: bool) -> dict[str, Any]:
@@ -121,14 +141,72 @@ def _pieces(model: torch.nn.Module, *, tied: bool) -> Iterator[InstalledPart | s
                 yield InstalledPart(own, own, rows, 0, 0, rows.shape[1])
 
 
-def _experts(name: str, layer: Any) -> Iterator[str]:
-    """The names of a layer's experts' tensors. They are one parameter, whose order each kernel chooses."""
+def _experts(name: str, layer: Any) -> Iterator[InstalledPart | str]:
+    """A layer's experts: two tensors of each are in one parameter of all experts, the third one in another.
+
+    Of kernels that have them in another order, and of quantised ones, the names.
+    """
+    backend = getattr(getattr(layer.quant_method, "unquantized_backend", None), "name", None)
+    order = _EXPERT_KERNELS.get(str(backend))
+    blocks = dict(_expert_blocks(name, layer))
+    above, first, second = name.removesuffix(".routed_experts"), f"{name}.w13_weight", f"{name}.w2_weight"
+    for expert, slot in enumerate(_slots(layer)):
+        if order is None or not blocks or not _is_plain(layer):
+            yield from _expert_names(name, layer, expert)
+            continue
+        if slot < 0:
+            continue
+        gates, down = layer.w13_weight.detach()[slot], layer.w2_weight.detach()[slot]
+        half, width = len(gates) // 2, layer.moe_config.moe_parallel_config.tp_size
+        for place, part in enumerate(order):
+            row, rows, _, columns = blocks[tensor := f"{above}.{expert}.{part}.weight"]
+            own = gates[place * half : place * half + rows, :columns]
+            yield _in_words(InstalledPart(tensor, first, own, row, 0, columns))
+        _, rows, column, columns = blocks[tensor := f"{above}.{expert}.down_proj.weight"]
+        yield _in_words(InstalledPart(tensor, second, down[:rows, :columns], 0, column, columns * width))
+
+
+def _in_words(part: InstalledPart) -> InstalledPart | str:
+    """The part, or the tensor's name if the part does not begin and end at four bytes, of which checksums are."""
+    size = part.rows.element_size()
+    uneven = any(number * size % 4 for number in (part.column, part.rows.shape[1], part.width))
+    return part.tensor if uneven else part
+
+
+def _slots(layer: Any) -> list[int]:
+    """Where this worker has each expert; -1 for one that it does not have."""
+    numbers = layer.expert_map_manager.expert_map
+    return list(range(layer.global_num_experts)) if numbers is None else numbers.tolist()[: layer.global_num_experts]
+
+
+def _expert_names(name: str, layer: Any, expert: int) -> Iterator[str]:
     above = name.removesuffix(".routed_experts")
-    for expert in range(layer.global_num_experts):
-        for part in ("gate_proj", "up_proj", "down_proj"):
-            yield f"{above}.{expert}.{part}.weight"
-            if "Unquantized" not in type(layer.quant_method).__name__:
-                yield f"{above}.{expert}.{part}.weight_scale_inv"
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        yield f"{above}.{expert}.{part}.weight"
+        if not _is_plain(layer):
+            yield f"{above}.{expert}.{part}.weight_scale_inv"
+
+
+def _expert_blocks(name: str, layer: Any) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
+    """Of each tensor of a layer's experts, its block that is here: rows or columns of each expert, or whole experts.
+
+    None at all where another rule decides: copies of experts that vLLM moves, shards that are padded, and parts of
+    quantised tensors, whose loaders have not been tested with them.
+    """
+    config, parallel = layer.moe_config, layer.moe_config.moe_parallel_config
+    if parallel.enable_eplb or config.tp_shard_with_padding or not (_is_plain(layer) or parallel.tp_size == 1):
+        return
+    own, hidden = config.intermediate_size_per_partition_unpadded, config.hidden_dim_unpadded
+    above, first = name.removesuffix(".routed_experts"), parallel.tp_rank * own
+    blocks = {"gate_proj": (first, own, 0, hidden), "down_proj": (0, hidden, first, own)}
+    blocks["up_proj"] = blocks["gate_proj"]
+    for expert, slot in enumerate(_slots(layer)):
+        for part, (row, rows, column, columns) in blocks.items():
+            tensor = f"{above}.{expert}.{part}.weight"
+            yield tensor, (row, rows, column, columns) if slot >= 0 else _NOWHERE
+            if not _is_plain(layer):  # a scale for each block of the weight
+                scales = (0, -(-rows // _FP8_BLOCK), 0, -(-columns // _FP8_BLOCK))
+                yield f"{tensor}_scale_inv", scales if slot >= 0 else _NOWHERE
 
 
 def _vocabulary(name: str, layer: Any, *, tied: bool) -> Iterator[InstalledPart | str]:

@@ -3,7 +3,7 @@
 This file, `vllm_read_back.py` and `tensor_sums.py` are copied into a server's folder and found by name, in vLLM's
 environment
 (`--worker-extension-cls vllm_worker.WorkerExtension`, `--weight-transfer-config '{"backend": "megatron_tempo"}'`,
-`--middleware vllm_worker.KeyMiddleware`), so it imports nothing of this package. Written for vLLM 0.32.
+`--middleware vllm_worker.KeyMiddleware`), so it imports nothing of this package. Written for vLLM 0.32 and 0.33.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-from vllm_read_back import block_checksum, places, read_back
+from vllm_read_back import block_checksum, elsewhere, places, read_back
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # The bytes of what was not sent to this worker: NaN in fp32, bf16 and fp8, so that a loader that takes it is found.
@@ -98,6 +98,7 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._received: dict[str, tuple[str, str]] = {}
         self._blocks: list[tuple[str, str, str, str]] = []  # those that arrived, as `checksums` reports them
         self._missing = self._parameters
+        self._elsewhere = elsewhere(self.model)
         self._begun: dict[str, Tensor] = {}  # tensors of which some parts have arrived
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
@@ -143,7 +144,9 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         if self.model_config.hf_config.tie_word_embeddings and _EMBEDDING in tensors:
             # A reload unties the two, and on a CPU the head has its own copy.
             tensors[_HEAD] = tensors[_EMBEDDING]
-        self._missing = self._missing - self.model.load_weights(tensors.items())
+        # vLLM would keep the experts of other workers until it has all of the layer.
+        of_worker = [(name, tensor) for name, tensor in tensors.items() if name not in self._elsewhere]
+        self._missing = self._missing - self.model.load_weights(of_worker)
         self._copy_waiting(flat)
 
     def finish_weight_update(self) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
 import subprocess
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import replace
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_tempo.config.choices import EngineKind, EnginePrecision
@@ -27,13 +30,15 @@ from megatron_tempo.rollout.answer_checks import checked_completions
 from megatron_tempo.rollout.answer_experts import RoutingForm
 from megatron_tempo.rollout.answer_formats import vllm_answers
 from megatron_tempo.rollout.answer_reader import AnswerReader
+from megatron_tempo.rollout.checksum import checksums_of
 from megatron_tempo.rollout.connections import authorised
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.partial_requests import joined, parts_of
+from megatron_tempo.rollout.read_back import EVERYTHING
 from megatron_tempo.rollout.replica import Ask, GenerationJob
 from megatron_tempo.rollout.server import Server
 from megatron_tempo.rollout.sglang import Sglang
-from megatron_tempo.rollout.vllm import Vllm
+from megatron_tempo.rollout.vllm import READ_BACK, Vllm
 from megatron_tempo.types import UNFINISHED, Completion
 from tests.engines.servers import ARGUMENTS, END, HEAD_DIM, PROMPTS, interpreter_of, warm_python
 from tests.support import tiny
@@ -209,6 +214,89 @@ def test_vllms_own_classes_take_our_requests_and_write_what_we_read(dtype: str, 
     assert [(row.tokens, row.routed, row.versions) for row in read.rows] == [(2, 4, [(3, 2)])]
     kept = np.frombuffer(read.experts[0], np.uint8 if routing.itemsize == 1 else np.int16)
     assert np.array_equal(kept.reshape(experts.shape), experts)
+
+
+# What vLLM's own loaders and its own conversion for a kernel make of a layer's experts on each worker, as our module
+# reads it back.
+LOADED_BY_VLLM = """
+import json, sys
+from types import SimpleNamespace
+import torch
+from safetensors.torch import load_file
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import (
+    UnquantizedMoeBackend, convert_to_unquantized_kernel_format)
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+import vllm_read_back
+given = json.loads(sys.argv[1])
+sent, name, experts, ranks = load_file(given["file"]), given["name"], given["experts"], given["ranks"]
+fields = FusedMoEConfig.__dataclass_fields__
+assert {"intermediate_size_per_partition_unpadded", "hidden_dim_unpadded", "tp_shard_with_padding"} <= fields.keys()
+ffn, hidden = sent[f"{name}.0.gate_proj.weight"].shape
+
+def answer(rank, apart, backend):
+    cut, tp_rank, numbers, count = ranks, rank, None, experts
+    if apart:
+        cut, tp_rank, (count, numbers, _) = 1, 0, determine_expert_map(ranks, rank, experts)
+    layer = RoutedExperts.__new__(RoutedExperts)
+    torch.nn.Module.__init__(layer)
+    parallel = SimpleNamespace(tp_size=cut, tp_rank=tp_rank, enable_eplb=False)
+    layer.moe_config = SimpleNamespace(
+        moe_parallel_config=parallel, tp_rank=tp_rank, tp_shard_with_padding=False, is_act_and_mul=True,
+        intermediate_size_per_partition_unpadded=ffn // cut, hidden_dim_unpadded=hidden)
+    place = lambda one: one if numbers is None else int(numbers[one])
+    layer.expert_map_manager = SimpleNamespace(expert_map=numbers, map_global_to_local=place)
+    layer.global_num_experts, layer.quant_config, layer._fused_shared_expert_quantizer = experts, None, None
+    method = UnquantizedFusedMoEMethod.__new__(UnquantizedFusedMoEMethod)
+    object.__setattr__(method, "unquantized_backend", backend)
+    object.__setattr__(layer, "quant_method", method)
+    for own, shape in (("w13_weight", (count, 2 * ffn // cut, hidden)), ("w2_weight", (count, hidden, ffn // cut))):
+        setattr(layer, own, torch.nn.Parameter(torch.full(shape, torch.nan), requires_grad=False))
+    for expert in range(experts):
+        for part, own, shard in (("gate", "w13", "w1"), ("up", "w13", "w3"), ("down", "w2", "w2")):
+            parameter, tensor = getattr(layer, f"{own}_weight"), sent[f"{name}.{expert}.{part}_proj.weight"]
+            layer.weight_loader(parameter, tensor, f"{own}_weight", shard, expert, return_success=True)
+    new = convert_to_unquantized_kernel_format(backend, layer.moe_config, layer.w13_weight, layer.w2_weight, layer)
+    layer.w13_weight, layer.w2_weight = (torch.nn.Parameter(one.data, requires_grad=False) for one in new)
+    model = parent = torch.nn.Module()
+    for word in name.split("."):
+        parent.add_module(word, torch.nn.Module())
+        parent = parent.get_submodule(word)
+    parent.add_module("routed_experts", layer)
+    return vllm_read_back.read_back(model, 0, 1, tied=False)
+
+print(json.dumps([
+    [kernel, apart, {"results": [answer(rank, apart, UnquantizedMoeBackend[kernel]) for rank in range(ranks)]}]
+    for kernel in given["kernels"] for apart in (False, True)
+]))
+"""
+
+
+def test_experts_are_read_back_as_vllms_own_loaders_place_them(tmp_path: Path) -> None:
+    """Cut by two workers, and each on one of them. The kernels need a GPU, but not what prepares weights for them."""
+    name, ranks, kernels = "model.layers.0.mlp.experts", 2, ["TRITON", "BATCHED_TRITON", "FLASHINFER_CUTLASS"]
+    shapes = {"gate_proj": (24, 32), "up_proj": (24, 32), "down_proj": (32, 24)}
+    names = [(expert, part) for expert in range(5) for part in shapes]
+    sent = {f"{name}.{expert}.{part}.weight": torch.randn(shapes[part]) for expert, part in names}
+    file = str(tmp_path / "sent.safetensors")
+    save_file(sent, file)
+    shutil.copyfile(READ_BACK, tmp_path / READ_BACK.name)
+    given = {"file": file, "name": name, "experts": 5, "ranks": ranks, "kernels": kernels}
+    command = [interpreter_of(EngineKind.vllm), "-c", LOADED_BY_VLLM, json.dumps(given)]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    adapter, expected = Vllm(cpu=False, tensor=ranks), checksums_of(list(sent.items()))
+    other = f"{name}.3.up_proj.weight"
+    wrong = expected | checksums_of([(other, torch.zeros(24, 32))])
+    answers = json.loads(done.stdout.splitlines()[-1])
+    assert [answer[:2] for answer in answers] == [[kernel, apart] for kernel in kernels for apart in (False, True)]
+    for _, _, answer in answers:
+        assert [one["unread"] for one in answer["results"]] == [[]] * ranks
+        assert adapter.not_installed(expected, EVERYTHING, answer) == []
+        assert [one for one, _ in adapter.not_installed(wrong, EVERYTHING, answer)] == [other]
 
 
 def test_vllms_server_knows_the_flag_that_records_experts() -> None:

@@ -46,6 +46,7 @@ AWAY = [*CLUSTER, *SERVED, "rollout.servers.host=hostname", "cluster.rollout_nod
 KEY = "rollout.servers.key_file=TMP/key"
 GIVEN = [*SERVED, KEY, "rollout.servers.addresses=[http://127.0.0.1:1]"]
 MIXTURE = ["model.path=TMP/mixture"]
+APART = "rollout.servers.arguments=[--enable-expert-parallel]"
 JUDGE = ["rewards.judge.url=http://h:1/v1", "rewards.judge.model=m"]
 
 # Configurations with problems that the other files do not have. `launched` stands for torchrun's number of processes,
@@ -184,6 +185,16 @@ MORE = [
     ["model.router_aux_loss_coef=0.01"],
     [*MIXTURE, *SERVED, "model.router_replay='off'", "rollout.servers.tensor=3"],
     [*MIXTURE, *SERVED, "model.router_replay='off'", "rollout.servers.precision=fp8", "rollout.servers.tensor=2"],
+    [*MIXTURE, *SERVED, "model.router_replay='off'", "rollout.servers.tensor=16", APART],
+    [*MIXTURE, *SERVED, "model.router_replay='off'", "rollout.servers.arguments=[--enable-eplb]"],
+    [
+        *MIXTURE,
+        *SERVED,
+        "rollout.engine=sglang",
+        "rollout.servers.tensor=4",
+        "rollout.servers.arguments=['--ep-size=3']",
+    ],
+    [*SERVED, APART],
     [*MIXTURE, "run.precision=fp8_blockwise"],
     # the cluster
     [*AWAY, "cluster.rollout_nodes=2"],

@@ -201,7 +201,7 @@ def test_servers_that_cannot_wake_are_given_up_with_the_option_to_change(two: tu
         update(fleet)
     assert fleet.none_is_left()
     assert "does not get its GPU's memory back" in fleet.loss()
-    assert "rollout.servers.arguments=[--share=" in fleet.loss()
+    assert "rollout.servers.arguments=['--share=" in fleet.loss()
 
 
 def test_a_start_that_does_not_sleep_is_refused(two: tuple[Any, Server]) -> None:

@@ -58,6 +58,7 @@ class Receiver:
 
     def __init__(self, worker: ModuleType, rank: int) -> None:
         self._worker, self._rank = worker, rank
+        self.elsewhere: set[str] = set()  # of the experts of other workers
         self.tensors: dict[str, Tensor] = {}
         self.answer: dict[str, Any] = {"tensors": {}, "blocks": [], "missing": []}
 
@@ -81,6 +82,7 @@ class Receiver:
             self.__dict__.setdefault("begun", {}),
         )
         receiver._received, receiver._blocks, receiver._missing = {}, [], set()
+        receiver._elsewhere = self.elsewhere
         with pytest.MonkeyPatch.context() as monkeypatch:
             for kind in ("broadcast", "recv"):
                 monkeypatch.setattr(torch.distributed, kind, lambda flat, **_: flat.copy_(messages.pop(0)))

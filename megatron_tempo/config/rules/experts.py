@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from megatron_tempo.config.choices import EnginePrecision
 from megatron_tempo.config.model_shape import Experts, ModelShape
 from megatron_tempo.config.problem import Problem
+from megatron_tempo.config.rules import engine_experts
 from megatron_tempo.config.rules.layout import Laid, divisors, folders_of, laid_of
 from megatron_tempo.config.schema import Config
-
-_FP8_BLOCK = 128  # of the servers' FP8 weights
 
 
 def check(config: Config, shapes: Mapping[str, ModelShape], world_size: int | None) -> Iterator[Problem]:
@@ -33,9 +31,8 @@ def check(config: Config, shapes: Mapping[str, ModelShape], world_size: int | No
     if shapes and coefficient > 0 and all(shape.experts is None for shape in shapes.values()):
         wrong = f"{' and '.join(shapes)} has no mixture of experts whose load it could balance"
         yield Problem("model.router_aux_loss_coef", coefficient, wrong, "model.router_aux_loss_coef=0")
-    actor = shapes.get("model.path")
-    if actor is not None and actor.experts is not None:
-        yield from _servers(config, actor.experts)
+    if (actor := shapes.get("model.path")) is not None:
+        yield from engine_experts.check(config, actor.experts)
 
 
 def _dense(config: Config, laid: Laid, folder: str, role: str) -> Iterator[Problem]:
@@ -102,17 +99,3 @@ def _sequence(laid: Laid) -> Iterator[Problem]:
         field = "parallel.critic.sequence" if critics else laid.fields["sequence"]
         wrong = f"Megatron-Core trains experts with {laid.fields['tensor']}={laid.parallel.tensor} only with it"
         yield Problem(laid.fields["sequence"], False, wrong, f"{field}=true, or {laid.fields['tensor']}=1")
-
-
-def _servers(config: Config, own: Experts) -> Iterator[Problem]:
-    """vLLM and SGLang cut each expert over their tensor ranks; FP8 weights in whole blocks."""
-    servers = config.rollout.servers
-    if not config.rollout.is_served or servers.addresses is not None or servers.tensor < 1:
-        return
-    block = _FP8_BLOCK if servers.precision is EnginePrecision.fp8 else 1
-    if own.ffn % (servers.tensor * block):
-        fits = [n for n in divisors(own.ffn) if own.ffn % (n * block) == 0]
-        blocks = f" in blocks of {block}" if block > 1 else ""
-        wrong = f"does not divide the {own.ffn} feed-forward units of an expert{blocks}"
-        fix = f"rollout.servers.tensor=one of {', '.join(map(str, fits))}" if fits else "rollout.servers.precision=bf16"
-        yield Problem("rollout.servers.tensor", servers.tensor, wrong, fix)
