@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,15 +154,16 @@ def findings(tokenizer: PreTrainedTokenizerBase, folder: Path, texts: Sequence[s
     configured, own = _configured_ends(folder), _tokenizer_end(tokenizer)
     if configured and own and not set(own) <= set(configured):
         lines.append(
-            f"warning: {folder}: the model's configuration ends responses with {_named(tokenizer, configured)}, the "
-            f"tokenizer with {_named(tokenizer, own)}: each of them ends one here"
+            f"warning: {folder}: the model's configuration ends responses with {named(tokenizer, configured)}, the "
+            f"tokenizer with {named(tokenizer, own)}: each of them ends one here"
         )
     if (changed := _changed(tokenizer, folder, texts)) is not None:
         lines.append(changed)
     return lines
 
 
-def _named(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+def named(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> str:
+    """Tokens as a message shows them."""
     return " or ".join(f"{tokenizer.convert_ids_to_tokens(token)} ({token})" for token in tokens)
 
 

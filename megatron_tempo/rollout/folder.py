@@ -13,6 +13,7 @@ import transformers
 
 from megatron_tempo.config.choices import EnginePrecision
 from megatron_tempo.config.model_shape import read_model_shape
+from megatron_tempo.data.tokenizer import end_tokens
 from megatron_tempo.errors import InputError
 from megatron_tempo.files import read_json
 
@@ -29,8 +30,9 @@ _LEFT_OUT = ("generation_config.json", ".safetensors.index.json")
 def served_folder(model: Path, folder: Path, precision: EnginePrecision, *, flat_rope: bool) -> Path:
     """Config and tokenizer of a Hugging Face folder, for an engine.
 
-    generation_config.json is left out: each request has its own sampling settings and end tokens. With `flat_rope` the
-    rotary embedding is written in the form of transformers 4, which SGLang reads. Transformers 5 keeps it in
+    generation_config.json is left out: each request has its own sampling settings and end tokens. config.json gets the
+    same end tokens (`end_tokens`): SGLang ends a response at those of its config too. With `flat_rope` the rotary
+    embedding is written in the form of transformers 4, which SGLang reads. Transformers 5 keeps it in
     `rope_parameters`; SGLang looks for `rope_theta` and silently uses 10,000 if there is none. Raises InputError if
     that form cannot express it.
     """
@@ -42,6 +44,7 @@ def served_folder(model: Path, folder: Path, precision: EnginePrecision, *, flat
     if flat_rope:
         kept = {name: value for name, value in config.items() if name not in ("rope_parameters", "rope_scaling")}
         config = kept | _flat_rope(model)
+    config["eos_token_id"] = end_tokens(model)
     if precision is EnginePrecision.fp8:
         config["quantization_config"] = FP8_CONFIG | _unquantised(model)
     (folder / "config.json").write_text(json.dumps(config, indent=2))

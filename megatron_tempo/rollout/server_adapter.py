@@ -127,6 +127,13 @@ class ServerAdapter(Protocol):
         """The call for what each worker needs of the tensors; None if workers take only whole ones."""
         ...
 
+    def other_ends(self, model: Path, *, found: bool) -> str | None:
+        """A warning if the engine ends responses also at tokens that are not the run's end tokens.
+
+        `found`: the servers were started by somebody else.
+        """
+        ...
+
     def places(self, answer: Any) -> Places:
         """The answer to `asks_for_places`, in the order of the workers."""
         ...

@@ -115,6 +115,8 @@ class ServersEngine:
             common = (adapter, config, starter, self.replicas, key, end_tokens(model), vocab, self.work)
             self._fleet = CheckedFleet(*common, sleeps=gpus is not None)
             self._closing.callback(self._fleet.close)
+            if (warning := adapter.other_ends(model, found=config.addresses is not None)) is not None:
+                log.warning("%s", warning)
         self._start(key)
         if gpus is not None:
             gpus.take_back()

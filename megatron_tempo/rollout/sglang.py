@@ -34,6 +34,7 @@ from megatron_tempo.config.routing import RoutingFormat
 from megatron_tempo.files import read_json
 from megatron_tempo.rollout.answer_checks import differing
 from megatron_tempo.rollout.cuda_memory import Pickler
+from megatron_tempo.rollout.end_tokens import other_ends_of_sglang
 from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.engine_versions import EngineVersions
 from megatron_tempo.rollout.folder import private_file, served_folder
@@ -201,6 +202,9 @@ class Sglang:
 
     def asks_for_places(self) -> Call | None:
         return None
+
+    def other_ends(self, model: Path, *, found: bool) -> str | None:
+        return other_ends_of_sglang(model, found=found)
 
     def places(self, answer: Any) -> Places:
         raise NotImplementedError("SGLang's workers take whole tensors")

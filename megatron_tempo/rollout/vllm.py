@@ -172,6 +172,9 @@ class Vllm:
     def asks_for_places(self) -> Call | None:
         return Call("/collective_rpc", {"method": "places"}) if self._tensor > 1 else None
 
+    def other_ends(self, model: Path, *, found: bool) -> None:
+        """Each request says `ignore_eos`."""
+
     def places(self, answer: Any) -> Places:
         try:
             found = [{name: Block(*map(int, block)) for name, block in one.items()} for one in answer["results"]]

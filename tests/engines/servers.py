@@ -28,7 +28,7 @@ from tests.support.logged import logged
 
 ROOT = Path(__file__).parents[2]
 ENGINES = (EngineKind.sglang, EngineKind.vllm)
-END, ENDING = tiny.WORDS.index("$"), 45
+END, ENDING, NO_END = tiny.WORDS.index("$"), 45, 44
 # On a CPU, SGLang pads other sizes, which changes its checksums. vLLM does not support smaller heads.
 FFN, HEAD_DIM = 64, 32
 PROMPTS = [(5, 7, 8), (9, 4, 1, 2, 3), (60,), tuple(range(20))]
@@ -76,8 +76,13 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def write_model(folder: Path, kind: str = "untied", *, seed: int = 0) -> Path:
-    """Write a model with a generation_config.json that must be ignored: it would make all responses equal."""
+    """Write a model with a generation_config.json of which only the end token counts.
+
+    Its sampling would make all responses equal. The end token of config.json is another one, which must not count.
+    """
     tiny.write_model(folder, seed=seed, ffn=FFN, head_dim=HEAD_DIM, **MODELS[kind])
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": NO_END}
+    (folder / "config.json").write_text(json.dumps(config))
     sampling = {"do_sample": True, "temperature": 0.01, "top_k": 1, "top_p": 0.1, "eos_token_id": END}
     (folder / "generation_config.json").write_text(json.dumps(sampling))
     return folder
