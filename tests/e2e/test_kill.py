@@ -14,7 +14,7 @@ from megatron_tempo.config.tree import save
 from megatron_tempo.observability.records import read_evaluations, read_metrics
 from tests.support.checkpoints import saved_tensors
 from tests.support.fork_server import FORK_SERVER, Forked
-from tests.support.project import config_of, write_project
+from tests.support.project import config_of, from_nothing, write_project
 from tests.support.ranks import rank_environments
 
 ITERATIONS = 3  # of each stage
@@ -102,27 +102,27 @@ def kill_when(processes: list[Forked], moment: Callable[[], bool]) -> None:
         process.wait()
 
 
-def final_tensors(run: Path) -> dict[str, torch.Tensor]:
+def final_tensors(run: Path, last: int) -> dict[str, torch.Tensor]:
     """Weights and optimizer states of actor and critic at the end."""
-    return saved_tensors(checkpoint_folder(run, LAST))
+    return saved_tensors(checkpoint_folder(run, last))
 
 
-def assert_same_end(run: Path, reference: Path) -> None:
-    expected, actual = final_tensors(reference), final_tensors(run)
+def assert_same_end(run: Path, reference: Path, last: int = LAST) -> None:
+    """`last`: the number of iterations."""
+    expected, actual = final_tensors(reference, last), final_tensors(run, last)
     assert expected.keys() == actual.keys()
     assert any("exp_avg_sq" in name for name in expected), "the optimizer's state is in the comparison"
     different = [name for name in expected if not torch.equal(expected[name], actual[name])]
     assert not different
     for file in ("actor/model-00001.safetensors", "critic/model-00001.safetensors"):
-        path = Path(f"hf_step_{LAST:08d}") / file
+        path = Path(f"hf_step_{last:08d}") / file
         assert (run / path).read_bytes() == (reference / path).read_bytes()
 
     def numbers(records: list[dict]) -> list[dict]:
+        """Without times, and without the parity check, which each start makes."""
         timing = ("time", "seconds", "idle_share", "tokens_per_second")
-        return [
-            {k: v for k, v in r.items() if k not in timing and not k.startswith(("time/", "memory_gb/"))}
-            for r in records
-        ]
+        others = ("time/", "memory_gb/", "engine/parity_gap_")
+        return [{k: v for k, v in r.items() if k not in timing and not k.startswith(others)} for r in records]
 
     assert numbers(read_metrics(run)) == numbers(read_metrics(reference))
     assert numbers(read_evaluations(run)) == numbers(read_evaluations(reference))
@@ -155,6 +155,39 @@ def test_two_processes_killed_twice(project: Path, tmp_path: Path) -> None:
     kill_when(start(config, log, world=2), lambda: lines(run) >= LAST - 1)
     finish(config, log, world=2)
     assert_same_end(run, undisturbed)
+
+
+def write_mixture_config(project: Path, run: Path) -> Path:
+    """Four iterations of TEMPO, a checkpoint after each two: a mixture of experts over two ranks, rollouts on disk."""
+    config = from_nothing(config_of(project, run))
+    config.stage2.iterations, config.stage2.labelled_prompts, config.stage2.unlabelled_prompts = 4, 4, 4
+    config.parallel.expert, config.rollout.dump = 2, True
+    config.evaluation.sets, config.evaluation.calibration_set = {}, None
+    config.checkpoint.every, config.checkpoint.keep = 2, 2
+    path = run.with_suffix(".json")
+    save(config, path)
+    return path
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts_killed_and_started_again(tmp_path: Path) -> None:
+    """The same weights, optimizer states, metrics and rollouts, and the same experts replayed."""
+    project = write_project(tmp_path / "project", "mixture")
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    finish(write_mixture_config(project, undisturbed), tmp_path / "log0", world=2)
+    config, log = write_mixture_config(project, run), tmp_path / "log"
+    kill_when(start(config, log, world=2), lambda: lines(run) >= 3)
+    finish(config, log, world=2)
+    assert f"resumed from {checkpoint_folder(run, 2)}, 2 iterations done" in log.read_text()
+    assert_same_end(run, undisturbed, 4)
+    names = sorted(path.name for path in (undisturbed / "rollouts").iterdir())
+    assert names == [f"stage2-{n:06d}.{kind}" for n in range(1, 5) for kind in ("experts", "jsonl")]
+    assert names == sorted(path.name for path in (run / "rollouts").iterdir())
+    for name in names:
+        assert (run / "rollouts" / name).read_bytes() == (undisturbed / "rollouts" / name).read_bytes(), name
+    replayed = [line["engine/routing_agreement"] for line in read_metrics(run)]
+    assert len(replayed) == 4
+    assert min(replayed) > 0.9
 
 
 VICTIMS = {"truncated": "*.distcp", "flipped": "*.safetensors", "missing": "*.distcp", "no manifest": "*.distcp"}
