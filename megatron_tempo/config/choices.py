@@ -158,3 +158,12 @@ class Verifier(Enum):
     text = "text"  # a word, a number or a list of them
     grid = "grid"  # a logic grid
     judge = "judge"  # a language model (rewards.judge)
+    code = "code"  # a Python program, run against tests (rewards.code)
+
+
+class SandboxKind(Enum):
+    """Where the programs of `verifier=code` run (docs/code.md)."""
+
+    auto = "auto"  # bubblewrap where it works, else subprocess
+    bubblewrap = "bubblewrap"  # namespaces
+    subprocess = "subprocess"  # a process that locks itself

@@ -56,6 +56,7 @@ MAY_CHANGE: tuple[tuple[tuple[str, ...], str], ...] = (
         "how the judge is reached",
     ),
     (("rewards.math.workers",), "processes that compare answers"),
+    (("rewards.code.sandbox", "rewards.code.workers"), "where programs run, and how many at a time"),
     (("evaluation.every",), "when it is evaluated; on what and how stays"),
     (("checkpoint.*",), "what is kept"),
     (("metrics.*", "profile.*"), "logging"),

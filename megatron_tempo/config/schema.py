@@ -26,6 +26,7 @@ from megatron_tempo.config.choices import (
     Published,
     Recompute,
     RouterReplay,
+    SandboxKind,
     StaleGroups,
     Transport,
     Verifier,
@@ -264,10 +265,24 @@ class MathConfig:
 
 
 @dataclass(slots=True)
+class CodeConfig:
+    """The programs of data sets with `verifier=code` (docs/code.md)."""
+
+    # where they run: bubblewrap (namespaces), subprocess (a process that locks itself), or auto: the first that works
+    sandbox: SandboxKind = SandboxKind.auto
+    workers: int = 8  # programs that run at a time, per process of the trainer that verifies
+    seconds: float = 6.0  # processor time of a test, in seconds; a program that exceeds it is wrong
+    wall_seconds: float = 60.0  # time limit of all tests of a program, in seconds
+    memory_mb: int = 1024  # memory of a program (its address space), in MiB
+    python: str | None = None  # interpreter of the programs; None: this program's own, without its packages
+
+
+@dataclass(slots=True)
 class RewardsConfig:
     """How responses are verified."""
 
     math: MathConfig = field(default_factory=MathConfig)
+    code: CodeConfig = field(default_factory=CodeConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     # read an answer from a response whose thought (`<think>`) does not end; false: it has no answer
     read_unfinished_thoughts: bool = False

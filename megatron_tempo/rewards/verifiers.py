@@ -11,7 +11,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from megatron_tempo.config.extensions import Extension
+from megatron_tempo.config.schema import CodeConfig
 from megatron_tempo.errors import InputError
+from megatron_tempo.rewards.code import CodeScorer
 from megatron_tempo.rewards.imported import ImportedScorer
 from megatron_tempo.rewards.math import MathScorer
 from megatron_tempo.rewards.quick import quick_verifiers
@@ -50,9 +52,9 @@ class _NoJudge:
 class Verifiers:
     """All verifiers by name. Worker processes start on first use; `close` ends them.
 
-    `workers`: number of math processes. `seconds`: time limit of one item there. `judge`: the language model that
-    judges, if any. `imported`: the user's own. `threads`: how many threads may usefully call `verify` at a time, and
-    `judge_threads` for the judge's items. Threads take turns at the user's own verifiers.
+    `workers`: number of math processes. `seconds`: time limit of one item there. `code`: how programs run. `judge`: the
+    language model that judges, if any. `imported`: the user's own. `threads`: how many threads may usefully call
+    `verify` at a time, and `judge_threads` for the judge's items. Threads take turns at the user's own verifiers.
 
     A verifier sees the text after the last thought of a response, without its end tokens (`endings`). If the thought
     does not end, it sees nothing, or with `read_unfinished_thoughts` the whole response. The user's own verifiers also
@@ -69,6 +71,7 @@ class Verifiers:
         *,
         read_unfinished_thoughts: bool = False,
         end_tokens: frozenset[int] | None = None,
+        code: CodeConfig | None = None,
     ) -> None:
         self._judge = judge
         self.end_tokens = end_tokens
@@ -79,9 +82,11 @@ class Verifiers:
         self._texts = TextProcess()
         self._quick = quick_verifiers()
         self._math = MathScorer(workers, seconds)
+        self._code = CodeScorer(CodeConfig() if code is None else code)
         self._scorers: dict[str, Scorer] = {
             "math": self._math,
             **self._quick,
+            "code": self._code,
             "judge": _NoJudge() if judge is None else judge,
             **{extension.name: ImportedScorer(extension) for extension in imported},
         }
@@ -170,8 +175,9 @@ class Verifiers:
         return self._math.has_value(answers) if verifier == "math" else [True] * len(answers)
 
     def take_counts(self) -> dict[str, int]:
-        """Counts since the last call, by name: `math/` (`MathScorer.take_counts`), and `judge/` with a judge."""
-        return self._math.take_counts() | ({} if self._judge is None else self._judge.take_counts())
+        """Counts since the last call, by name: `math/` and `code/` (their `take_counts`), and `judge/` with a judge."""
+        counts = self._math.take_counts() | self._code.take_counts()
+        return counts | ({} if self._judge is None else self._judge.take_counts())
 
     def close(self) -> None:
         self._texts.close()

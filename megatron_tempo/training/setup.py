@@ -101,6 +101,7 @@ def build_verifiers(config: Config) -> Verifiers:
         math.workers,
         math.seconds,
         imported=imported_verifiers(config),
+        code=config.rewards.code,
         read_unfinished_thoughts=config.rewards.read_unfinished_thoughts,
         end_tokens=frozenset(end_tokens(Path(config.model.path))) if stop_strings(config) else None,
     )

@@ -23,6 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from megatron_tempo.config import Config, Problem, Purpose, check
 from megatron_tempo.config.cluster import ClusterConfig
 from megatron_tempo.config.compose import REPOSITORY
+from megatron_tempo.config.rules import rewards as reward_rules
 from megatron_tempo.config.schema import to_plain
 from megatron_tempo.config.tree import read
 from megatron_tempo.plan.split import problems as plan_problems
@@ -137,6 +138,8 @@ MORE = [
     ["rewards.judge.url=http://h:1/v1/chat/completions", JUDGE[1]],
     [*JUDGE, "rewards.judge.key_file=/none"],
     [*JUDGE, *rules.TTRL, "data.unlabelled.verifier=judge"],
+    [*rules.TTRL, "data.unlabelled.verifier=code"],
+    ["rewards.code.sandbox=bubblewrap"],
     # the run
     ["profile.steps=[0]"],
     ["profile.steps=[1,9]"],
@@ -367,6 +370,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("loop", "loop.jsonl"):
         (folder / name).symlink_to(folder / name)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def without_bubblewrap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward_rules, "has_bubblewrap", lambda: False)
 
 
 @cache

@@ -187,6 +187,11 @@ ONE_FIELD = [
     ("rewards.math.workers=0", "rewards.math.workers", "must be 1 or more", "workers=1"),
     ("rewards.math.workers=1000000007", "rewards.math.workers", "at most 1,024", "workers=1024"),
     ("rewards.math.seconds=0", "rewards.math.seconds", "above 0", "seconds=5"),
+    ("rewards.code.seconds=0", "rewards.code.seconds", "above 0", "seconds=6"),
+    ("rewards.code.memory_mb=1", "rewards.code.memory_mb", "must be 128 or more", "memory_mb=128"),
+    ("rewards.code.workers=0", "rewards.code.workers", "must be 1 or more", "workers=1"),
+    ("rewards.code.wall_seconds=2", "rewards.code.wall_seconds", "rewards.code.seconds=6", "wall_seconds=60"),
+    ("rewards.code.python=/none", "rewards.code.python", "no program that can be run", "rewards.code.python=null"),
     ("data.held_out=[heldot]", "data.held_out", "heldot is not in evaluation.sets", "heldout"),
     ("rollout.replay=TMP/none", "rollout.replay", "does not exist", "rollout.dump=true"),
 ]

@@ -124,6 +124,12 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
         "max_staleness": _from(0, 1000),
     },
     schema.MathConfig: {"workers": _from(1, 1024), "seconds": _above(0, 3600, "5")},
+    schema.CodeConfig: {
+        "workers": _from(1, 1024),
+        "seconds": _above(0, 3600, "6"),
+        "wall_seconds": _above(0, 36000, "60"),
+        "memory_mb": _from(128, 2**20),
+    },
     schema.ServersConfig: {
         "replicas": _from(1, THREADS),
         "devices": _from(0, DEVICES - 1),

@@ -1,12 +1,13 @@
-"""Rules on the judge."""
+"""Rules on the judge and on the sandbox of programs."""
 
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_tempo.config.choices import Verifier
+from megatron_tempo.config.choices import SandboxKind, Verifier
 from megatron_tempo.config.extensions import Extension
 from megatron_tempo.config.hosts import host_of
 from megatron_tempo.config.problem import Problem
@@ -35,11 +36,44 @@ def check(config: Config, *, training: bool) -> Iterator[Problem]:
                 f"{users[0]}.verifier=judge asks a judge" if users else "is required: url and model are given together"
             )
             yield Problem(f"rewards.judge.{field}", None, wrong, f"rewards.judge.{field}={example}")
+    yield from _code(config)
+    yield from _compared(config, training=training)
+
+
+def has_bubblewrap() -> bool:
+    return shutil.which("bwrap") is not None
+
+
+def _code(config: Config) -> Iterator[Problem]:
+    code = config.rewards.code
+    if code.sandbox is SandboxKind.bubblewrap and not has_bubblewrap():
+        wrong, fix = "there is no bwrap on PATH", "apt install bubblewrap, or rewards.code.sandbox=auto"
+        yield Problem("rewards.code.sandbox", code.sandbox, wrong, fix)
+    if code.wall_seconds < code.seconds:
+        wrong = f"all tests of a program have less time than one of them, rewards.code.seconds={code.seconds:g}"
+        fix = f"rewards.code.wall_seconds={10 * code.seconds:g}"
+        yield Problem("rewards.code.wall_seconds", code.wall_seconds, wrong, fix)
+    if code.python is not None and shutil.which(code.python) is None:
+        wrong = "is no program that can be run"
+        yield Problem(
+            "rewards.code.python", code.python, wrong, "give the path of a Python, or rewards.code.python=null"
+        )
+
+
+def _compared(config: Config, *, training: bool) -> Iterator[Problem]:
+    """Verifiers that need an answer, where a method has none."""
     unlabelled = config.data.unlabelled
-    if training and config.compares_answers and unlabelled is not None and unlabelled.verifier is Verifier.judge:
-        wrong = "a judge compares a response with an answer, not responses with one another"
-        known = ", ".join(name for name in Verifier.__members__ if name != Verifier.judge.name)
-        yield Problem("data.unlabelled.verifier", Verifier.judge, wrong, f"data.unlabelled.verifier=one of {known}")
+    if not training or not config.compares_answers or unlabelled is None:
+        return
+    reasons = {
+        Verifier.judge: "a judge compares a response with an answer, not responses with one another",
+        Verifier.code: "programs are judged by tests, and cannot be compared with one another",
+    }
+    verifier = unlabelled.verifier
+    if isinstance(verifier, Verifier) and verifier in reasons:
+        known = ", ".join(one.name for one in Verifier if one not in reasons)
+        fix = f"data.unlabelled.verifier=one of {known}"
+        yield Problem("data.unlabelled.verifier", verifier, reasons[verifier], fix)
 
 
 def _verifiers(config: Config, training: bool) -> Iterator[tuple[str, Verifier | Extension | None]]:
