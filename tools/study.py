@@ -31,6 +31,7 @@ LOGIC_DATES = ROOT / "build" / "logic-dates"  # of tools/make_logic_dates.py
 # Evaluate every five iterations; pass@k up to all sixteen samples; a third set with questions of the labelled set.
 COMMON = (
     "metrics.progress=false", "metrics.report=false", "evaluation.pass_k=[1,2,4,8,16]",
+    "evaluation.votes=true",
     "evaluation.sets.labelled.limit=256", "evaluation.sets.labelled.answer_field=answer",
 )  # fmt: skip
 
@@ -100,6 +101,8 @@ ARMS = (
     ours("frozen_critic", "TEMPO, the critic frozen", "methods", "algorithm=frozen_critic"),
     ours("reference", "TEMPO as its published code has it", "methods", "algorithm=reference"),
     ours("ttrl", "TTRL", "methods", "algorithm=ttrl"),
+    ours("ttrl_guard", "TTRL-Guard", "methods", "algorithm=ttrl_guard"),
+    ours("scrl", "SCRL", "methods", "algorithm=scrl"),
     ours("empo", "EMPO", "methods", "algorithm=empo"),
     ours("ppo", "PPO on the labelled questions, continued", "methods", "algorithm=ppo"),
     ours("grpo", "GRPO on the labelled questions", "methods", "algorithm=grpo"),

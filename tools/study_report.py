@@ -22,6 +22,7 @@ from study import ARMS, BASELINES, COUNTDOWN, ROOT, SEEDS, Arm, folder, is_done
 
 from megatron_tempo.files import replace_file
 from megatron_tempo.observability.records import read, read_evaluations, read_metrics
+from megatron_tempo.report.collapse import collapse_words
 from megatron_tempo.report.plots import STYLE
 
 DOCUMENT = ROOT / "docs" / "study.md"
@@ -57,6 +58,7 @@ def _line(arm: str, seed: int) -> dict[str, Any]:
         scores = {"avg@16": record["avg"]} | {f"pass@{k}": value for k, value in record["pass"].items() if k != "1"}
         last = (record["calibration"] or {}).get("last", {})
         scores |= {name: last[name] for name in ("auroc", "ece") if name in last}
+        scores |= {"reward accuracy": record["vote"]["reward_accuracy"]} if record.get("vote") else {}
         curve = curves.setdefault(record["set"], {"iterations": []})
         curve["iterations"].append(record["iteration"])
         for name, value in scores.items():
@@ -112,18 +114,21 @@ def baseline(group: str) -> Arm:
 def table(runs: Runs, arms: list[Arm], group: str = "methods") -> Iterator[str]:
     """The final scores of the arms: means over seeds with intervals, and each arm's difference to TEMPO.
 
-    Groups with a baseline of their own also have the share of truncated responses, which earlier runs did not record.
+    Groups with a baseline of their own also have the share of truncated responses. If votes were recorded, there is the
+    model collapse step of each seed on the unlabelled set. Earlier runs recorded neither.
     """
     cells = [(name, score) for name in SETS for score in ("avg@16", "pass@16")]
     heads = [f"{name}, {score}" for name, score in cells]
     tempo, shown = baseline(group), group in BASELINES
-    last = " | truncated" if shown else ""
+    voted = any(curve(runs, arm, SETS[0], "reward accuracy") is not None for arm in arms)
+    last = (" | truncated" if shown else "") + (" | model collapse step" if voted else "")
+    extra = shown + voted
     yield f"| stage 2 | seeds | {' | '.join(heads)} | minus TEMPO: unlabelled | held-out{last} |\n"
-    yield f"|{' --- |' * (len(heads) + 4 + shown)}\n"
+    yield f"|{' --- |' * (len(heads) + 4 + extra)}\n"
     start = [curve(runs, tempo, *cell) for cell in cells]
     if start[0] is not None:
         words = [formatted(one.first) for one in start if one is not None]
-        yield f"| no stage 2 (end of stage 1) | {len(start[0].seeds)} | {' | '.join(words)} | | |{' |' * shown}\n"
+        yield f"| no stage 2 (end of stage 1) | {len(start[0].seeds)} | {' | '.join(words)} | | |{' |' * extra}\n"
     for arm in arms:
         ends = [curve(runs, arm, *cell) for cell in cells]
         words = [formatted(one.last) if one is not None else "" for one in ends]
@@ -131,7 +136,17 @@ def table(runs: Runs, arms: list[Arm], group: str = "methods") -> Iterator[str]:
         seeds = len(ends[0].seeds) if ends[0] is not None else 0
         shares = [runs[arm.name, seed]["truncated"] for seed in SEEDS if (arm.name, seed) in runs] if shown else []
         more = f" {formatted(np.array(shares)) if shares else ''} |" if shown else ""
+        more += f" {collapses(runs, arm)} |" if voted else ""
         yield f"| {arm.what} | {seeds} | {' | '.join(words)} | {' | '.join(differences)} |{more}\n"
+
+
+def collapses(runs: Runs, arm: Arm) -> str:
+    """The model collapse step of each seed (report.collapse), in iterations of stage 2, on the unlabelled set."""
+    one = curve(runs, arm, SETS[0], "reward accuracy")
+    if one is None:
+        return ""
+    steps = [int(step) for step in one.iterations]
+    return ", ".join(collapse_words(dict(zip(steps, scores.tolist(), strict=True))) for scores in one.scores)
 
 
 def _difference(runs: Runs, arm: Arm, tempo: Arm, name: str) -> str:

@@ -40,6 +40,17 @@ def votes(classes: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     return won.float(), (counts.amax(1) / size).float()
 
 
+def minorities(classes: Tensor, group: Tensor, share: float) -> Tensor:
+    """Responses whose answer is not the majority's, with at least `share` of their group's votes: float32 [n].
+
+    1 or 0. The majority is that of `votes`.
+    """
+    prompt, size = _groups(group)
+    counts = _counts(classes, prompt, len(size))
+    own = counts[prompt, classes.clamp(min=0)]
+    return ((classes >= 0) & (classes != counts.argmax(1)[prompt]) & (own >= share * size[prompt])).float()
+
+
 def shares(classes: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     """The share of each response's class in its prompt group, and the entropy of the group's shares, in nats.
 
@@ -51,6 +62,35 @@ def shares(classes: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     # -sum_c p_c log p_c, as a sum over responses: a class c has p_c N responses, with weight 1 / N each.
     entropy = _sum(-own.log(), prompt, size) / size
     return own.float(), entropy.clamp(min=0.0)[prompt].float()
+
+
+def pseudo_labels(
+    classes: Tensor, group: Tensor, entropy: Tensor, *, positive: float, margin: float, negative: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Clear majorities, and answers that are rare and uncertain (SCRL, arXiv 2603.19880). Four tensors [n].
+
+    Of the n responses whether the answer is its prompt's label, bool; whether it is taken as wrong, bool; the answer's
+    share, float64; the mean entropy of its answer's responses less that of the prompt's, float64. Responses without an
+    answer are a class of their own, which is neither.
+
+    Args:
+        classes, group: int64 [n].
+        entropy: [n], mean entropy of each response's tokens.
+        positive, margin: a label has this share of the prompt's responses or more, and exceeds the second by more than
+            `margin`.
+        negative: answers with a share below this are rare; those of at least the prompt's mean entropy are uncertain.
+    """
+    prompt, size = _groups(group)
+    counts = _counts(classes + 1, prompt, len(size))  # column 0: no answer
+    sums = torch.zeros_like(counts).index_put((prompt, classes + 1), entropy.double(), accumulate=True)
+    excess = sums / counts.clamp(min=1) - (sums.sum(1) / size)[:, None]
+    answers = torch.cat([counts[:, 1:], torch.zeros(len(size), 2, dtype=torch.float64)], dim=1)
+    (first, second), winner = answers.topk(2).values.unbind(1), answers.argmax(1)  # the first of equal counts
+    clear = (first > 0) & (first >= positive * size) & (first - second > margin * size)
+    right = clear[prompt] & (classes == winner[prompt])
+    rare = counts < negative * size[:, None]
+    wrong = (rare & (excess >= -EPS))[prompt, classes + 1] & (classes >= 0) & ~right
+    return right, wrong, counts[prompt, classes + 1] / size[prompt], excess[prompt, classes + 1]
 
 
 def agreeing(labels: Tensor, group: Tensor, groups: int) -> Tensor:

@@ -304,6 +304,8 @@ class EvaluationConfig:
     seed: int | None = None  # as rollout.seed
     max_response_tokens: int | None = None  # maximum tokens of a response; None: rollout.max_response_tokens
     sets: dict[str, DatasetConfig] = field(default_factory=dict)  # questions with answers, by names that you choose
+    # also let the responses to a question vote, and record how far a vote's rewards agree with the verdicts
+    votes: bool = False
     calibration_set: str | None = None  # name of the set on which to measure the critic's calibration; None: do not
 
 

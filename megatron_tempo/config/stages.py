@@ -21,6 +21,8 @@ class Method(Enum):
     ppo = "ppo"  # PPO on verified answers
     tempo = "tempo"  # the critic's values as rewards, the critic trained on verified answers
     ttrl = "ttrl"  # the majority's answer as the label
+    ttrl_guard = "ttrl_guard"  # as ttrl, but held back where the majority's answer changes or has lately won
+    scrl = "scrl"  # the majority's answer as the label if it is clear, and rare, uncertain answers as wrong
     empo = "empo"  # the share of responses with the same answer as the reward
     grpo = "grpo"  # verified answers, advantages within the prompt group
 
@@ -51,6 +53,8 @@ NEEDS = {
     Method.ppo: Needs(actor=Prompts.labelled, critic=Prompts.labelled),
     Method.tempo: Needs(actor=Prompts.unlabelled, critic=Prompts.labelled),
     Method.ttrl: Needs(actor=Prompts.unlabelled, critic=None, classes=True),
+    Method.ttrl_guard: Needs(actor=Prompts.unlabelled, critic=None, classes=True),
+    Method.scrl: Needs(actor=Prompts.unlabelled, critic=None, classes=True),
     Method.empo: Needs(actor=Prompts.unlabelled, critic=None, classes=True),
     Method.grpo: Needs(actor=Prompts.labelled, critic=None),
 }
@@ -129,10 +133,45 @@ class TempoSettings(CriticSettings):
 
 
 @dataclass(slots=True)
-class TtrlSettings(GroupSettings):
-    """Of a stage with `method=ttrl`."""
+class VoteSettings(GroupSettings):
+    """Settings of methods in which the responses to a prompt vote on its label."""
 
     vote_responses: int | None = None  # responses to a prompt that vote; None: those that are trained on
+
+
+@dataclass(slots=True)
+class TtrlSettings(VoteSettings):
+    """Of a stage with `method=ttrl`."""
+
+
+@dataclass(slots=True)
+class GuardSettings(VoteSettings):
+    """Of a stage with `method=ttrl_guard`. The defaults are those of the published runs."""
+
+    flip_window: int = 5  # visits over which flips and agreement are averaged (W)
+    flip_threshold: float = 0.3  # above this Flip Rate an answer is contested
+    agreement_threshold: float = 0.6  # above this share of the majority a question is taken as confident
+    flip_penalty: float = 0.5  # by how much a Flip Rate of 1 lowers a question's weight (lambda_1)
+    confident_penalty: float = (
+        0.3  # and confidence while it flips; half of it: confidence that never flipped (lambda_2)
+    )
+    least_weight: float = 0.1  # the least weight of a question
+    minority_weight: float = 0.3  # greatest weight of the answers of a minority (beta_max)
+    minority_share: float = 0.25  # least share of the votes of such an answer
+    calm_visits: int = 3  # visits without a high Flip Rate after which minorities have no weight (T_steady)
+    risk_threshold: float = 0.5  # above this mean share, a question that was contested is risky (theta_MR)
+    skip_probability: float = 0.7  # with which a risky question is left out
+    skipped_share: float = 0.25  # the most questions of an iteration that are left out, but at least one
+
+
+@dataclass(slots=True)
+class ScrlSettings(VoteSettings):
+    """Of a stage with `method=scrl`. The defaults are the paper's."""
+
+    positive_share: float = 0.375  # least share of the votes with which the majority's answer becomes the label
+    positive_margin: float = 0.125  # and by how much more than this the share must exceed the second answer's
+    negative_share: float = 0.125  # answers with a smaller share than this, if they are uncertain, are taken as wrong
+    entropy_penalty: float = 0.1  # weight of an answer's mean entropy, less the prompt's, in nats a token
 
 
 @dataclass(slots=True)
@@ -152,6 +191,8 @@ SETTINGS: dict[Method, type[MethodSettings]] = {
     Method.ppo: PpoSettings,
     Method.tempo: TempoSettings,
     Method.ttrl: TtrlSettings,
+    Method.ttrl_guard: GuardSettings,
+    Method.scrl: ScrlSettings,
     Method.empo: EmpoSettings,
     Method.grpo: GrpoSettings,
 }

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_tempo.config.schema import EvaluationConfig
 from megatron_tempo.config.updates import CriticTargets
 from megatron_tempo.evaluation.calibration import calibration_record, prefixes_of
-from megatron_tempo.evaluation.scores import avg_at_k, avg_at_k_se, pass_at_k, pass_at_k_se
+from megatron_tempo.evaluation.scores import avg_at_k, avg_at_k_se, pass_at_k, pass_at_k_se, vote_accuracy
 from megatron_tempo.evaluation.token_texts import token_texts
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout.batches import ask, collect, receive
@@ -89,7 +89,9 @@ class Evaluator:
         sampling = Sampling.of(config, config.max_response_tokens or self.max_tokens)
         seed = f"{self.seed}/evaluation/{name}"
         asked = ask(self.engine, prompts, config.samples, sampling, seed)
-        collected = collect(asked, self.verifiers, self.tokenizer).take(0, len(prompts), verdicts=True)
+        by = self._votes_by(prompts)
+        collected = collect(asked, self.verifiers, self.tokenizer, by, labelled_too=by is not None)
+        collected = collected.take(0, len(prompts), verdicts=True, classes=by is not None)
         columns = self.rows.of_batch(collected.columns)
         held = torch.zeros(len(columns), dtype=torch.bool)
         held[self.rows.held(columns)] = True
@@ -97,16 +99,27 @@ class Evaluator:
         held |= self.keeps_all and dist.get_rank() == 0
         batch = receive(replace(collected, columns=columns), held.nonzero().flatten())
         assert batch.correct is not None
-        return ScoredResponses(prompts, batch, batch.correct.double().view(len(prompts), config.samples).numpy())
+        shape = len(prompts), config.samples
+        classes = None if batch.answer_class is None else batch.answer_class.view(shape).numpy()
+        return ScoredResponses(prompts, batch, batch.correct.double().view(shape).numpy(), classes)
+
+    def _votes_by(self, prompts: Sequence[LabelledPrompt]) -> str | None:
+        """The verifier that compares answers for `config.votes`. None: no votes, or several verifiers, or a judge."""
+        names = {prompt.verifier for prompt in prompts}
+        return names.pop() if self.config.votes and len(names) == 1 and names != {"judge"} else None
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredResponses:
-    """The questions of a set, each with `samples` verified responses. `correct`: float64 [questions, samples]."""
+    """The questions of a set, each with `samples` verified responses. `correct`: float64 [questions, samples].
+
+    `classes`: int64 [questions, samples], equal numbers for equal answers; None: answers were not compared.
+    """
 
     prompts: Sequence[LabelledPrompt]
     batch: Batch
     correct: np.ndarray
+    classes: np.ndarray | None = None
 
 
 def scores(scored: ScoredResponses, config: EvaluationConfig) -> dict[str, Any]:
@@ -121,6 +134,7 @@ def scores(scored: ScoredResponses, config: EvaluationConfig) -> dict[str, Any]:
         "questions": len(scored.prompts),
         "response_length": float(scored.batch.response_lengths.float().mean()),
         "truncated": 1.0 - float(scored.batch.stopped.float().mean()),
+        **({} if scored.classes is None else {"vote": vote_accuracy(scored.classes, correct)}),
     }
 
 

@@ -8,7 +8,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tempo.evaluation.evaluator import ScoredResponses
-from megatron_tempo.evaluation.scores import avg_at_k, avg_at_k_se, pass_at_k, pass_at_k_se, share_interval
+from megatron_tempo.evaluation.scores import (
+    avg_at_k,
+    avg_at_k_se,
+    pass_at_k,
+    pass_at_k_se,
+    share_interval,
+    vote_accuracy,
+)
 
 
 def response_records(
@@ -55,5 +62,6 @@ def result(scored: ScoredResponses) -> dict[str, Any]:
         "pass": {str(k): score(pass_at_k(correct, k), pass_at_k_se(correct, k)) for k in range(1, samples + 1)},
         "response_length": {"mean": float(lengths.mean()), "max": int(lengths.max())},
         "truncated": 1.0 - float(stopped.double().mean()),
+        **({} if scored.classes is None else {"vote": vote_accuracy(scored.classes, correct)}),
         "verifiers": sorted({prompt.verifier for prompt in scored.prompts}),
     }

@@ -34,6 +34,22 @@ def pass_at_k_se(correct: np.ndarray, k: int) -> float | None:
     return _standard_error(_pass_by_question(correct, k))
 
 
+def vote_accuracy(classes: np.ndarray, correct: np.ndarray) -> dict[str, float]:
+    """How far a majority vote's rewards and labels agree with the verdicts (URLVR, arXiv 2603.08660; TTRL's metrics).
+
+    A response's reward is 1 if its answer is the most frequent one to its question, else 0. `reward_accuracy` is the
+    share of responses whose reward is their verdict; `label_accuracy` the share of questions whose most frequent answer
+    is right. Of equally frequent answers the first is taken; without any answer all rewards are 0.
+
+    `classes`: int [questions, samples], equal numbers from 0 for equal answers, -1 for none. `correct`: as above.
+    """
+    verdicts = _checked(correct)
+    counts = np.stack([np.bincount(row[row >= 0], minlength=int(classes.max()) + 2) for row in classes])
+    rewards = (classes == counts.argmax(axis=1)[:, None]) & (classes >= 0)
+    right = (rewards & (verdicts == 1)).any(axis=1)
+    return {"reward_accuracy": float((rewards == verdicts).mean()), "label_accuracy": float(right.mean())}
+
+
 def interval(score: float, error: float | None, questions: int) -> tuple[float, float] | None:
     """The 95% confidence interval of a mean over questions, by Student's t with questions - 1 degrees of freedom.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_tempo.config.extensions import Extension, wrong_result
 from megatron_tempo.config.stages import Method, StageConfig, load_method
-from megatron_tempo.methods import empo, grpo, ppo, tempo, ttrl
+from megatron_tempo.methods import empo, grpo, ppo, scrl, tempo, ttrl, ttrl_guard
 from megatron_tempo.methods.learner import Learner, Rollouts, critic_rows, mini_batches, trainable_rows
 from megatron_tempo.types import Batch
 
@@ -27,6 +27,8 @@ METHODS: dict[Method, Iterate] = {
     Method.ppo: ppo.iterate,
     Method.tempo: tempo.iterate,
     Method.ttrl: ttrl.iterate,
+    Method.ttrl_guard: ttrl_guard.iterate,
+    Method.scrl: scrl.iterate,
     Method.empo: empo.iterate,
     Method.grpo: grpo.iterate,
 }
@@ -36,6 +38,8 @@ METHODS: dict[Method, Iterate] = {
 # stage allows.
 _ACTOR_ROWS: dict[Method | Extension, Callable[[Batch, StageConfig], Tensor]] = {
     Method.ttrl: ttrl.actor_rows,
+    Method.ttrl_guard: ttrl.actor_rows,
+    Method.scrl: ttrl.actor_rows,
     Method.empo: empo.actor_rows,
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -11,24 +11,37 @@ from torch import Tensor
 
 from megatron_tempo.algorithm.correction import by_staleness, correct
 from megatron_tempo.algorithm.correction import metrics as off_policy_metrics
-from megatron_tempo.algorithm.groups import agreeing
+from megatron_tempo.algorithm.groups import agreeing, votes
 from megatron_tempo.algorithm.outcomes import final_values, mixed_groups, value_targets
 from megatron_tempo.algorithm.truncation import length_penalty
 from megatron_tempo.config.stages import Baseline, StageConfig
 from megatron_tempo.config.truncation import TruncatedResponses
 from megatron_tempo.kernels.policy_loss import Experience
+from megatron_tempo.kernels.rows import Rows
 from megatron_tempo.models.actor import Actor
 from megatron_tempo.models.critic import Critic
 from megatron_tempo.types import Batch, picked, seed_of
 
 
 @dataclass(frozen=True, slots=True)
+class Visits:
+    """The votes on one question, oldest first. Each iteration that trains on the question is a visit.
+
+    >>> Visits(shares=(0.5, 0.375, 0.625), flips=(True, False))
+    """
+
+    shares: tuple[float, ...] = ()  # of the responses of each visit, the share with the majority's answer
+    flips: tuple[bool, ...] = ()  # of each visit but the first, whether the majority's answer is not the last visit's
+
+
+@dataclass(frozen=True, slots=True)
 class Rollouts:
     """The responses of an iteration. Labelled rows have verdicts. Unlabelled rows have none; for methods that compare
-    answers, they have answer classes."""
+    answers, they have answer classes, and each prompt group has its visits, this one included."""
 
     labelled: Batch | None
     unlabelled: Batch | None
+    visits: Sequence[Visits] | None = None  # of unlabelled prompts, by the number of their group; None: not recorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +85,12 @@ class Learner:
         `Baseline.reference` reads the value one token earlier (`algorithm.outcomes.final_values`).
         """
         return self.actor.gather(batch, final_values(values, batch.held_responses, baseline))
+
+    def entropies(self, batch: Batch) -> Tensor:
+        """The mean over each response's tokens of the actor's entropy, in nats, on every rank: float64 [n]."""
+        with self.phase("logprobs"):
+            means = Rows.of(batch.held_responses).mean(self.actor.entropies(batch).double())
+        return self.actor.gather(batch, means)
 
     def penalise(self, rewards: Tensor, batch: Batch, stage: StageConfig) -> tuple[Tensor, dict[str, float]]:
         """The rewards [n] with the stage's length penalty, if it has one, and what there is to record of it."""
@@ -153,6 +172,23 @@ def agreeing_groups(batch: Batch, stage: StageConfig, groups: int) -> Tensor:
     labels = batch.answer_class if stage.needs.classes else batch.correct
     assert labels is not None
     return agreeing(labels[rows], batch.group[rows], groups)
+
+
+def majorities(batch: Batch, stage: StageConfig) -> dict[int, tuple[int | None, float]]:
+    """The shortest row with the majority's answer, None if there is no answer, and the majority's share; by group.
+
+    Masked responses do not vote; a group of which all are masked is left out. `batch`: only its columns are read.
+    """
+    assert batch.answer_class is not None
+    rows = trainable_rows(batch, stage)
+    group = batch.group[rows]
+    won, shares = votes(batch.answer_class[rows], group)
+    shortest: dict[int, int | None] = dict.fromkeys(group.unique().tolist())
+    winners = rows[won > 0]
+    in_order = winners[batch.response_lengths[winners].argsort(stable=True)]
+    for row, number in zip(in_order.tolist(), batch.group[in_order].tolist(), strict=True):
+        shortest[number] = row if shortest[number] is None else shortest[number]
+    return {number: (row, share) for (number, row), share in zip(shortest.items(), shares.tolist(), strict=True)}
 
 
 def critic_rows(labelled: Batch, stage: StageConfig) -> Tensor | None:

@@ -43,6 +43,17 @@ class Actor:
 
         `replays`: whether recorded experts are replayed; None: as `model.router_replay` says.
         """
+        return self._read(batch, 0, replays)
+
+    def entropies(self, batch: Batch) -> Tensor:
+        """The entropy of pi(. | x, y_<t) at every response token of the rows that this rank owns, in nats: float32 [T].
+
+        A pass of its own, with the experts of `logprobs`.
+        """
+        return self._read(batch, 1, None)
+
+    def _read(self, batch: Batch, which: int, replays: bool | None) -> Tensor:
+        """One of the two numbers that the model gives for each response token: float32 [T]."""
 
         def cells(micro: MicroBatch) -> Tensor:
             return micro.response_cells
@@ -50,7 +61,7 @@ class Actor:
         replay = self.model.replay
         with nullcontext() if replay is None else replay.counting(replays=replays):
             size = len(batch.response_tokens)
-            return self.model.read(batch, self.owners(batch), size, cells, lambda output: output[0])
+            return self.model.read(batch, self.owners(batch), size, cells, lambda output: output[which])
 
     def routing_agreement(self) -> float | None:
         """Of (token, layer) with recorded experts, the share in which this actor's routers choose the same ones.

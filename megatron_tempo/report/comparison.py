@@ -17,6 +17,7 @@ from megatron_tempo.observability.progress import clock
 from megatron_tempo.observability.records import Record
 from megatron_tempo.report import charts
 from megatron_tempo.report.charts import Chart, Labelled, labelled
+from megatron_tempo.report.collapse import collapse_words, reward_accuracies
 from megatron_tempo.report.html import WARNED, Sample, made_with, samples, scale, template, value_range_of
 from megatron_tempo.report.summary import Run, memory_peaks, phase_totals, printable, score
 from megatron_tempo.report.verdict import compared
@@ -166,6 +167,10 @@ def _score_rows(runs: Sequence[Labelled], group: Alike) -> list[ScoreRow]:
         cells = [_cell(records, k if of_kind is None else None, of_kind) for records in of_run]
         best = _best([records[-1] if records else None for records in of_run], of_kind) if testable else None
         rows.append(ScoreRow(group.title, kind, [Cell(t, s, place == best) for place, (t, s) in enumerate(cells)]))
+    votes = [reward_accuracies(records) for records in of_run]
+    if any(votes):
+        words = [Cell(collapse_words(of) if of else "-", "", best=False) for of in votes]
+        rows.append(ScoreRow(group.title, "model collapse step", words))
     return rows
 
 

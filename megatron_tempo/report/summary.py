@@ -24,6 +24,7 @@ from megatron_tempo.observability.records import (
     read_starts,
     read_warnings,
 )
+from megatron_tempo.report.collapse import collapse_sentence, reward_accuracies
 from megatron_tempo.report.verdict import same_questions, verdict
 
 # Points at which no stage has run: of a training run, and of the eval command, which has no stages.
@@ -194,6 +195,8 @@ def outcome(run: Run) -> list[Finding]:
                 _verdict(reached),
             )
         )
+        if accuracies := reward_accuracies([record for record in run.evaluations if record["set"] == name]):
+            findings.append(Finding(collapse_sentence(name, accuracies)))
         last = reached[-1][1]
         if "seen" in last:  # not in the records of earlier versions
             findings.append(Finding(f"{name}: {seen_words(last['seen'], last['questions'])}."))

@@ -23,7 +23,7 @@ from megatron_tempo.rollout.experts import ExpertRows, ExpertWatch, form_of, rec
 from megatron_tempo.rollout.verification import Prompt, Verification
 from megatron_tempo.rollout.verifying_nodes import VerifyingNodes
 from megatron_tempo.runtime.row_windows import WINDOW, row_windows
-from megatron_tempo.types import Batch, Completion, seed_of
+from megatron_tempo.types import Batch, Completion, UnlabelledPrompt, seed_of
 
 # Gets some rows of a batch, and their tokens (int32) and log-probabilities (float32), one row after another.
 Watch = Callable[[range, Tensor, Tensor], None]
@@ -91,11 +91,17 @@ def ask(engine: Engine, prompts: Sequence[Prompt], samples: int, sampling: Sampl
 
 
 def collect(
-    asked: Asked, verifiers: Verifiers, tokenizer: PreTrainedTokenizerBase, classes_by: str | None = None
+    asked: Asked,
+    verifiers: Verifiers,
+    tokenizer: PreTrainedTokenizerBase,
+    classes_by: str | None = None,
+    *,
+    labelled_too: bool = False,
 ) -> Collected:
     """The completions of each prompt, the verdicts on each labelled one's, and the classes of each unlabelled one's.
 
     `classes_by`: the verifier that decides which answers to an unlabelled prompt are equal; None: do not compare them.
+    `labelled_too`: it also compares those to labelled prompts, without their reference answers.
     Responses are verified while others are still being generated, on the rank that has them or on all nodes. A verifier
     sees the text of a response without the token at which the engine ended it (`Verification`). Collective. Raises
     EngineError on every rank if the engine or a verifier fails on one.
@@ -107,8 +113,16 @@ def collect(
         for i, completions in asked.answers:
             mine[i] = completions
             verification.submit(i, asked.prompts[i], completions)
+            if labelled_too:  # under numbers that no prompt has
+                verification.submit(len(asked.prompts) + i, without_answer(asked.prompts[i]), completions)
         verdicts, classes = verification.results()
+        classes = {i % len(asked.prompts): of for i, of in classes.items()}
     return share_columns(asked.prompts, Answers(mine, verdicts, classes))
+
+
+def without_answer(prompt: Prompt) -> UnlabelledPrompt:
+    """The question alone."""
+    return UnlabelledPrompt(prompt.id, prompt.text, prompt.token_ids)
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,12 +23,13 @@ from megatron_tempo.data.stream import PromptStream
 from megatron_tempo.methods.learner import Rollouts, iteration_seed
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.rollout import dump
-from megatron_tempo.rollout.batches import Answers, Collected, ask, collect, receive, share_columns
+from megatron_tempo.rollout.batches import Answers, Collected, Watch, ask, collect, receive, share_columns
 from megatron_tempo.rollout.engine import AnswersByServer, Engine, Request, Sampling
 from megatron_tempo.rollout.verification import Prompt, Verification
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.training.row_owners import RowOwners
 from megatron_tempo.training.stage_groups import StageGroups
+from megatron_tempo.training.vote_history import VoteHistory, ballots
 from megatron_tempo.types import Batch, LabelledPrompt, UnlabelledPrompt, seed_of
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,11 @@ class RolloutRequests:
     owners: RowOwners
     groups: StageGroups | None = None
     saved: Mapping[str, Any] | None = None
+    votes: VoteHistory = field(init=False)  # on the unlabelled questions, if a stage compares answers
     warned: bool = False  # of replayed rollouts that are trained on as if they were the actor's own
+
+    def __post_init__(self) -> None:
+        self.votes = VoteHistory(self.verifiers, self.tokenizer, self.config.rewards.read_unfinished_thoughts)
 
     def generate(
         self, stage_name: str, stage: StageConfig, iteration: int, recorder: dump.Recorder | None = None
@@ -172,11 +177,12 @@ class RolloutRequests:
         self.saved = saved
 
     def metrics(self) -> dict[str, float]:
-        """What happened to groups that were asked for ahead, or whose responses agree, since the last call."""
+        """What happened to groups that were asked for ahead, or whose responses agree, since the last call; votes."""
+        found = self.votes.metrics()
         if self.groups is None:
-            return {}
+            return found
         ahead = self.groups.metrics() if self.config.rollout.max_staleness else {}
-        return ahead | ({} if self.groups.refill is None else self.groups.refill.metrics())
+        return found | ahead | ({} if self.groups.refill is None else self.groups.refill.metrics())
 
     def dropped(self, half: Prompts) -> tuple[str, ...]:
         """The ids of the iteration's prompts that were thrown away because their responses agree."""
@@ -196,18 +202,25 @@ class RolloutRequests:
         total, seed = len(collected.prompts), iteration_seed(self.config.run.seed, stage_name, iteration)
         first = collected.take(0, labelled, verdicts=True) if labelled else None
         second = collected.take(labelled, total, classes=stage.needs.classes) if labelled < total else None
-        columns = Rollouts(*(None if part is None else part.columns for part in (first, second)))
+        columns = Rollouts(None if first is None else first.columns, None if second is None else second.columns)
         owned = self.owners.of_iteration(columns, stage, iteration, seed)
+        verifier, found = self._classes_by(stage), []
+        if second is not None and verifier is not None:
+            found = ballots(second.prompts, second.columns, stage, verifier)
 
-        def received(part: Collected | None, columns: Batch | None) -> Batch | None:
+        def received(part: Collected | None, columns: Batch | None, *watching: Watch | None) -> Batch | None:
             if part is None or columns is None:
                 return None
-            watch = None if recorder is None else recorder.of(part.prompts, columns)
+            watch = [None if recorder is None else recorder.of(part.prompts, columns), *watching]
             experts = None if recorder is None else recorder.experts
             whole, held = replace(part, columns=columns), self.owners.held(columns)
-            return receive(whole, held, watch, layers=self.owners.layers, watch_experts=experts)
+            return receive(whole, held, _each(watch), layers=self.owners.layers, watch_experts=experts)
 
-        return Rollouts(received(first, owned.labelled), received(second, owned.unlabelled))
+        labelled_batch = received(first, owned.labelled)
+        unlabelled_batch = received(second, owned.unlabelled, self.votes.watch(found))
+        if second is None or verifier is None:
+            return Rollouts(labelled_batch, unlabelled_batch)
+        return Rollouts(labelled_batch, unlabelled_batch, self.votes.add(found, second.prompts, verifier))
 
     def _draw(self, stage: StageConfig, iteration: int) -> tuple[list[LabelledPrompt], list[UnlabelledPrompt]]:
         needed = stage.prompts_at(iteration)
@@ -240,6 +253,17 @@ def uncorrected(columns: Batch, stage_name: str, stage: StageConfig, version: in
         f"has tokens that are {age} old, which the actor is trained on as if they were its own; "
         f"set {stage_name}.actor.correction as in the run that wrote them"
     )
+
+
+def _each(watching: Sequence[Watch | None]) -> Watch | None:
+    """One function that calls these, those that are given."""
+    given = [one for one in watching if one is not None]
+
+    def watch(rows: range, tokens: Tensor, logprobs: Tensor) -> None:
+        for one in given:
+            one(rows, tokens, logprobs)
+
+    return watch if given else None
 
 
 def _take(stream: PromptStream[_P] | None, count: int) -> list[_P]:

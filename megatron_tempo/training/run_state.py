@@ -69,6 +69,7 @@ class RunState:
         self.step = latest.state.get("step", 0)
         self.evaluated = latest.state.get("evaluated", self.step > 0)
         self.requests.restore(latest.state.get("asked_ahead"))
+        self.requests.votes.restore(latest.state.get("votes"))
         if latest.path is not None:
             log.info("resumed from %s, %d iterations done", latest.path, self.step)
         raise_on_all_ranks(partial(self._restore_files, latest.state.get("seen")))
@@ -111,6 +112,7 @@ class RunState:
             state = {
                 "streams": self.requests.resume_point(),
                 "asked_ahead": self.requests.asked_ahead(),
+                "votes": self.requests.votes.state(),
                 "position": schedule.position(self.config, self.step),
                 "evaluated": self.evaluated,
                 "inputs": self.inputs,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_tempo.config.choices import Layers
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import Method, StageConfig, settings_of
+from megatron_tempo.config.stages import Method, ScrlSettings, StageConfig, settings_of
 from megatron_tempo.methods import METHODS
 from megatron_tempo.methods.learner import Learner, Rollouts
 from megatron_tempo.training.context import open_context
@@ -36,7 +36,9 @@ EIGHTH = 0.125 / (48**-0.5 + 1e-6)  # shares 1/2 1/4 1/2 1/4: variance 4 (1/64) 
 ADVANTAGES = {
     Method.grpo: [3 * QUARTER, -QUARTER, -QUARTER, -QUARTER, QUARTER, QUARTER, QUARTER, -3 * QUARTER],
     Method.ttrl: [HALF, -HALF, HALF, -HALF, 0.0, 0.0, 0.0, 0.0],
+    Method.ttrl_guard: [HALF, -HALF, HALF, -HALF, 0.0, 0.0, 0.0, 0.0],  # without earlier votes as ttrl
     Method.empo: [EIGHTH, -EIGHTH, EIGHTH, -EIGHTH, 0.0, 0.0, 0.0, 0.0],
+    Method.scrl: [HALF, -HALF, HALF, -HALF, 0.0, 0.0, 0.0, 0.0],  # rewards 1/2 0 1/2 0, without the entropy's part
 }
 
 
@@ -48,17 +50,22 @@ def rollouts() -> Batch:
 def stage_of(method: Method) -> StageConfig:
     stage = StageConfig(settings_of(method), responses_per_prompt=4)
     stage.actor.mini_batch_prompts = 2
+    if isinstance(stage.settings, ScrlSettings):
+        stage.settings.entropy_penalty = 0.0
     # The large epsilon keeps Adam from making a full step of what is rounding noise in a gradient.
     stage.actor.optimizer.lr, stage.actor.optimizer.eps, stage.actor.optimizer.clip_grad = 2e-3, 1e-4, 100.0
     return stage
 
 
-def updated(model: Path, layers: Layers) -> dict[Method, dict[str, Tensor]]:
-    """The actor's weights after one iteration of each method, by Hugging Face's names."""
+Updated = tuple[dict[Method, dict[str, Tensor]], dict[Method, dict[str, float]]]
+
+
+def updated(model: Path, layers: Layers) -> Updated:
+    """The actor's weights after one iteration of each method, by Hugging Face's names, and its metrics."""
     config = Config()
     config.model.path, config.model.layers = str(model), layers
     config.parallel.micro_batch_tokens = 50
-    results = {}
+    results, metrics = {}, {}
     batch = rollouts()
     with open_context(config) as context:
         for method in ADVANTAGES:
@@ -68,10 +75,10 @@ def updated(model: Path, layers: Layers) -> dict[Method, dict[str, Tensor]]:
             )
             labelled = replace(batch, answer_class=None) if method is Method.grpo else None
             unlabelled = None if method is Method.grpo else replace(batch, correct=None)
-            METHODS[method](learner, Rollouts(labelled, unlabelled), stage_of(method), 0)
+            metrics[method] = METHODS[method](learner, Rollouts(labelled, unlabelled), stage_of(method), 0)
             weights = weights_of(actor.model, context.config).everywhere()
             results[method] = {key: value.clone() for bucket in weights for key, value in bucket}
-    return results
+    return results, metrics
 
 
 def reference(model: Path, advantages: list[float]) -> tuple[dict[str, Tensor], list[float]]:
@@ -102,7 +109,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def steps(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Method, dict[str, Tensor]]]:
+def steps(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Updated]:
     out = tmp_path_factory.mktemp("ranks")
     found = {str(world): run_ranks(updated, world, out / str(world), model, Layers.local)[0] for world in (1, 2)}
     given = model, Layers.transformer_engine
@@ -111,15 +118,25 @@ def steps(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
 
 @pytest.mark.parametrize("world", ["1", "2", "te"])
 @pytest.mark.parametrize("method", ADVANTAGES)
-def test_a_step_agrees_with_plain_torch(
-    model: Path, steps: dict[str, dict[Method, dict[str, Tensor]]], method: Method, world: str
-) -> None:
+def test_a_step_agrees_with_plain_torch(model: Path, steps: dict[str, Updated], method: Method, world: str) -> None:
     expected, changes = reference(model, ADVANTAGES[method])
     start = transformers.AutoModelForCausalLM.from_pretrained(model).state_dict()
-    for key, weight in steps[world][method].items():
+    for key, weight in steps[world][0][method].items():
         moved = (expected[key] - start[key]).abs().max()
         assert moved > 0
         assert (weight - expected[key]).abs().max() < 1e-2 * moved, key
     # It goes the right way: what was better than the others has become likelier against them.
     gained = sum(a * change for a, change in zip(ADVANTAGES[method], changes, strict=True))
     assert gained > 0
+
+
+@pytest.mark.parametrize("world", ["1", "2", "te"])
+def test_scrl_reads_the_entropies_of_the_actors_distribution(
+    model: Path, steps: dict[str, Updated], world: str
+) -> None:
+    actor, batch, means = transformers.AutoModelForCausalLM.from_pretrained(model), rollouts(), []
+    with torch.no_grad():
+        for prompt, response in zip(batch.prompts(), batch.responses(), strict=True):
+            logs = actor(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+            means.append(float(-(logs.exp() * logs).sum(-1).mean()))
+    assert steps[world][1][Method.scrl]["answers/token_entropy"] == pytest.approx(sum(means) / len(means), rel=1e-5)

@@ -40,6 +40,7 @@ def config_for(project: Path, out: Path, method: Method, iterations: int = 2) ->
     config.checkpoint.every = 1
     config.metrics.report = True
     config.rollout.dump = True
+    config.evaluation.votes = True
     return config
 
 
@@ -64,7 +65,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "hf_step_00000002/actor/model-00001.safetensors")
 
 
-@pytest.mark.parametrize("method", [Method.ttrl, Method.empo, Method.grpo])
+@pytest.mark.parametrize("method", [Method.ttrl, Method.ttrl_guard, Method.empo, Method.scrl, Method.grpo])
 def test_a_run_without_a_critic(project: Path, tmp_path: Path, method: Method) -> None:
     out, again = tmp_path / "run", tmp_path / "again"
     run_ranks(train, 1, tmp_path / "whole", config_for(project, out, method))
@@ -78,6 +79,15 @@ def test_a_run_without_a_critic(project: Path, tmp_path: Path, method: Method) -
     evaluations = read_evaluations(out)
     assert [line["point"] for line in evaluations] == ["before", "after"]
     assert all(line["calibration"] is None for line in evaluations)
+    assert all(0 <= line["vote"]["label_accuracy"] <= line["vote"]["reward_accuracy"] <= 1 for line in evaluations)
+    if method is not Method.grpo:  # the votes so far, for the Flip Rate
+        votes = json.loads((out / "checkpoints/step_00000002/run.json").read_text())["votes"]
+        seen = [json.loads(line)["id"] for line in (out / "seen.jsonl").read_text().splitlines()]
+        assert set(votes) == set(seen)
+        assert all(len(one["shares"]) == 2 and len(one["flips"]) == 1 for one in votes.values())
+        flips = [one["flips"][0] for one in votes.values()]
+        assert lines[1]["vote/flip_rate"] == sum(flips) / 8
+        assert (lines[1]["vote/revisited"], "vote/flip_rate" in lines[0]) == (8.0, False)
     assert all(sample["values"] is None for sample in read_samples(out))
     assert sorted(path.name for path in (out / "checkpoints/step_00000002").iterdir()) == [
         "MANIFEST.json", "actor", "run.json"
@@ -93,6 +103,8 @@ def test_a_run_without_a_critic(project: Path, tmp_path: Path, method: Method) -
     run_ranks(train, 1, tmp_path / "second", config)
     ended = weights(again)
     assert all(torch.equal(tensor, ended[name]) for name, tensor in weights(out).items())
+    rates = [[line.get("vote/flip_rate") for line in read_metrics(folder)] for folder in (out, again)]
+    assert rates[0] == rates[1], "the votes are in the checkpoint"
 
 
 def records(out: Path) -> list[dict[str, object]]:
@@ -108,6 +120,9 @@ def test_ttrl_learns_on_two_ranks_as_on_one_and_from_a_record(project: Path, tmp
     assert len(metrics) == 8 * 6
     assert {-1, 0, 1} <= {line["answer_class"] for line in metrics}
     assert [line["answer_class"] for line in metrics] == [line["answer_class"] for line in records(two)]
+    votes = [json.loads((out / "checkpoints/step_00000001/run.json").read_text())["votes"] for out in (one, two)]
+    assert votes[0] == votes[1]
+    assert any(of["answer"] for of in votes[0].values())
     config = config_for(project, replayed, Method.ttrl, 1)
     config.rollout.dump, config.rollout.replay = False, str(one / "rollouts")
     run_ranks(train, 1, tmp_path / "ranks3", config)

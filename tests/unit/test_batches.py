@@ -132,6 +132,11 @@ def over_ranks(folder: Path) -> dict[str, Any]:
             collected = collect(asked, verifiers, tokenizer, by)
             batches = batches_of(collected, len(LABELLED), held_here, classes=by is not None)
             result["batches"][type(engine).__name__, by] = batches
+            if by is not None:
+                again = ask(engine, [*LABELLED, *UNLABELLED], 3, SAMPLING, 5, "stage1", 0)
+                both = collect(again, EchoVerifiers(), tokenizer, by, labelled_too=True)
+                taken = both.take(0, len(LABELLED), verdicts=True, classes=True)
+                result["labelled_too", type(engine).__name__] = receive(taken, held_here(taken.columns), window=7)
             if isinstance(engine, CountingEngine) and not isinstance(engine, OnTheFirst):
                 result[by] = verifiers.asked, verifiers.classed
     none = collect(ask(CountingEngine(), [], 3, SAMPLING), EchoVerifiers(), tokenizer)
@@ -160,6 +165,9 @@ def test_any_number_of_ranks_collects_the_same(tmp_path: Path) -> None:
             for batch, whole in zip(batches, wanted, strict=True):
                 assert_equal(batch, held_by(whole, rows[rows < len(whole)]))
         assert len(rank["none"]) == 0
+        for name in ("CountingEngine", "OnTheFirst"):  # with verdicts and classes
+            classed = dataclasses.replace(labelled, answer_class=torch.tensor([-1, 0, 0] * 3))
+            assert_equal(rank["labelled_too", name], held_by(classed, rows))
     # Without classes none are asked for.
     assert all(rank[None][1] == [] for rank in ranks)
     # Each unlabelled prompt's responses are classed once, together, by what is said alone.

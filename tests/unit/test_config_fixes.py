@@ -169,6 +169,7 @@ MORE = [
     ["stage1.method=grpo", "stage2.estep_every=0"],
     ["rollout.max_prompt_tokens=40000", "rollout.max_response_tokens=40000"],
     [*rules.EMPO, "stage2.entropy_low=2", "stage2.entropy_high=1"],
+    [*rules.SCRL, "stage2.negative_share=0.5"],
     ["parallel.world_size=3", "stage1.responses_per_prompt=7"],
     ["parallel.world_size=3", "parallel.tensor=2"],
     # mixtures of experts

@@ -122,6 +122,8 @@ def test_a_benchmark_goes_with_any_experiment(name: str, tmp_path: Path) -> None
 ARMS = {
     "ttrl": (Method.ttrl, {Prompts.unlabelled}),
     "empo": (Method.empo, {Prompts.unlabelled}),
+    "ttrl_guard": (Method.ttrl_guard, {Prompts.unlabelled}),
+    "scrl": (Method.scrl, {Prompts.unlabelled}),
     "grpo": (Method.grpo, {Prompts.labelled}),
     "ppo": (Method.ppo, {Prompts.labelled}),
     "frozen_critic": (Method.tempo, {Prompts.unlabelled}),

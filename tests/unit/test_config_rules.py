@@ -457,6 +457,8 @@ def test_several_fields(files: Path, overrides: list[str], field: str, wrong: st
 
 TTRL = ["stage2.method=ttrl", "stage2.labelled_prompts=0", "data.unlabelled.verifier=math"]
 EMPO = ["stage2.method=empo", *TTRL[1:]]
+GUARD = ["stage2.method=ttrl_guard", *TTRL[1:]]
+SCRL = ["stage2.method=scrl", *TTRL[1:]]
 GRPO = ["stage2.method=grpo", "stage2.unlabelled_prompts=0"]
 # a stage without a critic, a change of it, the field that is wrong, a part of what is, a part of the fix
 GROUPS = [
@@ -484,6 +486,24 @@ GROUPS = [
     (TTRL, "stage2.critic.warmup_iterations=3", "stage2.critic.warmup_iterations", "method ttrl has none", "=0"),
     (EMPO, "stage2.entropy_low=-1", "stage2.entropy_low", "0 or more", "entropy_low=0"),
     (EMPO, "stage2.entropy_high=0", "stage2.entropy_high", "above 0", "entropy_high=1"),
+    (
+        GUARD,
+        "data.unlabelled.verifier=null",
+        "data.unlabelled.verifier",
+        "ttrl_guard compares",
+        "one of math, countdown",
+    ),
+    (GUARD, "stage2.vote_responses=7", "stage2.vote_responses", "responses_per_prompt=8 of", "=8 or more, or null"),
+    (GUARD, "stage2.flip_window=0", "stage2.flip_window", "1 or more", "flip_window=1"),
+    (GUARD, "stage2.flip_threshold=0", "stage2.flip_threshold", "above 0 and at most 1", "flip_threshold=0.5"),
+    (GUARD, "stage2.flip_penalty=1.5", "stage2.flip_penalty", "at least 0 and at most 1", "flip_penalty=0.5"),
+    (GUARD, "stage2.skip_probability=-1", "stage2.skip_probability", "at least 0", "skip_probability=0.5"),
+    (SCRL, "data.unlabelled.verifier=null", "data.unlabelled.verifier", "scrl compares", "one of math, countdown"),
+    (SCRL, "stage2.vote_responses=7", "stage2.vote_responses", "responses_per_prompt=8 of them", "=8 or more, or null"),
+    (SCRL, "stage2.positive_share=0", "stage2.positive_share", "above 0 and at most 1", "positive_share=0.5"),
+    (SCRL, "stage2.positive_margin=1", "stage2.positive_margin", "below 1", "positive_margin=0.9"),
+    (SCRL, "stage2.entropy_penalty=-1", "stage2.entropy_penalty", "0 or more", "entropy_penalty=0"),
+    (SCRL, "stage2.negative_share=0.5", "stage2.negative_share", "could be right and wrong", "=0.375 or less"),
 ]
 
 
@@ -1028,14 +1048,14 @@ def test_stale_tokens_need_a_correction_in_every_stage_that_trains_the_actor(fil
     found = problems(files, *servers)
     assert [problem.field for problem in found] == [f"stage{i}.actor.correction.level" for i in (1, 2)]
     assert "stage1.actor.correction.level=token and stage1.actor.correction.high=2" in found[0].fix
-    for method in (TTRL, EMPO, GRPO):
+    for method in (TTRL, GUARD, SCRL, EMPO, GRPO):
         fields = [problem.field for problem in problems(files, *servers, *method, CORRECTED[0])]
         assert fields == ["stage2.actor.correction.level"]
     assert problems(files, *servers, CORRECTED[0], "stage2.iterations=0") == []
 
 
 def test_refill_compares_responses_by_verdicts_or_classes(files: Path) -> None:
-    for method in (GRPO, TTRL, EMPO):
+    for method in (GRPO, TTRL, GUARD, SCRL, EMPO):
         assert problems(files, *method, "stage2.refill_limit=4000") == []
         replayed = only(problems(files, *method, "stage2.refill_limit=4000", f"rollout.replay={files}"))
         assert (replayed.field, replayed.fix) == ("stage2.refill_limit", "stage2.refill_limit=null")

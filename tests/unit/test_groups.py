@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tempo.algorithm.groups import first_of_each, group_advantages, shares, votes
+from megatron_tempo.algorithm.groups import first_of_each, group_advantages, pseudo_labels, shares, votes
 
 LN2 = math.log(2)
 
@@ -60,6 +60,48 @@ def test_shares_by_hand() -> None:
     # 1/4 ln 4 + 1/2 ln 2 + 1/4 ln 4; 0; ln 4; two without an answer are two clusters.
     wanted = [1.5 * LN2, 0.0, 2 * LN2, 1.5 * LN2]
     assert entropy.tolist() == pytest.approx([x for x in wanted for _ in range(4)])
+
+
+PAPER = {"positive": 0.375, "margin": 0.125, "negative": 0.125}
+
+
+def labels_of(classes: list[int], entropy: list[float], **changes: float) -> tuple[list[bool], list[bool]]:
+    right, wrong, _, _ = pseudo_labels(
+        torch.tensor(classes), torch.zeros(len(classes), dtype=torch.int64), torch.tensor(entropy), **(PAPER | changes)
+    )
+    return right.tolist(), wrong.tolist()
+
+
+@pytest.mark.parametrize(
+    ("classes", "label"),
+    [
+        ([0] * 6 + list(range(1, 11)), 0),  # 6/16 = 0.375, the others 1/16
+        ([0] * 5 + list(range(1, 12)), None),  # 5/16 < 0.375
+        ([0] * 8 + [1] * 6 + [2, 3], None),  # 8/16 - 6/16 is not more than 0.125
+        ([0] * 9 + [1] * 6 + [2], 0),  # 9/16 - 6/16 is
+        ([1, *[0] * 6, *[-1] * 9], 0),  # those without an answer count among the 16, and are no second answer
+        ([-1] * 16, None),
+    ],
+)
+def test_clear_majorities(classes: list[int], label: int | None) -> None:
+    right, _ = labels_of(classes, [0.5] * 16)
+    assert right == [c == label for c in classes]
+
+
+def test_rare_answers_are_wrong_where_they_are_uncertain() -> None:
+    """1 and 2 have 1/16 < 0.125, 3 has 2/16. The mean entropy is 8.8 / 16 = 0.55: that of 1 is above it, of 2 below."""
+    classes = [*[0] * 10, 1, 2, 3, 3, -1, -1]
+    entropy = [*[0.5] * 10, 0.6, 0.4, 0.7, 0.7, 0.7, 0.7]
+    right, wrong, share, excess = pseudo_labels(
+        torch.tensor(classes), torch.zeros(16, dtype=torch.int64), torch.tensor(entropy), **PAPER
+    )
+    assert right.tolist() == [c == 0 for c in classes]
+    assert wrong.tolist() == [c == 1 for c in classes]
+    assert share.tolist() == [10 / 16] * 10 + [1 / 16] * 2 + [2 / 16] * 4
+    wanted = [-0.05] * 10 + [0.05, -0.15] + [0.15] * 4
+    assert excess.tolist() == pytest.approx(wanted, abs=1e-7)
+    assert labels_of(classes, [0.3] * 16)[1] == [c in (1, 2) for c in classes], "where all are as uncertain"
+    assert not any(labels_of(classes, entropy, negative=0.0)[1])
 
 
 CLASSES = st.lists(st.lists(st.integers(-1, 4), min_size=1, max_size=9), min_size=1, max_size=5)

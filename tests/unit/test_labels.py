@@ -60,7 +60,7 @@ def project_with(folder: Path, answer: Callable[[str], str]) -> Path:
     return folder
 
 
-UNLABELLED = [Method.tempo, Method.ttrl, Method.empo]
+UNLABELLED = [Method.tempo, Method.ttrl, Method.ttrl_guard, Method.scrl, Method.empo]
 
 
 def config_for(project: Path, out: Path, method: Method = Method.tempo) -> Config:

@@ -23,7 +23,7 @@ from megatron_tempo.kernels.advantages import token_advantages
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.kernels.rows import Rows
 from megatron_tempo.methods import METHODS
-from megatron_tempo.methods.learner import Learner, Rollouts, mini_batches
+from megatron_tempo.methods.learner import Learner, Rollouts, Visits, mini_batches
 from megatron_tempo.types import Batch
 from tests.support.tiny import ragged_batch
 
@@ -92,6 +92,15 @@ class Fakes:
         self.calls.append("logprobs")
         return batch.engine_logprobs - 0.25
 
+    of_responses: list[float] = field(default_factory=list)  # the mean entropy of each response; empty: 0.5
+
+    def entropies(self, batch: Batch) -> Tensor:
+        """They rise by 0.01 a token."""
+        self.calls.append("entropies")
+        lengths, means = batch.response_lengths.tolist(), self.of_responses or [0.5] * len(batch)
+        steps = [0.01 * (torch.arange(n) - (n - 1) / 2) for n in lengths]
+        return torch.cat([mean + step for mean, step in zip(means, steps, strict=True)])
+
     def reference(self, batch: Batch) -> Tensor:
         self.calls.append("reference")
         return batch.engine_logprobs - 0.5
@@ -117,6 +126,7 @@ class Fakes:
 
         class Actor:
             logprobs = staticmethod(fakes.logprobs)
+            entropies = staticmethod(fakes.entropies)
 
             def gather(self, batch: Batch, of_held: Tensor) -> Tensor:
                 return of_held
@@ -409,6 +419,64 @@ def test_ttrl_by_hand(fakes: Fakes) -> None:
     assert metrics["vote/answered"] == pytest.approx(11 / 12)
 
 
+def test_ttrl_guard_by_hand(fakes: Fakes) -> None:
+    """Question 0 has just flipped: w = 1 - 0.5 and beta = 0.3. Its majority is 0, and 1 has 2/4 >= 1/4: rewards 1 1 0 0
+    and 0 0 1 1, so A = 0.5 (0.7 (1/2) - 0.3 (1/2)) = 0.1. Question 1 is new: rewards 1 1 1 0. Question 2 had a contest
+    and agrees again: it is left out, as one of three questions may be. Question 3 has flipped, without a minority."""
+    polled = classed(0, 0, 1, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, -1, per_prompt=4)
+    visits = (
+        Visits((0.5, 0.5), (True,)),
+        Visits((0.75,), ()),
+        Visits((0.5, 0.5, 0.5, 0.75, 0.75), (True, False, False, False)),
+        Visits((0.5, 0.75), (True,)),
+    )
+    stage = stage_of(Method.ttrl_guard, responses_per_prompt=4, group_std=False, skip_probability=1.0)
+    metrics = METHODS[Method.ttrl_guard](fakes.learner(critic=False), Rollouts(None, polled, visits), stage, 0)
+    assert fakes.calls == ["logprobs", "improve"]
+    third = 0.5 * 0.7  # w of question 3: its majority has 0.75 > 0.6
+    wanted = [0.1, 0.1, -0.1, -0.1, 0.25, 0.25, 0.25, -0.75, 0, 0, 0, 0]
+    wanted += [third * a for a in (0.25, 0.25, 0.25, -0.75)]
+    assert fakes.given["improve"]["advantages"].tolist() == pytest.approx(spread(polled, wanted), abs=1e-6)
+    assert metrics["guard/weight"] == pytest.approx((0.5 + 1 + 0 + third) / 4)
+    assert metrics["guard/minority"] == 0.25
+    assert metrics["guard/left_out"] == 0.25
+    assert metrics["reward/unlabelled"] == pytest.approx((2 + 3 + 3 + 3) / 16)
+
+
+def test_ttrl_guard_without_a_history_is_ttrl(fakes: Fakes) -> None:
+    polled = classed(0, 1, 0, -1, 2, 0, 0, 1, 0, 2, 1, 1, per_prompt=6)
+    given = {"responses_per_prompt": 4, "vote_responses": 6}
+    learnt = []
+    for method, visits in ((Method.ttrl, None), (Method.ttrl_guard, None), (Method.ttrl_guard, (Visits((0.5,)),) * 2)):
+        METHODS[method](fakes.learner(critic=False), Rollouts(None, polled, visits), stage_of(method, **given), 0)
+        learnt.append(fakes.given["improve"]["advantages"].tolist())
+    assert learnt[0] == learnt[1] == learnt[2]
+
+
+def test_scrl_by_hand(fakes: Fakes) -> None:
+    """Eight vote and four are learnt from.
+
+    First prompt: 0 has 4/8, 2 has 2/8, and 4/8 - 2/8 > 1/8, so 0 is the label. 1 has 1/8 < 0.2. H = 4.0 / 8 = 0.5,
+    H_0 = 1.2 / 4 = 0.3, H_1 = 1.0: 1 is rare and uncertain. So R of 0 is 0.5 - 0.1 (0.3 - 0.5) = 0.52, and of 1
+    (0.125 - 0.2) - 0.1 (1.0 - 0.5) = -0.125. The mean of 0.52 0.52 -0.125 0.52 is 0.35875.
+    Second prompt: each answer has 1/4, so there is no label, and none is rare. H = 0.3, so R = -0.1 (H_j - 0.3).
+    """
+    polled = classed(0, 0, 1, 0, 0, 2, -1, 2, 0, 1, 2, 3, 0, 1, 2, 3, per_prompt=8)
+    fakes.of_responses = [0.2, 0.2, 1.0, 0.4, 0.4, 0.6, 0.8, 0.4, *[0.1, 0.3, 0.3, 0.5] * 2]
+    stage = stage_of(Method.scrl, responses_per_prompt=4, vote_responses=8, negative_share=0.2, group_std=False)
+    assert stage.samples == 8
+    metrics = METHODS[Method.scrl](fakes.learner(critic=False), Rollouts(None, polled), stage, 0)
+    assert fakes.calls == ["entropies", "logprobs", "improve"]
+    improve = fakes.given["improve"]
+    assert ids_of(improve["batch"], list(range(8))) == ids_of(polled, [0, 1, 2, 3, 8, 9, 10, 11])
+    wanted = spread(improve["batch"], [0.16125, 0.16125, -0.48375, 0.16125, 0.02, 0, 0, -0.02])
+    assert improve["advantages"].tolist() == pytest.approx(wanted, abs=1e-6)
+    assert metrics["labels/positive"] == 0.5
+    assert metrics["labels/negative"] == 1 / 16
+    assert metrics["answers/token_entropy"] == pytest.approx(0.4)
+    assert metrics["reward/unlabelled"] == pytest.approx(1.435 / 8)
+
+
 def test_empo_by_hand(fakes: Fakes) -> None:
     """Shares 1/2 1/2 1/4 1/4: mean 3/8, variance 4 (1/64) / 3. The entropy is 3/2 ln 2; of the others 0 and ln 4."""
     batch = classed(0, 0, 1, -1, 0, 0, 0, 0, 0, 1, 2, 3, per_prompt=4)
@@ -497,6 +565,18 @@ def test_masked_responses_do_not_vote(fakes: Fakes) -> None:
     assert metrics["vote/agreement"] == 0.5
 
 
+def test_masked_responses_have_no_part_in_scrls_labels(fakes: Fakes) -> None:
+    """Without the masked 0s, 1 has 2/4 against 1/4, and its two responses are 1, the others 0: mean 1/2 x 2/4."""
+    polled = cut(classed(0, 0, 0, 1, 1, 2, per_prompt=6), 0, 1)
+    fakes.of_responses = [0.5] * 4
+    stage = masking(Method.scrl, responses_per_prompt=4, vote_responses=6, group_std=False)
+    METHODS[Method.scrl](fakes.learner(critic=False), Rollouts(None, polled), stage, 0)
+    improve = fakes.given["improve"]
+    assert ids_of(improve["batch"], [0, 1, 2, 3]) == ids_of(polled, [2, 3, 4, 5])
+    wanted = spread(improve["batch"], [-0.25, 0.25, 0.25, -0.25])
+    assert improve["advantages"].tolist() == pytest.approx(wanted, abs=1e-6)
+
+
 def test_masked_responses_are_in_no_cluster(fakes: Fakes) -> None:
     """Of 0 0 1 (1) the shares are 2/3 2/3 1/3; of 0 (1) (2) (3) there is one response, which is all of its group."""
     batch = cut(classed(0, 0, 1, 1, 0, 1, 2, 3, per_prompt=4), 3, 5, 6, 7)
@@ -581,12 +661,12 @@ def test_the_penalty_is_in_grpos_rewards_before_the_group_is_compared(fakes: Fak
     assert metrics["reward/length_penalty"] == pytest.approx(sum(penalties(batch)) / 8)
 
 
-@pytest.mark.parametrize("method", [Method.ttrl, Method.empo])
+@pytest.mark.parametrize("method", [Method.ttrl, Method.ttrl_guard, Method.scrl, Method.empo])
 def test_the_penalty_does_not_change_who_agrees(fakes: Fakes, method: Method) -> None:
-    batch = classed(0, 0, 0, 1, per_prompt=4)
+    batch, fakes.of_responses = classed(0, 0, 0, 1, per_prompt=4), [0.5] * 4
     stage = penalising(method, group_std=False, responses_per_prompt=4)
     metrics = METHODS[method](fakes.learner(critic=False), Rollouts(None, batch), stage, 0)
-    agreed = [1.0, 1, 1, 0] if method is Method.ttrl else [0.75, 0.75, 0.75, 0.25]
+    agreed = {Method.empo: [0.75, 0.75, 0.75, 0.25], Method.scrl: [0.75, 0.75, 0.75, 0]}.get(method, [1.0, 1, 1, 0])
     rewards = [a + b for a, b in zip(agreed, penalties(batch), strict=True)]
     wanted = spread(batch, [reward - sum(rewards) / 4 for reward in rewards])
     assert fakes.given["improve"]["advantages"].tolist() == pytest.approx(wanted, abs=1e-6)

@@ -34,6 +34,14 @@ FIELDS = {
     Method.ppo: {"baseline"},
     Method.tempo: {"baseline", "value_timing", "estep_every", "actor_on_labelled"},
     Method.ttrl: {"group_std", "vote_responses"},
+    Method.ttrl_guard: {
+        *("group_std", "vote_responses", "flip_window", "flip_threshold", "agreement_threshold", "flip_penalty"),
+        *("confident_penalty", "least_weight", "minority_weight", "minority_share", "calm_visits", "risk_threshold"),
+        *("skip_probability", "skipped_share"),
+    },
+    Method.scrl: {
+        *("group_std", "vote_responses", "positive_share", "positive_margin", "negative_share", "entropy_penalty"),
+    },
     Method.empo: {"group_std", "entropy_low", "entropy_high"},
     Method.grpo: {"group_std"},
 }
@@ -44,6 +52,22 @@ VALUES = {
     "actor_on_labelled": True,
     "group_std": False,
     "vote_responses": 16,
+    "flip_window": 4,
+    "flip_threshold": 0.5,
+    "agreement_threshold": 0.7,
+    "flip_penalty": 0.4,
+    "confident_penalty": 0.2,
+    "least_weight": 0.2,
+    "minority_weight": 0.2,
+    "minority_share": 0.125,
+    "calm_visits": 2,
+    "risk_threshold": 0.7,
+    "skip_probability": 0.5,
+    "skipped_share": 0.5,
+    "positive_share": 0.5,
+    "positive_margin": 0.25,
+    "negative_share": 0.2,
+    "entropy_penalty": 0.05,
     "entropy_low": 0.5,
     "entropy_high": 1.5,
 }
@@ -103,9 +127,9 @@ def test_under_an_unknown_method_its_settings_are_not_problems_too() -> None:
 
 
 def test_the_trainers_questions_have_an_answer_for_every_method() -> None:
-    assert [StageConfig(kind()).samples for kind in SETTINGS.values()] == [8] * 5
+    assert [StageConfig(kind()).samples for kind in SETTINGS.values()] == [8] * len(Method)
     assert StageConfig(TtrlSettings(vote_responses=32)).samples == 32
-    assert [kind().baseline for kind in SETTINGS.values()] == [Baseline.before_token] * 5
+    assert [kind().baseline for kind in SETTINGS.values()] == [Baseline.before_token] * len(Method)
     assert PpoSettings(Baseline.paper).baseline is Baseline.paper
     assert not StageConfig(TempoSettings(estep_every=0)).trains_critic
     assert [StageConfig(TempoSettings(estep_every=3)).critic_learns(i) for i in range(4)] == [True, False, False, True]

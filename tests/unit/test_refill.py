@@ -78,7 +78,7 @@ def test_groups_agree_by_verdicts_by_hand() -> None:
 def test_groups_agree_by_classes_by_hand() -> None:
     """-1 is no answer: two responses without one have nothing to tell apart."""
     columns = replace(collected_of([[1, 1]] * 4).columns, answer_class=torch.tensor([0, 0, 0, 1, -1, -1, 0, -1]))
-    for method in (Method.ttrl, Method.empo):
+    for method in (Method.ttrl, Method.ttrl_guard, Method.scrl, Method.empo):
         assert agreeing_groups(columns, stage_of(method), 4).tolist() == [True, False, True, False]
 
 

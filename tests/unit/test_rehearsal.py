@@ -165,7 +165,7 @@ def test_the_rehearsed_iteration_has_all_phases() -> None:
     assert rehearsed_iteration(built("stage2.estep_every=0").stage2) == 0
 
 
-@pytest.mark.parametrize("method", ["ppo", "grpo", "ttrl", "empo"])
+@pytest.mark.parametrize("method", ["ppo", "grpo", "ttrl", "empo", "scrl", "ttrl_guard"])
 def test_made_up_rollouts_are_what_a_method_needs(method: str) -> None:
     config = scaled(built(f"algorithm={method}", "data.unlabelled.verifier=math"), 4, 4)
     stage = config.stage2

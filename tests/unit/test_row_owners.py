@@ -78,6 +78,9 @@ class Recording:
             def logprobs(self, batch: Batch) -> Tensor:
                 return batch.engine_logprobs
 
+            def entropies(self, batch: Batch) -> Tensor:
+                return torch.zeros(len(batch.response_tokens))
+
             def values(self, batch: Batch) -> Tensor:
                 return torch.zeros(len(batch.response_tokens) + len(batch.held))
 
@@ -110,7 +113,9 @@ class Recording:
 @pytest.mark.parametrize(
     ("method", "changes"),
     [*((method, {}) for method in Method), (Method.tempo, {"actor_on_labelled": True}),
-     (Method.ttrl, {"responses_per_prompt": 3, "vote_responses": 4}), (Method.empo, {"entropy_low": 0.7})],
+     (Method.ttrl, {"responses_per_prompt": 3, "vote_responses": 4}), (Method.empo, {"entropy_low": 0.7}),
+     (Method.ttrl_guard, {"responses_per_prompt": 3, "vote_responses": 4}),
+     (Method.scrl, {"responses_per_prompt": 3, "vote_responses": 4})],
 )  # fmt: skip
 def test_each_mini_batch_of_each_method_is_balanced(method: Method, changes: dict[str, Any]) -> None:
     """The method's own calls tell which mini-batches it makes: the division must know them before."""

@@ -111,6 +111,7 @@ def test_the_tables_by_hand(study: ModuleType, tmp_path: Path, monkeypatch: pyte
                     "avg": avg,
                     "pass": {"16": avg + 0.1},
                     "calibration": None,
+                    **({"vote": {"reward_accuracy": (0.6, 0.005 if seed == 0 else 0.4)[i]}} if arm == "tempo" else {}),
                 }
                 for name in ("unlabelled", "heldout", "labelled")
                 for i, avg in enumerate(points)
@@ -131,4 +132,9 @@ def test_the_tables_by_hand(study: ModuleType, tmp_path: Path, monkeypatch: pyte
     assert header.count("|") == start.count("|") == tempo.count("|") == ttrl.count("|")
     assert tempo.startswith("| TEMPO | 2 | .600 ± 1.271 |")
     assert "| -.150 ± .635 |" in ttrl
+    assert header.endswith("| model collapse step |")
+    assert tempo.endswith("| 70, none by 70 |"), "of each seed"
+    for curves in (curves for run in runs.values() for curves in run["sets"].values()):
+        curves.pop("reward accuracy", None)
+    assert "collapse" not in "".join(report.table(runs, arms)), "earlier runs recorded no votes"
     assert report.times(runs) == "4 runs, each 100 to 100 s, median 100 s.\n"

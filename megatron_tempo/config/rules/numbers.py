@@ -65,6 +65,7 @@ YEAR = 31_536_000
 SEED, HARDWARE, FACTOR = 2**63 - 1, 1e6, 1e6
 
 _SHARE = Bound("above 0 and at most 1", "0.5", 0, 1, low_open=True, states_high=True)
+_PART = Bound("at least 0 and at most 1", "0.5", 0, 1, states_high=True)
 _DECAY = Bound("at least 0 and below 1", "0.9", 0, 1, high_open=True, states_high=True)
 _SECONDS = _above(0, YEAR)
 _ONE_TO_COUNT, _UP_TO_COUNT = _from(1, COUNT), _from(0, COUNT)
@@ -184,6 +185,28 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
     },
     stages.TempoSettings: {"estep_every": _UP_TO_COUNT},
     stages.TtrlSettings: {"vote_responses": _ONE_TO_COUNT},
+    stages.GuardSettings: {
+        "vote_responses": _ONE_TO_COUNT,
+        "flip_window": _from(1, 1000),
+        "flip_threshold": _SHARE,
+        "agreement_threshold": _PART,
+        "flip_penalty": _PART,
+        "confident_penalty": _PART,
+        "least_weight": _PART,
+        "minority_weight": _PART,
+        "minority_share": _SHARE,
+        "calm_visits": _from(1, 1000),
+        "risk_threshold": _PART,
+        "skip_probability": _PART,
+        "skipped_share": _PART,
+    },
+    stages.ScrlSettings: {
+        "vote_responses": _ONE_TO_COUNT,
+        "positive_share": _SHARE,
+        "positive_margin": _DECAY,
+        "negative_share": _PART,
+        "entropy_penalty": _from(0, FACTOR),
+    },
     stages.EmpoSettings: {"entropy_low": _from(0, FACTOR), "entropy_high": _above(0, FACTOR)},
     schema.EvaluationConfig: {
         "every": _UP_TO_COUNT,

@@ -9,7 +9,7 @@ from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.rules.layout import divisors, laid_of
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import EmpoSettings, Method, Prompts, StageConfig
+from megatron_tempo.config.stages import EmpoSettings, Method, Prompts, ScrlSettings, StageConfig
 from megatron_tempo.config.truncation import TruncatedResponses
 
 
@@ -121,6 +121,11 @@ def _groups(name: str, stage: StageConfig) -> Iterator[Problem]:
         field = f"{name}.vote_responses"
         wrong = f"{name}.responses_per_prompt={responses} of them are trained on"
         yield Problem(field, vote, wrong, f"{field}={responses} or more, or null")
+    # A share that is out of its bounds is reported as a number.
+    if isinstance(settings, ScrlSettings) and 0 < settings.positive_share < settings.negative_share <= 1:
+        field, least = f"{name}.negative_share", settings.positive_share
+        wrong = f"an answer with a share between {name}.positive_share={least} and it could be right and wrong"
+        yield Problem(field, settings.negative_share, wrong, f"{field}={least} or less")
     if not isinstance(settings, EmpoSettings):
         return
     low, high = settings.entropy_low, settings.entropy_high
