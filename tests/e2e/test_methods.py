@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import Method, TtrlSettings
+from megatron_tempo.config.stages import Method, ScrlSettings, TtrlSettings
 from megatron_tempo.errors import InputError
 from megatron_tempo.observability.records import read_evaluations, read_metrics, read_samples
 from megatron_tempo.training.jobs import train
@@ -37,6 +37,8 @@ def config_for(project: Path, out: Path, method: Method, iterations: int = 2) ->
         config.data.unlabelled = replace(config.data.unlabelled, verifier=Verifier.countdown)
     if method is Method.ttrl:
         stage.settings = TtrlSettings(vote_responses=6)
+    if method is Method.scrl:
+        stage.settings = ScrlSettings(vote_responses=6, negative_share=0.2)
     config.checkpoint.every = 1
     config.metrics.report = True
     config.rollout.dump = True

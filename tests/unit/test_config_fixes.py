@@ -170,6 +170,7 @@ MORE = [
     ["rollout.max_prompt_tokens=40000", "rollout.max_response_tokens=40000"],
     [*rules.EMPO, "stage2.entropy_low=2", "stage2.entropy_high=1"],
     [*rules.SCRL, "stage2.negative_share=0.5"],
+    [*rules.SCRL, "stage2.vote_responses=null"],
     ["parallel.world_size=3", "stage1.responses_per_prompt=7"],
     ["parallel.world_size=3", "parallel.tensor=2"],
     # mixtures of experts

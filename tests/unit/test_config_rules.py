@@ -458,7 +458,7 @@ def test_several_fields(files: Path, overrides: list[str], field: str, wrong: st
 TTRL = ["stage2.method=ttrl", "stage2.labelled_prompts=0", "data.unlabelled.verifier=math"]
 EMPO = ["stage2.method=empo", *TTRL[1:]]
 GUARD = ["stage2.method=ttrl_guard", *TTRL[1:]]
-SCRL = ["stage2.method=scrl", *TTRL[1:]]
+SCRL = ["stage2.method=scrl", "stage2.vote_responses=16", *TTRL[1:]]
 GRPO = ["stage2.method=grpo", "stage2.unlabelled_prompts=0"]
 # a stage without a critic, a change of it, the field that is wrong, a part of what is, a part of the fix
 GROUPS = [
@@ -503,6 +503,7 @@ GROUPS = [
     (SCRL, "stage2.positive_share=0", "stage2.positive_share", "above 0 and at most 1", "positive_share=0.5"),
     (SCRL, "stage2.positive_margin=1", "stage2.positive_margin", "below 1", "positive_margin=0.9"),
     (SCRL, "stage2.entropy_penalty=-1", "stage2.entropy_penalty", "0 or more", "entropy_penalty=0"),
+    (SCRL, "stage2.vote_responses=8", "stage2.negative_share", "of 8 responses that vote", "=9 or more, or stage2."),
     (SCRL, "stage2.negative_share=0.5", "stage2.negative_share", "could be right and wrong", "=0.375 or less"),
 ]
 

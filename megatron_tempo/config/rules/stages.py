@@ -121,11 +121,8 @@ def _groups(name: str, stage: StageConfig) -> Iterator[Problem]:
         field = f"{name}.vote_responses"
         wrong = f"{name}.responses_per_prompt={responses} of them are trained on"
         yield Problem(field, vote, wrong, f"{field}={responses} or more, or null")
-    # A share that is out of its bounds is reported as a number.
-    if isinstance(settings, ScrlSettings) and 0 < settings.positive_share < settings.negative_share <= 1:
-        field, least = f"{name}.negative_share", settings.positive_share
-        wrong = f"an answer with a share between {name}.positive_share={least} and it could be right and wrong"
-        yield Problem(field, settings.negative_share, wrong, f"{field}={least} or less")
+    if isinstance(settings, ScrlSettings):
+        yield from _scrl(name, stage, settings)
     if not isinstance(settings, EmpoSettings):
         return
     low, high = settings.entropy_low, settings.entropy_high
@@ -133,6 +130,18 @@ def _groups(name: str, stage: StageConfig) -> Iterator[Problem]:
         field = f"{name}.entropy_high"
         fix = f"{field} above {low}, or {name}.entropy_low=null"
         yield Problem(field, high, f"no entropy lies between {name}.entropy_low={low} and it", fix)
+
+
+def _scrl(name: str, stage: StageConfig, settings: ScrlSettings) -> Iterator[Problem]:
+    """The rules of SCRL's labels. Shares and counts that are out of their bounds are reported elsewhere."""
+    field, rare, least = f"{name}.negative_share", settings.negative_share, settings.positive_share
+    if 0 < least < rare <= 1:
+        wrong = f"an answer with a share between {name}.positive_share={least} and it could be right and wrong"
+        yield Problem(field, rare, wrong, f"{field}={least} or less")
+    elif 0 < rare <= 1 and stage.samples >= stage.responses_per_prompt > 1 and stage.samples * rare <= 1:
+        wrong = f"no answer is rare: of {stage.samples} responses that vote, one has a share of 1/{stage.samples}"
+        fix = f"{name}.vote_responses={math.floor(1 / rare) + 1} or more, or {field}=0"
+        yield Problem(field, rare, wrong, fix)
 
 
 def _refill(name: str, stage: StageConfig, *, replays: bool) -> Iterator[Problem]:
