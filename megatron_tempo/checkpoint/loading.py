@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tempo.checkpoint.optimizer_files import FOLDER, StoredOptimizer
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.gpt import ValueModel
 from megatron_tempo.models.megatron_compat.optimizer import optimizer_slices, set_adam_step
+from megatron_tempo.models.parallel import Layout
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.weights import tables
@@ -77,20 +78,20 @@ def _lost(file: Path) -> str | None:
     return None if file.exists() else f"{file}: No such file or directory"
 
 
-def gathered_form() -> dict[str, Any]:
-    """Megatron's settings of the format `GATHERED`. The model's groups are current."""
+def gathered_form(layout: Layout) -> dict[str, Any]:
+    """Megatron's settings of the format `GATHERED`."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "dp_cp_group": layout.groups.dp_cp,
     }
 
 
 def _wanted(model: TrainedModel, *, with_optimizer: bool) -> dict[str, Any]:
     """What Megatron is to read: the weights and, from an earlier version's checkpoint, the optimizer's state."""
-    metadata = gathered_form()
+    metadata = gathered_form(model.layout)
     weights = model.net.sharded_state_dict(metadata=metadata)
     if not with_optimizer:
         return {"model": weights}

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories, is_main_replica
 from torch import Tensor
@@ -69,12 +68,12 @@ class WrittenItem:
 
 def weight_share(nets: Sequence[PackedGPT]) -> WeightShare:
     """This rank's share of the weights of a model's networks. The model is at work. Not collective."""
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    groups = nets[0].pg_collection
     dense: list[WeightChunk] = []
     of_experts: list[WeightChunk] = []
     objects = {}
     for net in nets:
-        state = net.sharded_state_dict(metadata={"dp_cp_group": group, "singleton_local_shards": False})
+        state = net.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp, "singleton_local_shards": False})
         apply_factories(state)
         for one in nested_values(state):
             if isinstance(one, ShardedTensor):
@@ -82,10 +81,9 @@ def weight_share(nets: Sequence[PackedGPT]) -> WeightShare:
                 held += _chunks(one) if is_main_replica(one.replica_id[:-1]) else []
             elif isinstance(one, ShardedObject) and is_main_replica(one.replica_id):
                 objects[one.unique_key] = one.data
-    shares = shared_out(dense, group.size())[group.rank()]
+    shares = shared_out(dense, groups.dp_cp.size())[groups.dp_cp.rank()]
     if of_experts:
-        replicas = parallel_state.get_expert_data_parallel_group()
-        shares += shared_out(of_experts, replicas.size())[replicas.rank()]
+        shares += shared_out(of_experts, groups.expt_dp.size())[groups.expt_dp.rank()]
     return WeightShare(shares, objects)
 
 

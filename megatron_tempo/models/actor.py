@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_tempo.config.stages import Baseline
@@ -147,9 +146,8 @@ class Actor:
         mine = longest_first[self.owners(batch)[longest_first] == layout.data_rank]
         values = experience.values[value_cells(batch, mine)].to(device)
         rows = Rows.of(batch.response_lengths[mine], device)
-        with layout.groups.current():
-            group = parallel_state.get_data_parallel_group()
-        return self.kernels.advantage_moments(values, experience.rewards[mine].to(device), rows, baseline, group)
+        rewards, ranks = experience.rewards[mine].to(device), layout.groups.dp
+        return self.kernels.advantage_moments(values, rewards, rows, baseline, ranks)
 
 
 def mean_gap(table: Tensor) -> float:

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -78,12 +79,15 @@ class PackedAttention(nn.Module):
         softmax_scale: float | None = None,
         window: int | None = None,
         softmax_scale_multiplier: float = 1.0,
+        pg_collection: ProcessGroupCollection | None = None,
         **_: Any,
     ) -> None:
+        """`pg_collection`: needed under context parallelism."""
         super().__init__()
         assert config.kv_channels is not None
         self.scale = (config.kv_channels**-0.5 if softmax_scale is None else softmax_scale) * softmax_scale_multiplier
         self.window = window
+        self.context_ranks = None if pg_collection is None else pg_collection.cp
 
     def forward(
         self,
@@ -125,7 +129,9 @@ class PackedAttention(nn.Module):
         """Attend from this rank's queries to the keys and values of all ranks, one sequence at a time."""
         assert packing.pieces is not None
         assert packing.order is not None
-        both = gather_tokens(torch.cat([key, value], dim=2), packing.order)[:, 0]  # [S, 2 * groups, d]
+        assert self.context_ranks is not None
+        own = torch.cat([key, value], dim=2)
+        both = gather_tokens(own, packing.order, self.context_ranks)[:, 0]  # [S, 2 * groups, d]
         keys, values = both.transpose(0, 1)[None].chunk(2, dim=1)
         queries = query[:, 0].transpose(0, 1)[None]  # [1, heads, S / c, d]
         if self.window is not None or not _groups_queries(queries, keys, values):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from megatron.core import parallel_state
+import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
@@ -92,17 +92,16 @@ class Outputs:
 
         return cls(filled(indices), order.to(device), filled(targets))
 
-    def gather(self, outputs: Tensor) -> Tensor:
-        """This rank's outputs [w, ...] -> the outputs of all ranks, in the order of the tokens: [R, ...]."""
+    def gather(self, outputs: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """This rank's outputs [w, ...] -> the outputs of all context ranks, in the order of the tokens: [R, ...]."""
         if self.order is None or len(self.local) == 0:
             return outputs
-        group = parallel_state.get_context_parallel_group()
         return gather_from_sequence_parallel_region(outputs, tensor_parallel_output_grad=False, group=group)[self.order]
 
 
-def gather_tokens(x: Tensor, order: Tensor) -> Tensor:
+def gather_tokens(x: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Gather this rank's tokens [S / c, ...] -> all tokens in order [S, ...]. Gradients of all ranks are summed.
 
-    `order`: int64 [S], the index of each token in the concatenation of the ranks' tokens.
+    `order`: int64 [S], the index of each token in the concatenation of the ranks' tokens. `group`: the context ranks.
     """
-    return gather_from_sequence_parallel_region(x, group=parallel_state.get_context_parallel_group())[order]
+    return gather_from_sequence_parallel_region(x, group=group)[order]

@@ -192,18 +192,19 @@ def block_spec(
 ) -> TransformerBlockSubmodules:
     """The layers of a chunk of this rank's pipeline stage, and the norm after the model's last layer."""
     of_chunk = layout.pipeline_layers.chunks(shape.layers)[layout.pipeline_rank][chunk]
-    layer, norms = _layer(Layers[config.transformer_impl]), _norms(shape)
+    layer, norms = _layer(Layers[config.transformer_impl]), _norms(shape, layout)
     specs = [layer(shape, attention, norms) for attention in shape.attention[of_chunk.start : of_chunk.stop]]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
 
 
-def _norms(shape: ModelShape) -> Norms:
+def _norms(shape: ModelShape, layout: Layout) -> Norms:
     pre_norm = shape.family.pre_norm
     if shape.family.qk_norm is QKNorm.none:
         return Norms(query=None, key=None, pre_norm=pre_norm)
     if shape.family.qk_norm is QKNorm.head:
         return Norms(query=RMSNorm, key=RMSNorm, pre_norm=pre_norm)
-    query, key = (ModuleSpec(ProjectionNorm, {"heads": heads}) for heads in (shape.heads, shape.groups))
+    ranks = layout.groups.tp
+    query, key = (ModuleSpec(ProjectionNorm, {"heads": of, "group": ranks}) for of in (shape.heads, shape.groups))
     return Norms(query, key, pre_norm=pre_norm)
 
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -53,17 +53,19 @@ class PackedGPT(GPTModel):
         chunk: int = 0,
     ) -> None:
         last_chunk = layout.virtual_pipeline - 1
-        super().__init__(
-            config,
-            block_spec(config, shape, layout, chunk),
-            vocab_size=padded_vocab(shape.vocab, layout.tensor),
-            max_sequence_length=shape.max_positions,
-            pre_process=layout.is_first_stage and chunk == 0,
-            post_process=layout.is_last_stage and chunk == last_chunk,
-            vp_stage=chunk if last_chunk else None,
-            share_embeddings_and_output_weights=tied,
-            position_embedding_type="none",  # Megatron has only one rotary embedding for all layers; see `Rotary`
-        )
+        with layout.groups.current():
+            super().__init__(
+                config,
+                block_spec(config, shape, layout, chunk),
+                vocab_size=padded_vocab(shape.vocab, layout.tensor),
+                max_sequence_length=shape.max_positions,
+                pre_process=layout.is_first_stage and chunk == 0,
+                post_process=layout.is_last_stage and chunk == last_chunk,
+                vp_stage=chunk if last_chunk else None,
+                share_embeddings_and_output_weights=tied,
+                position_embedding_type="none",  # Megatron has only one rotary embedding for all layers; see `Rotary`
+                pg_collection=layout.groups,
+            )
         self.shape = shape
         self.rotary = Rotary(shape.ropes, shape.head_dim, config.params_dtype, fused=config.apply_rope_fusion)
         self.kernels = kernels
@@ -152,14 +154,14 @@ class LanguageModel(PackedGPT):
 
         With `truncation` both are of the truncated distribution that the engine samples from.
         """
-        outputs = micro.predicting
+        outputs, ranks = micro.predicting, self.pg_collection.tp
         if self.config.sequence_parallel:
-            predicting = gather_from_sequence_parallel_region(hidden)[outputs.local, 0]
+            predicting = gather_from_sequence_parallel_region(hidden, group=ranks)[outputs.local, 0]
         else:
-            predicting = copy_to_tensor_model_parallel_region(hidden[outputs.local, 0])
+            predicting = copy_to_tensor_model_parallel_region(hidden[outputs.local, 0], group=ranks)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         weight = self.output_layer.weight if weight is None else weight
-        args = (outputs.targets, self.shape.vocab, self.temperature, get_tensor_model_parallel_group())
+        args = (outputs.targets, self.shape.vocab, self.temperature, ranks)
         if self.logits is Logits.stored:
             logits = functional.linear(predicting, weight)
             if self.truncation is not None:
@@ -169,7 +171,7 @@ class LanguageModel(PackedGPT):
             results = self.kernels.linear_logprobs_and_entropy(predicting, weight, *args)
         else:  # the fused kernel sees a part of a row at a time, and what is kept depends on all of it
             results = linear_logprobs_and_entropy(predicting, weight, *args, self.truncation)
-        return torch.stack([outputs.gather(x) for x in results])
+        return torch.stack([outputs.gather(x, self.pg_collection.cp) for x in results])
 
 
 class ValueHead(nn.Module):
@@ -179,8 +181,10 @@ class ValueHead(nn.Module):
     each rank applies it to its own tokens, and Megatron sums the gradients as it does for norms.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, ranks: dist.ProcessGroup) -> None:
+        """`ranks`: the tensor ranks."""
         super().__init__()
+        self.ranks = ranks
         self.sequence_parallel = config.sequence_parallel
         device = torch.cuda.current_device()
         self.weight = nn.Parameter(torch.zeros(1, config.hidden_size, device=device))
@@ -193,7 +197,7 @@ class ValueHead(nn.Module):
         values = functional.linear(hidden.float(), self.weight, self.bias)
         if self.sequence_parallel:
             # Every tensor rank computes the same loss from the gathered values, so gradients are split, not summed.
-            values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
+            values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False, group=self.ranks)
         return values.flatten()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ValueHead:
@@ -210,8 +214,8 @@ class ValueModel(PackedGPT):
     ) -> None:
         super().__init__(config, shape, layout, kernels, tied=False, chunk=chunk)
         if self.post_process:
-            self.output_layer = ValueHead(config)
+            self.output_layer = ValueHead(config, layout.groups.tp)
 
     def head(self, hidden: Tensor, micro: MicroBatch) -> Tensor:
         """Hidden states [S / c (/ tensor), 1, hidden] -> values of `micro.value_rows`, float32 [R + m]."""
-        return micro.valued.gather(self.output_layer(hidden)[micro.valued.local])
+        return micro.valued.gather(self.output_layer(hidden)[micro.valued.local], self.pg_collection.cp)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -41,11 +40,13 @@ class ProjectionNorm(nn.Module):
     gradient is complete on the rank.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, heads: int) -> None:
-        """`hidden_size`: of one head. `heads`: the number of heads on all tensor ranks."""
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float, heads: int, group: dist.ProcessGroup
+    ) -> None:
+        """`hidden_size`: of one head. `heads`: the number of heads on all tensor ranks, which are `group`."""
         super().__init__()
         self.eps = eps
-        self.group = get_tensor_model_parallel_group()
+        self.group = group
         self.weight = nn.Parameter(torch.ones(heads * hidden_size // self.group.size(), dtype=config.params_dtype))
         # Without the mark, Megatron treats the shards as copies and counts only one of them in the gradient norm.
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)

@@ -1,7 +1,6 @@
 """Process groups: how the ranks are laid out over data, context, pipeline and tensor parallelism.
 
-Megatron keeps one set of groups in globals of `megatron.core.parallel_state`. Actor and critic may have different
-layouts, so each layout has its own set, and a model runs inside `with model.layout.groups.current()`.
+Actor and critic may have different layouts. Each layout has its own groups, which its model gets (`Layout.groups`).
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,32 +22,10 @@ from megatron_tempo.config.pipeline_layers import PipelineLayers
 from megatron_tempo.config.schema import ParallelConfig
 from megatron_tempo.errors import InputError
 from megatron_tempo.models.megatron_compat.gloo_devices import shared_gloo_devices
-from megatron_tempo.models.megatron_compat.group_globals import read_group_globals, write_group_globals
+from megatron_tempo.models.megatron_compat.process_groups import Groups, clear_globals
 from megatron_tempo.models.megatron_compat.versions import quiet_deprecations
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # default
-
-
-class Groups:
-    """A set of Megatron's process groups: the values of its globals."""
-
-    def __init__(self, globals_: dict[str, Any]) -> None:
-        self._globals = globals_
-
-    @classmethod
-    def read(cls) -> Groups:
-        """The groups that Megatron uses now."""
-        return cls(read_group_globals())
-
-    @contextmanager
-    def current(self) -> Iterator[None]:
-        """Let Megatron use these groups until the end of the block."""
-        before = Groups.read()
-        write_group_globals(self._globals)
-        try:
-            yield
-        finally:
-            write_group_globals(before._globals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +60,7 @@ class Layout:
     expert_tensor: int = 1
     expert_data_rank: int = 0
     expert_data: int = 1
-    groups: Groups = field(default_factory=lambda: Groups({}), repr=False, compare=False)  # empty: the current groups
+    groups: Groups = field(default_factory=Groups, repr=False, compare=False)  # empty: outside a run
 
     @property
     def is_writer(self) -> bool:
@@ -175,7 +151,7 @@ def parallel_groups(
     timeout: timedelta = COLLECTIVE_TIMEOUT,
     join: Join = join_launched,
 ) -> Iterator[Layouts]:
-    """Open the process groups of a run and close them at the end of the block. Inside, the actor's groups are current.
+    """Open the process groups of a run and close them at the end of the block.
 
     `timeout`: how long a rank waits for the others in a collective. `join`: how this process joins the others.
 
@@ -189,10 +165,10 @@ def parallel_groups(
             actor = initialize_model_parallel(config, seed, timeout)
             critic = actor
             if config.of_critic() != config:
-                parallel_state.destroy_model_parallel()  # clears the globals; `actor` keeps its groups
+                clear_globals()
                 critic = initialize_model_parallel(config.of_critic(), seed, timeout)
-            with actor.groups.current():
-                yield Layouts(actor, critic)
+                clear_globals()
+            yield Layouts(actor, critic)
         finally:
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
@@ -216,6 +192,7 @@ def initialize_model_parallel(config: ParallelConfig, seed: int, timeout: timede
             f"{world} processes are not a multiple of parallel.expert_tensor={config.expert_cut} * "
             f"expert={config.expert} * pipeline={config.pipeline}: launch a multiple of {of_experts}"
         )
+    parallel_state.destroy_global_memory_buffer()  # of the layout before
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
@@ -227,28 +204,29 @@ def initialize_model_parallel(config: ParallelConfig, seed: int, timeout: timede
         distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
     )
     model_parallel_cuda_manual_seed(seed)
+    groups = Groups.of_globals()
     return Layout(
         rank=dist.get_rank(),
         world_size=world,
-        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_rank=groups.tp.rank(),
         tensor=config.tensor,
-        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_rank=groups.pp.rank(),
         pipeline=config.pipeline,
-        data_rank=parallel_state.get_data_parallel_rank(),
-        data=parallel_state.get_data_parallel_world_size(),
-        context_rank=parallel_state.get_context_parallel_rank(),
+        data_rank=groups.dp.rank(),
+        data=groups.dp.size(),
+        context_rank=groups.cp.rank(),
         context=config.context,
         sequence_parallel=config.sequence,
         first_stage_layers=config.num_layers_in_first_pipeline_stage,
         last_stage_layers=config.num_layers_in_last_pipeline_stage,
         virtual_pipeline=config.virtual_pipeline,
-        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_rank=groups.ep.rank(),
         expert=config.expert,
-        expert_tensor_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        expert_tensor_rank=groups.expt_tp.rank(),
         expert_tensor=config.expert_cut,
-        expert_data_rank=parallel_state.get_expert_data_parallel_rank(),
-        expert_data=parallel_state.get_expert_data_parallel_world_size(),
-        groups=Groups.read(),
+        expert_data_rank=groups.expt_dp.rank(),
+        expert_data=groups.expt_dp.size(),
+        groups=groups,
     )
 
 
@@ -260,12 +238,10 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 def share_reported(tensor: Tensor, layout: Layout) -> Tensor:
     """Give all ranks of a replica the CPU tensor of its reporter (`Layout.is_reporter`), in place. Collective."""
-    with layout.groups.current():
-        if layout.is_last_stage and layout.tensor * layout.context > 1:
-            dist.broadcast(tensor, group=parallel_state.get_tensor_and_context_parallel_group(), group_src=0)
-        if layout.pipeline > 1:
-            group = parallel_state.get_pipeline_model_parallel_group()
-            dist.broadcast(tensor, group=group, group_src=layout.pipeline - 1)
+    if layout.is_last_stage and layout.tensor * layout.context > 1:
+        dist.broadcast(tensor, group=layout.groups.tp_cp, group_src=0)
+    if layout.pipeline > 1:
+        dist.broadcast(tensor, group=layout.groups.pp, group_src=layout.pipeline - 1)
     return tensor
 
 

@@ -15,6 +15,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from megatron_tempo.config.pipeline_layers import micro_batch_group
@@ -220,11 +221,10 @@ class Model:
             given = micro if replay is None else replay.given_to(micro, chunks.index(model))
             return model(given), partial(loss, micro)
 
-        chunks = self._wrapped_chunks
+        chunks, config, groups = self._wrapped_chunks, self.net.config, self.layout.groups
         if len(chunks) > 1:
-            group = micro_batch_group(len(parts), self.layout.pipeline)
-            self.net.config.microbatch_group_size_per_vp_stage = group
-        get_forward_backward_func()(
+            config.microbatch_group_size_per_vp_stage = micro_batch_group(len(parts), self.layout.pipeline)
+        get_forward_backward_func(self.layout.pipeline, config.virtual_pipeline_model_parallel_size)(
             forward_step_func=forward_step,
             data_iterator=[iter(parts) for _ in chunks] if len(chunks) > 1 else iter(parts),
             model=chunks,
@@ -232,6 +232,8 @@ class Model:
             seq_length=max(part.tokens.numel() for part in parts),  # unused: lengths vary
             micro_batch_size=1,
             forward_only=forward_only,
+            p2p_communicator=P2PCommunicator(groups.pp, config),
+            pg_collection=groups,
         )
         if self.replay is not None:
             self.replay.clear()
@@ -259,11 +261,15 @@ class TrainedModel(Model):
     ) -> TrainedModel:
         """Wrap a network whose weights are loaded already: the optimizer copies them as its fp32 main weights.
 
-        The layout's process groups must be current. `router_aux_loss_coef`: as `model.router_aux_loss_coef`.
+        `router_aux_loss_coef`: as `model.router_aux_loss_coef`.
         """
         config = net.config
         data_parallel = ddp_config(parallel, layout)
-        ddps = [DistributedDataParallel(config, data_parallel, on_device(chunk, device)) for chunk in net.chunks]
+        groups = layout.groups
+        ddps = [
+            DistributedDataParallel(config, data_parallel, on_device(chunk, device), pg_collection=groups)
+            for chunk in net.chunks
+        ]
         optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -275,6 +281,7 @@ class TrainedModel(Model):
             ),
             ddps,
             use_gloo_process_groups=False,
+            pg_collection=groups,
         )
         note_param_order(optimizer)
         init_adam_state(optimizer)

@@ -83,14 +83,14 @@ def _answer_for_neighbours() -> None:
     shapes.install()
     schedule_of = trained.get_forward_backward_func
 
-    def wrapped() -> Callable[..., Any]:
-        run = schedule_of()
+    def wrapped(*sizes: int | None) -> Callable[..., Any]:
+        run = schedule_of(*sizes)
 
         def scheduled(*, data_iterator: Any, model: Sequence[Any], **given: Any) -> Any:
             interleaved = isinstance(data_iterator, list)
             parts = list(data_iterator[0] if interleaved else data_iterator)
             states = [_states(part, model[0].config) for part in parts]
-            shapes.expect(states, model[0].config if interleaved else None)
+            shapes.expect(states, given["pg_collection"].pp, model[0].config if interleaved else None)
             iterators = [iter(parts) for _ in model]
             return run(data_iterator=iterators if interleaved else iterators[0], model=model, **given)
 

@@ -64,9 +64,8 @@ def build_critic(context: RunContext) -> Critic:
     """The critic with the weights of `model.critic_path`, or the actor's decoder and a zero head. Collective."""
     path = Path(context.config.model.critic_path or context.config.model.path)
     layout = context.layouts.critic
-    with layout.groups.current():
-        model = _trained(context, _network(context, ValueModel, path, layout), layout)
-        return Critic(model, _guard(context, "critic"), context.layouts.actor)
+    model = _trained(context, _network(context, ValueModel, path, layout), layout)
+    return Critic(model, _guard(context, "critic"), context.layouts.actor)
 
 
 def build_engine(context: RunContext, *, trains: bool = True) -> Engine:

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_tempo.models.chunks import ModelChunks
@@ -86,17 +85,12 @@ class WeightStream:
         of_experts = layout.expert_tensor * layout.expert if self._has_experts else 1
         self._ranks_of_copy = math.lcm(layout.tensor, of_experts)
         place = layout.rank_in_stage % self._ranks_of_copy
-        with layout.groups.current():
-            ranks = parallel_state.get_tensor_model_parallel_group()
-            copies = self._ranks_of_copy // layout.tensor
-            self._dense = Holders(layout.tensor_rank, layout.tensor, ranks, copies, place // layout.tensor)
-            self._stages = parallel_state.get_pipeline_model_parallel_group()
-            if self._has_experts:
-                ranks = parallel_state.get_expert_tensor_parallel_group()
-                copies = self._ranks_of_copy // of_experts
-                own = layout.expert_tensor_rank, layout.expert_tensor
-                self._experts = Holders(*own, ranks, copies, place // of_experts)
-                self._expert_ranks = parallel_state.get_expert_tensor_and_model_parallel_group()
+        groups, copies = layout.groups, self._ranks_of_copy // layout.tensor
+        self._dense = Holders(layout.tensor_rank, layout.tensor, groups.tp, copies, place // layout.tensor)
+        if self._has_experts:
+            copies = self._ranks_of_copy // of_experts
+            own = layout.expert_tensor_rank, layout.expert_tensor
+            self._experts = Holders(*own, groups.expt_tp, copies, place // of_experts)
         # Of `from_stages(shared=True)`, created by its first call: by whether with parts, and whether of experts.
         self._buffers: dict[tuple[bool, bool], list[Tensor]] = {}
 
@@ -196,7 +190,7 @@ class WeightStream:
         if layout.pipeline_rank == bucket.stage:
             holders, group, first = self._holders(bucket), self._dense.group, 0
             if bucket.expert_rank is not None:
-                group, first = self._expert_ranks, bucket.expert_rank * layout.expert_tensor
+                group, first = layout.groups.tp_ep, bucket.expert_rank * layout.expert_tensor
             if bucket.expert_rank in (None, layout.expert_rank):
                 self._place_own(bucket, flat, replicated=True)
             if group.size() > 1:
@@ -204,7 +198,7 @@ class WeightStream:
                     for rank in range(holders.size):
                         self._exchange(message, rank, holders.size, group, first + rank)
         if layout.pipeline > 1:
-            dist.broadcast(flat, group=self._stages, group_src=bucket.stage)
+            dist.broadcast(flat, group=layout.groups.pp, group_src=bucket.stage)
         return bucket.filled(flat)
 
     def _exchange(self, message: Message, rank: int, size: int, group: dist.ProcessGroup, source: int) -> None:

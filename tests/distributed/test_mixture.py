@@ -23,6 +23,7 @@ from megatron_tempo.models.trained import Step, TrainedModel
 from megatron_tempo.training.context import open_context
 from megatron_tempo.training.setup import build_actor, build_critic
 from megatron_tempo.types import Batch
+from tests.support.group_reads import refuse_group_reads
 from tests.support.ranks import run_ranks
 from tests.support.tiny import EXPERTS, PER_TOKEN, ragged_batch, write_model
 
@@ -78,6 +79,7 @@ def kept(model: TrainedModel) -> dict[str, int]:
 
 
 def measured(model: Path, parallel: ParallelConfig, coef: float = 0.0) -> dict[str, Any]:
+    refuse_group_reads()
     with open_context(config_of(model, parallel, coef)) as context:
         batch, found = ragged_batch(ROWS), {}
         actor, critic = build_actor(context), build_critic(context)

@@ -30,6 +30,7 @@ from megatron_tempo.training.setup import build_actor, build_critic
 from megatron_tempo.weights import tables
 from megatron_tempo.weights.param_mapping import ParamMapping, ShardedVocab, tensor_part
 from tests.support.checkpoints import adam_steps, saved_states
+from tests.support.group_reads import refuse_group_reads
 from tests.support.ranks import run_ranks
 from tests.support.tiny import VOCAB, write_model
 
@@ -94,6 +95,7 @@ def built(context: RunContext) -> dict[str, TrainedModel]:
 
 def goes_on(parallel: ParallelConfig, folders: Folders) -> None:
     """Save what the layout before has saved, or two steps; take a step, and save that."""
+    refuse_group_reads()
     config = Config()
     config.parallel, config.model.path = parallel, str(next(iter(folders.models.values())))
     with open_context(config) as context:
@@ -298,7 +300,7 @@ def writes_as_before(model: Path, folder: Path) -> None:
                 (path / role).mkdir(parents=True)
             dist.barrier()
             with one.at_work(), without_bucket_padding(one.optimizer):
-                metadata = gathered_form()
+                metadata = gathered_form(one.layout)
                 state = one.net.sharded_state_dict(metadata=metadata)
                 optimizer = one.optimizer.sharded_state_dict(state, is_loading=False, metadata=metadata)
                 dist_checkpointing.save({"model": state, "optimizer": optimizer}, str(path / role))

@@ -156,6 +156,22 @@ def test_every_precision_of_transformer_engine_runs(outcomes: dict[str, tuple[Ou
     assert f"Transformer Engine 2.11.0, {name}" in outcome.ranks[0].machine
 
 
+APART = ("parallel.critic.tensor=2", "parallel.critic.pipeline=2")
+GROUP_CASES = {
+    "torch's layers": ("model.layers=local",),
+    **({} if not HAS_TE else {name: (*TE_CASES[name], "parallel.recompute=layers") for name in TE_CASES}),
+}
+
+
+def test_models_of_two_layouts_take_no_group_from_megatrons_globals(model: Path) -> None:
+    """Which are none then: no rank refuses a read of them. A layer reads some in its backward pass, when it is computed
+    again."""
+    plant = "tests.support.group_reads:refuse_group_reads"
+    given = [(built(model, *APART, *words), Options(plant=plant)) for words in GROUP_CASES.values()]
+    for name, (outcome, plan) in zip(GROUP_CASES, rehearse_all(given), strict=True):
+        assert outcome.fits, f"{name}: {report(outcome, plan)}"
+
+
 PLANTED = {
     "device_mix": ("tensors on different devices", "actor", "megatron_tempo/kernels/"),
     "cpu_tensor_in_nccl_group": ("a CPU tensor in an NCCL group, or a CUDA tensor in a CPU group", "sync", ""),

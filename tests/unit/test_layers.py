@@ -224,7 +224,7 @@ def of_a_rank(x: Tensor, weight: Tensor, back: Tensor, tensor: int) -> tuple[Ten
         heads = HEADS // layout.tensor
         mine = slice(layout.tensor_rank * heads, (layout.tensor_rank + 1) * heads)
         part = x[:, :, mine].clone().requires_grad_()
-        norm = ProjectionNorm(config(tensor_model_parallel_size=layout.tensor), DIM, 1e-3, HEADS)
+        norm = ProjectionNorm(config(tensor_model_parallel_size=layout.tensor), DIM, 1e-3, HEADS, layout.groups.tp)
         with torch.no_grad():
             norm.weight.copy_(weight[mine].flatten())
         out = norm(part)

@@ -5,7 +5,7 @@
     dispatcher.py          what the dispatcher of a mixture of experts keeps between passes
     cpu_backend.py         Megatron-Core's CUDA calls on a machine without CUDA
     gloo_devices.py        one gloo device for all process groups of a rank, and one worker thread for each
-    group_globals.py       Megatron's process groups, which are module globals
+    process_groups.py      a layout's process groups, and the functions that read them from globals
     transformer_engine.py  whether Transformer Engine can be imported, and which attention it chose
     torch_private.py       torch's process groups and their counters, checkpoint records, shared GPU memory
 

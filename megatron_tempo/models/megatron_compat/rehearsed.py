@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -101,17 +100,16 @@ class NeighbourShapes:
         self._backward: deque[Shape] = deque()
         self._original: Callable[..., Any] = P2PCommunicator._communicate_shapes
 
-    def expect(self, shapes: Sequence[Shape], interleaved: Any = None) -> None:
-        """The hidden states of the micro-batches of the pass that begins now. `interleaved`: the model's config, if it
-        has virtual pipeline stages."""
+    def expect(self, shapes: Sequence[Shape], stages: dist.ProcessGroup, interleaved: Any = None) -> None:
+        """The hidden states of the micro-batches of the pass that begins now. `stages`: the pipeline's ranks.
+        `interleaved`: the model's config, if it has virtual pipeline stages."""
         self._forward, self._backward = deque(shapes), deque(shapes)
         if interleaved is not None:
             chunks, group = (
                 interleaved.virtual_pipeline_model_parallel_size,
                 interleaved.microbatch_group_size_per_vp_stage,
             )
-            rank = parallel_state.get_pipeline_model_parallel_rank()
-            last = parallel_state.get_pipeline_model_parallel_world_size() - 1
+            rank, last = stages.rank(), stages.size() - 1
             table = get_schedule_table(len(shapes), chunks, group)
             # Backward passes have the same order of micro-batches, with the chunks reversed.
             self._forward = deque(shapes[micro] for micro, chunk in table if rank > 0 or chunk > 0)
