@@ -156,19 +156,17 @@ def test_every_precision_of_transformer_engine_runs(outcomes: dict[str, tuple[Ou
     assert f"Transformer Engine 2.11.0, {name}" in outcome.ranks[0].machine
 
 
-APART = ("parallel.critic.tensor=2", "parallel.critic.pipeline=2")
-GROUP_CASES = {
-    "torch's layers": ("model.layers=local",),
-    **({} if not HAS_TE else {name: (*TE_CASES[name], "parallel.recompute=layers") for name in TE_CASES}),
-}
+# Delayed scaling needs as many tensor ranks in both layouts.
+APART = dict.fromkeys(("torch's layers", *TE_CASES), ("parallel.critic.pipeline=2", "parallel.recompute=layers"))
+APART |= {name: (*words, "parallel.critic.tensor=2") for name, words in APART.items() if name != "fp8_delayed"}
+LAYERS = {"torch's layers": ("model.layers=local",)} | (TE_CASES if HAS_TE else {})
 
 
 def test_models_of_two_layouts_take_no_group_from_megatrons_globals(model: Path) -> None:
-    """Which are none then: no rank refuses a read of them. A layer reads some in its backward pass, when it is computed
-    again."""
+    """A read of a group from the globals fails the rank. A layer that is computed again reads in its backward pass."""
     plant = "tests.support.group_reads:refuse_group_reads"
-    given = [(built(model, *APART, *words), Options(plant=plant)) for words in GROUP_CASES.values()]
-    for name, (outcome, plan) in zip(GROUP_CASES, rehearse_all(given), strict=True):
+    given = [(built(model, *APART[name], *words), Options(plant=plant)) for name, words in LAYERS.items()]
+    for name, (outcome, plan) in zip(LAYERS, rehearse_all(given), strict=True):
         assert outcome.fits, f"{name}: {report(outcome, plan)}"
 
 
