@@ -26,6 +26,13 @@ def test_every_link_between_the_pages_leads_somewhere() -> None:
     assert broken == []
 
 
+def test_no_page_has_a_section_twice() -> None:
+    """As after a merge that kept both sides."""
+    for page in PAGES:
+        headings = re.findall(r"^#+ .*", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert len(headings) == len(set(headings)), page.name
+
+
 def test_the_readme_leads_to_every_page() -> None:
     assert [page.name for page in PAGES[1:] if page not in targets(PAGES[0])] == []
 
