@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from megatron_tempo.commands import convert, prepare, rehearse
+from megatron_tempo.commands import code_sandbox, convert, prepare, rehearse
 from megatron_tempo.commands.arguments import READERS, parse
 from megatron_tempo.commands.presets import listing
 from megatron_tempo.config.compose import REPOSITORY, attributed, compose_tree, meant_group
@@ -146,7 +146,7 @@ def _run(command: str, config: Config) -> None:
     if command == "check":
         from megatron_tempo.data.copies import check_data  # slow imports for large sets: pyarrow and numpy
 
-        findings = check_data(config)
+        findings = [*check_data(config), *code_sandbox.findings(config)]
         print("ok")
         print("\n".join([summary(config), *(f"  {line}" for line in findings)]))
         return

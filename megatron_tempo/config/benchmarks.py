@@ -23,6 +23,7 @@ _WORDS = _STEPS + (
     "End with a line of the form Answer: ..., which holds nothing but the final answer, "
     "and of a question with lettered options the letter."
 )
+_PROGRAM = _STEPS + "End with the whole program in one block of code that begins with ```python and ends with ```."
 _GRID = _STEPS + "End with the completed grid, as JSON in exactly this form."
 
 
@@ -50,6 +51,10 @@ BENCHMARKS = {
     "agieval": Benchmark("github.com/ruixiangcui/AGIEval", "data/v1/*.jsonl", None, None, _MIXED),
     "zebralogic": Benchmark("WildEval/ZebraLogic", "grid_mode/test-*", 1000, Verifier.grid, _GRID),
     "gpqa_diamond": Benchmark("Idavidrein/gpqa", "gpqa_diamond.csv", 198, Verifier.choice, _LETTER),
+    "humaneval": Benchmark("openai/openai_humaneval", "openai_humaneval/test-*", 164, Verifier.code, _PROGRAM),
+    "mbpp": Benchmark("google-research-datasets/mbpp", "full/test-*", 500, Verifier.code, _PROGRAM),
+    "mbpp_sanitized": Benchmark("google-research-datasets/mbpp", "sanitized/test-*", 257, Verifier.code, _PROGRAM),
+    "livecodebench": Benchmark("livecodebench/code_generation_lite", "test*.jsonl", None, Verifier.code, _PROGRAM),
     "dapo_math_17k": Benchmark("BytedTsinghua-SIA/DAPO-Math-17k", "data/*.parquet", None, Verifier.math, training=True),
     "dolci_general": Benchmark("allenai/Dolci-RL-Zero-General-7B", "data/train-*", 12841, None, training=True),
 }

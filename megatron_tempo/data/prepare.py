@@ -22,6 +22,7 @@ from megatron_tempo.data.question_keys import matching_key
 from megatron_tempo.data.questions import Question, Unusable, conversion
 from megatron_tempo.errors import InputError
 from megatron_tempo.files import atomic_paths, why_unreadable
+from megatron_tempo.rewards.code_tests import read_tests
 from megatron_tempo.rewards.scorer import Item
 from megatron_tempo.rewards.verifiers import Verifiers
 
@@ -30,6 +31,7 @@ BATCH = 256  # answers that are checked together
 PLACES = 3  # rows named for each reason
 
 NO_ANSWER = "has no answer"
+FAILS = "its published solution fails its tests, or they cannot be run in the sandbox"
 UNREAD = "its verifier does not recognise the answer"
 SPELLING = "the verifier cannot parse the answer, so that only a response with the same spelling is right"
 TWICE = "the same question as an earlier row"
@@ -141,6 +143,14 @@ def _check(order: Order) -> None:
         raise InputError("--unlabelled: an unlabelled set has no answers; omit --answer-field and --verifier")
     if order.name == CUSTOM and not order.unlabelled and not (order.answer_field and order.verifier):
         raise InputError("a custom set requires --answer-field and --verifier, or --unlabelled")
+    benchmark = BENCHMARKS.get(order.name)
+    if (
+        benchmark
+        and benchmark.verifier is Verifier.code
+        and (order.prompt_field or order.answer_field or order.verifier)
+    ):
+        wrong = f"the columns of {order.name} are known, and no others replace them"
+        raise InputError(f"--prompt-field, --answer-field, --verifier: {wrong}; omit them, or prepare a custom set")
     if order.name == CUSTOM and not order.prompt_field:
         raise InputError("a custom set requires --prompt-field")
     for path in [order.out, *([heldout_path(order.out)] if order.heldout else [])]:
@@ -271,14 +281,17 @@ def key_of(question: Question) -> str:
 
 def _verified(order: Order, questions: list[Question], verifiers: Verifiers, report: Report) -> list[Question]:
     """The questions whose answer their verifier accepts as a response."""
+    if any(verifier_of(order, question) is Verifier.code for question in questions):
+        verifiers.check_sandbox()
     right: list[Question] = []
     for start in range(0, len(questions), BATCH):
         batch = questions[start : start + BATCH]
-        for question, verdict in zip(batch, _verdicts(order, verifiers, batch), strict=True):
+        given = [str(question.answer if question.response is None else question.response) for question in batch]
+        for question, verdict in zip(batch, _verdicts(order, verifiers, batch, given), strict=True):
             if verdict:
                 right.append(question)
             else:
-                report.drop(UNREAD, str(question.id))
+                report.drop(UNREAD if question.response is None else FAILS, str(question.id))
     _count_unparsed(order, right, verifiers, report)
     return right
 
@@ -311,15 +324,15 @@ def _verdicts(
 ) -> list[float]:
     """The verdicts on `given` as responses, or on the questions' own answers. 1.0 if there is no verdict."""
     given = [str(question.answer) for question in questions] if given is None else given
-    items = [_item(question, verifier_of(order, question), one) for question, one in zip(questions, given, strict=True)]
+    asked = list(zip(questions, given, strict=True))
     try:
+        items = [_item(question, verifier_of(order, question), one) for question, one in asked]
         scores = iter(verifiers.score([item for item in items if item is not None]))
         return [1.0 if item is None else next(scores) for item in items]
     except ValueError:  # the first answer that its verifier rejects as unusable
         if len(questions) == 1:
             return [0.0]
-        alone = zip(questions, given, strict=True)
-        return [verdict for question, one in alone for verdict in _verdicts(order, verifiers, [question], [one])]
+        return [verdict for question, one in asked for verdict in _verdicts(order, verifiers, [question], [one])]
 
 
 def _is_checked(verifier: Verifier | None) -> bool:
@@ -329,6 +342,11 @@ def _is_checked(verifier: Verifier | None) -> bool:
 def _item(question: Question, verifier: Verifier | None, given: str) -> Item | None:
     if verifier is None or not _is_checked(verifier):
         return None
+    if verifier is Verifier.code:
+        if given == question.answer:  # there is no program: the tests can only be read
+            read_tests(given)
+            return None
+        return Item(verifier.name, text_of(question), given, str(question.answer))
     return Item(verifier.name, text_of(question), stated(verifier, given), str(question.answer))
 
 

@@ -16,6 +16,7 @@ from decimal import Decimal
 from typing import Any
 
 from megatron_tempo.config.choices import Verifier
+from megatron_tempo.data import code_questions
 from megatron_tempo.data.public import PublicRow
 from megatron_tempo.data.question_rows import MESSAGE_FIELDS, Message, messages_in, messages_of
 from megatron_tempo.data.rows import BadRow, answer_text
@@ -63,6 +64,7 @@ class Question:
     prompt: str | list[Message]
     answer: str | None
     verifier: Verifier | None = None
+    response: str | None = None  # that must be right: the published solution of a question whose answer is tests
 
 
 # The last line of a solution in the form of GSM8K; the lines before it are steps.
@@ -142,17 +144,39 @@ def dolci(row: PublicRow, names: Mapping, seed: int) -> Question:
     return _reworded(simple(row, names, seed), lambda text: text.strip().removeprefix("user:").strip())
 
 
+def programming(form: code_questions.Form) -> Convert:
+    """Questions about code. Their tests are in columns of several kinds, which cannot be named on the command line."""
+
+    def convert(row: PublicRow, names: Mapping, seed: int) -> Question:
+        try:
+            prompt = form.prompt(row)
+            if not names.answer:
+                return Question(_id(row, names), prompt, None)
+            answer, program = code_questions.checked(form.tests(row)), form.solution(row)
+        except code_questions.BadTests as error:
+            raise Unusable(str(error)) from error
+        response = None if program is None else f"```python\n{program}\n```"
+        return Question(_id(row, names), prompt, answer, response=response)
+
+    return convert
+
+
 def _reworded(question: Question, change: Callable[[str], str]) -> Question:
     prompt = question.prompt
     return replace(question, prompt=change(prompt) if isinstance(prompt, str) else prompt)
 
 
 _PROBLEM = Mapping(("problem", "question", "Problem", "Question", "prompt"), ("answer", "Answer"))
+_PROGRAMMING = Mapping((), ("tests",), ("task_id", "question_id"))
 CONVERT: dict[str, tuple[Convert, Mapping]] = {
     "bbh": (bbh, Mapping(("input",), ("target",))),
     "agieval": (agieval, Mapping(("question",), ("answer",))),
     "zebralogic": (zebralogic, Mapping(("puzzle",), ("solution",))),
     "gpqa_diamond": (gpqa, Mapping(("Question",), ("Correct Answer",))),
+    "humaneval": (programming(code_questions.HUMANEVAL), _PROGRAMMING),
+    "mbpp": (programming(code_questions.MBPP), _PROGRAMMING),
+    "mbpp_sanitized": (programming(code_questions.MBPP), _PROGRAMMING),
+    "livecodebench": (programming(code_questions.LIVECODEBENCH), _PROGRAMMING),
     "dapo_math_17k": (dapo, Mapping(("prompt",), ("reward_model.ground_truth", "solution", "answer"))),
     "dolci_general": (dolci, Mapping(("prompt", "messages"), ("ground_truth",))),
 }

@@ -25,6 +25,7 @@ from megatron_tempo.rollout.engine import Engine, Sampling
 from megatron_tempo.types import Batch, LabelledPrompt
 
 SHOWN = 12  # responses kept for the report: the first sample of this many questions
+ANSWER_CHARS = 20_000  # of an answer in the report: tests of programs can be megabytes
 
 # The critic's values after given numbers of tokens of each response, int64 [n, k] -> float32 [n, k], on every rank.
 ValuesAt = Callable[[Batch, Tensor], Tensor]
@@ -183,7 +184,7 @@ def shown(scored: ScoredResponses, tokenizer: PreTrainedTokenizerBase, values: V
             "tokens": token_texts(tokenizer, response.tolist()),
             "values": None if by_row is None else by_row[i],
             "correct": int(scored.correct[i, 0]),
-            "answer": prompt.answer,
+            "answer": prompt.answer if len(prompt.answer) <= ANSWER_CHARS else f"{prompt.answer[:ANSWER_CHARS]}...",
             "verifier": prompt.verifier,
         }
         for i, (prompt, response) in enumerate(zip(scored.prompts[:SHOWN], batch.responses(), strict=True))

@@ -44,7 +44,7 @@ class CodeScorer:
     def check(self, prompt: str, answer: str) -> None:
         """Raises InputError if the answer holds no tests, or if no sandbox works here."""
         read_tests(answer)
-        self._started()
+        self.start()
 
     def score(self, items: Sequence[Item]) -> list[float]:
         """1.0 if a program passes all tests. Raises EngineError if sandboxes do not start."""
@@ -62,7 +62,7 @@ class CodeScorer:
                 elif program not in asked[item.answer]:
                     asked[item.answer].append(program)
         for answer, new in asked.items():
-            verdicts = self._started().run(answer, new) if new else []
+            verdicts = self.start().run(answer, new) if new else []
             fresh = {_key(answer, program): verdict for program, verdict in zip(new, verdicts, strict=True)}
             known |= fresh
             self._keep(fresh)
@@ -87,7 +87,8 @@ class CodeScorer:
         if self._pool is not None:
             self._pool.close()
 
-    def _started(self) -> CodePool:
+    def start(self) -> CodePool:
+        """The pool. Chooses the sandbox at the first call. Raises InputError if none works here."""
         with self._lock:
             if self._pool is None:
                 sandbox, why = first_working(self._config.sandbox, self._config.python)

@@ -19,7 +19,7 @@ from megatron_tempo.rewards.sandbox import INSTALL, Sandbox, environment, sandbo
 from megatron_tempo.rewards.sandboxed.lines import Lines, send
 from megatron_tempo.rewards.sandboxed.plain import encode
 
-WALL = 5  # times a test's limit of processor time are its limit of time, because the machine may be busy
+WALL = 10  # times a test's limit of processor time are its limit of time, because the machine may be busy
 START_SECONDS = 60.0  # for a sandbox to start, on a busy machine
 TRIES = 3  # for a sandbox to start
 MESSAGE_BYTES = 2**22  # of a program's result in asserts

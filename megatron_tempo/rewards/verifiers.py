@@ -111,6 +111,10 @@ class Verifiers:
 
         _report(prompts, check)
 
+    def check_sandbox(self) -> None:
+        """Raises InputError if no sandbox for programs works here."""
+        self._code.start()
+
     def verify(self, responses: Responses, tokenizer: Decodes) -> list[float] | list[int | None]:
         """The verdicts on responses to a labelled prompt (`score`), or the classes of others (`classes`).
 

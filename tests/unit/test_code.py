@@ -171,7 +171,7 @@ def test_answers_without_tests(answer: str, wrong: str) -> None:
 
 @pytest.fixture(scope="module")
 def verifiers() -> Iterator[Verifiers]:
-    with Verifiers(code=CodeConfig(SandboxKind.subprocess, workers=2, seconds=1, wall_seconds=20)) as verifiers:
+    with Verifiers(code=CodeConfig(SandboxKind.subprocess, workers=2, seconds=1, wall_seconds=60)) as verifiers:
         yield verifiers
 
 
