@@ -204,9 +204,7 @@ class RolloutRequests:
         second = collected.take(labelled, total, classes=stage.needs.classes) if labelled < total else None
         columns = Rollouts(None if first is None else first.columns, None if second is None else second.columns)
         owned = self.owners.of_iteration(columns, stage, iteration, seed)
-        verifier, found = self._classes_by(stage), []
-        if second is not None and verifier is not None:
-            found = ballots(second.prompts, second.columns, stage, verifier)
+        verifier = self._classes_by(stage)
 
         def received(part: Collected | None, columns: Batch | None, *watching: Watch | None) -> Batch | None:
             if part is None or columns is None:
@@ -217,9 +215,10 @@ class RolloutRequests:
             return receive(whole, held, _each(watch), layers=self.owners.layers, watch_experts=experts)
 
         labelled_batch = received(first, owned.labelled)
-        unlabelled_batch = received(second, owned.unlabelled, self.votes.watch(found))
         if second is None or verifier is None:
-            return Rollouts(labelled_batch, unlabelled_batch)
+            return Rollouts(labelled_batch, received(second, owned.unlabelled))
+        found = ballots(second.prompts, second.columns, stage, verifier)
+        unlabelled_batch = received(second, owned.unlabelled, self.votes.watch(found, second.columns))
         return Rollouts(labelled_batch, unlabelled_batch, self.votes.add(found, second.prompts, verifier))
 
     def _draw(self, stage: StageConfig, iteration: int) -> tuple[list[LabelledPrompt], list[UnlabelledPrompt]]:

@@ -44,8 +44,11 @@ class VoteHistory:
     )  # a response with the majority's answer at the last visit
     flipped: list[bool] = field(default_factory=list)  # of this iteration's questions that were visited before
 
-    def watch(self, found: Sequence[Ballot]) -> Watch | None:
-        """What takes the tokens of a response of each majority, on the first rank, as they pass in `receive`."""
+    def watch(self, found: Sequence[Ballot], columns: Batch) -> Watch | None:
+        """What takes the tokens of a response of each majority, on the first rank, as they pass in `receive`.
+
+        `columns`: those of the batch that is received.
+        """
         if dist.get_rank() != 0 or not found:
             return None
         wanted = {one.row: one for one in found if one.row is not None}
@@ -54,7 +57,7 @@ class VoteHistory:
             own = [row for row in rows if row in wanted]
             if not own:
                 return
-            sizes = found[0].lengths[rows.start : rows.stop].tolist()
+            sizes = columns.response_lengths[rows.start : rows.stop].tolist()
             parts = dict(zip(rows, tokens.split(sizes), strict=True))
             for row in own:
                 wanted[row].text = self._text(wanted[row], parts[row])
@@ -121,27 +124,19 @@ class VoteHistory:
 
 @dataclass(slots=True)
 class Ballot:
-    """The vote on one prompt. `row`: of a response with the majority's answer, of the `lengths` [n] of all rows."""
+    """The vote on one prompt."""
 
     prompt: Prompt
-    verifier: str
-    share: float
-    row: int | None
-    stopped: bool
-    lengths: Tensor
+    verifier: str  # compares answers
+    share: float  # of the majority's answer
+    row: int | None  # of a response with that answer; None: no response has an answer
+    stopped: bool  # whether that response ends with an end token or a stop string
     text: str | None = None  # of that response, as a verifier sees it; on the first rank
 
 
 def ballots(prompts: Sequence[Prompt], columns: Batch, stage: StageConfig, verifier: str) -> list[Ballot]:
     """The votes on these prompts, in their order. A prompt whose responses are all masked has none."""
     return [
-        Ballot(
-            prompts[number],
-            verifier,
-            share,
-            row,
-            stopped=row is not None and bool(columns.stopped[row]),
-            lengths=columns.response_lengths,
-        )
+        Ballot(prompts[number], verifier, share, row, stopped=row is not None and bool(columns.stopped[row]))
         for number, (row, share) in sorted(majorities(columns, stage).items())
     ]

@@ -73,7 +73,7 @@ def columns(classes: list[list[int]], stopped: list[bool] | None = None) -> Batc
 def iteration(votes: VoteHistory, batch: Batch, answers: list[int], of: StageConfig) -> list[Visits]:
     """An iteration whose responses are a number and an end token, in windows of three rows."""
     found = ballots(PROMPTS, batch, of, "digits")
-    watch = votes.watch(found)
+    watch = votes.watch(found, batch)
     assert watch is not None
     for start in range(0, len(batch), 3):
         rows = range(start, min(start + 3, len(batch)))
@@ -131,7 +131,7 @@ def test_equal_texts_are_not_compared_and_no_answer_is_an_answer() -> None:
 @pytest.mark.usefixtures("single")
 def test_a_stage_that_compares_no_answers_has_no_watch() -> None:
     votes = history(Digits())
-    assert votes.watch([]) is None
+    assert votes.watch([], columns([[0]])) is None
     assert votes.metrics() == {}
     votes.restore(None)
     assert votes.state() == {}
