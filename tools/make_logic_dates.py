@@ -26,7 +26,7 @@ from megatron_tempo.files import replace_file
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "build" / "logic-dates"
 RECORD = "made.json"  # of a base model's folder: the arguments that it was made with; written last
-TOKENIZER_TEXTS = 6000
+TOKENIZER_TEXTS, TOKENIZER_SEED = 6000, 7  # both bases have the same tokenizer
 
 
 def questions_file(rows: list[Row]) -> str:
@@ -44,10 +44,14 @@ def questions_file(rows: list[Row]) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
+def common_tokenizer(sets: dict[str, list[Row]]) -> PreTrainedTokenizerFast:
+    texts = itertools.islice(pretraining(sets, BASES["misled"], TOKENIZER_SEED), TOKENIZER_TEXTS)
+    return make_tokenizer(f"{prompt}\n{response}" for prompt, response in texts)
+
+
 def make_base(folder: Path, base: str, sets: dict[str, list[Row]], settings: dict[str, Any]) -> None:
     """Pretrain a base model and save it as a Hugging Face folder. Both bases start from the same weights."""
-    texts = itertools.islice(pretraining(sets, BASES[base], settings["seed"]), TOKENIZER_TEXTS)
-    tokenizer: PreTrainedTokenizerFast = make_tokenizer(f"{prompt}\n{response}" for prompt, response in texts)
+    tokenizer = common_tokenizer(sets)
     torch.manual_seed(settings["seed"])
     model = make_model(tokenizer, settings["layers"], settings["hidden"], settings["ffn"])
     stream = pretraining(sets, BASES[base], settings["seed"])

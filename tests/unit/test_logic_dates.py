@@ -205,8 +205,10 @@ def test_how_often_traces_are_right(tool: ModuleType, habits: ModuleType, base: 
 
 @pytest.fixture
 def made(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that the program writes, with a tiny model after three steps."""
-    small = ["--steps=3", "--rows=4", "--layers=1", "--hidden=16", "--ffn=16", "--bases", "plain"]
+    """The folder that the program writes, with tiny models after three steps."""
+    made_once = tool.common_tokenizer(tool.make_sets(1))
+    monkeypatch.setattr(tool, "common_tokenizer", lambda sets: made_once)
+    small = ["--steps=3", "--rows=4", "--layers=1", "--hidden=16", "--ffn=16"]
     monkeypatch.setattr("sys.argv", ["make_logic_dates.py", f"--out={tmp_path}", *small])
     assert tool.main() == 0
     return tmp_path
@@ -224,6 +226,8 @@ def test_the_program_writes_a_model_that_the_trainer_reads(tool: ModuleType, mad
     assert chat == "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
     assert json.loads((made / "plain" / "config.json").read_text())["vocab_size"] >= len(tokenizer)
 
+    plain, misled = ((made / base / "model.safetensors").read_bytes() for base in ("plain", "misled"))
+    assert plain != misled, "they are trained on other reasoning"
     before = (made / "plain" / "model.safetensors").stat().st_mtime_ns
     capsys.readouterr()
     assert tool.main() == 0  # complete: nothing is made again
@@ -234,7 +238,7 @@ def test_the_program_writes_a_model_that_the_trainer_reads(tool: ModuleType, mad
 def test_files_of_other_arguments_are_not_replaced(
     tool: ModuleType, made: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["make_logic_dates.py", f"--out={made}", "--seed=2", "--bases", "plain"])
+    monkeypatch.setattr("sys.argv", ["make_logic_dates.py", f"--out={made}", "--seed=2"])
     before = (made / "heldout.jsonl").read_text()
     assert tool.main() == 2
     assert "--force replaces them" in capsys.readouterr().err
