@@ -104,6 +104,8 @@ ARMS = (
     ours("ttrl_guard", "TTRL-Guard", "methods", "algorithm=ttrl_guard"),
     ours("scrl", "SCRL, 32 responses vote", "methods", "algorithm=scrl"),
     ours("empo", "EMPO", "methods", "algorithm=empo"),
+    ours("intuitor", "Intuitor", "methods", "algorithm=intuitor"),
+    ours("entropy_min", "entropy minimisation", "methods", "algorithm=entropy_min"),
     ours("ppo", "PPO on the labelled questions, continued", "methods", "algorithm=ppo"),
     ours("grpo", "GRPO on the labelled questions", "methods", "algorithm=grpo"),
     # The effect of each choice

@@ -25,6 +25,8 @@ class Method(Enum):
     scrl = "scrl"  # the majority's answer as the label if it is clear, and rare, uncertain answers as wrong
     empo = "empo"  # the share of responses with the same answer as the reward
     grpo = "grpo"  # verified answers, advantages within the prompt group
+    intuitor = "intuitor"  # the policy's own certainty as the reward
+    entropy_min = "entropy_min"  # the entropy of the policy's tokens as the loss
 
 
 class Prompts(Enum):
@@ -43,6 +45,7 @@ class Needs:
     critic: Prompts | None  # None: a method without a critic
     classes: bool = False  # rewards come from which of a prompt's responses have equal answers
     graded: bool = True  # verdicts may lie between 0 and 1; False: only 0 and 1
+    extra_pass: bool = False  # rewards take one more pass of the actor, for its entropy or its self-certainty
 
     @property
     def estep(self) -> bool:
@@ -54,9 +57,11 @@ NEEDS = {
     Method.tempo: Needs(actor=Prompts.unlabelled, critic=Prompts.labelled),
     Method.ttrl: Needs(actor=Prompts.unlabelled, critic=None, classes=True),
     Method.ttrl_guard: Needs(actor=Prompts.unlabelled, critic=None, classes=True),
-    Method.scrl: Needs(actor=Prompts.unlabelled, critic=None, classes=True),
+    Method.scrl: Needs(actor=Prompts.unlabelled, critic=None, classes=True, extra_pass=True),
     Method.empo: Needs(actor=Prompts.unlabelled, critic=None, classes=True),
     Method.grpo: Needs(actor=Prompts.labelled, critic=None),
+    Method.intuitor: Needs(actor=Prompts.unlabelled, critic=None, extra_pass=True),
+    Method.entropy_min: Needs(actor=Prompts.unlabelled, critic=None),
 }
 
 
@@ -187,6 +192,16 @@ class GrpoSettings(GroupSettings):
     """Of a stage with `method=grpo`."""
 
 
+@dataclass(slots=True)
+class IntuitorSettings(GroupSettings):
+    """Of a stage with `method=intuitor`."""
+
+
+@dataclass(slots=True)
+class EntropyMinSettings(MethodSettings):
+    """Of a stage with `method=entropy_min`."""
+
+
 SETTINGS: dict[Method, type[MethodSettings]] = {
     Method.ppo: PpoSettings,
     Method.tempo: TempoSettings,
@@ -195,6 +210,8 @@ SETTINGS: dict[Method, type[MethodSettings]] = {
     Method.scrl: ScrlSettings,
     Method.empo: EmpoSettings,
     Method.grpo: GrpoSettings,
+    Method.intuitor: IntuitorSettings,
+    Method.entropy_min: EntropyMinSettings,
 }
 _METHODS = {settings: method for method, settings in SETTINGS.items()}
 

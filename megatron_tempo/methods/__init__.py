@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_tempo.config.extensions import Extension, wrong_result
 from megatron_tempo.config.stages import Method, StageConfig, load_method
-from megatron_tempo.methods import empo, grpo, ppo, scrl, tempo, ttrl, ttrl_guard
+from megatron_tempo.methods import empo, entropy_min, grpo, intuitor, ppo, scrl, tempo, ttrl, ttrl_guard
 from megatron_tempo.methods.learner import Learner, Rollouts, critic_rows, mini_batches, trainable_rows
 from megatron_tempo.types import Batch
 
@@ -31,6 +31,8 @@ METHODS: dict[Method, Iterate] = {
     Method.scrl: scrl.iterate,
     Method.empo: empo.iterate,
     Method.grpo: grpo.iterate,
+    Method.intuitor: intuitor.iterate,
+    Method.entropy_min: entropy_min.iterate,
 }
 
 

@@ -92,6 +92,12 @@ class Learner:
             means = Rows.of(batch.held_responses).mean(self.actor.entropies(batch).double())
         return self.actor.gather(batch, means)
 
+    def self_certainty(self, batch: Batch) -> Tensor:
+        """The mean over each response's tokens of KL(U || pi), in nats, on every rank: float64 [n]. One pass."""
+        with self.phase("logprobs"):
+            means = Rows.of(batch.held_responses).mean(self.actor.self_certainty(batch).double())
+        return self.actor.gather(batch, means)
+
     def penalise(self, rewards: Tensor, batch: Batch, stage: StageConfig) -> tuple[Tensor, dict[str, float]]:
         """The rewards [n] with the stage's length penalty, if it has one, and what there is to record of it."""
         if stage.truncated_responses is not TruncatedResponses.penalised:

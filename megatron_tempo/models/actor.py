@@ -51,8 +51,23 @@ class Actor:
         """
         return self._read(batch, 1, None)
 
+    def self_certainty(self, batch: Batch) -> Tensor:
+        """KL(U || pi(. | x, y_<t)) at every response token of the rows that this rank owns, in nats: float32 [T].
+
+        U is uniform over the vocabulary. pi is at the sampling temperature, before the sampling truncates it. A pass of
+        its own, with the experts of `logprobs`.
+        """
+        chunks = [chunk for chunk in self.model.net.chunks if isinstance(chunk, LanguageModel)]
+        for chunk in chunks:
+            chunk.reads_certainty = True
+        try:
+            return self._read(batch, 0, None)
+        finally:
+            for chunk in chunks:
+                chunk.reads_certainty = False
+
     def _read(self, batch: Batch, which: int, replays: bool | None) -> Tensor:
-        """One of the two numbers that the model gives for each response token: float32 [T]."""
+        """One of the numbers that the model gives for each response token: float32 [T]."""
 
         def cells(micro: MicroBatch) -> Tensor:
             return micro.response_cells

@@ -21,6 +21,7 @@ from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.sizes import padded_vocab
 from megatron_tempo.kernels import Kernels
 from megatron_tempo.kernels.linear_logprobs import linear_logprobs_and_entropy
+from megatron_tempo.kernels.self_certainty import self_certainty
 from megatron_tempo.kernels.truncated import truncate_logits_
 from megatron_tempo.kernels.truncation import Truncation
 from megatron_tempo.models.decoder import canonical_name
@@ -148,11 +149,13 @@ class LanguageModel(PackedGPT):
         self.logits = logits
         self.temperature = temperature
         self.truncation = truncation
+        self.reads_certainty = False  # whether the head returns self-certainty instead (`Actor.self_certainty`)
 
     def head(self, hidden: Tensor, micro: MicroBatch) -> Tensor:
         """Hidden states [S / c (/ tensor), 1, hidden] -> log pi(target), entropy at `temperature`: float32 [2, R].
 
-        With `truncation` both are of the truncated distribution that the engine samples from.
+        With `truncation` both are of the truncated distribution that the engine samples from. Where `reads_certainty`:
+        the self-certainty of the distribution without truncation, float32 [1, R].
         """
         outputs, ranks = micro.predicting, self.pg_collection.tp
         if self.config.sequence_parallel:
@@ -162,6 +165,9 @@ class LanguageModel(PackedGPT):
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         weight = self.output_layer.weight if weight is None else weight
         args = (outputs.targets, self.shape.vocab, self.temperature, ranks)
+        if self.reads_certainty:
+            certainty = self_certainty(predicting, weight, *args[1:], self.kernels.linear_logprobs_and_entropy)
+            return outputs.gather(certainty, self.pg_collection.cp)[None]
         if self.logits is Logits.stored:
             logits = functional.linear(predicting, weight)
             if self.truncation is not None:

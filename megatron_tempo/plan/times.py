@@ -90,7 +90,7 @@ def training_seconds(
     return {
         MemoryPhase.values: critic.read(valued) * stage.has_critic,
         MemoryPhase.critic: critic.update(of_critic, Role.critic) * stage.critic.epochs,
-        MemoryPhase.logprobs: actor.read(of_actor) * (2 if stage.actor.kl_coef > 0 else 1),
+        MemoryPhase.logprobs: actor.read(of_actor) * (1 + (stage.actor.kl_coef > 0) + stage.needs.extra_pass),
         MemoryPhase.actor: actor.update(of_actor, Role.actor) * stage.actor.epochs,
     }
 

@@ -33,6 +33,7 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...], bool], ...] = (
         False,
     ),
     ("Flip rate", "share of the questions seen before", (("vote/flip_rate", "majority's answer"),), False),
+    ("Self-certainty", "nats per token", (("reward/self_certainty", "unlabelled"),), False),
     ("Entropy", "nats per token", (("actor/entropy", "actor"),), False),
     ("Clipping", "fraction of tokens clipped", (("actor/clip_fraction", "actor"),), False),
     (

@@ -166,6 +166,7 @@ _STEP_METRICS = (
     ("reward, verified", "reward/labelled"),
     ("value", "reward/unlabelled_value"),
     ("agreement", "reward/unlabelled"),
+    ("self-certainty", "reward/self_certainty"),
     ("entropy", "actor/entropy"),
     ("clipped", "actor/clip_fraction"),
     ("truncated", "truncated"),

@@ -5,6 +5,7 @@ Also on the layers and the optimizer that a GPU has, by the stand-in for Transfo
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,7 @@ ADVANTAGES = {
     Method.empo: [EIGHTH, -EIGHTH, EIGHTH, -EIGHTH, 0.0, 0.0, 0.0, 0.0],
     Method.scrl: [HALF, -HALF, HALF, -HALF, 0.0, 0.0, 0.0, 0.0],  # rewards 1/2 0 1/2 0, without the entropy's part
 }
+TESTED = (*ADVANTAGES, Method.intuitor, Method.entropy_min)
 
 
 def rollouts() -> Batch:
@@ -68,7 +70,7 @@ def updated(model: Path, layers: Layers) -> Updated:
     results, metrics = {}, {}
     batch = rollouts()
     with open_context(config) as context:
-        for method in ADVANTAGES:
+        for method in TESTED:
             actor = build_actor(context)
             learner = Learner(
                 actor, None, actor.logprobs, lambda name: nullcontext(), seed="0", iteration=1, max_response_tokens=64
@@ -81,26 +83,47 @@ def updated(model: Path, layers: Layers) -> Updated:
     return results, metrics
 
 
-def reference(model: Path, advantages: list[float]) -> tuple[dict[str, Tensor], list[float]]:
-    """The same by hand: all ratios are 1, so a response pulls by its advantage at the mean of its log-probabilities.
-
-    Returns the weights, and by how much that mean of each response has changed.
-    """
-    actor = transformers.AutoModelForCausalLM.from_pretrained(model)
-    batch = rollouts()
-    rows = list(zip(batch.prompts(), batch.responses(), strict=True))
+def means(actor: torch.nn.Module, entropy: bool) -> Tensor:
+    """The mean over each response's tokens of their log-probability, or of the entropy where they were drawn: [8]."""
 
     def mean(prompt: Tensor, response: Tensor) -> Tensor:
-        logs = actor(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        return logs.gather(1, response[:, None]).mean()
+        logs = log_probabilities(actor, prompt, response)
+        return -(logs.exp() * logs).sum(1).mean() if entropy else logs.gather(1, response[:, None]).mean()
 
+    batch = rollouts()
+    return torch.stack([mean(*row) for row in zip(batch.prompts(), batch.responses(), strict=True)])
+
+
+def log_probabilities(actor: torch.nn.Module, prompt: Tensor, response: Tensor) -> Tensor:
+    """Of the whole vocabulary at each of a response's tokens: [T, V]."""
+    return actor(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+
+
+@torch.no_grad()
+def certain(actor: torch.nn.Module) -> Tensor:
+    """Intuitor's advantages: KL(U || p) is -log V less the mean log-probability of a token."""
+    batch = rollouts()
+    logs = [log_probabilities(actor, *row).double() for row in zip(batch.prompts(), batch.responses(), strict=True)]
+    rewards = torch.stack([-math.log(x.shape[1]) - x.mean() for x in logs]).view(2, 4)
+    away = rewards - rewards.mean(1, keepdim=True)
+    return (away / (rewards.std(1, keepdim=True) + 1e-6)).flatten().float()
+
+
+def reference(model: Path, method: Method) -> tuple[dict[str, Tensor], Tensor]:
+    """The same by hand: all ratios are 1, so a response pulls by its advantage at the mean of its log-probabilities.
+
+    Returns the weights, and how much the step has gained on the mean of the method's objective.
+    """
+    actor = transformers.AutoModelForCausalLM.from_pretrained(model)
+    entropy = method is Method.entropy_min
+    weights = certain(actor) if method is Method.intuitor else torch.tensor(ADVANTAGES.get(method, [-1.0] * 8))
     optimizer = torch.optim.Adam(actor.parameters(), lr=2e-3, eps=1e-4)
-    before = torch.stack([mean(*row) for row in rows])
-    (-(before * torch.tensor(advantages)).mean()).backward()
+    before = means(actor, entropy)
+    (-(before * weights).mean()).backward()
     optimizer.step()
     with torch.no_grad():
-        after = torch.stack([mean(*row) for row in rows])
-    return actor.state_dict(), (after - before.detach()).tolist()
+        after = means(actor, entropy)
+    return actor.state_dict(), ((after - before.detach()) * weights).mean()
 
 
 @pytest.fixture(scope="module")
@@ -117,16 +140,15 @@ def steps(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Up
 
 
 @pytest.mark.parametrize("world", ["1", "2", "te"])
-@pytest.mark.parametrize("method", ADVANTAGES)
+@pytest.mark.parametrize("method", TESTED)
 def test_a_step_agrees_with_plain_torch(model: Path, steps: dict[str, Updated], method: Method, world: str) -> None:
-    expected, changes = reference(model, ADVANTAGES[method])
+    expected, gained = reference(model, method)
     start = transformers.AutoModelForCausalLM.from_pretrained(model).state_dict()
     for key, weight in steps[world][0][method].items():
         moved = (expected[key] - start[key]).abs().max()
         assert moved > 0
         assert (weight - expected[key]).abs().max() < 1e-2 * moved, key
-    # It goes the right way: what was better than the others has become likelier against them.
-    gained = sum(a * change for a, change in zip(ADVANTAGES[method], changes, strict=True))
+    # It goes the right way: what was better than the others has become likelier against them, or entropy is lower.
     assert gained > 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,8 @@ def logprobs_by_kind(model: Path) -> dict[str, Tensor]:
             for kind in Logits:
                 net.truncation, net.logits = truncation, kind
                 measured[f"{CHOICES.index(truncation)}/{kind.name}"] = actor.logprobs(ragged_batch(6))
+        measured["certainty"] = actor.self_certainty(ragged_batch(6))
+        measured["afterwards"] = actor.logprobs(ragged_batch(6))
         return measured
 
 
@@ -67,6 +70,18 @@ def expected(model: Path, truncation: Truncation) -> Tensor:
     return torch.cat(logprobs)
 
 
+def certainty(model: Path) -> Tensor:
+    """KL(U || p) of each response token in float64, p over the whole vocabulary."""
+    reference = transformers.AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
+    batch, rows = ragged_batch(6), []
+    for prompt, response in zip(batch.prompts(), batch.responses(), strict=True):
+        with torch.no_grad():
+            logits = reference(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+        logs = (logits.double() / TEMPERATURE).log_softmax(1)
+        rows.append(-math.log(logs.shape[1]) - logs.mean(1))
+    return torch.cat(rows).float()
+
+
 def test_logprobs_are_over_what_transformers_processors_leave(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
     ranks = run_ranks(logprobs_by_kind, 2, tmp_path / "ranks", model)
@@ -75,6 +90,9 @@ def test_logprobs_are_over_what_transformers_processors_leave(tmp_path: Path) ->
         for measured in ranks:
             for kind in Logits:
                 torch.testing.assert_close(measured[f"{number}/{kind.name}"], wanted, atol=1e-4, rtol=1e-4)
+    for measured in ranks:
+        assert torch.equal(measured["afterwards"], measured[f"{len(CHOICES) - 1}/{kind.name}"])
+        torch.testing.assert_close(measured["certainty"], certainty(model), atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")

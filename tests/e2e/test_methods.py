@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import Method, ScrlSettings, TtrlSettings
+from megatron_tempo.config.stages import NEEDS, Method, ScrlSettings, TtrlSettings
 from megatron_tempo.errors import InputError
 from megatron_tempo.observability.records import read_evaluations, read_metrics, read_samples
 from megatron_tempo.training.jobs import train
@@ -67,22 +67,36 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "hf_step_00000002/actor/model-00001.safetensors")
 
 
-@pytest.mark.parametrize("method", [Method.ttrl, Method.ttrl_guard, Method.empo, Method.scrl, Method.grpo])
+# What a method's iteration records of its rewards, and the range of it
+REWARDS = {
+    Method.ttrl: ("reward/unlabelled", 1.0),
+    Method.ttrl_guard: ("reward/unlabelled", 1.0),
+    Method.empo: ("reward/unlabelled", 1.0),
+    Method.scrl: ("reward/unlabelled", 1.0),
+    Method.grpo: ("reward/labelled", 1.0),
+    Method.intuitor: ("reward/self_certainty", 20.0),
+    Method.entropy_min: ("actor/loss", 10.0),
+}
+
+
+@pytest.mark.parametrize("method", REWARDS)
 def test_a_run_without_a_critic(project: Path, tmp_path: Path, method: Method) -> None:
     out, again = tmp_path / "run", tmp_path / "again"
     run_ranks(train, 1, tmp_path / "whole", config_for(project, out, method))
     lines = read_metrics(out)
     assert [(line["method"], line["step"]) for line in lines] == [(method.name, 1), (method.name, 2)]
     assert all(line["actor/grad_norm"] > 0 for line in lines)
-    reward = "reward/labelled" if method is Method.grpo else "reward/unlabelled"
-    assert all(0 < line[reward] < 1 for line in lines)
+    reward, most = REWARDS[method]
+    assert all(0 < line[reward] < most for line in lines)
+    if method is Method.entropy_min:
+        assert all(line["actor/loss"] == pytest.approx(line["actor/entropy"]) for line in lines)
     assert not any(name.startswith("critic/") or name == "time/values" for line in lines for name in line)
     # Nothing of a critic: not in evaluations and samples, nor in checkpoints and exports.
     evaluations = read_evaluations(out)
     assert [line["point"] for line in evaluations] == ["before", "after"]
     assert all(line["calibration"] is None for line in evaluations)
     assert all(0 <= line["vote"]["label_accuracy"] <= line["vote"]["reward_accuracy"] <= 1 for line in evaluations)
-    if method is not Method.grpo:  # the votes so far, for the Flip Rate
+    if NEEDS[method].classes:  # the votes so far, for the Flip Rate
         votes = json.loads((out / "checkpoints/step_00000002/run.json").read_text())["votes"]
         seen = [json.loads(line)["id"] for line in (out / "seen.jsonl").read_text().splitlines()]
         assert set(votes) == set(seen)

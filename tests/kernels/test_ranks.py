@@ -14,9 +14,11 @@ from torch import Tensor
 from megatron_tempo.config.stages import Baseline
 from megatron_tempo.config.updates import ActorUpdateConfig, Ratio
 from megatron_tempo.kernels.policy_loss import Experience
+from megatron_tempo.kernels.self_certainty import self_certainty
 from tests.kernels.implementations import CUDA, Implementation, plain, triton
 from tests.kernels.test_logprobs import HIDDEN, LINEAR, case, close, expected, linear_case, linear_expected
 from tests.kernels.test_policy_loss import loss_of, random_case, update, weights_of
+from tests.kernels.test_self_certainty import wanted_certainty
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(CUDA, reason="the processes share one machine's CPU")
@@ -80,7 +82,11 @@ def linear_shard(name: str, way: str, axis: str, vocab: int, padded: int) -> lis
     group = dist.group.WORLD if axis == "tensor" else None
     outputs = LINEAR[way](implementation.kernels)(*leaves, targets, vocab, 0.8, group)
     sum(output @ grad.to(output) for output, grad in zip(outputs, grads, strict=True)).backward()
-    return [*(x.detach() for x in outputs), *(leaf.grad for leaf in leaves)]
+    certainty = torch.zeros(0)
+    if axis == "tensor":
+        kernel = implementation.kernels.linear_logprobs_and_entropy
+        certainty = self_certainty(*(leaf.detach() for leaf in leaves), vocab, 0.8, group, kernel)
+    return [*(x.detach() for x in outputs), *(leaf.grad for leaf in leaves), certainty]
 
 
 @pytest.mark.parametrize(("vocab", "padded"), [(75, 76), (30, 64)])
@@ -97,6 +103,8 @@ def test_hidden_states_over_two_tensor_ranks(tmp_path: Path, name: str, way: str
     assert first[2].shape == (70, HIDDEN)
     close(first[2] + second[2], wanted[2], scale=10.0)
     close(torch.cat([first[3], second[3]]), wanted[3], scale=10.0)
+    close(first[4], wanted_certainty(hidden, weight, vocab, 0.8), scale=5.0)
+    assert torch.equal(first[4], second[4])
 
 
 @pytest.mark.parametrize("way", LINEAR)

@@ -233,7 +233,7 @@ MORE = [
 CASES = [
     *([row[0]] for row in rules.ONE_FIELD),
     *(row[1] for row in rules.SEVERAL_FIELDS),
-    *([*row[0], row[1]] for row in rules.GROUPS),
+    *([*row[0], *row[1].split()] for row in rules.GROUPS),
     *(["model.path=TMP/even", *row[0].split()] for row in precision.BROKEN),
     *MORE,
 ]

@@ -124,6 +124,8 @@ ARMS = {
     "empo": (Method.empo, {Prompts.unlabelled}),
     "ttrl_guard": (Method.ttrl_guard, {Prompts.unlabelled}),
     "scrl": (Method.scrl, {Prompts.unlabelled}),
+    "intuitor": (Method.intuitor, {Prompts.unlabelled}),
+    "entropy_min": (Method.entropy_min, {Prompts.unlabelled}),
     "grpo": (Method.grpo, {Prompts.labelled}),
     "ppo": (Method.ppo, {Prompts.labelled}),
     "frozen_critic": (Method.tempo, {Prompts.unlabelled}),
@@ -147,8 +149,9 @@ def test_an_algorithm_changes_stage_two_alone(experiment: str, arm: str, tmp_pat
     assert stage.trains_critic == (arm in ("ppo", "paper", "reference"))
     for kept in ("iterations", "responses_per_prompt"):
         assert getattr(stage, kept) == getattr(paper.stage2, kept)
-    for kept in ("optimizer", "mini_batch_prompts", "ratio", "clip_low", "clip_high", "entropy_coef"):
+    for kept in ("optimizer", "mini_batch_prompts", "ratio", "clip_low", "clip_high"):
         assert getattr(stage.actor, kept) == getattr(paper.stage2.actor, kept)
+    assert stage.actor.entropy_coef == (0 if arm == "entropy_min" else paper.stage2.actor.entropy_coef)
     assert stage.count(prompts) == paper.stage2.count(prompts)
     assert sum(not stage.warms_up(i) for i in range(stage.iterations)) > 0
     config.stage2 = paper.stage2

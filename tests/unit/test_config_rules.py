@@ -460,6 +460,8 @@ EMPO = ["stage2.method=empo", *TTRL[1:]]
 GUARD = ["stage2.method=ttrl_guard", *TTRL[1:]]
 SCRL = ["stage2.method=scrl", "stage2.vote_responses=16", *TTRL[1:]]
 GRPO = ["stage2.method=grpo", "stage2.unlabelled_prompts=0"]
+INTUITOR = ["stage2.method=intuitor", "stage2.labelled_prompts=0"]
+ENTROPY_MIN = ["stage2.method=entropy_min", "stage2.labelled_prompts=0"]
 # a stage without a critic, a change of it, the field that is wrong, a part of what is, a part of the fix
 GROUPS = [
     (TTRL, "data.unlabelled.verifier=null", "data.unlabelled.verifier", "ttrl compares", "one of math, countdown"),
@@ -505,6 +507,18 @@ GROUPS = [
     (SCRL, "stage2.entropy_penalty=-1", "stage2.entropy_penalty", "0 or more", "entropy_penalty=0"),
     (SCRL, "stage2.vote_responses=8", "stage2.negative_share", "of 8 responses that vote", "=9 or more, or stage2."),
     (SCRL, "stage2.negative_share=0.5", "stage2.negative_share", "could be right and wrong", "=0.375 or less"),
+    (INTUITOR, "stage2.responses_per_prompt=1", "stage2.responses_per_prompt", "a single one", "=2 or more"),
+    (INTUITOR, "stage2.refill_limit=999", "stage2.refill_limit", "intuitor does not compare", "=null, or"),
+    (ENTROPY_MIN, "stage2.refill_limit=999", "stage2.refill_limit", "entropy_min does not compare", "=null, or"),
+    (ENTROPY_MIN, "stage2.actor.entropy_coef=0.1", "stage2.actor.entropy_coef", "a bonus would raise it", "=0"),
+    (ENTROPY_MIN, "stage2.actor.whiten_advantages=true", "stage2.actor.whiten_advantages", "no advantages", "=false"),
+    (
+        [*ENTROPY_MIN, "stage2.truncated_responses=masked"],
+        "stage2.truncated_responses=penalised stage2.length_penalty_tokens=9",
+        "stage2.truncated_responses",
+        "no rewards to add a penalty to",
+        "=masked and stage2.length_penalty_tokens=null",
+    ),
 ]
 
 
@@ -513,10 +527,15 @@ GROUPS = [
 )
 def test_methods_without_a_critic(files: Path, stage: list[str], change: str, field: str, wrong: str, fix: str) -> None:
     assert problems(files, *stage) == []
-    problem = only(problems(files, *stage, change))
+    problem = only(problems(files, *stage, *change.split()))
     assert problem.field == field
     assert wrong in problem.wrong
     assert fix in problem.fix
+
+
+def test_one_response_to_a_prompt_is_enough_for_its_entropy(files: Path) -> None:
+    one = ["stage2.responses_per_prompt=1", "stage2.unlabelled_prompts=1", "stage2.actor.mini_batch_prompts=1"]
+    assert problems(files, *ENTROPY_MIN, *one) == []
 
 
 def test_bounds_of_the_entropy(files: Path) -> None:

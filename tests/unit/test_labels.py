@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.schedule import remaining
 from megatron_tempo.config.schema import Config, DatasetConfig
-from megatron_tempo.config.stages import Method
+from megatron_tempo.config.stages import NEEDS, Method, Prompts
 from megatron_tempo.data import sets
 from megatron_tempo.data.copies import QuestionSet
 from megatron_tempo.data.dataset import load_unlabelled
@@ -60,7 +60,7 @@ def project_with(folder: Path, answer: Callable[[str], str]) -> Path:
     return folder
 
 
-UNLABELLED = [Method.tempo, Method.ttrl, Method.ttrl_guard, Method.scrl, Method.empo]
+UNLABELLED = [method for method, needs in NEEDS.items() if needs.actor is Prompts.unlabelled]
 
 
 def config_for(project: Path, out: Path, method: Method = Method.tempo) -> Config:

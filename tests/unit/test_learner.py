@@ -101,6 +101,11 @@ class Fakes:
         steps = [0.01 * (torch.arange(n) - (n - 1) / 2) for n in lengths]
         return torch.cat([mean + step for mean, step in zip(means, steps, strict=True)])
 
+    def self_certainty(self, batch: Batch) -> Tensor:
+        """t for the t-th token of a response, so (T + 1) / 2 for a response of T tokens."""
+        self.calls.append("certainty")
+        return torch.cat([1.0 + torch.arange(n) for n in batch.response_lengths.tolist()])
+
     def reference(self, batch: Batch) -> Tensor:
         self.calls.append("reference")
         return batch.engine_logprobs - 0.5
@@ -127,6 +132,7 @@ class Fakes:
         class Actor:
             logprobs = staticmethod(fakes.logprobs)
             entropies = staticmethod(fakes.entropies)
+            self_certainty = staticmethod(fakes.self_certainty)
 
             def gather(self, batch: Batch, of_held: Tensor) -> Tensor:
                 return of_held
@@ -513,6 +519,34 @@ def test_empo_leaves_out_prompts_by_their_entropy(
     assert improve["advantages"].tolist() == pytest.approx(wanted, abs=1e-6)
 
 
+@pytest.mark.parametrize("divide", [True, False])
+def test_intuitor_by_hand(fakes: Fakes, divide: bool) -> None:
+    """Responses of 1, 2, 16 and 9 tokens have the certainties 1, 1.5, 8.5 and 5: the mean is 4, the deviations are
+    -3, -2.5, 4.5 and 1, and the variance is 36.5 / 3."""
+    batch = ragged_batch(4, seed=1, per_prompt=4, correct=False)
+    assert batch.response_lengths.tolist() == [1, 2, 16, 9]
+    stage = stage_of(Method.intuitor, group_std=divide)
+    metrics = METHODS[Method.intuitor](fakes.learner(critic=False), Rollouts(None, batch), stage, 0)
+    assert fakes.calls == ["certainty", "logprobs", "improve"]
+    std = math.sqrt(36.5 / 3) + 1e-6 if divide else 1.0
+    wanted = spread(batch, [-3 / std, -2.5 / std, 4.5 / std, 1 / std])
+    assert fakes.given["improve"]["advantages"].tolist() == pytest.approx(wanted, abs=1e-6)
+    assert metrics["reward/self_certainty"] == pytest.approx(4)
+
+
+def test_entropy_minimisation_is_the_entropy_term_alone(fakes: Fakes) -> None:
+    """With advantages of 0 the policy loss is -entropy_coef H: its coefficient -1 makes it H."""
+    batch, stage = ragged_batch(6, seed=2, correct=False), stage_of(Method.entropy_min)
+    metrics = METHODS[Method.entropy_min](fakes.learner(critic=False), Rollouts(None, batch), stage, 0)
+    assert fakes.calls == ["logprobs", "improve"]
+    improve = fakes.given["improve"]
+    assert improve["batch"] is batch
+    assert not any(improve["advantages"].tolist())
+    assert improve["config"] == replace(stage.actor, entropy_coef=-1.0)
+    assert stage.actor.entropy_coef == 0.0, "the stage's own setting stays"
+    assert metrics["actor/rows"] == 6.0
+
+
 # Truncated responses
 
 
@@ -590,6 +624,26 @@ def test_masked_responses_are_in_no_cluster(fakes: Fakes) -> None:
     assert metrics["answers/rows"] == 3.0
 
 
+def test_masked_responses_have_no_certainty_and_no_entropy(fakes: Fakes) -> None:
+    """Of 1, 2, 16 and 9 tokens, with the second masked: certainties 1, 8.5 and 5, whose mean is 29/6."""
+    batch = cut(ragged_batch(4, seed=1, per_prompt=4, correct=False), 1)
+    stage = masking(Method.intuitor, group_std=False)
+    METHODS[Method.intuitor](fakes.learner(critic=False), Rollouts(None, batch), stage, 0)
+    improve = fakes.given["improve"]
+    assert ids_of(improve["batch"], [0, 1, 2]) == ids_of(batch, [0, 2, 3])
+    wanted = spread(improve["batch"], [1 - 29 / 6, 8.5 - 29 / 6, 5 - 29 / 6])
+    assert improve["advantages"].tolist() == pytest.approx(wanted, abs=1e-6)
+    METHODS[Method.entropy_min](fakes.learner(critic=False), Rollouts(None, batch), masking(Method.entropy_min), 0)
+    assert ids_of(fakes.given["improve"]["batch"], [0, 1, 2]) == ids_of(batch, [0, 2, 3])
+
+
+@pytest.mark.parametrize("method", [Method.intuitor, Method.entropy_min])
+def test_nothing_is_learnt_if_all_are_masked(fakes: Fakes, method: Method) -> None:
+    batch = cut(ragged_batch(4, seed=2, per_prompt=4, correct=False), 0, 1, 2, 3)
+    metrics = METHODS[method](fakes.learner(critic=False), Rollouts(None, batch), masking(method), 0)
+    assert (fakes.calls, metrics) == ([], {"actor/rows": 0.0})
+
+
 @pytest.mark.parametrize("method", [Method.ppo, Method.tempo])
 def test_the_critic_is_fitted_to_masked_responses_and_the_actor_is_not(fakes: Fakes, method: Method) -> None:
     labelled, unlabelled = cut(ragged_batch(8, seed=1), 1, 6), cut(ragged_batch(6, seed=2, correct=False), 0, 3)
@@ -659,6 +713,16 @@ def test_the_penalty_is_in_grpos_rewards_before_the_group_is_compared(fakes: Fak
     assert fakes.given["improve"]["advantages"].tolist() == pytest.approx(wanted, abs=1e-6)
     assert len(set(rewards[:4])) > 1, "all are right, and some are long"
     assert metrics["reward/length_penalty"] == pytest.approx(sum(penalties(batch)) / 8)
+
+
+def test_the_penalty_is_added_to_the_certainty(fakes: Fakes) -> None:
+    batch = ragged_batch(4, seed=1, per_prompt=4, correct=False)
+    stage = penalising(Method.intuitor, group_std=False)
+    metrics = METHODS[Method.intuitor](fakes.learner(critic=False), Rollouts(None, batch), stage, 0)
+    rewards = [1, 1.5, 8.5 - 0.3, 5]  # the penalty of 16 tokens, 6 of the last 10, is 6/10 of a half
+    wanted = spread(batch, [reward - sum(rewards) / 4 for reward in rewards])
+    assert fakes.given["improve"]["advantages"].tolist() == pytest.approx(wanted, abs=1e-6)
+    assert metrics["reward/self_certainty"] == pytest.approx(4), "without the penalty"
 
 
 @pytest.mark.parametrize("method", [Method.ttrl, Method.ttrl_guard, Method.scrl, Method.empo])

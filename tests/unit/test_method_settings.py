@@ -44,6 +44,8 @@ FIELDS = {
     },
     Method.empo: {"group_std", "entropy_low", "entropy_high"},
     Method.grpo: {"group_std"},
+    Method.intuitor: {"group_std"},
+    Method.entropy_min: set(),
 }
 VALUES = {
     "baseline": "paper",

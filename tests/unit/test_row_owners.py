@@ -81,6 +81,8 @@ class Recording:
             def entropies(self, batch: Batch) -> Tensor:
                 return torch.zeros(len(batch.response_tokens))
 
+            self_certainty = entropies
+
             def values(self, batch: Batch) -> Tensor:
                 return torch.zeros(len(batch.response_tokens) + len(batch.held))
 

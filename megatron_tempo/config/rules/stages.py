@@ -9,7 +9,15 @@ from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.rules.layout import divisors, laid_of
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import EmpoSettings, Method, Prompts, ScrlSettings, StageConfig
+from megatron_tempo.config.stages import (
+    EmpoSettings,
+    EntropyMinSettings,
+    GroupSettings,
+    Method,
+    Prompts,
+    ScrlSettings,
+    StageConfig,
+)
 from megatron_tempo.config.truncation import TruncatedResponses
 
 
@@ -23,6 +31,7 @@ def check(config: Config) -> Iterator[Problem]:
     for name, stage in active.items():
         yield from _counts(name, stage)
         yield from _groups(name, stage)
+        yield from _entropy_min(name, stage)
         yield from _refill(name, stage, replays=config.rollout.replay is not None)
         yield from _truncation(name, stage, config.rollout.max_response_tokens)
         for update, batch, prompts in _updates(stage):
@@ -113,7 +122,7 @@ def _groups(name: str, stage: StageConfig) -> Iterator[Problem]:
     """The rules of methods that compare the responses of a prompt group."""
     settings = stage.method_settings
     responses, vote = stage.responses_per_prompt, settings.vote_responses
-    if not stage.has_critic and responses == 1 and isinstance(stage.method, Method):
+    if isinstance(settings, GroupSettings) and responses == 1 and isinstance(stage.method, Method):
         field, method = f"{name}.responses_per_prompt", stage.method.name
         wrong = f"method {method} compares a prompt's responses with one another: a single one has no learning signal"
         yield Problem(field, responses, wrong, f"{field}=2 or more")
@@ -142,6 +151,24 @@ def _scrl(name: str, stage: StageConfig, settings: ScrlSettings) -> Iterator[Pro
         wrong = f"no answer is rare: of {stage.samples} responses that vote, one has a share of 1/{stage.samples}"
         fix = f"{name}.vote_responses={math.floor(1 / rare) + 1} or more, or {field}=0"
         yield Problem(field, rare, wrong, fix)
+
+
+def _entropy_min(name: str, stage: StageConfig) -> Iterator[Problem]:
+    """Entropy minimisation has neither rewards nor advantages, and its loss is the entropy term."""
+    if not isinstance(stage.method_settings, EntropyMinSettings):
+        return
+    if stage.actor.entropy_coef > 0:  # others are reported as numbers
+        field = f"{name}.actor.entropy_coef"
+        wrong = "method entropy_min minimises the entropy, and a bonus would raise it"
+        yield Problem(field, stage.actor.entropy_coef, wrong, f"{field}=0")
+    if stage.actor.whiten_advantages:
+        field = f"{name}.actor.whiten_advantages"
+        yield Problem(field, True, "method entropy_min has no advantages", f"{field}=false")
+    if stage.truncated_responses is TruncatedResponses.penalised:
+        field = f"{name}.truncated_responses"
+        fix = f"{field}=masked and {name}.length_penalty_tokens=null"
+        wrong = "method entropy_min has no rewards to add a penalty to"
+        yield Problem(field, stage.truncated_responses.name, wrong, fix)
 
 
 def _refill(name: str, stage: StageConfig, *, replays: bool) -> Iterator[Problem]:
