@@ -93,9 +93,24 @@ class MethodSettings:
         return Baseline.before_token
 
     @property
+    def gae_lambda(self) -> float:
+        """The lambda of the lambda-return in a token's advantage; 1: the reward."""
+        return 1.0
+
+    @property
+    def pass_at_k(self) -> int:
+        """Responses to a prompt of which the best counts; 1: each counts for itself."""
+        return 1
+
+    @property
     def estep_every(self) -> int:
         """Iterations between E-steps; 0: never."""
         return 1
+
+    @property
+    def estep_when_ece_above(self) -> float | None:
+        """An E-step is left out unless the calibration error is above this; None: none is left out."""
+        return None
 
     @property
     def actor_on_labelled(self) -> bool:
@@ -113,6 +128,10 @@ class CriticSettings(MethodSettings):
     """Settings of methods with a critic."""
 
     baseline: Baseline = Baseline.before_token
+    # below 1: advantages are of lambda-returns, between the critic's next value (0) and the reward (1)
+    gae_lambda: float = 1.0
+    # above 1: the actor is trained for the best of this many responses to a prompt
+    pass_at_k: int = 1
 
 
 @dataclass(slots=True)
@@ -133,6 +152,8 @@ class TempoSettings(CriticSettings):
 
     value_timing: ValueTiming = ValueTiming.after_estep
     estep_every: int = 1  # iterations between E-steps; 0: never, the critic is frozen
+    # an E-step only if the calibration error on the labelled responses, before it, is above this; None: always
+    estep_when_ece_above: float | None = None
     # also train the actor on labelled rows with verified rewards, as in the published code
     actor_on_labelled: bool = False
 
@@ -357,7 +378,7 @@ class StageConfig:
         return iteration < self.critic.warmup_iterations
 
     def critic_learns(self, iteration: int) -> bool:
-        """Whether the iteration, from 0, updates the critic."""
+        """Whether the iteration, from 0, updates the critic; with `estep_when_ece_above`, whether it may."""
         if not self.trains_critic:
             return False
         return not self.needs.estep or self.warms_up(iteration) or iteration % self.method_settings.estep_every == 0

@@ -49,6 +49,8 @@ class ActorUpdateConfig:
     dual_clip: float | None = None
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     entropy_coef: float = 0.0  # weight of the entropy bonus, in nats per token
+    # the weight falls in proportion as the entropy rises from 0 to this, in nats per token; None: it is constant
+    entropy_target: float | None = None
     # weight of KL(pi || model.path), in nats per token, k3 estimate; above 0: a third model is in memory
     kl_coef: float = 0.0
     whiten_advantages: bool = False  # normalise advantages to mean 0 and variance 1 over the tokens of an iteration

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from megatron_tempo.algorithm.calibration import calibration_error
 from megatron_tempo.algorithm.correction import by_staleness, correct
 from megatron_tempo.algorithm.correction import metrics as off_policy_metrics
+from megatron_tempo.algorithm.entropy import entropy_weight
 from megatron_tempo.algorithm.groups import agreeing, votes
 from megatron_tempo.algorithm.outcomes import final_values, mixed_groups, value_targets
+from megatron_tempo.algorithm.returns import best_of_k, lambda_values
 from megatron_tempo.algorithm.truncation import length_penalty
 from megatron_tempo.config.stages import Baseline, StageConfig
 from megatron_tempo.config.truncation import TruncatedResponses
+from megatron_tempo.config.updates import ActorUpdateConfig
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.kernels.rows import Rows
 from megatron_tempo.models.actor import Actor
@@ -73,6 +77,23 @@ class Learner:
             metrics = self.critic.update(batch, targets, config, order, self.iteration)
         return metrics | {"critic/rows": float(len(batch))}
 
+    def recalibrate(self, labelled: Batch, stage: StageConfig, iteration: int) -> dict[str, float]:
+        """`fit_critic`, with `estep_when_ece_above` only if the calibration error of the final values is above it.
+
+        The error is of these responses, before the fit. `iteration`: of the stage, from 0. In its warm-up the critic is
+        always fitted.
+        """
+        settings = stage.method_settings
+        bound, correct = settings.estep_when_ece_above, labelled.correct
+        if bound is None:
+            return self.fit_critic(labelled, stage)
+        assert correct is not None
+        values = self.final_values(labelled, self.values(labelled), settings.baseline)
+        error = calibration_error(values, correct, stage.critic.targets)
+        fits = stage.warms_up(iteration) or not error <= bound  # also if it is NaN
+        metrics = {"critic/ece_before_estep": error, "critic/esteps": float(fits)}
+        return metrics | (self.fit_critic(labelled, stage) if fits else {"critic/rows": 0.0})
+
     def values(self, batch: Batch) -> Tensor:
         """The critic's values of every token, of the rows that this rank owns: float32 [T + m], zeros for others."""
         assert self.critic is not None
@@ -115,7 +136,8 @@ class Learner:
     def improve_actor(self, batch: Batch, values: Tensor, rewards: Tensor, stage: StageConfig) -> dict[str, float]:
         """Clipped policy gradient with A_t = R - V (M-step, Eq. 11 and 12). `values`: [T + m], `rewards`: [n].
 
-        Without the truncated responses, if the stage masks them. Nothing is updated if `accepts` says so.
+        Without the truncated responses, if the stage masks them. With another advantage, if the method's settings say
+        so (`algorithm/returns.py`). Nothing is updated if `accepts` says so.
         """
         config, baseline = stage.actor, stage.method_settings.baseline
         rows = trainable_rows(batch, stage)
@@ -125,6 +147,7 @@ class Learner:
             batch, rewards = batch.select(rows), rewards[rows]
         if len(batch) == 0:
             return {"actor/rows": 0.0}
+        values, rewards, returned = _returns(batch, values, rewards, stage)
         with self.phase("logprobs"):
             old = self.actor.logprobs(batch)
             reference = self.reference_logprobs(batch) if config.kl_coef > 0 else None
@@ -134,6 +157,7 @@ class Learner:
             gaps["engine/routing_agreement"] = agreement
         if not self.accepts(batch, old):
             return gaps | {"actor/rows_dropped": float(len(batch))}
+        config, weighted = self._with_entropy_weight(config, batch, old)
         correction = correct(old, batch.engine_logprobs, batch.held_responses, config.correction)
         experience = Experience(
             old_logprobs=old,
@@ -148,7 +172,39 @@ class Learner:
         by_row = self.actor.gather(batch, correction.by_row)
         metrics |= off_policy_metrics(by_row, batch.response_lengths, config.correction.level)
         metrics |= by_staleness(by_row, batch.response_lengths, batch.staleness(self.iteration - 1))
-        return metrics | gaps | {"actor/rows": float(len(batch))}
+        return metrics | gaps | returned | weighted | {"actor/rows": float(len(batch))}
+
+    def _with_entropy_weight(
+        self, config: ActorUpdateConfig, batch: Batch, old: Tensor
+    ) -> tuple[ActorUpdateConfig, dict[str, float]]:
+        """The settings with the weight of the entropy bonus for this update, and what there is to record of it.
+
+        The entropy is estimated by the tokens' own old log-probabilities, `old` [T]: -log pi has the entropy as its
+        mean under pi. So it takes no pass over the batch. Of stale tokens it is a little too high.
+        """
+        if config.entropy_target is None:
+            return config, {}
+        by_row = [part.sum() for part in old.double().split(batch.held_responses.tolist())]
+        sums = self.actor.gather(batch, torch.stack(by_row) if by_row else torch.zeros(0, dtype=torch.float64))
+        entropy = -float(sums.sum() / batch.response_lengths.sum())
+        coef = entropy_weight(entropy, config.entropy_coef, config.entropy_target)
+        return replace(config, entropy_coef=coef), {"actor/entropy_estimate": entropy, "actor/entropy_coef": coef}
+
+
+def _returns(
+    batch: Batch, values: Tensor, rewards: Tensor, stage: StageConfig
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Values [T + m] and rewards [n] with the advantages that the method's settings ask for, and metrics of them."""
+    settings = stage.method_settings
+    metrics: dict[str, float] = {}
+    if settings.pass_at_k > 1:
+        k, lengths = settings.pass_at_k, batch.held_responses
+        values, rewards = best_of_k(values, rewards, batch.group, batch.held, lengths, k)
+        _, prompt, sizes = batch.group.unique(return_inverse=True, return_counts=True)
+        metrics["reward/best_of_k"] = float((rewards / sizes[prompt].clamp(max=k)).mean())
+    if settings.gae_lambda < 1:
+        values = lambda_values(values, rewards[batch.held], batch.held_responses, settings.gae_lambda)
+    return values, rewards, metrics
 
 
 def iteration_seed(seed: int, stage: str, iteration: int) -> str:

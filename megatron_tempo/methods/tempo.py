@@ -1,6 +1,7 @@
 """TEMPO (arXiv 2604.19295), Algorithm 1: test-time training as expectation-maximisation.
 
 E-step   labelled prompts, verified:  critic: minimise mean (V(x, y_1:t) - I)^2        (Eq. 6)
+         (with `estep_when_ece_above`, only if the critic's calibration error on them has passed that bound)
 M-step   unlabelled prompts:          R = V(x, y_1:T);  A_t = R - V(x, y_<t)           (Eq. 11)
                                       actor: sequence-clipped policy gradient on A_t   (Eq. 12)
 
@@ -33,7 +34,7 @@ def iterate(learner: Learner, rollouts: Rollouts, stage: StageConfig, iteration:
 
     if stage.critic_learns(iteration):
         assert labelled is not None
-        metrics |= learner.fit_critic(labelled, stage)
+        metrics |= learner.recalibrate(labelled, stage, iteration)
 
     if batch is None or unlabelled is None:  # the critic's warm-up
         return metrics

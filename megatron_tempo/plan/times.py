@@ -68,7 +68,10 @@ def times(config: Config, shape: ModelShape, memory: Memory) -> dict[MemoryPhase
     for role, kinds in ((Role.actor, stage.actor_prompts()), (Role.critic, stage.critic_prompts())):
         count = stage.responses_per_prompt * stage.count(kinds)
         rows[role] = PassRows(count, row_tokens(config), *row_operations(shape, *longest, role))
-    read = PassRows(rows[Role.actor].count, row_tokens(config), *row_operations(shape, *longest, Role.critic))
+    judged = rows[Role.actor].count  # the rows whose values are read
+    if stage.method_settings.estep_when_ece_above is not None:
+        judged += rows[Role.critic].count
+    read = PassRows(judged, row_tokens(config), *row_operations(shape, *longest, Role.critic))
     seconds_of = {MemoryPhase.generate: _generate(config, shape, memory.room)}
     seconds_of |= training_seconds(config, shape, rows[Role.actor], rows[Role.critic], read)
     seconds_of[MemoryPhase.sync] = sync_seconds(config, shape)
@@ -82,7 +85,7 @@ def training_seconds(
 ) -> dict[MemoryPhase, float]:
     """Seconds of the trainer's phases, without moving models between host and GPU.
 
-    of_actor, of_critic: the rows that each model is trained on; valued: the actor's, as the critic reads them.
+    of_actor, of_critic: the rows that each model is trained on; valued: those that the critic reads.
     """
     assert config.cluster is not None
     stage, layouts = last_stage(config), layouts_of(config, split_of(config).trainers)

@@ -29,6 +29,8 @@ def _scaled(stage: StageConfig, rows: int) -> StageConfig:
     settings = stage.settings
     if getattr(settings, "vote_responses", None) is not None:
         settings = replace(settings, vote_responses=rows)  # type: ignore[call-arg]
+    if getattr(settings, "estep_when_ece_above", None) is not None:  # made-up values have no calibration to wait for
+        settings = replace(settings, estep_when_ece_above=None)  # type: ignore[call-arg]
     return replace(
         stage,
         settings=settings,

@@ -1,4 +1,7 @@
-"""Truncated responses that the actor is not trained on, in layouts in which a rank holds some of the rows."""
+"""Truncated responses that the actor is not trained on, in layouts in which a rank holds some of the rows.
+
+With the advantages, the E-step and the entropy bonus that depend on rows of other ranks.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from megatron_tempo.config.correction import CorrectionConfig, CorrectionLevel, 
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import TempoSettings
 from megatron_tempo.config.truncation import TruncatedResponses
+from megatron_tempo.config.updates import CriticTargets
 from megatron_tempo.observability.records import read_metrics
 from megatron_tempo.training.jobs import train
 from tests.support.project import config_of, write_project
@@ -23,7 +27,11 @@ def config_for(project: Path, run: Path) -> Config:
     config = config_of(project, run)
     config.rollout.max_response_tokens, config.rollout.temperature = LIMIT, 3.0
     config.stage2.truncated_responses = TruncatedResponses.masked
-    config.stage2.settings = TempoSettings(actor_on_labelled=True)
+    config.stage2.settings = TempoSettings(
+        actor_on_labelled=True, gae_lambda=0.8, pass_at_k=2, estep_when_ece_above=0.0
+    )
+    config.stage2.actor.entropy_coef, config.stage2.actor.entropy_target = 0.01, 20.0
+    config.stage2.critic.targets = CriticTargets.plus_minus_one  # values of 0 are then one half, and need an E-step
     config.stage2.actor.correction = CorrectionConfig(CorrectionLevel.sequence, OutOfBounds.mask, 0.5, 2.0)
     config.evaluation.sets, config.evaluation.calibration_set = {}, None
     config.checkpoint.export_hf = False
@@ -44,6 +52,9 @@ def test_masked_responses_are_left_out_in_each_layout(tmp_path: Path) -> None:
     assert one["actor/rows"] == sum(stopped)
     assert one["truncated"] == pytest.approx(1 - sum(stopped) / len(lines))
     assert one["critic/rows"] == len(lines) / 2, "all labelled ones"
+    assert one["critic/esteps"] == 1.0
+    assert 0 < one["critic/ece_before_estep"] < 1
+    assert 0 < one["actor/entropy_coef"] < 0.01
     for layout in ({}, {"tensor": 2}):
         config = config_for(project, tmp_path / f"two{len(layout)}")
         config.rollout.replay = str(tmp_path / "one/rollouts")

@@ -99,7 +99,9 @@ def test_the_reference_algorithm_goes_with_it(experiment: str, tmp_path: Path) -
     paper = build(overrides)
     config = build([*overrides, "algorithm=reference"])
     stage = config.stage2
-    assert stage.settings == TempoSettings(Baseline.reference, ValueTiming.before_estep, actor_on_labelled=True)
+    assert stage.settings == TempoSettings(
+        baseline=Baseline.reference, value_timing=ValueTiming.before_estep, actor_on_labelled=True
+    )
     assert stage.actor.whiten_advantages
     assert (stage.critic.targets, stage.critic.drop_uniform_groups) == (CriticTargets.plus_minus_one, True)
     assert config.run.dir == f"{paper.run.dir}_reference"

@@ -790,3 +790,102 @@ def test_a_method_runs_on_just_the_prompts_that_the_stage_asks_for(
         METHODS[method](fakes.learner(critic=critic), rollouts, stage, iteration)
         assert ("fit" in fakes.calls) == stage.critic_learns(iteration)
         assert ("improve" in fakes.calls) == (not stage.warms_up(iteration))
+
+
+# Other advantages, E-steps and entropy bonuses
+
+
+@pytest.mark.parametrize(("value", "fits"), [(0.1, True), (0.5, False)])
+@pytest.mark.parametrize("targets", list(CriticTargets))
+def test_an_estep_waits_for_the_calibration_error(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, value: float, fits: bool, targets: CriticTargets
+) -> None:
+    """Half of the responses are right: a critic that says 0.1 of each errs by 0.4, one that says 0.5 does not err."""
+    monkeypatch.setattr(fakes, "values", lambda batch: _constant(fakes, batch, value, targets))
+    labelled = replace(ragged_batch(8, seed=1), correct=torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0]))
+    stage = stage_of(Method.tempo, estep_when_ece_above=0.3)
+    stage.critic.targets = targets
+    metrics = METHODS[Method.tempo](fakes.learner(), Rollouts(labelled, rollouts_of().unlabelled), stage, 0)
+    assert fakes.calls == ["values", *(["fit"] if fits else []), "values", "logprobs", "improve"]
+    assert metrics["critic/ece_before_estep"] == pytest.approx(0.5 - value, abs=1e-6)
+    assert metrics["critic/esteps"] == float(fits)
+    assert metrics["critic/rows"] == (8.0 if fits else 0.0)
+    fakes.calls.clear()
+    stage.critic.warmup_iterations = 1
+    METHODS[Method.tempo](fakes.learner(), Rollouts(labelled, None), stage, 0)
+    assert fakes.calls == ["values", "fit"], "the warm-up is not left out"
+    fakes.calls.clear()
+    stage = stage_of(Method.tempo, estep_when_ece_above=0.3, estep_every=2)
+    METHODS[Method.tempo](fakes.learner(), Rollouts(None, rollouts_of().unlabelled), stage, 1)
+    assert fakes.calls == ["values", "logprobs", "improve"], "an iteration without labelled responses has no E-step"
+
+
+def _constant(fakes: Fakes, batch: Batch, value: float, targets: CriticTargets) -> Tensor:
+    fakes.calls.append("values")
+    given = value if targets is CriticTargets.zero_one else 2 * value - 1
+    return torch.full((len(batch.response_tokens) + len(batch),), given)
+
+
+def test_a_critic_that_is_not_a_number_is_fitted(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fakes, "values", lambda batch: _constant(fakes, batch, math.nan, CriticTargets.zero_one))
+    METHODS[Method.tempo](fakes.learner(), rollouts_of(), stage_of(Method.tempo, estep_when_ece_above=0.5), 0)
+    assert "fit" in fakes.calls
+
+
+@pytest.mark.parametrize("method", [Method.ppo, Method.tempo])
+def test_lambda_returns_of_a_method_with_a_critic(fakes: Fakes, method: Method) -> None:
+    """The fake critic's values rise by 0.1 a token, so a token's advantage is 0.1 (1 + lambda + ...), up to the last
+    token, whose own step goes to the reward."""
+    rollouts = rollouts_of(unlabelled=method is Method.tempo)
+    assert rollouts.labelled is not None
+    batch = rollouts.labelled if method is Method.ppo else rollouts.unlabelled
+    assert batch is not None
+    METHODS[method](fakes.learner(), rollouts, stage_of(method, gae_lambda=0.5), 0)
+    wanted: list[float] = []
+    for i, length in enumerate(batch.response_lengths.tolist()):
+        last = 0.1 if batch.correct is None else float(batch.correct[i]) - 0.1 * (length - 1)
+        steps = [0.1] * (length - 1) + [last]
+        wanted += [sum(0.5**j * step for j, step in enumerate(steps[t:])) for t in range(length)]
+    assert fakes.given["improve"]["advantages"].tolist() == pytest.approx(wanted, abs=1e-4)
+
+
+def test_the_best_of_two_counts_among_responses_that_are_trained_on(fakes: Fakes) -> None:
+    """Values 10 + 0.1 t. Of each prompt the longer response gains; the shorter one gains nothing. A masked response is
+    no rival."""
+    rollouts, stage = rollouts_of(), masking(Method.tempo, pass_at_k=2)
+    assert rollouts.unlabelled is not None
+    batch = cut(rollouts.unlabelled, 0)
+    metrics = METHODS[Method.tempo](fakes.learner(), Rollouts(rollouts.labelled, batch), stage, 0)
+    left, lengths = fakes.given["improve"]["batch"], fakes.given["improve"]["batch"].response_lengths.tolist()
+    wanted: list[float] = []
+    for i, length in enumerate(lengths):
+        others = [n for j, n in enumerate(lengths) if j != i and left.group[j] == left.group[i]]
+        floor = max(others, default=0)
+        scale = 2 if others else 1
+        wanted += [scale * 0.1 * (max(length, floor) - max(t, floor)) for t in range(length)]
+    assert fakes.given["improve"]["advantages"].tolist() == pytest.approx(wanted, abs=1e-4)
+    best = [10 + 0.1 * max(n for j, n in enumerate(lengths) if left.group[j] == group) for group in left.group.tolist()]
+    assert metrics["reward/best_of_k"] == pytest.approx(sum(best) / len(best), abs=1e-4)
+
+
+def test_the_weight_of_the_entropy_bonus_follows_the_entropy(fakes: Fakes) -> None:
+    rollouts, stage = rollouts_of(), stage_of(Method.tempo)
+    assert rollouts.unlabelled is not None
+    stage.actor.entropy_coef, stage.actor.entropy_target = 0.02, 8.0
+    metrics = METHODS[Method.tempo](fakes.learner(), rollouts, stage, 0)
+    entropy = float((0.25 - rollouts.unlabelled.engine_logprobs).mean())  # the fake actor's own log-probabilities
+    assert metrics["actor/entropy_estimate"] == pytest.approx(entropy)
+    assert 0 < entropy < 8
+    assert fakes.given["improve"]["config"].entropy_coef == pytest.approx(0.02 * (1 - entropy / 8))
+    assert metrics["actor/entropy_coef"] == fakes.given["improve"]["config"].entropy_coef
+    assert stage.actor.entropy_coef == 0.02, "the stage's own settings stay"
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_by_default_nothing_of_this_happens(method: Method) -> None:
+    fakes, stage = Fakes(), stage_of(method)
+    given = Rollouts(ragged_batch(8), classed(0, 0, 1, 0, 1, 1, per_prompt=2))
+    critic = NEEDS[method].critic is not None
+    metrics = METHODS[method](fakes.learner(critic=critic), given, stage, 0)
+    assert not {"critic/ece_before_estep", "critic/esteps", "reward/best_of_k", "actor/entropy_coef"} & metrics.keys()
+    assert fakes.given["improve"]["config"] is stage.actor

@@ -31,8 +31,11 @@ from megatron_tempo.errors import InputError
 from tests.unit.config_files import configure, good_overrides, write_all
 
 FIELDS = {
-    Method.ppo: {"baseline"},
-    Method.tempo: {"baseline", "value_timing", "estep_every", "actor_on_labelled"},
+    Method.ppo: {"baseline", "gae_lambda", "pass_at_k"},
+    Method.tempo: {
+        *("baseline", "gae_lambda", "pass_at_k", "value_timing", "estep_every", "estep_when_ece_above"),
+        "actor_on_labelled",
+    },
     Method.ttrl: {"group_std", "vote_responses"},
     Method.ttrl_guard: {
         *("group_std", "vote_responses", "flip_window", "flip_threshold", "agreement_threshold", "flip_penalty"),
@@ -49,8 +52,11 @@ FIELDS = {
 }
 VALUES = {
     "baseline": "paper",
+    "gae_lambda": 0.9,
+    "pass_at_k": 4,
     "value_timing": "before_estep",
     "estep_every": 3,
+    "estep_when_ece_above": 0.05,
     "actor_on_labelled": True,
     "group_std": False,
     "vote_responses": 16,
@@ -227,7 +233,9 @@ def test_a_setting_of_a_preset_is_removed_as_the_fix_says() -> None:
     assert config.stage2.settings == PpoSettings(Baseline.reference)
     config, problems = composed("algorithm=reference")
     assert problems == []
-    assert config.stage2.settings == TempoSettings(Baseline.reference, ValueTiming.before_estep, actor_on_labelled=True)
+    assert config.stage2.settings == TempoSettings(
+        baseline=Baseline.reference, value_timing=ValueTiming.before_estep, actor_on_labelled=True
+    )
 
 
 # A method of the user's own

@@ -80,6 +80,8 @@ _SAMPLING = {
     "seed": _from(0, SEED),
 }
 
+_WITH_CRITIC = {"gae_lambda": _PART, "pass_at_k": _ONE_TO_COUNT}
+
 _BOUNDS: dict[type, dict[str, Bound]] = {
     schema.RunConfig: {
         "seed": _from(0, SEED),
@@ -165,6 +167,7 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
         "clip_high": _above(0, FACTOR, "5e-4"),
         "dual_clip": _above(1, FACTOR, "3"),
         "entropy_coef": _from(0, FACTOR),
+        "entropy_target": _above(0, FACTOR),
         "kl_coef": _from(0, FACTOR),
     },
     correction.CorrectionConfig: {"low": _above(0, FACTOR, "0.5"), "high": _above(0, FACTOR, "2")},
@@ -183,7 +186,8 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
         "length_penalty_tokens": _ONE_TO_TOKENS,
         "length_penalty": _above(0, FACTOR),
     },
-    stages.TempoSettings: {"estep_every": _UP_TO_COUNT},
+    stages.PpoSettings: _WITH_CRITIC,
+    stages.TempoSettings: {**_WITH_CRITIC, "estep_every": _UP_TO_COUNT, "estep_when_ece_above": _DECAY},
     stages.TtrlSettings: {"vote_responses": _ONE_TO_COUNT},
     stages.GuardSettings: {
         "vote_responses": _ONE_TO_COUNT,

@@ -10,6 +10,7 @@ from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.rules.layout import divisors, laid_of
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import (
+    Baseline,
     EmpoSettings,
     EntropyMinSettings,
     GroupSettings,
@@ -32,6 +33,7 @@ def check(config: Config) -> Iterator[Problem]:
         yield from _counts(name, stage)
         yield from _groups(name, stage)
         yield from _entropy_min(name, stage)
+        yield from _advantages(name, stage)
         yield from _refill(name, stage, replays=config.rollout.replay is not None)
         yield from _truncation(name, stage, config.rollout.max_response_tokens)
         for update, batch, prompts in _updates(stage):
@@ -169,6 +171,29 @@ def _entropy_min(name: str, stage: StageConfig) -> Iterator[Problem]:
         fix = f"{field}=masked and {name}.length_penalty_tokens=null"
         wrong = "method entropy_min has no rewards to add a penalty to"
         yield Problem(field, stage.truncated_responses.name, wrong, fix)
+
+
+def _advantages(name: str, stage: StageConfig) -> Iterator[Problem]:
+    """The rules of the fields that change a critic's advantages, its E-steps, or the entropy bonus."""
+    settings, responses = stage.method_settings, stage.responses_per_prompt
+    if settings.pass_at_k > max(1, responses):
+        field = f"{name}.pass_at_k"
+        wrong = f"an iteration has {responses} responses to a prompt ({name}.responses_per_prompt)"
+        fix = f"{field}={max(1, responses)}, or {name}.responses_per_prompt={settings.pass_at_k}"
+        yield Problem(field, settings.pass_at_k, wrong, fix)
+    if 0 <= settings.gae_lambda < 1 and settings.baseline is Baseline.paper:
+        field = f"{name}.gae_lambda"
+        wrong = f"lambda-returns need the value before a token, and {name}.baseline=paper reads the one after it"
+        yield Problem(field, settings.gae_lambda, wrong, f"{name}.baseline=before_token, or {field}=1")
+    if settings.estep_when_ece_above is not None and settings.estep_every == 0:
+        field = f"{name}.estep_when_ece_above"
+        wrong = f"{name}.estep_every=0 never has an E-step"
+        yield Problem(field, settings.estep_when_ece_above, wrong, f"{field}=null, or {name}.estep_every=1")
+    target = stage.actor.entropy_target
+    if target is not None and target > 0 and stage.actor.entropy_coef == 0:
+        field, coef = f"{name}.actor.entropy_target", f"{name}.actor.entropy_coef"
+        wrong = f"there is no entropy bonus to reach it with ({coef}=0)"
+        yield Problem(field, target, wrong, f"{field}=null, or {coef}=0.01")
 
 
 def _refill(name: str, stage: StageConfig, *, replays: bool) -> Iterator[Problem]:
