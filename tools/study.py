@@ -2,6 +2,8 @@
 
     python tools/study.py run [--jobs 2] [--task TASK] [--only ARM ...] [--seeds 0 1 2]    # train what is not done
     python tools/study.py report                                              # write docs/study.md and its pictures
+    python tools/study.py run --only factorial                                # the factorial part, 16 runs a seed
+    python tools/study.py effects                                             # print the effects of its factors
 
 Each seed has one run of stage 1 for each base model. Each arm has a run of stage 2 per seed, from the seed's stage-1
 actor and critic. A run uses one process and one core, so its results depend neither on the number of cores nor on the
@@ -21,6 +23,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import factorial
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples" / "quickstart"
@@ -148,6 +152,12 @@ ARMS = (
     *(Arm(f"misled_{name}", (words,), what, "logic_dates_misled", MISLED) for name, what, words in FIVE),
 )  # fmt: skip
 
+# Six changes of TEMPO together, to choose from: only run if they are named.
+FACTORIAL = tuple(
+    ours(factorial.name_of(levels), factorial.what_of(levels), "factorial", *factorial.words_of(levels))
+    for levels in factorial.design()
+)
+
 
 def write_files() -> None:
     """Write other labelled and unlabelled sets, made from the quickstart's labelled questions."""
@@ -252,15 +262,21 @@ def main() -> int:
     runs.add_argument("--only", nargs="*", default=[arm.name for arm in ARMS], metavar="ARM")
     runs.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS), metavar="SEED")
     commands.add_parser("report", help="write docs/study.md and its pictures")
+    commands.add_parser("effects", help="print the effects of the factorial part's factors")
     args = parser.parse_args()
     if args.command == "run":
-        unknown = sorted(set(args.only) - {arm.name for arm in ARMS})
-        if unknown:
-            parser.error(f"unknown arms: {', '.join(unknown)}; choose from {', '.join(arm.name for arm in ARMS)}")
-        chosen = [arm for arm in ARMS if arm.name in args.only and args.task in (None, arm.start.task)]
+        named = {arm.name: arm for arm in (*ARMS, *FACTORIAL)}
+        only = [each for word in args.only for each in ([a.name for a in FACTORIAL] if word == "factorial" else [word])]
+        if unknown := sorted(set(only) - set(named)):
+            parser.error(f"unknown arms: {', '.join(unknown)}; choose from factorial, {', '.join(named)}")
+        chosen = [arm for arm in named.values() if arm.name in only and args.task in (None, arm.start.task)]
         if not chosen:
             parser.error(f"no arm of --only is of the task {args.task}")
         run(chosen, args.seeds, args.jobs)
+    elif args.command == "effects":
+        from study_report import factor_effects
+
+        print(factor_effects(), end="")
     else:
         from study_report import write
 

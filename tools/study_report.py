@@ -14,11 +14,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from factorial import FACTORS, effects
 from made_parts import replaced
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
-from study import ARMS, BASELINES, COUNTDOWN, ROOT, SEEDS, Arm, folder, is_done
+from study import ARMS, BASELINES, COUNTDOWN, FACTORIAL, ROOT, SEEDS, Arm, folder, is_done
 
 from megatron_tempo.files import replace_file
 from megatron_tempo.observability.records import read, read_evaluations, read_metrics
@@ -42,12 +43,14 @@ def saved_runs() -> Runs:
 
 def finished_runs() -> Runs:
     """The finished runs on this machine."""
-    seeds = [(arm.name, seed) for arm in ARMS for seed in SEEDS if is_done(folder(arm.name, seed))]
+    arms = (*ARMS, *FACTORIAL)
+    seeds = [(arm.name, seed) for arm in arms for seed in SEEDS if is_done(folder(arm.name, seed))]
     return {(arm, seed): _line(arm, seed) for arm, seed in seeds}
 
 
 def save_runs(runs: Runs) -> None:
-    order = [(arm.name, seed) for arm in ARMS for seed in SEEDS if (arm.name, seed) in runs]
+    arms = (*ARMS, *FACTORIAL)
+    order = [(arm.name, seed) for arm in arms for seed in SEEDS if (arm.name, seed) in runs]
     replace_file(CURVES, "".join(json.dumps(runs[run]) + "\n" for run in order), fsync=False)
 
 
@@ -169,6 +172,31 @@ def critics(runs: Runs, arms: list[Arm]) -> Iterator[str]:
         cells = [formatted(x) for x in (right.first, right.scores.min(1), right.last)]
         cells += [formatted(x) for x in (honest.first, honest.scores.max(1), honest.last)]
         yield f"| {arm.what} | {' | '.join(cells)} |\n"
+
+
+def factor_effects() -> str:
+    """A table of what each factor changes in the final scores: means over seeds with intervals, on minus off.
+
+    Of the seeds that have all 16 runs.
+    """
+    runs = saved_runs() | finished_runs()
+    seeds = [seed for seed in SEEDS if all((arm.name, seed) in runs for arm in FACTORIAL)]
+    if not seeds:
+        return "no seed has all runs of the factorial part: python tools/study.py run --only factorial\n"
+    cells = [(name, score) for name in SETS for score in ("avg@16", "pass@16")]
+    of_cell = {
+        cell: effects(
+            {arm.name: np.array([runs[arm.name, s]["sets"][cell[0]][cell[1]][-1] for s in seeds]) for arm in FACTORIAL}
+        )
+        for cell in cells
+    }
+    what = {factor.letter: f"{factor.letter}: {factor.what}" for factor in FACTORS}
+    lines = [f"| {len(seeds)} seeds | {' | '.join(', '.join(cell) for cell in cells)} |"]
+    lines.append(f"|{' --- |' * (len(cells) + 1)}")
+    for term in of_cell[cells[0]]:
+        found = " | ".join(formatted(of_cell[cell][term], "+") for cell in cells)
+        lines.append(f"| {what.get(term, term)} | {found} |")
+    return "\n".join(lines) + "\n"
 
 
 # A panel of a picture: title, set, score.

@@ -46,17 +46,19 @@ def there(study: ModuleType, start: Any, folder: Path) -> list[str]:
 def test_every_arm_passes_the_check_and_is_unlike_the_others_of_its_table(study: ModuleType, tmp_path: Path) -> None:
     configs = {}
     lengths = {"long": 350, "logic_dates": 60, "logic_dates_misled": 60}
-    for arm in study.ARMS:
+    for arm in (*study.ARMS, *study.FACTORIAL):
         config = build([*study.stage_two(arm, 0), *there(study, arm.start, tmp_path)], world_size=1)
         assert config.stage1.iterations == 0
         assert config.stage2.iterations == lengths.get(arm.group, 70)
         assert len(config.evaluation.sets) == 3
         config.run.dir = ""
         configs[arm.name] = config
-    assert len(configs) == len(study.ARMS)
-    groups = {arm.name: study.BASELINES.get(arm.group, "tempo") for arm in study.ARMS}  # by what they are compared with
+    assert len(configs) == len(study.ARMS) + len(study.FACTORIAL)
+    # by what they are compared with
+    groups = {arm.name: study.BASELINES.get(arm.group, "tempo") for arm in study.ARMS}
+    groups |= dict.fromkeys((arm.name for arm in study.FACTORIAL), "factorial")
     assert all(configs[a] != configs[b] for a in configs for b in configs if a != b and groups[a] == groups[b])
-    assert configs["stale_0"] == configs["tempo"]
+    assert configs["stale_0"] == configs["tempo"] == configs["factorial_none"]
     assert build(study.stage_one(0), world_size=1).stage2.iterations == 0
     for start in (study.PLAIN, study.MISLED):
         model = write_model(tmp_path / start.name)

@@ -1,0 +1,84 @@
+"""The factorial part of the study: its design is of resolution IV, and effects that are planted come back."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from tests.support.tools import load_tool
+
+
+@pytest.fixture
+def factorial(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load_tool("factorial", monkeypatch)
+
+
+def test_the_design_is_of_resolution_four(factorial: ModuleType) -> None:
+    runs = factorial.design()
+    letters = [factor.letter for factor in factorial.FACTORS]
+    assert letters == list("ABCDEF")
+    assert len({factorial.name_of(levels) for levels in runs}) == len(runs) == 16
+
+    def dot(one: str, other: str) -> int:
+        return sum(factorial.column(levels, one) * factorial.column(levels, other) for levels in runs)
+
+    assert all(sum(levels[letter] for levels in runs) == 0 for letter in letters), "each is on in half of the runs"
+    pairs = ["".join(pair) for pair in combinations(letters, 2)]
+    assert all(dot(one, other) == 0 for one, other in combinations(letters, 2))
+    assert all(dot(one, pair) == 0 for one in letters for pair in pairs)
+    # The words that are constant, by hand: ABCE, BCDF, and their product ADEF.
+    words = ["".join(w) for n in range(1, 7) for w in combinations(letters, n) if abs(dot("".join(w), "")) == 16]
+    assert words == ["ABCE", "ADEF", "BCDF"]
+    wanted = {("AB", "CE"), ("AC", "BE"), ("AD", "EF"), ("AE", "BC", "DF"), ("AF", "DE"), ("BD", "CF"), ("BF", "CD")}
+    assert set(factorial.ALIASES) == wanted
+
+
+def test_planted_effects_come_back(factorial: ModuleType) -> None:
+    """Two seeds that differ by a constant. An interaction is seen in the sum that it is part of, and nowhere else."""
+    planted = {"A": 0.04, "D": -0.02, "DF": 0.01, "CE": 0.006}
+    scores = {
+        factorial.name_of(levels): np.array([0.3, 0.5])
+        + sum(half / 2 * factorial.column(levels, letters) for letters, half in planted.items())
+        for levels in factorial.design()
+    }
+    found = factorial.effects(scores)
+    assert list(found)[:6] == list("ABCDEF")
+    assert len(found) == 6 + 7
+    wanted = {"A": 0.04, "D": -0.02, "AE+BC+DF": 0.01, "AB+CE": 0.006}
+    for term, effect in found.items():
+        assert effect.tolist() == pytest.approx([wanted.get(term, 0.0)] * 2, abs=1e-12), term
+
+
+def test_the_arms_have_what_their_names_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = load_tool("study", monkeypatch)
+    arms = {arm.name: arm for arm in study.FACTORIAL}
+    assert len(arms) == 16
+    assert not set(arms) & {arm.name for arm in study.ARMS}, "`make study` does not run them"
+    assert arms["factorial_none"].words == ()
+    assert arms["factorial_ae"].words == ("stage2.actor_on_labelled=true", "stage2.truncated_responses=masked")
+    assert arms["factorial_ae"].what == "labelled rows in the M-step; truncated responses masked"
+
+
+def test_the_table_of_effects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labelled rows bring 0.1 in one seed and 0.2 in the other, on every set; a third seed is not complete."""
+    study = load_tool("study", monkeypatch)
+    report = load_tool("study_report", monkeypatch)
+    runs = {}
+    for arm in study.FACTORIAL:
+        for seed in (0, 1, 2):
+            end = 0.3 + 0.1 * (seed + 1) * ("stage2.actor_on_labelled=true" in arm.words)
+            runs[arm.name, seed] = {
+                "sets": {name: {"avg@16": [0.1, end], "pass@16": [0.1, end]} for name in report.SETS}
+            }
+    del runs["factorial_none", 2]
+    monkeypatch.setattr(report, "finished_runs", lambda: runs)
+    monkeypatch.setattr(report, "saved_runs", dict)
+    lines = report.factor_effects().splitlines()
+    assert lines[0].startswith("| 2 seeds | unlabelled, avg@16 | unlabelled, pass@16 | heldout, avg@16 |")
+    assert lines[2].startswith("| A: labelled rows in the M-step | +.150 ± .635 | +.150 ± .635 |")
+    assert lines[3].startswith("| B: a KL term, 0.02, to the policy of stage 1 | +.000 ± .000 |")
+    monkeypatch.setattr(report, "finished_runs", dict)
+    assert report.factor_effects().startswith("no seed has all runs")

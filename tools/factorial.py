@@ -1,0 +1,90 @@
+"""The design of the study's factorial part: six factors of TEMPO in 16 runs a seed, and the effects from their scores.
+
+The design is 2^(6-2) of resolution IV (Box and Hunter 1961), with the generators E = ABC and F = BCD. So the columns of
+two factors are orthogonal, and no factor's effect is mixed with that of two others together. Interactions of two
+factors are: each is the sum of those in its row of `ALIASES`. With eight runs, resolution IV has room for four
+factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations, product
+from math import prod
+
+import numpy as np
+
+Levels = Mapping[str, int]  # of each factor in a run: 1 on, -1 off
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """A change of TEMPO that a run has or has not."""
+
+    letter: str
+    what: str
+    words: tuple[str, ...]  # the overrides with which it is on; off, they are left out
+
+
+FACTORS = (
+    Factor("A", "labelled rows in the M-step", ("stage2.actor_on_labelled=true",)),
+    Factor("B", "a KL term, 0.02, to the policy of stage 1", ("stage2.actor.kl_coef=0.02",)),
+    Factor("C", "lambda-returns, 0.95", ("stage2.gae_lambda=0.95",)),
+    Factor("D", "the best of 4 responses", ("stage2.pass_at_k=4",)),
+    Factor("E", "truncated responses masked", ("stage2.truncated_responses=masked",)),
+    Factor("F", "E-steps only above a calibration error of 0.06", ("stage2.estep_when_ece_above=0.06",)),
+)
+GENERATORS = {"E": "ABC", "F": "BCD"}  # each letter's levels are the product of those of the others
+
+
+def column(levels: Levels, letters: str) -> int:
+    """The sign with which a run enters the effect of `letters`, a factor or an interaction."""
+    return prod(levels[letter] for letter in letters)
+
+
+def design() -> list[dict[str, int]]:
+    """The levels of each of the 16 runs, in standard order."""
+    runs = []
+    for signs in product((-1, 1), repeat=len(FACTORS) - len(GENERATORS)):
+        levels = dict(zip("ABCD", reversed(signs), strict=True))
+        runs.append(levels | {letter: column(levels, of) for letter, of in GENERATORS.items()})
+    return runs
+
+
+def name_of(levels: Levels) -> str:
+    """The name of a run's arm: the letters of the factors that are on."""
+    return f"factorial_{''.join(letter for letter in levels if levels[letter] > 0).lower() or 'none'}"
+
+
+def words_of(levels: Levels) -> tuple[str, ...]:
+    return tuple(word for factor in FACTORS if levels[factor.letter] > 0 for word in factor.words)
+
+
+def what_of(levels: Levels) -> str:
+    return "; ".join(factor.what for factor in FACTORS if levels[factor.letter] > 0) or "TEMPO"
+
+
+def aliases() -> list[tuple[str, ...]]:
+    """The interactions of two factors that have the same column, such as ("AB", "CE"): one sum of effects each."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for pair in combinations((factor.letter for factor in FACTORS), 2):
+        letters = "".join(pair)
+        groups.setdefault(tuple(column(levels, letters) for levels in design()), []).append(letters)
+    return [tuple(group) for group in groups.values()]
+
+
+ALIASES = aliases()
+
+
+def effects(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What each factor, and each sum of interactions, changes in a score: [seeds] each, on minus off.
+
+    `scores`: of each of the 16 arms by its name, [seeds]. An interaction is named by all of its aliases, "AB+CE": half
+    the difference between one factor's effect with and without the other.
+    """
+    runs = design()
+    table = np.array([scores[name_of(levels)] for levels in runs])
+    terms = {factor.letter: factor.letter for factor in FACTORS} | {"+".join(group): group[0] for group in ALIASES}
+    signs = {name: np.array([column(levels, letters) for levels in runs]) for name, letters in terms.items()}
+    return {name: sign @ table / (len(runs) / 2) for name, sign in signs.items()}
