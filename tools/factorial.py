@@ -1,6 +1,6 @@
-"""The design of the study's factorial part: six factors of TEMPO in 16 runs a seed, and the effects from their scores.
+"""The design of the study's factorial part: seven factors of TEMPO in 16 runs a seed, and their effects.
 
-The design is 2^(6-2) of resolution IV (Box and Hunter 1961), with the generators E = ABC and F = BCD. So the columns of
+The design is 2^(7-3) of resolution IV (Box and Hunter 1961), with E = ABC, F = BCD and G = ACD. So the columns of
 two factors are orthogonal, and no factor's effect is mixed with that of two others together. Interactions of two
 factors are: each is the sum of those in its row of `ALIASES`. With eight runs, resolution IV has room for four
 factors.
@@ -34,8 +34,9 @@ FACTORS = (
     Factor("D", "the best of 4 responses", ("stage2.pass_at_k=4",)),
     Factor("E", "truncated responses masked", ("stage2.truncated_responses=masked",)),
     Factor("F", "E-steps only above a calibration error of 0.06", ("stage2.estep_when_ece_above=0.06",)),
+    Factor("G", "the lower value of the critics before and after the E-step", ("stage2.pessimism=1",)),
 )
-GENERATORS = {"E": "ABC", "F": "BCD"}  # each letter's levels are the product of those of the others
+GENERATORS = {"E": "ABC", "F": "BCD", "G": "ACD"}  # each letter's levels are the product of those of the others
 
 
 def column(levels: Levels, letters: str) -> int:

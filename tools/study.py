@@ -152,7 +152,7 @@ ARMS = (
     *(Arm(f"misled_{name}", (words,), what, "logic_dates_misled", MISLED) for name, what, words in FIVE),
 )  # fmt: skip
 
-# Six changes of TEMPO together, to choose from: only run if they are named.
+# Seven changes of TEMPO together, to choose from: only run if they are named.
 FACTORIAL = tuple(
     ours(factorial.name_of(levels), factorial.what_of(levels), "factorial", *factorial.words_of(levels))
     for levels in factorial.design()

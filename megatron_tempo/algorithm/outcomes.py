@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,19 @@ def final_values(values: Tensor, lengths: Tensor, baseline: Baseline) -> Tensor:
     if baseline is Baseline.reference:
         ends = ends - (lengths > 0).long()
     return values[ends]
+
+
+def lower_bound(judged: Sequence[Tensor], deviations: float) -> tuple[Tensor, dict[str, float]]:
+    """The mean of several critics' values less `deviations` standard deviations, [n] each -> [n], and a metric of it.
+
+    The deviations are about the mean of these critics (divided by their number). Of two critics it is half of their
+    difference, so 1 gives the lower value, as in clipped double Q-learning (Fujimoto et al. 2018, Eq. 10). One critic's
+    values are returned as they are.
+    """
+    if len(judged) == 1:
+        return judged[0], {}
+    deviation, mean = torch.std_mean(torch.stack(list(judged)), 0, correction=0)
+    return mean - deviations * deviation, {"reward/disagreement": float(deviation.mean())}
 
 
 def value_targets(correct: Tensor, kind: CriticTargets) -> Tensor:

@@ -154,6 +154,9 @@ class TempoSettings(CriticSettings):
     estep_every: int = 1  # iterations between E-steps; 0: never, the critic is frozen
     # an E-step only if the calibration error on the labelled responses, before it, is above this; None: always
     estep_when_ece_above: float | None = None
+    # above 0: the reward is the mean of the critic's values before and after the E-step, less this many of their
+    # standard deviations; 1: the lower one
+    pessimism: float = 0.0
     # also train the actor on labelled rows with verified rewards, as in the published code
     actor_on_labelled: bool = False
 

@@ -14,7 +14,7 @@ from megatron_tempo.config.choices import EngineKind, Logits, Recompute, Transpo
 from megatron_tempo.config.cluster import ClusterConfig
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import StageConfig
+from megatron_tempo.config.stages import StageConfig, TempoSettings
 from megatron_tempo.plan import engine
 from megatron_tempo.plan.decoding import decode_costs
 from megatron_tempo.plan.layout import PlannedLayout, machine_of, row_tokens
@@ -71,6 +71,8 @@ def times(config: Config, shape: ModelShape, memory: Memory) -> dict[MemoryPhase
     judged = rows[Role.actor].count  # the rows whose values are read
     if stage.method_settings.estep_when_ece_above is not None:
         judged += rows[Role.critic].count
+    if isinstance(stage.settings, TempoSettings) and stage.settings.pessimism > 0:
+        judged += rows[Role.actor].count
     read = PassRows(judged, row_tokens(config), *row_operations(shape, *longest, Role.critic))
     seconds_of = {MemoryPhase.generate: _generate(config, shape, memory.room)}
     seconds_of |= training_seconds(config, shape, rows[Role.actor], rows[Role.critic], read)

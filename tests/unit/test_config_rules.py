@@ -119,6 +119,7 @@ ONE_FIELD = [
     ("stage2.gae_lambda=-1", "stage2.gae_lambda", "at least 0 and at most 1", "gae_lambda=0.95"),
     ("stage2.pass_at_k=0", "stage2.pass_at_k", "1 or more", "pass_at_k=1"),
     ("stage2.pass_at_k=9", "stage2.pass_at_k", "8 responses to a prompt", "pass_at_k=8, or stage2.responses"),
+    ("stage2.pessimism=-1", "stage2.pessimism", "0 or more", "pessimism=0"),
     ("stage2.estep_when_ece_above=1", "stage2.estep_when_ece_above", "below 1", "estep_when_ece_above=0.9"),
     ("stage2.actor.entropy_target=0.5", "stage2.actor.entropy_target", "no entropy bonus", "entropy_coef=0.01"),
     (f"{S1}.kl_coef=-1", f"{S1}.kl_coef", "0 or more", "kl_coef=0"),
@@ -407,6 +408,13 @@ SEVERAL_FIELDS = [
         "stage2.estep_when_ece_above",
         "never has an E-step",
         "stage2.estep_when_ece_above=null, or stage2.estep_every=1",
+    ),
+    (
+        "two critics of a frozen one",
+        ["stage2.estep_every=0", "stage2.pessimism=1"],
+        "stage2.pessimism",
+        "never has an E-step",
+        "stage2.pessimism=0, or stage2.estep_every=1",
     ),
     (
         "warm-up of a frozen critic",

@@ -19,7 +19,7 @@ def factorial(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_the_design_is_of_resolution_four(factorial: ModuleType) -> None:
     runs = factorial.design()
     letters = [factor.letter for factor in factorial.FACTORS]
-    assert letters == list("ABCDEF")
+    assert letters == list("ABCDEFG")
     assert len({factorial.name_of(levels) for levels in runs}) == len(runs) == 16
 
     def dot(one: str, other: str) -> int:
@@ -29,11 +29,12 @@ def test_the_design_is_of_resolution_four(factorial: ModuleType) -> None:
     pairs = ["".join(pair) for pair in combinations(letters, 2)]
     assert all(dot(one, other) == 0 for one, other in combinations(letters, 2))
     assert all(dot(one, pair) == 0 for one in letters for pair in pairs)
-    # The words that are constant, by hand: ABCE, BCDF, and their product ADEF.
-    words = ["".join(w) for n in range(1, 7) for w in combinations(letters, n) if abs(dot("".join(w), "")) == 16]
-    assert words == ["ABCE", "ADEF", "BCDF"]
-    wanted = {("AB", "CE"), ("AC", "BE"), ("AD", "EF"), ("AE", "BC", "DF"), ("AF", "DE"), ("BD", "CF"), ("BF", "CD")}
-    assert set(factorial.ALIASES) == wanted
+    # The words that are constant, by hand: ABCE, BCDF, ACDG and their products.
+    words = ["".join(w) for n in range(1, 8) for w in combinations(letters, n) if abs(dot("".join(w), "")) == 16]
+    assert words == ["ABCE", "ABFG", "ACDG", "ADEF", "BCDF", "BDEG", "CEFG"]
+    assert {" ".join(sums) for sums in factorial.ALIASES} == {
+        *("AB CE FG", "AC BE DG", "AD CG EF", "AE BC DF", "AF BG DE", "AG BF CD", "BD CF EG")
+    }
 
 
 def test_planted_effects_come_back(factorial: ModuleType) -> None:
@@ -45,9 +46,9 @@ def test_planted_effects_come_back(factorial: ModuleType) -> None:
         for levels in factorial.design()
     }
     found = factorial.effects(scores)
-    assert list(found)[:6] == list("ABCDEF")
-    assert len(found) == 6 + 7
-    wanted = {"A": 0.04, "D": -0.02, "AE+BC+DF": 0.01, "AB+CE": 0.006}
+    assert list(found)[:7] == list("ABCDEFG")
+    assert len(found) == 7 + 7
+    wanted = {"A": 0.04, "D": -0.02, "AE+BC+DF": 0.01, "AB+CE+FG": 0.006}
     for term, effect in found.items():
         assert effect.tolist() == pytest.approx([wanted.get(term, 0.0)] * 2, abs=1e-12), term
 
@@ -58,8 +59,9 @@ def test_the_arms_have_what_their_names_say(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(arms) == 16
     assert not set(arms) & {arm.name for arm in study.ARMS}, "`make study` does not run them"
     assert arms["factorial_none"].words == ()
-    assert arms["factorial_ae"].words == ("stage2.actor_on_labelled=true", "stage2.truncated_responses=masked")
-    assert arms["factorial_ae"].what == "labelled rows in the M-step; truncated responses masked"
+    words = ("stage2.actor_on_labelled=true", "stage2.truncated_responses=masked", "stage2.pessimism=1")
+    assert arms["factorial_aeg"].words == words
+    assert arms["factorial_aeg"].what.startswith("labelled rows in the M-step; truncated responses masked; the lower")
 
 
 def test_the_table_of_effects(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -832,6 +832,39 @@ def test_a_critic_that_is_not_a_number_is_fitted(fakes: Fakes, monkeypatch: pyte
     assert "fit" in fakes.calls
 
 
+@pytest.mark.parametrize("timing", list(ValueTiming))
+@pytest.mark.parametrize("deviations", [0.5, 1.0, 2.0])
+def test_the_reward_is_a_lower_bound_of_the_critics_before_and_after_the_estep(
+    fakes: Fakes, timing: ValueTiming, deviations: float
+) -> None:
+    """The fake critic's values rise by 10 a fit: about the mean of both, each is 5 away."""
+    rollouts = rollouts_of()
+    assert rollouts.labelled is not None
+    assert rollouts.unlabelled is not None
+    assert rollouts.labelled.correct is not None
+    stage = stage_of(Method.tempo, pessimism=deviations, value_timing=timing, actor_on_labelled=True)
+    metrics = METHODS[Method.tempo](fakes.learner(), rollouts, stage, 0)
+    assert fakes.calls == ["values", "fit", "values", "logprobs", "improve"]
+    fits = 0 if timing is ValueTiming.before_estep else 1
+    bounds = [5 + 0.1 * length - 5 * deviations for length in rollouts.unlabelled.response_lengths.tolist()]
+    wanted = expected(rollouts.unlabelled, bounds, fits)
+    wanted += expected(rollouts.labelled, rollouts.labelled.correct.tolist(), fits)
+    assert fakes.given["improve"]["advantages"].tolist() == pytest.approx(wanted, abs=1e-4)
+    assert metrics["reward/disagreement"] == pytest.approx(5.0)
+    assert metrics["reward/unlabelled_value"] == pytest.approx(sum(bounds) / len(bounds), abs=1e-4)
+
+
+def test_without_an_estep_there_is_one_critic_to_ask(fakes: Fakes) -> None:
+    stage = stage_of(Method.tempo, pessimism=1.0, estep_every=3)
+    metrics = METHODS[Method.tempo](fakes.learner(), rollouts_of(labelled=False), stage, 1)
+    assert fakes.calls == ["values", "logprobs", "improve"]
+    assert "reward/disagreement" not in metrics
+    stage.critic.warmup_iterations = 1
+    fakes.calls.clear()
+    METHODS[Method.tempo](fakes.learner(), rollouts_of(unlabelled=False), stage, 0)
+    assert fakes.calls == ["fit"]
+
+
 @pytest.mark.parametrize("method", [Method.ppo, Method.tempo])
 def test_lambda_returns_of_a_method_with_a_critic(fakes: Fakes, method: Method) -> None:
     """The fake critic's values rise by 0.1 a token, so a token's advantage is 0.1 (1 + lambda + ...), up to the last

@@ -34,7 +34,7 @@ FIELDS = {
     Method.ppo: {"baseline", "gae_lambda", "pass_at_k"},
     Method.tempo: {
         *("baseline", "gae_lambda", "pass_at_k", "value_timing", "estep_every", "estep_when_ece_above"),
-        "actor_on_labelled",
+        *("pessimism", "actor_on_labelled"),
     },
     Method.ttrl: {"group_std", "vote_responses"},
     Method.ttrl_guard: {
@@ -57,6 +57,7 @@ VALUES = {
     "value_timing": "before_estep",
     "estep_every": 3,
     "estep_when_ece_above": 0.05,
+    "pessimism": 1.5,
     "actor_on_labelled": True,
     "group_std": False,
     "vote_responses": 16,

@@ -299,6 +299,20 @@ def test_a_stage_without_a_critic_needs_none() -> None:
     assert MemoryPhase.critic not in seconds
 
 
+def test_more_responses_are_judged_where_an_estep_or_a_reward_asks_for_it() -> None:
+    """With as many labelled prompts as unlabelled ones: once more for the E-step's bound, once more for pessimism."""
+    words = ["stage1.iterations=0", "stage2.iterations=1", "stage2.labelled_prompts=64", "data.unlabelled.path=y.jsonl",
+             "stage2.unlabelled_prompts=64"]  # fmt: skip
+    more = ["stage2.estep_when_ece_above=0.1"], ["stage2.estep_when_ece_above=0.1", "stage2.pessimism=1"]
+    configs = [planned(*words, *each) for each in ([], *more)]
+    shape, _ = shape_of(configs[0])
+    assert shape is not None
+    seconds = [times(config, shape, memory(config, shape)) for config in configs]
+    plain, *rest = (each[MemoryPhase.values] for each in seconds)
+    assert [one / plain for one in rest] == pytest.approx([2, 3], rel=0.05)
+    assert seconds[2][MemoryPhase.critic] == seconds[0][MemoryPhase.critic]
+
+
 def test_responses_that_only_vote_are_generated_and_not_learnt_from() -> None:
     words = ["stage1.iterations=0", "stage2.method=ttrl", "stage2.iterations=1", "stage2.labelled_prompts=0",
              "data.unlabelled.path=y.jsonl", "data.unlabelled.verifier=math", "rollout.batch_rows=99999"]  # fmt: skip

@@ -155,6 +155,8 @@ def test_as_few_rows_as_fill_the_micro_batches_of_both_models() -> None:
     assert (small.stage2.labelled_prompts, small.stage2.unlabelled_prompts, small.stage2.samples) == (1, 1, 2)
     voting = scaled(built("algorithm=ttrl", "data.unlabelled.verifier=math", "stage2.vote_responses=64"), 4, 6)
     assert (voting.stage2.samples, voting.stage2.responses_per_prompt) == (6, 6)
+    always = scaled(built("stage2.estep_when_ece_above=0.1"), 4, None).stage2.method_settings
+    assert always.estep_when_ece_above is None, "made-up responses have an E-step whatever their values are"
 
 
 def test_the_rehearsed_iteration_has_all_phases() -> None:

@@ -187,7 +187,12 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
         "length_penalty": _above(0, FACTOR),
     },
     stages.PpoSettings: _WITH_CRITIC,
-    stages.TempoSettings: {**_WITH_CRITIC, "estep_every": _UP_TO_COUNT, "estep_when_ece_above": _DECAY},
+    stages.TempoSettings: {
+        **_WITH_CRITIC,
+        "estep_every": _UP_TO_COUNT,
+        "estep_when_ece_above": _DECAY,
+        "pessimism": _from(0, FACTOR),
+    },
     stages.TtrlSettings: {"vote_responses": _ONE_TO_COUNT},
     stages.GuardSettings: {
         "vote_responses": _ONE_TO_COUNT,

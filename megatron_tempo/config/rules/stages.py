@@ -18,6 +18,7 @@ from megatron_tempo.config.stages import (
     Prompts,
     ScrlSettings,
     StageConfig,
+    TempoSettings,
 )
 from megatron_tempo.config.truncation import TruncatedResponses
 
@@ -189,6 +190,10 @@ def _advantages(name: str, stage: StageConfig) -> Iterator[Problem]:
         field = f"{name}.estep_when_ece_above"
         wrong = f"{name}.estep_every=0 never has an E-step"
         yield Problem(field, settings.estep_when_ece_above, wrong, f"{field}=null, or {name}.estep_every=1")
+    if isinstance(settings, TempoSettings) and settings.pessimism > 0 and settings.estep_every == 0:
+        field = f"{name}.pessimism"
+        wrong = f"{name}.estep_every=0 never has an E-step, before and after which the values would differ"
+        yield Problem(field, settings.pessimism, wrong, f"{field}=0, or {name}.estep_every=1")
     target = stage.actor.entropy_target
     if target is not None and target > 0 and stage.actor.entropy_coef == 0:
         field, coef = f"{name}.actor.entropy_target", f"{name}.actor.entropy_coef"
