@@ -13,10 +13,17 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 
 from megatron_tempo.observability.console import readable
+from megatron_tempo.observability.evaluation_alerts import (
+    Look,
+    accuracy_falls,
+    auroc,
+    auroc_falls,
+    overestimate,
+    overestimates,
+)
 from megatron_tempo.observability.records import Record
 
 RECENT = 5  # records that are averaged for the current value, and for the value at the stage's start
-AUROC_FALL = 0.05  # below the best so far
 GAP_GROWTH, GAP_FLOOR = 2.0, 0.02  # times the stage's start; nats below which no gap matters
 ENTROPY_LEFT = 0.2  # fraction of the entropy at the stage's start
 CLIP_HIGH = 0.5  # fraction of the tokens: most of a batch contributes no gradient
@@ -26,10 +33,6 @@ ESS_LEFT = 0.1  # effective sample size, as a share of the samples
 TRUNCATED_RISE = 0.15  # above the share at the run's start
 SLOWER = 2.0  # times the stage's start
 SPIKE, SPIKE_WINDOW, SPIKE_KNOWN = 10.0, 20, 5  # times the median of the last 20 records, if at least 5 are known
-
-# Called with each record in turn. Returns what is wrong at this record; None if the rule does not fire. Its memory
-# is bounded, so the thousandth record costs no more than the first.
-Look = Callable[[Record], str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class Rule:
     of_evaluations: bool
     advice: str
     begin: Callable[[], Look]
+    applies: Callable[[Record], bool] = lambda record: True  # whether a record has what the rule looks at
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,7 @@ class Watch:
     def __init__(self) -> None:
         self._looks = [(rule, rule.begin()) for rule in RULES]
         self._fired: dict[str, Alert] = {}
-        self._newest = {False: 0, True: 0}  # step of the newest record that could fire, by `of_evaluations`
+        self._newest: dict[str, int] = {}  # step of the newest record that a rule looked at, by its name
 
     def metrics(self, record: Record) -> None:
         """The next record of metrics.jsonl."""
@@ -78,13 +82,12 @@ class Watch:
 
     def evaluation(self, record: Record) -> None:
         """The next record of evaluations.jsonl."""
-        if _auroc(record) is not None:
-            self._look(record, of_evaluations=True)
+        self._look(record, of_evaluations=True)
 
     def alerts(self) -> list[Alert]:
         """All alerts so far, by the step at which they first fired."""
         known = [
-            replace(self._fired[rule.name], active=self._fired[rule.name].last == self._newest[rule.of_evaluations])
+            replace(self._fired[rule.name], active=self._fired[rule.name].last == self._newest[rule.name])
             for rule in RULES
             if rule.name in self._fired
         ]
@@ -92,9 +95,11 @@ class Watch:
 
     def _look(self, record: Record, *, of_evaluations: bool) -> None:
         step = record["step"]
-        self._newest[of_evaluations] = max(self._newest[of_evaluations], step)
         for rule, look in self._looks:
-            if rule.of_evaluations is of_evaluations and (seen := look(record)) is not None:
+            if rule.of_evaluations is not of_evaluations or not rule.applies(record):
+                continue
+            self._newest[rule.name] = max(self._newest.get(rule.name, 0), step)
+            if (seen := look(record)) is not None:
                 before = self._fired.get(rule.name)
                 first, count = (step, 1) if before is None else (before.first, before.count + 1)
                 self._fired[rule.name] = Alert(rule.name, rule.advice, first, step, count, seen, active=True)
@@ -108,28 +113,6 @@ def alerts(metrics: Sequence[Record], evaluations: Sequence[Record]) -> list[Ale
     for record in evaluations:
         watch.evaluation(record)
     return watch.alerts()
-
-
-def _auroc(record: Record) -> float | None:
-    calibration = record.get("calibration")
-    auroc: float | None = calibration["last"]["auroc"] if calibration else None
-    return auroc
-
-
-def _auroc_falls() -> Look:
-    best: dict[str, tuple[float, int]] = {}  # by set
-
-    def look(record: Record) -> str | None:
-        auroc = _auroc(record)
-        assert auroc is not None
-        high, at = best.get(record["set"], (auroc, record["step"]))
-        if auroc < high - AUROC_FALL:
-            return f"AUROC on {record['set']} {auroc:.3f}, was {high:.3f} at step {at}"
-        if auroc >= high:
-            best[record["set"]] = (auroc, record["step"])
-        return None
-
-    return look
 
 
 @dataclass(slots=True)
@@ -268,7 +251,26 @@ RULES = (
         True,
         "the actor's rewards become less reliable: use more labelled prompts, a higher critic learning rate or "
         "stage2.estep_every=1",
-        _auroc_falls,
+        auroc_falls,
+        applies=lambda record: auroc(record) is not None,
+    ),
+    Rule(
+        "critic is too optimistic",
+        "calibration.last.bins",
+        True,
+        "the actor has learnt what the critic overrates: train the critic again (stage2.estep_every=1, more labelled "
+        "prompts), and resume from a checkpoint before it began",
+        overestimates,
+        applies=lambda record: overestimate(record) is not None,
+    ),
+    Rule(
+        "accuracy falls",
+        "avg",
+        True,
+        "the actor gets worse, whatever its rewards say: resume from a checkpoint before the fall, with a lower "
+        "learning rate, a KL term (stage2.actor.kl_coef) or stage2.baseline=before_token",
+        accuracy_falls,
+        applies=lambda record: record.get("avg") is not None,
     ),
     Rule(
         "engine and trainer drift apart",

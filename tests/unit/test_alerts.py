@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import timeit
 import tracemalloc
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_tempo.observability.alerts import RULES, Alert, Watch, alerts
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 QUIET = {
     "actor/entropy": 0.5,
@@ -137,6 +141,72 @@ def test_the_critics_auroc() -> None:
     assert alert.line().startswith("critic's AUROC falls, step 20: AUROC on aime 0.500, was 0.900 at step 10; ")
 
 
+def judged(step: int, *bins: tuple[float, float, int], name: str = "aime") -> dict[str, Any]:
+    """An evaluation with these bins of the critic: mean value, share of right responses, responses."""
+    rows = [{"mean_value": mean, "fraction_right": right, "count": count} for mean, right, count in bins]
+    return {"step": step, "set": name, "calibration": {"last": {"auroc": 0.9, "bins": rows}}}
+
+
+def test_a_critic_that_is_too_optimistic_twice_in_a_row() -> None:
+    name = "critic is too optimistic"
+    # (30 * 0.1 + 10 * 0.3) / 40 = 0.15; errors of both signs cancel: (30 * -0.1 + 10 * 0.3) / 40 = 0
+    high, fair = [(0.3, 0.2, 30), (0.9, 0.6, 10)], [(0.2, 0.3, 30), (0.9, 0.6, 10)]
+    assert fired([], [judged(10, *high), judged(20, *fair), judged(30, *high)]) == []
+    assert fired([], [judged(10, *high), judged(20, *high), judged(30, *fair)]) == [(name, 20, 20, False)]
+    two_sets = [judged(10, *high), judged(10, *high, name="math"), judged(20, *high)]
+    (alert,) = alerts([], two_sets)
+    assert alert.seen == "on aime its values are 0.15 above the share of right responses, before 0.15"
+    pessimist = [(0.1, 0.9, 10)]
+    assert fired([], [judged(10, *pessimist), judged(20, *pessimist)]) == []
+
+
+def scored(*averages: float, name: str = "aime", error: float = 0.01) -> list[dict[str, Any]]:
+    return [{"step": 10 * i, "set": name, "avg": avg, "avg_se": error} for i, avg in enumerate(averages)]
+
+
+def test_accuracy_falls_by_a_third() -> None:
+    name = "accuracy falls"
+    assert fired([], scored(0.30, 0.40, 0.27, 0.41)) == [], "to 0.675 of the best"
+    assert fired([], scored(0.30, 0.40, 0.25, 0.30)) == [(name, 20, 20, False)]
+    assert fired([], scored(0.40, 0.20, error=0.1)) == [], "within two standard errors of the difference, 0.28"
+    assert fired([], scored(0.40, 0.10, error=0.1)) == [(name, 10, 10, True)]
+    (alert,) = alerts([], [*scored(0.40, 0.10), *scored(0.5, 0.5, name="math")])
+    assert alert.seen == "avg on aime 0.100, was 0.400 at step 0"
+
+
+def test_the_alerts_on_the_studys_runs() -> None:
+    """Thresholds were chosen on seeds 0 and 1. The numbers are those of docs/monitoring.md."""
+    runs = json.loads((FIXTURES / "collapses.json").read_text())
+    found: dict[tuple[str, bool], list[int]] = {}
+
+    def count(kind: str, run: dict[str, Any], records: list[dict[str, Any]], *, truth: bool) -> None:
+        kept = found.setdefault((kind, run["seed"] == 2), [0, 0, 0, 0])
+        kept[(0 if fired([], records) else 1) if truth else (2 if fired([], records) else 3)] += 1
+
+    for run in runs["accuracy"]:
+        collapsed = run["unlabelled"][-1] < 0.75 * max(run["unlabelled"])
+        of_set = {
+            name: [{"step": i, "set": name, "avg": avg} for i, avg in enumerate(run[name])]
+            for name in ("heldout", "unlabelled", "labelled")
+        }
+        count("held-out", run, of_set["heldout"], truth=collapsed)
+        count("all sets", run, [*of_set["heldout"], *of_set["unlabelled"], *of_set["labelled"]], truth=collapsed)
+    for run in runs["optimism"]:
+        records = [judged(i, (0.5 + excess, 0.5, 1)) for i, excess in enumerate(run["heldout"])]
+        hacked = run["excess_reward"] > 0.1
+        count("optimism", run, records, truth=hacked)
+        assert hacked == (run["arm"] == "frozen_critic")
+    # right alarms, missed, false alarms, rightly silent
+    assert found == {
+        ("held-out", False): [8, 0, 0, 39],
+        ("held-out", True): [2, 0, 0, 22],
+        ("all sets", False): [8, 0, 2, 37],
+        ("all sets", True): [2, 0, 1, 21],
+        ("optimism", False): [2, 0, 0, 18],
+        ("optimism", True): [0, 0, 0, 9],
+    }
+
+
 def test_all_that_fired_in_the_order_of_the_steps() -> None:
     metrics = steps("truncated", [0.0] * 10 + [0.5] * 5)
     metrics[3]["actor/skipped"], metrics[3]["critic/skipped"] = 1.0, 2.0
@@ -149,7 +219,8 @@ def test_all_that_fired_in_the_order_of_the_steps() -> None:
 
 
 def test_every_rule_is_tried_above() -> None:
-    assert {rule.name for rule in RULES} == {rule for _, _, rule, *_ in FIRES.values()} | {"critic's AUROC falls"}
+    of_evaluations = {"critic's AUROC falls", "critic is too optimistic", "accuracy falls"}
+    assert {rule.name for rule in RULES} == {rule for _, _, rule, *_ in FIRES.values()} | of_evaluations
     assert alerts([], []) == []
 
 
