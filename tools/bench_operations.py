@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tempo.config.stages import Baseline
+from megatron_tempo.config.method_settings import Baseline
 from megatron_tempo.config.updates import ActorUpdateConfig
 from megatron_tempo.kernels import REFERENCE, Kernels, kernels_for
 from megatron_tempo.kernels.policy_loss import ROW_METRICS, Experience

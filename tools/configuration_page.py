@@ -28,8 +28,9 @@ from made_parts import write_or_check
 
 from megatron_tempo.config.benchmarks import BENCHMARKS
 from megatron_tempo.config.extensions import Extension
+from megatron_tempo.config.method_settings import SETTINGS, Method
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import SETTINGS, Method, StageConfig
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.config.tree import MISSING, is_optional, strip_optional, takes_extension
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_tempo.config.stages import MethodSettings, Needs, Prompts, StageConfig
+from megatron_tempo.config.method_settings import MethodSettings, Needs, Prompts
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.methods.learner import Learner, Rollouts
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_tempo.config.stages import GuardSettings
+from megatron_tempo.config.method_settings import GuardSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_tempo.config.stages import Baseline
+from megatron_tempo.config.method_settings import Baseline
 from megatron_tempo.config.updates import CriticTargets
 
 

@@ -33,8 +33,9 @@ from megatron_tempo.config.choices import (
 )
 from megatron_tempo.config.cluster import ClusterConfig
 from megatron_tempo.config.extensions import Extension
+from megatron_tempo.config.method_settings import PpoSettings, TempoSettings
 from megatron_tempo.config.pipeline_layers import PipelineLayers
-from megatron_tempo.config.stages import PpoSettings, StageConfig, TempoSettings
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.config.updates import CriticTargets
 
 

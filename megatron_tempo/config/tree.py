@@ -19,16 +19,10 @@ from typing import Any, TypeVar
 
 from megatron_tempo.config.earlier import replacement, stage_of_now
 from megatron_tempo.config.extensions import PREFIX, Extension, ExtensionError, call_failed, described
+from megatron_tempo.config.method_settings import SETTINGS, Method, MethodSettings
 from megatron_tempo.config.problem import Problem, as_text, did_you_mean, show
 from megatron_tempo.config.schema import Config, to_plain
-from megatron_tempo.config.stages import (
-    SETTINGS,
-    ExtensionSettings,
-    Method,
-    MethodSettings,
-    StageConfig,
-    load_method,
-)
+from megatron_tempo.config.stages import ExtensionSettings, StageConfig, load_method
 from megatron_tempo.errors import InputError, hidden
 from megatron_tempo.files import read_json
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tempo.config.stages import Baseline
+from megatron_tempo.config.method_settings import Baseline
 from megatron_tempo.kernels.collectives import gather_over
 from megatron_tempo.kernels.rows import Rows
 

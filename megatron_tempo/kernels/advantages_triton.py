@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_tempo.config.stages import Baseline
+from megatron_tempo.config.method_settings import Baseline
 from megatron_tempo.kernels.advantages import EPS
 from megatron_tempo.kernels.collectives import gather_over
 from megatron_tempo.kernels.rows import BLOCK, Rows

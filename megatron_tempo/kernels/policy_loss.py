@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tempo.config.stages import Baseline
+from megatron_tempo.config.method_settings import Baseline
 from megatron_tempo.config.updates import ActorUpdateConfig, Ratio
 from megatron_tempo.kernels.advantages import token_advantages, whiten
 from megatron_tempo.kernels.collectives import max_over, sum_over

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_tempo.config.stages import Baseline
+from megatron_tempo.config.method_settings import Baseline
 from megatron_tempo.config.updates import ActorUpdateConfig, Ratio
 from megatron_tempo.kernels.advantages_triton import WARPS, advantages_of, block_of, center_and_scale, is_last_block
 from megatron_tempo.kernels.collectives import max_over, sum_over

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_tempo.config.extensions import Extension, wrong_result
-from megatron_tempo.config.stages import Method, StageConfig, load_method
+from megatron_tempo.config.method_settings import Method
+from megatron_tempo.config.stages import StageConfig, load_method
 from megatron_tempo.methods import empo, entropy_min, grpo, intuitor, ppo, scrl, tempo, ttrl, ttrl_guard
 from megatron_tempo.methods.learner import Learner, Rollouts, critic_rows, mini_batches, trainable_rows
 from megatron_tempo.types import Batch

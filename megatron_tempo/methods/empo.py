@@ -16,7 +16,8 @@ import math
 from torch import Tensor
 
 from megatron_tempo.algorithm.groups import group_advantages, shares
-from megatron_tempo.config.stages import EmpoSettings, StageConfig
+from megatron_tempo.config.method_settings import EmpoSettings
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.methods.learner import Learner, Rollouts, trainable, trainable_rows
 from megatron_tempo.types import Batch
 

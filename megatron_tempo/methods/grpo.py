@@ -8,7 +8,8 @@ the responses that are trained on: without masked ones, and with the length pena
 from __future__ import annotations
 
 from megatron_tempo.algorithm.groups import group_advantages
-from megatron_tempo.config.stages import GrpoSettings, StageConfig
+from megatron_tempo.config.method_settings import GrpoSettings
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.methods.learner import Learner, Rollouts, trainable
 
 

@@ -11,7 +11,8 @@ one more pass of the actor. A masked response has no reward and is not compared.
 from __future__ import annotations
 
 from megatron_tempo.algorithm.groups import group_advantages
-from megatron_tempo.config.stages import IntuitorSettings, StageConfig
+from megatron_tempo.config.method_settings import IntuitorSettings
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.methods.learner import Learner, Rollouts, trainable
 
 

@@ -17,7 +17,8 @@ from megatron_tempo.algorithm.groups import agreeing, votes
 from megatron_tempo.algorithm.outcomes import final_values, mixed_groups, value_targets
 from megatron_tempo.algorithm.returns import best_of_k, lambda_values
 from megatron_tempo.algorithm.truncation import length_penalty
-from megatron_tempo.config.stages import Baseline, StageConfig
+from megatron_tempo.config.method_settings import Baseline
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.config.truncation import TruncatedResponses
 from megatron_tempo.config.updates import ActorUpdateConfig
 from megatron_tempo.kernels.policy_loss import Experience

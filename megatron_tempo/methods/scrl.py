@@ -18,7 +18,8 @@ length penalty is added to R_i.
 from __future__ import annotations
 
 from megatron_tempo.algorithm.groups import first_of_each, group_advantages, pseudo_labels
-from megatron_tempo.config.stages import ScrlSettings, StageConfig
+from megatron_tempo.config.method_settings import ScrlSettings
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.methods.learner import Learner, Rollouts, trainable
 
 

@@ -15,7 +15,8 @@ is added once more.
 from __future__ import annotations
 
 from megatron_tempo.algorithm.outcomes import lower_bound, value_targets
-from megatron_tempo.config.stages import StageConfig, TempoSettings, ValueTiming
+from megatron_tempo.config.method_settings import TempoSettings, ValueTiming
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.methods.learner import Learner, Rollouts
 from megatron_tempo.types import Batch
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from megatron_tempo.algorithm.groups import first_of_each, group_advantages, votes
-from megatron_tempo.config.stages import StageConfig, TtrlSettings
+from megatron_tempo.config.method_settings import TtrlSettings
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.methods.learner import Learner, Rollouts, trainable, trainable_rows
 from megatron_tempo.types import Batch
 

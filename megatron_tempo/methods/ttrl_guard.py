@@ -17,7 +17,8 @@ import torch
 
 from megatron_tempo.algorithm.groups import first_of_each, group_advantages, minorities, votes
 from megatron_tempo.algorithm.guard import question_weights
-from megatron_tempo.config.stages import GuardSettings, StageConfig
+from megatron_tempo.config.method_settings import GuardSettings
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.methods.learner import Learner, Rollouts, trainable
 from megatron_tempo.types import seed_of
 

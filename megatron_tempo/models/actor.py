@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_tempo.config.stages import Baseline
+from megatron_tempo.config.method_settings import Baseline
 from megatron_tempo.config.updates import ActorUpdateConfig
 from megatron_tempo.kernels.advantages import token_advantages
 from megatron_tempo.kernels.policy_loss import ROW_METRICS, Experience

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from megatron_tempo.config.choices import EngineKind, Logits, Recompute, Transport
 from megatron_tempo.config.cluster import ClusterConfig
+from megatron_tempo.config.method_settings import TempoSettings
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import StageConfig, TempoSettings
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.plan import engine
 from megatron_tempo.plan.decoding import decode_costs
 from megatron_tempo.plan.layout import PlannedLayout, machine_of, row_tokens

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from megatron_tempo.config.method_settings import Prompts
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import Prompts, StageConfig
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.methods.learner import Rollouts, iteration_seed
 from megatron_tempo.rehearsal.lengths import Lengths
 from megatron_tempo.rollout.engine import EngineWork, Request, Sampling, TrainerGpus

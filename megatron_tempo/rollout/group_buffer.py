@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from megatron_tempo.config.choices import StaleGroups
-from megatron_tempo.config.stages import Prompts
+from megatron_tempo.config.method_settings import Prompts
 
 T = TypeVar("T")
 

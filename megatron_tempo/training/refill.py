@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_tempo.config.stages import Prompts, StageConfig
+from megatron_tempo.config.method_settings import Prompts
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.methods.learner import agreeing_groups
 from megatron_tempo.rollout.batches import Collected
 from megatron_tempo.types import Batch

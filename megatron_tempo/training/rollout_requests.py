@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tempo.config import schedule
+from megatron_tempo.config.method_settings import Prompts
 from megatron_tempo.config.routing import recorded_routing
 from megatron_tempo.config.sampled import rollout_seed
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import Prompts, StageConfig
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.data.stream import PromptStream
 from megatron_tempo.methods.learner import Rollouts, iteration_seed
 from megatron_tempo.rewards.verifiers import Verifiers

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_tempo.config.stages import Prompts, StageConfig
+from megatron_tempo.config.method_settings import Prompts
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.methods import actor_order, critic_order
 from megatron_tempo.methods.learner import Rollouts
 from megatron_tempo.models.actor import Actor

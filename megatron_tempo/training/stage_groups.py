@@ -16,10 +16,11 @@ import torch.distributed as dist
 
 from megatron_tempo.config import schedule
 from megatron_tempo.config.extensions import Extension
+from megatron_tempo.config.method_settings import Prompts
 from megatron_tempo.config.routing import recorded_routing
 from megatron_tempo.config.sampled import rollout_seed
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import Prompts, StageConfig
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.data.stream import PromptStream
 from megatron_tempo.rollout.batches import Collected
 from megatron_tempo.rollout.collected_groups import joined_groups, picked_groups

@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tempo.checkpoint.checkpoints import Checkpoints, LatestCheckpoint
+from megatron_tempo.config.method_settings import Prompts
 from megatron_tempo.config.resume import check_run_folder
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import Prompts, StageConfig
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.data.seen import Seen
 from megatron_tempo.data.sets import SAMPLED, QuestionKeys, evaluation_sets, prompt_streams, tokenizer_findings
 from megatron_tempo.data.tokenizer import load_tokenizer

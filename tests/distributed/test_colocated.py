@@ -16,8 +16,8 @@ import pytest
 
 from megatron_tempo.config.choices import EngineKind, Placement, Transport
 from megatron_tempo.config.correction import CorrectionConfig, CorrectionLevel
+from megatron_tempo.config.method_settings import GrpoSettings
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import GrpoSettings
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.observability.records import read_evaluations, read_metrics
 from megatron_tempo.rollout import server_nodes, servers

@@ -16,8 +16,9 @@ import transformers
 from torch import Tensor
 
 from megatron_tempo.config.choices import Layers
+from megatron_tempo.config.method_settings import Method, ScrlSettings
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import Method, ScrlSettings, StageConfig, settings_of
+from megatron_tempo.config.stages import StageConfig, settings_of
 from megatron_tempo.methods import METHODS
 from megatron_tempo.methods.learner import Learner, Rollouts
 from megatron_tempo.training.context import open_context

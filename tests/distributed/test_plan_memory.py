@@ -15,8 +15,9 @@ import transformers
 from megatron_tempo.config import Config
 from megatron_tempo.config.choices import Device, Logits, Recompute
 from megatron_tempo.config.cluster import ClusterConfig
+from megatron_tempo.config.method_settings import Baseline, PpoSettings
 from megatron_tempo.config.schema import CriticLayoutConfig, ParallelConfig
-from megatron_tempo.config.stages import Baseline, PpoSettings, StageConfig
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.plan.layout import PlannedMicroBatch

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_tempo.checkpoint.weight_files import weight_share
 from megatron_tempo.config.schema import Config, CriticLayoutConfig, ParallelConfig
-from megatron_tempo.config.stages import OptimizerConfig
+from megatron_tempo.config.updates import OptimizerConfig
 from megatron_tempo.models.megatron_compat.process_groups import Groups, clear_globals
 from megatron_tempo.models.packing import MicroBatch
 from megatron_tempo.models.parallel import Layouts

@@ -11,8 +11,8 @@ import pytest
 
 from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.correction import CorrectionConfig, CorrectionLevel
+from megatron_tempo.config.method_settings import GrpoSettings, TtrlSettings
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import GrpoSettings, TtrlSettings
 from megatron_tempo.data.sets import QuestionKeys, prompt_streams
 from megatron_tempo.data.tokenizer import load_tokenizer
 from megatron_tempo.observability.records import read, read_metrics

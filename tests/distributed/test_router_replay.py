@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from megatron_tempo.config.choices import Recompute, RouterReplay
+from megatron_tempo.config.method_settings import Baseline
 from megatron_tempo.config.schema import Config, ParallelConfig
-from megatron_tempo.config.stages import Baseline
 from megatron_tempo.config.updates import ActorUpdateConfig
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.models.actor import Actor

@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from megatron_tempo.config.correction import CorrectionConfig, CorrectionLevel
+from megatron_tempo.config.method_settings import GrpoSettings
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import GrpoSettings
 from megatron_tempo.observability.records import read_metrics
 from megatron_tempo.rollout.dump import experts_path
 from megatron_tempo.training.jobs import train

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from megatron_tempo.algorithm.outcomes import final_values
+from megatron_tempo.config.method_settings import Baseline, Method
 from megatron_tempo.config.schema import Config, CriticLayoutConfig, ParallelConfig
-from megatron_tempo.config.stages import Baseline, Method, StageConfig, settings_of
+from megatron_tempo.config.stages import StageConfig, settings_of
 from megatron_tempo.methods.learner import Rollouts
 from megatron_tempo.training.context import open_context
 from megatron_tempo.training.row_owners import RowOwners

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_tempo.config.correction import CorrectionConfig, CorrectionLevel, OutOfBounds
+from megatron_tempo.config.method_settings import TempoSettings
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import TempoSettings
 from megatron_tempo.config.truncation import TruncatedResponses
 from megatron_tempo.config.updates import CriticTargets
 from megatron_tempo.observability.records import read_metrics

@@ -13,8 +13,8 @@ from torch import Tensor
 from megatron_tempo.algorithm.correction import correct
 from megatron_tempo.config.choices import Fusions, Layers, Logits, Recompute
 from megatron_tempo.config.correction import CorrectionConfig, CorrectionLevel, OutOfBounds
+from megatron_tempo.config.method_settings import Baseline
 from megatron_tempo.config.schema import Config, CriticLayoutConfig, ParallelConfig
-from megatron_tempo.config.stages import Baseline
 from megatron_tempo.config.updates import ActorUpdateConfig, CriticUpdateConfig
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.models.packing import MicroBatch

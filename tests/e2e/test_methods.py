@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_tempo.config.choices import Verifier
+from megatron_tempo.config.method_settings import NEEDS, Method, ScrlSettings, TtrlSettings
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import NEEDS, Method, ScrlSettings, TtrlSettings
 from megatron_tempo.errors import InputError
 from megatron_tempo.observability.records import read_evaluations, read_metrics, read_samples
 from megatron_tempo.training.jobs import train

@@ -16,8 +16,8 @@ import pytest
 from megatron_tempo.checkpoint.convert import to_hugging_face
 from megatron_tempo.checkpoint.manifest import MANIFEST
 from megatron_tempo.config import resume
+from megatron_tempo.config.method_settings import Method
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import Method
 from megatron_tempo.config.tree import load, save
 from megatron_tempo.errors import InputError
 from megatron_tempo.observability.records import read_metrics

@@ -13,8 +13,8 @@ import pytest
 
 from megatron_tempo.config.choices import EngineKind
 from megatron_tempo.config.correction import CorrectionConfig, CorrectionLevel, OutOfBounds
+from megatron_tempo.config.method_settings import GrpoSettings
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import GrpoSettings
 from megatron_tempo.errors import EngineError
 from megatron_tempo.observability.records import read_evaluations, read_metrics
 from megatron_tempo.training.jobs import train

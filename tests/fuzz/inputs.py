@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_tempo.config.method_settings import PpoSettings
 from megatron_tempo.config.schema import Config, to_plain
-from megatron_tempo.config.stages import PpoSettings, StageConfig
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.evaluation.calibration import calibration_record
 from megatron_tempo.observability.records import finite
 from tests.unit.config_files import configure, good_overrides

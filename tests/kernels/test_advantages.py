@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_tempo.config.stages import Baseline
+from megatron_tempo.config.method_settings import Baseline
 from megatron_tempo.kernels.advantages import token_advantages, whiten
 from megatron_tempo.kernels.rows import BLOCK, Rows
 from tests.kernels.implementations import Implementation

@@ -37,7 +37,7 @@ SHARED = 227 * 1024  # bytes that a program may have
 
 ROOT = Path(__file__).parents[2]
 # What the machine code depends on besides the kernels and Triton.
-COMPILERS = ("megatron_tempo/config/stages.py", "tests/support/compile_kernels.py", "tests/support/hopper.py")
+COMPILERS = ("megatron_tempo/config/method_settings.py", "tests/support/compile_kernels.py", "tests/support/hopper.py")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tempo.config.stages import Baseline
+from megatron_tempo.config.method_settings import Baseline
 from megatron_tempo.config.updates import ActorUpdateConfig, Ratio
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.kernels.rows import Rows

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tempo.config.stages import Baseline
+from megatron_tempo.config.method_settings import Baseline
 from megatron_tempo.config.updates import Ratio
 from megatron_tempo.kernels.rows import BLOCK
 from tests.kernels.implementations import CUDA, triton

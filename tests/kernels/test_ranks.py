@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tempo.config.stages import Baseline
+from megatron_tempo.config.method_settings import Baseline
 from megatron_tempo.config.updates import ActorUpdateConfig, Ratio
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.kernels.self_certainty import self_certainty

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_tempo import cli
+from megatron_tempo.config.method_settings import Method
 from megatron_tempo.config.rules import Purpose
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import Method
 from megatron_tempo.plan.memory import saved_bytes
 from megatron_tempo.plan.parameters import Role
 from megatron_tempo.rehearsal.model_folder import config_entries

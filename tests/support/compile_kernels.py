@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_tempo.config.stages import Baseline
+from megatron_tempo.config.method_settings import Baseline
 from megatron_tempo.config.updates import ActorUpdateConfig, Ratio
 from megatron_tempo.kernels import kernels_for, policy_loss_triton
 from megatron_tempo.kernels.policy_loss import Experience

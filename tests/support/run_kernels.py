@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_tempo.config.stages import Baseline
+from megatron_tempo.config.method_settings import Baseline
 from megatron_tempo.config.updates import ActorUpdateConfig, Ratio
 from megatron_tempo.kernels import kernels_for
 from megatron_tempo.kernels.policy_loss import Experience

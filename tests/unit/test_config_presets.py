@@ -16,8 +16,8 @@ from megatron_tempo.config import Config, ConfigErrors, Problem, Purpose
 from megatron_tempo.config.benchmarks import BENCHMARKS
 from megatron_tempo.config.choices import Placement
 from megatron_tempo.config.compose import REPOSITORY, compose_tree
+from megatron_tempo.config.method_settings import Baseline, Method, Prompts, TempoSettings, ValueTiming
 from megatron_tempo.config.schema import to_plain
-from megatron_tempo.config.stages import Baseline, Method, Prompts, TempoSettings, ValueTiming
 from megatron_tempo.config.tree import MISSING, save
 from megatron_tempo.config.updates import CriticTargets, Ratio
 from tests.unit.config_files import write_model, write_rows

@@ -17,8 +17,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from megatron_tempo.config import Config, Problem, Purpose, check
+from megatron_tempo.config.method_settings import NEEDS, Method, Prompts
 from megatron_tempo.config.rules import evaluation
-from megatron_tempo.config.stages import NEEDS, Method, Prompts
 from megatron_tempo.config.tree import MISSING
 from tests.unit.config_files import CORRECTED, configure, good_overrides, write_all, write_model
 

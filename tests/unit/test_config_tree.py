@@ -12,9 +12,10 @@ import yaml
 from megatron_tempo.config import Config, load, save
 from megatron_tempo.config.choices import Device, RouterReplay
 from megatron_tempo.config.earlier import RENAMED
+from megatron_tempo.config.method_settings import PpoSettings
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.schema import to_plain
-from megatron_tempo.config.stages import PpoSettings, StageConfig
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.config.tree import field_paths, read, walk
 from megatron_tempo.errors import InputError
 from tests.unit.config_files import configure

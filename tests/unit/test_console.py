@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_tempo.config.stages import PpoSettings, StageConfig
+from megatron_tempo.config.method_settings import PpoSettings
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.observability.console import COLUMNS, evaluation_line, readable, step_line
 from megatron_tempo.observability.progress import BAR, Forecast, ProgressBar
 from megatron_tempo.observability.terminal import wrapped

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from megatron_tempo.config.extensions import Extension, ExtensionError, load
+from megatron_tempo.config.method_settings import Method, Needs, Prompts
 from megatron_tempo.config.rules import Purpose
 from megatron_tempo.config.schema import Config, to_plain
-from megatron_tempo.config.stages import Method, Needs, Prompts, StageConfig, load_method, settings_of
+from megatron_tempo.config.stages import StageConfig, load_method, settings_of
 from megatron_tempo.config.tree import differences, read, save
 from megatron_tempo.config.tree import load as load_config
 from megatron_tempo.data.rows import read_rows
@@ -280,7 +281,7 @@ def test_a_method_that_compares_answers_asks_for_answer_of(files: Path, modules:
 # Methods
 
 METHOD = """
-from megatron_tempo.config.stages import Needs, Prompts
+from megatron_tempo.config.method_settings import Needs, Prompts
 class M:
     needs = Needs(actor=Prompts.labelled, critic=None, graded=True)
     returned = {"reward": 1}

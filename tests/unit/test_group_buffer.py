@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from megatron_tempo.config.choices import StaleGroups
-from megatron_tempo.config.stages import Prompts
+from megatron_tempo.config.method_settings import Prompts
 from megatron_tempo.rollout.group_buffer import Group, GroupBuffer, needs_within
 
 LABELLED, UNLABELLED = Prompts.labelled, Prompts.unlabelled

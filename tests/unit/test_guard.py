@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_tempo.algorithm.guard import Guarded, flip_rate, guarded, question_weights
-from megatron_tempo.config.stages import GuardSettings
+from megatron_tempo.config.method_settings import GuardSettings
 
 T, F = True, False
 

@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_tempo.config.choices import Verifier
+from megatron_tempo.config.method_settings import NEEDS, Method, Prompts
 from megatron_tempo.config.schedule import remaining
 from megatron_tempo.config.schema import Config, DatasetConfig
-from megatron_tempo.config.stages import NEEDS, Method, Prompts
 from megatron_tempo.data import sets
 from megatron_tempo.data.copies import QuestionSet
 from megatron_tempo.data.dataset import load_unlabelled

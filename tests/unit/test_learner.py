@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megatron_tempo.algorithm.truncation import length_penalty
 from megatron_tempo.config.correction import CorrectionConfig, CorrectionLevel
-from megatron_tempo.config.stages import NEEDS, Baseline, Method, StageConfig, ValueTiming, settings_of
+from megatron_tempo.config.method_settings import NEEDS, Baseline, Method, ValueTiming
+from megatron_tempo.config.stages import StageConfig, settings_of
 from megatron_tempo.config.truncation import TruncatedResponses
 from megatron_tempo.config.updates import CriticTargets
 from megatron_tempo.kernels.advantages import token_advantages

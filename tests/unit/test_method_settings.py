@@ -10,22 +10,21 @@ import pytest
 from megatron_tempo import cli
 from megatron_tempo.config import check, resume
 from megatron_tempo.config.correction import CorrectionConfig, CorrectionLevel
-from megatron_tempo.config.problem import Problem
-from megatron_tempo.config.schema import Config, to_plain
-from megatron_tempo.config.stages import (
+from megatron_tempo.config.method_settings import (
     SETTINGS,
     Baseline,
     EmpoSettings,
-    ExtensionSettings,
     GrpoSettings,
     Method,
     MethodSettings,
     PpoSettings,
-    StageConfig,
     TempoSettings,
     TtrlSettings,
     ValueTiming,
 )
+from megatron_tempo.config.problem import Problem
+from megatron_tempo.config.schema import Config, to_plain
+from megatron_tempo.config.stages import ExtensionSettings, StageConfig
 from megatron_tempo.config.tree import differences, field_paths, load, read, save
 from megatron_tempo.errors import InputError
 from tests.unit.config_files import configure, good_overrides, write_all
@@ -246,7 +245,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import ClassVar
-from megatron_tempo.config.stages import Baseline, MethodSettings, Needs, Prompts
+from megatron_tempo.config.method_settings import Baseline, MethodSettings, Needs, Prompts
 class Kind(Enum):
     hard = "hard"
     soft = "soft"

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 import megatron_tempo.observability.metrics as metrics_module
+from megatron_tempo.config.method_settings import PpoSettings
 from megatron_tempo.config.schema import Config, MetricsConfig
-from megatron_tempo.config.stages import PpoSettings, StageConfig
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.observability.metrics import Metrics
 from megatron_tempo.observability.progress import Forecast, clock
 from megatron_tempo.observability.records import (

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_tempo.algorithm.outcomes import final_values, mixed_groups, value_targets
-from megatron_tempo.config.stages import Baseline
+from megatron_tempo.config.method_settings import Baseline
 from megatron_tempo.config.updates import CriticTargets
 
 # Two responses, of 3 tokens and of 1: V(x), V(x, y_1:1), ... of each.

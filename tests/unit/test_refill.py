@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_tempo.config.method_settings import Method, Prompts
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import Method, Prompts, StageConfig, settings_of
+from megatron_tempo.config.stages import StageConfig, settings_of
 from megatron_tempo.config.truncation import TruncatedResponses
 from megatron_tempo.data.stream import PromptStream
 from megatron_tempo.methods.learner import agreeing_groups

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_tempo import cli
 from megatron_tempo.config import resume
+from megatron_tempo.config.method_settings import Method
 from megatron_tempo.config.schema import Config, DatasetConfig, to_plain
-from megatron_tempo.config.stages import Method
 from megatron_tempo.config.tree import field_paths, read, save, without_default_settings
 from megatron_tempo.errors import InputError
 from tests.unit.config_files import good_overrides, write_all

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_tempo.algorithm.calibration import calibration_error
 from megatron_tempo.algorithm.entropy import entropy_weight
 from megatron_tempo.algorithm.returns import best_of_k, lambda_values
-from megatron_tempo.config.stages import Baseline
+from megatron_tempo.config.method_settings import Baseline
 from megatron_tempo.config.updates import CriticTargets
 from megatron_tempo.evaluation.calibration import calibration
 from megatron_tempo.kernels.advantages import token_advantages

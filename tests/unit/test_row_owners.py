@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tempo.config.stages import NEEDS, Method, Prompts, StageConfig, settings_of
+from megatron_tempo.config.method_settings import NEEDS, Method, Prompts
+from megatron_tempo.config.stages import StageConfig, settings_of
 from megatron_tempo.methods import METHODS
 from megatron_tempo.methods.learner import Learner, Rollouts
 from megatron_tempo.models.packing import row_owners

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from megatron_tempo.cli import build
 from megatron_tempo.config.choices import StaleGroups
+from megatron_tempo.config.method_settings import Prompts
 from megatron_tempo.config.rules import Purpose
-from megatron_tempo.config.stages import Prompts
 from megatron_tempo.plan.decoding import DecodeCosts
 from megatron_tempo.plan.memory import MemoryPhase, memory
 from megatron_tempo.plan.shapes import shape_of

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_tempo.config.choices import StaleGroups
+from megatron_tempo.config.method_settings import Prompts
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import Prompts
 from megatron_tempo.data.stream import PromptStream
 from megatron_tempo.rollout.group_answers import Asking, GroupAnswers
 from megatron_tempo.rollout.group_buffer import GroupBuffer

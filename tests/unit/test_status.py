@@ -17,8 +17,9 @@ from typing import Any, cast
 import pytest
 
 from megatron_tempo import cli
+from megatron_tempo.config.method_settings import PpoSettings
 from megatron_tempo.config.schema import Config, MetricsConfig, ServersConfig, to_plain
-from megatron_tempo.config.stages import PpoSettings, StageConfig
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.observability import heartbeat
 from megatron_tempo.observability.heartbeat import Heartbeat, read_heartbeat

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_tempo.config.stages import Method, StageConfig, settings_of
+from megatron_tempo.config.method_settings import Method
+from megatron_tempo.config.stages import StageConfig, settings_of
 from megatron_tempo.config.truncation import TruncatedResponses
 from megatron_tempo.methods.learner import Visits, majorities
 from megatron_tempo.rewards.responses import View

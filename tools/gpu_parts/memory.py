@@ -25,8 +25,9 @@ from gpu_parts.setting import ROOT, Setting
 from gpu_parts.training import Pair, config_of, narrow, opened
 from megatron_tempo.config.choices import Recompute
 from megatron_tempo.config.cluster import ClusterConfig
+from megatron_tempo.config.method_settings import Baseline, PpoSettings
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import Baseline, PpoSettings, StageConfig
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.plan.layout import PlannedMicroBatch

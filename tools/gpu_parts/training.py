@@ -16,8 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from gpu_parts.setting import Setting
 from megatron_tempo.config.choices import Device, Layers, Precision
+from megatron_tempo.config.method_settings import Baseline
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import Baseline
 from megatron_tempo.config.updates import ActorUpdateConfig, CriticUpdateConfig, OptimizerConfig
 from megatron_tempo.kernels.policy_loss import Experience
 from megatron_tempo.models.actor import Actor

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from megatron_tempo.config.method_settings import Prompts
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import Prompts
 from megatron_tempo.plan import engine
 from megatron_tempo.plan.decoding import decode_costs
 from megatron_tempo.plan.parameters import Role

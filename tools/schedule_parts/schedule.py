@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from megatron_tempo.config.choices import StaleGroups
-from megatron_tempo.config.stages import Prompts
+from megatron_tempo.config.method_settings import Prompts
 from megatron_tempo.plan.decoding import DecodeCosts
 from megatron_tempo.rollout import group_buffer
 from megatron_tempo.rollout.group_buffer import GroupBuffer, needs_within

@@ -14,9 +14,10 @@ from megatron_tempo.config.extensions import (
     load_template,
     load_verifier,
 )
+from megatron_tempo.config.method_settings import Prompts
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.schema import Config, DatasetConfig
-from megatron_tempo.config.stages import ExtensionSettings, Prompts
+from megatron_tempo.config.stages import ExtensionSettings
 from megatron_tempo.config.tree import read_settings
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_tempo.config import cluster, correction, schema, stages, updates
+from megatron_tempo.config import cluster, correction, method_settings, schema, stages, updates
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.tree import walk
 
@@ -186,15 +186,15 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
         "length_penalty_tokens": _ONE_TO_TOKENS,
         "length_penalty": _above(0, FACTOR),
     },
-    stages.PpoSettings: _WITH_CRITIC,
-    stages.TempoSettings: {
+    method_settings.PpoSettings: _WITH_CRITIC,
+    method_settings.TempoSettings: {
         **_WITH_CRITIC,
         "estep_every": _UP_TO_COUNT,
         "estep_when_ece_above": _DECAY,
         "pessimism": _from(0, FACTOR),
     },
-    stages.TtrlSettings: {"vote_responses": _ONE_TO_COUNT},
-    stages.GuardSettings: {
+    method_settings.TtrlSettings: {"vote_responses": _ONE_TO_COUNT},
+    method_settings.GuardSettings: {
         "vote_responses": _ONE_TO_COUNT,
         "flip_window": _from(1, 1000),
         "flip_threshold": _SHARE,
@@ -209,14 +209,14 @@ _BOUNDS: dict[type, dict[str, Bound]] = {
         "skip_probability": _PART,
         "skipped_share": _PART,
     },
-    stages.ScrlSettings: {
+    method_settings.ScrlSettings: {
         "vote_responses": _ONE_TO_COUNT,
         "positive_share": _SHARE,
         "positive_margin": _DECAY,
         "negative_share": _PART,
         "entropy_penalty": _from(0, FACTOR),
     },
-    stages.EmpoSettings: {"entropy_low": _from(0, FACTOR), "entropy_high": _above(0, FACTOR)},
+    method_settings.EmpoSettings: {"entropy_low": _from(0, FACTOR), "entropy_high": _above(0, FACTOR)},
     schema.EvaluationConfig: {
         "every": _UP_TO_COUNT,
         "samples": _ONE_TO_COUNT,

@@ -6,10 +6,7 @@ import math
 from collections.abc import Iterator
 
 from megatron_tempo.config.choices import Verifier
-from megatron_tempo.config.problem import Problem
-from megatron_tempo.config.rules.layout import divisors, laid_of
-from megatron_tempo.config.schema import Config
-from megatron_tempo.config.stages import (
+from megatron_tempo.config.method_settings import (
     Baseline,
     EmpoSettings,
     EntropyMinSettings,
@@ -17,9 +14,12 @@ from megatron_tempo.config.stages import (
     Method,
     Prompts,
     ScrlSettings,
-    StageConfig,
     TempoSettings,
 )
+from megatron_tempo.config.problem import Problem
+from megatron_tempo.config.rules.layout import divisors, laid_of
+from megatron_tempo.config.schema import Config
+from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.config.truncation import TruncatedResponses
 
 
