@@ -369,6 +369,15 @@ class Weights(Protocol):
         ...
 
 
+# In place of every expert of a token whose choice is not known, by the bytes of an expert's number (`config.routing`).
+UNKNOWN_EXPERT = {1: 255, 2: -1}
+
+
+def known_experts(experts: Tensor) -> Tensor:
+    """Which tokens have a recorded choice of experts: uint8 or int16 [..., k] -> bool [...]."""
+    return (experts != UNKNOWN_EXPERT[experts.itemsize]).any(-1)
+
+
 def seed_of(*parts: object) -> int:
     """A seed, 0 <= seed < 2**63, that depends only on the text of the parts.
 

@@ -9,9 +9,6 @@ from megatron_tempo.config.choices import RouterReplay
 from megatron_tempo.config.model_shape import ModelShape, read_model_shape
 from megatron_tempo.config.schema import Config
 
-# In place of every expert of a token whose choice is not known, by the bytes of an expert's number.
-UNKNOWN = {1: 255, 2: -1}
-
 
 @dataclass(frozen=True, slots=True)
 class RoutingFormat:
@@ -35,8 +32,8 @@ class RoutingFormat:
     def itemsize(self) -> int:
         """Bytes of an expert's number.
 
-        With 256 experts one byte has no number left for `UNKNOWN`. But a token's experts differ, unless it has only
-        one, so 255 in place of all of them still is one.
+        With 256 experts one byte has no number left for `types.UNKNOWN_EXPERT`. But a token's experts differ, unless it
+        has only one, so 255 in place of all of them still is one.
         """
         return 1 if self.experts < 256 + (self.per_token > 1) else 2
 

@@ -35,6 +35,7 @@ from megatron_tempo.config.cluster import ClusterConfig
 from megatron_tempo.config.extensions import Extension
 from megatron_tempo.config.method_settings import PpoSettings, TempoSettings
 from megatron_tempo.config.pipeline_layers import PipelineLayers
+from megatron_tempo.config.sizes import expert_cut
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.config.updates import CriticTargets
 
@@ -123,7 +124,7 @@ class ParallelConfig:
     @property
     def expert_cut(self) -> int:
         """Ranks that share the matrices of each expert."""
-        return self.tensor if self.expert_tensor is None else self.expert_tensor
+        return expert_cut(self.tensor, self.expert_tensor)
 
     @property
     def pipeline_layers(self) -> PipelineLayers:
@@ -208,8 +209,7 @@ class RolloutConfig:
     placement: Placement = Placement.disaggregated
     # the most actor updates between a token's generation and its use; k: generate up to k iterations ahead
     max_staleness: int = 0
-    # what happens to a prompt group that would exceed `max_staleness`
-    stale_groups: StaleGroups = StaleGroups.wait
+    stale_groups: StaleGroups = StaleGroups.wait  # what happens to a prompt group that would exceed `max_staleness`
     # the engine stops when an iteration has its prompt groups; unfinished responses continue in the next one. Servers
     # that generate while the run trains never stop
     partial_rollouts: bool = False

@@ -8,6 +8,11 @@ GRID_SLACK = 1.25
 CACHE_ROOM = 32
 
 
+def expert_cut(tensor: int, expert_tensor: int | None) -> int:
+    """Ranks that share an expert's matrices. `expert_tensor`: None for as many as share the dense ones."""
+    return tensor if expert_tensor is None else expert_tensor
+
+
 def padded_vocab(vocab: int, tensor: int) -> int:
     """The vocabulary padded to a multiple of 16 on each tensor rank.
 

@@ -13,14 +13,13 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_tempo.config.model_shape import ModelShape
-from megatron_tempo.config.routing import UNKNOWN
 from megatron_tempo.config.sizes import GRID_SLACK
 from megatron_tempo.kernels.rows import Rows
 from megatron_tempo.models.context import ContextShard, Outputs, Piece
 from megatron_tempo.models.grid import Grid, like_lengths
 from megatron_tempo.models.parallel import Layout
 from megatron_tempo.models.routing import RoutedTokens
-from megatron_tempo.types import Batch, ranges
+from megatron_tempo.types import UNKNOWN_EXPERT, Batch, ranges
 
 BALANCED = 0.005  # `divide` stops to swap rows once no rank has more than this share above the mean
 
@@ -58,7 +57,7 @@ class RecordedChoices:
     def of_layers(self, layers: Sequence[int]) -> Tensor:
         """Of these layers: [t, layers, k], unknown for padding."""
         shape = (len(self.cells), len(layers), self.experts.shape[2])
-        chosen = self.experts.new_full(shape, UNKNOWN[self.experts.itemsize])
+        chosen = self.experts.new_full(shape, UNKNOWN_EXPERT[self.experts.itemsize])
         of_rows = self.cells >= 0
         chosen[of_rows] = self.experts[self.cells[of_rows]][:, layers]
         return chosen

@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tempo.config.routing import UNKNOWN
 from megatron_tempo.models.chunks import ModelChunks
 from megatron_tempo.models.gpt import PackedGPT
 from megatron_tempo.models.packing import MicroBatch
+from megatron_tempo.types import known_experts
 
 # (scores, k, groups, k of groups) -> the k greatest scores of each token and their experts, [tokens, k] each.
 TopK = Callable[..., tuple[Tensor, Tensor]]
@@ -48,14 +48,13 @@ class LayerChoice:
         if self.given is None:
             return values, own
         assert self.given.shape == own.shape, "recorded choices of other tokens"
-        unknown = (self.given == UNKNOWN[self.given.itemsize]).all(1)
-        given = self.given.long()
+        known, given = known_experts(self.given), self.given.long()
         if self._replay.is_counting:
-            agrees = (given.sort(1).values == own.sort(1).values).all(1) & ~unknown
-            self._replay.counts += torch.stack([agrees.sum(), (~unknown).sum()])
+            agrees = (given.sort(1).values == own.sort(1).values).all(1) & known
+            self._replay.counts += torch.stack([agrees.sum(), known.sum()])
         if not self._replay.replays:
             return values, own
-        chosen = torch.where(unknown[:, None], own, given)
+        chosen = torch.where(known[:, None], given, own)
         return scores.gather(1, chosen), chosen
 
 

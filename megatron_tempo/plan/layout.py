@@ -9,7 +9,7 @@ from megatron_tempo.config.pipeline_layers import PipelineLayers
 from megatron_tempo.config.recipes import RECIPES
 from megatron_tempo.config.sampled import truncates
 from megatron_tempo.config.schema import Config, ParallelConfig
-from megatron_tempo.config.sizes import GRID_SLACK
+from megatron_tempo.config.sizes import GRID_SLACK, expert_cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class PlannedLayout:
     @property
     def expert_cut(self) -> int:
         """Ranks that share an expert's matrices."""
-        return self.tensor if self.expert_tensor is None else self.expert_tensor
+        return expert_cut(self.tensor, self.expert_tensor)
 
     @property
     def expert_data(self) -> float:

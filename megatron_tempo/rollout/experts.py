@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_tempo.config.routing import UNKNOWN, RoutingFormat
+from megatron_tempo.config.routing import RoutingFormat
 from megatron_tempo.runtime.row_windows import row_windows
-from megatron_tempo.types import Completion
+from megatron_tempo.types import UNKNOWN_EXPERT, Completion, known_experts
 
 DTYPES = {1: torch.uint8, 2: torch.int16}
 
@@ -35,7 +35,7 @@ class ExpertRows:
         return torch.empty(tokens, self.layers, self.per_token, dtype=self.dtype)
 
     def unknown(self, tokens: int) -> Tensor:
-        return self.empty(tokens).fill_(UNKNOWN[self.itemsize])
+        return self.empty(tokens).fill_(UNKNOWN_EXPERT[self.itemsize])
 
 
 # Gets some rows of a batch, and the experts of each one's tokens.
@@ -107,12 +107,7 @@ def filled(experts: Tensor, tokens: int) -> Tensor:
     missing = tokens - len(experts)
     if missing <= 0:
         return experts[:tokens]
-    return torch.cat([experts, experts.new_full((missing, *experts.shape[1:]), UNKNOWN[experts.itemsize])])
-
-
-def known(experts: Tensor) -> Tensor:
-    """Which tokens have a choice in each layer: uint8 or int16 [..., k] -> bool [...]."""
-    return (experts != UNKNOWN[experts.itemsize]).any(-1)
+    return torch.cat([experts, experts.new_full((missing, *experts.shape[1:]), UNKNOWN_EXPERT[experts.itemsize])])
 
 
 def continued(prompt: int, begun: Completion, more: Tensor | None) -> Tensor | None:
@@ -140,7 +135,7 @@ def doubts(experts: Tensor, form: RoutingFormat) -> list[str]:
         return [
             f"experts are {experts.dtype} {list(experts.shape)}, not {wanted[2]} [tokens, {wanted[0]}, {wanted[1]}]"
         ]
-    chosen = experts[known(experts)]
+    chosen = experts[known_experts(experts)]
     if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < form.experts:
         return [f"an expert that is none of {form.experts}"]
     return []

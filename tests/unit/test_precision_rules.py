@@ -14,7 +14,7 @@ from megatron_tempo.config.rules.precision import Machine, check_machine
 from megatron_tempo.config.schema import Config
 from megatron_tempo.models.fusions import Fused, fused
 from megatron_tempo.models.machine import chosen_layers
-from tests.unit.config_files import configure, good_overrides, write_all, write_model
+from tests.unit.config_files import MOE, configure, good_overrides, write_all, write_model
 
 # Sizes that are multiples of 128 on each of two tensor ranks, and of 16 on each of four.
 EVEN = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 768}
@@ -240,3 +240,13 @@ def test_what_auto_means() -> None:
     assert chosen(H100, Precision.fp32) is Layers.local
     assert chosen(replace(H100, te=None), Precision.bf16) is Layers.local
     assert chosen(Machine("", None, None, (2, 11)), Precision.fp32) is Layers.local
+
+
+@pytest.mark.parametrize("ranks", [0, -1])
+def test_an_expert_on_no_rank_is_a_problem_of_its_own(files: Path, ranks: int) -> None:
+    """The sizes of FP8's rule are of an expert's part, which has to exist."""
+    if not (files / "mixture").exists():
+        write_model(files / "mixture", **MOE)
+    given = ["run.precision=fp8_blockwise", f"parallel.expert_tensor={ranks}"]
+    found = {problem.field for problem in problems(files, *given, model="mixture")}
+    assert found == {"run.precision", "parallel.expert_tensor"}

@@ -30,13 +30,13 @@ from megatron_tempo.rollout.batches import Answers, receive, share_columns
 from megatron_tempo.rollout.build import server_adapter_of
 from megatron_tempo.rollout.embedded import EmbeddedEngine
 from megatron_tempo.rollout.engine import Request, Sampling
-from megatron_tempo.rollout.experts import filled, known
+from megatron_tempo.rollout.experts import filled
 from megatron_tempo.rollout.partial_requests import joined, parts_of
 from megatron_tempo.rollout.replica import Ask, GenerationJob
 from megatron_tempo.rollout.server_adapter import Start
 from megatron_tempo.rollout.sglang import Sglang
 from megatron_tempo.rollout.vllm import Vllm
-from megatron_tempo.types import UNFINISHED, Batch, Completion, UnlabelledPrompt
+from megatron_tempo.types import UNFINISHED, Batch, Completion, UnlabelledPrompt, known_experts
 from tests.support.answers import BODIES, Answer, Said, answering
 from tests.support.completions import completion
 from tests.support.ranks import run_ranks
@@ -245,7 +245,7 @@ def test_what_an_interrupted_server_did_not_return_is_unknown(tokens: int) -> No
     more = begun(3, torch.from_numpy(chosen(3, 2).astype(np.uint8)))
     whole = joined(Request(PROMPT, 1, 0, begun=(first,)), [[more]])[0].experts
     assert whole is not None
-    assert known(whole)[:, 0].tolist() == [place < min(tokens, 4) or place >= 4 for place in range(7)]
+    assert known_experts(whole)[:, 0].tolist() == [place < min(tokens, 4) or place >= 4 for place in range(7)]
     assert torch.equal(whole[4:], more.experts)
 
 
@@ -354,7 +354,7 @@ def test_a_file_of_rollouts_keeps_all_layers_in_a_file_of_its_own(recorded: Path
     for row, (read, of) in enumerate(zip(rows, wanted, strict=True)):
         assert read is not None
         assert torch.equal(read[:-1], of[:-1] if row < 5 else torch.from_numpy(chosen(7, 5).astype(np.uint8)))
-        assert not known(read[-1]).any()
+        assert not known_experts(read[-1]).any()
     sizes = sum(map(len, wanted)) * FORMAT.bytes_per_token
     assert dump.experts_path(recorded).stat().st_size == sizes, "a byte for each expert, and nothing else"
     plain = dump.read(recorded, [], PROMPTS, 2)

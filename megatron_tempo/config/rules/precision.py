@@ -25,6 +25,7 @@ from megatron_tempo.config.recipes import (
 )
 from megatron_tempo.config.rules.layout import Laid, divisors, folders_of, laid_of
 from megatron_tempo.config.schema import Config
+from megatron_tempo.config.sizes import expert_cut
 
 _CUDNN_CAPABILITY, _BLACKWELL = (9, 0), (10, 0)
 _UNSHARED = f"run.precision={Precision.fp8_tensorwise.name}"  # scales are those of the tensor itself
@@ -173,17 +174,15 @@ def _sizes(config: Config, recipe: Recipe, laid: Laid, folder: str, shape: Model
     if shape.experts is None:
         cut["feed-forward units"] = shape.ffn
     else:
-        sizes["the feed-forward units of an expert on a rank"] = shape.experts.ffn // laid.parallel.expert_cut
+        sizes["the feed-forward units of an expert on a rank"] = shape.experts.ffn // max(1, laid.parallel.expert_cut)
     sizes |= {f"the {name} of a tensor rank": size // tensor for name, size in cut.items() if size % tensor == 0}
     uneven = [f"{name} ({size})" for name, size in sizes.items() if size % recipe.multiple]
     if not uneven:
         return
 
-    def expert_cut(tensor: int) -> int:
-        return laid.parallel.expert_tensor or tensor
-
     def even(tensor: int, multiple: int) -> bool:
-        whole = [shape.hidden] if shape.experts is None else [shape.hidden, shape.experts.ffn // expert_cut(tensor)]
+        ranks = max(1, expert_cut(tensor, laid.parallel.expert_tensor))
+        whole = [shape.hidden] if shape.experts is None else [shape.hidden, shape.experts.ffn // ranks]
         tensors = all(size % (tensor * multiple) == 0 for size in cut.values())
         return tensors and all(size % multiple == 0 for size in whole)
 
