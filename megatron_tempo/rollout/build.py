@@ -23,8 +23,10 @@ def server_adapter_of(config: Config, *, cpu: bool, trains: bool = True) -> Serv
         stops, longest = bool(stop_strings(config)), _longest_row(config)
         return Vllm(cpu=cpu, tensor=tensor, sleeps=sleeps, stops=stops, routing=routing, longest=longest)
     shortened = truncates(rollout) or truncates(config.evaluation)
-    key_heads = read_model_shape(Path(config.model.path)).groups if tensor > 1 else None
-    return Sglang(cpu=cpu, tensor=tensor, sleeps=sleeps, truncates=shortened, key_heads=key_heads, routing=routing)
+    shape = read_model_shape(Path(config.model.path))
+    count = None if shape.experts is None else shape.experts.count
+    facts = {"key_heads": shape.groups, "experts": count}
+    return Sglang(cpu=cpu, tensor=tensor, sleeps=sleeps, truncates=shortened, routing=routing, **facts)
 
 
 def _longest_row(config: Config) -> int:

@@ -5,8 +5,9 @@ It takes whole tensors only: its vocabulary layers refuse others (0.5.23, `srt/l
 takes tensors in parts. A server that was started without it gets whole tensors: its largest bucket is its largest one.
 
 SGLang reports success for an update that misses a tensor or names one wrongly. Its checksums (`/weights_checker`) are
-of the parameters that it computes with, one of each on each tensor rank (`sglang_checksums.py`). Its other endpoint
-that reads parameters, `/get_weights_by_name`, does not know our families.
+of the parameters that it computes with, one of each on each tensor rank (`sglang_checksums.py`, and
+`sglang_experts.py` for a mixture's experts). Its other endpoint that reads parameters, `/get_weights_by_name`, does not
+know our families.
 
 Its log-probabilities are those before top-k, top-p and min-p (`srt/layers/sampler.py`), and top-p's shares are of all
 tokens, so with top-k other tokens are left than elsewhere. So our own logit processor truncates
@@ -58,6 +59,7 @@ from megatron_tempo.rollout.sglang_checksums import (
     installed,
     of_rank,
 )
+from megatron_tempo.rollout.sglang_experts import EXPERTS, ExpertSums, expert_sums, is_piece
 from megatron_tempo.rollout.slices import Places, Slices
 from megatron_tempo.rollout.whole_tensors import WholeParameters
 from megatron_tempo.types import Bucket, PartName
@@ -72,7 +74,6 @@ _ON_CPU = [
     "--grammar-backend=none",
     "--disable-cuda-graph",
 ]
-_EXPERTS = ".mlp.experts."  # in the names of experts' tensors and of SGLang's parameters of them
 # Given explicitly: a missing entry may be taken from the model's generation_config.json.
 _NOTHING_ELSE = {
     "top_p": 1.0,
@@ -119,11 +120,17 @@ class Sglang:
         truncates: bool = False,
         key_heads: int | None = None,
         routing: RoutingFormat | None = None,
+        experts: int | None = None,
     ) -> None:
-        """`key_heads`: the model's heads of keys, which the checksums of several workers depend on."""
+        """`key_heads`: the model's heads of keys, which the checksums of several workers depend on.
+
+        `experts`: of each layer of a mixture; None: there are none, or their checksums are not compared.
+        """
         self.routing = routing
         self._cpu, self._tensor, self._sleeps, self._truncates = cpu, tensor, sleeps, truncates
         self._key_heads = key_heads
+        self._experts = experts
+        self._expert_sums = None if experts is None or cpu else ExpertSums(experts)
         self._wholes = WholeParameters(FUSED.values())
 
     def launch(self, start: Start) -> Launch:
@@ -253,11 +260,14 @@ class Sglang:
     def expected(self, bucket: Bucket) -> dict[str, tuple[str, float]]:
         """Of SGLang's parameters on each tensor rank; nothing of an FP8 weight, which a kernel may hold otherwise.
 
-        Nor of experts: all of a layer are one parameter, of which no sender has more than a bucket.
+        Of experts on GPUs, this bucket's part of the sum of each parameter. On a CPU nothing.
         """
-        bucket = [(name, tensor) for name, tensor in bucket if _EXPERTS not in name]
+        of_experts: dict[str, tuple[str, float]] = {}
+        if self._experts is not None and self._expert_sums is not None:
+            of_experts = expert_sums(bucket, self._tensor, self._experts)
+        bucket = [(name, tensor) for name, tensor in bucket if EXPERTS not in name]
         hashed, whole = bytes_hash if self._cpu else gpu_hash, self._wholes.add(bucket)
-        return {
+        return of_experts | {
             of_rank(name, rank, self._tensor): ("" if tensor.itemsize == 1 else hashed(tensor), math.nan)
             for name, rank, tensor in installed(whole, self._tensor, self._key_heads)
         }
@@ -272,18 +282,22 @@ class Sglang:
     def not_installed(
         self, expected: dict[str, tuple[str, float]], selection: Selection, answer: Any
     ) -> list[tuple[str, float]]:
-        """All parameters are compared, but for experts'."""
+        """All parameters are compared; experts on GPUs, as far as SGLang's kernel leaves them in order."""
         held: dict[str, tuple[str, float]] = {}
+        experts: dict[str, str] = {}
         for one in answer["ranks"]:
             rank, checksums = one["parallelism_info"][0]["tp_rank"], one["checksums"]
-            dense = {name: total for name, total in checksums.items() if _EXPERTS not in name}
+            dense = {name: total for name, total in checksums.items() if EXPERTS not in name}
+            experts |= {of_rank(name, rank, self._tensor): of for name, of in checksums.items() if name not in dense}
             held |= {of_rank(name, rank, self._tensor): (total, math.nan) for name, total in dense.items()}
             embedding, head = (of_rank(name, rank, self._tensor) for name in (EMBEDDING, HEAD))
             if head in held and head not in expected and held[head] == held.get(embedding):
                 del held[head]  # tied: sent under one name
-        unread = {name for name, (total, _) in expected.items() if not total}
-        wanted = {name: one for name, one in expected.items() if name not in unread}
-        return differing(wanted, {name: one for name, one in held.items() if name not in unread})
+        of_dense = {name: one for name, one in expected.items() if not is_piece(name)}
+        unread = {name for name, (total, _) in of_dense.items() if not total}
+        wanted = {name: one for name, one in of_dense.items() if name not in unread}
+        wrong = differing(wanted, {name: one for name, one in held.items() if name not in unread})
+        return wrong + ([] if self._expert_sums is None else self._expert_sums.differing(expected, experts))
 
 
 def _with_plugin(folder: Path) -> dict[str, str]:

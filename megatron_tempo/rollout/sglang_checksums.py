@@ -23,7 +23,7 @@ _QKV, _GATED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("m
 FUSED = {"self_attn.qkv_proj": _QKV, "mlp.gate_up_proj": _GATED}
 _BY_COLUMNS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
-_TILE, _CHUNK = 8192, 1 << 11  # words of a tile; tiles per step, which bounds the memory
+TILE, _CHUNK = 8192, 1 << 11  # words of a tile; tiles per step, which bounds the memory
 _SEED = 0x243F6A88
 _SEEDS = (_SEED, ((_SEED * 0x9E3779B1) ^ 0xDEADBEEF) & 0xFFFFFFFF)
 _PLACES = ((0x27D4EB2D, 15), (0x165667B1, 13))  # of a word's number: factor, bits of rotation
@@ -87,13 +87,21 @@ def gpu_hash(tensor: Tensor) -> str:
     """`gpu_tensor_hash`: each 32-bit word is mixed with its number, a tile's words are added up, then the tiles."""
     data = tensor.detach().contiguous().flatten().view(torch.uint8)
     words = torch.nn.functional.pad(data, (0, -len(data) % 4)).view(torch.int32)
-    device = torch.device("cuda") if torch.cuda.is_available() else data.device  # joined parts are in host memory
+    return final_hash(tile_total(words, 0, len(words)) if len(words) else 0)
+
+
+def tile_total(words: Tensor, first: int, count: int) -> int:
+    """The sum over the tiles of some of a tensor's words, int32 [n], modulo 2**64.
+
+    `first`: the number of the first one, a multiple of `TILE`. `count`: of all words of the tensor.
+    """
+    device = torch.device("cuda") if torch.cuda.is_available() else words.device  # joined parts are in host memory
     total = torch.zeros((), dtype=torch.int64, device=device)
-    for first in range(0, len(words), _CHUNK * _TILE):
-        part = words[first : first + _CHUNK * _TILE].to(device)
-        high, low = (_tile_sums(part, first, len(words), which) for which in (0, 1))
+    for start in range(0, len(words), _CHUNK * TILE):
+        part = words[start : start + _CHUNK * TILE].to(device)
+        high, low = (_tile_sums(part, first + start, count, which) for which in (0, 1))
         total += ((high << 32) | low).sum()  # modulo 2**64
-    return f"{_final(int(total) % 2**64) if len(words) else 0:016x}"
+    return int(total) % 2**64
 
 
 def _tile_sums(words: Tensor, first: int, count: int, which: int) -> Tensor:
@@ -102,7 +110,7 @@ def _tile_sums(words: Tensor, first: int, count: int, which: int) -> Tensor:
     number = torch.arange(first, first + len(words), device=words.device) & _MASK
     place = ((_times(number, factor) + seed) & _MASK) ^ (((number << turn) & _MASK) | (number >> (32 - turn)))
     mixed = _mix((words.long() & _MASK) ^ place)
-    sums = torch.nn.functional.pad(mixed, (0, -len(mixed) % _TILE)).view(-1, _TILE).sum(1) & _MASK
+    sums = torch.nn.functional.pad(mixed, (0, -len(mixed) % TILE)).view(-1, TILE).sum(1) & _MASK
     return _mix(sums ^ (count * 4 & _MASK))
 
 
@@ -118,11 +126,11 @@ def _times(word: Tensor, factor: int) -> Tensor:
     return (word * factor) & _MASK
 
 
-def _final(total: int) -> int:
-    """SplitMix64's last step (`_final_splitmix64`)."""
+def final_hash(total: int) -> str:
+    """SplitMix64's last step (`_final_splitmix64`) on the sum of a tensor's tiles, in hexadecimal."""
     mask = (1 << 64) - 1
     total ^= total >> 30
     total = (total * 0xBF58476D1CE4E5B9) & mask
     total ^= total >> 27
     total = (total * 0x94D049BB133111EB) & mask
-    return total ^ (total >> 31)
+    return f"{total ^ (total >> 31):016x}"
