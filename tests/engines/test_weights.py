@@ -24,14 +24,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 
 def after_syncs(
-    kind: EngineKind,
-    models: list[Path],
-    run: Path,
-    transport: Transport,
-    tensor: int,
-    stages: int,
-    temperature: float,
-    options: list[str],
+    kind: EngineKind, models: list[Path], run: Path, transport: Transport, tensor: int, stages: int, temperature: float
 ) -> list[Any]:
     """What the engine says with the weights of each model in turn, from two tensor ranks and two stages or copies.
 
@@ -43,7 +36,6 @@ def after_syncs(
         config.parallel.expert, config.parallel.expert_tensor, config.parallel.sequence = 4, 1, True
         config.model.router_replay = RouterReplay.off  # vLLM returns experts on GPUs only
     config.rollout.servers.transport, config.rollout.servers.tensor = transport, tensor
-    config.rollout.servers.arguments = [*config.rollout.servers.arguments, *options]
     completions, messages = [], []
     with opened(config, messages) as (context, engine):
         for version, path in enumerate(models):
@@ -53,17 +45,14 @@ def after_syncs(
             engine.load_weights(weights, version)
             completions.append(answers(engine, REQUESTS, Sampling(temperature, max_tokens=8)))
         if kind is EngineKind.vllm and transport is Transport.group and tensor > 1:
-            assert_sliced(engine, models[0], experts_apart=EXPERTS_APART in options)
+            assert_sliced(engine, models[0])
             assert engine.differences(weights) == []  # of all tensors, as they arrived and as they are installed
     assert messages == []
     return completions
 
 
-def assert_sliced(engine: ServersEngine, model: Path, *, experts_apart: bool) -> None:
-    """The workers say of every matrix which block they need, and none needs all of it, but for routers.
-
-    `experts_apart`: each expert is on one worker.
-    """
+def assert_sliced(engine: ServersEngine, model: Path) -> None:
+    """The workers say of every matrix which block they need, and none needs all of it, but for routers."""
     matrices = {
         name: tensor.shape for name, tensor in load_file(model / "model.safetensors").items() if tensor.ndim == 2
     }
@@ -71,44 +60,37 @@ def assert_sliced(engine: ServersEngine, model: Path, *, experts_apart: bool) ->
         for place in link.places:
             assert place.keys() == matrices.keys()
             cut = {name: shape for name, shape in matrices.items() if not name.endswith(".mlp.gate.weight")}
-            if experts_apart:
-                cut = {name: shape for name, shape in cut.items() if ".experts." not in name}
             assert all((place[name].rows, place[name].columns) != shape for name, shape in cut.items())
-        if experts_apart:
-            for name, (rows, columns) in matrices.items():
-                if ".experts." in name:
-                    assert sorted(place[name] for place in link.places) == [(0, 0, 0, 0), (0, rows, 0, columns)]
 
 
-EXPERTS_APART = "--enable-expert-parallel"
 # Four ranks: with one stage, there are two copies of the model, each of which sends a part.
 CASES = [
-    (EngineKind.sglang, Transport.group, 1, "untied", 2, []),
-    (EngineKind.sglang, Transport.shared, 1, "tied", 1, []),
-    (EngineKind.sglang, Transport.shared, 1, "olmo3", 2, []),
-    (EngineKind.sglang, Transport.group, 1, "olmo3", 1, []),
-    (EngineKind.vllm, Transport.group, 1, "tied", 2, []),
-    (EngineKind.vllm, Transport.shared, 1, "untied", 2, []),
-    (EngineKind.vllm, Transport.group, 2, "tied", 1, []),
-    (EngineKind.vllm, Transport.shared, 2, "untied", 1, []),
-    (EngineKind.vllm, Transport.shared, 1, "olmo3", 2, []),
-    (EngineKind.vllm, Transport.group, 2, "olmo3", 2, []),
-    (EngineKind.sglang, Transport.group, 1, "experts", 1, []),
-    (EngineKind.vllm, Transport.group, 1, "experts", 1, []),
-    (EngineKind.vllm, Transport.group, 2, "experts", 1, []),
-    (EngineKind.sglang, Transport.shared, 1, "qwen2", 2, []),
-    (EngineKind.vllm, Transport.group, 2, "qwen2", 2, []),
-    (EngineKind.sglang, Transport.group, 1, "llama", 1, []),
-    (EngineKind.vllm, Transport.shared, 1, "llama", 2, []),
+    (EngineKind.sglang, Transport.group, 1, "untied", 2),
+    (EngineKind.sglang, Transport.shared, 1, "tied", 1),
+    (EngineKind.sglang, Transport.shared, 1, "olmo3", 2),
+    (EngineKind.sglang, Transport.group, 1, "olmo3", 1),
+    (EngineKind.vllm, Transport.group, 1, "tied", 2),
+    (EngineKind.vllm, Transport.shared, 1, "untied", 2),
+    (EngineKind.vllm, Transport.group, 2, "tied", 1),
+    (EngineKind.vllm, Transport.shared, 2, "untied", 1),
+    (EngineKind.vllm, Transport.shared, 1, "olmo3", 2),
+    (EngineKind.vllm, Transport.group, 2, "olmo3", 2),
+    (EngineKind.sglang, Transport.group, 1, "experts", 1),
+    (EngineKind.vllm, Transport.group, 1, "experts", 1),
+    (EngineKind.vllm, Transport.group, 2, "experts", 1),
+    (EngineKind.sglang, Transport.shared, 1, "qwen2", 2),
+    (EngineKind.vllm, Transport.group, 2, "qwen2", 2),
+    (EngineKind.sglang, Transport.group, 1, "llama", 1),
+    (EngineKind.vllm, Transport.shared, 1, "llama", 2),
 ]
 
 
-@pytest.mark.parametrize(("kind", "transport", "tensor", "model", "stages", "options"), CASES)
+@pytest.mark.parametrize(("kind", "transport", "tensor", "model", "stages"), CASES)
 def test_after_each_sync_it_speaks_with_the_new_weights(
-    tmp_path: Path, kind: EngineKind, transport: Transport, tensor: int, model: str, stages: int, options: list[str]
+    tmp_path: Path, kind: EngineKind, transport: Transport, tensor: int, model: str, stages: int
 ) -> None:
     models = [write_model(tmp_path / f"model{seed}", model, seed=seed) for seed in (0, 1)]
-    arguments = (kind, models, tmp_path / "run", transport, tensor, stages, 0.7, options)
+    arguments = (kind, models, tmp_path / "run", transport, tensor, stages, 0.7)
     by_rank = run_ranks(after_syncs, 4, tmp_path / "ranks", *arguments, timeout=500)
     for version, path in enumerate(models):
         by_number = {number: completions for rank in by_rank for number, completions in rank[version].items()}
