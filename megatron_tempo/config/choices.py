@@ -16,10 +16,21 @@ class LogLevel(Enum):
 class Published(Enum):
     """Models that `plan` knows without their folders."""
 
+    qwen3_4b = "qwen3_4b"
     qwen3_8b = "qwen3_8b"
     qwen3_14b = "qwen3_14b"
+    qwen3_32b = "qwen3_32b"
     olmo3_7b = "olmo3_7b"
     qwen3_30b_a3b = "qwen3_30b_a3b"
+    qwen2_5_1_5b = "qwen2_5_1_5b"
+    qwen2_5_3b = "qwen2_5_3b"
+    qwen2_5_7b = "qwen2_5_7b"
+    qwen2_5_14b = "qwen2_5_14b"
+    qwen2_5_32b = "qwen2_5_32b"
+    llama3_2_1b = "llama3_2_1b"
+    llama3_2_3b = "llama3_2_3b"
+    llama3_1_8b = "llama3_1_8b"
+    llama3_1_70b = "llama3_1_70b"
 
 
 class Device(Enum):

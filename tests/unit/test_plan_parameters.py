@@ -21,36 +21,33 @@ from megatron_tempo.plan.parameters import (
     resident,
     total_parameters,
 )
-from megatron_tempo.plan.shapes import PUBLISHED, shape_of
+from megatron_tempo.plan.shapes import ENTRIES, PUBLISHED, shape_of
 from tests.support.shapes import qwen3_shape
 from tests.support.tiny import write_model
 from tests.unit.config_files import configure
 
+# Written down, so that a wrong entry shows even if both counts agree.
+COUNTS = {
+    Published.qwen3_4b: 4_022_468_096,
+    Published.qwen3_8b: 8_190_735_360,
+    Published.qwen3_14b: 14_768_307_200,
+    Published.qwen3_32b: 32_762_123_264,
+    Published.olmo3_7b: 7_298_011_136,
+    Published.qwen3_30b_a3b: 30_532_122_624,
+    Published.qwen2_5_1_5b: 1_543_714_304,
+    Published.qwen2_5_3b: 3_085_938_688,
+    Published.qwen2_5_7b: 7_615_616_512,
+    Published.qwen2_5_14b: 14_770_033_664,
+    Published.qwen2_5_32b: 32_763_876_352,
+    Published.llama3_2_1b: 1_235_814_400,
+    Published.llama3_2_3b: 3_212_749_824,
+    Published.llama3_1_8b: 8_030_261_248,
+    Published.llama3_1_70b: 70_553_706_496,
+}
+
 
 def own_config(name: Published) -> transformers.PretrainedConfig:
-    shape = PUBLISHED[name]
-    kinds = {"olmo3": transformers.Olmo3Config, "qwen3": transformers.Qwen3Config}
-    kind = kinds.get(shape.family.name, transformers.Qwen3MoeConfig)
-    own = shape.experts
-    mixture = own and {
-        "num_experts": own.count,
-        "num_experts_per_tok": own.per_token,
-        "moe_intermediate_size": own.ffn,
-        "norm_topk_prob": own.normalized,
-    }
-    return kind(
-        **(mixture or {}),
-        num_hidden_layers=shape.layers,
-        hidden_size=shape.hidden,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.groups,
-        head_dim=shape.head_dim,
-        intermediate_size=shape.ffn,
-        vocab_size=shape.vocab,
-        max_position_embeddings=shape.max_positions,
-        tie_word_embeddings=shape.tied,
-        rope_parameters=None if name is Published.olmo3_7b else {"rope_theta": shape.ropes[0].theta},
-    )
+    return transformers.AutoConfig.for_model(**ENTRIES[name])
 
 
 @pytest.mark.parametrize("name", Published)
@@ -58,7 +55,7 @@ def test_counts_are_those_of_transformers(name: Published) -> None:
     config = own_config(name)
     with torch.device("meta"):
         actor = transformers.AutoModelForCausalLM.from_config(config)
-    assert total_parameters(PUBLISHED[name]) == sum(p.numel() for p in actor.parameters())
+    assert total_parameters(PUBLISHED[name]) == COUNTS[name] == sum(p.numel() for p in actor.parameters())
     head = sum(p.numel() for n, p in actor.named_parameters() if n.startswith("lm_head"))
     critic = total_parameters(PUBLISHED[name]) - head + config.hidden_size + 1
     assert total_parameters(PUBLISHED[name], Role.critic) == critic

@@ -489,10 +489,11 @@ PRESETS = {
         # the quickstart's model has 64 positions, the second task's 256, SmolLM2 8192, the mixture of experts needs 8
         # ranks: their experiments rehearse them
         for word in [
-            *presets("model", "quickstart", "qwen3_30b_a3b", "smollm2_135m", "logic_dates"),
+            *presets("model", "logic_dates", "quickstart", "qwen2_5_32b", "qwen3_30b_a3b", "smollm2_135m"),
             *(w for g in ("data", "engine", "algorithm") for w in presets(g)),
         ]
     },
+    "model=qwen2_5_32b": ("experiment=qwen3_8b_aime", "cluster=h100x16", "model=qwen2_5_32b"),  # needs 8 ranks, too
 }
 
 
