@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from megatron_tempo.config.choices import Verifier
+from megatron_tempo.config.rules.rewards import runs_programs
 from megatron_tempo.config.schema import Config
 
 
 def findings(config: Config) -> list[str]:
     """Lines on the sandbox, none if no set has programs for answers. Raises InputError if no sandbox works here."""
-    sets = (config.data.labelled, *config.evaluation.sets.values())
-    if not any(dataset is not None and dataset.verifier is Verifier.code for dataset in sets):
+    if not runs_programs(config):
         return []
     from megatron_tempo.rewards.code_run import first_working
 

@@ -131,15 +131,12 @@ def _used_names(tests: str, program: str | None) -> tuple[str, ...]:
         defined = _defined(_parsed(program))
     else:
         own = _defined(tree) | set(dir(builtins))
-        defined = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and _is_named(node)} - own
+        called = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        defined = {function.id for function in called if isinstance(function, ast.Name)} - own
     names = tuple(dict.fromkeys(name for name in used if name in defined))
     if not names:
         raise BadTests("has tests that use no function of its solution")
     return names
-
-
-def _is_named(call: ast.Call) -> bool:
-    return isinstance(call.func, ast.Name)
 
 
 def _defined(tree: ast.Module) -> set[str]:

@@ -33,7 +33,7 @@ class SandboxError(RuntimeError):
 
 
 class Verdict(NamedTuple):
-    """What became of a program, and why."""
+    """How a program fared, and why."""
 
     outcome: Outcome
     why: str = ""
@@ -96,18 +96,22 @@ class _Session:
         """`pipes`: the process's input and output, if they lead to another one. `passed`: more files that it gets."""
         given, taken = (subprocess.PIPE, subprocess.PIPE) if pipes is None else pipes
         self._errors = os.memfd_create("errors")
-        self._process = subprocess.Popen(
-            sandbox.command(),
-            stdin=given,
-            stdout=taken,
-            stderr=self._errors,
-            pass_fds=passed,
-            cwd="/",
-            env=environment(),
-            start_new_session=True,
-            bufsize=0,
-        )
         self._name = sandbox.name
+        try:
+            self._process = subprocess.Popen(
+                sandbox.command(),
+                stdin=given,
+                stdout=taken,
+                stderr=self._errors,
+                pass_fds=passed,
+                cwd="/",
+                env=environment(),
+                start_new_session=True,
+                bufsize=0,
+            )
+        except OSError as error:
+            os.close(self._errors)
+            raise SandboxError(f"the sandbox {self._name} failed: {error}") from error
         if self._process.stdin is not None and self._process.stdout is not None:
             os.set_blocking(self._process.stdin.fileno(), False)
             self._lines = Lines(self._process.stdout.fileno(), longest)
@@ -141,7 +145,7 @@ class _Session:
             send(self._process.stdin.fileno(), message, deadline)
 
     def reply(self, deadline: float) -> dict[str, Any] | Verdict:
-        """The next message; a verdict if there is none: the program is at fault."""
+        """The next message; without one, the verdict on a program that sends none."""
         try:
             reply = self._lines.next(deadline)
         except TimeoutError:

@@ -22,11 +22,11 @@ from megatron_tempo.rewards.sandbox import Sandbox, compiled, sandboxes
 from megatron_tempo.rewards.sandboxed.lines import send
 
 
-def main() -> int:
+def main() -> None:
     kind, workers, python, limits = sys.argv[1:]
     with compiled(sandboxes(SandboxKind[kind], python or None)[0]) as sandbox:
         serve(sandbox, int(workers), ProgramLimits(**json.loads(limits)))
-    return 0
+    os._exit(0)  # what still runs ends with this process; nobody waits for it
 
 
 def serve(sandbox: Sandbox, workers: int, limits: ProgramLimits) -> None:
@@ -39,13 +39,13 @@ def serve(sandbox: Sandbox, workers: int, limits: ProgramLimits) -> None:
         with one_at_a_time:
             send(replies, {"id": request["id"], "index": index, **reply})
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="program") as pool:
-        for line in sys.stdin.buffer:
-            request = json.loads(line)
-            tests = read_tests(request["answer"])
-            for index in range(len(request["programs"])):
-                pool.submit(run, request, tests, index)
-        pool.shutdown(cancel_futures=True)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="program")
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        tests = read_tests(request["answer"])
+        for index in range(len(request["programs"])):
+            pool.submit(run, request, tests, index)
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _reply(program: str, tests: ProgramTests, limits: ProgramLimits, sandbox: Sandbox) -> dict[str, str]:
@@ -59,4 +59,4 @@ def _reply(program: str, tests: ProgramTests, limits: ProgramLimits, sandbox: Sa
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

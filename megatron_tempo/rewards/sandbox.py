@@ -24,6 +24,7 @@ from megatron_tempo.errors import InputError
 from megatron_tempo.rewards.sandboxed import lockdown
 
 INSIDE = Path(__file__).parent / "sandboxed"
+OLDEST = (3, 10)  # version of an interpreter
 THREADS = 64  # of a program in bubblewrap, where they can be counted
 TEMPORARY_BYTES = 2**24  # of a program's own files in bubblewrap
 INSTALL = "apt install bubblewrap"
@@ -46,13 +47,17 @@ class Interpreter:
         """`path`: None for this program's Python without its packages. Raises InputError if it does not run."""
         bare = () if path else ("-S",)
         executable = path or _own()
-        ask = "import sys; print(sys.prefix, sys.base_prefix, sep='\\n')"
+        ask = "import sys; print(sys.prefix, sys.base_prefix, *sys.version_info[:2], sep='\\n')"
         command = [executable, "-s", "-B", *bare, "-c", ask]
         try:
             asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment())
         except (OSError, subprocess.SubprocessError) as error:
             raise InputError(f"rewards.code.python: {executable} does not run as a Python ({error})") from error
-        folders = (*asked.stdout.split("\n")[:2], *_libraries())
+        *prefixes, major, minor = asked.stdout.split("\n")[:4]
+        if (int(major), int(minor)) < OLDEST:
+            needed = ".".join(map(str, OLDEST))
+            raise InputError(f"rewards.code.python: {executable} is Python {major}.{minor}; give {needed} or later")
+        folders = (*prefixes, *_libraries())
         return cls(executable, tuple(dict.fromkeys(folders)), ("-s", "-B", *bare))
 
     def command(self, folder: str) -> list[str]:

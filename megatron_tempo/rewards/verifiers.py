@@ -54,7 +54,8 @@ class Verifiers:
 
     `workers`: number of math processes. `seconds`: time limit of one item there. `code`: how programs run. `judge`: the
     language model that judges, if any. `imported`: the user's own. `threads`: how many threads may usefully call
-    `verify` at a time, and `judge_threads` for the judge's items. Threads take turns at the user's own verifiers.
+    `verify` at a time (None: one more than `workers`), and `judge_threads` for the judge's items. Threads take turns at
+    the user's own verifiers.
 
     A verifier sees the text after the last thought of a response, without its end tokens (`endings`). If the thought
     does not end, it sees nothing, or with `read_unfinished_thoughts` the whole response. The user's own verifiers also
@@ -72,12 +73,13 @@ class Verifiers:
         read_unfinished_thoughts: bool = False,
         end_tokens: frozenset[int] | None = None,
         code: CodeConfig | None = None,
+        threads: int | None = None,
     ) -> None:
         self._judge = judge
         self.end_tokens = end_tokens
         self._read_unfinished_thoughts = read_unfinished_thoughts
         self._one_at_a_time = threading.Lock()
-        self.threads = workers + 1  # one of them decodes while the workers compare
+        self.threads = workers + 1 if threads is None else threads  # one of them decodes while the workers compare
         self.judge_threads = 0 if judge is None else judge.concurrency
         self._texts = TextProcess()
         self._quick = quick_verifiers()

@@ -16,6 +16,7 @@ from megatron_tempo.config.extensions import Extension
 from megatron_tempo.config.model_shape import read_model_shape
 from megatron_tempo.config.routing import recorded_routing
 from megatron_tempo.config.rules.extensions import imported_verifiers
+from megatron_tempo.config.rules.rewards import runs_programs
 from megatron_tempo.config.sampled import evaluation_seed, evaluation_stop, stop_strings
 from megatron_tempo.config.schema import Config
 from megatron_tempo.data.tokenizer import end_tokens
@@ -101,6 +102,7 @@ def build_verifiers(config: Config) -> Verifiers:
         math.seconds,
         imported=imported_verifiers(config),
         code=config.rewards.code,
+        threads=max(math.workers, config.rewards.code.workers if runs_programs(config) else 0) + 1,
         read_unfinished_thoughts=config.rewards.read_unfinished_thoughts,
         end_tokens=frozenset(end_tokens(Path(config.model.path))) if stop_strings(config) else None,
     )

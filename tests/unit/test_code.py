@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from megatron_tempo.config.choices import SandboxKind
-from megatron_tempo.config.schema import CodeConfig
+from megatron_tempo.commands import code_sandbox
+from megatron_tempo.config.choices import SandboxKind, Verifier
+from megatron_tempo.config.schema import CodeConfig, Config, DatasetConfig
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rewards import code, code_run
 from megatron_tempo.rewards.code import CodeScorer, program_of
@@ -258,6 +259,21 @@ def test_sandbox_is_announced_once(caplog: pytest.LogCaptureFixture, monkeypatch
         ("WARNING", "programs do not run in bubblewrap: there is no bwrap on PATH; apt install bubblewrap"),
         ("INFO", "programs run in the sandbox subprocess, which does not protect from: faults of the kernel"),
     ]
+
+
+@pytest.mark.parametrize("kind", [Verifier.code, Verifier.math])
+def test_check_names_the_sandbox(kind: Verifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Box:
+        name, gaps = "subprocess", ("faults of the kernel",)
+
+    monkeypatch.setattr(code_run, "first_working", lambda *_: (Box(), ["bubblewrap: there is no bwrap on PATH"]))
+    config = Config()
+    config.evaluation.sets["mine"] = DatasetConfig(path="mine.jsonl", verifier=kind)
+    lines = [
+        "warning: programs do not run in bubblewrap: there is no bwrap on PATH",
+        "programs run in the sandbox subprocess, which does not protect from: faults of the kernel",
+    ]
+    assert code_sandbox.findings(config) == (lines if kind is Verifier.code else [])
 
 
 def test_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,12 @@ def check(config: Config, *, training: bool) -> Iterator[Problem]:
     yield from _compared(config, training=training)
 
 
+def runs_programs(config: Config) -> bool:
+    """Whether a set of a configuration has programs for answers, as far as the files are not asked."""
+    sets = (config.data.labelled, *config.evaluation.sets.values())
+    return any(dataset is not None and dataset.verifier is Verifier.code for dataset in sets)
+
+
 def has_bubblewrap() -> bool:
     return shutil.which("bwrap") is not None
 

@@ -7,10 +7,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_tempo.config.choices import Device, Precision, Verifier
+from megatron_tempo.config.choices import Device, Precision
 from megatron_tempo.config.problem import Problem
 from megatron_tempo.config.resume import checkpoint_folders
 from megatron_tempo.config.rules.files import wrong_with_folder
+from megatron_tempo.config.rules.rewards import runs_programs
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.tree import MISSING
 
@@ -45,8 +46,7 @@ def _hang(config: Config) -> Iterator[Problem]:
         servers = config.rollout.servers
         limits["rollout.servers.update_seconds"] = servers.update_seconds
         limits["rollout.servers.hang_seconds"] = servers.hang_seconds
-    sets = (config.data.labelled, *config.evaluation.sets.values())
-    if any(dataset is not None and dataset.verifier is Verifier.code for dataset in sets):
+    if runs_programs(config):
         limits["rewards.code.wall_seconds"] = config.rewards.code.wall_seconds
     if config.rewards.judge.url is not None:
         limits["rewards.judge.timeout_seconds"] = config.rewards.judge.timeout_seconds

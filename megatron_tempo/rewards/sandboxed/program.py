@@ -6,6 +6,7 @@ elsewhere. A program that took this process over could do no more than send othe
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import types
@@ -43,6 +44,7 @@ def run_on_inputs(source: str, how: Lock, requests: Lines, replies: int) -> None
     for name in PRELOADED:
         if name in source:  # it may be imported by each run
             __import__(name)
+    gc.freeze()  # each run leaves these objects alone at its end, which halves the time that it takes
     while (request := requests.next()) is not None:
         given, written = os.memfd_create("input"), os.memfd_create("output")
         with os.fdopen(os.dup(given), "wb") as file:
