@@ -75,6 +75,7 @@ class CodePool:
                 process.stdin.write(json.dumps(request).encode("ascii") + b"\n")
                 process.stdin.flush()
             except BrokenPipeError:
+                self._process = None  # perhaps before its reader has noticed
                 replies.put(None)
         verdicts: dict[int, Verdict] = {}
         try:

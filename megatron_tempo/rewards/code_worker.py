@@ -13,6 +13,8 @@ import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from megatron_tempo.config.choices import SandboxKind
@@ -24,6 +26,8 @@ from megatron_tempo.rewards.sandboxed.lines import send
 
 def main() -> None:
     kind, workers, python, limits = sys.argv[1:]
+    with suppress(OSError):  # programs inherit it: if memory ends, the kernel ends them before the trainer
+        Path("/proc/self/oom_score_adj").write_text("500", encoding="ascii")
     with compiled(sandboxes(SandboxKind[kind], python or None)[0]) as sandbox:
         serve(sandbox, int(workers), ProgramLimits(**json.loads(limits)))
     os._exit(0)  # what still runs ends with this process; nobody waits for it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 
@@ -15,7 +16,7 @@ from megatron_tempo.commands import code_sandbox
 from megatron_tempo.config.choices import SandboxKind, Verifier
 from megatron_tempo.config.schema import CodeConfig, Config, DatasetConfig
 from megatron_tempo.errors import EngineError, InputError
-from megatron_tempo.rewards import code, code_run
+from megatron_tempo.rewards import code, code_pool, code_run
 from megatron_tempo.rewards.code import CodeScorer, program_of
 from megatron_tempo.rewards.code_tests import ProgramTests, outputs_agree, read_tests, results_agree
 from megatron_tempo.rewards.scorer import Item
@@ -215,6 +216,31 @@ def test_pool_that_is_killed(verifiers: Verifiers) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.wait(20)
     assert score(verifiers, ECHO, fenced("print(input())  # again")) == [1.0]
+
+
+def test_process_whose_end_is_not_noticed_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next try starts another process, whether the reader of the last one has run or not."""
+
+    class Box:
+        name = "subprocess"
+
+    def start(module: str, *arguments: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        started.append(module)
+        command = ["false"] if len(started) == 1 else ["sh", "-c", f"read line; echo '{json.dumps(reply)}'; read line"]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        if len(started) == 1:
+            process.wait()
+        return process
+
+    started: list[str] = []
+    reply = {"id": 2, "index": 0, "outcome": "right", "why": ""}
+    monkeypatch.setattr(code_pool, "start", start)
+    pool = code_pool.CodePool(CodeConfig(), Box())  # type: ignore[arg-type]
+    read = pool._read
+    monkeypatch.setattr(pool, "_read", lambda process: None if len(started) == 1 else read(process))
+    assert pool.run(ECHO, ["print(input())"]) == [code_run.Verdict("right")]
+    pool.close()
+    assert len(started) == 2
 
 
 @pytest.mark.long
