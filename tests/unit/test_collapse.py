@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_tempo.config.schema import EvaluationConfig
+from megatron_tempo.evaluation.evaluator import Evaluator
 from megatron_tempo.evaluation.scores import vote_accuracy
 from megatron_tempo.observability.records import read_evaluations
 from megatron_tempo.report.collapse import collapse_sentence, collapse_step, collapse_words, reward_accuracies
 from megatron_tempo.report.summary import summary_table
+from megatron_tempo.types import LabelledPrompt
 from tests.unit.test_comparison import compare
 from tests.unit.test_report import write_run
 
@@ -28,6 +32,21 @@ def test_the_reward_accuracy_by_hand() -> None:
     assert found == {"reward_accuracy": pytest.approx((1 + 1 / 4 + 1 + 0) / 4), "label_accuracy": 0.25}
     one = vote_accuracy(np.array([[-1], [-1]]), np.array([[0.0], [1.0]]))
     assert one == {"reward_accuracy": 0.5, "label_accuracy": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("votes", "verifiers", "by"),
+    [
+        (True, ("math", "math"), "math"),
+        (False, ("math", "math"), None),
+        (True, ("math", "countdown"), None),  # answers by two rules are not compared
+        (True, ("judge", "judge"), None),  # a judge compares no responses
+    ],
+)
+def test_what_compares_the_answers_of_a_set(votes: bool, verifiers: tuple[str, ...], by: str | None) -> None:
+    prompts = [LabelledPrompt(str(i), "q", (i,), "a", name) for i, name in enumerate(verifiers)]
+    evaluator: Any = SimpleNamespace(config=EvaluationConfig(votes=votes))
+    assert Evaluator._votes_by(evaluator, prompts) == by
 
 
 def test_the_step_is_the_first_below_one_percent() -> None:

@@ -278,6 +278,15 @@ def test_a_method_that_compares_answers_asks_for_answer_of(files: Path, modules:
     assert problems(files, *ttrl, f"{UNLABELLED}.verifier=import:mine:length") == []
 
 
+def test_votes_in_evaluations_ask_for_answer_of(files: Path, modules: Path) -> None:
+    write(modules, GOOD)
+    given = [f"{HELDOUT}.verifier=import:mine:exact"]
+    assert problems(files, *given) == []
+    (problem,) = problems(files, *given, "evaluation.votes=true")
+    assert problem.field == f"{HELDOUT}.verifier"
+    assert "has no method answer_of" in problem.wrong
+
+
 # Methods
 
 METHOD = """

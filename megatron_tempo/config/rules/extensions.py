@@ -88,6 +88,9 @@ def _verifier(config: Config, group: str, dataset: DatasetConfig) -> Iterator[Pr
             yield Problem(field, extension, wrong, "define answer_of(prompt, response), or give a built-in verifier")
     elif verifier.graded:
         yield from _graded(config, field, extension)
+    elif group.startswith("evaluation.") and config.evaluation.votes and verifier.answer_of is None:
+        wrong = "has no method answer_of, and evaluation.votes=true compares the answers of responses"
+        yield Problem(field, extension, wrong, "define answer_of(prompt, response), or evaluation.votes=false")
 
 
 def _graded(config: Config, field: str, extension: Extension) -> Iterator[Problem]:
