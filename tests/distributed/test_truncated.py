@@ -28,7 +28,7 @@ def config_for(project: Path, run: Path) -> Config:
     config.rollout.max_response_tokens, config.rollout.temperature = LIMIT, 3.0
     config.stage2.truncated_responses = TruncatedResponses.masked
     config.stage2.settings = TempoSettings(
-        actor_on_labelled=True, gae_lambda=0.8, pass_at_k=2, estep_when_ece_above=0.0, pessimism=1.0
+        actor_on_labelled=True, gae_lambda=0.8, pass_at_k=2, estep_when_ece_above=0.0
     )
     config.stage2.actor.entropy_coef, config.stage2.actor.entropy_target = 0.01, 20.0
     config.stage2.critic.targets = CriticTargets.plus_minus_one  # values of 0 are then one half, and need an E-step
