@@ -80,6 +80,8 @@ def test_a_name_is_kept_as_it_is_in_config_json(tmp_path: Path) -> None:
     assert differences(config, again) == [
         "stage1.method: 'import:nowhere.at_all:method' -> 'ppo'",
         "stage1.baseline: None -> 'before_token'",
+        "stage1.gae_lambda: None -> 1.0",
+        "stage1.pass_at_k: None -> 1",
     ]
 
 
