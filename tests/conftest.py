@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
+import hypothesis
 import pytest
 
 from megatron_tempo.errors import InputError
@@ -19,6 +20,11 @@ ABOUT = {
     "test-slurm": ("3", "all but the tests on a real SLURM"),
     "test-rehearsal": ("4", "all but the tests on the null GPU"),
 }
+
+
+# A busy machine may take longer than its 200 ms for an example.
+hypothesis.settings.register_profile("without deadlines", deadline=None)
+hypothesis.settings.load_profile("without deadlines")
 
 
 def pytest_report_header() -> list[str]:
