@@ -129,7 +129,7 @@ def test_a_server_that_cannot_wake_says_what_to_change_and_the_run_is_saved(tmp_
     (message,) = run_ranks(trained, 1, tmp_path / "ranks", config)
     assert message.startswith("EngineError: no vLLM server is left; the last one does not get its GPU's memory back: ")
     assert "CUDA Error: out of memory" in message
-    assert "rollout.servers.arguments=[--gpu-memory-utilization=" in message
+    assert "rollout.servers.arguments=['--gpu-memory-utilization=" in message
     saved = [int(path.name.removeprefix("step_")) for path in (tmp_path / "run/checkpoints").glob("step_*")]
     steps = [line["step"] for line in read_metrics(tmp_path / "run")]
     assert saved == steps[-1:] == [1]

@@ -47,12 +47,15 @@ def _check(getter: str) -> None:
 def _is_of_no_layout(getter: str, reader: FrameType) -> bool:
     """Whether a call reads what no layout has, or what all may share.
 
-    Groups that shard weights ("gtp"), and scratch memory. A function that has its group asks whether there are globals;
-    so does a row-parallel layer, which has none there and needs none.
+    Groups that shard weights ("gtp"), and scratch memory. A function that has its group asks whether there are globals.
+    So does a row-parallel layer, which has no group there and needs none: it takes the one of the globals if they exist.
+    A stage in the middle of a pipeline looks for a group of embeddings, which its layout's globals do not have either.
     """
     if "gtp" in getter or getter == "get_global_memory_buffer":
         return True
-    if getter != "is_initialized" or reader.f_code.co_name != "get_tensor_model_parallel_group_if_none":
+    if reader.f_code.co_name in ("_allreduce_word_embedding_grads", "_allreduce_position_embedding_grads"):
+        return True
+    if reader.f_code.co_name != "get_tensor_model_parallel_group_if_none":
         return False
     assert reader.f_back is not None
     given = reader.f_back.f_locals
