@@ -48,7 +48,7 @@ def _is_of_no_layout(getter: str, reader: FrameType) -> bool:
     """Whether a call reads what no layout has, or what all may share.
 
     Groups that shard weights ("gtp"), and scratch memory. A function that has its group asks whether there are globals.
-    So does a row-parallel layer, which has no group there and needs none: it takes that of the globals if they exist.
+    So does a row-parallel layer, which needs no group there and takes that of the globals if they exist.
     A stage in the middle of a pipeline looks for a group of embeddings, which its layout's globals do not have either.
     """
     if "gtp" in getter or getter == "get_global_memory_buffer":
