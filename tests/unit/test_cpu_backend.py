@@ -16,8 +16,8 @@ from torch.overrides import _len_torch_function_stack
 from megatron_tempo.models.megatron_compat import cpu_backend
 from tests.support.ranks import run_ranks
 
-# Modules that a run imports and does not call: FP8, experts, FSDP, inference, CUDA graphs, other optimizers, NCCL's
-# allocator, streams of CUDA.
+# Modules that a run imports and does not call: FP8, experts, FSDP, inference, CUDA graphs, multimodal models, other
+# optimizers, NCCL's allocator, streams of CUDA.
 UNUSED = {
     "distributed.fsdp.src.megatron_fsdp.mixed_precision",
     "distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer",
@@ -25,6 +25,7 @@ UNUSED = {
     "full_cuda_graph",
     "fusions.fused_indices_converter",
     "inference.symmetric_memory",
+    "models.mimo.optimizer",
     "nccl_allocator",
     "optimizer.layer_wise_optimizer",
     "pipeline_parallel.hybrid_cp_schedule",
