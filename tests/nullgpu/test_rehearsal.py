@@ -58,7 +58,12 @@ CASES = {
     "grpo": ("stage1.iterations=0", "algorithm=grpo"),
     "ttrl": ("stage1.iterations=0", "algorithm=ttrl", "data.unlabelled.verifier=math"),
     "empo": ("stage1.iterations=0", "algorithm=empo", "data.unlabelled.verifier=math"),
+    "ttrl_guard": ("stage1.iterations=0", "algorithm=ttrl_guard", "data.unlabelled.verifier=math"),
+    "scrl": ("stage1.iterations=0", "algorithm=scrl", "data.unlabelled.verifier=math"),
+    "intuitor": ("stage1.iterations=0", "algorithm=intuitor"),
+    "entropy_min": ("stage1.iterations=0", "algorithm=entropy_min"),
 }
+WITHOUT_CRITIC = ("grpo", "ttrl", "empo", "ttrl_guard", "scrl", "intuitor", "entropy_min")
 TE_CASES = {
     name: (f"run.precision={name}", "model.layers=transformer_engine")
     for name in ("bf16", "fp8_blockwise", "fp8_tensorwise", "fp8_delayed")
@@ -107,7 +112,7 @@ def test_every_layout_and_method_runs(outcomes: dict[str, tuple[Outcome, str]], 
     outcome, text = outcomes[name]
     assert outcome.fits, text
     assert len(outcome.ranks) == kinds(name)
-    critic = set() if name in ("grpo", "ttrl", "empo") else {"values", "critic"}
+    critic = set() if name in WITHOUT_CRITIC else {"values", "critic"}
     for rank in outcome.ranks:
         phases = {phase.phase: phase for phase in rank.phases}
         wanted = {"start", "sync", "generate", "logprobs", "actor", "checkpoint"}
