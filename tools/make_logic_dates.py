@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from base_models import pretrain
 from logic_parts.habits import BASES
-from logic_parts.model import batches, make_model, make_tokenizer, pretrain
+from logic_parts.model import batches, make_model, make_tokenizer
 from logic_parts.task import COUNTS, Row, make_sets, pretraining
 from transformers import PreTrainedTokenizerFast
 

@@ -10,9 +10,11 @@ import argparse
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from base_models import pretrain, small_qwen3
 from countdown_task import Question, Split, split, traces
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -41,23 +43,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_model(tokenizer: PreTrainedTokenizerFast, layers: int, hidden: int, ffn: int) -> Qwen3ForCausalLM:
     """A Qwen3 whose heads, layers and widths are divisible by two, for tensor and pipeline parallelism."""
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden,
-            intermediate_size=ffn,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            max_position_embeddings=64,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    sizes = {"layers": layers, "hidden": hidden, "ffn": ffn, "head_dim": 16, "positions": 64}
+    return small_qwen3(tokenizer, vocab=len(tokenizer), **sizes)
 
 
 def widened(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
@@ -92,36 +79,17 @@ def widened(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
     return wide
 
 
-def pretrain(
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    questions: list[Question],
-    *,
-    steps: int,
-    rows: int,
-    lr: float,
-    seed: int,
-) -> None:
-    """Next-token training on the responses of traces: AdamW, 5% warm-up, cosine decay to zero."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-    )
+def batches(
+    tokenizer: PreTrainedTokenizerFast, questions: list[Question], rows: int, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Tokens and labels of traces, both [rows, length]. Labels of prompts are -100."""
     prompt_length = len(tokenizer(questions[0].prompt)["input_ids"])
     stream = traces(questions, seed)
-    for step in range(steps):
+    while True:
         tokens = torch.tensor(tokenizer(list(itertools.islice(stream, rows)))["input_ids"])
         labels = tokens.clone()
         labels[:, :prompt_length] = -100
-        loss = model(input_ids=tokens, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % 100 == 0:
-            print(f"step {step + 1} of {steps}: loss {loss.item():.4f} nats per token", flush=True)
+        yield tokens, labels
 
 
 def write_questions(path: Path, name: str, questions: list[Question]) -> None:
@@ -160,7 +128,8 @@ def main() -> None:
         torch.manual_seed(args.seed)
         tokenizer = make_tokenizer()
         model = make_model(tokenizer, args.layers, args.hidden, args.ffn)
-        pretrain(model, tokenizer, sets.pretraining, steps=args.steps, rows=args.rows, lr=args.lr, seed=args.seed)
+        data = batches(tokenizer, sets.pretraining, args.rows, args.seed)
+        pretrain(model, data, steps=args.steps, lr=args.lr)
         tokenizer.save_pretrained(args.out / "model")
         widened(model).save_pretrained(args.out / "model")
 

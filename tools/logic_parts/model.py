@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import math
 import random
 from collections.abc import Iterator
 
 import torch
+from base_models import small_qwen3
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 TOKENS = 576
@@ -49,23 +49,8 @@ def make_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
 
 def make_model(tokenizer: PreTrainedTokenizerFast, layers: int, hidden: int, ffn: int) -> Qwen3ForCausalLM:
     """Heads of 32, the smallest that vLLM supports on a CPU."""
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=TOKENS,
-            hidden_size=hidden,
-            intermediate_size=ffn,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=POSITIONS,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    sizes = {"layers": layers, "hidden": hidden, "ffn": ffn, "head_dim": 32, "positions": POSITIONS}
+    return small_qwen3(tokenizer, vocab=TOKENS, **sizes)
 
 
 # Token ids of a prompt in the chat template, and of its response with the end token.
@@ -105,24 +90,3 @@ def _padded(rows: list[Tokens], padding: int) -> tuple[torch.Tensor, torch.Tenso
         tokens[number, :end] = torch.tensor(prompt + response)
         labels[number, len(prompt) : end] = torch.tensor(response)
     return tokens, labels
-
-
-def pretrain(
-    model: Qwen3ForCausalLM, data: Iterator[tuple[torch.Tensor, torch.Tensor]], *, steps: int, lr: float
-) -> None:
-    """Next-token training on responses: AdamW, 5% warm-up, cosine decay to zero."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-    )
-    for step, (tokens, labels) in enumerate(itertools.islice(data, steps), 1):
-        # Padding stands at the end of a row, so causal attention needs no mask for it.
-        loss = model(input_ids=tokens, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0:
-            print(f"step {step} of {steps}: loss {loss.item():.4f} nats per token", flush=True)
