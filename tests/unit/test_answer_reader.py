@@ -22,19 +22,19 @@ import httpx
 import psutil
 import pytest
 
-from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.errors import EngineError
 from megatron_tempo.rollout import answer_reader, answer_worker
 from megatron_tempo.rollout.answer_frames import AnswerReply, RequestOrder, WorkerSettings, packed, receive
 from megatron_tempo.rollout.answer_reader import AnswerReader, CannotAnswer
 from megatron_tempo.rollout.answer_worker import AnswerWorker, Room
-from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
+from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.fleet import Fleet
 from megatron_tempo.rollout.replica import Answered, Failed, GenerationJob, State
 from megatron_tempo.rollout.sglang import Sglang
 from tests.support.answers import BODIES, Answer, Said, answering
 from tests.support.completions import plain
 from tests.support.logged import logged
+from tests.support.one_server import opened_fleet
 
 SAID = [Said([5, 6, 7], [-0.5, -0.25, -1.0], [("0", 0, 3)]), Said([8], [-2.0], [("0", 0, 1)], "length")]
 GOOD = {kind: json.dumps(body(SAID)).encode() for kind, body in BODIES.items()}
@@ -432,30 +432,12 @@ def test_answers_wait_in_the_servers_while_nobody_takes_them(monkeypatch: pytest
 # In a fleet
 
 
-class OneServer:
-    """The stub, as a source of servers."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    async def start(self, index: int) -> str:
-        return self._url
-
-
 @pytest.fixture
 def held() -> Iterator[tuple[threading.Event, threading.Semaphore]]:
     """Answers wait for the first; the second counts the requests."""
     event = threading.Event()
     yield event, threading.Semaphore(0)
     event.set()
-
-
-def fleet_of(url: str) -> Fleet:
-    """A fleet of one server that has weights of version 0."""
-    fleet = Fleet(Sglang(cpu=True, tensor=1), ServersConfig(), OneServer(url), 1, "key", [0], 100, EngineWork())
-    fleet.open()
-    assert fleet.end_update(fleet.begin_update(empty_only=False), {}, 0, {}) is None
-    return fleet
 
 
 def test_a_fleet_loses_no_answer_and_no_server_when_the_reader_is_killed(
@@ -471,7 +453,7 @@ def test_a_fleet_loses_no_answer_and_no_server_when_the_reader_is_killed(
         return Answer(GOOD["sglang"])
 
     with answering(answer) as server, logged(logging.WARNING) as messages:
-        fleet = fleet_of(server.url)
+        fleet = opened_fleet(Sglang(cpu=True, tensor=1), server.url)
         try:
             job = fleet.submit([Request((1,), samples=2, seed=0)] * 3, Sampling(1.0, 3))
             for _ in range(3):
@@ -498,7 +480,7 @@ def test_a_fleet_loses_no_answer_and_no_server_when_the_reader_is_killed(
 def test_a_fleet_tells_of_each_answer_when_it_arrives() -> None:
     arrived: list[tuple[int, Any]] = []
     with answering(lambda path, body: Answer(GOOD["sglang"] if path == "/generate" else b"{}")) as server:
-        fleet = fleet_of(server.url)
+        fleet = opened_fleet(Sglang(cpu=True, tensor=1), server.url)
         try:
             asked = [Request((1,), samples=2, seed=0)] * 3
             job = GenerationJob(lambda number, of: arrived.append((number, of)))
@@ -520,7 +502,7 @@ def test_a_fleet_whose_reader_cannot_be_kept_fails_the_job(monkeypatch: pytest.M
         return Answer(b"{}")
 
     with answering(answer) as server:
-        fleet = fleet_of(server.url)
+        fleet = opened_fleet(Sglang(cpu=True, tensor=1), server.url)
         fleets.append(fleet)
         try:
             job = fleet.submit([Request((1,), samples=2, seed=0)] * 3, Sampling(1.0, 3))

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from megatron_tempo.config.schema import ServersConfig
-from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
-from megatron_tempo.rollout.fleet import Fleet
+from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.partial_requests import grown
 from megatron_tempo.rollout.replica import Answered, Ask, GenerationJob
 from megatron_tempo.rollout.request_queue import RequestQueue
@@ -18,33 +14,10 @@ from megatron_tempo.rollout.sglang import Sglang
 from megatron_tempo.types import UNFINISHED, Completion
 from tests.support.answers import Answer, Said, answering, sglang_body
 from tests.support.completions import plain
+from tests.support.one_server import fleet_of, update
 
 SECONDS = 60.0
 SAMPLING = Sampling(1.0, 3)
-
-
-class OneServer:
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    async def start(self, index: int) -> str:
-        return self._url
-
-
-@contextmanager
-def fleet_of(url: str) -> Iterator[Fleet]:
-    """A fleet of one server that has weights of version 0."""
-    fleet = Fleet(Sglang(cpu=True, tensor=1), ServersConfig(), OneServer(url), 1, "key", [0], 100, EngineWork())
-    fleet.open()
-    try:
-        update(fleet, 0)
-        yield fleet
-    finally:
-        fleet.close()
-
-
-def update(fleet: Fleet, version: int) -> None:
-    assert fleet.end_update(fleet.begin_update(empty_only=False), {}, version, {}) is None
 
 
 def body(*said: Said) -> Answer:
@@ -69,7 +42,7 @@ def test_an_interrupted_response_goes_on_from_where_it_was() -> None:
             return body(Said([5, 6], [-0.5, -0.25], [("0", 0, 2)], "stop"), Said([7], [-1.0], [("0", 0, 1)], "abort"))
         return body(Said([8, 9], [-2.0, -3.0], [("1", 0, 2)], "length"))
 
-    with answering(answer) as server, fleet_of(server.url) as fleet:
+    with answering(answer) as server, fleet_of(Sglang(cpu=True, tensor=1), server.url) as fleet:
         job = fleet.submit([Request((1,), samples=2, seed=0)], SAMPLING, GenerationJob(is_ahead=True))
         assert asked.acquire(timeout=SECONDS)
         assert fleet.waiting(job) == []
@@ -104,7 +77,7 @@ def test_a_request_that_is_not_wanted_any_more_makes_room() -> None:
             assert go_on.wait(SECONDS)
         return body(Said([8], [-2.0], [("0", 0, 1)], "length"))
 
-    with answering(answer) as server, fleet_of(server.url) as fleet:
+    with answering(answer) as server, fleet_of(Sglang(cpu=True, tensor=1), server.url) as fleet:
         try:
             job = fleet.submit([Request((1,), samples=1, seed=0)] * 2, SAMPLING, GenerationJob(is_ahead=True))
             assert all(asked.acquire(timeout=SECONDS) for _ in range(2))

@@ -13,12 +13,13 @@ import pytest
 from megatron_tempo.config.schema import ServersConfig
 from megatron_tempo.rollout import dispatcher
 from megatron_tempo.rollout.answer_formats import is_unavailable
-from megatron_tempo.rollout.engine import EngineWork, Request, Sampling
+from megatron_tempo.rollout.engine import Request, Sampling
 from megatron_tempo.rollout.fleet import Fleet
 from megatron_tempo.rollout.replica import Answered, Failed, GenerationJob
 from megatron_tempo.rollout.vllm import Vllm
 from tests.support.answers import Answer, Said, answering, vllm_body
 from tests.support.completions import plain
+from tests.support.one_server import fleet_of
 
 SECONDS = 60.0
 SAMPLING = Sampling(1.0, 3)
@@ -71,28 +72,12 @@ class Vllm33:
         return BEGUN if answer is None else answer
 
 
-class OneServer:
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    async def start(self, index: int) -> str:
-        return self._url
-
-
 @contextmanager
-def fleet_of(server: Vllm33, config: ServersConfig | None = None) -> Iterator[Fleet]:
-    """A fleet of one server that has weights of version 0."""
-    with answering(server) as listener:
-        adapter = Vllm(cpu=True, tensor=1)
-        given = (adapter, config or ServersConfig(), OneServer(listener.url), 1, "key", [0], 100, EngineWork())
-        fleet = Fleet(*given)
-        fleet.open()
-        try:
-            assert fleet.end_update(fleet.begin_update(empty_only=False), {}, 0, {}) is None
-            server.journal.clear()
-            yield fleet
-        finally:
-            fleet.close()
+def answering_fleet(server: Vllm33, config: ServersConfig | None = None) -> Iterator[Fleet]:
+    """A fleet of this server, whose journal begins after its weights came."""
+    with answering(server) as listener, fleet_of(Vllm(cpu=True, tensor=1), listener.url, config) as fleet:
+        server.journal.clear()
+        yield fleet
 
 
 def answered(fleet: Fleet, job: GenerationJob) -> list[Any]:
@@ -114,7 +99,7 @@ def test_a_request_that_meets_the_interruption_waits_without_a_fault(caplog: pyt
         return None if prompt == [1] else ENDED
 
     server.before, server.generates = late, generates
-    with fleet_of(server) as fleet:
+    with answering_fleet(server) as fleet:
         job = fleet.submit([Request((1,), 1, 0)], SAMPLING, GenerationJob(is_ahead=True))
         assert asked.acquire(timeout=SECONDS)
 
@@ -152,7 +137,7 @@ def test_no_request_is_sent_to_a_server_that_is_being_interrupted() -> None:
             server.generates = lambda prompt: ENDED
             server.journal.append("no request before")
 
-    with fleet_of(server) as fleet:
+    with answering_fleet(server) as fleet:
         server.before = noted
         job = fleet.submit([Request((1,), 1, 0)], SAMPLING, GenerationJob(is_ahead=True))
         fleet.submit([Request((2,), 1, 0)], SAMPLING, other)
@@ -177,7 +162,7 @@ def test_a_server_that_somebody_else_paused_is_asked_again(monkeypatch: pytest.M
         return ENDED if left[0] < 0 else Answer(json.dumps(says).encode(), 503)
 
     server.generates = generates
-    with fleet_of(server) as fleet:
+    with answering_fleet(server) as fleet:
         job = fleet.submit([Request((1,), 1, 0)], SAMPLING)
         assert answered(fleet, job) == [((8, 9), (-2.0, -3.0), "stop", ((0, 2),))]
         assert (left, fleet._replicas[0].life) == ([-1], 0)
@@ -189,7 +174,7 @@ def test_asking_again_ends_with_the_time_for_an_answer(
     monkeypatch.setattr(dispatcher, "AGAIN_SECONDS", 0.001)
     server = Vllm33()
     server.generates = lambda prompt: Answer(json.dumps(PAUSED).encode(), 503)
-    with fleet_of(server, ServersConfig(answer_seconds=0.05, restarts=0)) as fleet:
+    with answering_fleet(server, ServersConfig(answer_seconds=0.05, restarts=0)) as fleet:
         event = fleet.next(fleet.submit([Request((1,), 1, 0)], SAMPLING), SECONDS)
         assert isinstance(event, Failed)
     words = caplog.records[0].getMessage()
