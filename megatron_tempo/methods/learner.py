@@ -111,14 +111,16 @@ class Learner:
     def entropies(self, batch: Batch) -> Tensor:
         """The mean over each response's tokens of the actor's entropy, in nats, on every rank: float64 [n]."""
         with self.phase("logprobs"):
-            means = Rows.of(batch.held_responses).mean(self.actor.entropies(batch).double())
-        return self.actor.gather(batch, means)
+            return self._row_means(batch, self.actor.entropies(batch))
 
     def self_certainty(self, batch: Batch) -> Tensor:
         """The mean over each response's tokens of KL(U || pi), in nats, on every rank: float64 [n]. One pass."""
         with self.phase("logprobs"):
-            means = Rows.of(batch.held_responses).mean(self.actor.self_certainty(batch).double())
-        return self.actor.gather(batch, means)
+            return self._row_means(batch, self.actor.self_certainty(batch))
+
+    def _row_means(self, batch: Batch, numbers: Tensor) -> Tensor:
+        """The means over the tokens of each response, on every rank: float64 [n]. `numbers`: [T], of held rows."""
+        return self.actor.gather(batch, Rows.of(batch.held_responses).mean(numbers.double()))
 
     def penalise(self, rewards: Tensor, batch: Batch, stage: StageConfig) -> tuple[Tensor, dict[str, float]]:
         """The rewards [n] with the stage's length penalty, if it has one, and what there is to record of it."""

@@ -49,27 +49,24 @@ class CodeScorer:
     def score(self, items: Sequence[Item]) -> list[float]:
         """1.0 if a program passes all tests. Raises EngineError if sandboxes do not start."""
         programs = [program_of(item.response) for item in items]
-        asked: dict[str, list[str]] = defaultdict(list)
+        pairs = list(zip(items, programs, strict=True))
+        keys = [None if program is None else _key(item.answer, program) for item, program in pairs]
+        asked: dict[str, dict[bytes, str]] = defaultdict(dict)  # programs that are new, by answer
         known: dict[bytes, Verdict] = {}
         with self._lock:
-            for item, program in zip(items, programs, strict=True):
-                if program is None:
+            for (item, program), key in zip(pairs, keys, strict=True):
+                if program is None or key is None:
                     continue
-                key = _key(item.answer, program)
                 verdict = self._verdicts.get(key)
                 if verdict is not None:
                     known[key] = verdict
-                elif program not in asked[item.answer]:
-                    asked[item.answer].append(program)
+                else:
+                    asked[item.answer][key] = program
         for answer, new in asked.items():
-            verdicts = self.start().run(answer, new) if new else []
-            fresh = {_key(answer, program): verdict for program, verdict in zip(new, verdicts, strict=True)}
+            fresh = dict(zip(new, self.start().run(answer, list(new.values())), strict=True))
             known |= fresh
             self._keep(fresh)
-        found = [
-            None if program is None else known[_key(item.answer, program)]
-            for item, program in zip(items, programs, strict=True)
-        ]
+        found = [None if key is None else known[key] for key in keys]
         self._count(found, len(items) - sum(map(len, asked.values())))
         return [float(verdict is not None and verdict.outcome == "right") for verdict in found]
 

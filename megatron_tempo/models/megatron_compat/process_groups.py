@@ -66,8 +66,13 @@ def clear_globals() -> None:
 
 def _globals() -> dict[str, Any]:
     """Megatron's groups and what belongs to them: the `_UPPER_CASE` names at the top of parallel_state.py."""
-    names = (name for name in vars(parallel_state) if name.startswith("_") and name.isupper() and name not in _OTHERS)
-    return {name: vars(parallel_state)[name] for name in names}
+    return {name: vars(parallel_state)[name] for name in _names()}
+
+
+@cache
+def _names() -> tuple[str, ...]:
+    names = vars(parallel_state)
+    return tuple(name for name in names if name.startswith("_") and name.isupper() and name not in _OTHERS)
 
 
 @cache
