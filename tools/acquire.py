@@ -146,9 +146,9 @@ def care(pool: Pool, known: Tensor) -> tuple[Tensor, Tensor]:
     if bool(known.any()):
         _need_verdicts(pool, known, "--known")
         features = class_features(pool.classes, pool.lengths)
-        told = known[:, None] & (counts > 0)
+        labelled = known[:, None] & (counts > 0)
         members = [((pool.classes == number) & (pool.correct > 0.5)).any(1) for number in range(counts.shape[1])]
-        weights = fit_logistic(features[told], torch.stack(members, dim=1)[told].double())
+        weights = fit_logistic(features[labelled], torch.stack(members, dim=1)[labelled].double())
         right = class_probabilities(features, counts, weights)
     return expected_gaps(pool.classes, right)
 

@@ -258,7 +258,7 @@ RULES = (
         "critic is too optimistic",
         "calibration.last.bins",
         True,
-        "the actor has learnt what the critic overrates: train the critic again (stage2.estep_every=1, more labelled "
+        "the actor writes what the critic overrates: train the critic again (stage2.estep_every=1, more labelled "
         "prompts), and resume from a checkpoint before it began",
         overestimates,
         applies=lambda record: overestimate(record) is not None,

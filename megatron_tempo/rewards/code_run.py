@@ -33,7 +33,7 @@ class SandboxError(RuntimeError):
 
 
 class Verdict(NamedTuple):
-    """How a program fared, and why."""
+    """The outcome of a program's tests, and its reason."""
 
     outcome: Outcome
     why: str = ""

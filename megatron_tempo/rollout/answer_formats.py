@@ -195,7 +195,7 @@ _TO_RETRY = ("ServiceUnavailableError", "Service Unavailable")
 
 
 def is_unavailable(text: str) -> bool:
-    """Whether an answer with status 503 asks to try later, as vLLM 0.33 says it; others mean a server that is ill."""
+    """Whether an answer with status 503 asks to try later, as vLLM 0.33 says it; others mean a faulty server."""
     try:
         return msgspec.json.decode(text, type=_Unavailable).error.type in _TO_RETRY
     except msgspec.MsgspecError:

@@ -407,7 +407,7 @@ def test_grpo_by_hand(fakes: Fakes, divide: bool) -> None:
 
 
 def test_ttrl_by_hand(fakes: Fakes) -> None:
-    """Six vote and four are learnt from. First prompt: 0 has three of six, the first four are 0 1 0 -1. In the second
+    """Six vote and four are trained on. First prompt: 0 has three of six, the first four are 0 1 0 -1. In the second
     three of six are 1, of which one is among the first four."""
     polled = classed(0, 1, 0, -1, 2, 0, 0, 1, 0, 2, 1, 1, per_prompt=6)
     stage = stage_of(Method.ttrl, responses_per_prompt=4, vote_responses=6)
@@ -453,15 +453,15 @@ def test_ttrl_guard_by_hand(fakes: Fakes) -> None:
 def test_ttrl_guard_without_a_history_is_ttrl(fakes: Fakes) -> None:
     polled = classed(0, 1, 0, -1, 2, 0, 0, 1, 0, 2, 1, 1, per_prompt=6)
     given = {"responses_per_prompt": 4, "vote_responses": 6}
-    learnt = []
+    used = []
     for method, visits in ((Method.ttrl, None), (Method.ttrl_guard, None), (Method.ttrl_guard, (Visits((0.5,)),) * 2)):
         METHODS[method](fakes.learner(critic=False), Rollouts(None, polled, visits), stage_of(method, **given), 0)
-        learnt.append(fakes.given["improve"]["advantages"].tolist())
-    assert learnt[0] == learnt[1] == learnt[2]
+        used.append(fakes.given["improve"]["advantages"].tolist())
+    assert used[0] == used[1] == used[2]
 
 
 def test_scrl_by_hand(fakes: Fakes) -> None:
-    """Eight vote and four are learnt from.
+    """Eight vote and four are trained on.
 
     First prompt: 0 has 4/8, 2 has 2/8, and 4/8 - 2/8 > 1/8, so 0 is the label. 1 has 1/8 < 0.2. H = 4.0 / 8 = 0.5,
     H_0 = 1.2 / 4 = 0.3, H_1 = 1.0: 1 is rare and uncertain. So R of 0 is 0.5 - 0.1 (0.3 - 0.5) = 0.52, and of 1

@@ -96,7 +96,7 @@ ATTACKS = {
     "mount": "held(libc.mount(b'none', b'/none', b'tmpfs', 0, None) < 0 and ctypes.get_errno() == 1)",
     "memory": "bytearray(2**33)",
     "memory in pieces": "kept = [bytearray(2**24) for _ in range(64)]",
-    "memory beside the limit": "os.memfd_create('x')",
+    "memory outside the limit": "os.memfd_create('x')",
     "shared memory": "held(libc.shmget(0, 2**30, 0o1600) < 0)",
     "keys of the kernel": "held(libc.syscall(250 if os.uname().machine == 'x86_64' else 219, 0, -4, 0) < 0)",
     "large file": "open('/tmp/large', 'wb').write(bytes(2**26))",
@@ -419,7 +419,7 @@ def test_code_before(box: Sandbox) -> None:
     before = "from typing import List\ndef helper(x): return x + 1\ndef f(x: List[int]) -> int:\n    '''Add.'''\n"
     tests = ProgramTests("asserts", names=("f",), code="assert f([1]) == helper(1)", before=before)
     assert judge("def f(x: List[int]): return helper(x[0])", tests, LIMITS, box) == ("right", "")
-    assert judge("    return helper(x[0])", tests, LIMITS, box) == ("right", "")  # goes on with the question's function
+    assert judge("    return helper(x[0])", tests, LIMITS, box) == ("right", "")  # continues the question's function
     hidden = "def helper(x): return 9\ndef f(x): return 9"
     assert judge(hidden, tests, LIMITS, box).outcome == "wrong"
 

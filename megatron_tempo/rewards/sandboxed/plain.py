@@ -1,6 +1,6 @@
 """Values as plain data between a program and its tests: JSON, which carries no behaviour.
 
-Whatever a program returns arrives at the tests as one of Python's own types, made anew. So no method of a returned
+Whatever a program returns arrives at the tests as one of Python's own types, created there. So no method of a returned
 object, such as `__eq__`, runs where verdicts are made. What is no plain data stays where it is, and a number stands
 for it.
 """
