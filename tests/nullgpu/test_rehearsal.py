@@ -54,6 +54,7 @@ CASES = {
     "ppo": ("stage2.iterations=0",),
     "ppo in stage 2": ("stage1.iterations=0", "algorithm=ppo"),
     "reference": ("stage1.iterations=0", "algorithm=reference"),
+    "tempo_plus": ("stage1.iterations=0", "algorithm=tempo_plus"),
     "frozen critic": ("algorithm=frozen_critic",),
     "grpo": ("stage1.iterations=0", "algorithm=grpo"),
     "ttrl": ("stage1.iterations=0", "algorithm=ttrl", "data.unlabelled.verifier=math"),

@@ -132,6 +132,7 @@ ARMS = {
     "ppo": (Method.ppo, {Prompts.labelled}),
     "frozen_critic": (Method.tempo, {Prompts.unlabelled}),
     "reference": (Method.tempo, {Prompts.labelled, Prompts.unlabelled}),
+    "tempo_plus": (Method.tempo, {Prompts.labelled, Prompts.unlabelled}),
     "paper": (Method.tempo, {Prompts.labelled, Prompts.unlabelled}),
 }
 
@@ -148,7 +149,7 @@ def test_an_algorithm_changes_stage_two_alone(experiment: str, arm: str, tmp_pat
     stage, (method, prompts) = config.stage2, ARMS[arm]
     assert stage.method is method
     assert stage.prompts() == prompts
-    assert stage.trains_critic == (arm in ("ppo", "paper", "reference"))
+    assert stage.trains_critic == (arm in ("ppo", "paper", "reference", "tempo_plus"))
     for kept in ("iterations", "responses_per_prompt"):
         assert getattr(stage, kept) == getattr(paper.stage2, kept)
     for kept in ("optimizer", "mini_batch_prompts", "ratio", "clip_low", "clip_high"):
