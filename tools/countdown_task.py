@@ -68,8 +68,11 @@ def greedy_operator(value: int, number: int, target: int) -> str:
     return "*" if value * number <= target else "+"
 
 
-def trace(question: Question, rng: random.Random) -> str:
-    """A response for pretraining: follows a solution, the misconception or chance, with occasional errors."""
+def trace(question: Question, rng: random.Random, misled: float = MISLED) -> str:
+    """A response for pretraining: follows a solution, the misconception or chance, with occasional errors.
+
+    `misled`: the probability that it follows the misconception.
+    """
     kind = rng.random()
     plan = rng.choice(question.solutions)
     value, operators, running, right = question.numbers[0], "", [], True
@@ -77,7 +80,7 @@ def trace(question: Question, rng: random.Random) -> str:
         allowed = [operator for operator in OPERATORS if apply(value, operator, number) is not None]
         if kind < SOLVED:
             chosen = plan[step]
-        elif kind < SOLVED + MISLED:
+        elif kind < SOLVED + misled:
             chosen = greedy_operator(value, number, question.target)
         else:
             chosen = rng.choice(allowed)
@@ -94,12 +97,12 @@ def trace(question: Question, rng: random.Random) -> str:
     return render(question.numbers, operators, running, "y" if claimed else "n")
 
 
-def traces(questions: list[Question], seed: int) -> Iterator[str]:
-    """An endless stream of prompts with their traces."""
+def traces(questions: list[Question], seed: int, misled: float = MISLED) -> Iterator[str]:
+    """An endless stream of prompts with their traces; `misled` as in `trace`."""
     rng = random.Random(seed)
     while True:
         question = rng.choice(questions)
-        yield f"{question.prompt} {trace(question, rng)}"
+        yield f"{question.prompt} {trace(question, rng, misled)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from itertools import combinations, product
 from math import prod
 
 import numpy as np
+from scipy import stats
 
 Levels = Mapping[str, int]  # of each factor in a run: 1 on, -1 off
 
@@ -78,14 +79,29 @@ def aliases() -> list[tuple[str, ...]]:
 ALIASES = aliases()
 
 
-def effects(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What each factor, and each sum of interactions, changes in a score: [seeds] each, on minus off.
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What a factor changes in a score, on minus off, and half the width of the 95% interval."""
+
+    mean: float
+    half: float
+
+
+def effects(scores: Mapping[str, np.ndarray]) -> dict[str, Effect]:
+    """What each factor, and each sum of interactions, changes in a score.
 
     `scores`: of each of the 16 arms by its name, [seeds]. An interaction is named by all of its aliases, "AB+CE": half
-    the difference between one factor's effect with and without the other.
+    the difference between one factor's effect with and without the other. The intervals are those of least squares
+    with a constant for each seed: what neither factors nor their interactions explain is noise, of the same size in
+    all runs (Student's t; with two seeds it has 16 degrees of freedom).
     """
     runs = design()
     table = np.array([scores[name_of(levels)] for levels in runs])
     terms = {factor.letter: factor.letter for factor in FACTORS} | {"+".join(group): group[0] for group in ALIASES}
-    signs = {name: np.array([column(levels, letters) for levels in runs]) for name, letters in terms.items()}
-    return {name: sign @ table / (len(runs) / 2) for name, sign in signs.items()}
+    signs = np.array([[column(levels, letters) for levels in runs] for letters in terms.values()])
+    found = signs @ table.mean(1) / (len(runs) / 2)
+    noise = table - table.mean(0) - (found / 2 @ signs)[:, None]
+    freedom = table.size - table.shape[1] - len(terms)
+    error = 2 * np.sqrt((noise**2).sum() / freedom / table.size)
+    half = float(stats.t.ppf(0.975, freedom) * error)
+    return {name: Effect(float(mean), half) for name, mean in zip(terms, found, strict=True)}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from base_models import pretrain, small_qwen3
-from countdown_task import Question, Split, split, traces
+from countdown_task import MISLED, SOLVED, Question, Split, split, traces
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -80,11 +80,11 @@ def widened(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerFast, questions: list[Question], rows: int, seed: int
+    tokenizer: PreTrainedTokenizerFast, questions: list[Question], rows: int, seed: int, misled: float
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Tokens and labels of traces, both [rows, length]. Labels of prompts are -100."""
     prompt_length = len(tokenizer(questions[0].prompt)["input_ids"])
-    stream = traces(questions, seed)
+    stream = traces(questions, seed, misled)
     while True:
         tokens = torch.tensor(tokenizer(list(itertools.islice(stream, rows)))["input_ids"])
         labels = tokens.clone()
@@ -111,10 +111,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200, help="pretraining steps; 0: only the questions, no model")
     parser.add_argument("--rows", type=int, default=256, help="traces per step")
     parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument(
+        "--misled", type=float, default=MISLED, help="share of traces with the misconception; 0: a base without one"
+    )
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--ffn", type=int, default=256)
     args = parser.parse_args()
+    if not 0 <= args.misled <= 1 - SOLVED:
+        parser.error(f"--misled {args.misled}: must be between 0 and {1 - SOLVED}")
 
     existing = [str(args.out / name) for name in OUTPUTS if (args.out / name).exists()]
     if existing and not args.force:
@@ -128,7 +133,7 @@ def main() -> None:
         torch.manual_seed(args.seed)
         tokenizer = make_tokenizer()
         model = make_model(tokenizer, args.layers, args.hidden, args.ffn)
-        data = batches(tokenizer, sets.pretraining, args.rows, args.seed)
+        data = batches(tokenizer, sets.pretraining, args.rows, args.seed, args.misled)
         pretrain(model, data, steps=args.steps, lr=args.lr)
         tokenizer.save_pretrained(args.out / "model")
         widened(model).save_pretrained(args.out / "model")

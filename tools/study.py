@@ -1,12 +1,11 @@
 """Runs the study: TEMPO and other methods from the same stage-1 checkpoints, at the quickstart's size.
 
-    python tools/study.py run [--jobs 2] [--task TASK] [--only ARM ...] [--seeds 0 1 2]    # train what is not done
+    python tools/study.py run [--jobs 2] [--task TASK] [--only NAME ...] [--seeds 0 1 2]    # train what is not done
     python tools/study.py report                                              # write docs/study.md and its pictures
-    python tools/study.py run --only factorial                                # the factorial part, 16 runs a seed
-    python tools/study.py effects                                             # print the effects of its factors
 
-Each seed has one run of stage 1 for each base model. Each arm has a run of stage 2 per seed, from the seed's stage-1
-actor and critic. A run uses one process and one core, so its results depend neither on the number of cores nor on the
+NAME is a group of arms (a part of docs/study.md), such as `methods`, or an arm. Each seed has one run of stage 1 for
+each start: a base model and its questions. Each arm has a run of stage 2 per seed, from the seed's stage-1 actor and
+critic. A run uses one process and one core, so its results depend neither on the number of cores nor on the
 order of runs. `--jobs` of them run at a time. Interrupted runs are resumed, and finished runs are skipped. All files
 are below runs/study.
 """
@@ -30,9 +29,12 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples" / "quickstart"
 OUT = ROOT / "runs" / "study"
 SEEDS = (0, 1, 2)
+CHOICE_SEEDS = (0, 1)  # of the runs from which TEMPO+ was chosen
+FRESH_SEEDS = (10, 11, 12, 13, 14)  # of the runs that test it
+PLAIN_COUNTDOWN = ROOT / "build" / "countdown-plain"  # of tools/make_quickstart.py, with --misled 0
 LOGIC_DATES = ROOT / "build" / "logic-dates"  # of tools/make_logic_dates.py
 
-# Evaluate every five iterations; pass@k up to all sixteen samples; a third set with questions of the labelled set.
+# Evaluate with pass@k up to all sixteen samples; a third set with questions of the labelled set.
 COMMON = (
     "metrics.progress=false", "metrics.report=false", "evaluation.pass_k=[1,2,4,8,16]",
     "evaluation.votes=true",
@@ -42,25 +44,35 @@ COMMON = (
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where runs start: a task and a base model, of which each seed has one run of stage 1."""
+    """Where runs start: a task, its questions and a base model, of which each seed has one run of stage 1."""
 
     name: str  # of the folder of stage 1
     task: str
-    words: tuple[str, ...]  # overrides of all runs
+    words: tuple[str, ...]  # overrides of all runs; {data} is the folder of the study's own sets
     model: tuple[str, ...] = ()  # overrides of stage 1
 
 
-COUNTDOWN = Start("stage1", "countdown", (
-    "experiment=quickstart", *COMMON, "evaluation.every=5",
-    f"evaluation.sets.labelled.path={EXAMPLES / 'labelled.jsonl'}",
+COUNTDOWN_WORDS = (
+    "experiment=quickstart", *COMMON, "evaluation.every=10",
     "evaluation.sets.labelled.verifier=countdown", "evaluation.sets.labelled.chat_template=false",
+)  # fmt: skip
+COUNTDOWN = Start("stage1", "countdown", (
+    *COUNTDOWN_WORDS, f"evaluation.sets.labelled.path={EXAMPLES / 'labelled.jsonl'}",
 ))  # fmt: skip
-PLAIN = Start("stage1_logic_dates", "logic_dates", (
+COUNTDOWN_PLAIN = Start("stage1_plain", "countdown", COUNTDOWN.words, (f"model.path={PLAIN_COUNTDOWN / 'model'}",))
+COUNTDOWN_FRESH = Start("stage1_fresh", "countdown", (
+    *COUNTDOWN_WORDS, "data.labelled.path={data}/fresh_labelled.jsonl",
+    "data.unlabelled.path={data}/fresh_unlabelled.jsonl",
+    *(f"evaluation.sets.{name}.path={{data}}/fresh_{name}.jsonl" for name in ("heldout", "labelled")),
+))  # fmt: skip
+LOGIC_PLAIN = Start("stage1_logic_dates", "logic_dates", (
     "experiment=logic_dates", *COMMON, "evaluation.every=10",
     f"evaluation.sets.labelled.path={LOGIC_DATES / 'labelled.jsonl'}",
     "evaluation.sets.labelled.id_field=id", "evaluation.sets.labelled.verifier=text",
 ))  # fmt: skip
-MISLED = Start("stage1_logic_dates_misled", "logic_dates", PLAIN.words, (f"model.path={LOGIC_DATES / 'misled'}",))
+LOGIC_MISLED = Start(
+    "stage1_logic_dates_misled", "logic_dates", LOGIC_PLAIN.words, (f"model.path={LOGIC_DATES / 'misled'}",)
+)
 TASKS = ("countdown", "logic_dates")
 
 
@@ -73,20 +85,29 @@ class Arm:
     what: str
     group: str  # of the tables and pictures
     start: Start = COUNTDOWN
+    seeds: tuple[int, ...] = SEEDS
 
 
 def ours(name: str, what: str, group: str, *words: str) -> Arm:
     return Arm(name, words, what, group)
 
 
-# The arm that a group's arms are compared with, if it is not "tempo": TEMPO on the group's own machine, task or length.
-BASELINES = {"staleness": "stale_0", "truncation": "stale_0", "long": "long_tempo",
+# The arm that a group's arms are compared with, if it is not "tempo": TEMPO on their machine, start or length.
+BASELINES = {"choices": "tempo_again", "labels": "tempo_again", "transfer": "tempo_again", "long": "long_tempo",
+             "fresh": "fresh_tempo", "plain": "plain_tempo",
              "logic_dates": "logic_tempo", "logic_dates_misled": "misled_tempo"}  # fmt: skip
+
+# Where only the end of a run counts.
+FEW = "evaluation.every=35"
+
+# Changes that several arms have.
+LABELLED, KL = "stage2.actor_on_labelled=true", "stage2.actor.kl_coef=0.02"
+ENTROPY = ("stage2.actor.entropy_target=0.12", "stage2.actor.entropy_coef=0.05")
 
 # The paper's Figure 4: 350 iterations of stage 2.
 LONG = ("stage2.iterations=350", "evaluation.every=25")
 
-# The arms of the second task, from each of its two base models.
+# The arms from other base models: countdown without a misconception, and the second task's two.
 FIVE = (
     ("tempo", "TEMPO", "algorithm=paper"),
     ("ttrl", "TTRL", "algorithm=ttrl"),
@@ -112,7 +133,8 @@ ARMS = (
     ours("entropy_min", "entropy minimisation", "methods", "algorithm=entropy_min"),
     ours("ppo", "PPO on the labelled questions, continued", "methods", "algorithm=ppo"),
     ours("grpo", "GRPO on the labelled questions", "methods", "algorithm=grpo"),
-    # The effect of each choice
+    # The effect of each choice. These three parts come from another machine, so they have their own TEMPO.
+    ours("tempo_again", "TEMPO", "choices", "algorithm=paper"),
     ours("baseline_paper", "baseline after the token (Eq. 11 read literally)", "choices", "stage2.baseline=paper"),
     ours("baseline_reference", "reward and baseline one token early", "choices", "stage2.baseline=reference"),
     ours("whitened", "whitened advantages", "choices", "stage2.actor.whiten_advantages=true"),
@@ -131,10 +153,9 @@ ARMS = (
     ours("more_unlabelled", "four times as many unlabelled questions", "transfer",
          "data.unlabelled.path={data}/unlabelled_2048.jsonl", "data.labelled.path={data}/rest.jsonl",
          f"evaluation.sets.unlabelled.path={EXAMPLES}/unlabelled.jsonl"),
-    ours("kl", "a KL term, 0.02, to the policy of stage 1", "transfer", "stage2.actor.kl_coef=0.02"),
-    ours("labelled_term", "labelled rows in the M-step", "transfer", "stage2.actor_on_labelled=true"),
+    ours("kl", "a KL term, 0.02, to the policy of stage 1", "transfer", KL),
+    ours("labelled_term", "labelled rows in the M-step", "transfer", LABELLED),
     # Asynchronous rollouts: the most updates between generation and use, without and with a correction
-    ours("stale_0", "TEMPO, max_staleness=0", "staleness", "algorithm=paper"),
     *(ours(f"stale_{k}_{name}", f"max_staleness={k}, {what}", "staleness", f"rollout.max_staleness={k}", *words)
       for k in (1, 2, 4) for name, what, words in (
           ("uncorrected", "weights of 1", UNCORRECTED), ("corrected", "tokens weighted by their ratios, up to 2",
@@ -143,24 +164,52 @@ ARMS = (
     ours("truncated_masked", "truncated responses masked", "truncation", "stage2.truncated_responses=masked"),
     ours("truncated_penalised", "truncated responses penalised over the last 5 tokens", "truncation",
          "stage2.truncated_responses=penalised", "stage2.length_penalty_tokens=5"),
+    # Why the published code does not collapse: its differences from the paper, with its early baseline
+    ours("early", "reward and baseline one token early", "early", "stage2.baseline=reference"),
+    ours("early_labelled", "one token early; labelled rows in the M-step", "early", "stage2.baseline=reference",
+         LABELLED),
+    ours("reference_unlabelled", "as its published code has it, without labelled rows", "early",
+         "algorithm=reference", "stage2.actor_on_labelled=false"),
+    # From a base model without a misconception
+    *(Arm(f"plain_{name}", (words,), what, "plain", COUNTDOWN_PLAIN) for name, what, words in FIVE),
+    # The second round of the choice: what the factorial part favours, and how much of it
+    *(Arm(f"refined_{name}", (FEW, *words), what, "refined", seeds=CHOICE_SEEDS) for name, what, words in (
+        ("kl", "labelled rows; KL 0.02", (LABELLED, KL)),
+        ("kl_weak", "labelled rows; KL 0.01", (LABELLED, "stage2.actor.kl_coef=0.01")),
+        ("entropy", "labelled rows; an entropy target of 0.12", (LABELLED, *ENTROPY)),
+        ("kl_best_2", "labelled rows; KL 0.02; the best of 2", (LABELLED, KL, "stage2.pass_at_k=2")),
+        ("kl_rows_32", "labelled rows, of 32 prompts; KL 0.02", (LABELLED, KL, "stage2.labelled_prompts=32")),
+        ("kl_rows_16", "labelled rows, of 16 prompts; KL 0.02", (LABELLED, KL, "stage2.labelled_prompts=16")),
+        ("kl_epochs_2", "labelled rows; KL 0.02; two epochs of the actor", (LABELLED, KL, "stage2.actor.epochs=2")),
+        ("epochs_2", "two epochs of the actor", ("stage2.actor.epochs=2",)))),
+    # What was chosen, on questions and seeds that the choice has not seen
+    *(Arm(f"fresh_{name}", (words, FEW), what, "fresh", COUNTDOWN_FRESH, FRESH_SEEDS) for name, what, words in (
+        FIVE[0], ("tempo_plus", "TEMPO+", "algorithm=tempo_plus"), *FIVE[3:])),
     # Figure 4
     ours("long_tempo", "TEMPO, 350 iterations", "long", *LONG),
     ours("long_extended", "350 iterations, with labelled rows in the M-step and a KL term, 0.02", "long", *LONG,
-         "stage2.actor_on_labelled=true", "stage2.actor.kl_coef=0.02"),
+         LABELLED, KL),
     # The second task: from a base without a misconception, and from one with it
-    *(Arm(f"logic_{name}", (words,), what, "logic_dates", PLAIN) for name, what, words in FIVE),
-    *(Arm(f"misled_{name}", (words,), what, "logic_dates_misled", MISLED) for name, what, words in FIVE),
+    *(Arm(f"logic_{name}", (words,), what, "logic_dates", LOGIC_PLAIN) for name, what, words in FIVE),
+    *(Arm(f"misled_{name}", (words,), what, "logic_dates_misled", LOGIC_MISLED) for name, what, words in FIVE),
 )  # fmt: skip
 
-# Seven changes of TEMPO together, to choose from: only run if they are named.
+# Seven changes of TEMPO together, to choose from.
 FACTORIAL = tuple(
-    ours(factorial.name_of(levels), factorial.what_of(levels), "factorial", *factorial.words_of(levels))
+    Arm(factorial.name_of(levels), (FEW, *factorial.words_of(levels)), factorial.what_of(levels),
+        "factorial", seeds=CHOICE_SEEDS)
     for levels in factorial.design()
-)
+)  # fmt: skip
+EVERY = (*ARMS, *FACTORIAL)
 
 
 def write_files() -> None:
-    """Write other labelled and unlabelled sets, made from the quickstart's labelled questions."""
+    """Write other sets, made from the quickstart's labelled questions.
+
+    The fresh ones are misleading questions, which the base model has not been pretrained on and which no other part of
+    the study trains on without answers or evaluates. The labelled questions there do not have them, and begin with
+    others than the quickstart's.
+    """
     from countdown_task import every_question
 
     misleading = {question.prompt for question in every_question() if question.misleading}
@@ -168,11 +217,16 @@ def write_files() -> None:
     near = [row for row in read if row["prompt"] in misleading]
     moved = {row["id"] for row in near[:1536]}
     unlabelled = [json.loads(line) for line in (EXAMPLES / "unlabelled.jsonl").read_text().splitlines()]
+    fresh = near[-768:]
+    fresh_ids = {row["id"] for row in fresh}
     sets = {
         "misleading": near,
         "other": [row for row in read if row["prompt"] not in misleading],
         "unlabelled_2048": [{"id": r["id"], "prompt": r["prompt"]} for r in [*unlabelled, *near[:1536]]],
         "rest": [row for row in read if row["id"] not in moved],
+        "fresh_unlabelled": fresh[:512],
+        "fresh_heldout": fresh[512:],
+        "fresh_labelled": [row for row in (*read[256:], *read[:256]) if row["id"] not in fresh_ids],
     }
     data().mkdir(parents=True, exist_ok=True)
     for name, rows in sets.items():
@@ -204,14 +258,19 @@ def is_done(run: Path) -> bool:
 
 def stage_one(seed: int, start: Start = COUNTDOWN) -> list[str]:
     run = folder(start.name, seed)
-    return [*start.words, *start.model, f"run.seed={seed}", f"run.dir={run}", "stage2.iterations=0"]
+    return _with_data(*start.words, *start.model, f"run.seed={seed}", f"run.dir={run}", "stage2.iterations=0",
+                      "evaluation.every=0")  # fmt: skip
 
 
 def stage_two(arm: Arm, seed: int) -> list[str]:
     export = exported(seed, arm.start)
     models = [f"model.path={export / 'actor'}", f"model.critic_path={export / 'critic'}"]
-    return [*arm.start.words, *models, f"run.seed={seed}", f"run.dir={folder(arm.name, seed)}", "stage1.iterations=0",
-            "checkpoint.export_hf=false", *(word.replace("{data}", str(data())) for word in arm.words)]  # fmt: skip
+    return _with_data(*arm.start.words, *models, f"run.seed={seed}", f"run.dir={folder(arm.name, seed)}",
+                      "stage1.iterations=0", "checkpoint.export_hf=false", *arm.words)  # fmt: skip
+
+
+def _with_data(*words: str) -> list[str]:
+    return [word.replace("{data}", str(data())) for word in words]
 
 
 def train(run: Path, words: list[str]) -> None:
@@ -234,20 +293,31 @@ def train(run: Path, words: list[str]) -> None:
     print(f"{run.relative_to(OUT)}: {time.monotonic() - began:.0f} s", flush=True)
 
 
-def jobs(arms: list[Arm], seeds: list[int]) -> Iterator[tuple[Arm, int]]:
-    """All arms of a seed before the next seed, so that an interrupted study has complete comparisons."""
-    for seed in seeds:
+def jobs(arms: list[Arm], seeds: list[int] | None) -> Iterator[tuple[Arm, int]]:
+    """All arms of a seed before the next seed, so that an interrupted study has complete comparisons.
+
+    `seeds`: if given, only these; else each arm's own.
+    """
+    for seed in sorted({seed for arm in arms for seed in arm.seeds} | set(seeds or ())):
         for arm in arms:
-            yield arm, seed
+            if seed in (arm.seeds if seeds is None else seeds):
+                yield arm, seed
 
 
-def run(arms: list[Arm], seeds: list[int], at_a_time: int) -> None:
-    starts = list(dict.fromkeys(arm.start for arm in arms))
-    if COUNTDOWN in starts:
+def make_bases(starts: list[Start]) -> None:
+    """Make the questions and base models of these starts that are not part of the repository, if they are not there."""
+    if any(start.task == "countdown" for start in starts):
         write_files()
+    if COUNTDOWN_PLAIN in starts and not (PLAIN_COUNTDOWN / "model" / "model.safetensors").exists():
+        words = ["--out", PLAIN_COUNTDOWN, "--misled", "0", "--force"]
+        subprocess.run([sys.executable, ROOT / "tools" / "make_quickstart.py", *words], check=True)
     if any(start.task == "logic_dates" for start in starts):
         subprocess.run([sys.executable, ROOT / "tools" / "make_logic_dates.py"], check=True)
-    firsts = [(start, seed) for seed in seeds for start in starts]
+
+
+def run(arms: list[Arm], seeds: list[int] | None, at_a_time: int) -> None:
+    make_bases(list(dict.fromkeys(arm.start for arm in arms)))
+    firsts = list(dict.fromkeys((arm.start, seed) for arm, seed in jobs(arms, seeds)))
     with ThreadPoolExecutor(at_a_time) as workers:
         list(workers.map(lambda one: train(folder(one[0].name, one[1]), stage_one(one[1], one[0])), firsts))
         list(workers.map(lambda job: train(folder(job[0].name, job[1]), stage_two(*job)), jobs(arms, seeds)))
@@ -259,24 +329,19 @@ def main() -> int:
     runs = commands.add_parser("run", help="train all arms that are not done")
     runs.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one core each")
     runs.add_argument("--task", choices=TASKS, help="only arms of this task (default: of both)")
-    runs.add_argument("--only", nargs="*", default=[arm.name for arm in ARMS], metavar="ARM")
-    runs.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS), metavar="SEED")
+    runs.add_argument("--only", nargs="*", metavar="NAME", help="groups and arms (default: all)")
+    runs.add_argument("--seeds", nargs="*", type=int, metavar="SEED", help="(default: those of docs/study.md)")
     commands.add_parser("report", help="write docs/study.md and its pictures")
-    commands.add_parser("effects", help="print the effects of the factorial part's factors")
     args = parser.parse_args()
     if args.command == "run":
-        named = {arm.name: arm for arm in (*ARMS, *FACTORIAL)}
-        only = [each for word in args.only for each in ([a.name for a in FACTORIAL] if word == "factorial" else [word])]
-        if unknown := sorted(set(only) - set(named)):
-            parser.error(f"unknown arms: {', '.join(unknown)}; choose from factorial, {', '.join(named)}")
-        chosen = [arm for arm in named.values() if arm.name in only and args.task in (None, arm.start.task)]
+        groups = list(dict.fromkeys(arm.group for arm in EVERY))
+        only = args.only or groups
+        if unknown := sorted(set(only) - {arm.name for arm in EVERY} - set(groups)):
+            parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join([*groups, *(a.name for a in EVERY)])}")
+        chosen = [a for a in EVERY if {a.name, a.group} & set(only) and args.task in (None, a.start.task)]
         if not chosen:
             parser.error(f"no arm of --only is of the task {args.task}")
         run(chosen, args.seeds, args.jobs)
-    elif args.command == "effects":
-        from study_report import factor_effects
-
-        print(factor_effects(), end="")
     else:
         from study_report import write
 

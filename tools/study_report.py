@@ -19,7 +19,7 @@ from made_parts import replaced
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
-from study import ARMS, BASELINES, COUNTDOWN, FACTORIAL, ROOT, SEEDS, Arm, folder, is_done
+from study import ARMS, BASELINES, EVERY, FACTORIAL, ROOT, Arm, folder, is_done
 
 from megatron_tempo.files import replace_file
 from megatron_tempo.observability.records import read, read_evaluations, read_metrics
@@ -29,6 +29,7 @@ from megatron_tempo.report.plots import STYLE
 DOCUMENT = ROOT / "docs" / "study.md"
 CURVES = ROOT / "docs" / "study.jsonl"
 SETS = ("unlabelled", "heldout", "labelled")
+CELLS = [(name, score) for name in SETS for score in ("avg@16", "pass@16")]
 LAST = 10  # iterations at the end of a run, for the share of truncated responses
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#24292f")
 
@@ -43,15 +44,17 @@ def saved_runs() -> Runs:
 
 def finished_runs() -> Runs:
     """The finished runs on this machine."""
-    arms = (*ARMS, *FACTORIAL)
-    seeds = [(arm.name, seed) for arm in arms for seed in SEEDS if is_done(folder(arm.name, seed))]
-    return {(arm, seed): _line(arm, seed) for arm, seed in seeds}
+    done = [(arm.name, seed) for arm in EVERY for seed in arm.seeds if is_done(folder(arm.name, seed))]
+    return {(arm, seed): _line(arm, seed) for arm, seed in done}
 
 
 def save_runs(runs: Runs) -> None:
-    arms = (*ARMS, *FACTORIAL)
-    order = [(arm.name, seed) for arm in arms for seed in SEEDS if (arm.name, seed) in runs]
+    order = [(arm.name, seed) for arm in EVERY for seed in _seeds(runs, arm)]
     replace_file(CURVES, "".join(json.dumps(runs[run]) + "\n" for run in order), fsync=False)
+
+
+def _seeds(runs: Runs, arm: Arm) -> list[int]:
+    return [seed for seed in arm.seeds if (arm.name, seed) in runs]
 
 
 def _line(arm: str, seed: int) -> dict[str, Any]:
@@ -90,7 +93,7 @@ class Curve:
 
 def curve(runs: Runs, arm: Arm, name: str, score: str) -> Curve | None:
     """The curve of an arm's score on the set `name`. None if the arm has no run, or no such score."""
-    seeds = [seed for seed in SEEDS if (arm.name, seed) in runs]
+    seeds = _seeds(runs, arm)
     curves = [runs[arm.name, seed]["sets"][name] for seed in seeds]
     if not curves or score not in curves[0]:
         return None
@@ -105,8 +108,12 @@ def interval(values: np.ndarray) -> float:
 
 def formatted(values: np.ndarray, sign: str = "") -> str:
     half = interval(values)
-    mean = f"{values.mean():{sign}.3f}".replace("0.", ".", 1)
-    return mean if np.isnan(half) else f"{mean} ± {half:.3f}".replace(" 0.", " .")
+    mean = number(values.mean(), sign)
+    return mean if np.isnan(half) else f"{mean} ± {number(half)}"
+
+
+def number(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.3f}".replace("0.", ".", 1)
 
 
 def baseline(group: str) -> Arm:
@@ -117,30 +124,34 @@ def baseline(group: str) -> Arm:
 def table(runs: Runs, arms: list[Arm], group: str = "methods") -> Iterator[str]:
     """The final scores of the arms: means over seeds with intervals, and each arm's difference to TEMPO.
 
-    Groups with a baseline of their own also have the share of truncated responses. If votes were recorded, there is the
-    model collapse step of each seed on the unlabelled set. Earlier runs recorded neither.
+    If they were recorded: the share of truncated responses in the last iterations, and the model collapse step of each
+    seed on the unlabelled set. Earlier runs recorded neither.
     """
-    cells = [(name, score) for name in SETS for score in ("avg@16", "pass@16")]
-    heads = [f"{name}, {score}" for name, score in cells]
-    tempo, shown = baseline(group), group in BASELINES
+    heads = [f"{name}, {score}" for name, score in CELLS]
+    tempo, shares = baseline(group), {arm.name: _truncated(runs, arm) for arm in arms}
+    shown = any(len(one) for one in shares.values())
     voted = any(curve(runs, arm, SETS[0], "reward accuracy") is not None for arm in arms)
     last = (" | truncated" if shown else "") + (" | model collapse step" if voted else "")
     extra = shown + voted
     yield f"| stage 2 | seeds | {' | '.join(heads)} | minus TEMPO: unlabelled | held-out{last} |\n"
     yield f"|{' --- |' * (len(heads) + 4 + extra)}\n"
-    start = [curve(runs, tempo, *cell) for cell in cells]
+    start = [curve(runs, tempo, *cell) for cell in CELLS]
     if start[0] is not None:
         words = [formatted(one.first) for one in start if one is not None]
         yield f"| no stage 2 (end of stage 1) | {len(start[0].seeds)} | {' | '.join(words)} | | |{' |' * extra}\n"
     for arm in arms:
-        ends = [curve(runs, arm, *cell) for cell in cells]
+        ends = [curve(runs, arm, *cell) for cell in CELLS]
         words = [formatted(one.last) if one is not None else "" for one in ends]
         differences = [_difference(runs, arm, tempo, name) for name in SETS[:2]]
         seeds = len(ends[0].seeds) if ends[0] is not None else 0
-        shares = [runs[arm.name, seed]["truncated"] for seed in SEEDS if (arm.name, seed) in runs] if shown else []
-        more = f" {formatted(np.array(shares)) if shares else ''} |" if shown else ""
+        share = shares[arm.name]
+        more = f" {formatted(share) if len(share) else ''} |" if shown else ""
         more += f" {collapses(runs, arm)} |" if voted else ""
         yield f"| {arm.what} | {seeds} | {' | '.join(words)} | {' | '.join(differences)} |{more}\n"
+
+
+def _truncated(runs: Runs, arm: Arm) -> np.ndarray:
+    return np.array([one["truncated"] for seed in _seeds(runs, arm) if "truncated" in (one := runs[arm.name, seed])])
 
 
 def collapses(runs: Runs, arm: Arm) -> str:
@@ -153,13 +164,39 @@ def collapses(runs: Runs, arm: Arm) -> str:
 
 
 def _difference(runs: Runs, arm: Arm, tempo: Arm, name: str) -> str:
-    """The mean over seeds of the paired difference. Runs of a seed share stage 1 and the order of questions."""
-    one, other = curve(runs, arm, name, "avg@16"), curve(runs, tempo, name, "avg@16")
-    if arm is tempo or one is None or other is None:
+    found = differences(runs, arm, tempo, (name, "avg@16"))
+    return formatted(found, "+") if arm is not tempo and len(found) else ""
+
+
+def differences(runs: Runs, arm: Arm, other: Arm, cell: tuple[str, str]) -> np.ndarray:
+    """The final score of `arm` minus that of `other`, by seed. Runs of a seed share stage 1 and the order of questions.
+
+    Of the seeds that both have.
+    """
+    pair = [curve(runs, each, *cell) for each in (arm, other)]
+    ends = [dict(zip(one.seeds, one.last, strict=True)) if one is not None else {} for one in pair]
+    return np.array([ends[0][seed] - ends[1][seed] for seed in ends[0] if seed in ends[1]])
+
+
+def paired(runs: Runs, arm: Arm, others: list[Arm]) -> Iterator[str]:
+    """How the final scores of `arm` differ from those of other arms, seed by seed.
+
+    In each cell: the mean difference with its 95% interval, the number of seeds in which the difference is positive,
+    and the p-value of a two-sided paired t-test.
+    """
+    yield f"| {arm.what} minus | {' | '.join(', '.join(cell) for cell in CELLS)} |\n"
+    yield f"|{' --- |' * (len(CELLS) + 1)}\n"
+    for other in others:
+        words = [_tested(differences(runs, arm, other, cell)) for cell in CELLS]
+        yield f"| {other.what} | {' | '.join(words)} |\n"
+
+
+def _tested(found: np.ndarray) -> str:
+    if len(found) < 2:
         return ""
-    shared = [seed for seed in one.seeds if seed in other.seeds]
-    ends = [curve.last[[curve.seeds.index(seed) for seed in shared]] for curve in (one, other)]
-    return formatted(ends[0] - ends[1], "+") if shared else ""
+    p = stats.ttest_1samp(found, 0.0).pvalue
+    words = "p < .001" if p < 0.001 else f"p = {number(p)}"
+    return f"{formatted(found, '+')} ({int((found > 0).sum())} of {len(found)}, {words})"
 
 
 def critics(runs: Runs, arms: list[Arm]) -> Iterator[str]:
@@ -174,29 +211,28 @@ def critics(runs: Runs, arms: list[Arm]) -> Iterator[str]:
         yield f"| {arm.what} | {' | '.join(cells)} |\n"
 
 
-def factor_effects() -> str:
-    """A table of what each factor changes in the final scores: means over seeds with intervals, on minus off.
+def factor_effects(runs: Runs) -> Iterator[str]:
+    """A table of what each factor changes in the final scores, on minus off, with 95% intervals (factorial.effects).
 
-    Of the seeds that have all 16 runs.
+    Of the seeds that have all 16 runs. Empty if there is none. An effect whose interval does not contain 0 is bold.
     """
-    runs = saved_runs() | finished_runs()
-    seeds = [seed for seed in SEEDS if all((arm.name, seed) in runs for arm in FACTORIAL)]
+    seeds = [seed for seed in FACTORIAL[0].seeds if all((arm.name, seed) in runs for arm in FACTORIAL)]
     if not seeds:
-        return "no seed has all runs of the factorial part: python tools/study.py run --only factorial\n"
-    cells = [(name, score) for name in SETS for score in ("avg@16", "pass@16")]
-    of_cell = {
-        cell: effects(
-            {arm.name: np.array([runs[arm.name, s]["sets"][cell[0]][cell[1]][-1] for s in seeds]) for arm in FACTORIAL}
-        )
-        for cell in cells
-    }
+        return
+
+    def end(arm: Arm, name: str, score: str) -> np.ndarray:
+        return np.array([runs[arm.name, seed]["sets"][name][score][-1] for seed in seeds])
+
+    found = [effects({arm.name: end(arm, *cell) for arm in FACTORIAL}) for cell in CELLS]
     what = {factor.letter: f"{factor.letter}: {factor.what}" for factor in FACTORS}
-    lines = [f"| {len(seeds)} seeds | {' | '.join(', '.join(cell) for cell in cells)} |"]
-    lines.append(f"|{' --- |' * (len(cells) + 1)}")
-    for term in of_cell[cells[0]]:
-        found = " | ".join(formatted(of_cell[cell][term], "+") for cell in cells)
-        lines.append(f"| {what.get(term, term)} | {found} |")
-    return "\n".join(lines) + "\n"
+    yield f"| {len(seeds)} seeds | {' | '.join(', '.join(cell) for cell in CELLS)} |\n"
+    yield f"|{' --- |' * (len(CELLS) + 1)}\n"
+    for term in found[0]:
+        words = [number(of_cell[term].mean, "+") for of_cell in found]
+        bold = [abs(of_cell[term].mean) > of_cell[term].half for of_cell in found]
+        cells = [f"**{word}**" if is_bold else word for word, is_bold in zip(words, bold, strict=True)]
+        yield f"| {what.get(term, term)} | {' | '.join(cells)} |\n"
+    yield f"| 95% interval, ± | {' | '.join(number(of_cell['A'].half) for of_cell in found)} |\n"
 
 
 # A panel of a picture: title, set, score.
@@ -269,11 +305,15 @@ def write() -> None:
     runs = saved_runs() | finished_runs()
     save_runs(runs)
     groups = {group: [arm for arm in ARMS if arm.group == group] for group in dict.fromkeys(arm.group for arm in ARMS)}
-    missing = {arm.group for arm in ARMS if not any((arm.name, seed) in runs for seed in SEEDS)}
+    missing = {arm.group for arm in ARMS if not _seeds(runs, arm)}
     parts = {group: "".join(table(runs, with_baseline(group), group)) for group in groups if group not in missing}
-    judged = [arm for arm in ARMS if arm.start is COUNTDOWN and arm.group != "long"]
-    if not missing & {arm.group for arm in judged}:
-        parts["critic"] = "".join(critics(runs, judged))
+    if "methods" in parts:
+        parts["critic"] = "".join(critics(runs, groups["methods"]))
+    if found := "".join(factor_effects(runs)):
+        parts["factorial"] = found
+    if "fresh" in parts:
+        plus = next(arm for arm in groups["fresh"] if arm.name == "fresh_tempo_plus")
+        parts["paired"] = "".join(paired(runs, plus, [arm for arm in groups["fresh"] if arm is not plus]))
     parts["times"] = times(runs)
     for one in pictures(groups):
         if one.part in parts:

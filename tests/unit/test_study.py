@@ -23,11 +23,12 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """tools/study.py, at work in a folder of its own, behind one stage 1."""
     module = load_tool("study", monkeypatch)
     monkeypatch.setattr(module, "OUT", tmp_path / "study")
-    start = module.folder("stage1", 0) / "hf_step_00000070"
-    start.mkdir(parents=True)
-    for role in ("actor", "critic"):
-        (start / role).symlink_to(MODEL)
-    for start in (module.PLAIN, module.MISLED):
+    for start in (module.COUNTDOWN, module.COUNTDOWN_PLAIN, module.COUNTDOWN_FRESH):
+        export = module.folder(start.name, 0) / "hf_step_00000070"
+        export.mkdir(parents=True)
+        for role in ("actor", "critic"):
+            (export / role).symlink_to(MODEL)
+    for start in (module.LOGIC_PLAIN, module.LOGIC_MISLED):
         for role in ("actor", "critic"):
             write_model(module.folder(start.name, 0) / "hf_step_00000060" / role)
     module.write_files()
@@ -36,7 +37,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def there(study: ModuleType, start: Any, folder: Path) -> list[str]:
     """Overrides for the files of the second task, which a program has to make first."""
-    if start is study.COUNTDOWN:
+    if start.task == "countdown":
         return []
     fields = ("data.labelled", "data.unlabelled", *(f"evaluation.sets.{n}" for n in ("labelled", "heldout")))
     return [f"{name}.path={write_rows(folder / f'{i}.jsonl')}" for i, name in enumerate(fields)]
@@ -46,25 +47,35 @@ def there(study: ModuleType, start: Any, folder: Path) -> list[str]:
 def test_every_arm_passes_the_check_and_is_unlike_the_others_of_its_table(study: ModuleType, tmp_path: Path) -> None:
     configs = {}
     lengths = {"long": 350, "logic_dates": 60, "logic_dates_misled": 60}
-    for arm in (*study.ARMS, *study.FACTORIAL):
+    for arm in study.EVERY:
         config = build([*study.stage_two(arm, 0), *there(study, arm.start, tmp_path)], world_size=1)
         assert config.stage1.iterations == 0
         assert config.stage2.iterations == lengths.get(arm.group, 70)
         assert len(config.evaluation.sets) == 3
         config.run.dir = ""
         configs[arm.name] = config
-    assert len(configs) == len(study.ARMS) + len(study.FACTORIAL)
+    assert len(configs) == len(study.EVERY)
     # by what they are compared with
     groups = {arm.name: study.BASELINES.get(arm.group, "tempo") for arm in study.ARMS}
     groups |= dict.fromkeys((arm.name for arm in study.FACTORIAL), "factorial")
     assert all(configs[a] != configs[b] for a in configs for b in configs if a != b and groups[a] == groups[b])
-    assert configs["stale_0"] == configs["tempo"] == configs["factorial_none"]
+    assert configs["tempo"] == configs["tempo_again"]
+    assert configs["early"] == configs["baseline_reference"]
+    configs["factorial_none"].evaluation.every = configs["tempo"].evaluation.every
+    assert configs["tempo"] == configs["factorial_none"]
+    fresh = configs["fresh_tempo"]
+    sets = fresh.evaluation.sets
+    paths = [fresh.data.labelled.path, fresh.data.unlabelled.path, sets["heldout"].path, sets["labelled"].path]
+    assert [Path(path).stem.removeprefix("fresh_") for path in paths] == [
+        *("labelled", "unlabelled", "heldout", "labelled")
+    ]
+    assert sets["unlabelled"].path == fresh.data.unlabelled.path
     assert build(study.stage_one(0), world_size=1).stage2.iterations == 0
-    for start in (study.PLAIN, study.MISLED):
+    for start in (study.LOGIC_PLAIN, study.LOGIC_MISLED):
         model = write_model(tmp_path / start.name)
         words = [*study.stage_one(0, start), *there(study, start, tmp_path), f"model.path={model}"]
         assert build(words, world_size=1).stage2.iterations == 0
-    assert study.stage_one(0, study.MISLED) != study.stage_one(0, study.PLAIN)
+    assert study.stage_one(0, study.LOGIC_MISLED) != study.stage_one(0, study.LOGIC_PLAIN)
 
 
 def test_a_task_is_prepared_once_for_its_arms(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,14 +94,43 @@ def test_a_task_is_prepared_once_for_its_arms(study: ModuleType, monkeypatch: py
         study.main()
 
 
+def test_a_group_runs_its_arms_on_their_seeds(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    made: list[list[Any]] = []
+    monkeypatch.setattr(study.subprocess, "run", lambda words, check: made.append(words))
+    monkeypatch.setattr(study, "train", lambda run, words: calls.append(f"{run.parent.name}/{run.name}"))
+    monkeypatch.setattr(study, "exported", lambda seed, start: study.OUT / start.name)
+    monkeypatch.setattr("sys.argv", ["study.py", "run", "--jobs=1", "--only", "fresh", "factorial_none"])
+    assert study.main() == 0
+    firsts = ["seed0/stage1", "seed1/stage1", *(f"seed{seed}/stage1_fresh" for seed in range(10, 15))]
+    assert calls[: len(firsts)] == firsts
+    assert calls.count("seed0/factorial_none") == calls.count("seed14/fresh_tempo_plus") == 1
+    assert len(calls) == len(firsts) + 2 + 5 * len([arm for arm in study.ARMS if arm.group == "fresh"])
+    assert not made, "these base models are part of the repository"
+    monkeypatch.setattr("sys.argv", ["study.py", "run", "--jobs=1", "--only", "plain_ttrl", "--seeds", "5"])
+    calls.clear()
+    assert study.main() == 0
+    assert calls == ["seed5/stage1_plain", "seed5/plain_ttrl"]
+    assert [str(word) for word in made[0][-3:]] == ["--misled", "0", "--force"]
+
+
 def test_the_other_sets_are_parts_of_the_quickstarts(study: ModuleType) -> None:
     rows = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in study.data().iterdir()}
     assert len(rows["misleading"]) + len(rows["other"]) == 6000
     assert len(rows["unlabelled_2048"]) == 2048
     assert len(rows["rest"]) == 6000 - 1536
+    assert len(rows["fresh_unlabelled"]) == 512
+    assert len(rows["fresh_heldout"]) == 256
+    assert len(rows["fresh_labelled"]) == 6000 - 768
     assert all("answer" not in row for row in rows["unlabelled_2048"])
     prompts = {name: {row["prompt"] for row in kind} for name, kind in rows.items()}
     assert not prompts["rest"] & prompts["unlabelled_2048"]
+    fresh = [prompts[f"fresh_{name}"] for name in ("labelled", "unlabelled", "heldout")]
+    assert len(set.union(*fresh)) == 6000, "no question is in two of them"
+    assert fresh[1] | fresh[2] <= prompts["misleading"]
+    assert not (fresh[1] | fresh[2]) & prompts["unlabelled_2048"]
+    read = [json.loads(line) for line in (study.EXAMPLES / "labelled.jsonl").read_text().splitlines()]
+    assert not {row["prompt"] for row in read[:256]} & {row["prompt"] for row in rows["fresh_labelled"][:256]}
 
 
 def test_the_tables_by_hand(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +174,11 @@ def test_the_tables_by_hand(study: ModuleType, tmp_path: Path, monkeypatch: pyte
     assert header.count("|") == start.count("|") == tempo.count("|") == ttrl.count("|")
     assert tempo.startswith("| TEMPO | 2 | .600 ± 1.271 |")
     assert "| -.150 ± .635 |" in ttrl
-    assert header.endswith("| model collapse step |")
+    assert header.endswith("| truncated | model collapse step |")
+    assert "| .250 ± .000 |" in tempo
+    head, _, row = "".join(report.paired(runs, arms[1], [arms[0]])).splitlines()
+    assert head.startswith("| TTRL minus | unlabelled, avg@16 | unlabelled, pass@16 |")
+    assert row.startswith("| TEMPO | -.150 ± .635 (0 of 2, p = .205) |")  # t = -3, of one degree of freedom
     assert tempo.endswith("| 70, none by 70 |"), "of each seed"
     for curves in (curves for run in runs.values() for curves in run["sets"].values()):
         curves.pop("reward accuracy", None)
