@@ -30,7 +30,7 @@ EXAMPLES = ROOT / "examples" / "quickstart"
 OUT = ROOT / "runs" / "study"
 SEEDS = (0, 1, 2)
 CHOICE_SEEDS = (0, 1)  # of the runs from which TEMPO+ was chosen
-FRESH_SEEDS = (10, 11, 12, 13, 14)  # of the runs that test it
+TEST_SEEDS = {"first_test": (10, 11, 12, 13, 14), "second_test": (15, 16, 17, 18, 19)}  # of those that test it
 PLAIN_COUNTDOWN = ROOT / "build" / "countdown-plain"  # of tools/make_quickstart.py, with --misled 0
 LOGIC_DATES = ROOT / "build" / "logic-dates"  # of tools/make_logic_dates.py
 
@@ -60,11 +60,12 @@ COUNTDOWN = Start("stage1", "countdown", (
     *COUNTDOWN_WORDS, f"evaluation.sets.labelled.path={EXAMPLES / 'labelled.jsonl'}",
 ))  # fmt: skip
 COUNTDOWN_PLAIN = Start("stage1_plain", "countdown", COUNTDOWN.words, (f"model.path={PLAIN_COUNTDOWN / 'model'}",))
-COUNTDOWN_FRESH = Start("stage1_fresh", "countdown", (
-    *COUNTDOWN_WORDS, "data.labelled.path={data}/fresh_labelled.jsonl",
-    "data.unlabelled.path={data}/fresh_unlabelled.jsonl",
-    *(f"evaluation.sets.{name}.path={{data}}/fresh_{name}.jsonl" for name in ("heldout", "labelled")),
-))  # fmt: skip
+COUNTDOWN_TESTS = {
+    test: Start(f"stage1_{test}", "countdown", (
+        *COUNTDOWN_WORDS, *(f"data.{name}.path={{data}}/{test}_{name}.jsonl" for name in ("labelled", "unlabelled")),
+        *(f"evaluation.sets.{name}.path={{data}}/{test}_{name}.jsonl" for name in ("heldout", "labelled")),
+    )) for test in TEST_SEEDS
+}  # fmt: skip
 LOGIC_PLAIN = Start("stage1_logic_dates", "logic_dates", (
     "experiment=logic_dates", *COMMON, "evaluation.every=10",
     f"evaluation.sets.labelled.path={LOGIC_DATES / 'labelled.jsonl'}",
@@ -92,17 +93,25 @@ def ours(name: str, what: str, group: str, *words: str) -> Arm:
     return Arm(name, words, what, group)
 
 
-# The arm that a group's arms are compared with, if it is not "tempo": TEMPO on their machine, start or length.
-BASELINES = {"choices": "tempo_again", "labels": "tempo_again", "transfer": "tempo_again", "long": "long_tempo",
-             "fresh": "fresh_tempo", "plain": "plain_tempo",
-             "logic_dates": "logic_tempo", "logic_dates_misled": "misled_tempo"}  # fmt: skip
-
 # Where only the end of a run counts.
 FEW = "evaluation.every=35"
 
 # Changes that several arms have.
 LABELLED, KL = "stage2.actor_on_labelled=true", "stage2.actor.kl_coef=0.02"
 ENTROPY = ("stage2.actor.entropy_target=0.12", "stage2.actor.entropy_coef=0.05")
+
+
+def in_test(test: str, *arms: tuple[str, ...]) -> Iterator[Arm]:
+    """The arms of a test of TEMPO+, each given as its name, description and overrides."""
+    for name, what, *words in arms:
+        yield Arm(f"{test}_{name}", (*words, FEW), what, test, COUNTDOWN_TESTS[test], TEST_SEEDS[test])
+
+
+# The arm that a group's arms are compared with, if it is not "tempo": TEMPO on their machine, start or length.
+BASELINES = {"choices": "tempo_again", "labels": "tempo_again", "transfer": "tempo_again", "long": "long_tempo",
+             "refined": "factorial_none", "first_test": "first_test_tempo", "second_test": "second_test_tempo",
+             "plain": "plain_tempo",
+             "logic_dates": "logic_tempo", "logic_dates_misled": "misled_tempo"}  # fmt: skip
 
 # The paper's Figure 4: 350 iterations of stage 2.
 LONG = ("stage2.iterations=350", "evaluation.every=25")
@@ -165,7 +174,7 @@ ARMS = (
     ours("truncated_penalised", "truncated responses penalised over the last 5 tokens", "truncation",
          "stage2.truncated_responses=penalised", "stage2.length_penalty_tokens=5"),
     # Why the published code does not collapse: its differences from the paper, with its early baseline
-    ours("early", "reward and baseline one token early", "early", "stage2.baseline=reference"),
+    ours("early_baseline", "reward and baseline one token early", "early", "stage2.baseline=reference"),
     ours("early_labelled", "one token early; labelled rows in the M-step", "early", "stage2.baseline=reference",
          LABELLED),
     ours("reference_unlabelled", "as its published code has it, without labelled rows", "early",
@@ -174,6 +183,10 @@ ARMS = (
     *(Arm(f"plain_{name}", (words,), what, "plain", COUNTDOWN_PLAIN) for name, what, words in FIVE),
     # The second round of the choice: what the factorial part favours, and how much of it
     *(Arm(f"refined_{name}", (FEW, *words), what, "refined", seeds=CHOICE_SEEDS) for name, what, words in (
+        ("only_kl", "KL 0.02", (KL,)),
+        ("only_strong_kl", "KL 0.05", ("stage2.actor.kl_coef=0.05",)),
+        ("kl_to_base", "both stages in one run; KL 0.02, to the base model", (
+            KL, "stage1.iterations=70", f"model.path={EXAMPLES / 'model'}", "model.critic_path=null")),
         ("kl", "labelled rows; KL 0.02", (LABELLED, KL)),
         ("kl_weak", "labelled rows; KL 0.01", (LABELLED, "stage2.actor.kl_coef=0.01")),
         ("entropy", "labelled rows; an entropy target of 0.12", (LABELLED, *ENTROPY)),
@@ -182,13 +195,12 @@ ARMS = (
         ("kl_rows_16", "labelled rows, of 16 prompts; KL 0.02", (LABELLED, KL, "stage2.labelled_prompts=16")),
         ("kl_epochs_2", "labelled rows; KL 0.02; two epochs of the actor", (LABELLED, KL, "stage2.actor.epochs=2")),
         ("epochs_2", "two epochs of the actor", ("stage2.actor.epochs=2",)))),
-    # What was chosen, on questions and seeds that the choice has not seen
-    *(Arm(f"fresh_{name}", (words, FEW), what, "fresh", COUNTDOWN_FRESH, FRESH_SEEDS) for name, what, words in (
-        FIVE[0], ("tempo_plus", "TEMPO+", "algorithm=tempo_plus"), *FIVE[3:])),
+    # What was chosen, on questions and seeds that the choice has not seen: the first choice, and the second
+    *in_test("first_test", FIVE[0], ("both", "TEMPO with labelled rows and KL 0.02", LABELLED, KL), *FIVE[3:]),
+    *in_test("second_test", FIVE[0], ("tempo_plus", "TEMPO+", "algorithm=tempo_plus"), *FIVE[3:]),
     # Figure 4
     ours("long_tempo", "TEMPO, 350 iterations", "long", *LONG),
-    ours("long_extended", "350 iterations, with labelled rows in the M-step and a KL term, 0.02", "long", *LONG,
-         LABELLED, KL),
+    ours("long_tempo_plus", "TEMPO+, 350 iterations", "long", *LONG, "algorithm=tempo_plus"),
     # The second task: from a base without a misconception, and from one with it
     *(Arm(f"logic_{name}", (words,), what, "logic_dates", LOGIC_PLAIN) for name, what, words in FIVE),
     *(Arm(f"misled_{name}", (words,), what, "logic_dates_misled", LOGIC_MISLED) for name, what, words in FIVE),
@@ -206,9 +218,9 @@ EVERY = (*ARMS, *FACTORIAL)
 def write_files() -> None:
     """Write other sets, made from the quickstart's labelled questions.
 
-    The fresh ones are misleading questions, which the base model has not been pretrained on and which no other part of
-    the study trains on without answers or evaluates. The labelled questions there do not have them, and begin with
-    others than the quickstart's.
+    Those of the tests of TEMPO+ are misleading questions, which the base model has not been pretrained on and which no
+    other part of the study trains on without answers or evaluates. The labelled questions there do not have them, and
+    begin with others than the quickstart's.
     """
     from countdown_task import every_question
 
@@ -217,17 +229,16 @@ def write_files() -> None:
     near = [row for row in read if row["prompt"] in misleading]
     moved = {row["id"] for row in near[:1536]}
     unlabelled = [json.loads(line) for line in (EXAMPLES / "unlabelled.jsonl").read_text().splitlines()]
-    fresh = near[-768:]
-    fresh_ids = {row["id"] for row in fresh}
     sets = {
         "misleading": near,
         "other": [row for row in read if row["prompt"] not in misleading],
         "unlabelled_2048": [{"id": r["id"], "prompt": r["prompt"]} for r in [*unlabelled, *near[:1536]]],
         "rest": [row for row in read if row["id"] not in moved],
-        "fresh_unlabelled": fresh[:512],
-        "fresh_heldout": fresh[512:],
-        "fresh_labelled": [row for row in (*read[256:], *read[:256]) if row["id"] not in fresh_ids],
     }
+    for test, fresh in zip(TEST_SEEDS, (near[-768:], near[-1536:-768]), strict=True):
+        taken = {row["id"] for row in fresh}
+        sets |= {f"{test}_unlabelled": fresh[:512], f"{test}_heldout": fresh[512:]}
+        sets[f"{test}_labelled"] = [row for row in (*read[256:], *read[:256]) if row["id"] not in taken]
     data().mkdir(parents=True, exist_ok=True)
     for name, rows in sets.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)

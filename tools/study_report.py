@@ -19,7 +19,7 @@ from made_parts import replaced
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
-from study import ARMS, BASELINES, EVERY, FACTORIAL, ROOT, Arm, folder, is_done
+from study import ARMS, BASELINES, EVERY, FACTORIAL, FEW, ROOT, TEST_SEEDS, Arm, folder, is_done
 
 from megatron_tempo.files import replace_file
 from megatron_tempo.observability.records import read, read_evaluations, read_metrics
@@ -60,7 +60,8 @@ def _seeds(runs: Runs, arm: Arm) -> list[int]:
 def _line(arm: str, seed: int) -> dict[str, Any]:
     run = folder(arm, seed)
     curves: dict[str, dict[str, list[float | None]]] = {}  # None: AUROC if all responses are wrong
-    for record in sorted(read_evaluations(run), key=lambda record: record["iteration"]):
+    records = [record for record in read_evaluations(run) if record["stage"] == "stage2"]
+    for record in sorted(records, key=lambda record: record["iteration"]):
         scores = {"avg@16": record["avg"]} | {f"pass@{k}": value for k, value in record["pass"].items() if k != "1"}
         last = (record["calibration"] or {}).get("last", {})
         scores |= {name: last[name] for name in ("auroc", "ece") if name in last}
@@ -118,7 +119,7 @@ def number(value: float, sign: str = "") -> str:
 
 def baseline(group: str) -> Arm:
     """The arm that those of a group are compared with."""
-    return next(arm for arm in ARMS if arm.name == BASELINES.get(group, "tempo"))
+    return next(arm for arm in EVERY if arm.name == BASELINES.get(group, "tempo"))
 
 
 def table(runs: Runs, arms: list[Arm], group: str = "methods") -> Iterator[str]:
@@ -291,7 +292,7 @@ def pictures(groups: dict[str, list[Arm]]) -> list[Picture]:
         Picture("study-pass.png", "pass@16 over the iterations", "methods", groups["methods"], passes),
         Picture("study-critic.png", "AUROC and calibration error", "critic", groups["methods"], honest),
     ]
-    for group in [group for group in groups if group != "methods"]:
+    for group in [group for group, arms in groups.items() if group != "methods" and FEW not in arms[0].words]:
         panels = [*avgs, labelled] if group == "transfer" else avgs
         drawn.append(Picture(f"study-{group}.png", "avg@16 over the iterations", group, with_baseline(group), panels))
     return drawn
@@ -311,9 +312,9 @@ def write() -> None:
         parts["critic"] = "".join(critics(runs, groups["methods"]))
     if found := "".join(factor_effects(runs)):
         parts["factorial"] = found
-    if "fresh" in parts:
-        plus = next(arm for arm in groups["fresh"] if arm.name == "fresh_tempo_plus")
-        parts["paired"] = "".join(paired(runs, plus, [arm for arm in groups["fresh"] if arm is not plus]))
+    for test in TEST_SEEDS.keys() & parts.keys():
+        tempo, chosen, *rivals = groups[test]
+        parts[test] += "\n" + "".join(paired(runs, chosen, [tempo, *rivals]))
     parts["times"] = times(runs)
     for one in pictures(groups):
         if one.part in parts:

@@ -23,7 +23,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """tools/study.py, at work in a folder of its own, behind one stage 1."""
     module = load_tool("study", monkeypatch)
     monkeypatch.setattr(module, "OUT", tmp_path / "study")
-    for start in (module.COUNTDOWN, module.COUNTDOWN_PLAIN, module.COUNTDOWN_FRESH):
+    for start in (module.COUNTDOWN, module.COUNTDOWN_PLAIN, *module.COUNTDOWN_TESTS.values()):
         export = module.folder(start.name, 0) / "hf_step_00000070"
         export.mkdir(parents=True)
         for role in ("actor", "critic"):
@@ -49,7 +49,7 @@ def test_every_arm_passes_the_check_and_is_unlike_the_others_of_its_table(study:
     lengths = {"long": 350, "logic_dates": 60, "logic_dates_misled": 60}
     for arm in study.EVERY:
         config = build([*study.stage_two(arm, 0), *there(study, arm.start, tmp_path)], world_size=1)
-        assert config.stage1.iterations == 0
+        assert config.stage1.iterations == (70 if arm.name == "refined_kl_to_base" else 0)
         assert config.stage2.iterations == lengths.get(arm.group, 70)
         assert len(config.evaluation.sets) == 3
         config.run.dir = ""
@@ -60,16 +60,16 @@ def test_every_arm_passes_the_check_and_is_unlike_the_others_of_its_table(study:
     groups |= dict.fromkeys((arm.name for arm in study.FACTORIAL), "factorial")
     assert all(configs[a] != configs[b] for a in configs for b in configs if a != b and groups[a] == groups[b])
     assert configs["tempo"] == configs["tempo_again"]
-    assert configs["early"] == configs["baseline_reference"]
+    assert configs["early_baseline"] == configs["baseline_reference"]
     configs["factorial_none"].evaluation.every = configs["tempo"].evaluation.every
     assert configs["tempo"] == configs["factorial_none"]
-    fresh = configs["fresh_tempo"]
-    sets = fresh.evaluation.sets
-    paths = [fresh.data.labelled.path, fresh.data.unlabelled.path, sets["heldout"].path, sets["labelled"].path]
-    assert [Path(path).stem.removeprefix("fresh_") for path in paths] == [
-        *("labelled", "unlabelled", "heldout", "labelled")
-    ]
-    assert sets["unlabelled"].path == fresh.data.unlabelled.path
+    for test in study.TEST_SEEDS:
+        tempo = configs[f"{test}_tempo"]
+        data, sets = tempo.data, tempo.evaluation.sets
+        paths = [data.labelled.path, data.unlabelled.path, sets["heldout"].path, sets["labelled"].path]
+        kinds = [Path(path).stem.removeprefix(f"{test}_") for path in paths]
+        assert kinds == ["labelled", "unlabelled", "heldout", "labelled"]
+        assert sets["unlabelled"].path == data.unlabelled.path
     assert build(study.stage_one(0), world_size=1).stage2.iterations == 0
     for start in (study.LOGIC_PLAIN, study.LOGIC_MISLED):
         model = write_model(tmp_path / start.name)
@@ -100,12 +100,12 @@ def test_a_group_runs_its_arms_on_their_seeds(study: ModuleType, monkeypatch: py
     monkeypatch.setattr(study.subprocess, "run", lambda words, check: made.append(words))
     monkeypatch.setattr(study, "train", lambda run, words: calls.append(f"{run.parent.name}/{run.name}"))
     monkeypatch.setattr(study, "exported", lambda seed, start: study.OUT / start.name)
-    monkeypatch.setattr("sys.argv", ["study.py", "run", "--jobs=1", "--only", "fresh", "factorial_none"])
+    monkeypatch.setattr("sys.argv", ["study.py", "run", "--jobs=1", "--only", "first_test", "factorial_none"])
     assert study.main() == 0
-    firsts = ["seed0/stage1", "seed1/stage1", *(f"seed{seed}/stage1_fresh" for seed in range(10, 15))]
+    firsts = ["seed0/stage1", "seed1/stage1", *(f"seed{seed}/stage1_first_test" for seed in range(10, 15))]
     assert calls[: len(firsts)] == firsts
-    assert calls.count("seed0/factorial_none") == calls.count("seed14/fresh_tempo_plus") == 1
-    assert len(calls) == len(firsts) + 2 + 5 * len([arm for arm in study.ARMS if arm.group == "fresh"])
+    assert calls.count("seed0/factorial_none") == calls.count("seed14/first_test_both") == 1
+    assert len(calls) == len(firsts) + 2 + 5 * len([arm for arm in study.ARMS if arm.group == "first_test"])
     assert not made, "these base models are part of the repository"
     monkeypatch.setattr("sys.argv", ["study.py", "run", "--jobs=1", "--only", "plain_ttrl", "--seeds", "5"])
     calls.clear()
@@ -119,18 +119,19 @@ def test_the_other_sets_are_parts_of_the_quickstarts(study: ModuleType) -> None:
     assert len(rows["misleading"]) + len(rows["other"]) == 6000
     assert len(rows["unlabelled_2048"]) == 2048
     assert len(rows["rest"]) == 6000 - 1536
-    assert len(rows["fresh_unlabelled"]) == 512
-    assert len(rows["fresh_heldout"]) == 256
-    assert len(rows["fresh_labelled"]) == 6000 - 768
     assert all("answer" not in row for row in rows["unlabelled_2048"])
     prompts = {name: {row["prompt"] for row in kind} for name, kind in rows.items()}
     assert not prompts["rest"] & prompts["unlabelled_2048"]
-    fresh = [prompts[f"fresh_{name}"] for name in ("labelled", "unlabelled", "heldout")]
-    assert len(set.union(*fresh)) == 6000, "no question is in two of them"
-    assert fresh[1] | fresh[2] <= prompts["misleading"]
-    assert not (fresh[1] | fresh[2]) & prompts["unlabelled_2048"]
     read = [json.loads(line) for line in (study.EXAMPLES / "labelled.jsonl").read_text().splitlines()]
-    assert not {row["prompt"] for row in read[:256]} & {row["prompt"] for row in rows["fresh_labelled"][:256]}
+    first = {row["prompt"] for row in read[:256]}  # those that are evaluated elsewhere
+    tested: set[str] = set()
+    for test in study.TEST_SEEDS:
+        labelled, unlabelled, heldout = (prompts[f"{test}_{name}"] for name in ("labelled", "unlabelled", "heldout"))
+        assert [len(unlabelled), len(heldout), len(labelled)] == [512, 256, 6000 - 768]
+        assert len(labelled | unlabelled | heldout) == 6000, "no question is in two of them"
+        assert unlabelled | heldout <= prompts["misleading"] - prompts["unlabelled_2048"] - tested
+        assert not first & {row["prompt"] for row in rows[f"{test}_labelled"][:256]}
+        tested |= unlabelled | heldout
 
 
 def test_the_tables_by_hand(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
