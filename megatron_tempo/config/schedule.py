@@ -6,11 +6,22 @@ from collections.abc import Iterator
 
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import StageConfig
+from megatron_tempo.config.updates import KlReference
 
 
 def total(config: Config) -> int:
     """Iterations of the run, over all stages."""
     return sum(stage.iterations for stage in config.stages().values())
+
+
+def keeps_start(config: Config) -> bool:
+    """Whether the run keeps the policy with which stage 2 starts, as the reference of its KL term.
+
+    Without a stage 1 in the run, this policy is `model.path`.
+    """
+    stage = config.stage2
+    kept = stage.actor.kl_coef > 0 and stage.actor.kl_reference is KlReference.start
+    return kept and config.stage1.iterations > 0 and stage.iterations > 0
 
 
 def first_step(config: Config, stage_name: str) -> int:

@@ -22,6 +22,13 @@ class Ratio(Enum):
     token = "token"  # each token's (PPO)
 
 
+class KlReference(Enum):
+    """The policy that the KL term holds the actor to."""
+
+    model = "model"  # the one in model.path
+    start = "start"  # the one with which the stage starts
+
+
 @dataclass(slots=True)
 class OptimizerConfig:
     """AdamW, by Megatron's distributed optimizer."""
@@ -51,8 +58,9 @@ class ActorUpdateConfig:
     entropy_coef: float = 0.0  # weight of the entropy bonus, in nats per token
     # the weight falls in proportion as the entropy rises from 0 to this, in nats per token; None: it is constant
     entropy_target: float | None = None
-    # weight of KL(pi || model.path), in nats per token, k3 estimate; above 0: a third model is in memory
+    # weight of KL(pi || the reference policy), in nats per token, k3 estimate; above 0: a third model is in memory
     kl_coef: float = 0.0
+    kl_reference: KlReference = KlReference.model
     whiten_advantages: bool = False  # normalise advantages to mean 0 and variance 1 over the tokens of an iteration
 
 

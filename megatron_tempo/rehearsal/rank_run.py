@@ -33,6 +33,7 @@ from megatron_tempo.rehearsal.takeover import UnfilledHostMemory, take_over
 from megatron_tempo.rewards.verifiers import Verifiers
 from megatron_tempo.training.context import RunContext, open_context
 from megatron_tempo.training.phases import PhaseTimer
+from megatron_tempo.training.reference import Reference
 from megatron_tempo.training.row_owners import RowOwners
 from megatron_tempo.training.run_state import RunState
 from megatron_tempo.training.setup import build_actor, build_critic, build_engine, engine_weights
@@ -107,6 +108,7 @@ def _trainer(context: RunContext, task: Task, meter: PhaseMeter) -> Iterator[Tra
             engine=engine,
             weights=engine_weights(actor, context),
             requests=requests,
+            reference=Reference(context, Path(config.model.path)),
             evaluator=nothing,
             keys=QuestionKeys({}, {}, {}, {}, []),
             seen=seen,

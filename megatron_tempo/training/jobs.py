@@ -69,6 +69,7 @@ def train(config: Config) -> None:
             trainer.evaluate_if_due()
             for stage_name, stage, iteration in remaining(config, state.step):
                 state.stop_if_requested(stop_requests)
+                trainer.choose_reference(stage_name, iteration)
                 with trainer.timer.profiler.iteration(state.step + 1):
                     record = trainer.iterate(stage_name, stage, iteration)
                     raise_on_all_ranks(partial(trainer.metrics.step, record))

@@ -50,7 +50,9 @@ def find(
         checkpoints.require(latest, models)
         _check_config(config, latest.path, latest.state)
         _check_position(config, latest.state)
-        inputs.check(latest.state.get("inputs", {}), read_now)
+        saved = latest.state.get("inputs", {})
+        kept = inputs.of_reference(config) if inputs.REFERENCE in saved else {}  # from the start of stage 2
+        inputs.check(saved, {**read_now, **kept})
         if is_writer:
             _warn_of_lost_records(run, latest.state["step"])
         for name, stream in streams.items():

@@ -21,6 +21,7 @@ from megatron_tempo.files import replace_file
 from megatron_tempo.models.trained import TrainedModel
 from megatron_tempo.runtime.collective_call import raise_on_all_ranks
 from megatron_tempo.runtime.stop_request import StopRequests
+from megatron_tempo.training.inputs import REFERENCE
 from megatron_tempo.training.phases import PhaseTimer
 from megatron_tempo.training.rollout_requests import RolloutRequests
 from megatron_tempo.weights.export import origin_of
@@ -66,6 +67,8 @@ class RunState:
         """Load the checkpoint that was found, if there is one, and cut the run's files back to its step. Collective."""
         if latest.path is not None:
             self.checkpoints.load(latest, self.models)
+            saved = latest.state.get("inputs", {})
+            self.inputs |= {REFERENCE: saved[REFERENCE]} if REFERENCE in saved else {}
         self.step = latest.state.get("step", 0)
         self.evaluated = latest.state.get("evaluated", self.step > 0)
         self.requests.restore(latest.state.get("asked_ahead"))

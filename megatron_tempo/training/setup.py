@@ -48,15 +48,15 @@ from megatron_tempo.weights.precision import BLOCK, Quantised
 
 def build_actor(context: RunContext) -> Actor:
     """The trainable actor with the weights of `model.path`. Collective."""
-    model = _trained(context, _language_model(context), context.layouts.actor)
+    model = _trained(context, _language_model(context, Path(context.config.model.path)), context.layouts.actor)
     if recorded_routing(context.config) is not None:
         model.replay = ReplayedRouters(model.net, replays=context.config.model.router_replay is RouterReplay.on)
     return Actor(model, _guard(context, "actor"))
 
 
-def build_reference(context: RunContext) -> Actor:
-    """The reference policy of the KL term: the unchanged `model.path`. Collective."""
-    config, net = context.config, _language_model(context)
+def build_reference(context: RunContext, folder: Path) -> Actor:
+    """The reference policy of the KL term, with the weights of `folder`. Collective."""
+    config, net = context.config, _language_model(context, folder)
     tokens = config.parallel.micro_batch_tokens
     return Actor(Model.frozen(net, context.layouts.actor, context.device, tokens, context.offloader))
 
@@ -152,8 +152,8 @@ def _in_engine_precision(context: RunContext, weights: Callable[..., Weights]) -
     return weights(dtype=DTYPES[Precision[precision.name]])
 
 
-def _language_model(context: RunContext) -> PackedGPT | ModelChunks:
-    """The actor's network, with the weights of `model.path`."""
+def _language_model(context: RunContext, folder: Path) -> PackedGPT | ModelChunks:
+    """The actor's network, with the weights of `folder`."""
     config = context.config
     kind = partial(
         LanguageModel,
@@ -161,7 +161,7 @@ def _language_model(context: RunContext) -> PackedGPT | ModelChunks:
         temperature=config.rollout.temperature or 1.0,  # 0 only where nothing is trained
         truncation=Sampling.of(config.rollout, config.rollout.max_response_tokens).truncation,
     )
-    return _network(context, kind, Path(config.model.path), context.layouts.actor)
+    return _network(context, kind, folder, context.layouts.actor)
 
 
 def _network(

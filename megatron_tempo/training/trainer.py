@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tempo.checkpoint.checkpoints import Checkpoints, LatestCheckpoint
+from megatron_tempo.config import schedule
 from megatron_tempo.config.method_settings import Prompts
 from megatron_tempo.config.resume import check_run_folder
 from megatron_tempo.config.schema import Config
@@ -43,6 +44,7 @@ from megatron_tempo.training.context import RunContext, collective_timeout
 from megatron_tempo.training.parity import ParityGate
 from megatron_tempo.training.peak_memory import PeakMemory, planned
 from megatron_tempo.training.phases import PhaseTimer
+from megatron_tempo.training.reference import Reference
 from megatron_tempo.training.resume_point import find
 from megatron_tempo.training.rollout_requests import RolloutRequests
 from megatron_tempo.training.row_owners import RowOwners
@@ -52,7 +54,6 @@ from megatron_tempo.training.setup import (
     build_critic,
     build_engine,
     build_evaluator,
-    build_reference,
     build_verifiers,
     engine_weights,
 )
@@ -79,7 +80,7 @@ class Trainer:
     timer: PhaseTimer
     state: RunState
     latest: LatestCheckpoint
-    reference: Actor | None = None  # loaded when it is first needed
+    reference: Reference
     gate: ParityGate | None = None  # None: the engine's numbers are not compared (rehearsals)
 
     @classmethod
@@ -131,6 +132,7 @@ class Trainer:
                 engine=engine,
                 weights=engine_weights(actor, context),
                 requests=requests,
+                reference=Reference(context, Path(config.model.path)),
                 evaluator=build_evaluator(config, engine, verifiers, tokenizer, sets, keys.evaluation, critic),
                 keys=keys,
                 seen=seen,
@@ -189,7 +191,7 @@ class Trainer:
         learner = Learner(
             self.actor,
             self.critic,
-            self.reference_logprobs,
+            self.reference.logprobs,
             self.phase,
             seed=iteration_seed(self.config.run.seed, stage_name, iteration),
             iteration=number,
@@ -228,11 +230,17 @@ class Trainer:
                 recorder = stack.enter_context(self.requests.recorder(stage_name, iteration))
             return self.requests.generate(stage_name, stage, iteration, recorder)
 
-    def reference_logprobs(self, batch: Batch) -> Tensor:
-        """Log-probabilities of the initial policy, which is loaded on first use."""
-        if self.reference is None:
-            self.reference = build_reference(self.context)
-        return self.reference.logprobs(batch)
+    def choose_reference(self, stage_name: str, iteration: int) -> None:
+        """Before an iteration: the reference policy of its KL term. Kept when stage 2 starts, if it is that policy."""
+        if stage_name != "stage2" or not schedule.keeps_start(self.config):
+            return
+        if iteration > 0:
+            self.reference.use(inputs.kept_reference(self.config))
+            return
+        self.engine_sleeps()
+        with self.phase("checkpoint"):
+            self.reference.keep(self.actor)
+        self.state.inputs |= inputs.of_reference(self.config)
 
     def load_engine(self) -> None:
         """Send the actor's weights to the engine, and wake it if it sleeps."""
