@@ -101,6 +101,10 @@ LABELLED, KL = "stage2.actor_on_labelled=true", "stage2.actor.kl_coef=0.02"
 ENTROPY = ("stage2.actor.entropy_target=0.12", "stage2.actor.entropy_coef=0.05")
 
 
+# A run of both stages, where the others start from the export of stage 1.
+BOTH_STAGES = ("stage1.iterations=70", f"model.path={EXAMPLES / 'model'}", "model.critic_path=null")
+
+
 def in_test(test: str, *arms: tuple[str, ...]) -> Iterator[Arm]:
     """The arms of a test of TEMPO+, each given as its name, description and overrides."""
     for name, what, *words in arms:
@@ -185,8 +189,9 @@ ARMS = (
     *(Arm(f"refined_{name}", (FEW, *words), what, "refined", seeds=CHOICE_SEEDS) for name, what, words in (
         ("only_kl", "KL 0.02", (KL,)),
         ("only_strong_kl", "KL 0.05", ("stage2.actor.kl_coef=0.05",)),
-        ("kl_to_base", "both stages in one run; KL 0.02, to the base model", (
-            KL, "stage1.iterations=70", f"model.path={EXAMPLES / 'model'}", "model.critic_path=null")),
+        ("kl_to_base", "both stages in one run; KL 0.02, to the base model", (KL, *BOTH_STAGES)),
+        ("kl_to_start", "both stages in one run; KL 0.02, to the policy of stage 1", (
+            KL, "stage2.actor.kl_reference=start", *BOTH_STAGES)),
         ("kl", "labelled rows; KL 0.02", (LABELLED, KL)),
         ("kl_weak", "labelled rows; KL 0.01", (LABELLED, "stage2.actor.kl_coef=0.01")),
         ("entropy", "labelled rows; an entropy target of 0.12", (LABELLED, *ENTROPY)),

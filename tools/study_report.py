@@ -156,12 +156,16 @@ def _truncated(runs: Runs, arm: Arm) -> np.ndarray:
 
 
 def collapses(runs: Runs, arm: Arm) -> str:
-    """The model collapse step of each seed (report.collapse), in iterations of stage 2, on the unlabelled set."""
+    """The model collapse step of each seed (report.collapse), in iterations of stage 2, on the unlabelled set.
+
+    Once, if no seed has one.
+    """
     one = curve(runs, arm, SETS[0], "reward accuracy")
     if one is None:
         return ""
     steps = [int(step) for step in one.iterations]
-    return ", ".join(collapse_words(dict(zip(steps, scores.tolist(), strict=True))) for scores in one.scores)
+    words = [collapse_words(dict(zip(steps, scores.tolist(), strict=True))) for scores in one.scores]
+    return words[0] if len(set(words)) == 1 and words[0].startswith("none") else ", ".join(words)
 
 
 def _difference(runs: Runs, arm: Arm, tempo: Arm, name: str) -> str:
