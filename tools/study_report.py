@@ -108,8 +108,11 @@ def interval(values: np.ndarray) -> float:
 
 
 def formatted(values: np.ndarray, sign: str = "") -> str:
+    """The mean over seeds with its interval. With two seeds an interval says nothing: the lower and the higher score."""
     half = interval(values)
     mean = number(values.mean(), sign)
+    if len(values) == 2:
+        return f"{mean} ({number(values.min(), sign)} to {number(values.max(), sign)})"
     return mean if np.isnan(half) else f"{mean} ± {number(half)}"
 
 

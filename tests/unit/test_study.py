@@ -173,13 +173,14 @@ def test_the_tables_by_hand(study: ModuleType, tmp_path: Path, monkeypatch: pyte
     assert half == pytest.approx(12.706 * 0.1, rel=1e-4)  # t of one degree of freedom; the standard error is 0.1
     header, _, start, tempo, ttrl = "".join(report.table(runs, arms)).splitlines()
     assert header.count("|") == start.count("|") == tempo.count("|") == ttrl.count("|")
-    assert tempo.startswith("| TEMPO | 2 | .600 ± 1.271 |")
-    assert "| -.150 ± .635 |" in ttrl
+    assert tempo.startswith("| TEMPO | 2 | .600 (.500 to .700) |")
+    assert "| -.150 (-.200 to -.100) |" in ttrl
+    assert report.formatted(np.array([0.5, 0.6, 0.7])) == ".600 ± .248"  # t of two degrees of freedom
     assert header.endswith("| truncated | model collapse step |")
-    assert "| .250 ± .000 |" in tempo
+    assert "| .250 (.250 to .250) |" in tempo
     head, _, row = "".join(report.paired(runs, arms[1], [arms[0]])).splitlines()
     assert head.startswith("| TTRL minus | unlabelled, avg@16 | unlabelled, pass@16 |")
-    assert row.startswith("| TEMPO | -.150 ± .635 (0 of 2, p = .205) |")  # t = -3, of one degree of freedom
+    assert row.startswith("| TEMPO | -.150 (-.200 to -.100) (0 of 2, p = .205) |")  # t = -3, of one degree of freedom
     assert tempo.endswith("| 70, none by 70 |"), "of each seed"
     for curves in (curves for run in runs.values() for curves in run["sets"].values()):
         curves.pop("reward accuracy", None)
