@@ -108,7 +108,7 @@ def interval(values: np.ndarray) -> float:
 
 
 def formatted(values: np.ndarray, sign: str = "") -> str:
-    """The mean over seeds with its interval. With two seeds an interval says nothing: the lower and the higher score."""
+    """The mean over seeds with its interval. With two seeds it says nothing: the lower and the higher score."""
     half = interval(values)
     mean = number(values.mean(), sign)
     if len(values) == 2:
