@@ -11,10 +11,9 @@ from safetensors.torch import load_file
 from megatron_tempo.config.method_settings import Method
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.updates import KlReference
-from megatron_tempo.errors import InputError
 from megatron_tempo.observability.records import read_metrics
 from megatron_tempo.training.jobs import train
-from tests.support.project import config_of, write_project
+from tests.support.project import config_of, refusal, write_project
 from tests.support.ranks import run_ranks
 
 WEIGHTS = "actor/model-00001.safetensors"
@@ -52,14 +51,6 @@ def stopping_at(step: int, config: Config) -> None:
         monkeypatch.setattr(Trainer, "iterate", until)
         with pytest.raises(KeyboardInterrupt):
             train(config)
-
-
-def refusal(config: Config) -> str | None:
-    try:
-        train(config)
-    except InputError as error:
-        return str(error)
-    return None
 
 
 def same(one: Path, other: Path) -> bool:

@@ -13,10 +13,9 @@ from safetensors.torch import load_file
 from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.method_settings import NEEDS, Method, ScrlSettings, TtrlSettings
 from megatron_tempo.config.schema import Config
-from megatron_tempo.errors import InputError
 from megatron_tempo.observability.records import read_evaluations, read_metrics, read_samples
 from megatron_tempo.training.jobs import train
-from tests.support.project import config_of, write_project
+from tests.support.project import config_of, refusal, write_project
 from tests.support.ranks import run_ranks
 
 
@@ -147,14 +146,6 @@ def test_ttrl_learns_on_two_ranks_as_on_one_and_from_a_record(project: Path, tmp
     for name in names:
         assert second[name] == pytest.approx(first[name], rel=1e-3), name
         assert third[name] == first[name], name
-
-
-def refusal(config: Config) -> str | None:
-    try:
-        train(config)
-    except InputError as error:
-        return str(error)
-    return None
 
 
 def test_a_run_that_wants_a_critic_later_is_refused(project: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.schema import Config, DatasetConfig
 from megatron_tempo.config.updates import CriticTargets, Ratio
+from megatron_tempo.errors import InputError
 from tests.support.tiny import write_model
 
 ROOT = Path(__file__).parents[2]
@@ -70,3 +71,14 @@ def from_nothing(config: Config) -> Config:
     for stage in config.stages().values():
         stage.critic.targets = CriticTargets.plus_minus_one
     return config
+
+
+def refusal(config: Config) -> str | None:
+    """The message with which `train` refuses a config; None if it trains. For `tests.support.ranks.run_ranks`."""
+    from megatron_tempo.training.jobs import train  # takes seconds to import
+
+    try:
+        train(config)
+    except InputError as error:
+        return str(error)
+    return None
