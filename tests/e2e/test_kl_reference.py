@@ -13,7 +13,7 @@ from megatron_tempo.config.schema import Config
 from megatron_tempo.config.updates import KlReference
 from megatron_tempo.observability.records import read_metrics
 from megatron_tempo.training.jobs import train
-from tests.support.project import config_of, refusal, write_project
+from tests.support.project import config_of, refusal, stopping_at, write_project
 from tests.support.ranks import run_ranks
 
 WEIGHTS = "actor/model-00001.safetensors"
@@ -34,23 +34,6 @@ def config_for(project: Path, out: Path, reference: KlReference = KlReference.st
     config.checkpoint.every = 1
     config.evaluation.sets, config.evaluation.calibration_set = {}, None
     return config
-
-
-def stopping_at(step: int, config: Config) -> None:
-    """The same run, stopped after the checkpoint of an iteration."""
-    from megatron_tempo.training.trainer import Trainer
-
-    iterate = Trainer.iterate
-
-    def until(self: Trainer, *where: object) -> object:
-        if self.step == step:
-            raise KeyboardInterrupt
-        return iterate(self, *where)  # type: ignore[arg-type]
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(Trainer, "iterate", until)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
 
 
 def same(one: Path, other: Path) -> bool:

@@ -15,7 +15,7 @@ from megatron_tempo.config.method_settings import NEEDS, Method, ScrlSettings, T
 from megatron_tempo.config.schema import Config
 from megatron_tempo.observability.records import read_evaluations, read_metrics, read_samples
 from megatron_tempo.training.jobs import train
-from tests.support.project import config_of, refusal, write_project
+from tests.support.project import config_of, refusal, stopping_at, write_project
 from tests.support.ranks import run_ranks
 
 
@@ -43,23 +43,6 @@ def config_for(project: Path, out: Path, method: Method, iterations: int = 2) ->
     config.rollout.dump = True
     config.evaluation.votes = True
     return config
-
-
-def failing_after_one(config: Config) -> None:
-    """The same run, stopped behind its first iteration and its checkpoint."""
-    from megatron_tempo.training.trainer import Trainer
-
-    iterate = Trainer.iterate
-
-    def once(self: Trainer, stage_name: str, stage: object, iteration: int) -> object:
-        if iteration == 1:
-            raise KeyboardInterrupt
-        return iterate(self, stage_name, stage, iteration)  # type: ignore[arg-type]
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(Trainer, "iterate", once)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -113,7 +96,7 @@ def test_a_run_without_a_critic(project: Path, tmp_path: Path, method: Method) -
     assert any(not torch.equal(start[name], tensor) for name, tensor in weights(out).items())
     # Stopped behind its first iteration and started again it ends as it did, to the bit.
     config = config_for(project, again, method)
-    run_ranks(failing_after_one, 1, tmp_path / "first", config)
+    run_ranks(stopping_at, 1, tmp_path / "first", 1, config)
     assert len(read_metrics(again)) == 1
     run_ranks(train, 1, tmp_path / "second", config)
     ended = weights(again)

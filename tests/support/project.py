@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.schema import Config, DatasetConfig
 from megatron_tempo.config.updates import CriticTargets, Ratio
@@ -82,3 +84,21 @@ def refusal(config: Config) -> str | None:
     except InputError as error:
         return str(error)
     return None
+
+
+def stopping_at(step: int, config: Config) -> None:
+    """Train, and stop after the checkpoint of iteration `step` of the run. For `tests.support.ranks.run_ranks`."""
+    from megatron_tempo.training.jobs import train  # these take seconds to import
+    from megatron_tempo.training.trainer import Trainer
+
+    iterate = Trainer.iterate
+
+    def until(self: Trainer, *where: object) -> object:
+        if self.step == step:
+            raise KeyboardInterrupt
+        return iterate(self, *where)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Trainer, "iterate", until)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
