@@ -14,6 +14,11 @@ def total(config: Config) -> int:
     return sum(stage.iterations for stage in config.stages().values())
 
 
+def has_reference(config: Config) -> bool:
+    """Whether a stage that runs has a KL term, and so a reference policy."""
+    return any(stage.iterations > 0 and stage.actor.kl_coef > 0 for stage in config.stages().values())
+
+
 def keeps_start(config: Config) -> bool:
     """Whether the run keeps the policy with which stage 2 starts, as the reference of its KL term.
 

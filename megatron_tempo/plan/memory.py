@@ -16,6 +16,7 @@ from enum import Enum
 from megatron_tempo.config.choices import EngineKind, EnginePrecision, Precision
 from megatron_tempo.config.model_shape import ModelShape
 from megatron_tempo.config.routing import RoutingFormat
+from megatron_tempo.config.schedule import has_reference
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.plan import activations, engine, head
@@ -205,10 +206,6 @@ def weight_bytes(config: Config, shape: ModelShape, place: Place) -> float:
 def _roles(config: Config) -> list[Role]:
     """The trained models: no critic if no method needs one."""
     return list(Role) if config.has_critic else [Role.actor]
-
-
-def has_reference(config: Config) -> bool:
-    return any(stage.iterations > 0 and stage.actor.kl_coef > 0 for stage in config.stages().values())
 
 
 def _total(parts: Parts) -> float:

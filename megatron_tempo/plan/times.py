@@ -14,6 +14,7 @@ from megatron_tempo.config.choices import EngineKind, Logits, Recompute, Transpo
 from megatron_tempo.config.cluster import ClusterConfig
 from megatron_tempo.config.method_settings import TempoSettings
 from megatron_tempo.config.model_shape import ModelShape
+from megatron_tempo.config.schedule import has_reference
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.plan import engine
@@ -23,7 +24,6 @@ from megatron_tempo.plan.memory import (
     Memory,
     MemoryPhase,
     Place,
-    has_reference,
     host_bytes,
     layouts_of,
     places_of,

@@ -35,7 +35,7 @@ def fingerprints(config: Config, sets: Mapping[str, list[LabelledPrompt]]) -> di
     model = Path(config.model.path)
     fingerprints = {f"{_SET}{name}": fingerprint(prompts) for name, prompts in sets.items()}
     fingerprints |= {f"model.path: {name}": _of_json(model / name) for name in _CONFIGS if (model / name).is_file()}
-    if any(stage.iterations > 0 and stage.actor.kl_coef > 0 for stage in config.stages().values()):
+    if schedule.has_reference(config):
         fingerprints[_WEIGHTS] = _of_weights(model)
     return fingerprints
 
