@@ -29,6 +29,14 @@ def keeps_start(config: Config) -> bool:
     return kept and config.stage1.iterations > 0 and stage.iterations > 0
 
 
+def model_is_reference(config: Config) -> bool:
+    """Whether a stage that runs has a KL term to the weights of `model.path`."""
+    return any(
+        stage.iterations > 0 and stage.actor.kl_coef > 0 and not (name == "stage2" and keeps_start(config))
+        for name, stage in config.stages().items()
+    )
+
+
 def first_step(config: Config, stage_name: str) -> int:
     """Iterations of the run before a stage."""
     stages = config.stages()

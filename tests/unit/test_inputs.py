@@ -11,6 +11,7 @@ import pytest
 
 from megatron_tempo.config import Config
 from megatron_tempo.config.schema import DatasetConfig
+from megatron_tempo.config.updates import KlReference
 from megatron_tempo.data.sets import unchanged_files
 from megatron_tempo.errors import InputError
 from megatron_tempo.training.context import open_context
@@ -85,6 +86,18 @@ def test_weights_count_where_the_kl_term_reads_them(model: Path, tmp_path: Path)
     with pytest.raises(InputError, match=r"model\.path: weights changed \(the KL term holds the policy to them\)"):
         check(alone, other)
     assert "model.path: weights" not in fingerprints(of(copy), {}), "without the term they are not read again"
+
+
+@pytest.mark.parametrize(("first", "first_kl", "counts"), [(1, 0.0, False), (1, 0.1, True), (0, 0.0, True)])
+def test_weights_do_not_count_if_the_kl_term_is_to_the_start_of_stage_two(
+    model: Path, tmp_path: Path, first: int, first_kl: float, counts: bool
+) -> None:
+    """Unless stage 1 has a term too, or is not part of the run, so that the start of stage 2 is `model.path`."""
+    config = of(model, kl=0.1)
+    config.stage2.actor.kl_reference = KlReference.start
+    config.stage1.iterations, config.stage1.actor.kl_coef = first, first_kl
+    (found,) = run_ranks(of_ranks, 1, tmp_path, config)
+    assert ("model.path: weights" in found) == counts
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
