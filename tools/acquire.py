@@ -4,9 +4,9 @@
     python tools/acquire.py runs/pool/responses.jsonl pool.jsonl --budget 64 --out chosen.jsonl --verifier countdown \\
         --known labelled.jsonl
 
-The responses are the rollouts of a method that compares answers (rollout.dump=true; the pool needs no answers), or
-those of an evaluation. What is written are the chosen rows of the pool. With their answers added, any method takes them
-as data.labelled.path. The rules:
+The responses are rollouts (rollout.dump=true; the pool needs no answers), or those of an evaluation. --verifier
+compares their answers, unless the rollouts' method did. What is written are the chosen rows of the pool. With their
+answers added, any method takes them as data.labelled.path. docs/methods.md has the commands. The rules:
 
     care      the greatest expected corrective advantage gap, without the share --gate that most likely needs no label
     oracle    the greatest gap itself, which reads all labels: what a rule could reach at best
@@ -117,6 +117,9 @@ def _by_question(path: Path, pool: Path, ids: list[str]) -> list[list[Row]]:
     for response in read_rows(path, name):
         if response[name] in found:
             found[response[name]].append(response)
+    if not any(found.values()):
+        raise InputError(f"{path} has no response to a question of {pool}: their ids differ. Ids are those of the file "
+                         "with id_field=id: of the data, or of the evaluation set")  # fmt: skip
     counts = sorted({len(of) for of in found.values()})
     if len(counts) > 1 or counts[0] < 2:
         least = min(ids, key=lambda one: len(found[one]))
@@ -185,7 +188,7 @@ def main(given: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("responses", type=Path, help="a file of rollouts/, or responses.jsonl of an evaluation")
     parser.add_argument("pool", type=Path, help="the questions, JSONL with `id`")
-    parser.add_argument("--verifier", choices=list(Verifier.__members__), help="who compares answers of an evaluation")
+    parser.add_argument("--verifier", choices=list(Verifier.__members__), help="of answers that were not compared yet")
     parser.add_argument("--budget", type=int, required=True, help="how many questions to label")
     parser.add_argument("--rule", choices=("care", "oracle", "entropy", "random"), default="care")
     parser.add_argument("--known", type=Path, help="JSONL with the `id` of questions that have labels already")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -33,6 +34,9 @@ CHOICE_SEEDS = (0, 1)  # of the runs from which TEMPO+ was chosen
 TEST_SEEDS = {"first_test": (10, 11, 12, 13, 14), "second_test": (15, 16, 17, 18, 19)}  # of those that test it
 PLAIN_COUNTDOWN = ROOT / "build" / "countdown-plain"  # of tools/make_quickstart.py, with --misled 0
 LOGIC_DATES = ROOT / "build" / "logic-dates"  # of tools/make_logic_dates.py
+
+# One core, and no GPU.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 # Evaluate with pass@k up to all sixteen samples; a third set with questions of the labelled set.
 COMMON = (
@@ -67,7 +71,7 @@ COUNTDOWN_TESTS = {
     )) for test in TEST_SEEDS
 }  # fmt: skip
 LOGIC_PLAIN = Start("stage1_logic_dates", "logic_dates", (
-    "experiment=logic_dates", *COMMON, "evaluation.every=10",
+    "experiment=logic_dates", *COMMON, "evaluation.every=20",
     f"evaluation.sets.labelled.path={LOGIC_DATES / 'labelled.jsonl'}",
     "evaluation.sets.labelled.id_field=id", "evaluation.sets.labelled.verifier=text",
 ))  # fmt: skip
@@ -79,10 +83,10 @@ TASKS = ("countdown", "logic_dates")
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """A way to train in stage 2: overrides ({data} is the folder of the study's own sets), and its description."""
+    """A way to train in stage 2: overrides, and their description."""
 
     name: str
-    words: tuple[str, ...]
+    words: tuple[str, ...]  # {data} is the folder of the study's own sets, {seed} the run's seed
     what: str
     group: str  # of the tables and pictures
     start: Start = COUNTDOWN
@@ -101,6 +105,9 @@ LABELLED, KL = "stage2.actor_on_labelled=true", "stage2.actor.kl_coef=0.02"
 ENTROPY = ("stage2.actor.entropy_target=0.12", "stage2.actor.entropy_coef=0.05")
 
 
+# 64 labelled questions, half of them chosen for the seed's policy of stage 1 (`write_acquired`).
+ACQUIRED = "data.labelled.path={data}/acquired_{seed}.jsonl"
+
 # A run of both stages, where the others start from the export of stage 1.
 BOTH_STAGES = ("stage1.iterations=70", f"model.path={EXAMPLES / 'model'}", "model.critic_path=null")
 
@@ -113,8 +120,8 @@ def in_test(test: str, *arms: tuple[str, ...]) -> Iterator[Arm]:
 
 # The arm that a group's arms are compared with, if it is not "tempo": TEMPO on their machine, start or length.
 BASELINES = {"choices": "tempo_again", "labels": "tempo_again", "transfer": "tempo_again", "long": "long_tempo",
-             "refined": "factorial_none", "first_test": "first_test_tempo", "second_test": "second_test_tempo",
-             "plain": "plain_tempo",
+             "acquisition": "tempo_64_random", "refined": "factorial_none", "first_test": "first_test_tempo",
+             "second_test": "second_test_tempo", "plain": "plain_tempo",
              "logic_dates": "logic_tempo", "logic_dates_misled": "misled_tempo"}  # fmt: skip
 
 # The paper's Figure 4: 350 iterations of stage 2.
@@ -162,6 +169,11 @@ ARMS = (
          "data.labelled.path={data}/misleading.jsonl"),
     ours("labelled_far", "only labelled questions of the other kinds", "labels",
          "data.labelled.path={data}/other.jsonl"),
+    # Which questions to label
+    *(Arm(f"{name}_64_{choice}", (FEW, f"algorithm={preset}", word), f"{what}; {how}", "acquisition")
+      for name, what, preset in (("tempo", "TEMPO", "paper"), ("grpo", "GRPO on the labelled questions", "grpo"))
+      for choice, how, word in (("random", "64 at random", "data.labelled.limit=64"),
+                                ("acquired", "32 at random, 32 chosen", ACQUIRED))),
     # Retention and transfer
     ours("more_unlabelled", "four times as many unlabelled questions", "transfer",
          "data.unlabelled.path={data}/unlabelled_2048.jsonl", "data.labelled.path={data}/rest.jsonl",
@@ -245,11 +257,38 @@ def write_files() -> None:
         sets |= {f"{test}_unlabelled": fresh[:512], f"{test}_heldout": fresh[512:]}
         sets[f"{test}_labelled"] = [row for row in (*read[256:], *read[:256]) if row["id"] not in taken]
     data().mkdir(parents=True, exist_ok=True)
+    sets |= {"pool": read[:1024], "known": read[:32]}
     for name, rows in sets.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         path = data() / f"{name}.jsonl"
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
+
+
+def write_acquired(seed: int) -> None:
+    """Write the labelled questions of ACQUIRED, which depend on a seed's stage 1.
+
+    Its policy answers 1024 labelled questions. CARE's rule knows the labels of the first 32, and chooses 32 others.
+    """
+    made, run = data() / f"acquired_{seed}.jsonl", folder("acquired", seed)
+    if made.exists():
+        return
+    chosen, pool, known = run / "chosen.jsonl", data() / "pool.jsonl", data() / "known.jsonl"
+    if not (run / "results.json").exists():
+        shutil.rmtree(run, ignore_errors=True)
+        _program("-m", "megatron_tempo", "eval", f"model={exported(seed) / 'actor'}", f"data={pool}", f"run.dir={run}",
+                 "evaluation.sets.pool.id_field=id", "evaluation.sets.pool.verifier=countdown",
+                 "evaluation.sets.pool.chat_template=false", "rollout.max_prompt_tokens=7",
+                 "rollout.max_response_tokens=15", "rollout.batch_rows=1024")  # fmt: skip
+    chosen.unlink(missing_ok=True)
+    _program(ROOT / "tools" / "acquire.py", run / "responses.jsonl", pool, "--verifier", "countdown", "--budget", "32",
+             "--known", known, "--out", chosen)  # fmt: skip
+    made.write_text(known.read_text() + chosen.read_text())
+
+
+def _program(*words: str | Path) -> None:
+    """Run a program on a CPU, one core."""
+    subprocess.run([sys.executable, "-W", "ignore", *words], check=True, cwd=ROOT, env=ENVIRONMENT)
 
 
 def data() -> Path:
@@ -274,19 +313,19 @@ def is_done(run: Path) -> bool:
 
 def stage_one(seed: int, start: Start = COUNTDOWN) -> list[str]:
     run = folder(start.name, seed)
-    return _with_data(*start.words, *start.model, f"run.seed={seed}", f"run.dir={run}", "stage2.iterations=0",
+    return _filled_in(seed, *start.words, *start.model, f"run.seed={seed}", f"run.dir={run}", "stage2.iterations=0",
                       "evaluation.every=0")  # fmt: skip
 
 
 def stage_two(arm: Arm, seed: int) -> list[str]:
     export = exported(seed, arm.start)
     models = [f"model.path={export / 'actor'}", f"model.critic_path={export / 'critic'}"]
-    return _with_data(*arm.start.words, *models, f"run.seed={seed}", f"run.dir={folder(arm.name, seed)}",
+    return _filled_in(seed, *arm.start.words, *models, f"run.seed={seed}", f"run.dir={folder(arm.name, seed)}",
                       "stage1.iterations=0", "checkpoint.export_hf=false", *arm.words)  # fmt: skip
 
 
-def _with_data(*words: str) -> list[str]:
-    return [word.replace("{data}", str(data())) for word in words]
+def _filled_in(seed: int, *words: str) -> list[str]:
+    return [word.replace("{data}", str(data())).replace("{seed}", str(seed)) for word in words]
 
 
 def train(run: Path, words: list[str]) -> None:
@@ -299,8 +338,7 @@ def train(run: Path, words: list[str]) -> None:
     with log.open("a") as output:
         status = subprocess.run(
             [sys.executable, "-W", "ignore", "-m", "megatron_tempo", "train", *words],
-            stdout=output, stderr=subprocess.STDOUT, cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=ENVIRONMENT,
         ).returncode  # fmt: skip
     if status:
         end = "\n".join(log.read_text().splitlines()[-15:])
@@ -327,8 +365,8 @@ def make_bases(starts: list[Start]) -> None:
     if COUNTDOWN_PLAIN in starts and not (PLAIN_COUNTDOWN / "model" / "model.safetensors").exists():
         words = ["--out", PLAIN_COUNTDOWN, "--misled", "0", "--force"]
         subprocess.run([sys.executable, ROOT / "tools" / "make_quickstart.py", *words], check=True)
-    if any(start.task == "logic_dates" for start in starts):
-        subprocess.run([sys.executable, ROOT / "tools" / "make_logic_dates.py"], check=True)
+    if bases := [name for name, start in (("plain", LOGIC_PLAIN), ("misled", LOGIC_MISLED)) if start in starts]:
+        subprocess.run([sys.executable, ROOT / "tools" / "make_logic_dates.py", "--bases", *bases], check=True)
 
 
 def run(arms: list[Arm], seeds: list[int] | None, at_a_time: int) -> None:
@@ -336,6 +374,8 @@ def run(arms: list[Arm], seeds: list[int] | None, at_a_time: int) -> None:
     firsts = list(dict.fromkeys((arm.start, seed) for arm, seed in jobs(arms, seeds)))
     with ThreadPoolExecutor(at_a_time) as workers:
         list(workers.map(lambda one: train(folder(one[0].name, one[1]), stage_one(one[1], one[0])), firsts))
+        acquiring = sorted({seed for arm, seed in jobs(arms, seeds) if ACQUIRED in arm.words})
+        list(workers.map(write_acquired, acquiring))
         list(workers.map(lambda job: train(folder(job[0].name, job[1]), stage_two(*job)), jobs(arms, seeds)))
 
 

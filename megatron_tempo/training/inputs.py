@@ -31,7 +31,7 @@ _IGNORED = ("transformers_version", "_name_or_path")  # entries that do not desc
 
 
 def fingerprints(config: Config, sets: Mapping[str, list[LabelledPrompt]]) -> dict[str, str]:
-    """Fingerprints by input: every evaluation set, config.json and, if a KL term holds to them, the weights. Collective."""
+    """Fingerprints: every evaluation set, config.json and, if a KL term holds to them, the weights. Collective."""
     model = Path(config.model.path)
     fingerprints = {f"{_SET}{name}": fingerprint(prompts) for name, prompts in sets.items()}
     fingerprints |= {f"model.path: {name}": _of_json(model / name) for name in _CONFIGS if (model / name).is_file()}

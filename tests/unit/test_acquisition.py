@@ -181,6 +181,8 @@ def test_the_tool_refuses_what_it_cannot_use(tool: ModuleType, files: tuple[str,
     other = write(Path(files[1]).with_name("other.jsonl"), [{"id": "z"}])
     with pytest.raises(InputError, match="has none of the pool's questions"):
         chosen(tool, files, *text_words, "--budget", "1", "--known", str(other))
+    with pytest.raises(InputError, match=r"no response to a question of .*other\.jsonl: .* id_field=id"):
+        tool.main([files[0], str(other), "--budget", "1", *text_words, "--out", files[1] + ".new"])
     with pytest.raises(InputError, match=r"--verifier=math\|countdown"):
         chosen(tool, files, "--budget", "1")
     with pytest.raises(InputError, match="exists; give another --out"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +33,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         for role in ("actor", "critic"):
             write_model(module.folder(start.name, 0) / "hf_step_00000060" / role)
     module.write_files()
+    shutil.copy(module.data() / "known.jsonl", module.data() / "acquired_0.jsonl")
     return module
 
 
@@ -82,16 +84,20 @@ def test_a_task_is_prepared_once_for_its_arms(study: ModuleType, monkeypatch: py
     """The order of runs: what makes the task, stage 1 of each base model, then the arms; none of the other task."""
     calls: list[str] = []
     monkeypatch.setattr(study, "write_files", lambda: calls.append("countdown"))
-    monkeypatch.setattr(study.subprocess, "run", lambda words, check: calls.append(words[-1].name))
+    monkeypatch.setattr(study.subprocess, "run", lambda words, check: calls.append(" ".join(map(str, words[2:]))))
     monkeypatch.setattr(study, "train", lambda run, words: calls.append(f"{run.parent.name}/{run.name}"))
     monkeypatch.setattr(study, "exported", lambda seed, start: study.OUT / start.name)
     monkeypatch.setattr("sys.argv", ["study.py", "run", "--jobs=1", "--task=logic_dates", "--seeds", "2"])
     assert study.main() == 0
     arms = [f"seed2/{base}_{arm}" for base in ("logic", "misled") for arm in ("tempo", "ttrl", "empo", "ppo", "grpo")]
-    assert calls == ["make_logic_dates.py", "seed2/stage1_logic_dates", "seed2/stage1_logic_dates_misled", *arms]
+    assert calls == ["--bases plain misled", "seed2/stage1_logic_dates", "seed2/stage1_logic_dates_misled", *arms]
     monkeypatch.setattr("sys.argv", ["study.py", "run", "--task=logic_dates", "--only", "tempo"])
     with pytest.raises(SystemExit):
         study.main()
+    calls.clear()
+    monkeypatch.setattr("sys.argv", ["study.py", "run", "--jobs=1", "--only", "misled_ppo", "--seeds", "2"])
+    assert study.main() == 0
+    assert calls == ["--bases misled", "seed2/stage1_logic_dates_misled", "seed2/misled_ppo"]
 
 
 def test_a_group_runs_its_arms_on_their_seeds(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +138,24 @@ def test_the_other_sets_are_parts_of_the_quickstarts(study: ModuleType) -> None:
         assert unlabelled | heldout <= prompts["misleading"] - prompts["unlabelled_2048"] - tested
         assert not first & {row["prompt"] for row in rows[f"{test}_labelled"][:256]}
         tested |= unlabelled | heldout
+
+
+@pytest.mark.long
+def test_half_of_the_acquired_questions_are_chosen(study: ModuleType) -> None:
+    """By CARE's rule, from the policy's responses to the pool, here of 96 questions."""
+    pool, made = study.data() / "pool.jsonl", study.data() / "acquired_0.jsonl"
+    rows = pool.read_text().splitlines(keepends=True)
+    assert len(rows) == 1024
+    pool.write_text("".join(rows[:96]))
+    made.unlink()
+    study.write_acquired(0)
+    written = made.read_text().splitlines(keepends=True)
+    assert written[:32] == rows[:32]
+    assert len(set(written)) == 64
+    assert set(written) <= set(rows[:96])
+    pool.unlink()
+    study.write_acquired(0)  # it is there
+    assert made.read_text() == "".join(written)
 
 
 def test_the_tables_by_hand(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
