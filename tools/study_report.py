@@ -269,7 +269,8 @@ def draw(runs: Runs, path: Path, arms: list[Arm], panels: list[Panel]) -> None:
 def times(runs: Runs) -> str:
     """Wall times of the runs, which use one core each. They include pauses and the effect of other load."""
     seconds = sorted(run["seconds"] for run in runs.values())
-    return f"{len(seconds)} runs, each {seconds[0]} to {seconds[-1]} s, median {np.median(seconds):.0f} s.\n"
+    each = f"each {seconds[0]} to {seconds[-1]} s, median {np.median(seconds):.0f} s"
+    return f"{len(seconds)} runs of stage 2: {sum(seconds) / 3600:.1f} hours of one core, {each}.\n"
 
 
 @dataclass(frozen=True, slots=True)

@@ -209,4 +209,4 @@ def test_the_tables_by_hand(study: ModuleType, tmp_path: Path, monkeypatch: pyte
     for curves in (curves for run in runs.values() for curves in run["sets"].values()):
         curves.pop("reward accuracy", None)
     assert "collapse" not in "".join(report.table(runs, arms)), "earlier runs recorded no votes"
-    assert report.times(runs) == "4 runs, each 100 to 100 s, median 100 s.\n"
+    assert report.times(runs) == "4 runs of stage 2: 0.1 hours of one core, each 100 to 100 s, median 100 s.\n"
