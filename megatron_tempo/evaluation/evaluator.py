@@ -161,7 +161,7 @@ def calibrate(scored: ScoredResponses, values: ValuesAt, targets: CriticTargets)
     table = values(scored.batch, positions)
     if targets is CriticTargets.plus_minus_one:
         table = (table + 1) / 2
-    return calibration_record(table.numpy(), scored.correct.flatten())
+    return calibration_record(table.numpy(), scored.correct)
 
 
 def _shown_rows(questions: int, samples: int) -> Tensor:

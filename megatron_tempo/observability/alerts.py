@@ -18,8 +18,10 @@ from megatron_tempo.observability.evaluation_alerts import (
     accuracy_falls,
     auroc,
     auroc_falls,
+    auroc_within_questions,
     overestimate,
     overestimates,
+    tells_no_response_apart,
 )
 from megatron_tempo.observability.records import Record
 
@@ -253,6 +255,15 @@ RULES = (
         "stage2.estep_every=1",
         auroc_falls,
         applies=lambda record: auroc(record) is not None,
+    ),
+    Rule(
+        "critic does not tell a question's responses apart",
+        "calibration.last.auroc_within_questions",
+        True,
+        "TEMPO's rewards do not say which response to a question is right: train the critic longer in stage 1, or on "
+        "more labelled questions, or choose a larger model",
+        tells_no_response_apart,
+        applies=lambda record: record.get("stage") == "stage2" and auroc_within_questions(record) is not None,
     ),
     Rule(
         "critic is too optimistic",

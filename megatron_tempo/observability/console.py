@@ -50,7 +50,9 @@ def evaluation_line(line: Record, width: int) -> str:
     cells.append((3, f"{line['questions']} questions"))
     if line.get("calibration"):
         last = line["calibration"]["last"]
+        within = last.get("auroc_within_questions")  # earlier records do not have it
         cells += [(2, _score("AUROC", last["auroc"], None)), (4, _score("ECE", last["ece"], None))]
+        cells += [] if within is None else [(4, _score("AUROC within questions", within, None))]
     return fitted(cells, width)
 
 

@@ -12,6 +12,7 @@ from math import hypot
 from megatron_tempo.observability.records import Record
 
 AUROC_FALL = 0.05  # below the best so far
+WITHIN_QUESTIONS = 0.6  # AUROC; 0.5 is that of chance
 OVERESTIMATE = 0.1  # the critic's mean value above the share of right responses, at two evaluations in a row
 ACCURACY_LEFT, ERRORS = 0.65, 2.0  # share of the best so far; standard errors that the fall exceeds
 
@@ -39,6 +40,27 @@ def auroc_falls() -> Look:
         if now >= high:
             best[record["set"]] = (now, record["step"])
         return None
+
+    return look
+
+
+def auroc_within_questions(record: Record) -> float | None:
+    """As `auroc`, among the responses to one question. None for records of before it was measured, too."""
+    calibration = record.get("calibration")
+    number: float | None = calibration["last"].get("auroc_within_questions") if calibration else None
+    return number
+
+
+def tells_no_response_apart() -> Look:
+    before: dict[str, float] = {}  # by set
+
+    def look(record: Record) -> str | None:
+        now = auroc_within_questions(record)
+        assert now is not None
+        earlier, before[record["set"]] = before.get(record["set"], 1.0), now
+        if max(earlier, now) >= WITHIN_QUESTIONS:
+            return None
+        return f"AUROC within the questions of {record['set']} {now:.2f}, before {earlier:.2f}"
 
     return look
 

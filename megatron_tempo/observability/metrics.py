@@ -171,7 +171,7 @@ class Metrics:
         self._alert()
         scores = {f"avg@{line['avg_k']}": line["avg"]} | {f"pass@{k}": value for k, value in line["pass"].items()}
         if line.get("calibration"):
-            scores |= {name: line["calibration"]["last"][name] for name in ("auroc", "brier", "ece")}
+            scores |= line["calibration"]["last"]
         self._track({f"{line['set']}/{name}": v for name, v in scores.items() if is_number(v)}, line["step"])
         self._show()
 

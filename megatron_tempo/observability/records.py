@@ -42,11 +42,11 @@ STARTS = "starts.jsonl"
 
 
 # The form of a value: its types; a list of values of one form; a dict of values of one form, `{str: form}`; or a record
-# with these entries at least.
+# with these entries at least, but for those whose name begins with "?": earlier versions did not write them.
 _NUMBER, _TEXT, _WHOLE = (int, float, type(None)), (str, type(None)), int
 _SCORES = {str: _NUMBER}
 _CALIBRATION = {
-    **dict.fromkeys(("auroc", "brier", "ece"), _NUMBER),
+    **dict.fromkeys(("auroc", "?auroc_within_questions", "brier", "ece"), _NUMBER),
     "bins": [dict.fromkeys(("mean_value", "fraction_right", "count"), (int, float))],
 }
 # By a file's name: the required entries of its records, and their forms.
@@ -162,7 +162,7 @@ def _unlike(form: Any, value: Any, name: str) -> str | None:
     forms = form if isinstance(form, tuple) else (form,)
     for one in forms:
         if isinstance(one, dict) and isinstance(value, dict):
-            wanted = dict.fromkeys(value, one[str]) if str in one else one
+            wanted = dict.fromkeys(value, one[str]) if str in one else _present(one, value)
             if absent := [key for key in wanted if key not in value]:
                 return f"{name} has no {absent[0]}"
             parts = (_unlike(part, value[key], f"{name}.{key}") for key, part in wanted.items())
@@ -176,6 +176,12 @@ def _unlike(form: Any, value: Any, name: str) -> str | None:
     if None in forms and value is None:
         return None
     return f"{name} is a JSON {json_type(value)}, which it cannot be"
+
+
+def _present(form: dict[str, Any], value: dict[str, Any]) -> dict[str, Any]:
+    """A record's form, with the optional entries that the value has."""
+    named = {key.removeprefix("?"): part for key, part in form.items()}
+    return {name: part for name, part in named.items() if name in form or name in value}
 
 
 def append(path: Path, record: Record) -> None:

@@ -173,15 +173,19 @@ def reliability(milestone: Milestone, record: Record) -> Chart:
     )
 
 
-def by_prefix(milestones: Sequence[tuple[Milestone, Record]], score: str, title: str, label: str) -> Chart:
-    """One of auroc, brier, ece over the fraction of the response that the critic has read."""
+def by_prefix(milestones: Sequence[tuple[Milestone, Record]], score: str, title: str, label: str) -> Chart | None:
+    """A number of `evaluation.calibration` over the fraction of the response that the critic has read.
+
+    None if no record has it.
+    """
     lines = []
     for i, (milestone, record) in enumerate(milestones):
         prefixes = {float(fraction): scores for fraction, scores in record["calibration"]["by_prefix"].items()}
         fractions = sorted(prefixes)
-        values = [prefixes[fraction][score] for fraction in fractions]
-        lines.append(Line(milestone.label, [100 * f for f in fractions], values, i, dots=True))
-    return Chart(title, label, lines, "read of the response (% of its tokens)", (-2.0, 102.0))
+        values = [prefixes[fraction].get(score) for fraction in fractions]
+        if any(value is not None for value in values):
+            lines.append(Line(milestone.label, [100 * f for f in fractions], values, i, dots=True))
+    return Chart(title, label, lines, "read of the response (% of its tokens)", (-2.0, 102.0)) if lines else None
 
 
 def training_charts(run: Run) -> Iterator[Chart]:
@@ -290,17 +294,19 @@ def score_charts(runs: Sequence[Labelled], name: str, title: str) -> Iterator[Ch
 
 
 def calibration_charts(runs: Sequence[Labelled]) -> Iterator[Chart]:
-    """AUROC and calibration error of the value after the last token, over the iterations."""
+    """AUROCs and calibration error of the value after the last token, over the iterations."""
     for score, title, unit in (
         ("auroc", "Critic AUROC", "1 is best"),
+        ("auroc_within_questions", "Critic AUROC within questions", "1 is best"),
         ("ece", "Calibration error", "ECE, 0 is best"),
     ):
         lines = []
         for one in runs:
             calibrated = [r for r in one.run.evaluations if r.get("calibration")]
             for name in dict.fromkeys(record["set"] for record in calibrated):
-                numbers = {r["step"]: r["calibration"]["last"][score] for r in calibrated if r["set"] == name}
-                lines.append(_of_run(one, numbers))
+                numbers = {r["step"]: r["calibration"]["last"].get(score) for r in calibrated if r["set"] == name}
+                if any(number is not None for number in numbers.values()):
+                    lines.append(_of_run(one, numbers))
         if lines:
             yield Chart(title, unit, lines)
 

@@ -38,6 +38,7 @@ SCALE = ((236, 150, 80), (247, 246, 242), (92, 165, 218))
 ANSWER_LABELS = {"countdown": "operators of a solution (reference answer)"}
 PREFIX_SCORES = (
     ("auroc", "AUROC", "AUROC (1 is best)"),
+    ("auroc_within_questions", "AUROC within questions", "AUROC (1 is best)"),
     ("brier", "Brier score", "Brier score (0 is best)"),
     ("ece", "Calibration error", "ECE (0 is best)"),
 )
@@ -93,7 +94,7 @@ def write_report(run_dir: Path) -> Path:
         rows=[[printable(cell) for cell in row] for row in rows],
         scores=[charts.score_chart(run, name) for name in run.sets()],
         reliability=[charts.reliability(m, r) for m, r in calibrated if m.stage],
-        prefixes=[charts.by_prefix(calibrated, *score) for score in PREFIX_SCORES if calibrated],
+        prefixes=[chart for score in PREFIX_SCORES if (chart := charts.by_prefix(calibrated, *score))],
         calibration_rows=list(_calibration_rows(calibrated)),
         training=list(charts.training_charts(run)),
         phases=_phases(run),
@@ -244,7 +245,7 @@ def _phases(run: Run) -> list[Phase]:
 def _calibration_rows(calibrated: list[tuple[Milestone, Record]]) -> Iterator[list[str]]:
     for milestone, record in calibrated:
         for fraction, scores in record["calibration"]["by_prefix"].items():
-            numbers = (scores[score] for score, _, _ in PREFIX_SCORES)
+            numbers = (scores.get(score) for score, _, _ in PREFIX_SCORES)
             yield [milestone.label, f"{float(fraction):.0%}", *("-" if n is None else f"{n:.3f}" for n in numbers)]
 
 

@@ -198,6 +198,8 @@ def _evaluations(evaluations: Sequence[Record]) -> Iterator[str]:
         if record.get("calibration"):
             calibration = record["calibration"]["last"]
             words.append(f"critic AUROC {score(calibration['auroc'], None)}, ECE {score(calibration['ece'], None)}")
+            if (within := calibration.get("auroc_within_questions")) is not None:
+                words.append(f"AUROC within questions {score(within, None)}")
         begun = first[name]
         was = f"; avg@{begun['avg_k']} was {score(begun['avg'], None)} at step {begun['step']}"
         since = "" if begun is record else was

@@ -112,7 +112,7 @@ def _score(step: int, point: str, name: str) -> dict[str, Any]:
 
 def _calibration() -> dict[str, Any]:
     values = np.linspace(0.1, [0.9, 0.3, 0.6, 0.2], 5, axis=1)
-    return finite(calibration_record(values, np.array([1.0, 0.0, 1.0, 0.0])))[0]
+    return finite(calibration_record(values, np.array([[1.0, 0.0], [1.0, 0.0]])))[0]
 
 
 def _write_checkpoint(folder: Path, step: int, config: dict[str, Any]) -> None:

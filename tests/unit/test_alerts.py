@@ -141,6 +141,24 @@ def test_the_critics_auroc() -> None:
     assert alert.line().startswith("critic's AUROC falls, step 20: AUROC on aime 0.500, was 0.900 at step 10; ")
 
 
+def within(*aurocs: float, stage: str = "stage2") -> list[dict[str, Any]]:
+    return [
+        {"step": 10 * i, "set": "aime", "stage": stage,
+         "calibration": {"last": {"auroc": 0.9, "auroc_within_questions": auroc}}}
+        for i, auroc in enumerate(aurocs)
+    ]  # fmt: skip
+
+
+def test_a_critic_that_does_not_tell_responses_apart_twice_in_a_row() -> None:
+    name = "critic does not tell a question's responses apart"
+    assert fired([], within(0.55, 0.70, 0.55, 0.61)) == []
+    assert fired([], within(0.55, 0.58, 0.61)) == [(name, 10, 10, False)]
+    assert fired([], within(0.55, 0.58, stage="stage1")) == [], "the critic is still learning"
+    assert fired([], evaluations(0.55, 0.55)) == [], "records of an earlier version"
+    (alert,) = alerts([], within(0.55, 0.5))
+    assert alert.seen == "AUROC within the questions of aime 0.50, before 0.55"
+
+
 def judged(step: int, *bins: tuple[float, float, int], name: str = "aime") -> dict[str, Any]:
     """An evaluation with these bins of the critic: mean value, share of right responses, responses."""
     rows = [{"mean_value": mean, "fraction_right": right, "count": count} for mean, right, count in bins]
@@ -220,6 +238,7 @@ def test_all_that_fired_in_the_order_of_the_steps() -> None:
 
 def test_every_rule_is_tried_above() -> None:
     of_evaluations = {"critic's AUROC falls", "critic is too optimistic", "accuracy falls"}
+    of_evaluations |= {"critic does not tell a question's responses apart"}
     assert {rule.name for rule in RULES} == {rule for _, _, rule, *_ in FIRES.values()} | of_evaluations
     assert alerts([], []) == []
 

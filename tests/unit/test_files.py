@@ -103,6 +103,7 @@ SAMPLE: dict[str, Any] = {"set": "a", "step": 1, "point": "during", "prompt": "p
     "tokens": ["a", "b"],
     "values": [0.1, 0.2, 0.3],
 }
+CALIBRATION: dict[str, Any] = {"auroc": 0.5, "brier": 0.1, "ece": 0.1, "bins": []}
 NO_NUMBER = "the record's {} is no number that a run has"
 NUMBERS = ("step", "iteration", "time", "seconds", "actor/loss")
 
@@ -116,6 +117,11 @@ RECORDS: list[tuple[str, Any, str]] = [
     ("evaluations.jsonl", SCORED | {"pass": {"8": "x"}}, "the record's pass.8 is a JSON string"),
     ("evaluations.jsonl", SCORED | {"calibration": {"last": 3, "by_prefix": {}}}, "the record's calibration.last is a"),
     ("evaluations.jsonl", SCORED | {"calibration": {"last": {}}}, "the record's calibration has no by_prefix"),
+    (
+        "evaluations.jsonl",
+        SCORED | {"calibration": {"last": CALIBRATION | {"auroc_within_questions": "0.5"}, "by_prefix": {}}},
+        "the record's calibration.last.auroc_within_questions is a JSON string",
+    ),
     ("evaluations.jsonl", SCORED | {"avg": 10**309}, "the record's avg is no number that a run has"),
     ("evaluations.jsonl", SCORED | {"right": [1, "2"]}, "the record's right[1] is a JSON string"),
     (

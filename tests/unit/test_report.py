@@ -135,7 +135,7 @@ def made_up_calibration(rng: np.random.Generator, sharpness: float) -> dict[str,
     correct = rng.random(400) < 0.4
     ends = 1 / (1 + np.exp(-sharpness * (correct - 0.5) - rng.normal(0, 1, 400)))
     values = np.stack([np.linspace(0.4, end, 16) + rng.normal(0, 0.05, 16) for end in ends])
-    return calibration_record(values[:, [0, 4, 8, 11, 15]], correct)
+    return calibration_record(values[:, [0, 4, 8, 11, 15]], correct.reshape(-1, 4))
 
 
 def sample_record(step: int, point: str, correct: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -224,9 +224,9 @@ def test_a_whole_run(whole: Text) -> None:
     assert "not finished" not in whole.text
     for heading in ("Scores", "The critic's calibration", "Training", "Where the time went", "A few responses"):
         assert heading in whole.text
-    # two sets, two reliability diagrams, three scores by prefix, seven groups of curves, memory
-    assert len(whole.charts) == 2 + 2 + 3 + 7 + 1
-    assert all(chart["x"] == "iteration" for chart in whole.charts[:2] + whole.charts[7:])
+    # two sets, two reliability diagrams, four scores by prefix, seven groups of curves, memory
+    assert len(whole.charts) == 2 + 2 + 4 + 7 + 1
+    assert all(chart["x"] == "iteration" for chart in whole.charts[:2] + whole.charts[8:])
     assert all(
         chart["stages"] == [[0, 40, "Stage 1 · PPO"], [40, 100, "Stage 2 · TEMPO"]] for chart in whole.charts[:2]
     )
@@ -389,6 +389,20 @@ def test_the_table(tmp_path: Path) -> None:
         "held_out    avg@16  0.090 ± 0.020    0.200 ± 0.020  0.610 ± 0.020",
         "held_out    pass@8  0.290 ± 0.030    0.400 ± 0.030  0.810 ± 0.030",
     ]
+
+
+def test_a_run_of_before_the_auroc_within_questions(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run")
+    name = "auroc_within_questions"
+    assert "AUROC within questions" in [chart["title"] for chart in report(run_dir).charts]
+    records = [json.loads(line) for line in (run_dir / "evaluations.jsonl").read_text().splitlines()]
+    for record in (record for record in records if record["calibration"]):
+        for part in (record["calibration"]["last"], *record["calibration"]["by_prefix"].values()):
+            part.pop(name)
+    (run_dir / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    titles = [chart["title"] for chart in report(run_dir).charts]
+    assert "AUROC" in titles
+    assert "AUROC within questions" not in titles
 
 
 def test_without_calibration(tmp_path: Path) -> None:
