@@ -29,9 +29,8 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         export.mkdir(parents=True)
         for role in ("actor", "critic"):
             (export / role).symlink_to(MODEL)
-    for start in (module.LOGIC_PLAIN, module.LOGIC_MISLED):
-        for role in ("actor", "critic"):
-            write_model(module.folder(start.name, 0) / "hf_step_00000060" / role)
+    for role in ("actor", "critic"):
+        write_model(module.folder(module.SECOND_TASK.name, 0) / "hf_step_00000060" / role)
     module.write_files()
     shutil.copy(module.data() / "known.jsonl", module.data() / "acquired_0.jsonl")
     return module
@@ -48,7 +47,7 @@ def there(study: ModuleType, start: Any, folder: Path) -> list[str]:
 @pytest.mark.long
 def test_every_arm_passes_the_check_and_is_unlike_the_others_of_its_table(study: ModuleType, tmp_path: Path) -> None:
     configs = {}
-    lengths = {"long": 350, "logic_dates": 60, "logic_dates_misled": 60}
+    lengths = {"long": 350, "logic_dates": 60}
     for arm in study.EVERY:
         config = build([*study.stage_two(arm, 0), *there(study, arm.start, tmp_path)], world_size=1)
         assert config.stage1.iterations == (70 if arm.name.startswith("refined_kl_to_") else 0)
@@ -73,15 +72,13 @@ def test_every_arm_passes_the_check_and_is_unlike_the_others_of_its_table(study:
         assert kinds == ["labelled", "unlabelled", "heldout", "labelled"]
         assert sets["unlabelled"].path == data.unlabelled.path
     assert build(study.stage_one(0), world_size=1).stage2.iterations == 0
-    for start in (study.LOGIC_PLAIN, study.LOGIC_MISLED):
-        model = write_model(tmp_path / start.name)
-        words = [*study.stage_one(0, start), *there(study, start, tmp_path), f"model.path={model}"]
-        assert build(words, world_size=1).stage2.iterations == 0
-    assert study.stage_one(0, study.LOGIC_MISLED) != study.stage_one(0, study.LOGIC_PLAIN)
+    second = study.SECOND_TASK
+    words = [*study.stage_one(0, second), *there(study, second, tmp_path), f"model.path={write_model(tmp_path / 'm')}"]
+    assert build(words, world_size=1).stage2.iterations == 0
 
 
 def test_a_task_is_prepared_once_for_its_arms(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order of runs: what makes the task, stage 1 of each base model, then the arms; none of the other task."""
+    """The order of runs: what makes the task, stage 1, then the arms; none of the other task."""
     calls: list[str] = []
     monkeypatch.setattr(study, "write_files", lambda: calls.append("countdown"))
     monkeypatch.setattr(study.subprocess, "run", lambda words, check: calls.append(" ".join(map(str, words[2:]))))
@@ -89,15 +86,11 @@ def test_a_task_is_prepared_once_for_its_arms(study: ModuleType, monkeypatch: py
     monkeypatch.setattr(study, "exported", lambda seed, start: study.OUT / start.name)
     monkeypatch.setattr("sys.argv", ["study.py", "run", "--jobs=1", "--task=logic_dates", "--seeds", "2"])
     assert study.main() == 0
-    arms = [f"seed2/{base}_{arm}" for base in ("logic", "misled") for arm in ("tempo", "ttrl", "empo", "ppo", "grpo")]
-    assert calls == ["--bases plain misled", "seed2/stage1_logic_dates", "seed2/stage1_logic_dates_misled", *arms]
+    arms = [f"seed2/logic_{arm}" for arm in ("tempo", "ttrl", "empo", "ppo", "grpo", "tempo_plus")]
+    assert calls == ["--bases plain", "seed2/stage1_logic_dates", *arms]
     monkeypatch.setattr("sys.argv", ["study.py", "run", "--task=logic_dates", "--only", "tempo"])
     with pytest.raises(SystemExit):
         study.main()
-    calls.clear()
-    monkeypatch.setattr("sys.argv", ["study.py", "run", "--jobs=1", "--only", "misled_ppo", "--seeds", "2"])
-    assert study.main() == 0
-    assert calls == ["--bases misled", "seed2/stage1_logic_dates_misled", "seed2/misled_ppo"]
 
 
 def test_a_group_runs_its_arms_on_their_seeds(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
