@@ -55,8 +55,8 @@ def test_scores_side_by_side(page: Text) -> None:
 
 
 def test_curves_and_their_key(page: Text) -> None:
-    # two sets by avg and pass; AUROC and ECE; nine curves (reward twice, gradient norm twice)
-    assert len(page.charts) == 4 + 2 + 9
+    # two sets by avg and pass; two AUROCs and ECE; nine curves (reward twice, gradient norm twice)
+    assert len(page.charts) == 4 + 3 + 9
     assert all([line["label"] for line in chart["lines"]] == ["a/run", "b/run"] for chart in page.charts[:4])
     assert [line["label"] for line in page.charts[4]["lines"]] == ["a/run"]  # without calibration
     assert page.charts[1]["title"] == "unlabelled: pass@8"
