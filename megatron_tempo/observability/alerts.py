@@ -260,8 +260,8 @@ RULES = (
         "critic does not tell a question's responses apart",
         "calibration.last.auroc_within_questions",
         True,
-        "TEMPO's rewards do not say which response to a question is right: train the critic longer in stage 1, or on "
-        "more labelled questions, or choose a larger model",
+        "its values, which are TEMPO's rewards, do not say which response to a question is right: train the critic "
+        "longer in stage 1, or on more labelled questions, or choose a larger model",
         tells_no_response_apart,
         applies=lambda record: record.get("stage") == "stage2" and auroc_within_questions(record) is not None,
     ),
