@@ -101,7 +101,6 @@ FEW = "evaluation.every=35"
 LABELLED, KL = "stage2.actor_on_labelled=true", "stage2.actor.kl_coef=0.02"
 ENTROPY = ("stage2.actor.entropy_target=0.12", "stage2.actor.entropy_coef=0.05")
 
-
 # 64 labelled questions, half of them chosen for the seed's policy of stage 1 (`write_acquired`).
 ACQUIRED = "data.labelled.path={data}/acquired_{seed}.jsonl"
 
@@ -118,8 +117,7 @@ def in_test(test: str, *arms: tuple[str, ...]) -> Iterator[Arm]:
 # The arm that a group's arms are compared with, if it is not "tempo": TEMPO on their machine, start or length.
 BASELINES = {"choices": "tempo_again", "labels": "tempo_again", "transfer": "tempo_again", "long": "long_tempo",
              "acquisition": "tempo_64_random", "refined": "factorial_none", "first_test": "first_test_tempo",
-             "second_test": "second_test_tempo", "plain": "plain_tempo",
-             "logic_dates": "logic_tempo"}  # fmt: skip
+             "second_test": "second_test_tempo", "plain": "plain_tempo", "logic_dates": "logic_tempo"}  # fmt: skip
 
 # The paper's Figure 4: 350 iterations of stage 2.
 LONG = ("stage2.iterations=350", "evaluation.every=25")
@@ -248,13 +246,14 @@ def write_files() -> None:
         "other": [row for row in read if row["prompt"] not in misleading],
         "unlabelled_2048": [{"id": r["id"], "prompt": r["prompt"]} for r in [*unlabelled, *near[:1536]]],
         "rest": [row for row in read if row["id"] not in moved],
+        "pool": read[:1024],
+        "known": read[:32],
     }
     for test, fresh in zip(TEST_SEEDS, (near[-768:], near[-1536:-768]), strict=True):
         taken = {row["id"] for row in fresh}
         sets |= {f"{test}_unlabelled": fresh[:512], f"{test}_heldout": fresh[512:]}
         sets[f"{test}_labelled"] = [row for row in (*read[256:], *read[:256]) if row["id"] not in taken]
     data().mkdir(parents=True, exist_ok=True)
-    sets |= {"pool": read[:1024], "known": read[:32]}
     for name, rows in sets.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         path = data() / f"{name}.jsonl"
@@ -363,8 +362,7 @@ def make_bases(starts: list[Start]) -> None:
         words = ["--out", PLAIN_COUNTDOWN, "--misled", "0", "--force"]
         subprocess.run([sys.executable, ROOT / "tools" / "make_quickstart.py", *words], check=True)
     if SECOND_TASK in starts:
-        words = ["--bases", "plain"]
-        subprocess.run([sys.executable, ROOT / "tools" / "make_logic_dates.py", *words], check=True)
+        subprocess.run([sys.executable, ROOT / "tools" / "make_logic_dates.py", "--bases", "plain"], check=True)
 
 
 def run(arms: list[Arm], seeds: list[int] | None, at_a_time: int) -> None:

@@ -16,7 +16,7 @@ def total(config: Config) -> int:
 
 def has_reference(config: Config) -> bool:
     """Whether a stage that runs has a KL term, and so a reference policy."""
-    return any(stage.iterations > 0 and stage.actor.kl_coef > 0 for stage in config.stages().values())
+    return model_is_reference(config) or keeps_start(config)
 
 
 def keeps_start(config: Config) -> bool:

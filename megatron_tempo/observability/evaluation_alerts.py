@@ -23,8 +23,13 @@ Look = Callable[[Record], str | None]
 
 def auroc(record: Record) -> float | None:
     """The AUROC of the critic's values of whole responses. None without a critic, or with one kind of verdict."""
+    return _of_whole_responses(record, "auroc")
+
+
+def _of_whole_responses(record: Record, name: str) -> float | None:
+    """A number of the critic's calibration. None without a critic, or if the record is of before it was measured."""
     calibration = record.get("calibration")
-    number: float | None = calibration["last"]["auroc"] if calibration else None
+    number: float | None = calibration["last"].get(name) if calibration else None
     return number
 
 
@@ -45,10 +50,8 @@ def auroc_falls() -> Look:
 
 
 def auroc_within_questions(record: Record) -> float | None:
-    """As `auroc`, among the responses to one question. None for records of before it was measured, too."""
-    calibration = record.get("calibration")
-    number: float | None = calibration["last"].get("auroc_within_questions") if calibration else None
-    return number
+    """As `auroc`, among the responses to one question."""
+    return _of_whole_responses(record, "auroc_within_questions")
 
 
 def tells_no_response_apart() -> Look:
