@@ -177,11 +177,15 @@ class Saving:
         group: dist.ProcessGroup,
         done: Callable[[], None],
     ) -> None:
-        """`shares`: by model name. `state`: JSON data. `done`: called on the first rank when it is complete."""
+        """`shares`: by model name. `state`: JSON data. `done`: called on the first rank when it is complete.
+
+        The caller may change `state` while the checkpoint is written: it is saved as it is now.
+        """
         self.path = path
         self.error: Exception | None = None  # once it has ended: why it is not complete, on any rank
         self._partial = partial_of(path)
-        self._shares, self._state, self._group, self._done = shares, state, group, done
+        self._shares, self._group, self._done = shares, group, done
+        self._state = json.dumps(state, indent=1) + "\n"
         self._rank = dist.get_rank()
         self._is_writer = self._rank == 0
         self._thread = threading.Thread(target=self._run, name=f"saving {path.name}", daemon=True)
@@ -223,7 +227,7 @@ class Saving:
             return
         for name in written[0]:
             describe_model(self._partial / name, [of_rank[name] for of_rank in written])
-        (self._partial / manifest.STATE).write_text(json.dumps(self._state, indent=1) + "\n")
+        (self._partial / manifest.STATE).write_text(self._state)
 
     def _read_back(self) -> manifest.Digests:
         return manifest.digests(self._partial, manifest.files(self._partial)[self._rank :: dist.get_world_size()])

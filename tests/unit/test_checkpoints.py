@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,7 +20,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tempo.checkpoint import checkpoints as module
-from megatron_tempo.checkpoint import loading, manifest
+from megatron_tempo.checkpoint import loading, manifest, saving
 from megatron_tempo.checkpoint.checkpoints import LAST, Checkpoints, last_step
 from megatron_tempo.checkpoint.weight_files import WeightChunk, WeightShare, describe_weights, write_weights
 from megatron_tempo.config.resume import check_run_folder
@@ -102,6 +103,28 @@ def refusal(run: Path, config: Config | None = None) -> str:
         latest(run, config)
     assert snapshot(run) == before
     return str(raised.value)
+
+
+def test_the_state_is_that_of_the_moment_of_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run goes on while its checkpoint is written."""
+    goes_on = threading.Event()
+
+    def write_later(self: saving.Saving) -> dict[str, Any]:
+        goes_on.wait()
+        (tmp_path / "checkpoints/step_00000004.partial").mkdir(parents=True)
+        return {}
+
+    monkeypatch.setattr(saving.Saving, "_write_files", write_later)
+    checkpoints = opened(tmp_path)
+    state = {"inputs": {"model.path": "a"}, "streams": {"labelled": {"epoch": 0}}}
+    checkpoints.save(4, {}, state)
+    state["inputs"] |= {"reference": "b"}
+    state["streams"]["labelled"]["epoch"] = 1
+    goes_on.set()
+    checkpoints.wait()
+    saved = manifest.read_state(checkpoints.path(4))
+    assert saved["inputs"] == {"model.path": "a"}
+    assert saved["streams"] == {"labelled": {"epoch": 0}}
 
 
 def test_the_newest_is_used(run: Path) -> None:

@@ -153,7 +153,7 @@ def test_the_calibration_error_is_that_of_an_evaluation(kind: CriticTargets) -> 
     values = 1.4 * numbers(200, 5) - 0.2  # some leave [0, 1]
     correct = (numbers(200, 6) < values).float()
     given = values if kind is CriticTargets.zero_one else 2 * values - 1
-    wanted = calibration(values.numpy(), correct.numpy()).ece
+    wanted = calibration(values[:, None].numpy(), correct[:, None].numpy()).ece
     assert calibration_error(given, correct, kind) == pytest.approx(wanted, abs=1e-6)
 
 
