@@ -19,7 +19,7 @@ from made_parts import replaced
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
-from study import ARMS, BASELINES, EVERY, FACTORIAL, FEW, ROOT, TEST_SEEDS, Arm, folder, is_done
+from study import ARMS, BASELINES, BOTH_STAGES, EVERY, FACTORIAL, FEW, ROOT, TEST_SEEDS, Arm, folder, is_done
 
 from megatron_tempo.files import replace_file
 from megatron_tempo.observability.records import read, read_evaluations, read_metrics
@@ -30,6 +30,7 @@ DOCUMENT = ROOT / "docs" / "study.md"
 CURVES = ROOT / "docs" / "study.jsonl"
 SETS = ("unlabelled", "heldout", "labelled")
 CELLS = [(name, score) for name in SETS for score in ("avg@16", "pass@16")]
+VOTES = {"reward_accuracy": "reward accuracy", "label_accuracy": "label accuracy"}  # fields of a record's votes
 LAST = 10  # iterations at the end of a run, for the share of truncated responses
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#24292f")
 
@@ -65,7 +66,8 @@ def _line(arm: str, seed: int) -> dict[str, Any]:
         scores = {"avg@16": record["avg"]} | {f"pass@{k}": value for k, value in record["pass"].items() if k != "1"}
         last = (record["calibration"] or {}).get("last", {})
         scores |= {name: last[name] for name in ("auroc", "ece") if name in last}
-        scores |= {"reward accuracy": record["vote"]["reward_accuracy"]} if record.get("vote") else {}
+        vote = record.get("vote") or {}
+        scores |= {name: vote[field] for field, name in VOTES.items() if field in vote}
         curve = curves.setdefault(record["set"], {"iterations": []})
         curve["iterations"].append(record["iteration"])
         for name, value in scores.items():
@@ -123,6 +125,21 @@ def number(value: float, sign: str = "") -> str:
 def baseline(group: str) -> Arm:
     """The arm that those of a group are compared with."""
     return next(arm for arm in EVERY if arm.name == BASELINES.get(group, "tempo"))
+
+
+def mixed(runs: Runs) -> list[str]:
+    """Runs whose first scores are not those of TEMPO's run of their part and seed: they do not share a stage 1.
+
+    As if part of the runs had been made on another machine. Runs of both stages have a stage 1 of their own.
+    """
+    found = []
+    for arm in (arm for arm in EVERY if not set(BOTH_STAGES) <= set(arm.words)):
+        tempo = baseline(arm.group).name
+        for seed in (seed for seed in _seeds(runs, arm) if (tempo, seed) in runs):
+            one, other = (runs[name, seed]["sets"][SETS[0]]["avg@16"][0] for name in (arm.name, tempo))
+            if one != other:
+                found.append(f"{arm.name}, seed {seed}, starts at {number(one)}, and {tempo} at {number(other)}")
+    return found
 
 
 def table(runs: Runs, arms: list[Arm], group: str = "methods") -> Iterator[str]:
@@ -309,9 +326,12 @@ def pictures(groups: dict[str, list[Arm]]) -> list[Picture]:
 def write() -> None:
     """Save the curves of this machine's runs, and replace the generated parts of docs/study.md and its pictures.
 
-    A part is not changed if one of its arms has no run.
+    A part is not changed if one of its arms has no run. Exits if runs that are compared do not share their stage 1.
     """
     runs = saved_runs() | finished_runs()
+    if found := mixed(runs):
+        fix = "train all arms of a part, and what its TEMPO is compared with elsewhere, on one machine"
+        raise SystemExit("\n".join(["docs/study.md is not changed. Runs of different starts:", *found, f"fix: {fix}"]))
     save_runs(runs)
     groups = {group: [arm for arm in ARMS if arm.group == group] for group in dict.fromkeys(arm.group for arm in ARMS)}
     missing = {arm.group for arm in ARMS if not _seeds(runs, arm)}

@@ -188,6 +188,7 @@ def test_the_tables_by_hand(study: ModuleType, tmp_path: Path, monkeypatch: pyte
     assert list(runs) == [(arm.name, seed) for arm in arms for seed in (0, 1)]
     half = report.interval(np.array([0.5, 0.7]))
     assert half == pytest.approx(12.706 * 0.1, rel=1e-4)  # t of one degree of freedom; the standard error is 0.1
+    assert report.mixed(runs) == []
     header, _, start, tempo, ttrl = "".join(report.table(runs, arms)).splitlines()
     assert header.count("|") == start.count("|") == tempo.count("|") == ttrl.count("|")
     assert tempo.startswith("| TEMPO | 2 | .600 (.500 to .700) |")
@@ -203,3 +204,11 @@ def test_the_tables_by_hand(study: ModuleType, tmp_path: Path, monkeypatch: pyte
         curves.pop("reward accuracy", None)
     assert "collapse" not in "".join(report.table(runs, arms)), "earlier runs recorded no votes"
     assert report.times(runs) == "4 runs of stage 2: 0.1 hours of one core, each 100 to 100 s, median 100 s.\n"
+    runs["ttrl", 1]["sets"]["unlabelled"]["avg@16"][0] = 0.25
+    report.save_runs(runs)
+    assert report.mixed(runs) == ["ttrl, seed 1, starts at .250, and tempo at .200"]
+    (study.folder("ttrl", 1) / "done").unlink()  # a run of another machine, of which only the curves are here
+    monkeypatch.setattr(report, "DOCUMENT", tmp_path / "study.md")
+    with pytest.raises(SystemExit, match=r"docs/study.md is not changed.*\nttrl, seed 1, starts at .250"):
+        report.write()
+    assert not report.DOCUMENT.exists()
