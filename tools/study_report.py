@@ -30,6 +30,7 @@ DOCUMENT = ROOT / "docs" / "study.md"
 CURVES = ROOT / "docs" / "study.jsonl"
 SETS = ("unlabelled", "heldout", "labelled")
 CELLS = [(name, score) for name in SETS for score in ("avg@16", "pass@16")]
+WITHIN = "auroc_within_questions"
 VOTES = {"reward_accuracy": "reward accuracy", "label_accuracy": "label accuracy"}  # fields of a record's votes
 LAST = 10  # iterations at the end of a run, for the share of truncated responses
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#24292f")
@@ -65,7 +66,7 @@ def _line(arm: str, seed: int) -> dict[str, Any]:
     for record in sorted(records, key=lambda record: record["iteration"]):
         scores = {"avg@16": record["avg"]} | {f"pass@{k}": value for k, value in record["pass"].items() if k != "1"}
         last = (record["calibration"] or {}).get("last", {})
-        scores |= {name: last[name] for name in ("auroc", "ece") if name in last}
+        scores |= {name: last[name] for name in ("auroc", WITHIN, "ece") if name in last}
         vote = record.get("vote") or {}
         scores |= {name: vote[field] for field, name in VOTES.items() if field in vote}
         curve = curves.setdefault(record["set"], {"iterations": []})
@@ -95,10 +96,10 @@ class Curve:
 
 
 def curve(runs: Runs, arm: Arm, name: str, score: str) -> Curve | None:
-    """The curve of an arm's score on the set `name`. None if the arm has no run, or no such score."""
-    seeds = _seeds(runs, arm)
+    """The curve of an arm's score on the set `name`, of the runs that recorded it. None if there is none."""
+    seeds = [seed for seed in _seeds(runs, arm) if score in runs[arm.name, seed]["sets"][name]]
     curves = [runs[arm.name, seed]["sets"][name] for seed in seeds]
-    if not curves or score not in curves[0]:
+    if not curves:
         return None
     return Curve(seeds, np.array(curves[0]["iterations"]), np.array([one[score] for one in curves], dtype=float))
 
@@ -225,15 +226,22 @@ def _tested(found: np.ndarray) -> str:
 
 
 def critics(runs: Runs, arms: list[Arm]) -> Iterator[str]:
-    yield "| stage 2 | AUROC, end of stage 1 | lowest | end | ECE, end of stage 1 | highest | end |\n"
-    yield "| --- | --- | --- | --- | --- | --- | --- |\n"
-    for arm in arms:
-        right, honest = curve(runs, arm, "heldout", "auroc"), curve(runs, arm, "heldout", "ece")
+    """AUROC and calibration error of the arms' critics, and the AUROC within questions if it was recorded."""
+    shown = {arm.what: [curve(runs, arm, "heldout", name) for name in ("auroc", "ece", WITHIN)] for arm in arms}
+    within = any(one[2] is not None for one in shown.values())
+    heads = ["AUROC, end of stage 1", "lowest", "end", "ECE, end of stage 1", "highest", "end"]
+    heads += ["AUROC within questions, end of stage 1", "lowest", "end"] if within else []
+    yield f"| stage 2 | {' | '.join(heads)} |\n"
+    yield f"|{' --- |' * (len(heads) + 1)}\n"
+    for what, (right, honest, apart) in shown.items():
         if right is None or honest is None:
             continue
         cells = [formatted(x) for x in (right.first, right.scores.min(1), right.last)]
         cells += [formatted(x) for x in (honest.first, honest.scores.max(1), honest.last)]
-        yield f"| {arm.what} | {' | '.join(cells)} |\n"
+        if within:
+            found = (apart.first, apart.scores.min(1), apart.last) if apart is not None else ()
+            cells += [formatted(x) for x in found] or [""] * 3
+        yield f"| {what} | {' | '.join(cells)} |\n"
 
 
 def factor_effects(runs: Runs) -> Iterator[str]:
@@ -338,6 +346,8 @@ def write() -> None:
     parts = {group: "".join(table(runs, with_baseline(group), group)) for group in groups if group not in missing}
     if "methods" in parts:
         parts["critic"] = "".join(critics(runs, groups["methods"]))
+    if "logic_dates" in parts:
+        parts["logic_dates"] += "\n" + "".join(critics(runs, groups["logic_dates"]))
     if found := "".join(factor_effects(runs)):
         parts["factorial"] = found
     for test in TEST_SEEDS.keys() & parts.keys():

@@ -189,6 +189,13 @@ def test_the_tables_by_hand(study: ModuleType, tmp_path: Path, monkeypatch: pyte
     half = report.interval(np.array([0.5, 0.7]))
     assert half == pytest.approx(12.706 * 0.1, rel=1e-4)  # t of one degree of freedom; the standard error is 0.1
     assert report.mixed(runs) == []
+    for seed in (0, 1):
+        runs["tempo", seed]["sets"]["heldout"] |= {"auroc": [0.9, 0.8], "ece": [0.1, 0.2]}
+    runs["tempo", 1]["sets"]["heldout"]["auroc_within_questions"] = [0.6, 0.7]  # the other seed did not record it
+    head, _, critic = "".join(report.critics(runs, arms)).splitlines()
+    assert head.endswith("| AUROC within questions, end of stage 1 | lowest | end |")
+    of_both = [f"{x} ({x} to {x})" for x in (".900", ".800", ".800", ".100", ".200", ".200")]
+    assert critic == f"| TEMPO | {' | '.join([*of_both, '.600', '.600', '.700'])} |"
     header, _, start, tempo, ttrl = "".join(report.table(runs, arms)).splitlines()
     assert header.count("|") == start.count("|") == tempo.count("|") == ttrl.count("|")
     assert tempo.startswith("| TEMPO | 2 | .600 (.500 to .700) |")
