@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ Row = dict[str, Any]
 class Pool:
     """The questions in the order of the pool, and the policy's n responses to each."""
 
-    rows: list[Row]
+    questions: list[Line]
     classes: Tensor  # int64 [questions, n]
     correct: Tensor  # float64 [questions, n], NaN without a verdict; only `oracle`, --known and the summary read it
     lengths: Tensor  # int64 [questions, n]
@@ -62,7 +63,7 @@ class Pool:
     @property
     def groups(self) -> Tensor:
         """The question of each response: int64 [questions * n]."""
-        return torch.arange(len(self.rows)).repeat_interleave(self.classes.shape[1])
+        return torch.arange(len(self.questions)).repeat_interleave(self.classes.shape[1])
 
     @property
     def gaps(self) -> Tensor:
@@ -71,52 +72,85 @@ class Pool:
         return advantage_gaps(won.view(self.classes.shape), self.correct)
 
 
-def read_rows(path: Path, name: str = "id") -> list[Row]:
-    """The lines of a JSONL file, each with a text `name`. Raises InputError with file and line."""
-    rows = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of a JSONL file, and its object."""
+
+    where: str  # file and number, for messages
+    text: str
+    row: Row
+
+    @property
+    def id(self) -> str:
+        return str(self.row["id"])
+
+    def field(self, kind: type, what: str, *names: str) -> Any:
+        """The first of these fields that is there. Raises InputError if none is, or if it is of another kind."""
+        found = next((self.row[name] for name in names if name in self.row), None)
+        if not isinstance(found, kind) or isinstance(found, bool):
+            raise InputError(f"{self.where}: {' or '.join(map(repr, names))} is {found!r}, not {what}")
+        return found
+
+
+def read_lines(path: Path, name: str = "id") -> list[Line]:
+    """The lines of a JSONL file, each with an id in the field `name`. Raises InputError with file and line."""
+    lines = []
+    for number, text in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), 1):
+        if not text.strip():
+            continue
+        where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or not isinstance(row.get(name), str):
-            raise InputError(f"{path}, line {number} is not an object with the text {name!r}")
-        rows.append(row)
-    if not rows:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where} is no JSON ({error})") from error
+        found = row.get(name) if isinstance(row, dict) else None
+        if not isinstance(found, str | int) or isinstance(found, bool):
+            raise InputError(f"{where} is not an object with {name!r}, a text or a whole number")
+        lines.append(Line(where, text.strip(), row | {"id": str(found)}))
+    if not lines:
         raise InputError(f"{path} is empty")
-    return rows
+    return lines
 
 
-def read_pool(responses: Path, pool: Path, verifier: str | None, prompt_field: str) -> Pool:
+def read_pool(responses: Path, pool: Path, chosen_set: str | None, verifier: str | None, prompt_field: str) -> Pool:
     """The pool with its responses. Raises InputError if some questions lack theirs, or nothing compares them."""
-    rows = read_rows(pool)
-    given = _by_question(responses, pool, [row["id"] for row in rows])
-    if all("answer_class" in response for of in given for response in of):
-        classes = [[response["answer_class"] for response in of] for of in given]
+    questions = read_lines(pool)
+    places: dict[str, str] = {}
+    for line in questions:
+        if line.id in places:
+            raise InputError(f"{line.where} has the id {line.id!r}, as has {places[line.id]}; keep one")
+        places[line.id] = line.where
+    given = _by_question(responses, pool, chosen_set, list(places))
+    if all("answer_class" in line.row for of in given for line in of):
+        classes = [[_class(line) for line in of] for of in given]
     elif verifier is None:
         raise InputError(
             f"{responses} does not say which answers are equal: --verifier={'|'.join(Verifier.__members__)}"
         )
     else:
-        prompts = [row.get(prompt_field) for row in rows]
+        prompts = [line.row.get(prompt_field) for line in questions]
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise InputError(f"{pool} has rows without the text {prompt_field!r}: --prompt-field=NAME")
-        classes = _compared(verifier, prompts, [[_of(response, "text", "response") for response in of] for of in given])
-    correct = [[_of(response, "correct") for response in of] for of in given]
-    lengths = [[response["tokens"] if "tokens" in response else len(response["response_tokens"]) for response in of]
-               for of in given]  # fmt: skip
-    verdicts = [[math.nan if one is None else float(one) for one in of] for of in correct]
-    return Pool(rows, torch.tensor(classes), torch.tensor(verdicts, dtype=torch.float64), torch.tensor(lengths))
+        texts = [[line.field(str, "a text", "text", "response") for line in of] for of in given]
+        classes = _compared(verifier, prompts, texts)
+    verdicts = [[_verdict(line) for line in of] for of in given]
+    lengths = [[_length(line) for line in of] for of in given]
+    return Pool(questions, torch.tensor(classes), torch.tensor(verdicts, dtype=torch.float64), torch.tensor(lengths))
 
 
-def _by_question(path: Path, pool: Path, ids: list[str]) -> list[list[Row]]:
+def _by_question(path: Path, pool: Path, chosen_set: str | None, ids: list[str]) -> list[list[Line]]:
     """The responses to each question: of rollouts, or of an evaluation."""
     first = read_text(path).partition("\n")[0]
-    name = "prompt_id" if '"prompt_id"' in first else "id"
-    found: dict[str, list[Row]] = {one: [] for one in ids}
-    for response in read_rows(path, name):
-        if response[name] in found:
-            found[response[name]].append(response)
+    found: dict[str, list[Line]] = {one: [] for one in ids}
+    lines = read_lines(path, "prompt_id" if '"prompt_id"' in first else "id")
+    sets = sorted({str(line.row["set"]) for line in lines if "set" in line.row})
+    if chosen_set is None and len(sets) > 1:
+        raise InputError(f"{path} has responses of {len(sets)} sets, each with ids of its own: --set={'|'.join(sets)}")
+    if chosen_set is not None and chosen_set not in sets:
+        raise InputError(f"--set={chosen_set}: {path} has {', '.join(sets) or 'no set: leave it out'}")
+    for line in lines:
+        if line.id in found and chosen_set in (None, line.row.get("set")):
+            found[line.id].append(line)
     if not any(found.values()):
         raise InputError(f"{path} has no response to a question of {pool}: their ids differ. Ids are those of the file "
                          "with id_field=id: of the data, or of the evaluation set")  # fmt: skip
@@ -128,8 +162,30 @@ def _by_question(path: Path, pool: Path, ids: list[str]) -> list[list[Row]]:
     return list(found.values())
 
 
-def _of(response: Row, *names: str) -> Any:
-    return next((response[name] for name in names if name in response), None)
+def _class(line: Line) -> int:
+    found = line.field(int, "the number of a class, -1 for no answer", "answer_class")
+    if found < -1:
+        raise InputError(f"{line.where}: 'answer_class' is {found}; -1 is no answer")
+    return int(found)
+
+
+def _verdict(line: Line) -> float:
+    """NaN if there is none."""
+    found = line.row.get("correct")
+    if found is None:
+        return math.nan
+    if isinstance(found, bool):
+        return float(found)
+    value = float(line.field(int | float, "a verdict from 0 to 1", "correct"))  # type: ignore[arg-type]
+    if not 0 <= value <= 1:
+        raise InputError(f"{line.where}: 'correct' is {found}, not a verdict from 0 to 1")
+    return value
+
+
+def _length(line: Line) -> int:
+    if "response_tokens" in line.row:
+        return len(line.field(list, "a list of tokens", "response_tokens"))
+    return int(line.field(int, "a number of tokens", "tokens", "response_tokens"))
 
 
 def _compared(verifier: str, prompts: list[Any], texts: list[list[str]]) -> list[list[int]]:
@@ -164,14 +220,14 @@ def _need_verdicts(pool: Pool, rows: Tensor, who: str) -> None:
 
 def choose(pool: Pool, rule: str, known: Tensor, budget: int, gate: float, seed: int) -> Tensor:
     """The questions to label, int64 [budget], ascending. Known ones are not chosen."""
-    never = torch.zeros(len(pool.rows), dtype=torch.float64)
+    never = torch.zeros(len(pool.questions), dtype=torch.float64)
     if rule == "oracle":
         _need_verdicts(pool, torch.ones_like(known), "--rule=oracle")
     score: Mapping[str, Callable[[], tuple[Tensor, Tensor]]] = {
         "care": lambda: care(pool, known),
         "oracle": lambda: (pool.gaps, never),
         "entropy": lambda: (_entropies(pool), never),
-        "random": lambda: (torch.rand(len(pool.rows), generator=torch.Generator().manual_seed(seed)), never),
+        "random": lambda: (torch.rand(len(pool.questions), generator=torch.Generator().manual_seed(seed)), never),
     }
     scores, majority_right = score[rule]()
     free = (~known).nonzero().flatten()
@@ -188,22 +244,27 @@ def main(given: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("responses", type=Path, help="a file of rollouts/, or responses.jsonl of an evaluation")
     parser.add_argument("pool", type=Path, help="the questions, JSONL with `id`")
+    parser.add_argument("--set", help="of an evaluation of several sets: the one that is the pool")
     parser.add_argument("--verifier", choices=list(Verifier.__members__), help="of answers that were not compared yet")
     parser.add_argument("--budget", type=int, required=True, help="how many questions to label")
     parser.add_argument("--rule", choices=("care", "oracle", "entropy", "random"), default="care")
     parser.add_argument("--known", type=Path, help="JSONL with the `id` of questions that have labels already")
-    parser.add_argument("--gate", type=float, default=GATE, help=f"care: a share of the pool, {GATE} by default")
+    parser.add_argument("--gate", type=float, default=GATE, help=f"care: a share of the questions, {GATE} by default")
     parser.add_argument("--seed", type=int, default=0, help="of random")
     parser.add_argument("--prompt-field", default="prompt", help="of the pool")
     parser.add_argument("--out", type=Path, required=True, help="what to write; it must not exist")
     arguments = parser.parse_args(given)
-    if arguments.out.exists():
+    if os.path.lexists(arguments.out):
         raise InputError(f"{arguments.out} exists; give another --out")
+    if not arguments.out.parent.is_dir():
+        raise InputError(f"--out={arguments.out}: there is no folder {arguments.out.parent}; make it first")
+    if not 0 <= arguments.seed < 2**63:
+        raise InputError(f"--seed={arguments.seed} is not a number from 0 to 2^63 - 1")
     if not 0 <= arguments.gate < 1:
         raise InputError(f"--gate={arguments.gate} is not a share of at least 0 and below 1; the paper's is {GATE}")
-    pool = read_pool(arguments.responses, arguments.pool, arguments.verifier, arguments.prompt_field)
-    labelled = {row["id"] for row in read_rows(arguments.known)} if arguments.known else set()
-    known = torch.tensor([row["id"] in labelled for row in pool.rows])
+    pool = read_pool(arguments.responses, arguments.pool, arguments.set, arguments.verifier, arguments.prompt_field)
+    labelled = {line.id for line in read_lines(arguments.known)} if arguments.known else set()
+    known = torch.tensor([line.id in labelled for line in pool.questions])
     free = int((~known).sum())
     if labelled and not bool(known.any()):
         raise InputError(f"{arguments.known} has none of the pool's questions: their ids differ")
@@ -212,8 +273,8 @@ def main(given: Sequence[str]) -> None:
     if not 0 < arguments.budget <= free:
         raise InputError(f"--budget={arguments.budget}: {free} questions have no label; give 1 to {free}")
     chosen = choose(pool, arguments.rule, known, arguments.budget, arguments.gate, arguments.seed).tolist()
-    replace_file(arguments.out, "".join(json.dumps(pool.rows[i]) + "\n" for i in chosen), fsync=True)
-    print(f"{arguments.out}: {len(chosen)} of {len(pool.rows)} questions, by {arguments.rule}")
+    replace_file(arguments.out, "".join(pool.questions[i].text + "\n" for i in chosen), fsync=True)
+    print(f"{arguments.out}: {len(chosen)} of {len(pool.questions)} questions, by {arguments.rule}")
     if not bool(pool.correct.isnan().any()):
         gaps = pool.gaps
         print(f"mean corrective advantage gap: {gaps[chosen].mean():.3f}, of the whole pool {gaps.mean():.3f}")
@@ -222,5 +283,5 @@ def main(given: Sequence[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(str(error))

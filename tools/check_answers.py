@@ -135,7 +135,7 @@ def main() -> int:
     failed = 0
     with Verifiers(workers=2, seconds=10) as verifiers:
         for path in args.files:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
             tried = list(cases(rows, args.verifier))
             scores = verifiers.score([item for _, _, item in tried])
             counts: Counter[tuple[str, str, str]] = Counter()

@@ -13,12 +13,11 @@ from megatron_tempo.config.schema import DatasetConfig
 from megatron_tempo.data.question_keys import exact_key
 from megatron_tempo.data.question_rows import (
     Message,
-    answer_of,
+    answer_and_verifier,
     load_rows,
     prompt_of,
     question_texts,
     row_id,
-    verifier_of,
 )
 from megatron_tempo.data.rows import BadRow, Row
 from megatron_tempo.data.template_date import with_fixed_date
@@ -45,8 +44,7 @@ def load_labelled(
 
     def build(row: Row) -> LabelledPrompt:
         text, token_ids = encode(row.fields[config.prompt_field])
-        answer = answer_of(answer_field, row.fields[answer_field])
-        return LabelledPrompt(row_id(config, row), text, token_ids, answer, verifier_of(config, row))
+        return LabelledPrompt(row_id(config, row), text, token_ids, *answer_and_verifier(config, answer_field, row))
 
     return load_rows(config, names, build)
 

@@ -17,6 +17,7 @@ from megatron_tempo.config.choices import Verifier
 from megatron_tempo.config.schema import DatasetConfig
 from megatron_tempo.data.rows import BadRow, DataError, Row, answer_text, read_rows
 from megatron_tempo.errors import InputError
+from megatron_tempo.rewards.code_tests import read_tests
 from megatron_tempo.runtime import progress_marker
 
 # How a list of chat messages begins, or a single one. Without quotes it is no JSON, and no question either.
@@ -81,8 +82,7 @@ def question_texts(config: DatasetConfig, *, answers: bool = False) -> dict[str,
 
     def build(row: Row) -> _Question:
         if answer_field is not None:
-            answer_of(answer_field, row.fields[answer_field])
-            verifier_of(config, row)
+            answer_and_verifier(config, answer_field, row)
         return _Question(row_id(config, row), texts_of(config.prompt_field, row.fields[config.prompt_field]))
 
     questions = load_rows(config, [name for name in fields if name is not None], build)
@@ -136,6 +136,21 @@ def texts_of(name: str, value: object) -> tuple[str, ...]:
     if isinstance(prompt, str):
         return (prompt,)
     return tuple(message["content"] for message in prompt if message["role"] != "system")
+
+
+def answer_and_verifier(config: DatasetConfig, name: str, row: Row) -> tuple[str, str]:
+    """The answer of a row, from its field `name`, and the name of its verifier. Raises BadRow.
+
+    Tests of programs are read here, because that needs no model and no tokenizer.
+    """
+    answer, verifier = answer_of(name, row.fields[name]), verifier_of(config, row)
+    if verifier == Verifier.code.name:
+        try:
+            read_tests(answer)
+        except InputError as error:
+            fix = "write the tests as in docs/code.md, or remove the row"
+            raise BadRow(f"field {name!r} holds no tests of a program: {error}; {fix}") from error
+    return answer, verifier
 
 
 def answer_of(name: str, value: object) -> str:

@@ -72,7 +72,7 @@ def overestimate(record: Record) -> float | None:
     """The critic's mean value less the share of right responses, over those of an evaluation. None without a critic."""
     calibration = record.get("calibration")
     bins = calibration["last"].get("bins") if calibration else None
-    if not bins:
+    if not bins or not any(row["count"] for row in bins):
         return None
     excess = sum(row["count"] * (row["mean_value"] - row["fraction_right"]) for row in bins)
     return float(excess / sum(row["count"] for row in bins))

@@ -51,7 +51,7 @@ class ProgramLimits:
 def judge(program: str, tests: ProgramTests, limits: ProgramLimits, sandbox: Sandbox) -> Verdict:
     """Run a program's tests until one fails. Raises SandboxError if the sandbox does not start, three times."""
     run = {"inputs": _by_inputs, "calls": _by_calls, "asserts": _by_asserts}[tests.kind]
-    source = f"{tests.before}\n{program}" if tests.before else program
+    source = (tests.before, program)
     for attempt in range(TRIES):
         try:
             return run(source, tests, limits, sandbox)
@@ -180,7 +180,7 @@ def _setup(role: str, limits: ProgramLimits, sandbox: Sandbox, file_bytes: int, 
     return {"role": role, "lock": lock, **more}
 
 
-def _by_inputs(source: str, tests: ProgramTests, limits: ProgramLimits, sandbox: Sandbox) -> Verdict:
+def _by_inputs(source: tuple[str, str], tests: ProgramTests, limits: ProgramLimits, sandbox: Sandbox) -> Verdict:
     room = OUTPUT_BYTES + 4 * max(len(wanted) for _, wanted in tests.cases)
     end = time.monotonic() + limits.wall_seconds
     with _Session(sandbox, 6 * room + 1000) as session:  # JSON writes a character in up to six times its bytes
@@ -211,7 +211,7 @@ def _of_output(reply: dict[str, Any], wanted: str, limits: ProgramLimits) -> Ver
     return Verdict("right" if output is not None and outputs_agree(output, wanted) else "wrong")
 
 
-def _by_calls(source: str, tests: ProgramTests, limits: ProgramLimits, sandbox: Sandbox) -> Verdict:
+def _by_calls(source: tuple[str, str], tests: ProgramTests, limits: ProgramLimits, sandbox: Sandbox) -> Verdict:
     room = OUTPUT_BYTES + 4 * max(len(str(wanted)) for _, wanted in tests.cases)
     end = time.monotonic() + limits.wall_seconds
     with _Session(sandbox, room) as session:
@@ -244,7 +244,7 @@ def _no_data(value: object) -> int:
     raise TypeError(f"JSON has no {type(value).__name__}")
 
 
-def _by_asserts(source: str, tests: ProgramTests, limits: ProgramLimits, sandbox: Sandbox) -> Verdict:
+def _by_asserts(source: tuple[str, str], tests: ProgramTests, limits: ProgramLimits, sandbox: Sandbox) -> Verdict:
     """The tests run in a sandbox of their own, next to the program's, to which two pipes lead."""
     end = time.monotonic() + limits.wall_seconds
     with ExitStack() as stack, _Pipe() as requests, _Pipe() as replies:

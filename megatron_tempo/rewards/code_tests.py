@@ -17,7 +17,11 @@ from __future__ import annotations
 import ast
 import base64
 import binascii
+import codeop
 import json
+import keyword
+import math
+import warnings
 import zlib
 from dataclasses import dataclass
 from decimal import Decimal
@@ -31,6 +35,7 @@ PACKED = "zlib:"
 PACKED_FROM = 2000  # characters from which on tests are compressed
 LARGEST = 2**28  # bytes of one question's tests, uncompressed
 KINDS = ("inputs", "calls", "asserts")
+DEEPEST = 200  # levels of lists and objects in a test: what is sent and compared level by level
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,7 @@ def read_tests(answer: str) -> ProgramTests:
     if kind not in KINDS:
         raise InputError(f'the tests have the "kind" {kind!r}; known are {", ".join(KINDS)}')
     before = _text(fields, "before", "")
+    _check_before(before)
     if kind == "asserts":
         names, call = fields.get("names"), fields.get("call")
         if not isinstance(names, list) or not names or not all(map(_is_name, names)):
@@ -80,7 +86,7 @@ def read_tests(answer: str) -> ProgramTests:
         if call is not None and not _is_name(call):
             raise InputError('"call" of asserts is the name of a function of the tests, or null')
         code = _text(fields, "tests")
-        _check_code("tests", code)
+        _check_asserts(code, call, before)
         return ProgramTests(kind, (), tuple(names), code, call, before)
     first, second = ("input", "output") if kind == "inputs" else ("arguments", "result")
     tests = fields.get("tests")
@@ -152,12 +158,26 @@ def _fields(answer: str) -> dict[str, Any]:
     if answer.startswith(PACKED):
         text = unpacked(answer.removeprefix(PACKED))
     try:
-        fields = json.loads(text)
+        fields = json.loads(text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise InputError(f"the answer holds no tests: it is no JSON ({error})") from error
     if not isinstance(fields, dict):
         raise InputError(f"the answer holds no tests: it is a JSON {json_type(fields)}, not an object")
     return fields
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return dict(pairs)
 
 
 def unpacked(text: str) -> bytes:
@@ -180,6 +200,8 @@ def _case(number: int, test: Any, first: str, second: str) -> tuple[Any, Any]:
         raise InputError(f'test {number}: "input" and "output" are text')
     if first == "arguments" and not isinstance(test[first], list):
         raise InputError(f'test {number}: "arguments" is a list')
+    if first == "arguments" and _is_deeper(test, DEEPEST):
+        raise InputError(f"test {number} is nested more than {DEEPEST} levels deep")
     return test[first], test[second]
 
 
@@ -190,12 +212,75 @@ def _text(fields: dict[str, Any], name: str, default: str | None = None) -> str:
     return text
 
 
-def _check_code(name: str, code: str) -> None:
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects in a value are nested more than `levels` deep."""
+    level = [value]
+    for _ in range(levels + 1):
+        level = [one for of in level for one in (of.values() if isinstance(of, dict) else of)
+                 if isinstance(one, list | dict)]  # fmt: skip
+    return bool(level)
+
+
+def _check_asserts(code: str, call: str | None, before: str) -> None:
+    """Raises InputError if the tests are no code, define no `call`, or without one check nothing."""
+    _compiled("tests", code)
+    steps = ast.parse(code).body
+    if call is not None:
+        if call not in _assigned(steps) | _assigned(_steps(before)):
+            raise InputError(f'"call" is {call!r}, which the code of "tests" does not define')
+    elif all(isinstance(step, _NO_CHECKS) or _is_text(step) for step in steps):
+        fix = 'add assertions, or give the function that has them as "call"'
+        raise InputError(f'"tests" of asserts only define things, so every program passes them; {fix}')
+
+
+_NO_CHECKS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom | ast.Assign | ast.Pass
+
+
+def _is_text(step: ast.stmt) -> bool:
+    return isinstance(step, ast.Expr) and isinstance(step.value, ast.Constant)
+
+
+def _assigned(steps: list[ast.stmt]) -> set[str]:
+    """The names that these statements may define, at any depth; all that occur in a definition or an assignment."""
+    nodes = [node for step in steps for node in ast.walk(step)]
+    defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    imported = {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
+    return defined | imported | {node.id for node in nodes if isinstance(node, ast.Name)}
+
+
+def _steps(code: str) -> list[ast.stmt]:
     try:
-        ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise InputError(f'"{name}" is no Python code ({error})') from error
+        return ast.parse(code).body
+    except SyntaxError:  # the function that a program continues
+        return []
+
+
+def _check_before(code: str) -> None:
+    """Raises InputError if no program can make whole code of it."""
+    try:
+        _compiled("before", code)
+    except InputError:
+        if not _is_unfinished(code):
+            raise
+
+
+def _is_unfinished(code: str) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return codeop.compile_command(f"{code}\n", symbol="exec") is None
+        except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):
+            return False
+
+
+def _compiled(name: str, code: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            compile(code, name, "exec", dont_inherit=True)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise InputError(f'"{name}" is no Python code ({error})') from error
 
 
 def _is_name(name: Any) -> bool:
-    return isinstance(name, str) and name.isidentifier()
+    return isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)

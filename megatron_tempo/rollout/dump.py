@@ -153,7 +153,7 @@ def read(
     """
     if not path.exists():
         raise InputError(f"rollout.replay: {path} is not there; the run it was written by did not come so far")
-    lines = read_text(path).splitlines()
+    lines = read_text(path).removesuffix("\n").split("\n")  # not at other separators, which responses may hold
     prompts: list[LabelledPrompt | UnlabelledPrompt] = [*labelled, *unlabelled]
     if len(lines) != len(prompts) * samples:
         raise InputError(f"rollout.replay: {path} has {len(lines)} responses, this run needs {len(prompts) * samples}")

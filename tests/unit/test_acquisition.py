@@ -194,5 +194,76 @@ def test_the_tool_refuses_what_it_cannot_use(tool: ModuleType, files: tuple[str,
     with pytest.raises(InputError, match=r"has 5 responses to 'e' of .*, and up to 6 to others"):
         chosen(tool, files, *text_words, "--budget", "1")
     Path(files[0]).write_text("\n".join([*lines, "[]"]))
-    with pytest.raises(InputError, match="line 31 is not an object with the text 'id'"):
+    with pytest.raises(InputError, match="line 31 is not an object with 'id', a text or a whole number"):
         chosen(tool, files, *text_words, "--budget", "1")
+
+
+SPOILED: dict[str, tuple[dict[str, Any], str]] = {
+    "a class that is text": ({"answer_class": "1"}, "'answer_class' is '1', not the number of a class"),
+    "a class between two": ({"answer_class": 0.5}, "'answer_class' is 0.5, not the number of a class"),
+    "a verdict in words": ({"correct": "yes"}, "'correct' is 'yes', not a verdict from 0 to 1"),
+    "a verdict above 1": ({"correct": 2}, "'correct' is 2, not a verdict from 0 to 1"),
+    "tokens in words": ({"tokens": "ten"}, "'tokens' or 'response_tokens' is 'ten', not a number of tokens"),
+    "no text": ({"text": None}, "'text' or 'response' is None, not a text"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_bad_response_is_named(tool: ModuleType, files: tuple[str, str], name: str) -> None:
+    spoiled, wrong = SPOILED[name]
+    rows = [json.loads(line) for line in Path(files[0]).read_text().splitlines()]
+    if "answer_class" in spoiled:
+        rows = [row | {"answer_class": 0} for row in rows]
+    rows[3] |= spoiled
+    write(Path(files[0]), rows)
+    with pytest.raises(InputError) as caught:
+        chosen(tool, files, "--verifier", "text", "--budget", "1")
+    assert f"{files[0]}, line 4: {wrong}" in str(caught.value)
+
+
+def test_the_pool_is_read_as_a_run_reads_it(tool: ModuleType, files: tuple[str, str]) -> None:
+    """Whole numbers as ids, blank lines, a byte-order mark, Unicode's line separators. Rows are written as they are."""
+    numbers = {name: i for i, name in enumerate(ANSWERS)}
+    rows = [f'{{"id": {i},  "prompt": "Question\u2028 {name}?\u0085"}}' for name, i in numbers.items()]
+    Path(files[1]).write_text("\ufeff" + "\n\n".join(rows) + "\n\n", encoding="utf-8")
+    responses = [json.loads(line) for line in Path(files[0]).read_text().splitlines()]
+    write(Path(files[0]), [row | {"id": str(numbers[row["id"]])} for row in responses])
+    out = Path(files[1]).with_name("chosen.jsonl")
+    tool.main([*files, "--out", str(out), "--verifier", "text", "--budget", "2", "--rule", "oracle"])
+    assert out.read_text(encoding="utf-8") == f"{rows[0]}\n{rows[1]}\n"
+
+
+def test_the_tool_tells_questions_of_two_sets_apart(tool: ModuleType, files: tuple[str, str]) -> None:
+    text = Path(files[0]).read_text()
+    other = text.replace('"set": "pool"', '"set": "other"').replace('"correct": 1', '"correct": 0')
+    Path(files[0]).write_text(other + text)
+    words = ("--verifier", "text", "--budget", "2", "--rule", "oracle")
+    with pytest.raises(InputError, match=r"responses of 2 sets, each with ids of its own: --set=other\|pool"):
+        chosen(tool, files, *words)
+    assert chosen(tool, files, *words, "--set", "pool") == ["a", "b"]
+    with pytest.raises(InputError, match=r"--set=no: .* has other, pool"):
+        chosen(tool, files, *words, "--set", "no")
+
+
+def test_the_tool_refuses_places_and_ids_that_it_cannot_use(tool: ModuleType, files: tuple[str, str]) -> None:
+    words = (*files, "--verifier", "text", "--budget", "1", "--out")
+    with pytest.raises(InputError, match=r"there is no folder .*; make it first"):
+        tool.main([*words, f"{files[1]}.d/chosen.jsonl"])
+    link = Path(f"{files[1]}.link")
+    link.symlink_to("nothing")
+    with pytest.raises(InputError, match="exists; give another --out"):
+        tool.main([*words, str(link)])
+    with pytest.raises(InputError, match="not a number from 0"):
+        tool.main([*words, f"{files[1]}.new", "--seed", str(10**23)])
+    pool = Path(files[1])
+    pool.write_text(pool.read_text() + '{"id": "a", "prompt": "Again?"}\n')
+    with pytest.raises(InputError, match=r"line 6 has the id 'a', as has .*pool\.jsonl, line 1; keep one"):
+        tool.main([*words, f"{files[1]}.new"])
+
+
+def test_the_gate_is_the_share_that_was_given() -> None:
+    """0.07 * 100 is above 7 in floating point."""
+    right = torch.linspace(0, 1, 100, dtype=torch.float64)
+    for gate, n in ((0.07, 100), (0.14, 50), (0.28, 25), (0.25, 8)):
+        kept = to_label(torch.ones(n), right[:n], n - round(gate * n), gate)
+        assert kept.tolist() == list(range(n - round(gate * n)))

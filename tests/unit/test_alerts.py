@@ -174,6 +174,7 @@ def test_a_critic_that_is_too_optimistic_twice_in_a_row() -> None:
     two_sets = [judged(10, *high), judged(10, *high, name="math"), judged(20, *high)]
     (alert,) = alerts([], two_sets)
     assert alert.seen == "on aime its values are 0.15 above the share of right responses, before 0.15"
+    assert fired([], [judged(10, *high), judged(20, (0.3, 0.2, 0)), judged(30, *fair)]) == [], "a damaged record"
     pessimist = [(0.1, 0.9, 10)]
     assert fired([], [judged(10, *pessimist), judged(20, *pessimist)]) == []
 

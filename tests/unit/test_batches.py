@@ -680,6 +680,17 @@ def change(path: Path, number: int, edit: Callable[[dict[str, Any]], object]) ->
     path.write_text("\n".join(lines) + "\n")
 
 
+def test_separators_of_lines_in_responses(path: Path) -> None:
+    """A response may hold Unicode's separators, which JSON does not escape."""
+    wanted = dump.read(path, LABELLED, UNLABELLED, 2)
+    lines = [json.loads(line) | {"response": "a\u2028b\u2029c\u0085d"} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    found = dump.read(path, LABELLED, UNLABELLED, 2)
+    assert found.verdicts == wanted.verdicts
+    lengths = [[len(one.token_ids) for of in answers.completions.values() for one in of] for answers in (found, wanted)]
+    assert lengths[0] == lengths[1]
+
+
 def test_another_number_of_responses_is_refused(path: Path) -> None:
     with pytest.raises(ValueError, match=r"stage2-000012\.jsonl has 10 responses, this run needs 15"):
         dump.read(path, LABELLED, UNLABELLED, 3)

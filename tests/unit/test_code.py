@@ -18,7 +18,7 @@ from megatron_tempo.config.schema import CodeConfig, Config, DatasetConfig
 from megatron_tempo.errors import EngineError, InputError
 from megatron_tempo.rewards import code, code_pool, code_run
 from megatron_tempo.rewards.code import CodeScorer, program_of
-from megatron_tempo.rewards.code_tests import ProgramTests, outputs_agree, read_tests, results_agree
+from megatron_tempo.rewards.code_tests import DEEPEST, ProgramTests, outputs_agree, read_tests, results_agree
 from megatron_tempo.rewards.scorer import Item
 from megatron_tempo.rewards.verifiers import Verifiers
 
@@ -161,6 +161,19 @@ def test_an_answer_keeps_its_tests(tests: ProgramTests) -> None:
         ('{"kind": "asserts", "names": ["f"], "tests": "assert ("}', '"tests" is no Python code'),
         ('{"kind": "asserts", "names": ["f"], "tests": "", "call": "f g"}', '"call" of asserts'),
         ('{"kind": "asserts", "names": ["f"]}', '"tests" of the tests is code'),
+        ('{"kind": "asserts", "names": ["f"], "tests": ""}', "every program passes them"),
+        ('{"kind": "asserts", "names": ["f"], "tests": "def check(c): assert c(1) == 2"}', "every program passes them"),
+        ('{"kind": "asserts", "names": ["f"], "tests": "def check(c): pass", "call": "chek"}', "does not define"),
+        ('{"kind": "asserts", "names": ["f"], "tests": "return f(1) == 2"}', '"tests" is no Python code'),
+        ('{"kind": "asserts", "names": ["class"], "tests": "assert True"}', '"names" of asserts'),
+        ('{"kind": "inputs", "tests": [{"input": "", "output": ""}], "before": "def ("}', '"before" is no Python code'),
+        ('{"kind": "calls", "name": "f", "tests": [{"arguments": [], "result": NaN}]}', "NaN is no finite number"),
+        ('{"kind": "calls", "name": "f", "tests": [{"arguments": [], "result": 1e999}]}', "1e999 is no finite number"),
+        ('{"kind": "calls", "kind": "inputs"}', "the name 'kind' is there twice"),
+        (
+            f'{{"kind": "calls", "name": "f", "tests": [{{"arguments": {"[" * 250}{"]" * 250}, "result": 1}}]}}',
+            "200 levels",
+        ),
         ("zlib:%%%", "cannot be decompressed"),
         ("zlib:eJw=", "cut short"),
     ],
@@ -313,3 +326,23 @@ def test_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_equal_programs() -> None:
     scorer = CodeScorer(CodeConfig())
     assert scorer.classes("Add.", [fenced("x"), fenced("y"), "none", fenced("x")]) == [0, 1, None, 0]
+
+
+@pytest.mark.long
+def test_deeply_nested_tests_are_judged(verifiers: Verifiers) -> None:
+    """As deep as `read_tests` allows."""
+    deep: list[object] = []
+    for _ in range(DEEPEST - 3):
+        deep = [deep]
+    answer = ProgramTests("calls", names=("f",), cases=(([deep], deep),)).write()
+    read_tests(answer)
+    assert score(verifiers, answer, "```python\ndef f(x): return x\n```", "```python\ndef f(x): return []\n```") == [
+        1,
+        0,
+    ]
+
+
+@pytest.mark.parametrize("before", ["", "import math", "def f(x):", "def f(x):\n    'Doc.'\n", "class A:\n    x = (1,"])
+def test_code_that_a_program_may_continue(before: str) -> None:
+    tests = ProgramTests("inputs", cases=(("1", "2"),), before=before)
+    assert read_tests(tests.write()) == tests

@@ -122,6 +122,7 @@ ONE_FIELD = [
     ("stage2.pessimism=-1", "stage2.pessimism", "0 or more", "pessimism=0"),
     ("stage2.estep_when_ece_above=1", "stage2.estep_when_ece_above", "below 1", "estep_when_ece_above=0.9"),
     ("stage2.actor.entropy_target=0.5", "stage2.actor.entropy_target", "no entropy bonus", "entropy_coef=0.01"),
+    ("stage2.actor.kl_reference=start", "stage2.actor.kl_reference", "no KL term", "kl_coef=0.01"),
     (f"{S1}.kl_coef=-1", f"{S1}.kl_coef", "0 or more", "kl_coef=0"),
     (f"{S1}.epochs=0", f"{S1}.epochs", "1 or more", "epochs=1"),
     (f"{S2}.warmup_iterations=-1", f"{S2}.warmup_iterations", "0 or more", "warmup_iterations=0"),

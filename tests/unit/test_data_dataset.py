@@ -177,6 +177,12 @@ BAD_LINES: dict[str, tuple[bytes, dict[str, Any], str]] = {
     "boolean answer": (line(answer=True), {}, "field 'answer' is True (bool)"),
     "not a number": (b'{"prompt": "one", "answer": NaN}\n', {}, "field 'answer' is nan; an answer is a finite number"),
     "empty answer": (line(answer=" "), {}, "field 'answer' is empty; give the answer or remove the row"),
+    "no tests of a program": (
+        line(answer='{"kind": "inputs", "tests": []}'),
+        {"verifier": Verifier.code},
+        "bad.jsonl:1: field 'answer' holds no tests of a program: \"tests\" of inputs is a list of at least one test; "
+        "write the tests as in docs/code.md, or remove the row",
+    ),
     "number as prompt": (line(prompt=7), {}, "field 'prompt' is 7 (int); a prompt is text or a list of messages"),
     "empty prompt": (line(prompt="  "), {}, "bad.jsonl:1: field 'prompt' is empty"),
     "half a surrogate": (line(prompt="one \ud800"), {}, "half a surrogate pair at character 4"),

@@ -85,6 +85,11 @@ ATTACKS = {
     "pair to elsewhere": "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b'x', '/dev/log')",
     "signal the parent": "os.kill(os.getppid(), 0)",
     "signal everything": "os.kill(-1, 0)",
+    "signal by a file": "import fcntl; fcntl.fcntl(0, 10, 9)",  # F_SETSIG
+    "signal by a file to others": "import fcntl; fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())",
+    "signal by a pair of sockets": "import fcntl; fcntl.ioctl(socket.socketpair()[0], 0x8901, bytes(4))",  # FIOSETOWN
+    "attributes of files": "held(libc.syscall(463, 0, None, 0, None, None, 0) < 0 and ctypes.get_errno() == 1)",
+    "a call of the future": "held(libc.syscall(4000, 0, 0, 0) < 0 and ctypes.get_errno() == 38)",
     "a group of its own": "os.setsid()",
     "trace": "held(libc.ptrace(16, os.getppid(), 0, 0) < 0)",
     "more time": "resource.setrlimit(resource.RLIMIT_CPU, (1000, 1000))",
@@ -424,6 +429,36 @@ def test_code_before(box: Sandbox) -> None:
     assert judge(hidden, tests, LIMITS, box).outcome == "wrong"
 
 
+MAIN_GUARDS = ("unittest.main()", "sys.exit(main())", "n = int(input()); print(f(n))")
+
+
+def test_functions_behind_a_main_guard(box: Sandbox) -> None:
+    """What is under the guard runs if the program is, not if its functions are called."""
+    calls = ProgramTests("calls", names=("f",), cases=(([1], 2),))
+    asserts = ProgramTests("asserts", names=("f",), code="assert f(1) == 2")
+    for code in MAIN_GUARDS:
+        program = (
+            f"import sys, unittest\ndef f(a): return a + 1\ndef main(): pass\nif __name__ == '__main__':\n    {code}"
+        )
+        for tests in (calls, asserts):
+            assert judge(program, tests, LIMITS, box) == ("right", ""), code
+    inputs = ProgramTests("inputs", cases=(("1", "2"),))
+    assert judge(program, inputs, LIMITS, box) == ("right", "")
+    record = "from dataclasses import dataclass\n@dataclass\nclass R:\n    x: int\ndef f(a): return R(a).x + 1"
+    assert judge(record, calls, LIMITS, box) == ("right", "")
+
+
+def test_programs_as_an_ordinary_python_runs_them(box: Sandbox) -> None:
+    """Imports from __future__ behind the question's code, `exit` and `quit`, and annotations that are evaluated."""
+    tests = ProgramTests("calls", names=("f",), cases=(([1], 2),), before="import math")
+    future = "from __future__ import annotations\ndef f(a: Unknown): return a + 1"
+    assert judge(future, tests, LIMITS, box) == ("right", "")
+    assert judge("def f(a: Unknown): return a + 1", tests, LIMITS, box).outcome == "error"
+    for end in ("exit", "quit"):
+        inputs = ProgramTests("inputs", cases=(("1", "2"),), before="import math")
+        assert judge(f"print(int(input()) + 1)\n{end}()\nprint(3)", inputs, LIMITS, box) == ("right", "")
+
+
 def test_sandbox_that_does_not_start(box: Sandbox) -> None:
     """It is an error, and no verdict."""
 
@@ -548,7 +583,9 @@ def test_numbers_of_system_calls(column: int) -> None:
     assert len(checked) > 80
     assert checked == {name: published[name] for name in checked}
     missing = {name for name, numbers in known.items() if name not in published and numbers[column] >= 0}
-    assert missing <= {"fchmodat2", "memfd_secret"}
+    younger = {"fchmodat2", "memfd_secret", "setxattrat", "removexattrat", "open_tree_attr", "file_setattr"}
+    assert missing <= younger
+    assert max(numbers[column] for numbers in known.values()) < syscalls.UNKNOWN
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
@@ -566,6 +603,11 @@ def test_filter_program(machine: str) -> None:
 
     denied = [name for name, numbers in syscalls.DENIED.items() if numbers[column] >= 0]
     assert not any(allows(name) for name in denied)
+    assert run_filter(program, [4000, lockdown._MACHINES[machine][1], *[0] * 14]) == 0x00050000 | 38
+    passing = [("fcntl", 3, 1), ("fcntl", 3, 4, 0x800), ("fcntl", 3, 1030), ("ioctl", 1, 0x5413), ("prctl", 2)]
+    assert all(allows(*call) for call in passing)
+    failing = [("fcntl", 3, command) for command in (8, 10, 15, 2**32 + 8)]
+    assert not any(allows(*call) for call in [*failing, ("ioctl", 3, 0x8901), ("ioctl", 3, 0x8902)])
     passing = [("clone", 0x00010000 | 17), ("kill", 77), ("prlimit64", 0), ("prlimit64", 77), ("sendto", 5, 1, 1, 0, 0)]
     assert all(allows(*call) for call in [*passing, ("prctl", 15), ("tgkill", 77)])
     failing = [("clone", 17), ("kill", 78), ("tgkill", 1, 1, 9), ("prlimit64", 78), ("prctl", 1)]

@@ -21,6 +21,7 @@ from megatron_tempo.config.rules.layout import divisors, laid_of
 from megatron_tempo.config.schema import Config
 from megatron_tempo.config.stages import StageConfig
 from megatron_tempo.config.truncation import TruncatedResponses
+from megatron_tempo.config.updates import KlReference
 
 
 def check(config: Config) -> Iterator[Problem]:
@@ -194,6 +195,11 @@ def _advantages(name: str, stage: StageConfig) -> Iterator[Problem]:
         field = f"{name}.pessimism"
         wrong = f"{name}.estep_every=0 never has an E-step, before and after which the values would differ"
         yield Problem(field, settings.pessimism, wrong, f"{field}=0, or {name}.estep_every=1")
+    reference = stage.actor.kl_reference
+    if reference is not KlReference.model and stage.actor.kl_coef == 0:
+        field, coef = f"{name}.actor.kl_reference", f"{name}.actor.kl_coef"
+        wrong = f"there is no KL term to hold the policy to it ({coef}=0)"
+        yield Problem(field, reference.name, wrong, f"{field}=model, or {coef}=0.01")
     target = stage.actor.entropy_target
     if target is not None and target > 0 and stage.actor.entropy_coef == 0:
         field, coef = f"{name}.actor.entropy_target", f"{name}.actor.entropy_coef"

@@ -14,7 +14,7 @@ import resource
 import struct
 import time
 
-from .syscalls import DENIED, JUDGED
+from .syscalls import DENIED, JUDGED, UNKNOWN
 
 OPEN_FILES = 64
 STACK_BYTES = 64 * 2**20  # for deep recursion; of the address space
@@ -31,6 +31,8 @@ _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # BP
 _ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
 _X32 = 0x40000000  # system calls of another interface of x86-64
 _CLONE_THREAD = 0x00010000
+_SCOPED = 3  # rights of Landlock: no abstract sockets of others, no signals to them
+_SCOPES_FROM = 6  # version of Landlock
 _ARGUMENTS = 16  # where the arguments are in what a filter sees, 8 bytes each
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -123,10 +125,15 @@ def landlock_version() -> int:
 
 
 def restrict_files(readable: list[str]) -> None:
-    """Allow reading below `readable`, and nothing else: no other file is opened, made, removed or run."""
+    """Allow reading below `readable`, and nothing else: no other file is opened, made, removed or run.
+
+    Where the kernel can, Landlock holds back signals as well: those of an asynchronous file are sent by no system call
+    that a filter could refuse.
+    """
     version = landlock_version()
     handled = 2 ** _RIGHTS[min(version, len(_RIGHTS) - 1)] - 1
-    rules = _checked(_syscall(_CREATE_RULESET, struct.pack("=Q", handled), 8, 0))
+    wanted = struct.pack("=QQQ", handled, 0, _SCOPED) if version >= _SCOPES_FROM else struct.pack("=Q", handled)
+    rules = _checked(_syscall(_CREATE_RULESET, wanted, len(wanted), 0))
     paths = [(path, _READ | (_READ_FOLDER if os.path.isdir(path) else 0)) for path in readable]
     for path, rights in [*paths, ("/dev/null", _READ | _WRITE)]:
         try:
@@ -158,6 +165,7 @@ def filter_program(machine: str, pid: int) -> bytes:
     code = [_step(_LOAD, 4), _step(_EQUAL, arch, 1, 0), _step(_RETURN, _KILL), _step(_LOAD, 0)]
     if machine == "x86_64":
         code += [_step(_AT_LEAST, _X32, 0, 1), _step(_RETURN, _ERROR | errno.EPERM)]
+    code += [_step(_AT_LEAST, UNKNOWN, 0, 1), _step(_RETURN, _ERROR | errno.ENOSYS)]
     for name, numbers in DENIED.items():
         if numbers[column] >= 0:
             error = errno.ENOSYS if name == "clone3" else errno.EPERM
@@ -174,13 +182,14 @@ def filter_program(machine: str, pid: int) -> bytes:
     }
     for name, conditions in passes.items():
         code += _judged(JUDGED[name][column], conditions)
-    prctl = JUDGED["prctl"][column]
-    code += [
-        _step(_EQUAL, prctl, 0, 3),
-        _half(0),
-        _step(_EQUAL, _PDEATHSIG, 0, 1),
-        _step(_RETURN, _ERROR | errno.EPERM),
-    ]
+    # For each call: the argument that is looked at, and what does not pass.
+    refused: dict[str, tuple[int, list[int]]] = {
+        "prctl": (0, [_PDEATHSIG]),
+        "fcntl": (1, [8, 10, 15]),  # F_SETOWN, F_SETSIG, F_SETOWN_EX: whom an asynchronous file signals, and how
+        "ioctl": (1, [0x8901, 0x8902]),  # FIOSETOWN, SIOCSPGRP: the same
+    }
+    for name, (argument, values) in refused.items():
+        code += _refused(JUDGED[name][column], argument, values)
     return b"".join([*code, _step(_RETURN, _ALLOW)])
 
 
@@ -192,6 +201,13 @@ def _judged(number: int, conditions: list[tuple[int, list[tuple[int, int]]]]) ->
         body += [_step(test, value, len(tests) - i) for i, (test, value) in enumerate(tests)]  # past the error
         body.append(_step(_RETURN, _ERROR | errno.EPERM))
     body.append(_step(_RETURN, _ALLOW))
+    return [_step(_EQUAL, number, 0, len(body)), *body]
+
+
+def _refused(number: int, argument: int, values: list[int]) -> list[bytes]:
+    """A call that does not pass if this argument, of 32 bits, has one of these values."""
+    tests = [_step(_EQUAL, value, len(values) - i) for i, value in enumerate(values)]  # past the permission
+    body = [_half(2 * argument), *tests, _step(_RETURN, _ALLOW), _step(_RETURN, _ERROR | errno.EPERM)]
     return [_step(_EQUAL, number, 0, len(body)), *body]
 
 

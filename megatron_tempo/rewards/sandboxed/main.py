@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """Standard input and output carry messages; the first is {"role", "longest", "lock", ...}, by role:
 
-    - "inputs", "calls": "source", the program
+    - "inputs", "calls": "source", the question's code and the program
     - "examiner": "requests" and "replies", the file descriptors of the program, "seconds" for each reply, and the
       setup of `examine`
     """

@@ -6,6 +6,7 @@ elsewhere. A program that took this process over could do no more than send othe
 
 from __future__ import annotations
 
+import builtins
 import gc
 import os
 import sys
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 NAME = "program.py"
+FUNCTIONS = "program"  # the module of a program whose functions are called: what is under its main guard does not run
 # Modules that take a while to import, and run no code of others.
 PRELOADED = (
     "typing",
@@ -36,13 +38,14 @@ PRELOADED = (
 )
 
 
-def run_on_inputs(source: str, how: Lock, requests: Lines, replies: int) -> None:
+def run_on_inputs(source: tuple[str, str], how: Lock, requests: Lines, replies: int) -> None:
     """For each request, {"input"}, run the program once. Reply: {"output", "ended", "cpu"}; {"fault"} if that fails.
 
+    `source`: see `load`.
     "output": what it wrote, None if that is no UTF-8. "ended": its return code. "cpu": seconds.
     """
     for name in PRELOADED:
-        if name in source:  # it may be imported by each run
+        if any(name in part for part in source):  # it may be imported by each run
             __import__(name)
     gc.freeze()  # each run leaves these objects alone at its end, which halves the time that it takes
     while (request := requests.next()) is not None:
@@ -69,7 +72,7 @@ def run_on_inputs(source: str, how: Lock, requests: Lines, replies: int) -> None
         send(replies, {"output": _text(output), "ended": ended, "cpu": usage.ru_utime + usage.ru_stime})
 
 
-def _become(source: str, how: Lock, given: int, written: int, says: int) -> None:
+def _become(source: tuple[str, str], how: Lock, given: int, written: int, says: int) -> None:
     """Turn this process into the program's."""
     os.dup2(given, 0)
     os.dup2(written, 1)
@@ -81,20 +84,31 @@ def _become(source: str, how: Lock, given: int, written: int, says: int) -> None
     lock(how)
     os.write(says, b"+")
     os.close(says)
-    load(source)
+    load(source, "__main__")
 
 
-def load(source: str) -> dict[str, Any]:
-    """Run a program as the main module. Its names."""
-    main = types.ModuleType("__main__")
-    main.__dict__["__file__"] = NAME
-    sys.modules["__main__"] = main
+def load(source: tuple[str, str], name: str) -> dict[str, Any]:
+    """Run a program as the module `name`. Its names.
+
+    `source`: the question's code, and the program. If both are whole, one runs after the other: a program may begin
+    with imports from `__future__`. Else the program continues the question's code.
+    """
+    module = types.ModuleType(name)
+    module.__dict__["__file__"] = NAME
+    sys.modules[name] = module
     sys.argv = [NAME]
-    exec(compile(source, NAME, "exec"), main.__dict__)
-    return main.__dict__
+    for missing in {"exit", "quit"} - vars(builtins).keys():  # of the module site, which is left out
+        setattr(builtins, missing, sys.exit)
+    try:
+        parts = [compile(part, NAME, "exec", dont_inherit=True) for part in source]
+    except (SyntaxError, ValueError):
+        parts = [compile("\n".join(source), NAME, "exec", dont_inherit=True)]
+    for part in parts:
+        exec(part, module.__dict__)
+    return module.__dict__
 
 
-def answer_calls(source: str, how: Lock, requests: Lines, replies: int) -> None:
+def answer_calls(source: tuple[str, str], how: Lock, requests: Lines, replies: int) -> None:
     """Load the program, then serve requests. Reply: {"value"}, or {"raised", "message"} with the exception's class.
 
     A request is {"do", "of", "arguments", "named"}. "of": a name of the program, or the number of a kept value.
@@ -106,7 +120,7 @@ def answer_calls(source: str, how: Lock, requests: Lines, replies: int) -> None:
     send(replies, {"locked": True})
     kept: list[Any] = []
     try:
-        names = load(source)
+        names = load(source, FUNCTIONS)
     except BaseException as error:  # noqa: BLE001
         send(replies, raised(error))
         return

@@ -19,6 +19,7 @@ DENIED: dict[str, tuple[int, int]] = {
     "tkill": (200, 130),
     "rt_sigqueueinfo": (129, 138),
     "rt_tgsigqueueinfo": (297, 240),
+    "process_mrelease": (448, 448),
     "setsid": (112, 157),
     "setpgid": (109, 154),
     "setpriority": (141, 140),
@@ -65,6 +66,9 @@ DENIED: dict[str, tuple[int, int]] = {
     "removexattr": (197, 14),
     "lremovexattr": (198, 15),
     "fremovexattr": (199, 16),
+    "setxattrat": (463, 463),
+    "removexattrat": (466, 466),
+    "file_setattr": (469, 469),
     "mknod": (133, -1),
     "mknodat": (259, 33),
     "truncate": (76, 45),
@@ -85,6 +89,7 @@ DENIED: dict[str, tuple[int, int]] = {
     "fsmount": (432, 432),
     "fspick": (433, 433),
     "mount_setattr": (442, 442),
+    "open_tree_attr": (467, 467),
     # Large parts of the kernel that no program needs.
     "bpf": (321, 280),
     "perf_event_open": (298, 241),
@@ -97,6 +102,7 @@ DENIED: dict[str, tuple[int, int]] = {
     "io_uring_register": (427, 427),
     "personality": (135, 92),
     "quotactl": (179, 60),
+    "quotactl_fd": (443, 443),
     # The machine.
     "reboot": (169, 142),
     "swapon": (167, 224),
@@ -117,6 +123,9 @@ DENIED: dict[str, tuple[int, int]] = {
     "vhangup": (153, 58),
 }
 
+# Calls from this number on are younger than this list. They get ENOSYS, as on an older kernel.
+UNKNOWN = 470
+
 # Denied or not by their arguments (`lockdown`).
 JUDGED: dict[str, tuple[int, int]] = {
     "clone": (56, 220),
@@ -126,4 +135,6 @@ JUDGED: dict[str, tuple[int, int]] = {
     "prlimit64": (302, 261),
     "sendto": (44, 206),
     "sched_setaffinity": (203, 122),
+    "fcntl": (72, 25),
+    "ioctl": (16, 29),
 }
