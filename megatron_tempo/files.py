@@ -99,6 +99,14 @@ def read_json(path: Path, kind: type[_T]) -> _T:
 _ARTICLES: dict[type, str] = {dict: "an object", list: "an array", str: "a string"}
 
 
+def repeated_name(pairs: Sequence[tuple[str, object]]) -> str | None:
+    """The first name that a JSON object has twice; None if there is none. For `object_pairs_hook`."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) == len(names):
+        return None
+    return next(name for name in names if names.count(name) > 1)
+
+
 def json_type(value: object) -> str:
     """JSON's name for the type of a value."""
     if isinstance(value, dict):

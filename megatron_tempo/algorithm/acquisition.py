@@ -67,9 +67,8 @@ def to_label(scores: Tensor, majority_right: Tensor, budget: int, gate: float) -
 
     The share `gate` of all questions whose majority is most likely right is taken only if the others are too few.
     """
-    left_out = torch.argsort(-majority_right, stable=True)[
-        : math.ceil(gate * len(scores) - 1e-9)
-    ]  # 0.07 * 100 is above 7
+    count = math.ceil(gate * len(scores) - 1e-9)  # 0.07 * 100 is above 7
+    left_out = torch.argsort(-majority_right, stable=True)[:count]
     ranks = scores.double().clone()
     ranks[left_out] -= 1 + scores.max() - scores.min()
     return torch.argsort(-ranks, stable=True)[:budget].sort().values

@@ -185,9 +185,9 @@ class Saving:
         self.error: Exception | None = None  # once it has ended: why it is not complete, on any rank
         self._partial = partial_of(path)
         self._shares, self._group, self._done = shares, group, done
-        self._state = json.dumps(state, indent=1) + "\n"
         self._rank = dist.get_rank()
         self._is_writer = self._rank == 0
+        self._state = json.dumps(state, indent=1) + "\n" if self._is_writer else ""
         self._thread = threading.Thread(target=self._run, name=f"saving {path.name}", daemon=True)
         self._thread.start()
 

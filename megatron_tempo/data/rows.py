@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_tempo.config.extensions import Extension, call_failed, load_reader, wrong_result
 from megatron_tempo.errors import InputError
-from megatron_tempo.files import json_type, why_unreadable
+from megatron_tempo.files import json_type, repeated_name, why_unreadable
 
 BATCH_ROWS = 1024
 REPORTED = 10
@@ -62,12 +62,9 @@ def _exact(text: str) -> Decimal:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+    if (twice := repeated_name(pairs)) is not None:
         raise ValueError(f"the name {json.dumps(twice)} is there twice; keep one")
-    return found
+    return dict(pairs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,11 +71,12 @@ def tells_no_response_apart() -> Look:
 def overestimate(record: Record) -> float | None:
     """The critic's mean value less the share of right responses, over those of an evaluation. None without a critic."""
     calibration = record.get("calibration")
-    bins = calibration["last"].get("bins") if calibration else None
-    if not bins or not any(row["count"] for row in bins):
+    bins = (calibration["last"].get("bins") or []) if calibration else []
+    count = sum(row["count"] for row in bins)
+    if not count:
         return None
     excess = sum(row["count"] * (row["mean_value"] - row["fraction_right"]) for row in bins)
-    return float(excess / sum(row["count"] for row in bins))
+    return float(excess / count)
 
 
 def overestimates() -> Look:

@@ -29,7 +29,7 @@ from functools import lru_cache
 from typing import Any
 
 from megatron_tempo.errors import InputError
-from megatron_tempo.files import json_type
+from megatron_tempo.files import json_type, repeated_name
 
 PACKED = "zlib:"
 PACKED_FROM = 2000  # characters from which on tests are compressed
@@ -174,9 +174,8 @@ def _finite(text: str) -> float:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    if (twice := repeated_name(pairs)) is not None:
+        raise ValueError(f"the name {twice!r} is there twice")
     return dict(pairs)
 
 
@@ -223,8 +222,7 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 def _check_asserts(code: str, call: str | None, before: str) -> None:
     """Raises InputError if the tests are no code, define no `call`, or without one check nothing."""
-    _compiled("tests", code)
-    steps = ast.parse(code).body
+    steps = _parsed("tests", code)
     if call is not None:
         if call not in _assigned(steps) | _assigned(_steps(before)):
             raise InputError(f'"call" is {call!r}, which the code of "tests" does not define')
@@ -258,7 +256,7 @@ def _steps(code: str) -> list[ast.stmt]:
 def _check_before(code: str) -> None:
     """Raises InputError if no program can make whole code of it."""
     try:
-        _compiled("before", code)
+        _parsed("before", code)
     except InputError:
         if not _is_unfinished(code):
             raise
@@ -273,13 +271,16 @@ def _is_unfinished(code: str) -> bool:
             return False
 
 
-def _compiled(name: str, code: str) -> None:
+def _parsed(name: str, code: str) -> list[ast.stmt]:
+    """The statements of code that compiles. Raises InputError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            compile(code, name, "exec", dont_inherit=True)
+            tree = ast.parse(code, name)
+            compile(tree, name, "exec", dont_inherit=True)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise InputError(f'"{name}" is no Python code ({error})') from error
+    return tree.body
 
 
 def _is_name(name: Any) -> bool:
