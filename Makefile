@@ -47,7 +47,8 @@ test-slow: .venv/installed-test  ## the tests that take more than half a minute
 # Megatron-Core's version depends on Python's (docs/install.md): .venv-other has the one that is not in .venv.
 OTHER_TESTS := $(addprefix tests/distributed/test_,parity.py layouts.py process_groups.py checkpoint.py optimizer_files.py update.py ddp.py)
 test-other-python: .venv-other/installed  ## models, layouts, checkpoints, steps: on the other Megatron-Core
-	$(call PYTEST,.venv-other/bin) -m "not slow and not gpu and not nullgpu" $(OTHER_TESTS) $(ARGS)
+	$(call PYTEST,.venv-other/bin) -o cache_dir=.venv-other/pytest-cache -m "not slow and not gpu and not nullgpu" \
+		$(OTHER_TESTS) $(ARGS)
 
 # One test at a time: a server that waits for a core looks like one that hangs.
 test-engines: .venv/installed-test engines  ## real SGLang and vLLM servers, on a CPU

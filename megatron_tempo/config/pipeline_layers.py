@@ -33,7 +33,7 @@ class PipelineLayers:
 
     def counts(self, layers: int) -> tuple[int, ...]:
         """Layers of each stage of a model with `layers` layers. The rules of `config.rules.layout` hold."""
-        return tuple(sum(map(len, chunks)) for chunks in self.chunks(layers))
+        return _counts(self, layers)
 
     def chunks(self, layers: int) -> tuple[tuple[range, ...], ...]:
         """The layers of each chunk of each stage, counted over the whole model."""
@@ -44,7 +44,13 @@ class PipelineLayers:
         return len({len(chunk) for chunks in self.chunks(layers) for chunk in chunks}) == 1
 
 
-@lru_cache(maxsize=1024)  # a search of layouts asks millions of times
+# A search of layouts asks for both millions of times.
+@lru_cache(maxsize=1024)
+def _counts(split: PipelineLayers, layers: int) -> tuple[int, ...]:
+    return tuple(sum(map(len, chunks)) for chunks in _chunks(split, layers))
+
+
+@lru_cache(maxsize=1024)
 def _chunks(split: PipelineLayers, layers: int) -> tuple[tuple[range, ...], ...]:
     parts = range(split.stages * split.virtual)
     given = {0: split.first, split.stages - 1: split.last}
