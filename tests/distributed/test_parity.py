@@ -18,6 +18,7 @@ from megatron_tempo.training.context import RunContext, open_context
 from megatron_tempo.training.setup import build_actor, build_critic
 from megatron_tempo.types import Batch
 from megatron_tempo.weights.export import export_hf, weights_of
+from tests.support.matrix import matrix
 from tests.support.ranks import run_ranks
 from tests.support.tiny import VOCAB, ragged_batch, write_model
 from tests.support.weights import tensors
@@ -127,7 +128,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", matrix(LAYOUTS, ["tp1", "pp2", "tp2-pp2-sequence"]))
 def test_logits_weights_and_export_agree_with_transformers(models: dict[str, Path], name: str, tmp_path: Path) -> None:
     layout = LAYOUTS[name]
     by_rank = run_ranks(measure_all, layout[3], tmp_path / "ranks", models, layout, tmp_path, Layers.local)

@@ -27,6 +27,7 @@ from megatron_tempo.plan.shapes import shape_of
 from megatron_tempo.training.context import open_context
 from megatron_tempo.training.setup import build_actor, build_critic
 from megatron_tempo.types import Batch
+from tests.support.matrix import matrix
 from tests.support.ranks import run_ranks
 from tests.support.storages import Storages, bytes_of
 from tests.support.tiny import one_version
@@ -162,9 +163,12 @@ def measure(config: Config) -> dict[str, Any]:
     return measured
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [*((name, "even") for name in LAYOUTS), *((name, "wide") for name in ("tp1", "tp2-sp", "pp2"))]
-)
+CASES = [(name, "even") for name in LAYOUTS] + [(name, "wide") for name in ("tp1", "tp2-sp", "pp2")]
+FEW = [(name, "even") for name in ("dp2", "tp2-stored", "tp1-attention", "pp2-critic-tp2", "pp2-virtual-2")]
+FEW += [("tp2-critic-pp2-offload", "even"), ("pp2-layers", "even"), ("tp2-sp", "wide")]
+
+
+@pytest.mark.parametrize(("name", "kind"), matrix(CASES, FEW))
 def test_the_plan_is_what_is_measured(models: dict[str, Path], kind: str, name: str, tmp_path: Path) -> None:
     world = LAYOUTS[name][0]
     config = configured(models[kind], name)

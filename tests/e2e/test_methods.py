@@ -15,6 +15,7 @@ from megatron_tempo.config.method_settings import NEEDS, Method, ScrlSettings, T
 from megatron_tempo.config.schema import Config
 from megatron_tempo.observability.records import read_evaluations, read_metrics, read_samples
 from megatron_tempo.training.jobs import train
+from tests.support.matrix import matrix
 from tests.support.project import config_of, refusal, stopping_at, write_project
 from tests.support.ranks import run_ranks
 
@@ -61,7 +62,7 @@ REWARDS = {
 }
 
 
-@pytest.mark.parametrize("method", REWARDS)
+@pytest.mark.parametrize("method", matrix(REWARDS, [Method.grpo, Method.ttrl_guard, Method.intuitor]))
 def test_a_run_without_a_critic(project: Path, tmp_path: Path, method: Method) -> None:
     out, again = tmp_path / "run", tmp_path / "again"
     run_ranks(train, 1, tmp_path / "whole", config_for(project, out, method))

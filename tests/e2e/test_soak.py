@@ -49,6 +49,7 @@ def soaked(config: Config) -> dict[str, list[float]]:
     return trace.series
 
 
+@pytest.mark.release
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_soak(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.release, pytest.mark.timeout(900)]
 
 
 def test_every_row_has_its_time(tmp_path: Path) -> None:

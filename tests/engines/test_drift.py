@@ -33,6 +33,7 @@ from tests.engines.servers import (
     opened,
     write_model,
 )
+from tests.support.matrix import matrix
 from tests.support.ranks import run_ranks
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -243,7 +244,7 @@ def until_refused(engine: ServersEngine) -> str:
             return str(error)
 
 
-@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize("kind", matrix(ENGINES, [EngineKind.sglang]))
 def test_a_restarted_server_is_asked_on_its_own_before_it_answers(tmp_path: Path, kind: EngineKind) -> None:
     model = write_model(tmp_path / "model")
     (result,) = run_ranks(restarted, 1, tmp_path / "ranks", kind, model, tmp_path / "run", timeout=500)

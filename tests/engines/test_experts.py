@@ -151,7 +151,8 @@ def test_sglangs_interrupted_responses_continue_with_their_experts(sglang: tuple
         async with Asking(*sglang) as asking:
             sampling = Sampling(1.0, longest, with_experts=True)
             request = Request(prompt, 2, 0)
-            for delay in (0.05 * 2**i for i in range(7)):  # until it has begun
+            # Until it is interrupted after its first tokens. A request that comes after the call is not interrupted.
+            for delay in (0.05 * 2**i for i in range(7)):
                 ask = ask_of(request, sampling, paused=True)
                 call = asking.adapter.generate(request, sampling, [])
                 assert call.body is not None
@@ -161,7 +162,7 @@ def test_sglangs_interrupted_responses_continue_with_their_experts(sglang: tuple
                 for stop in asking.adapter.interrupt():
                     await asking.post(stop.path, stop.body or {})
                 first = checked_completions(await begun, ask, tiny.VOCAB, 0, ROUTING)
-                if all(len(one.token_ids) for one in first):
+                if all(len(one.token_ids) and one.finish_reason == UNFINISHED for one in first):
                     break
             ask.request = replace(request, begun=tuple(first))
             return first, await asking.answer(ask)

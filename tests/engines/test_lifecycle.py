@@ -22,6 +22,7 @@ from megatron_tempo.rollout.vllm import Vllm
 from megatron_tempo.training.setup import build_actor, engine_weights
 from megatron_tempo.types import Bucket, Weights
 from tests.engines.servers import ENGINES, REQUESTS, ROOT, answers, assert_said_by, config_of, opened, write_model
+from tests.support.matrix import matrix
 from tests.support.ranks import run_ranks
 from tests.support.weights import Given
 
@@ -82,7 +83,7 @@ def test_wrong_weights_are_named_and_strangers_are_not_answered(tmp_path: Path, 
     assert result["renamed"]
 
 
-@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize("kind", matrix(ENGINES, [EngineKind.vllm]))
 def test_no_server_outlives_a_trainer_that_is_killed(tmp_path: Path, kind: EngineKind) -> None:
     """A server that starts as it does for a user: cold, with processes of its own."""
     model = write_model(tmp_path / "model")

@@ -17,6 +17,7 @@ from megatron_tempo.training.setup import build_actor, engine_weights
 from megatron_tempo.weights.export import mappings_of
 from megatron_tempo.weights.stream import WeightStream
 from tests.engines.servers import PROMPTS, REQUESTS, answers, assert_said_by, config_of, group_of, opened, write_model
+from tests.support.matrix import matrix
 from tests.support.ranks import run_ranks
 
 BUCKET = 6_000  # bytes
@@ -85,7 +86,19 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "transport", "tensor", "model", "stages"), CASES)
+FEW = [
+    (EngineKind.sglang, Transport.group, 1, "untied", 2),
+    (EngineKind.sglang, Transport.group, 1, "experts", 1),
+    (EngineKind.sglang, Transport.shared, 1, "qwen2", 2),
+    (EngineKind.vllm, Transport.group, 1, "tied", 2),
+    (EngineKind.vllm, Transport.group, 1, "experts", 1),
+    (EngineKind.vllm, Transport.group, 2, "olmo3", 2),
+    (EngineKind.vllm, Transport.shared, 1, "llama", 2),
+    (EngineKind.vllm, Transport.shared, 2, "untied", 1),
+]
+
+
+@pytest.mark.parametrize(("kind", "transport", "tensor", "model", "stages"), matrix(CASES, FEW))
 def test_after_each_sync_it_speaks_with_the_new_weights(
     tmp_path: Path, kind: EngineKind, transport: Transport, tensor: int, model: str, stages: int
 ) -> None:
@@ -124,7 +137,11 @@ def many_syncs(kind: EngineKind, model: Path, run: Path, transport: Transport) -
 
 
 @pytest.mark.parametrize(
-    ("kind", "transport"), [(EngineKind.sglang, Transport.group), (EngineKind.vllm, Transport.shared)]
+    ("kind", "transport"),
+    matrix(
+        [(EngineKind.sglang, Transport.group), (EngineKind.vllm, Transport.shared)],
+        [(EngineKind.sglang, Transport.group)],
+    ),
 )
 def test_200_syncs_leave_nothing_behind(tmp_path: Path, kind: EngineKind, transport: Transport) -> None:
     model = write_model(tmp_path / "model")

@@ -345,7 +345,7 @@ def test_rows_of_65536_and_of_more_blocks_than_are_joined_at_a_time(
 
 
 @given(lengths=SOME_LENGTHS, seed=SEEDS, config=st.sampled_from(CONFIGS))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_row_has_the_same_loss_in_any_company(
     implementation: Implementation, lengths: list[int], seed: int, config: ActorUpdateConfig
 ) -> None:

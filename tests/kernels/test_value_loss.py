@@ -109,7 +109,7 @@ def test_rows_about_a_blocks_length(implementation: Implementation, clip: float 
 
 
 @given(lengths=st.lists(st.integers(0, 6), max_size=8), seed=st.integers(0, 2**31), clip=st.sampled_from([None, 0.1]))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_row_has_the_same_loss_in_any_company(
     implementation: Implementation, lengths: list[int], seed: int, clip: float | None
 ) -> None:

@@ -511,7 +511,7 @@ def test_check_loads_no_torch_and_takes_a_moment(good: list[str]) -> None:
     assert done.stdout.startswith("ok\n")
     assert done.stdout.endswith("[]\n")
     # Processor time: what other work on the machine adds to the wall time is not what is measured.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 8
 
 
 def test_check_as_a_program(good: list[str]) -> None:

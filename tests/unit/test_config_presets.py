@@ -20,6 +20,7 @@ from megatron_tempo.config.method_settings import Baseline, Method, Prompts, Tem
 from megatron_tempo.config.schema import to_plain
 from megatron_tempo.config.tree import MISSING, save
 from megatron_tempo.config.updates import CriticTargets, Ratio
+from tests.support.matrix import matrix
 from tests.unit.config_files import write_model, write_rows
 
 EXPERIMENTS = sorted(path.stem for path in (REPOSITORY / "configs" / "experiment").glob("*.yaml"))
@@ -141,8 +142,10 @@ def test_every_algorithm_is_an_arm() -> None:
     assert {path.stem for path in (REPOSITORY / "configs" / "algorithm").glob("*.yaml")} == set(ARMS)
 
 
-@pytest.mark.parametrize("arm", ARMS)
-@pytest.mark.parametrize("experiment", ["quickstart", "qwen3_14b_aime"])
+LARGE_AND_SMALL = [(experiment, arm) for experiment in ("quickstart", "qwen3_14b_aime") for arm in ARMS]
+
+
+@pytest.mark.parametrize(("experiment", "arm"), matrix(LARGE_AND_SMALL, LARGE_AND_SMALL[1::2]))
 def test_an_algorithm_changes_stage_two_alone(experiment: str, arm: str, tmp_path: Path) -> None:
     overrides = owed(experiment, tmp_path)
     paper, config = build(overrides), build([*overrides, f"algorithm={arm}"])

@@ -35,6 +35,7 @@ from megatron_tempo.training.context import open_context
 from megatron_tempo.training.jobs import train
 from megatron_tempo.training.trainer import Trainer
 from megatron_tempo.types import Batch, UnlabelledPrompt
+from tests.support.matrix import matrix
 from tests.support.project import config_of, write_project
 from tests.support.tiny import WORDS
 
@@ -264,7 +265,7 @@ def unequal(right: Outcome, wrong: Outcome) -> list[str]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", UNLABELLED)
+@pytest.mark.parametrize("method", matrix(UNLABELLED, [Method.tempo, Method.ttrl_guard]))
 def test_answers_of_the_unlabelled_set_change_scores_and_no_weight(tmp_path: Path, method: Method) -> None:
     right, wrong = both(tmp_path, method)
     assert unequal(right, wrong) == []
