@@ -35,7 +35,7 @@ help:  ## this list
 	@echo 'make TARGET [ARGS=...] [PYTHON=python3.12]    ARGS: more arguments of its command'
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-test: .venv/installed-test  ## all fast tests that need no GPU, engine or SLURM: 10 minutes on two cores
+test: .venv/installed-test  ## all fast tests that need no GPU, engine or SLURM: 15 minutes on two cores
 	$(call PYTEST,$(BIN)) -m "not slow and not release and not gpu and not engine and not slurm and not nullgpu and not real" $(ARGS)
 
 test-quick: .venv/installed-test  ## the unit tests that take less than two seconds each

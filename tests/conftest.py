@@ -11,13 +11,13 @@ import pytest
 from megatron_tempo.errors import InputError
 from megatron_tempo.nullgpu.guard import refuse_null_gpu
 
-# By the Makefile's target: minutes on two cores with nothing else running, as measured, and what is left out.
+# By the Makefile's target: minutes on two cores, on a fast and on a slow machine, and what is left out.
 ABOUT = {
     "test-quick": ("1.5", "what needs several processes or more than two seconds (make test)"),
-    "test": ("7", "slow tests, engines, SLURM, GPUs and rehearsals (make test-slow, test-engines, ...)"),
-    "test-slow": ("4", "all but the slow tests"),
-    "test-engines": ("5", "all but the tests against real inference servers"),
-    "test-slurm": ("3", "all but the tests on a real SLURM"),
+    "test": ("10 to 20", "slow tests, engines, SLURM, GPUs and rehearsals (make test-slow, test-engines, ...)"),
+    "test-slow": ("4 to 7", "all but the slow tests"),
+    "test-engines": ("5 to 14", "all but the tests against real inference servers"),
+    "test-slurm": ("3 to 5", "all but the tests on a real SLURM"),
     "test-rehearsal": ("4", "all but the tests on the null GPU"),
 }
 

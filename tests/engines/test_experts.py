@@ -177,44 +177,47 @@ def test_sglangs_interrupted_responses_continue_with_their_experts(sglang: tuple
 
 # vLLM
 
-# Makes a request of ours an object of vLLM's, and writes an answer with experts as vLLM's server does.
+# Makes requests of ours objects of vLLM's, and writes answers with experts as vLLM's server does.
 BY_VLLM = """
 import json, sys
 import numpy as np
 from vllm.entrypoints.scale_out.token_in_token_out import protocol
 from vllm.utils.serial_utils import numpy2base64
-given = json.load(sys.stdin)
-request = protocol.GenerateRequest(**given["request"]) if hasattr(protocol, "GenerateRequest") else None
-start = None if request is None else request.sampling_params.routed_experts_prompt_start
-experts = np.array(given["experts"], dtype=given["dtype"])
-choice = protocol.GenerateTokensChoice(
-    index=0, token_ids=[5, 6], finish_reason="stop", routed_experts=numpy2base64(experts),
-    weight_versions=[{"version": "3", "start": 0, "end": 2}],
-    logprobs={"content": [{"token_id": 5, "logprob": -0.5}, {"token_id": 6, "logprob": -0.25}]},
-)
-print(json.dumps({"start": start, "choices": [choice.model_dump()]}))
+answers = []
+for given in json.load(sys.stdin):
+    request = protocol.GenerateRequest(**given["request"]) if hasattr(protocol, "GenerateRequest") else None
+    start = None if request is None else request.sampling_params.routed_experts_prompt_start
+    experts = np.array(given["experts"], dtype=given["dtype"])
+    choice = protocol.GenerateTokensChoice(
+        index=0, token_ids=[5, 6], finish_reason="stop", routed_experts=numpy2base64(experts),
+        weight_versions=[{"version": "3", "start": 0, "end": 2}],
+        logprobs={"content": [{"token_id": 5, "logprob": -0.5}, {"token_id": 6, "logprob": -0.25}]},
+    )
+    answers.append({"start": start, "choices": [choice.model_dump()]})
+print(json.dumps(answers))
 """
 
 
-@pytest.mark.parametrize(("dtype", "routing"), [("uint8", ROUTING), ("uint16", RoutingFormat(2, 3, 512))])
-def test_vllms_own_classes_take_our_requests_and_write_what_we_read(dtype: str, routing: RoutingFormat) -> None:
-    sampling = Sampling(1.0, 9, with_experts=True)
-    call = Vllm(cpu=False, tensor=1, routing=routing).generate(
-        Request((1, 2, 3), 1, 0, experts_from=2), sampling, [END]
-    )
-    draw = np.random.default_rng(0).random((4, routing.layers, routing.experts)).argsort(-1)
-    experts = draw[..., : routing.per_token]
-    given = {"request": call.body, "experts": experts.tolist(), "dtype": dtype}
+def test_vllms_own_classes_take_our_requests_and_write_what_we_read() -> None:
+    """In one process: vLLM's import takes half a minute."""
+    sampling, draw = Sampling(1.0, 9, with_experts=True), np.random.default_rng(0)
+    cases, given = [("uint8", ROUTING), ("uint16", RoutingFormat(2, 3, 512))], []
+    for dtype, routing in cases:
+        request = Request((1, 2, 3), 1, 0, experts_from=2)
+        call = Vllm(cpu=False, tensor=1, routing=routing).generate(request, sampling, [END])
+        experts = draw.random((4, routing.layers, routing.experts)).argsort(-1)[..., : routing.per_token]
+        given.append({"request": call.body, "experts": experts.tolist(), "dtype": dtype})
     python = interpreter_of(EngineKind.vllm)
     done = subprocess.run([python, "-c", BY_VLLM], input=json.dumps(given), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    answer = json.loads(done.stdout.splitlines()[-1])
-    assert answer["start"] == 2
-    form = RoutingForm(routing.layers, routing.per_token, routing.experts, routing.itemsize)
-    read = vllm_answers(json.dumps(answer).encode(), form)
-    assert [(row.tokens, row.routed, row.versions) for row in read.rows] == [(2, 4, [(3, 2)])]
-    kept = np.frombuffer(read.experts[0], np.uint8 if routing.itemsize == 1 else np.int16)
-    assert np.array_equal(kept.reshape(experts.shape), experts)
+    answers = json.loads(done.stdout.splitlines()[-1])
+    for (_, routing), one, answer in zip(cases, given, answers, strict=True):
+        assert answer["start"] == 2
+        form = RoutingForm(routing.layers, routing.per_token, routing.experts, routing.itemsize)
+        read = vllm_answers(json.dumps(answer).encode(), form)
+        assert [(row.tokens, row.routed, row.versions) for row in read.rows] == [(2, 4, [(3, 2)])]
+        kept = np.frombuffer(read.experts[0], np.uint8 if routing.itemsize == 1 else np.int16)
+        assert kept.tolist() == np.ravel(one["experts"]).tolist()
 
 
 # What vLLM's own loaders and its own conversion for a kernel make of a layer's experts on each worker, as our module
