@@ -55,7 +55,7 @@ test-engines: .venv/installed-test engines  ## real SGLang and vLLM servers, on 
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(BIN)/python -m pytest -m "engine and not release and not real" $(or $(ARGS),tests/engines)
 
 # What .ci/run leaves out for its time. Before a release, and after a change to layouts, checkpoints or weight syncs.
-test-release: .venv/installed-test engines  ## the rest of the combinations, and long measurements: an hour on two cores
+test-release: .venv/installed-test engines  ## the rest of the combinations, and long measurements: 20 minutes on two cores
 	$(call PYTEST,$(BIN)) -m "release and not engine and not gpu and not nullgpu" $(ARGS)
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MAKE_TARGET=$@ $(BIN)/python -m pytest -m "release and engine" $(or $(ARGS),tests/engines)
 

@@ -18,6 +18,7 @@ ABOUT = {
     "test-slow": ("4 to 7", "all but the slow tests"),
     "test-engines": ("5 to 14", "all but the tests against real inference servers"),
     "test-slurm": ("3 to 5", "all but the tests on a real SLURM"),
+    "test-release": ("20", "all but the combinations that .ci/run leaves out, and long measurements"),
     "test-rehearsal": ("4", "all but the tests on the null GPU"),
 }
 
