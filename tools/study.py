@@ -99,6 +99,7 @@ FEW = "evaluation.every=35"
 
 # Changes that several arms have.
 LABELLED, KL = "stage2.actor_on_labelled=true", "stage2.actor.kl_coef=0.02"
+EARLY = "stage2.baseline=reference"
 ENTROPY = ("stage2.actor.entropy_target=0.12", "stage2.actor.entropy_coef=0.05")
 
 # 64 labelled questions, half of them chosen for the seed's policy of stage 1 (`write_acquired`).
@@ -116,6 +117,7 @@ def in_test(test: str, *arms: tuple[str, ...]) -> Iterator[Arm]:
 
 # The arm that a group's arms are compared with, if it is not "tempo": TEMPO on their machine, start or length.
 BASELINES = {"choices": "tempo_again", "labels": "tempo_again", "transfer": "tempo_again", "long": "long_tempo",
+             "early_parts": "early_tempo",
              "acquisition": "tempo_64_random", "refined": "factorial_none", "first_test": "first_test_tempo",
              "second_test": "second_test_tempo", "plain": "plain_tempo", "logic_dates": "logic_tempo"}  # fmt: skip
 
@@ -151,7 +153,7 @@ ARMS = (
     # The effect of each choice. These three parts come from another machine, so they have their own TEMPO.
     ours("tempo_again", "TEMPO", "choices", "algorithm=paper"),
     ours("baseline_paper", "baseline after the token (Eq. 11 read literally)", "choices", "stage2.baseline=paper"),
-    ours("baseline_reference", "reward and baseline one token early", "choices", "stage2.baseline=reference"),
+    ours("baseline_reference", "reward and baseline one token early", "choices", EARLY),
     ours("whitened", "whitened advantages", "choices", "stage2.actor.whiten_advantages=true"),
     ours("values_before", "values before the E-step", "choices", "stage2.value_timing=before_estep"),
     ours("estep_2", "an E-step every 2 iterations", "choices", "stage2.estep_every=2"),
@@ -185,11 +187,21 @@ ARMS = (
     ours("truncated_penalised", "truncated responses penalised over the last 5 tokens", "truncation",
          "stage2.truncated_responses=penalised", "stage2.length_penalty_tokens=5"),
     # Why the published code does not collapse: its differences from the paper, with its early baseline
-    ours("early_baseline", "reward and baseline one token early", "early", "stage2.baseline=reference"),
-    ours("early_labelled", "one token early; labelled rows in the M-step", "early", "stage2.baseline=reference",
-         LABELLED),
+    ours("early_baseline", "reward and baseline one token early", "early", EARLY),
+    ours("early_labelled", "one token early; labelled rows in the M-step", "early", EARLY, LABELLED),
     ours("reference_unlabelled", "as its published code has it, without labelled rows", "early",
          "algorithm=reference", "stage2.actor_on_labelled=false"),
+    # Which of its other differences, one at a time; on another machine, so with its own TEMPO
+    *(ours(f"early_{name}", what, "early_parts", FEW, *words) for name, what, *words in (
+        ("tempo", "TEMPO"),
+        ("alone", "reward and baseline one token early", EARLY),
+        ("whitened", "one token early; whitened advantages", EARLY, "stage2.actor.whiten_advantages=true"),
+        ("values_before", "one token early; values before the E-step", EARLY, "stage2.value_timing=before_estep"),
+        ("targets", "one token early; the critic trained on -1 and 1", EARLY,
+         "stage2.critic.targets=plus_minus_one"),
+        ("clip", "one token early; the critic's loss clipped at 0.1", EARLY, "stage2.critic.clip=0.1"),
+        ("mixed_groups", "one token early; the critic trained on mixed groups only", EARLY,
+         "stage2.critic.drop_uniform_groups=true"))),
     # From a base model without a misconception
     *(Arm(f"plain_{name}", (words,), what, "plain", COUNTDOWN_PLAIN) for name, what, words in FIVE),
     # The second round of the choice: what the factorial part favours, and how much of it
