@@ -25,7 +25,7 @@ MOVED = 9.0  # bytes that a rank may receive a token of all rows: id and log-pro
 CALLS = 50  # of collectives in these parts; 34 when this test was written
 
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.release
 
 
 @pytest.fixture(scope="module")

@@ -303,6 +303,7 @@ def test_experts_are_read_back_as_vllms_own_loaders_place_them(tmp_path: Path) -
         assert [one for one, _ in adapter.not_installed(wrong, EVERYTHING, answer)] == [other]
 
 
+@pytest.mark.release
 def test_vllms_server_knows_the_flag_that_records_experts() -> None:
     """Its argument parser does; the rest of the command line is tried by every other test."""
     python = interpreter_of(EngineKind.vllm)
