@@ -100,6 +100,7 @@ FEW = "evaluation.every=35"
 # Changes that several arms have.
 LABELLED, KL = "stage2.actor_on_labelled=true", "stage2.actor.kl_coef=0.02"
 EARLY = "stage2.baseline=reference"
+WHITENED, VALUES_BEFORE = "stage2.actor.whiten_advantages=true", "stage2.value_timing=before_estep"
 ENTROPY = ("stage2.actor.entropy_target=0.12", "stage2.actor.entropy_coef=0.05")
 
 # 64 labelled questions, half of them chosen for the seed's policy of stage 1 (`write_acquired`).
@@ -117,9 +118,9 @@ def in_test(test: str, *arms: tuple[str, ...]) -> Iterator[Arm]:
 
 # The arm that a group's arms are compared with, if it is not "tempo": TEMPO on their machine, start or length.
 BASELINES = {"choices": "tempo_again", "labels": "tempo_again", "transfer": "tempo_again", "long": "long_tempo",
-             "early_parts": "early_tempo",
-             "acquisition": "tempo_64_random", "refined": "factorial_none", "first_test": "first_test_tempo",
-             "second_test": "second_test_tempo", "plain": "plain_tempo", "logic_dates": "logic_tempo"}  # fmt: skip
+             "early_parts": "early_tempo", "acquisition": "tempo_64_random", "refined": "factorial_none",
+             "first_test": "first_test_tempo", "second_test": "second_test_tempo", "plain": "plain_tempo",
+             "logic_dates": "logic_tempo"}  # fmt: skip
 
 # The paper's Figure 4: 350 iterations of stage 2.
 LONG = ("stage2.iterations=350", "evaluation.every=25")
@@ -154,8 +155,8 @@ ARMS = (
     ours("tempo_again", "TEMPO", "choices", "algorithm=paper"),
     ours("baseline_paper", "baseline after the token (Eq. 11 read literally)", "choices", "stage2.baseline=paper"),
     ours("baseline_reference", "reward and baseline one token early", "choices", EARLY),
-    ours("whitened", "whitened advantages", "choices", "stage2.actor.whiten_advantages=true"),
-    ours("values_before", "values before the E-step", "choices", "stage2.value_timing=before_estep"),
+    ours("whitened", "whitened advantages", "choices", WHITENED),
+    ours("values_before", "values before the E-step", "choices", VALUES_BEFORE),
     ours("estep_2", "an E-step every 2 iterations", "choices", "stage2.estep_every=2"),
     ours("estep_4", "an E-step every 4 iterations", "choices", "stage2.estep_every=4"),
     ours("estep_8", "an E-step every 8 iterations", "choices", "stage2.estep_every=8"),
@@ -195,8 +196,8 @@ ARMS = (
     *(ours(f"early_{name}", what, "early_parts", FEW, *words) for name, what, *words in (
         ("tempo", "TEMPO"),
         ("alone", "reward and baseline one token early", EARLY),
-        ("whitened", "one token early; whitened advantages", EARLY, "stage2.actor.whiten_advantages=true"),
-        ("values_before", "one token early; values before the E-step", EARLY, "stage2.value_timing=before_estep"),
+        ("whitened", "one token early; whitened advantages", EARLY, WHITENED),
+        ("values_before", "one token early; values before the E-step", EARLY, VALUES_BEFORE),
         ("targets", "one token early; the critic trained on -1 and 1", EARLY,
          "stage2.critic.targets=plus_minus_one"),
         ("clip", "one token early; the critic's loss clipped at 0.1", EARLY, "stage2.critic.clip=0.1"),
